@@ -1,0 +1,28 @@
+"""moesaic: train, shrink and serve Mixture-of-Experts language models.
+
+Importing this module is cheap: it brings in no torch. The names below are loaded when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that holds it. One place, so that `moesaic.train(...)` needs no deep imports.
+_PUBLIC = {
+    "ModelConfig": "moesaic.config.model",
+    "TrainConfig": "moesaic.config.train",
+    "load_train_config": "moesaic.config.load",
+    "prepare": "moesaic.data.prepare",
+    "Transformer": "moesaic.model.transformer",
+    "generate": "moesaic.model.generate",
+    "train": "moesaic.train.loop",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'moesaic' has no attribute {name!r}; it has {', '.join(__all__)}.")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,49 @@
+"""The command line: parse, call, print. Each verb is a file beside this one and a plain Python call behind it.
+
+Nothing here or at the top of a verb's file imports torch, so that `moesaic --help` is instant.
+"""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from moesaic import __version__
+from moesaic.errors import MoesaicError
+
+app = typer.Typer(
+    name="moesaic",
+    help="Train, shrink and serve Mixture-of-Experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+# Verb -> its module, in the order of a model's life; the function there has the verb's name.
+VERBS = ("prepare", "train", "generate", "inspect", "doctor", "quickstart")
+
+for _verb in VERBS:
+    app.command(name=_verb)(getattr(import_module(f"moesaic.cli.{_verb}"), _verb))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        typer.echo(f"moesaic {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; a caller's mistake prints its message and exits with status 2."""
+    try:
+        return app(args=arguments)
+    except MoesaicError as error:
+        typer.secho(f"{type(error).__name__}: {error}", err=True, fg=typer.colors.RED)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("Interrupted.", err=True)
+        sys.exit(130)

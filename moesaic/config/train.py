@@ -1,0 +1,143 @@
+"""The training run's configuration. Lengths of training are in tokens, sizes of batches in sequences."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from moesaic.config.base import Config
+from moesaic.config.model import ModelConfig
+from moesaic.errors import ConfigError
+
+
+class DataConfig(Config):
+    """Which token shards to read and how to cut them into sequences."""
+
+    path: str = Field(description="a folder written by `moesaic prepare`")
+    sequence_length: int = Field(default=1024, ge=2, description="tokens per sequence")
+    document_mask: bool = Field(default=False, description="keep attention inside documents")
+
+
+class OptimizerConfig(Config):
+    """AdamW, or Muon for the matrices with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="on matrices; norms, biases and the router have none of it")
+    router_weight_decay: float = Field(default=0.0, ge=0)
+    max_gradient_norm: float | None = Field(default=1.0, gt=0, description="null: no clipping")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon only")
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.name != "muon" and "momentum" in self.model_fields_set and self.momentum != 0.95:
+            raise ConfigError(
+                f"optimizer.momentum ({self.momentum}) is Muon's; {self.name} does not use it; set optimizer.name = muon "
+                f"or remove it."
+            )
+        return self
+
+
+class ScheduleConfig(Config):
+    """Learning rate against tokens: linear warm-up, then cosine, or warm-up, stable, decay (WSD)."""
+
+    kind: Literal["cosine", "wsd"] = "cosine"
+    learning_rate: float = Field(default=3e-4, gt=0, description="peak")
+    min_learning_rate: float = Field(default=0.0, ge=0)
+    warmup_tokens: int = Field(default=0, ge=0)
+    decay_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="cosine: where the minimum is reached, counted from the start (null: at the last token); "
+        "wsd: length of the last, decaying part (null: a tenth of all tokens)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleConfig":
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"schedule.min_learning_rate ({self.min_learning_rate}) is more than schedule.learning_rate "
+                f"({self.learning_rate}); the rate decays from the peak to the minimum; swap or lower it."
+            )
+        return self
+
+
+class EvaluationConfig(Config):
+    """The validation loss during training: dropless, no noise, the same sequences every time."""
+
+    every_tokens: int | None = Field(default=None, ge=1, description="null: ten times during the run")
+    sequences: int = Field(default=64, ge=1, description="validation sequences a time, at most what there is")
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written and which are kept (the last ones, and always the best)."""
+
+    every_tokens: int | None = Field(default=None, ge=1, description="null: ten times during the run")
+    keep_last: int = Field(default=2, ge=1)
+
+
+class TrainConfig(Config):
+    """Everything a run depends on; written into the run folder as config.yaml."""
+
+    model: ModelConfig
+    data: DataConfig
+    tokens: int = Field(ge=1, description="to train on, in all; rounded up to whole steps")
+    batch_size: int = Field(default=32, ge=1, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: int = Field(default=None, ge=1, description="sequences per forward pass; null: batch_size")  # type: ignore[assignment]
+    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="of matrix work; master weights are fp32")
+    activation_checkpointing: bool = False
+    seed: int = Field(default=0, ge=0)
+    log_every_steps: int = Field(default=10, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_derived(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("micro_batch_size") is None:
+            values = {**values, "micro_batch_size": values.get("batch_size", cls.model_fields["batch_size"].default)}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"batch_size ({self.batch_size}) is not a multiple of micro_batch_size ({self.micro_batch_size}); a step "
+                f"accumulates whole micro-batches; use micro_batch_size that divides {self.batch_size}."
+            )
+        if self.data.sequence_length > self.model.max_positions:
+            raise ConfigError(
+                f"data.sequence_length ({self.data.sequence_length}) is more than model.max_positions "
+                f"({self.model.max_positions}); the model has no positions beyond; shorten the sequences or raise "
+                f"model.max_positions."
+            )
+        if self.schedule.warmup_tokens >= self.tokens:
+            raise ConfigError(
+                f"schedule.warmup_tokens ({self.schedule.warmup_tokens}) is not less than tokens ({self.tokens}); "
+                f"training would end before the peak rate; use a shorter warm-up."
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.tokens // self.tokens_per_step)
+
+    @property
+    def evaluation_every_steps(self) -> int:
+        return self._steps(self.evaluation.every_tokens)
+
+    @property
+    def checkpoint_every_steps(self) -> int:
+        return self._steps(self.checkpoint.every_tokens)
+
+    def _steps(self, every_tokens: int | None) -> int:
+        if every_tokens is None:
+            return max(1, self.total_steps // 10)
+        return max(1, round(every_tokens / self.tokens_per_step))

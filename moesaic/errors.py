@@ -1,0 +1,32 @@
+"""The mistakes a caller can make, one exception type each.
+
+Every message has three parts: what was given, what is required, what to do. Our own invariants are asserts, not these.
+"""
+
+
+class MoesaicError(Exception):
+    """Base of every error that the caller can mend; the command line prints it without a traceback."""
+
+
+class ConfigError(MoesaicError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+
+class DataError(MoesaicError):
+    """A corpus, a tokenizer or a token shard that is missing, empty, corrupt or does not fit the others."""
+
+
+class CheckpointError(MoesaicError):
+    """A checkpoint that is missing, truncated, corrupt or belongs to another model."""
+
+
+class TrainingError(MoesaicError):
+    """Training cannot go on: losses stay non-finite, the disk is full, or the data does not fit the run."""
+
+
+class DeviceError(MoesaicError):
+    """A device or a kernel was asked for by name and this machine does not have it."""
+
+
+class GenerationError(MoesaicError):
+    """A generation request that the model cannot serve, for example a prompt longer than its positions."""
