@@ -1,60 +1,168 @@
-"""The base of every config: frozen, keyword-only, unknown keys refused with the nearest names, errors in three parts."""
+"""The base of every config: frozen, keyword-only, unknown keys refused with the nearest names.
+
+Here is what all configs share, and how pydantic's findings become three-part errors; the fields are in the other files.
+"""
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moesaic.errors import ConfigError
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    # The class is private to pydantic; what is public is that BaseModel has it.
+    ModelMetaclass = type(BaseModel)
 
-class _ConfigMeta(type(BaseModel)):  # type: ignore[misc]
-    """Turn pydantic's ValidationError into our ConfigError where a config is constructed."""
 
-    def __call__(cls, *args: Any, **values: Any) -> Any:
+class _ConfigMeta(ModelMetaclass):
+    """Turn pydantic's ValidationError into our ConfigError where a config is constructed.
+
+    A metaclass and not `__init__`: pydantic calls an overridden `__init__` for inner configs too, and their errors
+    would lose the path from the outermost one.
+    """
+
+    def __call__(cls: type[BaseModel], *args: Any, **values: Any) -> Any:  # type: ignore[misc]
         try:
-            return super().__call__(*args, **values)
+            return ModelMetaclass.__call__(cls, *args, **values)
         except ValidationError as error:
-            raise ConfigError(_explain(cls.__name__, error)) from None
+            raise ConfigError(_explain(cls, error, "")) from None
 
 
 class Config(BaseModel, metaclass=_ConfigMeta):
     """A validated, immutable set of values. Change one with `config.replace(name=value)`, which validates again."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
-    @model_validator(mode="before")
     @classmethod
-    def _name_unknown_keys(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for key in values:
-                if key not in cls.model_fields:
-                    raise ConfigError(unknown_key_message(str(key), cls.__name__, list(cls.model_fields)))
-        return values
+    def from_dict(cls, values: Any, *, path: str = "") -> Self:
+        """Construct from a mapping, as read from YAML or JSON; `path` is where it stood, for the errors.
 
-    def replace(self, **changes: Any) -> "Any":
-        """Return a copy with some values changed, validated as a whole."""
-        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+        Raises: ConfigError for anything but a mapping, and for what the class refuses.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"{path or cls.__name__} is {_shown(values)}; a mapping of keys to values is required; "
+                f"write `key: value` lines with keys of {cls.__name__}: {', '.join(cls.model_fields)}."
+            )
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(_explain(cls, error, path)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON-able values; constructing from them gives an equal config."""
+        """Return plain JSON-able values; `from_dict` makes an equal config of them."""
         return self.model_dump(mode="json")
 
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some values changed, validated as a whole.
 
-def unknown_key_message(key: str, owner: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    remedy = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(sorted(known))}."
-    return f"{key} is not a key of {owner}; its keys are fixed so that no setting is silently ignored; {remedy}"
+        Values that were derived from others stay as they are; pass None for one to derive it again.
+        """
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+    def _refuse_without_effect(self, path: str, name: str, *, needs: str) -> None:
+        """Raise ConfigError if `name` is set to something other than its default; called where it would do nothing."""
+        value, default = getattr(self, name), type(self).model_fields[name].default
+        if value != default:
+            raise ConfigError(
+                f"{path} ({value}) has no effect here; it needs {needs}; set that too, or leave {path} at {default}."
+            )
 
 
-def _explain(owner: str, error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"]) or owner
-        if item["type"] == "missing":
-            lines.append(f"{path} is missing; {owner} requires it; set it in the YAML file or with --set {path}=VALUE.")
-        else:
-            required = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{path} ({item['input']!r}) in {owner}: {required}; change it in the YAML file or with --set.")
-    return "\n".join(lines)
+def nearest(name: str, known: list[str]) -> str:
+    """Return "did you mean ..." with the closest of the known names, or all of them."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(sorted(known))}."
+
+
+def _explain(root: type[BaseModel], error: ValidationError, prefix: str) -> str:
+    """One line per mistaken key: what it is, what is required, what to do."""
+    items = error.errors(include_url=False)
+    # A derived value (default None on a key that must not be null) is missing only because its source is wrong.
+    named = [item for item in items if not _is_underived(root, item)] or items
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for item in named:
+        groups.setdefault(_fields_on(root, item["loc"]), []).append(item)
+    return "\n".join(_explain_key(root, fields, group, prefix) for fields, group in groups.items())
+
+
+def _explain_key(root: type[BaseModel], fields: tuple[str, ...], items: list[Any], prefix: str) -> str:
+    owner = _owner(root, fields)
+    path = ".".join([prefix, *fields] if prefix else fields) or root.__name__
+    first = items[0]
+    if first["type"] == "missing":
+        return f"{path} is missing; {owner.__name__} requires it; set it in the YAML file or with --set {path}=VALUE."
+    if first["type"] == "extra_forbidden":
+        return (
+            f"{path} is not a key of {owner.__name__}; its keys are fixed so that no setting is silently ignored; "
+            f"{nearest(fields[-1], list(owner.model_fields))}"
+        )
+    # A value of several allowed types (a number or a list) gives one message for each.
+    required = " or ".join(dict.fromkeys(_required(item) for item in items))
+    field = owner.model_fields.get(fields[-1]) if fields else None
+    if field is not None and type(None) in get_args(field.annotation):
+        required += " or null"
+    return f"{path} ({_shown(first['input'])}): {required}; change it in the YAML file or with --set {path}=VALUE."
+
+
+def _required(item: Any) -> str:
+    """Return pydantic's message in the words of YAML."""
+    number, integer = "a number is required", "an integer is required"
+    plain = {
+        "int_type": integer,
+        "int_parsing": integer,
+        "int_from_float": integer,
+        "float_type": number,
+        "float_parsing": number,
+        "string_type": "text is required",
+        "tuple_type": "a list is required",
+        "model_type": "a section with keys is required",
+    }
+    message: str = item["msg"]
+    return plain.get(item["type"], message.replace("Input should be", "it must be"))
+
+
+def _fields_on(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Return the part of an error's location that is keys; after it come list positions and names of types."""
+    fields: list[str] = []
+    owner: type[BaseModel] | None = root
+    for part in location:
+        if owner is None:
+            break
+        fields.append(str(part))
+        owner = _inner(owner, str(part))
+    return tuple(fields)
+
+
+def _owner(root: type[BaseModel], fields: tuple[str, ...]) -> type[BaseModel]:
+    for name in fields[:-1]:
+        root = _inner(root, name) or root
+    return root
+
+
+def _inner(owner: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """Return the config class of a section, None for a plain value."""
+    field = owner.model_fields.get(name)
+    if field is None:
+        return None
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _is_underived(root: type[BaseModel], item: Any) -> bool:
+    fields = _fields_on(root, item["loc"])
+    field = _owner(root, fields).model_fields.get(fields[-1]) if fields else None
+    return field is not None and item["input"] is None and field.default is None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from moesaic.config.base import Config
+from moesaic.config.base import Config, nearest
 from moesaic.config.model import ModelConfig
 from moesaic.config.presets import preset, preset_names
 from moesaic.config.train import TrainConfig
@@ -15,11 +15,24 @@ from moesaic.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e11 as a string; people write it, so read it as the number."""
+    """YAML as people write configs: 3e11 is a number, which YAML 1.1 reads as text, and no key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if not isinstance(key, str):  # a mapping or a list as a key
+                raise yaml.constructor.ConstructorError(None, None, "a key is not text", key_node.start_mark)
+            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -34,14 +47,20 @@ def read_values(source: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(
             f"{str(source)!r} is neither a preset nor a file; a preset name or the path of a YAML file is required; "
-            f"presets: {', '.join(preset_names())}."
+            f"{nearest(str(source), preset_names())}"
         )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}; mend the file.") from None
+        raise ConfigError(f"{path} is not valid YAML: {error}; a mapping of keys to values; mend the file.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; a readable file is required; check it.") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}; a mapping of keys to values is required; see docs/.")
+        held = "is empty" if values is None else f"holds {type(values).__name__}"
+        raise ConfigError(
+            f"{path} {held}; a mapping of keys to values is required; write for example `preset: {preset_names()[-1]}`."
+        )
+    values = merge(values, {})
     if "preset" in values:
         name = values.pop("preset")
         return merge(preset(str(name)), values)
@@ -51,49 +70,72 @@ def read_values(source: str | Path) -> dict[str, Any]:
 def parse_assignment(assignment: str) -> tuple[list[str], Any]:
     """Parse one `a.b=value` of --set; the value is read as YAML (`null`, `[8, 8, 16]`, `1e9`)."""
     key, separator, text = assignment.partition("=")
-    if not separator or not key:
+    keys = key.strip().split(".")
+    if not separator or not all(keys):
         raise ConfigError(f"--set {assignment!r} has no key or no '='; a.b=VALUE is required; for example tokens=1e6.")
+    if not text.strip():
+        raise ConfigError(
+            f"--set {assignment!r} has no value; a.b=VALUE is required; write {key}=null to unset, {key}='\"\"' for an "
+            f"empty text."
+        )
     try:
-        return key.strip().split("."), yaml.load(text, Loader=_Loader)
+        return keys, yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {assignment!r}: {text!r} is not a YAML value; quote it, or mend it.") from None
+        raise ConfigError(
+            f"--set {assignment!r}: {text!r} is not YAML; a number, a word, null or a [list] is required; quote or "
+            f"mend it."
+        ) from None
 
 
 def apply_assignments(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of values with every `a.b=value` set, later ones last."""
-    result = merge(dict(values), {})
+    """Return a copy of values with every `a.b=value` set, later ones last.
+
+    A key under something that is absent or null makes the section. Raises: ConfigError for a key under a plain value.
+    """
+    result = merge(values, {})
     for assignment in assignments:
         keys, value = parse_assignment(assignment)
         place = result
-        for key in keys[:-1]:
+        for depth, key in enumerate(keys[:-1], start=1):
             inner = place.get(key)
-            if not isinstance(inner, dict):
+            if inner is None:
                 inner = place[key] = {}
+            elif not isinstance(inner, dict):
+                raise ConfigError(
+                    f"--set {assignment!r}: {'.'.join(keys[:depth])} is {inner!r}, not a section; a key can be set "
+                    f"only inside a section; set {'.'.join(keys[:depth])} itself."
+                )
             place = inner
         place[keys[-1]] = value
     return result
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return base with changes laid over it, mapping by mapping; neither is touched."""
-    result = {key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
+    """Return base with changes laid over it, section by section; lists are replaced; neither argument is touched."""
+    result = {str(key): merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
     for key, value in changes.items():
-        inner = result.get(key)
-        result[key] = merge(inner if isinstance(inner, dict) else {}, value) if isinstance(value, Mapping) else value
+        inner = result.get(str(key))
+        if isinstance(value, Mapping):
+            result[str(key)] = merge(inner if isinstance(inner, dict) else {}, value)
+        else:
+            result[str(key)] = value
     return result
 
 
 def load_train_config(source: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
     """Return the validated training config of a preset or YAML file, with `--set` assignments applied."""
-    return TrainConfig(**apply_assignments(read_values(source), assignments))
+    return TrainConfig.from_dict(apply_assignments(read_values(source), assignments))
 
 
 def load_model_config(source: str | Path, assignments: Sequence[str] = ()) -> ModelConfig:
     """Return the model part of a preset or YAML file; the rest of a training config may be incomplete."""
     values = apply_assignments(read_values(source), assignments)
     if "model" not in values:
-        raise ConfigError(f"{source} has no model section; `model:` with its sizes is required; see `moesaic inspect`.")
-    return ModelConfig(**values["model"])
+        raise ConfigError(
+            f"{source} has no model section; `model:` with the model's sizes is required; add it, or start from a "
+            f"preset with `preset: {preset_names()[-1]}`."
+        )
+    return ModelConfig.from_dict(values["model"], path="model")
 
 
 def write_config(config: Config, path: Path) -> None:

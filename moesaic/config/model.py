@@ -8,13 +8,15 @@ A Pyramid-Residual MoE is not a class here: `moe.num_experts` may name one count
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from moesaic.config.base import Config
 from moesaic.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 ResidualMix = Literal["sum", "softmax", "sigmoid"]
+
+_INTEGER = TypeAdapter(int)
 
 
 class RouterConfig(Config):
@@ -40,11 +42,25 @@ class RouterConfig(Config):
     z_loss: float = Field(default=0.0, ge=0, description="coefficient, summed over layers")
 
     @model_validator(mode="after")
-    def _check_groups(self) -> "RouterConfig":
+    def _check(self) -> "RouterConfig":
+        if self.noise != "jitter":
+            self._refuse_without_effect(
+                "moe.router.jitter_epsilon", "jitter_epsilon", needs="moe.router.noise = jitter"
+            )
+        if not self.score_correction_bias:
+            self._refuse_without_effect(
+                "moe.router.score_correction_rate",
+                "score_correction_rate",
+                needs="moe.router.score_correction_bias = true",
+            )
+        if self.balance_loss == 0:
+            self._refuse_without_effect(
+                "moe.router.balance_scope", "balance_scope", needs="moe.router.balance_loss > 0"
+            )
         if self.top_groups > self.num_groups:
             raise ConfigError(
-                f"top_groups ({self.top_groups}) is more than num_groups ({self.num_groups}); a token can choose "
-                f"from at most all groups; use top_groups <= {self.num_groups}."
+                f"moe.router.top_groups ({self.top_groups}) is more than moe.router.num_groups ({self.num_groups}); "
+                f"a token can choose from at most all groups; use top_groups <= {self.num_groups}."
             )
         return self
 
@@ -55,6 +71,13 @@ class CapacityConfig(Config):
     factor: float | None = Field(default=None, gt=0, description="null: dropless")
     min_capacity: int = Field(default=4, ge=1)
     drop_policy: Literal["position", "probability", "random"] = "position"
+
+    @model_validator(mode="after")
+    def _check(self) -> "CapacityConfig":
+        if self.factor is None:
+            for name in ("min_capacity", "drop_policy"):
+                self._refuse_without_effect(f"moe.capacity.{name}", name, needs="moe.capacity.factor (null: dropless)")
+        return self
 
 
 class MoEConfig(Config):
@@ -77,7 +100,7 @@ class MoEConfig(Config):
         if self.layers is not None and self.every != 1:
             raise ConfigError(
                 f"moe.every ({self.every}) and moe.layers ({list(self.layers)}) are both given; one of them places the "
-                f"MoE layers; remove one."
+                f"MoE layers; set moe.every = 1 or moe.layers = null."
             )
         return self
 
@@ -131,19 +154,20 @@ class ModelConfig(Config):
         if not isinstance(values, dict):
             return values
         values = dict(values)
-        hidden, heads = values.get("hidden_size"), values.get("num_heads")
+        hidden, heads = _integer(values.get("hidden_size")), _integer(values.get("num_heads"))
         if values.get("num_kv_heads") is None:
             values["num_kv_heads"] = heads
-        if values.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        if values.get("head_dim") is None and hidden and heads and hidden > 0 and heads > 0:
             if hidden % heads:
                 raise ConfigError(
-                    f"hidden_size ({hidden}) is not a multiple of num_heads ({heads}); without head_dim each head takes "
-                    f"hidden_size / num_heads; use hidden_size = {hidden - hidden % heads or heads} or give head_dim."
+                    f"hidden_size ({hidden}) is not a multiple of num_heads ({heads}); without head_dim each head "
+                    f"takes hidden_size / num_heads; use hidden_size = {hidden - hidden % heads or heads} or give "
+                    f"head_dim."
                 )
             values["head_dim"] = hidden // heads
-        if values.get("intermediate_size") is None and isinstance(hidden, int):
+        if values.get("intermediate_size") is None and hidden:
             values["intermediate_size"] = 4 * hidden
-        return {key: value for key, value in values.items() if value is not None or key == "moe"}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -152,6 +176,8 @@ class ModelConfig(Config):
                 f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.num_kv_heads}); each key/value "
                 f"head serves the same number of query heads; use num_kv_heads that divides {self.num_heads}."
             )
+        if self.positions == "learned":
+            self._refuse_without_effect("rope_theta", "rope_theta", needs="positions = rotary")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ConfigError(
                 f"head_dim ({self.head_dim}) is odd; rotary positions turn pairs of channels; use an even head_dim or "
@@ -182,8 +208,8 @@ class ModelConfig(Config):
             places = tuple(range(moe.every - 1, self.num_layers, moe.every))
             if not places:
                 raise ConfigError(
-                    f"moe.every ({moe.every}) is more than num_layers ({self.num_layers}); there would be no MoE layer; "
-                    f"use moe.every <= {self.num_layers}, or moe = null for a dense model."
+                    f"moe.every ({moe.every}) is more than num_layers ({self.num_layers}); there would be no MoE "
+                    f"layer; use moe.every <= {self.num_layers}, or moe = null for a dense model."
                 )
             return places
         wrong = [index for index in moe.layers if not 0 <= index < self.num_layers]
@@ -200,13 +226,16 @@ class ModelConfig(Config):
                 chosen = value
             elif len(value) != num_moe_layers:
                 raise ConfigError(
-                    f"moe.{name} has {len(value)} values for {num_moe_layers} MoE layers; give one value for all, or one "
-                    f"for each MoE layer."
+                    f"moe.{name} has {len(value)} values for {num_moe_layers} MoE layers; one value for all, or one "
+                    f"for each MoE layer, is required; give {num_moe_layers}, or a single number."
                 )
             else:
                 chosen = value[order]
             if chosen < 1:
-                raise ConfigError(f"moe.{name} ({chosen}) must be at least 1; use moe = null for a dense model.")
+                raise ConfigError(
+                    f"moe.{name} ({chosen}) of MoE layer {order} is less than 1; at least 1 is required; raise it, or "
+                    f"use moe = null for a dense model."
+                )
             return chosen
 
         num_experts, top_k = pick("num_experts", moe.num_experts), pick("top_k", moe.top_k)
@@ -224,14 +253,14 @@ class ModelConfig(Config):
         if router.num_groups > 1 and num_experts % router.num_groups:
             raise ConfigError(
                 f"num_experts ({num_experts}) of MoE layer {order} is not a multiple of moe.router.num_groups "
-                f"({router.num_groups}); groups are of equal size; use {num_experts - num_experts % router.num_groups} "
-                f"experts or another num_groups."
+                f"({router.num_groups}); groups are of equal size; use "
+                f"{num_experts - num_experts % router.num_groups or router.num_groups} experts or another num_groups."
             )
         available = num_experts // router.num_groups * router.top_groups
         if top_k > available:
             raise ConfigError(
                 f"moe.top_k ({top_k}) is more than the {available} experts of moe.router.top_groups "
-                f"({router.top_groups}) groups; raise top_groups or lower top_k."
+                f"({router.top_groups}) groups; a token chooses inside its groups; raise top_groups or lower top_k."
             )
         expert_size = self.intermediate_size if moe.intermediate_size is None else moe.intermediate_size
         residual_size = moe.residual_intermediate_size or self.intermediate_size
@@ -249,3 +278,11 @@ class ModelConfig(Config):
             router=router,
             capacity=moe.capacity,
         )
+
+
+def _integer(value: Any) -> int | None:
+    """Return what pydantic will read as an integer (1e3 and "1000" too), None for what it will refuse."""
+    try:
+        return _INTEGER.validate_python(value)
+    except ValidationError:
+        return None

@@ -1,20 +1,24 @@
-"""Named starting points: the paper's models with their training values (FACTS: tables of the release), and small ones.
+"""Named starting points: the paper's models with their training values and small ones.
 
-A preset is a partial training config: everything but `data.path`. Sources: DeepSpeed-MoE (arXiv 2201.05596), tables 2
-and 6, and the released training scripts. The inference models (2.4B, 8B, 24B, 47B) have no published training values
-and no published head counts; 28, 32, 64 and 64 heads are ours and change no count.
+A preset is a training config without `data.path`. Sources: DeepSpeed-MoE (arXiv 2201.05596), tables 2 and 6, and the
+released training scripts. The inference models (2.4B, 8B, 24B, 47B) have no published training values and no published
+head counts: 28, 32, 64 and 64 heads are ours and change no count, and their training values are those of the largest
+published training run, 6.7B dense, with the longer decay to a lower rate that the scripts recommend for MoE.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from moesaic.config.base import nearest
 from moesaic.errors import ConfigError
 
 _BILLION = 1_000_000_000
 _WARMUP_TOKENS = 375_000_000
 
 
-def _paper_model(num_layers: int, hidden_size: int, num_heads: int, init_std: float, moe: dict[str, Any] | None) -> dict[str, Any]:
+def _paper_model(
+    num_layers: int, hidden_size: int, num_heads: int, init_std: float, moe: dict[str, Any] | None
+) -> dict[str, Any]:
     return {
         "vocab_size": 50_304,
         "hidden_size": hidden_size,
@@ -69,7 +73,10 @@ def _paper(model: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inference(num_layers: int, hidden_size: int, num_heads: int) -> dict[str, Any]:
-    return {"model": _paper_model(num_layers, hidden_size, num_heads, 0.01, _paper_moe(128))}
+    return _paper(
+        _paper_model(num_layers, hidden_size, num_heads, 0.01, _paper_moe(128)),
+        _paper_training(1024, 1, 1.2e-4, 1.0e-6, 300 * _BILLION),
+    )
 
 
 def _tiny(moe: dict[str, Any] | None) -> dict[str, Any]:
@@ -156,5 +163,5 @@ def preset_names() -> list[str]:
 def preset(name: str) -> dict[str, Any]:
     """Return a fresh copy of a preset's values."""
     if name not in _PRESETS:
-        raise ConfigError(f"{name!r} is not a preset; one of these is required: {', '.join(_PRESETS)}.")
+        raise ConfigError(f"{name!r} is not a preset; the name of one is required; {nearest(name, preset_names())}")
     return _PRESETS[name]()

@@ -24,18 +24,17 @@ class OptimizerConfig(Config):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0, description="on matrices; norms, biases and the router have none of it")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="on matrices; norms, biases and the router have none of it"
+    )
     router_weight_decay: float = Field(default=0.0, ge=0)
     max_gradient_norm: float | None = Field(default=1.0, gt=0, description="null: no clipping")
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon only")
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
-        if self.name != "muon" and "momentum" in self.model_fields_set and self.momentum != 0.95:
-            raise ConfigError(
-                f"optimizer.momentum ({self.momentum}) is Muon's; {self.name} does not use it; set optimizer.name = muon "
-                f"or remove it."
-            )
+        if self.name != "muon":
+            self._refuse_without_effect("optimizer.momentum", "momentum", needs="optimizer.name = muon")
         return self
 
 
@@ -105,8 +104,8 @@ class TrainConfig(Config):
     def _check(self) -> "TrainConfig":
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(
-                f"batch_size ({self.batch_size}) is not a multiple of micro_batch_size ({self.micro_batch_size}); a step "
-                f"accumulates whole micro-batches; use micro_batch_size that divides {self.batch_size}."
+                f"batch_size ({self.batch_size}) is not a multiple of micro_batch_size ({self.micro_batch_size}); a "
+                f"step accumulates whole micro-batches; use micro_batch_size that divides {self.batch_size}."
             )
         if self.data.sequence_length > self.model.max_positions:
             raise ConfigError(
@@ -119,7 +118,25 @@ class TrainConfig(Config):
                 f"schedule.warmup_tokens ({self.schedule.warmup_tokens}) is not less than tokens ({self.tokens}); "
                 f"training would end before the peak rate; use a shorter warm-up."
             )
+        self._check_decay(self.schedule)
         return self
+
+    def _check_decay(self, schedule: ScheduleConfig) -> None:
+        if schedule.decay_tokens is None:
+            return
+        if schedule.kind == "cosine" and schedule.decay_tokens <= schedule.warmup_tokens:
+            raise ConfigError(
+                f"schedule.decay_tokens ({schedule.decay_tokens}) is not more than schedule.warmup_tokens "
+                f"({schedule.warmup_tokens}); a cosine reaches its minimum after the warm-up; raise it, or set it to "
+                f"null for the last token."
+            )
+        if schedule.kind == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > self.tokens:
+            raise ConfigError(
+                f"schedule.warmup_tokens ({schedule.warmup_tokens}) and schedule.decay_tokens "
+                f"({schedule.decay_tokens}) are together more than tokens ({self.tokens}); the decay starts after the "
+                f"warm-up and ends with the training; shorten one, or set schedule.decay_tokens to null for a tenth of "
+                f"all tokens."
+            )
 
     @property
     def tokens_per_step(self) -> int:
