@@ -214,9 +214,10 @@ class ModelConfig(Config):
             return places
         wrong = [index for index in moe.layers if not 0 <= index < self.num_layers]
         if wrong or len(set(moe.layers)) != len(moe.layers) or not moe.layers:
+            remedy = f"remove {wrong or 'the repeated ones'}" if moe.layers else "use moe = null for a dense model"
             raise ConfigError(
-                f"moe.layers ({list(moe.layers)}) must name distinct layers from 0 to {self.num_layers - 1}, at least "
-                f"one; remove {wrong or 'the repeated ones'}, or use moe = null for a dense model."
+                f"moe.layers ({list(moe.layers)}) is not a choice of layers; at least one layer from 0 to "
+                f"{self.num_layers - 1}, none twice, is required; {remedy}."
             )
         return tuple(sorted(moe.layers))
 

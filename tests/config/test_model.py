@@ -1,0 +1,140 @@
+"""The model's pattern of layers, and every combination of its values that is refused."""
+
+from typing import Any
+
+import pytest
+
+from moesaic.config.model import CapacityConfig, ModelConfig, MoEConfig, RouterConfig
+from moesaic.errors import ConfigError
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 24, "num_layers": 6, "num_heads": 4}
+
+
+def model(moe: dict[str, Any] | None = None, **values: Any) -> ModelConfig:
+    return ModelConfig(**{**SIZES, **values, "moe": moe})
+
+
+def test_derived_sizes() -> None:
+    config = model()
+    assert (config.num_kv_heads, config.head_dim, config.intermediate_size) == (4, 6, 96)
+    given = model(num_kv_heads=2, head_dim=10, intermediate_size=50)
+    assert (given.num_kv_heads, given.head_dim, given.intermediate_size) == (2, 10, 50)
+
+
+@pytest.mark.parametrize("hidden", [1e3, "1000", 1000])
+def test_derived_sizes_from_any_spelling_of_the_number(hidden: Any) -> None:
+    config = model(hidden_size=hidden)
+    assert (config.hidden_size, config.head_dim, config.intermediate_size) == (1000, 250, 4000)
+
+
+def test_a_dense_model_has_only_dense_layers() -> None:
+    config = model()
+    assert config.moe_layers == ()
+    assert {(layer.intermediate_size, layer.num_experts, layer.top_k) for layer in config.layers} == {(96, 0, 0)}
+
+
+def test_moe_on_every_nth_layer_the_nth_first() -> None:
+    assert model({"num_experts": 4}).moe_layers == (0, 1, 2, 3, 4, 5)
+    assert model({"num_experts": 4, "every": 2}).moe_layers == (1, 3, 5)
+    assert model({"num_experts": 4, "every": 4}).moe_layers == (3,)
+
+
+def test_moe_on_named_layers_in_any_order() -> None:
+    config = model({"num_experts": [2, 8], "layers": [4, 1]})
+    assert config.moe_layers == (1, 4)
+    assert [config.layers[index].num_experts for index in (1, 4)] == [2, 8], "values go by depth"
+
+
+def test_a_pyramid_gives_each_moe_layer_its_own_values() -> None:
+    config = model({"num_experts": [2, 4, 8], "top_k": [1, 1, 2], "intermediate_size": [48, 24, 12], "every": 2})
+    layers = [config.layers[index] for index in config.moe_layers]
+    assert [layer.num_experts for layer in layers] == [2, 4, 8]
+    assert [layer.top_k for layer in layers] == [1, 1, 2]
+    assert [layer.expert_intermediate_size for layer in layers] == [48, 24, 12]
+    assert [layer.intermediate_size for layer in layers] == [0, 0, 0], "no dense MLP without residual"
+
+
+def test_a_residual_layer_has_both() -> None:
+    layer = model({"num_experts": 4, "residual": "sum"}).layers[0]
+    assert (layer.intermediate_size, layer.expert_intermediate_size) == (96, 96)
+    layer = model({"num_experts": 4, "residual": "sigmoid", "residual_intermediate_size": 7}).layers[0]
+    assert (layer.intermediate_size, layer.expert_intermediate_size) == (7, 96)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "heads do not divide the width": ({"num_heads": 5}, "hidden_size (24)"),
+    "kv heads do not divide the heads": ({"num_kv_heads": 3}, "num_heads (4)"),
+    "odd head with rotary": ({"head_dim": 5}, "head_dim (5)"),
+    "rope_theta without rotary": ({"positions": "learned", "rope_theta": 5.0}, "rope_theta (5.0)"),
+    "no layer to place": ({"moe": {"num_experts": 4, "every": 7}}, "moe.every (7)"),
+    "two placements": ({"moe": {"num_experts": 4, "every": 2, "layers": [1]}}, "moe.every (2)"),
+    "layer out of range": ({"moe": {"num_experts": 4, "layers": [1, 6]}}, "moe.layers ([1, 6])"),
+    "layer below zero": ({"moe": {"num_experts": 4, "layers": [-1]}}, "moe.layers ([-1])"),
+    "layer twice": ({"moe": {"num_experts": 4, "layers": [1, 1]}}, "moe.layers ([1, 1])"),
+    "no layers": ({"moe": {"num_experts": 4, "layers": []}}, "moe.layers ([])"),
+    "counts for other layers": ({"moe": {"num_experts": [4, 4], "every": 2}}, "moe.num_experts has 2 values"),
+    "no counts": ({"moe": {"num_experts": []}}, "moe.num_experts has 0 values"),
+    "no experts": ({"moe": {"num_experts": 0}}, "moe.num_experts (0)"),
+    "negative experts in a pyramid": ({"moe": {"num_experts": [4, -4], "every": 3}}, "moe.num_experts (-4)"),
+    "top_k beyond the experts": ({"moe": {"num_experts": 4, "top_k": 5}}, "moe.top_k (5)"),
+    "top_k of zero": ({"moe": {"num_experts": 4, "top_k": 0}}, "moe.top_k (0)"),
+    "renormalised top-1": ({"moe": {"num_experts": 4, "router": {"renormalize": True}}}, "moe.router.renormalize"),
+    "uneven groups": (
+        {"moe": {"num_experts": 6, "top_k": 2, "router": {"num_groups": 4, "top_groups": 2}}},
+        "num_experts (6)",
+    ),
+    "more groups than experts": ({"moe": {"num_experts": 2, "router": {"num_groups": 4}}}, "num_experts (2)"),
+    "groups too small for top_k": (
+        {"moe": {"num_experts": 8, "top_k": 3, "router": {"num_groups": 4, "top_groups": 1}}},
+        "moe.top_k (3)",
+    ),
+    "more groups chosen than there are": (
+        {"moe": {"num_experts": 8, "router": {"num_groups": 2, "top_groups": 3}}},
+        "moe.router.top_groups (3)",
+    ),
+    "a residual size without residual": (
+        {"moe": {"num_experts": 4, "residual_intermediate_size": 8}},
+        "moe.residual_intermediate_size (8)",
+    ),
+    "jitter size without jitter": (
+        {"moe": {"num_experts": 4, "router": {"jitter_epsilon": 0.5}}},
+        "moe.router.jitter_epsilon (0.5)",
+    ),
+    "bias rate without bias": (
+        {"moe": {"num_experts": 4, "router": {"score_correction_rate": 0.5}}},
+        "moe.router.score_correction_rate (0.5)",
+    ),
+    "scope of no loss": (
+        {"moe": {"num_experts": 4, "router": {"balance_loss": 0, "balance_scope": "global_batch"}}},
+        "moe.router.balance_scope (global_batch)",
+    ),
+    "drop policy of a dropless layer": (
+        {"moe": {"num_experts": 4, "capacity": {"drop_policy": "random"}}},
+        "moe.capacity.drop_policy (random)",
+    ),
+    "minimum capacity of a dropless layer": (
+        {"moe": {"num_experts": 4, "capacity": {"min_capacity": 9}}},
+        "moe.capacity.min_capacity (9)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_value_the_requirement_and_the_remedy(case: str) -> None:
+    values, given = REFUSED[case]
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(**{**SIZES, **values})
+    message = str(caught.value)
+    assert given in message
+    assert message.count(";") >= 2 and message.endswith("."), message
+    assert "use 0 " not in message, "a remedy must be possible"
+
+
+def test_the_same_settings_are_accepted_where_they_have_an_effect() -> None:
+    RouterConfig(noise="jitter", jitter_epsilon=0.5)
+    RouterConfig(score_correction_bias=True, score_correction_rate=0.5)
+    RouterConfig(balance_scope="global_batch")
+    CapacityConfig(factor=1.0, drop_policy="random", min_capacity=1)
+    model(positions="learned", head_dim=5)
+    MoEConfig(num_experts=4, layers=(1,))
+    model({"num_experts": 8, "top_k": 2, "router": {"renormalize": True, "num_groups": 4, "top_groups": 1}})

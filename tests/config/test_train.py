@@ -1,0 +1,76 @@
+"""The training config: lengths in tokens become whole steps; combinations that cannot work are refused."""
+
+from typing import Any
+
+import pytest
+
+from moesaic.config.train import TrainConfig
+from moesaic.errors import ConfigError
+
+MODEL = {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_positions": 128}
+BASE: dict[str, Any] = {"model": MODEL, "data": {"path": "x", "sequence_length": 128}, "tokens": 100_000}
+
+
+def test_the_micro_batch_is_the_batch_unless_given() -> None:
+    assert TrainConfig(**BASE).micro_batch_size == TrainConfig(**BASE).batch_size == 32
+    assert TrainConfig(**BASE, batch_size=8).micro_batch_size == 8
+    assert TrainConfig(**BASE, batch_size=8, micro_batch_size=2).micro_batch_size == 2
+
+
+def test_tokens_round_up_to_whole_steps() -> None:
+    config = TrainConfig(**{**BASE, "tokens": 128 * 4 * 3 + 1}, batch_size=4)
+    assert config.tokens_per_step == 512
+    assert config.total_steps == 4
+    assert TrainConfig(**{**BASE, "tokens": 1}).total_steps == 1
+
+
+def test_intervals_are_at_least_one_step() -> None:
+    config = TrainConfig(**BASE, batch_size=4)
+    assert config.total_steps == 196
+    assert config.evaluation_every_steps == config.checkpoint_every_steps == 19
+    short = TrainConfig(**{**BASE, "tokens": 512}, batch_size=4, evaluation={"every_tokens": 1})
+    assert short.evaluation_every_steps == short.checkpoint_every_steps == 1
+    assert TrainConfig(**BASE, batch_size=4, checkpoint={"every_tokens": 5_120}).checkpoint_every_steps == 10
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "uneven micro-batches": ({"batch_size": 6, "micro_batch_size": 4}, "batch_size (6)"),
+    "a micro-batch larger than the batch": ({"batch_size": 4, "micro_batch_size": 8}, "batch_size (4)"),
+    "sequences beyond the positions": ({"data": {"path": "x", "sequence_length": 129}}, "data.sequence_length (129)"),
+    "nothing but warm-up": ({"schedule": {"warmup_tokens": 100_000}}, "schedule.warmup_tokens (100000)"),
+    "a minimum above the peak": (
+        {"schedule": {"learning_rate": 1e-3, "min_learning_rate": 1e-2}},
+        "schedule.min_learning_rate (0.01)",
+    ),
+    "momentum without Muon": ({"optimizer": {"momentum": 0.5}}, "optimizer.momentum (0.5)"),
+    "a cosine that ends in the warm-up": (
+        {"schedule": {"warmup_tokens": 500, "decay_tokens": 500}},
+        "schedule.decay_tokens (500)",
+    ),
+    "a decay that starts in the warm-up": (
+        {"schedule": {"kind": "wsd", "warmup_tokens": 60_000, "decay_tokens": 50_000}},
+        "schedule.decay_tokens (50000)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_value_the_requirement_and_the_remedy(case: str) -> None:
+    values, given = REFUSED[case]
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**{**BASE, **values})
+    message = str(caught.value)
+    assert given in message
+    assert message.count(";") >= 2 and message.endswith("."), message
+
+
+def test_a_cosine_may_end_after_the_training() -> None:
+    """The paper's dense models stop on the way down or stay at the minimum; both are schedules."""
+    TrainConfig(**BASE, schedule={"decay_tokens": 10**9})
+    TrainConfig(**BASE, schedule={"decay_tokens": 1_000})
+
+
+def test_momentum_at_its_default_is_no_mistake() -> None:
+    """A config written to YAML names every value, those of the other optimizer too."""
+    config = TrainConfig(**BASE)
+    assert TrainConfig.from_dict(config.to_dict()) == config
