@@ -1,0 +1,268 @@
+"""What a model costs, from its config alone: parameters, active parameters, FLOPs and memory.
+
+Two counts live here. `paper_parameters` is the arithmetic behind the published sizes: matrices only. `count_parameters`
+is the model that moesaic builds, biases and norms included. What a cost means in seconds or in devices is not here.
+"""
+
+from dataclasses import dataclass
+
+from moesaic.config.model import FeedForwardConfig, ModelConfig
+
+_BF16_BYTES = 2
+_FP32_BYTES = 4
+# fp32: master weight, its gradient, and AdamW's two moments.
+_TRAINING_STATE_BYTES = 4 * _FP32_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParameters:
+    """The parameters of one layer by part. `dense_mlp` is a dense layer's only MLP, or a residual layer's fixed one.
+
+    `active_experts` are the parameters of the top_k experts that one token uses, of the `experts` there are.
+    """
+
+    index: int
+    attention: int
+    norms: int
+    dense_mlp: int
+    residual_mix: int
+    router: int
+    experts: int
+    active_experts: int
+
+    @property
+    def total(self) -> int:
+        return self._fixed + self.experts
+
+    @property
+    def active(self) -> int:
+        return self._fixed + self.active_experts
+
+    @property
+    def _fixed(self) -> int:
+        return self.attention + self.norms + self.dense_mlp + self.residual_mix + self.router
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """The parameters of a whole model. `output` is the lm_head's matrix; tied, it is the token embedding's own."""
+
+    embedding: int
+    output: int
+    is_tied: bool
+    final_norm: int
+    layers: tuple[LayerParameters, ...]
+
+    @property
+    def total(self) -> int:
+        return (
+            self.embedding
+            + (0 if self.is_tied else self.output)
+            + self.final_norm
+            + sum(layer.total for layer in self.layers)
+        )
+
+    @property
+    def active(self) -> int:
+        """What one token's forward pass multiplies: the lm_head, tied or not, but no embedding look-up."""
+        return self.output + self.final_norm + sum(layer.active for layer in self.layers)
+
+    @property
+    def attention(self) -> int:
+        return sum(layer.attention for layer in self.layers)
+
+    @property
+    def dense_mlp(self) -> int:
+        return sum(layer.dense_mlp + layer.residual_mix for layer in self.layers)
+
+    @property
+    def experts(self) -> int:
+        return sum(layer.experts for layer in self.layers)
+
+    @property
+    def router(self) -> int:
+        return sum(layer.router for layer in self.layers)
+
+    @property
+    def norms(self) -> int:
+        return self.final_norm + sum(layer.norms for layer in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes, on one device that holds the whole model.
+
+    `weights_bytes` are bf16, as served and as used in a training step; `training_state_bytes` are the fp32 master
+    weights, gradients and AdamW moments beside them. The activations are those of one micro-batch.
+    """
+
+    weights_bytes: int
+    training_state_bytes: int
+    kv_cache_bytes_per_token: int
+    micro_batch_size: int
+    sequence_length: int
+    activation_bytes: int
+    checkpointed_activation_bytes: int
+
+
+def paper_parameters(config: ModelConfig, *, with_embeddings: bool = True) -> int:
+    """Return the size as the paper states it: matrices of attention, MLPs, experts and routers, no norms, no biases.
+
+    For the paper's shapes that is 4 H^2 of attention per layer, 8 H^2 per MLP and per expert, E H per router, and V H
+    of tokens and positions H of embeddings. The mix of a residual layer, 2 H, is not in it.
+
+    Source: DeepSpeed-MoE (arXiv 2201.05596), tables 2 and 6; the published sizes follow to the printed digits.
+    """
+    total = 0
+    for layer in config.layers:
+        total += _attention_matrices(config) + _mlp_matrices(config, layer.intermediate_size)
+        total += layer.num_experts * (_mlp_matrices(config, layer.expert_intermediate_size) + config.hidden_size)
+    if with_embeddings:
+        total += _embedding(config) + (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)
+    return total
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Return the parameters of the model that the config builds, biases and norms included, buffers not."""
+    return ParameterCount(
+        embedding=_embedding(config),
+        output=config.vocab_size * config.hidden_size,
+        is_tied=config.tie_embeddings,
+        final_norm=_norm(config),
+        layers=tuple(_count_layer(config, index, layer) for index, layer in enumerate(config.layers)),
+    )
+
+
+def flops_per_token(config: ModelConfig, *, context: int) -> int:
+    """Return the FLOPs of one token's forward pass when it attends to `context` positions, itself included.
+
+    Two per multiply-add of every matrix the token passes through, lm_head included, and of queries by keys and
+    probabilities by values. Norms, activations and softmax are left out, as everyone does.
+    """
+    return _matrix_flops(config) + _attention_flops(config, context)
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """Return the mean FLOPs per token of a forward and a backward pass over a causal sequence.
+
+    The backward pass is twice the forward pass; the mean context is (sequence_length + 1) / 2. Recomputation by
+    activation checkpointing is not counted: it is no useful work.
+    """
+    return 3 * _matrix_flops(config) + 3 * _attention_flops(config, sequence_length + 1) // 2
+
+
+def memory(config: ModelConfig, *, micro_batch_size: int = 1, sequence_length: int | None = None) -> MemoryEstimate:
+    """Return the memory of the model, of its training and of its KV cache; sequence_length None: max_positions.
+
+    The activations are what the backward pass keeps, in bf16, counted by `_kept_per_token`; with activation
+    checkpointing they are each layer's input and one layer's activations at a time. Logits never exist as a whole
+    (kernels/cross_entropy), so they are not in it.
+    """
+    parameters = count_parameters(config).total
+    length = config.max_positions if sequence_length is None else sequence_length
+    tokens = micro_batch_size * length
+    kept = [_kept_per_token(config, layer) for layer in config.layers]
+    # Outside the layers: the last hidden states, normed, and their gradient, which the fused loss makes in its forward.
+    outside = 3 * config.hidden_size
+    return MemoryEstimate(
+        weights_bytes=_BF16_BYTES * parameters,
+        training_state_bytes=_TRAINING_STATE_BYTES * parameters,
+        kv_cache_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * _BF16_BYTES,
+        micro_batch_size=micro_batch_size,
+        sequence_length=length,
+        activation_bytes=_BF16_BYTES * tokens * (sum(kept) + outside),
+        checkpointed_activation_bytes=_BF16_BYTES
+        * tokens
+        * (config.num_layers * config.hidden_size + max(kept) + outside),
+    )
+
+
+def _count_layer(config: ModelConfig, index: int, layer: FeedForwardConfig) -> LayerParameters:
+    expert = _mlp(config, layer.expert_intermediate_size) if layer.is_moe else 0
+    return LayerParameters(
+        index=index,
+        attention=_attention_matrices(config) + _attention_biases(config),
+        norms=2 * _norm(config) + (2 * config.head_dim if config.qk_norm else 0),
+        dense_mlp=_mlp(config, layer.intermediate_size) if layer.intermediate_size else 0,
+        residual_mix=_residual_mix(config, layer),
+        router=layer.num_experts * config.hidden_size,
+        experts=layer.num_experts * expert,
+        active_experts=layer.top_k * expert,
+    )
+
+
+def _embedding(config: ModelConfig) -> int:
+    positions = config.max_positions if config.positions == "learned" else 0
+    return (config.vocab_size + positions) * config.hidden_size
+
+
+def _norm(config: ModelConfig) -> int:
+    return config.hidden_size * (2 if config.norm == "layernorm" else 1)
+
+
+def _attention_matrices(config: ModelConfig) -> int:
+    """q and o of all heads, k and v of the key/value heads."""
+    return 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+
+
+def _attention_biases(config: ModelConfig) -> int:
+    qkv = config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
+    return {"none": 0, "qkv": qkv, "all": qkv + config.hidden_size}[config.attention_bias]
+
+
+def _input_matrices(config: ModelConfig) -> int:
+    """How many matrices lead into an MLP's intermediate width: gate and up, or up alone."""
+    return 2 if config.activation == "swiglu" else 1
+
+
+def _mlp_matrices(config: ModelConfig, intermediate_size: int) -> int:
+    return (_input_matrices(config) + 1) * config.hidden_size * intermediate_size
+
+
+def _mlp(config: ModelConfig, intermediate_size: int) -> int:
+    biases = _input_matrices(config) * intermediate_size + config.hidden_size if config.mlp_bias else 0
+    return _mlp_matrices(config, intermediate_size) + biases
+
+
+def _residual_mix(config: ModelConfig, layer: FeedForwardConfig) -> int:
+    """A softmax over two weights has a bias, a sigmoid of one has none, a sum learns nothing."""
+    if layer.residual == "softmax":
+        return 2 * config.hidden_size + 2
+    return config.hidden_size if layer.residual == "sigmoid" else 0
+
+
+def _matrix_flops(config: ModelConfig) -> int:
+    multiplied = config.vocab_size * config.hidden_size
+    for layer in config.layers:
+        multiplied += _attention_matrices(config) + _mlp_matrices(config, layer.intermediate_size)
+        multiplied += layer.top_k * _mlp_matrices(config, layer.expert_intermediate_size)
+        multiplied += layer.num_experts * config.hidden_size
+        multiplied += config.hidden_size * {"softmax": 2, "sigmoid": 1}.get(layer.residual or "sum", 0)
+    return 2 * multiplied
+
+
+def _attention_flops(config: ModelConfig, context: int) -> int:
+    return 4 * config.num_layers * config.num_heads * config.head_dim * context
+
+
+def _kept_per_token(config: ModelConfig, layer: FeedForwardConfig) -> int:
+    """Return the numbers that one layer keeps for its backward pass, per token, in units of a bf16 number."""
+    hidden = config.hidden_size
+    kept = 2 * hidden  # the inputs of both norms
+    kept += 2 * hidden  # the norms' outputs, which the matrices' gradients need
+    kept += config.head_dim * (
+        2 * config.num_heads + 2 * config.num_kv_heads
+    )  # queries, keys, values, attention output
+    kept += 2 * config.num_heads  # the softmax's normaliser, fp32
+    if config.qk_norm:
+        kept += config.head_dim * (config.num_heads + config.num_kv_heads)
+    kept += _input_matrices(config) * layer.intermediate_size  # the pre-activation; the activation is recomputed
+    if layer.is_moe:
+        kept += 2 * layer.num_experts  # routing probabilities, fp32
+        # Each route's copy of the input, its pre-activation, and its output for the gradient of the routing weight.
+        kept += layer.top_k * (2 * hidden + _input_matrices(config) * layer.expert_intermediate_size)
+    if layer.residual in ("softmax", "sigmoid"):
+        kept += 2 * hidden  # both branches, for the gradient of the mix
+    if config.dropout:
+        kept += hidden  # the masks of both block outputs, a byte each
+    return kept
