@@ -1,0 +1,58 @@
+"""MLP activations as in-place-friendly forward and backward pairs, so that only the pre-activation need be saved."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def activate(pre: Tensor, activation: str) -> Tensor:
+    """Return the activation of pre: (N, F) for gelu and gelu_tanh, (N, 2F) as [gate, up] -> (N, F) for swiglu."""
+    if activation == "swiglu":
+        gate, up = pre.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+    return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def activate_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """Return the gradient with respect to pre, given the gradient (N, F) of the activation."""
+    if activation == "swiglu":
+        gate, up = pre.chunk(2, dim=-1)
+        grad_pre = torch.empty_like(pre)
+        grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_pre
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
+
+
+class _Mlp(torch.autograd.Function):
+    """activation(x W_up^T + b_up) W_down^T + b_down, saving x and the pre-activation only."""
+
+    @staticmethod
+    def forward(ctx, x, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+        pre = F.linear(x, up, up_bias)
+        ctx.save_for_backward(x, pre, up, down)
+        ctx.activation = activation
+        ctx.has_bias = up_bias is not None
+        return F.linear(activate(pre, activation), down, down_bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+        x, pre, up, down = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_down = grad.t() @ activate(pre, ctx.activation)
+        grad_pre = activate_backward(grad @ down, pre, ctx.activation)
+        grad_up = grad_pre.t() @ x
+        grad_x = grad_pre @ up if ctx.needs_input_grad[0] else None
+        if not ctx.has_bias:
+            return grad_x, grad_up, None, grad_down, None, None
+        return grad_x, grad_up, grad_pre.sum(0), grad_down, grad.sum(0), None
+
+
+def mlp(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str) -> Tensor:
+    """Return the MLP of x (T, H); up is (F, H), or (2F, H) as [gate, up] for swiglu, down (H, F); all of one dtype.
+
+    The activation's output is recomputed in the backward pass: F numbers a token less to keep, for one cheap pass.
+    """
+    return _Mlp.apply(x, up, up_bias, down, down_bias, activation)

@@ -1,0 +1,157 @@
+"""Every expert's MLP on its own run of rows: the contract, and its implementation with PyTorch's operations.
+
+On the CPU `F.grouped_mm` is itself a loop of one product per expert, and its backward writes each expert's gradient into
+a fresh tensor; looping here lets every product write into its place of one buffer. On CUDA `F.grouped_mm` is one kernel.
+The oracle is kernels/reference/moe.grouped_mlp.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.kernels.activation import activate, activate_backward
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Stacked weights of E experts, all of one dtype.
+
+    Shapes: up (E, F, H), or (E, 2F, H) as [gate, up] for swiglu; down (E, H, F); up_bias (E, F or 2F), down_bias (E, H).
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+
+    def to(self, dtype: torch.dtype) -> "ExpertWeights":
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(dtype)
+
+        return ExpertWeights(
+            self.up.to(dtype), self.down.to(dtype), cast(self.up_bias), cast(self.down_bias), self.activation
+        )
+
+
+def grouped_mlp(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) -> Tensor:
+    """Return (N, H): row n is its expert's MLP of x[n].
+
+    Shapes: x (N, H), rows sorted by expert; tokens_per_expert (E,) int64, its sum N. x and weights are of one dtype.
+    """
+    assert x.dim() == 2 and x.shape[1] == weights.up.shape[2], (x.shape, weights.up.shape)
+    assert tokens_per_expert.shape[0] == weights.up.shape[0], (tokens_per_expert.shape, weights.up.shape)
+    assert x.dtype == weights.up.dtype == weights.down.dtype, (x.dtype, weights.up.dtype, weights.down.dtype)
+    if x.device.type == "cuda":
+        return _grouped_mlp_cuda(x, tokens_per_expert, weights)
+    return _GroupedMlp.apply(
+        x,
+        tokens_per_expert.tolist(),
+        weights.up,
+        weights.up_bias,
+        weights.down,
+        weights.down_bias,
+        weights.activation,
+    )
+
+
+def _runs(tokens_per_expert: list[int]) -> list[tuple[int, int, int]]:
+    """(expert, start, end) of every expert that has rows."""
+    runs, start = [], 0
+    for expert, count in enumerate(tokens_per_expert):
+        if count:
+            runs.append((expert, start, start + count))
+        start += count
+    return runs
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+class _GroupedMlp(torch.autograd.Function):
+    """Saves x and the pre-activation; the activation is recomputed, gradients of weights are written once."""
+
+    @staticmethod
+    def forward(ctx, x, tokens_per_expert, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+        x = x.contiguous()
+        assert sum(tokens_per_expert) == x.shape[0], (sum(tokens_per_expert), x.shape)
+        runs = _runs(tokens_per_expert)
+        pre = x.new_empty(x.shape[0], up.shape[1])
+        for expert, start, end in runs:
+            _linear_into(pre[start:end], x[start:end], up[expert], None if up_bias is None else up_bias[expert])
+        hidden = activate(pre, activation)
+        y = x.new_empty(x.shape[0], down.shape[1])
+        for expert, start, end in runs:
+            _linear_into(y[start:end], hidden[start:end], down[expert], None if down_bias is None else down_bias[expert])
+        ctx.save_for_backward(x, pre, up, down)
+        ctx.runs, ctx.activation, ctx.has_bias = runs, activation, up_bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+        x, pre, up, down = ctx.saved_tensors
+        grad = grad.contiguous()
+        empty = _without_rows(ctx.runs, up.shape[0])
+        grad_hidden = grad.new_empty(x.shape[0], down.shape[2])
+        for expert, start, end in ctx.runs:
+            torch.mm(grad[start:end], down[expert], out=grad_hidden[start:end])
+        grad_down = _stacked_weight_gradient(grad, activate(pre, ctx.activation), down, ctx.runs, empty)
+        grad_pre = activate_backward(grad_hidden, pre, ctx.activation)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            for expert, start, end in ctx.runs:
+                torch.mm(grad_pre[start:end], up[expert], out=grad_x[start:end])
+        grad_up = _stacked_weight_gradient(grad_pre, x, up, ctx.runs, empty)
+        grad_up_bias = grad_down_bias = None
+        if ctx.has_bias:
+            grad_up_bias = _stacked_bias_gradient(grad_pre, up.shape[0], ctx.runs)
+            grad_down_bias = _stacked_bias_gradient(grad, up.shape[0], ctx.runs)
+        return grad_x, None, grad_up, grad_up_bias, grad_down, grad_down_bias, None
+
+
+def _without_rows(runs: list[tuple[int, int, int]], num_experts: int) -> list[int]:
+    return sorted(set(range(num_experts)) - {expert for expert, _, _ in runs})
+
+
+def _stacked_weight_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, runs: list[tuple[int, int, int]], empty: list[int]
+) -> Tensor:
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for expert, start, end in runs:
+        torch.mm(grad[start:end].t(), x[start:end], out=result[expert])
+    for expert in empty:
+        result[expert].zero_()
+    return result
+
+
+def _stacked_bias_gradient(grad: Tensor, num_experts: int, runs: list[tuple[int, int, int]]) -> Tensor:
+    result = grad.new_zeros(num_experts, grad.shape[1])
+    for expert, start, end in runs:
+        torch.sum(grad[start:end], 0, out=result[expert])
+    return result
+
+
+def _grouped_mlp_cuda(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) -> Tensor:
+    """F.grouped_mm takes bf16, int32 ends of the runs, and no bias; rows past the last end are undefined, there are none."""
+    ends = tokens_per_expert.cumsum(0).to(torch.int32)
+
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        if bias is None:
+            return out
+        return out + bias.repeat_interleave(tokens_per_expert, dim=0, output_size=rows.shape[0])
+
+    hidden = linear(x, weights.up, weights.up_bias)
+    if weights.activation == "swiglu":
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up
+    else:
+        hidden = F.gelu(hidden, approximate="tanh" if weights.activation == "gelu_tanh" else "none")
+    return linear(hidden, weights.down, weights.down_bias)

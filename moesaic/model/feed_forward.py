@@ -1,0 +1,86 @@
+"""A layer's feed-forward part: a dense MLP, a MoE layer, or both side by side (residual MoE).
+
+A shared expert is the residual MLP under another name.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.config.model import FeedForwardConfig, ModelConfig
+from moesaic.kernels.activation import mlp
+from moesaic.model.linear import Linear
+from moesaic.moe.layer import MoELayer, MoEStatistics, RoutingDecision
+
+
+class Mlp(nn.Module):
+    """Shapes: up_proj (F, H), or gate_proj and up_proj for swiglu; down_proj (H, F)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, has_bias: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate_proj = (
+            Linear(hidden_size, intermediate_size, has_bias=has_bias) if activation == "swiglu" else None
+        )
+        self.up_proj = Linear(hidden_size, intermediate_size, has_bias=has_bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, has_bias=has_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (T, H) for x (T, H)."""
+        up, up_bias = self.up_proj.weight, self.up_proj.bias
+        if self.gate_proj is not None:
+            up = torch.cat([self.gate_proj.weight.to(x.dtype), up.to(x.dtype)])
+            if up_bias is not None and self.gate_proj.bias is not None:
+                up_bias = torch.cat([self.gate_proj.bias, up_bias])
+        down_bias = self.down_proj.bias
+        return mlp(
+            x,
+            up.to(x.dtype),
+            None if up_bias is None else up_bias.to(x.dtype),
+            self.down_proj.weight.to(x.dtype),
+            None if down_bias is None else down_bias.to(x.dtype),
+            self.activation,
+        )
+
+
+class FeedForward(nn.Module):
+    """What one FeedForwardConfig describes.
+
+    Residual MoE mixes the MLP's and the experts' outputs: "sum" adds them (DeepSpeed-MoE's text), "softmax" weighs them
+    by a learned two-way softmax of the token (its released code: experts first), "sigmoid" multiplies the MLP's by a
+    learned sigmoid gate (Qwen2-MoE's shared expert).
+    """
+
+    def __init__(self, config: ModelConfig, layer: FeedForwardConfig) -> None:
+        super().__init__()
+        hidden_size, activation, has_bias = config.hidden_size, config.activation, config.mlp_bias
+        self.residual = layer.residual
+        self.mlp = (
+            Mlp(hidden_size, layer.intermediate_size, activation=activation, has_bias=has_bias)
+            if layer.intermediate_size
+            else None
+        )
+        self.moe = MoELayer(hidden_size, layer, activation=activation, has_bias=has_bias) if layer.is_moe else None
+        self.mix: Linear | None = None
+        if layer.residual == "softmax":
+            self.mix = Linear(hidden_size, 2, has_bias=True)
+        elif layer.residual == "sigmoid":
+            self.mix = Linear(hidden_size, 1, has_bias=False)
+
+    def forward(
+        self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, replay: RoutingDecision | None = None
+    ) -> tuple[Tensor, MoEStatistics | None]:
+        """Return (T, H) for x (T, H), and the MoE layer's statistics, None for a dense layer."""
+        if self.moe is None:
+            assert self.mlp is not None
+            return self.mlp(x), None
+        routed, statistics = self.moe(x, valid=valid, seed=seed, replay=replay)
+        if self.mlp is None:
+            return routed, statistics
+        dense = self.mlp(x)
+        if self.mix is None:
+            return dense + routed, statistics
+        coefficients = self.mix(x).float()
+        if self.residual == "softmax":
+            weights = torch.softmax(coefficients, -1).to(x.dtype)  # (T, 2)
+            return routed * weights[:, :1] + dense * weights[:, 1:], statistics
+        return dense * torch.sigmoid(coefficients).to(x.dtype) + routed, statistics

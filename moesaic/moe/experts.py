@@ -1,0 +1,39 @@
+"""A layer's experts as stacked tensors, every expert initialised on its own."""
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.kernels.grouped_mlp import ExpertWeights, grouped_mlp
+
+
+class Experts(nn.Module):
+    """E MLPs.
+
+    Shapes: up_proj (E, F, H), or gate_up_proj (E, 2F, H) as [gate, up] for swiglu; down_proj (E, H, F); biases (E, F or
+    2F) and (E, H).
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, num_experts: int, *, activation: str, has_bias: bool
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.is_gated = activation == "swiglu"
+        inner = 2 * intermediate_size if self.is_gated else intermediate_size
+        name = "gate_up" if self.is_gated else "up"
+        self.register_parameter(f"{name}_proj", nn.Parameter(torch.empty(num_experts, inner, hidden_size)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(num_experts, inner)) if has_bias else None)
+        self.register_parameter(
+            "down_bias", nn.Parameter(torch.zeros(num_experts, hidden_size)) if has_bias else None
+        )
+
+    def weights(self) -> ExpertWeights:
+        up, up_bias = (
+            (self.gate_up_proj, self.gate_up_bias) if self.is_gated else (self.up_proj, self.up_bias)
+        )
+        return ExpertWeights(up, self.down_proj, up_bias, self.down_bias, self.activation)  # type: ignore[arg-type]
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """Return (N, H) for tokens (N, H) sorted by expert; computed in the tokens' dtype."""
+        return grouped_mlp(tokens, tokens_per_expert, self.weights().to(tokens.dtype))

@@ -1,0 +1,91 @@
+"""The MoE layer: router -> dispatcher -> experts -> combine. Knows no attention and no process group."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.config.model import FeedForwardConfig
+from moesaic.moe.dispatch import Dispatcher, DispatchPlan, LocalDispatcher, expert_capacity, plan_dispatch
+from moesaic.moe.experts import Experts
+from moesaic.moe.router import Router, Routing, finish_weights
+from moesaic.moe.seeds import generator, mix_seeds
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """Everything discrete that a forward pass decided; handing it back makes the same pass again, bit for bit."""
+
+    expert_ids: Tensor
+    plan: DispatchPlan
+
+
+@dataclass(frozen=True)
+class MoEStatistics:
+    """What one MoE layer reports of one forward pass, beside its output.
+
+    Shapes: tokens_per_expert (E,) int64, before dropping; mean_probabilities (E,) and z, with a gradient, for the losses;
+    entropy, drop_rate scalars in 0..1; num_tokens scalar int64 without padding.
+    """
+
+    tokens_per_expert: Tensor
+    mean_probabilities: Tensor
+    z: Tensor
+    entropy: Tensor
+    drop_rate: Tensor
+    num_tokens: Tensor
+    decision: RoutingDecision
+
+
+class MoELayer(nn.Module):
+    """A layer of experts as one FeedForwardConfig describes it, without its residual MLP."""
+
+    def __init__(self, hidden_size: int, config: FeedForwardConfig, *, activation: str, has_bias: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(hidden_size, config.num_experts, top_k=config.top_k, config=config.router)
+        self.experts = Experts(
+            hidden_size, config.expert_intermediate_size, config.num_experts, activation=activation, has_bias=has_bias
+        )
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def forward(
+        self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, replay: RoutingDecision | None = None
+    ) -> tuple[Tensor, MoEStatistics]:
+        """Return the output (T, H) for x (T, H), and the statistics.
+
+        valid (T,) bool: False for padding, which reaches no expert and no statistic. seed: for noise and random dropping
+        in training. replay: an earlier pass's decision, taken instead of a new one.
+        """
+        expert_ids = None if replay is None else replay.expert_ids
+        routing = self.router(x, valid=valid, seed=mix_seeds(seed, 0), expert_ids=expert_ids)
+        plan = self._plan(routing, valid, mix_seeds(seed, 1)) if replay is None else replay.plan
+        weights = finish_weights(routing.routing_weights, plan.kept, self.config.router)
+        dispatched = self.dispatcher.dispatch(x, plan)
+        y = self.experts(dispatched.tokens, dispatched.tokens_per_expert)
+        out = self.dispatcher.combine(y, weights, dispatched.receipt)
+        routes = routing.tokens_per_expert.sum()
+        drop_rate = 1.0 - plan.tokens_per_expert.sum() / routes.clamp_min(1)
+        statistics = MoEStatistics(
+            tokens_per_expert=routing.tokens_per_expert,
+            mean_probabilities=routing.mean_probabilities,
+            z=routing.z,
+            entropy=routing.entropy,
+            drop_rate=drop_rate,
+            num_tokens=routing.num_tokens,
+            decision=RoutingDecision(routing.expert_ids, plan),
+        )
+        return out, statistics
+
+    def _plan(self, routing: Routing, valid: Tensor | None, seed: int) -> DispatchPlan:
+        expert_ids, num_experts = routing.expert_ids, self.config.num_experts
+        if not self.training or self.config.capacity.factor is None:  # evaluation and serving never drop
+            return plan_dispatch(expert_ids, num_experts, valid=valid)
+        num_tokens = expert_ids.shape[0] if valid is None else int(routing.num_tokens)
+        capacity = expert_capacity(num_tokens, num_experts, top_k=self.config.top_k, config=self.config.capacity)
+        priority = None
+        if self.config.capacity.drop_policy == "probability":
+            priority = routing.routing_weights.detach()
+        elif self.config.capacity.drop_policy == "random":
+            priority = torch.rand(expert_ids.shape, generator=generator(expert_ids.device, seed), device=expert_ids.device)
+        return plan_dispatch(expert_ids, num_experts, valid=valid, capacity=capacity, priority=priority)
