@@ -1,0 +1,404 @@
+"""A run's metrics as PNG files: loss, learning rate, expert load, expert balance, throughput.
+
+Drawn with matplotlib's objects on the Agg canvas: no pyplot, no global style, so a training process, a thread or a
+server may call it. Each file is replaced as a whole, so a viewer never sees half of one.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
+
+from moesaic.report.expert_load import ExpertWarning, imbalance, name_unusual
+from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord, read_metrics
+from moesaic.report.summary import final_loss, finite_mean
+
+# Points of a line and columns of a heat map: more than a plot has pixels for would only cost time.
+_MOST_RECORDS = 2000
+_HEAT_COLUMNS = 320
+
+_INK, _FAINT_INK, _GRID = "#1f2933", "#5f6c7b", "#e3e7ec"
+_BLUE, _ORANGE, _RED = "#1f5fa8", "#d9731a", "#c0282d"
+
+# Under-used is blue, over-used red, the even share nearly white; equal steps of colour are equal factors.
+_LOAD_COLOURS = LinearSegmentedColormap.from_list(
+    "load", ["#0b2e63", "#2166ac", "#8fbfe0", "#f7f7f7", "#f6b48f", "#d6452f", "#6d0a1f"]
+).with_extremes(bad="#c9ced4")
+_LOAD_OCTAVES = 2.5  # the colours span even share / 5.7 to even share * 5.7
+
+
+def write_plots(run_folder: str | Path) -> list[Path]:
+    """Draw a run's metrics into run_folder/plots and return the files written; a dense model has no expert plots.
+
+    Raises: MetricsError when the run has no readable metrics.
+    """
+    run_folder = Path(run_folder)
+    metrics = read_metrics(run_folder, most_records=_MOST_RECORDS)
+    if not metrics.train:
+        return []
+    figures = {
+        "loss.png": loss_figure(metrics),
+        "learning_rate.png": learning_rate_figure(metrics.train),
+        "throughput.png": throughput_figure(metrics.train),
+    }
+    experts = [record for record in metrics.train if record.moe is not None]
+    if experts:
+        figures["expert_load.png"] = expert_load_figure(experts)
+        figures["expert_balance.png"] = expert_balance_figure(experts)
+    folder = run_folder / "plots"
+    folder.mkdir(exist_ok=True)
+    return [_write(figure, folder / name) for name, figure in figures.items()]
+
+
+def loss_figure(metrics: Metrics) -> Figure:
+    """Training loss, raw and smoothed, and validation loss, against tokens."""
+    records = metrics.train
+    figure, axes = _figure(9.0, 5.2)
+    tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
+    losses = np.asarray([record.loss for record in records], dtype=np.float64)
+    smooth = smoothed(losses)
+    evaluations = [record for record in metrics.evaluation if math.isfinite(record.loss)]
+
+    axes.plot(tokens, losses, color=_BLUE, alpha=0.25, linewidth=0.8, marker=_marker(records))
+    axes.plot(tokens, smooth, color=_BLUE, linewidth=1.8, label=f"training, smoothed (now {final_loss(records):.3f})")
+    if evaluations:
+        best = min(evaluations, key=lambda record: record.loss)
+        axes.plot(
+            [record.tokens for record in evaluations],
+            [record.loss for record in evaluations],
+            color=_ORANGE,
+            linewidth=1.0,
+            marker="o",
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            label=f"validation (best {best.loss:.3f} at step {best.step:,})",
+        )
+    low, high = loss_limits(tokens, smooth, losses, evaluations)
+    axes.set_ylim(low, high)
+    notes = []
+    first = next((loss for loss in losses if math.isfinite(loss)), math.nan)
+    if first > high:
+        notes.append(f"starts at {first:.2f}, above the frame")
+    broken = ~np.isfinite(losses)
+    if broken.any():
+        axes.plot(
+            tokens[broken],
+            np.full(broken.sum(), 0.02),
+            transform=axes.get_xaxis_transform(),
+            linestyle="none",
+            marker="x",
+            color=_RED,
+            markersize=5,
+            label=f"not finite ({broken.sum():,})",
+        )
+    if records[-1].skipped_steps:
+        notes.append(f"{records[-1].skipped_steps:,} steps skipped")
+    _title(axes, "Loss", "; ".join(notes))
+    axes.set_ylabel("cross-entropy (nats per token)")
+    _tokens_axis(axes, tokens)
+    axes.legend(frameon=False, loc="upper right", labelcolor=_INK)
+    return figure
+
+
+def learning_rate_figure(records: Sequence[TrainRecord]) -> Figure:
+    """Learning rate, and below it the gradient norm that clipping sees."""
+    figure = _empty(9.0, 6.4)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
+    rates = np.asarray([record.learning_rate for record in records])
+    _style(top)
+    top.plot(tokens, rates, color=_BLUE, linewidth=1.8, marker=_marker(records))
+    top.set_ylim(bottom=0)
+    top.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    top.set_ylabel("learning rate")
+    _title(
+        top, "Learning rate", f"now {rates[-1]:.3g}, peak {np.nanmax(rates):.3g}" if np.isfinite(rates).any() else ""
+    )
+    _style(bottom)
+    _raw_and_smooth(bottom, tokens, np.asarray([record.gradient_norm for record in records], dtype=np.float64))
+    _log_scale(bottom)
+    bottom.set_ylabel("gradient norm")
+    _title(bottom, "Gradient norm", "before clipping")
+    _tokens_axis(bottom, tokens)
+    return figure
+
+
+def throughput_figure(records: Sequence[TrainRecord]) -> Figure:
+    """Training speed, as tokens per second and as a share of the machine's peak (or FLOP/s where that is unknown)."""
+    figure = _empty(9.0, 6.4)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
+    speeds = np.asarray([record.tokens_per_second for record in records], dtype=np.float64)
+    _style(top)
+    _raw_and_smooth(top, tokens, speeds)
+    _from_zero(top, speeds)
+    top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    top.set_ylabel("tokens per second")
+    _title(top, "Throughput", f"mean {finite_mean(speeds.tolist()):,.0f} tokens/s")
+    _style(bottom)
+    if any(record.share_of_peak is not None for record in records):
+        shares = np.asarray(
+            [math.nan if record.share_of_peak is None else record.share_of_peak * 100 for record in records]
+        )
+        _raw_and_smooth(bottom, tokens, shares)
+        _from_zero(bottom, shares)
+        bottom.set_ylabel("share of peak (%)")
+        _title(bottom, "Share of the machine's peak", f"mean {finite_mean(shares.tolist()):.1f} %")
+    else:
+        flops = np.asarray([record.flops_per_second for record in records], dtype=np.float64)
+        _raw_and_smooth(bottom, tokens, flops)
+        _from_zero(bottom, flops)
+        bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        bottom.set_ylabel("FLOP/s")
+        _title(bottom, "Arithmetic", f"mean {short_number(finite_mean(flops.tolist()))}FLOP/s; the peak is not known")
+    _tokens_axis(bottom, tokens)
+    return figure
+
+
+def expert_load_figure(records: Sequence[TrainRecord]) -> Figure:
+    """One heat map per MoE layer: x tokens, y expert, colour the expert's load over the even share."""
+    experts = [record.moe for record in records if record.moe is not None]
+    layers = experts[-1].layers
+    warnings = name_unusual(experts)
+    columns = min(len(layers), 2 if len(layers) <= 4 else 3 if len(layers) <= 12 else 4)
+    rows = math.ceil(len(layers) / columns)
+    most_experts = max(len(load) for load in experts[-1].load)
+    figure = _empty(max(6.6, 4.9 * columns), (3.1 if most_experts > 64 else 2.55) * rows + 1.1)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
+    norm = Normalize(-_LOAD_OCTAVES, _LOAD_OCTAVES)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(layers):
+            axes.set_visible(False)
+            continue
+        edges, loads = heat_columns(tokens, experts, place)
+        num_experts = loads.shape[1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            octaves = np.log2(loads.T * num_experts)  # (E, columns); an expert without tokens is -inf: deepest blue
+        octaves = np.ma.masked_invalid(np.where(np.isneginf(octaves), -2 * _LOAD_OCTAVES, octaves))
+        axes.pcolorfast(edges, np.arange(num_experts + 1) - 0.5, octaves, cmap=_LOAD_COLOURS, norm=norm)
+        axes.set_ylim(num_experts - 0.5, -0.5)
+        axes.yaxis.set_major_locator(MultipleLocator(max(1, 2 ** math.ceil(math.log2(num_experts / 5)))))
+        for spine in axes.spines.values():
+            spine.set_color("#b8c0c9")
+        axes.tick_params(labelsize=8.5, colors=_FAINT_INK)
+        _title(axes, f"Layer {layers[place]}: {num_experts} experts", _unusual(warnings, layers[place]), size=10)
+        below = place + columns >= len(layers)
+        if below:
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("tokens", color=_FAINT_INK, fontsize=9)
+        if place % columns == 0:
+            axes.set_ylabel("expert", color=_FAINT_INK, fontsize=9)
+        _tokens_axis(axes, tokens, label=False)
+    bar = figure.colorbar(ScalarMappable(norm, _LOAD_COLOURS), ax=grid, extend="both", aspect=18 * rows, pad=0.015)
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+    bar.ax.tick_params(labelsize=9, colors=_FAINT_INK)
+    bar.set_label("expert's share of tokens / even share", color=_FAINT_INK, fontsize=9)
+    bar.outline.set_visible(False)
+    figure.suptitle("Expert load over training", color=_INK, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def expert_balance_figure(records: Sequence[TrainRecord]) -> Figure:
+    """Drop rate, routing entropy and load imbalance of every MoE layer against tokens."""
+    experts = [record.moe for record in records if record.moe is not None]
+    layers = experts[-1].layers
+    tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
+    dropped = np.asarray([record.drop_rate for record in experts], dtype=np.float64) * 100  # (records, layers)
+    entropy = np.asarray([record.entropy for record in experts], dtype=np.float64)
+    unevenness = np.asarray([[imbalance(load) for load in record.load] for record in experts], dtype=np.float64)
+    figure = _empty(9.6, 8.6)
+    panels = figure.subplots(3, 1, sharex=True)
+    shades = colormaps["viridis"](np.linspace(0.0, 0.9, len(layers)))
+    for axes, values in zip(panels, (dropped, entropy, unevenness), strict=True):
+        _style(axes)
+        for place, layer in enumerate(layers):
+            axes.plot(
+                tokens,
+                smoothed(values[:, place]),
+                color=shades[place],
+                linewidth=1.5,
+                label=f"layer {layer}",
+                marker=_marker(records),
+            )
+    _from_zero(panels[0], dropped)
+    panels[0].set_ylabel("dropped routes (%)")
+    none_dropped = np.isfinite(dropped).all() and not dropped.any()
+    _title(panels[0], "Drop rate", "no token was dropped" if none_dropped else "smoothed")
+    panels[1].set_ylabel("entropy / log(experts)")
+    _title(panels[1], "Routing entropy", "1: the router is undecided, 0: certain of every token")
+    panels[2].set_ylabel("max / mean load")
+    panels[2].set_ylim(bottom=1)
+    _title(panels[2], "Load of the fullest expert", "1: even; what a device with that expert computes against the mean")
+    _tokens_axis(panels[2], tokens)
+    if len(layers) <= 8:
+        panels[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=_INK)
+    else:
+        scale = ScalarMappable(Normalize(layers[0], layers[-1]), colormaps["viridis"].resampled(len(layers)))
+        scale.set_cmap(LinearSegmentedColormap.from_list("layers", shades, N=len(layers)))
+        bar = figure.colorbar(scale, ax=panels, aspect=45, pad=0.02)
+        bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        bar.ax.tick_params(labelsize=9, colors=_FAINT_INK)
+        bar.set_label("layer", color=_FAINT_INK)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return a moving mean over about a twentieth of the points that skips what is not finite.
+
+    The window is centred and narrows towards the first point, so a steep start is neither delayed nor flattened; at
+    the last point it reaches back only. NaN where a window holds no finite value.
+    """
+    count = len(values)
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    places = np.arange(count)
+    reach = np.minimum(places, math.ceil(count / 40) if count > 1 else 0)
+    low, high = places - reach, np.minimum(count, places + reach + 1)
+    inside = counts[high] - counts[low]
+    return np.where(inside > 0, (sums[high] - sums[low]) / np.maximum(inside, 1), np.nan)
+
+
+def loss_limits(
+    tokens: np.ndarray, smooth: np.ndarray, losses: np.ndarray, evaluations: Sequence[EvaluationRecord]
+) -> tuple[float, float]:
+    """Return the limits of the loss axis: the first steps, and lone spikes, may leave the frame at the top.
+
+    The frame ends at the highest smoothed or validation loss after the first 6 % of the tokens, and at the lowest loss.
+    """
+    settled = tokens >= tokens[0] + 0.06 * (tokens[-1] - tokens[0])
+    seen = np.concatenate([smooth[settled], [record.loss for record in evaluations if record.tokens >= tokens[0]]])
+    seen = seen[np.isfinite(seen)]
+    finite = losses[np.isfinite(losses)]
+    if not len(seen):
+        seen = finite
+    if not len(seen):
+        return 0.0, 1.0
+    low = min(seen.min(), np.quantile(finite, 0.002) if len(finite) else math.inf)
+    high = seen.max()
+    margin = 0.06 * (high - low) or 0.05 * max(abs(high), 1.0)
+    return float(low - margin), float(high + 1.5 * margin)
+
+
+def heat_columns(tokens: np.ndarray, experts: Sequence[ExpertRecord], place: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (edges in tokens, loads) of one layer's heat map; a record's load fills the tokens since the one before.
+
+    Shapes: edges (columns + 1,), loads (columns, E), columns at most 320; NaN where no record of a column is finite.
+    """
+    loads = np.asarray([record.load[place] for record in experts], dtype=np.float64)  # (records, E)
+    starts = np.linspace(0, len(loads), min(len(loads), _HEAT_COLUMNS) + 1).round().astype(int)[:-1]
+    finite = np.isfinite(loads)
+    counts = np.add.reduceat(finite, starts, axis=0, dtype=np.int64)
+    sums = np.add.reduceat(np.where(finite, loads, 0.0), starts, axis=0)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    ends = np.append(starts[1:], len(loads)) - 1
+    return np.concatenate([[0.0], tokens[ends]]), means
+
+
+def short_number(value: float) -> str:
+    """Return a count as people say it: 1.5K, 20M, 300B, 1.2T."""
+    if not math.isfinite(value):
+        return "?"
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _empty(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(w_pad=0.12, h_pad=0.12)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = _empty(width, height)
+    axes = figure.subplots()
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(True, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#b8c0c9")
+    axes.tick_params(colors=_FAINT_INK, labelsize=9)
+    axes.xaxis.label.set_color(_FAINT_INK)
+    axes.yaxis.label.set_color(_FAINT_INK)
+
+
+def _title(axes: Axes, title: str, note: str = "", *, size: float = 12) -> None:
+    axes.set_title(title, loc="left", color=_INK, fontsize=size, fontweight="bold")
+    if note:
+        axes.set_title(note, loc="right", color=_FAINT_INK, fontsize=size - 2.5)
+
+
+def _tokens_axis(axes: Axes, tokens: np.ndarray, *, label: bool = True) -> None:
+    end = max(float(tokens[-1]), 1.0)
+    axes.set_xlim(
+        0, end * 1.01 if label else end
+    )  # a marker on the last point stays whole; a heat map ends with its data
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    if label:
+        axes.set_xlabel("tokens")
+
+
+def _raw_and_smooth(axes: Axes, tokens: np.ndarray, values: np.ndarray) -> None:
+    values = np.where(np.isfinite(values), values, np.nan)
+    axes.plot(tokens, values, color=_BLUE, alpha=0.25, linewidth=0.8, marker=_marker(values))
+    axes.plot(tokens, smoothed(values), color=_BLUE, linewidth=1.8)
+
+
+def _marker(points: Sequence[object] | np.ndarray) -> str:
+    """A line through one point is invisible: draw it as a point."""
+    return "o" if len(points) == 1 else ""
+
+
+def _log_scale(axes: Axes) -> None:
+    lines = [np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.get_lines()]
+    if any((line > 0).any() for line in lines):
+        axes.set_yscale("log", nonpositive="mask")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _from_zero(axes: Axes, values: np.ndarray) -> None:
+    finite = values[np.isfinite(values)]
+    highest = float(np.quantile(finite, 0.995)) if len(finite) else 0.0
+    axes.set_ylim(0, 1.12 * highest if highest > 0 else 1.0)
+
+
+def _unusual(warnings: Sequence[ExpertWarning], layer: int) -> str:
+    phrases = []
+    for warning in warnings:
+        if warning.layer == layer:
+            named = ", ".join(str(expert) for expert in warning.experts)
+            phrases.append(f"{warning.kind}: {named if len(warning.experts) <= 3 else len(warning.experts)}")
+    return "; ".join(phrases)
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    partial = path.with_name(f".{path.name}.partial")
+    FigureCanvasAgg(figure)
+    figure.savefig(partial, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    partial.replace(path)
+    return path

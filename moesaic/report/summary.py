@@ -1,0 +1,125 @@
+"""A run in a few numbers: what `moesaic inspect RUN` prints and, with --json, writes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from moesaic.report.expert_load import ExpertWarning, imbalance, load_entropy, name_unusual
+from moesaic.report.records import ExpertRecord, Metrics, TrainRecord
+
+# Records whose mean stands for "now": single batches scatter too much.
+RECENT = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """One MoE layer over the most recent records."""
+
+    layer: int
+    num_experts: int
+    load: tuple[float, ...]
+    imbalance: float
+    load_entropy: float
+    routing_entropy: float
+    drop_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """A run so far. Losses are in nats per token, `loss` and the rates means over the most recent records."""
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+    validation_loss: float | None
+    best_validation_loss: float | None
+    best_validation_step: int | None
+    learning_rate: float
+    tokens_per_second: float
+    flops_per_second: float
+    share_of_peak: float | None
+    skipped_steps: int
+    layers: tuple[LayerSummary, ...]
+    warnings: tuple[ExpertWarning, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values; what is not finite becomes null, and each warning also carries its sentence."""
+        values = asdict(self)
+        values["warnings"] = [{**asdict(warning), "message": warning.message} for warning in self.warnings]
+        return _finite_or_null(values)
+
+
+def summarize(metrics: Metrics) -> RunSummary | None:
+    """Return the summary, or None before the first train record."""
+    if not metrics.train:
+        return None
+    last, recent = metrics.train[-1], metrics.train[-RECENT:]
+    evaluations = [record for record in metrics.evaluation if math.isfinite(record.loss)]
+    best = min(evaluations, key=lambda record: record.loss, default=None)
+    shares = [record.share_of_peak for record in recent if record.share_of_peak is not None]
+    experts = [record.moe for record in recent if record.moe is not None]
+    return RunSummary(
+        step=last.step,
+        tokens=last.tokens,
+        seconds=last.seconds,
+        loss=finite_mean([record.loss for record in recent]),
+        validation_loss=metrics.evaluation[-1].loss if metrics.evaluation else None,
+        best_validation_loss=best.loss if best else None,
+        best_validation_step=best.step if best else None,
+        learning_rate=last.learning_rate,
+        tokens_per_second=finite_mean([record.tokens_per_second for record in recent]),
+        flops_per_second=finite_mean([record.flops_per_second for record in recent]),
+        share_of_peak=finite_mean(shares) if shares else None,
+        skipped_steps=last.skipped_steps,
+        layers=summarize_layers(experts),
+        warnings=tuple(name_unusual(experts)),
+    )
+
+
+def summarize_layers(experts: Sequence[ExpertRecord]) -> tuple[LayerSummary, ...]:
+    """Return each MoE layer's means over the records; a record whose load is not a number is left out."""
+    if not experts:
+        return ()
+    summaries = []
+    for place, layer in enumerate(experts[-1].layers):
+        loads = np.asarray([record.load[place] for record in experts], dtype=np.float64)  # (records, E)
+        loads = loads[np.isfinite(loads).all(axis=1)]
+        num_experts = len(experts[-1].load[place])
+        load = tuple(float(share) for share in loads.mean(axis=0)) if len(loads) else (math.nan,) * num_experts
+        summaries.append(
+            LayerSummary(
+                layer=layer,
+                num_experts=num_experts,
+                load=load,
+                imbalance=imbalance(load),
+                load_entropy=load_entropy(load),
+                routing_entropy=finite_mean([record.entropy[place] for record in experts]),
+                drop_rate=finite_mean([record.drop_rate[place] for record in experts]),
+            )
+        )
+    return tuple(summaries)
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """Return the mean of the finite values; NaN when there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def final_loss(records: Sequence[TrainRecord]) -> float:
+    """Return the mean loss of the most recent records."""
+    return finite_mean([record.loss for record in records[-RECENT:]])
+
+
+def _finite_or_null(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_null(item) for item in value]
+    return value
