@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from moesaic.report.quantities import percent
 from moesaic.report.records import ExpertRecord
 
 WINDOW = 10  # records
@@ -79,7 +80,7 @@ class ExpertWarning:
         who = f"expert {named} is" if len(self.experts) == 1 else f"experts {named} are"
         each = "" if len(self.experts) == 1 else " each in the mean"
         mean = sum(self.loads) / len(self.loads)
-        seen = f"{_percent(mean)} of tokens{each}, even share {_percent(1 / self.num_experts)}"
+        seen = f"{percent(mean)} of tokens{each}, even share {percent(1 / self.num_experts)}"
         if self.kind == "dead":
             remedy = "raise moe.router.balance_loss, or set moe.router.noise; fewer experts may do as well"
             return f"layer {self.layer}: {who} dead ({seen}) and learning next to nothing; {remedy}."
@@ -152,7 +153,3 @@ class ExpertWatch:
                 )
         self._named = current
         return news
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.1f} %" if share >= 0.0005 or share == 0 else f"{share * 100:.2g} %"

@@ -15,9 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
 from moesaic.report.expert_load import ExpertWarning, imbalance, name_unusual
+from moesaic.report.quantities import short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord, read_metrics
 from moesaic.report.summary import final_loss, finite_mean
 
@@ -105,7 +107,7 @@ def loss_figure(metrics: Metrics) -> Figure:
     _title(axes, "Loss", "; ".join(notes))
     axes.set_ylabel("cross-entropy (nats per token)")
     _tokens_axis(axes, tokens)
-    axes.legend(frameon=False, loc="upper right", labelcolor=_INK)
+    axes.legend(frameon=False, loc="upper left" if len(records) == 1 else "upper right", labelcolor=_INK)
     return figure
 
 
@@ -154,12 +156,11 @@ def throughput_figure(records: Sequence[TrainRecord]) -> Figure:
         bottom.set_ylabel("share of peak (%)")
         _title(bottom, "Share of the machine's peak", f"mean {finite_mean(shares.tolist()):.1f} %")
     else:
-        flops = np.asarray([record.flops_per_second for record in records], dtype=np.float64)
+        flops = np.asarray([record.flops_per_second for record in records], dtype=np.float64) / 1e9
         _raw_and_smooth(bottom, tokens, flops)
         _from_zero(bottom, flops)
-        bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-        bottom.set_ylabel("FLOP/s")
-        _title(bottom, "Arithmetic", f"mean {short_number(finite_mean(flops.tolist()))}FLOP/s; the peak is not known")
+        bottom.set_ylabel("GFLOP/s")
+        _title(bottom, "Arithmetic", f"mean {finite_mean(flops.tolist()):,.0f} GFLOP/s; the peak is not known")
     _tokens_axis(bottom, tokens)
     return figure
 
@@ -233,7 +234,7 @@ def expert_balance_figure(records: Sequence[TrainRecord]) -> Figure:
     _from_zero(panels[0], dropped)
     panels[0].set_ylabel("dropped routes (%)")
     none_dropped = np.isfinite(dropped).all() and not dropped.any()
-    _title(panels[0], "Drop rate", "no token was dropped" if none_dropped else "smoothed")
+    _title(panels[0], "Drop rate", "no token was dropped" if none_dropped else "over all routed tokens")
     panels[1].set_ylabel("entropy / log(experts)")
     _title(panels[1], "Routing entropy", "1: the router is undecided, 0: certain of every token")
     panels[2].set_ylabel("max / mean load")
@@ -287,7 +288,7 @@ def loss_limits(
         return 0.0, 1.0
     low = min(seen.min(), np.quantile(finite, 0.002) if len(finite) else math.inf)
     high = seen.max()
-    margin = 0.06 * (high - low) or 0.05 * max(abs(high), 1.0)
+    margin = max(0.06 * (high - low), 0.02)
     return float(low - margin), float(high + 1.5 * margin)
 
 
@@ -306,22 +307,8 @@ def heat_columns(tokens: np.ndarray, experts: Sequence[ExpertRecord], place: int
     return np.concatenate([[0.0], tokens[ends]]), means
 
 
-def short_number(value: float) -> str:
-    """Return a count as people say it: 1.5K, 20M, 300B, 1.2T."""
-    if not math.isfinite(value):
-        return "?"
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
 def _empty(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(w_pad=0.12, h_pad=0.12)
-    return figure
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -351,9 +338,7 @@ def _title(axes: Axes, title: str, note: str = "", *, size: float = 12) -> None:
 
 def _tokens_axis(axes: Axes, tokens: np.ndarray, *, label: bool = True) -> None:
     end = max(float(tokens[-1]), 1.0)
-    axes.set_xlim(
-        0, end * 1.01 if label else end
-    )  # a marker on the last point stays whole; a heat map ends with its data
+    axes.set_xlim(0, end * 1.01 if label else end)  # a marker on a last point stays whole, a heat map has no margin
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     if label:
