@@ -156,7 +156,8 @@ def memory(config: ModelConfig, *, micro_batch_size: int = 1, sequence_length: i
 
     The activations are what the backward pass keeps, in bf16, counted by `_kept_per_token`; with activation
     checkpointing they are each layer's input and one layer's activations at a time. Logits never exist as a whole
-    (kernels/cross_entropy), so they are not in it.
+    (kernels/cross_entropy), and neither do attention's S x S probabilities, so they are not in it; on the CPU, though,
+    PyTorch does keep the latter when there is dropout.
     """
     parameters = count_parameters(config).total
     length = config.max_positions if sequence_length is None else sequence_length
@@ -258,7 +259,7 @@ def _kept_per_token(config: ModelConfig, layer: FeedForwardConfig) -> int:
         kept += config.head_dim * (config.num_heads + config.num_kv_heads)
     kept += _input_matrices(config) * layer.intermediate_size  # the pre-activation; the activation is recomputed
     if layer.is_moe:
-        kept += 2 * layer.num_experts  # routing probabilities, fp32
+        kept += 2 * hidden + 2 * layer.num_experts  # the router's input and its probabilities, fp32
         # Each route's copy of the input, its pre-activation, and its output for the gradient of the routing weight.
         kept += layer.top_k * (2 * hidden + _input_matrices(config) * layer.expert_intermediate_size)
     if layer.residual in ("softmax", "sigmoid"):
