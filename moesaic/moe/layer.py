@@ -25,7 +25,7 @@ class MoEStatistics:
     """What one MoE layer reports of one forward pass, beside its output.
 
     Shapes: tokens_per_expert (E,) int64, before dropping; mean_probabilities (E,) and z, with a gradient, for the losses;
-    entropy, drop_rate scalars in 0..1; num_tokens scalar int64 without padding.
+    entropy, drop_rate scalars in 0..1; num_tokens scalar int64 without padding; decision None once it has served.
     """
 
     tokens_per_expert: Tensor
@@ -34,7 +34,7 @@ class MoEStatistics:
     entropy: Tensor
     drop_rate: Tensor
     num_tokens: Tensor
-    decision: RoutingDecision
+    decision: RoutingDecision | None
 
 
 class MoELayer(nn.Module):

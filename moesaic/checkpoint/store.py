@@ -1,0 +1,222 @@
+"""Checkpoints of one process: safetensors and JSON, written whole or not at all, checked when read.
+
+A run folder holds `checkpoints/step-00000123/` with `model.safetensors`, `optimizer.safetensors` and `manifest.json`
+(sizes, SHA-256, metadata). A checkpoint appears by one rename of a finished, synced folder, so a process killed at any
+moment leaves the earlier ones untouched. Nothing is ever unpickled. Resharding across ranks is in parallel/.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moesaic.errors import CheckpointError
+from moesaic.logs import logger
+
+FORMAT_VERSION = 1
+_STEP = re.compile(r"step-(\d{8,})")
+_HASH_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint's folder and what its manifest says; its tensors are not read yet."""
+
+    path: Path
+    step: int
+    metadata: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def validation_loss(self) -> float | None:
+        return self.metadata.get("validation_loss")
+
+
+def save_checkpoint(
+    run_folder: Path, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Tensor], metadata: dict[str, Any]
+) -> CheckpointInfo:
+    """Write a checkpoint atomically and return it. metadata must be JSON-able.
+
+    Raises: CheckpointError when it cannot be written (a full disk, say); nothing of it is left behind then.
+    """
+    folder = run_folder / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".writing-step-{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        files = {}
+        for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
+            path = temporary / name
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+            _sync(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "metadata": metadata}
+        path = temporary / "manifest.json"
+        path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+        _sync(path)
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {final}: {error}; it needs a writable folder with "
+            f"enough free space; free some or move the run; {_describe_last(run_folder)}."
+        ) from None
+    return CheckpointInfo(final, step, metadata, files)
+
+
+def list_checkpoints(run_folder: Path) -> list[CheckpointInfo]:
+    """Return all checkpoints with a readable manifest, by rising step; others are named in the log."""
+    infos = []
+    folder = run_folder / "checkpoints"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if _STEP.fullmatch(path.name):
+            try:
+                infos.append(read_info(path))
+            except CheckpointError as error:
+                logger.warning("%s", error)
+    return sorted(infos, key=lambda info: info.step)
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """Read a checkpoint's manifest.
+
+    Raises: CheckpointError when it is missing, not JSON, or of another format version.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        info = CheckpointInfo(path, int(manifest["step"]), dict(manifest["metadata"]), dict(manifest["files"]))
+        version = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} has no readable manifest.json ({error!r}); a complete checkpoint is required; delete the folder or "
+            f"use another step."
+        ) from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}; this moesaic reads {FORMAT_VERSION}; use the moesaic that wrote it."
+        )
+    return info
+
+
+def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> dict[str, Tensor]:
+    """Return the tensors of one of the checkpoint's files ("model" or "optimizer"), after checking size and hash.
+
+    Raises: CheckpointError for a missing, truncated or corrupt file.
+    """
+    file_name = f"{name}.safetensors"
+    path, expected = info.path / file_name, info.files.get(file_name)
+    if expected is None:
+        raise CheckpointError(f"{info.path} holds no {file_name}; it holds {', '.join(info.files)}; use another step.")
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected["bytes"]:
+        raise CheckpointError(
+            f"{path} has {size} bytes; {expected['bytes']} were written; it is truncated or missing; use another step."
+        )
+    if _sha256(path) != expected["sha256"]:
+        raise CheckpointError(f"{path} does not have the SHA-256 it was written with; it is corrupt; use another step.")
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; use another step.") from None
+
+
+def last_good(run_folder: Path) -> tuple[CheckpointInfo, dict[str, Tensor], dict[str, Tensor]] | None:
+    """Return the newest checkpoint that is whole, with its model and optimizer tensors; the log names those passed over.
+
+    None when the run has no checkpoint at all.
+    Raises: CheckpointError when there are some and none is whole.
+    """
+    infos = list_checkpoints(run_folder)
+    for info in reversed(infos):
+        try:
+            return info, load_tensors(info, "model"), load_tensors(info, "optimizer")
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            logger.warning("Passing over step %d; trying the checkpoint before it.", info.step)
+    if infos or _has_broken(run_folder):
+        raise CheckpointError(
+            f"none of the checkpoints in {run_folder / 'checkpoints'} is whole; resuming requires one; restore a backup, "
+            f"or start a new run in another folder."
+        )
+    return None
+
+
+def resolve_checkpoint(run: str | Path) -> CheckpointInfo:
+    """Return the checkpoint that RUN or RUN@step names: RUN means its best by validation loss, else its last.
+
+    Raises: CheckpointError when there is no such run or step.
+    """
+    name, _, step_text = str(run).partition("@")
+    folder = Path(name)
+    if step_text and not step_text.isdigit():
+        raise CheckpointError(f"{run}: {step_text!r} is not a step; RUN@step takes a number; for example {name}@100.")
+    infos = list_checkpoints(folder)
+    if not infos:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint; a run folder written by `moesaic train` is required; check the path."
+        )
+    if step_text:
+        for info in infos:
+            if info.step == int(step_text):
+                return info
+        steps = ", ".join(str(info.step) for info in infos)
+        raise CheckpointError(f"{folder} has no checkpoint of step {step_text}; it has {steps}; name one of these.")
+    return best_checkpoint(infos) or infos[-1]
+
+
+def best_checkpoint(infos: list[CheckpointInfo]) -> CheckpointInfo | None:
+    """Return the one with the lowest validation loss, the later of equals; None when none has one."""
+    scored = [info for info in infos if info.validation_loss is not None]
+    return min(scored, key=lambda info: (info.validation_loss, -info.step)) if scored else None
+
+
+def prune_checkpoints(run_folder: Path, *, keep_last: int) -> list[int]:
+    """Delete all but the last `keep_last` checkpoints and the best one; return the steps deleted."""
+    infos = list_checkpoints(run_folder)
+    best = best_checkpoint(infos)
+    deleted = []
+    for info in infos[:-keep_last]:
+        if best is None or info.step != best.step:
+            shutil.rmtree(info.path, ignore_errors=True)
+            deleted.append(info.step)
+    return deleted
+
+
+def _describe_last(run_folder: Path) -> str:
+    infos = list_checkpoints(run_folder)
+    return f"the last good checkpoint is {infos[-1].path}" if infos else "there is no earlier checkpoint"
+
+
+def _has_broken(run_folder: Path) -> bool:
+    folder = run_folder / "checkpoints"
+    return folder.is_dir() and any(_STEP.fullmatch(path.name) for path in folder.iterdir())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,450 @@
+"""The training loop: a step stands between two rules; evaluation, saving and reporting are outside it."""
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.store import CheckpointInfo, last_good, list_checkpoints, prune_checkpoints, save_checkpoint
+from moesaic.config.load import load_train_config, write_config
+from moesaic.config.train import TrainConfig
+from moesaic.data.loader import TrainLoader, ValidationLoader
+from moesaic.data.shards import ShardSet
+from moesaic.errors import CheckpointError, ConfigError, TrainingError
+from moesaic.evaluate.validation import validation_loss
+from moesaic.kernels.allocator import tune_allocator
+from moesaic.kernels.device import select_device
+from moesaic.kernels.limits import measure_limits
+from moesaic.logs import logger
+from moesaic.model.transformer import Transformer
+from moesaic.moe.layer import MoEStatistics
+from moesaic.moe.router import Router
+from moesaic.moe.seeds import mix_seeds
+from moesaic.plan.cost import training_flops_per_token
+from moesaic.report.expert_load import ExpertWatch
+from moesaic.report.plots import write_plots
+from moesaic.report.records import EvaluationRecord, ExpertRecord, TrainRecord
+from moesaic.train.interrupt import StopRequest
+from moesaic.train.loss import Losses, language_model_loss
+from moesaic.train.metrics import MetricsWriter
+from moesaic.train.optim import Optimizers
+from moesaic.train.provenance import write_provenance
+from moesaic.train.schedule import learning_rate
+
+# So many steps in a row without a finite gradient are no accident.
+MOST_SKIPPED_IN_A_ROW = 10
+# Plots are redrawn during the run at most this often; drawing takes a second or two.
+_PLOT_EVERY_SECONDS = 60.0
+
+
+class Display(Protocol):
+    """What shows progress; report.terminal.TrainingDisplay is one."""
+
+    def update(self, record: TrainRecord) -> None: ...
+
+    def evaluation(self, record: EvaluationRecord) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended; stopped_by names the signal that ended it early, None when it trained all its tokens."""
+
+    run_folder: Path
+    step: int
+    tokens: int
+    loss: float
+    validation_loss: float | None
+    stopped_by: str | None
+
+
+def train(
+    config: TrainConfig,
+    run_folder: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    display: Display | None = None,
+) -> TrainResult:
+    """Train a model as config says, into run_folder; with resume, go on from its last good checkpoint.
+
+    A resumed run gives, bit for bit on the CPU, what the uninterrupted one would have given.
+
+    Raises: ConfigError, DataError, CheckpointError, TrainingError, DeviceError, each saying what to do.
+    """
+    trainer = Trainer(config, Path(run_folder), device=device, resume=resume, display=display)
+    return trainer.run()
+
+
+def load_run_config(run_folder: str | Path) -> TrainConfig:
+    """Return the resolved config that a run folder holds."""
+    path = Path(run_folder) / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{run_folder} has no config.yaml; a run folder written by `moesaic train` is required; check the path."
+        )
+    return load_train_config(path)
+
+
+class Trainer:
+    """One run's state: model, optimizers, data, and where it stands."""
+
+    def __init__(
+        self, config: TrainConfig, run_folder: Path, *, device: str, resume: bool, display: Display | None
+    ) -> None:
+        tune_allocator()
+        self.config = config
+        self.run_folder = run_folder
+        self.device = select_device(device)
+        self.display = display
+        self.step = 0
+        self.skipped_steps = 0
+        self.seconds = 0.0
+        self.validation_loss: float | None = None
+
+        shards = ShardSet.open(config.data.path)
+        tokenizer = shards.load_tokenizer()
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size ({config.model.vocab_size}) is less than the {tokenizer.vocab_size} tokens of "
+                f"{config.data.path}; every token needs an embedding; use model.vocab_size >= {tokenizer.vocab_size}."
+            )
+        self.data_fingerprint = shards.fingerprint
+        self.loader = TrainLoader(
+            shards.train,
+            sequence_length=config.data.sequence_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            end_of_text_id=tokenizer.end_of_text_id,
+            with_documents=config.data.document_mask,
+        )
+        self.validation = ValidationLoader(
+            shards.validation,
+            sequence_length=config.data.sequence_length,
+            batch_size=config.micro_batch_size,
+            sequences=config.evaluation.sequences,
+            with_documents=config.data.document_mask,
+        )
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.model = Transformer(config.model, compute_dtype=dtype).to(self.device)
+        self.model.activation_checkpointing = config.activation_checkpointing
+        self.model.initialize(config.seed)
+        self.model.train()
+        self.optimizers = Optimizers(self.model, config.optimizer)
+        self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        self._start_folder(resume)
+        shutil.copyfile(Path(config.data.path) / "tokenizer.json", run_folder / "tokenizer.json")
+        write_provenance(
+            run_folder, data_path=config.data.path, data_fingerprint=self.data_fingerprint, device=self.device
+        )
+        limits = measure_limits(device=self.device.type)
+        rate = limits.bf16_flops_per_second if config.precision == "bf16" else limits.fp32_flops_per_second
+        self.peak_flops_per_second: float | None = rate or None
+        self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
+
+    def train_step(self) -> "StepResult":
+        """Do one optimizer step; a step whose gradient is not finite changes nothing and is counted."""
+        config, num_micro = self.config, self.config.batch_size // self.config.micro_batch_size
+        batch = self.loader.batch(self.step).to(self.device)
+        seed = mix_seeds(config.seed, self.step)
+        torch.manual_seed(seed)  # of dropout: a function of the step, so that no generator's state need be saved
+        losses: list[Losses] = []
+        counts: list[Tensor] = []
+        for micro in range(num_micro):
+            rows = batch.rows(micro * config.micro_batch_size, (micro + 1) * config.micro_batch_size)
+            micro_losses = language_model_loss(self.model, rows, seed=mix_seeds(seed, micro), earlier_counts=counts)
+            (micro_losses.total / num_micro).backward()
+            layer_counts = [statistics.tokens_per_expert for statistics in micro_losses.moe]
+            counts = [a + b for a, b in zip(counts, layer_counts, strict=True)] if counts else layer_counts
+            losses.append(_without_graph(micro_losses))
+        gradient_norm = self._clip()
+        rate = learning_rate(config.schedule, self.tokens, total_tokens=config.tokens)
+        is_finite = math.isfinite(gradient_norm)
+        if is_finite:
+            self.optimizers.step(rate)
+            for router, layer_counts_of_step in zip(self.routers, counts, strict=True):
+                if router.score_correction_bias is not None:
+                    router.update_score_correction(layer_counts_of_step)
+        self.optimizers.zero_grad()
+        self.step += 1
+        return StepResult(losses, counts, gradient_norm, rate, is_finite)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.config.tokens_per_step
+
+    def run(self) -> TrainResult:
+        config = self.config
+        window = Window()
+        watch = ExpertWatch()
+        skipped_in_a_row = 0
+        last_plot = time.perf_counter()
+        loss = math.nan
+        with MetricsWriter(self.run_folder, resume_step=self.step or None) as metrics, StopRequest() as stop:
+            self._metrics = metrics
+            if self.step:
+                self._event(f"resumed from step {self.step}")
+            while self.step < config.total_steps and stop.name is None:
+                started = time.perf_counter()
+                result = self.train_step()
+                window.add(result)
+                elapsed = time.perf_counter() - started
+                self.seconds += elapsed
+                window.seconds += elapsed
+                skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
+                if not result.is_finite:
+                    self._skip(result, skipped_in_a_row)
+                is_last = self.step == config.total_steps
+                # Every log_every_steps, but the first ones soon: a person is waiting to see it move.
+                if is_last or self.step % config.log_every_steps == 0 or self.step in (1, 2, 5):
+                    record = self._record(window, result)
+                    loss = record.loss
+                    metrics.train(record)
+                    if self.display is not None:
+                        self.display.update(record)
+                    for warning in watch.update(record.moe):
+                        self._event(warning.message())
+                    window = Window()
+                is_checkpoint = is_last or self.step % config.checkpoint_every_steps == 0
+                if is_checkpoint or self.step % config.evaluation_every_steps == 0:
+                    self._evaluate()
+                if is_checkpoint:
+                    self._save(must_succeed=is_last)
+                if is_checkpoint and not is_last and time.perf_counter() - last_plot > _PLOT_EVERY_SECONDS:
+                    write_plots(self.run_folder)
+                    last_plot = time.perf_counter()
+            if stop.name is not None and self.step < config.total_steps:
+                self._event(f"{stop.name}: saving at step {self.step} and stopping; go on with --resume")
+                self.validation_loss = None  # belongs to an earlier step
+                self._save(must_succeed=True)
+        write_plots(self.run_folder)
+        return TrainResult(self.run_folder, self.step, self.tokens, loss, self.validation_loss, stop.name)
+
+    def _clip(self) -> float:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        limit = self.config.optimizer.max_gradient_norm
+        value = float(norm)
+        if limit is not None and value > limit and math.isfinite(value):
+            torch._foreach_mul_(gradients, limit / value)
+        return value
+
+    def _skip(self, result: "StepResult", in_a_row: int) -> None:
+        self.skipped_steps += 1
+        self._event(
+            f"step {self.step} skipped: its gradient norm is {result.gradient_norm} (loss {result.cross_entropy:.4g})"
+        )
+        if in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"the last {in_a_row} steps had no finite gradient; training requires finite losses and cannot recover "
+                f"from here; {self._describe_last()}; resume with a lower schedule.learning_rate, precision=fp32, or "
+                f"look at the data around step {self.step}."
+            )
+
+    def _describe_last(self) -> str:
+        infos = list_checkpoints(self.run_folder)
+        return f"the last checkpoint is of step {infos[-1].step}" if infos else "there is no checkpoint yet"
+
+    def _event(self, message: str) -> None:
+        self._metrics.event(self.step, message)
+        if self.display is not None:
+            self.display.message(message)
+        else:
+            logger.info("%s", message)
+
+    def _record(self, window: "Window", result: "StepResult") -> TrainRecord:
+        config = self.config
+        rate = window.steps * config.tokens_per_step / max(window.seconds, 1e-9)
+        flops = rate * self.flops_per_token
+        return TrainRecord(
+            step=self.step,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            loss=window.mean("cross_entropy"),
+            balance_loss=window.mean("balance"),
+            z_loss=window.mean("z"),
+            learning_rate=result.learning_rate,
+            gradient_norm=result.gradient_norm,
+            tokens_per_second=rate,
+            flops_per_second=flops,
+            share_of_peak=flops / self.peak_flops_per_second if self.peak_flops_per_second else None,
+            skipped_steps=self.skipped_steps,
+            moe=window.experts(config.model.moe_layers),
+        )
+
+    def _evaluate(self) -> None:
+        self.validation_loss = validation_loss(self.model, self.validation, device=self.device)
+        record = EvaluationRecord(
+            step=self.step,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            loss=self.validation_loss,
+            sequences=self.validation.num_sequences,
+        )
+        self._metrics.evaluation(record)
+        if self.display is not None:
+            self.display.evaluation(record)
+
+    def _save(self, *, must_succeed: bool) -> None:
+        """Write a checkpoint; when a periodic one fails (a full disk), say so and train on from memory."""
+        loss = self.validation_loss
+        metadata: dict[str, Any] = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "skipped_steps": self.skipped_steps,
+            "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
+            "model": self.config.model.to_dict(),
+            "data": self.loader.state_dict(),
+        }
+        try:
+            save_checkpoint(
+                self.run_folder,
+                self.step,
+                model=dict(self.model.state_dict()),
+                optimizer=self.optimizers.named_state(),
+                metadata=metadata,
+            )
+        except CheckpointError as error:
+            if must_succeed:
+                raise
+            self._event(f"no checkpoint: {error} Training goes on.")
+            return
+        prune_checkpoints(self.run_folder, keep_last=self.config.checkpoint.keep_last)
+
+    def _start_folder(self, resume: bool) -> None:
+        """Make the run folder, or take up the run in it."""
+        exists = (self.run_folder / "config.yaml").exists()
+        if exists and not resume:
+            raise ConfigError(
+                f"{self.run_folder} already holds a run; a new run needs a folder of its own; go on with it by "
+                f"--resume (resume=True), or name another folder."
+            )
+        if resume and not exists:
+            raise CheckpointError(
+                f"{self.run_folder} holds no run to resume; a folder with config.yaml is required; start it without "
+                f"--resume, or check the path."
+            )
+        if exists:
+            self._check_same_run()
+            self._resume()
+        else:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            write_config(self.config, self.run_folder / "config.yaml")
+
+    def _check_same_run(self) -> None:
+        """A resumed run may change how it reports and saves, and train on for longer; nothing that changes the steps."""
+        before = load_run_config(self.run_folder).to_dict()
+        now = self.config.to_dict()
+        free = {"evaluation", "checkpoint", "log_every_steps", "tokens", "activation_checkpointing"}
+        changed = [key for key in now if key not in free and now[key] != before[key] and key != "data"]
+        if now["data"]["sequence_length"] != before["data"]["sequence_length"]:
+            changed.append("data.sequence_length")
+        if now["data"]["document_mask"] != before["data"]["document_mask"]:
+            changed.append("data.document_mask")
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)} differ from {self.run_folder / 'config.yaml'}; a resumed run must take the same "
+                f"steps; drop these settings, or start a new run in another folder."
+            )
+        write_config(self.config, self.run_folder / "config.yaml")
+
+    def _resume(self) -> None:
+        found = last_good(self.run_folder)
+        if found is None:
+            logger.info("%s has no checkpoint yet; starting from step 0.", self.run_folder)
+            return
+        info, model, optimizer = found
+        self.loader.check_state(info.metadata["data"])
+        load_model_state(self.model, model, info)
+        self.optimizers.load_named_state(optimizer)
+        self.step = info.step
+        self.skipped_steps = int(info.metadata["skipped_steps"])
+        self.seconds = float(info.metadata["seconds"])
+        self.validation_loss = info.validation_loss
+        logger.info("Resuming %s from step %d (%s).", self.run_folder, info.step, info.path.name)
+
+
+def load_model_state(model: Transformer, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
+    """Copy a checkpoint's tensors into a model of the same config; every tensor is used exactly once."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or extra or shapes:
+        raise CheckpointError(
+            f"{info.path} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}, other shapes {shapes[:3]}; "
+            f"the config of the run that wrote it is required; use the config.yaml beside it."
+        )
+    model.load_state_dict(tensors)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step's losses by micro-batch, each MoE layer's tokens_per_expert (E,), norm, rate, and whether it counted."""
+
+    losses: list[Losses]
+    counts: list[Tensor]
+    gradient_norm: float
+    learning_rate: float
+    is_finite: bool
+
+    @property
+    def cross_entropy(self) -> float:
+        return float(torch.stack([losses.cross_entropy for losses in self.losses]).mean())
+
+
+class Window:
+    """Sums over the steps since the last record; tensors are read back only when a record is made."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self._losses: list[Losses] = []
+        self._counts: list[Tensor] = []
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        self._losses += result.losses
+        pairs = zip(self._counts, result.counts, strict=True)
+        self._counts = [a + b for a, b in pairs] if self._counts else result.counts
+
+    def mean(self, name: str) -> float:
+        return float(torch.stack([getattr(losses, name) for losses in self._losses]).mean())
+
+    def experts(self, layers: tuple[int, ...]) -> ExpertRecord | None:
+        if not layers:
+            return None
+
+        def mean(name: str, place: int) -> float:
+            return float(torch.stack([getattr(losses.moe[place], name) for losses in self._losses]).mean())
+
+        loads = [counts.double() / counts.sum().clamp_min(1) for counts in self._counts]
+        return ExpertRecord(
+            layers=layers,
+            load=tuple(tuple(load.tolist()) for load in loads),
+            drop_rate=tuple(mean("drop_rate", place) for place in range(len(layers))),
+            entropy=tuple(mean("entropy", place) for place in range(len(layers))),
+        )
+
+
+def _without_graph(losses: Losses) -> Losses:
+    """Keep the numbers, free what the backward pass needed."""
+    kept = tuple(
+        MoEStatistics(
+            tokens_per_expert=statistics.tokens_per_expert,
+            mean_probabilities=statistics.mean_probabilities.detach(),
+            z=statistics.z.detach(),
+            entropy=statistics.entropy,
+            drop_rate=statistics.drop_rate,
+            num_tokens=statistics.num_tokens,
+            decision=None,
+        )
+        for statistics in losses.moe
+    )
+    return Losses(losses.total.detach(), losses.cross_entropy, losses.balance, losses.z, kept)

@@ -1,0 +1,134 @@
+"""Optimizers: AdamW (PyTorch's fused one), and Muon for matrices, in a batched form that takes stacked experts."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.config.train import OptimizerConfig
+
+# Coefficients of the quintic Newton-Schulz iteration (Keller Jordan, 2024): steep at 0, roughly 1 on (0, 1].
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
+    """Return, for matrices (..., M, N), approximately U V^T of each one's singular value decomposition, in bf16.
+
+    One batched product per step for all of them: a layer's stacked experts are one call.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.to(torch.bfloat16)
+    is_tall = x.shape[-2] > x.shape[-1]
+    if is_tall:
+        x = x.mT
+    x = x / x.float().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7).to(x.dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz, for matrices (M, N) and stacks of them (E, M, N).
+
+    The update is scaled by 0.2 * sqrt(max(M, N)), which gives it AdamW's usual size, so that one learning rate serves
+    both. Sources: Muon (Keller Jordan, 2024); the scale: Moonlight (arXiv 2502.16982), section 2.2.
+    """
+
+    def __init__(self, params: Iterable[dict], *, lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "num_fused": 1})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                buffer = state["momentum"]
+                buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(buffer, group["momentum"])
+                # [gate, up] stacked in one tensor are two matrices each.
+                parts = update.unflatten(-2, (group["num_fused"], -1))
+                direction = orthogonalize(parts).flatten(-3, -2).to(parameter.dtype)
+                scale = 0.2 * max(parts.shape[-2:]) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction, alpha=-group["lr"] * scale)
+
+
+class Optimizers:
+    """The optimizers of one model, stepped together, their state by parameter name."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = _groups(model, config)
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if groups["muon"]:
+            self._optimizers.append(Muon(groups["muon"], lr=0.0, momentum=config.momentum))
+        # The rate is set at every step; a tensor-valued epsilon or beta would cost a sync, so they are numbers.
+        self._optimizers.append(
+            torch.optim.AdamW(
+                groups["adamw"], lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
+            )
+        )
+
+    def step(self, learning_rate: float) -> None:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return every state tensor as `key.parameter.name`, for a checkpoint."""
+        return {
+            f"{key}.{self._names[parameter]}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_named_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what named_state gave."""
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for full_name, tensor in tensors.items():
+            key, _, name = full_name.partition(".")
+            by_name.setdefault(name, {})[key] = tensor
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = by_name.get(self._names[parameter])
+                    if state is not None:
+                        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+
+
+def _groups(model: nn.Module, config: OptimizerConfig) -> dict[str, list[dict]]:
+    """Weight decay on matrices, on the router its own, on biases and norms none; Muon takes the hidden matrices."""
+    decayed, router, plain, single, fused = [], [], [], [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.weight"):
+            router.append(parameter)
+        elif name.endswith("bias") or parameter.dim() < 2:
+            plain.append(parameter)
+        elif config.name == "muon" and name.startswith("blocks.") and ".mix." not in name:
+            (fused if name.endswith("gate_up_proj") else single).append(parameter)
+        else:
+            decayed.append(parameter)
+    adamw = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": router, "weight_decay": config.router_weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    muon = [
+        {"params": single, "weight_decay": config.weight_decay, "num_fused": 1},
+        {"params": fused, "weight_decay": config.weight_decay, "num_fused": 2},
+    ]
+    return {
+        "adamw": [group for group in adamw if group["params"]],
+        "muon": [group for group in muon if group["params"]],
+    }
