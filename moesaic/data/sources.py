@@ -1,0 +1,302 @@
+"""Documents out of files, folders and datasets, one at a time. What becomes of them is prepare.py's business.
+
+A source as the user gives it (a path, `embedded`, a dataset's name) opens into leaves: single files or datasets, in a
+fixed order, each of which yields its documents again and again in the same order.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from moesaic.data.corpus import embedded_corpus
+from moesaic.data.cut import paragraph_border
+from moesaic.errors import DataError
+from moesaic.logs import logger
+
+EMBEDDED = "embedded"
+# A text file up to this length is one document; a longer one is cut at blank lines into documents of this length.
+MAX_DOCUMENT_CHARS = 2**20
+
+Kind = Literal["text", "jsonl", "parquet", "saved_dataset", "hub_dataset"]
+_KINDS: dict[str, Kind] = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_COMPRESSIBLE: tuple[Kind, ...] = ("text", "jsonl")
+_DATASETS_REMEDY = "install them with `pip install 'moesaic[datasets]'`."
+_PARQUET_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, and how much of its leaf is read after it (0 to 1; 0 where unknown)."""
+
+    text: str
+    progress: float
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One file or dataset. `name` is relative to the source, so that a moved folder is the same source."""
+
+    source: str
+    name: str
+    kind: Kind
+    path: Path | None
+    size_bytes: int
+    modified_ns: int
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.kind == "parquet" or self.name.lower().endswith(".gz")
+
+    def documents(self, text_field: str) -> Iterator[Document]:
+        """Yield the documents in order; empty ones too, so that positions count the same for every reader.
+
+        Raises: DataError naming file and place for text that is not UTF-8, not JSON, or lacks the field.
+        """
+        if self.kind == "text":
+            return _text_documents(self)
+        if self.kind == "jsonl":
+            return _jsonl_documents(self, text_field)
+        if self.kind == "parquet":
+            return _parquet_documents(self, text_field)
+        return _dataset_documents(self, text_field)
+
+
+def open_sources(sources: Sequence[str | Path]) -> list[Leaf]:
+    """Return the leaves of all sources: files as given, folders recursively and sorted, datasets by name.
+
+    Raises: DataError for a source that does not exist, or of a kind that cannot be read.
+    """
+    if not sources:
+        raise DataError("no sources are given; at least one file, folder or dataset is required; name one.")
+    return [leaf for source in sources for leaf in _open_source(source)]
+
+
+def _open_source(source: str | Path) -> list[Leaf]:
+    given = str(source)
+    if given == EMBEDDED:
+        return _folder_leaves(given, embedded_corpus())
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return [_saved_dataset_leaf(given, path)]
+        return _folder_leaves(given, path)
+    if path.is_file():
+        kind = _kind(path)
+        if kind is None:
+            raise DataError(
+                f"{given} ends in {path.suffix or 'nothing'!r}; files ending in {_endings()} can be read; convert or "
+                f"rename it."
+            )
+        return [_file_leaf(given, path.name, path, kind)]
+    if isinstance(source, Path) or given.startswith((".", "/", "~")) or _kind(path) is not None:
+        raise DataError(
+            f"{given} does not exist; a file, a folder, {EMBEDDED!r} or a dataset's name is required; check the path."
+        )
+    return [Leaf(given, given, "hub_dataset", None, 0, 0)]
+
+
+def _kind(path: Path) -> Kind | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        kind = _KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return kind if kind in _COMPRESSIBLE else None
+    return _KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _endings() -> str:
+    return ", ".join(ending + ("[.gz]" if kind in _COMPRESSIBLE else "") for ending, kind in _KINDS.items())
+
+
+def _file_leaf(source: str, name: str, path: Path, kind: Kind) -> Leaf:
+    stat = path.stat()
+    return Leaf(source, name, kind, path, stat.st_size, stat.st_mtime_ns)
+
+
+def _folder_leaves(source: str, folder: Path) -> list[Leaf]:
+    leaves = []
+    ignored: set[str] = set()
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        kind = _kind(path)
+        if kind is None:
+            ignored.add(path.suffix or path.name)
+        else:
+            leaves.append(_file_leaf(source, relative.as_posix(), path, kind))
+    if not leaves:
+        raise DataError(f"{source} holds no text; files ending in {_endings()} are required in it; check the folder.")
+    if ignored:
+        logger.info("%s: files ending in %s are not read; %s are.", source, ", ".join(sorted(ignored)), _endings())
+    return leaves
+
+
+def _saved_dataset_leaf(source: str, folder: Path) -> Leaf:
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    size = sum(stat.st_size for stat in stats)
+    return Leaf(source, folder.name, "saved_dataset", folder, size, max(stat.st_mtime_ns for stat in stats))
+
+
+def _path(leaf: Leaf) -> Path:
+    assert leaf.path is not None, leaf
+    return leaf.path
+
+
+def _label(leaf: Leaf) -> str:
+    return leaf.source if leaf.path is None or leaf.name == Path(leaf.source).name else f"{leaf.source}: {leaf.name}"
+
+
+def _open_binary(leaf: Leaf) -> tuple[IO[bytes], IO[bytes]]:
+    """Return the stream of content and the file below it, whose position tells the progress."""
+    raw = _path(leaf).open("rb", buffering=2**18)
+    if _path(leaf).suffix.lower() == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**18), raw
+    return raw, raw
+
+
+def _unreadable_gzip(leaf: Leaf, error: Exception) -> DataError:
+    return DataError(f"{_label(leaf)} cannot be unpacked ({error}); a whole gzip file is required; fetch it again.")
+
+
+def _text_documents(leaf: Leaf) -> Iterator[Document]:
+    content, raw = _open_binary(leaf)
+    with raw, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as stream:
+        rest = ""
+        while True:
+            try:
+                rest += stream.read(MAX_DOCUMENT_CHARS + 1 - len(rest))
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{_label(leaf)} is not UTF-8 text ({error.reason} in the byte {error.object[error.start]:#04x}); "
+                    f"UTF-8 is required; convert it, for example with iconv -f latin1 -t utf-8."
+                ) from None
+            except (EOFError, OSError, zlib.error) as error:
+                raise _unreadable_gzip(leaf, error) from None
+            progress = min(1.0, raw.tell() / max(1, leaf.size_bytes))
+            if len(rest) <= MAX_DOCUMENT_CHARS:
+                if rest:
+                    yield Document(rest, 1.0)
+                return
+            border = paragraph_border(rest, MAX_DOCUMENT_CHARS // 2, MAX_DOCUMENT_CHARS) or MAX_DOCUMENT_CHARS
+            yield Document(rest[:border], progress)
+            rest = rest[border:]
+
+
+def _jsonl_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
+    content, raw = _open_binary(leaf)
+    with raw, content:
+        number = 0
+        while True:
+            try:
+                line = content.readline()
+            except (EOFError, OSError, zlib.error) as error:
+                raise _unreadable_gzip(leaf, error) from None
+            if not line:
+                return
+            number += 1
+            if not line.strip():
+                continue
+            place = f"{_label(leaf)}, line {number},"
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+                raise DataError(f"{place} is not JSON ({error}); one object a line is required; mend it.") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{place} holds {type(record).__name__}; one object a line is required; mend it.")
+            text = _field(record, text_field, place)
+            yield Document(text, min(1.0, raw.tell() / max(1, leaf.size_bytes)))
+
+
+def _parquet_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise DataError(f"{_label(leaf)} is parquet; pyarrow and datasets read it; {_DATASETS_REMEDY}") from None
+    try:
+        file = parquet.ParquetFile(_path(leaf), buffer_size=2**20)
+    except (ArrowInvalid, OSError) as error:
+        raise DataError(f"{_label(leaf)} is not a whole parquet file ({error}); fetch it again.") from None
+    with file:
+        _require_field(text_field, list(file.schema_arrow.names), _label(leaf))
+        total, row = file.metadata.num_rows, 0
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                yield Document(_text(text, text_field, f"{_label(leaf)}, row {row},"), row / total)
+
+
+def _dataset_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
+    try:
+        import datasets
+    except ImportError:
+        known = "is a saved dataset" if leaf.kind == "saved_dataset" else "is no file or folder here"
+        raise DataError(
+            f"{leaf.source!r} {known}; datasets are read through the library `datasets`; check the path, or "
+            f"{_DATASETS_REMEDY}"
+        ) from None
+    total = 0
+    if leaf.kind == "saved_dataset":
+        try:
+            data: Any = datasets.load_from_disk(str(leaf.path))
+        except Exception as error:  # the library raises many kinds for a damaged folder
+            raise DataError(f"{leaf.source} is not a whole saved dataset ({error}); save it again.") from None
+        if isinstance(data, dict):
+            if "train" not in data:
+                raise DataError(
+                    f"{leaf.source} has the splits {', '.join(data)}; the split train is read; save the split that "
+                    f"you want on its own."
+                )
+            data = data["train"]
+        total = len(data)
+    else:
+        name, _, configuration = leaf.source.partition(":")
+        try:
+            data = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+        except Exception as error:  # missing, private, offline: the library raises many kinds
+            reason = str(error).split("\n", 1)[0] or type(error).__name__
+            raise DataError(
+                f"{leaf.source!r} is neither a file or folder here nor a dataset that `datasets` can open ({reason}); "
+                f"a path, or a dataset's name (owner/name or owner/name:configuration) is required; check it, and the "
+                f"network."
+            ) from None
+    if data.column_names is not None:
+        _require_field(text_field, list(data.column_names), leaf.source)
+        data = data.select_columns([text_field])
+    for row, record in enumerate(data, start=1):
+        yield Document(_field(record, text_field, f"{leaf.source}, row {row},"), row / total if total else 0.0)
+
+
+def _require_field(text_field: str, names: Sequence[str], place: str) -> None:
+    if text_field not in names:
+        raise DataError(
+            f"{place} has no field {text_field!r}; the text is read from it; name the right one with --text-field: "
+            f"{', '.join(names)}."
+        )
+
+
+def _field(record: dict[str, Any], text_field: str, place: str) -> str:
+    _require_field(text_field, list(record), place)
+    return _text(record[text_field], text_field, place)
+
+
+def _text(value: Any, text_field: str, place: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{place} has {type(value).__name__} in the field {text_field!r}; text is required; name another field "
+            f"with --text-field."
+        )
+    return value

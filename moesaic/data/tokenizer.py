@@ -1,0 +1,241 @@
+"""The tokenizer: byte-level BPE of our own training, or a given one, over the `tokenizers` library.
+
+Here: loading, training, encoding, the end-of-text token, the fingerprint. Not here: chat templates.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from moesaic.data.cut import cut_text
+from moesaic.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+DEFAULT_VOCAB_SIZE = 4096
+DEFAULT_SAMPLE_BYTES = 32 * 2**20
+TOKENIZER_NAME = "tokenizer.json"
+CONFIG_NAME = "tokenizer_config.json"
+
+# Of tokenizers that lack <|endoftext|>: what Llama 1 and 2, Mistral, Llama 3, Gemma, BERT-like and T5 ones use.
+_COMMON_END_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<|eot_id|>", "<|im_end|>")
+# The 256 bytes and the end-of-text token.
+MIN_VOCAB_SIZE = 257
+# The trainer keeps 256 texts at a time, whatever their length; short ones bound what it holds.
+_TRAIN_PIECE_CHARS = 16 * 1024
+
+
+class Tokenizer:
+    """Text to token ids and back. Special tokens written out in a text are encoded as the plain text they are."""
+
+    def __init__(self, json_text: str, *, end_of_text: str | None = None) -> None:
+        """Make one from the text of a tokenizer.json; `end_of_text` names the token where <|endoftext|> is lacking."""
+        values = _parse(json_text)
+        # A stored truncation would silently cut documents, a stored padding would add tokens to them.
+        values["truncation"] = values["padding"] = None
+        self._json = json.dumps(values, ensure_ascii=False)
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(self._json)
+        except Exception as error:  # the library raises a bare Exception for every bad file
+            raise DataError(
+                f"the tokenizer file does not describe a tokenizer ({error}); a tokenizer.json as the `tokenizers` "
+                f"library writes it is required; export it again from where it came."
+            ) from None
+        self._vocab_size = self._inner.get_vocab_size(with_added_tokens=True)
+        self._end_of_text, self._end_of_text_id = self._find_end_of_text(end_of_text)
+        added = self._inner.get_added_tokens_decoder().get(self._end_of_text_id)
+        if added is not None and not added.special:
+            # Only special tokens can be switched off while encoding, and a text must never end itself.
+            self._inner.add_special_tokens([AddedToken(self._end_of_text, special=True, normalized=False)])
+        self._inner.encode_special_tokens = True
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Load a tokenizer.json, or the one in a Hugging Face, prepared or run folder.
+
+        Raises: DataError when there is none, it cannot be read, or it has no end-of-text token.
+        """
+        given = Path(path)
+        file = given / TOKENIZER_NAME if given.is_dir() else given
+        if not file.is_file():
+            raise DataError(
+                f"{given} holds no tokenizer; a {TOKENIZER_NAME}, or a folder with one (Hugging Face, prepared or run "
+                f"folder), is required; check the path, or let `moesaic prepare` train a tokenizer."
+            )
+        try:
+            return cls(file.read_text(encoding="utf-8"), end_of_text=_configured_end(file.parent / CONFIG_NAME))
+        except UnicodeDecodeError:
+            raise DataError(f"{file} is not UTF-8 text; a {TOKENIZER_NAME} is required; check the path.") from None
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], *, vocab_size: int = DEFAULT_VOCAB_SIZE, sample_bytes: int = DEFAULT_SAMPLE_BYTES
+    ) -> "Tokenizer":
+        """Train a byte-level BPE with <|endoftext|> on the first `sample_bytes` (UTF-8) of the texts.
+
+        Every text can be encoded and decoded exactly. A small sample may give fewer than `vocab_size` tokens.
+        """
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise DataError(
+                f"vocab_size ({vocab_size}) is too small; a byte-level tokenizer needs the 256 bytes and "
+                f"{END_OF_TEXT}; use at least {MIN_VOCAB_SIZE}."
+            )
+        if sample_bytes < 1:
+            raise DataError(f"sample_bytes ({sample_bytes}) is not positive; training needs text; use 1000000 or more.")
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        sample = _Sample(texts, sample_bytes)
+        with _parallel():
+            inner.train_from_iterator(iter(sample), trainer)
+        if sample.used_bytes == 0:
+            raise DataError("the sample to train a tokenizer on is empty; some text is required; check the sources.")
+        return cls(inner.to_str())
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without any begin or end token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, without any begin or end token."""
+        return [each.ids for each in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; special tokens appear as their names."""
+        return str(self._inner.decode([int(each) for each in ids], skip_special_tokens=False))
+
+    def token(self, token_id: int) -> str:
+        """Return one token as the vocabulary spells it."""
+        token = self._inner.id_to_token(token_id)
+        if token is None:
+            raise DataError(
+                f"token id {token_id} is not in the vocabulary; ids from 0 to {self._vocab_size - 1} are required; "
+                f"check that text and tokenizer belong together."
+            )
+        return str(token)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, added ones included."""
+        return self._vocab_size
+
+    @property
+    def end_of_text(self) -> str:
+        return self._end_of_text
+
+    @property
+    def end_of_text_id(self) -> int:
+        return self._end_of_text_id
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of the tokenizer's JSON in canonical form: the same for every copy, however it is formatted."""
+        canonical = json.dumps(json.loads(self._json), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    @property
+    def json_text(self) -> str:
+        """The tokenizer.json that gives this tokenizer again, with `end_of_text` for its end-of-text token."""
+        return self._json
+
+    def save(self, path: str | Path) -> None:
+        """Write tokenizer.json to a file or into a folder, and beside it tokenizer_config.json with the end token."""
+        given = Path(path)
+        file = given / TOKENIZER_NAME if given.is_dir() or not given.suffix else given
+        file.parent.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_of_text}
+        _write(file.parent / CONFIG_NAME, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        _write(file, self._json)
+
+    def _find_end_of_text(self, configured: str | None) -> tuple[str, int]:
+        for name in (END_OF_TEXT, configured, *_COMMON_END_NAMES):
+            token_id = None if name is None else self._inner.token_to_id(name)
+            if name is not None and token_id is not None:
+                return name, token_id
+        raise DataError(
+            f"the tokenizer has no end-of-text token; one that ends each document is required: {END_OF_TEXT}, the "
+            f"eos_token of {CONFIG_NAME}, or one of {', '.join(_COMMON_END_NAMES)}; add {END_OF_TEXT} to its "
+            f"added_tokens, or put {CONFIG_NAME} with eos_token beside it."
+        )
+
+
+class _Sample:
+    """The first bytes of some texts, in short pieces, counting what was used."""
+
+    def __init__(self, texts: Iterable[str], limit_bytes: int) -> None:
+        self._texts = texts
+        self._limit_bytes = limit_bytes
+        self.used_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            for piece in cut_text(text, _TRAIN_PIECE_CHARS):
+                data = piece.encode("utf-8", "replace")[: self._limit_bytes - self.used_bytes]
+                self.used_bytes += len(data)
+                yield data.decode("utf-8", "ignore")
+                if self.used_bytes >= self._limit_bytes:
+                    return
+
+
+@contextmanager
+def _parallel() -> Iterator[None]:
+    """Let the library use all cores while training, whatever a launcher has set for encoding."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _parse(json_text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(json_text)
+    except ValueError as error:
+        raise DataError(
+            f"the tokenizer file is not JSON ({error}); a tokenizer.json as the `tokenizers` library writes it is "
+            f"required; a SentencePiece or tiktoken file must be converted first."
+        ) from None
+    if not isinstance(values, dict) or "model" not in values:
+        raise DataError(
+            "the tokenizer file has no `model`; a tokenizer.json as the `tokenizers` library writes it is required; "
+            "vocab.json or encoder.json alone do not do."
+        )
+    return values
+
+
+def _configured_end(file: Path) -> str | None:
+    """Return the eos_token of a tokenizer_config.json, or None where there is no file or no such key."""
+    if not file.is_file():
+        return None
+    try:
+        token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError):
+        raise DataError(f"{file} is not a JSON object; mend or remove it.") from None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
