@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.config.model import FeedForwardConfig, ModelConfig
+from moesaic.report.quantities import short_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,6 @@ class ModelSummary:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "name": self.name,
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
             "parameters_by_part": dict(self.parts),
@@ -112,11 +112,6 @@ def describe_layer(layer: FeedForwardConfig) -> str:
     return text
 
 
-def describe_count(count: int) -> str:
-    """Return a number of parameters to three significant digits: `13.1 B`, `455 M`."""
-    return _scaled(count, 1000, ("", "K", "M", "B", "T"))
-
-
 def describe_flops(flops: int) -> str:
     """Return a number of FLOPs to three significant digits: `1.11 GFLOP`."""
     return _scaled(flops, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
@@ -132,7 +127,7 @@ def _scaled(value: int, base: int, units: tuple[str, ...]) -> str:
     while scaled >= 999.5 and place < len(units) - 1:
         scaled, place = scaled / base, place + 1
     if place == 0:
-        return f"{value} {units[0]}".rstrip()
+        return f"{value} {units[0]}"
     return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f} {units[place]}"
 
 
@@ -142,8 +137,8 @@ def _headline(summary: ModelSummary) -> str:
     if config.num_kv_heads != config.num_heads:
         heads += f" over {config.num_kv_heads} key/value heads"
     return (
-        f"{summary.name}: {describe_count(summary.parameters)} parameters, "
-        f"{describe_count(summary.active_parameters)} active per token\n"
+        f"{summary.name}: {short_number(summary.parameters)} parameters, "
+        f"{short_number(summary.active_parameters)} active per token\n"
         f"{config.num_layers} layers of width {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}, "
         f"{config.positions} positions up to {config.max_positions:,}"
     )
@@ -159,8 +154,8 @@ def _layer_table(summary: ModelSummary) -> Table:
         table.add_row(
             describe_indices(indices),
             describe_layer(layer),
-            describe_count(sum(summary.layer_parameters[index] for index in indices)),
-            describe_count(sum(summary.layer_active_parameters[index] for index in indices)),
+            short_number(sum(summary.layer_parameters[index] for index in indices)),
+            short_number(sum(summary.layer_active_parameters[index] for index in indices)),
         )
     return table
 
@@ -171,11 +166,11 @@ def _cost_table(summary: ModelSummary) -> Table:
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("parameters", describe_count(summary.parameters), f"{summary.parameters:,}")
+    table.add_row("parameters", short_number(summary.parameters), f"{summary.parameters:,}")
     for part, count in summary.parts.items():
         if count:
-            table.add_row(f"  {part.replace('_', ' ')}", describe_count(count), f"{count:,}")
-    table.add_row("active parameters", describe_count(summary.active_parameters), f"{summary.active_parameters:,}")
+            table.add_row(f"  {part.replace('_', ' ')}", short_number(count), f"{count:,}")
+    table.add_row("active parameters", short_number(summary.active_parameters), f"{summary.active_parameters:,}")
     table.add_row("per token, forward", describe_flops(summary.flops_per_token), f"at a context of {summary.context:,}")
     table.add_row(
         "per token, training",

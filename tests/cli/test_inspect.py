@@ -1,0 +1,171 @@
+"""`moesaic inspect` shows presets, files and runs, in tables and in JSON, and imports torch only for runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.cli.inspect import inspect, summarize_model
+from moesaic.config.load import load_model_config, load_train_config, write_config
+from moesaic.config.presets import preset_names
+from moesaic.errors import CheckpointError, ConfigError
+from moesaic.plan.cost import count_parameters, flops_per_token, memory
+from moesaic.report.records import METRICS_FILE, EvaluationRecord, EventRecord, ExpertRecord, TrainRecord, to_line
+
+NAME = "pr-moe-tiny-8-16"
+
+
+def as_json(capsys: pytest.CaptureFixture[str], source: str, **options: Any) -> dict[str, Any]:
+    inspect(source, as_json=True, **options)
+    return json.loads(capsys.readouterr().out)
+
+
+def train_record(step: int) -> TrainRecord:
+    loads = tuple((1 / count,) * count for count in (8, 8, 8, 16))
+    return TrainRecord(
+        step=step,
+        tokens=step * 4096,
+        seconds=step * 1.0,
+        loss=8.0 - step / 10,
+        balance_loss=1.0,
+        z_loss=0.0,
+        learning_rate=1e-3,
+        gradient_norm=1.0,
+        tokens_per_second=4096.0,
+        flops_per_second=1e11,
+        share_of_peak=0.5,
+        skipped_steps=0,
+        moe=ExpertRecord(layers=(1, 3, 5, 7), load=loads, drop_rate=(0.0,) * 4, entropy=(0.9,) * 4),
+    )
+
+
+def write_checkpoint(run: Path, step: int, loss: float | None) -> None:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    files = {
+        "model.safetensors": {"bytes": 1 << 20, "sha256": "0"},
+        "optimizer.safetensors": {"bytes": 1, "sha256": "0"},
+    }
+    metadata = {} if loss is None else {"validation_loss": loss}
+    manifest = {"format_version": 1, "step": step, "files": files, "metadata": metadata}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_config(load_train_config(NAME, ["data.path=corpus"]), folder / "config.yaml")
+    records: list[TrainRecord | EvaluationRecord | EventRecord] = [train_record(step) for step in (10, 20, 30)]
+    for step, loss in ((10, 7.5), (20, 6.25), (30, 6.5)):
+        records.append(EvaluationRecord(step=step, tokens=step * 4096, seconds=step * 1.0, loss=loss, sequences=4))
+        write_checkpoint(folder, step, loss)
+    records.append(EventRecord(step=30, message="resumed from step 20"))
+    (folder / METRICS_FILE).write_text("".join(map(to_line, records)), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_model_config(name)
+    values = as_json(capsys, name)
+    count = count_parameters(config)
+    assert values["source"] == name
+    assert (values["parameters"], values["active_parameters"]) == (count.total, count.active)
+    assert sum(values["parameters_by_part"].values()) == count.total
+    assert values["context"] == config.max_positions
+    assert values["flops_per_token"] == flops_per_token(config, context=config.max_positions)
+    assert len(values["layers"]) == config.num_layers
+    assert values["memory"]["weights_bytes"] == 2 * count.total
+    inspect(name)
+    assert name in capsys.readouterr().out
+
+
+def test_the_context_is_stated_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert as_json(capsys, NAME, context=7)["flops_per_token"] == flops_per_token(load_model_config(NAME), context=7)
+    inspect(NAME, context=7)
+    assert "at a context of 7" in capsys.readouterr().out
+    for context in (0, 1025):
+        with pytest.raises(ConfigError, match=rf"context \({context}\)"):
+            summarize_model(load_model_config(NAME), name=NAME, context=context)
+
+
+def test_the_activations_are_those_of_the_training_config(capsys: pytest.CaptureFixture[str]) -> None:
+    values = as_json(capsys, NAME, assignments=["micro_batch_size=4"])
+    assert (values["micro_batch_size"], values["sequence_length"]) == (4, 256)
+    expected = memory(load_model_config(NAME), micro_batch_size=4, sequence_length=256)
+    assert values["memory"]["activation_bytes"] == expected.activation_bytes
+
+
+def test_set_changes_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    values = as_json(capsys, NAME, assignments=["model.moe=null"])
+    assert values["parameters"] == as_json(capsys, "dense-tiny")["parameters"]
+    with pytest.raises(ConfigError, match="micro_batch_size"):
+        inspect(NAME, ["micro_batch_size=7"])
+
+
+def test_a_file_with_a_model_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text("model: {vocab_size: 64, hidden_size: 16, num_layers: 2, num_heads: 2, max_positions: 32}\n")
+    values = as_json(capsys, str(path))
+    assert values["parameters"] == 64 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 64 + 2 * 16) + 16
+    assert (values["micro_batch_size"], values["sequence_length"]) == (1, 32)
+
+
+def test_a_run_shows_the_model_its_progress_and_its_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(str(run))
+    text = capsys.readouterr().out
+    for part in ("16 experts", "resumed from step 20", "step-00000010", "step-00000030", "best", "last", "1.00 MiB"):
+        assert part in text, part
+    values = as_json(capsys, str(run))
+    assert values["parameters"] == as_json(capsys, NAME)["parameters"]
+    assert values["progress"]["step"] == 30
+    assert values["total_tokens"] == 4_000_000
+    assert values["checkpoint"] == 20, "a run means its best checkpoint"
+    assert [(info["step"], info["is_best"]) for info in values["checkpoints"]] == [(10, False), (20, True), (30, False)]
+
+
+def test_a_step_of_a_run_shows_the_run_up_to_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = as_json(capsys, f"{run}@10")
+    assert values["checkpoint"] == 10 and values["progress"]["step"] == 10
+    inspect(f"{run}@10")
+    text = capsys.readouterr().out
+    assert "up to step 10" in text and "this one" in text and "resumed" not in text
+    with pytest.raises(CheckpointError, match="it has 10, 20, 30"):
+        inspect(f"{run}@15")
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(load_train_config(NAME, ["data.path=corpus"]), tmp_path / "config.yaml")
+    values = as_json(capsys, str(tmp_path))
+    assert values["progress"] is None and values["checkpoint"] is None and values["checkpoints"] == []
+    inspect(str(tmp_path))
+    assert "no checkpoint yet" in capsys.readouterr().out
+
+
+def test_what_is_no_source_is_refused(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"without config\.yaml"):
+        inspect(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"neither a preset nor a file; .*did you mean pr-moe-tiny-8-16"):
+        inspect("pr-moe-tiny-8")
+    with pytest.raises(ConfigError, match="cannot be changed"):
+        inspect(str(run), ["model.moe=null"])
+
+
+def test_a_preset_and_a_file_need_no_torch(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"preset: {NAME}\n")
+    code = (
+        "import sys\n"
+        "from moesaic.cli.inspect import inspect\n"
+        "inspect('pr-moe-350m-32-64')\n"
+        f"inspect({str(path)!r}, as_json=True)\n"
+        "heavy = {'torch', 'matplotlib', 'tokenizers', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4.12B parameters, 455M active" in done.stdout
