@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from moesaic.cli.inspect import inspect, summarize_model
 from moesaic.config.load import load_model_config, load_train_config, write_config
@@ -153,6 +155,20 @@ def test_what_is_no_source_is_refused(tmp_path: Path, run: Path) -> None:
         inspect("pr-moe-tiny-8")
     with pytest.raises(ConfigError, match="cannot be changed"):
         inspect(str(run), ["model.moe=null"])
+
+
+def test_the_command_line_passes_every_option() -> None:
+    app = typer.Typer()
+    app.command()(inspect)
+    arguments = [NAME, "--json", "--context", "9", "--set", "model.moe.top_k=2", "--set", "micro_batch_size=2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert (values["context"], values["micro_batch_size"]) == (9, 2)
+    assert [layer["top_k"] for layer in values["layers"]] == [0, 2] * 4
+    help_text = CliRunner().invoke(app, ["--help"]).stdout
+    assert "Example: moesaic inspect pr-moe-350m-32-64" in help_text
+    assert CliRunner().invoke(app, [NAME, "--context", "0"]).exit_code == 2
 
 
 def test_a_preset_and_a_file_need_no_torch(tmp_path: Path) -> None:
