@@ -136,19 +136,22 @@ class TrainingDisplay:
             f"{share:4.0%}  {short_number(record.tokens)} of {short_number(self._total_tokens)} tokens  "
             f"{duration(self._seconds_left())} left",
         )
-        values = Table.grid(expand=True, padding=(0, 2))
+        values = Table.grid(padding=(0, 1))
         for _ in range(3):
-            values.add_column(ratio=1, no_wrap=True, overflow="crop")
+            values.add_column(no_wrap=True, overflow="crop")
         values.add_row(
-            _value("step", f"{record.step:,}"),
             _value("loss", f"{self._loss.value:.3f}", f"last {record.loss:.3f}"),
             _value("validation", *self._validation()),
+            _value("step", f"{record.step:,}"),
         )
+        speed = record.tokens_per_second
         values.add_row(
-            _value("speed", f"{record.tokens_per_second:,.0f} tokens/s", _peak(record)),
+            _value("", f"{f'{speed:,.0f}' if speed < 1e5 else short_number(speed)} tokens/s", _peak(record)),
             _value("learning rate", f"{record.learning_rate:.3g}"),
-            _value("gradient norm", f"{record.gradient_norm:.2f}", _skipped(record)),
+            _value("gradient norm", f"{record.gradient_norm:.2f}"),
         )
+        if record.skipped_steps:
+            values.add_row(Text(_skipped(record), style="yellow"))
         parts: list[RenderableType] = [bar, values]
         if record.moe is not None:
             most_rows = max(2, self._console.height - 9)
@@ -319,7 +322,7 @@ def _expert_rows(experts: ExpertRecord, *, most_rows: int) -> RenderableType:
             *_layer_numbers(imbalance(load), experts.drop_rate[place], experts.entropy[place]),
         )
     if hidden:
-        table.add_row("", Text(f"and {hidden} layers that are closer to even", style="dim"), "", "", "")
+        table.add_row("", Text(f"and {hidden} others", style="dim", no_wrap=True, overflow="crop"), "", "", "")
     return table
 
 
@@ -372,7 +375,7 @@ def _numbers(summary: RunSummary) -> RenderableType:
 
 
 def _value(name: str, value: str, note: str = "") -> Text:
-    text = Text.assemble((f"{name} ", "dim"), (value, "bold"))
+    text = Text.assemble((f"{name} " if name else "", "dim"), (value, "bold"))
     return text.append(f"  {note}", style="dim") if note else text
 
 

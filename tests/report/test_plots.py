@@ -1,0 +1,107 @@
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from moesaic.report.plots import heat_columns, loss_limits, smoothed, write_plots
+from moesaic.report.records import METRICS_FILE, ExpertRecord, MetricsError
+
+DENSE = {"loss.png", "learning_rate.png", "throughput.png"}
+MOE = DENSE | {"expert_load.png", "expert_balance.png"}
+
+
+@pytest.mark.parametrize(
+    ("num_records", "experts", "broken"),
+    [
+        (30, (), ()),
+        (30, (8, 8, 8, 16), (5, 6)),
+        (1, (4,), ()),
+        (1, (4, 8), (1,)),
+        (3, (), (1, 2, 3)),
+        (12, (16,) * 13, ()),
+        (2, (1, 3), ()),
+    ],
+    ids=["dense", "pyramid", "one-record", "one-broken-record", "all-broken", "many-layers", "one-expert"],
+)
+def test_every_kind_of_run_is_drawn(
+    make_run: Callable[..., Path], num_records: int, experts: Sequence[int], broken: Sequence[int]
+) -> None:
+    folder = make_run(num_records, experts=experts, broken=broken)
+    paths = write_plots(folder)
+    assert {path.name for path in paths} == (MOE if experts else DENSE)
+    assert {path.name for path in (folder / "plots").iterdir()} == {path.name for path in paths}  # no partial file
+    for path in paths:
+        image = imread(path)
+        assert min(image.shape[:2]) > 300
+        assert image[..., :3].std() > 0.01  # not a blank sheet
+
+
+def test_large_pyramid_is_drawn(make_run: Callable[..., Path]) -> None:
+    assert len(write_plots(make_run(40, experts=[64] * 10 + [128] * 2))) == 5
+
+
+def test_nothing_is_drawn_before_the_first_record(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).touch()
+    assert write_plots(tmp_path) == []
+
+
+def test_a_folder_without_metrics_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MetricsError, match="does not exist"):
+        write_plots(tmp_path)
+
+
+def test_drawing_leaves_no_global_figure_and_loads_no_pyplot(make_run: Callable[..., Path]) -> None:
+    folder = make_run(5, experts=(4,))
+    code = (
+        "import sys; from moesaic.report.plots import write_plots; from moesaic.report import terminal; "
+        f"write_plots({str(folder)!r}); "
+        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 39, 500])
+def test_smoothing_keeps_constants_ends_and_bounds(count: int) -> None:
+    assert smoothed(np.full(count, 2.5)) == pytest.approx(np.full(count, 2.5))
+    values = np.random.default_rng(0).normal(size=count)
+    smooth = smoothed(values)
+    assert smooth[0] == pytest.approx(values[0])
+    assert smooth.min() >= values.min() - 1e-9 and smooth.max() <= values.max() + 1e-9
+
+
+def test_smoothing_skips_what_is_not_finite() -> None:
+    values = np.ones(100)
+    values[[3, 50]] = [math.nan, math.inf]
+    assert smoothed(values)[10:] == pytest.approx(np.ones(90))
+    assert np.isnan(smoothed(np.full(3, math.nan))).all()
+
+
+def test_loss_frame_leaves_out_the_first_spike_and_nothing_else() -> None:
+    tokens = np.arange(1, 201, dtype=np.float64)
+    losses = 3 + 6 * np.exp(-tokens / 3)
+    low, high = loss_limits(tokens, losses, losses, [])
+    assert losses[0] > high
+    assert (losses[13:] < high).all() and (losses > low).all()
+    assert loss_limits(tokens[:1], losses[:1], losses[:1], [])[0] < losses[0]
+    nan = np.full(3, math.nan)
+    assert loss_limits(tokens[:3], nan, nan, []) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 7, 320, 321, 1000])
+def test_heat_columns_cover_the_run_and_keep_the_mean(count: int) -> None:
+    random = np.random.default_rng(0)
+    tokens = np.arange(1, count + 1) * 10.0
+    experts = [
+        ExpertRecord(layers=(3,), load=(tuple(random.dirichlet(np.ones(4))),), drop_rate=(0.0,), entropy=(0.0,))
+        for _ in range(count)
+    ]
+    edges, loads = heat_columns(tokens, experts, 0)
+    assert loads.shape == (min(count, 320), 4) and len(edges) == len(loads) + 1
+    assert edges[0] == 0 and edges[-1] == tokens[-1] and (np.diff(edges) > 0).all()
+    mean = np.mean([record.load[0] for record in experts], axis=0)
+    assert np.average(loads, axis=0, weights=np.diff(edges)) == pytest.approx(mean)
