@@ -73,7 +73,7 @@ class ExpertRecord:
 class TrainRecord:
     """The state of training after a step; rates and `moe` are means since the last record.
 
-    Units: `seconds` of training so far, resumed parts included; `loss` in nats per token; `skipped_steps` in all.
+    Units: `seconds` in training steps so far, resumed parts included; `loss` in nats per token; `skipped_steps` in all.
     """
 
     step: int

@@ -7,8 +7,9 @@ expert's load over the even share. Where the terminal has no block characters, o
 import logging
 import math
 import sys
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -41,11 +42,19 @@ class TrainingDisplay:
     While the block is shown, the package's log lines are printed above it.
     """
 
-    def __init__(self, total_tokens: int, *, console: Console | None = None, title: str = "training") -> None:
+    def __init__(
+        self,
+        total_tokens: int,
+        *,
+        console: Console | None = None,
+        title: str = "training",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         assert total_tokens > 0, f"total_tokens must be positive: {total_tokens}"
         self._total_tokens = total_tokens
         self._console = console or Console()
         self._title = title
+        self._clock = clock
         self._is_live = self._console.is_interactive
         self._live: Live | None = None
         self._rerouted: list[tuple[logging.StreamHandler, object]] = []
@@ -83,7 +92,7 @@ class TrainingDisplay:
     def update(self, record: TrainRecord) -> None:
         """Show a new train record."""
         self._loss.add(record.loss)
-        self._pace.append((record.tokens, record.seconds))
+        self._pace.append((record.tokens, self._clock()))
         self._record = record  # last: the block is drawn by another thread, which begins with the record
         if self._live is None:
             self._print(plain_line(record, self._total_tokens, seconds_left=self._seconds_left()))
@@ -105,12 +114,16 @@ class TrainingDisplay:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _seconds_left(self) -> float:
-        """Return the time left at the recent pace, evaluations and checkpoints included; NaN when not known yet."""
+        """Return the time left at the recent pace; NaN when not known yet.
+
+        By the clock, since `record.seconds` is training alone, and evaluations and checkpoints take their time too.
+        """
         if self._record is None:
             return math.nan
         tokens_left = max(0, self._total_tokens - self._record.tokens)
         first_tokens, first_seconds = self._pace[0]
-        tokens, seconds = self._record.tokens - first_tokens, self._record.seconds - first_seconds
+        last_tokens, last_seconds = self._pace[-1]
+        tokens, seconds = last_tokens - first_tokens, last_seconds - first_seconds
         if tokens > 0 and seconds > 0:
             return tokens_left * seconds / tokens
         speed = self._record.tokens_per_second

@@ -53,10 +53,15 @@ def test_without_a_terminal_there_is_one_plain_line_per_record(make_record: Call
 
 def test_time_left_follows_the_recent_pace(make_record: Callable[..., TrainRecord]) -> None:
     console = plain_console(width=400)
-    with TrainingDisplay(100 * 4096, console=console) as display:
+    clock = iter([100.0, 105.0, 110.0])
+    with TrainingDisplay(100 * 4096, console=console, clock=lambda: next(clock)) as display:
         display.update(make_record(10))
         display.update(make_record(20))
-    assert printed(console).splitlines()[-1].endswith("| 0:40 left")  # 80 steps of half a second
+        display.update(make_record(30))
+    lines = printed(console).splitlines()
+    assert lines[0].endswith("| 0:45 left")  # 90 steps of 4096 tokens at the record's 8192 tokens/s
+    assert lines[1].endswith("| 0:40 left")  # 80 steps of half a second
+    assert lines[2].endswith("| 0:35 left")
 
 
 @pytest.mark.parametrize("broken", [False, True])
