@@ -14,19 +14,28 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, red
     """Return the cross-entropy of softmax(hidden @ weight^T) at targets, fp32: the mean, or one per token for "none".
 
     Shapes: hidden (T, H) and weight (V, H) of one dtype; targets (T,) int64, -100 where there is nothing to predict
-    (outside the mean, 0 in "none"). Only "mean" has a gradient.
+    (outside the mean, 0 in "none"; a mean over nothing is 0). Only "mean" has a gradient.
     """
     if reduction == "none":
         return _forward(hidden.detach(), weight.detach(), targets)
     assert reduction == "mean", reduction
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, targets)
-    return _forward(hidden, weight, targets).sum() / (targets != -100).sum()
+    return _forward(hidden, weight, targets).sum() / _count(targets)
+
+
+def _count(targets: Tensor) -> Tensor:
+    return (targets != -100).sum().clamp_min(1)
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> list[tuple[int, int]]:
     size = max(1, min(num_tokens, _CHUNK_ELEMENTS // vocab_size))
     return [(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def _classes(targets: Tensor) -> Tensor:
+    """Any class where there is nothing to predict; every other negative target stays, and is refused as an index."""
+    return targets.masked_fill(targets == -100, 0)
 
 
 def _chunk_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +45,7 @@ def _chunk_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     even where p_target underflows, and no second exponential pass.
     """
     probabilities = torch.softmax(logits, -1, dtype=torch.float32)
-    chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0].float()
+    chosen = logits.gather(1, _classes(targets)[:, None])[:, 0].float()
     losses = logits.amax(-1).float() - chosen - probabilities.amax(-1).log()
     return losses.masked_fill_(targets == -100, 0.0), probabilities
 
@@ -52,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
         num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
-        count = (targets != -100).sum().clamp_min(1)
+        count = _count(targets)
         grad_hidden = torch.empty_like(hidden)
         chunks = _chunks(num_tokens, vocab_size)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -62,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses, probabilities = _chunk_losses(x @ weight.t(), target)
             total += losses.sum()
             rows = torch.arange(end - start, device=hidden.device)
-            probabilities[rows, target.clamp_min(0)] -= 1.0
+            probabilities[rows, _classes(target)] -= 1.0
             grad_logits = probabilities.to(hidden.dtype)
             if bool((target == -100).any()):
                 grad_logits[target == -100] = 0

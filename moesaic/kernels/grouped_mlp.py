@@ -44,7 +44,9 @@ def grouped_mlp(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) ->
     assert x.dim() == 2 and x.shape[1] == weights.up.shape[2], (x.shape, weights.up.shape)
     assert tokens_per_expert.shape[0] == weights.up.shape[0], (tokens_per_expert.shape, weights.up.shape)
     assert x.dtype == weights.up.dtype == weights.down.dtype, (x.dtype, weights.up.dtype, weights.down.dtype)
-    if x.device.type == "cuda":
+    # F.grouped_mm wants bf16 and rows of whole 16 bytes; everything else takes the loop, which runs anywhere.
+    is_aligned = weights.up.shape[1] % 8 == weights.down.shape[2] % 8 == x.shape[1] % 8 == 0
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and is_aligned and x.shape[0]:
         return _grouped_mlp_cuda(x, tokens_per_expert, weights)
     return _GroupedMlp.apply(
         x,

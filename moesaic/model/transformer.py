@@ -12,7 +12,7 @@ from moesaic.model.attention import Attention
 from moesaic.model.feed_forward import FeedForward
 from moesaic.model.kv_cache import KVCache
 from moesaic.model.linear import Linear
-from moesaic.model.norm import make_norm
+from moesaic.model.norm import LayerNorm, RmsNorm, make_norm
 from moesaic.model.rotary import rotary_table
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoEStatistics, RoutingDecision
@@ -113,10 +113,20 @@ class Transformer(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, Router):
                 draw(module.weight, std)
+                if module.score_correction_bias is not None:
+                    module.score_correction_bias.zero_()
             elif isinstance(module, Experts):
                 weights = module.weights()
                 draw(weights.up, std)
                 draw(weights.down, output_std)
+                if weights.up_bias is not None and weights.down_bias is not None:
+                    weights.up_bias.zero_()
+                    weights.down_bias.zero_()
+        for module in self.modules():  # the final norm too
+            if isinstance(module, RmsNorm | LayerNorm):
+                module.weight.fill_(1.0)
+                if isinstance(module, LayerNorm):
+                    module.bias.zero_()
         return self
 
     def forward(
@@ -136,6 +146,7 @@ class Transformer(nn.Module):
         replay: the decisions of every MoE layer of an earlier pass over the same tokens, taken again.
         """
         assert tokens.dim() == 2, tokens.shape
+        assert cache is None or documents is None, "a cache holds one document per sequence"
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         assert end <= self.config.max_positions, (end, self.config.max_positions)

@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
         y = self.experts(dispatched.tokens, dispatched.tokens_per_expert)
         out = self.dispatcher.combine(y, weights, dispatched.receipt)
         routes = routing.tokens_per_expert.sum()
-        drop_rate = 1.0 - plan.tokens_per_expert.sum() / routes.clamp_min(1)
+        drop_rate = (routes - plan.tokens_per_expert.sum()) / routes.clamp_min(1)
         statistics = MoEStatistics(
             tokens_per_expert=routing.tokens_per_expert,
             mean_probabilities=routing.mean_probabilities,

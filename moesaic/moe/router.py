@@ -63,7 +63,7 @@ class Router(nn.Module):
             scores = probabilities = torch.softmax(router_logits, -1)
         else:
             scores = torch.sigmoid(router_logits)
-            probabilities = scores / scores.sum(-1, keepdim=True)
+            probabilities = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)  # all may underflow
         if expert_ids is None:
             with torch.no_grad():
                 expert_ids = self._choose(router_logits, scores, noise == "rsample", seed)
@@ -79,7 +79,7 @@ class Router(nn.Module):
             ranking = ranking + self.score_correction_bias
         config = self.config
         if config.num_groups > 1 and config.top_groups < config.num_groups:
-            grouped = ranking.view(ranking.shape[0], config.num_groups, -1)  # (T, G, E/G)
+            grouped = ranking.unflatten(1, (config.num_groups, ranking.shape[1] // config.num_groups))  # (T, G, E/G)
             # A group's score: its best expert for softmax (DeepSeek-V2), the sum of its best two for sigmoid (V3).
             best = 1 if config.scoring == "softmax" else min(2, grouped.shape[-1])
             group_ids = grouped.topk(best, dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
@@ -126,8 +126,9 @@ class Router(nn.Module):
         Source: auxiliary-loss-free load balancing (arXiv 2408.15664), b += rate * sign(mean - count).
         """
         assert self.score_correction_bias is not None, "this router has no score_correction_bias"
-        counts = tokens_per_expert.float()
-        self.score_correction_bias += self.config.score_correction_rate * torch.sign(counts.mean() - counts)
+        counts = tokens_per_expert.double()  # a global batch may hold more tokens than fp32 can tell apart
+        direction = torch.sign(counts.mean() - counts).to(self.score_correction_bias.dtype)
+        self.score_correction_bias += self.config.score_correction_rate * direction
         self.score_correction_bias -= self.score_correction_bias.mean()
 
 

@@ -6,8 +6,8 @@ import torch
 def mix_seeds(seed: int, *counters: int) -> int:
     """Return a 63-bit seed that differs wherever any counter does (splitmix64 steps)."""
     mask = (1 << 64) - 1
-    state = seed & mask
-    for counter in counters:
+    state = 0
+    for counter in (seed, *counters):  # the seed too is mixed in, or seed 0 step 1 would be seed 1 step 0
         state = (state ^ (counter & mask)) + 0x9E3779B97F4A7C15 & mask
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
         state = (state ^ state >> 27) * 0x94D049BB133111EB & mask

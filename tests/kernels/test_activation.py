@@ -1,0 +1,66 @@
+"""The MLP with recomputed activation equals the plain one, values and every gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.kernels.activation import activate, activate_backward, mlp
+from moesaic.kernels.grouped_mlp import ExpertWeights
+from moesaic.kernels.reference import moe as reference
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int) -> Tensor:
+    draw = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return draw.to(dtype).requires_grad_()
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_backward_is_the_gradient_of_activate(activation: str) -> None:
+    pre = leaf(7, 10, seed=0).detach().double().requires_grad_()
+    grad = leaf(7, 5 if activation == "swiglu" else 10, seed=1).detach().double()
+    out = reference.activate(pre, activation)
+    (wanted,) = torch.autograd.grad(out, pre, grad)
+    torch.testing.assert_close(activate(pre.detach(), activation), out.detach())
+    torch.testing.assert_close(activate_backward(grad, pre.detach(), activation), wanted)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activate_leaves_its_input_alone(activation: str) -> None:
+    pre = leaf(3, 8, seed=0).detach()
+    before = pre.clone()
+    activate(pre, activation)
+    activate_backward(torch.ones(3, 4 if activation == "swiglu" else 8), pre, activation)
+    assert torch.equal(pre, before)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 37])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlp_equals_the_plain_one(activation: str, has_bias: bool, num_tokens: int, dtype: torch.dtype) -> None:
+    inner = 80 if activation == "swiglu" else 40
+    x, up, down = leaf(num_tokens, 24, dtype=dtype, seed=0), leaf(inner, 24, seed=1), leaf(24, 40, seed=2)
+    biases = (leaf(inner, seed=3), leaf(24, seed=4)) if has_bias else (None, None)
+    leaves = [tensor for tensor in (x, up, down, *biases) if tensor is not None]
+
+    def cast(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype).to(to)
+
+    out = mlp(x, up.to(dtype), cast(biases[0], dtype), down.to(dtype), cast(biases[1], dtype), activation)
+    wide = torch.float64
+    stacked = [None if tensor is None else cast(tensor, wide)[None] for tensor in (up, down, *biases)]  # type: ignore[index]
+    wanted = reference.mlp(x.to(wide), ExpertWeights(*stacked, activation), 0)  # type: ignore[arg-type]
+    assert out.dtype == dtype and out.shape == wanted.shape
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    got = torch.autograd.grad(out, leaves, grad)
+    # bf16: a chain of about four roundings of 2^-9 each; fp32: sums of 80 products.
+    tolerance = 1e-5 if dtype == torch.float32 else 1.5e-2
+    assert relative_error(out, wanted) < tolerance
+    for mine, theirs in zip(got, torch.autograd.grad(wanted, leaves, grad.to(wide)), strict=True):
+        assert relative_error(mine, theirs) < tolerance

@@ -1,0 +1,134 @@
+"""The chunked cross-entropy equals F.cross_entropy of the whole logits, values and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.kernels import cross_entropy
+from moesaic.kernels.cross_entropy import linear_cross_entropy
+
+HIDDEN, VOCAB = 24, 101
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def targets_of(num_tokens: int, *, share_ignored: float = 0.3) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    targets = torch.randint(VOCAB, (num_tokens,), generator=generator)
+    ignored = torch.rand(num_tokens, generator=generator) < share_ignored
+    ignored[0] = False
+    return targets.masked_fill(ignored, -100)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 36, 37, 1000])
+@pytest.mark.parametrize("num_tokens", [1, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_whole_logits(
+    num_tokens: int, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk * VOCAB)
+    hidden = normal(num_tokens, HIDDEN, seed=0).to(dtype).requires_grad_()
+    weight = normal(VOCAB, HIDDEN, seed=1).to(dtype).requires_grad_()
+    targets = targets_of(num_tokens)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    wanted = F.cross_entropy(hidden.double() @ weight.double().t(), targets)
+    assert loss.dtype == torch.float32
+    got = torch.autograd.grad(loss * 3, (hidden, weight))
+    expected = torch.autograd.grad(wanted * 3, (hidden, weight))
+    # bf16 logits of size 10 are 0.02 off, and so, relatively, are the probabilities.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert relative_error(loss, wanted) < tolerance
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == dtype
+        assert relative_error(mine, theirs) < tolerance
+    with torch.no_grad():
+        assert relative_error(linear_cross_entropy(hidden, weight, targets), loss) < 1e-6
+    each = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    wanted_each = F.cross_entropy(hidden.double() @ weight.double().t(), targets, reduction="none")
+    assert relative_error(each, wanted_each) < tolerance
+    assert torch.count_nonzero(each[targets == -100]) == 0
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_one_side_may_be_frozen(frozen: str) -> None:
+    hidden = normal(9, HIDDEN, seed=0).requires_grad_(frozen != "hidden")
+    weight = normal(VOCAB, HIDDEN, seed=1).requires_grad_(frozen != "weight")
+    leaf = weight if frozen == "hidden" else hidden
+    targets = targets_of(9)
+    (got,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), leaf)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets), leaf)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_target_whose_probability_underflows_has_its_exact_loss() -> None:
+    hidden = torch.eye(3, requires_grad=True)
+    weight = torch.tensor([[500.0, 0.0, 300.0], [-500.0, 0.0, 0.0], [0.0, 0.0, 299.0]], requires_grad=True)
+    targets = torch.tensor([1, 2, 2])
+    logits = hidden @ weight.t()
+    each = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    assert each[0] == 1000.0
+    torch.testing.assert_close(each, F.cross_entropy(logits, targets, reduction="none"))
+    got = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    wanted = torch.autograd.grad(F.cross_entropy(logits, targets), (hidden, weight))
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_token_makes_the_loss_non_finite(bad: float) -> None:
+    hidden = normal(9, HIDDEN, seed=0)
+    hidden[4] = bad
+    hidden.requires_grad_()
+    weight = normal(VOCAB, HIDDEN, seed=1).requires_grad_()
+    targets = targets_of(9, share_ignored=0.0)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert not loss.isfinite()
+    assert not torch.autograd.grad(loss, weight)[0].isfinite().all()
+    each = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    assert each.isfinite().tolist() == [token != 4 for token in range(9)]
+
+
+def test_an_impossible_target_has_an_infinite_loss() -> None:
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [float("-inf")]])
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1])) == float("inf")
+    assert linear_cross_entropy(hidden, weight, torch.tensor([0])) == 0.0
+
+
+def test_nothing_to_predict_is_a_loss_of_zero_without_a_gradient() -> None:
+    hidden = normal(4, HIDDEN, seed=0).requires_grad_()
+    weight = normal(VOCAB, HIDDEN, seed=1).requires_grad_()
+    targets = torch.full((4,), -100)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss == 0
+    for grad in torch.autograd.grad(loss, (hidden, weight)):
+        assert torch.count_nonzero(grad) == 0
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets) == 0
+    empty = linear_cross_entropy(hidden[:0], weight, targets[:0])
+    assert empty == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB])
+def test_a_target_outside_the_vocabulary_is_refused(wrong: int) -> None:
+    hidden, weight = normal(2, HIDDEN, seed=0), normal(VOCAB, HIDDEN, seed=1)
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(hidden.requires_grad_(), weight, torch.tensor([3, wrong]))
+
+
+def test_the_weight_gradient_of_many_chunks_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed in bf16, 512 chunks would lose most of the later ones."""
+    hidden = normal(512, HIDDEN, seed=0).to(torch.bfloat16)
+    weight = (normal(VOCAB, HIDDEN, seed=1) * 0.1).to(torch.bfloat16).requires_grad_()
+    targets = targets_of(512)
+    wide = weight.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.cross_entropy(hidden.double() @ wide.t(), targets), wide)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", VOCAB)
+    (got,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), weight)
+    assert relative_error(got, wanted) < 1e-2

@@ -1,0 +1,113 @@
+"""Every expert's MLP on its run of rows equals the loop over experts, values and every gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.kernels import grouped_mlp as kernel
+from moesaic.kernels.grouped_mlp import ExpertWeights, grouped_mlp
+from moesaic.kernels.reference import moe as reference
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
+COUNTS = {
+    "odd": [7, 0, 13, 16, 1],
+    "one token": [0, 0, 1, 0, 0],
+    "all to one": [0, 37, 0, 0, 0],
+    "none": [0, 0, 0, 0, 0],
+    "empty ends": [0, 20, 17, 0, 0],
+}
+
+
+def leaf(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def weights_of(activation: str, has_bias: bool, hidden: int = 24, inner: int = 40, experts: int = 5) -> ExpertWeights:
+    outer = 2 * inner if activation == "swiglu" else inner
+    return ExpertWeights(
+        leaf(experts, outer, hidden, seed=1),
+        leaf(experts, hidden, inner, seed=2),
+        leaf(experts, outer, seed=3) if has_bias else None,
+        leaf(experts, hidden, seed=4) if has_bias else None,
+        activation,
+    )
+
+
+def leaves_of(weights: ExpertWeights) -> list[Tensor]:
+    tensors = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
+
+
+def compare(function, counts: list[int], weights: ExpertWeights, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    x = leaf(sum(counts), weights.down.shape[1], seed=0)
+    leaves = [x, *leaves_of(weights)]
+    out = function(x.to(dtype), torch.tensor(counts), weights.to(dtype))
+    wanted = reference.grouped_mlp(x.to(dtype).double(), counts, weights.to(dtype).to(torch.float64))
+    assert out.dtype == dtype and out.shape == wanted.shape
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    got = torch.autograd.grad(out, leaves, grad)
+    # bf16: a chain of about four roundings of 2^-9 each; fp32: sums of 80 products.
+    tolerance = 1e-5 if dtype == torch.float32 else 1.5e-2
+    assert relative_error(out, wanted) < tolerance
+    for mine, theirs in zip(got, torch.autograd.grad(wanted, leaves, grad.double()), strict=True):
+        assert relative_error(mine, theirs) < tolerance
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_loop_over_experts(activation: str, has_bias: bool, counts: str, dtype: torch.dtype) -> None:
+    compare(grouped_mlp, COUNTS[counts], weights_of(activation, has_bias), dtype)
+
+
+@pytest.mark.parametrize("counts", ["odd", "all to one", "empty ends"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_grouped_product_equals_the_loop_over_experts(activation: str, has_bias: bool, counts: str) -> None:
+    """What CUDA runs, on PyTorch's CPU version of the same operation."""
+    compare(kernel._grouped_mlp_cuda, COUNTS[counts], weights_of(activation, has_bias), torch.bfloat16)
+
+
+def test_an_expert_without_rows_has_a_gradient_of_exact_zeros() -> None:
+    weights = weights_of("swiglu", has_bias=True)
+    x = leaf(37, 24, seed=0)
+    out = grouped_mlp(x, torch.tensor(COUNTS["odd"]), weights)
+    for grad in torch.autograd.grad(out.sum(), leaves_of(weights)):
+        assert torch.count_nonzero(grad[1]) == 0
+        assert torch.count_nonzero(grad[0]) > 0
+
+
+def test_non_contiguous_rows_and_gradients() -> None:
+    weights = weights_of("gelu", has_bias=True)
+    counts = torch.tensor(COUNTS["odd"])
+    x = leaf(24, 37, seed=0)
+    grad = leaf(24, 37, seed=1).detach().t()
+    (got,) = torch.autograd.grad(grouped_mlp(x.t(), counts, weights), x, grad)
+    contiguous = x.t().detach().contiguous().requires_grad_()
+    (wanted,) = torch.autograd.grad(grouped_mlp(contiguous, counts, weights), contiguous, grad.contiguous())
+    assert torch.equal(got, wanted.t())
+
+
+def test_frozen_rows_need_no_gradient() -> None:
+    weights = weights_of("gelu", has_bias=False)
+    x = leaf(37, 24, seed=0).detach()
+    out = grouped_mlp(x, torch.tensor(COUNTS["odd"]), weights)
+    out.sum().backward()
+    assert weights.up.grad is not None and weights.down.grad is not None
+
+
+def test_shapes_and_dtypes_are_checked_at_the_door() -> None:
+    weights = weights_of("gelu", has_bias=False)
+    with pytest.raises(AssertionError):
+        grouped_mlp(torch.zeros(4, 23), torch.tensor([4, 0, 0, 0, 0]), weights)
+    with pytest.raises(AssertionError):
+        grouped_mlp(torch.zeros(4, 24), torch.tensor([4, 0]), weights)
+    with pytest.raises(AssertionError):
+        grouped_mlp(torch.zeros(4, 24), torch.tensor([3, 0, 0, 0, 0]), weights)
+    with pytest.raises(AssertionError):
+        grouped_mlp(torch.zeros(4, 24, dtype=torch.bfloat16), torch.tensor([4, 0, 0, 0, 0]), weights)

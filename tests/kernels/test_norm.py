@@ -1,0 +1,85 @@
+"""Both norms equal PyTorch's in double precision, values and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.kernels.norm import layer_norm, rms_norm
+
+EPSILON = 1e-5
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 24), (37, 24), (2, 5, 3, 8), (2, 7, 513), (0, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_equals_pytorch_in_double(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (normal(*shape, seed=0) * 3 + 1).to(dtype).requires_grad_()
+    weight = (1 + normal(shape[-1], seed=1)).requires_grad_()
+    bias = normal(shape[-1], seed=2).requires_grad_()
+    if kind == "layer":
+        leaves = (x, weight, bias)
+        out = layer_norm(x, weight, bias, EPSILON)
+        wanted = F.layer_norm(x.double(), weight.shape, weight.double(), bias.double(), EPSILON)
+    else:
+        leaves = (x, weight)
+        out = rms_norm(x, weight, EPSILON)
+        wanted = F.rms_norm(x.double(), weight.shape, weight.double(), EPSILON)
+    assert out.dtype == dtype
+    grad = normal(*shape, seed=3).to(dtype)
+    got = torch.autograd.grad(out, leaves, grad)
+    expected = torch.autograd.grad(wanted, leaves, grad.double())
+    # bf16: the statistics are fp32; the output is rounded once, the gradient of x twice.
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert relative_error(out, wanted) < tolerance
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype in (dtype, torch.float32)
+        assert relative_error(mine, theirs) < tolerance
+
+
+def test_rms_norm_of_a_row_with_a_large_mean_gradient() -> None:
+    """The term that LayerNorm's kernel subtracts is the largest part here; adding it back must not lose the rest."""
+    x = (100 + normal(11, 64, seed=0)).requires_grad_()
+    weight = (1 + normal(64, seed=1)).requires_grad_()
+    grad = 10 + normal(11, 64, seed=2)
+    got = torch.autograd.grad(rms_norm(x, weight, EPSILON), (x, weight), grad)
+    wanted = torch.autograd.grad(
+        F.rms_norm(x.double(), weight.shape, weight.double(), EPSILON), (x, weight), grad.double()
+    )
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert relative_error(mine, theirs) < 1e-4
+
+
+def test_rms_norm_of_a_view() -> None:
+    weight = 1 + normal(8, seed=1)
+    x = normal(8, 5, 6, seed=0).requires_grad_()
+    view = x.permute(2, 1, 0)
+    grad = normal(5, 6, 8, seed=2).transpose(0, 1)
+    (got,) = torch.autograd.grad(rms_norm(view, weight.requires_grad_(), EPSILON), x, grad)
+    (wanted,) = torch.autograd.grad(F.rms_norm(view, (8,), weight, EPSILON), x, grad)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_rms_norm_of_a_row_of_zeros_is_zero_with_a_finite_gradient() -> None:
+    x = torch.zeros(2, 8, requires_grad=True)
+    out = rms_norm(x, torch.ones(8), EPSILON)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(out, torch.zeros(2, 8))
+    torch.testing.assert_close(grad, torch.full((2, 8), EPSILON**-0.5))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_rows_stay_non_finite(bad: float) -> None:
+    x = torch.ones(2, 8)
+    x[1, 3] = bad
+    for out in (rms_norm(x, torch.ones(8), EPSILON), layer_norm(x, torch.ones(8), torch.zeros(8), EPSILON)):
+        assert out[0].isfinite().all()
+        assert out[1].isnan().any()
