@@ -30,7 +30,7 @@ class _Mlp(torch.autograd.Function):
     """activation(x W_up^T + b_up) W_down^T + b_down, saving x and the pre-activation only."""
 
     @staticmethod
-    def forward(ctx, x, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def forward(ctx, x, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def]
         pre = F.linear(x, up, up_bias)
         ctx.save_for_backward(x, pre, up, down)
         ctx.activation = activation
@@ -38,7 +38,7 @@ class _Mlp(torch.autograd.Function):
         return F.linear(activate(pre, activation), down, down_bias)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors
         grad = grad.contiguous()
         grad_down = grad.t() @ activate(pre, ctx.activation)
@@ -50,7 +50,9 @@ class _Mlp(torch.autograd.Function):
         return grad_x, grad_up, grad_pre.sum(0), grad_down, grad.sum(0), None
 
 
-def mlp(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str) -> Tensor:
+def mlp(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str
+) -> Tensor:
     """Return the MLP of x (T, H); up is (F, H), or (2F, H) as [gate, up] for swiglu, down (H, F); all of one dtype.
 
     The activation's output is recomputed in the backward pass: F numbers a token less to keep, for one cheap pass.

@@ -1,9 +1,9 @@
 """Causal attention for training and prefill: blocks of queries against the keys they may see, with batched products.
 
 On the CPU PyTorch's flash attention spends most of its time outside its matrix products (0.14 TFLOP/s forward and
-backward at sequence 512 where batched products reach 0.8); going through blocks of queries with bmm, and recomputing the
-probabilities in the backward pass, is 1.8 to 2.4 times as fast and keeps no more. Elsewhere, with dropout, and for a
-query that continues a cache, it is PyTorch's scaled_dot_product_attention, which is also the oracle of the tests.
+backward at sequence 512 where batched products reach 0.8); going through blocks of queries with bmm, and recomputing
+the probabilities in the backward pass, is 1.8 to 2.4 times as fast and keeps no more. Elsewhere, with dropout, and for
+a query that continues a cache, it is PyTorch's scaled_dot_product_attention, which is also the oracle of the tests.
 """
 
 import torch
@@ -74,7 +74,7 @@ def _ungrouped(x: Tensor, batch: int) -> Tensor:
 
 
 def _block_mask(documents: Tensor | None, rows: slice, start: int, end: int, like: Tensor) -> Tensor:
-    """Additive mask: (1, 1, end-start, end-start) for the diagonal block, or (rows, 1, end-start, end) with documents."""
+    """Additive mask: (1, 1, b, b) for the diagonal block, or (rows, 1, b, end) with documents; b = end - start."""
     size = end - start
     blocked = torch.ones(size, size, dtype=torch.bool, device=like.device).triu_(1)
     if documents is None:
@@ -87,7 +87,7 @@ def _block_mask(documents: Tensor | None, rows: slice, start: int, end: int, lik
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, documents):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def forward(ctx, query, key, value, documents):  # type: ignore[no-untyped-def]
         batch, _, _, dim = query.shape
         groups = key.shape[2]
         scaled = _grouped(query, groups) * dim**-0.5  # (B*KV, G, S, D)
@@ -103,7 +103,7 @@ class _BlockedAttention(torch.autograd.Function):
         return _ungrouped(out, batch)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         scaled, keys, values, row_documents = ctx.saved_tensors
         grads = _grouped(grad, keys.shape[0] // ctx.batch)
         grad_query = torch.empty_like(scaled)
@@ -141,9 +141,7 @@ def _blocks(scaled: Tensor) -> list[tuple[slice, int, int]]:
     return steps
 
 
-def _probabilities(
-    block: Tensor, keys: Tensor, documents: Tensor | None, rows: slice, start: int, end: int
-) -> Tensor:
+def _probabilities(block: Tensor, keys: Tensor, documents: Tensor | None, rows: slice, start: int, end: int) -> Tensor:
     """(rows, G, b, D), (rows, end, D) -> (rows, G*b, end)."""
     scores = torch.bmm(block.flatten(1, 2), keys.transpose(1, 2))
     mask = _block_mask(documents, rows, start, end, scores)

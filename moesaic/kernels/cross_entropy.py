@@ -59,7 +59,7 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
         num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
         count = _count(targets)
         grad_hidden = torch.empty_like(hidden)
@@ -82,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / count
         return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None

@@ -1,8 +1,8 @@
 """Every expert's MLP on its own run of rows: the contract, and its implementation with PyTorch's operations.
 
-On the CPU `F.grouped_mm` is itself a loop of one product per expert, and its backward writes each expert's gradient into
-a fresh tensor; looping here lets every product write into its place of one buffer. On CUDA `F.grouped_mm` is one kernel.
-The oracle is kernels/reference/moe.grouped_mlp.
+On the CPU `F.grouped_mm` is itself a loop of one product per expert, and its backward writes each expert's gradient
+into a fresh tensor; looping here lets every product write into its place of one buffer. On CUDA `F.grouped_mm` is one
+kernel. The oracle is kernels/reference/moe.grouped_mlp.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from moesaic.kernels.activation import activate, activate_backward
 class ExpertWeights:
     """Stacked weights of E experts, all of one dtype.
 
-    Shapes: up (E, F, H), or (E, 2F, H) as [gate, up] for swiglu; down (E, H, F); up_bias (E, F or 2F), down_bias (E, H).
+    Shapes: up (E, F, H), or (E, 2F, H) as [gate, up] for swiglu; down (E, H, F); up_bias (E, F or 2F); down_bias
+    (E, H).
     """
 
     up: Tensor
@@ -80,7 +81,7 @@ class _GroupedMlp(torch.autograd.Function):
     """Saves x and the pre-activation; the activation is recomputed, gradients of weights are written once."""
 
     @staticmethod
-    def forward(ctx, x, tokens_per_expert, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def forward(ctx, x, tokens_per_expert, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def]
         x = x.contiguous()
         assert sum(tokens_per_expert) == x.shape[0], (sum(tokens_per_expert), x.shape)
         runs = _runs(tokens_per_expert)
@@ -90,13 +91,15 @@ class _GroupedMlp(torch.autograd.Function):
         hidden = activate(pre, activation)
         y = x.new_empty(x.shape[0], down.shape[1])
         for expert, start, end in runs:
-            _linear_into(y[start:end], hidden[start:end], down[expert], None if down_bias is None else down_bias[expert])
+            _linear_into(
+                y[start:end], hidden[start:end], down[expert], None if down_bias is None else down_bias[expert]
+            )
         ctx.save_for_backward(x, pre, up, down)
         ctx.runs, ctx.activation, ctx.has_bias = runs, activation, up_bias is not None
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors
         grad = grad.contiguous()
         empty = _without_rows(ctx.runs, up.shape[0])
@@ -141,7 +144,7 @@ def _stacked_bias_gradient(grad: Tensor, num_experts: int, runs: list[tuple[int,
 
 
 def _grouped_mlp_cuda(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) -> Tensor:
-    """F.grouped_mm takes bf16, int32 ends of the runs, and no bias; rows past the last end are undefined, there are none."""
+    """F.grouped_mm takes bf16, int32 ends of the runs and no bias; no rows stand past the last end."""
     ends = tokens_per_expert.cumsum(0).to(torch.int32)
 
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """RMSNorm and LayerNorm over the last dimension, with fp32 weights and statistics whatever the input's dtype.
 
-PyTorch's LayerNorm is fast on the CPU; its RMSNorm backward is a chain of element-wise operations that takes three times
-as long. The two gradients differ by one rank-one term, so RMSNorm's backward here is LayerNorm's kernel with a mean of
-zero, plus that term.
+PyTorch's LayerNorm is fast on the CPU; its RMSNorm backward is a chain of element-wise operations that takes three
+times as long. The two gradients differ by one rank-one term, so RMSNorm's backward here is LayerNorm's kernel with a
+mean of zero, plus that term.
 """
 
 import torch
@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, epsilon):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, epsilon):  # type: ignore[no-untyped-def]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = torch.rsqrt(norm.square().div_(x.shape[-1]).add_(epsilon))  # (..., 1) fp32
         normed = torch.mul(x, inverse, out=torch.empty_like(x, dtype=torch.float32))
@@ -34,7 +34,7 @@ class _RmsNorm(torch.autograd.Function):
         return torch.mul(normed, weight, out=torch.empty_like(x))
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, inverse, weight = ctx.saved_tensors
         size = x.shape[-1]
         grad = grad.contiguous()

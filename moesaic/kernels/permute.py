@@ -27,13 +27,13 @@ def _sum_routes(rows: Tensor, slots: Tensor, is_complete: bool) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, token_ids, slots):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def forward(ctx, x, token_ids, slots):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(slots)
         ctx.is_complete = token_ids.shape[0] == slots.numel()
         return x.index_select(0, token_ids)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (slots,) = ctx.saved_tensors
         return _sum_routes(grad, slots, ctx.is_complete), None, None
 
@@ -45,7 +45,7 @@ def gather_tokens(x: Tensor, token_ids: Tensor, slots: Tensor) -> Tensor:
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, routing_weights, token_ids, slots):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def forward(ctx, y, routing_weights, token_ids, slots):  # type: ignore[no-untyped-def]
         is_complete = token_ids.shape[0] == slots.numel()
         rows = y if is_complete else _pad_row(y)
         if slots.shape[1] == 1:
@@ -60,7 +60,7 @@ class _Combine(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         y, routing_weights, token_ids, slots = ctx.saved_tensors
         grad_rows = grad.index_select(0, token_ids)  # (N, H)
         grad_y = grad_weights = None

@@ -18,15 +18,14 @@ class Mlp(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, has_bias: bool) -> None:
         super().__init__()
         self.activation = activation
-        self.gate_proj = (
-            Linear(hidden_size, intermediate_size, has_bias=has_bias) if activation == "swiglu" else None
-        )
+        self.gate_proj = Linear(hidden_size, intermediate_size, has_bias=has_bias) if activation == "swiglu" else None
         self.up_proj = Linear(hidden_size, intermediate_size, has_bias=has_bias)
         self.down_proj = Linear(intermediate_size, hidden_size, has_bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (T, H) for x (T, H)."""
-        up, up_bias = self.up_proj.weight, self.up_proj.bias
+        up: Tensor = self.up_proj.weight
+        up_bias: Tensor | None = self.up_proj.bias
         if self.gate_proj is not None:
             up = torch.cat([self.gate_proj.weight.to(x.dtype), up.to(x.dtype)])
             if up_bias is not None and self.gate_proj.bias is not None:

@@ -34,11 +34,11 @@ class _Rotate(torch.autograd.Function):
     """A rotation's gradient is the rotation back."""
 
     @staticmethod
-    def forward(ctx, x, cosines, sines):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def forward(ctx, x, cosines, sines):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cosines, sines)
         return _turn(x, cosines, sines)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         cosines, sines = ctx.saved_tensors
         return _turn(grad, cosines, -sines), None, None

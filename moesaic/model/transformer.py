@@ -1,6 +1,7 @@
 """The one Transformer: a pre-norm decoder whose layers are described by ModelConfig.layers."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -166,20 +167,21 @@ class Transformer(nn.Module):
             recorded = _Recorded()
             if replay is not None and self.config.layers[layer].is_moe:
                 recorded.decision = replay[len(statistics)]
-            arguments = {
-                "rotary": rotary,
-                "documents": documents,
-                "valid": flat_valid,
-                "cache": cache,
-                "layer": layer,
-                "seed": mix_seeds(seed, layer),
-                "recorded": recorded,
-            }
+            run = partial(
+                block,
+                rotary=rotary,
+                documents=documents,
+                valid=flat_valid,
+                cache=cache,
+                layer=layer,
+                seed=mix_seeds(seed, layer),
+                recorded=recorded,
+            )
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
                 # The recomputation finds the decision in `recorded`: a router near a tie cannot choose anew.
-                x, layer_statistics = checkpoint(block, x, use_reentrant=False, **arguments)
+                x, layer_statistics = checkpoint(run, x, use_reentrant=False)
             else:
-                x, layer_statistics = block(x, **arguments)
+                x, layer_statistics = run(x)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         return ModelOutput(self.final_norm(x), tuple(statistics))

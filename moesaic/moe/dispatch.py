@@ -1,7 +1,8 @@
 """From routes to rows sorted by expert and back: a counting sort, capacity, and index tables.
 
-A dispatcher has two methods: `dispatch` returns the rows, their counts and a frozen receipt; `combine` takes the receipt
-back. The local one is here; the all-to-all ones, for experts that live on other ranks, keep the same two methods.
+A dispatcher has two methods: `dispatch` returns the rows, their counts and a frozen receipt; `combine` takes the
+receipt back. The local one is here; the all-to-all ones, for experts that live on other ranks, keep the same two
+methods.
 """
 
 import math
@@ -19,8 +20,8 @@ from moesaic.kernels.permute import combine_tokens, gather_tokens
 class DispatchPlan:
     """Where every route goes; integers only, so that it can be recorded and replayed.
 
-    Shapes: token_ids (N,) int64, the token of each row in expert order; slots (T, K) int64, the row of each route, N for
-    a dropped or padding one; tokens_per_expert (E,) int64, the rows of each expert.
+    Shapes: token_ids (N,) int64, the token of each row in expert order; slots (T, K) int64, the row of each route, N
+    for a dropped or padding one; tokens_per_expert (E,) int64, the rows of each expert.
     """
 
     token_ids: Tensor

@@ -24,14 +24,10 @@ class Experts(nn.Module):
         self.register_parameter(f"{name}_proj", nn.Parameter(torch.empty(num_experts, inner, hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(num_experts, inner)) if has_bias else None)
-        self.register_parameter(
-            "down_bias", nn.Parameter(torch.zeros(num_experts, hidden_size)) if has_bias else None
-        )
+        self.register_parameter("down_bias", nn.Parameter(torch.zeros(num_experts, hidden_size)) if has_bias else None)
 
     def weights(self) -> ExpertWeights:
-        up, up_bias = (
-            (self.gate_up_proj, self.gate_up_bias) if self.is_gated else (self.up_proj, self.up_bias)
-        )
+        up, up_bias = (self.gate_up_proj, self.gate_up_bias) if self.is_gated else (self.up_proj, self.up_bias)
         return ExpertWeights(up, self.down_proj, up_bias, self.down_bias, self.activation)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ class RoutingDecision:
 class MoEStatistics:
     """What one MoE layer reports of one forward pass, beside its output.
 
-    Shapes: tokens_per_expert (E,) int64, before dropping; mean_probabilities (E,) and z, with a gradient, for the losses;
-    entropy, drop_rate scalars in 0..1; num_tokens scalar int64 without padding; decision None once it has served.
+    Shapes: tokens_per_expert (E,) int64, before dropping; mean_probabilities (E,) and z, with a gradient, for the
+    losses; entropy, drop_rate scalars in 0..1; num_tokens scalar int64 without padding; decision None once it has
+    served.
     """
 
     tokens_per_expert: Tensor
@@ -54,8 +55,8 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, MoEStatistics]:
         """Return the output (T, H) for x (T, H), and the statistics.
 
-        valid (T,) bool: False for padding, which reaches no expert and no statistic. seed: for noise and random dropping
-        in training. replay: an earlier pass's decision, taken instead of a new one.
+        valid (T,) bool: False for padding, which reaches no expert and no statistic. seed: for noise and random
+        dropping in training. replay: an earlier pass's decision, taken instead of a new one.
         """
         expert_ids = None if replay is None else replay.expert_ids
         routing = self.router(x, valid=valid, seed=mix_seeds(seed, 0), expert_ids=expert_ids)
@@ -87,5 +88,7 @@ class MoELayer(nn.Module):
         if self.config.capacity.drop_policy == "probability":
             priority = routing.routing_weights.detach()
         elif self.config.capacity.drop_policy == "random":
-            priority = torch.rand(expert_ids.shape, generator=generator(expert_ids.device, seed), device=expert_ids.device)
+            priority = torch.rand(
+                expert_ids.shape, generator=generator(expert_ids.device, seed), device=expert_ids.device
+            )
         return plan_dispatch(expert_ids, num_experts, valid=valid, capacity=capacity, priority=priority)

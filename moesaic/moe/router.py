@@ -1,6 +1,7 @@
 """The router: which experts each token goes to, with what weight, and the statistics that balance needs.
 
-All in fp32. Choices (`expert_ids`) are integers without a gradient; the weights carry it. Definitions: docs/moe-layer.md.
+All in fp32. Choices (`expert_ids`) are integers without a gradient; the weights carry it. Definitions:
+docs/moe-layer.md.
 """
 
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from moesaic.moe.seeds import generator
 class Routing:
     """What a router says of T tokens, before any is dropped.
 
-    Shapes: expert_ids (T, K) int64; routing_weights (T, K) fp32; tokens_per_expert (E,) int64 and mean_probabilities (E,)
-    fp32 over the valid tokens; z, entropy scalars, the mean over valid tokens of logsumexp(logits)^2 and of the entropy
-    of the router's distribution divided by log(E); num_tokens scalar int64, the valid tokens.
+    Shapes: expert_ids (T, K) int64; routing_weights (T, K) fp32; tokens_per_expert (E,) int64 and mean_probabilities
+    (E,) fp32 over the valid tokens; z, entropy scalars, the mean over valid tokens of logsumexp(logits)^2 and of the
+    entropy of the router's distribution divided by log(E); num_tokens scalar int64, the valid tokens.
     """
 
     expert_ids: Tensor
@@ -90,7 +91,12 @@ class Router(nn.Module):
         return ranking.topk(self.top_k, dim=-1).indices
 
     def _with_statistics(
-        self, expert_ids: Tensor, routing_weights: Tensor, router_logits: Tensor, probabilities: Tensor, valid: Tensor | None
+        self,
+        expert_ids: Tensor,
+        routing_weights: Tensor,
+        router_logits: Tensor,
+        probabilities: Tensor,
+        valid: Tensor | None,
     ) -> Routing:
         num_experts = probabilities.shape[1]
         ones = torch.ones_like(expert_ids) if valid is None else valid[:, None].expand_as(expert_ids).long()
