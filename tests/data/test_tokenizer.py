@@ -1,0 +1,169 @@
+"""The tokenizer loses nothing, never ends a text by what is written in it, and names what is wrong with a file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers
+
+from moesaic.data.corpus import embedded_corpus
+from moesaic.data.tokenizer import END_OF_TEXT, Tokenizer
+from moesaic.errors import DataError
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n\n\t  \r\n",
+    "\x00\x01\x7f control",
+    "e\u0301 is not é",
+    "日本語 العربية עברית हिन्दी ไทย",
+    "👩‍👩‍👧‍👦🏳️‍🌈\U0010ffff\ufeff\u200b\u2028",
+    "don't  won't   12,345.67\u00a0€",
+    "<|endoftext|> written out <|endoftext|>",
+    "a" * 5000,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    texts = [file.read_text(encoding="utf-8") for file in sorted(embedded_corpus().glob("*.txt"))[:4]]
+    return Tokenizer.train(texts, vocab_size=500)
+
+
+def given_tokenizer(*special: str, plain: tuple[str, ...] = ()) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("abcdefgh ")}, merges=[]))
+    inner.add_special_tokens([AddedToken(name, special=True) for name in special])
+    inner.add_tokens([AddedToken(name) for name in plain])
+    return inner
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_decoding_gives_the_text_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_batches_equal_single_texts(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_batch(ODD_TEXTS) == [tokenizer.encode(text) for text in ODD_TEXTS]
+
+
+def test_a_written_out_end_of_text_never_ends_a_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.end_of_text == END_OF_TEXT
+    assert tokenizer.end_of_text_id not in tokenizer.encode(f"before{END_OF_TEXT}after")
+    assert tokenizer.decode([tokenizer.end_of_text_id]) == END_OF_TEXT
+
+
+def test_the_vocabulary_has_the_asked_size_and_all_ids_are_below(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == 500
+    assert max(tokenizer.encode("The Congress of the United States. ünïcode 日本")) < 500
+    assert tokenizer.token(tokenizer.end_of_text_id) == END_OF_TEXT
+    with pytest.raises(DataError, match="token id 500 is not in the vocabulary"):
+        tokenizer.token(500)
+
+
+def test_training_is_deterministic_and_bounded_by_the_sample() -> None:
+    texts = [file.read_text(encoding="utf-8") for file in sorted(embedded_corpus().glob("*.txt"))[:6]]
+    first = Tokenizer.train(texts, vocab_size=400, sample_bytes=50_000)
+    assert Tokenizer.train(texts, vocab_size=400, sample_bytes=50_000).fingerprint == first.fingerprint
+    beginning = "".join(texts).encode()[:50_000].decode("utf-8", "ignore")
+    assert Tokenizer.train([beginning, texts[5]], vocab_size=400, sample_bytes=len(beginning.encode())).vocab_size == 400
+
+    def endless():
+        while True:
+            yield "real text again and again "
+
+    assert Tokenizer.train(endless(), vocab_size=300, sample_bytes=10_000).vocab_size <= 300
+
+
+def test_saving_and_loading_keeps_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "folder")
+    tokenizer.save(tmp_path / "file" / "tokenizer.json")
+    for path in (tmp_path / "folder", tmp_path / "folder" / "tokenizer.json", tmp_path / "file"):
+        loaded = Tokenizer.load(path)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert loaded.vocab_size == tokenizer.vocab_size
+        assert loaded.end_of_text_id == tokenizer.end_of_text_id
+        assert loaded.encode(ODD_TEXTS[5]) == tokenizer.encode(ODD_TEXTS[5])
+
+
+def test_the_fingerprint_does_not_depend_on_formatting_but_on_content(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    values = json.loads(tokenizer.json_text)
+    file.write_text(json.dumps(dict(reversed(values.items())), indent=4), encoding="utf-8")
+    assert Tokenizer.load(file).fingerprint == tokenizer.fingerprint
+    values["model"]["merges"].pop()
+    file.write_text(json.dumps(values), encoding="utf-8")
+    assert Tokenizer.load(file).fingerprint != tokenizer.fingerprint
+
+
+def test_stored_truncation_and_padding_are_not_applied(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer.from_str(tokenizer.json_text)
+    inner.enable_truncation(3)
+    inner.enable_padding(length=64)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    text = "a text of rather more than three tokens"
+    assert Tokenizer.load(tmp_path).decode(Tokenizer.load(tmp_path).encode(text)) == text
+
+
+def test_nothing_is_added_by_a_post_processor() -> None:
+    inner = given_tokenizer("<s>", "</s>")
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", inner.token_to_id("<s>")), ("</s>", inner.token_to_id("</s>"))]
+    )
+    tokenizer = Tokenizer(inner.to_str())
+    assert tokenizer.end_of_text == "</s>"
+    assert tokenizer.encode("abc") == [0, 1, 2]
+
+
+def test_the_end_is_endoftext_then_the_configured_then_a_common_name(tmp_path: Path) -> None:
+    given_tokenizer("<pad>", "<done>", "</s>").save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).end_of_text == "</s>"
+    for configured in ("<done>", {"content": "<done>", "lstrip": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": configured}))
+        assert Tokenizer.load(tmp_path).end_of_text == "<done>"
+    Tokenizer.load(tmp_path).save(tmp_path / "copy")
+    assert Tokenizer.load(tmp_path / "copy").end_of_text == "<done>"
+    given_tokenizer("<done>", "<|endoftext|>").save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).end_of_text == "<|endoftext|>"
+
+
+def test_an_end_that_is_not_marked_special_still_never_ends_a_text() -> None:
+    tokenizer = Tokenizer(given_tokenizer(plain=("</s>",)).to_str())
+    assert tokenizer.end_of_text_id not in tokenizer.encode("abc</s>def")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no tokenizer"),
+        ("not json", "is not JSON"),
+        ('{"hello": 0}', "has no `model`"),
+        ('{"model": {"type": "Nonsense"}}', "does not describe a tokenizer"),
+        (given_tokenizer("<pad>").to_str(), "no end-of-text token"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=message) as caught:
+        Tokenizer.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_binary_file_and_a_damaged_config_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff\xfe")
+    with pytest.raises(DataError, match="is not UTF-8"):
+        Tokenizer.load(tmp_path / "tokenizer.model")
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not a JSON object"):
+        Tokenizer.load(tmp_path)
+
+
+def test_training_refuses_what_cannot_work() -> None:
+    with pytest.raises(DataError, match=r"vocab_size \(256\) is too small"):
+        Tokenizer.train(["text"], vocab_size=256)
+    with pytest.raises(DataError, match="is empty"):
+        Tokenizer.train([], vocab_size=300)
+    with pytest.raises(DataError, match="sample_bytes"):
+        Tokenizer.train(["text"], vocab_size=300, sample_bytes=0)
