@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.store import CheckpointInfo, last_good, list_checkpoints, prune_checkpoints, save_checkpoint
-from moesaic.config.load import load_train_config, write_config
+from moesaic.checkpoint.store import last_good, list_checkpoints, prune_checkpoints, save_checkpoint
+from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import TrainLoader, ValidationLoader
 from moesaic.data.shards import ShardSet
@@ -21,6 +21,7 @@ from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import measure_limits
 from moesaic.logs import logger
+from moesaic.model.load import load_model_state, load_run_config
 from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import MoEStatistics
 from moesaic.moe.router import Router
@@ -82,16 +83,6 @@ def train(
     return trainer.run()
 
 
-def load_run_config(run_folder: str | Path) -> TrainConfig:
-    """Return the resolved config that a run folder holds."""
-    path = Path(run_folder) / "config.yaml"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{run_folder} has no config.yaml; a run folder written by `moesaic train` is required; check the path."
-        )
-    return load_train_config(path)
-
-
 class Trainer:
     """One run's state: model, optimizers, data, and where it stands."""
 
@@ -103,6 +94,7 @@ class Trainer:
         self.run_folder = run_folder
         self.device = select_device(device)
         self.display = display
+        self.resumes = resume
         self.step = 0
         self.skipped_steps = 0
         self.seconds = 0.0
@@ -187,7 +179,7 @@ class Trainer:
         skipped_in_a_row = 0
         last_plot = time.perf_counter()
         loss = math.nan
-        with MetricsWriter(self.run_folder, resume_step=self.step or None) as metrics, StopRequest() as stop:
+        with MetricsWriter(self.run_folder, resume_step=self.step if self.resumes else None) as metrics, StopRequest() as stop:
             self._metrics = metrics
             if self.step:
                 self._event(f"resumed from step {self.step}")
@@ -210,7 +202,7 @@ class Trainer:
                     if self.display is not None:
                         self.display.update(record)
                     for warning in watch.update(record.moe):
-                        self._event(warning.message())
+                        self._event(warning.message)
                     window = Window()
                 is_checkpoint = is_last or self.step % config.checkpoint_every_steps == 0
                 if is_checkpoint or self.step % config.evaluation_every_steps == 0:
@@ -369,19 +361,6 @@ class Trainer:
         self.seconds = float(info.metadata["seconds"])
         self.validation_loss = info.validation_loss
         logger.info("Resuming %s from step %d (%s).", self.run_folder, info.step, info.path.name)
-
-
-def load_model_state(model: Transformer, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
-    """Copy a checkpoint's tensors into a model of the same config; every tensor is used exactly once."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    if missing or extra or shapes:
-        raise CheckpointError(
-            f"{info.path} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}, other shapes {shapes[:3]}; "
-            f"the config of the run that wrote it is required; use the config.yaml beside it."
-        )
-    model.load_state_dict(tensors)
 
 
 @dataclass(frozen=True)

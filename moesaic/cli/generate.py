@@ -1,0 +1,52 @@
+"""`moesaic generate`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach this probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print prompt, text and token ids as JSON.")] = False,
+) -> None:
+    """Continue a text with a trained model.
+
+    Example: moesaic generate runs/first --prompt "The state of the Union" --max-new-tokens 60
+    """
+    from moesaic.model.generate import stream
+    from moesaic.model.load import load_run
+
+    loaded = load_run(run, device=device)
+    tokenizer = loaded.tokenizer
+    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+    tokens = stream(
+        loaded.model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=(tokenizer.end_of_text_id,),
+    )
+    if as_json:
+        ids = list(tokens)
+        typer.echo(json.dumps({"prompt": prompt, "text": tokenizer.decode(ids), "token_ids": ids}))
+        return
+    typer.echo(prompt, nl=False)
+    ids, shown = [], ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # half of a character: wait for its other bytes
+            typer.echo(text[len(shown) :], nl=False)
+            shown = text
+    typer.echo("")

@@ -1,0 +1,53 @@
+"""`moesaic train`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A preset name or a YAML file; see docs/guides/configuration.md.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")],
+    data: Annotated[Path | None, typer.Option(help="Prepared shards; the same as --set data.path=DIR.")] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="a.b=VALUE, as often as needed.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
+) -> None:
+    """Train a model; everything about the run is written into its folder.
+
+    Ctrl-C saves a checkpoint and stops; --resume goes on from it, bit for bit on the CPU.
+
+    Example: moesaic train pr-moe-tiny-8-16 --data shards/ --output runs/first --set tokens=2e6
+    """
+    from moesaic.config.load import load_train_config
+    from moesaic.report.terminal import TrainingDisplay
+    from moesaic.train.loop import train as run_training
+
+    settings = [f"data.path={json.dumps(str(data))}"] if data is not None else []
+    resolved = load_train_config(config, [*settings, *(assignments or [])])
+    if as_json:
+        result = run_training(resolved, output, device=device, resume=resume)
+        typer.echo(
+            json.dumps(
+                {
+                    "run": str(result.run_folder),
+                    "step": result.step,
+                    "tokens": result.tokens,
+                    "loss": result.loss,
+                    "validation_loss": result.validation_loss,
+                    "stopped_by": result.stopped_by,
+                }
+            )
+        )
+        return
+    with TrainingDisplay(total_tokens=resolved.tokens) as display:
+        result = run_training(resolved, output, device=device, resume=resume, display=display)
+    if result.stopped_by:
+        typer.echo(f"Stopped at step {result.step}; go on with the same command and --resume.")
+    else:
+        typer.echo(f"Trained {result.tokens:,} tokens; validation loss {result.validation_loss:.4f}.")
+    typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
+    typer.echo(f"Next: moesaic inspect {result.run_folder}   moesaic generate {result.run_folder} --prompt '...'")

@@ -1,0 +1,129 @@
+"""Naive generation, one sequence at a time: the oracle that any serving engine has to equal."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import GenerationError
+from moesaic.model.kv_cache import ContiguousCache
+from moesaic.model.transformer import Transformer
+
+
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_ids: Collection[int] = (),
+) -> list[int]:
+    """Return the token ids that follow prompt, at most max_new_tokens, ending before a stop id.
+
+    temperature 0 takes the likeliest token; otherwise one is drawn from the softmax at that temperature, among the top_k
+    likeliest and among the fewest whose probabilities reach top_p.
+
+    Raises: GenerationError for an empty prompt, ids outside the vocabulary, more positions than the model has, or
+    sampling values out of range.
+    """
+    return list(
+        stream(
+            model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            stop_ids=stop_ids,
+        )
+    )  # fmt: skip
+
+
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """As generate, yielding each token id as it comes."""
+    _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
+    return _stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids))
+
+
+@torch.no_grad()
+def _stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    stop_ids: frozenset[int],
+) -> Iterator[int]:
+    was_training = model.training
+    model.eval()
+    try:
+        config, device = model.config, model.embedding.device
+        cache = ContiguousCache(
+            config.num_layers, 1, len(prompt) + max_new_tokens, num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, dtype=model.compute_dtype, device=device,
+        )  # fmt: skip
+        random = torch.Generator().manual_seed(seed)
+        tokens = torch.tensor([list(prompt)], device=device)  # (1, S)
+        for _ in range(max_new_tokens):
+            hidden = model(tokens, cache=cache).hidden[0, -1]
+            token = choose_token(model.logits(hidden), temperature=temperature, top_k=top_k, top_p=top_p, random=random)
+            if token in stop_ids:
+                return
+            yield token
+            tokens = torch.tensor([[token]], device=device)
+    finally:
+        model.train(was_training)
+
+
+def choose_token(
+    logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, random: torch.Generator
+) -> int:
+    """Return one token id for logits (V,), fp32."""
+    if temperature == 0.0:
+        return int(logits.argmax())
+    logits = logits.cpu() / temperature
+    if top_k is not None and top_k < logits.shape[0]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    probabilities = torch.softmax(logits, -1)
+    if top_p is not None and top_p < 1.0:
+        falling, order = probabilities.sort(descending=True, stable=True)
+        before = falling.cumsum(0) - falling  # the likeliest always stays
+        probabilities = probabilities.index_fill(0, order[before >= top_p], 0.0)
+    return int(torch.multinomial(probabilities, 1, generator=random))
+
+
+def _check(
+    model: Transformer, prompt: Sequence[int], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    config = model.config
+    if not prompt:
+        raise GenerationError("the prompt is empty; generation requires one token; give a text, or the end-of-text token.")
+    wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
+    if wrong:
+        raise GenerationError(
+            f"the prompt holds token id {wrong[0]}; ids from 0 to {config.vocab_size - 1} are required; use the run's own "
+            f"tokenizer."
+        )
+    if max_new_tokens < 1:
+        raise GenerationError(f"max_new_tokens ({max_new_tokens}) must be at least 1; ask for one token or more.")
+    length = len(prompt) + max_new_tokens
+    if length > config.max_positions:
+        raise GenerationError(
+            f"the prompt's {len(prompt)} tokens and {max_new_tokens} new ones are {length} positions; the model has "
+            f"{config.max_positions}; shorten the prompt or lower max_new_tokens."
+        )
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise GenerationError(
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: temperature >= 0, top_k >= 1 and 0 < top_p <= 1 "
+            f"are required; change the one that is not."
+        )
