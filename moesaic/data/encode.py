@@ -137,8 +137,8 @@ def _serve() -> None:
             texts = pickle.load(requests)
             pickle.dump([encode_text(tokenizer, text, dtype=dtype) for text in texts], replies, protocol=5)
             replies.flush()
-    except (EOFError, BrokenPipeError):
-        return
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        return  # the parent has closed its end, or was killed in the middle of a request
 
 
 if __name__ == "__main__":

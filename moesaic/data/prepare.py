@@ -172,6 +172,8 @@ def prepare(
             manifest = read_manifest(folder)
             if manifest.input_fingerprint != input_fingerprint:
                 raise _other_input(folder, "prepared")
+            # Left where a run was killed between its last two steps.
+            (folder / PROGRESS_NAME).unlink(missing_ok=True)
             logger.info("%s is prepared already, from these sources and settings.", folder)
             return manifest
         try:

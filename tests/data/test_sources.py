@@ -98,7 +98,7 @@ def test_a_saved_dataset_gives_its_field(tmp_path: Path) -> None:
     assert read(tmp_path / "splits") == TEXTS
     with pytest.raises(DataError, match="has the splits test; the split train is read"):
         read(tmp_path / "test-only")
-    with pytest.raises(DataError, match="has no field 'body'.*text, n"):
+    with pytest.raises(DataError, match=r"has no field 'body'.*text, n"):
         read(tmp_path / "alone", text_field="body")
 
 

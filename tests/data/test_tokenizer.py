@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, models
 
 from moesaic.data.corpus import embedded_corpus
 from moesaic.data.tokenizer import END_OF_TEXT, Tokenizer
@@ -66,7 +66,9 @@ def test_training_is_deterministic_and_bounded_by_the_sample() -> None:
     first = Tokenizer.train(texts, vocab_size=400, sample_bytes=50_000)
     assert Tokenizer.train(texts, vocab_size=400, sample_bytes=50_000).fingerprint == first.fingerprint
     beginning = "".join(texts).encode()[:50_000].decode("utf-8", "ignore")
-    assert Tokenizer.train([beginning, texts[5]], vocab_size=400, sample_bytes=len(beginning.encode())).vocab_size == 400
+    assert (
+        Tokenizer.train([beginning, texts[5]], vocab_size=400, sample_bytes=len(beginning.encode())).vocab_size == 400
+    )
 
     def endless():
         while True:
