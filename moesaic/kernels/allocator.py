@@ -16,12 +16,12 @@ undisturbed ones of 3 to 5 runs. (1) x + y of 32 MiB fp32; (2) SiLU, GELU and pr
     | tune_allocator                    | 1.8 - 2.9 | 28 - 45   | 217 - 242 | 0.02 M | 1119 - 1176 |
     | reexec_with_tuned_allocator       | 1.0 - 2.2 | 28 - 31   | 236 - 241 | 0.02 M | 1138 - 1177 |
 
-Choices. M_MMAP_MAX = 0 rather than a large M_MMAP_THRESHOLD: as fast, no limit of 2 GiB - 1 on a block, and glibc before
-2.35 refuses thresholds above 32 MiB. No M_TOP_PAD: without trimming it gained nothing. Trimming is off, so the peak
-stays resident (13 to 18 % above the default's peak here, by fragmentation); `malloc_trim(0)` still gives memory back.
-Threads other than the main one map blocks beyond 64 MiB whatever is set; autograd's backward on the CPU runs in the
-thread that called it, so training in the main thread has the full benefit. madvise on single tensors was measured too
-(a matrix-vector product over 512 MiB: 24.0 GB/s without, 23.7 with it) and left out.
+Choices. M_MMAP_MAX = 0 rather than a large M_MMAP_THRESHOLD: as fast, no limit of 2 GiB - 1 on a block, and older glibc
+(before about 2.35) refuses thresholds above 32 MiB. No M_TOP_PAD: without trimming it gained nothing. Trimming is off,
+so the peak stays resident (13 to 18 % above the default's peak here, by fragmentation); `malloc_trim(0)` still gives
+memory back. Threads other than the main one map blocks beyond 64 MiB whatever is set; autograd's backward on the CPU
+runs in the thread that called it, so training in the main thread has the full benefit. madvise on single tensors was
+measured too (a matrix-vector product over 512 MiB: 24.0 GB/s without, 23.7 with it) and left out.
 """
 
 import ctypes

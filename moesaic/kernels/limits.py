@@ -1,0 +1,348 @@
+"""What this machine can do at most: its memory bandwidth and matrix rates, measured with torch, and what its CPU has.
+
+Limits are the yardstick of every "share of the limit". They are measured, once per machine, never assumed from a name.
+What an operation must move or do, and how near to the limit it comes, is not here (plan/ and benchmarks/).
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesaic.errors import DeviceError
+from moesaic.logs import logger
+
+if TYPE_CHECKING:
+    import torch
+
+# Square matrices, from small (a machine without bf16 instructions must not stall) to what a GPU needs to fill up.
+_CPU_SIZES = (512, 1024, 2048, 4096)
+_CUDA_SIZES = (1024, 2048, 4096, 8192)
+# What part of the time goes to reading memory, bf16 and fp32 products.
+_SHARES = (0.25, 0.45, 0.30)
+# Below this share of the processor's time a measurement says more about the other programs than about the machine.
+_UNDISTURBED_SHARE = 0.8
+_SMALLEST_BUFFER_BYTES = 512 << 20
+_LARGEST_BUFFER_BYTES = 1 << 30
+
+# Names as /proc/cpuinfo spells them (x86 flags, Arm features): what matters for matrix and vector work, in this order.
+_INSTRUCTION_SETS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx_vnni",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+    "asimd",
+    "sve",
+    "sve2",
+    "bf16",
+    "i8mm",
+)
+_BF16_INSTRUCTION_SETS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The best rates that torch reached on one device, with what they hold for.
+
+    Units: bytes per second of reading memory; floating-point operations per second of a dense matrix product.
+    """
+
+    device: str
+    name: str
+    threads: int
+    torch_version: str
+    bandwidth_bytes_per_second: float
+    bf16_flops_per_second: float
+    fp32_flops_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cpu:
+    """The processor: cores are physical ones (None where unknown), usable_threads what this process may run on."""
+
+    model: str
+    cores: int | None
+    logical_cores: int
+    usable_threads: int
+    instruction_sets: tuple[str, ...]
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether products of bf16 have instructions of their own; without them fp32 is usually faster."""
+        return bool(_BF16_INSTRUCTION_SETS.intersection(self.instruction_sets))
+
+
+def measure_limits(
+    *, device: str = "cpu", seconds: float = 1.5, reuse: bool = True, folder: Path | None = None
+) -> Limits:
+    """Return the limits of a device ("cpu", "cuda" or "cuda:1"): an earlier measurement's, or measured now.
+
+    A measurement takes about `seconds` (twice that on a busy machine) and up to 1 GiB. It is kept in folder (the user's
+    cache folder) per processor, number of threads and version of torch; one that other programs disturbed is not kept,
+    and says so. With reuse=False it is measured again, and the better of the earlier and the new rates stand: load can
+    only make a limit look lower than it is.
+
+    Raises: DeviceError for a device that torch does not have here.
+    """
+    import torch
+
+    _check_device(device)
+    identity = _identity(device)
+    path = (folder or cache_folder()) / f"limits-{_digest(identity)}.json"
+    earlier = _read(path, identity)
+    if earlier is not None and reuse:
+        return earlier
+    with torch.inference_mode():
+        rates, share = _measure(device, seconds)
+        if share < _UNDISTURBED_SHARE:
+            again, share = _measure(device, seconds)
+            rates = {name: max(rate, again[name]) for name, rate in rates.items()}
+    if earlier is not None:
+        rates = {name: max(rate, getattr(earlier, name)) for name, rate in rates.items()}
+    limits = Limits(
+        device=str(identity["device"]),
+        name=str(identity["name"]),
+        threads=int(identity["threads"]),
+        torch_version=str(identity["torch_version"]),
+        **rates,
+    )
+    if share < _UNDISTURBED_SHARE:
+        logger.warning(
+            f"the machine is busy: moesaic had {share:.0%} of the processor while it measured the machine's limits, so "
+            "they may be too low and are not kept; `moesaic doctor --measure` measures them when the machine is quiet"
+        )
+    else:
+        _write(path, limits)
+    return limits
+
+
+def describe_cpu() -> Cpu:
+    """Return what the operating system and torch say about this machine's processor."""
+    text = _read_text(Path("/proc/cpuinfo"))
+    logical = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return Cpu(
+        model=named.group(1).strip() if named else platform.processor() or platform.machine() or "unknown",
+        cores=_physical_cores(text),
+        logical_cores=logical,
+        usable_threads=usable,
+        instruction_sets=_instruction_sets(text),
+    )
+
+
+def cache_folder() -> Path:
+    """Return the folder for what moesaic may keep between runs and can make anew: the platform's user cache."""
+    home = Path.home()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "moesaic"
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise DeviceError(f"device {device!r} has no limits to measure; cpu, cuda or cuda:N is required; use cpu.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device {device!r} is not on this machine; torch sees {torch.cuda.device_count()} CUDA devices; use cpu, "
+            "or see what `moesaic doctor` says."
+        )
+
+
+def _identity(device: str) -> dict[str, str | int]:
+    """Return what a measurement holds for; a difference in any of these makes it another measurement."""
+    import torch
+
+    if device.startswith("cuda"):
+        name, threads = torch.cuda.get_device_name(device), 0
+    else:
+        cpu = describe_cpu()
+        name, threads = f"{cpu.model} ({' '.join(cpu.instruction_sets)})", torch.get_num_threads()
+    return {
+        "device": device.partition(":")[0],
+        "name": name,
+        "threads": threads,
+        "torch_version": torch.__version__,
+    }
+
+
+def _digest(identity: dict[str, str | int]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(path: Path, identity: dict[str, str | int]) -> Limits | None:
+    """Return an earlier measurement; a file that cannot be one is said and measured anew."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or set(values) != {field.name for field in fields(Limits)}:
+            raise ValueError("its keys are not those of a measurement")
+        for key, value in values.items():
+            if key in identity and value != identity[key]:
+                raise ValueError(f"its {key} is {value!r}")
+            if key not in identity and not (type(value) is float and math.isfinite(value) and value > 0):
+                raise ValueError(f"its {key} is {value!r}")
+        return Limits(**values)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning(f"{path} is not a measurement of this machine ({error}); measuring again")
+        return None
+
+
+def _write(path: Path, limits: Limits) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may write the same file: each its own, the last rename stands.
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(asdict(limits), indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        logger.warning(f"the measured limits could not be kept in {path} ({error}); the next run measures them again")
+
+
+def _measure(device: str, seconds: float) -> tuple[dict[str, float], float]:
+    """Return the rates by name, and the smallest share of the processor that a measurement had."""
+    import torch
+
+    bandwidth, bf16, fp32 = (seconds * share for share in _SHARES)
+    results = {
+        "bandwidth_bytes_per_second": _measure_bandwidth(device, bandwidth),
+        "bf16_flops_per_second": _measure_products(device, torch.bfloat16, seconds=bf16),
+        "fp32_flops_per_second": _measure_products(device, torch.float32, seconds=fp32),
+    }
+    return {name: rate for name, (rate, _) in results.items()}, min(share for _, share in results.values())
+
+
+def _measure_bandwidth(device: str, seconds: float) -> tuple[float, float]:
+    """Return bytes per second of summing fp32 numbers that no cache holds: the fastest read that torch has."""
+    import torch
+
+    if device.startswith("cuda"):
+        size, free = _LARGEST_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0]
+    else:
+        size, free = max(_SMALLEST_BUFFER_BYTES, 4 * _last_level_cache_bytes()), _available_memory_bytes()
+    size = min(size, _LARGEST_BUFFER_BYTES, free // 8)
+    numbers = torch.ones(max(size // 4, 1), device=device)  # (size / 4,) fp32
+    timing = _time(numbers.sum, device=device, seconds=seconds)
+    return numbers.numel() * numbers.element_size() / timing.fastest_seconds, timing.processor_share
+
+
+def _measure_products(device: str, dtype: "torch.dtype", *, seconds: float) -> tuple[float, float]:
+    """Return FLOP/s of the fastest square product: the sizes that the time allows, then the best of them again."""
+    import torch
+
+    sizes = _CUDA_SIZES if device.startswith("cuda") else _CPU_SIZES
+    end = time.perf_counter() + seconds
+    best, best_call, best_size, predicted = 0.0, None, 0, 0.0
+    for size in sizes:
+        # Making the matrices, one run to warm up and two to time.
+        if best and 4 * predicted > end - time.perf_counter():
+            break
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # (size, size)
+        call = partial(torch.mm, left, right, out=torch.empty_like(left))
+        timing = _time(call, device=device, seconds=seconds / (2 * len(sizes)))
+        predicted = 8 * timing.fastest_seconds
+        if 2 * size**3 / timing.fastest_seconds > best:
+            best, best_call, best_size = 2 * size**3 / timing.fastest_seconds, call, size
+    assert best_call is not None, sizes
+    timing = _time(best_call, device=device, seconds=end - time.perf_counter())
+    return max(best, 2 * best_size**3 / timing.fastest_seconds), timing.processor_share
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """The shortest call, and the share of the threads' time that the process really ran (1 for a GPU)."""
+
+    fastest_seconds: float
+    processor_share: float
+
+
+def _time(call: Callable[[], object], *, device: str, seconds: float) -> _Timing:
+    """Time at least two calls, repeated for about `seconds`, after one to warm up."""
+    import torch
+
+    is_cuda = device.startswith("cuda")
+
+    def wait() -> None:
+        if is_cuda:
+            torch.cuda.synchronize(device)
+
+    call()
+    wait()
+    times: list[float] = []
+    start, processor_start = time.perf_counter(), time.process_time()
+    now = start
+    while len(times) < 2 or now < start + seconds:
+        before = time.perf_counter()
+        call()
+        wait()
+        now = time.perf_counter()
+        times.append(now - before)
+    threads = min(torch.get_num_threads(), describe_cpu().usable_threads)
+    processor_share = (time.process_time() - processor_start) / (max(now - start, 1e-9) * threads)
+    return _Timing(min(times), 1.0 if is_cuda else min(processor_share, 1.0))
+
+
+def _last_level_cache_bytes() -> int:
+    text = _read_text(Path("/sys/devices/system/cpu/cpu0/cache/index3/size")).strip()
+    match = re.fullmatch(r"(\d+)([KMG]?)", text)
+    return int(match.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30}[match.group(2)] if match else 0
+
+
+def _available_memory_bytes() -> int:
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", _read_text(Path("/proc/meminfo")), re.MULTILINE)
+    return int(match.group(1)) << 10 if match else 4 << 30
+
+
+def _physical_cores(cpuinfo: str) -> int | None:
+    cores = set()
+    for block in cpuinfo.split("\n\n"):
+        ids = dict(re.findall(r"^(physical id|core id)\s*:\s*(\d+)$", block, re.MULTILINE))
+        if "core id" in ids:
+            cores.add((ids.get("physical id", "0"), ids["core id"]))
+    return len(cores) or None
+
+
+def _instruction_sets(cpuinfo: str) -> tuple[str, ...]:
+    line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    if line:
+        flags = set(line.group(1).split())
+        return tuple(name for name in _INSTRUCTION_SETS if name in flags)
+    # No /proc (macOS, Windows): torch knows at least which of its own kernels it chose.
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return {"default": (), "no avx": (), "avx512": ("avx2", "fma", "avx512f"), "avx2": ("avx2", "fma")}.get(
+        capability, (capability,)
+    )
+
+
+def _read_text(path: Path) -> str:
+    """Return a file of the kernel's, or nothing where this system does not have it."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

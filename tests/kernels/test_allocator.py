@@ -1,0 +1,195 @@
+"""The allocator's remedy holds in a fresh process, respects the user's own settings, and never loops."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.kernels import allocator
+from moesaic.kernels.allocator import (
+    MARKER,
+    glibc_version,
+    reexec_with_tuned_allocator,
+    tune_allocator,
+    tuned_environment,
+)
+
+needs_glibc = pytest.mark.skipif(glibc_version() is None, reason="the remedy is for glibc on Linux")
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    dropped = ("MALLOC_", "GLIBC_TUNABLES", MARKER)
+    return {**{key: value for key, value in os.environ.items() if not key.startswith(dropped)}, **more}
+
+
+def run_python(code: str, **environment: str) -> Any:
+    """Run code in a process of its own, since malloc's settings belong to a process; it prints one JSON value."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=clean_environment(**environment), capture_output=True, text=True, check=True
+    )
+    return json.loads(result.stdout)
+
+
+TUNE = """
+import json, re, sys
+from dataclasses import asdict
+from moesaic.kernels.allocator import tune_allocator, large_blocks_stay
+before = large_blocks_stay()
+first, second = tune_allocator(), tune_allocator()
+print(json.dumps({
+    "before": before, "after": large_blocks_stay(), "first": asdict(first), "second": asdict(second),
+    "resident_kib": int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]), "torch": "torch" in sys.modules,
+}))
+"""
+
+
+@needs_glibc
+def test_freed_blocks_stay_after_tuning_and_tuning_costs_no_memory() -> None:
+    seen = run_python(TUNE)
+    assert seen["before"] is False
+    assert seen["after"] is True
+    assert seen["first"]["is_tuned"]
+    assert seen["first"]["applied"][:2] == seen["second"]["applied"][:2] == ["M_MMAP_MAX=0", "M_TRIM_THRESHOLD=-1"]
+    # The reservation of gigabytes for huge pages is address space only: Python alone is about 15 MB.
+    assert seen["resident_kib"] < 64 << 10
+    assert not seen["torch"]
+
+
+@needs_glibc
+def test_a_freed_tensor_is_not_faulted_in_again() -> None:
+    code = """
+import json, resource, sys
+import torch
+if sys.argv[-1] != "default":
+    from moesaic.kernels.allocator import tune_allocator
+    tune_allocator()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+x = torch.ones(8 << 20)
+x + x; x + x
+start = faults()
+for _ in range(8): x + x
+print(json.dumps(faults() - start))
+"""
+    # 32 MiB are 8,192 pages of 4 KiB: by default every one of the 8 results faults them in, tuned none does.
+    assert run_python(code) < 1000
+
+
+@needs_glibc
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"MALLOC_TOP_PAD_": "1048576"}, "MALLOC_TOP_PAD_"),
+        ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, "MALLOC_MMAP_THRESHOLD_"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1048576"}, "glibc.malloc.trim_threshold"),
+        ({MARKER: "off"}, f"{MARKER}=off opts out"),
+    ],
+)
+def test_what_the_user_set_is_left_alone(environment: dict[str, str], named: str) -> None:
+    seen = run_python(TUNE, **environment)
+    assert seen["after"] is False
+    assert not seen["first"]["is_tuned"]
+    assert named in seen["first"]["explanation"]
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32", "linux"])
+def test_without_glibc_nothing_is_done_and_said(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def musl(name: str) -> str:
+        raise ValueError(f"unrecognized configuration name {name}")
+
+    monkeypatch.setattr(allocator.sys, "platform", platform)
+    monkeypatch.setattr(allocator.os, "confstr", musl, raising=False)
+    monkeypatch.delenv(MARKER, raising=False)
+    report = tune_allocator()
+    assert not report.is_tuned and not report.applied and not report.huge_page_bytes
+    assert "glibc" in report.explanation
+    assert "glibc" in reexec_with_tuned_allocator()
+    assert allocator.large_blocks_stay() is None
+
+
+@needs_glibc
+def test_a_setting_that_glibc_refuses_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def mallopt(self, parameter: int, value: int) -> int:
+            return 0
+
+    for name in (MARKER, *allocator._USER_VARIABLES, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(allocator, "_libc", Refusing)
+    report = tune_allocator()
+    assert not report.is_tuned and not report.applied
+    assert any(line.startswith("M_MMAP_MAX=0: ") for line in report.refused)
+
+
+@needs_glibc
+@pytest.mark.parametrize(
+    ("mode", "overcommit", "reason"),
+    [("never", 0, "switched off"), ("always", 0, "already"), (None, 0, "has none"), ("madvise", 2, "overcommit")],
+)
+def test_huge_pages_that_cannot_be_had_are_explained(
+    mode: str | None, overcommit: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocator, "huge_pages_mode", lambda: mode)
+    monkeypatch.setattr(allocator, "_overcommit_mode", lambda: overcommit)
+    size, said = allocator._reserve_huge_pages(allocator._libc())
+    assert size == 0
+    assert reason in said
+
+
+def test_the_environment_keeps_what_the_user_has() -> None:
+    environment = tuned_environment({"HOME": "/home/me", "GLIBC_TUNABLES": "glibc.malloc.check=0"})
+    assert environment["HOME"] == "/home/me"
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    assert environment["MALLOC_MMAP_MAX_"] == "0"
+    own = tuned_environment({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=2"})
+    assert own["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=2"
+
+
+SCRIPT = f"""
+import json, os, sys
+from moesaic.kernels.allocator import large_blocks_stay, reexec_with_tuned_allocator
+starts = int(os.environ.get("STARTS", "0")) + 1
+os.environ["STARTS"] = str(starts)
+said = reexec_with_tuned_allocator()
+print(json.dumps({{"starts": starts, "stay": large_blocks_stay(), "arguments": sys.argv[1:], "pid": os.getpid(),
+                  "said": said, "marker": os.environ.get("{MARKER}"), "utf8": sys.flags.utf8_mode}}))
+"""
+
+
+@needs_glibc
+@pytest.mark.parametrize("name", ["moesaic", "moesaic/__main__.py"])
+def test_the_command_line_starts_again_once_with_the_same_command(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "bin" / name
+    script.parent.mkdir(parents=True)
+    script.write_text(SCRIPT)
+    arguments = ["train", "--set", "a.b=[1, 2]", "--prompt", "two words\nand a line", ""]
+    with subprocess.Popen(
+        [sys.executable, "-X", "utf8", str(script), *arguments],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        output, _ = process.communicate(timeout=60)
+    seen = json.loads(output)
+    assert seen["starts"] == 2
+    assert seen["stay"] is True
+    assert seen["arguments"] == arguments
+    assert seen["utf8"] == 1
+    assert seen["marker"] == "tuned" and "already tuned" in seen["said"]
+    # exec, not a child: Ctrl-C and kill reach the one process that the user sees.
+    assert seen["pid"] == process.pid
+
+
+@needs_glibc
+def test_a_program_that_only_imports_moesaic_is_never_started_again(tmp_path: Path) -> None:
+    script = tmp_path / "research.py"
+    script.write_text(SCRIPT)
+    output = subprocess.run(
+        [sys.executable, str(script)], env=clean_environment(), capture_output=True, text=True, check=True
+    ).stdout
+    seen = json.loads(output)
+    assert seen["starts"] == 1
+    assert "not moesaic's command line" in seen["said"]

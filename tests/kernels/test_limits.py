@@ -1,0 +1,211 @@
+"""Limits are plausible, measured once per machine, and a damaged cache is never believed."""
+
+import json
+import logging
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic.errors import DeviceError
+from moesaic.kernels import limits
+from moesaic.kernels.limits import Limits, cache_folder, describe_cpu, measure_limits
+
+RATES = ("bandwidth_bytes_per_second", "bf16_flops_per_second", "fp32_flops_per_second")
+
+
+def quick(folder: Path, *, reuse: bool = True) -> Limits:
+    return measure_limits(seconds=0.1, folder=folder, reuse=reuse)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Replace the clock's work by fixed rates: one value a measurement, the last one repeated."""
+    rates = [1e9]
+
+    def measure(device: str, seconds: float) -> tuple[dict[str, float], float]:
+        rate = rates.pop(0) if len(rates) > 1 else rates[0]
+        return dict.fromkeys(RATES, rate), 1.0
+
+    monkeypatch.setattr(limits, "_measure", measure)
+    return rates
+
+
+def test_the_measured_rates_are_those_of_a_computer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small: this test is about the measuring, not about the machine, which other tests may be using.
+    monkeypatch.setattr(limits, "_SMALLEST_BUFFER_BYTES", 16 << 20)
+    monkeypatch.setattr(limits, "_last_level_cache_bytes", lambda: 0)
+    monkeypatch.setattr(limits, "_CPU_SIZES", (128, 256))
+    measured = quick(tmp_path)
+    assert measured.device == "cpu"
+    assert measured.threads == torch.get_num_threads()
+    assert measured.torch_version == torch.__version__
+    assert 1e7 < measured.bandwidth_bytes_per_second < 1e13
+    assert 1e7 < measured.bf16_flops_per_second < 1e16
+    assert 1e7 < measured.fp32_flops_per_second < 1e15
+
+
+def test_a_second_call_reads_what_the_first_measured(tmp_path: Path, fake: list[float]) -> None:
+    fake[:] = [1e9, 2e9]
+    first = quick(tmp_path)
+    assert quick(tmp_path) == first
+    assert [json.loads(path.read_text()) for path in tmp_path.iterdir()] == [asdict(first)]
+
+
+def test_measuring_again_keeps_the_better_rate(tmp_path: Path, fake: list[float]) -> None:
+    fake[:] = [2e9, 1e9, 3e9]
+    assert quick(tmp_path).bf16_flops_per_second == 2e9
+    assert quick(tmp_path, reuse=False).bf16_flops_per_second == 2e9
+    assert quick(tmp_path, reuse=False).bf16_flops_per_second == 3e9
+    assert quick(tmp_path).bf16_flops_per_second == 3e9
+
+
+def test_another_number_of_threads_is_another_measurement(tmp_path: Path, fake: list[float]) -> None:
+    threads = torch.get_num_threads()
+    fake[:] = [1e9, 2e9]
+    quick(tmp_path)
+    try:
+        torch.set_num_threads(threads + 1)
+        other = quick(tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert (other.threads, other.bf16_flops_per_second) == (threads + 1, 2e9)
+    assert quick(tmp_path).bf16_flops_per_second == 1e9
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe\x00",
+        b"[]",
+        b"{}",
+        b"nan",
+        {"bf16_flops_per_second": 0.0},
+        {"bf16_flops_per_second": -1.0},
+        {"bf16_flops_per_second": math.nan},
+        {"bf16_flops_per_second": math.inf},
+        {"bf16_flops_per_second": "fast"},
+        {"bf16_flops_per_second": True},
+        {"name": "another processor"},
+        {"unknown": 1.0},
+    ],
+    ids=str,
+)
+def test_a_damaged_cache_is_measured_anew_with_a_log_line(
+    damage: bytes | dict[str, object], tmp_path: Path, fake: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    fake[:] = [1e9, 2e9]
+    first = quick(tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage if isinstance(damage, bytes) else json.dumps({**asdict(first), **damage}).encode())
+    with caplog.at_level(logging.WARNING, logger="moesaic"):
+        assert quick(tmp_path).bf16_flops_per_second == 2e9
+    assert str(path) in caplog.text and "measuring again" in caplog.text
+    caplog.clear()
+    assert quick(tmp_path).bf16_flops_per_second == 2e9
+    assert not caplog.records
+
+
+def test_a_folder_that_cannot_be_written_costs_the_cache_only(
+    tmp_path: Path, fake: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with caplog.at_level(logging.WARNING, logger="moesaic"):
+        assert quick(blocked / "moesaic").bf16_flops_per_second == 1e9
+    assert "could not be kept" in caplog.text
+
+
+def test_a_disturbed_measurement_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = [1e9, 3e9]
+    monkeypatch.setattr(limits, "_measure", lambda device, seconds: (dict.fromkeys(RATES, results.pop(0)), 0.4))
+    with caplog.at_level(logging.WARNING, logger="moesaic"):
+        assert quick(tmp_path).bf16_flops_per_second == 3e9, "the better of two tries"
+    assert "busy" in caplog.text and "doctor --measure" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:99", ""])
+def test_a_device_that_is_not_here_is_refused(device: str, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="device"):
+        measure_limits(device=device, folder=tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_is_measured_by_the_same_function(tmp_path: Path) -> None:
+    measured = measure_limits(device="cuda", seconds=1.0, folder=tmp_path)
+    assert measured.name == torch.cuda.get_device_name()
+    assert measured.bf16_flops_per_second > measured.fp32_flops_per_second
+
+
+def test_the_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(limits.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "moesaic"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "moesaic"
+
+
+INTEL = """processor\t: 0
+model name\t: Some Xeon
+physical id\t: 0
+core id\t\t: 0
+flags\t\t: fpu sse2 avx2 fma avx512f avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16
+
+processor\t: 1
+model name\t: Some Xeon
+physical id\t: 0
+core id\t\t: 0
+flags\t\t: fpu sse2 avx2 fma avx512f avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16
+"""
+OLD = "processor\t: 0\nmodel name\t: Old\nflags\t\t: fpu sse2 avx\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd sve sve2 i8mm bf16\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "model", "cores", "instruction_sets", "has_bf16"),
+    [
+        (
+            INTEL,
+            "Some Xeon",
+            1,
+            ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+            True,
+        ),
+        (OLD, "Old", None, (), False),
+        (ARM, None, None, ("asimd", "sve", "sve2", "bf16", "i8mm"), True),
+    ],
+    ids=["intel", "old", "arm"],
+)
+def test_the_processor_is_read_not_assumed(
+    cpuinfo: str,
+    model: str | None,
+    cores: int | None,
+    instruction_sets: tuple[str, ...],
+    has_bf16: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "_read_text", lambda path: cpuinfo if path == Path("/proc/cpuinfo") else "")
+    cpu = describe_cpu()
+    assert model is None or cpu.model == model
+    assert cpu.model
+    assert cpu.cores == cores
+    assert cpu.instruction_sets == instruction_sets
+    assert cpu.has_bf16 is has_bf16
+    assert 1 <= cpu.usable_threads <= (os.cpu_count() or 1)
+
+
+def test_without_proc_torch_says_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_read_text", lambda path: "")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert describe_cpu().instruction_sets == ("avx2", "fma", "avx512f")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert describe_cpu().instruction_sets == ()
