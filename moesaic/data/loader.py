@@ -31,6 +31,7 @@ class Batch:
     documents: torch.Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
         documents = None if self.documents is None else self.documents.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), documents)
 

@@ -110,6 +110,19 @@ def test_epochs_differ_in_order_and_in_where_sequences_begin(tmp_path: Path) -> 
     assert loader.epoch(3) == 3.0
 
 
+def test_a_batch_moves_and_is_cut_as_a_whole(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, 100)
+    for with_documents in (False, True):
+        batch = TrainLoader(
+            stream, sequence_length=8, batch_size=6, seed=0, end_of_text_id=END, with_documents=with_documents
+        ).batch(0)
+        on_meta = batch.to(torch.device("meta"))
+        parts = [batch.rows(start, start + 2) for start in range(0, 6, 2)]
+        for name in ("inputs", "targets", "documents")[: 2 + with_documents]:
+            assert getattr(on_meta, name).device.type == "meta"
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
 def test_documents_number_inside_the_sequence(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, 17)
     loader = TrainLoader(stream, sequence_length=16, batch_size=1, seed=0, end_of_text_id=END, with_documents=True)
