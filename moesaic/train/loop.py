@@ -33,7 +33,7 @@ from moesaic.report.records import EvaluationRecord, ExpertRecord, TrainRecord
 from moesaic.train.interrupt import StopRequest
 from moesaic.train.loss import Losses, language_model_loss
 from moesaic.train.metrics import MetricsWriter
-from moesaic.train.optim import Optimizers
+from moesaic.train.optim import Optimizers, clip_gradients
 from moesaic.train.provenance import write_provenance
 from moesaic.train.schedule import learning_rate
 
@@ -155,8 +155,9 @@ class Trainer:
             layer_counts = [statistics.tokens_per_expert for statistics in micro_losses.moe]
             counts = [a + b for a, b in zip(counts, layer_counts, strict=True)] if counts else layer_counts
             losses.append(_without_graph(micro_losses))
-        gradient_norm = self._clip()
-        rate = learning_rate(config.schedule, self.tokens, total_tokens=config.tokens)
+        gradient_norm = clip_gradients(self.model, config.optimizer.max_gradient_norm)
+        tokens_after = self.tokens + config.tokens_per_step
+        rate = learning_rate(config.schedule, tokens_after, total_tokens=config.tokens)
         is_finite = math.isfinite(gradient_norm)
         if is_finite:
             self.optimizers.step(rate)
@@ -179,7 +180,10 @@ class Trainer:
         skipped_in_a_row = 0
         last_plot = time.perf_counter()
         loss = math.nan
-        with MetricsWriter(self.run_folder, resume_step=self.step if self.resumes else None) as metrics, StopRequest() as stop:
+        with (
+            MetricsWriter(self.run_folder, resume_step=self.step if self.resumes else None) as metrics,
+            StopRequest() as stop,
+        ):
             self._metrics = metrics
             if self.step:
                 self._event(f"resumed from step {self.step}")
@@ -218,15 +222,6 @@ class Trainer:
                 self._save(must_succeed=True)
         write_plots(self.run_folder)
         return TrainResult(self.run_folder, self.step, self.tokens, loss, self.validation_loss, stop.name)
-
-    def _clip(self) -> float:
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        limit = self.config.optimizer.max_gradient_norm
-        value = float(norm)
-        if limit is not None and value > limit and math.isfinite(value):
-            torch._foreach_mul_(gradients, limit / value)
-        return value
 
     def _skip(self, result: "StepResult", in_a_row: int) -> None:
         self.skipped_steps += 1
@@ -331,7 +326,7 @@ class Trainer:
             write_config(self.config, self.run_folder / "config.yaml")
 
     def _check_same_run(self) -> None:
-        """A resumed run may change how it reports and saves, and train on for longer; nothing that changes the steps."""
+        """A resumed run may change how it reports and saves and how long it trains; nothing that changes a step."""
         before = load_run_config(self.run_folder).to_dict()
         now = self.config.to_dict()
         free = {"evaluation", "checkpoint", "log_every_steps", "tokens", "activation_checkpointing"}

@@ -107,6 +107,18 @@ class Optimizers:
                         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
 
 
+def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
+    """Scale all gradients so that their total norm is at most max_norm; return the norm before, finite or not.
+
+    Gradients are left alone when the norm is not finite: that step is for the caller to skip.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if max_norm is not None and max_norm < norm < float("inf"):
+        torch._foreach_mul_(gradients, max_norm / norm)
+    return norm
+
+
 def _groups(model: nn.Module, config: OptimizerConfig) -> dict[str, list[dict]]:
     """Weight decay on matrices, on the router its own, on biases and norms none; Muon takes the hidden matrices."""
     decayed, router, plain, single, fused = [], [], [], [], []

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from pathlib import Path
@@ -41,4 +40,4 @@ def write_provenance(run_folder: Path, *, data_path: str, data_fingerprint: str,
     )
     temporary = path.with_suffix(".writing")
     temporary.write_text(json.dumps({"starts": starts}, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
