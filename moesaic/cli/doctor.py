@@ -1,0 +1,384 @@
+"""`moesaic doctor`: what this machine has, what moesaic makes of it, and what to do about what is missing.
+
+The plain call is `examine`. Each part is asked of the operating system, of torch or of pip's records, never assumed,
+and nothing needs a network. How fast the machine is, `--measure` finds out by kernels/limits.
+"""
+
+import json
+import os
+import pkgutil
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# `make quickstart` stays below this.
+_QUICKSTART_BYTES = 2_500_000_000
+# Modules of kernels/ that are not operations.
+_NOT_OPERATIONS = {"allocator", "device", "limits", "reference"}
+# A longer look than training's own takes.
+_MEASURE_SECONDS = 8.0
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also measure memory bandwidth and matrix rates (about 10 seconds each).")
+    ] = False,
+) -> None:
+    """Show what this machine has, which kernels are in use, what is missing and which command brings it.
+
+    The exit status is 1 when training cannot work here at all.
+
+    Example: moesaic doctor --measure
+    """
+    findings = examine(measure=measure)
+    if as_json:
+        typer.echo(json.dumps(findings, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(_render(findings), soft_wrap=False)
+    if any(problem["is_fatal"] for problem in findings["problems"]):
+        raise typer.Exit(1)
+
+
+def examine(*, measure: bool = False) -> dict[str, Any]:
+    """Return everything that `moesaic doctor` prints, as JSON-able values.
+
+    Its key problems is a list of {problem, remedy, is_fatal}; an empty one means that nothing needs doing.
+    """
+    from moesaic import __version__
+    from moesaic.kernels.limits import describe_cpu
+
+    cpu = describe_cpu()
+    # Before torch allocates anything: the state that `moesaic train` will have.
+    allocator = _examine_allocator()
+    torch, cuda = _examine_torch()
+    findings: dict[str, Any] = {
+        "moesaic": {"version": __version__, "folder": str(Path(__file__).resolve().parents[1])},
+        "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
+        "torch": torch,
+        "cpu": {
+            "model": cpu.model,
+            "cores": cpu.cores,
+            "logical_cores": cpu.logical_cores,
+            "usable_threads": cpu.usable_threads,
+            "instruction_sets": list(cpu.instruction_sets),
+            "has_bf16": cpu.has_bf16,
+        },
+        "memory": _examine_memory(),
+        "allocator": allocator,
+        "cuda": cuda,
+        "compiler": _find_compiler(),
+        "extras": _examine_extras(),
+        "kernels": _examine_kernels(),
+        "limits": _measure(cuda) if measure and torch["is_usable"] else [],
+    }
+    findings["problems"] = _find_problems(findings)
+    return findings
+
+
+def _examine_torch() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch's is missing
+        return {"is_usable": False, "version": None, "build": None, "threads": None, "error": str(error)}, []
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    if torch.version.hip:
+        build = f"ROCm {torch.version.hip}"
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+            }
+        )
+    described = {
+        "is_usable": True,
+        "version": torch.__version__,
+        "build": build,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "has_onednn": torch.backends.mkldnn.is_available(),
+    }
+    return described, devices
+
+
+def _examine_memory() -> dict[str, int | None]:
+    """Return bytes: of the machine, available now, and the container's limit where there is one."""
+    values = dict(re.findall(r"^(\w+):\s*(\d+) kB", _read_text("/proc/meminfo"), re.MULTILINE))
+    total = int(values["MemTotal"]) << 10 if "MemTotal" in values else None
+    if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = None
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = _read_text(path).strip()
+        # Version 1 writes a huge number for "none".
+        if text.isdigit() and (total is None or int(text) < total):
+            limit = int(text)
+    available = int(values["MemAvailable"]) << 10 if "MemAvailable" in values else None
+    return {"total_bytes": total, "available_bytes": available, "limit_bytes": limit}
+
+
+def _examine_allocator() -> dict[str, Any]:
+    from moesaic.kernels.allocator import glibc_version, huge_pages_mode, large_blocks_stay, tune_allocator
+
+    report = tune_allocator()
+    version = glibc_version()
+    return {
+        "library": f"glibc {version}" if version else "not glibc",
+        "huge_pages": huge_pages_mode(),
+        "is_tuned": report.is_tuned,
+        "freed_blocks_stay": large_blocks_stay(),
+        "huge_page_bytes": report.huge_page_bytes,
+        "explanation": report.explanation,
+        "refused": list(report.refused),
+    }
+
+
+def _find_compiler() -> dict[str, str] | None:
+    """Return the C++ compiler that torch would call, by $CXX, else the first of the usual names on the PATH."""
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")):
+        path = shutil.which(name)
+        if path is None:
+            continue
+        try:
+            result = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        lines = (result.stdout or result.stderr).strip().splitlines()
+        if lines:
+            return {"name": name, "path": path, "version": lines[0]}
+    return None
+
+
+def _examine_extras() -> list[dict[str, Any]]:
+    """Return moesaic's optional extras: the packages of each, the missing ones, and the command that brings them."""
+    try:
+        distribution = metadata.distribution("moesaic")
+    except metadata.PackageNotFoundError:
+        return []
+    packages: dict[str, list[str]] = {name: [] for name in distribution.metadata.get_all("Provides-Extra") or []}
+    for requirement in distribution.requires or []:
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        if extra and name and name.group() != "moesaic":
+            packages.setdefault(extra.group(1), []).append(name.group())
+    source = _editable_folder(distribution)
+    return [
+        {
+            "name": extra,
+            "packages": names,
+            "missing": [name for name in names if not _is_installed(name)],
+            "command": f"{sys.executable} -m pip install "
+            + (f"-e '{source}[{extra}]'" if source else f"'moesaic[{extra}]'"),
+        }
+        for extra, names in packages.items()
+    ]
+
+
+def _editable_folder(distribution: metadata.Distribution) -> str | None:
+    """Return the checkout that an editable installation points to; pip must be given the same one again."""
+    record = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if not record.get("dir_info", {}).get("editable"):
+        return None
+    from urllib.parse import urlparse
+    from urllib.request import url2pathname
+
+    return url2pathname(urlparse(record["url"]).path)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _examine_kernels() -> list[dict[str, str]]:
+    """Return every operation of kernels/ and what computes it; today that is PyTorch for all of them."""
+    import moesaic.kernels
+
+    names = sorted(module.name for module in pkgutil.iter_modules(moesaic.kernels.__path__))
+    return [{"operation": name, "implementation": "PyTorch"} for name in names if name not in _NOT_OPERATIONS]
+
+
+def _measure(cuda: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from moesaic.kernels.limits import measure_limits
+
+    devices = ["cpu", *(f"cuda:{index}" for index in range(len(cuda)))]
+    return [
+        {**asdict(measure_limits(device=device, seconds=_MEASURE_SECONDS, reuse=False)), "device": device}
+        for device in devices
+    ]
+
+
+def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what is wrong, worst first, each with what to do."""
+    torch, cpu, memory, allocator = (findings[key] for key in ("torch", "cpu", "memory", "allocator"))
+    problems: list[dict[str, Any]] = []
+
+    def add(problem: str, remedy: str, *, is_fatal: bool = False) -> None:
+        problems.append({"problem": problem, "remedy": remedy, "is_fatal": is_fatal})
+
+    if not torch["is_usable"]:
+        add(
+            f"torch cannot be imported: {torch['error']}",
+            f"{sys.executable} -m pip install --force-reinstall torch (a CPU-only Linux machine can take the smaller "
+            "build: add --index-url https://download.pytorch.org/whl/cpu)",
+            is_fatal=True,
+        )
+    elif torch["build"] != "CPU" and not findings["cuda"]:
+        add(
+            f"torch is a {torch['build']} build and sees no GPU; training runs on the CPU",
+            "where there should be one, see what nvidia-smi (or rocm-smi) says and whether CUDA_VISIBLE_DEVICES is "
+            "empty; where there is none, nothing needs doing",
+        )
+    if torch["is_usable"] and torch["threads"] > cpu["usable_threads"]:
+        add(
+            f"torch uses {torch['threads']} threads on {cpu['usable_threads']} processors, which slows every operation",
+            f"export OMP_NUM_THREADS={cpu['usable_threads']}",
+        )
+    elif (
+        torch["is_usable"]
+        and not findings["cuda"]
+        and torch["threads"] < (cpu["cores"] or 1)
+        and (torch["threads"] < cpu["usable_threads"])
+    ):
+        add(
+            f"torch uses {torch['threads']} threads of {cpu['usable_threads']} processors",
+            "unset OMP_NUM_THREADS and MKL_NUM_THREADS, unless that is meant",
+        )
+    # Elsewhere than on Linux the processor's flags are not known well enough to say this.
+    if not findings["cuda"] and not cpu["has_bf16"] and sys.platform.startswith("linux"):
+        add(
+            f"{cpu['model']} has no instructions for bf16, so bf16 products may be slower than fp32 ones",
+            "compare the rates of `moesaic doctor --measure`, and train with --set precision=fp32 where fp32 is faster",
+        )
+    room = min(value for value in (memory["available_bytes"], memory["limit_bytes"], 1 << 62) if value is not None)
+    if room < _QUICKSTART_BYTES:
+        add(
+            f"{_gigabytes(room)} of memory are available; the quickstart takes up to {_gigabytes(_QUICKSTART_BYTES)}",
+            "close other programs, or raise the container's memory limit",
+        )
+    if allocator["library"] != "not glibc" and not allocator["is_tuned"]:
+        add(
+            f"large blocks are faulted in again at every step ({allocator['explanation']})",
+            "unset the MALLOC_ and GLIBC_TUNABLES variables and LD_PRELOAD, unless they are meant",
+        )
+    elif allocator["is_tuned"] and allocator["huge_pages"] == "never":
+        add(
+            "the kernel's huge pages are switched off; reading weights is slower with small pages",
+            "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
+        )
+    if not findings["extras"]:
+        add(
+            "moesaic runs from a folder and is not installed, so its extras cannot be listed",
+            f"{sys.executable} -m pip install -e '{Path(findings['moesaic']['folder']).parent}'",
+        )
+    return problems
+
+
+def _render(findings: dict[str, Any]) -> "RenderableType":
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    torch, cpu, memory, allocator = (findings[key] for key in ("torch", "cpu", "memory", "allocator"))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: str) -> None:
+        # Text: paths and compiler versions hold brackets, which would be read as markup.
+        table.add_row(name, Text(value))
+
+    row("moesaic", f"{findings['moesaic']['version']} in {findings['moesaic']['folder']}")
+    row("Python", f"{findings['python']['version']}, {findings['python']['executable']}")
+    row("system", findings["python"]["platform"])
+    if torch["is_usable"]:
+        row("torch", f"{torch['version']}, {torch['build']} build, {torch['threads']} threads")
+    else:
+        row("torch", "cannot be imported")
+    cores = f"{cpu['cores']} cores, " if cpu["cores"] else ""
+    row("CPU", f"{cpu['model']}: {cores}{cpu['logical_cores']} logical, {cpu['usable_threads']} usable here")
+    row("instruction sets", " ".join(cpu["instruction_sets"]) or "none beyond the base")
+    limit = f", limited to {_gigabytes(memory['limit_bytes'])}" if memory["limit_bytes"] else ""
+    row("memory", f"{_gigabytes(memory['total_bytes'])}, {_gigabytes(memory['available_bytes'])} available{limit}")
+    row("allocator", f"{allocator['library']}; {allocator['explanation']}")
+    row("huge pages", allocator["huge_pages"] or "this system has no switch for them")
+    for index, device in enumerate(findings["cuda"]):
+        memory_size, capability = _gigabytes(device["memory_bytes"]), device["compute_capability"]
+        row(f"GPU {index}", f"{device['name']}, {memory_size}, compute capability {capability}")
+    if not findings["cuda"]:
+        row("GPU", "none that torch can use")
+    compiler = findings["compiler"]
+    row(
+        "C++ compiler",
+        f"{compiler['version']} ({compiler['path']})" if compiler else "none found; nothing needs one yet",
+    )
+    implementations: dict[str, list[str]] = {}
+    for kernel in findings["kernels"]:
+        implementations.setdefault(kernel["implementation"], []).append(kernel["operation"])
+    for implementation, operations in implementations.items():
+        row("kernels", f"{implementation}: {', '.join(operations)}")
+    row("network", "not needed")
+    for limits in findings["limits"]:
+        row(
+            f"limits of {limits['device']}",
+            f"reads {limits['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s; products "
+            f"{limits['bf16_flops_per_second'] / 1e12:.3f} TFLOP/s bf16, "
+            f"{limits['fp32_flops_per_second'] / 1e12:.3f} TFLOP/s fp32",
+        )
+
+    extras = Table(title="Optional extras", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in ("extra", "state", "brought by"):
+        extras.add_column(column, overflow="fold")
+    for extra in findings["extras"]:
+        state = (
+            Text(f"missing: {', '.join(extra['missing'])}", "yellow")
+            if extra["missing"]
+            else Text("installed", "green")
+        )
+        extras.add_row(extra["name"], state, Text(extra["command"] if extra["missing"] else ""))
+
+    parts: list[RenderableType] = [table, ""]
+    if findings["extras"]:
+        parts += [extras, ""]
+    if findings["problems"]:
+        parts.append(Text("What needs attention", "bold"))
+    for problem in findings["problems"]:
+        parts.append(Text(f"- {problem['problem']}", "red" if problem["is_fatal"] else "yellow"))
+        parts.append(Padding(Text(f"-> {problem['remedy']}"), (0, 0, 0, 2)))
+    if not findings["problems"]:
+        parts.append(Text("Nothing needs attention.", "green"))
+    return Group(*parts)
+
+
+def _gigabytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e9:.1f} GB"
+
+
+def _read_text(path: str) -> str:
+    """Return a file of the kernel's, or nothing where this system does not have it."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
