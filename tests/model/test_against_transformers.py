@@ -216,8 +216,7 @@ def test_the_same_moe_layer_as_deepseek_v3() -> None:
     )
     theirs = DeepseekV3MoE(their_config)
     randomize(theirs)
-    # Positive: their mask of closed groups is a score of 0, which a negative biased score would lose against.
-    bias = torch.rand(8, generator=torch.Generator().manual_seed(2)) * 0.3
+    bias = torch.randn(8, generator=torch.Generator().manual_seed(2)) * 0.3
     theirs.gate.e_score_correction_bias.copy_(bias)
     router = {
         "scoring": "sigmoid",
