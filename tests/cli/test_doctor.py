@@ -1,4 +1,4 @@
-"""`moesaic doctor` reports what is here and names each problem with its remedy; it fails only when training cannot work."""
+"""`moesaic doctor` reports what is here, names each problem with its remedy, and fails only without a usable torch."""
 
 import json
 import subprocess

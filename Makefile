@@ -1,0 +1,56 @@
+# Everything that a fresh clone needs: Python 3.11 or later, pip, make. Each target sets up what it needs in .venv.
+
+PYTHON ?= python3
+QUICKSTART_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Two pip processes in one environment would spoil each other; the work inside a target still uses every core.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test check bench clean
+
+help:
+	@echo "make quickstart   set up, train a small PR-MoE on real text in about four minutes, and generate from it"
+	@echo "make test         set up and run the tests"
+	@echo "make check        set up and run ruff and mypy"
+	@echo "make bench        set up and run every benchmark in turn (deepspeed and transformers are the peers)"
+	@echo "make clean        remove .venv and caches; runs/ stays"
+	@echo "Variables: PYTHON=$(PYTHON)  QUICKSTART_FLAGS=$(QUICKSTART_FLAGS) (see moesaic quickstart --help)"
+
+quickstart: $(VENV)/quickstart.stamp
+	$(BIN)/moesaic quickstart $(QUICKSTART_FLAGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# All of them run, whatever fails; benchmarks/ also holds modules that the scripts share.
+bench: $(VENV)/bench.stamp
+	@status=0; for script in $$(grep -l '__name__ == "__main__"' benchmarks/*.py); do \
+	  echo "== $$script"; $(BIN)/python $$script || { status=1; echo "== $$script failed"; }; \
+	done; exit $$status
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find moesaic tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python ' + sys.version.split()[0] + \
+	  ' is too old; moesaic needs 3.11 or later; name one with PYTHON=, for example make PYTHON=python3.12 quickstart')"
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of extras: nothing is installed again until pyproject.toml changes.
+$(VENV)/quickstart.stamp: EXTRAS := quickstart
+$(VENV)/dev.stamp: EXTRAS := dev
+$(VENV)/bench.stamp: EXTRAS := dev,benchmarks
+
+# Made after the interpreter, not whenever it is touched.
+$(VENV)/%.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
