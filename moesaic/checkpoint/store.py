@@ -12,14 +12,15 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from moesaic.errors import CheckpointError
 from moesaic.logs import logger
+
+if TYPE_CHECKING:  # listing a run's checkpoints needs no torch
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 _STEP = re.compile(r"step-(\d{8,})")
@@ -41,12 +42,19 @@ class CheckpointInfo:
 
 
 def save_checkpoint(
-    run_folder: Path, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Tensor], metadata: dict[str, Any]
+    run_folder: Path,
+    step: int,
+    *,
+    model: "dict[str, Tensor]",
+    optimizer: "dict[str, Tensor]",
+    metadata: dict[str, Any],
 ) -> CheckpointInfo:
     """Write a checkpoint atomically and return it. metadata must be JSON-able.
 
     Raises: CheckpointError when it cannot be written (a full disk, say); nothing of it is left behind then.
     """
+    from safetensors.torch import save_file
+
     folder = run_folder / "checkpoints"
     final = folder / f"step-{step:08d}"
     temporary = folder / f".writing-step-{step:08d}"
@@ -112,11 +120,13 @@ def read_info(path: Path) -> CheckpointInfo:
     return info
 
 
-def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> dict[str, Tensor]:
+def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> "dict[str, Tensor]":
     """Return the tensors of one of the checkpoint's files ("model" or "optimizer"), after checking size and hash.
 
     Raises: CheckpointError for a missing, truncated or corrupt file.
     """
+    from safetensors.torch import load_file
+
     file_name = f"{name}.safetensors"
     path, expected = info.path / file_name, info.files.get(file_name)
     if expected is None:
@@ -134,7 +144,7 @@ def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> dic
         raise CheckpointError(f"{path} cannot be read: {error}; use another step.") from None
 
 
-def last_good(run_folder: Path) -> tuple[CheckpointInfo, dict[str, Tensor], dict[str, Tensor]] | None:
+def last_good(run_folder: Path) -> "tuple[CheckpointInfo, dict[str, Tensor], dict[str, Tensor]] | None":
     """Return the newest checkpoint that is whole, with its model and optimizer tensors; the log names those passed over.
 
     None when the run has no checkpoint at all.

@@ -12,7 +12,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among so many likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach this probability.")] = 0.95,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the fewest tokens that reach this probability.")
+    ] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print prompt, text and token ids as JSON.")] = False,

@@ -21,9 +21,7 @@ def validation_loss(model: Transformer, batches: Iterable[Batch], *, device: tor
             batch = batch.to(device)
             output = model(batch.inputs, documents=batch.documents)
             hidden = output.hidden.view(-1, output.hidden.shape[-1])
-            losses = linear_cross_entropy(
-                hidden, model.output_weight(), batch.targets.reshape(-1), reduction="none"
-            )
+            losses = linear_cross_entropy(hidden, model.output_weight(), batch.targets.reshape(-1), reduction="none")
             total += losses.sum(dtype=torch.float64).cpu()
             count += losses.numel()
         return float(total / max(count, 1))

@@ -13,17 +13,19 @@ def activate(pre: Tensor, activation: str) -> Tensor:
     return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def activate_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
-    """Return the gradient with respect to pre, given the gradient (N, F) of the activation."""
+def activate_and_backward(grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return the activation of pre once more, and the gradient of pre, given the gradient (N, F) of the activation."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         grad_pre = torch.empty_like(pre)
         grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
+        activated = F.silu(gate)
+        torch.mul(activated, grad, out=grad_up)
+        activated *= up
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_pre
+        return activated, grad_pre
     approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
+    return activate(pre, activation), torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
 
 
 class _Mlp(torch.autograd.Function):
@@ -41,8 +43,8 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_down = grad.t() @ activate(pre, ctx.activation)
-        grad_pre = activate_backward(grad @ down, pre, ctx.activation)
+        hidden, grad_pre = activate_and_backward(grad @ down, pre, ctx.activation)
+        grad_down = grad.t() @ hidden
         grad_up = grad_pre.t() @ x
         grad_x = grad_pre @ up if ctx.needs_input_grad[0] else None
         if not ctx.has_bias:

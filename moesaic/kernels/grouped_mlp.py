@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.kernels.activation import activate, activate_backward
+from moesaic.kernels.activation import activate, activate_and_backward
+
+_PANEL_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,26 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+def _panels(runs: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Consecutive runs, together as many rows as make an element-wise operation worth starting and few enough to still
+    be in the cache when it comes."""
+    panels: list[list[tuple[int, int, int]]] = []
+    rows = _PANEL_ROWS
+    for run in runs:
+        if rows >= _PANEL_ROWS:
+            panels.append([])
+            rows = 0
+        panels[-1].append(run)
+        rows += run[2] - run[1]
+    return panels
+
+
 class _GroupedMlp(torch.autograd.Function):
-    """Saves x and the pre-activation; the activation is recomputed, gradients of weights are written once."""
+    """Saves x and the pre-activation; the activation is recomputed, gradients of weights are written once.
+
+    Panel by panel: what one product wrote is read by the next operation while it is in the cache, and of all that is
+    F wide only the pre-activation exists for more than a panel's rows.
+    """
 
     @staticmethod
     def forward(ctx, x, tokens_per_expert, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def]
@@ -86,14 +106,15 @@ class _GroupedMlp(torch.autograd.Function):
         assert sum(tokens_per_expert) == x.shape[0], (sum(tokens_per_expert), x.shape)
         runs = _runs(tokens_per_expert)
         pre = x.new_empty(x.shape[0], up.shape[1])
-        for expert, start, end in runs:
-            _linear_into(pre[start:end], x[start:end], up[expert], None if up_bias is None else up_bias[expert])
-        hidden = activate(pre, activation)
         y = x.new_empty(x.shape[0], down.shape[1])
-        for expert, start, end in runs:
-            _linear_into(
-                y[start:end], hidden[start:end], down[expert], None if down_bias is None else down_bias[expert]
-            )
+        for panel in _panels(runs):
+            first, last = panel[0][1], panel[-1][2]
+            for expert, start, end in panel:
+                _linear_into(pre[start:end], x[start:end], up[expert], None if up_bias is None else up_bias[expert])
+            hidden = activate(pre[first:last], activation)
+            for expert, start, end in panel:
+                bias = None if down_bias is None else down_bias[expert]
+                _linear_into(y[start:end], hidden[start - first : end - first], down[expert], bias)
         ctx.save_for_backward(x, pre, up, down)
         ctx.runs, ctx.activation, ctx.has_bias = runs, activation, up_bias is not None
         return y
@@ -102,45 +123,30 @@ class _GroupedMlp(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors
         grad = grad.contiguous()
-        empty = _without_rows(ctx.runs, up.shape[0])
-        grad_hidden = grad.new_empty(x.shape[0], down.shape[2])
-        for expert, start, end in ctx.runs:
-            torch.mm(grad[start:end], down[expert], out=grad_hidden[start:end])
-        grad_down = _stacked_weight_gradient(grad, activate(pre, ctx.activation), down, ctx.runs, empty)
-        grad_pre = activate_backward(grad_hidden, pre, ctx.activation)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x)
-            for expert, start, end in ctx.runs:
-                torch.mm(grad_pre[start:end], up[expert], out=grad_x[start:end])
-        grad_up = _stacked_weight_gradient(grad_pre, x, up, ctx.runs, empty)
-        grad_up_bias = grad_down_bias = None
-        if ctx.has_bias:
-            grad_up_bias = _stacked_bias_gradient(grad_pre, up.shape[0], ctx.runs)
-            grad_down_bias = _stacked_bias_gradient(grad, up.shape[0], ctx.runs)
+        grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
+        grad_down = torch.empty_like(down, memory_format=torch.contiguous_format)
+        grad_up_bias = up.new_zeros(up.shape[:2]) if ctx.has_bias else None
+        grad_down_bias = down.new_zeros(down.shape[:2]) if ctx.has_bias else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for panel in _panels(ctx.runs):
+            first, last = panel[0][1], panel[-1][2]
+            grad_hidden = grad.new_empty(last - first, down.shape[2])
+            for expert, start, end in panel:
+                torch.mm(grad[start:end], down[expert], out=grad_hidden[start - first : end - first])
+            hidden, grad_pre = activate_and_backward(grad_hidden, pre[first:last], ctx.activation)
+            for expert, start, end in panel:
+                rows = slice(start - first, end - first)
+                torch.mm(grad[start:end].t(), hidden[rows], out=grad_down[expert])
+                torch.mm(grad_pre[rows].t(), x[start:end], out=grad_up[expert])
+                if grad_x is not None:
+                    torch.mm(grad_pre[rows], up[expert], out=grad_x[start:end])
+                if grad_up_bias is not None and grad_down_bias is not None:
+                    torch.sum(grad_pre[rows], 0, out=grad_up_bias[expert])
+                    torch.sum(grad[start:end], 0, out=grad_down_bias[expert])
+        for expert in set(range(up.shape[0])) - {run[0] for run in ctx.runs}:
+            grad_up[expert].zero_()
+            grad_down[expert].zero_()
         return grad_x, None, grad_up, grad_up_bias, grad_down, grad_down_bias, None
-
-
-def _without_rows(runs: list[tuple[int, int, int]], num_experts: int) -> list[int]:
-    return sorted(set(range(num_experts)) - {expert for expert, _, _ in runs})
-
-
-def _stacked_weight_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, runs: list[tuple[int, int, int]], empty: list[int]
-) -> Tensor:
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for expert, start, end in runs:
-        torch.mm(grad[start:end].t(), x[start:end], out=result[expert])
-    for expert in empty:
-        result[expert].zero_()
-    return result
-
-
-def _stacked_bias_gradient(grad: Tensor, num_experts: int, runs: list[tuple[int, int, int]]) -> Tensor:
-    result = grad.new_zeros(num_experts, grad.shape[1])
-    for expert, start, end in runs:
-        torch.sum(grad[start:end], 0, out=result[expert])
-    return result
 
 
 def _grouped_mlp_cuda(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) -> Tensor:

@@ -23,8 +23,8 @@ def generate(
 ) -> list[int]:
     """Return the token ids that follow prompt, at most max_new_tokens, ending before a stop id.
 
-    temperature 0 takes the likeliest token; otherwise one is drawn from the softmax at that temperature, among the top_k
-    likeliest and among the fewest whose probabilities reach top_p.
+    temperature 0 takes the likeliest token; otherwise one is drawn from the softmax at that temperature, among the
+    top_k likeliest and among the fewest whose probabilities reach top_p.
 
     Raises: GenerationError for an empty prompt, ids outside the vocabulary, more positions than the model has, or
     sampling values out of range.
@@ -103,16 +103,23 @@ def choose_token(
 
 
 def _check(
-    model: Transformer, prompt: Sequence[int], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
 ) -> None:
     config = model.config
     if not prompt:
-        raise GenerationError("the prompt is empty; generation requires one token; give a text, or the end-of-text token.")
+        raise GenerationError(
+            "the prompt is empty; generation requires one token; give a text, or the end-of-text token."
+        )
     wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
     if wrong:
         raise GenerationError(
-            f"the prompt holds token id {wrong[0]}; ids from 0 to {config.vocab_size - 1} are required; use the run's own "
-            f"tokenizer."
+            f"the prompt holds token id {wrong[0]}; ids from 0 to {config.vocab_size - 1} are required; use the run's "
+            f"own tokenizer."
         )
     if max_new_tokens < 1:
         raise GenerationError(f"max_new_tokens ({max_new_tokens}) must be at least 1; ask for one token or more.")

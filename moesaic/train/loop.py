@@ -1,7 +1,6 @@
 """The training loop: a step stands between two rules; evaluation, saving and reporting are outside it."""
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +130,7 @@ class Trainer:
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
         self._start_folder(resume)
-        shutil.copyfile(Path(config.data.path) / "tokenizer.json", run_folder / "tokenizer.json")
+        tokenizer.save(run_folder)
         write_provenance(
             run_folder, data_path=config.data.path, data_fingerprint=self.data_fingerprint, device=self.device
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.kernels.activation import activate, activate_backward, mlp
+from moesaic.kernels.activation import activate, activate_and_backward, mlp
 from moesaic.kernels.grouped_mlp import ExpertWeights
 from moesaic.kernels.reference import moe as reference
 
@@ -27,7 +27,7 @@ def test_activation_backward_is_the_gradient_of_activate(activation: str) -> Non
     out = reference.activate(pre, activation)
     (wanted,) = torch.autograd.grad(out, pre, grad)
     torch.testing.assert_close(activate(pre.detach(), activation), out.detach())
-    torch.testing.assert_close(activate_backward(grad, pre.detach(), activation), wanted)
+    torch.testing.assert_close(activate_and_backward(grad, pre.detach(), activation), wanted)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -35,7 +35,7 @@ def test_activate_leaves_its_input_alone(activation: str) -> None:
     pre = leaf(3, 8, seed=0).detach()
     before = pre.clone()
     activate(pre, activation)
-    activate_backward(torch.ones(3, 4 if activation == "swiglu" else 8), pre, activation)
+    activate_and_backward(torch.ones(3, 4 if activation == "swiglu" else 8), pre, activation)
     assert torch.equal(pre, before)
 
 
