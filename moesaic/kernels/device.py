@@ -15,7 +15,7 @@ def select_device(name: str = "auto") -> torch.device:
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise DeviceError(
-            "device cuda was asked for and PyTorch sees no CUDA device; a GPU and a CUDA build of PyTorch are required; run "
-            "`moesaic doctor`, or use --device cpu."
+            "device cuda was asked for and PyTorch sees no CUDA device; a GPU and a CUDA build of PyTorch are "
+            "required; run `moesaic doctor`, or use --device cpu."
         )
     return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")

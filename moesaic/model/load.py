@@ -58,7 +58,7 @@ def load_model_state(model: Transformer, tensors: dict[str, Tensor], info: Check
     shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
     if missing or extra or shapes:
         raise CheckpointError(
-            f"{info.path} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}, other shapes {shapes[:3]}; the "
-            f"config of the run that wrote it is required; use the config.yaml beside it."
+            f"{info.path} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}, other shapes "
+            f"{shapes[:3]}; the config of the run that wrote it is required; use the config.yaml beside it."
         )
     model.load_state_dict(tensors)

@@ -62,7 +62,7 @@ class Optimizers:
     """The optimizers of one model, stepped together, their state by parameter name."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         groups = _groups(model, config)
         self._optimizers: list[torch.optim.Optimizer] = []
         if groups["muon"]:
@@ -121,7 +121,11 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
 
 def _groups(model: nn.Module, config: OptimizerConfig) -> dict[str, list[dict]]:
     """Weight decay on matrices, on the router its own, on biases and norms none; Muon takes the hidden matrices."""
-    decayed, router, plain, single, fused = [], [], [], [], []
+    decayed: list[nn.Parameter] = []
+    router: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    single: list[nn.Parameter] = []
+    fused: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if name.endswith("router.weight"):
             router.append(parameter)

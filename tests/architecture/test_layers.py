@@ -47,7 +47,11 @@ def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
     """Yield (line, module) of every import anywhere in a file, those in functions and for type checkers included."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            # A bare `import moesaic` is judged by the names that are taken from it, below.
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name != "moesaic")
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "moesaic":
+            if not node.attr.startswith("__"):
+                yield node.lineno, f"moesaic.{node.attr}"
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -106,7 +110,8 @@ def test_a_file_imports_only_its_own_package_and_lower_ranks(path: Path) -> None
         ("moe/layer.py", "from .. import train"),
         ("moe/layer.py", "import_module('moesaic.train.loop')"),
         ("moe/layer.py", "importlib.import_module(f'moesaic.train.{name}')"),
-        ("moe/layer.py", "import moesaic"),
+        ("moe/layer.py", "import moesaic\nmoesaic.train"),
+        ("moe/layer.py", "import moesaic\nmoesaic.ModelConfig"),
         ("moe/layer.py", "from moesaic import train"),
         ("moe/layer.py", "from moesaic.cli.main import main"),
         ("data/shards.py", "from moesaic.report.records import read"),
@@ -125,6 +130,7 @@ def test_the_checker_finds(path: str, source: str) -> None:
         ("moe/layer.py", "from moesaic.kernels.reference import moe"),
         ("moe/layer.py", "import torch, moesaic.errors"),
         ("train/loop.py", "from moesaic import __version__"),
+        ("train/loop.py", "import moesaic\nmoesaic.__file__"),
         ("cli/train.py", "def f():\n    from moesaic.train.loop import train"),
     ],
 )
