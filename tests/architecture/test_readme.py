@@ -1,0 +1,215 @@
+"""Every command of the README is executed, in order, in one folder; and links between our documents lead somewhere.
+
+How a command is executed depends on its first word (`translate`): moesaic's own are run as they stand, with the
+quickstart shortened by its own flag; make targets are checked with `make -n`, pip's extras against pyproject.toml.
+A block that cannot be run here says so, with its reason, in an HTML comment before it: `<!-- not executed: REASON -->`.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_NOT_EXECUTED = re.compile(r"<!-- not executed: *(\S[^>]*?) *-->\s*\Z")
+# What sets up the environment that the tests already run in.
+_SETUP = ("git", "cd", "source", ".", "deactivate")
+_COMMAND_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the README and what is executed for it: where, and in which words; "" for nothing."""
+
+    command: str
+    executed: str
+    in_repository: bool = False
+
+
+def bash_blocks(text: str) -> list[str]:
+    """Return the bash blocks that are to be executed."""
+    blocks = []
+    for match in _FENCE.finditer(text):
+        if match.group(1) in ("bash", "sh", "shell", "console") and not _NOT_EXECUTED.search(text[: match.start()]):
+            blocks.append(match.group(2))
+    return blocks
+
+
+def commands_of(block: str) -> list[str]:
+    """Return a block's commands: continued lines joined, prompts, comments and empty lines left out."""
+    joined = re.sub(r"\\\n\s*", " ", block)
+    lines = (line.strip().removeprefix("$ ") for line in joined.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def translate(command: str) -> list[Step]:
+    """Return what is executed for one command of the README."""
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_][A-Z0-9_]*=.*", words[0]):
+        words = words[1:]
+    if not words or words[0] in _SETUP or words[1:3] == ["-m", "venv"]:
+        return [Step(command, "")]
+    name = words[0].removeprefix(".venv/bin/")
+    if name == "make":
+        step = Step(command, f"make -n {shlex.join(words[1:])}", in_repository=True)
+        # What follows in the README looks at the run that this makes.
+        return [step, Step(command, "moesaic quickstart --short")] if "quickstart" in words else [step]
+    if name in ("pip", "pip3") or words[1:3] == ["-m", "pip"]:
+        check_extras(words)
+        return [Step(command, "")]
+    if name == "moesaic" and "quickstart" in words and not {"--short", "--help"} & set(words):
+        return [Step(command, re.sub(r"\bquickstart\b", "quickstart --short", command, count=1))]
+    if name == "tensorboard":  # it serves until it is stopped
+        return [Step(command, "tensorboard --version")]
+    return [Step(command, command.replace(".venv/bin/", ""))]
+
+
+def check_extras(words: list[str]) -> None:
+    """Assert that the extras of moesaic in a pip command exist."""
+    known = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    )
+    for word in words:
+        match = re.fullmatch(r"(?:\.|moesaic)\[([^]]+)\].*", word)
+        if match:
+            named = {extra.strip() for extra in match.group(1).split(",")}
+            assert named <= known, f"{word} names extras that are not in pyproject.toml: {sorted(named - known)}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that looks like a clone, with a home of its own and this interpreter's commands first on the PATH."""
+    clone = tmp_path / "moesaic"
+    clone.mkdir()
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name not in ("runs", "build", "dist"):
+            (clone / entry.name).symlink_to(entry)
+    (tmp_path / "home").mkdir()
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, module in (("moesaic", "-m moesaic"), ("python", ""), ("python3", "")):
+        script = commands / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
+        script.chmod(0o755)
+    return clone
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_command_of_the_readme_works(folder: Path) -> None:
+    steps = [
+        step
+        for block in bash_blocks(README.read_text(encoding="utf-8"))
+        for command in commands_of(block)
+        for step in translate(command)
+    ]
+    assert any(step.executed.startswith("moesaic ") for step in steps), "the README shows no command of moesaic's"
+    path = os.pathsep.join([str(folder.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "HOME": str(folder.parent / "home"),
+        "XDG_CACHE_HOME": str(folder.parent / "home" / ".cache"),
+        "COLUMNS": "120",
+    }
+    for step in steps:
+        if not step.executed:
+            continue
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", step.executed],
+            cwd=ROOT if step.in_repository else folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_COMMAND_SECONDS,
+            check=False,
+        )
+        assert result.returncode == 0, (
+            f"README.md says `{step.command}`; `{step.executed}` ended with status {result.returncode} and said\n"
+            f"{result.stdout[-4000:]}"
+        )
+
+
+EXAMPLE = """Text.
+
+```bash
+# a comment
+git clone https://example.org/moesaic && cd moesaic
+$ make quickstart
+moesaic train pr-moe \\
+    --set tokens=1e6
+```
+
+```python
+print("not a command")
+```
+
+<!-- not executed: it needs eight GPUs -->
+```bash
+torchrun --nproc-per-node 8 -m moesaic train big
+```
+
+```sh
+ls runs
+```
+"""
+
+
+def test_blocks_are_found_and_a_reason_is_needed_to_leave_one_out() -> None:
+    assert [commands_of(block) for block in bash_blocks(EXAMPLE)] == [
+        [
+            "git clone https://example.org/moesaic && cd moesaic",
+            "make quickstart",
+            "moesaic train pr-moe  --set tokens=1e6",
+        ],
+        ["ls runs"],
+    ]
+    assert len(bash_blocks(EXAMPLE.replace(": it needs eight GPUs", ":"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "executed"),
+    [
+        ("git clone https://example.org/moesaic", [""]),
+        ("python3 -m venv .venv", [""]),
+        (". .venv/bin/activate", [""]),
+        ("make test", ["make -n test"]),
+        ("make quickstart", ["make -n quickstart", "moesaic quickstart --short"]),
+        ("moesaic quickstart", ["moesaic quickstart --short"]),
+        ("moesaic quickstart --output runs/a", ["moesaic quickstart --short --output runs/a"]),
+        ("moesaic quickstart --help", ["moesaic quickstart --help"]),
+        ("moesaic quickstart --short", ["moesaic quickstart --short"]),
+        (".venv/bin/moesaic inspect runs/a  # look", ["moesaic inspect runs/a  # look"]),
+        ("moesaic inspect dense-1.3b --json | head -3", ["moesaic inspect dense-1.3b --json | head -3"]),
+        ("pip install -e '.[quickstart]'", [""]),
+        ("python -m pip install torch --index-url https://example.org/cpu", [""]),
+        ("tensorboard --logdir runs", ["tensorboard --version"]),
+    ],
+)
+def test_a_command_is_translated(command: str, executed: list[str]) -> None:
+    assert [step.executed for step in translate(command)] == executed
+
+
+def test_an_extra_that_does_not_exist_is_found() -> None:
+    with pytest.raises(AssertionError, match="nonsense"):
+        translate("pip install 'moesaic[quickstart,nonsense]'")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    text = _FENCE.sub("", document.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text)
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    assert missing == []
