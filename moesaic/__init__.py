@@ -8,7 +8,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> the module that holds it. One place, so that `moesaic.train(...)` needs no deep imports.
+# Public name -> the module that holds it. A sub-package's name (train) cannot be one of them: importing the
+# sub-package would replace it.
 _PUBLIC = {
     "ModelConfig": "moesaic.config.model",
     "TrainConfig": "moesaic.config.train",
@@ -16,7 +17,7 @@ _PUBLIC = {
     "prepare": "moesaic.data.prepare",
     "Transformer": "moesaic.model.transformer",
     "generate": "moesaic.model.generate",
-    "train": "moesaic.train.loop",
+    "Trainer": "moesaic.train.loop",
 }
 
 __all__ = ["__version__", *_PUBLIC]
