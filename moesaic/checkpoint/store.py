@@ -60,7 +60,8 @@ def save_checkpoint(
     temporary = folder / f".writing-step-{step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(".writing-*"):  # by a process that was killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         files = {}
         for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
@@ -106,18 +107,18 @@ def read_info(path: Path) -> CheckpointInfo:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        info = CheckpointInfo(path, int(manifest["step"]), dict(manifest["metadata"]), dict(manifest["files"]))
         version = manifest["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {version}; this moesaic reads {FORMAT_VERSION}; use the moesaic that wrote "
+                f"it."
+            )
+        return CheckpointInfo(path, int(manifest["step"]), dict(manifest["metadata"]), dict(manifest["files"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} has no readable manifest.json ({error!r}); a complete checkpoint is required; delete the folder or "
             f"use another step."
         ) from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}; this moesaic reads {FORMAT_VERSION}; use the moesaic that wrote it."
-        )
-    return info
 
 
 def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> "dict[str, Tensor]":
@@ -131,14 +132,17 @@ def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> "di
     path, expected = info.path / file_name, info.files.get(file_name)
     if expected is None:
         raise CheckpointError(f"{info.path} holds no {file_name}; it holds {', '.join(info.files)}; use another step.")
-    size = path.stat().st_size if path.exists() else 0
-    if size != expected["bytes"]:
-        raise CheckpointError(
-            f"{path} has {size} bytes; {expected['bytes']} were written; it is truncated or missing; use another step."
-        )
-    if _sha256(path) != expected["sha256"]:
-        raise CheckpointError(f"{path} does not have the SHA-256 it was written with; it is corrupt; use another step.")
     try:
+        size = path.stat().st_size if path.exists() else 0
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path} has {size} bytes; {expected['bytes']} were written; it is truncated or missing; use another "
+                f"step."
+            )
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} does not have the SHA-256 it was written with; it is corrupt; use another step."
+            )
         return load_file(path, device=device)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; use another step.") from None
@@ -157,7 +161,7 @@ def last_good(run_folder: Path) -> "tuple[CheckpointInfo, dict[str, Tensor], dic
         except CheckpointError as error:
             logger.warning("%s", error)
             logger.warning("Passing over step %d; trying the checkpoint before it.", info.step)
-    if infos or _has_broken(run_folder):
+    if has_checkpoints(run_folder):
         raise CheckpointError(
             f"none of the checkpoints in {run_folder / 'checkpoints'} is whole; resuming requires one; restore a backup, "
             f"or start a new run in another folder."
@@ -170,7 +174,9 @@ def resolve_checkpoint(run: str | Path) -> CheckpointInfo:
 
     Raises: CheckpointError when there is no such run or step.
     """
-    name, _, step_text = str(run).partition("@")
+    name, step_text = str(run), ""
+    if not Path(run).exists():  # a path may hold an @ of its own
+        name, _, step_text = str(run).rpartition("@") if "@" in str(run) else (name, "", "")
     folder = Path(name)
     if step_text and not step_text.isdigit():
         raise CheckpointError(f"{run}: {step_text!r} is not a step; RUN@step takes a number; for example {name}@100.")
@@ -206,14 +212,27 @@ def prune_checkpoints(run_folder: Path, *, keep_last: int) -> list[int]:
     return deleted
 
 
+def set_aside_after(run_folder: Path, step: int) -> None:
+    """Rename checkpoints of later steps, which resuming passed over: they would count among the last ones to keep."""
+    folder = run_folder / "checkpoints"
+    for path in sorted(folder.iterdir()):
+        match = _STEP.fullmatch(path.name)
+        if match and int(match[1]) > step:
+            aside = folder / f"passed-over-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning("%s is not whole; it is now called %s.", path, aside.name)
+
+
+def has_checkpoints(run_folder: Path) -> bool:
+    """Whether there is any checkpoint, readable or not."""
+    folder = run_folder / "checkpoints"
+    return folder.is_dir() and any(_STEP.fullmatch(path.name) for path in folder.iterdir())
+
+
 def _describe_last(run_folder: Path) -> str:
     infos = list_checkpoints(run_folder)
     return f"the last good checkpoint is {infos[-1].path}" if infos else "there is no earlier checkpoint"
-
-
-def _has_broken(run_folder: Path) -> bool:
-    folder = run_folder / "checkpoints"
-    return folder.is_dir() and any(_STEP.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _sha256(path: Path) -> str:

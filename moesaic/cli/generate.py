@@ -51,4 +51,4 @@ def generate(
         if not text.endswith("\ufffd"):  # half of a character: wait for its other bytes
             typer.echo(text[len(shown) :], nl=False)
             shown = text
-    typer.echo("")
+    typer.echo(tokenizer.decode(ids)[len(shown) :])  # what is left where it ends amid a character

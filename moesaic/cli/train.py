@@ -1,6 +1,7 @@
 """`moesaic train`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ def train(
 
     settings = [f"data.path={json.dumps(str(data))}"] if data is not None else []
     resolved = load_train_config(config, [*settings, *(assignments or [])])
-    if as_json:
+    if as_json:  # of the log lines warnings still go to standard error
         result = run_training(resolved, output, device=device, resume=resume)
         typer.echo(
             json.dumps(
@@ -36,8 +37,8 @@ def train(
                     "run": str(result.run_folder),
                     "step": result.step,
                     "tokens": result.tokens,
-                    "loss": result.loss,
-                    "validation_loss": result.validation_loss,
+                    "loss": _finite(result.loss),
+                    "validation_loss": _finite(result.validation_loss),
                     "stopped_by": result.stopped_by,
                 }
             )
@@ -48,6 +49,12 @@ def train(
     if result.stopped_by:
         typer.echo(f"Stopped at step {result.step}; go on with the same command and --resume.")
     else:
-        typer.echo(f"Trained {result.tokens:,} tokens; validation loss {result.validation_loss:.4f}.")
+        loss = "" if result.validation_loss is None else f"; validation loss {result.validation_loss:.4f}"
+        typer.echo(f"Trained {result.tokens:,} tokens{loss}.")
     typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
     typer.echo(f"Next: moesaic inspect {result.run_folder}   moesaic generate {result.run_folder} --prompt '...'")
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None

@@ -91,15 +91,15 @@ def choose_token(
     """Return one token id for logits (V,), fp32."""
     if temperature == 0.0:
         return int(logits.argmax())
-    logits = logits.cpu() / temperature
-    if top_k is not None and top_k < logits.shape[0]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    probabilities = torch.softmax(logits, -1)
+    # From the largest down, the first of equals first (bf16 has many), so that top_k = 1 is the argmax.
+    falling, order = logits.cpu().sort(descending=True, stable=True)
+    falling = falling[:top_k]
+    # Subtracted before the division, which overflows for a temperature near 0.
+    probabilities = torch.softmax((falling - falling[0]) / temperature, -1)
     if top_p is not None and top_p < 1.0:
-        falling, order = probabilities.sort(descending=True, stable=True)
-        before = falling.cumsum(0) - falling  # the likeliest always stays
-        probabilities = probabilities.index_fill(0, order[before >= top_p], 0.0)
-    return int(torch.multinomial(probabilities, 1, generator=random))
+        before = probabilities.cumsum(0) - probabilities  # 0 for the likeliest, which always stays
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    return int(order[torch.multinomial(probabilities, 1, generator=random)])
 
 
 def _check(
@@ -129,8 +129,8 @@ def _check(
             f"the prompt's {len(prompt)} tokens and {max_new_tokens} new ones are {length} positions; the model has "
             f"{config.max_positions}; shorten the prompt or lower max_new_tokens."
         )
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not 0 <= temperature < float("inf") or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise GenerationError(
-            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: temperature >= 0, top_k >= 1 and 0 < top_p <= 1 "
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: a finite temperature >= 0, top_k >= 1 and 0 < top_p <= 1 "
             f"are required; change the one that is not."
         )

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLo
 from moesaic.report.expert_load import ExpertWarning, imbalance, name_unusual
 from moesaic.report.quantities import short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord, read_metrics
-from moesaic.report.summary import final_loss, finite_mean
+from moesaic.report.summary import finite_mean
 
 # Points of a line and columns of a heat map: more than a plot has pixels for would only cost time.
 _MOST_RECORDS = 2000
@@ -70,7 +70,7 @@ def loss_figure(metrics: Metrics) -> Figure:
     evaluations = [record for record in metrics.evaluation if math.isfinite(record.loss)]
 
     axes.plot(tokens, losses, color=_BLUE, alpha=0.25, linewidth=0.8, marker=_marker(records))
-    axes.plot(tokens, smooth, color=_BLUE, linewidth=1.8, label=f"training, smoothed (now {final_loss(records):.3f})")
+    axes.plot(tokens, smooth, color=_BLUE, linewidth=1.8, label=f"training, smoothed (now {smooth[-1]:.3f})")
     if evaluations:
         best = min(evaluations, key=lambda record: record.loss)
         axes.plot(

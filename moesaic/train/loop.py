@@ -9,11 +9,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.store import last_good, list_checkpoints, prune_checkpoints, save_checkpoint
+from moesaic.checkpoint.store import (
+    has_checkpoints,
+    last_good,
+    list_checkpoints,
+    prune_checkpoints,
+    save_checkpoint,
+    set_aside_after,
+)
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import TrainLoader, ValidationLoader
 from moesaic.data.shards import ShardSet
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, TrainingError
 from moesaic.evaluate.validation import validation_loss
 from moesaic.kernels.allocator import tune_allocator
@@ -54,12 +62,16 @@ class Display(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended; stopped_by names the signal that ended it early, None when it trained all its tokens."""
+    """How a run ended; stopped_by names the signal that ended it early, None when it trained all its tokens.
+
+    loss is the last record's, None when a resumed run had nothing left to do; validation_loss None when this step has
+    none.
+    """
 
     run_folder: Path
     step: int
     tokens: int
-    loss: float
+    loss: float | None
     validation_loss: float | None
     stopped_by: str | None
 
@@ -99,6 +111,7 @@ class Trainer:
         self.seconds = 0.0
         self.validation_loss: float | None = None
 
+        self._check_folder()
         shards = ShardSet.open(config.data.path)
         tokenizer = shards.load_tokenizer()
         if tokenizer.vocab_size > config.model.vocab_size:
@@ -129,11 +142,9 @@ class Trainer:
         self.model.train()
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        self._start_folder(resume)
-        tokenizer.save(run_folder)
-        write_provenance(
-            run_folder, data_path=config.data.path, data_fingerprint=self.data_fingerprint, device=self.device
-        )
+        if resume:
+            self._resume()
+        self._write_folder(tokenizer)
         limits = measure_limits(device=self.device.type)
         rate = limits.bf16_flops_per_second if config.precision == "bf16" else limits.fp32_flops_per_second
         self.peak_flops_per_second: float | None = rate or None
@@ -178,7 +189,8 @@ class Trainer:
         watch = ExpertWatch()
         skipped_in_a_row = 0
         last_plot = time.perf_counter()
-        loss = math.nan
+        last_saved = self.step  # a resumed run stands on a checkpoint
+        loss: float | None = None
         with (
             MetricsWriter(self.run_folder, resume_step=self.step if self.resumes else None) as metrics,
             StopRequest() as stop,
@@ -196,9 +208,12 @@ class Trainer:
                 skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
                 if not result.is_finite:
                     self._skip(result, skipped_in_a_row)
-                is_last = self.step == config.total_steps
-                # Every log_every_steps, but the first ones soon: a person is waiting to see it move.
-                if is_last or self.step % config.log_every_steps == 0 or self.step in (1, 2, 5):
+                is_last = self.step >= config.total_steps
+                is_checkpoint = is_last or self.step % config.checkpoint_every_steps == 0
+                # Every log_every_steps, but the first ones soon: a person is waiting to see it move. And before every
+                # checkpoint, so that a run resumed there has the records of the unbroken one.
+                is_record = self.step % config.log_every_steps == 0 or self.step in (1, 2, 5)
+                if is_checkpoint or is_record or stop.name is not None:
                     record = self._record(window, result)
                     loss = record.loss
                     metrics.train(record)
@@ -207,20 +222,21 @@ class Trainer:
                     for warning in watch.update(record.moe):
                         self._event(warning.message)
                     window = Window()
-                is_checkpoint = is_last or self.step % config.checkpoint_every_steps == 0
                 if is_checkpoint or self.step % config.evaluation_every_steps == 0:
                     self._evaluate()
-                if is_checkpoint:
-                    self._save(must_succeed=is_last)
+                if is_checkpoint and self._save(must_succeed=is_last):
+                    last_saved = self.step
                 if is_checkpoint and not is_last and time.perf_counter() - last_plot > _PLOT_EVERY_SECONDS:
-                    write_plots(self.run_folder)
+                    self._plot()
                     last_plot = time.perf_counter()
-            if stop.name is not None and self.step < config.total_steps:
-                self._event(f"{stop.name}: saving at step {self.step} and stopping; go on with --resume")
-                self.validation_loss = None  # belongs to an earlier step
-                self._save(must_succeed=True)
-        write_plots(self.run_folder)
-        return TrainResult(self.run_folder, self.step, self.tokens, loss, self.validation_loss, stop.name)
+            stopped_by = stop.name if self.step < config.total_steps else None
+            if stopped_by is not None:
+                self._event(f"{stopped_by}: stopping at step {self.step}, with a checkpoint to resume from")
+                if last_saved != self.step:
+                    self.validation_loss = None  # belongs to an earlier step
+                    self._save(must_succeed=True)
+        self._plot()
+        return TrainResult(self.run_folder, self.step, self.tokens, loss, self.validation_loss, stopped_by)
 
     def _skip(self, result: "StepResult", in_a_row: int) -> None:
         self.skipped_steps += 1
@@ -229,9 +245,9 @@ class Trainer:
         )
         if in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"the last {in_a_row} steps had no finite gradient; training requires finite losses and cannot recover "
-                f"from here; {self._describe_last()}; resume with a lower schedule.learning_rate, precision=fp32, or "
-                f"look at the data around step {self.step}."
+                f"the last {in_a_row} steps had no finite gradient; training requires finite losses and would meet the "
+                f"same steps again if resumed ({self._describe_last()}); start a new run with a lower "
+                f"schedule.learning_rate or precision=fp32, or look at the data around step {self.step}."
             )
 
     def _describe_last(self) -> str:
@@ -278,8 +294,15 @@ class Trainer:
         if self.display is not None:
             self.display.evaluation(record)
 
-    def _save(self, *, must_succeed: bool) -> None:
-        """Write a checkpoint; when a periodic one fails (a full disk), say so and train on from memory."""
+    def _plot(self) -> None:
+        """Redraw the plots; a full disk costs them, not the run."""
+        try:
+            write_plots(self.run_folder)
+        except OSError as error:
+            logger.warning("no plots: %s; `moesaic inspect` shows the same.", error)
+
+    def _save(self, *, must_succeed: bool) -> bool:
+        """Write a checkpoint; when a periodic one fails (a full disk), say so, train on from memory, return False."""
         loss = self.validation_loss
         metadata: dict[str, Any] = {
             "tokens": self.tokens,
@@ -301,45 +324,61 @@ class Trainer:
             if must_succeed:
                 raise
             self._event(f"no checkpoint: {error} Training goes on.")
-            return
+            return False
         prune_checkpoints(self.run_folder, keep_last=self.config.checkpoint.keep_last)
+        return True
 
-    def _start_folder(self, resume: bool) -> None:
-        """Make the run folder, or take up the run in it."""
+    def _check_folder(self) -> None:
+        """Refuse a new run where there is one, and resuming where there is none or another."""
         exists = (self.run_folder / "config.yaml").exists()
-        if exists and not resume:
-            raise ConfigError(
-                f"{self.run_folder} already holds a run; a new run needs a folder of its own; go on with it by "
-                f"--resume (resume=True), or name another folder."
-            )
-        if resume and not exists:
+        if self.resumes and not exists:
             raise CheckpointError(
                 f"{self.run_folder} holds no run to resume; a folder with config.yaml is required; start it without "
                 f"--resume, or check the path."
             )
-        if exists:
+        if self.resumes:
             self._check_same_run()
-            self._resume()
-        else:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            write_config(self.config, self.run_folder / "config.yaml")
+        elif exists or has_checkpoints(self.run_folder):
+            raise ConfigError(
+                f"{self.run_folder} already holds a run; a new run needs a folder of its own; go on with it by "
+                f"--resume (resume=True), or name another folder."
+            )
 
     def _check_same_run(self) -> None:
         """A resumed run may change how it reports and saves and how long it trains; nothing that changes a step."""
-        before = load_run_config(self.run_folder).to_dict()
-        now = self.config.to_dict()
-        free = {"evaluation", "checkpoint", "log_every_steps", "tokens", "activation_checkpointing"}
-        changed = [key for key in now if key not in free and now[key] != before[key] and key != "data"]
-        if now["data"]["sequence_length"] != before["data"]["sequence_length"]:
-            changed.append("data.sequence_length")
-        if now["data"]["document_mask"] != before["data"]["document_mask"]:
-            changed.append("data.document_mask")
+        before, now = _leaves(load_run_config(self.run_folder).to_dict()), _leaves(self.config.to_dict())
+        free = ("evaluation.", "checkpoint.", "log_every_steps", "tokens", "activation_checkpointing", "data.path")
+        changed = [
+            f"{key} ({now.get(key)}, was {before.get(key)})"
+            for key in sorted(now.keys() | before.keys())
+            if now.get(key) != before.get(key) and not key.startswith(free)
+        ]
         if changed:
             raise ConfigError(
-                f"{', '.join(changed)} differ from {self.run_folder / 'config.yaml'}; a resumed run must take the same "
-                f"steps; drop these settings, or start a new run in another folder."
+                f"{', '.join(changed[:5])}{', ...' if changed[5:] else ''}: not as in "
+                f"{self.run_folder / 'config.yaml'}; a resumed run must take the same steps; give the settings it was "
+                f"started with, or start a new run in another folder."
             )
-        write_config(self.config, self.run_folder / "config.yaml")
+
+    def _write_folder(self, tokenizer: Tokenizer) -> None:
+        """Write what a run folder holds besides checkpoints and metrics; every file is replaced whole."""
+        try:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(self.run_folder)
+            write_provenance(
+                self.run_folder,
+                data_path=self.config.data.path,
+                data_fingerprint=self.data_fingerprint,
+                device=self.device,
+            )
+            temporary = self.run_folder / "config.yaml.writing"
+            write_config(self.config, temporary)
+            temporary.replace(self.run_folder / "config.yaml")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.run_folder} cannot be written ({error.strerror or error}); a run needs a folder with room for "
+                f"its checkpoints; free some space, or name another folder."
+            ) from None
 
     def _resume(self) -> None:
         found = last_good(self.run_folder)
@@ -354,7 +393,7 @@ class Trainer:
         self.skipped_steps = int(info.metadata["skipped_steps"])
         self.seconds = float(info.metadata["seconds"])
         self.validation_loss = info.validation_loss
-        logger.info("Resuming %s from step %d (%s).", self.run_folder, info.step, info.path.name)
+        set_aside_after(self.run_folder, info.step)
 
 
 @dataclass(frozen=True)
@@ -373,37 +412,55 @@ class StepResult:
 
 
 class Window:
-    """Sums over the steps since the last record; tensors are read back only when a record is made."""
+    """The steps since the last record; tensors are read back only when a record is made."""
 
     def __init__(self) -> None:
-        self.steps = 0
         self.seconds = 0.0
-        self._losses: list[Losses] = []
-        self._counts: list[Tensor] = []
+        self._results: list[StepResult] = []
+
+    @property
+    def steps(self) -> int:
+        return len(self._results)
 
     def add(self, result: StepResult) -> None:
-        self.steps += 1
-        self._losses += result.losses
-        pairs = zip(self._counts, result.counts, strict=True)
-        self._counts = [a + b for a, b in pairs] if self._counts else result.counts
+        self._results.append(result)
 
     def mean(self, name: str) -> float:
-        return float(torch.stack([getattr(losses, name) for losses in self._losses]).mean())
+        return float(torch.stack([getattr(losses, name) for losses in self._losses()]).mean())
 
     def experts(self, layers: tuple[int, ...]) -> ExpertRecord | None:
         if not layers:
             return None
 
         def mean(name: str, place: int) -> float:
-            return float(torch.stack([getattr(losses.moe[place], name) for losses in self._losses]).mean())
+            return float(torch.stack([getattr(losses.moe[place], name) for losses in self._losses()]).mean())
 
-        loads = [counts.double() / counts.sum().clamp_min(1) for counts in self._counts]
+        totals = [torch.stack(counts).sum(0) for counts in zip(*(each.counts for each in self._counted()), strict=True)]
+        loads = [counts.double() / counts.sum().clamp_min(1) for counts in totals]
         return ExpertRecord(
             layers=layers,
             load=tuple(tuple(load.tolist()) for load in loads),
             drop_rate=tuple(mean("drop_rate", place) for place in range(len(layers))),
             entropy=tuple(mean("entropy", place) for place in range(len(layers))),
         )
+
+    def _losses(self) -> list[Losses]:
+        return [losses for result in self._counted() for losses in result.losses]
+
+    def _counted(self) -> list[StepResult]:
+        """Without the skipped steps, whose NaN would hide the others' losses; all of them when all were skipped."""
+        return [result for result in self._results if result.is_finite] or self._results
+
+
+def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return nested sections as one level of dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{path}{key}.")
+        else:
+            leaves[f"{path}{key}"] = value
+    return leaves
 
 
 def _without_graph(losses: Losses) -> Losses:
