@@ -110,11 +110,6 @@ def finite_mean(values: Sequence[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def final_loss(records: Sequence[TrainRecord]) -> float:
-    """Return the mean loss of the most recent records."""
-    return finite_mean([record.loss for record in records[-RECENT:]])
-
-
 def _finite_or_null(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
