@@ -27,7 +27,9 @@ def test_activation_backward_is_the_gradient_of_activate(activation: str) -> Non
     out = reference.activate(pre, activation)
     (wanted,) = torch.autograd.grad(out, pre, grad)
     torch.testing.assert_close(activate(pre.detach(), activation), out.detach())
-    torch.testing.assert_close(activate_and_backward(grad, pre.detach(), activation), wanted)
+    activated, got = activate_and_backward(grad, pre.detach(), activation)
+    torch.testing.assert_close(activated, out.detach())
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

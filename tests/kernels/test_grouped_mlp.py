@@ -73,6 +73,16 @@ def test_the_grouped_product_equals_the_loop_over_experts(activation: str, has_b
     compare(kernel._grouped_mlp_cuda, COUNTS[counts], weights_of(activation, has_bias), torch.bfloat16)
 
 
+@pytest.mark.parametrize("panel_rows", [1, 8, 20])
+@pytest.mark.parametrize("counts", ["odd", "empty ends"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_any_number_of_rows_a_panel(
+    activation: str, counts: str, panel_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_PANEL_ROWS", panel_rows)
+    compare(grouped_mlp, COUNTS[counts], weights_of(activation, has_bias=True), torch.float32)
+
+
 def test_an_expert_without_rows_has_a_gradient_of_exact_zeros() -> None:
     weights = weights_of("swiglu", has_bias=True)
     x = leaf(37, 24, seed=0)
