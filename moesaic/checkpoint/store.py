@@ -116,8 +116,8 @@ def read_info(path: Path) -> CheckpointInfo:
         return CheckpointInfo(path, int(manifest["step"]), dict(manifest["metadata"]), dict(manifest["files"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} has no readable manifest.json ({error!r}); a complete checkpoint is required; delete the folder or "
-            f"use another step."
+            f"{path} has no readable manifest.json ({error!r}); a complete checkpoint is required; delete the "
+            f"folder or use another step."
         ) from None
 
 
@@ -149,7 +149,7 @@ def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> "di
 
 
 def last_good(run_folder: Path) -> "tuple[CheckpointInfo, dict[str, Tensor], dict[str, Tensor]] | None":
-    """Return the newest checkpoint that is whole, with its model and optimizer tensors; the log names those passed over.
+    """Return the newest whole checkpoint, with its model and optimizer tensors; the log names those passed over.
 
     None when the run has no checkpoint at all.
     Raises: CheckpointError when there are some and none is whole.
@@ -163,8 +163,8 @@ def last_good(run_folder: Path) -> "tuple[CheckpointInfo, dict[str, Tensor], dic
             logger.warning("Passing over step %d; trying the checkpoint before it.", info.step)
     if has_checkpoints(run_folder):
         raise CheckpointError(
-            f"none of the checkpoints in {run_folder / 'checkpoints'} is whole; resuming requires one; restore a backup, "
-            f"or start a new run in another folder."
+            f"none of the checkpoints in {run_folder / 'checkpoints'} is whole; resuming requires one; restore a "
+            f"backup, or start a new run in another folder."
         )
     return None
 

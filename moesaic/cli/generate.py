@@ -23,9 +23,11 @@ def generate(
 
     Example: moesaic generate runs/first --prompt "The state of the Union" --max-new-tokens 60
     """
+    from moesaic.logs import log_to_stderr
     from moesaic.model.generate import stream
     from moesaic.model.load import load_run
 
+    log_to_stderr()
     loaded = load_run(run, device=device)
     tokenizer = loaded.tokenizer
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]

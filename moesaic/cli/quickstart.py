@@ -22,16 +22,19 @@ def quickstart(
     from rich.console import Console
 
     from moesaic.config.load import load_model_config
+    from moesaic.logs import log_to_stderr
     from moesaic.plan.cost import count_parameters
     from moesaic.quickstart import life
     from moesaic.report.terminal import TrainingDisplay
 
+    log_to_stderr()
     console = Console(highlight=False)
     data_folder = output.with_name(f"{output.name}-data")
     config = life.quickstart_config(data_folder, short=short)
     count = count_parameters(load_model_config(life.PRESET))
     console.print(
-        f"[bold]1/3[/] Preparing the embedded corpus into {data_folder} (byte-level BPE, {config.model.vocab_size} tokens)"
+        f"[bold]1/3[/] Preparing the embedded corpus into {data_folder} (byte-level BPE, "
+        f"{config.model.vocab_size} tokens)"
     )
     manifest = life.prepare_quickstart(data_folder, config)
     console.print(
@@ -42,8 +45,12 @@ def quickstart(
         f"[bold]2/3[/] Training {life.PRESET}: {config.model.num_layers} layers, {count.total / 1e6:.1f} M parameters, "
         f"{count.active / 1e6:.1f} M active per token, {config.tokens:,} tokens"
     )
-    with TrainingDisplay(total_tokens=config.tokens) as display:
-        seconds = life.train_quickstart(output, config, device=device, display=display)
+    try:
+        with TrainingDisplay(total_tokens=config.tokens) as display:
+            seconds = life.train_quickstart(output, config, device=device, display=display)
+    except KeyboardInterrupt:
+        console.print("Stopped; the same command goes on from here.")
+        raise typer.Exit(130) from None
     console.print(
         f"      {seconds / 60:.1f} minutes, validation loss {life.load_validation_loss(output):.3f} nats per token, "
         f"peak memory {life.peak_memory_bytes() / 2**30:.2f} GiB"

@@ -24,12 +24,14 @@ def train(
     Example: moesaic train pr-moe-tiny-8-16 --data shards/ --output runs/first --set tokens=2e6
     """
     from moesaic.config.load import load_train_config
+    from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
     from moesaic.train.loop import train as run_training
 
+    log_to_stderr()
     settings = [f"data.path={json.dumps(str(data))}"] if data is not None else []
     resolved = load_train_config(config, [*settings, *(assignments or [])])
-    if as_json:  # of the log lines warnings still go to standard error
+    if as_json:
         result = run_training(resolved, output, device=device, resume=resume)
         typer.echo(
             json.dumps(

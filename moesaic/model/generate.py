@@ -129,8 +129,12 @@ def _check(
             f"the prompt's {len(prompt)} tokens and {max_new_tokens} new ones are {length} positions; the model has "
             f"{config.max_positions}; shorten the prompt or lower max_new_tokens."
         )
-    if not 0 <= temperature < float("inf") or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if (
+        not 0 <= temperature < float("inf")
+        or (top_k is not None and top_k < 1)
+        or (top_p is not None and not 0 < top_p <= 1)
+    ):
         raise GenerationError(
-            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: a finite temperature >= 0, top_k >= 1 and 0 < top_p <= 1 "
-            f"are required; change the one that is not."
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: a finite temperature >= 0, top_k >= 1 and "
+            f"0 < top_p <= 1 are required; change the one that is not."
         )

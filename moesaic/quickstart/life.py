@@ -16,6 +16,7 @@ from moesaic.config.train import TrainConfig
 from moesaic.data.corpus import embedded_corpus
 from moesaic.data.prepare import Progress, prepare
 from moesaic.data.shards import Manifest
+from moesaic.errors import ConfigError
 from moesaic.logs import logger
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run, load_run_config
@@ -62,10 +63,18 @@ def prepare_quickstart(
 def train_quickstart(
     run_folder: Path, config: TrainConfig, *, device: str = "auto", display: Display | None = None
 ) -> float:
-    """Train, or go on with an interrupted quickstart; return the seconds it took now."""
+    """Train, or go on with an interrupted quickstart; return the seconds it took now.
+
+    Raises: ConfigError where run_folder holds another run; KeyboardInterrupt when a signal stopped it, after saving.
+    """
     started = time.perf_counter()
     is_begun = (run_folder / "config.yaml").exists()
-    if is_begun and load_run_config(run_folder) == config:
+    if is_begun:
+        if load_run_config(run_folder).replace(data=config.data) != config:
+            raise ConfigError(
+                f"{run_folder} holds another run, perhaps one with or without --short; a quickstart goes on only with "
+                f"its own settings; name another folder with --output, or remove that one."
+            )
         logger.info("%s holds this run already; going on with it.", run_folder)
     result = train(config, run_folder, device=device, resume=is_begun, display=display)
     if result.stopped_by is not None:
