@@ -180,10 +180,12 @@ def test_the_allocator_is_there_before_torch() -> None:
 @pytest.mark.parametrize("name", moesaic.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(moesaic, name) is not None
+    # Importing moesaic.train would replace a public name `train` by the package.
+    assert name not in RANK
 
 
 def test_an_unknown_public_name_lists_the_known_ones() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'trainer'; it has .*\btrain\b"):
+    with pytest.raises(AttributeError, match=r"no attribute 'trainer'; it has .*\bTrainer\b"):
         moesaic.trainer  # noqa: B018
 
 
