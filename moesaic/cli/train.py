@@ -26,6 +26,7 @@ def train(
     from moesaic.config.load import load_train_config
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
+    from moesaic.train.loop import Trainer
     from moesaic.train.loop import train as run_training
 
     log_to_stderr()
@@ -46,8 +47,10 @@ def train(
             )
         )
         return
-    with TrainingDisplay(total_tokens=resolved.tokens) as display:
-        result = run_training(resolved, output, device=device, resume=resume, display=display)
+    display = TrainingDisplay(total_tokens=resolved.tokens)
+    trainer = Trainer(resolved, output, device=device, resume=resume, display=display)
+    with display:  # only now: a mistake found at the start should not leave an empty display behind
+        result = trainer.run()
     if result.stopped_by:
         typer.echo(f"Stopped at step {result.step}; go on with the same command and --resume.")
     else:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 22  # of logits: 8 MiB in bf16, and as fp32 probabilities still within a shared cache
+# With fewer tokens, adding a large vocabulary's weight gradient once more per chunk costs more than the chunk.
+_MIN_CHUNK_TOKENS = 512
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -29,7 +31,7 @@ def _count(targets: Tensor) -> Tensor:
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> list[tuple[int, int]]:
-    size = max(1, min(num_tokens, _CHUNK_ELEMENTS // vocab_size))
+    size = max(1, min(num_tokens, max(_CHUNK_ELEMENTS // vocab_size, _MIN_CHUNK_TOKENS)))
     return [(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
@@ -38,45 +40,60 @@ def _classes(targets: Tensor) -> Tensor:
     return targets.masked_fill(targets == -100, 0)
 
 
-def _chunk_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (t,) losses and (t, V) fp32 probabilities of a chunk.
+class _Workspace:
+    """The buffers of one chunk, used for all of them: fresh ones would be faulted in from the kernel every time."""
 
-    The probability of the largest logit is 1 / sum exp(z - max), so log p_target = z_target - max + log p_max: exact
-    even where p_target underflows, and no second exponential pass.
-    """
-    probabilities = torch.softmax(logits, -1, dtype=torch.float32)
-    chosen = logits.gather(1, _classes(targets)[:, None])[:, 0].float()
-    losses = logits.amax(-1).float() - chosen - probabilities.amax(-1).log()
-    return losses.masked_fill_(targets == -100, 0.0), probabilities
+    def __init__(self, hidden: Tensor, weight: Tensor, chunks: list[tuple[int, int]]) -> None:
+        shape = (max((end - start for start, end in chunks), default=0), weight.shape[0])
+        self._logits = hidden.new_empty(shape)
+        self._probabilities = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+
+    def losses(self, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a chunk's (t,) losses, its (t, V) fp32 probabilities, and the (t, V) buffer of logits, free to reuse.
+
+        The probability of the largest logit is 1 / sum exp(z - max), so log p_target = z_target - max + log p_max:
+        exact even where p_target underflows, and no second exponential pass.
+        """
+        logits, probabilities = self._logits[: x.shape[0]], self._probabilities[: x.shape[0]]
+        torch.mm(x, weight.t(), out=logits)
+        torch.softmax(logits, -1, dtype=torch.float32, out=probabilities)
+        chosen = logits.gather(1, _classes(targets)[:, None])[:, 0].float()
+        losses = logits.amax(-1).float() - chosen - probabilities.amax(-1).log()
+        return losses.masked_fill_(targets == -100, 0.0), probabilities, logits
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    for start, end in _chunks(hidden.shape[0], weight.shape[0]):
-        losses[start:end] = _chunk_losses(hidden[start:end] @ weight.t(), targets[start:end])[0]
+    chunks = _chunks(hidden.shape[0], weight.shape[0])
+    workspace = _Workspace(hidden, weight, chunks)
+    with torch.no_grad():
+        for start, end in chunks:
+            losses[start:end] = workspace.losses(hidden[start:end], weight, targets[start:end])[0]
     return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
-        num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
         count = _count(targets)
+        has_gaps = bool((targets == -100).any())
+        chunks = _chunks(hidden.shape[0], weight.shape[0])
+        workspace = _Workspace(hidden, weight, chunks)
         grad_hidden = torch.empty_like(hidden)
-        chunks = _chunks(num_tokens, vocab_size)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        product = torch.empty_like(weight)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start, end in chunks:
             x, target = hidden[start:end], targets[start:end]
-            losses, probabilities = _chunk_losses(x @ weight.t(), target)
+            losses, probabilities, grad_logits = workspace.losses(x, weight, target)
             total += losses.sum()
             rows = torch.arange(end - start, device=hidden.device)
             probabilities[rows, _classes(target)] -= 1.0
-            grad_logits = probabilities.to(hidden.dtype)
-            if bool((target == -100).any()):
+            grad_logits.copy_(probabilities)
+            if has_gaps:
                 grad_logits[target == -100] = 0
             torch.mm(grad_logits, weight, out=grad_hidden[start:end])
-            grad_weight += grad_logits.t() @ x
+            grad_weight += torch.mm(grad_logits.t(), x, out=product)
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
         return total / count
