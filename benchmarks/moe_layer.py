@@ -105,7 +105,7 @@ def main() -> None:
         x = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16)
 
-        def step(module: nn.Module, call) -> None:  # noqa: ANN001
+        def step(module: nn.Module, call) -> None:
             module.zero_grad(set_to_none=True)
             x.grad = None  # noqa: B023
             call(x).backward(grad)  # noqa: B023

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.report.expert_load import ExpertWarning, imbalance, load_entropy, name_unusual
-from moesaic.report.records import ExpertRecord, Metrics, TrainRecord
+from moesaic.report.records import ExpertRecord, Metrics
 
 # Records whose mean stands for "now": single batches scatter too much.
 RECENT = 20
