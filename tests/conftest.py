@@ -1,0 +1,73 @@
+"""A few thousand tokens of real text, prepared once, and training configs of seconds on them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.config.train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB_SIZE = 320
+
+DENSE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "intermediate_size": 32,
+    "max_positions": 32,
+}
+# Everything that draws random numbers or keeps state of its own: dropout, jitter, random dropping, a correction bias.
+PR_MOE: dict[str, Any] = {
+    **DENSE,
+    "dropout": 0.1,
+    "moe": {
+        "num_experts": [4, 8],
+        "top_k": 2,
+        "residual": "softmax",
+        "router": {"noise": "jitter", "score_correction_bias": True, "balance_scope": "global_batch", "z_loss": 1e-3},
+        "capacity": {"factor": 1.0, "min_capacity": 1, "drop_policy": "random"},
+    },
+}
+MODELS = {"dense": DENSE, "pr-moe": PR_MOE}
+TOKENS_PER_STEP = 4 * 16
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The paragraphs of the licence as documents, some 4,000 tokens."""
+    from moesaic.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("tiny")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
+    source = folder / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs), encoding="utf-8")
+    prepare([source], folder / "shards", vocab_size=VOCAB_SIZE, validation_fraction=0.2, num_workers=1)
+    return folder / "shards"
+
+
+@pytest.fixture
+def make_config(tiny_data: Path) -> Callable[..., TrainConfig]:
+    """A function (model="dense", steps=12, **changes) that returns a config with a checkpoint after every 4 steps."""
+
+    def make(model: str = "dense", *, steps: int = 12, **changes: Any) -> TrainConfig:
+        values: dict[str, Any] = {
+            "model": MODELS[model],
+            "data": {"path": str(tiny_data), "sequence_length": 16},
+            "tokens": steps * TOKENS_PER_STEP,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "log_every_steps": 1,
+            "schedule": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_tokens": 2 * TOKENS_PER_STEP},
+            "evaluation": {"every_tokens": 2 * TOKENS_PER_STEP, "sequences": 4},
+            "checkpoint": {"every_tokens": 4 * TOKENS_PER_STEP},
+        }
+        for key, value in changes.items():
+            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+        return TrainConfig.from_dict(values)
+
+    return make
