@@ -52,11 +52,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_config(tiny_data: Path) -> Callable[..., TrainConfig]:
-    """A function (model="dense", steps=12, **changes) that returns a config with a checkpoint after every 4 steps."""
+    """A function (base="dense", steps=12, **changes) that returns a config with a checkpoint after every 4 steps."""
 
-    def make(model: str = "dense", *, steps: int = 12, **changes: Any) -> TrainConfig:
+    def make(base: str = "dense", /, *, steps: int = 12, **changes: Any) -> TrainConfig:
         values: dict[str, Any] = {
-            "model": MODELS[model],
+            "model": MODELS[base],
             "data": {"path": str(tiny_data), "sequence_length": 16},
             "tokens": steps * TOKENS_PER_STEP,
             "batch_size": 4,

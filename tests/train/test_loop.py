@@ -1,0 +1,488 @@
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, load_tensors, resolve_checkpoint
+from moesaic.config.train import TrainConfig
+from moesaic.data.prepare import prepare
+from moesaic.errors import CheckpointError, ConfigError, DataError, DeviceError, TrainingError
+from moesaic.model.load import load_run_config
+from moesaic.report.records import EvaluationRecord, TrainRecord, read_metrics
+from moesaic.train.loop import MOST_SKIPPED_IN_A_ROW, Trainer, train
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+class Display:
+    """Calls back at a step, and keeps the messages."""
+
+    def __init__(self, step: int | None = None, action: Callable[[], object] = lambda: None) -> None:
+        self._step, self._action = step, action
+        self.messages: list[str] = []
+
+    def update(self, record: TrainRecord) -> None:
+        if record.step == self._step:
+            self._action()
+
+    def evaluation(self, record: EvaluationRecord) -> None: ...
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def last_hashes(run_folder: Path) -> tuple[int, dict[str, Any]]:
+    """The last checkpoint's step and its files' sizes and SHA-256: equal for equal tensors."""
+    last = list_checkpoints(run_folder)[-1]
+    return last.step, last.files
+
+
+def records_of(run_folder: Path) -> list[dict[str, Any]]:
+    """All train and evaluation records without what a clock says."""
+    metrics = read_metrics(run_folder)
+    timed = {"seconds", "tokens_per_second", "flops_per_second", "share_of_peak"}
+    records = [asdict(each) for each in (*metrics.train, *metrics.evaluation)]
+    return [{key: value for key, value in record.items() if key not in timed} for record in records]
+
+
+def assert_same_run(run_folder: Path, unbroken: Path) -> None:
+    assert last_hashes(run_folder) == last_hashes(unbroken)
+    assert records_of(run_folder) == records_of(unbroken)
+
+
+CASES = [("dense", "adamw", "fp32"), ("dense", "muon", "bf16"), ("pr-moe", "adamw", "bf16"), ("pr-moe", "muon", "fp32")]
+
+
+@pytest.mark.parametrize(("model", "optimizer", "precision"), CASES)
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
+    make_config: MakeConfig, tmp_path: Path, model: str, optimizer: str, precision: str
+) -> None:
+    config = make_config(model, optimizer={"name": optimizer}, precision=precision)
+    train(config, tmp_path / "unbroken", display=Display())
+    stopped = train(config, tmp_path / "resumed", display=Display(5, interrupt))
+    assert (stopped.stopped_by, stopped.step) == ("SIGINT", 5)
+    result = train(config, tmp_path / "resumed", resume=True, display=Display())
+    assert (result.stopped_by, result.step, result.tokens) == (None, 12, 12 * 64)
+    assert_same_run(tmp_path / "resumed", tmp_path / "unbroken")
+
+
+def test_the_record_after_a_checkpoint_averages_the_same_steps_when_resumed(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The records' windows do not straddle a checkpoint, or a resumed run's next mean would be of fewer steps."""
+    config = make_config("pr-moe", log_every_steps=7)
+    train(config, tmp_path / "unbroken", display=Display())
+
+    def die() -> None:
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "resumed", display=Display(7, die))
+    train(config, tmp_path / "resumed", resume=True, display=Display())
+    assert [record.step for record in read_metrics(tmp_path / "resumed").train] == [1, 2, 4, 5, 7, 8, 12]
+    assert_same_run(tmp_path / "resumed", tmp_path / "unbroken")
+
+
+def test_resuming_before_the_first_checkpoint_starts_over(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("pr-moe")
+
+    def die() -> None:
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "resumed", display=Display(2, die))
+    assert list_checkpoints(tmp_path / "resumed") == []
+    train(config, tmp_path / "resumed", resume=True)
+    train(config, tmp_path / "unbroken")
+    assert_same_run(tmp_path / "resumed", tmp_path / "unbroken")
+
+
+def test_resuming_a_finished_run_changes_nothing_and_more_tokens_go_on(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=8)
+    first = train(config, tmp_path / "run")
+    before = last_hashes(tmp_path / "run")
+    again = train(config, tmp_path / "run", resume=True)
+    assert last_hashes(tmp_path / "run") == before
+    assert (again.step, again.loss, again.validation_loss) == (8, None, first.validation_loss)
+    longer = train(config.replace(tokens=10 * 64), tmp_path / "run", resume=True)
+    assert longer.step == 10 and load_run_config(tmp_path / "run").tokens == 10 * 64
+
+
+def test_a_stop_right_after_a_checkpoint_keeps_its_validation_loss(make_config: MakeConfig, tmp_path: Path) -> None:
+    result = train(make_config(), tmp_path / "run", display=Display(4, interrupt))
+    (info,) = list_checkpoints(tmp_path / "run")
+    assert info.step == result.step == 4
+    assert info.validation_loss == result.validation_loss is not None
+
+
+def test_a_stop_in_the_last_step_is_no_stop(make_config: MakeConfig, tmp_path: Path) -> None:
+    result = train(make_config(), tmp_path / "run", display=Display(12, interrupt))
+    assert result.stopped_by is None and result.validation_loss is not None
+
+
+DRIVER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import safetensors.torch, torch, torch.utils.tensorboard
+import moesaic.train.loop as loop
+from moesaic.config.load import load_train_config
+from moesaic.kernels.limits import Limits
+
+torch.set_num_threads(1)
+config, run, seed = load_train_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+limits = Limits(device="cpu", name="", threads=1, torch_version="", bandwidth_bytes_per_second=1.0,
+                fp32_flops_per_second=1.0, bf16_flops_per_second=1.0)
+loop.measure_limits = lambda **_: limits
+loop.write_plots = lambda run_folder: []
+save_file = safetensors.torch.save_file
+
+def slow_save_file(tensors, path):
+    save_file(tensors, path)
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:len(whole) // 2])
+    time.sleep(0.1)
+    Path(path).write_bytes(whole)
+
+safetensors.torch.save_file = slow_save_file
+
+def is_saving():
+    return any((run / "checkpoints").glob(".writing-*")) if (run / "checkpoints").exists() else False
+
+chance = random.Random(seed)
+kills = saving = 0
+for attempt in range(40):
+    child = os.fork()
+    if child == 0:
+        loop.train(config, run, resume=(run / "config.yaml").exists())
+        os._exit(0)
+    started, limit = time.monotonic(), chance.uniform(0.05, 0.3) * (attempt + 1)
+    at_save = attempt in (1, 3)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        was_saving = is_saving()
+        if was_saving if at_save else time.monotonic() - started > limit:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills, saving = kills + 1, saving + was_saving
+            break
+        time.sleep(0.005)
+    if done:
+        assert status == 0, status
+        print(kills, saving)
+        break
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the kills need os.fork, which this system does not have")
+def test_a_run_killed_at_any_moment_equals_the_unbroken_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    import yaml
+
+    config = make_config("pr-moe", steps=16)
+    train(config, tmp_path / "unbroken")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    arguments = [str(tmp_path / "config.yaml"), str(tmp_path / "killed"), "0"]
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    kills, saving = map(int, result.stdout.split())
+    assert kills >= 3 and saving >= 2
+    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob(".*")] == []
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_broken_last_checkpoint_is_passed_over_and_does_not_count_among_the_kept(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(steps=12, checkpoint={"keep_last": 2})
+    train(config, tmp_path / "unbroken")
+    train(config, tmp_path / "run", display=Display(9, interrupt))  # checkpoints of 8 and 9; 4 is pruned unless best
+    flip_byte(tmp_path / "run" / "checkpoints" / "step-00000009" / "optimizer.safetensors")
+    display = Display()
+    with caplog.at_level("WARNING", "moesaic"):
+        train(config, tmp_path / "run", resume=True, display=display)
+    assert "step-00000009" in caplog.text and "SHA-256" in caplog.text
+    assert display.messages[0] == "resumed from step 8"
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {"passed-over-step-00000009", "step-00000008", "step-00000012"} <= names
+
+
+def full_disk_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file = safetensors.torch.save_file
+
+    def save(tensors: dict[str, Tensor], path: Path) -> None:
+        if f"step-{step:08d}" in str(path) and "optimizer" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+
+
+def test_a_periodic_checkpoint_on_a_full_disk_costs_only_itself(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_config(), tmp_path / "unbroken")
+    full_disk_at(8, monkeypatch)
+    display = Display()
+    result = train(make_config(), tmp_path / "run", display=display)
+    assert result.step == 12
+    assert [info.step for info in list_checkpoints(tmp_path / "run")] == [4, 12]
+    (message,) = [text for text in display.messages if "no checkpoint" in text]
+    for part in ("No space left on device", "free some", "step-00000004", "Training goes on"):
+        assert part in message
+    assert message in [event.message for event in read_metrics(tmp_path / "run").events]
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("stop_at", [None, 6])
+def test_a_last_checkpoint_on_a_full_disk_is_an_error(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None
+) -> None:
+    full_disk_at(12 if stop_at is None else stop_at, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*free some.*last good checkpoint is .*step-"):
+        train(make_config(), tmp_path / "run", display=Display(stop_at, interrupt))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob(".*")] == []
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_micro_batches_add_up_to_the_batch(make_config: MakeConfig, tmp_path: Path, model: str) -> None:
+    changes: dict[str, Any] = {"precision": "fp32"}
+    if model == "moe":  # dropless, and without a balance loss, which is of a micro-batch
+        changes["model"] = {"moe": {"num_experts": 4, "top_k": 2, "router": {"balance_loss": 0.0, "z_loss": 1e-3}}}
+    trainers = [
+        Trainer(
+            make_config(micro_batch_size=size, **changes), tmp_path / str(size), device="cpu", resume=False, display=None
+        )
+        for size in (4, 2, 1)
+    ]
+    results = [trainer.train_step() for trainer in trainers]
+    assert [len(result.losses) for result in results] == [1, 2, 4]
+    for trainer, result in zip(trainers[1:], results[1:], strict=True):
+        assert result.cross_entropy == pytest.approx(results[0].cross_entropy, rel=1e-6)
+        assert result.gradient_norm == pytest.approx(results[0].gradient_norm, rel=1e-5)
+        for a, b in zip(result.counts, results[0].counts, strict=True):
+            assert torch.equal(a, b)
+        # The moments and not the weights: Adam's first step is the sign of a gradient that may be rounding alone.
+        state, expected = trainer.optimizers.named_state(), trainers[0].optimizers.named_state()
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_correction_bias_moves_by_the_whole_steps_counts(make_config: MakeConfig, tmp_path: Path) -> None:
+    trainer = Trainer(make_config("pr-moe"), tmp_path, device="cpu", resume=False, display=None)
+    result = trainer.train_step()
+    for router, counts in zip(trainer.routers, result.counts, strict=True):
+        assert int(counts.sum()) == 4 * 16 * 2
+        direction = torch.sign(counts.double().mean() - counts).float()
+        bias = 1e-3 * direction
+        torch.testing.assert_close(router.score_correction_bias, bias - bias.mean())
+
+
+def with_bad_gradients(config: TrainConfig, run_folder: Path, bad: Callable[[int], bool], display: Display) -> Trainer:
+    """A trainer whose gradient is NaN in the steps (from 0) that `bad` names."""
+    trainer = Trainer(config, run_folder, device="cpu", resume=False, display=display)
+    trainer.model.embedding.register_hook(lambda gradient: gradient * (math.nan if bad(trainer.step) else 1.0))
+    return trainer
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    trainer = with_bad_gradients(make_config("pr-moe"), tmp_path, lambda step: step == 1, Display())
+    assert trainer.train_step().is_finite
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    moments = {name: value.clone() for name, value in trainer.optimizers.named_state().items()}
+    assert not trainer.train_step().is_finite
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for name, value in trainer.optimizers.named_state().items():
+        assert torch.equal(value, moments[name]), name
+    assert trainer.train_step().is_finite
+
+
+def test_skipped_steps_are_recorded_and_survive_resuming(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(log_every_steps=4)
+    display = Display()
+    trainer = with_bad_gradients(config, tmp_path / "run", lambda step: step in (2, 5), display)
+    trainer.run()
+    metrics = read_metrics(tmp_path / "run")
+    assert [record.skipped_steps for record in metrics.train] == [0, 0, 1, 1, 2, 2]
+    assert [record.step for record in metrics.train] == [1, 2, 4, 5, 8, 12]
+    assert [event.step for event in metrics.events] == [3, 6]
+    assert "step 3 skipped: its gradient norm is nan" in display.messages[0]
+    assert all(math.isfinite(record.loss) for record in metrics.train)  # the other steps of a window tell the loss
+    last = list_checkpoints(tmp_path / "run")[-1]
+    assert last.metadata["skipped_steps"] == 2
+    train(config.replace(tokens=13 * 64), tmp_path / "run", resume=True)
+    assert read_metrics(tmp_path / "run").train[-1].skipped_steps == 2
+
+
+def test_gradients_that_stay_bad_stop_the_run_and_name_the_last_checkpoint(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(steps=30)
+    with pytest.raises(TrainingError, match=rf"the last {MOST_SKIPPED_IN_A_ROW} steps.*step 12.*learning_rate"):
+        with_bad_gradients(config, tmp_path, lambda step: step >= 5, Display()).run()
+    # The checkpoints of the bad steps hold the last good weights.
+    hashes = {info.step: info.files["model.safetensors"]["sha256"] for info in list_checkpoints(tmp_path)}
+    assert hashes[8] == hashes[12]
+    before_any = make_config(steps=600, checkpoint={"every_tokens": 50 * 64})
+    with pytest.raises(TrainingError, match="there is no checkpoint yet"):
+        with_bad_gradients(before_any, tmp_path / "other", lambda step: True, Display()).run()
+
+
+def test_the_run_folder_says_what_was_trained(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("pr-moe")
+    train(config, tmp_path / "run")
+    assert load_run_config(tmp_path / "run") == config
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "run.json", "metrics.jsonl", "tokenizer.json", "checkpoints", "tensorboard"} <= names
+    assert not [name for name in names if "writing" in name]
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert len(starts) == 1 and starts[0]["data_path"] == config.data.path
+    record = read_metrics(tmp_path / "run").train[-1]
+    assert record.moe is not None and record.moe.layers == (0, 1)
+    assert [sum(load) for load in record.moe.load] == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert all(rate > 0 for rate in record.moe.drop_rate)  # capacity factor 1 drops
+    assert record.share_of_peak is not None and record.share_of_peak > 0
+
+
+def test_keep_last_and_the_best(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=12, checkpoint={"every_tokens": 2 * 64, "keep_last": 1})
+    train(config, tmp_path)
+    infos = list_checkpoints(tmp_path)
+    losses = {record.step: record.loss for record in read_metrics(tmp_path).evaluation}
+    best = min(losses, key=lambda step: (losses[step], -step))
+    assert {info.step for info in infos} == {12, best}
+    assert resolve_checkpoint(tmp_path).step == best
+
+
+def test_activation_checkpointing_may_be_switched_when_resuming(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("pr-moe")
+    train(config, tmp_path / "unbroken")
+    train(config, tmp_path / "resumed", display=Display(5, interrupt))
+    train(config.replace(activation_checkpointing=True), tmp_path / "resumed", resume=True)
+    assert_same_run(tmp_path / "resumed", tmp_path / "unbroken")
+
+
+def test_a_folder_with_a_run_takes_no_other(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=4)
+    train(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"already holds a run; .*; .*--resume"):
+        train(config, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"no run to resume; .*config.yaml.*; .*without --resume"):
+        train(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, r"seed \(1, was 0\)"),
+        ({"micro_batch_size": 4}, r"micro_batch_size \(4, was 2\)"),
+        ({"schedule": {"learning_rate": 0.5}}, r"schedule.learning_rate \(0.5, was 0.01\)"),
+        ({"model": {"hidden_size": 32, "head_dim": 8}}, r"model.hidden_size \(32, was 16\)"),
+        ({"model": {"moe": {"num_experts": 4}}}, r"model.moe.num_experts \(4, was None\)"),
+        ({"data": {"document_mask": True}}, r"data.document_mask \(True, was False\)"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_and_changes_nothing(
+    make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    train(make_config(steps=4), tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=named + r".*: not as in .*config.yaml; .*same steps; "):
+        train(make_config(steps=4, **changes), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_resuming_with_other_data_is_refused_and_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=8)
+    train(config, tmp_path / "run", display=Display(4, interrupt))
+    source = tmp_path / "other.txt"
+    source.write_text("Other words in another order. " * 400)
+    prepare([source], tmp_path / "other", tokenizer=config.data.path, num_workers=1)
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    other = config.replace(data=config.data.replace(path=str(tmp_path / "other")))
+    with pytest.raises(TrainingError, match=r"not the one this run was trained on .*; .*; give the original"):
+        train(other, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_the_same_data_elsewhere_is_the_same_data(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=8)
+    train(config, tmp_path / "unbroken")
+    train(config, tmp_path / "run", display=Display(4, interrupt))
+    (tmp_path / "moved").symlink_to(config.data.path)
+    moved = config.replace(data=config.data.replace(path=str(tmp_path / "moved")))
+    train(moved, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_what_cannot_be_trained_is_refused_before_a_folder_exists(make_config: MakeConfig, tmp_path: Path) -> None:
+    small = make_config(model={"vocab_size": 100})
+    with pytest.raises(ConfigError, match=r"model.vocab_size \(100\) is less than the 320 tokens.*; use .*>= 320"):
+        train(small, tmp_path / "run")
+    with pytest.raises(DataError, match="moesaic prepare"):
+        train(make_config(data={"path": str(tmp_path / "absent")}), tmp_path / "run")
+    with pytest.raises(DeviceError, match=r"tpu.*auto, cpu or cuda"):
+        train(make_config(), tmp_path / "run", device="tpu")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match=r"cannot be written .*; .*; "):
+        train(make_config(), tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_gpu_is_an_error(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"cuda.*; .*; .*--device cpu"):
+        train(make_config(), tmp_path / "run", device="cuda")
+
+
+def test_a_document_mask_reaches_the_model(make_config: MakeConfig, tmp_path: Path) -> None:
+    finals: list[CheckpointInfo] = []
+    for mask in (False, True):
+        train(make_config(steps=4, data={"document_mask": mask}), tmp_path / str(mask))
+        finals += list_checkpoints(tmp_path / str(mask))
+    assert finals[0].files["model.safetensors"] != finals[1].files["model.safetensors"]
+
+
+@pytest.mark.parametrize("model", ["dense", "pr-moe"])
+def test_every_tensor_of_a_checkpoint_is_finite_and_fp32(make_config: MakeConfig, tmp_path: Path, model: str) -> None:
+    train(make_config(model, steps=4), tmp_path)
+    info = list_checkpoints(tmp_path)[-1]
+    for name in ("model", "optimizer"):
+        for key, tensor in load_tensors(info, name).items():
+            assert tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all()), key
