@@ -11,6 +11,8 @@ from moesaic.model.rotary import rotate
 
 
 class Attention(nn.Module):
+    """Shapes: q_proj (A * D, H), k_proj and v_proj (KV * D, H), o_proj (H, A * D); q_norm and k_norm (D,)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim

@@ -7,6 +7,8 @@ from moesaic.kernels.norm import layer_norm, rms_norm
 
 
 class RmsNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * weight, weight (H,)."""
+
     def __init__(self, size: int, *, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon
@@ -17,6 +19,8 @@ class RmsNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, both (H,)."""
+
     def __init__(self, size: int, *, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon
@@ -28,4 +32,5 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(kind: str, size: int, epsilon: float) -> RmsNorm | LayerNorm:
+    """Return the norm that ModelConfig.norm names, "rmsnorm" or "layernorm", over the last dimension."""
     return RmsNorm(size, epsilon=epsilon) if kind == "rmsnorm" else LayerNorm(size, epsilon=epsilon)

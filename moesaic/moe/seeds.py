@@ -16,4 +16,5 @@ def mix_seeds(seed: int, *counters: int) -> int:
 
 
 def generator(device: torch.device, seed: int) -> torch.Generator:
+    """Return a new generator on the device; the global one is left alone."""
     return torch.Generator(device=device).manual_seed(seed)
