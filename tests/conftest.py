@@ -1,13 +1,17 @@
 """A few thousand tokens of real text, prepared once, and training configs of seconds on them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moesaic.config.train import TrainConfig
+from moesaic.kernels.threads import spin_briefly
+
+# Before any test loads torch: the suite has to pass beside other work on the machine.
+spin_briefly()
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 320
@@ -34,6 +38,17 @@ PR_MOE: dict[str, Any] = {
 }
 MODELS = {"dense": DENSE, "pr-moe": PR_MOE}
 TOKENS_PER_STEP = 4 * 16
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On tensors this small a second thread only waits, ten times as long where other programs run."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import typer
 
 from moesaic import __version__
 from moesaic.errors import MoesaicError
+from moesaic.kernels.threads import spin_briefly
 
 app = typer.Typer(
     name="moesaic",
@@ -39,6 +40,7 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; a caller's mistake prints its message and exits with status 2."""
+    spin_briefly()
     try:
         return app(args=arguments)
     except MoesaicError as error:

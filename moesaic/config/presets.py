@@ -157,6 +157,7 @@ _PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def preset_names() -> list[str]:
+    """Return the names of all presets."""
     return list(_PRESETS)
 
 

@@ -14,7 +14,7 @@ undisturbed ones of 3 to 5 runs. (1) x + y of 32 MiB fp32; (2) SiLU, GELU and pr
     | huge pages alone (GLIBC_TUNABLES) | 2.5 - 3.8 | 50 - 66   | 267 - 316 | 0.20 M | 987 - 1005  |
     | the two mallopt settings          | 1.2 - 3.1 | 29 - 47   | 221 - 276 | 0.27 M | 1126 - 1175 |
     | tune_allocator                    | 1.8 - 2.9 | 28 - 45   | 217 - 242 | 0.02 M | 1119 - 1176 |
-    | reexec_with_tuned_allocator       | 1.0 - 2.2 | 28 - 31   | 236 - 241 | 0.02 M | 1138 - 1177 |
+    | the same by environment           | 1.0 - 2.2 | 28 - 31   | 236 - 241 | 0.02 M | 1138 - 1177 |
 
 Choices. M_MMAP_MAX = 0 rather than a large M_MMAP_THRESHOLD: as fast, no limit of 2 GiB - 1 on a block, and older glibc
 (before about 2.35) refuses thresholds above 32 MiB. No M_TOP_PAD: without trimming it gained nothing. Trimming is off,
@@ -31,17 +31,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesaic.logs import logger
-
 # Numbers of <malloc.h> and <sys/mman.h>; they are part of glibc's and Linux's ABI.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _MADV_HUGEPAGE = 14
 
-# Set in the environment of the re-executed command, so that it happens once. A user's own value opts out.
+# A user who sets this, to any value, keeps malloc as it is.
 MARKER = "MOESAIC_ALLOCATOR"
-_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-_HUGE_PAGE_TUNABLE = "glibc.malloc.hugetlb"
 # What a user may have set on purpose; any of them means that the allocator is his.
 _USER_VARIABLES = (
     "MALLOC_MMAP_MAX_",
@@ -57,7 +53,7 @@ _USER_TUNABLES = ("mmap_max", "mmap_threshold", "trim_threshold", "top_pad")
 class AllocatorReport:
     """What `tune_allocator` did.
 
-    is_tuned: freed large blocks stay in the process, by us or by the environment.
+    is_tuned: freed large blocks stay in the process, by what was done here.
     applied, refused: settings that took effect, and those that could not, each with its reason.
     huge_page_bytes: heap reserved for huge pages; address space only, no memory until it is used.
     explanation: one sentence for people.
@@ -78,8 +74,7 @@ def tune_allocator() -> AllocatorReport:
     """
     obstacle = _obstacle(os.environ)
     if obstacle:
-        by_environment = os.environ.get(MARKER) == "tuned"
-        return AllocatorReport(by_environment, (), (), 0, obstacle)
+        return AllocatorReport(False, (), (), 0, obstacle)
     libc = _libc()
     applied, refused = [], []
     for name, parameter, value in (("M_MMAP_MAX", _M_MMAP_MAX, 0), ("M_TRIM_THRESHOLD", _M_TRIM_THRESHOLD, -1)):
@@ -95,38 +90,6 @@ def tune_allocator() -> AllocatorReport:
     is_tuned = "M_MMAP_MAX=0" in applied
     explanation = f"malloc set by moesaic: {', '.join(applied) or 'nothing'}"
     return AllocatorReport(is_tuned, tuple(applied), tuple(refused), huge_page_bytes, explanation)
-
-
-def reexec_with_tuned_allocator() -> str:
-    """Start this same command again with malloc tuned by environment, or return why that is not done.
-
-    Equally fast as `tune_allocator`, at the price of a second interpreter start (about 20 ms); what it adds is that
-    child processes inherit the setting and that huge pages reach every heap. It acts only for moesaic's own
-    command line (the console script and `python -m moesaic`), never for a program that imports the package, and never
-    twice: the new process finds MOESAIC_ALLOCATOR=tuned. Must be called before threads or open files matter.
-    """
-    reason = _obstacle(os.environ) or _not_our_command(sys.argv)
-    if reason:
-        return reason
-    environment = tuned_environment(os.environ)
-    # orig_argv holds the interpreter's own options too (-X, -m, -c), which sys.argv has lost.
-    command = [sys.executable, *sys.orig_argv[1:]]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    try:
-        os.execve(sys.executable, command, environment)
-    except OSError as error:
-        reason = f"malloc left as it is: the command could not be started again ({error})"
-        logger.warning(reason)
-        return reason
-
-
-def tuned_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return a copy of environment with malloc tuned; what the user has in GLIBC_TUNABLES is kept."""
-    tunables = [item for item in environment.get("GLIBC_TUNABLES", "").split(":") if item]
-    if not any(item.startswith(f"{_HUGE_PAGE_TUNABLE}=") for item in tunables):
-        tunables.append(f"{_HUGE_PAGE_TUNABLE}=1")
-    return {**environment, **_ENVIRONMENT, "GLIBC_TUNABLES": ":".join(tunables), MARKER: "tuned"}
 
 
 def large_blocks_stay() -> bool | None:
@@ -173,8 +136,6 @@ def _obstacle(environment: Mapping[str, str]) -> str | None:
     """Return why malloc should not be tuned by us, or None."""
     if glibc_version() is None:
         return f"malloc left as it is: the remedy is for glibc on Linux (this is {sys.platform}, without glibc)"
-    if environment.get(MARKER) == "tuned":
-        return f"malloc is already tuned by the environment ({MARKER}=tuned)"
     if MARKER in environment:
         return f"malloc left as it is: {MARKER}={environment[MARKER]} opts out"
     own = [name for name in _USER_VARIABLES if name in environment]
@@ -188,16 +149,6 @@ def _obstacle(environment: Mapping[str, str]) -> str | None:
     foreign = _foreign_malloc()
     if foreign:
         return f"malloc left as it is: {foreign} replaces glibc's allocator"
-    return None
-
-
-def _not_our_command(arguments: list[str]) -> str | None:
-    program = Path(arguments[0]) if arguments and arguments[0] else None
-    is_ours = program is not None and (program.stem == "moesaic" or program.parts[-2:] == ("moesaic", "__main__.py"))
-    if not is_ours:
-        return "malloc left as it is: the program that runs is not moesaic's command line"
-    if not sys.executable:
-        return "malloc left as it is: Python does not know its own executable"
     return None
 
 

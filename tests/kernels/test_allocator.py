@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,7 @@ from moesaic.kernels import allocator
 from moesaic.kernels.allocator import (
     MARKER,
     glibc_version,
-    reexec_with_tuned_allocator,
     tune_allocator,
-    tuned_environment,
 )
 
 needs_glibc = pytest.mark.skipif(glibc_version() is None, reason="the remedy is for glibc on Linux")
@@ -107,7 +104,6 @@ def test_without_glibc_nothing_is_done_and_said(platform: str, monkeypatch: pyte
     report = tune_allocator()
     assert not report.is_tuned and not report.applied and not report.huge_page_bytes
     assert "glibc" in report.explanation
-    assert "glibc" in reexec_with_tuned_allocator()
     assert allocator.large_blocks_stay() is None
 
 
@@ -138,59 +134,3 @@ def test_huge_pages_that_cannot_be_had_are_explained(
     size, said = allocator._reserve_huge_pages(allocator._libc())
     assert size == 0
     assert reason in said
-
-
-def test_the_environment_keeps_what_the_user_has() -> None:
-    environment = tuned_environment({"HOME": "/home/me", "GLIBC_TUNABLES": "glibc.malloc.check=0"})
-    assert environment["HOME"] == "/home/me"
-    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
-    assert environment["MALLOC_MMAP_MAX_"] == "0"
-    own = tuned_environment({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=2"})
-    assert own["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=2"
-
-
-SCRIPT = f"""
-import json, os, sys
-from moesaic.kernels.allocator import large_blocks_stay, reexec_with_tuned_allocator
-starts = int(os.environ.get("STARTS", "0")) + 1
-os.environ["STARTS"] = str(starts)
-said = reexec_with_tuned_allocator()
-print(json.dumps({{"starts": starts, "stay": large_blocks_stay(), "arguments": sys.argv[1:], "pid": os.getpid(),
-                  "said": said, "marker": os.environ.get("{MARKER}"), "utf8": sys.flags.utf8_mode}}))
-"""
-
-
-@needs_glibc
-@pytest.mark.parametrize("name", ["moesaic", "moesaic/__main__.py"])
-def test_the_command_line_starts_again_once_with_the_same_command(name: str, tmp_path: Path) -> None:
-    script = tmp_path / "bin" / name
-    script.parent.mkdir(parents=True)
-    script.write_text(SCRIPT)
-    arguments = ["train", "--set", "a.b=[1, 2]", "--prompt", "two words\nand a line", ""]
-    with subprocess.Popen(
-        [sys.executable, "-X", "utf8", str(script), *arguments],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        output, _ = process.communicate(timeout=60)
-    seen = json.loads(output)
-    assert seen["starts"] == 2
-    assert seen["stay"] is True
-    assert seen["arguments"] == arguments
-    assert seen["utf8"] == 1
-    assert seen["marker"] == "tuned" and "already tuned" in seen["said"]
-    # exec, not a child: Ctrl-C and kill reach the one process that the user sees.
-    assert seen["pid"] == process.pid
-
-
-@needs_glibc
-def test_a_program_that_only_imports_moesaic_is_never_started_again(tmp_path: Path) -> None:
-    script = tmp_path / "research.py"
-    script.write_text(SCRIPT)
-    output = subprocess.run(
-        [sys.executable, str(script)], env=clean_environment(), capture_output=True, text=True, check=True
-    ).stdout
-    seen = json.loads(output)
-    assert seen["starts"] == 1
-    assert "not moesaic's command line" in seen["said"]
