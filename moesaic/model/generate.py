@@ -94,8 +94,8 @@ def choose_token(
     # From the largest down, the first of equals first (bf16 has many), so that top_k = 1 is the argmax.
     falling, order = logits.cpu().sort(descending=True, stable=True)
     falling = falling[:top_k]
-    # Subtracted before the division, which overflows for a temperature near 0.
-    probabilities = torch.softmax((falling - falling[0]) / temperature, -1)
+    # The largest is subtracted first, and in double, since a division by a temperature near 0 overflows.
+    probabilities = torch.softmax((falling - falling[0]).double() / temperature, -1)
     if top_p is not None and top_p < 1.0:
         before = probabilities.cumsum(0) - probabilities  # 0 for the likeliest, which always stays
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
