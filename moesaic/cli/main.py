@@ -46,6 +46,3 @@ def main(arguments: list[str] | None = None) -> Any:
     except MoesaicError as error:
         typer.secho(f"{type(error).__name__}: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("Interrupted.", err=True)
-        sys.exit(130)

@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.model.generate import generate
+from moesaic.model.load import load_run
+
+
+def test_the_text_and_its_json_are_the_python_calls(cli: Any, trained_run: Path) -> None:
+    loaded = load_run(trained_run, device="cpu")
+    for options, keywords in (
+        (["--temperature", "0"], {"temperature": 0.0}),
+        (
+            ["--temperature", "1.5", "--seed", "7", "--top-k", "20", "--top-p", "0.8"],
+            {"temperature": 1.5, "seed": 7, "top_k": 20, "top_p": 0.8},
+        ),
+    ):
+        ids = generate(
+            loaded.model,
+            loaded.tokenizer.encode("The License"),
+            max_new_tokens=20,
+            stop_ids=[loaded.tokenizer.end_of_text_id],
+            **keywords,  # type: ignore[arg-type]
+        )
+        command = ["generate", trained_run, "--prompt", "The License", "--max-new-tokens", "20", *options]
+        values = json.loads(cli(*command, "--json").out)
+        assert values == {"prompt": "The License", "text": loaded.tokenizer.decode(ids), "token_ids": ids}
+        assert cli(*command).out == f"The License{values['text']}\n"
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_character_of_several_tokens_is_printed_once_it_is_whole(
+    cli: Any, trained_run: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    """And what is left of one at the end is not swallowed."""
+    tokenizer = load_run(trained_run, device="cpu").tokenizer
+    ids = tokenizer.encode("a — é 🙂")
+    assert len(ids) > 10  # bytes, since the licence has none of these
+    monkeypatch.setattr("moesaic.model.generate.stream", lambda *_, **__: iter(ids[: len(ids) - cut]))
+    result = cli("generate", trained_run, "--prompt", "x")
+    expected = tokenizer.decode(ids[: len(ids) - cut])
+    assert result.out == f"x{expected}\n"
+    assert expected.endswith("\ufffd") == bool(cut)
+
+
+def test_an_empty_prompt_starts_a_document(cli: Any, trained_run: Path) -> None:
+    result = cli("generate", trained_run, "--prompt", "", "--max-new-tokens", "3", "--json")
+    assert result.status == 0 and len(json.loads(result.out)["token_ids"]) <= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}", "--prompt", "a", "--max-new-tokens", "64"], "GenerationError: the prompt's"),
+        (
+            ["{run}", "--prompt", "a", "--max-new-tokens", "5", "--temperature", "-1"],
+            "GenerationError: temperature=-1.0",
+        ),
+        (["{run}@77", "--prompt", "a"], "CheckpointError: "),
+        (["{run}-none", "--prompt", "a"], "CheckpointError: "),
+        (["{run}", "--prompt", "a", "--device", "tpu"], "DeviceError: "),
+    ],
+)
+def test_a_mistake_ends_with_status_2_and_a_message_in_three_parts(
+    cli: Any, trained_run: Path, arguments: list[str], message: str
+) -> None:
+    result = cli("generate", *(argument.format(run=trained_run) for argument in arguments))
+    assert result.status == 2
+    assert message in result.err and "Traceback" not in result.err and result.err.count(";") >= 2
+    assert result.out == ""
