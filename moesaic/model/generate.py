@@ -135,6 +135,6 @@ def _check(
         or (top_p is not None and not 0 < top_p <= 1)
     ):
         raise GenerationError(
-            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: a finite temperature >= 0, top_k >= 1 and "
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}; a finite temperature >= 0, top_k >= 1 and "
             f"0 < top_p <= 1 are required; change the one that is not."
         )

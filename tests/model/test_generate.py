@@ -159,7 +159,7 @@ def test_of_equal_logits_top_k_leaves_exactly_k_the_first_ones() -> None:
         (PROMPT, {"temperature": math.nan}, "temperature=nan"),
         (PROMPT, {"temperature": math.inf}, "temperature=inf"),
         (PROMPT, {"top_k": 0}, "top_k=0"),
-        (PROMPT, {"top_p": 0.0}, r"top_p=0.0: .* are required; change"),
+        (PROMPT, {"top_p": 0.0}, r"top_p=0.0; .* are required; change"),
         (PROMPT, {"top_p": 1.1}, "top_p=1.1"),
     ],
 )

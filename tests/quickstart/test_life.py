@@ -1,0 +1,69 @@
+"""`moesaic quickstart --short` from the command line to the last file, and again on what it left."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moesaic.checkpoint.store import resolve_checkpoint
+from moesaic.config.load import load_train_config
+from moesaic.data.corpus import embedded_corpus
+from moesaic.errors import ConfigError, DataError
+from moesaic.quickstart.life import PRESET, quickstart_config, train_quickstart
+from moesaic.report.records import read_metrics
+
+
+def run_quickstart(output: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", "moesaic", "quickstart", "--short", "--output", str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+        env={**os.environ, "COLUMNS": "300"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_life_cycle_and_once_more(tmp_path: Path) -> None:
+    try:
+        embedded_corpus()
+    except DataError as error:
+        pytest.skip(str(error))
+    run = tmp_path / "runs" / "quickstart"
+    shown = run_quickstart(run)
+    config = load_train_config(run / "config.yaml")
+    assert config == quickstart_config(tmp_path / "runs" / "quickstart-data", short=True)
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "tokenizer.json"):
+        assert (run / name).is_file()
+    plots = {path.name for path in (run / "plots").glob("*.png")}
+    assert {"loss.png", "learning_rate.png", "expert_load.png", "expert_balance.png"} <= plots
+    metrics = read_metrics(run)
+    assert metrics.train[-1].step == config.total_steps
+    assert metrics.train[-1].loss < metrics.train[0].loss - 0.5
+    loss = resolve_checkpoint(run).validation_loss
+    assert loss is not None and f"validation loss {loss:.3f}" in shown
+    for expected in ("1/3", "2/3", "3/3", "The state of the Union is", str(run / "plots"), f"moesaic inspect {run}"):
+        assert expected in shown
+
+    before = {path: path.stat().st_mtime_ns for path in run.glob("checkpoints/*/*")}
+    again = run_quickstart(run)
+    assert "going on with it" in again and f"validation loss {loss:.3f}" in again
+    assert {path: path.stat().st_mtime_ns for path in run.glob("checkpoints/*/*")} == before
+    assert read_metrics(run).train == metrics.train
+
+    # Without --short it is another run, which must not be mixed with this one.
+    with pytest.raises(ConfigError, match=r"holds another run, .*--short; .*; name another folder"):
+        train_quickstart(run, quickstart_config(tmp_path / "runs" / "quickstart-data"))
+
+
+def test_short_changes_the_length_and_not_the_model(tmp_path: Path) -> None:
+    short, full = quickstart_config(tmp_path, short=True), quickstart_config(tmp_path)
+    assert short.model == full.model == load_train_config(PRESET, [f"data.path={tmp_path}"]).model
+    assert short.tokens < full.tokens / 20
+    assert full.model.num_layers == 8
