@@ -23,7 +23,7 @@ TUNED_ALLOCATOR = {
 def time_in_turn(
     candidates: dict[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Return seconds per call, candidates taken in turn (A B C A B C ...), so that a drifting machine hits all alike."""
+    """Return seconds per call, candidates in turn (A B C A B C ...), so that a drifting machine hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(warmup + repeats):
         for name, call in candidates.items():

@@ -97,14 +97,14 @@ def _tiny(moe: dict[str, Any] | None) -> dict[str, Any]:
             "moe": moe,
         },
         "data": {"sequence_length": 256},
-        "tokens": 4_000_000,
-        "batch_size": 16,
+        "tokens": 1_600_000,
+        "batch_size": 8,
         "schedule": {
             "kind": "wsd",
             "learning_rate": 2e-3 if moe is None else 1.5e-3,
             "min_learning_rate": 0.0,
-            "warmup_tokens": 200_000,
-            "decay_tokens": 1_500_000,
+            "warmup_tokens": 80_000,
+            "decay_tokens": 600_000,
         },
         "optimizer": {"weight_decay": 0.1},
     }

@@ -125,7 +125,7 @@ def test_a_run_shows_the_model_its_progress_and_its_checkpoints(run: Path, capsy
     values = as_json(capsys, str(run))
     assert values["parameters"] == as_json(capsys, NAME)["parameters"]
     assert values["progress"]["step"] == 30
-    assert values["total_tokens"] == 4_000_000
+    assert values["total_tokens"] == 1_600_000
     assert values["checkpoint"] == 20, "a run means its best checkpoint"
     assert [(info["step"], info["is_best"]) for info in values["checkpoints"]] == [(10, False), (20, True), (30, False)]
 
