@@ -8,18 +8,20 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.corpus import embedded_corpus
-from moesaic.data.prepare import Progress, prepare
-from moesaic.data.shards import Manifest
+from moesaic.data.prepare import prepare
 from moesaic.errors import ConfigError
 from moesaic.logs import logger
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run, load_run_config
+from moesaic.plan.cost import count_parameters
 from moesaic.train.loop import Display, train
 
 PRESET = "pr-moe-tiny-8-16"
@@ -38,7 +40,7 @@ _SHORT = (
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """Where everything is, and how it went. samples: (prompt, continuation) pairs."""
+    """Where everything is, and how it went. samples: (prompt, continuation) pairs; train_seconds: of this call."""
 
     run_folder: Path
     data_folder: Path
@@ -48,25 +50,58 @@ class QuickstartResult:
     peak_memory_bytes: int
 
 
+def quickstart(
+    output: str | Path = "runs/quickstart",
+    *,
+    short: bool = False,
+    device: str = "auto",
+    say: Callable[[str], None] = logger.info,
+    show: Callable[[TrainConfig], AbstractContextManager[Display | None]] | None = None,
+) -> QuickstartResult:
+    """Run the whole life cycle into `output`; the token shards lie beside it, in `<output>-data`.
+
+    say takes a line at each stage; show makes the display that training runs under.
+
+    Raises: ConfigError where output holds another run; KeyboardInterrupt when a signal stopped it, after saving.
+    """
+    run_folder = Path(output)
+    data_folder = run_folder.with_name(f"{run_folder.name}-data")
+    config = quickstart_config(data_folder, short=short)
+    count = count_parameters(config.model)
+    say(f"1/3 Preparing the embedded corpus into {data_folder} (byte-level BPE, {config.model.vocab_size} tokens)")
+    manifest = prepare([embedded_corpus()], data_folder, vocab_size=config.model.vocab_size)
+    say(
+        f"    {manifest.train.num_documents} documents, {manifest.train.num_tokens:,} training tokens, "
+        f"{manifest.validation.num_tokens:,} for validation"
+    )
+    say(
+        f"2/3 Training {PRESET}: {config.model.num_layers} layers, {count.total / 1e6:.1f} M parameters, "
+        f"{count.active / 1e6:.1f} M active per token, {config.tokens:,} tokens"
+    )
+    seconds = _train(run_folder, config, device=device, show=show)
+    loss = resolve_checkpoint(run_folder).validation_loss
+    assert loss is not None, run_folder
+    peak = peak_memory_bytes()
+    say(
+        f"    {seconds / 60:.1f} minutes, validation loss {loss:.3f} nats per token, peak memory {peak / 2**30:.2f} GiB"
+    )
+    say("3/3 Generating")
+    return QuickstartResult(run_folder, data_folder, loss, _generate(run_folder, device=device), seconds, peak)
+
+
 def quickstart_config(data_folder: Path, *, short: bool = False) -> TrainConfig:
     """Return the training config that quickstart uses."""
     return load_train_config(PRESET, [f"data.path={json.dumps(str(data_folder))}", *(_SHORT if short else ())])
 
 
-def prepare_quickstart(
-    data_folder: Path, config: TrainConfig, *, on_progress: Callable[[Progress], None] | None = None
-) -> Manifest:
-    """Tokenize the embedded corpus, or take up what an earlier quickstart prepared."""
-    return prepare([embedded_corpus()], data_folder, vocab_size=config.model.vocab_size, on_progress=on_progress)
-
-
-def train_quickstart(
-    run_folder: Path, config: TrainConfig, *, device: str = "auto", display: Display | None = None
+def _train(
+    run_folder: Path,
+    config: TrainConfig,
+    *,
+    device: str,
+    show: Callable[[TrainConfig], AbstractContextManager[Display | None]] | None,
 ) -> float:
-    """Train, or go on with an interrupted quickstart; return the seconds it took now.
-
-    Raises: ConfigError where run_folder holds another run; KeyboardInterrupt when a signal stopped it, after saving.
-    """
+    """Train, or go on with an interrupted quickstart; return the seconds it took now."""
     started = time.perf_counter()
     is_begun = (run_folder / "config.yaml").exists()
     if is_begun:
@@ -76,15 +111,14 @@ def train_quickstart(
                 f"its own settings; name another folder with --output, or remove that one."
             )
         logger.info("%s holds this run already; going on with it.", run_folder)
-    result = train(config, run_folder, device=device, resume=is_begun, display=display)
+    with nullcontext() if show is None else show(config) as display:
+        result = train(config, run_folder, device=device, resume=is_begun, display=display)
     if result.stopped_by is not None:
         raise KeyboardInterrupt
     return time.perf_counter() - started
 
 
-def generate_quickstart(
-    run_folder: Path, *, device: str = "auto", max_new_tokens: int = 60
-) -> tuple[tuple[str, str], ...]:
+def _generate(run_folder: Path, *, device: str, max_new_tokens: int = 60) -> tuple[tuple[str, str], ...]:
     """Continue each of PROMPTS with the trained model."""
     loaded = load_run(run_folder, device=device)
     samples = []
@@ -100,29 +134,6 @@ def generate_quickstart(
         )
         samples.append((prompt, loaded.tokenizer.decode(ids)))
     return tuple(samples)
-
-
-def quickstart(
-    output: str | Path = "runs/quickstart", *, short: bool = False, device: str = "auto", display: Display | None = None
-) -> QuickstartResult:
-    """Run the whole life cycle into `output`; the token shards lie beside it, in `<output>-data`."""
-    run_folder = Path(output)
-    data_folder = run_folder.with_name(f"{run_folder.name}-data")
-    config = quickstart_config(data_folder, short=short)
-    prepare_quickstart(data_folder, config)
-    seconds = train_quickstart(run_folder, config, device=device, display=display)
-    samples = generate_quickstart(run_folder, device=device)
-    loss = load_validation_loss(run_folder)
-    return QuickstartResult(run_folder, data_folder, loss, samples, seconds, peak_memory_bytes())
-
-
-def load_validation_loss(run_folder: Path) -> float:
-    """Return the validation loss of the run's best checkpoint."""
-    from moesaic.checkpoint.store import resolve_checkpoint
-
-    loss = resolve_checkpoint(run_folder).validation_loss
-    assert loss is not None, run_folder
-    return loss
 
 
 def peak_memory_bytes() -> int:

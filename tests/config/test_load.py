@@ -131,7 +131,7 @@ def test_set_under_null_or_nothing_makes_the_section() -> None:
 
 
 def test_set_under_a_plain_value_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tokens is 4000000, not a section"):
+    with pytest.raises(ConfigError, match="tokens is 1600000, not a section"):
         load_train_config("dense-tiny", ["tokens.max=3"])
     with pytest.raises(ConfigError, match=r"num_experts is \[8, 8, 8, 16\], not a section"):
         load_train_config("pr-moe-tiny-8-16", ["model.moe.num_experts.last=3"])

@@ -11,7 +11,7 @@ from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.config.load import load_train_config
 from moesaic.data.corpus import embedded_corpus
 from moesaic.errors import ConfigError, DataError
-from moesaic.quickstart.life import PRESET, quickstart_config, train_quickstart
+from moesaic.quickstart.life import PRESET, quickstart, quickstart_config
 from moesaic.report.records import read_metrics
 
 
@@ -59,7 +59,7 @@ def test_the_whole_life_cycle_and_once_more(tmp_path: Path) -> None:
 
     # Without --short it is another run, which must not be mixed with this one.
     with pytest.raises(ConfigError, match=r"holds another run, .*--short; .*; name another folder"):
-        train_quickstart(run, quickstart_config(tmp_path / "runs" / "quickstart-data"))
+        quickstart(run)
 
 
 def test_short_changes_the_length_and_not_the_model(tmp_path: Path) -> None:
