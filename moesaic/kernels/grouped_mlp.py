@@ -14,6 +14,7 @@ from torch import Tensor
 from moesaic.kernels.activation import activate, activate_and_backward
 
 _PANEL_ROWS = 512
+_ROW_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,16 @@ def _panels(runs: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]
     return panels
 
 
+def _rounded(expert: int, start: int, end: int, *, num_rows: int) -> int:
+    """Return an end for this run such that it has a multiple of 8 rows, as far as there are rows.
+
+    oneDNN cuts a product's rows into equal blocks and takes up to 1.6 times as long where their number has only large
+    prime factors (451, 481, ...). The extra rows are the next expert's; what is written there is written again when
+    its turn comes, since runs are worked on in rising order.
+    """
+    return min(start + -(-(end - start) // _ROW_MULTIPLE) * _ROW_MULTIPLE, num_rows)
+
+
 class _GroupedMlp(torch.autograd.Function):
     """Saves x and the pre-activation; the activation is recomputed, gradients of weights are written once.
 
@@ -108,11 +119,13 @@ class _GroupedMlp(torch.autograd.Function):
         pre = x.new_empty(x.shape[0], up.shape[1])
         y = x.new_empty(x.shape[0], down.shape[1])
         for panel in _panels(runs):
-            first, last = panel[0][1], panel[-1][2]
-            for expert, start, end in panel:
+            first, last = panel[0][1], _rounded(*panel[-1], num_rows=x.shape[0])
+            for run in panel:
+                expert, start, end = run[0], run[1], _rounded(*run, num_rows=x.shape[0])
                 _linear_into(pre[start:end], x[start:end], up[expert], None if up_bias is None else up_bias[expert])
             hidden = activate(pre[first:last], activation)
-            for expert, start, end in panel:
+            for run in panel:
+                expert, start, end = run[0], run[1], _rounded(*run, num_rows=x.shape[0])
                 bias = None if down_bias is None else down_bias[expert]
                 _linear_into(y[start:end], hidden[start - first : end - first], down[expert], bias)
         ctx.save_for_backward(x, pre, up, down)
@@ -129,9 +142,10 @@ class _GroupedMlp(torch.autograd.Function):
         grad_down_bias = down.new_zeros(down.shape[:2]) if ctx.has_bias else None
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for panel in _panels(ctx.runs):
-            first, last = panel[0][1], panel[-1][2]
+            first, last = panel[0][1], _rounded(*panel[-1], num_rows=x.shape[0])
             grad_hidden = grad.new_empty(last - first, down.shape[2])
-            for expert, start, end in panel:
+            for run in panel:
+                expert, start, end = run[0], run[1], _rounded(*run, num_rows=x.shape[0])
                 torch.mm(grad[start:end], down[expert], out=grad_hidden[start - first : end - first])
             hidden, grad_pre = activate_and_backward(grad_hidden, pre[first:last], ctx.activation)
             for expert, start, end in panel:
@@ -139,7 +153,8 @@ class _GroupedMlp(torch.autograd.Function):
                 torch.mm(grad[start:end].t(), hidden[rows], out=grad_down[expert])
                 torch.mm(grad_pre[rows].t(), x[start:end], out=grad_up[expert])
                 if grad_x is not None:
-                    torch.mm(grad_pre[rows], up[expert], out=grad_x[start:end])
+                    rounded = _rounded(expert, start, end, num_rows=x.shape[0])
+                    torch.mm(grad_pre[start - first : rounded - first], up[expert], out=grad_x[start:rounded])
                 if grad_up_bias is not None and grad_down_bias is not None:
                     torch.sum(grad_pre[rows], 0, out=grad_up_bias[expert])
                     torch.sum(grad[start:end], 0, out=grad_down_bias[expert])
