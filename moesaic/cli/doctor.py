@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # `make quickstart` stays below this.
 _QUICKSTART_BYTES = 2_500_000_000
 # Modules of kernels/ that are not operations.
-_NOT_OPERATIONS = {"allocator", "device", "limits", "reference"}
+_NOT_OPERATIONS = {"allocator", "device", "limits", "reference", "threads"}
 # A longer look than training's own takes.
 _MEASURE_SECONDS = 8.0
 
