@@ -63,13 +63,30 @@ def grouped_mlp(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) ->
     )
 
 
-def _runs(tokens_per_expert: list[int]) -> list[tuple[int, int, int]]:
-    """(expert, start, end) of every expert that has rows."""
-    runs, start = [], 0
+@dataclass(frozen=True)
+class _Run:
+    """An expert's rows, start to end, and `rounded`: an end that makes their number a multiple of 8, where rows follow.
+
+    oneDNN cuts a product's rows into equal blocks and takes up to 1.6 times as long where their number has only large
+    prime factors (451, 481, ...). The extra rows are the next experts'; what is written there is written again when
+    their turn comes, since runs are worked on in rising order.
+    """
+
+    expert: int
+    start: int
+    end: int
+    rounded: int
+
+
+def _runs(tokens_per_expert: list[int]) -> list[_Run]:
+    """The runs of all experts that have rows, in rising order."""
+    runs, start, num_rows = [], 0, sum(tokens_per_expert)
     for expert, count in enumerate(tokens_per_expert):
+        end = start + count
         if count:
-            runs.append((expert, start, start + count))
-        start += count
+            rounded = min(start + -(-count // _ROW_MULTIPLE) * _ROW_MULTIPLE, num_rows)
+            runs.append(_Run(expert, start, end, rounded))
+        start = end
     return runs
 
 
@@ -80,28 +97,18 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _panels(runs: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+def _panels(runs: list[_Run]) -> list[list[_Run]]:
     """Consecutive runs, together as many rows as make an element-wise operation worth starting and few enough to still
     be in the cache when it comes."""
-    panels: list[list[tuple[int, int, int]]] = []
+    panels: list[list[_Run]] = []
     rows = _PANEL_ROWS
     for run in runs:
         if rows >= _PANEL_ROWS:
             panels.append([])
             rows = 0
         panels[-1].append(run)
-        rows += run[2] - run[1]
+        rows += run.end - run.start
     return panels
-
-
-def _rounded(expert: int, start: int, end: int, *, num_rows: int) -> int:
-    """Return an end for this run such that it has a multiple of 8 rows, as far as there are rows.
-
-    oneDNN cuts a product's rows into equal blocks and takes up to 1.6 times as long where their number has only large
-    prime factors (451, 481, ...). The extra rows are the next expert's; what is written there is written again when
-    its turn comes, since runs are worked on in rising order.
-    """
-    return min(start + -(-(end - start) // _ROW_MULTIPLE) * _ROW_MULTIPLE, num_rows)
 
 
 class _GroupedMlp(torch.autograd.Function):
@@ -119,13 +126,13 @@ class _GroupedMlp(torch.autograd.Function):
         pre = x.new_empty(x.shape[0], up.shape[1])
         y = x.new_empty(x.shape[0], down.shape[1])
         for panel in _panels(runs):
-            first, last = panel[0][1], _rounded(*panel[-1], num_rows=x.shape[0])
+            first, last = panel[0].start, panel[-1].rounded
             for run in panel:
-                expert, start, end = run[0], run[1], _rounded(*run, num_rows=x.shape[0])
+                expert, start, end = run.expert, run.start, run.rounded
                 _linear_into(pre[start:end], x[start:end], up[expert], None if up_bias is None else up_bias[expert])
             hidden = activate(pre[first:last], activation)
             for run in panel:
-                expert, start, end = run[0], run[1], _rounded(*run, num_rows=x.shape[0])
+                expert, start, end = run.expert, run.start, run.rounded
                 bias = None if down_bias is None else down_bias[expert]
                 _linear_into(y[start:end], hidden[start - first : end - first], down[expert], bias)
         ctx.save_for_backward(x, pre, up, down)
@@ -142,23 +149,23 @@ class _GroupedMlp(torch.autograd.Function):
         grad_down_bias = down.new_zeros(down.shape[:2]) if ctx.has_bias else None
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for panel in _panels(ctx.runs):
-            first, last = panel[0][1], _rounded(*panel[-1], num_rows=x.shape[0])
+            first, last = panel[0].start, panel[-1].rounded
             grad_hidden = grad.new_empty(last - first, down.shape[2])
             for run in panel:
-                expert, start, end = run[0], run[1], _rounded(*run, num_rows=x.shape[0])
+                expert, start, end = run.expert, run.start, run.rounded
                 torch.mm(grad[start:end], down[expert], out=grad_hidden[start - first : end - first])
             hidden, grad_pre = activate_and_backward(grad_hidden, pre[first:last], ctx.activation)
-            for expert, start, end in panel:
+            for run in panel:
+                expert, start, end = run.expert, run.start, run.end
                 rows = slice(start - first, end - first)
                 torch.mm(grad[start:end].t(), hidden[rows], out=grad_down[expert])
                 torch.mm(grad_pre[rows].t(), x[start:end], out=grad_up[expert])
                 if grad_x is not None:
-                    rounded = _rounded(expert, start, end, num_rows=x.shape[0])
-                    torch.mm(grad_pre[start - first : rounded - first], up[expert], out=grad_x[start:rounded])
+                    torch.mm(grad_pre[start - first : run.rounded - first], up[expert], out=grad_x[start : run.rounded])
                 if grad_up_bias is not None and grad_down_bias is not None:
                     torch.sum(grad_pre[rows], 0, out=grad_up_bias[expert])
                     torch.sum(grad[start:end], 0, out=grad_down_bias[expert])
-        for expert in set(range(up.shape[0])) - {run[0] for run in ctx.runs}:
+        for expert in set(range(up.shape[0])) - {run.expert for run in ctx.runs}:
             grad_up[expert].zero_()
             grad_down[expert].zero_()
         return grad_x, None, grad_up, grad_up_bias, grad_down, grad_down_bias, None
