@@ -66,8 +66,8 @@ def test_refused_with_the_value_the_requirement_and_the_remedy(case: str) -> Non
 
 def test_a_cosine_may_end_after_the_training() -> None:
     """The paper's dense models stop on the way down or stay at the minimum; both are schedules."""
-    TrainConfig(**BASE, schedule={"decay_tokens": 10**9})
-    TrainConfig(**BASE, schedule={"decay_tokens": 1_000})
+    for decay_tokens in (10**9, 1_000):
+        assert TrainConfig(**BASE, schedule={"decay_tokens": decay_tokens}).schedule.decay_tokens == decay_tokens
 
 
 def test_momentum_at_its_default_is_no_mistake() -> None:

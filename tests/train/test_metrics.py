@@ -247,6 +247,8 @@ def test_a_folder_called_wandb_is_not_wandb(
     monkeypatch.setenv("WANDB_MODE", "offline")
     with MetricsWriter(tmp_path / "run") as writer:
         writer.train(at(1))
+    assert read_metrics(tmp_path / "run").train == (at(1),)
+    assert not (tmp_path / "run" / "wandb-id.txt").exists()
 
 
 @pytest.mark.parametrize(
