@@ -1,0 +1,196 @@
+"""Compile the C++ kernels for this machine, once, and load them.
+
+The sources are in the package. The first use compiles them with the machine's own compiler for one instruction set and
+keeps the library in the user's cache folder under a hash of everything it depends on: sources, flags, compiler, and the
+OpenMP library of torch, whose threads the kernels use. There is no Python or torch header in it, so that it compiles in
+seconds and one library serves every Python. Which instruction set to use is decided in kernels/select.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesaic.errors import DeviceError
+from moesaic.kernels.limits import cache_folder, describe_cpu
+from moesaic.logs import logger
+
+_SOURCE = Path(__file__).parent / "source"
+# fp32 results must not depend on what a compiler likes to fuse.
+_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+)
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c", "-mavx2")
+_COMPILERS = ("c++", "g++", "clang++")
+
+# What /proc/cpuinfo must name for an instruction set, the best first.
+INSTRUCTION_SETS: dict[str, frozenset[str]] = {
+    "amx": frozenset({"amx_tile", "amx_bf16", "amx_int8", "avx512f", "avx512_vnni", "avx512_bf16"}),
+    "avx512": frozenset({"avx512f", "avx512_vnni"}),
+    "avx2": frozenset({"avx2", "fma"}),
+}
+# Not for users: the tile kernels on a machine without tiles, in plain C++, so that tests reach them.
+EMULATED_TILES = "amx-emulated"
+
+
+@dataclass(frozen=True)
+class Library:
+    """A loaded set of kernels."""
+
+    instruction_set: str
+    path: Path
+    handle: ctypes.CDLL
+
+    def function(self, name: str, signature: str) -> "ctypes._CFuncPtr":
+        """Return an exported function taking what signature says: p pointer, i int64, f float, d double."""
+        return _function(self.handle, name, signature)
+
+
+@functools.lru_cache(maxsize=None)
+def _function(handle: ctypes.CDLL, name: str, signature: str) -> "ctypes._CFuncPtr":
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+    function = handle[name]  # a new object, not one shared through an attribute
+    function.argtypes = [kinds[kind] for kind in signature]
+    function.restype = ctypes.c_int64
+    return function
+
+
+def supported_instruction_sets() -> list[str]:
+    """Return the instruction sets that this processor and operating system have, the best first."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return []
+    found = set(describe_cpu().instruction_sets)
+    return [name for name, needed in INSTRUCTION_SETS.items() if needed <= found]
+
+
+def find_compiler() -> str | None:
+    """Return the path of a C++ compiler: the one that CXX names, else the first of the usual ones."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else _COMPILERS
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequence[str] = ()) -> Path:
+    """Return the shared library for instruction_set, compiled now unless the cache folder has it.
+
+    Raises: DeviceError without a compiler, or with the compiler's message when it fails.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise DeviceError(
+            "the CPU kernels have to be compiled and there is no C++ compiler (c++, g++ or clang++, or what CXX names);"
+            " one is required; install g++, or go on with MOESAIC_KERNELS=reference."
+        )
+    flags = [*_FLAGS, *_instruction_flags(instruction_set), *extra_flags]
+    openmp = _openmp_library()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    headers = b"".join(path.name.encode() + path.read_bytes() for path in sorted(_SOURCE.glob("*.h")))
+    common = "\0".join([*flags, compiler, version, str(openmp)]).encode() + headers
+    sources = sorted(_SOURCE.glob("*.cpp"))
+    keys = {source: _digest(common + source.read_bytes()) for source in sources}
+    folder = (folder or cache_folder()) / "kernels"
+    library = folder / f"{instruction_set}-{_digest(''.join(keys.values()).encode())}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info(f"compiling the CPU kernels for {instruction_set} (once, some seconds)")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+
+        def compile_one(source: Path) -> Path:
+            compiled = folder / f"{source.stem}-{instruction_set}-{keys[source]}.o"
+            if not compiled.exists():
+                part = Path(scratch) / compiled.name
+                _run([compiler, *flags, "-c", str(source), "-o", str(part)])
+                part.replace(compiled)
+            return compiled
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        linked = Path(scratch) / library.name
+        link = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-lgomp"]
+        _run([compiler, "-shared", *flags, *map(str, objects), *link, "-o", str(linked)])
+        linked.replace(library)  # whole or not at all, whoever else builds it too
+    return library
+
+
+def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
+    """Build, load and check the kernels for instruction_set.
+
+    Raises: DeviceError when they cannot be built or loaded, or fail their self-test.
+    """
+    import torch  # its OpenMP has to be in the process before ours is looked up
+
+    if instruction_set == "amx" and not torch.cpu._init_amx():
+        raise DeviceError(
+            "this processor has AMX and the operating system refuses its use; Linux 5.16 or later is required; use "
+            "MOESAIC_KERNELS=avx512."
+        )
+    path = build(instruction_set, extra_flags=extra_flags)
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise DeviceError(
+            f"the CPU kernels {path} cannot be loaded ({error}); delete that file, so that they are compiled again, or "
+            "go on with MOESAIC_KERNELS=reference."
+        ) from error
+    library = Library(instruction_set, path, handle)
+    if failed := library.function("moesaic_self_test", "")():
+        raise DeviceError(
+            f"the CPU kernels for {instruction_set} fail their self-test (step {failed}) on this machine; right results "
+            "are required; go on with MOESAIC_KERNELS=reference, and please report it with `moesaic doctor --json`."
+        )
+    return library
+
+
+def _instruction_flags(instruction_set: str) -> list[str]:
+    cpu = set(describe_cpu().instruction_sets)
+    if instruction_set == "avx2":
+        return ["-mavx2", "-mfma", "-mf16c"]
+    bf16 = ["-mavx512bf16"] if "avx512_bf16" in cpu else []
+    if instruction_set == "avx512":
+        return [*_AVX512, *bf16]
+    if instruction_set == "amx":
+        return [*_AVX512, *bf16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+    assert instruction_set == EMULATED_TILES, instruction_set
+    if "avx512_vnni" in cpu:
+        return [*_AVX512, *bf16, "-DMOESAIC_EMULATE_TILES"]
+    return ["-mavx2", "-mfma", "-mf16c", "-DMOESAIC_EMULATE_TILES"]
+
+
+def _openmp_library() -> Path | None:
+    """Return the file of the OpenMP library that torch brings, whatever its name; None where it uses the system's."""
+    import torch
+
+    folder = Path(torch.__file__).parent
+    for place in (folder / "lib", folder.parent / "torch.libs"):
+        for pattern in ("libgomp*.so*", "libiomp5.so", "libomp.so"):
+            for path in sorted(place.glob(pattern)):
+                return path
+    return None
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DeviceError(
+            f"compiling the CPU kernels failed ({' '.join(command)}):\n{done.stderr[-4000:]}\nA C++17 compiler with AVX2 "
+            "is required; install a newer g++ (11 or later), or go on with MOESAIC_KERNELS=reference."
+        )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,88 @@
+// The check that every loaded library passes before it is used: the building blocks against plain loops.
+
+#include "export.h"
+#include "gemm_bf16.h"
+#include "parallel.h"
+#include "transpose.h"
+
+#include <vector>
+
+namespace moesaic {
+namespace {
+
+// Small whole numbers, so that every sum is exact.
+float sample(int i) { return float((i * 2654435761u >> 7) % 9) - 4.0f; }
+
+bool products_are_right(int rows, int k) {
+    std::vector<bf16> a(size_t(rows) * k), b(size_t(k) * kPanel);
+    for (size_t i = 0; i < a.size(); ++i) a[i] = float_to_bf16(sample(int(i)));
+    for (size_t i = 0; i < b.size(); ++i) b[i] = float_to_bf16(sample(int(i) + 77));
+    std::vector<uint32_t> panel(size_t(k) / 2 * kPanel);
+    for (int p = 0; p < k / 2; ++p)
+        for (int n = 0; n < kPanel; ++n)
+            panel[p * kPanel + n] = b[2 * p * kPanel + n] | uint32_t(b[(2 * p + 1) * kPanel + n]) << 16;
+    std::vector<float> c(size_t(rows) * kPanel, 1.0f);
+    gemm_panel(rows, k / 2, a.data(), k, panel.data(), kPanel, c.data(), kPanel, false);
+    gemm_panel(rows, k / 2, a.data(), k, panel.data(), kPanel, c.data(), kPanel, true);
+    leave_tiles();
+    for (int m = 0; m < rows; ++m)
+        for (int n = 0; n < kPanel; ++n) {
+            float sum = 0;
+            for (int i = 0; i < k; ++i) sum += bf16_to_float(a[m * k + i]) * bf16_to_float(b[i * kPanel + n]);
+            if (c[m * kPanel + n] != 2 * sum) return false;
+        }
+    return true;
+}
+
+bool transposition_is_right(int rows, int columns) {
+    std::vector<uint32_t> from(size_t(rows) * columns), to(size_t(rows) * columns, 0);
+    for (size_t i = 0; i < from.size(); ++i) from[i] = uint32_t(i);
+    transpose_dwords(rows, columns, from.data(), columns, to.data(), rows);
+    for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < columns; ++c)
+            if (to[c * rows + r] != from[r * columns + c]) return false;
+    return true;
+}
+
+bool exponential_is_right() {
+    for (float x = -90.0f; x < 90.0f; x += 0.0137f) {
+        float values[W];
+        store(values, exp(set1(x)));
+        const double wanted = std::exp(double(x));
+        if (x > -86.9f && x < 88.7f && std::abs(values[0] - wanted) > 2.0e-7 * wanted) return false;
+    }
+    float values[W];
+    store(values, exp(set1(NAN)));
+    if (values[0] == values[0]) return false;
+    store(values, exp(set1(INFINITY)));
+    if (values[0] != INFINITY) return false;
+    store(values, exp(set1(-INFINITY)));
+    return values[0] == 0.0f;
+}
+
+bool team_does_each_task_once() {
+    std::vector<int> done(1000, 0);
+    run_team(1e9, [&](Team& team) {
+        for (int phase = 0; phase < 8; ++phase) team.tasks(1000, [&](long i) { ++done[i]; });
+    });
+    for (int count : done)
+        if (count != 8) return false;
+    return true;
+}
+
+}  // namespace
+}  // namespace moesaic
+
+// 0, or the number of the first step that went wrong.
+MOESAIC_EXPORT int64_t moesaic_self_test() {
+    using namespace moesaic;
+    for (int rows : {1, 2, 7, 16, 17, 31, 32, 33, 70})
+        for (int k : {32, 96})
+            if (!products_are_right(rows, k)) return 1;
+    for (int rows : {1, 5, 16, 40})
+        for (int columns : {1, 16, 23})
+            if (!transposition_is_right(rows, columns)) return 2;
+    if (!exponential_is_right()) return 3;
+    if (!team_does_each_task_once()) return 4;
+    return 0;
+}

@@ -1,0 +1,244 @@
+// Vectors of fp32 and the few bf16 operations that the kernels need, for AVX-512 and AVX2.
+//
+// Which instructions exist is decided by the compiler's flags: build.py compiles these sources once for each instruction
+// set that a machine uses. Results of fp32 functions are the same bits on every one of them: only correctly rounded
+// operations, fused where fma is written and nowhere else (the build sets -ffp-contract=off).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace moesaic {
+
+using bf16 = uint16_t;
+
+inline float bf16_to_float(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline bf16 float_to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16((bits >> 16) | 0x40);
+    return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__AVX512F__)
+
+constexpr int W = 16;  // fp32 lanes of a vector
+struct Vf {
+    __m512 v;
+};
+struct Vi {
+    __m512i v;
+};
+
+inline Vf zero() { return {_mm512_setzero_ps()}; }
+inline Vf set1(float x) { return {_mm512_set1_ps(x)}; }
+inline Vi set1i(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vf load_first(const float* p, int count) { return {_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p)}; }
+inline void store(float* p, Vf x) { _mm512_storeu_ps(p, x.v); }
+inline void store_first(float* p, Vf x, int count) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), x.v); }
+inline Vi loadi(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void storei(void* p, Vi x) { _mm512_storeu_si512(p, x.v); }
+inline Vi broadcast_dword(const void* p) {
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return {_mm512_set1_epi32(x)};
+}
+inline Vf add(Vf a, Vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vf sub(Vf a, Vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vf mul(Vf a, Vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vf div(Vf a, Vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vf sqrt(Vf a) { return {_mm512_sqrt_ps(a.v)}; }
+inline Vf fma(Vf a, Vf b, Vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// b where either is NaN.
+inline Vf max(Vf a, Vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vf min(Vf a, Vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vf abs(Vf a) { return {_mm512_abs_ps(a.v)}; }
+inline Vf round(Vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vi to_int(Vf a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline Vf to_float(Vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Vi addi(Vi a, Vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+template <int N>
+inline Vi shift_left(Vi a) {
+    return {_mm512_slli_epi32(a.v, N)};
+}
+inline Vf as_float(Vi a) { return {_mm512_castsi512_ps(a.v)}; }
+inline Vi as_int(Vf a) { return {_mm512_castps_si512(a.v)}; }
+// a where x < y, else b.
+inline Vf select_less(Vf x, Vf y, Vf a, Vf b) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), b.v, a.v)};
+}
+inline Vf load_bf16(const bf16* p) {
+    return {_mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+inline __m256i to_bf16(Vf x) {
+#if defined(__AVX512BF16__)
+    return (__m256i)_mm512_cvtneps_pbh(x.v);
+#else
+    __m512i bits = _mm512_castps_si512(x.v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
+#endif
+}
+inline void store_bf16(bf16* p, Vf x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
+// Dword i of the result holds even[i] in its low half and odd[i] in its high half.
+inline Vi interleave_bf16(Vf even, Vf odd) {
+    __m512i low = _mm512_cvtepu16_epi32(to_bf16(even)), high = _mm512_cvtepu16_epi32(to_bf16(odd));
+    return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+}
+// acc[i] += a.low * b.low + a.high * b.high of every dword.
+inline Vf dot_bf16(Vf acc, Vi a, Vi b) {
+#if defined(__AVX512BF16__)
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
+#else
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
+    acc.v = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16)),
+                            _mm512_castsi512_ps(_mm512_slli_epi32(b.v, 16)), acc.v);
+    return {_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a.v, high)),
+                            _mm512_castsi512_ps(_mm512_and_si512(b.v, high)), acc.v)};
+#endif
+}
+inline float sum(Vf x) {
+    // Halves, quarters, eighths, pairs: the same order as on AVX2 after its two halves are added.
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+    __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+inline float maximum(Vf x) { return _mm512_reduce_max_ps(x.v); }
+inline void stream(void* p, Vi x) { _mm512_stream_si512((__m512i*)p, x.v); }
+
+#elif defined(__AVX2__)
+
+constexpr int W = 8;
+struct Vf {
+    __m256 v;
+};
+struct Vi {
+    __m256i v;
+};
+
+inline __m256i first_mask(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vf zero() { return {_mm256_setzero_ps()}; }
+inline Vf set1(float x) { return {_mm256_set1_ps(x)}; }
+inline Vi set1i(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline Vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vf load_first(const float* p, int count) { return {_mm256_maskload_ps(p, first_mask(count))}; }
+inline void store(float* p, Vf x) { _mm256_storeu_ps(p, x.v); }
+inline void store_first(float* p, Vf x, int count) { _mm256_maskstore_ps(p, first_mask(count), x.v); }
+inline Vi loadi(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+inline void storei(void* p, Vi x) { _mm256_storeu_si256((__m256i*)p, x.v); }
+inline Vi broadcast_dword(const void* p) {
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return {_mm256_set1_epi32(x)};
+}
+inline Vf add(Vf a, Vf b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vf sub(Vf a, Vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vf mul(Vf a, Vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vf div(Vf a, Vf b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vf sqrt(Vf a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Vf fma(Vf a, Vf b, Vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vf max(Vf a, Vf b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vf min(Vf a, Vf b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vf abs(Vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Vf round(Vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vi to_int(Vf a) { return {_mm256_cvtps_epi32(a.v)}; }
+inline Vf to_float(Vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Vi addi(Vi a, Vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
+template <int N>
+inline Vi shift_left(Vi a) {
+    return {_mm256_slli_epi32(a.v, N)};
+}
+inline Vf as_float(Vi a) { return {_mm256_castsi256_ps(a.v)}; }
+inline Vi as_int(Vf a) { return {_mm256_castps_si256(a.v)}; }
+inline Vf select_less(Vf x, Vf y, Vf a, Vf b) {
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))};
+}
+inline Vf load_bf16(const bf16* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
+}
+// Dwords whose low halves are the bf16 values.
+inline __m256i to_bf16(Vf x) {
+    __m256i bits = _mm256_castps_si256(x.v);
+    __m256i high = _mm256_srli_epi32(bits, 16);
+    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256 is_nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
+    return _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), _mm256_castps_si256(is_nan));
+}
+inline void store_bf16(bf16* p, Vf x) {
+    __m256i dwords = to_bf16(x);
+    _mm_storeu_si128((__m128i*)p,
+                     _mm_packus_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1)));
+}
+inline Vi interleave_bf16(Vf even, Vf odd) {
+    return {_mm256_or_si256(to_bf16(even), _mm256_slli_epi32(to_bf16(odd), 16))};
+}
+inline Vf dot_bf16(Vf acc, Vi a, Vi b) {
+    const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
+    acc.v = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16)),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(b.v, 16)), acc.v);
+    return {_mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a.v, high)),
+                            _mm256_castsi256_ps(_mm256_and_si256(b.v, high)), acc.v)};
+}
+inline float sum(Vf x) {
+    __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+    quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+inline float maximum(Vf x) {
+    __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+    quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+inline void stream(void* p, Vi x) { _mm256_stream_si256((__m256i*)p, x.v); }
+
+#else
+#error "these kernels need AVX2 or AVX-512"
+#endif
+
+// e^x, error below 1.5 units in the last place; NaN stays NaN, overflow gives infinity, underflow 0.
+inline Vf exp(Vf x) {
+    // Below the first bound the result would be next to subnormal and is 0; above the second it is infinite.
+    const Vf low = set1(-86.98f), high = set1(88.722f);
+    Vf clamped = min(high, max(low, x));
+    Vf n = round(mul(clamped, set1(1.44269504088896341f)));
+    Vf r = fma(n, set1(-0.693145751953125f), clamped);
+    r = fma(n, set1(-1.42860677e-6f), r);
+    Vf p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = add(fma(mul(r, r), p, r), set1(1.0f));
+    // 2^n in two steps, since n = 128 has no representation of its own.
+    Vi whole = to_int(n);
+    Vf scale = as_float(shift_left<23>(addi(whole, set1i(126))));
+    Vf value = mul(mul(p, scale), set1(2.0f));
+    value = select_less(x, low, zero(), value);
+    return select_less(high, x, set1(INFINITY), value);
+}
+
+inline Vf sigmoid(Vf x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }
+
+}  // namespace moesaic

@@ -1,0 +1,115 @@
+// AMX tiles behind functions with the tile's number as a constant argument.
+//
+// MOESAIC_TILES: the kernels are written for tiles. MOESAIC_EMULATE_TILES: there are none in this machine, and plain C++
+// does what the instructions would, so that the kernels' tile paths are tested everywhere.
+#pragma once
+
+#include "simd.h"
+
+#if defined(__AMX_TILE__) || defined(MOESAIC_EMULATE_TILES)
+#define MOESAIC_TILES 1
+#endif
+
+#if defined(MOESAIC_TILES)
+
+namespace moesaic {
+
+// Tiles 0 to 3 hold sums, top left, top right, bottom left, bottom right; 4 and 5 rows of A; 6 and 7 columns of B.
+struct alignas(64) TileShape {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+};
+
+inline TileShape tile_shape(int top, int bottom) {
+    TileShape shape;
+    const int rows[8] = {top, top, bottom, bottom, top, bottom, 16, 16};
+    for (int tile = 0; tile < 8; ++tile) {
+        shape.rows[tile] = uint8_t(rows[tile]);
+        shape.bytes_per_row[tile] = rows[tile] ? 64 : 0;
+    }
+    return shape;
+}
+
+#if defined(MOESAIC_EMULATE_TILES)
+
+struct EmulatedTiles {
+    TileShape shape;
+    alignas(64) uint8_t data[8][16][64];
+};
+inline thread_local EmulatedTiles emulated;
+
+inline void load_tile_shape(const TileShape& shape) { emulated.shape = shape; }
+inline void release_tiles() {}
+inline void tile_zero(int tile) { std::memset(emulated.data[tile], 0, sizeof emulated.data[tile]); }
+inline void tile_load(int tile, const void* from, size_t stride) {
+    for (int row = 0; row < emulated.shape.rows[tile]; ++row)
+        std::memcpy(emulated.data[tile][row], static_cast<const char*>(from) + row * stride, 64);
+}
+inline void tile_store(int tile, void* to, size_t stride) {
+    for (int row = 0; row < emulated.shape.rows[tile]; ++row)
+        std::memcpy(static_cast<char*>(to) + row * stride, emulated.data[tile][row], 64);
+}
+inline void tile_dot_bf16(int c, int a, int b) {
+    auto* sums = reinterpret_cast<float(*)[16]>(emulated.data[c]);
+    auto* left = reinterpret_cast<bf16(*)[32]>(emulated.data[a]);
+    auto* right = reinterpret_cast<bf16(*)[32]>(emulated.data[b]);
+    for (int m = 0; m < emulated.shape.rows[c]; ++m)
+        for (int p = 0; p < 16; ++p)
+            for (int n = 0; n < 16; ++n)
+                for (int half = 0; half < 2; ++half)
+                    sums[m][n] += bf16_to_float(left[m][2 * p + half]) * bf16_to_float(right[p][2 * n + half]);
+}
+// Signed bytes of A times unsigned bytes of B, summed in int32.
+inline void tile_dot_s8u8(int c, int a, int b) {
+    auto* sums = reinterpret_cast<int32_t(*)[16]>(emulated.data[c]);
+    auto* left = reinterpret_cast<int8_t(*)[64]>(emulated.data[a]);
+    auto* right = reinterpret_cast<uint8_t(*)[64]>(emulated.data[b]);
+    for (int m = 0; m < emulated.shape.rows[c]; ++m)
+        for (int p = 0; p < 16; ++p)
+            for (int n = 0; n < 16; ++n)
+                for (int part = 0; part < 4; ++part)
+                    sums[m][n] += int32_t(left[m][4 * p + part]) * int32_t(right[p][4 * n + part]);
+}
+
+#else
+
+inline void load_tile_shape(const TileShape& shape) { _tile_loadconfig(&shape); }
+inline void release_tiles() { _tile_release(); }
+// Macros, since the instructions take the tile's number as an immediate.
+#define tile_zero(tile) _tile_zero(tile)
+#define tile_load(tile, from, stride) _tile_loadd(tile, from, stride)
+#define tile_store(tile, to, stride) _tile_stored(tile, to, stride)
+#define tile_dot_bf16(c, a, b) _tile_dpbf16ps(c, a, b)
+#define tile_dot_s8u8(c, a, b) _tile_dpbsud(c, a, b)
+
+#endif
+
+// Rows of the upper and lower tiles of A and C; loading a shape clears all tiles, and costs nothing when it is the same.
+inline thread_local int tile_rows = -1;
+inline void configure_tiles(int top, int bottom) {
+    const int wanted = top * 32 + bottom;
+    if (tile_rows != wanted) {
+        load_tile_shape(tile_shape(top, bottom));
+        tile_rows = wanted;
+    }
+}
+// Before a thread goes back to other people's code, which may load a shape of its own.
+inline void leave_tiles() {
+    if (tile_rows != -1) {
+        release_tiles();
+        tile_rows = -1;
+    }
+}
+
+}  // namespace moesaic
+
+#else
+
+namespace moesaic {
+inline void leave_tiles() {}
+}  // namespace moesaic
+
+#endif

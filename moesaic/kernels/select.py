@@ -1,0 +1,102 @@
+"""Which implementation of the operations this process uses on the CPU: chosen once, with the reason.
+
+The C++ kernels where the processor, a compiler and their self-test allow it, else PyTorch's operations. The launcher
+may say otherwise with MOESAIC_KERNELS: auto, reference, or an instruction set (amx, avx512, avx2); one that cannot be
+had is an error.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from moesaic.errors import DeviceError
+from moesaic.kernels.cpu.build import (
+    EMULATED_TILES,
+    INSTRUCTION_SETS,
+    Library,
+    find_compiler,
+    load,
+    supported_instruction_sets,
+)
+from moesaic.logs import logger
+
+VARIABLE = "MOESAIC_KERNELS"
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """library: the C++ kernels, None for PyTorch's operations; reason: why these."""
+
+    library: Library | None
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return REFERENCE if self.library is None else self.library.instruction_set
+
+
+def cpu_kernels() -> Selection:
+    """Return what CPU tensors are computed with; the first call may compile for some seconds.
+
+    Raises: DeviceError when MOESAIC_KERNELS asks for what this machine cannot do.
+    """
+    return _select(os.environ.get(VARIABLE, "auto"))
+
+
+def cpu_library() -> Library | None:
+    """Return the C++ kernels, or None where PyTorch's operations are used."""
+    return cpu_kernels().library
+
+
+@contextmanager
+def forced(choice: str) -> Iterator[Selection]:
+    """Use choice (a value of MOESAIC_KERNELS) inside the block, in this process and the ones it starts.
+
+    Raises: DeviceError when it cannot be had.
+    """
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = choice
+    try:
+        yield cpu_kernels()
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+@functools.cache
+def _select(choice: str) -> Selection:
+    if choice == REFERENCE:
+        return Selection(None, f"{VARIABLE}=reference")
+    supported = supported_instruction_sets()
+    if choice != "auto":
+        names = [*INSTRUCTION_SETS, EMULATED_TILES]
+        if choice not in names:
+            known = ", ".join(["auto", REFERENCE, *INSTRUCTION_SETS])
+            raise DeviceError(f"{VARIABLE}={choice} is not known; one of {known} is required; use auto.")
+        if choice not in supported and not (choice == EMULATED_TILES and supported):
+            here = ", ".join(supported) or "none that the kernels are written for"
+            raise DeviceError(
+                f"{VARIABLE}={choice} was asked for and this processor has {here}; use auto, which takes the best."
+            )
+        return Selection(load(choice), f"{VARIABLE}={choice}")
+    if not supported:
+        return Selection(None, "the kernels are for x86 processors with AVX2, and this is none")
+    if find_compiler() is None:
+        logger.warning(
+            "there is no C++ compiler, so moesaic's CPU kernels cannot be built and PyTorch's slower operations are "
+            "used; install g++ to have them"
+        )
+        return Selection(None, "no C++ compiler (c++, g++ or clang++, or what CXX names)")
+    failures = []
+    for name in supported:
+        try:
+            return Selection(load(name), f"the best of {', '.join(supported)}" + "".join(failures))
+        except DeviceError as error:
+            logger.warning(str(error))
+            failures.append(f"; {name} failed")
+    return Selection(None, "no set of kernels works here: " + "".join(failures).strip("; "))
