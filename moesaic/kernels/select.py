@@ -92,7 +92,7 @@ def _select(choice: str) -> Selection:
             "used; install g++ to have them"
         )
         return Selection(None, "no C++ compiler (c++, g++ or clang++, or what CXX names)")
-    failures = []
+    failures: list[str] = []
     for name in supported:
         try:
             return Selection(load(name), f"the best of {', '.join(supported)}" + "".join(failures))

@@ -14,10 +14,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moesaic.errors import DeviceError
 from moesaic.kernels.limits import cache_folder, describe_cpu
@@ -56,14 +57,14 @@ class Library:
     path: Path
     handle: ctypes.CDLL
 
-    def function(self, name: str, signature: str) -> "ctypes._CFuncPtr":
+    def function(self, name: str, signature: str) -> Callable[..., int]:
         """Return an exported function taking what signature says: p pointer, i int64, f float, d double."""
         return _function(self.handle, name, signature)
 
 
-@functools.lru_cache(maxsize=None)
-def _function(handle: ctypes.CDLL, name: str, signature: str) -> "ctypes._CFuncPtr":
-    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+@functools.cache
+def _function(handle: ctypes.CDLL, name: str, signature: str) -> Callable[..., int]:
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
     function = handle[name]  # a new object, not one shared through an attribute
     function.argtypes = [kinds[kind] for kind in signature]
     function.restype = ctypes.c_int64
@@ -150,8 +151,8 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
     library = Library(instruction_set, path, handle)
     if failed := library.function("moesaic_self_test", "")():
         raise DeviceError(
-            f"the CPU kernels for {instruction_set} fail their self-test (step {failed}) on this machine; right results "
-            "are required; go on with MOESAIC_KERNELS=reference, and please report it with `moesaic doctor --json`."
+            f"the CPU kernels for {instruction_set} fail their self-test (step {failed}) on this machine; right "
+            "results are required; go on with MOESAIC_KERNELS=reference, and please report it with `moesaic doctor --json`."
         )
     return library
 
@@ -187,8 +188,8 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DeviceError(
-            f"compiling the CPU kernels failed ({' '.join(command)}):\n{done.stderr[-4000:]}\nA C++17 compiler with AVX2 "
-            "is required; install a newer g++ (11 or later), or go on with MOESAIC_KERNELS=reference."
+            f"compiling the CPU kernels failed ({' '.join(command)}):\n{done.stderr[-4000:]}\nA C++17 compiler with "
+            "AVX2 is required; install a newer g++ (11 or later), or go on with MOESAIC_KERNELS=reference."
         )
 
 
