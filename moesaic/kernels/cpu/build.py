@@ -152,7 +152,7 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
     if failed := library.function("moesaic_self_test", "")():
         raise DeviceError(
             f"the CPU kernels for {instruction_set} fail their self-test (step {failed}) on this machine; right "
-            "results are required; go on with MOESAIC_KERNELS=reference, and please report it with `moesaic doctor --json`."
+            "results are required; go on with MOESAIC_KERNELS=reference, and report it with `moesaic doctor --json`."
         )
     return library
 
