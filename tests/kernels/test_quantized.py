@@ -1,0 +1,176 @@
+"""The quantised formats: round trips, bounds on the error, and the product against a loop over exact integers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from moesaic.kernels.quantized import (
+    ACTIVATION_BLOCK,
+    QuantizedWeight,
+    dequantize,
+    pack_nibbles,
+    quantize_activations,
+    quantize_weight,
+    quantized_linear,
+    round_to_scales,
+    unpack_nibbles,
+)
+
+FORMATS = [(8, None), (4, 32), (4, 64), (4, 128)]
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_nibbles_are_packed_low_first_with_an_offset_of_eight() -> None:
+    values = torch.tensor([[-8, 7, 0, -1]])
+    assert pack_nibbles(values).tolist() == [[0xF0, 0x78]]
+    every = torch.arange(-8, 8).repeat(3, 2)
+    assert torch.equal(unpack_nibbles(pack_nibbles(every)), every.to(torch.int8))
+
+
+def test_eight_bits_are_one_scale_a_row_and_off_by_at_most_half_a_step() -> None:
+    weight = draw(3, 7, 33)
+    quantized = quantize_weight(weight, bits=8)
+    assert quantized.values.shape == (3, 7, 33) and quantized.scales.shape == (3, 7)
+    assert quantized.shape == weight.shape
+    assert quantized.values.abs().amax(-1).eq(127).all()
+    assert ((dequantize(quantized) - weight).abs() <= quantized.scales[..., None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_four_bits_use_all_sixteen_levels_of_each_group(group_size: int) -> None:
+    weight = draw(5, 2 * 128)
+    quantized = quantize_weight(weight, bits=4, group_size=group_size)
+    assert quantized.values.dtype == torch.uint8 and quantized.values.shape == (5, 128)
+    assert quantized.scales.dtype == torch.bfloat16 and quantized.scales.shape == (5, 256 // group_size)
+    assert quantized.shape == weight.shape
+    assert quantized.num_bytes == 5 * 128 + 2 * 5 * 256 // group_size
+    values = unpack_nibbles(quantized.values).unflatten(-1, (-1, group_size))
+    assert values.amin(-1).eq(-8).all()  # the number of largest magnitude, whatever its sign
+    error = (dequantize(quantized) - weight).unflatten(-1, (-1, group_size)).abs()
+    # Half a step, and another half where the other sign is clamped at 7 of 8; the scale's own rounding is 2**-8.
+    assert (error <= quantized.scales.float().abs()[..., None] * 1.04).all()
+    is_inside = values.ne(7)
+    assert (error <= quantized.scales.float().abs()[..., None] * 0.54)[is_inside].all()
+
+
+def test_rows_of_zeros_stay_zeros() -> None:
+    for bits, group_size in FORMATS:
+        quantized = quantize_weight(torch.zeros(2, 128), bits=bits, group_size=group_size)
+        assert dequantize(quantized).eq(0).all() and quantized.scales.eq(0).all()
+
+
+def test_given_scales_clamp_what_they_do_not_reach() -> None:
+    weight = torch.tensor([[10.0, -10.0, 1.4, 0.0] * 8])
+    quantized = round_to_scales(weight, torch.ones(1, 1), bits=4, group_size=32)
+    assert dequantize(quantized)[0, :4].tolist() == [7.0, -8.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 300])
+def test_activations_are_off_by_at_most_half_a_step_of_their_block(columns: int, dtype: torch.dtype) -> None:
+    x = (draw(4, columns) * torch.logspace(-3, 3, columns)).to(dtype)
+    values, scales = quantize_activations(x)
+    assert values.dtype == torch.int8 and values.shape == x.shape and values.is_contiguous()
+    assert scales.dtype == torch.float32 and scales.shape == (4, math.ceil(columns / ACTIVATION_BLOCK))
+    spread = scales.repeat_interleave(ACTIVATION_BLOCK, 1)[:, :columns]
+    assert ((values.float() * spread - x.float()).abs() <= 0.5001 * spread).all()
+
+
+def test_activations_round_half_to_even() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    assert quantize_activations(x)[0].tolist() == [[127, 0, 2, 2, 0, -2]]
+
+
+def test_activations_that_are_tiny_zero_or_not_finite() -> None:
+    x = torch.ones(6, 130)
+    x[0, :128] = 0
+    x[1, 3] = float("inf")
+    x[2, 3] = float("nan")
+    x[3, 3] = float("-inf")
+    x[4, :128] = 1e-38
+    x[5, :128] = 2.0**-120
+    values, scales = quantize_activations(x)
+    assert values[:5, :128].eq(0).all() and values[5, :128].eq(127).all() and values[:, 128:].eq(127).all()
+    assert scales[[0, 4], 0].eq(0).all() and scales[1:4, 0].isnan().all() and scales[5, 0] > 0
+    assert scales[:, 1].isfinite().all()
+
+
+def by_hand(x: torch.Tensor, weight: QuantizedWeight) -> np.ndarray:
+    """One output at a time, integers in Python, fp32 steps in NumPy, which never fuses."""
+    values, scales = (each.numpy() for each in quantize_activations(x))
+    matrix = (weight.values if weight.bits == 8 else unpack_nibbles(weight.values)).numpy()
+    step = weight.group_size or ACTIVATION_BLOCK
+    weight_scales = weight.scales.float().numpy()
+    out = np.zeros((x.shape[0], matrix.shape[0]), np.float32)
+    for m in range(out.shape[0]):
+        for n in range(out.shape[1]):
+            total = np.float32(0)
+            for start in range(0, matrix.shape[1], step):
+                part = slice(start, start + step)
+                dot = sum(int(a) * int(b) for a, b in zip(values[m, part], matrix[n, part], strict=True))
+                scale = scales[m, start // ACTIVATION_BLOCK]
+                if weight.bits == 4:
+                    scale = np.float32(scale * weight_scales[n, start // step])
+                total = np.float32(total + np.float32(np.float32(dot) * scale))
+            out[m, n] = total * weight_scales[n] if weight.bits == 8 else total
+    return out
+
+
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_product_is_the_definition_to_the_bit(bits: int, group_size: int | None, rows: int) -> None:
+    columns = 384 if bits == 4 else 300
+    weight = quantize_weight(draw(5, columns, seed=1), bits=bits, group_size=group_size)
+    x = draw(rows, columns, seed=2)
+    assert np.array_equal(quantized_linear(x, weight).numpy(), by_hand(x, weight))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
+def test_a_row_does_not_depend_on_the_batch(bits: int, group_size: int | None) -> None:
+    weight = quantize_weight(draw(40, 512, seed=1), bits=bits, group_size=group_size)
+    x = draw(17, 512, seed=2)
+    whole = quantized_linear(x, weight)
+    assert all(torch.equal(quantized_linear(x[row : row + 1], weight)[0], whole[row]) for row in range(17))
+
+
+@pytest.mark.parametrize(("bits", "group_size", "tolerance"), [(8, None, 0.02), (4, 32, 0.12)])
+def test_the_product_is_near_that_of_the_unquantised_matrix(
+    bits: int, group_size: int | None, tolerance: float
+) -> None:
+    weight, x = draw(64, 512, seed=1), draw(32, 512, seed=2)
+    exact = x @ weight.t()
+    error = quantized_linear(x, quantize_weight(weight, bits=bits, group_size=group_size)) - exact
+    assert error.norm() / exact.norm() < tolerance
+
+
+def test_largest_integers_do_not_overflow_or_round() -> None:
+    weight = QuantizedWeight(torch.full((1, 256), -127, dtype=torch.int8), torch.ones(1), 8, None)
+    x = torch.full((1, 256), 127.0)
+    assert quantized_linear(x, weight).item() == -127 * 127 * 256
+
+
+def test_what_is_not_finite_reaches_the_product() -> None:
+    weight = quantize_weight(draw(3, 256), bits=8)
+    x = torch.ones(2, 256)
+    x[1, 200] = float("nan")
+    out = quantized_linear(x, weight)
+    assert out[0].isfinite().all() and out[1].isnan().all()
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
+    good = quantize_weight(draw(4, 64), bits=4, group_size=32)
+    for values, scales, bits, group_size in (
+        (good.values, good.scales, 4, 16),
+        (good.values, good.scales, 4, 64),
+        (good.values, good.scales.float(), 4, 32),
+        (good.values.to(torch.int8), good.scales, 4, 32),
+        (torch.zeros(4, 8, dtype=torch.int8), torch.zeros(3), 8, None),
+        (torch.zeros(4, 8, dtype=torch.int8), torch.zeros(4), 8, 32),
+    ):
+        with pytest.raises(AssertionError):
+            QuantizedWeight(values, scales, bits, group_size)
