@@ -2,8 +2,8 @@
 //
 // One form for every instruction set. A is row-major with K contiguous. B is packed in panels of 32 columns: a panel is
 // [K/2][32] dwords, dword (p, n) = B[2p][n] in its low half and B[2p+1][n] in its high half, which is a vector of
-// AVX-512's dot product and a row of AMX's B tile alike. K is a multiple of 32 (pad both sides with zeros), so that no
-// kernel has a remainder in K; M is any number. The terms of a sum are added in the order of K, whatever M and N are.
+// AVX-512's dot product and a row of AMX's B tile alike. K is a multiple of 2 * kPairBlock (pad both sides with zeros), so
+// that no kernel has a remainder in K; M is any number. The terms of a sum are added in the order of K, whatever M and N are.
 #pragma once
 
 #include "simd.h"
@@ -11,79 +11,102 @@
 
 namespace moesaic {
 
-constexpr int kPanel = 32;      // columns of a panel
-constexpr int kPairBlock = 16;  // K is a multiple of twice this
+constexpr int kPanel = 32;  // columns of a panel
+#if defined(MOESAIC_TILES)
+constexpr int kPairBlock = 16;  // pairs of K are a multiple of this
+#else
+constexpr int kPairBlock = 1;
+#endif
 
 inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 #if defined(MOESAIC_TILES)
 
-constexpr int kRowBlock = 32;  // rows that one step of gemm_panel works on at best
+constexpr int kRowBlock = 32;  // rows that one step works on at best
 
-// C[rows][32] (+)= A[rows][2 * pairs] * panel; lda in elements, ldb in dwords, ldc in floats.
-inline void gemm_panel(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
+// One or two tiles of columns; see gemm.
+template <int Columns>
+inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
                        size_t ldc, bool accumulate) {
-    int row = 0;
-    for (; row < rows; row += 32) {
+    const size_t stride_a = lda * 2, stride_b = ldb * 4, stride_c = ldc * 4;
+    for (int row = 0; row < rows; row += 32) {
         const int here = rows - row < 32 ? rows - row : 32;
         const int top = here < 16 ? here : 16, bottom = here - top;
         configure_tiles(top, bottom);
-        const bf16* a0 = a + size_t(row) * lda;
-        float* c0 = c + size_t(row) * ldc;
-        const size_t stride_a = lda * 2, stride_b = ldb * 4, stride_c = ldc * 4;
+        const bf16* top_a = a + size_t(row) * lda;
+        const bf16* bottom_a = top_a + 16 * lda;
+        float* top_c = c + size_t(row) * ldc;
+        float* bottom_c = top_c + 16 * ldc;
         if (accumulate) {
-            tile_load(0, c0, stride_c);
-            tile_load(1, c0 + 16, stride_c);
+            tile_load(0, top_c, stride_c);
+            if constexpr (Columns == 2) tile_load(1, top_c + 16, stride_c);
+            if (bottom) {
+                tile_load(2, bottom_c, stride_c);
+                if constexpr (Columns == 2) tile_load(3, bottom_c + 16, stride_c);
+            }
         } else {
             tile_zero(0);
-            tile_zero(1);
+            if constexpr (Columns == 2) tile_zero(1);
+            if (bottom) {
+                tile_zero(2);
+                if constexpr (Columns == 2) tile_zero(3);
+            }
         }
         if (bottom) {
-            if (accumulate) {
-                tile_load(2, c0 + 16 * ldc, stride_c);
-                tile_load(3, c0 + 16 * ldc + 16, stride_c);
-            } else {
-                tile_zero(2);
-                tile_zero(3);
-            }
             for (int p = 0; p < pairs; p += 16) {
-                tile_load(4, a0 + 2 * p, stride_a);
+                tile_load(4, top_a + 2 * p, stride_a);
                 tile_load(6, b + p * ldb, stride_b);
-                tile_load(7, b + p * ldb + 16, stride_b);
-                tile_load(5, a0 + 16 * lda + 2 * p, stride_a);
+                if constexpr (Columns == 2) tile_load(7, b + p * ldb + 16, stride_b);
+                tile_load(5, bottom_a + 2 * p, stride_a);
                 tile_dot_bf16(0, 4, 6);
-                tile_dot_bf16(1, 4, 7);
+                if constexpr (Columns == 2) tile_dot_bf16(1, 4, 7);
                 tile_dot_bf16(2, 5, 6);
-                tile_dot_bf16(3, 5, 7);
+                if constexpr (Columns == 2) tile_dot_bf16(3, 5, 7);
             }
-            tile_store(2, c0 + 16 * ldc, stride_c);
-            tile_store(3, c0 + 16 * ldc + 16, stride_c);
+            tile_store(2, bottom_c, stride_c);
+            if constexpr (Columns == 2) tile_store(3, bottom_c + 16, stride_c);
         } else {
             for (int p = 0; p < pairs; p += 16) {
-                tile_load(4, a0 + 2 * p, stride_a);
+                tile_load(4, top_a + 2 * p, stride_a);
                 tile_load(6, b + p * ldb, stride_b);
-                tile_load(7, b + p * ldb + 16, stride_b);
+                if constexpr (Columns == 2) tile_load(7, b + p * ldb + 16, stride_b);
                 tile_dot_bf16(0, 4, 6);
-                tile_dot_bf16(1, 4, 7);
+                if constexpr (Columns == 2) tile_dot_bf16(1, 4, 7);
             }
         }
-        tile_store(0, c0, stride_c);
-        tile_store(1, c0 + 16, stride_c);
+        tile_store(0, top_c, stride_c);
+        if constexpr (Columns == 2) tile_store(1, top_c + 16, stride_c);
+    }
+}
+
+// C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
+template <int Width>
+inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
+                 bool accumulate) {
+    if constexpr (Width >= 32) gemm_tiles<2>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
+    if constexpr (Width % 32) {
+        constexpr int done = Width - 16;
+        gemm_tiles<1>(rows, pairs, a, lda, b + done, ldb, c + done, ldc, accumulate);
     }
 }
 
 #else
 
+// Rows of one step: what fits the registers beside a row of B and one element of A.
+template <int Width>
+constexpr int row_block() {
 #if defined(__AVX512F__)
-constexpr int kRowBlock = 12;  // 12 rows x 2 vectors of sums, 2 of B, 1 of A: 27 of 32 registers
+    return Width == 48 ? 8 : 12;  // 24 of 32 registers hold sums
 #else
-constexpr int kRowBlock = 2;  // 2 rows x 4 vectors of sums, 4 registers of B in halves, 2 of A
+    return Width == 48 ? 1 : 64 / Width;  // 8 of 16 (at 48 columns 6), since halves of B take two registers each
 #endif
+}
+constexpr int kRowBlock = row_block<kPanel>();
 
-template <int R>
+template <int R, int Width>
 inline void gemm_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
                       bool accumulate) {
-    constexpr int V = kPanel / W;
+    constexpr int V = Width / W;
     Vf acc[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * W) : zero();
@@ -100,26 +123,34 @@ inline void gemm_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, s
         for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
 }
 
-template <int R>
+template <int R, int Width>
 inline void gemm_remainder(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
                            size_t ldc, bool accumulate) {
     if constexpr (R > 0) {
         if (rows == R)
-            gemm_rows<R>(pairs, a, lda, b, ldb, c, ldc, accumulate);
+            gemm_rows<R, Width>(pairs, a, lda, b, ldb, c, ldc, accumulate);
         else
-            gemm_remainder<R - 1>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
+            gemm_remainder<R - 1, Width>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
     }
 }
 
-// C[rows][32] (+)= A[rows][2 * pairs] * panel; lda in elements, ldb in dwords, ldc in floats.
-inline void gemm_panel(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                       size_t ldc, bool accumulate) {
+// C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
+template <int Width>
+inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
+                 bool accumulate) {
+    constexpr int R = row_block<Width>();
     int row = 0;
-    for (; row + kRowBlock <= rows; row += kRowBlock)
-        gemm_rows<kRowBlock>(pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate);
-    gemm_remainder<kRowBlock - 1>(rows - row, pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate);
+    for (; row + R <= rows; row += R)
+        gemm_rows<R, Width>(pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate);
+    gemm_remainder<R - 1, Width>(rows - row, pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate);
 }
 
 #endif
+
+// C[rows][32] (+)= A[rows][2 * pairs] * panel.
+inline void gemm_panel(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
+                       size_t ldc, bool accumulate) {
+    gemm<kPanel>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
+}
 
 }  // namespace moesaic

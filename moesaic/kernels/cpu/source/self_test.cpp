@@ -13,23 +13,24 @@ namespace {
 // Small whole numbers, so that every sum is exact.
 float sample(int i) { return float((i * 2654435761u >> 7) % 9) - 4.0f; }
 
+template <int Width>
 bool products_are_right(int rows, int k) {
-    std::vector<bf16> a(size_t(rows) * k), b(size_t(k) * kPanel);
+    std::vector<bf16> a(size_t(rows) * k), b(size_t(k) * Width);
     for (size_t i = 0; i < a.size(); ++i) a[i] = float_to_bf16(sample(int(i)));
     for (size_t i = 0; i < b.size(); ++i) b[i] = float_to_bf16(sample(int(i) + 77));
-    std::vector<uint32_t> panel(size_t(k) / 2 * kPanel);
+    std::vector<uint32_t> panel(size_t(k) / 2 * Width);
     for (int p = 0; p < k / 2; ++p)
-        for (int n = 0; n < kPanel; ++n)
-            panel[p * kPanel + n] = b[2 * p * kPanel + n] | uint32_t(b[(2 * p + 1) * kPanel + n]) << 16;
-    std::vector<float> c(size_t(rows) * kPanel, 1.0f);
-    gemm_panel(rows, k / 2, a.data(), k, panel.data(), kPanel, c.data(), kPanel, false);
-    gemm_panel(rows, k / 2, a.data(), k, panel.data(), kPanel, c.data(), kPanel, true);
+        for (int n = 0; n < Width; ++n)
+            panel[p * Width + n] = b[2 * p * Width + n] | uint32_t(b[(2 * p + 1) * Width + n]) << 16;
+    std::vector<float> c(size_t(rows) * Width, 1.0f);
+    gemm<Width>(rows, k / 2, a.data(), k, panel.data(), Width, c.data(), Width, false);
+    gemm<Width>(rows, k / 2, a.data(), k, panel.data(), Width, c.data(), Width, true);
     leave_tiles();
     for (int m = 0; m < rows; ++m)
-        for (int n = 0; n < kPanel; ++n) {
+        for (int n = 0; n < Width; ++n) {
             float sum = 0;
-            for (int i = 0; i < k; ++i) sum += bf16_to_float(a[m * k + i]) * bf16_to_float(b[i * kPanel + n]);
-            if (c[m * kPanel + n] != 2 * sum) return false;
+            for (int i = 0; i < k; ++i) sum += bf16_to_float(a[m * k + i]) * bf16_to_float(b[i * Width + n]);
+            if (c[m * Width + n] != 2 * sum) return false;
         }
     return true;
 }
@@ -78,7 +79,9 @@ MOESAIC_EXPORT int64_t moesaic_self_test() {
     using namespace moesaic;
     for (int rows : {1, 2, 7, 16, 17, 31, 32, 33, 70})
         for (int k : {32, 96})
-            if (!products_are_right(rows, k)) return 1;
+            if (!products_are_right<16>(rows, k) || !products_are_right<32>(rows, k) ||
+                !products_are_right<48>(rows, k))
+                return 1;
     for (int rows : {1, 5, 16, 40})
         for (int columns : {1, 16, 23})
             if (!transposition_is_right(rows, columns)) return 2;

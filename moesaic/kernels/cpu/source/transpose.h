@@ -7,9 +7,19 @@ namespace moesaic {
 
 #if defined(__AVX512F__)
 
-inline void transpose_block(const uint32_t* from, size_t ld_from, uint32_t* to, size_t ld_to) {
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * ld_from);
+using Row = __m512i;
+inline Row load_row(const uint32_t* p, int count) {
+    return count >= W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), p);
+}
+inline void store_row(uint32_t* p, Row x, int count) {
+    if (count >= W)
+        _mm512_storeu_si512(p, x);
+    else
+        _mm512_mask_storeu_epi32(p, __mmask16((1u << count) - 1), x);
+}
+
+inline void transpose_registers(Row (&r)[16]) {
+    Row t[16];
     for (int i = 0; i < 8; ++i) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -27,48 +37,61 @@ inline void transpose_block(const uint32_t* from, size_t ld_from, uint32_t* to, 
         t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
     }
     for (int i = 0; i < 4; ++i) {
-        _mm512_storeu_si512(to + (i + 0) * ld_to, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * ld_to, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-        _mm512_storeu_si512(to + (i + 4) * ld_to, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-        _mm512_storeu_si512(to + (i + 12) * ld_to, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
 }
 
 #else
 
-inline void transpose_block(const uint32_t* from, size_t ld_from, uint32_t* to, size_t ld_to) {
-    __m256 r[8], t[8];
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i * ld_from));
+using Row = __m256i;
+inline Row load_row(const uint32_t* p, int count) {
+    return count >= W ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskload_epi32((const int*)p, first_mask(count));
+}
+inline void store_row(uint32_t* p, Row x, int count) {
+    if (count >= W)
+        _mm256_storeu_si256((__m256i*)p, x);
+    else
+        _mm256_maskstore_epi32((int*)p, first_mask(count), x);
+}
+
+inline void transpose_registers(Row (&r)[8]) {
+    Row t[8];
     for (int i = 0; i < 4; ++i) {
-        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
     for (int i = 0; i < 2; ++i) {
-        r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-        r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-        r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-        r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+        r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
     }
     for (int i = 0; i < 4; ++i) {
-        _mm256_storeu_ps(reinterpret_cast<float*>(to + i * ld_to), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * ld_to), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
     }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
 #endif
 
-// to[column][row] = from[row][column]; leading dimensions in dwords.
+// to[column][row] = from[row][column]; leading dimensions in dwords. Nothing beyond rows and columns is touched.
 inline void transpose_dwords(int rows, int columns, const uint32_t* from, size_t ld_from, uint32_t* to, size_t ld_to) {
-    int row = 0;
-    for (; row + W <= rows; row += W) {
-        int column = 0;
-        for (; column + W <= columns; column += W)
-            transpose_block(from + row * ld_from + column, ld_from, to + column * ld_to + row, ld_to);
-        for (; column < columns; ++column)
-            for (int r = row; r < row + W; ++r) to[column * ld_to + r] = from[r * ld_from + column];
+    for (int row = 0; row < rows; row += W) {
+        const int rows_here = rows - row < W ? rows - row : W;
+        for (int column = 0; column < columns; column += W) {
+            const int columns_here = columns - column < W ? columns - column : W;
+            const uint32_t* source = from + size_t(row) * ld_from + column;
+            uint32_t* target = to + size_t(column) * ld_to + row;
+            Row block[W] = {};
+            for (int i = 0; i < rows_here; ++i) block[i] = load_row(source + i * ld_from, columns_here);
+            transpose_registers(block);
+            for (int i = 0; i < columns_here; ++i) store_row(target + i * ld_to, block[i], rows_here);
+        }
     }
-    for (; row < rows; ++row)
-        for (int column = 0; column < columns; ++column) to[column * ld_to + row] = from[row * ld_from + column];
 }
 
 // Dword n of the result: even[n] in its low half, odd[n] in its high half; count a multiple of 16.
