@@ -22,11 +22,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-# Verb -> its module, in the order of a model's life; the function there has the verb's name.
+# Verb -> its module, in the order of a model's life; the function there has the verb's name. A verb with verbs of its
+# own also has `app`, and its function is the callback of that.
 VERBS = ("prepare", "train", "generate", "inspect", "doctor", "quickstart")
 
 for _verb in VERBS:
-    app.command(name=_verb)(getattr(import_module(f"moesaic.cli.{_verb}"), _verb))
+    _module = import_module(f"moesaic.cli.{_verb}")
+    if hasattr(_module, "app"):
+        app.add_typer(_module.app, name=_verb)
+    else:
+        app.command(name=_verb)(getattr(_module, _verb))
 
 
 @app.callback(invoke_without_command=True)
