@@ -1,0 +1,258 @@
+"""The experts of a MoE layer in training as one torch operator of the C++ kernels: gather, MLPs, weighted combine.
+
+Saved for the backward pass: the input, the pre-activation and the routing. The contracts, and what happens where the
+kernels do not apply, are kernels/grouped_mlp and kernels/routed_mlp.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from moesaic.kernels.select import cpu_library
+
+# In this order in source/activation_math.h.
+_ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
+_SIZE_MULTIPLE = 32
+
+
+class _Call(ctypes.Structure):
+    """struct MoeTraining of source/moe_training.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "routes", "rows", "hidden", "inner", "experts", "activation")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "tokens_per_expert",
+                "token_ids",
+                "slots",
+                "routing_weights",
+                "x",
+                "up",
+                "up_bias",
+                "down",
+                "down_bias",
+                "pre",
+                "out",
+                "grad_out",
+                "grad_x",
+                "grad_routing_weights",
+                "grad_up",
+                "grad_up_bias",
+                "grad_down",
+                "grad_down_bias",
+            )
+        ),
+    ]
+
+
+def applies(x: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether the operator takes these: bf16 on the CPU, hidden and intermediate sizes multiples of 32, kernels here."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == up.dtype == down.dtype == torch.bfloat16
+        and x.shape[1] % _SIZE_MULTIPLE == down.shape[2] % _SIZE_MULTIPLE == 0
+        and cpu_library() is not None
+    )
+
+
+@torch.library.custom_op("moesaic::routed_mlp", mutates_args=(), device_types="cpu")
+def routed_mlp(
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    token_ids: Tensor | None,
+    slots: Tensor | None,
+    routing_weights: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Return (out (T, H), pre (N, F or 2F)), both bf16.
+
+    token_ids (N,), slots (T, K) and routing_weights (T, K) fp32 are given together, or none of them: then row n of x
+    is row n of the experts' runs, and of the result, without a weight.
+    """
+    call, kept = _call(
+        x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias, activation
+    )
+    pre = x.new_empty(call.rows, up.shape[1])
+    out = x.new_empty(x.shape)
+    call.pre, call.out = pre.data_ptr(), out.data_ptr()
+    _run("moesaic_moe_training_forward", call)
+    del kept
+    return out, pre
+
+
+@routed_mlp.register_fake
+def _(x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def]
+    rows = x.shape[0] if token_ids is None else token_ids.shape[0]
+    return x.new_empty(x.shape), x.new_empty(rows, up.shape[1])
+
+
+@torch.library.custom_op("moesaic::routed_mlp_backward", mutates_args=(), device_types="cpu")
+def routed_mlp_backward(
+    grad: Tensor,
+    pre: Tensor,
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    token_ids: Tensor | None,
+    slots: Tensor | None,
+    routing_weights: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, routing_weights, up, up_bias, down and down_bias; empty where there is no such input."""
+    call, kept = _call(
+        x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias, activation
+    )
+    grad = grad.contiguous()
+    results = _gradients(x, routing_weights, up, up_bias, down, down_bias, needs_x)
+    grad_x, grad_routing_weights, grad_up, grad_up_bias, grad_down, grad_down_bias = results
+    call.pre, call.grad_out = pre.data_ptr(), grad.data_ptr()
+    call.grad_up, call.grad_down = grad_up.data_ptr(), grad_down.data_ptr()
+    call.grad_x = grad_x.data_ptr() if needs_x else None
+    call.grad_routing_weights = grad_routing_weights.data_ptr()
+    call.grad_up_bias = None if up_bias is None else grad_up_bias.data_ptr()
+    call.grad_down_bias = None if down_bias is None else grad_down_bias.data_ptr()
+    _run("moesaic_moe_training_backward", call)
+    del kept
+    return results
+
+
+@routed_mlp_backward.register_fake
+def _(
+    grad,
+    pre,
+    x,
+    tokens_per_expert,
+    token_ids,
+    slots,
+    routing_weights,
+    up,
+    up_bias,
+    down,
+    down_bias,
+    activation,
+    needs_x,
+):  # type: ignore[no-untyped-def]
+    return _gradients(x, routing_weights, up, up_bias, down, down_bias, needs_x)
+
+
+def _gradients(
+    x: Tensor,
+    routing_weights: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(tensor: Tensor | None) -> Tensor:
+        return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+
+    return (
+        like(x if needs_x else None),
+        like(routing_weights),
+        like(up),
+        like(up_bias),
+        like(down),
+        like(down_bias),
+    )
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, activation = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.activation = activation
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    pre, x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 10
+    needs_x = ctx.needs_input_grad[0]
+    grad_x, grad_routing_weights, grad_up, grad_up_bias, grad_down, grad_down_bias = routed_mlp_backward(
+        grad, pre, x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias,
+        ctx.activation, needs_x,
+    )  # fmt: skip
+    return (
+        grad_x if needs_x else None,
+        None,
+        None,
+        None,
+        None if routing_weights is None else grad_routing_weights,
+        grad_up,
+        None if up_bias is None else grad_up_bias,
+        grad_down,
+        None if down_bias is None else grad_down_bias,
+        None,
+    )
+
+
+routed_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _call(
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    token_ids: Tensor | None,
+    slots: Tensor | None,
+    routing_weights: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> tuple[_Call, list[Tensor]]:
+    """Return the call's inputs, and the tensors that must live until it has returned."""
+    num_tokens, hidden_size = x.shape
+    num_experts, _, intermediate_size = down.shape
+    inner = 2 * intermediate_size if activation == "swiglu" else intermediate_size
+    assert up.shape == (num_experts, inner, hidden_size), (up.shape, down.shape, x.shape)
+    assert down.shape[1] == hidden_size and tokens_per_expert.shape == (num_experts,), (down.shape, x.shape)
+    rows = num_tokens if token_ids is None else token_ids.shape[0]
+    total = int(tokens_per_expert.sum())
+    assert total == rows, (total, rows)
+    kept: list[Tensor] = []
+
+    def address(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+        if tensor is None:
+            return None
+        assert tensor.dtype == dtype, (tensor.dtype, dtype)
+        kept.append(tensor.contiguous())
+        return kept[-1].data_ptr()
+
+    call = _Call(
+        tokens=num_tokens,
+        routes=0 if slots is None else slots.shape[1],
+        rows=rows,
+        hidden=hidden_size,
+        inner=intermediate_size,
+        experts=num_experts,
+        activation=_ACTIVATIONS.index(activation),
+        tokens_per_expert=address(tokens_per_expert, torch.int64),
+        token_ids=address(token_ids, torch.int64),
+        slots=address(slots, torch.int64),
+        routing_weights=address(routing_weights, torch.float32),
+        x=address(x, torch.bfloat16),
+        up=address(up, torch.bfloat16),
+        up_bias=address(up_bias, torch.bfloat16),
+        down=address(down, torch.bfloat16),
+        down_bias=address(down_bias, torch.bfloat16),
+    )
+    return call, kept
+
+
+def _run(name: str, call: _Call) -> None:
+    library = cpu_library()
+    assert library is not None, "the operator is called only where applies() says so"
+    library.function(name, "p")(ctypes.addressof(call))

@@ -1,0 +1,556 @@
+// The experts of one MoE layer in training: gather, up product, activation, down product, weighted combine; and backward.
+//
+// Rows are routes, sorted by expert. In the forward pass the lanes of a vector are rows, so that the weights, which
+// change in every step, are read as they lie (they are the row-major operand A) and only the rows are packed; the hidden
+// state leaves the first product in the layout that the second one takes. In the backward pass the lanes are columns of
+// weights: contracting over a weight's rows needs no more than neighbouring rows interleaved. Experts are worked on in
+// groups of some thousand rows, whose scratch stays in the caches.
+//
+// Every element of a result is the sum of one task, in an order that does not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "activation_math.h"
+#include "gemm_bf16.h"
+#include "parallel.h"
+#include "transpose.h"
+
+namespace moesaic {
+
+struct MoeTraining {
+    int64_t tokens;   // T
+    int64_t routes;   // K of every token; 0: row n of x and of the result is row n, without weights
+    int64_t rows;     // N
+    int64_t hidden;   // H, a multiple of 32
+    int64_t inner;    // F, a multiple of 32
+    int64_t experts;  // E
+    int64_t activation;
+    const int64_t* tokens_per_expert;  // (E,)
+    const int64_t* token_ids;          // (N,), null without routes
+    const int64_t* slots;              // (T, K), N for a dropped route, null without routes
+    const float* routing_weights;      // (T, K), null without routes
+    const bf16* x;                     // (T, H)
+    const bf16* up;                    // (E, F, H), or (E, 2F, H) as [gate, up]
+    const bf16* up_bias;               // (E, F or 2F) or null
+    const bf16* down;                  // (E, H, F)
+    const bf16* down_bias;             // (E, H) or null
+    bf16* pre;                         // (N, F or 2F): written by forward, read by backward
+    bf16* out;                         // (T, H)
+    // Backward only.
+    const bf16* grad_out;         // (T, H)
+    bf16* grad_x;                 // (T, H) or null
+    float* grad_routing_weights;  // (T, K), null without routes
+    bf16* grad_up;
+    bf16* grad_up_bias;
+    bf16* grad_down;
+    bf16* grad_down_bias;
+
+    bool gated() const { return activation == kSwiglu; }
+    int64_t pre_width() const { return gated() ? 2 * inner : inner; }
+    bool combines() const { return routes > 0; }
+};
+
+namespace training {
+
+constexpr int kChunk = 96;    // rows of weights or of tokens that one product works on: whole row blocks everywhere
+constexpr int kColumns = 128;  // columns of weights packed at once in the backward pass: four panels
+constexpr int64_t kGroupRows = 2048;
+
+// Lanes of rows that share one packed panel in the forward pass.
+struct LaneBlock {
+    int first;       // row within the expert
+    int valid;       // rows; the lanes beyond hold zeros
+    int width;       // 16, 32 or 48
+    int64_t offset;  // lanes before it in the group
+};
+
+struct ExpertRows {
+    int64_t expert, start, count;  // rows start .. start + count of all N
+    int64_t lane_offset;           // lanes of the group before it
+    int64_t row_offset;            // rows of the group before it, each expert rounded up to whole pair blocks
+    int64_t padded;                // count rounded up to whole pair blocks
+    std::vector<LaneBlock> blocks;
+};
+
+struct Group {
+    std::vector<ExpertRows> experts;
+    int64_t lanes = 0, rows = 0;
+};
+
+inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
+    const int64_t wanted = std::max<int64_t>(kGroupRows, 512 * threads);
+    std::vector<Group> groups;
+    int64_t start = 0;
+    for (int64_t e = 0; e < m.experts; ++e) {
+        if (groups.empty() || groups.back().rows >= wanted) groups.emplace_back();
+        Group& group = groups.back();
+        const int64_t count = m.tokens_per_expert[e];
+        ExpertRows rows{e, start, count, group.lanes, group.rows, 0, {}};
+        rows.padded = (count + 2 * kPairBlock - 1) / (2 * kPairBlock) * (2 * kPairBlock);
+        for (int64_t first = 0; first < count;) {
+            const int64_t left = (count - first + 15) / 16;  // in 16 lanes
+            const int width = left == 1 ? 16 : left == 3 ? 48 : 32;
+            const int valid = int(std::min<int64_t>(width, count - first));
+            rows.blocks.push_back({int(first), valid, width, group.lanes});
+            group.lanes += width;
+            first += width;
+        }
+        group.rows += rows.padded;
+        start += count;
+        group.experts.push_back(std::move(rows));
+    }
+    return groups;
+}
+
+// The weight that each row's output is multiplied with; rows of dropped routes do not exist.
+inline void find_row_weights(const MoeTraining& m, int64_t token, float* row_weights) {
+    for (int64_t k = 0; k < m.routes; ++k) {
+        const int64_t row = m.slots[token * m.routes + k];
+        if (row < m.rows) row_weights[row] = m.routing_weights[token * m.routes + k];
+    }
+}
+
+template <int Width>
+inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
+                     const uint32_t* tokens, uint32_t* hidden, uint32_t* pairs) {
+    const int64_t h = m.hidden, f = m.inner, e = rows.expert;
+    alignas(64) float gate[kChunk * Width], up[kChunk * Width];
+    const bf16* weights = m.up + e * m.pre_width() * h + first * h;
+    const uint32_t* panel = tokens + block.offset * (h / 2);
+    const bf16* bias = m.up_bias ? m.up_bias + e * m.pre_width() + first : nullptr;
+    gemm<Width>(count, int(h / 2), weights, h, panel, Width, gate, Width, false);
+    if (m.gated()) gemm<Width>(count, int(h / 2), weights + f * h, h, panel, Width, up, Width, false);
+    uint32_t* hidden_rows = hidden + block.offset * (f / 2) + first / 2 * Width;
+    for (int r = 0; r < count; r += 2) {
+        for (int lane = 0; lane < Width; lane += W) {
+            Vf a0 = load(gate + r * Width + lane), a1 = load(gate + (r + 1) * Width + lane);
+            if (bias) {
+                a0 = add(a0, set1(bf16_to_float(bias[r])));
+                a1 = add(a1, set1(bf16_to_float(bias[r + 1])));
+            }
+            storei(pairs + r / 2 * Width + lane, interleave_bf16(a0, a1));
+            Vf h0, h1;
+            if (m.gated()) {
+                Vf b0 = load(up + r * Width + lane), b1 = load(up + (r + 1) * Width + lane);
+                if (bias) {
+                    b0 = add(b0, set1(bf16_to_float(bias[f + r])));
+                    b1 = add(b1, set1(bf16_to_float(bias[f + r + 1])));
+                }
+                storei(pairs + (kChunk / 2 + r / 2) * Width + lane, interleave_bf16(b0, b1));
+                h0 = mul(silu(a0), b0);
+                h1 = mul(silu(a1), b1);
+            } else {
+                h0 = activate(a0, m.activation);
+                h1 = activate(a1, m.activation);
+            }
+            storei(hidden_rows + r / 2 * Width + lane, interleave_bf16(h0, h1));
+        }
+    }
+    uint32_t* pre = reinterpret_cast<uint32_t*>(m.pre + (rows.start + block.first) * m.pre_width() + first);
+    transpose_dwords(count / 2, block.valid, pairs, Width, pre, m.pre_width() / 2);
+    if (m.gated())
+        transpose_dwords(count / 2, block.valid, pairs + kChunk / 2 * Width, Width, pre + f / 2, m.pre_width() / 2);
+}
+
+template <int Width>
+inline void down_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
+                       const uint32_t* hidden, const float* row_weights, float* sums) {
+    const int64_t h = m.hidden, f = m.inner, e = rows.expert;
+    alignas(64) float y[kChunk * Width], turned[Width * kChunk];
+    gemm<Width>(count, int(f / 2), m.down + (e * h + first) * f, f, hidden + block.offset * (f / 2), Width, y, Width,
+                false);
+    transpose_dwords(count, block.valid, reinterpret_cast<uint32_t*>(y), Width, reinterpret_cast<uint32_t*>(turned),
+                     kChunk);
+    const bf16* bias = m.down_bias ? m.down_bias + e * h + first : nullptr;
+    for (int lane = 0; lane < block.valid; ++lane) {
+        const int64_t row = rows.start + block.first + lane;
+        const Vf weight = set1(m.combines() ? row_weights[row] : 1.0f);
+        // With one route a row is its token's result; with more, rows wait for their sum.
+        bf16* out = m.routes > 1 ? nullptr : m.out + (m.combines() ? m.token_ids[row] : row) * h + first;
+        for (int c = 0; c < count; c += W) {
+            Vf value = load(turned + lane * kChunk + c);
+            if (bias) value = add(value, load_bf16(bias + c));
+            if (m.combines()) value = mul(value, weight);
+            if (out)
+                store_bf16(out + c, value);
+            else
+                store(sums + row * h + first + c, value);
+        }
+    }
+}
+
+// out[t] = the sum of its routes' rows; null rows are dropped routes.
+inline void sum_routes(const MoeTraining& m, int64_t token, const float* sums, bf16* out) {
+    const int64_t h = m.hidden;
+    const int64_t* slots = m.slots + token * m.routes;
+    for (int64_t c = 0; c < h; c += W) {
+        Vf total = zero();
+        for (int64_t k = 0; k < m.routes; ++k)
+            if (slots[k] < m.rows) total = add(total, load(sums + slots[k] * h + c));
+        store_bf16(out + token * h + c, total);
+    }
+}
+
+constexpr int64_t kTokensPerTask = 64;
+inline int64_t chunks(int64_t total, int64_t size) { return (total + size - 1) / size; }
+
+// Call work(token) for every token; ends with a barrier.
+template <typename Work>
+inline void for_tokens(Team& team, int64_t tokens, Work&& work) {
+    team.tasks(chunks(tokens, kTokensPerTask), [&](long task) {
+        const int64_t end = std::min(tokens, (task + 1) * kTokensPerTask);
+        for (int64_t t = task * kTokensPerTask; t < end; ++t) work(t);
+    });
+}
+
+inline void clear_row(bf16* row, int64_t size) { std::memset(row, 0, size * sizeof(bf16)); }
+
+}  // namespace training
+
+// What the threads of a call share; made by the caller before the team starts.
+struct MoeTrainingScratch {
+    std::vector<training::Group> groups;
+    float* row_weights = nullptr;  // (N,)
+    float* sums = nullptr;         // (N, H) fp32, with more than one route
+    // Forward, of the largest group: (lanes, H) and (lanes, F), packed.
+    uint32_t* tokens = nullptr;
+    uint32_t* hidden = nullptr;
+    // Backward, of the largest group.
+    bf16* gradients = nullptr;             // (rows, H): row-major
+    uint32_t* gradients_turned = nullptr;  // per expert (H, rows / 2)
+    uint32_t* tokens_paired = nullptr;     // per expert panels (H / 32, rows / 2, 32)
+    bf16* grad_pre = nullptr;              // (rows, F or 2F)
+    uint32_t* grad_pre_turned = nullptr;   // per expert (F or 2F, rows / 2)
+    uint32_t* hidden_paired = nullptr;     // per expert panels (F / 32, rows / 2, 32)
+    float* partial_weights = nullptr;      // (chunks of F, N): parts of the routing weights' gradient
+};
+
+inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrainingScratch& s) {
+    using namespace training;
+    const int64_t h = m.hidden, f = m.inner;
+    if (m.combines())
+        for_tokens(team, m.tokens, [&](int64_t t) {
+            find_row_weights(m, t, s.row_weights);
+            if (m.routes == 1 && m.slots[t] >= m.rows) clear_row(m.out + t * h, h);
+        });
+    for (const Group& group : s.groups) {
+        const long experts = long(group.experts.size());
+        team.tasks(experts, [&](long i) {
+            const ExpertRows& rows = group.experts[i];
+            for (const LaneBlock& block : rows.blocks) {
+                uint32_t* panel = s.tokens + block.offset * (h / 2);
+                for (int lane = 0; lane < block.width; lane += W) {
+                    const int here = std::min(W, block.valid - lane);
+                    for (int64_t c = 0; c < h / 2; c += W) {
+                        Row values[W] = {};
+                        for (int r = 0; r < here; ++r) {
+                            const int64_t row = rows.start + block.first + lane + r;
+                            const int64_t token = m.combines() ? m.token_ids[row] : row;
+                            values[r] = load_row(reinterpret_cast<const uint32_t*>(m.x + token * h) + c, W);
+                        }
+                        transpose_registers(values);
+                        for (int r = 0; r < W; ++r) store_row(panel + (c + r) * block.width + lane, values[r], W);
+                    }
+                }
+            }
+        });
+        const int64_t up_chunks = chunks(f, kChunk), down_chunks = chunks(h, kChunk);
+        team.tasks(experts * up_chunks, [&](long i) {
+            const ExpertRows& rows = group.experts[i / up_chunks];
+            const int64_t first = i % up_chunks * kChunk;
+            const int count = int(std::min<int64_t>(kChunk, f - first));
+            alignas(64) uint32_t pairs[kChunk * 48];
+            for (const LaneBlock& block : rows.blocks) {
+                if (block.width == 32)
+                    up_block<32>(m, rows, block, first, count, s.tokens, s.hidden, pairs);
+                else if (block.width == 48)
+                    up_block<48>(m, rows, block, first, count, s.tokens, s.hidden, pairs);
+                else
+                    up_block<16>(m, rows, block, first, count, s.tokens, s.hidden, pairs);
+            }
+        });
+        team.tasks(experts * down_chunks, [&](long i) {
+            const ExpertRows& rows = group.experts[i / down_chunks];
+            const int64_t first = i % down_chunks * kChunk;
+            const int count = int(std::min<int64_t>(kChunk, h - first));
+            for (const LaneBlock& block : rows.blocks) {
+                if (block.width == 32)
+                    down_block<32>(m, rows, block, first, count, s.hidden, s.row_weights, s.sums);
+                else if (block.width == 48)
+                    down_block<48>(m, rows, block, first, count, s.hidden, s.row_weights, s.sums);
+                else
+                    down_block<16>(m, rows, block, first, count, s.hidden, s.row_weights, s.sums);
+            }
+        });
+    }
+    if (m.routes > 1) for_tokens(team, m.tokens, [&](int64_t t) { sum_routes(m, t, s.sums, m.out); });
+}
+
+namespace training {
+
+// Sixteen pairs of an expert's rows: gathered gradients, the same weighted and turned, and the inputs in pairs.
+inline void prepare_rows(const MoeTraining& m, const ExpertRows& rows, int64_t first_pair, const MoeTrainingScratch& s) {
+    const int64_t h = m.hidden, pairs = rows.padded / 2;
+    const int count = int(std::min<int64_t>(16, pairs - first_pair));
+    static thread_local Scratch buffer;
+    uint32_t* weighted = buffer.get<uint32_t>(16 * h + h);
+    bf16* zeros = reinterpret_cast<bf16*>(weighted + 16 * h);
+    clear_row(zeros, h);
+    for (int p = 0; p < count; ++p) {
+        const bf16 *x[2], *g[2];
+        Vf weight[2];
+        for (int side = 0; side < 2; ++side) {
+            const int64_t local = 2 * (first_pair + p) + side, row = rows.start + local;
+            bf16* copy = s.gradients + (rows.row_offset + local) * h;
+            if (local < rows.count) {
+                const int64_t token = m.combines() ? m.token_ids[row] : row;
+                x[side] = m.x + token * h;
+                g[side] = m.grad_out + token * h;
+                weight[side] = set1(m.combines() ? s.row_weights[row] : 1.0f);
+                std::memcpy(copy, g[side], h * sizeof(bf16));
+            } else {
+                x[side] = g[side] = zeros;
+                weight[side] = zero();
+                clear_row(copy, h);
+            }
+        }
+        for (int64_t c = 0; c < h; c += W)
+            storei(weighted + p * h + c, interleave_bf16(mul(weight[0], load_bf16(g[0] + c)),
+                                                         mul(weight[1], load_bf16(g[1] + c))));
+        uint32_t* panels = s.tokens_paired + rows.row_offset / 2 * h;
+        for (int64_t c = 0; c < h; c += kPanel)
+            interleave_rows(kPanel, x[0] + c, x[1] + c, panels + (c / kPanel * pairs + first_pair + p) * kPanel);
+    }
+    transpose_dwords(count, int(h), weighted, h, s.gradients_turned + rows.row_offset / 2 * h + first_pair, pairs);
+}
+
+// The gradient of the pre-activation for 128 columns of F: ghid = grad_out * down, then through the activation.
+inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, int64_t first, int64_t chunk,
+                             const MoeTrainingScratch& s) {
+    const int64_t h = m.hidden, f = m.inner, width = m.pre_width(), pairs = rows.padded / 2;
+    const int columns = int(std::min<int64_t>(kColumns, f - first)), panels = columns / kPanel;
+    static thread_local Scratch buffer;
+    uint32_t* packed = buffer.get<uint32_t>(h / 2 * kColumns + kChunk * kColumns + kChunk * kColumns);
+    float* grad_hidden = reinterpret_cast<float*>(packed + h / 2 * kColumns);
+    uint32_t* paired = packed + h / 2 * kColumns + kChunk * kColumns;  // (2, 48, 128)
+    for (int64_t p = 0; p < h / 2; ++p) {
+        const bf16* even = m.down + (rows.expert * h + 2 * p) * f + first;
+        for (int j = 0; j < panels; ++j)
+            interleave_rows(kPanel, even + j * kPanel, even + f + j * kPanel, packed + (j * (h / 2) + p) * kPanel);
+    }
+    const bf16* down_bias = m.down_bias ? m.down_bias + rows.expert * h : nullptr;
+    for (int64_t row = 0; row < rows.padded; row += kChunk) {
+        const int count = int(std::min<int64_t>(kChunk, rows.padded - row));
+        const bf16* gradients = s.gradients + (rows.row_offset + row) * h;
+        for (int j = 0; j < panels; ++j)
+            gemm_panel(count, int(h / 2), gradients, h, packed + j * (h / 2) * kPanel, kPanel,
+                       grad_hidden + j * kPanel, kColumns, false);
+        for (int r = 0; r < count; r += 2) {
+            const int64_t local = row + r;
+            Vf dot[2] = {zero(), zero()}, weight[2];
+            const bf16* pre[2];
+            for (int side = 0; side < 2; ++side) {
+                const bool exists = local + side < rows.count;
+                const int64_t n = rows.start + local + side;
+                pre[side] = exists ? m.pre + n * width + first : nullptr;
+                weight[side] = set1(!exists ? 0.0f : m.combines() ? s.row_weights[n] : 1.0f);
+            }
+            bf16* grads[2] = {s.grad_pre + (rows.row_offset + local) * width + first,
+                              s.grad_pre + (rows.row_offset + local + 1) * width + first};
+            for (int c = 0; c < columns; c += W) {
+                Vf hidden[2], grad_gate[2], grad_up[2];
+                for (int side = 0; side < 2; ++side) {
+                    if (!pre[side]) {
+                        hidden[side] = grad_gate[side] = grad_up[side] = zero();
+                        continue;
+                    }
+                    const Vf raw = load(grad_hidden + (r + side) * kColumns + c);
+                    const Vf grad = mul(raw, weight[side]);
+                    const Vf a = load_bf16(pre[side] + c);
+                    if (m.gated()) {
+                        const Vf b = load_bf16(pre[side] + f + c);
+                        const WithDerivative gate = silu_with_derivative(a);
+                        hidden[side] = mul(gate.value, b);
+                        grad_gate[side] = mul(mul(grad, b), gate.derivative);
+                        grad_up[side] = mul(grad, gate.value);
+                    } else {
+                        const WithDerivative value = activate_with_derivative(a, m.activation);
+                        hidden[side] = value.value;
+                        grad_gate[side] = mul(grad, value.derivative);
+                        grad_up[side] = zero();
+                    }
+                    dot[side] = fma(hidden[side], raw, dot[side]);
+                }
+                store_bf16(grads[0] + c, grad_gate[0]);
+                store_bf16(grads[1] + c, grad_gate[1]);
+                storei(paired + r / 2 * kColumns + c, interleave_bf16(grad_gate[0], grad_gate[1]));
+                if (m.gated()) {
+                    store_bf16(grads[0] + f + c, grad_up[0]);
+                    store_bf16(grads[1] + f + c, grad_up[1]);
+                    storei(paired + (kChunk / 2 + r / 2) * kColumns + c, interleave_bf16(grad_up[0], grad_up[1]));
+                }
+                uint32_t* hidden_panel = s.hidden_paired + rows.row_offset / 2 * f +
+                                         ((first + c) / kPanel * pairs + local / 2) * kPanel + c % kPanel;
+                storei(hidden_panel, interleave_bf16(hidden[0], hidden[1]));
+            }
+            if (m.combines())
+                for (int side = 0; side < 2; ++side)
+                    if (pre[side]) {
+                        float part = sum(dot[side]);
+                        // The down product's bias belongs to the row's output too; the first chunk brings it.
+                        if (chunk == 0 && down_bias) {
+                            Vf bias_dot = zero();
+                            for (int64_t c = 0; c < h; c += W)
+                                bias_dot = fma(load_bf16(down_bias + c), load_bf16(gradients + (r + side) * h + c),
+                                               bias_dot);
+                            part += sum(bias_dot);
+                        }
+                        s.partial_weights[chunk * m.rows + rows.start + local + side] = part;
+                    }
+        }
+        uint32_t* turned = s.grad_pre_turned + rows.row_offset / 2 * width + first * pairs + row / 2;
+        transpose_dwords(count / 2, columns, paired, kColumns, turned, pairs);
+        if (m.gated())
+            transpose_dwords(count / 2, columns, paired + kChunk / 2 * kColumns, kColumns, turned + f * pairs, pairs);
+    }
+}
+
+// 128 columns of the gradient of the rows: grad_pre * up.
+inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, int64_t first, const MoeTrainingScratch& s) {
+    constexpr int64_t kPairs = 512;        // of up's rows packed at once: 256 KiB
+    constexpr int64_t kRows = 8 * kChunk;  // whose sums wait meanwhile: 384 KiB
+    const int64_t h = m.hidden, width = m.pre_width();
+    const int columns = int(std::min<int64_t>(kColumns, h - first)), panels = columns / kPanel;
+    static thread_local Scratch buffer;
+    uint32_t* packed = buffer.get<uint32_t>(kPairs * kColumns + kRows * kColumns);
+    float* sums = reinterpret_cast<float*>(packed + kPairs * kColumns);
+    for (int64_t row = 0; row < rows.count; row += kRows) {
+        const int count = int(std::min(kRows, rows.count - row));
+        for (int64_t pair = 0; pair < width / 2; pair += kPairs) {
+            const int64_t here = std::min(kPairs, width / 2 - pair);
+            for (int64_t p = 0; p < here; ++p) {
+                const bf16* even = m.up + (rows.expert * width + 2 * (pair + p)) * h + first;
+                for (int j = 0; j < panels; ++j)
+                    interleave_rows(kPanel, even + j * kPanel, even + h + j * kPanel, packed + (j * here + p) * kPanel);
+            }
+            for (int r = 0; r < count; r += kChunk)
+                for (int j = 0; j < panels; ++j)
+                    gemm_panel(std::min(kChunk, count - r), int(here),
+                               s.grad_pre + (rows.row_offset + row + r) * width + 2 * pair, width,
+                               packed + j * here * kPanel, kPanel, sums + r * kColumns + j * kPanel, kColumns, pair > 0);
+        }
+        for (int r = 0; r < count; ++r) {
+            const int64_t n = rows.start + row + r;
+            for (int c = 0; c < columns; c += W) {
+                const Vf value = load(sums + r * kColumns + c);
+                if (m.routes > 1)
+                    store(s.sums + n * h + first + c, value);
+                else
+                    store_bf16(m.grad_x + (m.combines() ? m.token_ids[n] : n) * h + first + c, value);
+            }
+        }
+    }
+}
+
+// Two vectors of fp32 to 32 bf16, past the caches where the address allows.
+inline void stream_bf16(bf16* to, const float* from) {
+    alignas(64) bf16 line[32];
+    for (int c = 0; c < 32; c += W) store_bf16(line + c, load(from + c));
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+        for (int c = 0; c < 32; c += 2 * W) stream(to + c, loadi(line + c));
+    else
+        std::memcpy(to, line, sizeof line);
+}
+
+// Rows first .. first + count of a weight's gradient (.., columns): turned (rows of the weight, pairs) * paired panels.
+inline void weight_gradient_rows(const uint32_t* turned, const uint32_t* paired, int64_t pairs, int64_t first, int count,
+                                 int64_t columns, bf16* grad) {
+    alignas(64) float sums[kChunk * kPanel];
+    for (int64_t c = 0; c < columns; c += kPanel) {
+        gemm_panel(count, int(pairs), reinterpret_cast<const bf16*>(turned + first * pairs), 2 * pairs,
+                   paired + c * pairs, kPanel, sums, kPanel, false);
+        for (int r = 0; r < count; ++r) stream_bf16(grad + (first + r) * columns + c, sums + r * kPanel);
+    }
+}
+
+// Gradients of a bias: the sums over an expert's rows of a turned matrix.
+inline void bias_gradient_rows(const uint32_t* turned, int64_t pairs, int64_t first, int count, bf16* grad) {
+    for (int r = 0; r < count; ++r) {
+        const bf16* row = reinterpret_cast<const bf16*>(turned + (first + r) * pairs);
+        Vf total = zero();
+        int64_t n = 0;
+        for (; n + W <= 2 * pairs; n += W) total = add(total, load_bf16(row + n));
+        float value = sum(total);
+        for (; n < 2 * pairs; ++n) value += bf16_to_float(row[n]);
+        grad[first + r] = float_to_bf16(value);
+    }
+}
+
+}  // namespace training
+
+inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTrainingScratch& s) {
+    using namespace training;
+    const int64_t h = m.hidden, f = m.inner, width = m.pre_width();
+    if (m.combines())
+        for_tokens(team, m.tokens, [&](int64_t t) {
+            find_row_weights(m, t, s.row_weights);
+            if (m.grad_x && m.routes == 1 && m.slots[t] >= m.rows) clear_row(m.grad_x + t * h, h);
+        });
+    const int64_t hidden_chunks = chunks(f, kColumns);
+    for (const Group& group : s.groups) {
+        const long experts = long(group.experts.size());
+        team.tasks(experts * 4, [&](long i) {
+            const ExpertRows& rows = group.experts[i / 4];
+            const int64_t blocks = chunks(rows.padded / 2, 16);
+            for (int64_t b = i % 4; b < blocks; b += 4) prepare_rows(m, rows, b * 16, s);
+        });
+        team.tasks(experts * hidden_chunks, [&](long i) {
+            const ExpertRows& rows = group.experts[i / hidden_chunks];
+            if (rows.count) grad_pre_columns(m, rows, i % hidden_chunks * kColumns, i % hidden_chunks, s);
+        });
+        const int64_t x_tasks = m.grad_x ? chunks(h, kColumns) : 0;
+        const int64_t up_tasks = chunks(width, kChunk), down_tasks = chunks(h, kChunk);
+        const int64_t tasks = x_tasks + up_tasks + down_tasks;
+        team.tasks(experts * tasks, [&](long i) {
+            const ExpertRows& rows = group.experts[i / tasks];
+            const int64_t e = rows.expert, pairs = rows.padded / 2;
+            int64_t task = i % tasks;
+            if (task < x_tasks) {
+                if (rows.count) grad_x_columns(m, rows, task * kColumns, s);
+                return;
+            }
+            task -= x_tasks;
+            const bool is_up = task < up_tasks;
+            const int64_t first = (is_up ? task : task - up_tasks) * kChunk;
+            const int count = int(std::min<int64_t>(kChunk, (is_up ? width : h) - first));
+            bf16* grad = is_up ? m.grad_up + e * width * h : m.grad_down + e * h * f;
+            bf16* grad_bias = is_up ? m.grad_up_bias : m.grad_down_bias;
+            const int64_t columns = is_up ? h : f;
+            const uint32_t* turned = is_up ? s.grad_pre_turned + rows.row_offset / 2 * width
+                                           : s.gradients_turned + rows.row_offset / 2 * h;
+            const uint32_t* paired =
+                is_up ? s.tokens_paired + rows.row_offset / 2 * h : s.hidden_paired + rows.row_offset / 2 * f;
+            if (rows.count)
+                weight_gradient_rows(turned, paired, pairs, first, count, columns, grad);
+            else
+                clear_row(grad + first * columns, count * columns);
+            if (grad_bias) bias_gradient_rows(turned, pairs, first, count, grad_bias + e * (is_up ? width : h));
+        });
+    }
+    if (!m.combines()) return;
+    for_tokens(team, m.tokens, [&](int64_t t) {
+        if (m.grad_x && m.routes > 1) sum_routes(m, t, s.sums, m.grad_x);
+        for (int64_t k = 0; k < m.routes; ++k) {
+            const int64_t row = m.slots[t * m.routes + k];
+            float total = 0.0f;
+            if (row < m.rows)
+                for (int64_t chunk = 0; chunk < hidden_chunks; ++chunk)
+                    total += s.partial_weights[chunk * m.rows + row];
+            m.grad_routing_weights[t * m.routes + k] = total;
+        }
+    });
+}
+
+}  // namespace moesaic
