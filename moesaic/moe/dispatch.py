@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config.model import CapacityConfig
+from moesaic.kernels import routing
 from moesaic.kernels.permute import combine_tokens, gather_tokens
 
 
@@ -63,6 +64,8 @@ def plan_dispatch(
 
     Shapes: expert_ids (T, K) int64; valid (T,) bool, False for padding, which goes nowhere.
     """
+    if (priority is None or capacity is None) and routing.can_plan(expert_ids):
+        return DispatchPlan(*routing.plan_dispatch(expert_ids, num_experts, valid=valid, capacity=capacity))
     num_tokens, top_k = expert_ids.shape
     device = expert_ids.device
     flat = expert_ids.t().reshape(-1)  # (K*T,), choice-major

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config.model import RouterConfig
+from moesaic.kernels import routing
 from moesaic.moe.seeds import generator
 
 
@@ -52,12 +53,13 @@ class Router(nn.Module):
         valid (T,) bool marks the tokens that are not padding; seed makes training noise repeatable; expert_ids (T, K)
         replays an earlier choice instead of making one (activation checkpointing, parity tests).
         """
-        x = x.float()
         noise = self.config.noise if self.training else "none"
+        # Without rsample's draw, which is PyTorch's: a replay has to take the path that the first pass took.
+        if noise != "rsample" and routing.can_route(x):
+            return self._route_in_one_call(self._jitter(x, seed) if noise == "jitter" else x, valid, expert_ids)
+        x = x.float()
         if noise == "jitter":
-            epsilon = self.config.jitter_epsilon
-            draw = torch.rand(x.shape, generator=generator(x.device, seed), device=x.device)
-            x = x * (1 - epsilon + 2 * epsilon * draw)
+            x = self._jitter(x, seed)
         with torch.autocast(x.device.type, enabled=False):
             router_logits = x @ self.weight.float().t()  # (T, E)
         if self.config.scoring == "softmax":
@@ -70,6 +72,35 @@ class Router(nn.Module):
                 expert_ids = self._choose(router_logits, scores, noise == "rsample", seed)
         routing_weights = scores.gather(1, expert_ids)
         return self._with_statistics(expert_ids, routing_weights, router_logits, probabilities, valid)
+
+    def _jitter(self, x: Tensor, seed: int) -> Tensor:
+        """Return x times a factor near 1, drawn for every element, in fp32."""
+        epsilon = self.config.jitter_epsilon
+        draw = torch.rand(x.shape, generator=generator(x.device, seed), device=x.device)
+        return x.float() * (1 - epsilon + 2 * epsilon * draw)
+
+    def _route_in_one_call(self, x: Tensor, valid: Tensor | None, expert_ids: Tensor | None) -> Routing:
+        config = self.config
+        routed = routing.route(
+            x,
+            self.weight.float(),
+            top_k=self.top_k,
+            scoring=config.scoring,
+            correction_bias=self.score_correction_bias,
+            num_groups=config.num_groups,
+            top_groups=config.top_groups,
+            valid=valid,
+            expert_ids=expert_ids,
+        )
+        return Routing(
+            expert_ids=routed.expert_ids,
+            routing_weights=routed.routing_weights,
+            tokens_per_expert=routed.tokens_per_expert,
+            mean_probabilities=routed.mean_probabilities,
+            z=routed.z,
+            entropy=routed.entropy,
+            num_tokens=routed.num_tokens,
+        )
 
     def _choose(self, router_logits: Tensor, scores: Tensor, is_sampled: bool, seed: int) -> Tensor:
         ranking = scores
