@@ -1,0 +1,401 @@
+// Products of 8-bit activations with 8-bit and 4-bit weights, exact in int32 inside a group and fp32 between groups.
+//
+// kernels/quantized.py is the definition, to the bit, on every instruction set and for every number of rows. Weights are
+// unsigned bytes (value + 128, or a nibble, value + 8) in panels of 32 columns, activations signed bytes; what the offset
+// adds to a dot product is the offset times the sum of the activations, which is known from quantising them.
+//
+// A panel of 8 bits is [K/4][32][4 bytes], K padded to 64. One of 4 bits is, for each group of K, its 32 scales in bf16
+// and then [group/4][16][4 bytes], each byte with column n in the low nibble and column n + 16 in the high one.
+#pragma once
+
+#include "elements.h"
+#include "gemm_bf16.h"
+#include "parallel.h"
+
+namespace moesaic {
+
+constexpr int kActivationBlock = 128;  // columns of an activation that share a scale
+constexpr int kSumBlock = 32;          // columns of one partial sum: the smallest group
+
+constexpr int kBlockSums = kActivationBlock / kSumBlock + 1;
+
+// A quantised row of K activations in memory: bytes, zero up to a whole block; a scale a block; and for every block the
+// sums of its first 0, 32, 64, 96 and 128 bytes, so that the sum over any group is one difference.
+struct QuantizedRow {
+    int blocks;
+
+    explicit QuantizedRow(int64_t depth) : blocks(int((depth + kActivationBlock - 1) / kActivationBlock)) {}
+    size_t scales() const { return size_t(blocks) * kActivationBlock; }
+    size_t sums() const { return scales() + size_t(blocks) * 4; }
+    size_t bytes() const {
+        const size_t needed = sums() + size_t(blocks) * kBlockSums * 4;
+        return (needed + 63) / 64 * 64;
+    }
+};
+
+#if defined(__AVX512F__)
+
+inline Vi and_bits(Vi a, Vi b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Vi max_int(Vi a, Vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline Vi subtract_int(Vi a, Vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline void store_int8(int8_t* p, Vi x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v)); }
+
+// The weights of four values of K and 32 columns, as unsigned bytes.
+template <int Bits>
+inline void load_weights(const uint8_t* p, Vi* columns) {
+    if constexpr (Bits == 8) {
+        columns[0] = loadi(p);
+        columns[1] = loadi(p + 64);
+    } else {
+        const __m512i both = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
+        columns[0] = {_mm512_and_si512(both, low)};
+        columns[1] = {_mm512_and_si512(_mm512_srli_epi16(both, 4), low)};
+    }
+}
+// sums[i] += the four products of unsigned bytes of weights[i] and signed bytes of activations[i].
+template <int Bits>
+inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
+    return {_mm512_dpbusd_epi32(sums.v, weights.v, activations.v)};
+}
+
+#else
+
+inline Vi and_bits(Vi a, Vi b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Vi max_int(Vi a, Vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline Vi subtract_int(Vi a, Vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline void store_int8(int8_t* p, Vi x) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+}
+
+template <int Bits>
+inline void load_weights(const uint8_t* p, Vi* columns) {
+    if constexpr (Bits == 8) {
+        for (int v = 0; v < 4; ++v) columns[v] = loadi(p + 32 * v);
+    } else {
+        const __m256i low = _mm256_set1_epi8(15);
+        for (int v = 0; v < 2; ++v) {
+            const __m256i both = _mm256_loadu_si256((const __m256i*)(p + 32 * v));
+            columns[v] = {_mm256_and_si256(both, low)};
+            columns[v + 2] = {_mm256_and_si256(_mm256_srli_epi16(both, 4), low)};
+        }
+    }
+}
+template <int Bits>
+inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
+    if constexpr (Bits == 4) {
+        // Two products of at most 15 * 128 do not saturate 16 bits.
+        const __m256i pairs = _mm256_maddubs_epi16(weights.v, activations.v);
+        return {_mm256_add_epi32(sums.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+    } else {
+        // Two products of bytes would: even and odd bytes apart, in 16 bits.
+        const __m256i even = _mm256_madd_epi16(_mm256_and_si256(weights.v, _mm256_set1_epi16(255)),
+                                               _mm256_srai_epi16(_mm256_slli_epi16(activations.v, 8), 8));
+        const __m256i odd =
+            _mm256_madd_epi16(_mm256_srli_epi16(weights.v, 8), _mm256_srai_epi16(activations.v, 8));
+        return {_mm256_add_epi32(sums.v, _mm256_add_epi32(even, odd))};
+    }
+}
+
+#endif
+
+inline int sum_int(Vi x) {
+    int32_t lanes[W], total = 0;
+    storei(lanes, x);
+    for (int32_t lane : lanes) total += lane;
+    return total;
+}
+inline int maximum_int(Vi x) {
+    int32_t lanes[W], largest;
+    storei(lanes, x);
+    largest = lanes[0];
+    for (int32_t lane : lanes) largest = lane > largest ? lane : largest;
+    return largest;
+}
+
+// One block: its bytes, its scale and its sums.
+inline void quantize_block(const float* x, int8_t* values, float* scale, int32_t* sums) {
+    // Magnitudes are ordered as their bits are, infinity and NaN above all numbers.
+    Vi largest = set1i(0);
+    for (int i = 0; i < kActivationBlock; i += W)
+        largest = max_int(largest, and_bits(as_int(load(x + i)), set1i(0x7fffffff)));
+    const int32_t bits = maximum_int(largest);
+    const bool is_finite = bits < 0x7f800000;
+    constexpr int32_t kSmallest = (127 - 120) << 23;  // 2^-120: 127 divided by less would leave fp32
+    if (!is_finite || bits < kSmallest) {
+        std::memset(values, 0, kActivationBlock);
+        *scale = is_finite ? 0.0f : NAN;
+        std::memset(sums, 0, kBlockSums * 4);
+        return;
+    }
+    float amax;
+    std::memcpy(&amax, &bits, 4);
+    *scale = amax / 127.0f;
+    const Vf factor = set1(127.0f / amax);
+    sums[0] = 0;
+    for (int part = 0; part < kBlockSums - 1; ++part) {
+        Vi total = set1i(0);
+        for (int i = part * kSumBlock; i < (part + 1) * kSumBlock; i += W) {
+            const Vi rounded = to_int(mul(load(x + i), factor));
+            store_int8(values + i, rounded);
+            total = addi(total, rounded);
+        }
+        sums[part + 1] = sums[part] + sum_int(total);
+    }
+}
+
+// A whole row of `depth` fp32 or bf16 numbers.
+template <typename T>
+inline void quantize_row(const T* x, int64_t depth, char* to) {
+    const QuantizedRow row(depth);
+    int8_t* values = reinterpret_cast<int8_t*>(to);
+    float* scales = reinterpret_cast<float*>(to + row.scales());
+    int32_t* sums = reinterpret_cast<int32_t*>(to + row.sums());
+    alignas(64) float buffer[kActivationBlock];
+    for (int block = 0; block < row.blocks; ++block) {
+        const int64_t start = int64_t(block) * kActivationBlock;
+        for (int i = 0; i < kActivationBlock; i += W) {
+            const int64_t left = depth - start - i;
+            store(buffer + i, left > 0 ? load_row(x + start + i, left) : zero());
+        }
+        quantize_block(buffer, values + start, scales + block, sums + kBlockSums * block);
+    }
+}
+
+// One panel as the products see it, and where its rows of activations keep their scales and sums.
+struct IntegerPanel {
+    const uint8_t* data;
+    const float* scales;  // 8 bits: one a column, applied after the last group
+    int depth;            // K, padded
+    int group;            // values of K between two roundings
+    size_t row_scales, row_sums;
+};
+
+// Where a product reads ahead while it computes: the weights of the next one.
+struct Ahead {
+    const char* from;
+    size_t step;  // bytes for every four values of K
+};
+
+#if defined(__AVX512F__)
+constexpr int kIntegerRows = 12;  // 12 rows x 2 vectors of sums, 2 of weights, 1 of activations
+constexpr int kFewRows = 6;       // so many keep their fp32 sums in registers too
+#else
+constexpr int kIntegerRows = 2;
+constexpr int kFewRows = 1;
+#endif
+
+// C[R][32] (+)= R rows times the groups [first, last) of the panel.
+template <int Bits, int R>
+inline void integer_rows(const IntegerPanel& panel, int first, int last, const char* a, size_t stride, float* c,
+                         bool accumulate, Ahead ahead) {
+    constexpr int V = kPanel / W;
+    constexpr int kStepBytes = Bits == 8 ? 128 : 64;
+    constexpr bool kKeep = R <= kFewRows;
+    const int steps = panel.group / 4, total_steps = panel.depth / 4;
+    const bool is_end = last * steps >= total_steps;
+    const uint8_t* weights =
+        panel.data + size_t(first) * (size_t(steps) * kStepBytes + (Bits == 4 ? 2 * kPanel : 0));
+    Vf kept[kKeep ? R : 1][V];
+    if constexpr (kKeep)
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) kept[r][v] = accumulate ? load(c + r * kPanel + v * W) : zero();
+    for (int g = first; g < last; ++g) {
+        const bf16* group_scales = reinterpret_cast<const bf16*>(weights);
+        if (Bits == 4) weights += 2 * kPanel;
+        const int here = (g + 1) * steps <= total_steps ? steps : total_steps - g * steps;
+        Vi acc[R][V];
+        const int block = g * panel.group / kActivationBlock, part = g * panel.group % kActivationBlock / kSumBlock;
+        for (int r = 0; r < R; ++r) {
+            const int32_t* sums = reinterpret_cast<const int32_t*>(a + r * stride + panel.row_sums) + block * kBlockSums;
+            const Vi start = set1i((sums[part] - sums[part + panel.group / kSumBlock]) * (Bits == 8 ? 128 : 8));
+            for (int v = 0; v < V; ++v) acc[r][v] = start;
+        }
+        const char* row = a + size_t(g) * panel.group;
+#pragma GCC unroll 2
+        for (int s = 0; s < here; ++s) {
+            Vi columns[V];
+            load_weights<Bits>(weights, columns);
+            weights += kStepBytes;
+            _mm_prefetch(ahead.from, _MM_HINT_T0);
+            if (kKeep && Bits == 8) _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
+            ahead.from += ahead.step;
+            for (int r = 0; r < R; ++r) {
+                const Vi activations = broadcast_dword(row + r * stride + 4 * s);
+                for (int v = 0; v < V; ++v) acc[r][v] = dot_bytes<Bits>(acc[r][v], columns[v], activations);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            float scale;
+            std::memcpy(&scale, a + r * stride + panel.row_scales + 4 * size_t(block), 4);
+            for (int v = 0; v < V; ++v) {
+                float* place = c + r * kPanel + v * W;
+                const Vf factor = Bits == 8 ? set1(scale) : mul(set1(scale), load_bf16(group_scales + v * W));
+                const Vf before = kKeep ? kept[kKeep ? r : 0][v] : g > first || accumulate ? load(place) : zero();
+                const Vf after = add(before, mul(to_float(acc[r][v]), factor));
+                if constexpr (kKeep)
+                    kept[r][v] = after;
+                else
+                    store(place, after);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) {
+            float* place = c + r * kPanel + v * W;
+            if (Bits == 4 || !is_end) {
+                if constexpr (kKeep) store(place, kept[r][v]);
+            } else {
+                const Vf sum = kKeep ? kept[kKeep ? r : 0][v] : load(place);
+                store(place, mul(sum, load(panel.scales + v * W)));
+            }
+        }
+}
+
+template <int Bits, int R>
+inline void integer_rows_of(int rows, const IntegerPanel& panel, int first, int last, const char* a, size_t stride,
+                            float* c, bool accumulate, Ahead ahead) {
+    if constexpr (R > 0) {
+        if (rows == R)
+            integer_rows<Bits, R>(panel, first, last, a, stride, c, accumulate, ahead);
+        else
+            integer_rows_of<Bits, R - 1>(rows, panel, first, last, a, stride, c, accumulate, ahead);
+    }
+}
+
+#if defined(MOESAIC_TILES)
+
+// A 4-bit panel as bytes for tiles: [groups][64 or 128 values of K / 4][32][4]. A group of 32 is followed by as many
+// zeros, so that a tile never mixes two groups.
+inline void unpack_for_tiles(const IntegerPanel& panel, uint8_t* to) {
+    const int groups = panel.depth / panel.group, steps = panel.group / 4;
+    const uint8_t* from = panel.data;
+    for (int g = 0; g < groups; ++g) {
+        from += 2 * kPanel;
+        for (int s = 0; s < steps; ++s, from += 64, to += 128) {
+            Vi columns[kPanel / W];
+            load_weights<4>(from, columns);
+            for (int v = 0; v < kPanel / W; ++v) storei(to + v * W * 4, columns[v]);
+        }
+        if (steps < 16) {
+            std::memset(to, 0, size_t(16 - steps) * 128);
+            to += size_t(16 - steps) * 128;
+        }
+    }
+}
+
+// As integer_rows for up to 32 rows; `bytes` is the panel, unpacked where it has 4 bits.
+template <int Bits>
+inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int first, int last, int rows, const char* a,
+                          size_t stride, float* c, bool accumulate) {
+    alignas(64) int32_t dots[32 * kPanel];
+    const int top = rows < 16 ? rows : 16, bottom = rows - top;
+    const int tile_depth = panel.group < 64 ? 64 : panel.group;
+    const bool is_end = last * panel.group >= panel.depth;
+    configure_tiles(top, bottom);
+    for (int g = first; g < last; ++g) {
+        const uint8_t* weights = bytes + size_t(g) * tile_depth * kPanel;
+        const char* row = a + size_t(g) * panel.group;
+        const int left = panel.depth - g * panel.group;
+        const int here = left < tile_depth && Bits == 8 ? left : tile_depth;
+        tile_zero(0);
+        tile_zero(1);
+        if (bottom) {
+            tile_zero(2);
+            tile_zero(3);
+        }
+        for (int k = 0; k < here; k += 64) {
+            tile_load(4, row + k, stride);
+            tile_load(6, weights + size_t(k) * kPanel, 128);
+            tile_load(7, weights + size_t(k) * kPanel + 64, 128);
+            tile_dot_s8u8(0, 4, 6);
+            tile_dot_s8u8(1, 4, 7);
+            if (bottom) {
+                tile_load(5, row + 16 * stride + k, stride);
+                tile_dot_s8u8(2, 5, 6);
+                tile_dot_s8u8(3, 5, 7);
+            }
+        }
+        tile_store(0, dots, kPanel * 4);
+        tile_store(1, dots + 16, kPanel * 4);
+        if (bottom) {
+            tile_store(2, dots + 16 * kPanel, kPanel * 4);
+            tile_store(3, dots + 16 * kPanel + 16, kPanel * 4);
+        }
+        const int block = g * panel.group / kActivationBlock, part = g * panel.group % kActivationBlock / kSumBlock;
+        const bf16* group_scales = reinterpret_cast<const bf16*>(
+            panel.data + size_t(g) * (2 * kPanel + size_t(panel.group) * kPanel / 2));
+        for (int r = 0; r < rows; ++r) {
+            const int32_t* sums = reinterpret_cast<const int32_t*>(a + r * stride + panel.row_sums) + block * kBlockSums;
+            const Vi offset = set1i((sums[part + panel.group / kSumBlock] - sums[part]) * (Bits == 8 ? 128 : 8));
+            float scale;
+            std::memcpy(&scale, a + r * stride + panel.row_scales + 4 * size_t(block), 4);
+            for (int v = 0; v < kPanel / W; ++v) {
+                float* place = c + r * kPanel + v * W;
+                const Vf factor = Bits == 8 ? set1(scale) : mul(set1(scale), load_bf16(group_scales + v * W));
+                const Vf dot = to_float(subtract_int(loadi(dots + r * kPanel + v * W), offset));
+                const Vf before = g > first || accumulate ? load(place) : zero();
+                Vf after = add(before, mul(dot, factor));
+                if (Bits == 8 && is_end && g == last - 1) after = mul(after, load(panel.scales + v * W));
+                store(place, after);
+            }
+        }
+    }
+}
+
+#endif
+
+// C[rows][32] = rows of quantised activations times the panel, complete. `next`: what will be read after it.
+template <int Bits>
+inline void integer_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
+                            const uint8_t* next) {
+    const int groups = (panel.depth + panel.group - 1) / panel.group;
+    constexpr int kDeep = 4096;  // values of K whose weights stay in the second-level cache while all rows pass
+    const int per_pass = rows > kIntegerRows ? kDeep / panel.group : groups;
+#if defined(MOESAIC_TILES)
+    // Fewer rows leave tiles mostly empty; integers are exact either way.
+    if (rows > 4) {
+        static thread_local Scratch scratch;
+        const uint8_t* bytes = panel.data;
+        if (Bits == 4) {
+            const int tile_depth = panel.group < 64 ? 64 : panel.group;
+            uint8_t* unpacked = scratch.get<uint8_t>(size_t(groups) * tile_depth * kPanel);
+            unpack_for_tiles(panel, unpacked);
+            bytes = unpacked;
+        }
+        const char* ahead = reinterpret_cast<const char*>(next);
+        const size_t panel_bytes = size_t(panel.depth) * kPanel * Bits / 8;
+        const size_t share = panel_bytes / (size_t((rows + 31) / 32) * size_t((groups + per_pass - 1) / per_pass));
+        for (int first = 0; first < groups; first += per_pass) {
+            const int last = first + per_pass < groups ? first + per_pass : groups;
+            for (int row = 0; row < rows; row += 32) {
+                if (next)
+                    for (const char* end = ahead + share; ahead < end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+                integer_tiles<Bits>(panel, bytes, first, last, rows - row < 32 ? rows - row : 32, a + row * stride,
+                                    stride, c + row * kPanel, first > 0);
+            }
+        }
+        return;
+    }
+#endif
+    const int parts = (rows + kIntegerRows - 1) / kIntegerRows;
+    const size_t step_bytes = Bits == 8 ? 128 : 64;
+    for (int first = 0; first < groups; first += per_pass) {
+        const int last = first + per_pass < groups ? first + per_pass : groups;
+        const size_t group_bytes = size_t(panel.group / 4) * step_bytes + (Bits == 4 ? 2 * kPanel : 0);
+        const size_t begin = size_t(first) * group_bytes, length = size_t(last - first) * group_bytes;
+        for (int part = 0; part < parts; ++part) {
+            const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
+            // One pass over the weights reads ahead of itself; several share out the panel that follows.
+            Ahead ahead{reinterpret_cast<const char*>(panel.data) + begin + 2048, step_bytes};
+            if (parts > 1) {
+                ahead.from = reinterpret_cast<const char*>(next ? next : panel.data) + begin + length / parts * part;
+                ahead.step = step_bytes / parts;
+            }
+            integer_rows_of<Bits, kIntegerRows>(end - row, panel, first, last, a + row * stride, stride,
+                                                c + row * kPanel, first > 0, ahead);
+        }
+    }
+}
+
+}  // namespace moesaic

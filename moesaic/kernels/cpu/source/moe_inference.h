@@ -1,0 +1,337 @@
+// A layer of experts for inference: every expert's MLP on its tokens and their weighted sum, in one call.
+//
+// Two products and one barrier between them. The first makes an expert's hidden rows, 128 columns at a time, which go
+// from the sums through the activation into the second product's own format while they are in the first-level cache. The
+// second is cut by output columns: one thread adds up all experts' share of a column in rising order of the experts, so
+// nothing is scattered, and a token's result depends neither on the other tokens nor on the threads. The residual MLP
+// (or shared expert) is one more expert, of all tokens, with a coefficient of its own.
+#pragma once
+
+#include <algorithm>
+
+#include "packed.h"
+
+namespace moesaic {
+
+enum Activation : int64_t { kGelu = 0, kGeluTanh = 1, kSwiglu = 2 };
+
+// One MLP, or a stack of them. For SwiGLU a panel of `up` is 16 columns of the gate and the same 16 of up.
+struct PackedMlp {
+    Packed up, down;
+    const float* up_bias;    // of every column of up's panels, padded; or null
+    const float* down_bias;  // (E, H); or null
+    int64_t activation;
+    int64_t intermediate;  // F
+
+    int hidden_of_panel() const { return activation == kSwiglu ? kPanel / 2 : kPanel; }
+    int chunks() const { return int((intermediate + kActivationBlock - 1) / kActivationBlock); }
+};
+
+struct MoeCall {
+    PackedMlp experts;
+    int64_t num_experts;
+    const PackedMlp* residual;      // or null
+    const float* residual_weights;  // (T), or null for 1
+    int64_t tokens, top_k;
+    const void* x;  // (T, H)
+    int64_t x_is_bf16;
+    const int64_t* expert_ids;     // (T, top_k); a negative one is no route
+    const float* routing_weights;  // (T, top_k)
+    void* out;                     // (T, H)
+    int64_t out_is_bf16;
+    char* workspace;  // packed_moe_workspace bytes, aligned to 64
+};
+
+// A run of rows that one expert (or the residual, whose number is num_experts) takes through the first product together.
+struct MoeRun {
+    int32_t expert, first, rows;
+    int32_t first_task;
+};
+
+// Tokens of one pass: what is between the products stays within some tens of megabytes, and an expert still has enough
+// rows to make its weights worth reading.
+constexpr int64_t kPassTokens = 2048;
+
+// Where everything of a pass is in the workspace.
+struct MoeWorkspace {
+    int32_t* starts;      // (E + 1): rows of an expert
+    int32_t* token_ids;   // (routes): token of a row
+    float* weights;       // (routes): coefficient of a row
+    MoeRun* runs;
+    int32_t* num_runs;    // and, after it, the number of tasks
+    char* rows;           // prepared tokens for the experts, then for the residual where its format differs
+    char* residual_rows;
+    char* hidden;         // (routes) prepared rows of the second product
+    char* residual_hidden;
+    size_t bytes;
+
+    MoeWorkspace(const MoeCall& call, char* base) {
+        const size_t tokens = size_t(std::min(call.tokens, kPassTokens)), routes = tokens * size_t(call.top_k);
+        size_t used = 0;
+        auto take = [&](size_t bytes) {
+            char* place = base + used;
+            used += (bytes + 63) / 64 * 64;
+            return place;
+        };
+        const size_t most_runs = size_t(call.num_experts) + routes / 48 + tokens / 48 + 2;
+        starts = reinterpret_cast<int32_t*>(take((size_t(call.num_experts) + 1) * 4));
+        token_ids = reinterpret_cast<int32_t*>(take(routes * 4));
+        weights = reinterpret_cast<float*>(take(routes * 4));
+        runs = reinterpret_cast<MoeRun*>(take(most_runs * sizeof(MoeRun)));
+        num_runs = reinterpret_cast<int32_t*>(take(8));
+        const Packed& up = call.experts.up;
+        rows = up.is_integer() ? take(tokens * up.row_bytes()) : nullptr;
+        residual_rows = nullptr;
+        if (call.residual && call.residual->up.is_integer())
+            residual_rows = rows ? rows : take(tokens * call.residual->up.row_bytes());
+        hidden = take(routes * call.experts.down.row_bytes());
+        residual_hidden = call.residual ? take(tokens * call.residual->down.row_bytes()) : nullptr;
+        bytes = used;
+    }
+};
+
+inline size_t packed_moe_workspace(const MoeCall& call) { return MoeWorkspace(call, nullptr).bytes; }
+
+// The normal distribution's share below x times x; error below 2e-7 |x| (Abramowitz and Stegun, 7.1.26).
+inline Vf gelu_of(Vf x) {
+    const Vf z = mul(abs(x), set1(0.70710678118654752f));
+    const Vf t = div(set1(1.0f), fma(z, set1(0.3275911f), set1(1.0f)));
+    Vf p = set1(1.061405429f);
+    p = fma(p, t, set1(-1.453152027f));
+    p = fma(p, t, set1(1.421413741f));
+    p = fma(p, t, set1(-0.284496736f));
+    p = fma(p, t, set1(0.254829592f));
+    // Twice the share beyond |x|.
+    const Vf tail = mul(mul(p, t), exp(sub(zero(), mul(z, z))));
+    const Vf share = select_less(x, zero(), tail, sub(set1(2.0f), tail));
+    return mul(mul(x, set1(0.5f)), share);
+}
+
+inline Vf gelu_tanh_of(Vf x) {
+    const Vf cube = mul(mul(x, x), x);
+    const Vf inner = mul(set1(0.79788456080286536f), fma(cube, set1(0.044715f), x));
+    return mul(x, sigmoid(add(inner, inner)));
+}
+
+// The hidden columns of one panel, from its sums c[rows][32], into hidden[rows][128].
+inline void activate_panel(const PackedMlp& mlp, const float* c, int rows, const float* bias, float* hidden) {
+    for (int v = 0; v < mlp.hidden_of_panel(); v += W) {
+        const Vf first_bias = bias ? load(bias + v) : zero();
+        const Vf second_bias = bias && mlp.activation == kSwiglu ? load(bias + kPanel / 2 + v) : zero();
+        for (int r = 0; r < rows; ++r) {
+            Vf x = load(c + r * kPanel + v);
+            if (bias) x = add(x, first_bias);
+            Vf y;
+            if (mlp.activation == kSwiglu) {
+                Vf up = load(c + r * kPanel + kPanel / 2 + v);
+                if (bias) up = add(up, second_bias);
+                y = mul(mul(x, sigmoid(x)), up);
+            } else {
+                y = mlp.activation == kGelu ? gelu_of(x) : gelu_tanh_of(x);
+            }
+            store(hidden + r * kActivationBlock + v, y);
+        }
+    }
+}
+
+// Columns [128 chunk, 128 chunk + 128) of a hidden row into its prepared form for the second product.
+inline void prepare_hidden(const Packed& down, int chunk, const float* hidden, char* to) {
+    const int start = chunk * kActivationBlock;
+    if (down.is_integer()) {
+        const QuantizedRow row(down.depth);
+        quantize_block(hidden, reinterpret_cast<int8_t*>(to) + start,
+                       reinterpret_cast<float*>(to + row.scales()) + chunk,
+                       reinterpret_cast<int32_t*>(to + row.sums()) + chunk * kBlockSums);
+        return;
+    }
+    const int count = std::min(down.padded_depth() - start, kActivationBlock);
+    for (int i = 0; i < count; i += W) store_bf16(reinterpret_cast<bf16*>(to) + start + i, load(hidden + i));
+}
+
+// Tokens [first_token, first_token + tokens) sorted by expert (stable), and the runs of the first product.
+inline void sort_routes(const MoeCall& call, int64_t first_token, int64_t tokens, const MoeWorkspace& work) {
+    const int64_t* ids = call.expert_ids + first_token * call.top_k;
+    const float* weights = call.routing_weights + first_token * call.top_k;
+    const int64_t experts = call.num_experts, routes = tokens * call.top_k;
+    std::fill(work.starts, work.starts + experts + 1, 0);
+    for (int64_t i = 0; i < routes; ++i)
+        if (ids[i] >= 0) ++work.starts[ids[i] + 1];
+    for (int64_t e = 0; e < experts; ++e) work.starts[e + 1] += work.starts[e];
+    for (int64_t i = 0; i < routes; ++i)
+        if (ids[i] >= 0) {
+            const int32_t row = work.starts[ids[i]]++;
+            work.token_ids[row] = int32_t(i / call.top_k);
+            work.weights[row] = weights[i];
+        }
+    for (int64_t e = experts; e > 0; --e) work.starts[e] = work.starts[e - 1];
+    work.starts[0] = 0;
+
+    int count = 0, task = 0;
+    auto add_runs = [&](int64_t expert, int64_t first, int64_t rows, const PackedMlp& mlp) {
+        const int most = rows_at_once(mlp.up.row_bytes());
+        const int parts = int((rows + most - 1) / most);
+        for (int part = 0; part < parts; ++part) {
+            const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+            work.runs[count++] = {int32_t(expert), int32_t(first + begin), int32_t(end - begin), task};
+            task += mlp.chunks();
+        }
+    };
+    // The residual MLP has the most rows, so its tasks come first.
+    if (call.residual) add_runs(experts, 0, tokens, *call.residual);
+    for (int64_t e = 0; e < experts; ++e)
+        add_runs(e, work.starts[e], work.starts[e + 1] - work.starts[e], call.experts);
+    work.num_runs[0] = count;
+    work.num_runs[1] = task;
+}
+
+inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64_t tokens, const MoeWorkspace& work) {
+    const PackedMlp& experts = call.experts;
+    const int64_t hidden_size = experts.up.depth;
+    auto prepare = [&](const Packed& weight, int64_t token, char* to) {
+        with_element_type(call.x_is_bf16, [&](auto kind) {
+            using T = decltype(kind);
+            prepare_row(weight, static_cast<const T*>(call.x) + (first_token + token) * hidden_size, to);
+        });
+    };
+
+    const int64_t chunk_tokens = 8;
+    const bool has_rows = work.rows || work.residual_rows;
+    const Packed& row_format = work.rows || !call.residual ? experts.up : call.residual->up;
+    char* prepared = work.rows ? work.rows : work.residual_rows;
+    const long row_tasks = has_rows ? long((tokens + chunk_tokens - 1) / chunk_tokens) : 0;
+    team.tasks(1 + row_tasks, [&](long task) {
+        if (task == 0) {
+            sort_routes(call, first_token, tokens, work);
+            return;
+        }
+        const int64_t first = (task - 1) * chunk_tokens, last = std::min(first + chunk_tokens, tokens);
+        for (int64_t token = first; token < last; ++token)
+            prepare(row_format, token, prepared + size_t(token) * row_format.row_bytes());
+    });
+
+    static thread_local Scratch sums_buffer, hidden_buffer, rows_buffer, out_buffer;
+    constexpr int kMostRows = 384;
+    float* c = sums_buffer.get<float>(size_t(kMostRows) * kPanel);
+    float* hidden = hidden_buffer.get<float>(size_t(kMostRows) * kActivationBlock);
+    int held = -1;
+    const char* a = nullptr;
+    team.tasks(work.num_runs[1], [&](long task) {
+        const MoeRun* after = std::upper_bound(work.runs, work.runs + work.num_runs[0], task,
+                                               [](long wanted, const MoeRun& run) { return wanted < run.first_task; });
+        const int index = int(after - work.runs) - 1;
+        const MoeRun run = work.runs[index];
+        const bool is_residual = run.expert == call.num_experts;
+        const PackedMlp& mlp = is_residual ? *call.residual : experts;
+        const size_t stride = mlp.up.row_bytes();
+        const char* source = is_residual ? work.residual_rows : work.rows;
+        if (held != index) {
+            held = index;
+            if (source && (is_residual || run.rows == 1)) {
+                a = source + size_t(is_residual ? run.first : work.token_ids[run.first]) * stride;
+            } else {
+                char* to = rows_buffer.get<char>(size_t(run.rows) * stride);
+                a = to;
+                for (int r = 0; r < run.rows; ++r, to += stride) {
+                    const int token = is_residual ? run.first + r : work.token_ids[run.first + r];
+                    if (source)
+                        std::memcpy(to, source + size_t(token) * stride, stride);
+                    else
+                        prepare(mlp.up, token, to);
+                }
+            }
+        }
+        const int chunk = int(task - run.first_task);
+        const int64_t matrix = is_residual ? 0 : run.expert;
+        const int per_chunk = kActivationBlock / mlp.hidden_of_panel();
+        const int begin = chunk * per_chunk, end = std::min(begin + per_chunk, mlp.up.panels());
+        for (int p = begin; p < end; ++p) {
+            packed_product(mlp.up, matrix, p, run.rows, a, stride, c,
+                           p + 1 < end ? mlp.up.panel(matrix, p + 1) : nullptr);
+            const float* bias =
+                mlp.up_bias ? mlp.up_bias + (matrix * mlp.up.panels() + p) * int64_t(kPanel) : nullptr;
+            activate_panel(mlp, c, run.rows, bias, hidden + (p - begin) * mlp.hidden_of_panel());
+        }
+        // What lies behind the last hidden column must not count, whatever it came out as.
+        const int valid = int(std::min<int64_t>(mlp.intermediate - int64_t(chunk) * kActivationBlock, kActivationBlock));
+        const size_t hidden_stride = mlp.down.row_bytes();
+        char* to = (is_residual ? work.residual_hidden : work.hidden) + size_t(run.first) * hidden_stride;
+        for (int r = 0; r < run.rows; ++r, to += hidden_stride) {
+            float* row = hidden + r * kActivationBlock;
+            std::fill(row + valid, row + kActivationBlock, 0.0f);
+            prepare_hidden(mlp.down, chunk, row, to);
+        }
+    });
+
+    const int panels = experts.down.panels();
+    // Long streams, but enough tasks that the threads finish together, and sums that stay in the second-level cache.
+    const int64_t fit = std::max<int64_t>(1, (int64_t(512) << 10) / (tokens * kPanel * 4));
+    const int width = int(std::min<int64_t>(fit, std::max(1, panels / (8 * team.size()))));
+    team.tasks((panels + width - 1) / width, [&](long task) {
+        const int begin = int(task) * width, end = std::min(begin + width, panels), ld = width * kPanel;
+        float* out = out_buffer.get<float>(size_t(tokens) * ld);
+        std::fill(out, out + size_t(tokens) * ld, 0.0f);
+        auto add_product = [&](const PackedMlp& mlp, int64_t matrix, int64_t first, int64_t count, const char* rows,
+                               const uint8_t* following, auto&& token_of, auto&& weight_of) {
+            const size_t stride = mlp.down.row_bytes();
+            const int most = std::min(rows_at_once(stride), kMostRows);
+            const int parts = int((count + most - 1) / most);
+            for (int part = 0; part < parts; ++part) {
+                const int64_t from = first + count * part / parts, to = first + count * (part + 1) / parts;
+                for (int p = begin; p < end; ++p) {
+                    const uint8_t* next = p + 1 < end          ? mlp.down.panel(matrix, p + 1)
+                                          : part + 1 < parts   ? mlp.down.panel(matrix, begin)
+                                                               : following;
+                    packed_product(mlp.down, matrix, p, int(to - from), rows + size_t(from) * stride, stride, c, next);
+                    const float* bias = mlp.down_bias ? mlp.down_bias + matrix * mlp.down.columns : nullptr;
+                    for (int v = 0; v < kPanel; v += W) {
+                        const int64_t column = int64_t(p) * kPanel + v, left = mlp.down.columns - column;
+                        const Vf shift = bias && left > 0 ? load_row(bias + column, left) : zero();
+                        for (int64_t row = from; row < to; ++row) {
+                            Vf y = load(c + (row - from) * kPanel + v);
+                            if (bias) y = add(y, shift);
+                            float* place = out + size_t(token_of(row)) * ld + (p - begin) * kPanel + v;
+                            store(place, add(load(place), mul(set1(weight_of(row)), y)));
+                        }
+                    }
+                }
+            }
+        };
+        int64_t expert = 0;
+        auto skip_empty = [&](int64_t from) {
+            while (from < call.num_experts && work.starts[from] == work.starts[from + 1]) ++from;
+            return from;
+        };
+        for (expert = skip_empty(0); expert < call.num_experts;) {
+            const int64_t following = skip_empty(expert + 1);
+            const uint8_t* next = following < call.num_experts ? experts.down.panel(following, begin)
+                                  : call.residual              ? call.residual->down.panel(0, begin)
+                                                               : nullptr;
+            add_product(
+                experts, expert, work.starts[expert], work.starts[expert + 1] - work.starts[expert], work.hidden, next,
+                [&](int64_t row) { return work.token_ids[row]; }, [&](int64_t row) { return work.weights[row]; });
+            expert = following;
+        }
+        if (call.residual)
+            add_product(
+                *call.residual, 0, 0, tokens, work.residual_hidden, nullptr, [](int64_t row) { return row; },
+                [&](int64_t row) { return call.residual_weights ? call.residual_weights[first_token + row] : 1.0f; });
+        with_element_type(call.out_is_bf16, [&](auto kind) {
+            using T = decltype(kind);
+            T* to = static_cast<T*>(call.out) + first_token * hidden_size;
+            for (int64_t token = 0; token < tokens; ++token)
+                for (int v = 0; v < (end - begin) * kPanel; v += W) {
+                    const int64_t column = int64_t(begin) * kPanel + v, left = hidden_size - column;
+                    if (left > 0) store_row(to + token * hidden_size + column, load(out + token * ld + v), left);
+                }
+        });
+    });
+}
+
+// Every thread of the team calls this, with equal arguments; complete when it returns.
+inline void packed_moe(Team& team, const MoeCall& call) {
+    const MoeWorkspace work(call, call.workspace);
+    for (int64_t first = 0; first < call.tokens; first += kPassTokens)
+        moe_pass(team, call, first, std::min(kPassTokens, call.tokens - first), work);
+}
+
+}  // namespace moesaic

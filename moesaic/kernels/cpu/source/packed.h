@@ -1,0 +1,277 @@
+// Matrices packed once for inference, in bf16, 8 or 4 bits, and the linear layer on them.
+//
+// A weight (N, K) is a run of panels of 32 of its rows, whatever its format; a product reads each panel as one stream.
+// Rows of activations are brought into the form that a format wants ("prepared") once, and then every panel multiplies
+// them. An element of a result is computed by one thread, in an order that depends on nothing but K: the number of rows
+// and of threads does not show in it.
+#pragma once
+
+#include "gemm_int8.h"
+
+namespace moesaic {
+
+enum PackedFormat : int64_t { kPackedBf16 = 0, kPackedInt8 = 1, kPackedInt4 = 2 };
+
+// One matrix (N, K), or a stack of them; see kernels/packed.py for how it is laid out.
+struct Packed {
+    int64_t format;
+    int64_t columns;  // N
+    int64_t depth;    // K
+    int64_t group;    // 4 bits: values of K that share a scale
+    const uint8_t* data;
+    const float* scales;  // 8 bits: one for each of the columns, padded to panels
+
+    int panels() const { return int((columns + kPanel - 1) / kPanel); }
+    int padded_depth() const { return round_up(int(depth), format == kPackedInt8 ? 64 : 32); }
+    size_t panel_bytes() const {
+        const size_t k = size_t(padded_depth());
+        if (format == kPackedBf16) return k * kPanel * 2;
+        if (format == kPackedInt8) return k * kPanel;
+        return k / size_t(group) * 2 * kPanel + k * kPanel / 2;
+    }
+    const uint8_t* panel(int64_t matrix, int64_t index) const {
+        return data + size_t(matrix * panels() + index) * panel_bytes();
+    }
+    bool is_integer() const { return format != kPackedBf16; }
+    // Bytes of a prepared row, never a multiple of 1 KiB: rows would share the few places of one cache set.
+    size_t row_bytes() const {
+        const size_t needed =
+            is_integer() ? QuantizedRow(depth).bytes() : (size_t(padded_depth()) * 2 + 63) / 64 * 64;
+        return needed % 1024 ? needed : needed + 64;
+    }
+};
+
+// Whether rows of one prepared for a serve for b.
+inline bool prepared_alike(const Packed& a, const Packed& b) {
+    return a.depth == b.depth && a.is_integer() == b.is_integer();
+}
+
+template <typename T>
+inline void prepare_row(const Packed& weight, const T* x, char* to) {
+    if (weight.is_integer()) {
+        quantize_row(x, weight.depth, to);
+        return;
+    }
+    bf16* row = reinterpret_cast<bf16*>(to);
+    const int padded = weight.padded_depth();
+    for (int k = 0; k < padded; k += W) {
+        const int64_t left = weight.depth - k;
+        store_bf16(row + k, left > 0 ? load_row(x + k, left) : zero());
+    }
+}
+
+#if !defined(MOESAIC_TILES)
+
+// As gemm_rows of gemm_bf16.h, the same sums in the same order, reading ahead.
+template <int R>
+inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, float* c, bool accumulate,
+                      Ahead ahead) {
+    constexpr int V = kPanel / W;
+    Vf acc[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * kPanel + v * W) : zero();
+#pragma GCC unroll 2
+    for (int p = 0; p < pairs; ++p) {
+        Vi columns[V];
+        for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * kPanel + v * W);
+        _mm_prefetch(ahead.from, _MM_HINT_T0);
+        if (R <= 4) _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
+        ahead.from += ahead.step;
+        for (int r = 0; r < R; ++r) {
+            const Vi row = broadcast_dword(a + r * lda + 2 * p);
+            for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(c + r * kPanel + v * W, acc[r][v]);
+}
+
+template <int R>
+inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, float* c, bool accumulate,
+                         Ahead ahead) {
+    if constexpr (R > 0) {
+        if (rows == R)
+            bf16_rows<R>(pairs, a, lda, b, c, accumulate, ahead);
+        else
+            bf16_rows_of<R - 1>(rows, pairs, a, lda, b, c, accumulate, ahead);
+    }
+}
+
+#endif
+
+inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
+                         const uint8_t* next) {
+    constexpr int kDeep = 1024;  // pairs of K whose weights stay in the second-level cache while all rows pass
+    const bf16* left = reinterpret_cast<const bf16*>(a);
+    const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
+    const int pairs = padded_depth / 2, lda = int(stride / 2);
+    const int pass = rows > kRowBlock ? kDeep : pairs;
+    const int parts = (rows + kRowBlock - 1) / kRowBlock;
+    for (int first = 0; first < pairs; first += pass) {
+        const int here = pairs - first < pass ? pairs - first : pass;
+        const size_t begin = size_t(first) * kPanel * 4, length = size_t(here) * kPanel * 4;
+        for (int part = 0; part < parts; ++part) {
+#if defined(MOESAIC_TILES)
+            const int row = part * kRowBlock, end = row + kRowBlock < rows ? row + kRowBlock : rows;
+            const char* ahead = reinterpret_cast<const char*>(next) + begin + length / parts * part;
+            if (next)
+                for (const char* stop = ahead + length / parts; ahead < stop; ahead += 64)
+                    _mm_prefetch(ahead, _MM_HINT_T1);
+            gemm_panel(end - row, here, left + size_t(row) * lda + 2 * first, lda, weights + size_t(first) * kPanel,
+                       kPanel, c + row * kPanel, kPanel, first > 0);
+#else
+            const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
+            // One pass over the weights reads ahead of itself; several share out the panel that follows.
+            Ahead ahead{reinterpret_cast<const char*>(panel) + begin + 2048, 128};
+            if (parts > 1) {
+                ahead.from = reinterpret_cast<const char*>(next ? next : panel) + begin + length / parts * part;
+                ahead.step = 128 / size_t(parts);
+            }
+            bf16_rows_of<kRowBlock>(end - row, here, left + size_t(row) * lda + 2 * first, lda,
+                                    weights + size_t(first) * kPanel, c + row * kPanel, first > 0, ahead);
+#endif
+        }
+    }
+}
+
+// C[rows][32] = prepared rows times a panel, in fp32, complete. `next`: the panel that will be read after it, or null.
+inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, int rows, const char* a, size_t stride,
+                           float* c, const uint8_t* next) {
+    const uint8_t* data = weight.panel(matrix, index);
+    if (weight.format == kPackedBf16) {
+        bf16_product(data, weight.padded_depth(), rows, a, stride, c, next);
+        return;
+    }
+    const QuantizedRow row(weight.depth);
+    IntegerPanel panel{data, nullptr, weight.padded_depth(), kActivationBlock, row.scales(), row.sums()};
+    if (weight.format == kPackedInt8) {
+        panel.scales = weight.scales + (matrix * weight.panels() + index) * kPanel;
+        integer_product<8>(panel, rows, a, stride, c, next);
+    } else {
+        panel.group = int(weight.group);
+        integer_product<4>(panel, rows, a, stride, c, next);
+    }
+}
+
+// As many rows as stay in the second-level cache beside a panel, in whole steps of every kernel.
+inline int rows_at_once(size_t row_bytes) {
+    const size_t fit = (size_t(512) << 10) / row_bytes;
+    return fit < 48 ? 48 : fit > 384 ? 384 : int(fit / 48 * 48);
+}
+
+// y (M, N) = x (M, K) weight^T + bias.
+struct LinearCall {
+    Packed weight;
+    int64_t rows;  // M
+    const void* x;
+    int64_t x_stride;  // elements between rows
+    int64_t x_is_bf16;
+    const float* bias;  // N, or null
+    void* out;
+    int64_t out_stride;
+    int64_t out_is_bf16;
+    char* workspace;  // packed_linear_workspace bytes, aligned to 64
+};
+
+// Rows are prepared once for everybody, except bf16 ones, which are used as they are or copied block by block.
+inline size_t packed_linear_workspace(const Packed& weight, int64_t rows) {
+    return weight.is_integer() ? size_t(rows) * weight.row_bytes() : 0;
+}
+
+// Columns [32 index, 32 index + 32) of `rows` results, from C[rows][32], plus the bias.
+template <typename T>
+inline void write_panel(const float* c, int rows, int64_t index, int64_t columns, const float* bias, T* out,
+                        size_t out_stride) {
+    const int64_t start = index * kPanel;
+    for (int v = 0; v < kPanel; v += W) {
+        const int64_t left = columns - start - v;
+        if (left <= 0) return;
+        const Vf add_on = bias ? load_row(bias + start + v, left) : zero();
+        for (int r = 0; r < rows; ++r) {
+            const Vf value = load(c + r * kPanel + v);
+            store_row(out + r * out_stride + start + v, bias ? add(value, add_on) : value, left);
+        }
+    }
+}
+
+// Every thread of the team calls this, with equal arguments; complete when it returns.
+inline void packed_linear(Team& team, const LinearCall& call) {
+    const Packed& weight = call.weight;
+    const size_t row_bytes = weight.row_bytes();
+    auto prepare = [&](int64_t row, char* to) {
+        with_element_type(call.x_is_bf16, [&](auto kind) {
+            using T = decltype(kind);
+            prepare_row(weight, static_cast<const T*>(call.x) + row * call.x_stride, to);
+        });
+    };
+    if (weight.is_integer()) {
+        const int64_t chunk = 8;
+        team.tasks(long((call.rows + chunk - 1) / chunk), [&](long task) {
+            const int64_t end = (task + 1) * chunk < call.rows ? (task + 1) * chunk : call.rows;
+            for (int64_t row = task * chunk; row < end; ++row) prepare(row, call.workspace + row * row_bytes);
+        });
+    }
+    const bool is_direct = !weight.is_integer() && call.x_is_bf16 && weight.depth % 32 == 0 && call.rows <= 2 * 12;
+    const int most = rows_at_once(row_bytes);
+    const int row_parts = int((call.rows + most - 1) / most);
+    // Enough tasks that the threads finish together, and each of them one long stream.
+    const int wanted = (16 * team.size() + row_parts - 1) / row_parts;
+    const int column_parts = weight.panels() < wanted ? weight.panels() : wanted;
+    static thread_local Scratch sums, copies;
+    float* c = sums.get<float>(size_t(most) * kPanel);
+    char* copied = weight.is_integer() || is_direct ? nullptr : copies.get<char>(size_t(most) * row_bytes);
+    int held = -1;
+    team.tasks(long(row_parts) * column_parts, [&](long task) {
+        const int part = int(task / column_parts), column = int(task % column_parts);
+        const int64_t first = call.rows * part / row_parts, last = call.rows * (part + 1) / row_parts;
+        const int rows = int(last - first);
+        const char* a = call.workspace + size_t(first) * row_bytes;
+        size_t stride = row_bytes;
+        if (is_direct) {
+            a = reinterpret_cast<const char*>(static_cast<const bf16*>(call.x) + first * call.x_stride);
+            stride = size_t(call.x_stride) * 2;
+        } else if (copied) {
+            if (held != part)
+                for (int r = 0; r < rows; ++r) prepare(first + r, copied + size_t(r) * row_bytes);
+            held = part;
+            a = copied;
+        }
+        const int64_t begin = int64_t(weight.panels()) * column / column_parts;
+        const int64_t end = int64_t(weight.panels()) * (column + 1) / column_parts;
+        for (int64_t index = begin; index < end; ++index) {
+            packed_product(weight, 0, index, rows, a, stride, c, index + 1 < end ? weight.panel(0, index + 1) : nullptr);
+            with_element_type(call.out_is_bf16, [&](auto kind) {
+                using T = decltype(kind);
+                write_panel(c, rows, index, weight.columns, call.bias,
+                            static_cast<T*>(call.out) + first * call.out_stride, size_t(call.out_stride));
+            });
+        }
+    });
+}
+
+// Row `row` of the matrix (N, K), in bf16: an embedding.
+inline void packed_row(const Packed& weight, int64_t row, bf16* out) {
+    const uint8_t* panel = weight.panel(0, row / kPanel);
+    const int column = int(row % kPanel);
+    if (weight.format == kPackedBf16) {
+        for (int64_t k = 0; k < weight.depth; ++k)
+            std::memcpy(out + k, panel + (k / 2 * kPanel + column) * 4 + k % 2 * 2, 2);
+    } else if (weight.format == kPackedInt8) {
+        const float scale = weight.scales[row];
+        for (int64_t k = 0; k < weight.depth; ++k)
+            out[k] = float_to_bf16(float(int(panel[(k / 4 * kPanel + column) * 4 + k % 4]) - 128) * scale);
+    } else {
+        const size_t group_bytes = 2 * kPanel + size_t(weight.group) * kPanel / 2;
+        for (int64_t k = 0; k < weight.depth; ++k) {
+            const uint8_t* group = panel + size_t(k / weight.group) * group_bytes;
+            const int64_t within = k % weight.group;
+            const uint8_t both = group[2 * kPanel + (within / 4 * 16 + column % 16) * 4 + within % 4];
+            bf16 scale;
+            std::memcpy(&scale, group + column * 2, 2);
+            const int value = (column < 16 ? both & 15 : both >> 4) - 8;
+            out[k] = float_to_bf16(float(value) * bf16_to_float(scale));
+        }
+    }
+}
+
+}  // namespace moesaic
