@@ -1,0 +1,48 @@
+// New keys and values into the blocks of a cache, and attention over them: see attention_paged.h.
+
+#include "attention_paged.h"
+
+#include "export.h"
+
+// key and value (T, num_kv_heads, head_dim) bf16, tokens key_stride and value_stride elements apart. Returns 1 when the
+// batch names positions that have no block.
+MOESAIC_EXPORT int64_t moesaic_paged_write(const uint16_t* key, int64_t key_stride, const uint16_t* value,
+                                           int64_t value_stride, int64_t num_tokens, void* keys, void* values,
+                                           float* key_scales, float* value_scales, int64_t num_blocks,
+                                           int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
+                                           const int32_t* starts, const int32_t* lengths, const int32_t* tables,
+                                           int64_t num_sequences, int64_t table_width) {
+    using namespace moesaic;
+    const PagedCache cache{keys, values, key_scales, value_scales, num_blocks, num_kv_heads, head_dim, block_size};
+    const PagedBatch batch{starts, lengths, tables, num_sequences, table_width};
+    if (!is_valid(batch, cache, num_tokens)) return 1;
+    const PagedPlan plan = plan_paged(batch, cache, num_kv_heads);
+    run_team(16.0 * double(num_tokens * num_kv_heads * head_dim), [&](Team& team) {
+        team.tasks(long(plan.writes.size()) * num_kv_heads, [&](long i) {
+            const WriteItem& item = plan.writes[size_t(i / num_kv_heads)];
+            const int64_t head = i % num_kv_heads;
+            write_panel(cache, item, head, key + item.first_token * key_stride + head * head_dim, key_stride,
+                        value + item.first_token * value_stride + head * head_dim, value_stride, attention_scratch());
+        });
+    });
+    return 0;
+}
+
+// query (T, num_heads, head_dim) bf16, tokens query_stride elements apart; out (T, num_heads, head_dim) bf16.
+MOESAIC_EXPORT int64_t moesaic_paged_attention(const uint16_t* query, int64_t query_stride, uint16_t* out,
+                                               int64_t num_tokens, int64_t num_heads, float scale, void* keys,
+                                               void* values, float* key_scales, float* value_scales,
+                                               int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
+                                               int64_t block_size, const int32_t* starts, const int32_t* lengths,
+                                               const int32_t* tables, int64_t num_sequences, int64_t table_width) {
+    using namespace moesaic;
+    const PagedCache cache{keys, values, key_scales, value_scales, num_blocks, num_kv_heads, head_dim, block_size};
+    const PagedBatch batch{starts, lengths, tables, num_sequences, table_width};
+    if (!is_valid(batch, cache, num_tokens)) return 1;
+    const PagedPlan plan = plan_paged(batch, cache, num_heads);
+    static thread_local Scratch partials;
+    const AttentionCall call{query,     query_stride, out,   num_heads * head_dim, num_heads,
+                             scale,     cache,        batch, &plan,                partials.get<float>(plan.partial_floats + 1)};
+    run_team(plan.work, [&](Team& team) { paged_attention(team, call); });
+    return 0;
+}

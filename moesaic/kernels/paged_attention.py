@@ -1,0 +1,250 @@
+"""Attention over keys and values that lie in blocks: the contract, its definition, and the way to the C++ kernels.
+
+For generation and serving: sequences of any length share one pool of blocks, each names its own in a table, and a call
+brings any number of new tokens of each (one, a chunk of a prompt, or none). Which sequence owns which block is decided
+by the caller.
+
+On the CPU, for bf16 and int8 caches, one C++ call takes all sequences: the query heads that share a key/value head go
+over its keys together, and long contexts are split over the threads at fixed positions, so that a token's result
+depends on nothing else in the batch. Everything else is PyTorch's operations on the same storage: the definition.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.kernels import select
+from moesaic.kernels.quantized import SMALLEST_AMAX
+
+# Positions, and channels, of a panel: the kernels' unit.
+PANEL = 32
+
+
+@dataclass(frozen=True)
+class KVBlocks:
+    """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_paged.h).
+
+    Shapes, with P = block_size / 32 panels and W = head_dim rounded up to 32: keys (blocks, KV, P, W/2, 32, 2), pairs of
+    channels of 32 positions; values (blocks, KV, P, W/32, 16, 32, 2), pairs of positions of 32 channels; key_scales,
+    value_scales (blocks, KV, block_size) fp32 for int8, else None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
+    head_dim: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[2] * PANEL
+
+    @cached_property
+    def storage_arguments(self) -> tuple[int | None, ...]:
+        """Addresses and sizes, as the kernels take them."""
+
+        def address(tensor: Tensor | None) -> int | None:
+            return None if tensor is None else tensor.data_ptr()
+
+        return (
+            self.keys.data_ptr(), self.values.data_ptr(), address(self.key_scales), address(self.value_scales),
+            self.num_blocks, self.num_kv_heads, self.head_dim, self.block_size,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """The sequences of one call: tokens starts[s] to starts[s + 1] are the last of lengths[s] positions of sequence s.
+
+    Shapes: starts (n + 1,), lengths (n,), block_tables (n, m), all int32 on the CPU and contiguous; a sequence's blocks
+    stand in the order of its positions, what is behind the last one in use is not read.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    block_tables: Tensor
+
+    def __post_init__(self) -> None:
+        count = self.lengths.shape[0]
+        assert self.starts.shape == (count + 1,) and self.block_tables.shape[0] == count, (
+            self.starts.shape, self.lengths.shape, self.block_tables.shape,
+        )  # fmt: skip
+        for tensor in (self.starts, self.lengths, self.block_tables):
+            assert tensor.dtype is torch.int32 and tensor.is_contiguous() and tensor.device.type == "cpu", tensor
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(T,) int64, the position of each token in its sequence."""
+        new = self.starts.diff()
+        first = self.lengths - new - self.starts[:-1]  # what a token's index lacks to its position
+        return torch.arange(int(self.starts[-1])) + first.repeat_interleave(new)
+
+    @cached_property
+    def arguments(self) -> tuple[int, ...]:
+        """Addresses and sizes, as the kernels take them."""
+        return (
+            self.starts.data_ptr(), self.lengths.data_ptr(), self.block_tables.data_ptr(), self.lengths.shape[0],
+            self.block_tables.shape[1],
+        )  # fmt: skip
+
+
+def allocate_blocks(
+    num_blocks: int, num_kv_heads: int, head_dim: int, *, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KVBlocks:
+    """Return empty blocks of one layer; dtype torch.int8 keeps a scale for each position and head.
+
+    Raises: ConfigError for a block_size that is no multiple of 32.
+    """
+    if block_size < PANEL or block_size % PANEL:
+        raise ConfigError(
+            f"block_size ({block_size}) must be a multiple of {PANEL}, the positions that a kernel reads at once; use "
+            f"{max(PANEL, block_size // PANEL * PANEL)}."
+        )
+    panels, width = block_size // PANEL, -(-head_dim // PANEL) * PANEL
+    scales: list[Tensor | None] = [None, None]
+    if dtype is torch.int8:
+        scales = [torch.zeros(num_blocks, num_kv_heads, block_size, device=device) for _ in range(2)]
+    return KVBlocks(
+        keys=torch.zeros(num_blocks, num_kv_heads, panels, width // 2, PANEL, 2, dtype=dtype, device=device),
+        values=torch.zeros(
+            num_blocks, num_kv_heads, panels, width // PANEL, PANEL // 2, PANEL, 2, dtype=dtype, device=device
+        ),
+        key_scales=scales[0],
+        value_scales=scales[1],
+        head_dim=head_dim,
+    )
+
+
+def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) -> None:
+    """Put the new tokens' keys (after their positions are turned in) and values into their blocks.
+
+    Shapes: key, value (T, KV, D) of the cache's dtype, or bf16 or fp32 for int8.
+    """
+    shape = (key.shape[0], blocks.num_kv_heads, blocks.head_dim)
+    assert key.shape == value.shape == shape, (key.shape, value.shape, shape)
+    library = _library(key, blocks)
+    if library is None:
+        _write_reference(key, value, blocks, batch)
+        return
+    key, value = _rows(key), _rows(value)
+    write = library.function("moesaic_paged_write", "pipii" + "ppppiiii" + "pppii")
+    failed = write(
+        key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0), key.shape[0], *blocks.storage_arguments,
+        *batch.arguments,
+    )  # fmt: skip
+    assert not failed, _misfit(batch, blocks, key.shape[0])
+
+
+def paged_attention(query: Tensor, blocks: KVBlocks, batch: PagedBatch) -> Tensor:
+    """Return (T, A, D): each token's attention to its sequence up to itself, whose keys and values are in blocks.
+
+    Shapes: query (T, A, D), A a multiple of KV.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    assert head_dim == blocks.head_dim and num_heads % blocks.num_kv_heads == 0, (query.shape, blocks.keys.shape)
+    library = _library(query, blocks)
+    if library is None:
+        return _attention_reference(query, blocks, batch)
+    query = _rows(query)
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=torch.bfloat16)
+    attend = library.function("moesaic_paged_attention", "pipiif" + "ppppiiii" + "pppii")
+    failed = attend(
+        query.data_ptr(), query.stride(0), out.data_ptr(), num_tokens, num_heads, head_dim**-0.5,
+        *blocks.storage_arguments, *batch.arguments,
+    )  # fmt: skip
+    assert not failed, _misfit(batch, blocks, num_tokens)
+    return out
+
+
+def read_kv(blocks: KVBlocks, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values (L, KV, D) of a sequence's first `length` positions; int8 comes back as fp32."""
+    used = table[: -(-length // blocks.block_size)].long().to(blocks.keys.device)
+    # (n, KV, P, W/2, 32, 2) -> (n, P, 32, KV, W/2, 2), and (n, KV, P, C, 16, 32, 2) -> (n, P, 16, 2, KV, C, 32)
+    keys = blocks.keys[used].permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(2)
+    values = blocks.values[used].permute(0, 2, 4, 6, 1, 3, 5).flatten(0, 3).flatten(2)
+    if blocks.key_scales is not None and blocks.value_scales is not None:
+        keys = keys.float() * blocks.key_scales[used].transpose(1, 2).flatten(0, 1)[..., None]
+        values = values.float() * blocks.value_scales[used].transpose(1, 2).flatten(0, 1)[..., None]
+    return keys[:length, :, : blocks.head_dim], values[:length, :, : blocks.head_dim]
+
+
+def _library(x: Tensor, blocks: KVBlocks) -> select.Library | None:
+    if x.device.type != "cpu" or x.dtype is not torch.bfloat16 or blocks.keys.dtype is torch.float32:
+        return None
+    return select.cpu_library()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Tokens may stand anywhere (a slice of a fused projection), their heads and channels side by side."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _misfit(batch: PagedBatch, blocks: KVBlocks, num_tokens: int) -> str:
+    return (
+        f"{num_tokens} tokens, starts {batch.starts.tolist()}, lengths {batch.lengths.tolist()}, tables of "
+        f"{batch.block_tables.shape[1]} blocks from 0 to {blocks.num_blocks - 1} of {blocks.block_size} positions"
+    )
+
+
+def _write_reference(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) -> None:
+    size, device = blocks.block_size, blocks.keys.device
+    sequences = torch.arange(batch.lengths.shape[0]).repeat_interleave(batch.starts.diff())
+    positions = batch.positions
+    assert positions.shape[0] == key.shape[0], _misfit(batch, blocks, key.shape[0])
+    block = batch.block_tables[sequences, positions // size].long().to(device)
+    assert bool(((block >= 0) & (block < blocks.num_blocks)).all()), _misfit(batch, blocks, key.shape[0])
+    inside = (positions % size).to(device)
+    panel, place = inside // PANEL, inside % PANEL
+    # What no position has written yet is multiplied by a probability of 0, so it must be finite.
+    fresh = place == 0
+    blocks.values[block[fresh], :, panel[fresh]] = 0
+    if blocks.key_scales is not None and blocks.value_scales is not None:
+        key, key_scales = _quantize(key)
+        value, value_scales = _quantize(value)
+        blocks.key_scales[block, :, inside] = key_scales
+        blocks.value_scales[block, :, inside] = value_scales
+    padding = (0, -blocks.head_dim % PANEL)
+    key = torch.nn.functional.pad(key, padding).unflatten(2, (-1, 2))  # (T, KV, W/2, 2)
+    value = torch.nn.functional.pad(value, padding).unflatten(2, (-1, PANEL))  # (T, KV, W/32, 32)
+    blocks.keys[block, :, panel, :, place] = key.to(blocks.keys.dtype)
+    blocks.values[block, :, panel, :, place // 2, :, place % 2] = value.to(blocks.values.dtype)
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of -127 to 127 and scales: max|x| / 127 of each position and head; not finite: zeros, and NaN."""
+    largest = x.float().abs().amax(-1)
+    finite, is_zero = largest.isfinite(), largest < SMALLEST_AMAX
+    # One rounding: a number divided by a tensor is a product with its reciprocal in PyTorch.
+    factor = torch.full_like(largest, 127.0) / torch.where(finite & ~is_zero, largest, 1.0)
+    values = torch.where((finite & ~is_zero)[..., None], (x.float() * factor[..., None]).round(), 0.0)
+    return values, torch.where(is_zero, 0.0, torch.where(finite, largest / 127.0, float("nan")))
+
+
+def _attention_reference(query: Tensor, blocks: KVBlocks, batch: PagedBatch) -> Tensor:
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    group = query.shape[1] // blocks.num_kv_heads
+    starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
+    assert starts[-1] == query.shape[0], _misfit(batch, blocks, query.shape[0])
+    for sequence, length in enumerate(lengths):
+        first, last = starts[sequence], starts[sequence + 1]
+        if first == last:
+            continue
+        keys, values = (part.float() for part in read_kv(blocks, batch.block_tables[sequence], length))
+        asked = query[first:last].float().unflatten(1, (-1, group))  # (S, KV, G, D)
+        scores = torch.einsum("skgd,lkd->kgsl", asked, keys) * blocks.head_dim**-0.5
+        hidden = torch.ones(last - first, length, dtype=torch.bool, device=query.device).triu_(length - last + first + 1)
+        probabilities = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
+        attended = torch.einsum("kgsl,lkd->skgd", probabilities, values)
+        out[first:last] = attended.flatten(1, 2).to(query.dtype)
+    return out

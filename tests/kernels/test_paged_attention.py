@@ -1,0 +1,227 @@
+"""Attention over blocks equals attention over the whole sequence, whoever else is in the call and however it is cut."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.kernels import select
+from moesaic.kernels.paged_attention import KVBlocks, PagedBatch, allocate_blocks, paged_attention, read_kv, write_kv
+
+CPU = torch.device("cpu")
+KERNELS = [*select.supported_instruction_sets(), "amx-emulated", "reference"]
+# (query heads, key/value heads, head_dim): grouped, one for all, one each, widths that no panel divides.
+HEADS = [(8, 2, 64), (6, 1, 48), (3, 3, 7), (4, 2, 128)]
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "amx-emulated" and not select.supported_instruction_sets():
+        pytest.skip("no x86 processor with AVX2")
+    with select.forced(request.param):
+        yield request.param
+
+
+def make_batch(lengths: list[int], new: list[int], *, block_size: int, seed: int = 0) -> tuple[PagedBatch, int]:
+    """Sequences whose blocks lie in any order in a pool, and the number of blocks in it."""
+    needed = [-(-length // block_size) for length in lengths]
+    free = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(seed))
+    tables = torch.full((len(lengths), max(needed) + 1), -1, dtype=torch.int32)
+    taken = 0
+    for row, count in enumerate(needed):
+        tables[row, :count] = free[taken : taken + count]
+        taken += count
+    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32)
+    return PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables), sum(needed) + 3
+
+
+class Case:
+    """Whole sequences, and a cache that holds them up to their new tokens' first."""
+
+    def __init__(
+        self, lengths: list[int], new: list[int], heads: tuple[int, int, int], *, dtype: torch.dtype = torch.bfloat16,
+        cache_dtype: torch.dtype | None = None, block_size: int = 32,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(len(lengths) + sum(heads))
+        num_heads, num_kv_heads, head_dim = heads
+        self.lengths, self.new = lengths, new
+        self.batch, num_blocks = make_batch(lengths, new, block_size=block_size)
+        self.blocks = allocate_blocks(
+            num_blocks, num_kv_heads, head_dim, block_size=block_size, dtype=cache_dtype or dtype, device=CPU
+        )
+        for tensor in (self.blocks.keys, self.blocks.values, self.blocks.key_scales, self.blocks.value_scales):
+            if tensor is not None and tensor.is_floating_point():
+                tensor.fill_(float("nan"))  # what an earlier owner left must not be seen
+        self.keys = [torch.randn(length, num_kv_heads, head_dim).to(dtype) for length in lengths]
+        self.values = [torch.randn(length, num_kv_heads, head_dim).to(dtype) for length in lengths]
+        self.query = torch.randn(sum(new), num_heads, head_dim).to(dtype)
+
+    def write(self, ends: list[int], counts: list[int]) -> None:
+        starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+        batch = PagedBatch(starts, torch.tensor(ends, dtype=torch.int32), self.batch.block_tables)
+
+        def part(whole: list[Tensor]) -> Tensor:
+            return torch.cat([rows[end - n : end] for rows, end, n in zip(whole, ends, counts, strict=True)])
+
+        write_kv(part(self.keys), part(self.values), self.blocks, batch)
+
+    def fill(self) -> "Case":
+        """Everything before the new tokens in one call, they in a second."""
+        before = [length - n for length, n in zip(self.lengths, self.new, strict=True)]
+        self.write(before, before)
+        self.write(self.lengths, self.new)
+        return self
+
+    def attend(self) -> Tensor:
+        return paged_attention(self.query, self.blocks, self.batch)
+
+    def expected(self, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        out = []
+        for (first, last), key, value in zip(pairwise(self.batch.starts.tolist()), keys, values, strict=True):
+            count, length = last - first, key.shape[0]
+            mask = torch.ones(count, length, dtype=torch.bool).tril_(length - count)
+            query = self.query[first:last].float().transpose(0, 1)[None]
+            pair = (key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None])
+            attended = F.scaled_dot_product_attention(query, *pair, attn_mask=mask, enable_gqa=True)
+            out.append(attended[0].transpose(0, 1))
+        return torch.cat(out)
+
+
+# Decode, a prompt, chunks that continue, a sequence that is not asked, one position, more than one split of 256.
+RAGGED = ([300, 7, 45, 64, 1, 33], [1, 7, 20, 0, 1, 33])
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_equals_attention_over_whole_sequences(kernels: str, heads: tuple[int, int, int]) -> None:
+    case = Case(*RAGGED, heads).fill()
+    # Probabilities are rounded to bf16 (2^-9 each, of values near 1) and so is the result.
+    torch.testing.assert_close(case.attend().float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 96])
+def test_what_was_written_is_read_back(kernels: str, block_size: int) -> None:
+    case = Case(*RAGGED, (4, 2, 40), block_size=block_size).fill()
+    for number, length in enumerate(case.lengths):
+        keys, values = read_kv(case.blocks, case.batch.block_tables[number], length)
+        assert torch.equal(keys, case.keys[number]) and torch.equal(values, case.values[number])
+    torch.testing.assert_close(case.attend().float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
+
+
+def test_fp32_is_exact_to_rounding(kernels: str) -> None:
+    case = Case(*RAGGED, (6, 3, 24), dtype=torch.float32).fill()
+    torch.testing.assert_close(case.attend(), case.expected(case.keys, case.values), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_int8_stores_what_its_definition_says_and_attends_to_that(kernels: str, heads: tuple[int, int, int]) -> None:
+    case = Case(*RAGGED, heads, cache_dtype=torch.int8).fill()
+    read = [read_kv(case.blocks, case.batch.block_tables[s], n) for s, n in enumerate(case.lengths)]
+    with select.forced("reference"):
+        again = Case(*RAGGED, heads, cache_dtype=torch.int8).fill()
+    for number, (keys, values) in enumerate(read):
+        defined = read_kv(again.blocks, again.batch.block_tables[number], case.lengths[number])
+        assert torch.equal(keys, defined[0]) and torch.equal(values, defined[1])
+        # Half a step of 1/127 of the row's largest.
+        for got, given in ((keys, case.keys[number].float()), (values, case.values[number].float())):
+            assert bool(((got - given).abs() <= given.abs().amax(-1, keepdim=True) / 253).all())
+    wanted = case.expected([keys for keys, _ in read], [values for _, values in read])
+    torch.testing.assert_close(case.attend().float(), wanted, rtol=8e-3, atol=8e-3)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_a_token_gives_the_same_bits_alone_in_chunks_and_with_any_threads(
+    kernels: str, cache_dtype: torch.dtype
+) -> None:
+    if kernels == "reference":
+        pytest.skip("PyTorch's products depend on their sizes")
+    length = 600 if kernels != "amx-emulated" else 290
+    together = Case([length, 40], [length, 1], (4, 2, 32), cache_dtype=cache_dtype).fill()
+    whole = together.attend()[:length]
+    queries = together.query[:length]
+    blocks, table = together.blocks, together.batch.block_tables[:1].clone()
+    before = torch.get_num_threads()
+    try:
+        for threads, cuts in ((1, [5, 31, 250, 258]), (3, [length - 1]), (2, [1, 2, 3, 100, 256])):
+            torch.set_num_threads(threads)
+            for first, last in pairwise([0, *cuts, length]):
+                starts = torch.tensor([0, last - first], dtype=torch.int32)
+                batch = PagedBatch(starts, torch.tensor([last], dtype=torch.int32), table)
+                assert torch.equal(paged_attention(queries[first:last], blocks, batch), whole[first:last]), (first, last)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_may_be_slices_of_a_fused_projection(kernels: str) -> None:
+    case = Case([70, 9], [70, 9], (4, 2, 64))
+    fused = torch.cat([case.query.flatten(1), torch.cat(case.keys).flatten(1), torch.cat(case.values).flatten(1)], 1)
+    query, key, value = fused.split([256, 128, 128], 1)
+    write_kv(key.unflatten(1, (2, 64)), value.unflatten(1, (2, 64)), case.blocks, case.batch)
+    out = paged_attention(query.unflatten(1, (4, 64)), case.blocks, case.batch)
+    torch.testing.assert_close(out.float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
+
+
+def test_scores_of_any_size(kernels: str) -> None:
+    case = Case([280], [2], (2, 1, 32))
+    case.keys[0][5] *= 1e3  # one key takes all, of either sign
+    case.query *= 1e3
+    case.fill()
+    torch.testing.assert_close(case.attend().float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
+
+
+def test_nan_and_infinity_reach_those_who_see_them_and_nobody_else(kernels: str) -> None:
+    case = Case([40, 300], [40, 30], (2, 2, 32))
+    case.keys[0][30, 0, 3] = float("nan")
+    case.values[1][280, 1, 4] = float("inf")
+    case.fill()
+    out = case.attend()
+    wanted = Case([40, 300], [40, 30], (2, 2, 32)).fill().attend()
+    # A value of infinity is 0 * infinity where a probability is 0: rows before it, of its panel, may be NaN as well.
+    assert out[30:40, 0].isnan().all() and out[:40, 1].isfinite().all() and out[40:, 0].isfinite().all()
+    assert torch.equal(out[:30], wanted[:30])
+    assert not out[40 + 10 :, 1, 4].isfinite().any()
+    assert torch.equal(out[40:, 1, :4], wanted[40:, 1, :4])
+
+
+def test_an_infinite_key_is_nan_in_int8(kernels: str) -> None:
+    case = Case([6], [1], (1, 1, 32), cache_dtype=torch.int8)
+    case.keys[0][3] = float("inf")
+    case.fill()
+    assert read_kv(case.blocks, case.batch.block_tables[0], 6)[0][3].isnan().all()
+    assert case.attend().isnan().all()
+
+
+@pytest.mark.parametrize("wrong", ["block", "length", "tokens"])
+def test_positions_without_a_block_are_refused(kernels: str, wrong: str) -> None:
+    case = Case([40], [3], (2, 1, 32)).fill()
+    changes: dict[str, Any] = {
+        "block": {"block_tables": torch.tensor([[0, 99]], dtype=torch.int32)},
+        "length": {"lengths": torch.tensor([4000], dtype=torch.int32)},
+        "tokens": {"starts": torch.tensor([0, 4], dtype=torch.int32)},
+    }
+    values: dict[str, Any] = {
+        "starts": case.batch.starts, "lengths": case.batch.lengths, "block_tables": case.batch.block_tables
+    }  # fmt: skip
+    with pytest.raises((AssertionError, IndexError)):
+        write_kv(case.keys[0][:3], case.values[0][:3], case.blocks, PagedBatch(**{**values, **changes[wrong]}))
+
+
+def test_a_block_is_whole_panels() -> None:
+    with pytest.raises(ConfigError, match=r"block_size \(16\) must be a multiple of 32, .*; use 32"):
+        allocate_blocks(1, 1, 8, block_size=16, dtype=torch.bfloat16, device=CPU)
+
+
+def test_positions_of_a_ragged_batch() -> None:
+    batch, _ = make_batch(*RAGGED, block_size=32)
+    expected = [n for length, new in zip(*RAGGED, strict=True) for n in range(length - new, length)]
+    assert batch.positions.tolist() == expected
+
+
+def test_storage_is_what_the_docstring_says() -> None:
+    blocks: KVBlocks = allocate_blocks(3, 2, 40, block_size=64, dtype=torch.int8, device=CPU)
+    assert blocks.keys.shape == (3, 2, 2, 32, 32, 2) and blocks.values.shape == (3, 2, 2, 2, 16, 32, 2)
+    assert blocks.key_scales is not None and blocks.key_scales.shape == (3, 2, 64)
