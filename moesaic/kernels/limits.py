@@ -1,18 +1,22 @@
-"""What this machine can do at most: its memory bandwidth and matrix rates, measured with torch, and what its CPU has.
+"""What this machine can do at most: its memory bandwidth and matrix rates, measured, and what its CPU has.
 
-Limits are the yardstick of every "share of the limit". They are measured, once per machine, never assumed from a name.
-What an operation must move or do, and how near to the limit it comes, is not here (plan/ and benchmarks/).
+Limits are the yardstick of every "share of the limit". They are measured, once per machine, never assumed from a name:
+with our own C++ where it runs (source/limits.cpp: plain reads of huge pages, products that never leave the registers or
+tiles) and with torch's operations, and the better of the two is the limit.
+What an operation must move or do, and how near to the limit it comes, is not here (bench/ and plan/).
 """
 
 import hashlib
 import json
 import math
+import mmap
 import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -24,15 +28,22 @@ from moesaic.logs import logger
 if TYPE_CHECKING:
     import torch
 
+    from moesaic.kernels.cpu.build import Library
+
 # Square matrices, from small (a machine without bf16 instructions must not stall) to what a GPU needs to fill up.
 _CPU_SIZES = (512, 1024, 2048, 4096)
 _CUDA_SIZES = (1024, 2048, 4096, 8192)
-# What part of the time goes to reading memory, bf16 and fp32 products.
-_SHARES = (0.25, 0.45, 0.30)
+# What part of the time torch gets for reading memory, bf16, fp32 and int8 products, and our own C++ for the same.
+_TORCH_SHARES = (0.15, 0.30, 0.20, 0.10)
+_NATIVE_SHARES = (0.10, 0.05, 0.05, 0.05)
 # Below this share of the processor's time a measurement says more about the other programs than about the machine.
 _UNDISTURBED_SHARE = 0.8
 _SMALLEST_BUFFER_BYTES = 512 << 20
-_LARGEST_BUFFER_BYTES = 1 << 30
+_LARGEST_BUFFER_BYTES = 2 << 30
+# What one task of the C++ reads.
+_READ_BLOCK_BYTES = 4 << 20
+# A call of the C++ lasts at least this long, so that starting the threads does not count.
+_SHORTEST_CALL_SECONDS = 2e-3
 
 # Names as /proc/cpuinfo spells them (x86 flags, Arm features): what matters for matrix and vector work, in this order.
 _INSTRUCTION_SETS = (
@@ -58,18 +69,28 @@ _BF16_INSTRUCTION_SETS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The best rates that torch reached on one device, with what they hold for.
+    """The best rates that were reached on one device, and beside them what torch alone reached.
 
-    Units: bytes per second of reading memory; floating-point operations per second of a dense matrix product.
+    kernels: the instruction set of the C++ that took part, "reference" where torch was alone. buffer_bytes: the memory
+    that was read for the bandwidth.
+    Units: bytes per second of reading memory; operations per second of products, a multiplication and an addition
+    being two. int8 is None where there is no product of bytes (some GPUs).
     """
 
     device: str
     name: str
     threads: int
     torch_version: str
+    kernels: str
+    buffer_bytes: int
     bandwidth_bytes_per_second: float
     bf16_flops_per_second: float
     fp32_flops_per_second: float
+    int8_operations_per_second: float | None
+    torch_bandwidth_bytes_per_second: float
+    torch_bf16_flops_per_second: float
+    torch_fp32_flops_per_second: float
+    torch_int8_operations_per_second: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +114,12 @@ def measure_limits(
 ) -> Limits:
     """Return the limits of a device ("cpu", "cuda" or "cuda:1"): an earlier measurement's, or measured now.
 
-    A measurement takes about `seconds` (twice that on a busy machine) and up to 1 GiB. It is kept in folder (the user's
-    cache folder) per processor, number of threads and version of torch; one that other programs disturbed is not kept,
-    and says so. With reuse=False it is measured again, and the better of the earlier and the new rates stand: load can
-    only make a limit look lower than it is.
+    A measurement takes about `seconds` (twice that on a busy machine) and up to 2 GiB. It is kept in folder (the user's
+    cache folder) per processor, number of threads, version of torch and instruction set of the C++ kernels; one that
+    other programs disturbed is not kept, and says so. With reuse=False it is measured again, and the better of the
+    earlier and the new rates stand: load can only make a limit look lower than it is.
 
-    Raises: DeviceError for a device that torch does not have here.
+    Raises: DeviceError for a device that torch does not have here, or kernels that cannot be had.
     """
     import torch
 
@@ -109,23 +130,27 @@ def measure_limits(
     if earlier is not None and reuse:
         return earlier
     with torch.inference_mode():
-        rates, share = _measure(device, seconds)
-        if share < _UNDISTURBED_SHARE:
-            again, share = _measure(device, seconds)
-            rates = {name: max(rate, again[name]) for name, rate in rates.items()}
+        measured = _measure(device, seconds)
+        rates = measured.rates
+        if measured.processor_share < _UNDISTURBED_SHARE:
+            measured = _measure(device, seconds)
+            rates = _better(rates, measured.rates)
     if earlier is not None:
-        rates = {name: max(rate, getattr(earlier, name)) for name, rate in rates.items()}
+        rates = _better(rates, {name: getattr(earlier, name) for name in rates})
     limits = Limits(
         device=str(identity["device"]),
         name=str(identity["name"]),
         threads=int(identity["threads"]),
         torch_version=str(identity["torch_version"]),
-        **rates,
+        kernels=str(identity["kernels"]),
+        buffer_bytes=measured.buffer_bytes,
+        **rates,  # type: ignore[arg-type]  # None for int8 only
     )
-    if share < _UNDISTURBED_SHARE:
+    if measured.processor_share < _UNDISTURBED_SHARE:
         logger.warning(
-            f"the machine is busy: moesaic had {share:.0%} of the processor while it measured the machine's limits, so "
-            "they may be too low and are not kept; `moesaic doctor --measure` measures them when the machine is quiet"
+            f"the machine is busy: moesaic had {measured.processor_share:.0%} of the processor while it measured the "
+            "machine's limits, so they may be too low and are not kept; `moesaic doctor --measure` measures them when "
+            "the machine is quiet"
         )
     else:
         _write(path, limits)
@@ -176,16 +201,20 @@ def _identity(device: str) -> dict[str, str | int]:
     """Return what a measurement holds for; a difference in any of these makes it another measurement."""
     import torch
 
+    from moesaic.kernels.select import REFERENCE, cpu_kernels
+
     if device.startswith("cuda"):
-        name, threads = torch.cuda.get_device_name(device), 0
+        name, threads, kernels = torch.cuda.get_device_name(device), 0, REFERENCE
     else:
         cpu = describe_cpu()
         name, threads = f"{cpu.model} ({' '.join(cpu.instruction_sets)})", torch.get_num_threads()
+        kernels = cpu_kernels().name
     return {
         "device": device.partition(":")[0],
         "name": name,
         "threads": threads,
         "torch_version": torch.__version__,
+        "kernels": kernels,
     }
 
 
@@ -202,7 +231,7 @@ def _read(path: Path, identity: dict[str, str | int]) -> Limits | None:
         for key, value in values.items():
             if key in identity and value != identity[key]:
                 raise ValueError(f"its {key} is {value!r}")
-            if key not in identity and not (type(value) is float and math.isfinite(value) and value > 0):
+            if key not in identity and not _is_plausible(key, value):
                 raise ValueError(f"its {key} is {value!r}")
         return Limits(**values)
     except FileNotFoundError:
@@ -223,35 +252,101 @@ def _write(path: Path, limits: Limits) -> None:
         logger.warning(f"the measured limits could not be kept in {path} ({error}); the next run measures them again")
 
 
-def _measure(device: str, seconds: float) -> tuple[dict[str, float], float]:
-    """Return the rates by name, and the smallest share of the processor that a measurement had."""
+def _is_plausible(key: str, value: object) -> bool:
+    if value is None:
+        return key in ("int8_operations_per_second", "torch_int8_operations_per_second")
+    kind = int if key == "buffer_bytes" else float
+    return type(value) is kind and math.isfinite(value) and value > 0
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """The rates by their names in Limits, and the smallest share of the processor that one of them had."""
+
+    rates: dict[str, float | None]
+    buffer_bytes: int
+    processor_share: float
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """Bytes or operations per second; None where there is no such operation."""
+
+    per_second: float | None
+    processor_share: float
+
+
+def _best(rates: Iterable[float | None]) -> float | None:
+    return max((rate for rate in rates if rate is not None), default=None)
+
+
+def _better(first: dict[str, float | None], second: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: _best((first[name], second[name])) for name in first}
+
+
+def _measure(device: str, seconds: float) -> _Measurement:
     import torch
 
-    bandwidth, bf16, fp32 = (seconds * share for share in _SHARES)
-    results = {
-        "bandwidth_bytes_per_second": _measure_bandwidth(device, bandwidth),
+    from moesaic.kernels.select import cpu_library
+
+    bandwidth, bf16, fp32, int8 = (seconds * share for share in _TORCH_SHARES)
+    buffer = _streamed_buffer(device)
+    by_torch = {
+        "bandwidth_bytes_per_second": _measure_sum(buffer, bandwidth),
         "bf16_flops_per_second": _measure_products(device, torch.bfloat16, seconds=bf16),
         "fp32_flops_per_second": _measure_products(device, torch.float32, seconds=fp32),
+        "int8_operations_per_second": _measure_byte_products(device, seconds=int8),
     }
-    return {name: rate for name, (rate, _) in results.items()}, min(share for _, share in results.values())
+    library = None if device.startswith("cuda") else cpu_library()
+    by_kernels = {} if library is None else _measure_kernels(library, buffer, seconds)
+    results = [*by_torch.values(), *by_kernels.values()]
+    return _Measurement(
+        rates={
+            **{
+                name: _best(source[name].per_second for source in (by_torch, by_kernels) if name in source)
+                for name in by_torch
+            },
+            **{f"torch_{name}": rate.per_second for name, rate in by_torch.items()},
+        },
+        buffer_bytes=buffer.nbytes,
+        processor_share=min(result.processor_share for result in results),
+    )
 
 
-def _measure_bandwidth(device: str, seconds: float) -> tuple[float, float]:
-    """Return bytes per second of summing fp32 numbers that no cache holds: the fastest read that torch has."""
+def _streamed_buffer(device: str) -> "torch.Tensor":
+    """Return fp32 ones, more than the caches hold, on the CPU in huge pages of their own."""
     import torch
 
     if device.startswith("cuda"):
-        size, free = _LARGEST_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0]
-    else:
-        size, free = max(_SMALLEST_BUFFER_BYTES, 4 * _last_level_cache_bytes()), _available_memory_bytes()
-    size = min(size, _LARGEST_BUFFER_BYTES, free // 8)
-    numbers = torch.ones(max(size // 4, 1), device=device)  # (size / 4,) fp32
-    timing = _time(numbers.sum, device=device, seconds=seconds)
-    return numbers.numel() * numbers.element_size() / timing.fastest_seconds, timing.processor_share
+        size = min(_LARGEST_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
+        return torch.ones(max(size // 4, 1), device=device)  # (size / 4,) fp32
+    wanted = max(_SMALLEST_BUFFER_BYTES, 4 * _last_level_cache_bytes())
+    blocks = min(wanted, _LARGEST_BUFFER_BYTES, _available_memory_bytes() // 8) // _READ_BLOCK_BYTES
+    pages = mmap.mmap(-1, max(blocks, 1) * _READ_BLOCK_BYTES)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages: small ones serve, more slowly
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the pages; untouched, they would all be one page of zeros.
+    return torch.frombuffer(pages, dtype=torch.float32).fill_(1.0)
 
 
-def _measure_products(device: str, dtype: "torch.dtype", *, seconds: float) -> tuple[float, float]:
-    """Return FLOP/s of the fastest square product: the sizes that the time allows, then the best of them again."""
+def _measure_sum(buffer: "torch.Tensor", seconds: float) -> _Rate:
+    """Time summing fp32 numbers: the fastest read that torch has."""
+    timing = _time(buffer.sum, device=str(buffer.device), seconds=seconds)
+    return _Rate(buffer.nbytes / timing.fastest_seconds, timing.processor_share)
+
+
+def _measure_byte_products(device: str, *, seconds: float) -> _Rate:
+    import torch
+
+    try:
+        return _measure_products(device, torch.int8, seconds=seconds)
+    except RuntimeError:  # a GPU whose library has none
+        return _Rate(None, 1.0)
+
+
+def _measure_products(device: str, dtype: "torch.dtype", *, seconds: float) -> _Rate:
+    """Time square products: the sizes that the time allows, then the best of them again."""
     import torch
 
     sizes = _CUDA_SIZES if device.startswith("cuda") else _CPU_SIZES
@@ -262,14 +357,36 @@ def _measure_products(device: str, dtype: "torch.dtype", *, seconds: float) -> t
         if best and 4 * predicted > end - time.perf_counter():
             break
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # (size, size)
-        call = partial(torch.mm, left, right, out=torch.empty_like(left))
+        multiply, sums = (torch._int_mm, torch.int32) if dtype == torch.int8 else (torch.mm, dtype)
+        call = partial(multiply, left, right, out=torch.empty_like(left, dtype=sums))
         timing = _time(call, device=device, seconds=seconds / (2 * len(sizes)))
         predicted = 8 * timing.fastest_seconds
         if 2 * size**3 / timing.fastest_seconds > best:
             best, best_call, best_size = 2 * size**3 / timing.fastest_seconds, call, size
     assert best_call is not None, sizes
     timing = _time(best_call, device=device, seconds=end - time.perf_counter())
-    return max(best, 2 * best_size**3 / timing.fastest_seconds), timing.processor_share
+    return _Rate(max(best, 2 * best_size**3 / timing.fastest_seconds), timing.processor_share)
+
+
+def _measure_kernels(library: "Library", buffer: "torch.Tensor", seconds: float) -> dict[str, _Rate]:
+    """Time source/limits.cpp."""
+    bandwidth, *products = (seconds * share for share in _NATIVE_SHARES)
+    read = library.function("moesaic_limit_read", "pi")
+    timing = _time(lambda: read(buffer.data_ptr(), buffer.nbytes), device="cpu", seconds=bandwidth)
+    rates = {"bandwidth_bytes_per_second": _Rate(buffer.nbytes / timing.fastest_seconds, timing.processor_share)}
+    names = ("bf16_flops", "fp32_flops", "int8_operations")
+    for name, duration in zip(names, products, strict=True):
+        function = library.function(f"moesaic_limit_{name.partition('_')[0]}", "i")
+        rounds = 1
+        while True:
+            start = time.perf_counter()
+            operations = function(rounds)
+            if time.perf_counter() - start > _SHORTEST_CALL_SECONDS:
+                break
+            rounds *= 2
+        timing = _time(partial(function, rounds), device="cpu", seconds=duration)
+        rates[f"{name}_per_second"] = _Rate(operations / timing.fastest_seconds, timing.processor_share)
+    return rates
 
 
 @dataclass(frozen=True)

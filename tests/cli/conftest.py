@@ -32,9 +32,16 @@ def fixed_limits() -> Limits:
         name="test",
         threads=1,
         torch_version="0",
+        kernels="reference",
+        buffer_bytes=1,
         bandwidth_bytes_per_second=1e10,
-        fp32_flops_per_second=1e11,
         bf16_flops_per_second=2e11,
+        fp32_flops_per_second=1e11,
+        int8_operations_per_second=None,
+        torch_bandwidth_bytes_per_second=1e10,
+        torch_bf16_flops_per_second=2e11,
+        torch_fp32_flops_per_second=1e11,
+        torch_int8_operations_per_second=None,
     )
 
 

@@ -113,15 +113,22 @@ def test_measure_shows_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
             name="Some Xeon",
             threads=2,
             torch_version="2.13.0",
+            kernels="amx",
+            buffer_bytes=1 << 30,
             bandwidth_bytes_per_second=31e9,
-            bf16_flops_per_second=2.2e12,
+            bf16_flops_per_second=6.2e12,
             fp32_flops_per_second=0.32e12,
+            int8_operations_per_second=12.5e12,
+            torch_bandwidth_bytes_per_second=30e9,
+            torch_bf16_flops_per_second=2.2e12,
+            torch_fp32_flops_per_second=0.31e12,
+            torch_int8_operations_per_second=3.3e12,
         )
 
     monkeypatch.setattr(limits_module, "measure_limits", measure)
     findings = examine(measure=True)
-    assert findings["limits"][0]["bf16_flops_per_second"] == 2.2e12
-    assert "31.0 GB/s" in text_of(findings) and "2.200 TFLOP/s bf16" in text_of(findings)
+    assert findings["limits"][0]["bf16_flops_per_second"] == 6.2e12
+    assert "31.0 GB/s" in text_of(findings) and "6.200 TFLOP/s bf16" in text_of(findings)
 
 
 def test_a_healthy_machine_has_no_problem() -> None:

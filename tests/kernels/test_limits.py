@@ -11,14 +11,36 @@ import pytest
 import torch
 
 from moesaic.errors import DeviceError
-from moesaic.kernels import limits
+from moesaic.kernels import limits, select
 from moesaic.kernels.limits import Limits, cache_folder, describe_cpu, measure_limits
 
-RATES = ("bandwidth_bytes_per_second", "bf16_flops_per_second", "fp32_flops_per_second")
+BEST = (
+    "bandwidth_bytes_per_second",
+    "bf16_flops_per_second",
+    "fp32_flops_per_second",
+    "int8_operations_per_second",
+)
+RATES = (*BEST, *(f"torch_{name}" for name in BEST))
+INSTRUCTION_SETS = [
+    *select.supported_instruction_sets(),
+    *(["amx-emulated"] if select.supported_instruction_sets() else []),
+]
 
 
 def quick(folder: Path, *, reuse: bool = True) -> Limits:
     return measure_limits(seconds=0.1, folder=folder, reuse=reuse)
+
+
+def measurement(rate: float | None, *, processor_share: float = 1.0) -> limits._Measurement:
+    return limits._Measurement(dict.fromkeys(RATES, rate), 1 << 30, processor_share)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the tests that are about the measuring, not about the machine, which other tests may be using."""
+    monkeypatch.setattr(limits, "_SMALLEST_BUFFER_BYTES", 16 << 20)
+    monkeypatch.setattr(limits, "_last_level_cache_bytes", lambda: 0)
+    monkeypatch.setattr(limits, "_CPU_SIZES", (128, 256))
 
 
 @pytest.fixture
@@ -26,26 +48,84 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Replace the clock's work by fixed rates: one value a measurement, the last one repeated."""
     rates = [1e9]
 
-    def measure(device: str, seconds: float) -> tuple[dict[str, float], float]:
-        rate = rates.pop(0) if len(rates) > 1 else rates[0]
-        return dict.fromkeys(RATES, rate), 1.0
+    def measure(device: str, seconds: float) -> limits._Measurement:
+        return measurement(rates.pop(0) if len(rates) > 1 else rates[0])
 
     monkeypatch.setattr(limits, "_measure", measure)
     return rates
 
 
-def test_the_measured_rates_are_those_of_a_computer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Small: this test is about the measuring, not about the machine, which other tests may be using.
-    monkeypatch.setattr(limits, "_SMALLEST_BUFFER_BYTES", 16 << 20)
-    monkeypatch.setattr(limits, "_last_level_cache_bytes", lambda: 0)
-    monkeypatch.setattr(limits, "_CPU_SIZES", (128, 256))
-    measured = quick(tmp_path)
+@pytest.mark.parametrize("kernels", ["reference", *INSTRUCTION_SETS])
+def test_the_measured_rates_are_those_of_a_computer(kernels: str, tmp_path: Path, small: None) -> None:
+    with select.forced(kernels):
+        measured = quick(tmp_path)
     assert measured.device == "cpu"
     assert measured.threads == torch.get_num_threads()
     assert measured.torch_version == torch.__version__
+    assert measured.kernels == kernels
+    assert measured.buffer_bytes == 16 << 20
     assert 1e7 < measured.bandwidth_bytes_per_second < 1e13
     assert 1e7 < measured.bf16_flops_per_second < 1e16
     assert 1e7 < measured.fp32_flops_per_second < 1e15
+    assert measured.int8_operations_per_second is not None
+    assert 1e7 < measured.int8_operations_per_second < 1e16
+    values = asdict(measured)
+    for name in BEST:
+        assert values[name] >= values[f"torch_{name}"] > 0, "the better of the two"
+    if kernels == "reference":
+        assert all(values[name] == values[f"torch_{name}"] for name in BEST)
+
+
+@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_kernels_do_as_many_operations_as_they_say(kernels: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with select.forced(kernels) as selection:
+            assert selection.library is not None
+            for name in ("bf16", "int8", "fp32"):
+                count = selection.library.function(f"moesaic_limit_{name}", "i")
+                once = count(1)
+                assert once > 0 and once % (2 * threads) == 0, "additions as many as multiplications, threads alike"
+                assert count(3) == 3 * once
+            read = selection.library.function("moesaic_limit_read", "pi")
+            buffer = torch.zeros((9 << 20) // 4)
+            assert read(buffer.data_ptr(), buffer.nbytes) == 8 << 20, "whole blocks of 4 MiB"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_buffer_is_written_before_it_is_read(small: None) -> None:
+    """Pages that nobody wrote are one page of zeros, which every cache holds."""
+    buffer = limits._streamed_buffer("cpu")
+    assert buffer.nbytes == 16 << 20
+    assert bool((buffer == 1).all())
+
+
+def test_a_machine_without_products_of_bytes_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = dict.fromkeys(RATES, 1e9) | {"int8_operations_per_second": None, "torch_int8_operations_per_second": None}
+    monkeypatch.setattr(limits, "_measure", lambda device, seconds: limits._Measurement(values, 1 << 30, 1.0))
+    first = quick(tmp_path)
+    assert first.int8_operations_per_second is None
+    monkeypatch.setattr(limits, "_measure", lambda device, seconds: measurement(2e9))
+    with caplog.at_level(logging.WARNING, logger="moesaic"):
+        assert quick(tmp_path) == first
+    assert not caplog.records, "none is a value that a measurement may have"
+    assert quick(tmp_path, reuse=False).int8_operations_per_second == 2e9
+
+
+def test_other_kernels_are_another_measurement(tmp_path: Path, fake: list[float]) -> None:
+    fake[:] = [1e9, 2e9]
+    first = quick(tmp_path)
+    with select.forced("reference" if first.kernels != "reference" else "auto"):
+        other = quick(tmp_path)
+    if other.kernels != first.kernels:
+        assert other.bf16_flops_per_second == 2e9
+        assert len(list(tmp_path.iterdir())) == 2
+    assert quick(tmp_path) == first
 
 
 def test_a_second_call_reads_what_the_first_measured(tmp_path: Path, fake: list[float]) -> None:
@@ -91,6 +171,10 @@ def test_another_number_of_threads_is_another_measurement(tmp_path: Path, fake: 
         {"bf16_flops_per_second": math.inf},
         {"bf16_flops_per_second": "fast"},
         {"bf16_flops_per_second": True},
+        {"bf16_flops_per_second": None},
+        {"buffer_bytes": 0},
+        {"buffer_bytes": 1e9},
+        {"kernels": "another"},
         {"name": "another processor"},
         {"unknown": 1.0},
     ],
@@ -125,7 +209,7 @@ def test_a_disturbed_measurement_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = [1e9, 3e9]
-    monkeypatch.setattr(limits, "_measure", lambda device, seconds: (dict.fromkeys(RATES, results.pop(0)), 0.4))
+    monkeypatch.setattr(limits, "_measure", lambda device, seconds: measurement(results.pop(0), processor_share=0.4))
     with caplog.at_level(logging.WARNING, logger="moesaic"):
         assert quick(tmp_path).bf16_flops_per_second == 3e9, "the better of two tries"
     assert "busy" in caplog.text and "doctor --measure" in caplog.text
