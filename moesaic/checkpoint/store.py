@@ -63,17 +63,9 @@ def save_checkpoint(
         for left in folder.glob(".writing-*"):  # by a process that was killed while it saved
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
-        files = {}
         for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
-            path = temporary / name
-            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
-            _sync(path)
-            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "metadata": metadata}
-        path = temporary / "manifest.json"
-        path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
-        _sync(path)
-        _sync(temporary)
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / name)
+        files = write_manifest(temporary, step, metadata)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -85,6 +77,23 @@ def save_checkpoint(
             f"enough free space; free some or move the run; {_describe_last(run_folder)}."
         ) from None
     return CheckpointInfo(final, step, metadata, files)
+
+
+def write_manifest(folder: Path, step: int, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Write the manifest of a checkpoint folder whose files are complete, and put all of it on the disk.
+
+    Returns the files by name, with their sizes and hashes. Raises: OSError.
+    """
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "metadata": metadata}
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+    _sync(path)
+    _sync(folder)
+    return files
 
 
 def list_checkpoints(run_folder: Path) -> list[CheckpointInfo]:
@@ -128,6 +137,18 @@ def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> "di
     """
     from safetensors.torch import load_file
 
+    path = check_file(info, name)
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; use another step.") from None
+
+
+def check_file(info: CheckpointInfo, name: str) -> Path:
+    """Return the path of one of the checkpoint's files ("model" or "optimizer"), after checking size and hash.
+
+    Raises: CheckpointError for a missing, truncated or corrupt file.
+    """
     file_name = f"{name}.safetensors"
     path, expected = info.path / file_name, info.files.get(file_name)
     if expected is None:
@@ -143,9 +164,9 @@ def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> "di
             raise CheckpointError(
                 f"{path} does not have the SHA-256 it was written with; it is corrupt; use another step."
             )
-        return load_file(path, device=device)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; use another step.") from None
+    return path
 
 
 def last_good(run_folder: Path) -> "tuple[CheckpointInfo, dict[str, Tensor], dict[str, Tensor]] | None":
