@@ -1,18 +1,18 @@
-"""Causal attention for training and prefill: blocks of queries against the keys they may see, with batched products.
+"""Causal attention for training and prefill, and attention of new positions to a cache.
 
-On the CPU PyTorch's flash attention spends most of its time outside its matrix products (0.14 TFLOP/s forward and
-backward at sequence 512 where batched products reach 0.8); going through blocks of queries with bmm, and recomputing
-the probabilities in the backward pass, is 1.8 to 2.4 times as fast and keeps no more. Elsewhere, with dropout, and for
-a query that continues a cache, it is PyTorch's scaled_dot_product_attention, which is also the oracle of the tests.
+For bf16 on the CPU the training one is a C++ kernel (source/attention_training.h) behind two torch operators; it saves
+its arguments, its result and one number per query and head. Anything else (other types and devices, dropout, odd head
+dimensions, no kernels) is PyTorch's scaled_dot_product_attention, which is also the oracle of the tests.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_QUERY_BLOCK = 128
-# Scores of one step of the loop, in elements: 2 MiB in bf16 stays in the second-level caches of two cores.
-_SCORE_ELEMENTS = 1 << 20
+from moesaic.kernels.select import cpu_library
+
+_HEAD_DIM_MULTIPLE = 16
+_MAX_HEAD_DIM = 256
 
 
 def causal_attention(
@@ -23,8 +23,11 @@ def causal_attention(
     Shapes: query (B, S, A, D); key, value (B, S, KV, D) with A a multiple of KV; documents (B, S) integers.
     """
     assert query.shape[:2] == key.shape[:2] == value.shape[:2], (query.shape, key.shape, value.shape)
-    if query.device.type == "cpu" and dropout == 0.0 and query.shape[1] > 1:
-        return _BlockedAttention.apply(query, key, value, documents)
+    assert key.shape == value.shape and query.shape[3] == key.shape[3], (query.shape, key.shape, value.shape)
+    assert query.shape[2] % key.shape[2] == 0, (query.shape, key.shape)
+    assert documents is None or documents.shape == query.shape[:2], (documents and documents.shape, query.shape)
+    if dropout == 0.0 and _has_kernel(query, key, value):
+        return torch.ops.moesaic.causal_attention(query, key, value, documents)[0]
     mask = None if documents is None else document_mask(documents)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
@@ -61,93 +64,100 @@ def document_mask(documents: Tensor) -> Tensor:
     return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
 
 
-def _grouped(x: Tensor, num_groups: int) -> Tensor:
-    """(B, S, A, D) -> (B*KV, G, S, D), G = A / KV query heads of each key/value head."""
-    batch, length, heads, dim = x.shape
-    return x.permute(0, 2, 1, 3).reshape(batch * num_groups, heads // num_groups, length, dim)
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    if any(tensor.device.type != "cpu" for tensor in (query, key, value)):
+        return False
+    head_dim = query.shape[3]
+    if head_dim % _HEAD_DIM_MULTIPLE or head_dim > _MAX_HEAD_DIM or not query.numel():
+        return False
+    is_cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if not is_cast and any(tensor.dtype != torch.bfloat16 for tensor in (query, key, value)):
+        return False
+    return cpu_library() is not None
 
 
-def _ungrouped(x: Tensor, batch: int) -> Tensor:
-    """The inverse of _grouped."""
-    rows, group, length, dim = x.shape
-    return x.view(batch, rows // batch * group, length, dim).permute(0, 2, 1, 3)
+def _rows(tensor: Tensor) -> Tensor:
+    """The kernel takes any strides but the last."""
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
-def _block_mask(documents: Tensor | None, rows: slice, start: int, end: int, like: Tensor) -> Tensor:
-    """Additive mask: (1, 1, b, b) for the diagonal block, or (rows, 1, b, end) with documents; b = end - start."""
-    size = end - start
-    blocked = torch.ones(size, size, dtype=torch.bool, device=like.device).triu_(1)
-    if documents is None:
-        return like.new_zeros(size, size).masked_fill_(blocked, float("-inf"))[None, None]
-    part = documents[rows]
-    mask = part[:, start:end, None] != part[:, None, :end]
-    mask[:, :, start:] |= blocked
-    return like.new_zeros(mask.shape).masked_fill_(mask, float("-inf"))[:, None]
+def _integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
 
 
-class _BlockedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, documents):  # type: ignore[no-untyped-def]
-        batch, _, _, dim = query.shape
-        groups = key.shape[2]
-        scaled = _grouped(query, groups) * dim**-0.5  # (B*KV, G, S, D)
-        keys, values = _grouped(key, groups)[:, 0], _grouped(value, groups)[:, 0]  # (B*KV, S, D)
-        row_documents = None if documents is None else documents.repeat_interleave(groups, 0)
-        out = torch.empty_like(scaled)
-        for rows, start, end in _blocks(scaled):
-            block = scaled[rows, :, start:end]
-            probabilities = _probabilities(block, keys[rows, :end], row_documents, rows, start, end)
-            out[rows, :, start:end] = torch.bmm(probabilities, values[rows, :end]).view_as(block)
-        ctx.save_for_backward(scaled, keys, values, row_documents)
-        ctx.batch = batch
-        return _ungrouped(out, batch)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        scaled, keys, values, row_documents = ctx.saved_tensors
-        grads = _grouped(grad, keys.shape[0] // ctx.batch)
-        grad_query = torch.empty_like(scaled)
-        # fp32: a key's gradient is summed over all blocks of queries.
-        grad_key = torch.zeros_like(keys, dtype=torch.float32)
-        grad_value = torch.zeros_like(values, dtype=torch.float32)
-        for rows, start, end in _blocks(scaled):
-            block = scaled[rows, :, start:end]
-            flat = block.flatten(1, 2)
-            grad_block = grads[rows, :, start:end].flatten(1, 2)
-            keys_seen = keys[rows, :end]
-            probabilities = _probabilities(block, keys_seen, row_documents, rows, start, end)
-            grad_value[rows, :end] += torch.bmm(probabilities.transpose(1, 2), grad_block)
-            grad_probabilities = torch.bmm(grad_block, values[rows, :end].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
-            grad_query[rows, :, start:end] = torch.bmm(grad_scores, keys_seen).view_as(block)
-            grad_key[rows, :end] += torch.bmm(grad_scores.transpose(1, 2), flat)
-        grad_query *= scaled.shape[-1] ** -0.5
-        return (
-            _ungrouped(grad_query, ctx.batch),
-            _ungrouped(grad_key.to(keys.dtype)[:, None], ctx.batch),
-            _ungrouped(grad_value.to(values.dtype)[:, None], ctx.batch),
-            None,
-        )
+def _sizes(query: Tensor, key: Tensor) -> Tensor:
+    return _integers([*query.shape[:3], key.shape[2], query.shape[3]])
 
 
-def _blocks(scaled: Tensor) -> list[tuple[slice, int, int]]:
-    """Steps of the loop: which of the B*KV rows, and which queries."""
-    num_rows, group, length, _ = scaled.shape
-    steps = []
-    rows_per_step = max(1, _SCORE_ELEMENTS // (group * min(_QUERY_BLOCK, length) * length))
-    for first in range(0, num_rows, rows_per_step):
-        rows = slice(first, min(first + rows_per_step, num_rows))
-        steps += [(rows, start, min(start + _QUERY_BLOCK, length)) for start in range(0, length, _QUERY_BLOCK)]
-    return steps
+@torch.library.custom_op("moesaic::causal_attention", mutates_args=(), device_types="cpu")
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the output (B, S, A, D) and, for the backward pass, (B, A, S): log2 of the sum of a query's weights."""
+    library = cpu_library()
+    assert library is not None
+    operands = [_rows(tensor) for tensor in (query, key, value)]
+    numbers = None if documents is None else documents.to(torch.int64).contiguous()
+    batch, length, heads, _ = query.shape
+    out = torch.empty(query.shape, dtype=torch.bfloat16)
+    log_sums = torch.empty(batch, heads, length)
+    sizes, strides = _sizes(query, key), _integers([step for tensor in operands for step in tensor.stride()[:3]])
+    library.function("moesaic_attention_forward", "pppppppp")(
+        sizes.data_ptr(),
+        strides.data_ptr(),
+        *(tensor.data_ptr() for tensor in operands),
+        None if numbers is None else numbers.data_ptr(),
+        out.data_ptr(),
+        log_sums.data_ptr(),
+    )
+    return out, log_sums
 
 
-def _probabilities(block: Tensor, keys: Tensor, documents: Tensor | None, rows: slice, start: int, end: int) -> Tensor:
-    """(rows, G, b, D), (rows, end, D) -> (rows, G*b, end)."""
-    scores = torch.bmm(block.flatten(1, 2), keys.transpose(1, 2))
-    mask = _block_mask(documents, rows, start, end, scores)
-    view = scores.view(*block.shape[:3], keys.shape[1])
-    if documents is None:
-        view[..., start:] += mask
-    else:
-        view += mask
-    return torch.softmax(scores, -1)
+@_causal_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    log_sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+    return query.new_empty(query.shape, dtype=torch.bfloat16), log_sums
+
+
+@torch.library.custom_op("moesaic::causal_attention_backward", mutates_args=(), device_types="cpu")
+def _causal_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    library = cpu_library()
+    assert library is not None
+    operands = [_rows(tensor) for tensor in (query, key, value, out, grad)]
+    numbers = None if documents is None else documents.to(torch.int64).contiguous()
+    log_sums = log_sums.contiguous()
+    grads = [torch.empty(tensor.shape, dtype=torch.bfloat16) for tensor in (query, key, value)]
+    sizes, strides = _sizes(query, key), _integers([step for tensor in operands for step in tensor.stride()[:3]])
+    library.function("moesaic_attention_backward", "pppppppppppp")(
+        sizes.data_ptr(),
+        strides.data_ptr(),
+        *(tensor.data_ptr() for tensor in operands),
+        None if numbers is None else numbers.data_ptr(),
+        log_sums.data_ptr(),
+        *(tensor.data_ptr() for tensor in grads),
+    )
+    return grads[0], grads[1], grads[2]
+
+
+@_causal_attention_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, value, documents = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, documents)
+
+
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    query, key, value, out, log_sums, documents = ctx.saved_tensors
+    grads = torch.ops.moesaic.causal_attention_backward(grad, query, key, value, out, log_sums, documents)
+    return *grads, None
+
+
+_causal_attention.register_autograd(_backward, setup_context=_save_for_backward)
+_causal_attention.register_autocast("cpu", torch.bfloat16)
