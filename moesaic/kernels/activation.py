@@ -4,9 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.kernels import select
+
+# As in source/activation_math.h.
+_NUMBERS = {"swiglu": 0, "gelu": 1, "gelu_tanh": 2}
+
 
 def activate(pre: Tensor, activation: str) -> Tensor:
     """Return the activation of pre: (N, F) for gelu and gelu_tanh, (N, 2F) as [gate, up] -> (N, F) for swiglu."""
+    if _has_kernel(pre):
+        return torch.ops.moesaic.activate(pre, activation)
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
@@ -15,6 +22,8 @@ def activate(pre: Tensor, activation: str) -> Tensor:
 
 def activate_and_backward(grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return the activation of pre once more, and the gradient of pre, given the gradient (N, F) of the activation."""
+    if _has_kernel(pre):
+        return torch.ops.moesaic.activate_backward(grad, pre, activation)
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         grad_pre = torch.empty_like(pre)
@@ -26,6 +35,56 @@ def activate_and_backward(grad: Tensor, pre: Tensor, activation: str) -> tuple[T
         return activated, grad_pre
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return activate(pre, activation), torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
+
+
+def _has_kernel(pre: Tensor) -> bool:
+    return pre.device.type == "cpu" and pre.dtype == torch.bfloat16 and select.cpu_library() is not None
+
+
+def _call(pre: Tensor, activation: str, activated: Tensor, grad: Tensor | None, grad_pre: Tensor | None) -> None:
+    library = select.cpu_library()
+    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
+    library.function("moesaic_activate", "piiiippp")(
+        pre.data_ptr(),
+        pre.dtype == torch.bfloat16,
+        activated.shape[0],
+        activated.shape[1],
+        _NUMBERS[activation],
+        activated.data_ptr(),
+        None if grad is None else grad.data_ptr(),
+        None if grad_pre is None else grad_pre.data_ptr(),
+    )
+
+
+def _empty_activated(pre: Tensor, activation: str) -> Tensor:
+    return pre.new_empty(pre.shape[0], pre.shape[1] // 2 if activation == "swiglu" else pre.shape[1])
+
+
+@torch.library.custom_op("moesaic::activate", mutates_args=(), device_types="cpu")
+def _activate(pre: Tensor, activation: str) -> Tensor:
+    pre = pre.contiguous()
+    activated = _empty_activated(pre, activation)
+    _call(pre, activation, activated, None, None)
+    return activated
+
+
+@_activate.register_fake
+def _(pre, activation):  # type: ignore[no-untyped-def]
+    return _empty_activated(pre, activation)
+
+
+@torch.library.custom_op("moesaic::activate_backward", mutates_args=(), device_types="cpu")
+def _activate_backward(grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    grad, pre = grad.contiguous(), pre.contiguous()
+    activated, grad_pre = _empty_activated(pre, activation), torch.empty_like(pre)
+    assert grad.shape == activated.shape, (grad.shape, activated.shape)
+    _call(pre, activation, activated, grad, grad_pre)
+    return activated, grad_pre
+
+
+@_activate_backward.register_fake
+def _(grad, pre, activation):  # type: ignore[no-untyped-def]
+    return _empty_activated(pre, activation), torch.empty_like(pre, memory_format=torch.contiguous_format)
 
 
 class _Mlp(torch.autograd.Function):

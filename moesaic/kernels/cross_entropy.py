@@ -7,6 +7,8 @@ kept for the backward pass is the gradient of the hidden states and of the weigh
 import torch
 from torch import Tensor
 
+from moesaic.kernels import select
+
 _CHUNK_ELEMENTS = 1 << 22  # of logits: 8 MiB in bf16, and as fp32 probabilities still within a shared cache
 # With fewer tokens, adding a large vocabulary's weight gradient once more per chunk costs more than the chunk.
 _MIN_CHUNK_TOKENS = 512
@@ -40,6 +42,44 @@ def _classes(targets: Tensor) -> Tensor:
     return targets.masked_fill(targets == -100, 0)
 
 
+def _has_kernel(hidden: Tensor) -> bool:
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype in (torch.bfloat16, torch.float32)
+        and select.cpu_library() is not None
+    )
+
+
+@torch.library.custom_op("moesaic::cross_entropy", mutates_args=("logits",), device_types="cpu")
+def _cross_entropy(logits: Tensor, targets: Tensor, wants_gradient: bool) -> Tensor:
+    """The (t,) losses of logits (t, V) at targets; with wants_gradient their gradient takes the place of the logits."""
+    library = select.cpu_library()
+    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
+    assert logits.is_contiguous(), logits.stride()
+    targets = targets.contiguous()
+    losses = torch.empty(logits.shape[0])
+    wrong = library.function("moesaic_cross_entropy", "pipiipi")(
+        logits.data_ptr(),
+        logits.dtype == torch.bfloat16,
+        targets.data_ptr(),
+        logits.shape[0],
+        logits.shape[1],
+        losses.data_ptr(),
+        wants_gradient,
+    )
+    if wrong:
+        raise IndexError(
+            f"target {int(targets[wrong - 1])} is outside the vocabulary; a number in [0, {logits.shape[1]}), or -100 "
+            "for nothing to predict, is required; take the tokenizer that the model was trained with."
+        )
+    return losses
+
+
+@_cross_entropy.register_fake
+def _(logits, targets, wants_gradient):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
 class _Workspace:
     """The buffers of one chunk, used for all of them: fresh ones would be faulted in from the kernel every time."""
 
@@ -48,8 +88,20 @@ class _Workspace:
         self._logits = hidden.new_empty(shape)
         self._probabilities = torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-    def losses(self, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a chunk's (t,) losses, its (t, V) fp32 probabilities, and the (t, V) buffer of logits, free to reuse.
+    def losses(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Return a chunk's (t,) losses."""
+        return self._losses_and_probabilities(x, weight, targets)[0]
+
+    def losses_and_gradient(self, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a chunk's (t,) losses and the gradient (t, V) of its logits, in a buffer of this workspace."""
+        losses, probabilities, gradient = self._losses_and_probabilities(x, weight, targets)
+        probabilities[torch.arange(x.shape[0], device=x.device), _classes(targets)] -= 1.0
+        gradient.copy_(probabilities)
+        gradient[targets == -100] = 0
+        return losses, gradient
+
+    def _losses_and_probabilities(self, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the (t,) losses, the (t, V) fp32 probabilities, and the (t, V) buffer of logits, free to reuse.
 
         The probability of the largest logit is 1 / sum exp(z - max), so log p_target = z_target - max + log p_max:
         exact even where p_target underflows, and no second exponential pass.
@@ -62,13 +114,34 @@ class _Workspace:
         return losses.masked_fill_(targets == -100, 0.0), probabilities, logits
 
 
+class _KernelWorkspace:
+    """The same in C++: one pass over the logits, whose gradient takes their place."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, chunks: list[tuple[int, int]]) -> None:
+        self._logits = hidden.new_empty(max((end - start for start, end in chunks), default=0), weight.shape[0])
+
+    def losses(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = self._logits[: x.shape[0]]
+        torch.mm(x, weight.t(), out=logits)
+        return torch.ops.moesaic.cross_entropy(logits, targets, False)
+
+    def losses_and_gradient(self, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._logits[: x.shape[0]]
+        torch.mm(x, weight.t(), out=logits)
+        return torch.ops.moesaic.cross_entropy(logits, targets, True), logits
+
+
+def _workspace(hidden: Tensor, weight: Tensor, chunks: list[tuple[int, int]]) -> _Workspace | _KernelWorkspace:
+    return (_KernelWorkspace if _has_kernel(hidden) else _Workspace)(hidden, weight, chunks)
+
+
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     chunks = _chunks(hidden.shape[0], weight.shape[0])
-    workspace = _Workspace(hidden, weight, chunks)
+    workspace = _workspace(hidden, weight, chunks)
     with torch.no_grad():
         for start, end in chunks:
-            losses[start:end] = workspace.losses(hidden[start:end], weight, targets[start:end])[0]
+            losses[start:end] = workspace.losses(hidden[start:end], weight, targets[start:end])
     return losses
 
 
@@ -76,22 +149,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
         count = _count(targets)
-        has_gaps = bool((targets == -100).any())
         chunks = _chunks(hidden.shape[0], weight.shape[0])
-        workspace = _Workspace(hidden, weight, chunks)
+        workspace = _workspace(hidden, weight, chunks)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         product = torch.empty_like(weight)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start, end in chunks:
             x, target = hidden[start:end], targets[start:end]
-            losses, probabilities, grad_logits = workspace.losses(x, weight, target)
+            losses, grad_logits = workspace.losses_and_gradient(x, weight, target)
             total += losses.sum()
-            rows = torch.arange(end - start, device=hidden.device)
-            probabilities[rows, _classes(target)] -= 1.0
-            grad_logits.copy_(probabilities)
-            if has_gaps:
-                grad_logits[target == -100] = 0
             torch.mm(grad_logits, weight, out=grad_hidden[start:end])
             grad_weight += torch.mm(grad_logits.t(), x, out=product)
         ctx.save_for_backward(grad_hidden, grad_weight, count)

@@ -6,6 +6,8 @@ The half-split pairing is the one of Hugging Face's Llama. Source: RoFormer (arX
 import torch
 from torch import Tensor
 
+from moesaic.kernels import rotary
+
 
 def rotary_table(num_positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosines and sines (num_positions, D/2), fp32."""
@@ -16,6 +18,8 @@ def rotary_table(num_positions: int, head_dim: int, theta: float, device: torch.
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn x (B, S, A, D) by the tables' rows (S, D/2), in x's dtype."""
+    if rotary.can_rotate(x):
+        return rotary.rotate(x, cosines, sines)
     return _Rotate.apply(x, cosines.to(x.dtype)[:, None], sines.to(x.dtype)[:, None])
 
 

@@ -37,6 +37,11 @@ inline void store_row(T* p, Vf x, int64_t left) {
         store_part(p, x, int(left));
 }
 
+inline float load_scalar(const float* p) { return *p; }
+inline float load_scalar(const bf16* p) { return bf16_to_float(*p); }
+inline void store_scalar(float* p, float x) { *p = x; }
+inline void store_scalar(bf16* p, float x) { *p = float_to_bf16(x); }
+
 // Call body(T()) with the C++ type of the elements.
 template <typename Body>
 inline void with_element_type(bool is_bf16, Body&& body) {
