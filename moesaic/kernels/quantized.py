@@ -124,7 +124,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     amax = blocked.abs().amax(-1)  # (M, blocks); a NaN among the numbers is the maximum
     is_finite, is_zero = amax.isfinite(), amax < SMALLEST_AMAX
     scales = torch.where(is_zero, 0.0, torch.where(is_finite, amax / 127.0, torch.nan))
-    factor = 127.0 / torch.where(is_finite & ~is_zero, amax, 1.0)
+    # One division: `127.0 / tensor` would be the rounded reciprocal times 127.
+    factor = torch.full_like(amax, 127.0) / torch.where(is_finite & ~is_zero, amax, 1.0)
     values = (blocked * factor[..., None]).round_()
     values = torch.where((is_finite & ~is_zero)[..., None], values, 0.0)
     return values.to(torch.int8).view(rows, -1)[:, :columns].contiguous(), scales
