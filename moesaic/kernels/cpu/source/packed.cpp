@@ -4,25 +4,25 @@
 
 #include "export.h"
 
-MOESAIC_EXPORT int64_t moesaic_packed_linear(int64_t format, int64_t columns, int64_t depth, int64_t group,
-                                             const uint8_t* data, const float* scales, int64_t rows, const void* x,
+MOESAIC_EXPORT int64_t moesaic_packed_linear(const moesaic::Packed* weight, int64_t rows, const void* x,
                                              int64_t x_is_bf16, const float* bias, void* out, int64_t out_is_bf16) {
     using namespace moesaic;
-    const Packed weight{format, columns, depth, group, data, scales};
     static thread_local Scratch workspace;
-    const LinearCall call{weight, rows, x, depth, x_is_bf16, bias, out, columns, out_is_bf16,
-                          workspace.get<char>(packed_linear_workspace(weight, rows) + 64)};
-    run_team(2.0 * double(rows) * double(columns) * double(depth), [&](Team& team) { packed_linear(team, call); });
+    LinearCall call{*weight, rows, x, weight->depth, x_is_bf16, bias, out, weight->columns, out_is_bf16, nullptr};
+    call.workspace = workspace.get<char>(packed_linear_workspace(*weight, rows) + 64);
+    const double work = 2.0 * double(rows) * double(weight->columns) * double(weight->depth);
+    run_team(work, [&](Team& team) { packed_linear(team, call); });
     return 0;
 }
 
-MOESAIC_EXPORT int64_t moesaic_packed_rows(int64_t format, int64_t columns, int64_t depth, int64_t group,
-                                           const uint8_t* data, const float* scales, int64_t count, const int64_t* ids,
-                                           uint16_t* out) {
+// 1 when an id names no row.
+MOESAIC_EXPORT int64_t moesaic_packed_rows(const moesaic::Packed* weight, int64_t count, const int64_t* ids,
+                                           moesaic::bf16* out) {
     using namespace moesaic;
-    const Packed weight{format, columns, depth, group, data, scales};
-    run_team(20.0 * double(count) * double(depth), [&](Team& team) {
-        team.tasks(long(count), [&](long i) { packed_row(weight, ids[i], out + i * depth); });
+    for (int64_t i = 0; i < count; ++i)
+        if (ids[i] < 0 || ids[i] >= weight->columns) return 1;
+    run_team(20.0 * double(count) * double(weight->depth), [&](Team& team) {
+        team.tasks(long(count), [&](long i) { packed_row(*weight, ids[i], out + i * weight->depth); });
     });
     return 0;
 }

@@ -1,0 +1,506 @@
+"""Weights packed once for inference, in bf16, 8 or 4 bits, and what is computed with them: linear layers, embeddings,
+and a whole layer of experts in one call.
+
+One copy of a weight serves one token and thousands, on every instruction set. A packed matrix (N, K) is a run of panels
+of 32 of its rows, each one stream for the memory. In bf16 a panel is [K/2][32][2]; with 8 bits [K/4][32][4], each byte
+the value plus 128; with 4 bits, for each group of K, its 32 scales in bf16 and then [group/4][16][4], each byte with
+row n in its low nibble and row n + 16 in its high one. K is padded to 32 (bf16) or 64 (8 bits).
+
+What integer weights give is quantized.quantized_linear to the bit, for any number of rows and threads; bf16 weights are
+multiplied by bf16 activations with fp32 sums in an order that depends on K alone. Where the C++ kernels are not in use
+the same functions work with PyTorch's operations.
+"""
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.kernels import select
+from moesaic.kernels.activation import activate
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, pack_nibbles, quantized_linear, unpack_nibbles
+
+PackedFormat = Literal["bf16", "int8", "int4"]
+
+_PANEL = 32
+_FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4")
+_ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
+_MADV_HUGEPAGE = 14
+_HUGE_PAGE_BYTES = 2 << 20
+
+
+class _PackedStruct(ctypes.Structure):
+    """`Packed` of cpu/source/packed.h."""
+
+    _fields_ = (
+        ("format", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("depth", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+    )
+
+
+class _MlpStruct(ctypes.Structure):
+    """`PackedMlp` of cpu/source/moe_inference.h."""
+
+    _fields_ = (
+        ("up", _PackedStruct),
+        ("down", _PackedStruct),
+        ("up_bias", ctypes.c_void_p),
+        ("down_bias", ctypes.c_void_p),
+        ("activation", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+    )
+
+
+class _MoeStruct(ctypes.Structure):
+    """`MoeCall` of cpu/source/moe_inference.h."""
+
+    _fields_ = (
+        ("experts", _MlpStruct),
+        ("num_experts", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
+        ("residual_weights", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("x_is_bf16", ctypes.c_int64),
+        ("expert_ids", ctypes.c_void_p),
+        ("routing_weights", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_is_bf16", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A matrix (N, K), or num_matrices of them, packed.
+
+    is_gated: the rows are [gate, up] of a SwiGLU MLP, and a panel holds 16 of the gate and the same 16 of up.
+    data: uint8, the panels of all matrices one after another; scales: fp32 (matrices, N padded to panels), 8 bits only.
+    """
+
+    format: PackedFormat
+    out_size: int
+    in_size: int
+    num_matrices: int | None
+    group_size: int | None
+    is_gated: bool
+    data: Tensor
+    scales: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K) or (E, N, K), as of the weight that was packed."""
+        matrix = (self.out_size, self.in_size)
+        return torch.Size(matrix if self.num_matrices is None else (self.num_matrices, *matrix))
+
+    @property
+    def num_panels(self) -> int:
+        return -(-self.out_size // _PANEL)  # gated too: 16 of each half, both padded alike
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @cached_property
+    def struct(self) -> ctypes.Structure:
+        """What C++ code takes; it holds addresses of this object's tensors."""
+        columns = self.num_panels * _PANEL if self.is_gated else self.out_size
+        return _PackedStruct(
+            _FORMATS.index(self.format),
+            columns,
+            self.in_size,
+            self.group_size or 0,
+            self.data.data_ptr(),
+            None if self.scales is None else self.scales.data_ptr(),
+        )
+
+
+@dataclass(frozen=True)
+class PackedMlp:
+    """One MLP, or a stack of E, with packed weights.
+
+    Shapes: up (F, H), or (2F, H) gated for swiglu; down (H, F); up_bias fp32 (E, N padded), in the order of up's
+    panels; down_bias fp32 (E, H). `pack_mlp` makes them.
+    """
+
+    up: PackedWeight
+    down: PackedWeight
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+
+    def __post_init__(self) -> None:
+        assert self.activation in _ACTIVATIONS, self.activation
+        is_gated = self.activation == "swiglu"
+        assert self.up.is_gated == is_gated and not self.down.is_gated, (self.activation, self.up.is_gated)
+        inner = self.up.out_size // 2 if is_gated else self.up.out_size
+        assert inner == self.down.in_size, (self.up.shape, self.down.shape)
+        assert self.up.in_size == self.down.out_size, (self.up.shape, self.down.shape)
+        assert self.up.num_matrices == self.down.num_matrices, (self.up.shape, self.down.shape)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.up.in_size
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.down.in_size
+
+    @property
+    def num_bytes(self) -> int:
+        biases = [bias.nbytes for bias in (self.up_bias, self.down_bias) if bias is not None]
+        return self.up.num_bytes + self.down.num_bytes + sum(biases)
+
+    @cached_property
+    def struct(self) -> ctypes.Structure:
+        """What C++ code takes; it holds addresses of this object's tensors."""
+        return _MlpStruct(
+            self.up.struct,
+            self.down.struct,
+            None if self.up_bias is None else self.up_bias.data_ptr(),
+            None if self.down_bias is None else self.down_bias.data_ptr(),
+            _ACTIVATIONS.index(self.activation),
+            self.intermediate_size,
+        )
+
+
+def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = False) -> PackedWeight:
+    """Return weight (N, K) or (E, N, K) packed: a tensor in bf16, a quantised weight as it is.
+
+    interleave_gate: the N rows are [gate, up] of a SwiGLU MLP and are reordered for it.
+    """
+    shape = weight.shape
+    assert len(shape) in (2, 3), shape
+    out_size, in_size = shape[-2:]
+    assert not interleave_gate or out_size % 2 == 0, (shape, interleave_gate)
+    format, group_size, device = _format_of(weight)
+    num_matrices = None if len(shape) == 2 else shape[0]
+    order = _panel_order(out_size, interleave_gate).to(device)
+    matrix_bytes = len(order) * _row_bytes(format, in_size, group_size)
+    count = 1 if num_matrices is None else num_matrices
+    data = _empty_on_huge_pages(count * matrix_bytes, device).view(count, matrix_bytes)
+    scales = torch.empty(count, len(order), device=device) if format == "int8" else None
+    for index in range(count):
+        if isinstance(weight, Tensor):
+            _pack_bf16(weight if num_matrices is None else weight[index], order, data[index])
+            continue
+        values = weight.values if num_matrices is None else weight.values[index]
+        row_scales = weight.scales if num_matrices is None else weight.scales[index]
+        if scales is not None:
+            _pack_int8(values, order, data[index])
+            scales[index] = _take_rows(row_scales, order, 0)
+        else:
+            assert group_size is not None
+            _pack_int4(values, row_scales, order, group_size, data[index])
+    return PackedWeight(format, out_size, in_size, num_matrices, group_size, interleave_gate, data.view(-1), scales)
+
+
+def pack_mlp(
+    up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str,
+) -> PackedMlp:
+    """Return an MLP packed, or a stack of them.
+
+    Shapes: up (F, H), or (2F, H) as [gate, up] for swiglu; down (H, F); biases (F or 2F) and (H); all with a leading E
+    for a stack.
+    """
+    is_gated = activation == "swiglu"
+    if up_bias is not None:
+        order = _panel_order(up.shape[-2], is_gated).to(up_bias.device)
+        rows = up_bias.detach().float().reshape(-1, up.shape[-2])
+        up_bias = torch.stack([_take_rows(row, order, 0) for row in rows])
+    if down_bias is not None:
+        down_bias = down_bias.detach().float().reshape(-1, down.shape[-2]).contiguous()
+    return PackedMlp(pack_weight(up, interleave_gate=is_gated), pack_weight(down), up_bias, down_bias, activation)
+
+
+def unpack_weight(weight: PackedWeight, matrix: int = 0) -> Tensor | QuantizedWeight:
+    """Return one matrix (N, K) as it was before packing: in bf16, or quantised."""
+    order = _panel_order(weight.out_size, weight.is_gated).to(weight.data.device)
+    kept = order < weight.out_size
+    place = torch.empty(weight.out_size, dtype=torch.int64, device=order.device)
+    place[order[kept]] = torch.arange(len(order), device=order.device)[kept]  # packed row of every row
+    matrix_bytes = len(order) * _row_bytes(weight.format, weight.in_size, weight.group_size)
+    data = weight.data[matrix * matrix_bytes : (matrix + 1) * matrix_bytes]
+    panels = weight.num_panels
+    if weight.group_size is not None:
+        groups = weight.in_size // weight.group_size
+        parts = data.view(panels, groups, -1)
+        scales = parts[..., : 2 * _PANEL].contiguous().view(torch.bfloat16)  # (panels, groups, 32)
+        both = parts[..., 2 * _PANEL :].reshape(panels, weight.in_size // 4, 16, 4)
+        numbers = torch.stack([both & 15, both >> 4], dim=1)  # (panels, 2, K/4, 16, 4)
+        rows = numbers.permute(0, 1, 3, 2, 4).reshape(len(order), weight.in_size)[place]
+        row_scales = scales.transpose(1, 2).reshape(len(order), groups)[place]
+        return QuantizedWeight(pack_nibbles(rows.to(torch.int8) - 8), row_scales, 4, weight.group_size)
+    dwords = data.view(torch.int32).view(panels, -1, _PANEL).transpose(1, 2).reshape(len(order), -1)[place]
+    if weight.format == "bf16":
+        return dwords.view(torch.bfloat16)[:, : weight.in_size].contiguous()
+    values = (dwords.view(torch.uint8)[:, : weight.in_size] ^ 128).contiguous().view(torch.int8)
+    assert weight.scales is not None
+    return QuantizedWeight(values, weight.scales[matrix, place], 8, None)
+
+
+def packed_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return (M, N): x (M, K) fp32 or bf16 times the weight transposed, plus bias (N,) in fp32; in x's dtype if None.
+
+    A bf16 weight multiplies x rounded to bf16, an integer one x quantised by token and block of 128 columns.
+    """
+    out_dtype = out_dtype or x.dtype
+    assert x.dim() == 2 and x.shape[1] == weight.in_size, (x.shape, weight.shape)
+    assert weight.num_matrices is None and not weight.is_gated, (weight.shape, weight.is_gated)
+    assert bias is None or bias.shape == (weight.out_size,), (bias.shape, weight.shape)
+    _check_dtypes(x.dtype, out_dtype)
+    library = select.cpu_library() if x.device.type == "cpu" else None
+    if library is None:
+        return _linear(x, weight, 0, bias).to(out_dtype)
+    x = x.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    out = torch.empty(x.shape[0], weight.out_size, dtype=out_dtype)
+    if out.numel():
+        library.function("moesaic_packed_linear", "pipippi")(
+            ctypes.addressof(weight.struct),
+            x.shape[0],
+            x.data_ptr(),
+            x.dtype == torch.bfloat16,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out_dtype == torch.bfloat16,
+        )
+    return out
+
+
+def packed_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
+    """Return the rows (T, K) in bf16 of a weight (N, K) that ids (T,) int64 name: an embedding that shares lm_head."""
+    assert weight.num_matrices is None and not weight.is_gated, (weight.shape, weight.is_gated)
+    assert ids.dim() == 1 and ids.dtype == torch.int64, (ids.shape, ids.dtype)
+    library = select.cpu_library() if ids.device.type == "cpu" else None
+    if library is None:
+        return _dense(weight, 0).to(torch.bfloat16)[ids]
+    ids = ids.contiguous()
+    out = torch.empty(len(ids), weight.in_size, dtype=torch.bfloat16)
+    failed = library.function("moesaic_packed_rows", "pipp")(
+        ctypes.addressof(weight.struct), len(ids), ids.data_ptr(), out.data_ptr()
+    )
+    assert not failed, f"ids ({int(ids.min())} to {int(ids.max())}) must be rows of a matrix with {weight.out_size}"
+    return out
+
+
+def packed_mlp(x: Tensor, mlp: PackedMlp) -> Tensor:
+    """Return the MLP (T, H) of x (T, H), in x's dtype."""
+    assert mlp.up.num_matrices is None, mlp.up.shape
+    none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
+    return _moe(x, none, none.float(), mlp, 0, mlp, None)
+
+
+def packed_moe(
+    x: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    experts: PackedMlp,
+    *,
+    residual: PackedMlp | None = None,
+    residual_weights: Tensor | None = None,
+) -> Tensor:
+    """Return (T, H), in x's dtype: the sum over each token's routes of routing_weight * expert(x), experts in rising
+    order, plus residual_weight * residual(x), summed in fp32.
+
+    Shapes: x (T, H) fp32 or bf16; expert_ids (T, K) int64, negative for no route; routing_weights (T, K) fp32;
+    residual_weights (T,) fp32, None for 1. Pre-activations and activations are fp32; they are rounded or quantised as
+    packed_linear does before the second product.
+    """
+    assert experts.up.num_matrices is not None, experts.up.shape
+    return _moe(x, expert_ids, routing_weights, experts, experts.up.num_matrices, residual, residual_weights)
+
+
+def _moe(
+    x: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    experts: PackedMlp,
+    num_experts: int,
+    residual: PackedMlp | None,
+    residual_weights: Tensor | None,
+) -> Tensor:
+    tokens, top_k = expert_ids.shape
+    assert x.shape == (tokens, experts.hidden_size), (x.shape, expert_ids.shape, experts.hidden_size)
+    assert expert_ids.dtype == torch.int64, expert_ids.dtype
+    assert routing_weights.shape == expert_ids.shape, (routing_weights.shape, expert_ids.shape)
+    assert routing_weights.dtype == torch.float32, routing_weights.dtype
+    if residual is not None:
+        assert residual.up.num_matrices is None, residual.up.shape
+        assert residual.hidden_size == experts.hidden_size, (residual.hidden_size, experts.hidden_size)
+    if residual_weights is not None:
+        assert residual is not None, "residual_weights without a residual"
+        assert residual_weights.shape == (tokens,), (residual_weights.shape, tokens)
+        assert residual_weights.dtype == torch.float32, residual_weights.dtype
+    _check_dtypes(x.dtype, x.dtype)
+    library = select.cpu_library() if x.device.type == "cpu" else None
+    if library is None:
+        return _moe_by_expert(x, expert_ids, routing_weights, experts, num_experts, residual, residual_weights)
+    x, expert_ids, routing_weights = x.contiguous(), expert_ids.contiguous(), routing_weights.contiguous()
+    residual_weights = None if residual_weights is None else residual_weights.contiguous()
+    out = torch.empty_like(x)
+    if not out.numel():
+        return out
+    is_bf16 = x.dtype == torch.bfloat16
+    call = _MoeStruct(
+        experts.struct,
+        num_experts,
+        None if residual is None else ctypes.addressof(residual.struct),
+        None if residual_weights is None else residual_weights.data_ptr(),
+        tokens,
+        top_k,
+        x.data_ptr(),
+        is_bf16,
+        expert_ids.data_ptr(),
+        routing_weights.data_ptr(),
+        out.data_ptr(),
+        is_bf16,
+        None,
+    )
+    failed = library.function("moesaic_packed_moe", "p")(ctypes.addressof(call))
+    assert not failed, f"expert_ids (up to {int(expert_ids.max())}) must be below num_experts ({num_experts})"
+    return out
+
+
+def _moe_by_expert(
+    x: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    experts: PackedMlp,
+    num_experts: int,
+    residual: PackedMlp | None,
+    residual_weights: Tensor | None,
+) -> Tensor:
+    """The same with PyTorch's operations, expert by expert: the definition."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(num_experts):
+        tokens, choices = (expert_ids == expert).nonzero(as_tuple=True)
+        if len(tokens):
+            y = _mlp(x[tokens], experts, expert)
+            out.index_add_(0, tokens, routing_weights[tokens, choices, None] * y)
+    if residual is not None:
+        y = _mlp(x, residual, 0)
+        out += y if residual_weights is None else residual_weights[:, None] * y
+    return out.to(x.dtype)
+
+
+def _mlp(x: Tensor, mlp: PackedMlp, expert: int) -> Tensor:
+    """Return expert's MLP (T, H) of x (T, H) in fp32."""
+    up_bias = None
+    if mlp.up_bias is not None:
+        order = _panel_order(mlp.up.out_size, mlp.up.is_gated).to(x.device)
+        kept = order < mlp.up.out_size
+        up_bias = torch.empty(mlp.up.out_size, device=x.device)
+        up_bias[order[kept]] = mlp.up_bias[expert, kept]
+    hidden = activate(_linear(x, mlp.up, expert, up_bias), mlp.activation)
+    return _linear(hidden, mlp.down, expert, None if mlp.down_bias is None else mlp.down_bias[expert])
+
+
+def _linear(x: Tensor, weight: PackedWeight, matrix: int, bias: Tensor | None) -> Tensor:
+    dense = unpack_weight(weight, matrix)
+    if isinstance(dense, QuantizedWeight):
+        y = quantized_linear(x, dense)
+    else:
+        y = F.linear(x.to(torch.bfloat16).float(), dense.float())
+    return y if bias is None else y + bias.float()
+
+
+def _dense(weight: PackedWeight, matrix: int) -> Tensor:
+    unpacked = unpack_weight(weight, matrix)
+    return dequantize(unpacked) if isinstance(unpacked, QuantizedWeight) else unpacked
+
+
+def _check_dtypes(*dtypes: torch.dtype) -> None:
+    assert all(dtype in (torch.float32, torch.bfloat16) for dtype in dtypes), dtypes
+
+
+def _format_of(weight: Tensor | QuantizedWeight) -> tuple[PackedFormat, int | None, torch.device]:
+    if isinstance(weight, Tensor):
+        return "bf16", None, weight.device
+    return ("int8" if weight.bits == 8 else "int4"), weight.group_size, weight.values.device
+
+
+def _row_bytes(format: PackedFormat, in_size: int, group_size: int | None) -> int:
+    """Bytes of a row of a panel, padding and its share of the scales included."""
+    if format == "bf16":
+        return -(-in_size // 32) * 32 * 2
+    if format == "int8":
+        return -(-in_size // 64) * 64
+    assert group_size is not None
+    return in_size // group_size * (2 + group_size // 2)
+
+
+def _panel_order(out_size: int, is_gated: bool) -> Tensor:
+    """Return the row of every packed row, out_size for padding: as they are, or 16 of the gate and 16 of up in turn."""
+    if not is_gated:
+        order = torch.arange(-(-out_size // _PANEL) * _PANEL)
+        return order.clamp_max(out_size)
+    half = out_size // 2
+    padded = torch.arange(-(-half // 16) * 16)
+    gate = torch.where(padded < half, padded, out_size)
+    up = torch.where(padded < half, padded + half, out_size)
+    return torch.stack([gate.view(-1, 16), up.view(-1, 16)], dim=1).flatten()
+
+
+def _take_rows(rows: Tensor, order: Tensor, fill: int) -> Tensor:
+    """Return rows[order], with rows of `fill` where order says padding."""
+    padding = torch.full((1, *rows.shape[1:]), fill, dtype=rows.dtype, device=rows.device)
+    return torch.cat([rows, padding])[order]
+
+
+def _pack_bf16(matrix: Tensor, order: Tensor, out: Tensor) -> None:
+    rows = _take_rows(matrix.detach().to(torch.bfloat16), order, 0)
+    _write_panels(F.pad(rows, (0, -matrix.shape[1] % 32)), out)
+
+
+def _pack_int8(values: Tensor, order: Tensor, out: Tensor) -> None:
+    rows = _take_rows(values.view(torch.uint8) ^ 128, order, 128)
+    _write_panels(F.pad(rows, (0, -values.shape[1] % 64), value=128), out)
+
+
+def _pack_int4(values: Tensor, scales: Tensor, order: Tensor, group_size: int, out: Tensor) -> None:
+    rows = _take_rows((unpack_nibbles(values) + 8).view(torch.uint8), order, 8)  # (N, K)
+    halves = rows.view(-1, 2, 16, rows.shape[1])
+    both = (halves[:, 0] | (halves[:, 1] << 4)).contiguous()  # (panels, 16, K)
+    panels, _, in_size = both.shape
+    groups = in_size // group_size
+    parts = out.view(panels, groups, -1)
+    bytes_of_scales = 2 * _PANEL
+    dwords = both.view(torch.int32).transpose(1, 2).contiguous()  # (panels, K/4, 16)
+    parts[..., bytes_of_scales:] = dwords.view(torch.uint8).view(panels, groups, -1)
+    grouped = _take_rows(scales, order, 0).view(panels, _PANEL, groups).transpose(1, 2).contiguous()
+    parts[..., :bytes_of_scales] = grouped.view(torch.uint8)
+
+
+def _write_panels(rows: Tensor, out: Tensor) -> None:
+    """Write rows (N, bytes of K) as [N/32][dword of K][32]."""
+    dwords = rows.view(torch.int32).view(-1, _PANEL, rows.shape[1] * rows.element_size() // 4)
+    out.view(torch.int32).view(dwords.shape[0], -1, _PANEL).copy_(dwords.transpose(1, 2))
+
+
+def _empty_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
+    """Return uint8 memory that the kernel backs with huge pages where it can: fewer of its tables to walk."""
+    data = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    start = -(-data.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    length = (data.data_ptr() + num_bytes - start) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    if device.type == "cpu" and length > 0 and sys.platform == "linux":
+        # Advice only: without it everything works, on small pages.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+    return data

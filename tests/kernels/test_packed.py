@@ -1,0 +1,196 @@
+"""Packed weights: linear layers equal their definition, integer ones to the bit, on every instruction set."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.kernels import select
+from moesaic.kernels.packed import PackedWeight, pack_weight, packed_linear, packed_rows, unpack_weight
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight, quantized_linear
+
+CHOICES = [*select.supported_instruction_sets(), "amx-emulated", "reference"]
+FORMATS = ("bf16", "int8", "int4-32", "int4-64", "int4-128")
+# N that no panel divides, K of one group, of several activation blocks, and of a part of one.
+SIZES = [(40, 128), (32, 256), (7, 384), (96, 640)]
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_of(format: str, n: int, k: int, seed: int = 1) -> Tensor | QuantizedWeight:
+    dense = numbers(n, k, seed=seed)
+    if format == "bf16":
+        return dense.to(torch.bfloat16)
+    if format == "int8":
+        return quantize_weight(dense, bits=8)
+    return quantize_weight(dense, bits=4, group_size=int(format.split("-")[1]))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32)) or bool(
+        ((a == b) | (a.isnan() & b.isnan())).all()  # the sign and payload of a NaN say nothing
+    )
+
+
+def one(x: Tensor, packed: PackedWeight, **options: Tensor | torch.dtype) -> Tensor:
+    return packed_linear(x, packed, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("interleave_gate", [False, True])
+def test_unpacking_gives_back_what_was_packed(format: str, interleave_gate: bool) -> None:
+    for n, k in [(40, 128), (64, 256), (8, 384)]:
+        weight = weight_of(format, n, k)
+        packed = pack_weight(weight, interleave_gate=interleave_gate)
+        back = unpack_weight(packed)
+        assert packed.shape == (n, k)
+        if isinstance(weight, Tensor):
+            assert isinstance(back, Tensor) and torch.equal(back, weight)
+        else:
+            assert isinstance(back, QuantizedWeight) and torch.equal(back.values, weight.values)
+            assert torch.equal(back.scales, weight.scales) and back.group_size == weight.group_size
+
+
+def test_a_stack_is_its_matrices() -> None:
+    dense = numbers(3, 40, 128, seed=2)
+    for weight in (dense.bfloat16(), quantize_weight(dense, bits=8), quantize_weight(dense, bits=4, group_size=32)):
+        packed = pack_weight(weight)
+        assert packed.shape == (3, 40, 128)
+        for index in range(3):
+            back = unpack_weight(packed, index)
+            if isinstance(weight, Tensor):
+                assert isinstance(back, Tensor) and torch.equal(back, weight[index])
+            else:
+                assert isinstance(back, QuantizedWeight) and torch.equal(back.values, weight.values[index])
+                assert torch.equal(back.scales, weight.scales[index])
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("format", FORMATS[1:])
+def test_integer_weights_equal_their_definition_to_the_bit(choice: str, format: str) -> None:
+    for n, k in SIZES:
+        weight = weight_of(format, n, k)
+        assert isinstance(weight, QuantizedWeight)
+        packed = pack_weight(weight)
+        for rows in (1, 2, 3, 5, 13, 33, 70):
+            x = numbers(rows, k, seed=rows) * torch.logspace(-3, 3, rows)[:, None]
+            with select.forced(choice):
+                assert same_bits(one(x, packed), quantized_linear(x, weight)), (n, k, rows)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_k_that_no_block_divides(choice: str) -> None:
+    for n, k in [(33, 1), (40, 72), (64, 130), (5, 200)]:
+        weight = quantize_weight(numbers(n, k, seed=3), bits=8)
+        for rows in (1, 4, 19):
+            x = numbers(rows, k, seed=4)
+            with select.forced(choice):
+                assert same_bits(one(x, pack_weight(weight)), quantized_linear(x, weight)), (n, k, rows)
+                dense = numbers(n, k, seed=5).bfloat16()
+                wanted = x.bfloat16().double() @ dense.double().t()
+                torch.testing.assert_close(one(x, pack_weight(dense)).double(), wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_bf16_weights_sum_in_fp32(choice: str) -> None:
+    for n, k in SIZES:
+        weight = weight_of("bf16", n, k)
+        assert isinstance(weight, Tensor)
+        packed = pack_weight(weight)
+        for rows in (1, 2, 3, 13, 33, 70):
+            x = numbers(rows, k, seed=rows).bfloat16()
+            with select.forced(choice):
+                y = one(x, packed, out_dtype=torch.float32)
+            # fp32 sums of up to 640 products of size 1: some 1e-5 apart, where bf16 sums would be 1e-1.
+            torch.testing.assert_close(y.double(), x.double() @ weight.double().t(), atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("choice", CHOICES[:-1])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_does_not_depend_on_the_others_or_on_threads(choice: str, format: str) -> None:
+    packed = pack_weight(weight_of(format, 72, 256))
+    x = numbers(70, 256, seed=6)
+    before = torch.get_num_threads()
+    with select.forced(choice):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results += [one(x, packed), torch.cat([one(part, packed) for part in x.split((1, 2, 4, 12, 13, 38))])]
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_rows_and_deep_sums_go_by_blocks(format: str) -> None:
+    # More rows than are worked on at once, and more of K than stays in a cache.
+    for n, k, rows in [(64, 4480, 130), (320, 128, 900)]:
+        weight = weight_of(format, n, k)
+        x = numbers(rows, k, seed=7)
+        y = one(x, pack_weight(weight))
+        if isinstance(weight, QuantizedWeight):
+            assert same_bits(y, quantized_linear(x, weight))
+        else:
+            wanted = x.bfloat16().double() @ weight.double().t()
+            torch.testing.assert_close(y.double(), wanted, atol=2e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("format", ("bf16", "int8", "int4-32"))
+def test_dtypes_bias_and_rows_that_are_not_contiguous(choice: str, format: str) -> None:
+    weight, bias = weight_of(format, 40, 128), numbers(40, seed=8)
+    packed = pack_weight(weight)
+    x = numbers(128, 9, seed=9).t().bfloat16()
+    assert not x.is_contiguous()
+    with select.forced(choice):
+        exact = one(x, packed, bias=bias, out_dtype=torch.float32)
+        rounded = one(x, packed, bias=bias)
+        assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, exact.bfloat16())
+        assert same_bits(exact, one(x, packed, out_dtype=torch.float32) + bias)
+        if format != "bf16":
+            assert same_bits(exact, one(x.float(), packed, bias=bias))
+        assert one(x[:0], packed).shape == (0, 40)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("format", ("bf16", "int8", "int4-64"))
+def test_infinities_and_nan_stay_in_their_row(choice: str, format: str) -> None:
+    weight = weight_of(format, 40, 256)
+    x = numbers(5, 256, seed=10)
+    x[1, 3], x[2, 200], x[3, 7] = torch.inf, torch.nan, 3e38
+    x[4] = 1e-38
+    with select.forced(choice):
+        y = one(x, pack_weight(weight))
+    if isinstance(weight, QuantizedWeight):
+        assert same_bits(y, quantized_linear(x, weight))
+    assert not y[1:3].isfinite().any() and y[0].isfinite().all() and y[2].isnan().all()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_are_embeddings(choice: str, format: str) -> None:
+    weight = weight_of(format, 50, 256)
+    dense = (weight if isinstance(weight, Tensor) else dequantize(weight)).bfloat16()
+    ids = torch.tensor([0, 49, 7, 7, 16, 31, 32])
+    with select.forced(choice):
+        assert torch.equal(packed_rows(pack_weight(weight), ids), F.embedding(ids, dense))
+
+
+def test_packed_weights_take_the_room_of_their_format() -> None:
+    dense = numbers(64, 256, seed=11)
+    assert pack_weight(dense).num_bytes == 64 * 256 * 2
+    assert pack_weight(quantize_weight(dense, bits=8)).num_bytes == 64 * (256 + 4)
+    assert pack_weight(quantize_weight(dense, bits=4, group_size=32)).num_bytes == 64 * (128 + 2 * 8)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    packed = pack_weight(numbers(40, 128, seed=12))
+    with pytest.raises(AssertionError):
+        packed_linear(numbers(3, 64, seed=1), packed)
+    with pytest.raises(AssertionError):
+        packed_linear(numbers(3, 128, seed=1), packed, numbers(41, seed=1))
+    with pytest.raises(AssertionError):
+        packed_linear(numbers(3, 128, seed=1).double(), packed)
+    with pytest.raises(AssertionError, match="rows of a matrix"):
+        packed_rows(packed, torch.tensor([40]))
