@@ -27,7 +27,7 @@ constexpr int kRowBlock = 32;  // rows that one step works on at best
 // One or two tiles of columns; see gemm.
 template <int Columns>
 inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                       size_t ldc, bool accumulate) {
+                       size_t ldc, bool accumulate, int blocks, size_t a_block) {
     const size_t stride_a = lda * 2, stride_b = ldb * 4, stride_c = ldc * 4;
     for (int row = 0; row < rows; row += 32) {
         const int here = rows - row < 32 ? rows - row : 32;
@@ -53,26 +53,30 @@ inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uin
             }
         }
         if (bottom) {
-            for (int p = 0; p < pairs; p += 16) {
-                tile_load(4, top_a + 2 * p, stride_a);
-                tile_load(6, b + p * ldb, stride_b);
-                if constexpr (Columns == 2) tile_load(7, b + p * ldb + 16, stride_b);
-                tile_load(5, bottom_a + 2 * p, stride_a);
-                tile_dot_bf16(0, 4, 6);
-                if constexpr (Columns == 2) tile_dot_bf16(1, 4, 7);
-                tile_dot_bf16(2, 5, 6);
-                if constexpr (Columns == 2) tile_dot_bf16(3, 5, 7);
-            }
+            for (int block = 0; block < blocks; ++block)
+                for (int p = 0; p < pairs; p += 16) {
+                    const uint32_t* here_b = b + (size_t(block) * pairs + p) * ldb;
+                    tile_load(4, top_a + block * a_block + 2 * p, stride_a);
+                    tile_load(6, here_b, stride_b);
+                    if constexpr (Columns == 2) tile_load(7, here_b + 16, stride_b);
+                    tile_load(5, bottom_a + block * a_block + 2 * p, stride_a);
+                    tile_dot_bf16(0, 4, 6);
+                    if constexpr (Columns == 2) tile_dot_bf16(1, 4, 7);
+                    tile_dot_bf16(2, 5, 6);
+                    if constexpr (Columns == 2) tile_dot_bf16(3, 5, 7);
+                }
             tile_store(2, bottom_c, stride_c);
             if constexpr (Columns == 2) tile_store(3, bottom_c + 16, stride_c);
         } else {
-            for (int p = 0; p < pairs; p += 16) {
-                tile_load(4, top_a + 2 * p, stride_a);
-                tile_load(6, b + p * ldb, stride_b);
-                if constexpr (Columns == 2) tile_load(7, b + p * ldb + 16, stride_b);
-                tile_dot_bf16(0, 4, 6);
-                if constexpr (Columns == 2) tile_dot_bf16(1, 4, 7);
-            }
+            for (int block = 0; block < blocks; ++block)
+                for (int p = 0; p < pairs; p += 16) {
+                    const uint32_t* here_b = b + (size_t(block) * pairs + p) * ldb;
+                    tile_load(4, top_a + block * a_block + 2 * p, stride_a);
+                    tile_load(6, here_b, stride_b);
+                    if constexpr (Columns == 2) tile_load(7, here_b + 16, stride_b);
+                    tile_dot_bf16(0, 4, 6);
+                    if constexpr (Columns == 2) tile_dot_bf16(1, 4, 7);
+                }
         }
         tile_store(0, top_c, stride_c);
         if constexpr (Columns == 2) tile_store(1, top_c + 16, stride_c);
@@ -80,13 +84,14 @@ inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uin
 }
 
 // C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
+// With blocks > 1, K is that many times 2 * pairs: A goes on a_block elements further for each, B where it stopped.
 template <int Width>
 inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
-                 bool accumulate) {
-    if constexpr (Width >= 32) gemm_tiles<2>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
+                 bool accumulate, int blocks = 1, size_t a_block = 0) {
+    if constexpr (Width >= 32) gemm_tiles<2>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, blocks, a_block);
     if constexpr (Width % 32) {
         constexpr int done = Width - 16;
-        gemm_tiles<1>(rows, pairs, a, lda, b + done, ldb, c + done, ldc, accumulate);
+        gemm_tiles<1>(rows, pairs, a, lda, b + done, ldb, c + done, ldc, accumulate, blocks, a_block);
     }
 }
 
@@ -105,19 +110,23 @@ constexpr int kRowBlock = row_block<kPanel>();
 
 template <int R, int Width>
 inline void gemm_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
-                      bool accumulate) {
+                      bool accumulate, int blocks, size_t a_block) {
     constexpr int V = Width / W;
     Vf acc[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * W) : zero();
+    for (int block = 0; block < blocks; ++block) {
 #pragma GCC unroll 2
-    for (int p = 0; p < pairs; ++p) {
-        Vi columns[V];
-        for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * ldb + v * W);
-        for (int r = 0; r < R; ++r) {
-            const Vi row = broadcast_dword(a + r * lda + 2 * p);
-            for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+        for (int p = 0; p < pairs; ++p) {
+            Vi columns[V];
+            for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * ldb + v * W);
+            for (int r = 0; r < R; ++r) {
+                const Vi row = broadcast_dword(a + r * lda + 2 * p);
+                for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+            }
         }
+        a += a_block;
+        b += size_t(pairs) * ldb;
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
@@ -125,24 +134,26 @@ inline void gemm_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, s
 
 template <int R, int Width>
 inline void gemm_remainder(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                           size_t ldc, bool accumulate) {
+                           size_t ldc, bool accumulate, int blocks, size_t a_block) {
     if constexpr (R > 0) {
         if (rows == R)
-            gemm_rows<R, Width>(pairs, a, lda, b, ldb, c, ldc, accumulate);
+            gemm_rows<R, Width>(pairs, a, lda, b, ldb, c, ldc, accumulate, blocks, a_block);
         else
-            gemm_remainder<R - 1, Width>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
+            gemm_remainder<R - 1, Width>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, blocks, a_block);
     }
 }
 
 // C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
+// With blocks > 1, K is that many times 2 * pairs: A goes on a_block elements further for each, B where it stopped.
 template <int Width>
 inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
-                 bool accumulate) {
+                 bool accumulate, int blocks = 1, size_t a_block = 0) {
     constexpr int R = row_block<Width>();
     int row = 0;
     for (; row + R <= rows; row += R)
-        gemm_rows<R, Width>(pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate);
-    gemm_remainder<R - 1, Width>(rows - row, pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate);
+        gemm_rows<R, Width>(pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate, blocks, a_block);
+    gemm_remainder<R - 1, Width>(rows - row, pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate,
+                                 blocks, a_block);
 }
 
 #endif

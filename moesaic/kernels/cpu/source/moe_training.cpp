@@ -49,7 +49,7 @@ MoeTrainingScratch prepare(const MoeTraining& m, bool backward) {
         carver.add(s.grad_pre, rows * m.pre_width());
         carver.add(s.grad_pre_turned, rows / 2 * m.pre_width());
         carver.add(s.hidden_paired, rows / 2 * m.inner);
-        if (m.combines()) carver.add(s.partial_weights, training::chunks(m.inner, training::kColumns) * m.rows);
+        if (m.combines()) carver.add(s.partial_weights, training::chunks(m.inner, training::kChunk) * m.rows);
     } else {
         carver.add(s.tokens, lanes * m.hidden / 2);
         carver.add(s.hidden, lanes * m.inner / 2);

@@ -36,7 +36,7 @@ struct MoeTraining {
     const bf16* up_bias;               // (E, F or 2F) or null
     const bf16* down;                  // (E, H, F)
     const bf16* down_bias;             // (E, H) or null
-    bf16* pre;                         // (N, F or 2F): written by forward, read by backward
+    bf16* pre;  // N * (F or 2F) numbers, written by forward and read by backward; see ChunkedRows
     bf16* out;                         // (T, H)
     // Backward only.
     const bf16* grad_out;         // (T, H)
@@ -54,9 +54,26 @@ struct MoeTraining {
 
 namespace training {
 
-constexpr int kChunk = 96;    // rows of weights or of tokens that one product works on: whole row blocks everywhere
-constexpr int kColumns = 128;  // columns of weights packed at once in the backward pass: four panels
-constexpr int64_t kGroupRows = 2048;
+constexpr int kChunk = 96;          // rows or columns that one product works on: whole row blocks and panels everywhere
+constexpr int kGradXColumns = 128;  // columns of the up weights packed at once for the gradient of the rows
+constexpr int64_t kGroupRows = 1024;
+
+// A matrix of an expert's rows and F columns, cut into chunks of 96 columns, each chunk's rows one after the other: what a
+// task reads and writes is one stream. A gated activation has both halves of a chunk in a row, first gate, then up.
+template <typename T>
+struct ChunkedRows {
+    T* chunk;        // its first row
+    int64_t stride;  // elements of a row
+    int64_t half;    // where the up half begins
+
+    T* row(int64_t r) const { return chunk + r * stride; }
+};
+
+template <typename T>
+inline ChunkedRows<T> chunked_rows(T* expert, int64_t rows, int64_t first, int columns, bool gated) {
+    const int64_t halves = gated ? 2 : 1;
+    return {expert + rows * first * halves, columns * halves, columns};
+}
 
 // Lanes of rows that share one packed panel in the forward pass.
 struct LaneBlock {
@@ -148,10 +165,12 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
             storei(hidden_rows + r / 2 * Width + lane, interleave_bf16(h0, h1));
         }
     }
-    uint32_t* pre = reinterpret_cast<uint32_t*>(m.pre + (rows.start + block.first) * m.pre_width() + first);
-    transpose_dwords(count / 2, block.valid, pairs, Width, pre, m.pre_width() / 2);
+    const auto pre = chunked_rows(m.pre + rows.start * m.pre_width(), rows.count, first, count, m.gated());
+    uint32_t* target = reinterpret_cast<uint32_t*>(pre.row(block.first));
+    transpose_dwords(count / 2, block.valid, pairs, Width, target, pre.stride / 2);
     if (m.gated())
-        transpose_dwords(count / 2, block.valid, pairs + kChunk / 2 * Width, Width, pre + f / 2, m.pre_width() / 2);
+        transpose_dwords(count / 2, block.valid, pairs + kChunk / 2 * Width, Width, target + pre.half / 2,
+                         pre.stride / 2);
 }
 
 template <int Width>
@@ -326,51 +345,48 @@ inline void prepare_rows(const MoeTraining& m, const ExpertRows& rows, int64_t f
     transpose_dwords(count, int(h), weighted, h, s.gradients_turned + rows.row_offset / 2 * h + first_pair, pairs);
 }
 
-// The gradient of the pre-activation for 128 columns of F: ghid = grad_out * down, then through the activation.
+// The gradient of the pre-activation for 96 columns of F: grad_hidden = grad_out * down, then through the activation.
 inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, int64_t first, int64_t chunk,
                              const MoeTrainingScratch& s) {
     const int64_t h = m.hidden, f = m.inner, width = m.pre_width(), pairs = rows.padded / 2;
-    const int columns = int(std::min<int64_t>(kColumns, f - first)), panels = columns / kPanel;
+    const int columns = int(std::min<int64_t>(kChunk, f - first)), panels = columns / kPanel;
     static thread_local Scratch buffer;
-    uint32_t* packed = buffer.get<uint32_t>(h / 2 * kColumns + kChunk * kColumns + kChunk * kColumns);
-    float* grad_hidden = reinterpret_cast<float*>(packed + h / 2 * kColumns);
-    uint32_t* paired = packed + h / 2 * kColumns + kChunk * kColumns;  // (2, 48, 128)
+    uint32_t* packed = buffer.get<uint32_t>(h / 2 * kChunk + 2 * kChunk * kChunk);
+    float* grad_hidden = reinterpret_cast<float*>(packed + h / 2 * kChunk);
+    uint32_t* paired = packed + h / 2 * kChunk + kChunk * kChunk;  // (2, 48, 96)
     for (int64_t p = 0; p < h / 2; ++p) {
         const bf16* even = m.down + (rows.expert * h + 2 * p) * f + first;
         for (int j = 0; j < panels; ++j)
             interleave_rows(kPanel, even + j * kPanel, even + f + j * kPanel, packed + (j * (h / 2) + p) * kPanel);
     }
     const bf16* down_bias = m.down_bias ? m.down_bias + rows.expert * h : nullptr;
+    const auto pre = chunked_rows<const bf16>(m.pre + rows.start * width, rows.count, first, columns, m.gated());
+    const auto grad_pre = chunked_rows(s.grad_pre + rows.row_offset * width, rows.padded, first, columns, m.gated());
     for (int64_t row = 0; row < rows.padded; row += kChunk) {
         const int count = int(std::min<int64_t>(kChunk, rows.padded - row));
         const bf16* gradients = s.gradients + (rows.row_offset + row) * h;
         for (int j = 0; j < panels; ++j)
             gemm_panel(count, int(h / 2), gradients, h, packed + j * (h / 2) * kPanel, kPanel,
-                       grad_hidden + j * kPanel, kColumns, false);
+                       grad_hidden + j * kPanel, kChunk, false);
         for (int r = 0; r < count; r += 2) {
             const int64_t local = row + r;
+            const bool exists[2] = {local < rows.count, local + 1 < rows.count};
             Vf dot[2] = {zero(), zero()}, weight[2];
-            const bf16* pre[2];
-            for (int side = 0; side < 2; ++side) {
-                const bool exists = local + side < rows.count;
-                const int64_t n = rows.start + local + side;
-                pre[side] = exists ? m.pre + n * width + first : nullptr;
-                weight[side] = set1(!exists ? 0.0f : m.combines() ? s.row_weights[n] : 1.0f);
-            }
-            bf16* grads[2] = {s.grad_pre + (rows.row_offset + local) * width + first,
-                              s.grad_pre + (rows.row_offset + local + 1) * width + first};
+            for (int side = 0; side < 2; ++side)
+                weight[side] = set1(m.combines() && exists[side] ? s.row_weights[rows.start + local + side] : 1.0f);
             for (int c = 0; c < columns; c += W) {
                 Vf hidden[2], grad_gate[2], grad_up[2];
                 for (int side = 0; side < 2; ++side) {
-                    if (!pre[side]) {
+                    if (!exists[side]) {
                         hidden[side] = grad_gate[side] = grad_up[side] = zero();
                         continue;
                     }
-                    const Vf raw = load(grad_hidden + (r + side) * kColumns + c);
+                    const bf16* values = pre.row(local + side) + c;
+                    const Vf raw = load(grad_hidden + (r + side) * kChunk + c);
                     const Vf grad = mul(raw, weight[side]);
-                    const Vf a = load_bf16(pre[side] + c);
+                    const Vf a = load_bf16(values);
                     if (m.gated()) {
-                        const Vf b = load_bf16(pre[side] + f + c);
+                        const Vf b = load_bf16(values + pre.half);
                         const WithDerivative gate = silu_with_derivative(a);
                         hidden[side] = mul(gate.value, b);
                         grad_gate[side] = mul(mul(grad, b), gate.derivative);
@@ -383,68 +399,79 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, int64
                     }
                     dot[side] = fma(hidden[side], raw, dot[side]);
                 }
-                store_bf16(grads[0] + c, grad_gate[0]);
-                store_bf16(grads[1] + c, grad_gate[1]);
-                storei(paired + r / 2 * kColumns + c, interleave_bf16(grad_gate[0], grad_gate[1]));
+                bf16 *even = grad_pre.row(local) + c, *odd = grad_pre.row(local + 1) + c;
+                store_bf16(even, grad_gate[0]);
+                store_bf16(odd, grad_gate[1]);
+                storei(paired + r / 2 * kChunk + c, interleave_bf16(grad_gate[0], grad_gate[1]));
                 if (m.gated()) {
-                    store_bf16(grads[0] + f + c, grad_up[0]);
-                    store_bf16(grads[1] + f + c, grad_up[1]);
-                    storei(paired + (kChunk / 2 + r / 2) * kColumns + c, interleave_bf16(grad_up[0], grad_up[1]));
+                    store_bf16(even + grad_pre.half, grad_up[0]);
+                    store_bf16(odd + grad_pre.half, grad_up[1]);
+                    storei(paired + (kChunk / 2 + r / 2) * kChunk + c, interleave_bf16(grad_up[0], grad_up[1]));
                 }
                 uint32_t* hidden_panel = s.hidden_paired + rows.row_offset / 2 * f +
                                          ((first + c) / kPanel * pairs + local / 2) * kPanel + c % kPanel;
                 storei(hidden_panel, interleave_bf16(hidden[0], hidden[1]));
             }
-            if (m.combines())
-                for (int side = 0; side < 2; ++side)
-                    if (pre[side]) {
-                        float part = sum(dot[side]);
-                        // The down product's bias belongs to the row's output too; the first chunk brings it.
-                        if (chunk == 0 && down_bias) {
-                            Vf bias_dot = zero();
-                            for (int64_t c = 0; c < h; c += W)
-                                bias_dot = fma(load_bf16(down_bias + c), load_bf16(gradients + (r + side) * h + c),
-                                               bias_dot);
-                            part += sum(bias_dot);
-                        }
-                        s.partial_weights[chunk * m.rows + rows.start + local + side] = part;
-                    }
+            for (int side = 0; side < 2 && m.combines(); ++side) {
+                if (!exists[side]) continue;
+                float part = sum(dot[side]);
+                // The down product's bias belongs to the row's output too; the first chunk brings it.
+                if (chunk == 0 && down_bias) {
+                    Vf bias_dot = zero();
+                    for (int64_t c = 0; c < h; c += W)
+                        bias_dot = fma(load_bf16(down_bias + c), load_bf16(gradients + (r + side) * h + c), bias_dot);
+                    part += sum(bias_dot);
+                }
+                s.partial_weights[chunk * m.rows + rows.start + local + side] = part;
+            }
         }
         uint32_t* turned = s.grad_pre_turned + rows.row_offset / 2 * width + first * pairs + row / 2;
-        transpose_dwords(count / 2, columns, paired, kColumns, turned, pairs);
+        transpose_dwords(count / 2, columns, paired, kChunk, turned, pairs);
         if (m.gated())
-            transpose_dwords(count / 2, columns, paired + kChunk / 2 * kColumns, kColumns, turned + f * pairs, pairs);
+            transpose_dwords(count / 2, columns, paired + kChunk / 2 * kChunk, kChunk, turned + f * pairs, pairs);
     }
 }
 
-// 128 columns of the gradient of the rows: grad_pre * up.
+// Columns first .. first + 128 of the gradient of the rows: grad_pre * up.
 inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, int64_t first, const MoeTrainingScratch& s) {
-    constexpr int64_t kPairs = 512;        // of up's rows packed at once: 256 KiB
+    constexpr int64_t kChunks = 5;         // of the rows of up packed at once: 240 KiB
     constexpr int64_t kRows = 8 * kChunk;  // whose sums wait meanwhile: 384 KiB
-    const int64_t h = m.hidden, width = m.pre_width();
-    const int columns = int(std::min<int64_t>(kColumns, h - first)), panels = columns / kPanel;
+    const int64_t h = m.hidden, f = m.inner, width = m.pre_width();
+    const int columns = int(std::min<int64_t>(kGradXColumns, h - first)), panels = columns / kPanel;
     static thread_local Scratch buffer;
-    uint32_t* packed = buffer.get<uint32_t>(kPairs * kColumns + kRows * kColumns);
-    float* sums = reinterpret_cast<float*>(packed + kPairs * kColumns);
+    uint32_t* packed = buffer.get<uint32_t>((kChunks * kChunk + kRows) * kGradXColumns);
+    float* sums = reinterpret_cast<float*>(packed + kChunks * kChunk * kGradXColumns);
+    const bf16* weights = m.up + rows.expert * width * h + first;
     for (int64_t row = 0; row < rows.count; row += kRows) {
         const int count = int(std::min(kRows, rows.count - row));
-        for (int64_t pair = 0; pair < width / 2; pair += kPairs) {
-            const int64_t here = std::min(kPairs, width / 2 - pair);
-            for (int64_t p = 0; p < here; ++p) {
-                const bf16* even = m.up + (rows.expert * width + 2 * (pair + p)) * h + first;
-                for (int j = 0; j < panels; ++j)
-                    interleave_rows(kPanel, even + j * kPanel, even + h + j * kPanel, packed + (j * here + p) * kPanel);
-            }
+        for (int64_t start = 0; start < f;) {
+            // Whole chunks, since those are as far apart as each other; a narrower last one on its own.
+            int64_t whole = std::min(kChunks, (f - start) / kChunk);
+            const int wide = int(whole ? kChunk : f - start);
+            if (whole == 0) whole = 1;
+            const int pairs = m.gated() ? wide : wide / 2;
+            for (int64_t block = 0; block < whole; ++block)
+                for (int p = 0; p < pairs; ++p) {
+                    const bool is_up = p >= wide / 2;
+                    const int64_t weight_row = start + block * wide + 2 * (is_up ? p - wide / 2 : p) + (is_up ? f : 0);
+                    const bf16* even = weights + weight_row * h;
+                    for (int j = 0; j < panels; ++j)
+                        interleave_rows(kPanel, even + j * kPanel, even + h + j * kPanel,
+                                        packed + ((j * whole + block) * pairs + p) * kPanel);
+                }
+            const auto grad_pre =
+                chunked_rows<const bf16>(s.grad_pre + rows.row_offset * width, rows.padded, start, wide, m.gated());
             for (int r = 0; r < count; r += kChunk)
                 for (int j = 0; j < panels; ++j)
-                    gemm_panel(std::min(kChunk, count - r), int(here),
-                               s.grad_pre + (rows.row_offset + row + r) * width + 2 * pair, width,
-                               packed + j * here * kPanel, kPanel, sums + r * kColumns + j * kPanel, kColumns, pair > 0);
+                    gemm<kPanel>(std::min(kChunk, count - r), pairs, grad_pre.row(row + r), grad_pre.stride,
+                                 packed + j * whole * pairs * kPanel, kPanel, sums + r * kGradXColumns + j * kPanel,
+                                 kGradXColumns, start > 0, int(whole), rows.padded * grad_pre.stride);
+            start += whole * wide;
         }
         for (int r = 0; r < count; ++r) {
             const int64_t n = rows.start + row + r;
             for (int c = 0; c < columns; c += W) {
-                const Vf value = load(sums + r * kColumns + c);
+                const Vf value = load(sums + r * kGradXColumns + c);
                 if (m.routes > 1)
                     store(s.sums + n * h + first + c, value);
                 else
@@ -498,7 +525,7 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
             find_row_weights(m, t, s.row_weights);
             if (m.grad_x && m.routes == 1 && m.slots[t] >= m.rows) clear_row(m.grad_x + t * h, h);
         });
-    const int64_t hidden_chunks = chunks(f, kColumns);
+    const int64_t hidden_chunks = chunks(f, kChunk);
     for (const Group& group : s.groups) {
         const long experts = long(group.experts.size());
         team.tasks(experts * 4, [&](long i) {
@@ -508,9 +535,9 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
         });
         team.tasks(experts * hidden_chunks, [&](long i) {
             const ExpertRows& rows = group.experts[i / hidden_chunks];
-            if (rows.count) grad_pre_columns(m, rows, i % hidden_chunks * kColumns, i % hidden_chunks, s);
+            if (rows.count) grad_pre_columns(m, rows, i % hidden_chunks * kChunk, i % hidden_chunks, s);
         });
-        const int64_t x_tasks = m.grad_x ? chunks(h, kColumns) : 0;
+        const int64_t x_tasks = m.grad_x ? chunks(h, kGradXColumns) : 0;
         const int64_t up_tasks = chunks(width, kChunk), down_tasks = chunks(h, kChunk);
         const int64_t tasks = x_tasks + up_tasks + down_tasks;
         team.tasks(experts * tasks, [&](long i) {
@@ -518,7 +545,7 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
             const int64_t e = rows.expert, pairs = rows.padded / 2;
             int64_t task = i % tasks;
             if (task < x_tasks) {
-                if (rows.count) grad_x_columns(m, rows, task * kColumns, s);
+                if (rows.count) grad_x_columns(m, rows, task * kGradXColumns, s);
                 return;
             }
             task -= x_tasks;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <sched.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #include <cstddef>
@@ -115,18 +116,21 @@ class Scratch {
     // At least count elements, aligned to 64 bytes, of unspecified content; earlier pointers of this buffer are dead.
     template <typename T>
     T* get(size_t count) {
-        const size_t bytes = (count * sizeof(T) + 4095) / 4096 * 4096;
-        if (bytes > size_) {
+        const size_t wanted = count * sizeof(T), page = wanted < kHugePage ? 4096 : kHugePage;
+        if (wanted > size_) {
+            const size_t bytes = (wanted + page - 1) / page * page;
             std::free(data_);
             size_ = 0;
-            data_ = std::aligned_alloc(4096, bytes);
+            data_ = std::aligned_alloc(page, bytes);
             if (!data_) throw std::bad_alloc();
+            if (page == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
             size_ = bytes;
         }
         return static_cast<T*>(data_);
     }
 
   private:
+    static constexpr size_t kHugePage = size_t(2) << 20;
     void* data_ = nullptr;
     size_t size_ = 0;
 };
