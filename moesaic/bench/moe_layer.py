@@ -1,0 +1,262 @@
+"""How long one MoE layer takes here, against a dense MLP of the same active FLOPs and against the machine's limit.
+
+The layer is the one that models use: router, experts and, where asked for, the residual MLP. The dense MLP is
+PyTorch's, in bf16, in the same run and in turn with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.bench.share import Rate, Work, bound, operations_per_second
+from moesaic.bench.turns import time_in_turn
+from moesaic.config.model import ModelConfig, MoEConfig
+from moesaic.errors import ConfigError
+from moesaic.kernels.device import select_device
+from moesaic.kernels.limits import Limits, measure_limits
+from moesaic.kernels.packed import PackedMlp, pack_mlp, packed_moe
+from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
+from moesaic.model.feed_forward import FeedForward
+
+Dtype = Literal["bf16", "int8", "int4"]
+
+# Weights that share a scale in 4 bits.
+INT4_GROUP_SIZE = 64
+_WEIGHT_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoELayerCase:
+    """One layer and what is done with it; has_backward: forward and backward, as training does."""
+
+    tokens: int
+    num_experts: int
+    top_k: int
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    has_residual: bool = False
+    has_backward: bool = False
+    dtype: Dtype = "bf16"
+    device: str = "cpu"
+
+    @property
+    def active_mlps(self) -> int:
+        """MLPs of intermediate_size that every token passes through."""
+        return self.top_k + int(self.has_residual)
+
+    def check(self) -> None:
+        """Raises: ConfigError for what cannot be run."""
+        if self.has_backward and self.dtype != "bf16":
+            raise ConfigError(
+                f"a backward pass was asked for with dtype {self.dtype}; quantised weights have no gradient; use "
+                "--dtype bf16, or leave out --backward."
+            )
+        sizes = {"hidden": self.hidden_size, "intermediate": self.intermediate_size}
+        if self.dtype == "int4" and (wrong := [name for name, size in sizes.items() if size % INT4_GROUP_SIZE]):
+            raise ConfigError(
+                f"{wrong[0]} ({sizes[wrong[0]]}) is not a multiple of {INT4_GROUP_SIZE}; int4 weights share scales in "
+                f"groups of so many; use a multiple of {INT4_GROUP_SIZE}, or --dtype int8."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoELayerResult:
+    """Medians of one layer's times, and the share of the limit.
+
+    seconds, dense_seconds: of one call; ratio: the median of the rounds' ratios. limit: what bounds the layer, "bytes"
+    or "FLOPs"; share_of_limit: max(bytes / bandwidth, FLOPs / peak) / seconds, for required_bytes and
+    required_operations (touched_experts read once a pass). kernels: what computed it.
+    """
+
+    case: MoELayerCase
+    seconds: float
+    dense_seconds: float
+    ratio: float
+    share_of_limit: float
+    limit: Literal["bytes", "FLOPs"]
+    fastest_seconds: float
+    slowest_seconds: float
+    rounds: int
+    touched_experts: int
+    required_bytes: float
+    required_operations: float
+    bandwidth_bytes_per_second: float
+    operations_per_second: float
+    kernels: str
+    threads: int
+
+
+def bench_moe_layer(case: MoELayerCase, *, seconds: float = 10.0, limits: Limits | None = None) -> MoELayerResult:
+    """Time one layer and its dense counterpart for about `seconds`; limits are measured first unless given.
+
+    Raises: ConfigError, DeviceError for what cannot be run here.
+    """
+    case.check()
+    device = select_device(case.device)
+    limits = limits or measure_limits(device=str(device), reuse=False)
+    peak = operations_per_second(limits, _rate(case.dtype))
+    torch.manual_seed(0)
+    layer = _layer(case, device)
+    dense = _DenseMlp(case.hidden_size, case.intermediate_size * case.active_mlps, device)
+    x = torch.randn(case.tokens, case.hidden_size, dtype=torch.bfloat16, device=device)  # (T, H)
+    assert layer.moe is not None
+    with torch.inference_mode():
+        touched = int((layer.moe(x)[1].tokens_per_expert > 0).sum())
+    candidates: dict[str, Callable[[], object]]
+    if case.has_backward:
+        candidates = {"moe": _training(layer, lambda x: layer(x)[0], x), "dense": _training(dense, dense, x)}
+    else:
+        candidates = {"moe": partial(_inference(case, layer), x), "dense": torch.inference_mode()(partial(dense, x))}
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    times = time_in_turn(candidates, seconds=seconds, wait=wait)
+    work = required_work(case, touched_experts=touched)
+    fastest_possible = bound(work, limits)
+    return MoELayerResult(
+        case=case,
+        seconds=times.median("moe"),
+        dense_seconds=times.median("dense"),
+        ratio=times.ratio("moe", "dense"),
+        share_of_limit=fastest_possible.share(times.median("moe")),
+        limit=fastest_possible.limit,
+        fastest_seconds=min(times.seconds["moe"]),
+        slowest_seconds=max(times.seconds["moe"]),
+        rounds=len(times.seconds["moe"]),
+        touched_experts=touched,
+        required_bytes=work.memory_bytes,
+        required_operations=sum(work.operations.values()),
+        bandwidth_bytes_per_second=limits.bandwidth_bytes_per_second,
+        operations_per_second=peak,
+        kernels=limits.kernels,
+        threads=limits.threads,
+    )
+
+
+def required_work(case: MoELayerCase, *, touched_experts: int) -> Work:
+    """Return what the layer must move and do at least.
+
+    A forward pass reads the weights of the touched experts, the residual MLP and the router, reads the tokens and
+    writes as many. A backward pass reads the weights again, writes a gradient for every weight, reads the tokens and
+    their output's gradient, and writes the input's. What lies between the two products may stay in caches. The router
+    works in fp32.
+    """
+    hidden, tokens = case.hidden_size, case.tokens
+    mlp_weights = 3 * hidden * case.intermediate_size
+    router_bytes = 4 * hidden * case.num_experts
+    token_bytes = 2 * tokens * hidden
+    residual = int(case.has_residual)
+    read = (touched_experts + residual) * _mlp_bytes(case) + router_bytes
+    memory_bytes = read + 2 * token_bytes
+    mlp_operations = 2 * mlp_weights * tokens * case.active_mlps
+    router_operations = 2 * hidden * case.num_experts * tokens
+    if case.has_backward:
+        gradients = (case.num_experts + residual) * _mlp_bytes(case) + router_bytes
+        memory_bytes += read + gradients + 3 * token_bytes
+        mlp_operations *= 3
+        router_operations *= 3
+    operations: dict[Rate, float] = {_rate(case.dtype): mlp_operations, "fp32": router_operations}
+    return Work(memory_bytes, operations)
+
+
+def _rate(dtype: Dtype) -> Rate:
+    return "bf16" if dtype == "bf16" else "int8"
+
+
+def _mlp_bytes(case: MoELayerCase) -> float:
+    """Bytes of one expert: values, and scales of a row (fp32) or a group (bf16)."""
+    hidden, inner = case.hidden_size, case.intermediate_size
+    weights = 3 * hidden * inner
+    if case.dtype == "bf16":
+        return 2 * weights
+    if case.dtype == "int8":
+        return weights + 4 * (2 * inner + hidden)
+    return weights / 2 + 2 * weights / INT4_GROUP_SIZE
+
+
+def _layer(case: MoELayerCase, device: torch.device) -> FeedForward:
+    config = ModelConfig(
+        vocab_size=1,
+        hidden_size=case.hidden_size,
+        num_layers=1,
+        num_heads=1,
+        head_dim=2,
+        intermediate_size=case.intermediate_size,
+        moe=MoEConfig(num_experts=case.num_experts, top_k=case.top_k, residual="sum" if case.has_residual else None),
+    )
+    layer = FeedForward(config, config.layers[0]).to(device)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=_WEIGHT_STD)
+    assert layer.moe is not None
+    layer.moe.experts.to(torch.bfloat16)
+    if layer.mlp is not None:
+        layer.mlp.to(torch.bfloat16)
+    return layer.train(case.has_backward)
+
+
+class _DenseMlp(nn.Module):
+    """A SwiGLU MLP as anybody writes it."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, device: torch.device) -> None:
+        super().__init__()
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16, device=device)
+
+        self.gate = linear(hidden_size, intermediate_size)
+        self.up = linear(hidden_size, intermediate_size)
+        self.down = linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def _training(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """Return a step: forward, and backward to every weight and to the input."""
+    leaf = x.clone().requires_grad_()
+    grad = torch.randn_like(x)
+
+    def step() -> None:
+        module.zero_grad(set_to_none=True)
+        leaf.grad = None
+        forward(leaf).backward(grad)
+
+    return step
+
+
+def _inference(case: MoELayerCase, layer: FeedForward) -> Callable[[Tensor], Tensor]:
+    """Return the layer with its experts and its residual MLP packed."""
+    assert layer.moe is not None
+    router, experts = layer.moe.router, layer.moe.experts.weights()
+
+    def pack(up: Tensor, down: Tensor) -> PackedMlp:
+        return pack_mlp(_quantized(up, case.dtype), _quantized(down, case.dtype), activation="swiglu")
+
+    packed_experts, packed_residual = pack(experts.up, experts.down), None
+    if layer.mlp is not None:
+        assert layer.mlp.gate_proj is not None
+        gate_up = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+        packed_residual = pack(gate_up, layer.mlp.down_proj.weight)
+
+    @torch.inference_mode()
+    def forward(x: Tensor) -> Tensor:
+        routing = router(x)
+        return packed_moe(
+            x,
+            routing.expert_ids,
+            routing.routing_weights,
+            packed_experts,
+            residual=packed_residual,
+        )
+
+    return forward
+
+
+def _quantized(weight: Tensor, dtype: Dtype) -> Tensor | QuantizedWeight:
+    if dtype == "bf16":
+        return weight.detach()
+    bits, group_size = (8, None) if dtype == "int8" else (4, INT4_GROUP_SIZE)
+    return quantize_weight(weight.detach(), bits=bits, group_size=group_size)
