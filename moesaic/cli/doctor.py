@@ -4,27 +4,32 @@ The plain call is `examine`. Each part is asked of the operating system, of torc
 and nothing needs a network. How fast the machine is, `--measure` finds out by kernels/limits.
 """
 
+import ast
 import json
 import os
 import pkgutil
 import platform
 import re
-import shutil
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.errors import DeviceError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from moesaic.kernels.cpu.build import Library
 
 # `make quickstart` stays below this.
 _QUICKSTART_BYTES = 2_500_000_000
 # Modules of kernels/ that are not operations.
-_NOT_OPERATIONS = {"allocator", "device", "limits", "reference", "threads"}
+_NOT_OPERATIONS = {"allocator", "cpu", "device", "limits", "reference", "select", "threads"}
 # A longer look than training's own takes.
 _MEASURE_SECONDS = 8.0
 
@@ -34,6 +39,12 @@ def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="Also measure memory bandwidth and matrix rates (about 10 seconds each).")
     ] = False,
+    build: Annotated[
+        bool,
+        typer.Option(
+            "--build", help="Compile the CPU kernels now, for every instruction set of this machine (images, CI)."
+        ),
+    ] = False,
 ) -> None:
     """Show what this machine has, which kernels are in use, what is missing and which command brings it.
 
@@ -41,7 +52,7 @@ def doctor(
 
     Example: moesaic doctor --measure
     """
-    findings = examine(measure=measure)
+    findings = examine(measure=measure, build=build)
     if as_json:
         typer.echo(json.dumps(findings, indent=2))
     else:
@@ -52,10 +63,13 @@ def doctor(
         raise typer.Exit(1)
 
 
-def examine(*, measure: bool = False) -> dict[str, Any]:
+def examine(*, measure: bool = False, build: bool = False) -> dict[str, Any]:
     """Return everything that `moesaic doctor` prints, as JSON-able values.
 
+    The CPU kernels are compiled where that has not been done; build does it for every instruction set of the machine.
     Its key problems is a list of {problem, remedy, is_fatal}; an empty one means that nothing needs doing.
+
+    Raises: DeviceError when the kernels are to be built and cannot be.
     """
     from moesaic import __version__
     from moesaic.kernels.limits import describe_cpu
@@ -64,6 +78,8 @@ def examine(*, measure: bool = False) -> dict[str, Any]:
     # Before torch allocates anything: the state that `moesaic train` will have.
     allocator = _examine_allocator()
     torch, cuda = _examine_torch()
+    built = _build() if build and torch["is_usable"] else []
+    cpu_kernels, library = _examine_cpu_kernels() if torch["is_usable"] else (None, None)
     findings: dict[str, Any] = {
         "moesaic": {"version": __version__, "folder": str(Path(__file__).resolve().parents[1])},
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
@@ -81,7 +97,9 @@ def examine(*, measure: bool = False) -> dict[str, Any]:
         "cuda": cuda,
         "compiler": _find_compiler(),
         "extras": _examine_extras(),
-        "kernels": _examine_kernels(),
+        "cpu_kernels": cpu_kernels,
+        "built": built,
+        "kernels": _examine_kernels(library),
         "limits": _measure(cuda) if measure and torch["is_usable"] else [],
     }
     findings["problems"] = _find_problems(findings)
@@ -150,19 +168,67 @@ def _examine_allocator() -> dict[str, Any]:
 
 
 def _find_compiler() -> dict[str, str] | None:
-    """Return the C++ compiler that torch would call, by $CXX, else the first of the usual names on the PATH."""
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")):
-        path = shutil.which(name)
-        if path is None:
-            continue
-        try:
-            result = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        lines = (result.stdout or result.stderr).strip().splitlines()
-        if lines:
-            return {"name": name, "path": path, "version": lines[0]}
-    return None
+    """Return the compiler that builds the CPU kernels, and what it says of itself."""
+    from moesaic.kernels.cpu.build import find_compiler
+
+    path = find_compiler()
+    if path is None:
+        return None
+    try:
+        result = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"path": path, "version": f"does not start ({error})"}
+    lines = (result.stdout or result.stderr).strip().splitlines()
+    return {"path": path, "version": lines[0] if lines else "says no version"}
+
+
+def _build() -> list[dict[str, Any]]:
+    """Compile the kernels for every instruction set of this machine and return how long each took.
+
+    Raises: DeviceError where that cannot be done.
+    """
+    from moesaic.kernels.cpu.build import build, supported_instruction_sets
+
+    built = []
+    for name in supported_instruction_sets():
+        start = time.perf_counter()
+        path = build(name)
+        built.append({"instruction_set": name, "seconds": time.perf_counter() - start, "library": str(path)})
+    return built
+
+
+def _examine_cpu_kernels() -> tuple[dict[str, Any], "Library | None"]:
+    """Return what is chosen for CPU tensors and why, and the loaded library, None where PyTorch computes."""
+    from moesaic.kernels.cpu.build import openmp_library, supported_instruction_sets
+    from moesaic.kernels.limits import cache_folder
+    from moesaic.kernels.select import cpu_kernels
+
+    folder, openmp = cache_folder() / "kernels", openmp_library()
+    described: dict[str, Any] = {
+        "supported": supported_instruction_sets(),
+        "name": None,
+        "reason": None,
+        "error": None,
+        "library": None,
+        "library_bytes": None,
+        "has_passed_self_test": None,
+        "openmp": str(openmp) if openmp else "the system's",
+        "cache_folder": str(folder),
+    }
+    library = None
+    try:
+        selection = cpu_kernels()
+    except DeviceError as error:
+        described["error"] = str(error)
+    else:
+        library = selection.library
+        described.update(name=selection.name, reason=selection.reason)
+        if library is not None:  # no library is handed out that has not passed
+            size = library.path.stat().st_size
+            described.update(library=str(library.path), library_bytes=size, has_passed_self_test=True)
+    files = [path for path in folder.glob("*") if path.is_file()] if folder.exists() else []
+    described["cache_bytes"] = sum(path.stat().st_size for path in files)
+    return described, library
 
 
 def _examine_extras() -> list[dict[str, Any]]:
@@ -209,12 +275,42 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _examine_kernels() -> list[dict[str, str]]:
-    """Return every operation of kernels/ and what computes it; today that is PyTorch for all of them."""
+def _examine_kernels(library: "Library | None") -> list[dict[str, str]]:
+    """Return every operation of kernels/ and what computes it on CPU tensors.
+
+    That is C++ where the operation's module names functions that the loaded library has; where a case is not theirs
+    (an odd dtype, another device), PyTorch computes it there too.
+    """
     import moesaic.kernels
 
-    names = sorted(module.name for module in pkgutil.iter_modules(moesaic.kernels.__path__))
-    return [{"operation": name, "implementation": "PyTorch"} for name in names if name not in _NOT_OPERATIONS]
+    folder = Path(moesaic.kernels.__path__[0])
+    names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
+    described = []
+    for name in names:
+        if name in _NOT_OPERATIONS:
+            continue
+        functions = _library_functions(folder, name)
+        has_all = library is not None and functions and all(hasattr(library.handle, each) for each in functions)
+        implementation = f"C++ for {library.instruction_set}" if library is not None and has_all else "PyTorch"
+        described.append({"operation": name, "implementation": implementation})
+    return described
+
+
+def _library_functions(folder: Path, name: str) -> set[str]:
+    """Return the C++ library's functions that a module of kernels/ names, or a module of cpu/ that it imports."""
+    path = folder / f"{name.replace('.', '/')}.py"
+    if not path.exists():
+        return set()
+    functions: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and re.fullmatch(r"moesaic_[a-z0-9_]+", str(node.value)):
+            functions.add(str(node.value))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moesaic.kernels.cpu"):
+            base = (node.module or "").removeprefix("moesaic.kernels.")
+            for module in (base, *(f"{base}.{alias.name}" for alias in node.names)):
+                if module != "cpu.build":
+                    functions |= _library_functions(folder, module)
+    return functions
 
 
 def _measure(cuda: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -232,6 +328,7 @@ def _measure(cuda: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is wrong, worst first, each with what to do."""
     torch, cpu, memory, allocator = (findings[key] for key in ("torch", "cpu", "memory", "allocator"))
+    kernels = findings["cpu_kernels"]
     problems: list[dict[str, Any]] = []
 
     def add(problem: str, remedy: str, *, is_fatal: bool = False) -> None:
@@ -264,6 +361,19 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
         add(
             f"torch uses {torch['threads']} threads of {cpu['usable_threads']} processors",
             "unset OMP_NUM_THREADS and MKL_NUM_THREADS, unless that is meant",
+        )
+    if kernels and kernels["error"]:
+        add(
+            f"the CPU kernels that were asked for cannot be had: {kernels['error']}",
+            "unset MOESAIC_KERNELS",
+            is_fatal=True,
+        )
+    elif kernels and kernels["supported"] and not kernels["library"] and "MOESAIC_KERNELS" not in os.environ:
+        add(
+            f"PyTorch's slower operations are used instead of the CPU kernels: {kernels['reason']}",
+            "install a compiler (g++ 11 or later; apt install g++)"
+            if findings["compiler"] is None
+            else "see what `moesaic doctor --build` says",
         )
     # Elsewhere than on Linux the processor's flags are not known well enough to say this.
     if not findings["cuda"] and not cpu["has_bf16"] and sys.platform.startswith("linux"):
@@ -332,20 +442,32 @@ def _render(findings: dict[str, Any]) -> "RenderableType":
     compiler = findings["compiler"]
     row(
         "C++ compiler",
-        f"{compiler['version']} ({compiler['path']})" if compiler else "none found; nothing needs one yet",
+        f"{compiler['version']} ({compiler['path']})" if compiler else "none found (c++, g++, clang++, or $CXX)",
     )
+    kernels = findings["cpu_kernels"]
+    if kernels:
+        row("CPU kernels", f"{kernels['name'] or 'none'}: {kernels['reason'] or kernels['error']}")
+        row("kernels for", ", ".join(kernels["supported"]) or "nothing that this processor has")
+        if kernels["library"]:
+            megabytes = kernels["library_bytes"] / 1e6
+            row("library", f"{kernels['library']}, {megabytes:.1f} MB, self-test passed")
+        row("kernel cache", f"{kernels['cache_folder']}, {kernels['cache_bytes'] / 1e6:.1f} MB")
+        row("OpenMP", f"{kernels['openmp']}, {torch['threads']} threads")
+    for built in findings["built"]:
+        row(f"built {built['instruction_set']}", f"{built['library']} in {built['seconds']:.1f} s")
     implementations: dict[str, list[str]] = {}
     for kernel in findings["kernels"]:
         implementations.setdefault(kernel["implementation"], []).append(kernel["operation"])
     for implementation, operations in implementations.items():
-        row("kernels", f"{implementation}: {', '.join(operations)}")
+        row("operations", f"{implementation}: {', '.join(operations)}")
     row("network", "not needed")
     for limits in findings["limits"]:
         row(
             f"limits of {limits['device']}",
             f"reads {limits['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s; products "
             f"{limits['bf16_flops_per_second'] / 1e12:.3f} TFLOP/s bf16, "
-            f"{limits['fp32_flops_per_second'] / 1e12:.3f} TFLOP/s fp32",
+            f"{limits['fp32_flops_per_second'] / 1e12:.3f} TFLOP/s fp32"
+            + (f", {int8 / 1e12:.3f} TOP/s int8" if (int8 := limits["int8_operations_per_second"]) else ""),
         )
 
     extras = Table(title="Optional extras", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))

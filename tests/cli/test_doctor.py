@@ -1,6 +1,7 @@
 """`moesaic doctor` reports what is here, names each problem with its remedy, and fails only without a usable torch."""
 
 import json
+import os
 import subprocess
 import sys
 from io import StringIO
@@ -14,6 +15,8 @@ from moesaic.cli import doctor as doctor_module
 from moesaic.cli.doctor import _find_problems, _render, examine
 from moesaic.cli.main import app
 from moesaic.kernels import limits as limits_module
+from moesaic.kernels import select
+from moesaic.kernels.cpu import build as build_module
 from moesaic.kernels.limits import Limits
 
 
@@ -42,11 +45,27 @@ def healthy() -> dict[str, Any]:
             "refused": [],
         },
         "cuda": [],
-        "compiler": {"name": "g++", "path": "/usr/bin/g++", "version": "g++ 12.4"},
+        "compiler": {"path": "/usr/bin/g++", "version": "g++ 12.4"},
         "extras": [
             {"name": "wandb", "packages": ["wandb"], "missing": ["wandb"], "command": "pip install 'moesaic[wandb]'"}
         ],
-        "kernels": [{"operation": "norm", "implementation": "PyTorch"}],
+        "cpu_kernels": {
+            "supported": ["avx512", "avx2"],
+            "name": "avx512",
+            "reason": "the best of avx512, avx2",
+            "error": None,
+            "library": "/cache/avx512-0.so",
+            "library_bytes": 900_000,
+            "has_passed_self_test": True,
+            "openmp": "/torch/lib/libgomp.so.1",
+            "cache_folder": "/cache",
+            "cache_bytes": 2_000_000,
+        },
+        "built": [],
+        "kernels": [
+            {"operation": "norm", "implementation": "C++ for avx512"},
+            {"operation": "permute", "implementation": "PyTorch"},
+        ],
         "limits": [],
         "problems": [],
     }
@@ -70,7 +89,103 @@ def test_the_findings_are_complete_and_json() -> None:
     assert findings["cpu"]["usable_threads"] >= 1
     assert findings["memory"]["total_bytes"] > 1 << 28
     assert {"attention", "grouped_mlp"} <= {kernel["operation"] for kernel in findings["kernels"]}
-    assert findings["limits"] == [], "measured only when asked"
+    assert findings["limits"] == [] and findings["built"] == [], "only when asked"
+
+
+def test_the_chosen_kernels_are_shown_with_the_reason() -> None:
+    findings = examine()
+    chosen, selection = findings["cpu_kernels"], select.cpu_kernels()
+    assert (chosen["name"], chosen["reason"], chosen["error"]) == (selection.name, selection.reason, None)
+    assert chosen["supported"] == select.supported_instruction_sets()
+    if selection.library is not None:
+        assert Path(chosen["library"]) == selection.library.path
+        assert chosen["library_bytes"] == selection.library.path.stat().st_size <= chosen["cache_bytes"]
+        assert chosen["has_passed_self_test"] is True
+    text = text_of(healthy())
+    for expected in ("avx512: the best of avx512, avx2", "0.9 MB, self-test passed", "/cache, 2.0 MB", "libgomp.so.1"):
+        assert expected in text
+
+
+def implementations(library: object) -> dict[str, str]:
+    return {
+        kernel["operation"]: kernel["implementation"]
+        for kernel in doctor_module._examine_kernels(library)  # type: ignore[arg-type]
+    }
+
+
+@pytest.mark.parametrize("name", select.supported_instruction_sets())
+def test_an_operation_is_in_cpp_when_the_library_has_all_its_functions(name: str) -> None:
+    with select.forced(name) as selection:
+        found = implementations(selection.library)
+    assert found["norm"] == found["packed"] == f"C++ for {name}"
+    assert found["quantized"] == "PyTorch", "the definition has no C++"
+    assert not {"select", "cpu", "limits", "threads"} & set(found)
+
+
+def test_an_operation_without_its_functions_is_pytorchs() -> None:
+    assert set(implementations(None).values()) == {"PyTorch"}
+
+    class Lacking:
+        handle = object()
+        instruction_set = "avx512"
+
+    assert set(implementations(Lacking()).values()) == {"PyTorch"}
+
+
+def test_functions_named_in_a_module_behind_an_operation_count(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "products.py").write_text("run('moesaic_product', 'a moesaic_text')\n")
+    (tmp_path / "mlp.py").write_text("from moesaic.kernels.cpu import products\nname = 'moesaic_gate'\n")
+    (tmp_path / "other.py").write_text("from moesaic.kernels.cpu.products import run\n")
+    assert doctor_module._library_functions(tmp_path, "mlp") == {"moesaic_gate", "moesaic_product"}
+    assert doctor_module._library_functions(tmp_path, "other") == {"moesaic_product"}
+
+
+def test_the_reference_is_said_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(select.VARIABLE, "reference")
+    findings = examine()
+    assert findings["cpu_kernels"]["name"] == "reference" and findings["cpu_kernels"]["library"] is None
+    assert {kernel["implementation"] for kernel in findings["kernels"]} == {"PyTorch"}
+    assert not any("PyTorch's slower" in problem["problem"] for problem in findings["problems"])
+
+
+def test_kernels_that_cannot_be_had_are_a_problem_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(select.VARIABLE, "mmx")
+    findings = examine()
+    assert findings["cpu_kernels"]["name"] is None
+    (found,) = (each for each in findings["problems"] if each["is_fatal"])
+    assert "mmx" in found["problem"] and "unset MOESAIC_KERNELS" in found["remedy"]
+    assert "mmx" in text_of(findings)
+
+
+def test_build_compiles_for_every_instruction_set_and_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def build(instruction_set: str) -> Path:
+        asked.append(instruction_set)
+        return Path(f"/cache/{instruction_set}.so")
+
+    monkeypatch.setattr(build_module, "build", build)
+    monkeypatch.setattr(build_module, "supported_instruction_sets", lambda: ["avx512", "avx2"])
+    built = doctor_module._build()
+    assert asked == ["avx512", "avx2"]
+    assert [each["library"] for each in built] == ["/cache/avx512.so", "/cache/avx2.so"]
+    assert all(each["seconds"] >= 0 for each in built)
+    text = text_of({**healthy(), "built": [{**built[0], "seconds": 12.34}]})
+    assert "/cache/avx512.so in 12.3 s" in text
+
+
+def test_build_fails_where_nothing_can_be_built(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "moesaic", "doctor", "--build"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": str(tmp_path), "CXX": ""},
+    )
+    if select.supported_instruction_sets():
+        assert result.returncode == 2
+        assert "C++ compiler" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_every_extra_of_the_project_is_listed_with_its_command() -> None:
@@ -128,7 +243,8 @@ def test_measure_shows_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits_module, "measure_limits", measure)
     findings = examine(measure=True)
     assert findings["limits"][0]["bf16_flops_per_second"] == 6.2e12
-    assert "31.0 GB/s" in text_of(findings) and "6.200 TFLOP/s bf16" in text_of(findings)
+    for expected in ("31.0 GB/s", "6.200 TFLOP/s bf16", "12.500 TOP/s int8"):
+        assert expected in text_of(findings)
 
 
 def test_a_healthy_machine_has_no_problem() -> None:
@@ -152,6 +268,8 @@ def test_a_healthy_machine_has_no_problem() -> None:
         ("memory", {"limit_bytes": 2 << 30}, "2.1 GB", "container", False),
         ("allocator", {"is_tuned": False, "explanation": "left as you set it"}, "left as you set it", "unset", False),
         ("allocator", {"huge_pages": "never"}, "switched off", "echo madvise", False),
+        ("cpu_kernels", {"error": "amx is not here"}, "amx is not here", "unset MOESAIC_KERNELS", True),
+        ("cpu_kernels", {"library": None, "reason": "amx failed"}, "amx failed", "doctor --build", False),
     ],
 )
 def test_each_problem_is_named_with_what_to_do(
@@ -203,8 +321,13 @@ def test_without_torch_the_rest_is_still_said_and_the_status_is_1(tmp_path: Path
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv(select.VARIABLE, raising=False)
     assert doctor_module._find_compiler() is None
-    assert "none found" in text_of({**healthy(), "compiler": None})
+    findings = {**healthy(), "compiler": None}
+    findings["cpu_kernels"].update(name="reference", library=None, reason="no C++ compiler")
+    assert "none found" in text_of(findings)
+    (found,) = _find_problems(findings)
+    assert "no C++ compiler" in found["problem"] and "apt install g++" in found["remedy"]
 
 
 def test_the_compiler_of_cxx_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -212,4 +335,13 @@ def test_the_compiler_of_cxx_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_pa
     compiler.write_text("#!/bin/sh\necho my-g++ 99.1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert doctor_module._find_compiler() == {"name": str(compiler), "path": str(compiler), "version": "my-g++ 99.1"}
+    assert doctor_module._find_compiler() == {"path": str(compiler), "version": "my-g++ 99.1"}
+
+
+def test_a_compiler_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_bytes(b"\x7fELF not really")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    found = doctor_module._find_compiler()
+    assert found is not None and "does not start" in found["version"]

@@ -97,7 +97,7 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
             " one is required; install g++, or go on with MOESAIC_KERNELS=reference."
         )
     flags = [*_FLAGS, *_instruction_flags(instruction_set), *extra_flags]
-    openmp = _openmp_library()
+    openmp = openmp_library()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     headers = b"".join(path.name.encode() + path.read_bytes() for path in sorted(_SOURCE.glob("*.h")))
     common = "\0".join([*flags, compiler, version, str(openmp)]).encode() + headers
@@ -172,7 +172,7 @@ def _instruction_flags(instruction_set: str) -> list[str]:
     return ["-mavx2", "-mfma", "-mf16c", "-DMOESAIC_EMULATE_TILES"]
 
 
-def _openmp_library() -> Path | None:
+def openmp_library() -> Path | None:
     """Return the file of the OpenMP library that torch brings, whatever its name; None where it uses the system's."""
     import torch
 
