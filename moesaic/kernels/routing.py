@@ -67,10 +67,10 @@ def route(
     assert expert_ids is None or expert_ids.shape == (x.shape[0], top_k), (expert_ids, x.shape, top_k)
     if correction_bias is not None:
         correction_bias = correction_bias.detach().float()
-    routed = torch.ops.moesaic.route(
+    weights, mean_probabilities, z, entropy, chosen, tokens_per_expert, num_tokens, _ = torch.ops.moesaic.route(
         x, weight, correction_bias, valid, expert_ids, top_k, scoring, num_groups, top_groups
     )
-    return Routed(*routed[:5], entropy=routed[5].detach(), num_tokens=routed[6])
+    return Routed(chosen, weights, tokens_per_expert, mean_probabilities, z, entropy.detach(), num_tokens)
 
 
 def plan_dispatch(
@@ -111,7 +111,7 @@ def _route(
     num_groups: int,
     top_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Routed, then the logits (T, E) for the backward pass."""
+    """The fields of Routed, those in fp32 before those in int64, then the logits (T, E) for the backward pass."""
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     x, weight = x.contiguous(), weight.contiguous()
     correction_bias, valid, given_ids = _contiguous(correction_bias), _contiguous(valid), _contiguous(given_ids)
@@ -145,12 +145,12 @@ def _route(
     assert not failed, f"an expert's number is outside [0, {num_experts})"
     # Pieces of their own: outputs of one operator may not share memory.
     return (
-        expert_ids,
         routing_weights,
-        counts[:num_experts].clone(),
         floats[:num_experts].clone(),
         floats[num_experts].clone(),
         floats[num_experts + 1].clone(),
+        expert_ids,
+        counts[:num_experts].clone(),
         counts[num_experts].clone(),
         logits,
     )
@@ -160,12 +160,12 @@ def _route(
 def _(x, weight, correction_bias, valid, given_ids, top_k, scoring, num_groups, top_groups):  # type: ignore[no-untyped-def]
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     return (
-        x.new_empty(num_tokens, top_k, dtype=torch.int64),
         x.new_empty(num_tokens, top_k, dtype=torch.float32),
-        x.new_empty(num_experts, dtype=torch.int64),
         x.new_empty(num_experts, dtype=torch.float32),
         x.new_empty((), dtype=torch.float32),
         x.new_empty((), dtype=torch.float32),
+        x.new_empty(num_tokens, top_k, dtype=torch.int64),
+        x.new_empty(num_experts, dtype=torch.int64),
         x.new_empty((), dtype=torch.int64),
         x.new_empty(num_tokens, num_experts, dtype=torch.float32),
     )
@@ -219,7 +219,7 @@ def _(grad_weights, grad_mean, grad_z, x, weight, logits, expert_ids, valid, num
 
 def _keep_for_route_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight, _, valid, _, _, scoring, _, _ = inputs
-    expert_ids, num_tokens, logits = output[0], output[6], output[7]
+    _, _, _, _, expert_ids, _, num_tokens, logits = output
     ctx.save_for_backward(x, weight, logits, expert_ids, valid, num_tokens)
     ctx.scoring = scoring
     ctx.set_materialize_grads(False)
@@ -228,7 +228,7 @@ def _keep_for_route_backward(ctx, inputs, output):  # type: ignore[no-untyped-de
 def _backward_of_route(ctx, *grads):  # type: ignore[no-untyped-def]
     x, weight, logits, expert_ids, valid, num_tokens = ctx.saved_tensors
     grad_x, grad_weight = torch.ops.moesaic.route_backward(
-        grads[1], grads[3], grads[4], x, weight, logits, expert_ids, valid, num_tokens, ctx.scoring
+        *grads[:3], x, weight, logits, expert_ids, valid, num_tokens, ctx.scoring
     )
     return grad_x, grad_weight, None, None, None, None, None, None, None
 

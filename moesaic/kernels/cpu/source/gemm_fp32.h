@@ -2,19 +2,19 @@
 //
 // On AMD processors MKL's fp32 product reaches 0.2 TFLOP/s on two cores where these loops reach twice as much; products
 // of bf16 would be faster and would let tokens change their expert. The terms of a sum are added in the order of K, in
-// blocks of kDepth whose sums are then added in order, whatever M and N are.
+// blocks of kFp32Depth whose sums are then added in order, whatever M and N are.
 #pragma once
 
 #include "elements.h"
 
 namespace moesaic {
 
-constexpr int kDepth = 256;         // terms summed before they are added to what is there
-constexpr int kColumns = 2 * W;     // columns of B that one step works on
+constexpr int kFp32Depth = 256;         // terms summed before they are added to what is there
+constexpr int kFp32Columns = 2 * W;     // columns of B that one step works on
 #if defined(__AVX512F__)
-constexpr int kRows = 12;  // 12 rows x 2 vectors of sums, 2 of B: 26 of 32 registers
+constexpr int kFp32Rows = 12;  // 12 rows x 2 vectors of sums, 2 of B: 26 of 32 registers
 #else
-constexpr int kRows = 6;  // 12 sums, 2 of B, 1 of A: 15 of 16 registers
+constexpr int kFp32Rows = 6;  // 12 sums, 2 of B, 1 of A: 15 of 16 registers
 #endif
 
 // Where element (row, k) of A is: a[row * stride + k], or, transposed, a[k * stride + row].
@@ -58,18 +58,18 @@ inline void fp32_remainder(int rows, int depth, const float* a, size_t stride, c
     }
 }
 
-// C[rows][columns] (+)= A[rows][depth] B[depth][columns] for at most kColumns columns.
+// C[rows][columns] (+)= A[rows][depth] B[depth][columns] for at most kFp32Columns columns.
 template <Layout L, typename B>
 inline void gemm_fp32(int rows, int depth, const float* a, size_t stride, const B* b, size_t ldb, float* c, size_t ldc,
                       int columns, bool accumulate) {
     const size_t step = L == Layout::rows ? stride : 1;
-    for (int row = 0; row < rows; row += kRows) {
-        const int here = rows - row < kRows ? rows - row : kRows;
+    for (int row = 0; row < rows; row += kFp32Rows) {
+        const int here = rows - row < kFp32Rows ? rows - row : kFp32Rows;
         if (columns <= W)
-            fp32_remainder<kRows, 1, L>(here, depth, a + row * step, stride, b, ldb, c + row * ldc, ldc, columns,
+            fp32_remainder<kFp32Rows, 1, L>(here, depth, a + row * step, stride, b, ldb, c + row * ldc, ldc, columns,
                                         accumulate);
         else
-            fp32_remainder<kRows, 2, L>(here, depth, a + row * step, stride, b, ldb, c + row * ldc, ldc, columns,
+            fp32_remainder<kFp32Rows, 2, L>(here, depth, a + row * step, stride, b, ldb, c + row * ldc, ldc, columns,
                                         accumulate);
     }
 }

@@ -48,10 +48,10 @@ inline size_t route_scratch_floats(int64_t experts, int64_t hidden) {
     return size_t(kRouteRows * (hidden + padded_experts(experts)) + 5 * padded_experts(experts));
 }
 
-// weight (E, H) -> panels of kColumns experts (or W, for the last ones), each [H][width], zeros beyond E.
+// weight (E, H) -> panels of kFp32Columns experts (or W, for the last ones), each [H][width], zeros beyond E.
 inline void pack_router(int64_t experts, int64_t hidden, const float* weight, float* panels) {
-    for (int64_t first = 0; first < experts; first += kColumns) {
-        const int64_t width = std::min<int64_t>(padded_experts(experts) - first, kColumns);
+    for (int64_t first = 0; first < experts; first += kFp32Columns) {
+        const int64_t width = std::min<int64_t>(padded_experts(experts) - first, kFp32Columns);
         const int64_t here = std::min<int64_t>(experts - first, width);
         float* panel = panels + first * hidden;
         if (here < width) std::fill_n(panel, width * hidden, 0.0f);
@@ -235,10 +235,10 @@ inline void route_rows(const RouteArguments& a, int64_t first, int64_t last, flo
     const T* x = static_cast<const T*>(a.x) + first * hidden;
     const int64_t total = int64_t(rows) * hidden;
     for (int64_t i = 0; i < total; i += W) store_row(wide + i, load_row(x + i, total - i), total - i);
-    for (int k = 0; k < hidden; k += kDepth)
-        for (int e = 0; e < padded; e += kColumns) {
-            const int width = std::min(padded - e, kColumns);
-            gemm_fp32<Layout::rows>(rows, std::min(hidden - k, kDepth), wide + k, size_t(hidden),
+    for (int k = 0; k < hidden; k += kFp32Depth)
+        for (int e = 0; e < padded; e += kFp32Columns) {
+            const int width = std::min(padded - e, kFp32Columns);
+            gemm_fp32<Layout::rows>(rows, std::min(hidden - k, kFp32Depth), wide + k, size_t(hidden),
                                     a.panels + size_t(e) * hidden + size_t(k) * width, size_t(width), logits + e,
                                     size_t(padded), width, k > 0);
         }
@@ -430,36 +430,36 @@ inline void route_backward_as(Team& team, const RouteBackwardArguments& a) {
     const int64_t padded = padded_experts(experts);
     team.tasks(route_tasks(a.tokens), [&](long task) {
         thread_local Scratch own;
-        float* scratch = own.get<float>(size_t(2 * padded + kRouteRows * kColumns));
+        float* scratch = own.get<float>(size_t(2 * padded + kRouteRows * kFp32Columns));
         float* sums = scratch + 2 * padded;
         const int64_t first = task * kRouteRows, last = std::min<int64_t>(first + kRouteRows, a.tokens);
         for (int64_t token = first; token < last; ++token) grad_logits_row(a, token, scratch);
         if (!a.grad_x) return;
-        for (int h = 0; h < hidden; h += kColumns) {
-            const int columns = std::min(hidden - h, kColumns);
-            for (int e = 0; e < experts; e += kDepth)
-                gemm_fp32<Layout::rows>(int(last - first), std::min(experts - e, kDepth),
+        for (int h = 0; h < hidden; h += kFp32Columns) {
+            const int columns = std::min(hidden - h, kFp32Columns);
+            for (int e = 0; e < experts; e += kFp32Depth)
+                gemm_fp32<Layout::rows>(int(last - first), std::min(experts - e, kFp32Depth),
                                         a.grad_logits + first * experts + e, size_t(experts),
-                                        a.weight + size_t(e) * hidden + h, size_t(hidden), sums, kColumns, columns,
+                                        a.weight + size_t(e) * hidden + h, size_t(hidden), sums, kFp32Columns, columns,
                                         e > 0);
             for (int row = 0; row < int(last - first); ++row) {
                 T* to = static_cast<T*>(a.grad_x) + (first + row) * hidden + h;
                 for (int i = 0; i < columns; i += W)
-                    store_row(to + i, load(sums + row * kColumns + i), columns - i);
+                    store_row(to + i, load(sums + row * kFp32Columns + i), columns - i);
             }
         }
     });
     if (!a.grad_weight) return;
-    const int64_t panels = (hidden + kColumns - 1) / kColumns, blocks = (experts + kRouteRows - 1) / kRouteRows;
+    const int64_t panels = (hidden + kFp32Columns - 1) / kFp32Columns, blocks = (experts + kRouteRows - 1) / kRouteRows;
     const T* x = static_cast<const T*>(a.x);
     team.tasks(panels * blocks, [&](long task) {
-        const int h = int(task % panels) * kColumns, e = int(task / panels) * kRouteRows;
-        const int columns = std::min(hidden - h, kColumns), rows = std::min(experts - e, kRouteRows);
+        const int h = int(task % panels) * kFp32Columns, e = int(task / panels) * kRouteRows;
+        const int columns = std::min(hidden - h, kFp32Columns), rows = std::min(experts - e, kRouteRows);
         float* to = a.grad_weight + size_t(e) * hidden + h;
         if (!a.tokens)
             for (int row = 0; row < rows; ++row) std::fill_n(to + size_t(row) * hidden, columns, 0.0f);
-        for (int64_t t = 0; t < a.tokens; t += kDepth)
-            gemm_fp32<Layout::transposed>(rows, int(std::min<int64_t>(a.tokens - t, kDepth)),
+        for (int64_t t = 0; t < a.tokens; t += kFp32Depth)
+            gemm_fp32<Layout::transposed>(rows, int(std::min<int64_t>(a.tokens - t, kFp32Depth)),
                                           a.grad_logits + t * experts + e, size_t(experts), x + t * hidden + h,
                                           size_t(hidden), to, size_t(hidden), columns, t > 0);
     });
