@@ -128,7 +128,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     factor = torch.full_like(amax, 127.0) / torch.where(is_finite & ~is_zero, amax, 1.0)
     values = (blocked * factor[..., None]).round_()
     values = torch.where((is_finite & ~is_zero)[..., None], values, 0.0)
-    return values.to(torch.int8).view(rows, -1)[:, :columns].contiguous(), scales
+    return values.to(torch.int8).flatten(1)[:, :columns].contiguous(), scales
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
