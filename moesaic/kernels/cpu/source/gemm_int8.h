@@ -55,7 +55,9 @@ inline void load_weights(const uint8_t* p, Vi* columns) {
 // sums[i] += the four products of unsigned bytes of weights[i] and signed bytes of activations[i].
 template <int Bits>
 inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
-    return {_mm512_dpbusd_epi32(sums.v, weights.v, activations.v)};
+    // Not the intrinsic: GCC 12 copies and spills its accumulators, at three quarters of the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums.v) : "v"(weights.v), "v"(activations.v));
+    return sums;
 }
 
 #else
@@ -177,89 +179,97 @@ struct Ahead {
     size_t step;  // bytes for every four values of K
 };
 
+// Rows that one step works on: their int32 and fp32 sums are in registers, with 2 vectors of weights, 1 of activations.
 #if defined(__AVX512F__)
-constexpr int kIntegerRows = 12;  // 12 rows x 2 vectors of sums, 2 of weights, 1 of activations
-constexpr int kFewRows = 6;       // so many keep their fp32 sums in registers too
+constexpr int kIntegerRows = 6;
 #else
-constexpr int kIntegerRows = 2;
-constexpr int kFewRows = 1;
+constexpr int kIntegerRows = 1;
 #endif
 
-// C[R][32] (+)= R rows times the groups [first, last) of the panel.
-template <int Bits, int R>
+// C[R][32] (+)= R rows times the activation blocks [first, last) of the panel, whose groups are of G values of K.
+// Loops over sums are unrolled by order: sums that a loop indexes live in memory, at half the speed.
+template <int Bits, int G, int R>
 inline void integer_rows(const IntegerPanel& panel, int first, int last, const char* a, size_t stride, float* c,
                          bool accumulate, Ahead ahead) {
     constexpr int V = kPanel / W;
-    constexpr int kStepBytes = Bits == 8 ? 128 : 64;
-    constexpr bool kKeep = R <= kFewRows;
-    const int steps = panel.group / 4, total_steps = panel.depth / 4;
-    const bool is_end = last * steps >= total_steps;
-    const uint8_t* weights =
-        panel.data + size_t(first) * (size_t(steps) * kStepBytes + (Bits == 4 ? 2 * kPanel : 0));
-    Vf kept[kKeep ? R : 1][V];
-    if constexpr (kKeep)
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) kept[r][v] = accumulate ? load(c + r * kPanel + v * W) : zero();
-    for (int g = first; g < last; ++g) {
-        const bf16* group_scales = reinterpret_cast<const bf16*>(weights);
-        if (Bits == 4) weights += 2 * kPanel;
-        const int here = (g + 1) * steps <= total_steps ? steps : total_steps - g * steps;
-        Vi acc[R][V];
-        const int block = g * panel.group / kActivationBlock, part = g * panel.group % kActivationBlock / kSumBlock;
-        for (int r = 0; r < R; ++r) {
-            const int32_t* sums = reinterpret_cast<const int32_t*>(a + r * stride + panel.row_sums) + block * kBlockSums;
-            const Vi start = set1i((sums[part] - sums[part + panel.group / kSumBlock]) * (Bits == 8 ? 128 : 8));
-            for (int v = 0; v < V; ++v) acc[r][v] = start;
-        }
-        const char* row = a + size_t(g) * panel.group;
-#pragma GCC unroll 2
-        for (int s = 0; s < here; ++s) {
-            Vi columns[V];
-            load_weights<Bits>(weights, columns);
-            weights += kStepBytes;
-            _mm_prefetch(ahead.from, _MM_HINT_T0);
-            if (kKeep && Bits == 8) _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
-            ahead.from += ahead.step;
+    constexpr size_t kStepBytes = Bits == 8 ? 128 : 64;
+    constexpr size_t kScaleBytes = Bits == 8 ? 0 : 2 * kPanel;
+    constexpr int kGroups = kActivationBlock / G, kSteps = G / 4;
+    const uint8_t* weights = panel.data + size_t(first) * kGroups * (kSteps * kStepBytes + kScaleBytes);
+    Vf total[R][V];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) total[r][v] = accumulate ? load(c + r * kPanel + v * W) : zero();
+    for (int block = first; block < last; ++block) {
+        const char* row = a + size_t(block) * kActivationBlock;
+        const char* scales = a + panel.row_scales + 4 * size_t(block);
+        const char* sums = a + panel.row_sums + size_t(4 * kBlockSums) * size_t(block);
+        int left = panel.depth - block * kActivationBlock;
+        for (int part = 0; part < kGroups && left > 0; ++part, left -= G) {
+            const bf16* group_scales = reinterpret_cast<const bf16*>(weights);
+            weights += kScaleBytes;
+            Vi acc[R][V];
+#pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
-                const Vi activations = broadcast_dword(row + r * stride + 4 * s);
-                for (int v = 0; v < V; ++v) acc[r][v] = dot_bytes<Bits>(acc[r][v], columns[v], activations);
+                int32_t before, after;
+                std::memcpy(&before, sums + r * stride + 4 * (part * (G / kSumBlock)), 4);
+                std::memcpy(&after, sums + r * stride + 4 * ((part + 1) * (G / kSumBlock)), 4);
+                const Vi start = set1i((before - after) * (Bits == 8 ? 128 : 8));
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) acc[r][v] = start;
             }
-        }
-        for (int r = 0; r < R; ++r) {
-            float scale;
-            std::memcpy(&scale, a + r * stride + panel.row_scales + 4 * size_t(block), 4);
-            for (int v = 0; v < V; ++v) {
-                float* place = c + r * kPanel + v * W;
-                const Vf factor = Bits == 8 ? set1(scale) : mul(set1(scale), load_bf16(group_scales + v * W));
-                const Vf before = kKeep ? kept[kKeep ? r : 0][v] : g > first || accumulate ? load(place) : zero();
-                const Vf after = add(before, mul(to_float(acc[r][v]), factor));
-                if constexpr (kKeep)
-                    kept[r][v] = after;
-                else
-                    store(place, after);
+            const int steps = Bits == 8 && left < G ? left / 4 : kSteps;
+#pragma GCC unroll 2
+            for (int s = 0; s < steps; ++s) {
+                Vi columns[V];
+                load_weights<Bits>(weights, columns);
+                weights += kStepBytes;
+                if constexpr (R <= kIntegerRows / 2) {
+                    _mm_prefetch(ahead.from, _MM_HINT_T0);
+                    if (Bits == 8) _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
+                } else {
+                    _mm_prefetch(ahead.from, _MM_HINT_T1);
+                }
+                ahead.from += ahead.step;
+#pragma GCC unroll 12
+                for (int r = 0; r < R; ++r) {
+                    const Vi activations = broadcast_dword(row + r * stride + 4 * s);
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; ++v) acc[r][v] = dot_bytes<Bits>(acc[r][v], columns[v], activations);
+                }
+            }
+            row += G;
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                float scale;
+                std::memcpy(&scale, scales + r * stride, 4);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) {
+                    const Vf factor = Bits == 8 ? set1(scale) : mul(set1(scale), load_bf16(group_scales + v * W));
+                    total[r][v] = add(total[r][v], mul(to_float(acc[r][v]), factor));
+                }
             }
         }
     }
+    const bool is_end = Bits == 8 && last * kActivationBlock >= panel.depth;
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            float* place = c + r * kPanel + v * W;
-            if (Bits == 4 || !is_end) {
-                if constexpr (kKeep) store(place, kept[r][v]);
-            } else {
-                const Vf sum = kKeep ? kept[kKeep ? r : 0][v] : load(place);
-                store(place, mul(sum, load(panel.scales + v * W)));
-            }
+            const Vf sum = is_end ? mul(total[r][v], load(panel.scales + v * W)) : total[r][v];
+            store(c + r * kPanel + v * W, sum);
         }
 }
 
-template <int Bits, int R>
+template <int Bits, int G, int R>
 inline void integer_rows_of(int rows, const IntegerPanel& panel, int first, int last, const char* a, size_t stride,
                             float* c, bool accumulate, Ahead ahead) {
     if constexpr (R > 0) {
         if (rows == R)
-            integer_rows<Bits, R>(panel, first, last, a, stride, c, accumulate, ahead);
+            integer_rows<Bits, G, R>(panel, first, last, a, stride, c, accumulate, ahead);
         else
-            integer_rows_of<Bits, R - 1>(rows, panel, first, last, a, stride, c, accumulate, ahead);
+            integer_rows_of<Bits, G, R - 1>(rows, panel, first, last, a, stride, c, accumulate, ahead);
     }
 }
 
@@ -343,47 +353,55 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
     }
 }
 
+// As integer_product; a pass over K is one whose weights stay in the second-level cache while all rows pass.
+template <int Bits>
+inline void integer_tiles_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
+                                  const uint8_t* next) {
+    static thread_local Scratch scratch;
+    const int groups = (panel.depth + panel.group - 1) / panel.group, pass = 4096 / panel.group;
+    const uint8_t* bytes = panel.data;
+    if (Bits == 4) {
+        const int tile_depth = panel.group < 64 ? 64 : panel.group;
+        uint8_t* unpacked = scratch.get<uint8_t>(size_t(groups) * tile_depth * kPanel);
+        unpack_for_tiles(panel, unpacked);
+        bytes = unpacked;
+    }
+    const char* ahead = reinterpret_cast<const char*>(next);
+    const size_t panel_bytes = size_t(panel.depth) * kPanel * Bits / 8;
+    const size_t share = panel_bytes / (size_t((rows + 31) / 32) * size_t((groups + pass - 1) / pass));
+    for (int first = 0; first < groups; first += pass) {
+        const int last = first + pass < groups ? first + pass : groups;
+        for (int row = 0; row < rows; row += 32) {
+            if (next)
+                for (const char* end = ahead + share; ahead < end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+            integer_tiles<Bits>(panel, bytes, first, last, rows - row < 32 ? rows - row : 32, a + row * stride, stride,
+                                c + row * kPanel, first > 0);
+        }
+    }
+}
+
 #endif
 
-// C[rows][32] = rows of quantised activations times the panel, complete. `next`: what will be read after it.
-template <int Bits>
+// C[rows][32] = rows of quantised activations times the panel, complete. `next`: what will be read after it, or null.
+template <int Bits, int G>
 inline void integer_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
                             const uint8_t* next) {
-    const int groups = (panel.depth + panel.group - 1) / panel.group;
-    constexpr int kDeep = 4096;  // values of K whose weights stay in the second-level cache while all rows pass
-    const int per_pass = rows > kIntegerRows ? kDeep / panel.group : groups;
 #if defined(MOESAIC_TILES)
     // Fewer rows leave tiles mostly empty; integers are exact either way.
     if (rows > 4) {
-        static thread_local Scratch scratch;
-        const uint8_t* bytes = panel.data;
-        if (Bits == 4) {
-            const int tile_depth = panel.group < 64 ? 64 : panel.group;
-            uint8_t* unpacked = scratch.get<uint8_t>(size_t(groups) * tile_depth * kPanel);
-            unpack_for_tiles(panel, unpacked);
-            bytes = unpacked;
-        }
-        const char* ahead = reinterpret_cast<const char*>(next);
-        const size_t panel_bytes = size_t(panel.depth) * kPanel * Bits / 8;
-        const size_t share = panel_bytes / (size_t((rows + 31) / 32) * size_t((groups + per_pass - 1) / per_pass));
-        for (int first = 0; first < groups; first += per_pass) {
-            const int last = first + per_pass < groups ? first + per_pass : groups;
-            for (int row = 0; row < rows; row += 32) {
-                if (next)
-                    for (const char* end = ahead + share; ahead < end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-                integer_tiles<Bits>(panel, bytes, first, last, rows - row < 32 ? rows - row : 32, a + row * stride,
-                                    stride, c + row * kPanel, first > 0);
-            }
-        }
+        integer_tiles_product<Bits>(panel, rows, a, stride, c, next);
         return;
     }
 #endif
+    constexpr int kDeep = 8;  // activation blocks whose weights stay in the first-level cache while all rows pass
+    const int blocks = (panel.depth + kActivationBlock - 1) / kActivationBlock;
     const int parts = (rows + kIntegerRows - 1) / kIntegerRows;
+    const int pass = parts > 1 ? kDeep : blocks;
     const size_t step_bytes = Bits == 8 ? 128 : 64;
-    for (int first = 0; first < groups; first += per_pass) {
-        const int last = first + per_pass < groups ? first + per_pass : groups;
-        const size_t group_bytes = size_t(panel.group / 4) * step_bytes + (Bits == 4 ? 2 * kPanel : 0);
-        const size_t begin = size_t(first) * group_bytes, length = size_t(last - first) * group_bytes;
+    const size_t block_bytes = kActivationBlock / 4 * step_bytes + (Bits == 4 ? kActivationBlock / G * 2 * kPanel : 0);
+    for (int first = 0; first < blocks; first += pass) {
+        const int last = first + pass < blocks ? first + pass : blocks;
+        const size_t begin = size_t(first) * block_bytes, length = size_t(last - first) * block_bytes;
         for (int part = 0; part < parts; ++part) {
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
             // One pass over the weights reads ahead of itself; several share out the panel that follows.
@@ -392,8 +410,8 @@ inline void integer_product(const IntegerPanel& panel, int rows, const char* a, 
                 ahead.from = reinterpret_cast<const char*>(next ? next : panel.data) + begin + length / parts * part;
                 ahead.step = step_bytes / parts;
             }
-            integer_rows_of<Bits, kIntegerRows>(end - row, panel, first, last, a + row * stride, stride,
-                                                c + row * kPanel, first > 0, ahead);
+            integer_rows_of<Bits, G, kIntegerRows>(end - row, panel, first, last, a + row * stride, stride,
+                                                   c + row * kPanel, first > 0, ahead);
         }
     }
 }

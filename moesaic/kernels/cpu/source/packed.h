@@ -146,11 +146,16 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
     IntegerPanel panel{data, nullptr, weight.padded_depth(), kActivationBlock, row.scales(), row.sums()};
     if (weight.format == kPackedInt8) {
         panel.scales = weight.scales + (matrix * weight.panels() + index) * kPanel;
-        integer_product<8>(panel, rows, a, stride, c, next);
-    } else {
-        panel.group = int(weight.group);
-        integer_product<4>(panel, rows, a, stride, c, next);
+        integer_product<8, kActivationBlock>(panel, rows, a, stride, c, next);
+        return;
     }
+    panel.group = int(weight.group);
+    if (weight.group == 32)
+        integer_product<4, 32>(panel, rows, a, stride, c, next);
+    else if (weight.group == 64)
+        integer_product<4, 64>(panel, rows, a, stride, c, next);
+    else
+        integer_product<4, 128>(panel, rows, a, stride, c, next);
 }
 
 // As many rows as stay in the second-level cache beside a panel, in whole steps of every kernel.
