@@ -71,7 +71,7 @@ def _library() -> Any:
 
 @torch.library.custom_op("moesaic::norm", mutates_args=(), device_types="cpu")
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm, or RMSNorm without a bias: the result, and each row's mean (none for RMSNorm) and inverse deviation."""
+    """LayerNorm, or RMSNorm without a bias: the result, and each row's mean (RMSNorm: none) and inverse deviation."""
     size = x.shape[-1]
     assert weight.shape == (size,) and (bias is None or bias.shape == (size,)), (x.shape, weight.shape, bias)
     x, weight = x.contiguous(), weight.contiguous()

@@ -76,7 +76,7 @@ def route(
 def plan_dispatch(
     expert_ids: Tensor, num_experts: int, *, valid: Tensor | None = None, capacity: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token_ids (N,), slots (T, K) and tokens_per_expert (E,), int64, as moe/dispatch.plan_dispatch defines them.
+    """Return token_ids (N,), slots (T, K) and tokens_per_expert (E,), int64: those of moe/dispatch.DispatchPlan.
 
     Routes over capacity are dropped by position: first choices come before second ones, then tokens in order.
     """

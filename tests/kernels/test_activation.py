@@ -8,6 +8,8 @@ from moesaic.kernels.activation import activate, activate_and_backward, mlp
 from moesaic.kernels.grouped_mlp import ExpertWeights
 from moesaic.kernels.reference import moe as reference
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 
 
@@ -66,3 +68,45 @@ def test_mlp_equals_the_plain_one(activation: str, has_bias: bool, num_tokens: i
     assert relative_error(out, wanted) < tolerance
     for mine, theirs in zip(got, torch.autograd.grad(wanted, leaves, grad.to(wide)), strict=True):
         assert relative_error(mine, theirs) < tolerance
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("num_rows", "size"), [(0, 8), (1, 1), (3, 40), (37, 71)])
+def test_bf16_is_the_definition_rounded_once(kernels: str, activation: str, num_rows: int, size: int) -> None:
+    width = 2 * size if activation == "swiglu" else size
+    pre = (leaf(num_rows, width, seed=0).detach() * 4).to(torch.bfloat16)
+    grad = leaf(num_rows, size, seed=1).detach().to(torch.bfloat16)
+    exact = pre.double().requires_grad_()
+    wanted = reference.activate(exact, activation)
+    (wanted_grad,) = torch.autograd.grad(wanted, exact, grad.double())
+    activated, grad_pre = activate_and_backward(grad, pre, activation)
+    # One rounding to bf16 is 2^-8 at most; PyTorch's operations round gate, product and gradient in turn.
+    tolerance = 2e-2 if kernels == "reference" else 1.01 * 2**-8
+    for got, expected in ((activate(pre, activation), wanted), (activated, wanted), (grad_pre, wanted_grad)):
+        torch.testing.assert_close(got.double(), expected.detach(), rtol=tolerance, atol=1e-3 * tolerance)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_views_and_non_finite_values(compiled_kernels: str, activation: str) -> None:
+    pre = leaf(40, 6, dtype=torch.bfloat16, seed=0).detach().t()
+    grad = leaf(20 if activation == "swiglu" else 40, 6, dtype=torch.bfloat16, seed=1).detach().t()
+    for got, wanted in zip(
+        activate_and_backward(grad, pre, activation),
+        activate_and_backward(grad.contiguous(), pre.contiguous(), activation),
+        strict=True,
+    ):
+        assert torch.equal(got, wanted)
+    pre = pre.contiguous()
+    pre[1, 2], pre[3, 4], pre[4, 5] = float("nan"), float("inf"), -1e30
+    out = activate(pre, activation)
+    exact = reference.activate(pre.double(), activation)
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(out.isinf(), exact.isinf())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_operators_are_ordinary_ones(compiled_kernels: str, activation: str) -> None:
+    pre = leaf(3, 8, dtype=torch.bfloat16, seed=0).detach()
+    grad = torch.ones(3, 4 if activation == "swiglu" else 8, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.moesaic.activate.default, (pre, activation))
+    torch.library.opcheck(torch.ops.moesaic.activate_backward.default, (grad, pre, activation))

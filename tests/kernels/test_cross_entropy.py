@@ -8,6 +8,8 @@ from torch import Tensor
 from moesaic.kernels import cross_entropy
 from moesaic.kernels.cross_entropy import linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 HIDDEN, VOCAB = 24, 101
 
 

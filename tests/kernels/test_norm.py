@@ -7,6 +7,8 @@ from torch import Tensor
 
 from moesaic.kernels.norm import layer_norm, rms_norm
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 EPSILON = 1e-5
 
 
@@ -77,9 +79,38 @@ def test_rms_norm_of_a_row_of_zeros_is_zero_with_a_finite_gradient() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_rows_stay_non_finite(bad: float) -> None:
-    x = torch.ones(2, 8)
+@pytest.mark.parametrize("size", [8, 70])
+def test_non_finite_rows_stay_non_finite(bad: float, size: int) -> None:
+    x = torch.ones(2, size)
     x[1, 3] = bad
-    for out in (rms_norm(x, torch.ones(8), EPSILON), layer_norm(x, torch.ones(8), torch.zeros(8), EPSILON)):
+    for out in (rms_norm(x, torch.ones(size), EPSILON), layer_norm(x, torch.ones(size), torch.zeros(size), EPSILON)):
         assert out[0].isfinite().all()
         assert out[1].isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_results_are_the_same_bits_for_any_number_of_threads(compiled_kernels: str, kind: str) -> None:
+    x = normal(1003, 520, seed=0).to(torch.bfloat16).requires_grad_()
+    weight, bias = (1 + normal(520, seed=1)).requires_grad_(), normal(520, seed=2).requires_grad_()
+    grad = normal(1003, 520, seed=3).to(torch.bfloat16)
+    before = torch.get_num_threads()
+
+    def everything(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        out = rms_norm(x, weight, EPSILON) if kind == "rms" else layer_norm(x, weight, bias, EPSILON)
+        return [out, *torch.autograd.grad(out, (x, weight) if kind == "rms" else (x, weight, bias), grad)]
+
+    try:
+        one = everything(1)
+        for threads in (2, 3):
+            for mine, theirs in zip(everything(threads), one, strict=True):
+                assert torch.equal(mine, theirs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_operator_is_an_ordinary_one(compiled_kernels: str, has_bias: bool) -> None:
+    x = normal(3, 5, 24, seed=0).requires_grad_()
+    weight, bias = (1 + normal(24, seed=1)).requires_grad_(), normal(24, seed=2).requires_grad_()
+    torch.library.opcheck(torch.ops.moesaic.norm.default, (x, weight, bias if has_bias else None, EPSILON))

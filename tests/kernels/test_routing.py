@@ -182,7 +182,7 @@ def test_a_non_finite_token_spoils_itself_and_the_means_alone(compiled_kernels: 
     got = router(x)
     with select.forced("reference"):
         wanted = router(x)
-    assert 0 <= got.expert_ids.min() and got.expert_ids.max() < 12
+    assert got.expert_ids.min() >= 0 and got.expert_ids.max() < 12
     assert len(set(got.expert_ids[7].tolist())) == 3
     others = torch.arange(60) != 7
     assert torch.equal(got.expert_ids[others], clean.expert_ids[others])
