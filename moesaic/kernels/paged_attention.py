@@ -27,8 +27,8 @@ PANEL = 32
 class KVBlocks:
     """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_paged.h).
 
-    Shapes, with P = block_size / 32 panels and W = head_dim rounded up to 32: keys (blocks, KV, P, W/2, 32, 2), pairs of
-    channels of 32 positions; values (blocks, KV, P, W/32, 16, 32, 2), pairs of positions of 32 channels; key_scales,
+    Shapes, with P = block_size / 32 panels and W = head_dim rounded up to 32: keys (blocks, KV, P, W/2, 32, 2), pairs
+    of channels of 32 positions; values (blocks, KV, P, W/32, 16, 32, 2), pairs of positions of 32 channels; key_scales,
     value_scales (blocks, KV, block_size) fp32 for int8, else None.
     """
 
@@ -51,16 +51,28 @@ class KVBlocks:
         return self.keys.shape[2] * PANEL
 
     @cached_property
-    def storage_arguments(self) -> tuple[int | None, ...]:
+    def arguments(self) -> tuple[int, ...]:
         """Addresses and sizes, as the kernels take them."""
 
-        def address(tensor: Tensor | None) -> int | None:
-            return None if tensor is None else tensor.data_ptr()
+        def address(tensor: Tensor | None) -> int:
+            return 0 if tensor is None else tensor.data_ptr()
 
         return (
             self.keys.data_ptr(), self.values.data_ptr(), address(self.key_scales), address(self.value_scales),
             self.num_blocks, self.num_kv_heads, self.head_dim, self.block_size,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KVStorage:
+    """The blocks of every layer; a block number means the same positions in all of them."""
+
+    layers: tuple[KVBlocks, ...]
+
+    @cached_property
+    def arguments(self) -> Tensor:
+        """(layers, 8) int64: every layer's."""
+        return torch.tensor([layer.arguments for layer in self.layers])
 
 
 @dataclass(frozen=True)
@@ -140,7 +152,7 @@ def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) ->
     key, value = _rows(key), _rows(value)
     write = library.function("moesaic_paged_write", "pipii" + "ppppiiii" + "pppii")
     failed = write(
-        key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0), key.shape[0], *blocks.storage_arguments,
+        key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0), key.shape[0], *blocks.arguments,
         *batch.arguments,
     )  # fmt: skip
     assert not failed, _misfit(batch, blocks, key.shape[0])
@@ -161,7 +173,7 @@ def paged_attention(query: Tensor, blocks: KVBlocks, batch: PagedBatch) -> Tenso
     attend = library.function("moesaic_paged_attention", "pipiif" + "ppppiiii" + "pppii")
     failed = attend(
         query.data_ptr(), query.stride(0), out.data_ptr(), num_tokens, num_heads, head_dim**-0.5,
-        *blocks.storage_arguments, *batch.arguments,
+        *blocks.arguments, *batch.arguments,
     )  # fmt: skip
     assert not failed, _misfit(batch, blocks, num_tokens)
     return out
@@ -238,12 +250,13 @@ def _attention_reference(query: Tensor, blocks: KVBlocks, batch: PagedBatch) -> 
     assert starts[-1] == query.shape[0], _misfit(batch, blocks, query.shape[0])
     for sequence, length in enumerate(lengths):
         first, last = starts[sequence], starts[sequence + 1]
-        if first == last:
+        new = last - first
+        if not new:
             continue
         keys, values = (part.float() for part in read_kv(blocks, batch.block_tables[sequence], length))
         asked = query[first:last].float().unflatten(1, (-1, group))  # (S, KV, G, D)
         scores = torch.einsum("skgd,lkd->kgsl", asked, keys) * blocks.head_dim**-0.5
-        hidden = torch.ones(last - first, length, dtype=torch.bool, device=query.device).triu_(length - last + first + 1)
+        hidden = torch.ones(new, length, dtype=torch.bool, device=query.device).triu_(length - new + 1)
         probabilities = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
         attended = torch.einsum("kgsl,lkd->skgd", probabilities, values)
         out[first:last] = attended.flatten(1, 2).to(query.dtype)

@@ -151,7 +151,8 @@ def test_a_token_gives_the_same_bits_alone_in_chunks_and_with_any_threads(
             for first, last in pairwise([0, *cuts, length]):
                 starts = torch.tensor([0, last - first], dtype=torch.int32)
                 batch = PagedBatch(starts, torch.tensor([last], dtype=torch.int32), table)
-                assert torch.equal(paged_attention(queries[first:last], blocks, batch), whole[first:last]), (first, last)
+                part = paged_attention(queries[first:last], blocks, batch)
+                assert torch.equal(part, whole[first:last]), (first, last)
     finally:
         torch.set_num_threads(before)
 

@@ -21,7 +21,7 @@ MOESAIC_EXPORT int64_t moesaic_paged_write(const uint16_t* key, int64_t key_stri
         team.tasks(long(plan.writes.size()) * num_kv_heads, [&](long i) {
             const WriteItem& item = plan.writes[size_t(i / num_kv_heads)];
             const int64_t head = i % num_kv_heads;
-            write_panel(cache, item, head, key + item.first_token * key_stride + head * head_dim, key_stride,
+            write_kv_panel(cache, item, head, key + item.first_token * key_stride + head * head_dim, key_stride,
                         value + item.first_token * value_stride + head * head_dim, value_stride, attention_scratch());
         });
     });

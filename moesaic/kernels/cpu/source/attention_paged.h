@@ -21,8 +21,8 @@
 
 namespace moesaic {
 
-constexpr int kSplit = 256;          // positions
-constexpr int kAttentionRows = 48;   // rows (query, head) of a task: 48 KiB of scores in a split
+constexpr int kSplit = 256;         // positions
+constexpr int kAttentionRows = 48;  // rows (query, head) of a task: 48 KiB of scores in a split
 constexpr int kPanelPairs = kPanel / 2;
 
 // One layer's storage.
@@ -151,7 +151,7 @@ inline void expand_pairs(int count, const uint16_t* from, uint32_t* to) {
 }
 
 // values = round(x * (127 / max|x|)); returns max|x| / 127. Next to 0: zeros and 0. Not finite: zeros and NaN.
-inline float quantize_row(int count, const bf16* x, int8_t* values) {
+inline float quantize_kv_row(int count, const bf16* x, int8_t* values) {
     float largest = 0;
     bool is_finite = true;
     for (int i = 0; i < count; ++i) {
@@ -174,7 +174,7 @@ inline Scratch& attention_scratch() {
 }
 
 // Put keys and values (count, head_dim) of one head, rows `stride` elements apart, into their places of one panel.
-inline void write_panel(const PagedCache& cache, const WriteItem& item, int64_t head, const bf16* key,
+inline void write_kv_panel(const PagedCache& cache, const WriteItem& item, int64_t head, const bf16* key,
                         int64_t key_stride, const bf16* value, int64_t value_stride, Scratch& scratch) {
     const int width = cache.width(), dim = int(cache.head_dim);
     const size_t at = cache.panel_offset(item.block, head, item.panel);
@@ -192,9 +192,9 @@ inline void write_panel(const PagedCache& cache, const WriteItem& item, int64_t 
         auto* values = static_cast<int8_t*>(cache.values) + at;
         for (int i = 0; i < item.count; ++i) {
             const int position = item.offset + i;
-            cache.key_scales[scales_at + position] = quantize_row(dim, key + i * key_stride, row);
+            cache.key_scales[scales_at + position] = quantize_kv_row(dim, key + i * key_stride, row);
             for (int p = 0; p < width / 2; ++p) std::memcpy(keys + (p * kPanel + position) * 2, row + 2 * p, 2);
-            cache.value_scales[scales_at + position] = quantize_row(dim, value + i * value_stride, row);
+            cache.value_scales[scales_at + position] = quantize_kv_row(dim, value + i * value_stride, row);
             for (int chunk = 0; chunk < width; chunk += kPanel) {
                 int8_t* pairs = values + size_t(chunk) * kPanel + position / 2 * kPanel * 2 + position % 2;
                 for (int n = 0; n < kPanel; ++n) pairs[2 * n] = row[chunk + n];
