@@ -3,15 +3,21 @@
 from torch import Tensor, nn
 
 from moesaic.config.model import ModelConfig
-from moesaic.kernels.attention import cached_attention, causal_attention
-from moesaic.model.kv_cache import KVCache
+from moesaic.kernels.attention import causal_attention
+from moesaic.kernels.paged_attention import paged_attention, write_kv
+from moesaic.model.kv_cache import CacheStep
 from moesaic.model.linear import Linear
 from moesaic.model.norm import RmsNorm
 from moesaic.model.rotary import rotate
 
 
 class Attention(nn.Module):
-    """Shapes: q_proj (A * D, H), k_proj and v_proj (KV * D, H), o_proj (H, A * D); q_norm and k_norm (D,)."""
+    """Shapes: q_proj (A * D, H), k_proj and v_proj (KV * D, H), o_proj (H, A * D); q_norm and k_norm (D,).
+
+    Packed for inference, qkv_proj ((A + 2 KV) * D, H) is in the place of the first three.
+    """
+
+    qkv_proj: Linear | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -21,6 +27,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim, has_bias=has_bias)
         self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, has_bias=has_bias)
         self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, has_bias=has_bias)
+        self.qkv_proj = None
         self.o_proj = Linear(
             config.num_heads * config.head_dim, config.hidden_size, has_bias=config.attention_bias == "all"
         )
@@ -33,18 +40,16 @@ class Attention(nn.Module):
         *,
         rotary: tuple[Tensor, Tensor] | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: CacheStep | None = None,
         layer: int = 0,
     ) -> Tensor:
         """Return (B, S, H) for x (B, S, H).
 
         rotary: tables (S, D/2) of these positions, None for learned positions. documents (B, S): attention stays inside
-        equal numbers. cache: holds the earlier positions, and takes these as `layer`'s.
+        equal numbers. cache: holds the earlier positions, and takes these as `layer`'s; B is 1, S all its new tokens.
         """
         batch, length, _ = x.shape
-        query = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
-        key = self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
-        value = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
+        query, key, value = self._project(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if rotary is not None:
@@ -53,5 +58,19 @@ class Attention(nn.Module):
             dropout = self.dropout if self.training else 0.0
             out = causal_attention(query, key, value, documents=documents, dropout=dropout)
         else:
-            out = cached_attention(query, *cache.append(layer, key, value))
+            blocks = cache.storage.layers[layer]
+            write_kv(key[0], value[0], blocks, cache.batch)
+            out = paged_attention(query[0], blocks, cache.batch)
         return self.o_proj(out.reshape(batch, length, self.num_heads * self.head_dim))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, S, A, D), keys and values (B, S, KV, D)."""
+        kv_heads = self.num_kv_heads
+        if self.qkv_proj is not None:
+            heads = self.qkv_proj(x).unflatten(2, (-1, self.head_dim))
+            query, key, value = heads.split([self.num_heads, kv_heads, kv_heads], 2)
+            return query, key, value
+        query, key, value = (
+            project(x).unflatten(2, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return query, key, value

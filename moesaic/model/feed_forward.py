@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.kernels.activation import mlp
+from moesaic.kernels.packed import PackedMlp, packed_mlp, packed_moe
 from moesaic.model.linear import Linear
 from moesaic.moe.layer import MoELayer, MoEStatistics, RoutingDecision
+from moesaic.moe.router import finish_weights
 
 
 class Mlp(nn.Module):
-    """Shapes: up_proj (F, H), or gate_proj and up_proj for swiglu; down_proj (H, F)."""
+    """Shapes: up_proj (F, H), or gate_proj and up_proj for swiglu; down_proj (H, F); none of them once packed."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, has_bias: bool) -> None:
         super().__init__()
@@ -21,9 +23,12 @@ class Mlp(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size, has_bias=has_bias) if activation == "swiglu" else None
         self.up_proj = Linear(hidden_size, intermediate_size, has_bias=has_bias)
         self.down_proj = Linear(intermediate_size, hidden_size, has_bias=has_bias)
+        self.packed: PackedMlp | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (T, H) for x (T, H)."""
+        if self.packed is not None:
+            return packed_mlp(x, self.packed)
         up: Tensor = self.up_proj.weight
         up_bias: Tensor | None = self.up_proj.bias
         if self.gate_proj is not None:
@@ -72,6 +77,9 @@ class FeedForward(nn.Module):
         if self.moe is None:
             assert self.mlp is not None
             return self.mlp(x), None
+        if self.moe.experts.packed is not None:
+            assert replay is None, "a packed model has no pass to make again"
+            return self._forward_packed(x, valid, self.moe, self.moe.experts.packed)
         routed, statistics = self.moe(x, valid=valid, seed=seed, replay=replay)
         if self.mlp is None:
             return routed, statistics
@@ -83,3 +91,32 @@ class FeedForward(nn.Module):
             weights = torch.softmax(coefficients, -1).to(x.dtype)  # (T, 2)
             return routed * weights[:, :1] + dense * weights[:, 1:], statistics
         return dense * torch.sigmoid(coefficients).to(x.dtype) + routed, statistics
+
+    def _forward_packed(
+        self, x: Tensor, valid: Tensor | None, moe: MoELayer, experts: PackedMlp
+    ) -> tuple[Tensor, MoEStatistics]:
+        """The same in one call, with the residual MLP as one more expert; mixed in fp32."""
+        routing = moe.router(x, valid=valid)
+        weights = finish_weights(routing.routing_weights, None, moe.config.router)
+        expert_ids, dense_weights = routing.expert_ids, None
+        if valid is not None:
+            expert_ids = expert_ids.masked_fill(~valid[:, None], -1)
+        if self.mix is not None:
+            coefficients = self.mix(x.float())
+            if self.residual == "softmax":
+                shares = torch.softmax(coefficients, -1)  # (T, 2)
+                weights, dense_weights = weights * shares[:, :1], shares[:, 1]
+            else:
+                dense_weights = torch.sigmoid(coefficients[:, 0])
+        mlp = None if self.mlp is None else self.mlp.packed
+        out = packed_moe(x, expert_ids, weights, experts, residual=mlp, residual_weights=dense_weights)
+        statistics = MoEStatistics(
+            tokens_per_expert=routing.tokens_per_expert,
+            mean_probabilities=routing.mean_probabilities,
+            z=routing.z,
+            entropy=routing.entropy,
+            drop_rate=torch.zeros_like(routing.z),
+            num_tokens=routing.num_tokens,
+            decision=None,
+        )
+        return out, statistics

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import GenerationError
-from moesaic.model.kv_cache import ContiguousCache
+from moesaic.model.kv_cache import BatchCache
 from moesaic.model.transformer import Transformer
 
 
@@ -67,11 +67,8 @@ def _stream(
     was_training = model.training
     model.eval()
     try:
-        config, device = model.config, model.embedding.device
-        cache = ContiguousCache(
-            config.num_layers, 1, len(prompt) + max_new_tokens, num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim, dtype=model.compute_dtype, device=device,
-        )  # fmt: skip
+        device = model.device
+        cache = BatchCache(model.config, 1, len(prompt) + max_new_tokens, dtype=model.compute_dtype, device=device)
         random = torch.Generator().manual_seed(seed)
         tokens = torch.tensor([list(prompt)], device=device)  # (1, S)
         for _ in range(max_new_tokens):

@@ -1,49 +1,68 @@
-"""Keys and values of the positions already seen: the protocol that attention needs, and the plain contiguous cache."""
+"""Keys and values of the positions already seen: the protocol that a model asks of a cache, and the one of a batch.
 
+Where they lie, and attention over them, is kernels/paged_attention.
+"""
+
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from moesaic.config.model import ModelConfig
 from moesaic.errors import GenerationError
+from moesaic.kernels.paged_attention import KVStorage, PagedBatch, allocate_blocks
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """One forward pass: where every layer's keys and values lie, and which positions of which sequences are new."""
+
+    storage: KVStorage
+    batch: PagedBatch
 
 
 class KVCache(Protocol):
-    """What attention asks of a cache. `length` is the number of positions that all layers have stored."""
+    """What a model asks of a cache, once a forward pass."""
 
-    @property
-    def length(self) -> int: ...
+    def extend(self, batch_size: int, length: int) -> CacheStep:
+        """Make room for the new tokens (batch_size, length) of a pass, and say where.
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value (B, S, KV, D) of new positions; return all of the layer's, (B, L, KV, D)."""
+        A cache of ragged sequences is given them end to end, as a batch of one, and knows itself whose they are.
+        """
         ...
 
 
-class ContiguousCache:
-    """One preallocated tensor per layer; memory num_layers * 2 * B * max_length * KV * D numbers."""
+class BatchCache:
+    """The cache of sequences of equal length, with all the memory it will need from the start."""
 
     def __init__(
-        self, num_layers: int, batch_size: int, max_length: int, *, num_kv_heads: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device,
+        self, config: ModelConfig, batch_size: int, max_length: int, *, dtype: torch.dtype, device: torch.device,
+        block_size: int = 32,
     ) -> None:  # fmt: skip
-        shape = (num_layers, 2, batch_size, max_length, num_kv_heads, head_dim)
-        self._store = torch.empty(shape, dtype=dtype, device=device)
-        self._lengths = [0] * num_layers
         self.max_length = max_length
+        self.length = 0
+        blocks_each = -(-max_length // block_size)
+        self._tables = torch.arange(batch_size * blocks_each, dtype=torch.int32).view(batch_size, blocks_each)
+        self._storage = KVStorage(
+            tuple(
+                allocate_blocks(
+                    batch_size * blocks_each, config.num_kv_heads, config.head_dim, block_size=block_size, dtype=dtype,
+                    device=device,
+                )
+                for _ in range(config.num_layers)
+            )
+        )  # fmt: skip
 
-    @property
-    def length(self) -> int:
-        return self._lengths[-1]
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        start = self._lengths[layer]
-        end = start + key.shape[1]
+    def extend(self, batch_size: int, length: int) -> CacheStep:
+        """Raises: GenerationError for more positions than the cache was made for."""
+        assert batch_size == self._tables.shape[0], (batch_size, self._tables.shape)
+        end = self.length + length
         if end > self.max_length:
             raise GenerationError(
                 f"the cache would hold {end} positions; it was made for {self.max_length}; make it longer, or generate "
                 f"fewer tokens."
             )
-        keys, values = self._store[layer, 0], self._store[layer, 1]
-        keys[:, start:end], values[:, start:end] = key, value
-        self._lengths[layer] = end
-        return keys[:, :end], values[:, :end]
+        self.length = end
+        starts = torch.tensor([length * row for row in range(batch_size + 1)], dtype=torch.int32)
+        lengths = torch.tensor([end] * batch_size, dtype=torch.int32)
+        return CacheStep(self._storage, PagedBatch(starts, lengths, self._tables))

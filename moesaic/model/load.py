@@ -11,13 +11,15 @@ from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError
+from moesaic.kernels import select
 from moesaic.kernels.device import select_device
+from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, the tokenizer it was trained with, and the checkpoint it came from."""
+    """A model in evaluation mode, packed or not, the tokenizer it was trained with, and the checkpoint it came from."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -26,8 +28,11 @@ class LoadedModel:
     device: torch.device
 
 
-def load_run(run: str | Path, *, device: str = "auto") -> LoadedModel:
+def load_run(run: str | Path, *, device: str = "auto", pack: bool = True) -> LoadedModel:
     """Load the model that RUN or RUN@step names.
+
+    pack: a model of bf16 precision for the CPU's own kernels is packed (model/pack.py), which makes it faster and half
+    the size, and leaves no parameters to train or to convert.
 
     Raises: CheckpointError for a run, step or file that is missing or corrupt; DeviceError.
     """
@@ -38,7 +43,10 @@ def load_run(run: str | Path, *, device: str = "auto") -> LoadedModel:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = Transformer(config.model, compute_dtype=dtype)
     load_model_state(model, load_tensors(info, "model"), info)
-    return LoadedModel(model.to(target).eval(), Tokenizer.load(run_folder), config, info, target)
+    model.to(target).eval()
+    if pack and dtype is torch.bfloat16 and target.type == "cpu" and select.cpu_library() is not None:
+        pack_transformer(model)
+    return LoadedModel(model, Tokenizer.load(run_folder), config, info, target)
 
 
 def load_run_config(run_folder: str | Path) -> TrainConfig:

@@ -9,9 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.config.model import FeedForwardConfig, ModelConfig
+from moesaic.errors import TrainingError
+from moesaic.kernels import select
+from moesaic.kernels.decode import DecodePlan, ModelPart
+from moesaic.kernels.packed import PackedWeight, packed_linear, packed_rows, unpack_weight
+from moesaic.kernels.quantized import QuantizedWeight, dequantize
 from moesaic.model.attention import Attention
 from moesaic.model.feed_forward import FeedForward
-from moesaic.model.kv_cache import KVCache
+from moesaic.model.kv_cache import CacheStep, KVCache
 from moesaic.model.linear import Linear
 from moesaic.model.norm import LayerNorm, RmsNorm, make_norm
 from moesaic.model.rotary import rotary_table
@@ -23,7 +28,10 @@ from moesaic.moe.seeds import mix_seeds
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """hidden (B, S, H), after the final norm; moe: the statistics of each MoE layer, in order."""
+    """hidden (B, S, H), after the final norm; moe: the statistics of each MoE layer, in order.
+
+    A packed model's pass with a cache in one call makes no statistics: moe is empty.
+    """
 
     hidden: Tensor
     moe: tuple[MoEStatistics, ...]
@@ -54,7 +62,7 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         documents: Tensor | None,
         valid: Tensor | None,
-        cache: KVCache | None,
+        cache: CacheStep | None,
         layer: int,
         seed: int,
         recorded: _Recorded,
@@ -72,7 +80,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Parameters are fp32 (the master weights); matrix work runs in `compute_dtype`."""
+    """Parameters are fp32 (the master weights); matrix work runs in `compute_dtype`.
+
+    model/pack.py makes it one that can only infer: `packed` says what the kernels need to know of it, `packed_head` is
+    the language model head, and the embedding too if they are tied.
+    """
+
+    embedding: Tensor
+    packed: ModelPart | None
+    packed_head: PackedWeight | None
 
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -88,6 +104,21 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.final_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
         self.lm_head = None if config.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding))
+        self.packed = self.packed_head = None
+        self._plan: DecodePlan | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.final_norm.weight.device
+
+    def train(self, mode: bool = True) -> "Transformer":
+        """Raises: TrainingError to train a packed model."""
+        if mode and self.packed is not None:
+            raise TrainingError(
+                "this model's weights are packed for inference and their fp32 originals are gone; training requires "
+                "the originals; load the run again with load_run(run, pack=False)."
+            )
+        return super().train(mode)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Transformer":
@@ -148,17 +179,37 @@ class Transformer(nn.Module):
         """
         assert tokens.dim() == 2, tokens.shape
         assert cache is None or documents is None, "a cache holds one document per sequence"
-        start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
-        assert end <= self.config.max_positions, (end, self.config.max_positions)
-        x = F.embedding(tokens, self.embedding).to(self.compute_dtype)
-        rotary = None
-        if self.position_embedding is not None:
-            x = x + self.position_embedding[start:end].to(self.compute_dtype)
-        else:
-            config = self.config
-            table = rotary_table(end, config.head_dim, config.rope_theta, tokens.device)
-            rotary = (table[0][start:], table[1][start:])
+        if cache is not None:
+            return self._forward_cached(tokens, cache.extend(*tokens.shape), valid, seed)
+        end = tokens.shape[1]
+        x, rotary = self._embed(tokens, slice(0, end), end)
+        return self._run_blocks(x, rotary, documents, valid, None, seed, replay)
+
+    def _forward_cached(self, tokens: Tensor, step: CacheStep, valid: Tensor | None, seed: int) -> ModelOutput:
+        """All new tokens end to end, whatever sequences they belong to."""
+        flat = tokens.reshape(1, -1)
+        library = select.cpu_library() if self.packed is not None and tokens.device.type == "cpu" else None
+        if library is not None and valid is None:
+            if self._plan is None or self._plan.library is not library:
+                assert self.packed is not None
+                self._plan = DecodePlan(self.packed, library)
+            hidden = self._plan.run(flat[0], step.storage, step.batch).hidden
+            return ModelOutput(hidden.view(*tokens.shape, -1), ())
+        positions = step.batch.positions.to(tokens.device)
+        x, rotary = self._embed(flat, positions, int(step.batch.lengths.max()))
+        out = self._run_blocks(x, rotary, None, valid, step, seed, None)
+        return ModelOutput(out.hidden.view(*tokens.shape, -1), out.moe)
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        documents: Tensor | None,
+        valid: Tensor | None,
+        cache: CacheStep | None,
+        seed: int,
+        replay: tuple[RoutingDecision, ...] | None,
+    ) -> ModelOutput:
         if self.config.dropout and self.training:
             x = F.dropout(x, self.config.dropout)
         flat_valid = None if valid is None else valid.reshape(-1)
@@ -186,11 +237,33 @@ class Transformer(nn.Module):
                 statistics.append(layer_statistics)
         return ModelOutput(self.final_norm(x), tuple(statistics))
 
+    def _embed(
+        self, tokens: Tensor, positions: Tensor | slice, end: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the tokens' vectors (B, S, H), and the rotary tables (S, D/2) of their positions, all below end."""
+        config = self.config
+        assert end <= config.max_positions, (end, config.max_positions)
+        if config.tie_embeddings and self.packed_head is not None:
+            x = packed_rows(self.packed_head, tokens.flatten()).view(*tokens.shape, -1).to(self.compute_dtype)
+        else:
+            x = F.embedding(tokens, self.embedding).to(self.compute_dtype)
+        if self.position_embedding is not None:
+            return x + self.position_embedding[positions].to(self.compute_dtype), None
+        cosines, sines = rotary_table(end, config.head_dim, config.rope_theta, x.device)
+        return x, (cosines[positions], sines[positions])
+
     def output_weight(self) -> Tensor:
         """The (V, H) matrix of the language model head, in the compute dtype."""
-        weight = self.embedding if self.lm_head is None else self.lm_head
+        if self.packed_head is not None:
+            unpacked = unpack_weight(self.packed_head)
+            weight = dequantize(unpacked) if isinstance(unpacked, QuantizedWeight) else unpacked
+        else:
+            weight = self.embedding if self.lm_head is None else self.lm_head
         return weight.to(self.compute_dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits (..., V) of hidden states (..., H)."""
+        if self.packed_head is not None:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return packed_linear(flat, self.packed_head, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
         return F.linear(hidden, self.output_weight()).float()

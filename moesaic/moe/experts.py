@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.kernels.grouped_mlp import ExpertWeights, grouped_mlp
+from moesaic.kernels.packed import PackedMlp
 
 
 class Experts(nn.Module):
     """E MLPs.
 
     Shapes: up_proj (E, F, H), or gate_up_proj (E, 2F, H) as [gate, up] for swiglu; down_proj (E, H, F); biases (E, F or
-    2F) and (E, H).
+    2F) and (E, H). Packed for inference it has none of them, but `packed`.
     """
 
     def __init__(
@@ -19,6 +20,7 @@ class Experts(nn.Module):
         super().__init__()
         self.activation = activation
         self.is_gated = activation == "swiglu"
+        self.packed: PackedMlp | None = None
         inner = 2 * intermediate_size if self.is_gated else intermediate_size
         name = "gate_up" if self.is_gated else "up"
         self.register_parameter(f"{name}_proj", nn.Parameter(torch.empty(num_experts, inner, hidden_size)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic.config.model import ModelConfig
 from moesaic.model.attention import Attention
-from moesaic.model.kv_cache import ContiguousCache
+from moesaic.model.kv_cache import BatchCache
 from moesaic.model.rotary import rotary_table, rotate
 
 CPU = torch.device("cpu")
@@ -73,11 +73,14 @@ def test_cached_equals_uncached(pieces: list[int]) -> None:
     layer = make_attention(num_kv_heads=2, qk_norm=True)
     x = torch.randn(2, 37, 24, generator=torch.Generator().manual_seed(1))
     cosines, sines = rotary_table(37, 8, 10_000.0, CPU)
-    cache = ContiguousCache(1, 2, 37, num_kv_heads=2, head_dim=8, dtype=torch.float32, device=CPU)
+    config = ModelConfig(vocab_size=11, hidden_size=24, num_layers=1, num_heads=4, head_dim=8, num_kv_heads=2)
+    cache = BatchCache(config, 2, 37, dtype=torch.float32, device=CPU)
     outputs, start = [], 0
     with torch.no_grad():
         for piece in x.split(pieces, 1):
             end = start + piece.shape[1]
-            outputs.append(layer(piece, rotary=(cosines[start:end], sines[start:end]), cache=cache))
+            places = torch.arange(start, end).repeat(2)  # of both sequences, end to end
+            flat, step = piece.reshape(1, -1, 24), cache.extend(2, piece.shape[1])
+            outputs.append(layer(flat, rotary=(cosines[places], sines[places]), cache=step).view_as(piece))
             start = end
         torch.testing.assert_close(torch.cat(outputs, 1), layer(x, rotary=(cosines, sines)), rtol=1e-4, atol=1e-5)

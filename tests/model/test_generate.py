@@ -87,7 +87,9 @@ def test_a_seed_repeats_and_seeds_differ() -> None:
 def test_the_likeliest_alone_is_greedy(dtype: torch.dtype) -> None:
     model = make_model(dtype=dtype)
     greedy = generate(model, PROMPT, max_new_tokens=16)
-    options: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-30}, {"temperature": 5e-324}]
+    options: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-9}]
+    if dtype is torch.float32:  # in bf16 logits are often equal, and a temperature next to 0 draws one of the equals
+        options += [{"temperature": 1e-30}, {"temperature": 5e-324}]
     for each in options:
         assert generate(model, PROMPT, max_new_tokens=16, **{"temperature": 1.5, **each}) == greedy, each
 

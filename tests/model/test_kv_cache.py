@@ -1,33 +1,46 @@
-"""The contiguous cache gives back all that was appended, per layer, and refuses more than it holds."""
+"""A batch's cache keeps every sequence's positions apart, counts them, and refuses more than it was made for."""
 
 import pytest
 import torch
 
+from moesaic.config.model import ModelConfig
 from moesaic.errors import GenerationError
-from moesaic.model.kv_cache import ContiguousCache
+from moesaic.kernels.paged_attention import read_kv, write_kv
+from moesaic.model.kv_cache import BatchCache
 
 
-def make_cache(max_length: int = 5) -> ContiguousCache:
-    return ContiguousCache(
-        2, 3, max_length, num_kv_heads=2, head_dim=4, dtype=torch.float32, device=torch.device("cpu")
-    )
+def make_cache(max_length: int = 70, dtype: torch.dtype = torch.float32) -> BatchCache:
+    config = ModelConfig(vocab_size=5, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2)
+    return BatchCache(config, 3, max_length, dtype=dtype, device=torch.device("cpu"))
 
 
-def test_gives_back_what_was_appended() -> None:
-    cache = make_cache()
-    pieces = [torch.randn(2, 2, 3, length, 2, 4) for length in (2, 1, 2)]  # (layer, key or value, B, S, KV, D)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gives_back_what_was_written(dtype: torch.dtype) -> None:
+    cache = make_cache(dtype=dtype)
+    pieces = [torch.randn(2, 2, 3, length, 2, 4).to(dtype) for length in (33, 1, 36)]  # (layer, k or v, B, S, KV, D)
     for number, piece in enumerate(pieces):
-        assert cache.length == (0, 2, 3)[number]
-        for layer in range(2):
-            keys, values = cache.append(layer, piece[layer, 0], piece[layer, 1])
-            everything = torch.cat(pieces[: number + 1], 3)[layer]
-            assert torch.equal(keys, everything[0]) and torch.equal(values, everything[1])
-    assert cache.length == 5
+        assert cache.length == (0, 33, 34)[number]
+        step = cache.extend(3, piece.shape[3])
+        for layer, blocks in enumerate(step.storage.layers):
+            write_kv(piece[layer, 0].flatten(0, 1), piece[layer, 1].flatten(0, 1), blocks, step.batch)
+        everything = torch.cat(pieces[: number + 1], 3)
+        for layer, blocks in enumerate(step.storage.layers):
+            for sequence in range(3):
+                keys, values = read_kv(blocks, step.batch.block_tables[sequence], cache.length)
+                assert torch.equal(keys, everything[layer, 0, sequence])
+                assert torch.equal(values, everything[layer, 1, sequence])
+    assert cache.length == 70
+
+
+def test_new_positions_follow_the_old_ones() -> None:
+    cache = make_cache()
+    assert cache.extend(3, 2).batch.positions.tolist() == [0, 1] * 3
+    assert cache.extend(3, 3).batch.positions.tolist() == [2, 3, 4] * 3
 
 
 def test_refuses_more_than_it_was_made_for() -> None:
-    cache = make_cache()
-    piece = torch.zeros(3, 4, 2, 4)
-    cache.append(0, piece, piece)
+    cache = make_cache(5)
+    cache.extend(3, 4)
     with pytest.raises(GenerationError, match="would hold 8 positions; it was made for 5; make it longer"):
-        cache.append(0, piece, piece)
+        cache.extend(3, 4)
+    assert cache.length == 4

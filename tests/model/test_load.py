@@ -9,6 +9,7 @@ from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.shards import ShardSet
 from moesaic.errors import CheckpointError, DataError, DeviceError
+from moesaic.kernels import select
 from moesaic.model.load import load_model_state, load_run, load_run_config
 from moesaic.model.transformer import Transformer
 
@@ -32,7 +33,7 @@ def run(make_config: Any, tiny_data: Path, tmp_path: Path) -> Path:
 
 def test_a_run_becomes_the_model_that_was_saved(run: Path, make_config: Any) -> None:
     for name, step in ((str(run), 1), (f"{run}@2", 2)):
-        loaded = load_run(name, device="cpu")
+        loaded = load_run(name, device="cpu", pack=False)
         assert loaded.info.step == step and loaded.device.type == "cpu"
         assert loaded.config == make_config("pr-moe", precision="bf16")
         assert not loaded.model.training and loaded.model.compute_dtype is torch.bfloat16
@@ -42,6 +43,18 @@ def test_a_run_becomes_the_model_that_was_saved(run: Path, make_config: Any) -> 
         biases = [loaded.model.blocks[layer].feed_forward.moe.router.score_correction_bias for layer in (0, 1)]
         assert [float(bias[0]) for bias in biases] == [step, step + 1]  # buffers are loaded too
         assert loaded.tokenizer.vocab_size == 320
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_bf16_run_is_packed_where_the_cpu_kernels_are_in_use(run: Path, kernels: str) -> None:
+    with select.forced(kernels) as selection:
+        packed, plain = load_run(run, device="cpu"), load_run(run, device="cpu", pack=False)
+        assert (packed.model.packed is not None) == (selection.library is not None)
+        assert plain.model.packed is None and not packed.model.training
+        tokens = torch.arange(12)[None]
+        with torch.no_grad():
+            logits, wanted = (model.logits(model(tokens).hidden) for model in (packed.model, plain.model))
+        torch.testing.assert_close(logits, wanted, rtol=0.02, atol=0.02)  # bf16 roundings in other places
 
 
 def test_a_folder_that_is_no_run_is_an_error(run: Path, tmp_path: Path) -> None:
@@ -61,7 +74,7 @@ def test_a_folder_that_is_no_run_is_an_error(run: Path, tmp_path: Path) -> None:
 
 
 def test_weights_of_another_model_are_refused_and_touch_nothing(run: Path, make_config: Any) -> None:
-    loaded = load_run(run)
+    loaded = load_run(run, pack=False)
     tensors = dict(loaded.model.state_dict())
     model = Transformer(loaded.config.model).initialize(5)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moesaic.config.model import ModelConfig
 from moesaic.kernels.cross_entropy import linear_cross_entropy
-from moesaic.model.kv_cache import ContiguousCache
+from moesaic.model.kv_cache import BatchCache
 from moesaic.model.transformer import ModelOutput, Transformer
 from moesaic.moe.balance import balance_loss
 from moesaic.moe.experts import Experts
-from moesaic.moe.router import Router
+from moesaic.moe.router import Router, Routing
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -215,15 +215,7 @@ def test_with_a_cache_equals_without(family: str, pieces: list[int]) -> None:
     model = build(family).eval()
     config = model.config
     inputs = tokens(length=12)
-    cache = ContiguousCache(
-        config.num_layers,
-        2,
-        12,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    cache = BatchCache(config, 2, 12, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
         outputs = [model(part, cache=cache).hidden for part in inputs.split(pieces, 1)]
         assert cache.length == 12
@@ -247,13 +239,15 @@ NOISY: dict[str, dict[str, Any]] = {
 def choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """Every choice that a router makes while the test runs."""
     made: list[Tensor] = []
-    choose = Router._choose
+    forward = Router.forward
 
-    def recording(self: Router, *arguments: Any) -> Tensor:
-        made.append(choose(self, *arguments))
-        return made[-1]
+    def recording(self: Router, x: Tensor, *, expert_ids: Tensor | None = None, **others: Any) -> Routing:
+        routing = forward(self, x, expert_ids=expert_ids, **others)
+        if expert_ids is None:
+            made.append(routing.expert_ids)
+        return routing
 
-    monkeypatch.setattr(Router, "_choose", recording)
+    monkeypatch.setattr(Router, "forward", recording)
     yield made
 
 
@@ -421,7 +415,7 @@ def test_a_longer_sequence_than_the_positions_is_refused() -> None:
 
 
 def test_documents_beside_a_cache_are_refused() -> None:
-    cache = ContiguousCache(4, 1, 8, num_kv_heads=4, head_dim=6, dtype=torch.float32, device=torch.device("cpu"))
+    cache = BatchCache(ModelConfig(**SIZES), 1, 8, dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(AssertionError, match="one document"):
         build("dense, gpt-like")(tokens(1, 4), cache=cache, documents=torch.zeros(1, 4, dtype=torch.int64))
 

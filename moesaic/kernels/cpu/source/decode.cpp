@@ -1,0 +1,42 @@
+// A pass of a packed model over the new tokens of some sequences, for Python: see decode.h.
+
+#include "decode.h"
+
+#include "export.h"
+
+// The router's weight (E, H) in the form that a DecodeLayer takes; the number of floats in it where panels is null.
+MOESAIC_EXPORT int64_t moesaic_decode_router(int64_t experts, int64_t hidden, const float* weight, float* panels) {
+    using namespace moesaic;
+    if (panels) pack_router(experts, hidden, weight, panels);
+    return int64_t(router_panel_floats(experts, hidden));
+}
+
+// `caches` holds one PagedCache for each layer. Returns 1 when positions of the batch have no block or are more than the
+// model has, 2 for a token outside the vocabulary.
+MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double work_per_token, const void* caches,
+                                      const int32_t* starts, const int32_t* lengths, const int32_t* tables,
+                                      int64_t num_sequences, int64_t table_width, const int64_t* tokens,
+                                      int64_t num_tokens, uint16_t* hidden, int64_t* expert_ids,
+                                      float* routing_weights) {
+    using namespace moesaic;
+    static thread_local Scratch workspace, places;
+    DecodeCall call{model,      static_cast<const PagedCache*>(caches), {starts, lengths, tables, num_sequences, table_width},
+                    tokens,     num_tokens,      hidden, expert_ids,
+                    routing_weights, {},         nullptr};
+    if (!is_valid(call.batch, call.caches[0], num_tokens)) return 1;
+    auto* positions = places.get<int32_t>(size_t(num_tokens));
+    for (int64_t s = 0; s < num_sequences; ++s) {
+        if (lengths[s] > model->max_positions) return 1;
+        for (int32_t token = starts[s]; token < starts[s + 1]; ++token)
+            positions[token] = lengths[s] - starts[s + 1] + token;
+    }
+    for (int64_t token = 0; token < num_tokens; ++token)
+        if (tokens[token] < 0 || tokens[token] >= model->vocab_size) return 2;
+    call.positions = positions;
+    call.plan = plan_paged(call.batch, call.caches[0], model->num_heads);
+    const size_t bytes = DecodeWorkspace(call, nullptr).bytes;
+    const DecodeWorkspace work(call, workspace.get<char>(bytes));
+    const double attention = call.plan.work * double(model->num_layers);
+    run_team(work_per_token * double(num_tokens) + attention, [&](Team& team) { decode(team, call, work); });
+    return 0;
+}

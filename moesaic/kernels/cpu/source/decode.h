@@ -1,0 +1,273 @@
+// A whole pass of a packed model over the new tokens of some sequences, from embedding to final norm, inside one team.
+//
+// For a few tokens a layer is some hundred microseconds of reading weights; calling its twenty operations one by one
+// costs as much again. Here they follow each other through the team's barriers. Every number is rounded where the same
+// operations called one by one round it.
+#pragma once
+
+#include "attention_paged.h"
+#include "moe_inference.h"
+#include "norm.h"
+#include "rotary.h"
+#include "routing.h"
+
+namespace moesaic {
+
+enum ResidualMix : int64_t { kMixSum = 0, kMixSoftmax = 1, kMixSigmoid = 2 };
+
+struct NormWeights {
+    const float* weight;
+    const float* bias;  // null for RMSNorm
+};
+
+// All members are of 8 bytes: Python fills these structs. Pointers to what a layer does not have are null.
+struct DecodeLayer {
+    NormWeights attention_norm, feed_forward_norm;
+    const Packed* qkv_proj;  // rows of all query heads, key heads, value heads
+    const float* qkv_bias;
+    const float* q_norm;
+    const float* k_norm;
+    const Packed* o_proj;
+    const float* o_bias;
+    const PackedMlp* mlp;      // the dense MLP, or the residual one beside the experts
+    const PackedMlp* experts;
+    int64_t num_experts, top_k;
+    const float* router;  // as pack_router left it
+    const float* correction_bias;
+    Scoring scoring;
+    int64_t num_groups, top_groups, renormalize;
+    double router_scale;
+    int64_t mix;
+    const Packed* mix_weight;  // (2, H) or (1, H)
+    const float* mix_bias;
+};
+
+struct DecodeModel {
+    int64_t num_layers, hidden_size, vocab_size, max_positions, num_heads, num_kv_heads, head_dim;
+    double norm_epsilon;
+    const DecodeLayer* layers;
+    const Packed* tied_embedding;  // else:
+    const bf16* embedding;         // (V, H)
+    const bf16* position_embedding;
+    const float *cosines, *sines;  // (max_positions, D/2)
+    NormWeights final_norm;
+
+    int64_t qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+};
+
+struct DecodeCall {
+    const DecodeModel* model;
+    const PagedCache* caches;  // of each layer
+    PagedBatch batch;
+    const int64_t* tokens;  // (T)
+    int64_t num_tokens;
+    bf16* hidden;            // (T, H), after the final norm
+    int64_t* expert_ids;     // of one MoE layer after the other (T, top_k)
+    float* routing_weights;  // likewise
+    PagedPlan plan;
+    const int32_t* positions;  // (T)
+};
+
+// Everything between the operations, for T tokens.
+struct DecodeWorkspace {
+    bf16 *x, *normed, *qkv, *attended, *out;
+    float *coefficients, *residual_weights, *mean, *inverse, *partials;
+    char* operation;
+    size_t bytes;
+
+    DecodeWorkspace(const DecodeCall& call, char* base) {
+        const DecodeModel& model = *call.model;
+        const size_t tokens = size_t(call.num_tokens), hidden = size_t(model.hidden_size);
+        size_t used = 0;
+        auto take = [&](size_t size) {
+            char* place = base ? base + used : nullptr;
+            used += (size + 63) / 64 * 64;
+            return place;
+        };
+        x = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
+        normed = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
+        out = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
+        qkv = reinterpret_cast<bf16*>(take(tokens * size_t(model.qkv_size()) * sizeof(bf16)));
+        attended = reinterpret_cast<bf16*>(take(tokens * size_t(model.num_heads * model.head_dim) * sizeof(bf16)));
+        coefficients = reinterpret_cast<float*>(take(2 * tokens * sizeof(float)));
+        residual_weights = reinterpret_cast<float*>(take(tokens * sizeof(float)));
+        mean = reinterpret_cast<float*>(take(tokens * sizeof(float)));
+        inverse = reinterpret_cast<float*>(take(tokens * sizeof(float)));
+        partials = reinterpret_cast<float*>(take(call.plan.partial_floats * sizeof(float)));
+        size_t most = 0;
+        auto at_least = [&](size_t size) { most = size > most ? size : most; };
+        for (int64_t i = 0; i < model.num_layers; ++i) {
+            const DecodeLayer& layer = model.layers[i];
+            at_least(packed_linear_workspace(*layer.qkv_proj, call.num_tokens));
+            at_least(packed_linear_workspace(*layer.o_proj, call.num_tokens));
+            if (layer.mix_weight) at_least(packed_linear_workspace(*layer.mix_weight, call.num_tokens));
+            at_least(packed_moe_workspace(moe_call(call, layer)));
+        }
+        operation = take(most);
+        bytes = used;
+    }
+
+    MoeCall moe_call(const DecodeCall& call, const DecodeLayer& layer) const {
+        MoeCall moe{};
+        moe.experts = layer.experts ? *layer.experts : *layer.mlp;
+        moe.num_experts = layer.num_experts;
+        moe.residual = layer.mlp;
+        moe.residual_weights = layer.mix == kMixSum ? nullptr : residual_weights;
+        moe.tokens = call.num_tokens;
+        moe.top_k = layer.top_k;
+        moe.x = normed;
+        moe.x_is_bf16 = moe.out_is_bf16 = 1;
+        moe.out = out;
+        moe.workspace = operation;
+        return moe;
+    }
+};
+
+// x (+= added, rounded), and normed = norm(x), for rows [first, last).
+inline void add_and_norm(const DecodeModel& model, const NormWeights& weights, int64_t first, int64_t last,
+                         const bf16* added, bf16* x, bf16* normed, const DecodeWorkspace& work) {
+    const int64_t size = model.hidden_size;
+    if (added)
+        for (int64_t i = first * size; i < last * size; i += W) {
+            const int64_t left = last * size - i;
+            store_row(x + i, add(load_row(x + i, left), load_row(added + i, left)), left);
+        }
+    NormArguments norm{x, true, last, size, weights.weight, weights.bias, float(model.norm_epsilon), normed,
+                       weights.bias ? work.mean : nullptr, work.inverse};
+    for (int64_t row = first; row < last; ++row)
+        weights.bias ? norm_row<bf16, true>(norm, row) : norm_row<bf16, false>(norm, row);
+}
+
+inline void embed_token(const DecodeCall& call, int64_t token, bf16* x) {
+    const DecodeModel& model = *call.model;
+    const int64_t size = model.hidden_size, id = call.tokens[token];
+    if (model.tied_embedding)
+        packed_row(*model.tied_embedding, id, x);
+    else
+        std::memcpy(x, model.embedding + id * size, size_t(size) * sizeof(bf16));
+    if (!model.position_embedding) return;
+    const bf16* position = model.position_embedding + call.positions[token] * size;
+    for (int64_t i = 0; i < size; i += W)
+        store_row(x + i, add(load_row(x + i, size - i), load_row(position + i, size - i)), size - i);
+}
+
+// Norm, if there is one, and rotation, if positions are rotary, of one head of one token, in place.
+inline void place_head(const DecodeModel& model, const float* norm_weight, int64_t position, bf16* head) {
+    if (norm_weight) {
+        float inverse;
+        norm_row<bf16, false>({head, true, 1, model.head_dim, norm_weight, nullptr, float(model.norm_epsilon), head,
+                               nullptr, &inverse},
+                              0);
+    }
+    const int64_t half = model.head_dim / 2;
+    if (model.cosines)
+        rotate_head<bf16>(head, model.cosines + position * half, model.sines + position * half, 1.0f, half, head);
+}
+
+inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLayer& layer, const PagedCache& cache,
+                             const DecodeWorkspace& work) {
+    const DecodeModel& model = *call.model;
+    const int64_t width = model.qkv_size(), dim = model.head_dim, kv_heads = model.num_kv_heads;
+    const int64_t group = model.num_heads / kv_heads;
+    packed_linear(team, {*layer.qkv_proj, call.num_tokens, work.normed, model.hidden_size, 1, layer.qkv_bias, work.qkv,
+                         width, 1, work.operation});
+    // A task takes the queries of the heads that share a key/value head along with it.
+    team.tasks(long(call.plan.writes.size()) * kv_heads, [&](long i) {
+        const WriteItem& item = call.plan.writes[size_t(i / kv_heads)];
+        const int64_t head = i % kv_heads;
+        bf16* first = work.qkv + item.first_token * width;
+        for (int64_t token = 0; token < item.count; ++token) {
+            const int64_t position = call.positions[item.first_token + token];
+            bf16* row = first + token * width;
+            for (int64_t query = head * group; query < (head + 1) * group; ++query)
+                place_head(model, layer.q_norm, position, row + query * dim);
+            place_head(model, layer.k_norm, position, row + (model.num_heads + head) * dim);
+        }
+        write_kv_panel(cache, item, head, first + (model.num_heads + head) * dim, width,
+                       first + (model.num_heads + kv_heads + head) * dim, width, attention_scratch());
+    });
+    paged_attention(team, {work.qkv, width, work.attended, model.num_heads * dim, model.num_heads,
+                           float(1.0 / std::sqrt(double(dim))), cache, call.batch, &call.plan, work.partials});
+    packed_linear(team, {*layer.o_proj, call.num_tokens, work.attended, model.num_heads * dim, 1, layer.o_bias,
+                         work.out, model.hidden_size, 1, work.operation});
+}
+
+inline void decode_feed_forward(Team& team, const DecodeCall& call, const DecodeLayer& layer,
+                                const DecodeWorkspace& work, int64_t* expert_ids, float* routing_weights) {
+    const int64_t tokens = call.num_tokens, hidden = call.model->hidden_size;
+    MoeCall moe = work.moe_call(call, layer);
+    moe.expert_ids = expert_ids;
+    moe.routing_weights = routing_weights;
+    if (layer.num_experts) {
+        RouteArguments route_call{};
+        route_call.x = work.normed;
+        route_call.is_bf16 = true;
+        route_call.tokens = tokens;
+        route_call.hidden = hidden;
+        route_call.experts = layer.num_experts;
+        route_call.top_k = layer.top_k;
+        route_call.panels = layer.router;
+        route_call.bias = layer.correction_bias;
+        route_call.scoring = layer.scoring;
+        route_call.groups = layer.num_groups;
+        route_call.top_groups = layer.top_groups;
+        route_call.renormalize = layer.renormalize != 0;
+        route_call.scale = float(layer.router_scale);
+        route_call.expert_ids = expert_ids;
+        route_call.routing_weights = routing_weights;
+        route(team, route_call, nullptr, nullptr);
+    }
+    if (layer.mix_weight) {
+        const int64_t outputs = layer.mix_weight->columns;
+        packed_linear(team, {*layer.mix_weight, tokens, work.normed, hidden, 1, layer.mix_bias, work.coefficients,
+                             outputs, 0, work.operation});
+        constexpr int64_t kBlock = 64;
+        team.tasks(long((tokens + kBlock - 1) / kBlock), [&](long task) {
+            for (int64_t token = task * kBlock; token < std::min((task + 1) * kBlock, tokens); ++token) {
+                const float* own = work.coefficients + token * outputs;
+                if (layer.mix == kMixSigmoid) {
+                    work.residual_weights[token] = 1.0f / (1.0f + std::exp(-own[0]));
+                    continue;
+                }
+                const float largest = std::max(own[0], own[1]);
+                const float routed = std::exp(own[0] - largest), dense = std::exp(own[1] - largest);
+                work.residual_weights[token] = dense / (routed + dense);
+                for (int64_t k = 0; k < layer.top_k; ++k)
+                    routing_weights[token * layer.top_k + k] *= routed / (routed + dense);
+            }
+        });
+    }
+    packed_moe(team, moe);
+}
+
+// Every thread of the team calls this, with equal arguments.
+inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& work) {
+    const DecodeModel& model = *call.model;
+    constexpr int64_t kRows = 4;  // of a task
+    const long row_tasks = long((call.num_tokens + kRows - 1) / kRows);
+    auto rows = [&](auto&& body) {
+        team.tasks(row_tasks, [&](long task) { body(task * kRows, std::min((task + 1) * kRows, call.num_tokens)); });
+    };
+    rows([&](int64_t first, int64_t last) {
+        for (int64_t token = first; token < last; ++token)
+            embed_token(call, token, work.x + token * model.hidden_size);
+        add_and_norm(model, model.layers[0].attention_norm, first, last, nullptr, work.x, work.normed, work);
+    });
+    int64_t routes = 0;
+    for (int64_t i = 0; i < model.num_layers; ++i) {
+        const DecodeLayer& layer = model.layers[i];
+        decode_attention(team, call, layer, call.caches[i], work);
+        rows([&](int64_t first, int64_t last) {
+            add_and_norm(model, layer.feed_forward_norm, first, last, work.out, work.x, work.normed, work);
+        });
+        decode_feed_forward(team, call, layer, work, call.expert_ids + routes, call.routing_weights + routes);
+        routes += call.num_tokens * layer.top_k;
+        const bool is_last = i + 1 == model.num_layers;
+        const NormWeights& next = is_last ? model.final_norm : model.layers[i + 1].attention_norm;
+        rows([&](int64_t first, int64_t last) {
+            add_and_norm(model, next, first, last, work.out, work.x, is_last ? call.hidden : work.normed, work);
+        });
+    }
+}
+
+}  // namespace moesaic

@@ -1,0 +1,242 @@
+"""A pass of a whole packed model over new tokens in one C++ call: the plan of a model, and running it.
+
+What is computed is defined by the model's own layers, one operation after the other (model/transformer.py); here the
+same operations run inside one team of threads, so that a token's step costs the reading of its weights and little else.
+A plan holds the addresses of everything that a step reads; it is made once for a model and a set of kernels.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import GenerationError
+from moesaic.kernels.cpu.build import Library
+from moesaic.kernels.packed import PackedMlp, PackedWeight
+from moesaic.kernels.paged_attention import KVStorage, PagedBatch
+
+_SCORINGS = ("softmax", "sigmoid")
+_MIXES = ("sum", "softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class NormPart:
+    """weight (H,) fp32, and bias (H,) fp32 for LayerNorm, None for RMSNorm."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class RouterPart:
+    """What moe/router.Router computes in evaluation: weight (E, H) fp32, correction_bias (E,) fp32 or None."""
+
+    weight: Tensor
+    correction_bias: Tensor | None
+    top_k: int
+    scoring: str
+    num_groups: int
+    top_groups: int
+    renormalize: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """One layer. mlp: the dense MLP, or the residual one beside the experts.
+
+    Shapes: qkv ((A + 2 KV) * D, H), rows of queries, keys, values; o_proj (H, A * D); mix (2, H) or (1, H) where
+    residual_mix is not "sum"; biases, q_norm and k_norm (D,) fp32 or None.
+    """
+
+    attention_norm: NormPart
+    qkv: PackedWeight
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o_proj: PackedWeight
+    o_bias: Tensor | None
+    feed_forward_norm: NormPart
+    mlp: PackedMlp | None
+    experts: PackedMlp | None
+    router: RouterPart | None
+    residual_mix: str
+    mix: PackedWeight | None
+    mix_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """A packed model. Shapes: embedding (V, H) bf16, or packed where it is lm_head too; position_embedding
+    (max_positions, H) bf16, or cosines and sines (max_positions, D/2) fp32.
+    """
+
+    layers: tuple[LayerPart, ...]
+    embedding: Tensor | PackedWeight
+    position_embedding: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None
+    final_norm: NormPart
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_epsilon: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a step gives: hidden (T, H) bf16 after the final norm; for each MoE layer, in order, the chosen experts
+    (T, K) int64 and the weights (T, K) fp32 that their outputs got.
+    """
+
+    hidden: Tensor
+    expert_ids: tuple[Tensor, ...]
+    routing_weights: tuple[Tensor, ...]
+
+
+def _address(value: Tensor | PackedWeight | PackedMlp | None) -> int | None:
+    if value is None:
+        return None
+    return value.data_ptr() if isinstance(value, Tensor) else ctypes.addressof(value.struct)
+
+
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_Norm = _structure("NormWeights", weight=_P, bias=_P)
+_Layer = _structure(
+    "DecodeLayer",
+    attention_norm=_Norm, feed_forward_norm=_Norm, qkv_proj=_P, qkv_bias=_P, q_norm=_P, k_norm=_P, o_proj=_P, o_bias=_P,
+    mlp=_P, experts=_P, num_experts=_I, top_k=_I, router=_P, correction_bias=_P, scoring=_I, num_groups=_I,
+    top_groups=_I, renormalize=_I, router_scale=_D, mix=_I, mix_weight=_P, mix_bias=_P,
+)  # fmt: skip
+_Model = _structure(
+    "DecodeModel",
+    num_layers=_I, hidden_size=_I, vocab_size=_I, max_positions=_I, num_heads=_I, num_kv_heads=_I, head_dim=_I,
+    norm_epsilon=_D, layers=_P, tied_embedding=_P, embedding=_P, position_embedding=_P, cosines=_P, sines=_P,
+    final_norm=_Norm,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A model's addresses for one library; `model` keeps alive what they point to."""
+
+    model: ModelPart
+    library: Library
+
+    @cached_property
+    def _routers(self) -> tuple[Tensor | None, ...]:
+        """Each layer's router weight as the kernels read it."""
+        pack = self.library.function("moesaic_decode_router", "iipp")
+
+        def packed(layer: LayerPart) -> Tensor | None:
+            if layer.router is None:
+                return None
+            weight = layer.router.weight.float().contiguous()
+            panels = torch.empty(pack(*weight.shape, weight.data_ptr(), None))
+            pack(*weight.shape, weight.data_ptr(), panels.data_ptr())
+            return panels
+
+        return tuple(packed(layer) for layer in self.model.layers)
+
+    @cached_property
+    def _layers(self) -> Any:
+        return (_Layer * len(self.model.layers))(
+            *[_fill_layer(layer, panels) for layer, panels in zip(self.model.layers, self._routers, strict=True)]
+        )
+
+    @cached_property
+    def _struct(self) -> ctypes.Structure:
+        model = self.model
+        is_tied = isinstance(model.embedding, PackedWeight)
+        cosines, sines = model.rotary or (None, None)
+        return _Model(
+            len(model.layers), model.hidden_size, model.vocab_size, model.max_positions, model.num_heads,
+            model.num_kv_heads, model.head_dim, model.norm_epsilon, ctypes.addressof(self._layers),
+            _address(model.embedding) if is_tied else None, None if is_tied else _address(model.embedding),
+            _address(model.position_embedding), _address(cosines), _address(sines), _fill_norm(model.final_norm),
+        )  # fmt: skip
+
+    @cached_property
+    def _work_per_token(self) -> float:
+        """A rough count of its operations: whether more than one thread is worth waking."""
+        work = 0
+        for layer in self.model.layers:
+            work += layer.qkv.shape.numel() + layer.o_proj.shape.numel()
+            work += 0 if layer.mlp is None else 3 * layer.mlp.down.shape.numel()
+            if layer.experts is not None and layer.router is not None:
+                work += 3 * layer.router.top_k * layer.experts.down.in_size * layer.experts.down.out_size
+        return 2.0 * work
+
+    @cached_property
+    def _top_k(self) -> tuple[int, ...]:
+        return tuple(layer.router.top_k for layer in self.model.layers if layer.router is not None)
+
+    def run(self, tokens: Tensor, storage: KVStorage, batch: PagedBatch) -> Decoded:
+        """Take the new tokens (T,) int64 of a batch into the storage and return their hidden states.
+
+        Raises: GenerationError for a token outside the vocabulary.
+        """
+        model, count = self.model, tokens.shape[0]
+        assert tokens.dim() == 1 and tokens.dtype == torch.int64, (tokens.shape, tokens.dtype)
+        assert len(storage.layers) == len(model.layers), (len(storage.layers), len(model.layers))
+        tokens = tokens.contiguous()
+        hidden = torch.empty(count, model.hidden_size, dtype=torch.bfloat16)
+        routes = count * sum(self._top_k)
+        expert_ids, routing_weights = torch.empty(routes, dtype=torch.int64), torch.empty(routes)
+        failed = self.library.function("moesaic_decode", "pdp" + "pppii" + "pippp")(
+            ctypes.addressof(self._struct), self._work_per_token, storage.arguments.data_ptr(), *batch.arguments,
+            tokens.data_ptr(), count, hidden.data_ptr(), expert_ids.data_ptr(), routing_weights.data_ptr(),
+        )  # fmt: skip
+        assert failed != 1, (batch, storage.layers[0].num_blocks, model.max_positions)
+        if failed:
+            raise GenerationError(
+                f"there are token ids from {int(tokens.min())} to {int(tokens.max())}; ids from 0 to "
+                f"{model.vocab_size - 1} are required; use the model's own tokenizer."
+            )
+        sizes = [count * top_k for top_k in self._top_k]
+        return Decoded(
+            hidden,
+            tuple(part.view(count, -1) for part in expert_ids.split(sizes)) if sizes else (),
+            tuple(part.view(count, -1) for part in routing_weights.split(sizes)) if sizes else (),
+        )
+
+
+def _fill_norm(norm: NormPart) -> ctypes.Structure:
+    return _Norm(_address(norm.weight), _address(norm.bias))
+
+
+def _fill_layer(layer: LayerPart, panels: Tensor | None) -> ctypes.Structure:
+    router = layer.router
+    return _Layer(
+        attention_norm=_fill_norm(layer.attention_norm),
+        feed_forward_norm=_fill_norm(layer.feed_forward_norm),
+        qkv_proj=_address(layer.qkv),
+        qkv_bias=_address(layer.qkv_bias),
+        q_norm=_address(layer.q_norm),
+        k_norm=_address(layer.k_norm),
+        o_proj=_address(layer.o_proj),
+        o_bias=_address(layer.o_bias),
+        mlp=_address(layer.mlp),
+        experts=_address(layer.experts),
+        num_experts=0 if router is None else router.weight.shape[0],
+        top_k=0 if router is None else router.top_k,
+        router=_address(panels),
+        correction_bias=None if router is None else _address(router.correction_bias),
+        scoring=0 if router is None else _SCORINGS.index(router.scoring),
+        num_groups=1 if router is None else router.num_groups,
+        top_groups=1 if router is None else router.top_groups,
+        renormalize=router is not None and router.renormalize,
+        router_scale=1.0 if router is None else router.scale,
+        mix=_MIXES.index(layer.residual_mix),
+        mix_weight=_address(layer.mix),
+        mix_bias=_address(layer.mix_bias),
+    )

@@ -1,0 +1,221 @@
+"""Pack a model for inference: every matrix in the kernels' own layout, in bf16 or quantised, in the place of its fp32
+master weight.
+
+A packed model infers as before, layer by layer or, with a cache, in one call for all layers, and can do nothing else:
+it has no parameters left to train, to save or to move to another device.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import ConfigError
+from moesaic.kernels.decode import LayerPart, ModelPart, NormPart, RouterPart
+from moesaic.kernels.packed import PackedMlp, PackedWeight, pack_mlp, pack_weight
+from moesaic.kernels.quantized import QuantizedWeight
+from moesaic.model.attention import Attention
+from moesaic.model.feed_forward import FeedForward, Mlp
+from moesaic.model.linear import Linear
+from moesaic.model.norm import LayerNorm, RmsNorm
+from moesaic.model.rotary import rotary_table
+from moesaic.model.transformer import Block, Transformer
+from moesaic.moe.experts import Experts
+from moesaic.moe.router import Router
+
+
+@torch.no_grad()
+def pack_transformer(model: Transformer, quantized: Mapping[str, QuantizedWeight] | None = None) -> Transformer:
+    """Pack every matrix of the model in place and return it, in evaluation mode and computing in bf16.
+
+    quantized: matrices that replace the model's own, by their names in model.state_dict(). Each original is freed
+    before the next is packed. Router, norms and biases stay as they are; an embedding of its own becomes bf16.
+
+    Raises: ConfigError for a name or a shape that the model does not have, or for parts of one matrix that are not of
+    one format.
+    """
+    assert model.packed is None, "this model is packed already"
+    weights = _Weights(model, dict(quantized or {}))
+    layers = []
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        prefix = f"blocks.{index}"
+        _pack_attention(block.attention, weights, f"{prefix}.attention")
+        _pack_feed_forward(block.feed_forward, weights, f"{prefix}.feed_forward")
+        layers.append(_describe(block))
+    is_tied = model.lm_head is None
+    model.packed_head = pack_weight(weights.take("embedding" if is_tied else "lm_head"))
+    model.lm_head = None
+    if is_tied:
+        del model.embedding
+    else:
+        model.embedding = nn.Parameter(model.embedding.to(torch.bfloat16), requires_grad=False)
+    if model.position_embedding is not None:
+        model.position_embedding = nn.Parameter(model.position_embedding.to(torch.bfloat16), requires_grad=False)
+    model.compute_dtype = torch.bfloat16
+    config = model.config
+    rotary = None
+    if config.positions == "rotary":
+        rotary = rotary_table(config.max_positions, config.head_dim, config.rope_theta, model.device)
+    model.packed = ModelPart(
+        layers=tuple(layers),
+        embedding=model.packed_head if is_tied else model.embedding,
+        position_embedding=model.position_embedding,
+        rotary=rotary,
+        final_norm=_norm_part(model.final_norm),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_positions,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        norm_epsilon=config.norm_epsilon,
+    )
+    return model.eval()
+
+
+class _Weights:
+    """The model's matrices by name, the quantised one where there is one."""
+
+    def __init__(self, model: Transformer, quantized: dict[str, QuantizedWeight]) -> None:
+        self._model, self._quantized = model, quantized
+        others = ["position_embedding"] if model.lm_head is None else ["position_embedding", "embedding"]
+        shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1 and name not in others and not name.endswith(("router.weight", "_bias"))
+        }
+        for name, weight in quantized.items():
+            if shapes.get(name) != tuple(weight.shape):
+                raise ConfigError(
+                    f"a quantised weight {name} of shape {tuple(weight.shape)} was given; the model has "
+                    f"{shapes.get(name, 'no packed matrix of that name')} there, and the same is required; use weights "
+                    f"that were made from this model, without its routers and embeddings."
+                )
+
+    def take(self, name: str) -> Tensor | QuantizedWeight:
+        return self._quantized.pop(name, None) or self._model.get_parameter(name).detach()
+
+    def stack(self, *names: str) -> Tensor | QuantizedWeight:
+        """Several matrices (N, K) with one behind the other's rows."""
+        parts = [self.take(name) for name in names]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        if len(tensors) == len(parts):
+            return torch.cat(tensors)
+        whole = [part for part in parts if isinstance(part, QuantizedWeight)]
+        formats = [(part.bits, part.group_size) if isinstance(part, QuantizedWeight) else "bf16" for part in parts]
+        if len(set(formats)) > 1:
+            raise ConfigError(
+                f"{', '.join(names)} are computed as one matrix and come as {formats}; one format is required; "
+                f"quantise all of them alike."
+            )
+        values, scales = torch.cat([part.values for part in whole]), torch.cat([part.scales for part in whole])
+        return QuantizedWeight(values, scales, whole[0].bits, whole[0].group_size)
+
+
+def _stack_biases(*layers: Linear) -> nn.Parameter | None:
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    return nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+
+
+def _pack_attention(attention: Attention, weights: _Weights, prefix: str) -> None:
+    parts = ("q_proj", "k_proj", "v_proj")
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    joined = Linear(0, 0, has_bias=False)
+    joined.bias = _stack_biases(*layers)
+    joined.pack(weights.stack(*(f"{prefix}.{name}.weight" for name in parts)))
+    attention.qkv_proj = joined
+    for name in parts:
+        delattr(attention, name)
+    attention.o_proj.pack(weights.take(f"{prefix}.o_proj.weight"))
+
+
+def _pack_feed_forward(feed_forward: FeedForward, weights: _Weights, prefix: str) -> None:
+    if feed_forward.mlp is not None:
+        feed_forward.mlp.packed = _pack_mlp(feed_forward.mlp, weights, f"{prefix}.mlp")
+    if feed_forward.moe is not None:
+        feed_forward.moe.experts.packed = _pack_experts(feed_forward.moe.experts, weights, f"{prefix}.moe.experts")
+    if feed_forward.mix is not None:
+        feed_forward.mix.pack(weights.take(f"{prefix}.mix.weight"))
+
+
+def _pack_mlp(mlp: Mlp, weights: _Weights, prefix: str) -> PackedMlp:
+    names = ["up_proj"] if mlp.gate_proj is None else ["gate_proj", "up_proj"]
+    packed = pack_mlp(
+        weights.stack(*(f"{prefix}.{name}.weight" for name in names)),
+        weights.take(f"{prefix}.down_proj.weight"),
+        up_bias=_stack_biases(*(mlp.get_submodule(name) for name in names)),  # type: ignore[arg-type]
+        down_bias=mlp.down_proj.bias,
+        activation=mlp.activation,
+    )
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        delattr(mlp, name)
+    return packed
+
+
+def _pack_experts(experts: Experts, weights: _Weights, prefix: str) -> PackedMlp:
+    own = experts.weights()
+    name = "gate_up_proj" if experts.is_gated else "up_proj"
+    packed = pack_mlp(
+        weights.take(f"{prefix}.{name}"),
+        weights.take(f"{prefix}.down_proj"),
+        up_bias=own.up_bias,
+        down_bias=own.down_bias,
+        activation=experts.activation,
+    )
+    for name in [name for name, _ in experts.named_parameters()]:
+        delattr(experts, name)
+    return packed
+
+
+def _norm_part(norm: RmsNorm | LayerNorm) -> NormPart:
+    return NormPart(_fp32(norm.weight), _fp32(norm.bias) if isinstance(norm, LayerNorm) else None)
+
+
+def _fp32(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()
+
+
+def _describe(block: Block) -> LayerPart:
+    """What the kernels need to know of a layer that is packed."""
+    attention, feed_forward = block.attention, block.feed_forward
+
+    def packed(layer: Linear | None) -> tuple[PackedWeight | None, Tensor | None]:
+        if layer is None:
+            return None, None
+        return layer.packed, None if layer.bias is None else _fp32(layer.bias)
+
+    (qkv, qkv_bias), (o_proj, o_bias), (mix, mix_bias) = (
+        packed(layer) for layer in (attention.qkv_proj, attention.o_proj, feed_forward.mix)
+    )
+    assert qkv is not None and o_proj is not None
+    return LayerPart(
+        attention_norm=_norm_part(block.attention_norm),
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        q_norm=None if attention.q_norm is None else _fp32(attention.q_norm.weight),
+        k_norm=None if attention.k_norm is None else _fp32(attention.k_norm.weight),
+        o_proj=o_proj,
+        o_bias=o_bias,
+        feed_forward_norm=_norm_part(block.feed_forward_norm),
+        mlp=None if feed_forward.mlp is None else feed_forward.mlp.packed,
+        experts=None if feed_forward.moe is None else feed_forward.moe.experts.packed,
+        router=None if feed_forward.moe is None else _router_part(feed_forward.moe.router),
+        residual_mix=feed_forward.residual or "sum",
+        mix=mix,
+        mix_bias=mix_bias,
+    )
+
+
+def _router_part(router: Router) -> RouterPart:
+    config, bias = router.config, router.score_correction_bias
+    return RouterPart(
+        weight=_fp32(router.weight),
+        correction_bias=None if bias is None else _fp32(bias),
+        top_k=router.top_k,
+        scoring=config.scoring,
+        num_groups=config.num_groups,
+        top_groups=config.top_groups,
+        renormalize=config.renormalize,
+        scale=config.scale,
+    )

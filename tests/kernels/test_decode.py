@@ -1,0 +1,204 @@
+"""The pass in one call gives what the packed layers give one by one, for every family of models."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.config.model import ModelConfig
+from moesaic.errors import GenerationError
+from moesaic.kernels import select
+from moesaic.kernels.decode import DecodePlan
+from moesaic.kernels.paged_attention import KVStorage, PagedBatch, allocate_blocks
+from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
+from moesaic.model.kv_cache import CacheStep
+from moesaic.model.pack import pack_transformer
+from moesaic.model.transformer import Transformer
+
+KERNELS = [*select.supported_instruction_sets(), "amx-emulated"]
+SIZES: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "max_positions": 320,
+    "init_std": 0.2,
+}  # fmt: skip
+GPT: dict[str, Any] = {
+    "positions": "learned", "norm": "layernorm", "attention_bias": "all", "mlp_bias": True, "activation": "gelu"
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_kv_heads": 2, "tie_embeddings": False},
+    "gpt": GPT,
+    "qwen": {"num_kv_heads": 1, "qk_norm": True, "head_dim": 8, "attention_bias": "qkv"},
+    "odd sizes": {
+        "hidden_size": 50, "head_dim": 7, "num_heads": 3, "positions": "learned", "activation": "gelu_tanh",
+        "intermediate_size": 37,
+    },
+    "mixtral": {"num_kv_heads": 2, "moe": {"num_experts": 5, "top_k": 2, "router": {"renormalize": True}}},
+    "top-1 on every second layer": GPT | {"moe": {"num_experts": 5, "every": 2}},
+    "pyramid, residual softmax": GPT
+    | {"moe": {"num_experts": [2, 7], "residual": "softmax", "intermediate_size": [64, 16]}},
+    "residual sum": {"moe": {"num_experts": 3, "layers": [1], "residual": "sum"}},
+    "residual sigmoid": {
+        "moe": {"num_experts": 6, "top_k": 2, "residual": "sigmoid", "residual_intermediate_size": 33}
+    },
+    "deepseek": {
+        "moe": {
+            "num_experts": 8, "top_k": 2, "residual": "sum",
+            "router": {
+                "scoring": "sigmoid", "renormalize": True, "scale": 2.5, "num_groups": 4, "top_groups": 2,
+                "score_correction_bias": True,
+            },
+        }
+    },
+}  # fmt: skip
+# exp of two libraries differs in its last bit, which a rounding to bf16 may turn into one of its own.
+MIXED_BY_EXP = ("pyramid, residual softmax", "residual sigmoid")
+# A prompt and a chunk of one, single tokens of others, one that rests, a context of more than one split of 256.
+STEPS = [[40, 3, 270, 1], [1, 0, 1, 1], [5, 1, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    if not select.supported_instruction_sets():
+        pytest.skip("no x86 processor with AVX2")
+    with select.forced(request.param):
+        yield request.param
+
+
+class Sequences:
+    """Ragged sequences in one pool of blocks, their turns given by `counts`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16) -> None:
+        number, self.config = len(STEPS[0]), config
+        each = 10
+        self.tables = torch.randperm(number * each, generator=torch.Generator().manual_seed(3)).int().view(number, each)
+        self.storage = KVStorage(
+            tuple(
+                allocate_blocks(
+                    number * each, config.num_kv_heads, config.head_dim, block_size=32, dtype=dtype,
+                    device=torch.device("cpu"),
+                )
+                for _ in range(config.num_layers)
+            )
+        )  # fmt: skip
+        self.lengths = [0] * number
+        self.counts = [0] * number
+
+    def extend(self, batch_size: int, length: int) -> CacheStep:
+        assert (batch_size, length) == (1, sum(self.counts))
+        self.lengths = [before + new for before, new in zip(self.lengths, self.counts, strict=True)]
+        starts = [0, *torch.tensor(self.counts).cumsum(0).tolist()]
+        batch = PagedBatch(
+            torch.tensor(starts, dtype=torch.int32), torch.tensor(self.lengths, dtype=torch.int32), self.tables
+        )
+        return CacheStep(self.storage, batch)
+
+
+def build(family: str, quantize: str = "bf16") -> Transformer:
+    model = Transformer(ModelConfig.from_dict({**SIZES, **FAMILIES[family]}), compute_dtype=torch.bfloat16)
+    model.initialize(0)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("bias", "norm.weight")):
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
+    return pack_transformer(model, {} if quantize == "bf16" else quantized(model, quantize))
+
+
+def quantized(model: Transformer, form: str) -> dict[str, QuantizedWeight]:
+    """Every matrix that can be, of a model whose sizes are multiples of 32."""
+    leave = ("router.weight", "bias", "position_embedding", "mix.weight")
+    weights = {}
+    for name, parameter in model.named_parameters():
+        is_embedding = name == "embedding" and model.lm_head is not None
+        if parameter.dim() > 1 and not name.endswith(leave) and not is_embedding:
+            fits = parameter.shape[-1] % 32 == 0
+            weights[name] = (
+                quantize_weight(parameter.detach(), bits=4, group_size=32)
+                if form == "int4" and fits
+                else quantize_weight(parameter.detach(), bits=8)
+            )
+    return weights
+
+
+@torch.no_grad()
+def run(model: Transformer, *, layer_by_layer: bool, cache_dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    sequences = Sequences(model.config, dtype=cache_dtype)
+    generator = torch.Generator().manual_seed(2)
+    hidden = []
+    for counts in STEPS:
+        sequences.counts = counts
+        tokens = torch.randint(61, (1, sum(counts)), generator=generator)
+        # Padding is what the call of one piece leaves to the layers; here there is none.
+        valid = torch.ones_like(tokens, dtype=torch.bool) if layer_by_layer else None
+        out = model(tokens, cache=sequences, valid=valid)
+        assert bool(out.moe) == (layer_by_layer and bool(model.config.moe_layers))
+        hidden.append(out.hidden)
+    return hidden
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_layers_one_by_one(kernels: str, family: str) -> None:
+    model = build(family)
+    for whole, pieces in zip(run(model, layer_by_layer=False), run(model, layer_by_layer=True), strict=True):
+        if family in MIXED_BY_EXP:
+            torch.testing.assert_close(whole, pieces, rtol=2**-6, atol=2**-6)
+        else:
+            assert torch.equal(whole, pieces)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_quantised_equals_the_layers_one_by_one(kernels: str, form: str, cache_dtype: torch.dtype) -> None:
+    model = build("mixtral", form)
+    whole, pieces = (run(model, layer_by_layer=each, cache_dtype=cache_dtype) for each in (False, True))
+    assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))
+
+
+@torch.no_grad()
+def test_a_sequence_gives_the_same_bits_alone_in_chunks_and_with_any_threads(kernels: str) -> None:
+    model = build("mixtral")
+    tokens = torch.randint(61, (60,), generator=torch.Generator().manual_seed(4))
+    expected: Tensor | None = None
+    before = torch.get_num_threads()
+    try:
+        for threads, cuts in ((1, [0, 60]), (3, [0, 33, 34, 40, 60]), (2, [0, 1, 2, 59, 60])):
+            torch.set_num_threads(threads)
+            sequences, parts = Sequences(model.config), []
+            for first, last in pairwise(cuts):
+                sequences.counts = [0, last - first, 2, 0]  # beside somebody else's
+                both = torch.cat([tokens[first:last], torch.tensor([threads, last])])
+                parts.append(model(both[None], cache=sequences).hidden[0, : last - first])
+            got = torch.cat(parts)
+            expected = got if expected is None else expected
+            assert torch.equal(got, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tells_which_experts_each_layer_chose(kernels: str) -> None:
+    model = build("deepseek")
+    assert model.packed is not None
+    library = select.cpu_library()
+    assert library is not None
+    sequences = Sequences(model.config)
+    sequences.counts = [3, 0, 2, 0]
+    step = sequences.extend(1, 5)
+    decoded = DecodePlan(model.packed, library).run(torch.arange(5), step.storage, step.batch)
+    assert len(decoded.expert_ids) == len(decoded.routing_weights) == 2
+    for ids, weights in zip(decoded.expert_ids, decoded.routing_weights, strict=True):
+        assert ids.shape == weights.shape == (5, 2)
+        assert bool(((ids >= 0) & (ids < 8)).all()) and bool((ids[:, 0] != ids[:, 1]).all())
+        torch.testing.assert_close(weights.sum(1), torch.full((5,), 2.5))  # renormalised, then scaled
+
+
+@torch.no_grad()
+def test_wrong_tokens_and_positions_are_refused(kernels: str) -> None:
+    model = build("gpt")
+    sequences = Sequences(model.config)
+    sequences.counts = [2, 0, 0, 0]
+    with pytest.raises(GenerationError, match="token ids from 3 to 61; ids from 0 to 60 are required"):
+        model(torch.tensor([[3, 61]]), cache=sequences)
+    sequences.lengths = [320, 0, 0, 0]
+    with pytest.raises(AssertionError):
+        model(torch.tensor([[3, 6]]), cache=sequences)

@@ -1,0 +1,241 @@
+"""A packed model infers what it did before, at half the memory, and refuses to do anything else."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.config.model import ModelConfig
+from moesaic.errors import ConfigError, TrainingError
+from moesaic.kernels import select
+from moesaic.kernels.packed import PackedMlp, PackedWeight
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
+from moesaic.model.generate import generate
+from moesaic.model.kv_cache import BatchCache
+from moesaic.model.pack import pack_transformer
+from moesaic.model.transformer import Transformer
+
+KERNELS = ["reference", *select.supported_instruction_sets()]
+SIZES: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "intermediate_size": 96, "max_positions": 48,
+    "init_std": 0.1,
+}  # fmt: skip
+GPT: dict[str, Any] = {
+    "positions": "learned", "norm": "layernorm", "attention_bias": "all", "mlp_bias": True, "activation": "gelu"
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dense, llama-like": {"num_kv_heads": 2, "tie_embeddings": False},
+    "dense, gpt-like": GPT,
+    "moe, qwen-like": {
+        "num_kv_heads": 2, "qk_norm": True, "attention_bias": "qkv", "tie_embeddings": False,
+        "moe": {"num_experts": 5, "top_k": 2, "router": {"renormalize": True}},
+    },
+    "pyramid, residual softmax": GPT | {"moe": {"num_experts": [2, 7, 3], "residual": "softmax"}},
+    "residual sigmoid": {"moe": {"num_experts": 6, "top_k": 3, "residual": "sigmoid", "intermediate_size": 40}},
+    "residual sum": {"moe": {"num_experts": 4, "layers": [1], "residual": "sum", "residual_intermediate_size": 33}},
+}  # fmt: skip
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    with select.forced(request.param):
+        yield request.param
+
+
+def build(family: str, **changes: Any) -> Transformer:
+    config = ModelConfig.from_dict({**SIZES, **FAMILIES[family], **changes})
+    model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("bias", "norm.weight")):
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
+    return model.eval()
+
+
+def tokens(length: int = 20, *, batch: int = 2) -> Tensor:
+    return torch.randint(61, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def cached_logits(model: Transformer, inputs: Tensor, pieces: list[int]) -> Tensor:
+    cache = BatchCache(model.config, inputs.shape[0], inputs.shape[1], dtype=torch.bfloat16, device=inputs.device)
+    return model.logits(torch.cat([model(part, cache=cache).hidden for part in inputs.split(pieces, 1)], 1))
+
+
+def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """For the median token: one near a tie of its router may choose another expert."""
+    assert got.shape == wanted.shape
+    errors = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert float(errors.median()) < tolerance, errors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gives_the_logits_of_the_model_that_was_packed(kernels: str, family: str) -> None:
+    model, inputs = build(family), tokens()
+    precise = build(family)
+    precise.compute_dtype = torch.float32
+    wanted = precise.logits(precise(inputs).hidden)
+    valid = torch.ones_like(inputs, dtype=torch.bool)
+    valid[0, 15:] = False
+    unpacked = model.logits(model(inputs).hidden)
+    padded = model.logits(model(inputs, valid=valid).hidden)
+    packed = pack_transformer(model)
+    assert packed is model
+    # bf16 roundings of a few layers, 2^-9 each; the unpacked model is about as far from fp32.
+    close(packed.logits(packed(inputs).hidden), wanted, 0.03)
+    close(packed.logits(packed(inputs, valid=valid).hidden)[valid], padded[valid], 0.03)
+    close(unpacked, wanted, 0.03)
+    for pieces in ([20], [1] * 20, [7, 1, 12]):
+        close(cached_logits(packed, inputs, pieces), wanted, 0.03)
+
+
+@torch.no_grad()
+def test_with_a_cache_it_gives_the_bits_it_gives_without(kernels: str) -> None:
+    if kernels == "reference":
+        pytest.skip("PyTorch's products depend on their sizes")
+    model, inputs = pack_transformer(build("dense, gpt-like")), tokens()
+    one = cached_logits(model, inputs, [20])
+    for pieces in ([1] * 20, [7, 1, 12]):
+        assert torch.equal(cached_logits(model, inputs, pieces), one)
+
+
+def matrices(model: Transformer) -> dict[str, Tensor]:
+    skip = ("router.weight", "_bias", "position_embedding")
+    found = {n: p.detach() for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith(skip)}
+    if model.lm_head is not None:
+        del found["embedding"]
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["dense, llama-like", "moe, qwen-like", "pyramid, residual softmax"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_take_the_place_of_those_they_are_named_after(kernels: str, family: str, bits: int) -> None:
+    model, inputs = build(family), tokens()
+    quantized = {
+        name: quantize_weight(weight, bits=bits, group_size=32 if bits == 4 else None)
+        for name, weight in matrices(model).items()
+        if not name.endswith("mix.weight")
+    }
+    twin = build(family)
+    twin.compute_dtype = torch.float32
+    for name, weight in quantized.items():
+        twin.get_parameter(name).copy_(dequantize(weight))
+    wanted = twin.logits(twin(inputs).hidden)
+    packed = pack_transformer(model, quantized)
+    # 8-bit activations by blocks of 128: about 0.5 % of noise at each product.
+    close(packed.logits(packed(inputs).hidden), wanted, 0.06)
+    close(cached_logits(packed, inputs, [9] + [1] * 11), wanted, 0.06)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generates_by_stepping_as_by_recomputing(kernels: str, family: str) -> None:
+    model = pack_transformer(build(family, init_std=0.3))
+    prompt = tokens()[0, :7].tolist()
+    greedy = generate(model, prompt, max_new_tokens=12)
+    with torch.no_grad():
+        for place, token in enumerate(greedy):
+            logits = model.logits(model(torch.tensor([prompt + greedy[:place]])).hidden[0, -1])
+            assert logits[token] >= logits.max() - 0.05 * logits.abs().max()
+
+
+def all_tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that an object holds, however deep."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from all_tensors(each, seen)
+    elif isinstance(value, list | tuple | set):
+        for each in value:
+            yield from all_tensors(each, seen)
+    elif isinstance(value, torch.nn.Module | PackedWeight | PackedMlp) or hasattr(value, "__dataclass_fields__"):
+        yield from all_tensors(vars(value), seen)
+
+
+def held_bytes(model: Transformer) -> int:
+    storages = {}
+    for tensor in all_tensors(model, set()):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_originals_are_gone(family: str) -> None:
+    # Sizes that no panel pads, so that bytes can be counted.
+    sizes: dict[str, Any] = {"vocab_size": 512, "intermediate_size": 128}
+    if "moe" in FAMILIES[family]:
+        moe = {**FAMILIES[family]["moe"], "intermediate_size": 128}
+        if "residual" in moe:
+            moe["residual_intermediate_size"] = 128
+        sizes["moe"] = moe
+    model = build(family, **sizes)
+    packed_numbers = sum(weight.numel() for name, weight in matrices(model).items() if "mix" not in name)
+    own_embeddings = [] if model.lm_head is None else [model.embedding]
+    if model.position_embedding is not None:
+        own_embeddings.append(model.position_embedding)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    small = total - packed_numbers - sum(each.numel() for each in own_embeddings)
+    before = held_bytes(model)
+    assert before >= 4 * total
+    pack_transformer(model)
+    generate(model, [1, 2], max_new_tokens=2)  # what is made on first use counts too
+    large = 2 * packed_numbers + 2 * sum(each.numel() for each in own_embeddings)
+    # Beside them: norms, biases and routers in fp32, perhaps twice, in panels of 16 experts, mix in panels of 32, rotary tables.
+    assert large <= held_bytes(model) <= large + 8 * small + 3 * (16 * 64 * 4 + 32 * 64 * 2) + 2 * 48 * 8 * 4
+
+
+def test_tied_embeddings_are_kept_once() -> None:
+    model = pack_transformer(build("dense, gpt-like"))
+    assert model.packed is not None and model.packed.embedding is model.packed_head
+    assert not any(parameter.shape[0] == 61 for parameter in model.parameters())
+    untied = pack_transformer(build("dense, llama-like"))
+    assert untied.embedding.dtype is torch.bfloat16 and untied.lm_head is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["dense, gpt-like", "dense, llama-like"])
+def test_the_head_can_be_had_as_a_matrix(family: str) -> None:
+    model = build(family)
+    before = model.output_weight()
+    assert torch.equal(pack_transformer(model).output_weight(), before)
+
+
+def test_it_cannot_train() -> None:
+    model = pack_transformer(build("moe, qwen-like"))
+    with pytest.raises(TrainingError, match=r"packed for inference .*; training requires the originals; .*pack=False"):
+        model.train()
+    assert not any(module.training for module in model.modules())
+    model.eval()
+
+
+def test_quantised_weights_that_do_not_fit_are_refused_before_anything_is_packed() -> None:
+    def quantised(*shape: int, bits: int = 8) -> QuantizedWeight:
+        return quantize_weight(torch.randn(shape), bits=bits, group_size=32 if bits == 4 else None)
+
+    model = build("moe, qwen-like")
+    wrong = {
+        "blocks.0.attention.q_proj.weight": (quantised(3, 64), r"\(64, 64\) there"),
+        "blocks.0.feed_forward.moe.router.weight": (quantised(5, 64), "no packed matrix of that name there"),
+        "embedding": (quantised(61, 64), "no packed matrix"),
+        "nobody": (quantised(2, 64), "no packed matrix"),
+    }
+    for name, (weight, message) in wrong.items():
+        with pytest.raises(ConfigError, match=message):
+            pack_transformer(model, {name: weight})
+        assert model.packed is None and model.get_parameter("lm_head").shape == (61, 64)
+    with pytest.raises(
+        ConfigError, match=r"computed as one matrix and come as .* one format is required; quantise all"
+    ):
+        pack_transformer(model, {"blocks.0.attention.q_proj.weight": quantised(64, 64)})
+
+
+def test_packing_twice_is_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="packed already"):
+        pack_transformer(pack_transformer(build("dense, gpt-like")))
