@@ -20,6 +20,10 @@ class CheckpointError(MoesaicError):
     """A checkpoint that is missing, truncated, corrupt or belongs to another model."""
 
 
+class ConversionError(MoesaicError):
+    """A conversion that would lose more than is allowed, or cannot be written."""
+
+
 class TrainingError(MoesaicError):
     """Training cannot go on: losses stay non-finite, the disk is full, or the data does not fit the run."""
 

@@ -24,6 +24,7 @@ _NAMES = {
     torch.int64: "I64",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 @dataclass(frozen=True)

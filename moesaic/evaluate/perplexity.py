@@ -45,7 +45,7 @@ class Perplexity:
 @dataclass(frozen=True)
 class Reference:
     """What a model says of some windows: of each batch the hidden states (n, H) of the positions that predict, and the
-    matrix (V, H) that makes logits of them. The model itself need not stay in memory."""
+    matrix (V, H) that makes logits of them, in fp32. The model itself need not stay in memory."""
 
     perplexity: Perplexity
     hidden: tuple[Tensor, ...]
@@ -108,11 +108,12 @@ def measure_perplexity(model: Transformer, windows: Windows, *, device: torch.de
 def record_reference(model: Transformer, windows: Windows, *, device: torch.device) -> Reference:
     """Return what the model says of the windows, to compare others with. Memory: num_tokens * H numbers."""
     weight = model.output_weight().detach().clone()
+    in_fp32 = weight.float()
     total = 0.0
     kept = []
     for hidden, targets in _predictions(model, windows, device):
         for start, end in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = F.linear(hidden[start:end], weight).float()
+            logits = F.linear(hidden[start:end].float(), in_fp32)
             total += float(_losses(logits, targets[start:end]).sum(dtype=torch.float64))
         kept.append(hidden)
     return Reference(_perplexity(total, windows), tuple(kept), weight)
@@ -122,10 +123,11 @@ def record_reference(model: Transformer, windows: Windows, *, device: torch.devi
 def compare(model: Transformer, reference: Reference, windows: Windows, *, device: torch.device) -> Comparison:
     """Return how a model predicts the windows that the reference was recorded on, and how far that is from it."""
     total = kl = agreed = 0.0
+    weight = reference.output_weight.float()
     for (hidden, targets), expected in zip(_predictions(model, windows, device), reference.hidden, strict=True):
         for start, end in _chunks(hidden.shape[0], model.config.vocab_size):
             logits = model.logits(hidden[start:end])
-            reference_logits = F.linear(expected[start:end], reference.output_weight).float()
+            reference_logits = F.linear(expected[start:end].float(), weight)
             total += float(_losses(logits, targets[start:end]).sum(dtype=torch.float64))
             agreed += float((logits.argmax(-1) == reference_logits.argmax(-1)).sum())
             p, q = torch.log_softmax(reference_logits, -1), torch.log_softmax(logits, -1)

@@ -1,0 +1,68 @@
+"""How a checkpoint says that it is quantised, and how a quantised matrix is named in it.
+
+A matrix NAME is stored as NAME.values and NAME.scales (kernels/quantized.py says what these hold); the manifest's
+metadata has `quantization`, with the bits and the group size of every such matrix. All other tensors are as ever.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moesaic.checkpoint.store import CheckpointInfo
+from moesaic.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moesaic.kernels.quantized import QuantizedWeight
+
+KEY = "quantization"
+VALUES, SCALES = ".values", ".scales"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a matrix is quantised: 8 bits with one scale a row, or 4 bits with one for group_size columns."""
+
+    bits: int
+    group_size: int | None
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}" if self.group_size is None else f"int{self.bits}, groups of {self.group_size}"
+
+
+def is_quantized(info: CheckpointInfo) -> bool:
+    """Whether the checkpoint holds quantised matrices, and so can infer and not train."""
+    return KEY in info.metadata
+
+
+def describe_quantization(info: CheckpointInfo) -> str:
+    """Return for example "experts int4, rest int8"; only for a quantised checkpoint."""
+    record = info.metadata[KEY]
+    return f"experts {record['experts']}, rest {record['rest']}" if record["experts"] else str(record["rest"])
+
+
+def quantization_record(schemes: dict[str, Scheme], *, experts: str | None, rest: str) -> dict[str, Any]:
+    """Return what the manifest's metadata says under KEY; experts None: the model has none."""
+    matrices = {name: {"bits": each.bits, "group_size": each.group_size} for name, each in schemes.items()}
+    return {"experts": experts, "rest": rest, "matrices": matrices}
+
+
+def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[str, QuantizedWeight]":
+    """Take the quantised matrices out of a checkpoint's tensors and return them by the name of the whole matrix.
+
+    Raises: CheckpointError when the tensors are not as the manifest says.
+    """
+    from moesaic.kernels.quantized import QuantizedWeight
+
+    weights = {}
+    for name, record in info.metadata.get(KEY, {}).get("matrices", {}).items():
+        try:
+            values, scales = tensors.pop(name + VALUES), tensors.pop(name + SCALES)
+            weights[name] = QuantizedWeight(values, scales, record["bits"], record["group_size"])
+        except (KeyError, AssertionError) as error:
+            raise CheckpointError(
+                f"{info.path} does not hold {name} as its manifest says ({error!r}); {name}{VALUES} and {name}{SCALES} "
+                f"of the format that the manifest names are required; quantise the run again."
+            ) from None
+    return weights

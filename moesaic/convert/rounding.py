@@ -1,0 +1,117 @@
+"""Rounding weights so that their products with real inputs change least: error feedback, and scales searched for it.
+
+Where the inputs come from is calibrate.py's business; the formats are kernels/quantized.py's.
+
+Source: Frantar et al., GPTQ (arXiv 2210.17323): columns are rounded one after another, and each one's error is taken
+back in the columns that are not rounded yet, in the way that the second moments of the inputs say.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moesaic.kernels.quantized import QuantizedWeight, pack_nibbles, quantize_weight, round_to_scales
+
+# Columns whose errors are taken back in the rest of the matrix by one product.
+_BLOCK = 128
+# Added to the diagonal, as a share of its mean: inputs seen in calibration are a sample.
+_DAMPING = 0.01
+# Shares of the scale that just reaches the group's largest magnitude. Clipping it pays off for few of them.
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+def searched_scales(grouped: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Return the bf16 scales (..., 1) of groups (..., G) whose rounding errors, squared, have the least weighted sum.
+
+    importance broadcasts to the groups; None: all columns alike. Both signs are tried, since there is one level more
+    below zero than above.
+    """
+    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+    best_error: Tensor | None = None
+    best = torch.zeros_like(extreme)
+    for levels in (-8.0, 7.0):
+        for share in _SHRINK:
+            scales = (extreme * (share / levels)).to(torch.bfloat16).float()
+            divisor = torch.where(scales == 0, 1.0, scales)
+            error = (grouped / divisor).round_().clamp_(-8, 7).mul_(scales).sub_(grouped).square_()
+            if importance is not None:
+                error *= importance
+            total = error.sum(-1, keepdim=True)
+            if best_error is None:
+                best_error, best = total, scales
+            else:
+                best = torch.where(total < best_error, scales, best)
+                best_error = torch.minimum(total, best_error)
+    return best.to(torch.bfloat16)
+
+
+def round_with_search(weight: Tensor, *, bits: int, group_size: int | None) -> QuantizedWeight:
+    """Round a weight (..., N, K) without knowing its inputs: to the nearest, at 4 bits with searched scales."""
+    if bits == 8:
+        return quantize_weight(weight, bits=8)
+    assert group_size is not None, "4-bit weights need a group_size"
+    scales = searched_scales(weight.float().unflatten(-1, (-1, group_size))).squeeze(-1)
+    return round_to_scales(weight, scales, bits=4, group_size=group_size)
+
+
+def feedback_factor(second_moments: Tensor) -> Tensor:
+    """Return the upper triangular (K, K) fp32 factor that round_with_feedback needs of X^T X (K, K), in fp64.
+
+    Inputs that are always 0 have no say in anything.
+    """
+    moments = second_moments.double().clone()
+    diagonal = moments.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    mean = diagonal.mean()
+    for damping in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING):
+        damped = moments + torch.eye(moments.shape[0], dtype=torch.float64, device=moments.device) * (damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper.float()
+    # The moments are finite and damped by as much as they are: this cannot be.
+    raise AssertionError(f"no Cholesky factor of {tuple(moments.shape)} moments with mean diagonal {float(mean)}")
+
+
+def round_with_feedback(weight: Tensor, factor: Tensor, *, bits: int, group_size: int | None) -> QuantizedWeight:
+    """Round a weight (N, K) column by column, each one's error taken back in the later ones.
+
+    factor: of the second moments of the inputs, from feedback_factor. 4 bits: a group's scales are searched when its
+    turn comes, with the errors before it already in its weights.
+    """
+    columns = weight.float().t().clone(memory_format=torch.contiguous_format)  # (K, N), changed as we go
+    num_columns = columns.shape[0]
+    group = num_columns if group_size is None else group_size
+    values = torch.empty_like(columns)
+    all_scales = []
+    scales = columns.new_zeros(columns.shape[1])
+    for start, end in _ranges(num_columns):
+        errors = columns.new_empty(end - start, columns.shape[1])
+        for column in range(start, end):
+            if column % group == 0:
+                if bits == 8:
+                    scales = columns.abs().amax(0) / 127.0  # of the weight as given: nothing is taken back yet
+                else:
+                    # What an error costs in the end is its square over the square of the factor's diagonal.
+                    importance = factor.diagonal()[column : column + group].reciprocal().square()
+                    scales = searched_scales(columns[column : column + group].t(), importance).squeeze(-1).float()
+                all_scales.append(scales)
+            weights = columns[column]
+            rounded = (weights / torch.where(scales == 0, 1.0, scales)).round_()
+            rounded = rounded.clamp_(-127, 127) if bits == 8 else rounded.clamp_(-8, 7)
+            values[column] = rounded
+            error = (weights - rounded * scales) / factor[column, column]
+            errors[column - start] = error
+            columns[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1.0)
+        columns[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1.0)
+    values = values.t().contiguous()
+    if bits == 8:
+        return QuantizedWeight(values.to(torch.int8), scales.float(), 8, None)
+    return QuantizedWeight(pack_nibbles(values), torch.stack(all_scales, -1).to(torch.bfloat16), 4, group_size)
+
+
+def _ranges(num_columns: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, num_columns, _BLOCK):
+        yield start, min(start + _BLOCK, num_columns)
