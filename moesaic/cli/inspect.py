@@ -70,6 +70,7 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
     from rich.console import Console
 
     # Brings in torch: the rules of which checkpoint is meant, and what a manifest is, stand there and only there.
+    from moesaic.checkpoint.quantized import describe_quantization, is_quantized
     from moesaic.checkpoint.store import best_checkpoint, list_checkpoints, resolve_checkpoint
     from moesaic.config.load import load_train_config
     from moesaic.errors import ConfigError
@@ -113,6 +114,7 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
                         "bytes": _size(info),
                         "validation_loss": info.validation_loss,
                         "is_best": info == best,
+                        "quantization": describe_quantization(info) if is_quantized(info) else None,
                     }
                     for info in checkpoints
                 ],
@@ -161,6 +163,7 @@ def _checkpoint_table(
 ) -> "Table":
     from rich.table import Table
 
+    from moesaic.checkpoint.quantized import describe_quantization, is_quantized
     from moesaic.report.model_summary import describe_bytes
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -171,6 +174,8 @@ def _checkpoint_table(
     for info in checkpoints:
         loss = "" if info.validation_loss is None else f"{info.validation_loss:.4f}"
         notes = [note for note, of in (("best", best), ("last", checkpoints[-1]), ("this one", named)) if info == of]
+        if is_quantized(info):
+            notes.append(describe_quantization(info))
         table.add_row(info.path.name, loss, describe_bytes(_size(info)), ", ".join(notes))
     return table
 

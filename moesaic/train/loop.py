@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
 from moesaic.checkpoint.store import (
     has_checkpoints,
     last_good,
@@ -337,11 +338,21 @@ class Trainer:
                 f"--resume, or check the path."
             )
         if self.resumes:
+            self._check_trainable()
             self._check_same_run()
         elif exists or has_checkpoints(self.run_folder):
             raise ConfigError(
                 f"{self.run_folder} already holds a run; a new run needs a folder of its own; go on with it by "
                 f"--resume (resume=True), or name another folder."
+            )
+
+    def _check_trainable(self) -> None:
+        quantized = [info for info in list_checkpoints(self.run_folder) if is_quantized(info)]
+        if quantized:
+            raise CheckpointError(
+                f"{self.run_folder} is quantised ({describe_quantization(quantized[-1])}); training requires the "
+                f"weights before they were rounded, and the optimizer's state; resume the run that it was made from "
+                f"({quantized[-1].metadata[KEY].get('source')})."
             )
 
     def _check_same_run(self) -> None:

@@ -1,0 +1,478 @@
+"""A run with 8-bit or 4-bit matrices, made from a trained one, and the report that says what it cost.
+
+Matrices are read, rounded and written one at a time, into a folder that takes its name only once the report is written
+and within its limits. How numbers are rounded is rounding.py's business, on which inputs calibrate.py's.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from moesaic.checkpoint.quantized import KEY, SCALES, VALUES, Scheme, is_quantized, quantization_record
+from moesaic.checkpoint.store import CheckpointInfo, check_file, resolve_checkpoint, write_manifest
+from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
+from moesaic.config.load import write_config
+from moesaic.config.train import TrainConfig
+from moesaic.convert.calibrate import Quantized, calibrated_weights
+from moesaic.data.loader import ValidationLoader
+from moesaic.data.shards import MANIFEST_NAME, ShardSet
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import CheckpointError, ConfigError, ConversionError, DataError
+from moesaic.evaluate.perplexity import Comparison, Perplexity, compare, record_reference, text_windows
+from moesaic.evaluate.text import read_documents
+from moesaic.kernels.quantized import GROUP_SIZES, quantize_weight
+from moesaic.logs import logger
+from moesaic.model.load import load_run, load_run_config
+
+REPORT_NAME = "quantization.json"
+# Tokens the report measures and the calibration sees, unless told otherwise: enough for three digits of the ratio, and
+# for every one of 64 experts to see a thousand.
+REPORT_TOKENS = 65_536
+CALIBRATION_TOKENS = 65_536
+MAX_PERPLEXITY_RATIO = 1.05
+MAX_KL = 0.1
+
+ExpertFormat = Literal["int8", "int4"]
+RestFormat = Literal["int4", "int8", "bf16"]
+Kind = Literal["experts", "attention", "mlp", "output", "embedding", "other"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class KindReport:
+    """All tensors of a kind: numbers, and bytes as the run stores them, as a bf16 model holds them, and quantised."""
+
+    kind: Kind
+    format: str
+    parameters: int
+    bytes_stored: int
+    bytes_bf16: int
+    bytes_quantized: int
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What a conversion gave. kl is the mean over tokens of KL(bf16 || quantised) in nats."""
+
+    source: str
+    source_step: int
+    experts: str | None
+    rest: str
+    group_size: int | None
+    calibration: str | None
+    calibration_tokens: int
+    text: str
+    reference: Perplexity
+    quantized: Perplexity
+    kl: float
+    top1_agreement: float
+    kinds: tuple[KindReport, ...]
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.quantized.perplexity / self.reference.perplexity
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON has it; a number that is not finite becomes null."""
+
+        def measured(each: Perplexity) -> dict[str, Any]:
+            return {**asdict(each), "perplexity": each.perplexity, "bits_per_byte": each.bits_per_byte}
+
+        values = {
+            **asdict(self),
+            "reference": measured(self.reference),
+            "quantized": measured(self.quantized),
+            "perplexity_ratio": self.perplexity_ratio,
+            "kinds": {each.kind: {**asdict(each)} for each in self.kinds},
+        }
+        return _finite(values)
+
+
+def quantize_run(
+    run: str | Path,
+    output: str | Path,
+    *,
+    experts: ExpertFormat | None = None,
+    rest: RestFormat = "int8",
+    group_size: int | None = None,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    text: str | Path | None = None,
+    limit_tokens: int = REPORT_TOKENS,
+    max_perplexity_ratio: float = MAX_PERPLEXITY_RATIO,
+    max_kl: float = MAX_KL,
+    force: bool = False,
+    on_progress: Callable[[str, float], None] = lambda stage, share: None,
+) -> QuantizationReport:
+    """Write the run that RUN or RUN@step names to a new folder, quantised, and return what that cost.
+
+    experts None: int8 where there are experts. group_size None: 64 where something becomes int4. calibrate: text or
+    prepared shards (their training split) to calibrate on; None rounds to nearest. text None: the validation split of
+    the run's own shards. on_progress hears of stages and of the share of each that is done.
+
+    Raises: ConversionError when perplexity ratio or KL exceed their limits and force is not given; ConfigError,
+    CheckpointError, DataError. In every case nothing is left behind.
+    """
+    info = resolve_checkpoint(run)
+    source_folder = info.path.parent.parent
+    config = load_run_config(source_folder)
+    output = Path(output)
+    path = check_file(info, "model")
+    plan = _plan(path, info, config, experts=experts, rest=rest, group_size=group_size)
+    if output.exists():
+        raise ConfigError(f"{output} exists; the quantised run needs a folder of its own; name another, or delete it.")
+    text = _own_shards(config, "--text") if text is None else text
+    tokenizer = Tokenizer.load(source_folder)
+    batches = (
+        []
+        if calibrate is None
+        else calibration_batches(calibrate, tokenizer, config, num_tokens=calibration_tokens or CALIBRATION_TOKENS)
+    )
+    if calibrate is None and calibration_tokens is not None:
+        raise ConfigError(
+            f"calibration_tokens ({calibration_tokens}) is given without a calibration text; there is nothing to take "
+            f"them from; name a text, or leave it out."
+        )
+
+    on_progress("measuring the run as it is", 0.0)
+    loaded = load_run(run, device="cpu")
+    windows = text_windows(loaded, text, limit_tokens=limit_tokens)
+    reference = record_reference(loaded.model, windows, device=loaded.device)
+    del loaded  # from here on one layer at a time
+
+    with _folder_in_progress(output) as folder:
+        on_progress("quantising", 0.0)
+        checkpoint = folder / "checkpoints" / info.path.name
+        checkpoint.mkdir(parents=True)
+        _write_tensors(path, checkpoint / "model.safetensors", plan, config, batches, on_progress)
+        record = quantization_record(plan.schemes, experts=plan.experts, rest=plan.rest)
+        metadata = {
+            **{key: value for key, value in info.metadata.items() if key in ("tokens", "model")},
+            KEY: {**record, "source": str(source_folder), "calibration": None if calibrate is None else str(calibrate)},
+        }
+        write_manifest(checkpoint, info.step, metadata)
+        write_config(config, folder / "config.yaml")
+        tokenizer.save(folder)
+
+        on_progress("measuring the quantised run", 0.0)
+        quantized = load_run(folder, device="cpu")
+        result = compare(quantized.model, reference, windows, device=quantized.device)
+        report = QuantizationReport(
+            source=str(source_folder),
+            source_step=info.step,
+            experts=plan.experts,
+            rest=plan.rest,
+            group_size=plan.group_size,
+            calibration=None if calibrate is None else str(calibrate),
+            calibration_tokens=sum(batch.numel() for batch in batches),
+            text=str(text),
+            reference=reference.perplexity,
+            quantized=result.perplexity,
+            kl=result.kl,
+            top1_agreement=result.top1_agreement,
+            kinds=plan.reports(),
+        )
+        _check_limits(report, result, max_perplexity_ratio=max_perplexity_ratio, max_kl=max_kl, force=force)
+        (folder / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
+    return report
+
+
+def resolve_calibration(given: str | None, run: str | Path, *, is_int4: bool) -> str | None:
+    """Return the calibration text that is meant: the one given, None for "none", and where none is given the run's own
+    shards if something becomes int4 and they are there."""
+    if given is not None:
+        return None if given == "none" else given
+    if not is_int4:
+        return None
+    path = load_run_config(resolve_checkpoint(run).path.parent.parent).data.path
+    if (Path(path) / MANIFEST_NAME).is_file():
+        logger.info("Calibrating on %s, which the run was trained on; --calibrate names another text.", path)
+        return path
+    logger.info("Rounding to nearest: the run's own data (%s) is not there, and --calibrate names no text.", path)
+    return None
+
+
+def calibration_batches(
+    source: str | Path, tokenizer: Tokenizer, config: TrainConfig, *, num_tokens: int
+) -> list[Tensor]:
+    """Return (B, S) int64 batches of at most num_tokens tokens, in sequences spaced evenly over the source.
+
+    source is a text as `moesaic prepare` reads it, or a folder that it wrote, of which the training split is taken.
+
+    Raises: ConfigError for fewer tokens than one sequence has; DataError for a source that is missing or too short.
+    """
+    length = config.data.sequence_length
+    if num_tokens < length:
+        raise ConfigError(
+            f"calibration_tokens ({num_tokens}) is less than a sequence of {length}; calibration takes whole "
+            f"sequences; use {CALIBRATION_TOKENS}."
+        )
+    if (Path(source) / MANIFEST_NAME).is_file():
+        shards = ShardSet.open(source)
+        shards.check_tokenizer(tokenizer)
+        loader = ValidationLoader(
+            shards.train, sequence_length=length, batch_size=max(1, 4096 // length), sequences=num_tokens // length
+        )
+        return [batch.inputs for batch in loader]
+    border = np.array([tokenizer.end_of_text_id], dtype=np.int32)
+    documents = read_documents(source, tokenizer)
+    tokens = np.concatenate([part for document in documents for part in (border, document.ids)])
+    available = len(tokens) // length
+    if available == 0:
+        raise DataError(
+            f"{source} holds {len(tokens)} tokens; calibration needs a sequence of {length}; name a longer text."
+        )
+    count = min(num_tokens // length, available)
+    starts = np.arange(count) * available // count * length
+    sequences = np.stack([tokens[start : start + length] for start in starts.tolist()]).astype(np.int64)
+    return list(torch.from_numpy(sequences).split(max(1, 4096 // length)))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of every tensor of a checkpoint: shapes and kinds by name, and the schemes of the quantised ones."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    kinds: Mapping[str, Kind]
+    schemes: dict[str, Scheme]
+    kept_dtypes: Mapping[str, torch.dtype]
+    experts: str | None
+    rest: str
+    group_size: int | None
+
+    def layout(self) -> dict[str, TensorLayout]:
+        layout = {}
+        for name, shape in self.shapes.items():
+            scheme = self.schemes.get(name)
+            if scheme is None:
+                layout[name] = TensorLayout(self.kept_dtypes[name], shape)
+            elif scheme.group_size is None:
+                layout[name + VALUES] = TensorLayout(torch.int8, shape)
+                layout[name + SCALES] = TensorLayout(torch.float32, shape[:-1])
+            else:
+                *outer, columns = shape
+                layout[name + VALUES] = TensorLayout(torch.uint8, (*outer, columns // 2))
+                layout[name + SCALES] = TensorLayout(torch.bfloat16, (*outer, columns // scheme.group_size))
+        return layout
+
+    def reports(self) -> tuple[KindReport, ...]:
+        layout = self.layout()
+        reports = []
+        for kind in KINDS:
+            names = [name for name in self.shapes if self.kinds[name] == kind]
+            if not names:
+                continue
+            parameters = {name: math.prod(self.shapes[name]) for name in names}
+            is_fp32 = {name: name not in self.schemes and self.kept_dtypes[name] == torch.float32 for name in names}
+            scheme = self.schemes.get(names[0])
+            kept = str(self.kept_dtypes[names[0]]).removeprefix("torch.").replace("bfloat16", "bf16")
+            reports.append(
+                KindReport(
+                    kind=kind,
+                    format=kept.replace("float32", "fp32") if scheme is None else scheme.name,
+                    parameters=sum(parameters.values()),
+                    bytes_stored=sum(parameters[name] * self.dtypes[name].itemsize for name in names),
+                    bytes_bf16=sum(parameters[name] * (4 if is_fp32[name] else 2) for name in names),
+                    bytes_quantized=sum(
+                        layout[stored].num_bytes
+                        for name in names
+                        for stored in (name, name + VALUES, name + SCALES)
+                        if stored in layout
+                    ),
+                )
+            )
+        return tuple(reports)
+
+
+def kind_of(name: str, *, is_tied: bool) -> Kind:
+    """Return the kind of a tensor of the model by its name; a tied embedding is the output matrix."""
+    if ".moe.experts." in name and name.endswith("_proj"):
+        return "experts"
+    if ".attention." in name and name.endswith("_proj.weight"):
+        return "attention"
+    if ".mlp." in name and name.endswith("_proj.weight"):
+        return "mlp"
+    if name == "lm_head" or (name == "embedding" and is_tied):
+        return "output"
+    return "embedding" if name in ("embedding", "position_embedding") else "other"
+
+
+def _plan(
+    path: Path,
+    info: CheckpointInfo,
+    training: TrainConfig,
+    *,
+    experts: ExpertFormat | None,
+    rest: RestFormat,
+    group_size: int | None,
+) -> _Plan:
+    config = training.model
+    if is_quantized(info):
+        raise ConfigError(
+            f"{info.path} is quantised already; quantising requires the weights as they were trained; give the run "
+            f"that it was made from ({info.metadata[KEY].get('source')})."
+        )
+    for name, value, known in (("experts", experts, ("int8", "int4")), ("rest", rest, ("int4", "int8", "bf16"))):
+        if value is not None and value not in known:
+            raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required; use int8.")
+    if experts is not None and not config.moe_layers:
+        raise ConfigError(
+            f"experts ({experts}) is given for a dense model; it has no experts to quantise; leave it out: rest covers "
+            f"all of it."
+        )
+    chosen_experts = (experts or "int8") if config.moe_layers else None
+    if chosen_experts is None and rest == "bf16":
+        raise ConfigError("rest (bf16) of a dense model quantises nothing; use int8 or int4.")
+    is_int4 = "int4" in (chosen_experts, rest)
+    if group_size is not None and not is_int4:
+        raise ConfigError(
+            f"group_size ({group_size}) is given and nothing becomes int4; int8 has one scale a row; leave it out, or "
+            f"ask for int4."
+        )
+    if is_int4 and group_size is None:
+        group_size = 64
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise ConfigError(f"group_size ({group_size}) is not one of 32, 64 and 128; kernels exist for these; use 64.")
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+        dtypes = {name: DTYPES[each.get_dtype()] for name, each in slices.items()}
+    kinds = {name: kind_of(name, is_tied=config.tie_embeddings) for name in shapes}
+    formats = {"experts": chosen_experts, "attention": rest, "mlp": rest, "output": rest}
+    schemes = {}
+    for name, kind in kinds.items():
+        format_ = formats.get(kind)
+        if format_ == "int4":
+            assert group_size is not None
+            columns = shapes[name][-1]
+            if columns % group_size:
+                fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
+                remedy = f"use group_size {' or '.join(fitting)}, or int8" if fitting else "use int8"
+                raise ConfigError(
+                    f"group_size ({group_size}) does not divide the {columns} columns of {name}; int4 takes whole "
+                    f"groups; {remedy}."
+                )
+            schemes[name] = Scheme(4, group_size)
+        elif format_ == "int8":
+            schemes[name] = Scheme(8, None)
+    # A bf16 model casts its embeddings to bf16 before every use, so nothing is lost; the router, norms and mix compute
+    # in fp32.
+    cast = {kind for kind, format_ in formats.items() if format_ == "bf16"}
+    if training.precision == "bf16":
+        cast.add("embedding")
+    kept = {name: torch.bfloat16 if kind in cast else dtypes[name] for name, kind in kinds.items()}
+    return _Plan(shapes, dtypes, kinds, schemes, kept, chosen_experts, rest, group_size)
+
+
+def _write_tensors(
+    source: Path,
+    target: Path,
+    plan: _Plan,
+    config: TrainConfig,
+    batches: list[Tensor],
+    on_progress: Callable[[str, float], None],
+) -> None:
+    with safe_open(source, framework="pt") as file, TensorWriter(target, plan.layout()) as writer:
+        if batches:
+            dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+            matrices = calibrated_weights(
+                config.model,
+                plan.schemes,
+                lambda name: _checked(name, file.get_tensor(name)),
+                batches,
+                compute_dtype=dtype,
+                on_layer=lambda layer: on_progress("quantising", (layer + 1) / config.model.num_layers),
+            )
+        else:
+            matrices = _rounded(file, plan, on_progress)
+        for name, quantized in matrices:
+            writer.append(name + VALUES, quantized.values)
+            writer.append(name + SCALES, quantized.scales)
+        for name in plan.shapes.keys() - plan.schemes.keys():
+            writer.append(name, _checked(name, file.get_tensor(name)).to(plan.kept_dtypes[name]))
+
+
+def _rounded(file: Any, plan: _Plan, on_progress: Callable[[str, float], None]) -> Quantized:
+    """Round to nearest, one matrix at a time, and one expert at a time of a stack."""
+    for index, (name, scheme) in enumerate(plan.schemes.items()):
+        stored = file.get_slice(name)
+        shape = plan.shapes[name]
+        for each in range(shape[0]) if len(shape) == 3 else [slice(None)]:
+            matrix = _checked(name, stored[each])
+            yield name, quantize_weight(matrix, bits=scheme.bits, group_size=scheme.group_size)
+        on_progress("quantising", (index + 1) / len(plan.schemes))
+
+
+def _checked(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{name} holds numbers that are not finite; weights that can be rounded are required; use another step."
+        )
+    return tensor
+
+
+def _check_limits(
+    report: QuantizationReport, result: Comparison, *, max_perplexity_ratio: float, max_kl: float, force: bool
+) -> None:
+    ratio = report.perplexity_ratio
+    # Written so that NaN is over the limit.
+    if ratio <= max_perplexity_ratio and result.kl <= max_kl:
+        return
+    message = (
+        f"the quantised model's perplexity is {ratio:.4f} times the run's ({report.quantized.perplexity:.3f} against "
+        f"{report.reference.perplexity:.3f}) and its KL {result.kl:.4f} nats; at most {max_perplexity_ratio:g} and "
+        f"{max_kl:g} are required"
+    )
+    if not force:
+        raise ConversionError(
+            f"{message}; use int8, a smaller group size or a calibration text, or --force (force=True) to have it all "
+            f"the same."
+        )
+    logger.warning("%s; it is written all the same, as asked.", message)
+
+
+def _own_shards(config: TrainConfig, option: str) -> str:
+    if not (Path(config.data.path) / MANIFEST_NAME).is_file():
+        raise DataError(
+            f"no text is given and the run's own data ({config.data.path}) is not there; the report measures the "
+            f"perplexity of a text; name one with {option}."
+        )
+    return config.data.path
+
+
+@contextmanager
+def _folder_in_progress(output: Path) -> Iterator[Path]:
+    """Give a folder to write, which becomes `output` at the end, or goes away with whatever went wrong."""
+    temporary = output.with_name(f".writing-{output.name}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(output)
+    except OSError as error:
+        raise ConversionError(
+            f"{output} could not be written: {error}; a folder with room for the quantised run is required; free some "
+            f"space, or name another."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,64 @@
+"""Run folders of small models whose matrices are wide enough for groups of 32, with weights that matter."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moesaic.checkpoint.store import save_checkpoint
+from moesaic.config.load import write_config
+from moesaic.config.train import TrainConfig
+from moesaic.data.shards import ShardSet
+from moesaic.model.transformer import Transformer
+
+MODEL: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "intermediate_size": 96,
+    "max_positions": 32,
+    # Ten times the usual: an untrained model would predict nothing, and nothing could go wrong.
+    "init_std": 0.2,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {**MODEL, "tie_embeddings": False, "positions": "learned", "norm": "layernorm", "attention_bias": "all",
+              "mlp_bias": True, "activation": "gelu"},
+    "moe": {**MODEL, "activation": "swiglu", "moe": {"num_experts": 4, "top_k": 2, "every": 1}},
+    "pr-moe": {**MODEL, "mlp_bias": True, "moe": {"num_experts": [4, 8], "every": 1, "residual": "softmax"}},
+}  # fmt: skip
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tiny_data: Path, tmp_path: Path) -> MakeRun:
+    """A function (model name, **changes of the config) that returns a run folder with a checkpoint of step 7."""
+
+    def make(model: str = "pr-moe", /, **changes: Any) -> Path:
+        config = TrainConfig.from_dict(
+            {
+                "model": MODELS[model],
+                "data": {"path": str(tiny_data), "sequence_length": 32},
+                "tokens": 1024,
+                "batch_size": 4,
+                **changes,
+            }
+        )
+        folder = tmp_path / f"run-{model}"
+        folder.mkdir()
+        write_config(config, folder / "config.yaml")
+        ShardSet.open(tiny_data).load_tokenizer().save(folder)
+        state = dict(Transformer(config.model).initialize(3).state_dict())
+        save_checkpoint(
+            folder,
+            7,
+            model=state,
+            optimizer={"moment": torch.zeros(3)},
+            metadata={"tokens": 1024, "validation_loss": 5.0},
+        )
+        return folder
+
+    return make
