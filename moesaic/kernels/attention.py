@@ -25,7 +25,7 @@ def causal_attention(
     assert query.shape[:2] == key.shape[:2] == value.shape[:2], (query.shape, key.shape, value.shape)
     assert key.shape == value.shape and query.shape[3] == key.shape[3], (query.shape, key.shape, value.shape)
     assert query.shape[2] % key.shape[2] == 0, (query.shape, key.shape)
-    assert documents is None or documents.shape == query.shape[:2], (documents and documents.shape, query.shape)
+    assert documents is None or documents.shape == query.shape[:2], (documents.shape, query.shape)
     if dropout == 0.0 and _has_kernel(query, key, value):
         return torch.ops.moesaic.causal_attention(query, key, value, documents)[0]
     mask = None if documents is None else document_mask(documents)
@@ -73,6 +73,11 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     is_cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     if not is_cast and any(tensor.dtype != torch.bfloat16 for tensor in (query, key, value)):
         return False
+    return _has_library()
+
+
+@torch.compiler.assume_constant_result
+def _has_library() -> bool:
     return cpu_library() is not None
 
 
