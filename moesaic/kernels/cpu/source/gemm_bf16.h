@@ -20,6 +20,25 @@ constexpr int kPairBlock = 1;
 
 inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
+// Width fp32 sums to bf16 in memory, past the caches where the address allows.
+template <int Width>
+inline void stream_bf16(bf16* to, const Vf (&sums)[Width / W]) {
+#if defined(__AVX512BF16__)
+    // Through registers: a line stored in halves and read at once would wait for both stores.
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+        for (int v = 0; v < Width / W; v += 2)
+            _mm512_stream_si512((__m512i*)(to + v * W), (__m512i)_mm512_cvtne2ps_pbh(sums[v + 1].v, sums[v].v));
+        return;
+    }
+#endif
+    alignas(64) bf16 line[Width];
+    for (int v = 0; v < Width / W; ++v) store_bf16(line + v * W, sums[v]);
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+        for (int c = 0; c < Width; c += 2 * W) stream(to + c, loadi(line + c));
+    else
+        std::memcpy(to, line, sizeof line);
+}
+
 #if defined(MOESAIC_TILES)
 
 constexpr int kRowBlock = 32;  // rows that one step works on at best
@@ -85,13 +104,28 @@ inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uin
 
 // C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
 // With blocks > 1, K is that many times 2 * pairs: A goes on a_block elements further for each, B where it stopped.
-template <int Width>
+template <int Width, bool Prefetch = false>
 inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
                  bool accumulate, int blocks = 1, size_t a_block = 0) {
     if constexpr (Width >= 32) gemm_tiles<2>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, blocks, a_block);
     if constexpr (Width % 32) {
         constexpr int done = Width - 16;
         gemm_tiles<1>(rows, pairs, a, lda, b + done, ldb, c + done, ldc, accumulate, blocks, a_block);
+    }
+}
+
+// C[rows][32] = A[rows][2 * pairs] * panel, rounded to bf16 and written past the caches.
+inline void gemm_panel_streamed(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, bf16* c,
+                                size_t ldc) {
+    alignas(64) float sums[kRowBlock * kPanel];
+    for (int row = 0; row < rows; row += kRowBlock) {
+        const int here = rows - row < kRowBlock ? rows - row : kRowBlock;
+        gemm<kPanel>(here, pairs, a + row * lda, lda, b, ldb, sums, kPanel, false);
+        for (int r = 0; r < here; ++r) {
+            Vf line[kPanel / W];
+            for (int v = 0; v < kPanel / W; ++v) line[v] = load(sums + r * kPanel + v * W);
+            stream_bf16<kPanel>(c + (row + r) * ldc, line);
+        }
     }
 }
 
@@ -108,52 +142,94 @@ constexpr int row_block() {
 }
 constexpr int kRowBlock = row_block<kPanel>();
 
-template <int R, int Width>
-inline void gemm_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
-                      bool accumulate, int blocks, size_t a_block) {
+// What becomes of a row's sums: stored as fp32.
+template <int Width>
+struct StoreFp32 {
+    float* c;
+    size_t ldc;
+    static constexpr bool kLoads = true;
+    Vf load_sum(int r, int v) const { return load(c + r * ldc + v * W); }
+    void finish(int r, const Vf (&sums)[Width / W]) const {
+        for (int v = 0; v < Width / W; ++v) store(c + r * ldc + v * W, sums[v]);
+    }
+    StoreFp32 rows_further(int rows) const { return {c + rows * ldc, ldc}; }
+};
+
+// Stored as bf16, past the caches.
+template <int Width>
+struct StreamBf16 {
+    bf16* c;
+    size_t ldc;
+    static constexpr bool kLoads = false;
+    Vf load_sum(int, int) const { return zero(); }
+    void finish(int r, const Vf (&sums)[Width / W]) const { stream_bf16<Width>(c + r * ldc, sums); }
+    StreamBf16 rows_further(int rows) const { return {c + rows * ldc, ldc}; }
+};
+
+template <int R, int Width, bool Prefetch, typename Out>
+inline void gemm_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, Out out, bool accumulate,
+                      int blocks, size_t a_block) {
     constexpr int V = Width / W;
     Vf acc[R][V];
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * W) : zero();
+        for (int v = 0; v < V; ++v) acc[r][v] = Out::kLoads && accumulate ? out.load_sum(r, v) : zero();
     for (int block = 0; block < blocks; ++block) {
+        for (int line = 0; line < pairs; line += 16) {
+            const int end = pairs - line < 16 ? pairs : line + 16;
+            if constexpr (Prefetch)  // the rows that come next, while these are in the cache
+                for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * lda + 2 * line);
 #pragma GCC unroll 2
-        for (int p = 0; p < pairs; ++p) {
-            Vi columns[V];
-            for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * ldb + v * W);
-            for (int r = 0; r < R; ++r) {
-                const Vi row = broadcast_dword(a + r * lda + 2 * p);
-                for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+            for (int p = line; p < end; ++p) {
+                Vi columns[V];
+                for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * ldb + v * W);
+                for (int r = 0; r < R; ++r) {
+                    const Vi row = broadcast_dword(a + r * lda + 2 * p);
+                    for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+                }
             }
         }
         a += a_block;
         b += size_t(pairs) * ldb;
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
+    for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
 
-template <int R, int Width>
-inline void gemm_remainder(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                           size_t ldc, bool accumulate, int blocks, size_t a_block) {
+template <int R, int Width, bool Prefetch, typename Out>
+inline void gemm_remainder(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, Out out,
+                           bool accumulate, int blocks, size_t a_block) {
     if constexpr (R > 0) {
         if (rows == R)
-            gemm_rows<R, Width>(pairs, a, lda, b, ldb, c, ldc, accumulate, blocks, a_block);
+            gemm_rows<R, Width, Prefetch>(pairs, a, lda, b, ldb, out, accumulate, blocks, a_block);
         else
-            gemm_remainder<R - 1, Width>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, blocks, a_block);
+            gemm_remainder<R - 1, Width, Prefetch>(rows, pairs, a, lda, b, ldb, out, accumulate, blocks, a_block);
     }
+}
+
+template <int Width, bool Prefetch, typename Out>
+inline void gemm_into(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, Out out,
+                      bool accumulate, int blocks, size_t a_block) {
+    constexpr int R = row_block<Width>();
+    int row = 0;
+    for (; row + R <= rows; row += R)
+        gemm_rows<R, Width, Prefetch>(pairs, a + row * lda, lda, b, ldb, out.rows_further(row), accumulate, blocks,
+                                      a_block);
+    gemm_remainder<R - 1, Width, Prefetch>(rows - row, pairs, a + row * lda, lda, b, ldb, out.rows_further(row),
+                                           accumulate, blocks, a_block);
 }
 
 // C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
 // With blocks > 1, K is that many times 2 * pairs: A goes on a_block elements further for each, B where it stopped.
-template <int Width>
+// Prefetch: A is not in the cache yet.
+template <int Width, bool Prefetch = false>
 inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
                  bool accumulate, int blocks = 1, size_t a_block = 0) {
-    constexpr int R = row_block<Width>();
-    int row = 0;
-    for (; row + R <= rows; row += R)
-        gemm_rows<R, Width>(pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate, blocks, a_block);
-    gemm_remainder<R - 1, Width>(rows - row, pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc, accumulate,
-                                 blocks, a_block);
+    gemm_into<Width, Prefetch>(rows, pairs, a, lda, b, ldb, StoreFp32<Width>{c, ldc}, accumulate, blocks, a_block);
+}
+
+// C[rows][32] = A[rows][2 * pairs] * panel, rounded to bf16 and written past the caches.
+inline void gemm_panel_streamed(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, bf16* c,
+                                size_t ldc) {
+    gemm_into<kPanel, true>(rows, pairs, a, lda, b, ldb, StreamBf16<kPanel>{c, ldc}, false, 1, 0);
 }
 
 #endif

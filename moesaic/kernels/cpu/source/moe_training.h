@@ -56,6 +56,7 @@ namespace training {
 
 constexpr int kChunk = 96;          // rows or columns that one product works on: whole row blocks and panels everywhere
 constexpr int kGradXColumns = 128;  // columns of the up weights packed at once for the gradient of the rows
+constexpr int kAhead = 16;          // rows of weights fetched before they are packed: pieces of rows are no stream
 constexpr int64_t kGroupRows = 1024;
 
 // A matrix of an expert's rows and F columns, cut into chunks of 96 columns, each chunk's rows one after the other: what a
@@ -137,8 +138,8 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
     const bf16* weights = m.up + e * m.pre_width() * h + first * h;
     const uint32_t* panel = tokens + block.offset * (h / 2);
     const bf16* bias = m.up_bias ? m.up_bias + e * m.pre_width() + first : nullptr;
-    gemm<Width>(count, int(h / 2), weights, h, panel, Width, gate, Width, false);
-    if (m.gated()) gemm<Width>(count, int(h / 2), weights + f * h, h, panel, Width, up, Width, false);
+    gemm<Width, true>(count, int(h / 2), weights, h, panel, Width, gate, Width, false);
+    if (m.gated()) gemm<Width, true>(count, int(h / 2), weights + f * h, h, panel, Width, up, Width, false);
     uint32_t* hidden_rows = hidden + block.offset * (f / 2) + first / 2 * Width;
     for (int r = 0; r < count; r += 2) {
         for (int lane = 0; lane < Width; lane += W) {
@@ -167,10 +168,10 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
     }
     const auto pre = chunked_rows(m.pre + rows.start * m.pre_width(), rows.count, first, count, m.gated());
     uint32_t* target = reinterpret_cast<uint32_t*>(pre.row(block.first));
-    transpose_dwords(count / 2, block.valid, pairs, Width, target, pre.stride / 2);
+    transpose_dwords<true>(count / 2, block.valid, pairs, Width, target, pre.stride / 2);
     if (m.gated())
-        transpose_dwords(count / 2, block.valid, pairs + kChunk / 2 * Width, Width, target + pre.half / 2,
-                         pre.stride / 2);
+        transpose_dwords<true>(count / 2, block.valid, pairs + kChunk / 2 * Width, Width, target + pre.half / 2,
+                               pre.stride / 2);
 }
 
 template <int Width>
@@ -178,8 +179,8 @@ inline void down_block(const MoeTraining& m, const ExpertRows& rows, const LaneB
                        const uint32_t* hidden, const float* row_weights, float* sums) {
     const int64_t h = m.hidden, f = m.inner, e = rows.expert;
     alignas(64) float y[kChunk * Width], turned[Width * kChunk];
-    gemm<Width>(count, int(f / 2), m.down + (e * h + first) * f, f, hidden + block.offset * (f / 2), Width, y, Width,
-                false);
+    gemm<Width, true>(count, int(f / 2), m.down + (e * h + first) * f, f, hidden + block.offset * (f / 2), Width, y,
+                      Width, false);
     transpose_dwords(count, block.valid, reinterpret_cast<uint32_t*>(y), Width, reinterpret_cast<uint32_t*>(turned),
                      kChunk);
     const bf16* bias = m.down_bias ? m.down_bias + e * h + first : nullptr;
@@ -356,6 +357,10 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, int64
     uint32_t* paired = packed + h / 2 * kChunk + kChunk * kChunk;  // (2, 48, 96)
     for (int64_t p = 0; p < h / 2; ++p) {
         const bf16* even = m.down + (rows.expert * h + 2 * p) * f + first;
+        for (int j = 0; j < panels; ++j) {
+            __builtin_prefetch(even + kAhead * f + j * kPanel);
+            __builtin_prefetch(even + (kAhead + 1) * f + j * kPanel);
+        }
         for (int j = 0; j < panels; ++j)
             interleave_rows(kPanel, even + j * kPanel, even + f + j * kPanel, packed + (j * (h / 2) + p) * kPanel);
     }
@@ -455,6 +460,10 @@ inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, int64_t
                     const bool is_up = p >= wide / 2;
                     const int64_t weight_row = start + block * wide + 2 * (is_up ? p - wide / 2 : p) + (is_up ? f : 0);
                     const bf16* even = weights + weight_row * h;
+                    for (int j = 0; j < panels; ++j) {
+                        __builtin_prefetch(even + kAhead * h + j * kPanel);
+                        __builtin_prefetch(even + (kAhead + 1) * h + j * kPanel);
+                    }
                     for (int j = 0; j < panels; ++j)
                         interleave_rows(kPanel, even + j * kPanel, even + h + j * kPanel,
                                         packed + ((j * whole + block) * pairs + p) * kPanel);
@@ -463,7 +472,7 @@ inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, int64_t
                 chunked_rows<const bf16>(s.grad_pre + rows.row_offset * width, rows.padded, start, wide, m.gated());
             for (int r = 0; r < count; r += kChunk)
                 for (int j = 0; j < panels; ++j)
-                    gemm<kPanel>(std::min(kChunk, count - r), pairs, grad_pre.row(row + r), grad_pre.stride,
+                    gemm<kPanel, true>(std::min(kChunk, count - r), pairs, grad_pre.row(row + r), grad_pre.stride,
                                  packed + j * whole * pairs * kPanel, kPanel, sums + r * kGradXColumns + j * kPanel,
                                  kGradXColumns, start > 0, int(whole), rows.padded * grad_pre.stride);
             start += whole * wide;
@@ -481,25 +490,16 @@ inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, int64_t
     }
 }
 
-// Two vectors of fp32 to 32 bf16, past the caches where the address allows.
-inline void stream_bf16(bf16* to, const float* from) {
-    alignas(64) bf16 line[32];
-    for (int c = 0; c < 32; c += W) store_bf16(line + c, load(from + c));
-    if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
-        for (int c = 0; c < 32; c += 2 * W) stream(to + c, loadi(line + c));
-    else
-        std::memcpy(to, line, sizeof line);
-}
-
 // Rows first .. first + count of a weight's gradient (.., columns): turned (rows of the weight, pairs) * paired panels.
 inline void weight_gradient_rows(const uint32_t* turned, const uint32_t* paired, int64_t pairs, int64_t first, int count,
                                  int64_t columns, bf16* grad) {
-    alignas(64) float sums[kChunk * kPanel];
-    for (int64_t c = 0; c < columns; c += kPanel) {
-        gemm_panel(count, int(pairs), reinterpret_cast<const bf16*>(turned + first * pairs), 2 * pairs,
-                   paired + c * pairs, kPanel, sums, kPanel, false);
-        for (int r = 0; r < count; ++r) stream_bf16(grad + (first + r) * columns + c, sums + r * kPanel);
-    }
+    // Whole rows at a time while all panels stay in the cache, since memory is written fastest in long pieces.
+    const int step = pairs * columns <= (1 << 17) ? kRowBlock : count;
+    for (int r = 0; r < count; r += step)
+        for (int64_t c = 0; c < columns; c += kPanel)
+            gemm_panel_streamed(std::min(step, count - r), int(pairs),
+                                reinterpret_cast<const bf16*>(turned + (first + r) * pairs), 2 * pairs,
+                                paired + c * pairs, kPanel, grad + (first + r) * columns + c, columns);
 }
 
 // Gradients of a bias: the sums over an expert's rows of a turned matrix.

@@ -79,6 +79,8 @@ inline void transpose_registers(Row (&r)[8]) {
 #endif
 
 // to[column][row] = from[row][column]; leading dimensions in dwords. Nothing beyond rows and columns is touched.
+// Streamed: past the caches where whole aligned vectors are written.
+template <bool Streamed = false>
 inline void transpose_dwords(int rows, int columns, const uint32_t* from, size_t ld_from, uint32_t* to, size_t ld_to) {
     for (int row = 0; row < rows; row += W) {
         const int rows_here = rows - row < W ? rows - row : W;
@@ -89,7 +91,12 @@ inline void transpose_dwords(int rows, int columns, const uint32_t* from, size_t
             Row block[W] = {};
             for (int i = 0; i < rows_here; ++i) block[i] = load_row(source + i * ld_from, columns_here);
             transpose_registers(block);
-            for (int i = 0; i < columns_here; ++i) store_row(target + i * ld_to, block[i], rows_here);
+            for (int i = 0; i < columns_here; ++i) {
+                if (Streamed && rows_here == W && reinterpret_cast<uintptr_t>(target + i * ld_to) % (4 * W) == 0)
+                    stream(target + i * ld_to, {block[i]});
+                else
+                    store_row(target + i * ld_to, block[i], rows_here);
+            }
         }
     }
 }
