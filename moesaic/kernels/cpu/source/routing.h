@@ -458,10 +458,17 @@ inline void route_backward_as(Team& team, const RouteBackwardArguments& a) {
         float* to = a.grad_weight + size_t(e) * hidden + h;
         if (!a.tokens)
             for (int row = 0; row < rows; ++row) std::fill_n(to + size_t(row) * hidden, columns, 0.0f);
-        for (int64_t t = 0; t < a.tokens; t += kFp32Depth)
-            gemm_fp32<Layout::transposed>(rows, int(std::min<int64_t>(a.tokens - t, kFp32Depth)),
-                                          a.grad_logits + t * experts + e, size_t(experts), x + t * hidden + h,
-                                          size_t(hidden), to, size_t(hidden), columns, t > 0);
+        // A panel of x in fp32 within the first-level cache serves all experts of this task.
+        thread_local Scratch own;
+        float* panel = own.get<float>(size_t(kFp32Depth) * kFp32Columns);
+        for (int64_t t = 0; t < a.tokens; t += kFp32Depth) {
+            const int depth = int(std::min<int64_t>(a.tokens - t, kFp32Depth));
+            for (int k = 0; k < depth; ++k)
+                for (int i = 0; i < columns; i += W)
+                    store(panel + k * kFp32Columns + i, load_row(x + (t + k) * hidden + h + i, columns - i));
+            gemm_fp32<Layout::transposed>(rows, depth, a.grad_logits + t * experts + e, size_t(experts), panel,
+                                          size_t(kFp32Columns), to, size_t(hidden), columns, t > 0);
+        }
     });
 }
 
