@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moesaic.kernels import select
 
-
 _LAYER_NORM_SIZE = 1 << 18  # below it PyTorch's LayerNorm is done before an operator of ours has begun
 
 
