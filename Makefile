@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 # Two pip processes in one environment would spoil each other; the work inside a target still uses every core.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check bench clean
+.PHONY: help quickstart test check sanitize bench clean
 
 help:
 	@echo "make quickstart   set up, train a small PR-MoE on real text in about four minutes, and generate from it"
 	@echo "make test         set up and run the tests"
 	@echo "make check        set up and run ruff and mypy"
+	@echo "make sanitize     run the C++ kernels' tests under AddressSanitizer and UBSan (needs g++)"
 	@echo "make bench        set up and run every benchmark in turn (deepspeed and transformers are the peers)"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "Variables: PYTHON=$(PYTHON)  QUICKSTART_FLAGS=$(QUICKSTART_FLAGS) (see moesaic quickstart --help)"
@@ -30,9 +31,16 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every instruction set of this machine, and the emulated tiles. Python is not built with the sanitizers, so their library
+# is loaded before it; with capture, a report would vanish with the process. What has no C++ of ours stays out.
+sanitize: $(VENV)/dev.stamp
+	CXX=g++ LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest --sanitize --capture=no -k "not reference" tests/kernels \
+	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py
+
 # All of them run, whatever fails; benchmarks/ also holds modules that the scripts share.
 bench: $(VENV)/bench.stamp
-	@status=0; for script in $$(grep -l '__name__ == "__main__"' benchmarks/*.py); do \
+	@status=0; for script in $$(grep -l '__name__ == "__main__"' benchmarks/*.py benchmarks/*/*.py); do \
 	  echo "== $$script"; $(BIN)/python $$script || { status=1; echo "== $$script failed"; }; \
 	done; exit $$status
 

@@ -1,6 +1,8 @@
 """A few thousand tokens of real text, prepared once, and training configs of seconds on them."""
 
+import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ spin_briefly()
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 320
+# Unoptimised: it compiles four times as fast, and the tests' sizes are small.
+SANITIZE = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 DENSE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -38,6 +42,23 @@ PR_MOE: dict[str, Any] = {
 }
 MODELS = {"dense": DENSE, "pr-moe": PR_MOE}
 TOKENS_PER_STEP = 4 * 16
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sanitize",
+        action="store_true",
+        help="run the C++ kernels under AddressSanitizer and UBSan, whose library `make sanitize` loads beforehand",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--sanitize"):
+        from moesaic.kernels import select
+
+        os.environ.pop("LD_PRELOAD", None)  # this process has it; compilers are slower with it
+        # Every test gets its kernels through select, which loads each set once.
+        select.load = functools.partial(select.load, extra_flags=SANITIZE)
 
 
 @pytest.fixture(scope="session", autouse=True)
