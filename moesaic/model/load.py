@@ -1,11 +1,13 @@
 """From a run folder to a model that computes: config, tokenizer and a checkpoint's weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized, take_quantized
 from moesaic.checkpoint.store import CheckpointInfo, load_tensors, resolve_checkpoint
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
@@ -13,6 +15,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError
 from moesaic.kernels import select
 from moesaic.kernels.device import select_device
+from moesaic.kernels.quantized import QuantizedWeight
 from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
 
@@ -34,19 +37,42 @@ def load_run(run: str | Path, *, device: str = "auto", pack: bool = True) -> Loa
     pack: a model of bf16 precision for the CPU's own kernels is packed (model/pack.py), which makes it faster and half
     the size, and leaves no parameters to train or to convert.
 
-    Raises: CheckpointError for a run, step or file that is missing or corrupt; DeviceError.
+    A quantised run is always packed.
+
+    Raises: CheckpointError for a run, step or file that is missing or corrupt, and for a quantised run with pack=False;
+    DeviceError.
     """
     target = select_device(device)
     info = resolve_checkpoint(run)
     run_folder = info.path.parent.parent
     config = load_run_config(run_folder)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if is_quantized(info):
+        if not pack:
+            raise CheckpointError(
+                f"{info.path} is quantised ({describe_quantization(info)}) and was asked for unpacked; a quantised "
+                f"model can only infer; load the run that it was made from ({info.metadata[KEY].get('source')})."
+            )
+        model = _load_quantized(config, info, target)
+        return LoadedModel(model, Tokenizer.load(run_folder), config, info, target)
     model = Transformer(config.model, compute_dtype=dtype)
     load_model_state(model, load_tensors(info, "model"), info)
     model.to(target).eval()
     if pack and dtype is torch.bfloat16 and target.type == "cpu" and select.cpu_library() is not None:
         pack_transformer(model)
     return LoadedModel(model, Tokenizer.load(run_folder), config, info, target)
+
+
+def _load_quantized(config: TrainConfig, info: CheckpointInfo, device: torch.device) -> Transformer:
+    """The quantised matrices go straight into their packed layout; their fp32 originals never exist."""
+    tensors = load_tensors(info, "model", device=str(device))
+    weights = take_quantized(tensors, info)
+    with torch.device("meta"):
+        model = Transformer(config.model, compute_dtype=torch.bfloat16)
+    _check_fit(model.state_dict(), {**tensors, **weights}, info)
+    # Biases, norms and routers compute in fp32; matrices that stay bf16 are packed as such.
+    model.load_state_dict(tensors, strict=False, assign=True)
+    return pack_transformer(model, weights)
 
 
 def load_run_config(run_folder: str | Path) -> TrainConfig:
@@ -61,7 +87,13 @@ def load_run_config(run_folder: str | Path) -> TrainConfig:
 
 def load_model_state(model: Transformer, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
     """Copy a checkpoint's tensors into a model of the same config; every tensor is used exactly once."""
-    own = model.state_dict()
+    _check_fit(model.state_dict(), tensors, info)
+    model.load_state_dict(tensors)
+
+
+def _check_fit(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor | QuantizedWeight], info: CheckpointInfo
+) -> None:
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
     if missing or extra or shapes:
@@ -69,4 +101,3 @@ def load_model_state(model: Transformer, tensors: dict[str, Tensor], info: Check
             f"{info.path} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}, other shapes "
             f"{shapes[:3]}; the config of the run that wrote it is required; use the config.yaml beside it."
         )
-    model.load_state_dict(tensors)
