@@ -173,10 +173,44 @@ struct IntegerPanel {
     size_t row_scales, row_sums;
 };
 
-// Where a product reads ahead while it computes: the weights of the next one.
+// Where a product reads ahead while it computes: `step` bytes further for every step through K, from `then` on when it
+// comes to block `turn`. 8 KiB ahead streams 4-bit weights at 93 % of the memory's rate on 2 Zen 5 cores, 2 KiB at 77 %.
 struct Ahead {
     const char* from;
-    size_t step;  // bytes for every four values of K
+    size_t step;
+    int turn = -1;
+    const char* then = nullptr;
+};
+constexpr size_t kAheadBytes = 8192;
+
+// For one pass over `blocks` blocks of a panel: ahead of itself, and at its end into what follows, if anything does.
+inline Ahead ahead_of_itself(const uint8_t* panel, int blocks, size_t block_bytes, size_t step, const uint8_t* next) {
+    const int distance = int((kAheadBytes + block_bytes - 1) / block_bytes);
+    const char* own = reinterpret_cast<const char*>(panel);
+    const char* following = next ? reinterpret_cast<const char*>(next) : own;
+    if (distance >= blocks) return {following, step};
+    return {own + size_t(distance) * block_bytes, step, blocks - distance, following};
+}
+
+// For one of several passes over `length` bytes of a panel: its share of the same bytes of the next one.
+inline Ahead ahead_of_share(const uint8_t* next, size_t begin, size_t length, int part, int parts, size_t step) {
+    const size_t share = length / size_t(parts);
+    return {reinterpret_cast<const char*>(next) + begin + share * size_t(part), step / size_t(parts)};
+}
+
+// What comes after a product: the weights of the next one (or null), and `count` cache lines, `stride` bytes apart, that
+// will be read or written.
+struct Next {
+    const uint8_t* panel = nullptr;
+    const char* lines = nullptr;
+    size_t stride = 64;
+    int64_t count = 0;
+
+    // The share of the lines that one of several passes brings nearer.
+    void prefetch_lines(int part, int parts) const {
+        const int64_t end = count * (part + 1) / parts;
+        for (int64_t i = count * part / parts; i < end; ++i) _mm_prefetch(lines + size_t(i) * stride, _MM_HINT_T0);
+    }
 };
 
 // Rows that one step works on: their int32 and fp32 sums are in registers, with 2 vectors of weights, 1 of activations.
@@ -206,6 +240,7 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
         const char* scales = a + panel.row_scales + 4 * size_t(block);
         const char* sums = a + panel.row_sums + size_t(4 * kBlockSums) * size_t(block);
         int left = panel.depth - block * kActivationBlock;
+        if (block == ahead.turn) ahead.from = ahead.then;
         for (int part = 0; part < kGroups && left > 0; ++part, left -= G) {
             const bf16* group_scales = reinterpret_cast<const bf16*>(weights);
             weights += kScaleBytes;
@@ -225,12 +260,8 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
                 Vi columns[V];
                 load_weights<Bits>(weights, columns);
                 weights += kStepBytes;
-                if constexpr (R <= kIntegerRows / 2) {
-                    _mm_prefetch(ahead.from, _MM_HINT_T0);
-                    if (Bits == 8) _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
-                } else {
-                    _mm_prefetch(ahead.from, _MM_HINT_T1);
-                }
+                _mm_prefetch(ahead.from, _MM_HINT_T0);
+                if (Bits == 8) _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
                 ahead.from += ahead.step;
 #pragma GCC unroll 12
                 for (int r = 0; r < R; ++r) {
@@ -354,9 +385,9 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
 }
 
 // As integer_product; a pass over K is one whose weights stay in the second-level cache while all rows pass.
-template <int Bits>
+template <int Bits, typename Done>
 inline void integer_tiles_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
-                                  const uint8_t* next) {
+                                  const Next& next, Done&& done) {
     static thread_local Scratch scratch;
     const int groups = (panel.depth + panel.group - 1) / panel.group, pass = 4096 / panel.group;
     const uint8_t* bytes = panel.data;
@@ -366,30 +397,34 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
         unpack_for_tiles(panel, unpacked);
         bytes = unpacked;
     }
-    const char* ahead = reinterpret_cast<const char*>(next);
+    const char* ahead = reinterpret_cast<const char*>(next.panel);
     const size_t panel_bytes = size_t(panel.depth) * kPanel * Bits / 8;
     const size_t share = panel_bytes / (size_t((rows + 31) / 32) * size_t((groups + pass - 1) / pass));
     for (int first = 0; first < groups; first += pass) {
         const int last = first + pass < groups ? first + pass : groups;
         for (int row = 0; row < rows; row += 32) {
-            if (next)
+            if (last == groups) next.prefetch_lines(row / 32, (rows + 31) / 32);
+            if (next.panel)
                 for (const char* end = ahead + share; ahead < end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-            integer_tiles<Bits>(panel, bytes, first, last, rows - row < 32 ? rows - row : 32, a + row * stride, stride,
-                                c + row * kPanel, first > 0);
+            const int end = row + 32 < rows ? row + 32 : rows;
+            integer_tiles<Bits>(panel, bytes, first, last, end - row, a + row * stride, stride, c + row * kPanel,
+                                first > 0);
+            if (last == groups) done(row, end);
         }
     }
 }
 
 #endif
 
-// C[rows][32] = rows of quantised activations times the panel, complete. `next`: what will be read after it, or null.
-template <int Bits, int G>
+// C[rows][32] = rows of quantised activations times the panel; done(first, last) is called as soon as those rows of C
+// are complete, while they are in the first-level cache.
+template <int Bits, int G, typename Done>
 inline void integer_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
-                            const uint8_t* next) {
+                            const Next& next, Done&& done) {
 #if defined(MOESAIC_TILES)
     // Fewer rows leave tiles mostly empty; integers are exact either way.
     if (rows > 4) {
-        integer_tiles_product<Bits>(panel, rows, a, stride, c, next);
+        integer_tiles_product<Bits>(panel, rows, a, stride, c, next, done);
         return;
     }
 #endif
@@ -404,14 +439,13 @@ inline void integer_product(const IntegerPanel& panel, int rows, const char* a, 
         const size_t begin = size_t(first) * block_bytes, length = size_t(last - first) * block_bytes;
         for (int part = 0; part < parts; ++part) {
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
-            // One pass over the weights reads ahead of itself; several share out the panel that follows.
-            Ahead ahead{reinterpret_cast<const char*>(panel.data) + begin + 2048, step_bytes};
-            if (parts > 1) {
-                ahead.from = reinterpret_cast<const char*>(next ? next : panel.data) + begin + length / parts * part;
-                ahead.step = step_bytes / parts;
-            }
+            const Ahead ahead =
+                parts > 1 ? ahead_of_share(next.panel ? next.panel : panel.data, begin, length, part, parts, step_bytes)
+                          : ahead_of_itself(panel.data, blocks, block_bytes, step_bytes, next.panel);
+            if (last == blocks) next.prefetch_lines(part, parts);
             integer_rows_of<Bits, G, kIntegerRows>(end - row, panel, first, last, a + row * stride, stride,
                                                    c + row * kPanel, first > 0, ahead);
+            if (last == blocks) done(row, end);
         }
     }
 }

@@ -7,8 +7,6 @@
 // (or shared expert) is one more expert, of all tokens, with a coefficient of its own.
 #pragma once
 
-#include <algorithm>
-
 #include "packed.h"
 
 namespace moesaic {
@@ -210,7 +208,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     });
 
     static thread_local Scratch sums_buffer, hidden_buffer, rows_buffer, out_buffer;
-    constexpr int kMostRows = 384;
+    constexpr int kMostRows = 192;
     float* c = sums_buffer.get<float>(size_t(kMostRows) * kPanel);
     float* hidden = hidden_buffer.get<float>(size_t(kMostRows) * kActivationBlock);
     int held = -1;
@@ -245,11 +243,14 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const int per_chunk = kActivationBlock / mlp.hidden_of_panel();
         const int begin = chunk * per_chunk, end = std::min(begin + per_chunk, mlp.up.panels());
         for (int p = begin; p < end; ++p) {
-            packed_product(mlp.up, matrix, p, run.rows, a, stride, c,
-                           p + 1 < end ? mlp.up.panel(matrix, p + 1) : nullptr);
             const float* bias =
                 mlp.up_bias ? mlp.up_bias + (matrix * mlp.up.panels() + p) * int64_t(kPanel) : nullptr;
-            activate_panel(mlp, c, run.rows, bias, hidden + (p - begin) * mlp.hidden_of_panel());
+            float* to = hidden + (p - begin) * mlp.hidden_of_panel();
+            packed_product(mlp.up, matrix, p, run.rows, a, stride, c,
+                           {p + 1 < end ? mlp.up.panel(matrix, p + 1) : nullptr}, [&](int first, int last) {
+                               activate_panel(mlp, c + first * kPanel, last - first, bias,
+                                              to + first * kActivationBlock);
+                           });
         }
         // What lies behind the last hidden column must not count, whatever it came out as.
         const int valid = int(std::min<int64_t>(mlp.intermediate - int64_t(chunk) * kActivationBlock, kActivationBlock));
@@ -263,14 +264,14 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     });
 
     const int panels = experts.down.panels();
-    // Long streams, but enough tasks that the threads finish together, and sums that stay in the second-level cache.
+    // Sums that stay in the second-level cache.
     const int64_t fit = std::max<int64_t>(1, (int64_t(512) << 10) / (tokens * kPanel * 4));
-    const int width = int(std::min<int64_t>(fit, std::max(1, panels / (8 * team.size()))));
-    team.tasks((panels + width - 1) / width, [&](long task) {
-        const int begin = int(task) * width, end = std::min(begin + width, panels), ld = width * kPanel;
+    const Slices slices{panels, team.size(), int(std::min<int64_t>(fit, panels))};
+    team.tasks(slices.count(), [&](long task) {
+        const int begin = slices.begin(int(task)), end = slices.begin(int(task) + 1), ld = (end - begin) * kPanel;
         float* out = out_buffer.get<float>(size_t(tokens) * ld);
         std::fill(out, out + size_t(tokens) * ld, 0.0f);
-        auto add_product = [&](const PackedMlp& mlp, int64_t matrix, int64_t first, int64_t count, const char* rows,
+        auto add_product = [&](const PackedMlp& mlp, int64_t matrix, int64_t first, int64_t count, int64_t total, const char* rows,
                                const uint8_t* following, auto&& token_of, auto&& weight_of) {
             const size_t stride = mlp.down.row_bytes();
             const int most = std::min(rows_at_once(stride), kMostRows);
@@ -278,21 +279,27 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             for (int part = 0; part < parts; ++part) {
                 const int64_t from = first + count * part / parts, to = first + count * (part + 1) / parts;
                 for (int p = begin; p < end; ++p) {
-                    const uint8_t* next = p + 1 < end          ? mlp.down.panel(matrix, p + 1)
-                                          : part + 1 < parts   ? mlp.down.panel(matrix, begin)
-                                                               : following;
-                    packed_product(mlp.down, matrix, p, int(to - from), rows + size_t(from) * stride, stride, c, next);
+                    Next next{p + 1 < end ? mlp.down.panel(matrix, p + 1) : part + 1 < parts ? mlp.down.panel(matrix, begin)
+                                                                                            : following};
+                    // The rows that follow come from the third-level cache or from memory.
+                    const int64_t ahead = std::min(to - from, total - to);
+                    next.lines = rows + (size_t(to) + size_t(ahead) * (p - begin) / (end - begin)) * stride;
+                    next.count = ahead * int64_t(stride) / (64 * (end - begin));
                     const float* bias = mlp.down_bias ? mlp.down_bias + matrix * mlp.down.columns : nullptr;
-                    for (int v = 0; v < kPanel; v += W) {
-                        const int64_t column = int64_t(p) * kPanel + v, left = mlp.down.columns - column;
-                        const Vf shift = bias && left > 0 ? load_row(bias + column, left) : zero();
-                        for (int64_t row = from; row < to; ++row) {
-                            Vf y = load(c + (row - from) * kPanel + v);
-                            if (bias) y = add(y, shift);
-                            float* place = out + size_t(token_of(row)) * ld + (p - begin) * kPanel + v;
-                            store(place, add(load(place), mul(set1(weight_of(row)), y)));
-                        }
-                    }
+                    packed_product(
+                        mlp.down, matrix, p, int(to - from), rows + size_t(from) * stride, stride, c, next,
+                        [&](int first, int last) {
+                            for (int v = 0; v < kPanel; v += W) {
+                                const int64_t column = int64_t(p) * kPanel + v, left = mlp.down.columns - column;
+                                const Vf shift = bias && left > 0 ? load_row(bias + column, left) : zero();
+                                for (int row = first; row < last; ++row) {
+                                    Vf y = load(c + row * kPanel + v);
+                                    if (bias) y = add(y, shift);
+                                    float* place = out + size_t(token_of(from + row)) * ld + (p - begin) * kPanel + v;
+                                    store(place, add(load(place), mul(set1(weight_of(from + row)), y)));
+                                }
+                            }
+                        });
                 }
             }
         };
@@ -307,13 +314,14 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
                                   : call.residual              ? call.residual->down.panel(0, begin)
                                                                : nullptr;
             add_product(
-                experts, expert, work.starts[expert], work.starts[expert + 1] - work.starts[expert], work.hidden, next,
+                experts, expert, work.starts[expert], work.starts[expert + 1] - work.starts[expert],
+                work.starts[call.num_experts], work.hidden, next,
                 [&](int64_t row) { return work.token_ids[row]; }, [&](int64_t row) { return work.weights[row]; });
             expert = following;
         }
         if (call.residual)
             add_product(
-                *call.residual, 0, 0, tokens, work.residual_hidden, nullptr, [](int64_t row) { return row; },
+                *call.residual, 0, 0, tokens, tokens, work.residual_hidden, nullptr, [](int64_t row) { return row; },
                 [&](int64_t row) { return call.residual_weights ? call.residual_weights[first_token + row] : 1.0f; });
         with_element_type(call.out_is_bf16, [&](auto kind) {
             using T = decltype(kind);

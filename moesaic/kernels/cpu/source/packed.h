@@ -6,6 +6,8 @@
 // and of threads does not show in it.
 #pragma once
 
+#include <algorithm>
+
 #include "gemm_int8.h"
 
 namespace moesaic {
@@ -62,6 +64,8 @@ inline void prepare_row(const Packed& weight, const T* x, char* to) {
 
 #if !defined(MOESAIC_TILES)
 
+constexpr int kAheadPairs = 64;  // pairs of K between two looks at where to read ahead
+
 // As gemm_rows of gemm_bf16.h, the same sums in the same order, reading ahead.
 template <int R>
 inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, float* c, bool accumulate,
@@ -70,16 +74,20 @@ inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, f
     Vf acc[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * kPanel + v * W) : zero();
+    for (int first = 0; first < pairs; first += kAheadPairs) {
+        if (first == ahead.turn * kAheadPairs) ahead.from = ahead.then;
+        const int last = first + kAheadPairs < pairs ? first + kAheadPairs : pairs;
 #pragma GCC unroll 2
-    for (int p = 0; p < pairs; ++p) {
-        Vi columns[V];
-        for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * kPanel + v * W);
-        _mm_prefetch(ahead.from, _MM_HINT_T0);
-        if (R <= 4) _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
-        ahead.from += ahead.step;
-        for (int r = 0; r < R; ++r) {
-            const Vi row = broadcast_dword(a + r * lda + 2 * p);
-            for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+        for (int p = first; p < last; ++p) {
+            Vi columns[V];
+            for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * kPanel + v * W);
+            _mm_prefetch(ahead.from, _MM_HINT_T0);
+            _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
+            ahead.from += ahead.step;
+            for (int r = 0; r < R; ++r) {
+                const Vi row = broadcast_dword(a + r * lda + 2 * p);
+                for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+            }
         }
     }
     for (int r = 0; r < R; ++r)
@@ -99,8 +107,9 @@ inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const u
 
 #endif
 
+template <typename Done>
 inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
-                         const uint8_t* next) {
+                         const Next& next, Done&& done) {
     constexpr int kDeep = 1024;  // pairs of K whose weights stay in the second-level cache while all rows pass
     const bf16* left = reinterpret_cast<const bf16*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
@@ -113,55 +122,77 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
         for (int part = 0; part < parts; ++part) {
 #if defined(MOESAIC_TILES)
             const int row = part * kRowBlock, end = row + kRowBlock < rows ? row + kRowBlock : rows;
-            const char* ahead = reinterpret_cast<const char*>(next) + begin + length / parts * part;
-            if (next)
+            if (first + here == pairs) next.prefetch_lines(part, parts);
+            const char* ahead = reinterpret_cast<const char*>(next.panel) + begin + length / parts * part;
+            if (next.panel)
                 for (const char* stop = ahead + length / parts; ahead < stop; ahead += 64)
                     _mm_prefetch(ahead, _MM_HINT_T1);
             gemm_panel(end - row, here, left + size_t(row) * lda + 2 * first, lda, weights + size_t(first) * kPanel,
                        kPanel, c + row * kPanel, kPanel, first > 0);
 #else
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
-            // One pass over the weights reads ahead of itself; several share out the panel that follows.
-            Ahead ahead{reinterpret_cast<const char*>(panel) + begin + 2048, 128};
-            if (parts > 1) {
-                ahead.from = reinterpret_cast<const char*>(next ? next : panel) + begin + length / parts * part;
-                ahead.step = 128 / size_t(parts);
-            }
+            const Ahead ahead =
+                parts > 1 ? ahead_of_share(next.panel ? next.panel : panel, begin, length, part, parts, kPanel * 4)
+                          : ahead_of_itself(panel, (pairs + kAheadPairs - 1) / kAheadPairs,
+                                            size_t(kAheadPairs) * kPanel * 4, kPanel * 4, next.panel);
+            if (first + here == pairs) next.prefetch_lines(part, parts);
             bf16_rows_of<kRowBlock>(end - row, here, left + size_t(row) * lda + 2 * first, lda,
                                     weights + size_t(first) * kPanel, c + row * kPanel, first > 0, ahead);
 #endif
+            if (first + here == pairs) done(row, end);
         }
     }
 }
 
-// C[rows][32] = prepared rows times a panel, in fp32, complete. `next`: the panel that will be read after it, or null.
+// C[rows][32] = prepared rows times a panel, in fp32; done(first, last) is called as soon as those rows are complete.
+template <typename Done>
 inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, int rows, const char* a, size_t stride,
-                           float* c, const uint8_t* next) {
+                           float* c, const Next& next, Done&& done) {
     const uint8_t* data = weight.panel(matrix, index);
     if (weight.format == kPackedBf16) {
-        bf16_product(data, weight.padded_depth(), rows, a, stride, c, next);
+        bf16_product(data, weight.padded_depth(), rows, a, stride, c, next, done);
         return;
     }
     const QuantizedRow row(weight.depth);
     IntegerPanel panel{data, nullptr, weight.padded_depth(), kActivationBlock, row.scales(), row.sums()};
     if (weight.format == kPackedInt8) {
         panel.scales = weight.scales + (matrix * weight.panels() + index) * kPanel;
-        integer_product<8, kActivationBlock>(panel, rows, a, stride, c, next);
+        integer_product<8, kActivationBlock>(panel, rows, a, stride, c, next, done);
         return;
     }
     panel.group = int(weight.group);
     if (weight.group == 32)
-        integer_product<4, 32>(panel, rows, a, stride, c, next);
+        integer_product<4, 32>(panel, rows, a, stride, c, next, done);
     else if (weight.group == 64)
-        integer_product<4, 64>(panel, rows, a, stride, c, next);
+        integer_product<4, 64>(panel, rows, a, stride, c, next, done);
     else
-        integer_product<4, 128>(panel, rows, a, stride, c, next);
+        integer_product<4, 128>(panel, rows, a, stride, c, next, done);
 }
+
+// `panels` of a matrix cut into slices for `threads`: long ones first, since a stream from memory needs some kilobytes to
+// come up to speed, and short ones at the end, so that the threads finish together.
+struct Slices {
+    int panels, threads, most;
+
+    int width(int left) const { return std::max(1, std::min(most, 2 * left / (3 * threads))); }
+    // The first panel of slice `index`; `panels` behind the last one.
+    int begin(int index) const {
+        // So many have full width without looking.
+        int at = most * std::min(index, std::max(0, panels / most - 2 * threads));
+        for (int i = at / most; i < index && at < panels; ++i) at += width(panels - at);
+        return at;
+    }
+    int count() const {
+        int count = std::max(0, panels / most - 2 * threads);
+        for (int at = begin(count); at < panels; ++count) at += width(panels - at);
+        return count;
+    }
+};
 
 // As many rows as stay in the second-level cache beside a panel, in whole steps of every kernel.
 inline int rows_at_once(size_t row_bytes) {
     const size_t fit = (size_t(512) << 10) / row_bytes;
-    return fit < 48 ? 48 : fit > 384 ? 384 : int(fit / 48 * 48);
+    return fit < 48 ? 48 : fit > 192 ? 192 : int(fit / 48 * 48);
 }
 
 // y (M, N) = x (M, K) weight^T + bias.
@@ -216,19 +247,25 @@ inline void packed_linear(Team& team, const LinearCall& call) {
             for (int64_t row = task * chunk; row < end; ++row) prepare(row, call.workspace + row * row_bytes);
         });
     }
-    const bool is_direct = !weight.is_integer() && call.x_is_bf16 && weight.depth % 32 == 0 && call.rows <= 2 * 12;
-    const int most = rows_at_once(row_bytes);
-    const int row_parts = int((call.rows + most - 1) / most);
-    // Enough tasks that the threads finish together, and each of them one long stream.
-    const int wanted = (16 * team.size() + row_parts - 1) / row_parts;
-    const int column_parts = weight.panels() < wanted ? weight.panels() : wanted;
+    const bool is_direct = !weight.is_integer() && call.x_is_bf16 && weight.depth % 32 == 0;
+    const int most = rows_at_once(row_bytes), panels = weight.panels();
+    // As many runs of rows for every thread where there are enough; else the columns are shared out too.
+    int row_parts = int((call.rows + most - 1) / most);
+    const bool by_rows = row_parts >= 2 * team.size();
+    if (by_rows) row_parts = round_up(row_parts, team.size());
+    const Slices slices{panels, (team.size() + row_parts - 1) / row_parts, panels};
+    const int column_parts = by_rows ? 1 : slices.count();
+    auto first_row = [&](int part) {
+        const int64_t row = call.rows * part / row_parts;
+        return part == row_parts || call.rows < row_parts * kRowBlock ? row : row / kRowBlock * kRowBlock;
+    };
     static thread_local Scratch sums, copies;
-    float* c = sums.get<float>(size_t(most) * kPanel);
-    char* copied = weight.is_integer() || is_direct ? nullptr : copies.get<char>(size_t(most) * row_bytes);
+    float* c = sums.get<float>(size_t(most + kRowBlock) * kPanel);
+    char* copied = weight.is_integer() || is_direct ? nullptr : copies.get<char>(size_t(most + kRowBlock) * row_bytes);
     int held = -1;
     team.tasks(long(row_parts) * column_parts, [&](long task) {
         const int part = int(task / column_parts), column = int(task % column_parts);
-        const int64_t first = call.rows * part / row_parts, last = call.rows * (part + 1) / row_parts;
+        const int64_t first = first_row(part), last = first_row(part + 1);
         const int rows = int(last - first);
         const char* a = call.workspace + size_t(first) * row_bytes;
         size_t stride = row_bytes;
@@ -241,14 +278,18 @@ inline void packed_linear(Team& team, const LinearCall& call) {
             held = part;
             a = copied;
         }
-        const int64_t begin = int64_t(weight.panels()) * column / column_parts;
-        const int64_t end = int64_t(weight.panels()) * (column + 1) / column_parts;
-        for (int64_t index = begin; index < end; ++index) {
-            packed_product(weight, 0, index, rows, a, stride, c, index + 1 < end ? weight.panel(0, index + 1) : nullptr);
-            with_element_type(call.out_is_bf16, [&](auto kind) {
-                using T = decltype(kind);
-                write_panel(c, rows, index, weight.columns, call.bias,
-                            static_cast<T*>(call.out) + first * call.out_stride, size_t(call.out_stride));
+        const int begin = by_rows ? 0 : slices.begin(column), end = by_rows ? panels : slices.begin(column + 1);
+        for (int index = begin; index < end; ++index) {
+            // Where the results go: a line of every row, which would stall the writing of short sums.
+            const size_t size = call.out_is_bf16 ? 2 : 4, out_stride = size_t(call.out_stride) * size;
+            const char* place = static_cast<const char*>(call.out) + size_t(first) * out_stride + index * kPanel * size;
+            const Next next{index + 1 < end ? weight.panel(0, index + 1) : nullptr, place, out_stride, rows};
+            packed_product(weight, 0, index, rows, a, stride, c, next, [&](int from, int to) {
+                with_element_type(call.out_is_bf16, [&](auto kind) {
+                    using T = decltype(kind);
+                    write_panel(c + from * kPanel, to - from, index, weight.columns, call.bias,
+                                static_cast<T*>(call.out) + (first + from) * call.out_stride, size_t(call.out_stride));
+                });
             });
         }
     });
