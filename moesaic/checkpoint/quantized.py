@@ -28,7 +28,7 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}" if self.group_size is None else f"int{self.bits}, groups of {self.group_size}"
+        return f"int{self.bits}" if self.group_size is None else f"int{self.bits} by {self.group_size}"
 
 
 def is_quantized(info: CheckpointInfo) -> bool:

@@ -140,7 +140,7 @@ def _tables(report: "QuantizationReport") -> "Group":
     sizes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     sizes.add_column("tensors")
     sizes.add_column("format")
-    for title in ("parameters", "stored before", "in bf16", "now", "of bf16"):
+    for title in ("parameters", "stored", "in bf16", "now", "of bf16"):
         sizes.add_column(title, justify="right")
     total = [0, 0, 0, 0]
 

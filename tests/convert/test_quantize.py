@@ -122,7 +122,7 @@ def test_the_report_is_what_one_measures(make_run: Any, tmp_path: Path) -> None:
     assert json.loads((out / REPORT_NAME).read_text()) == json.loads(json.dumps(report.to_json()))
     values = report.to_json()
     assert values["perplexity_ratio"] == pytest.approx(report.quantized.perplexity / report.reference.perplexity)
-    assert values["kinds"]["experts"]["format"] == "int4, groups of 32"
+    assert values["kinds"]["experts"]["format"] == "int4 by 32"
 
 
 @pytest.mark.parametrize("model", ["dense", "pr-moe"])
