@@ -5,6 +5,9 @@ its arguments, its result and one number per query and head. Anything else (othe
 dimensions, no kernels) is PyTorch's scaled_dot_product_attention, which is also the oracle of the tests.
 """
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,17 +84,22 @@ def _has_library() -> bool:
     return cpu_library() is not None
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The kernel takes any strides but the last."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+def _operands(*tensors: Tensor) -> list[Tensor]:
+    """What the kernel can read: any strides but the last."""
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors), [tensor.dtype for tensor in tensors]
+    return [tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in tensors]
 
 
-def _integers(values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+def _integers(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
+    return (ctypes.c_int64 * len(values))(*values)
 
 
-def _sizes(query: Tensor, key: Tensor) -> Tensor:
+def _sizes(query: Tensor, key: Tensor) -> "ctypes.Array[ctypes.c_int64]":
     return _integers([*query.shape[:3], key.shape[2], query.shape[3]])
+
+
+def _strides(operands: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_int64]":
+    return _integers([step for tensor in operands for step in tensor.stride()[:3]])
 
 
 @torch.library.custom_op("moesaic::causal_attention", mutates_args=(), device_types="cpu")
@@ -99,15 +107,14 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tens
     """Return the output (B, S, A, D) and, for the backward pass, (B, A, S): log2 of the sum of a query's weights."""
     library = cpu_library()
     assert library is not None
-    operands = [_rows(tensor) for tensor in (query, key, value)]
+    operands = _operands(query, key, value)
     numbers = None if documents is None else documents.to(torch.int64).contiguous()
     batch, length, heads, _ = query.shape
-    out = torch.empty(query.shape, dtype=torch.bfloat16)
-    log_sums = torch.empty(batch, heads, length)
-    sizes, strides = _sizes(query, key), _integers([step for tensor in operands for step in tensor.stride()[:3]])
+    out = query.new_empty(query.shape)
+    log_sums = query.new_empty(batch, heads, length, dtype=torch.float32)
     library.function("moesaic_attention_forward", "pppppppp")(
-        sizes.data_ptr(),
-        strides.data_ptr(),
+        _sizes(query, key),
+        _strides(operands),
         *(tensor.data_ptr() for tensor in operands),
         None if numbers is None else numbers.data_ptr(),
         out.data_ptr(),
@@ -119,8 +126,7 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tens
 @_causal_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
-    log_sums = query.new_empty(batch, heads, length, dtype=torch.float32)
-    return query.new_empty(query.shape, dtype=torch.bfloat16), log_sums
+    return query.new_empty(query.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
 
 
 @torch.library.custom_op("moesaic::causal_attention_backward", mutates_args=(), device_types="cpu")
@@ -129,14 +135,13 @@ def _causal_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     library = cpu_library()
     assert library is not None
-    operands = [_rows(tensor) for tensor in (query, key, value, out, grad)]
+    operands = _operands(query, key, value, out, grad)
     numbers = None if documents is None else documents.to(torch.int64).contiguous()
     log_sums = log_sums.contiguous()
-    grads = [torch.empty(tensor.shape, dtype=torch.bfloat16) for tensor in (query, key, value)]
-    sizes, strides = _sizes(query, key), _integers([step for tensor in operands for step in tensor.stride()[:3]])
+    grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
     library.function("moesaic_attention_backward", "pppppppppppp")(
-        sizes.data_ptr(),
-        strides.data_ptr(),
+        _sizes(query, key),
+        _strides(operands),
         *(tensor.data_ptr() for tensor in operands),
         None if numbers is None else numbers.data_ptr(),
         log_sums.data_ptr(),
