@@ -290,7 +290,7 @@ def _measure(device: str, seconds: float) -> _Measurement:
     from moesaic.kernels.select import cpu_library
 
     bandwidth, bf16, fp32, int8 = (seconds * share for share in _TORCH_SHARES)
-    buffer = _streamed_buffer(device)
+    buffer = streamed_buffer(device)
     by_torch = {
         "bandwidth_bytes_per_second": _measure_sum(buffer, bandwidth),
         "bf16_flops_per_second": _measure_products(device, torch.bfloat16, seconds=bf16),
@@ -313,7 +313,7 @@ def _measure(device: str, seconds: float) -> _Measurement:
     )
 
 
-def _streamed_buffer(device: str) -> "torch.Tensor":
+def streamed_buffer(device: str) -> "torch.Tensor":
     """Return fp32 ones, more than the caches hold, on the CPU in huge pages of their own."""
     import torch
 

@@ -98,7 +98,7 @@ def test_the_kernels_do_as_many_operations_as_they_say(kernels: str, threads: in
 
 def test_the_buffer_is_written_before_it_is_read(small: None) -> None:
     """Pages that nobody wrote are one page of zeros, which every cache holds."""
-    buffer = limits._streamed_buffer("cpu")
+    buffer = limits.streamed_buffer("cpu")
     assert buffer.nbytes == 16 << 20
     assert bool((buffer == 1).all())
 
