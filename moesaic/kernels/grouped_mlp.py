@@ -1,8 +1,9 @@
 """Every expert's MLP on its own run of rows: the contract, and its implementation with PyTorch's operations.
 
-On the CPU `F.grouped_mm` is itself a loop of one product per expert, and its backward writes each expert's gradient
-into a fresh tensor; looping here lets every product write into its place of one buffer. On CUDA `F.grouped_mm` is one
-kernel. The oracle is kernels/reference/moe.grouped_mlp.
+The C++ kernels take it over on the CPU where they apply (kernels/cpu/moe_training). Without them: `F.grouped_mm` is
+there itself a loop of one product per expert, and its backward writes each expert's gradient into a fresh tensor;
+looping here lets every product write into its place of one buffer. On CUDA `F.grouped_mm` is one kernel. The oracle is
+kernels/reference/moe.grouped_mlp.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels.activation import activate, activate_and_backward
+from moesaic.kernels.cpu import moe_training
 
 _PANEL_ROWS = 512
 _ROW_MULTIPLE = 8
@@ -52,6 +54,12 @@ def grouped_mlp(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) ->
     is_aligned = weights.up.shape[1] % 8 == weights.down.shape[2] % 8 == x.shape[1] % 8 == 0
     if x.device.type == "cuda" and x.dtype == torch.bfloat16 and is_aligned and x.shape[0]:
         return _grouped_mlp_cuda(x, tokens_per_expert, weights)
+    if moe_training.applies(x, weights.up, weights.down):
+        out, _ = moe_training.routed_mlp(
+            x, tokens_per_expert, None, None, None, weights.up, weights.up_bias, weights.down, weights.down_bias,
+            weights.activation,
+        )  # fmt: skip
+        return out
     return _GroupedMlp.apply(
         x,
         tokens_per_expert.tolist(),

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from moesaic.kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from moesaic.kernels.packed import PackedMlp
+from moesaic.kernels.routed_mlp import routed_mlp
+from moesaic.moe.dispatch import DispatchPlan
 
 
 class Experts(nn.Module):
@@ -35,3 +37,14 @@ class Experts(nn.Module):
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Return (N, H) for tokens (N, H) sorted by expert; computed in the tokens' dtype."""
         return grouped_mlp(tokens, tokens_per_expert, self.weights().to(tokens.dtype))
+
+    def routed(self, x: Tensor, plan: DispatchPlan, routing_weights: Tensor) -> Tensor:
+        """Return (T, H) for x (T, H) and routing_weights (T, K): every expert's work on its tokens, combined."""
+        return routed_mlp(
+            x,
+            self.weights().to(x.dtype),
+            tokens_per_expert=plan.tokens_per_expert,
+            token_ids=plan.token_ids,
+            slots=plan.slots,
+            routing_weights=routing_weights,
+        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config.model import FeedForwardConfig
-from moesaic.moe.dispatch import Dispatcher, DispatchPlan, LocalDispatcher, expert_capacity, plan_dispatch
+from moesaic.moe.dispatch import Dispatcher, DispatchPlan, expert_capacity, plan_dispatch
 from moesaic.moe.experts import Experts
 from moesaic.moe.router import Router, Routing, finish_weights
 from moesaic.moe.seeds import generator, mix_seeds
@@ -48,7 +48,8 @@ class MoELayer(nn.Module):
         self.experts = Experts(
             hidden_size, config.expert_intermediate_size, config.num_experts, activation=activation, has_bias=has_bias
         )
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        # None: all experts are on this device, and one operation gathers, computes and combines.
+        self.dispatcher: Dispatcher | None = None
 
     def forward(
         self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, replay: RoutingDecision | None = None
@@ -62,9 +63,12 @@ class MoELayer(nn.Module):
         routing = self.router(x, valid=valid, seed=mix_seeds(seed, 0), expert_ids=expert_ids)
         plan = self._plan(routing, valid, mix_seeds(seed, 1)) if replay is None else replay.plan
         weights = finish_weights(routing.routing_weights, plan.kept, self.config.router)
-        dispatched = self.dispatcher.dispatch(x, plan)
-        y = self.experts(dispatched.tokens, dispatched.tokens_per_expert)
-        out = self.dispatcher.combine(y, weights, dispatched.receipt)
+        if self.dispatcher is None:
+            out = self.experts.routed(x, plan, weights)
+        else:
+            dispatched = self.dispatcher.dispatch(x, plan)
+            y = self.experts(dispatched.tokens, dispatched.tokens_per_expert)
+            out = self.dispatcher.combine(y, weights, dispatched.receipt)
         routes = routing.tokens_per_expert.sum()
         drop_rate = (routes - plan.tokens_per_expert.sum()) / routes.clamp_min(1)
         statistics = MoEStatistics(

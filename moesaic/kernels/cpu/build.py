@@ -11,11 +11,13 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,17 +101,18 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
     flags = [*_FLAGS, *_instruction_flags(instruction_set), *extra_flags]
     openmp = openmp_library()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    headers = b"".join(path.name.encode() + path.read_bytes() for path in sorted(_SOURCE.glob("*.h")))
-    common = "\0".join([*flags, compiler, version, str(openmp)]).encode() + headers
+    common = "\0".join([*flags, compiler, version, str(openmp)]).encode()
     sources = sorted(_SOURCE.glob("*.cpp"))
-    keys = {source: _digest(common + source.read_bytes()) for source in sources}
+    keys = {source: _digest(common + _with_headers(source)) for source in sources}
     folder = (folder or cache_folder()) / "kernels"
     library = folder / f"{instruction_set}-{_digest(''.join(keys.values()).encode())}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    logger.info(f"compiling the CPU kernels for {instruction_set} (once, some seconds)")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with _alone(folder / f"{instruction_set}.lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if library.exists():  # another process has built it while this one waited
+            return library
+        logger.info(f"compiling the CPU kernels for {instruction_set} (once, some seconds)")
 
         def compile_one(source: Path) -> Path:
             compiled = folder / f"{source.stem}-{instruction_set}-{keys[source]}.o"
@@ -124,7 +127,7 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
         linked = Path(scratch) / library.name
         link = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-lgomp"]
         _run([compiler, "-shared", *flags, *map(str, objects), *link, "-o", str(linked)])
-        linked.replace(library)  # whole or not at all, whoever else builds it too
+        linked.replace(library)  # whole or not at all
     return library
 
 
@@ -191,6 +194,28 @@ def _run(command: list[str]) -> None:
             f"compiling the CPU kernels failed ({' '.join(command)}):\n{done.stderr[-4000:]}\nA C++17 compiler with "
             "AVX2 is required; install a newer g++ (11 or later), or go on with MOESAIC_KERNELS=reference."
         )
+
+
+def _with_headers(source: Path) -> bytes:
+    """Return the text of a source and of all headers of ours that it includes, directly or not."""
+    seen: dict[str, bytes] = {}
+    waiting = [source.name]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen[name] = (_SOURCE / name).read_bytes()
+            waiting += re.findall(r'^#include "(.+)"$', seen[name].decode(), re.MULTILINE)
+    return b"".join(name.encode() + seen[name] for name in sorted(seen))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process at a time through, so that several that start together compile once."""
+    import fcntl  # not on Windows, where there are no kernels
+
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _digest(data: bytes) -> str:

@@ -48,10 +48,13 @@ class _Call(ctypes.Structure):
 
 
 def applies(x: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether the operator takes these: bf16 on the CPU, hidden and intermediate sizes multiples of 32, kernels here."""
+    """Whether the operator takes these: bf16 (or under autocast to it) on the CPU, sizes that are multiples of 32."""
+    is_bf16 = x.dtype == up.dtype == down.dtype == torch.bfloat16
+    if torch.is_autocast_enabled("cpu"):
+        is_bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16
     return (
         x.device.type == "cpu"
-        and x.dtype == up.dtype == down.dtype == torch.bfloat16
+        and is_bf16
         and x.shape[1] % _SIZE_MULTIPLE == down.shape[2] % _SIZE_MULTIPLE == 0
         and cpu_library() is not None
     )
@@ -108,7 +111,7 @@ def routed_mlp_backward(
     activation: str,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, routing_weights, up, up_bias, down and down_bias; empty where there is no such input."""
+    """Return the gradients of x, routing_weights, up, up_bias, down, down_bias; empty where there is no such input."""
     call, kept = _call(
         x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias, activation
     )
@@ -127,21 +130,8 @@ def routed_mlp_backward(
 
 
 @routed_mlp_backward.register_fake
-def _(
-    grad,
-    pre,
-    x,
-    tokens_per_expert,
-    token_ids,
-    slots,
-    routing_weights,
-    up,
-    up_bias,
-    down,
-    down_bias,
-    activation,
-    needs_x,
-):  # type: ignore[no-untyped-def]
+def _(grad, pre, x, tokens_per_expert, *others):  # type: ignore[no-untyped-def]
+    _, _, routing_weights, up, up_bias, down, down_bias, _, needs_x = others
     return _gradients(x, routing_weights, up, up_bias, down, down_bias, needs_x)
 
 
@@ -199,6 +189,24 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
 
 
 routed_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+_MATRICES = ("x", "up", "up_bias", "down", "down_bias")
+_AUTOCAST = torch.library.Library("moesaic", "FRAGMENT")
+
+
+def _autocast(*arguments):  # type: ignore[no-untyped-def]
+    """Under autocast everything that is multiplied is bf16; the routing weights stay fp32."""
+    schema = torch.ops.moesaic.routed_mlp.default._schema
+    with torch.autocast("cpu", enabled=False):
+        return torch.ops.moesaic.routed_mlp(
+            *(
+                value.to(torch.bfloat16) if argument.name in _MATRICES and value is not None else value
+                for argument, value in zip(schema.arguments, arguments, strict=True)
+            )
+        )
+
+
+_AUTOCAST.impl("routed_mlp", _autocast, "AutocastCPU")
 
 
 def _call(

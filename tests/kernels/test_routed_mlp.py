@@ -1,0 +1,254 @@
+"""The experts on routed tokens equal the loop over tokens, values and every gradient, on every set of CPU kernels."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.kernels.cpu import moe_training
+from moesaic.kernels.cpu.build import EMULATED_TILES, supported_instruction_sets
+from moesaic.kernels.grouped_mlp import ExpertWeights, grouped_mlp
+from moesaic.kernels.reference import moe as reference
+from moesaic.kernels.routed_mlp import routed_mlp
+from moesaic.kernels.select import REFERENCE, forced
+from moesaic.moe.dispatch import DispatchPlan, plan_dispatch
+
+SUPPORTED = supported_instruction_sets()
+KERNELS = [REFERENCE, *SUPPORTED, *([EMULATED_TILES] if SUPPORTED else [])]
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
+
+
+def leaf(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return drawn.bfloat16().requires_grad_()
+
+
+def weights_of(activation: str, has_bias: bool, hidden: int, inner: int, experts: int) -> ExpertWeights:
+    outer = 2 * inner if activation == "swiglu" else inner
+    return ExpertWeights(
+        leaf(experts, outer, hidden, seed=1, scale=hidden**-0.5),
+        leaf(experts, hidden, inner, seed=2, scale=inner**-0.5),
+        leaf(experts, outer, seed=3) if has_bias else None,
+        leaf(experts, hidden, seed=4) if has_bias else None,
+        activation,
+    )
+
+
+def leaves_of(weights: ExpertWeights) -> list[Tensor]:
+    tensors = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def choose(tokens: int, experts: int, top_k: int, seed: int = 6) -> Tensor:
+    noise = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed))
+    return noise.topk(top_k, dim=-1).indices
+
+
+def run(x: Tensor, weights: ExpertWeights, plan: DispatchPlan, routing_weights: Tensor) -> Tensor:
+    return routed_mlp(
+        x,
+        weights,
+        tokens_per_expert=plan.tokens_per_expert,
+        token_ids=plan.token_ids,
+        slots=plan.slots,
+        routing_weights=routing_weights,
+    )
+
+
+def oracle(x: Tensor, weights: ExpertWeights, plan: DispatchPlan, routing_weights: Tensor) -> Tensor:
+    """In double precision: every row through its expert, then a weighted sum of each token's rows."""
+    wide = weights.to(torch.float64)
+    rows = reference.grouped_mlp(x.double()[plan.token_ids], plan.tokens_per_expert.tolist(), wide)
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return (padded[plan.slots] * routing_weights.double()[..., None]).sum(1)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
+
+
+def compare(weights: ExpertWeights, plan: DispatchPlan, tokens: int) -> None:
+    x = leaf(tokens, weights.down.shape[1], seed=0)
+    generator = torch.Generator().manual_seed(5)
+    routing_weights = torch.rand(plan.slots.shape, generator=generator).requires_grad_()
+    grad = torch.randn(x.shape, generator=generator).bfloat16()
+    leaves = [x, routing_weights, *leaves_of(weights)]
+    out, wanted = run(x, weights, plan, routing_weights), oracle(x, weights, plan, routing_weights)
+    assert out.dtype == x.dtype and out.shape == wanted.shape
+    # A chain of about four roundings to bf16, of 2^-9 each at most.
+    assert relative_error(out, wanted) < 1e-2
+    got = torch.autograd.grad(out, leaves, grad)
+    for mine, theirs in zip(got, torch.autograd.grad(wanted, leaves, grad.double()), strict=True):
+        assert mine.dtype == theirs.dtype and relative_error(mine, theirs) < 1e-2
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    with forced(request.param) as selection:
+        yield selection
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_equals_the_loop(kernels, activation: str, has_bias: bool) -> None:  # type: ignore[no-untyped-def]
+    weights = weights_of(activation, has_bias, hidden=64, inner=96, experts=5)
+    compare(weights, plan_dispatch(choose(37, 5, 2), 5), 37)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "inner"),
+    [
+        (1, 4, 1, 32, 32),  # one token
+        (20, 64, 1, 32, 64),  # most experts empty
+        (130, 3, 3, 160, 224),  # all tokens to all experts; columns that no chunk of 96 divides
+        (300, 2, 1, 64, 128),  # many rows an expert
+        (97, 1, 1, 96, 32),
+    ],
+)
+def test_awkward_sizes(kernels, tokens: int, experts: int, top_k: int, hidden: int, inner: int) -> None:  # type: ignore[no-untyped-def]
+    weights = weights_of("swiglu", True, hidden=hidden, inner=inner, experts=experts)
+    compare(weights, plan_dispatch(choose(tokens, experts, top_k), experts), tokens)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_dropped_routes_and_padding(kernels, top_k: int) -> None:  # type: ignore[no-untyped-def]
+    weights = weights_of("swiglu", True, hidden=64, inner=32, experts=4)
+    valid = torch.arange(50) % 7 != 3
+    plan = plan_dispatch(choose(50, 4, top_k), 4, valid=valid, capacity=6)
+    assert not plan.is_complete
+    compare(weights, plan, 50)
+    out = run(leaf(50, 64, seed=0), weights, plan, torch.rand(50, top_k))
+    assert (out[~valid] == 0).all()
+
+
+def test_no_token_at_all(kernels) -> None:  # type: ignore[no-untyped-def]
+    weights = weights_of("swiglu", True, hidden=64, inner=32, experts=4)
+    x = torch.zeros(0, 64, dtype=torch.bfloat16, requires_grad=True)
+    plan = plan_dispatch(torch.zeros(0, 1, dtype=torch.int64), 4)
+    out = run(x, weights, plan, torch.zeros(0, 1))
+    for gradient in torch.autograd.grad(out.sum(), leaves_of(weights)):
+        assert (gradient == 0).all()
+
+
+def test_rows_already_sorted(kernels) -> None:  # type: ignore[no-untyped-def]
+    """grouped_mlp, which expert parallelism calls, is the same without gather and combine."""
+    counts = torch.tensor([7, 0, 33, 16, 1])
+    weights = weights_of("gelu", True, hidden=64, inner=96, experts=5)
+    x = leaf(57, 64, seed=0)
+    grad = leaf(57, 64, seed=9).detach()
+    out = grouped_mlp(x, counts, weights)
+    wanted = reference.grouped_mlp(x.double(), counts.tolist(), weights.to(torch.float64))
+    assert relative_error(out, wanted) < 1e-2
+    leaves = [x, *leaves_of(weights)]
+    got = torch.autograd.grad(out, leaves, grad)
+    for mine, theirs in zip(got, torch.autograd.grad(wanted, leaves, grad.double()), strict=True):
+        assert relative_error(mine, theirs) < 1e-2
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_bad_values_stay_with_their_token(kernels, value: float) -> None:  # type: ignore[no-untyped-def]
+    weights = weights_of("swiglu", False, hidden=64, inner=32, experts=4)
+    x = leaf(40, 64, seed=0).detach()
+    plan, routing_weights = plan_dispatch(choose(40, 4, 2), 4), torch.rand(40, 2)
+    clean = run(x, weights, plan, routing_weights)
+    x[11, 5] = value
+    out = run(x, weights, plan, routing_weights)
+    assert not out[11].isfinite().any()
+    others = torch.arange(40) != 11
+    assert torch.equal(out[others], clean[others])
+
+
+def test_non_contiguous_input(kernels) -> None:  # type: ignore[no-untyped-def]
+    weights = weights_of("swiglu", False, hidden=64, inner=32, experts=4)
+    plan, routing_weights = plan_dispatch(choose(40, 4, 2), 4), torch.rand(40, 2)
+    x = leaf(64, 40, seed=0)
+    out = run(x.t(), weights, plan, routing_weights)
+    assert torch.equal(out, run(x.t().contiguous(), weights, plan, routing_weights))
+    (got,) = torch.autograd.grad(out, x, torch.ones(64, 40).bfloat16().t())
+    assert got.shape == x.shape and got.isfinite().all()
+
+
+needs_kernels = pytest.mark.skipif(not SUPPORTED, reason="the C++ kernels need an x86 processor with AVX2")
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [2, 3])
+def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    weights = weights_of("swiglu", True, hidden=64, inner=96, experts=5)
+    plan = plan_dispatch(choose(200, 5, 2), 5)
+    x, routing_weights = leaf(200, 64, seed=0), torch.rand(200, 2).requires_grad_()
+    leaves = [x, routing_weights, *leaves_of(weights)]
+
+    def results() -> list[Tensor]:
+        out = run(x, weights, plan, routing_weights)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    before = torch.get_num_threads()
+    one = results()
+    try:
+        torch.set_num_threads(threads)
+        several = results()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+@needs_kernels
+def test_keeps_input_pre_activation_and_routing_only() -> None:
+    weights = weights_of("swiglu", False, hidden=64, inner=96, experts=5)
+    plan = plan_dispatch(choose(64, 5, 2), 5)
+    x, routing_weights = leaf(64, 64, seed=0), torch.rand(64, 2).requires_grad_()
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run(x, weights, plan, routing_weights)
+    parameters = {weights.up.data_ptr(), weights.down.data_ptr()}
+    kept = sum(tensor.nbytes for address, tensor in saved.items() if address not in parameters)
+    routing = routing_weights.nbytes + plan.slots.nbytes + plan.token_ids.nbytes + plan.tokens_per_expert.nbytes
+    assert kept == x.nbytes + 128 * 2 * 96 * 2 + routing
+
+
+@needs_kernels
+def test_is_an_ordinary_operator() -> None:
+    weights = weights_of("swiglu", True, hidden=32, inner=32, experts=3)
+    plan = plan_dispatch(choose(9, 3, 2), 3)
+    arguments = (
+        leaf(9, 32, seed=0), plan.tokens_per_expert, plan.token_ids, plan.slots,
+        torch.rand(9, 2).requires_grad_(), weights.up, weights.up_bias, weights.down, weights.down_bias, "swiglu",
+    )  # fmt: skip
+    torch.library.opcheck(moe_training.routed_mlp, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(moe_training.routed_mlp, arguments, test_utils="test_autograd_registration")
+
+
+@needs_kernels
+def test_autocast_computes_in_bf16() -> None:
+    weights = weights_of("swiglu", True, hidden=64, inner=32, experts=4)
+    plan, routing_weights = plan_dispatch(choose(40, 4, 2), 4), torch.rand(40, 2)
+    x = leaf(40, 64, seed=0).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(x.float(), weights.to(torch.float32), plan, routing_weights)
+    assert torch.equal(out, run(x, weights, plan, routing_weights))
+
+
+@needs_kernels
+def test_checkpointing_recomputes_the_same() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    weights = weights_of("swiglu", False, hidden=64, inner=32, experts=4)
+    plan, routing_weights = plan_dispatch(choose(40, 4, 2), 4), torch.rand(40, 2)
+    x = leaf(40, 64, seed=0)
+
+    def gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(x).float().square().sum(), [x, *leaves_of(weights)])
+
+    def layer(rows: Tensor) -> Tensor:
+        return run(rows, weights, plan, routing_weights)
+
+    plain = gradients(layer)
+    again = gradients(lambda rows: checkpoint(layer, rows, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
