@@ -1,7 +1,9 @@
 """Cross-entropy of a linear layer's output without the (T, V) logits ever existing at once.
 
 The gradient is computed in the forward pass, chunk by chunk of tokens, while a chunk's logits are in the cache; what is
-kept for the backward pass is the gradient of the hidden states and of the weight. The oracle is F.cross_entropy.
+kept for the backward pass is the gradient of the hidden states and of the weight. In C++ one operator does all of it in
+bf16, where hidden size and vocabulary are multiples of 32; else PyTorch's products go with a kernel for the rest. The
+oracle is F.cross_entropy.
 """
 
 import torch
@@ -50,6 +52,22 @@ def _has_kernel(hidden: Tensor) -> bool:
     )
 
 
+def _is_fused(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the products too are in C++, for sizes without remainders."""
+    return (
+        _has_kernel(hidden)
+        and hidden.dtype == weight.dtype == torch.bfloat16
+        and hidden.shape[1] % 32 == weight.shape[0] % 32 == 0
+    )
+
+
+def _outside(target: Tensor, vocab_size: int) -> IndexError:
+    return IndexError(
+        f"target {int(target)} is outside the vocabulary; a number in [0, {vocab_size}), or -100 for nothing to "
+        "predict, is required; take the tokenizer that the model was trained with."
+    )
+
+
 @torch.library.custom_op("moesaic::cross_entropy", mutates_args=("logits",), device_types="cpu")
 def _cross_entropy(logits: Tensor, targets: Tensor, wants_gradient: bool) -> Tensor:
     """The (t,) losses of logits (t, V) at targets; with wants_gradient their gradient takes the place of the logits."""
@@ -68,16 +86,47 @@ def _cross_entropy(logits: Tensor, targets: Tensor, wants_gradient: bool) -> Ten
         wants_gradient,
     )
     if wrong:
-        raise IndexError(
-            f"target {int(targets[wrong - 1])} is outside the vocabulary; a number in [0, {logits.shape[1]}), or -100 "
-            "for nothing to predict, is required; take the tokenizer that the model was trained with."
-        )
+        raise _outside(targets[wrong - 1], logits.shape[1])
     return losses
 
 
 @_cross_entropy.register_fake
 def _(logits, targets, wants_gradient):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("moesaic::linear_cross_entropy", mutates_args=(), device_types="cpu")
+def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The (T,) losses; with wants_gradient the gradients of their sum, (T, H) bf16 and (V, H) fp32, else empty ones."""
+    library = select.cpu_library()
+    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
+    hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
+    losses = torch.empty(hidden.shape[0])
+    grad_hidden = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
+    grad_weight = torch.empty(weight.shape if wants_gradient else 0)
+    wrong = library.function("moesaic_linear_cross_entropy", "pppiiippp")(
+        hidden.data_ptr(),
+        weight.data_ptr(),
+        targets.data_ptr(),
+        hidden.shape[0],
+        hidden.shape[1],
+        weight.shape[0],
+        losses.data_ptr(),
+        grad_hidden.data_ptr() if wants_gradient else None,
+        grad_weight.data_ptr() if wants_gradient else None,
+    )
+    if wrong:
+        raise _outside(targets[wrong - 1], weight.shape[0])
+    return losses, grad_hidden, grad_weight
+
+
+@_fused.register_fake
+def _(hidden, weight, targets, wants_gradient):  # type: ignore[no-untyped-def]
+    return (
+        hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        hidden.new_empty(hidden.shape if wants_gradient else 0),
+        weight.new_empty(weight.shape if wants_gradient else 0, dtype=torch.float32),
+    )
 
 
 class _Workspace:
@@ -136,6 +185,8 @@ def _workspace(hidden: Tensor, weight: Tensor, chunks: list[tuple[int, int]]) ->
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    if _is_fused(hidden, weight):
+        return torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets, False)[0]
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     chunks = _chunks(hidden.shape[0], weight.shape[0])
     workspace = _workspace(hidden, weight, chunks)
@@ -145,22 +196,32 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
+def _by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of the losses, and its gradients of hidden (T, H) and, in fp32, of weight (V, H)."""
+    chunks = _chunks(hidden.shape[0], weight.shape[0])
+    workspace = _workspace(hidden, weight, chunks)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    product = torch.empty_like(weight)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start, end in chunks:
+        x, target = hidden[start:end], targets[start:end]
+        losses, grad_logits = workspace.losses_and_gradient(x, weight, target)
+        total += losses.sum()
+        torch.mm(grad_logits, weight, out=grad_hidden[start:end])
+        grad_weight += torch.mm(grad_logits.t(), x, out=product)
+    return total, grad_hidden, grad_weight
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
         count = _count(targets)
-        chunks = _chunks(hidden.shape[0], weight.shape[0])
-        workspace = _workspace(hidden, weight, chunks)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        product = torch.empty_like(weight)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start, end in chunks:
-            x, target = hidden[start:end], targets[start:end]
-            losses, grad_logits = workspace.losses_and_gradient(x, weight, target)
-            total += losses.sum()
-            torch.mm(grad_logits, weight, out=grad_hidden[start:end])
-            grad_weight += torch.mm(grad_logits.t(), x, out=product)
+        if _is_fused(hidden, weight):
+            losses, grad_hidden, grad_weight = torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets, True)
+            total = losses.sum()
+        else:
+            total, grad_hidden, grad_weight = _by_chunks(hidden, weight, targets)
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
         return total / count

@@ -1,5 +1,7 @@
 """The chunked cross-entropy equals F.cross_entropy of the whole logits, values and every gradient."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,3 +136,82 @@ def test_the_weight_gradient_of_many_chunks_is_summed_in_fp32(monkeypatch: pytes
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", VOCAB)
     (got,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), weight)
     assert relative_error(got, wanted) < 1e-2
+
+
+@pytest.mark.parametrize(("hidden_size", "vocab_size"), [(32, 32), (64, 128), (96, 224)])
+@pytest.mark.parametrize("num_tokens", [1, 33, 1100])
+def test_the_products_in_the_same_operator(
+    compiled_kernels: str, num_tokens: int, hidden_size: int, vocab_size: int
+) -> None:
+    """Sizes without remainders, in bf16; 1100 tokens are more than one group."""
+    hidden = normal(num_tokens, hidden_size, seed=0).to(torch.bfloat16).requires_grad_()
+    weight = (normal(vocab_size, hidden_size, seed=1) * 0.3).to(torch.bfloat16).requires_grad_()
+    targets = targets_of(num_tokens).remainder(vocab_size).masked_fill(targets_of(num_tokens) == -100, -100)
+    wide_hidden, wide_weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    logits = wide_hidden @ wide_weight.t()
+    each = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    torch.testing.assert_close(each.double(), F.cross_entropy(logits, targets, reduction="none"), rtol=1e-5, atol=1e-5)
+    loss, wanted = linear_cross_entropy(hidden, weight, targets), F.cross_entropy(logits, targets)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(wanted, (wide_hidden, wide_weight))
+    for mine, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
+        assert relative_error(mine, theirs) < 1e-2
+
+
+def test_the_same_bits_for_any_number_of_threads(compiled_kernels: str) -> None:
+    hidden = normal(300, 64, seed=0).to(torch.bfloat16)
+    weight = normal(128, 64, seed=1).to(torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets_of(300), True))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for mine, theirs in zip(other, results[0], strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_in_one_operator_a_non_finite_token_spoils_itself_alone(compiled_kernels: str, bad: float) -> None:
+    hidden = normal(40, 32, seed=0).to(torch.bfloat16)
+    hidden[[4, 5], 3] = bad
+    weight = normal(128, 32, seed=1).to(torch.bfloat16)
+    targets = targets_of(40, share_ignored=0.0)
+    targets[5] = -100
+    losses, grad_hidden, _ = torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets, True)
+    assert losses.isfinite().tolist() == [token != 4 for token in range(40)]
+    assert grad_hidden.isfinite().all(1).tolist() == [token != 4 for token in range(40)]
+    assert losses[5] == torch.count_nonzero(grad_hidden[5]) == 0
+
+
+def test_in_one_operator_impossible_classes_and_likely_targets_are_exact(compiled_kernels: str) -> None:
+    """A chunk of classes of -infinity, an infinite loss, and a target whose gradient is a small difference."""
+    weight = torch.zeros(224, 32)
+    weight[:130] = float("-inf")
+    weight[200] = 12.0
+    hidden = torch.zeros(2, 32)
+    hidden[:, 0] = 1.0
+    weight[:, 1:] = 0.0
+    targets = torch.tensor([200, 3])
+    operands = hidden.to(torch.bfloat16), weight.to(torch.bfloat16)
+    losses, grad_hidden, grad_weight = torch.ops.moesaic.linear_cross_entropy(*operands, targets, True)
+    assert losses[1] == float("inf")
+    rest = 93 * math.exp(-12.0)
+    assert losses[0].item() == pytest.approx(math.log1p(rest), abs=1e-6)  # of a sum near 1 in fp32
+    alone = torch.ops.moesaic.linear_cross_entropy(operands[0][:1], operands[1], targets[:1], True)[2]
+    assert alone[200, 0].item() == pytest.approx(-rest / (1 + rest), rel=1e-2)
+    assert grad_hidden.shape == (2, 32) and grad_weight.shape == (224, 32)
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_the_operators_are_ordinary_ones(compiled_kernels: str, wants_gradient: bool) -> None:
+    hidden, weight = normal(9, 32, seed=0).to(torch.bfloat16), normal(128, 32, seed=1).to(torch.bfloat16)
+    torch.library.opcheck(
+        torch.ops.moesaic.linear_cross_entropy.default, (hidden, weight, targets_of(9), wants_gradient)
+    )
+    torch.library.opcheck(torch.ops.moesaic.cross_entropy.default, (hidden @ weight.t(), targets_of(9), wants_gradient))
+    with pytest.raises(IndexError, match="outside the vocabulary"):
+        torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets_of(9).clamp_max(-1), wants_gradient)
