@@ -188,7 +188,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = Fal
     order = _panel_order(out_size, interleave_gate).to(device)
     matrix_bytes = len(order) * _row_bytes(format, in_size, group_size)
     count = 1 if num_matrices is None else num_matrices
-    data = _empty_on_huge_pages(count * matrix_bytes, device).view(count, matrix_bytes)
+    data = empty_on_huge_pages(count * matrix_bytes, device).view(count, matrix_bytes)
     scales = torch.empty(count, len(order), device=device) if format == "int8" else None
     for index in range(count):
         if isinstance(weight, Tensor):
@@ -495,7 +495,7 @@ def _write_panels(rows: Tensor, out: Tensor) -> None:
     out.view(torch.int32).view(dwords.shape[0], -1, _PANEL).copy_(dwords.transpose(1, 2))
 
 
-def _empty_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
+def empty_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
     """Return uint8 memory that the kernel backs with huge pages where it can: fewer of its tables to walk."""
     data = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     start = -(-data.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
