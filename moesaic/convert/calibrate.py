@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moesaic.checkpoint.quantized import Scheme
 from moesaic.config.model import ModelConfig
-from moesaic.convert.rounding import feedback_factor, round_with_feedback, round_with_search
+from moesaic.convert.rounding import feedback_factor, round_with_feedback
 from moesaic.kernels.activation import activate
 from moesaic.kernels.quantized import QuantizedWeight, dequantize
 from moesaic.model.feed_forward import Mlp
@@ -46,25 +46,41 @@ def calibrated_weights(
     with torch.device("meta"):
         model = Transformer(config, compute_dtype=compute_dtype).eval()
     _materialize(model, [name for name in model.state_dict() if not name.startswith("blocks.")], read)
-    if "embedding" in schemes:  # tied: a table of rows as well as a matrix, so no inputs speak for all of it
-        scheme = schemes["embedding"]
-        quantized = round_with_search(model.embedding, bits=scheme.bits, group_size=scheme.group_size)
+    if "embedding" in schemes:
+        # Tied: it is needed first, as a table of rows, and is the output matrix too, whose inputs come last. They are
+        # taken from the model as it is, in a pass of its own.
+        quantized = _round(model.embedding, feedback_factor(_final_moments(model, read, batches)), schemes["embedding"])
         model.embedding.copy_(dequantize(quantized))
         yield "embedding", quantized
     states = [_arguments_of(model.blocks[0], model, tokens) for tokens in batches]
-    for layer, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
+    for layer, block in _blocks(model, read):
         prefix = f"blocks.{layer}."
-        _materialize(block, list(block.state_dict()), lambda name, prefix=prefix: read(prefix + name))  # type: ignore[misc]
         own = {name.removeprefix(prefix): scheme for name, scheme in schemes.items() if name.startswith(prefix)}
         for name, quantized in _block(block, own, states):
             yield prefix + name, quantized
         states = [(_run(block, x, keywords), keywords) for x, keywords in states]
-        block.to("meta")
         on_layer(layer)
     if "lm_head" in schemes and model.lm_head is not None:
         moments = _moments(model.final_norm(x).flatten(0, 1) for x, _ in states)
         yield "lm_head", _round(model.lm_head, feedback_factor(moments), schemes["lm_head"])
+
+
+def _final_moments(model: Transformer, read: Callable[[str], Tensor], batches: Sequence[Tensor]) -> Tensor:
+    """Return the second moments of what reaches the output matrix of the model as it is."""
+    states = [_arguments_of(model.blocks[0], model, tokens) for tokens in batches]
+    for _, block in _blocks(model, read):
+        states = [(_run(block, x, keywords), keywords) for x, keywords in states]
+    return _moments(model.final_norm(x).flatten(0, 1) for x, _ in states)
+
+
+def _blocks(model: Transformer, read: Callable[[str], Tensor]) -> Iterator[tuple[int, Block]]:
+    """Yield the blocks in order, each with its weights for as long as it is worked on."""
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        prefix = f"blocks.{layer}."
+        _materialize(block, list(block.state_dict()), lambda name, prefix=prefix: read(prefix + name))  # type: ignore[misc]
+        yield layer, block
+        block.to("meta")
 
 
 def _materialize(module: nn.Module, names: Sequence[str], read: Callable[[str], Tensor]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moesaic.kernels.quantized import QuantizedWeight, pack_nibbles, quantize_weight, round_to_scales
+from moesaic.kernels.quantized import QuantizedWeight, pack_nibbles
 
 # Columns whose errors are taken back in the rest of the matrix by one product.
 _BLOCK = 128
@@ -44,15 +44,6 @@ def searched_scales(grouped: Tensor, importance: Tensor | None = None) -> Tensor
                 best = torch.where(total < best_error, scales, best)
                 best_error = torch.minimum(total, best_error)
     return best.to(torch.bfloat16)
-
-
-def round_with_search(weight: Tensor, *, bits: int, group_size: int | None) -> QuantizedWeight:
-    """Round a weight (..., N, K) without knowing its inputs: to the nearest, at 4 bits with searched scales."""
-    if bits == 8:
-        return quantize_weight(weight, bits=8)
-    assert group_size is not None, "4-bit weights need a group_size"
-    scales = searched_scales(weight.float().unflatten(-1, (-1, group_size))).squeeze(-1)
-    return round_to_scales(weight, scales, bits=4, group_size=group_size)
 
 
 def feedback_factor(second_moments: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.convert.rounding import feedback_factor, round_with_feedback, round_with_search, searched_scales
-from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
+from moesaic.convert.rounding import feedback_factor, round_with_feedback, searched_scales
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight, round_to_scales
 
 FORMATS = [(8, None), (4, 32), (4, 64), (4, 128)]
 
@@ -18,6 +18,11 @@ def correlated(rows: int, columns: int) -> Tensor:
     """Inputs as a network has them: a few directions carry most, and some columns are large."""
     mixing = draw(columns, columns, seed=1) / columns**0.5 + 0.3 * torch.eye(columns)
     return draw(rows, columns, seed=2) @ mixing * torch.linspace(0.1, 3, columns)
+
+
+def round_with_search(weight: Tensor, *, group_size: int) -> QuantizedWeight:
+    scales = searched_scales(weight.unflatten(-1, (-1, group_size))).squeeze(-1)
+    return round_to_scales(weight, scales, bits=4, group_size=group_size)
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, inputs: Tensor) -> float:
@@ -46,7 +51,7 @@ def test_inputs_that_have_nothing_to_do_with_one_another_leave_nothing_to_take_b
     assert torch.equal(factor, factor.diagonal().diag())
     quantized, nearest = round_with_feedback(weight, factor, bits=8, group_size=None), quantize_weight(weight, bits=8)
     assert torch.equal(quantized.values, nearest.values) and torch.equal(quantized.scales, nearest.scales)
-    searched = round_with_search(weight, bits=4, group_size=64)
+    searched = round_with_search(weight, group_size=64)
     quantized = round_with_feedback(weight, factor, bits=4, group_size=64)
     assert torch.equal(quantized.values, searched.values) and torch.equal(quantized.scales, searched.scales)
 
@@ -68,7 +73,7 @@ def test_an_error_is_taken_back_by_the_columns_that_carry_the_same() -> None:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_a_searched_scale_is_the_best_of_those_tried(group_size: int) -> None:
     weight = draw(64, 256) * torch.rand(64, 256, generator=torch.Generator().manual_seed(5)) ** 3
-    searched = round_with_search(weight, bits=4, group_size=group_size)
+    searched = round_with_search(weight, group_size=group_size)
     nearest = quantize_weight(weight, bits=4, group_size=group_size)
 
     def errors(quantized: QuantizedWeight) -> Tensor:
