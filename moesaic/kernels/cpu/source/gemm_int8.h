@@ -397,15 +397,16 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
         unpack_for_tiles(panel, unpacked);
         bytes = unpacked;
     }
-    const char* ahead = reinterpret_cast<const char*>(next.panel);
+    const uint8_t* ahead = next.panel;
     const size_t panel_bytes = size_t(panel.depth) * kPanel * Bits / 8;
     const size_t share = panel_bytes / (size_t((rows + 31) / 32) * size_t((groups + pass - 1) / pass));
     for (int first = 0; first < groups; first += pass) {
         const int last = first + pass < groups ? first + pass : groups;
         for (int row = 0; row < rows; row += 32) {
             if (last == groups) next.prefetch_lines(row / 32, (rows + 31) / 32);
-            if (next.panel)
-                for (const char* end = ahead + share; ahead < end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+            if (ahead)
+                for (const uint8_t* stop = ahead + share; ahead < stop; ahead += 64)
+                    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
             const int end = row + 32 < rows ? row + 32 : rows;
             integer_tiles<Bits>(panel, bytes, first, last, end - row, a + row * stride, stride, c + row * kPanel,
                                 first > 0);

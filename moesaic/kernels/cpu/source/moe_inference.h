@@ -50,13 +50,15 @@ struct MoeRun {
 // rows to make its weights worth reading.
 constexpr int64_t kPassTokens = 2048;
 
+constexpr int kFewRows = 6;  // of an expert: its weights take longer to read than to use
+
 // Where everything of a pass is in the workspace.
 struct MoeWorkspace {
     int32_t* starts;      // (E + 1): rows of an expert
     int32_t* token_ids;   // (routes): token of a row
     float* weights;       // (routes): coefficient of a row
     MoeRun* runs;
-    int32_t* num_runs;    // and, after it, the number of tasks
+    int32_t* num_runs;    // and, after it, the number of tasks, and the rows of the longest run
     char* rows;           // prepared tokens for the experts, then for the residual where its format differs
     char* residual_rows;
     char* hidden;         // (routes) prepared rows of the second product
@@ -67,7 +69,8 @@ struct MoeWorkspace {
         const size_t tokens = size_t(std::min(call.tokens, kPassTokens)), routes = tokens * size_t(call.top_k);
         size_t used = 0;
         auto take = [&](size_t bytes) {
-            char* place = base + used;
+            // As a number, since there is no base where only the size is asked for.
+            const auto place = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(base) + used);
             used += (bytes + 63) / 64 * 64;
             return place;
         };
@@ -76,7 +79,7 @@ struct MoeWorkspace {
         token_ids = reinterpret_cast<int32_t*>(take(routes * 4));
         weights = reinterpret_cast<float*>(take(routes * 4));
         runs = reinterpret_cast<MoeRun*>(take(most_runs * sizeof(MoeRun)));
-        num_runs = reinterpret_cast<int32_t*>(take(8));
+        num_runs = reinterpret_cast<int32_t*>(take(12));
         const Packed& up = call.experts.up;
         rows = up.is_integer() ? take(tokens * up.row_bytes()) : nullptr;
         residual_rows = nullptr;
@@ -164,7 +167,7 @@ inline void sort_routes(const MoeCall& call, int64_t first_token, int64_t tokens
     for (int64_t e = experts; e > 0; --e) work.starts[e] = work.starts[e - 1];
     work.starts[0] = 0;
 
-    int count = 0, task = 0;
+    int count = 0, task = 0, longest = 0;
     auto add_runs = [&](int64_t expert, int64_t first, int64_t rows, const PackedMlp& mlp) {
         const int most = rows_at_once(mlp.up.row_bytes());
         const int parts = int((rows + most - 1) / most);
@@ -172,6 +175,7 @@ inline void sort_routes(const MoeCall& call, int64_t first_token, int64_t tokens
             const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
             work.runs[count++] = {int32_t(expert), int32_t(first + begin), int32_t(end - begin), task};
             task += mlp.chunks();
+            longest = std::max(longest, int(end - begin));
         }
     };
     // The residual MLP has the most rows, so its tasks come first.
@@ -180,6 +184,7 @@ inline void sort_routes(const MoeCall& call, int64_t first_token, int64_t tokens
         add_runs(e, work.starts[e], work.starts[e + 1] - work.starts[e], call.experts);
     work.num_runs[0] = count;
     work.num_runs[1] = task;
+    work.num_runs[2] = longest;
 }
 
 inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64_t tokens, const MoeWorkspace& work) {
@@ -213,13 +218,27 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     float* hidden = hidden_buffer.get<float>(size_t(kMostRows) * kActivationBlock);
     int held = -1;
     const char* a = nullptr;
-    team.tasks(work.num_runs[1], [&](long task) {
-        const MoeRun* after = std::upper_bound(work.runs, work.runs + work.num_runs[0], task,
-                                               [](long wanted, const MoeRun& run) { return wanted < run.first_task; });
-        const int index = int(after - work.runs) - 1;
+    const int num_runs = work.num_runs[0], num_tasks = work.num_runs[1];
+    auto run_of = [&](int task) {
+        return int(std::upper_bound(work.runs, work.runs + num_runs, task,
+                                    [](int wanted, const MoeRun& run) { return wanted < run.first_task; }) -
+                   work.runs) - 1;
+    };
+    auto mlp_of = [&](const MoeRun& run) -> const PackedMlp& {
+        return run.expert == call.num_experts ? *call.residual : experts;
+    };
+    // The first panel of a task, which covers 128 hidden columns.
+    auto first_panel = [&](int task) {
+        const MoeRun& run = work.runs[run_of(task)];
+        const PackedMlp& mlp = mlp_of(run);
+        return mlp.up.panel(run.expert == call.num_experts ? 0 : run.expert,
+                            (task - run.first_task) * (kActivationBlock / mlp.hidden_of_panel()));
+    };
+    auto do_task = [&](int task, bool has_following) {
+        const int index = run_of(task);
         const MoeRun run = work.runs[index];
         const bool is_residual = run.expert == call.num_experts;
-        const PackedMlp& mlp = is_residual ? *call.residual : experts;
+        const PackedMlp& mlp = mlp_of(run);
         const size_t stride = mlp.up.row_bytes();
         const char* source = is_residual ? work.residual_rows : work.rows;
         if (held != index) {
@@ -238,7 +257,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
                 }
             }
         }
-        const int chunk = int(task - run.first_task);
+        const int chunk = task - run.first_task;
         const int64_t matrix = is_residual ? 0 : run.expert;
         const int per_chunk = kActivationBlock / mlp.hidden_of_panel();
         const int begin = chunk * per_chunk, end = std::min(begin + per_chunk, mlp.up.panels());
@@ -246,11 +265,12 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             const float* bias =
                 mlp.up_bias ? mlp.up_bias + (matrix * mlp.up.panels() + p) * int64_t(kPanel) : nullptr;
             float* to = hidden + (p - begin) * mlp.hidden_of_panel();
-            packed_product(mlp.up, matrix, p, run.rows, a, stride, c,
-                           {p + 1 < end ? mlp.up.panel(matrix, p + 1) : nullptr}, [&](int first, int last) {
-                               activate_panel(mlp, c + first * kPanel, last - first, bias,
-                                              to + first * kActivationBlock);
-                           });
+            const uint8_t* next = p + 1 < end     ? mlp.up.panel(matrix, p + 1)
+                                  : has_following ? first_panel(task + 1)
+                                                  : nullptr;
+            packed_product(mlp.up, matrix, p, run.rows, a, stride, c, {next}, [&](int first, int last) {
+                activate_panel(mlp, c + first * kPanel, last - first, bias, to + first * kActivationBlock);
+            });
         }
         // What lies behind the last hidden column must not count, whatever it came out as.
         const int valid = int(std::min<int64_t>(mlp.intermediate - int64_t(chunk) * kActivationBlock, kActivationBlock));
@@ -261,6 +281,12 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             std::fill(row + valid, row + kActivationBlock, 0.0f);
             prepare_hidden(mlp.down, chunk, row, to);
         }
+    };
+    // Few rows take as long as their weights take to come: long streams. Many take as long as there are rows: one by one.
+    const Slices up_slices{num_tasks, team.size(), work.num_runs[2] <= kFewRows ? std::max(num_tasks, 1) : 1};
+    team.tasks(up_slices.count(), [&](long slice) {
+        const int begin = up_slices.begin(int(slice)), end = up_slices.begin(int(slice) + 1);
+        for (int task = begin; task < end; ++task) do_task(task, task + 1 < end);
     });
 
     const int panels = experts.down.panels();

@@ -123,10 +123,11 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
 #if defined(MOESAIC_TILES)
             const int row = part * kRowBlock, end = row + kRowBlock < rows ? row + kRowBlock : rows;
             if (first + here == pairs) next.prefetch_lines(part, parts);
-            const char* ahead = reinterpret_cast<const char*>(next.panel) + begin + length / parts * part;
-            if (next.panel)
-                for (const char* stop = ahead + length / parts; ahead < stop; ahead += 64)
-                    _mm_prefetch(ahead, _MM_HINT_T1);
+            if (next.panel) {
+                const uint8_t* ahead = next.panel + begin + length / parts * part;
+                for (const uint8_t* stop = ahead + length / parts; ahead < stop; ahead += 64)
+                    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+            }
             gemm_panel(end - row, here, left + size_t(row) * lda + 2 * first, lda, weights + size_t(first) * kPanel,
                        kPanel, c + row * kPanel, kPanel, first > 0);
 #else
@@ -174,16 +175,16 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
 struct Slices {
     int panels, threads, most;
 
-    int width(int left) const { return std::max(1, std::min(most, 2 * left / (3 * threads))); }
+    int width(int left) const { return std::max(1, std::min(most, left / threads)); }
     // The first panel of slice `index`; `panels` behind the last one.
     int begin(int index) const {
         // So many have full width without looking.
-        int at = most * std::min(index, std::max(0, panels / most - 2 * threads));
+        int at = most * std::min(index, std::max(0, panels / most - threads));
         for (int i = at / most; i < index && at < panels; ++i) at += width(panels - at);
         return at;
     }
     int count() const {
-        int count = std::max(0, panels / most - 2 * threads);
+        int count = std::max(0, panels / most - threads);
         for (int at = begin(count); at < panels; ++count) at += width(panels - at);
         return count;
     }
