@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import os
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -94,6 +96,24 @@ def test_the_kernels_do_as_many_operations_as_they_say(kernels: str, threads: in
             assert read(buffer.data_ptr(), buffer.nbytes) == 8 << 20, "whole blocks of 4 MiB"
     finally:
         torch.set_num_threads(before)
+
+
+def test_one_slow_call_does_not_decide_how_long_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call disturbed for longer than the shortest that counts must not leave calls of one round each."""
+    monkeypatch.setattr(limits, "_SHORTEST_CALL_SECONDS", 1e-3)
+    calls: list[int] = []
+
+    def count(rounds: int) -> int:
+        time.sleep(5e-3 if len(calls) == 1 else rounds * 1e-5)
+        calls.append(rounds)
+        return rounds
+
+    class Counting:
+        def function(self, name: str, signature: str) -> Callable[..., int]:
+            return count if signature == "i" else lambda *arguments: 1
+
+    limits._measure_kernels(Counting(), torch.ones(1), 0.01)  # type: ignore[arg-type]
+    assert max(calls) >= 16, "a round takes at least 10 microseconds, and so do 1 ms of them about 100"
 
 
 def test_the_buffer_is_written_before_it_is_read(small: None) -> None:
