@@ -1,4 +1,6 @@
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +139,17 @@ finally:
     assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_commands_of_the_guide_work(
+    cli: Any, wide_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "quantize.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[1:] for line in guide.splitlines() if line.startswith("    moesaic ")]
+    assert len(commands) >= 6
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(wide_run, "runs/first")
+    Path("book.txt").write_text("The License shall prevail over the Work.\n" * 80, encoding="utf-8")
+    for command in commands:
+        result = cli(*command)
+        assert result.status == 0, (command, result.err)
