@@ -9,6 +9,7 @@ over its keys together, and long contexts are split over the threads at fixed po
 depends on nothing else in the batch. Everything else is PyTorch's operations on the same storage: the definition.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import select
+from moesaic.kernels.packed import empty_on_huge_pages
 from moesaic.kernels.quantized import SMALLEST_AMAX
 
 # Positions, and channels, of a panel: the kernels' unit.
@@ -127,11 +129,15 @@ def allocate_blocks(
     scales: list[Tensor | None] = [None, None]
     if dtype is torch.int8:
         scales = [torch.zeros(num_blocks, num_kv_heads, block_size, device=device) for _ in range(2)]
+
+    def empty(*shape: int) -> Tensor:
+        # A panel is one small page or less, and walking the page tables took as long as reading it.
+        memory = empty_on_huge_pages(math.prod(shape) * dtype.itemsize, device)
+        return memory.view(dtype).view(shape).zero_()
+
     return KVBlocks(
-        keys=torch.zeros(num_blocks, num_kv_heads, panels, width // 2, PANEL, 2, dtype=dtype, device=device),
-        values=torch.zeros(
-            num_blocks, num_kv_heads, panels, width // PANEL, PANEL // 2, PANEL, 2, dtype=dtype, device=device
-        ),
+        keys=empty(num_blocks, num_kv_heads, panels, width // 2, PANEL, 2),
+        values=empty(num_blocks, num_kv_heads, panels, width // PANEL, PANEL // 2, PANEL, 2),
         key_scales=scales[0],
         value_scales=scales[1],
         head_dim=head_dim,

@@ -129,10 +129,132 @@ inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, in
     return plan;
 }
 
-// Pairs of int8 to pairs of bf16; count a multiple of 16.
-inline void expand_pairs(int count, const uint16_t* from, uint32_t* to) {
+#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+
+// C[R][16 V] = A[R][count * 2 * pairs] times `count` pieces of two neighbouring panels (of one, where V is 2), reading
+// `ahead`: with the four rows of a grouped decode one panel has too few sums to hide a product's latency, and two in
+// registers over all pieces also spare the loads and stores between them.
+template <int R, int V, bool Prefetch>
+inline void multiply_rows(int count, int pairs, const bf16* a, size_t lda, const uint32_t* const* left,
+                          const uint32_t* const* right, const uint32_t* const* left_ahead,
+                          const uint32_t* const* right_ahead, float* c, size_t ldc) {
+    Vf acc[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] = zero();
+    for (int i = 0; i < count; ++i) {
+        const uint32_t *first = left[i], *second = right[i];
+        const char* first_ahead = reinterpret_cast<const char*>(left_ahead[i]);
+        const char* second_ahead = reinterpret_cast<const char*>(right_ahead[i]);
+        for (int p = 0; p < pairs; ++p) {
+            Vi columns[V];
+            for (int v = 0; v < V; ++v) columns[v] = loadi((v < 2 ? first : second) + p * kPanel + v % 2 * W);
+            if constexpr (Prefetch) {
+                _mm_prefetch(first_ahead + p * 128, _MM_HINT_T0);
+                _mm_prefetch(first_ahead + p * 128 + 64, _MM_HINT_T0);
+                if constexpr (V == 4) {
+                    _mm_prefetch(second_ahead + p * 128, _MM_HINT_T0);
+                    _mm_prefetch(second_ahead + p * 128 + 64, _MM_HINT_T0);
+                }
+            }
+            for (int r = 0; r < R; ++r) {
+                const Vi row = broadcast_dword(a + r * lda + 2 * p);
+                for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+            }
+        }
+        a += 2 * pairs;
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
+}
+
+template <int R, int V, bool Prefetch>
+inline void multiply_rows_of(int rows, int count, int pairs, const bf16* a, size_t lda, const uint32_t* const* left,
+                             const uint32_t* const* right, const uint32_t* const* left_ahead,
+                             const uint32_t* const* right_ahead, float* c, size_t ldc) {
+    if constexpr (R > 0) {
+        if (rows == R)
+            multiply_rows<R, V, Prefetch>(count, pairs, a, lda, left, right, left_ahead, right_ahead, c, ldc);
+        else
+            multiply_rows_of<R - 1, V, Prefetch>(rows, count, pairs, a, lda, left, right, left_ahead, right_ahead, c,
+                                                 ldc);
+    }
+}
+
+// All rows, six at a time; the first six bring what comes next into the cache.
+template <int V>
+inline void multiply_panels(int rows, int count, int pairs, const bf16* a, size_t lda, const uint32_t* const* left,
+                            const uint32_t* const* right, const uint32_t* const* left_ahead,
+                            const uint32_t* const* right_ahead, float* c, size_t ldc) {
+    constexpr int R = 6;
+    multiply_rows_of<R, V, true>(std::min(rows, R), count, pairs, a, lda, left, right, left_ahead, right_ahead, c, ldc);
+    for (int row = R; row < rows; row += R)
+        multiply_rows_of<R, V, false>(std::min(rows - row, R), count, pairs, a + row * lda, lda, left, right, left_ahead,
+                                      right_ahead, c + row * ldc, ldc);
+}
+
+#endif
+
+// The panels of one head in a split of positions: where they are, and where the next ones to be read are.
+struct SplitPanels {
+    static constexpr int kMost = kSplit / kPanel;
+    static constexpr int kAhead = 4;
+    int count;
+    const uint32_t* at[kMost + kAhead];
+
+    void follow_with(const SplitPanels& next) {
+        for (int i = 0; i < kAhead; ++i) at[count + i] = next.at[std::min(i, next.count - 1)];
+    }
+};
+
+// scores[rows][256], the first 32 * keys.count of each row: queries[rows][width] times keys.
+inline void multiply_keys(int rows, int width, const bf16* queries, const SplitPanels& keys, float* scores) {
+#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+    for (int p = 0; p < keys.count; p += 2) {
+        const uint32_t* const* here = keys.at + p;
+        float* c = scores + p * kPanel;
+        if (p + 1 < keys.count)
+            multiply_panels<4>(rows, 1, width / 2, queries, size_t(width), here, here + 1, here + 4,
+                               here + 5, c, kSplit);
+        else
+            multiply_panels<2>(rows, 1, width / 2, queries, size_t(width), here, here, here + 4, here + 4, c, kSplit);
+    }
+#else
+    for (int p = 0; p < keys.count; ++p)
+        gemm_panel(rows, width / 2, queries, size_t(width), keys.at[p], kPanel, scores + p * kPanel, kSplit, false);
+#endif
+}
+
+// sums[rows][width] = probabilities[rows][256] times values.
+inline void multiply_values(int rows, int width, const bf16* probabilities, const SplitPanels& values, float* sums) {
+    constexpr int kChunk = kPanel * kPanelPairs;
+#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+    const uint32_t *left[SplitPanels::kMost + SplitPanels::kAhead], *right[SplitPanels::kMost + SplitPanels::kAhead];
+    for (int chunk = 0; chunk < width; chunk += 2 * kPanel) {
+        const int offset = chunk * kPanelPairs;
+        for (int i = 0; i < values.count + SplitPanels::kAhead; ++i) {
+            left[i] = values.at[i] + offset;
+            right[i] = values.at[i] + offset + kChunk;
+        }
+        if (chunk + kPanel < width)
+            multiply_panels<4>(rows, values.count, kPanelPairs, probabilities, kSplit, left, right, left + 2, right + 2,
+                               sums + chunk, size_t(width));
+        else
+            multiply_panels<2>(rows, values.count, kPanelPairs, probabilities, kSplit, left, left, left + 2, left + 2,
+                               sums + chunk, size_t(width));
+    }
+#else
+    for (int i = 0; i < values.count; ++i)
+        for (int chunk = 0; chunk < width; chunk += kPanel)
+            gemm_panel(rows, kPanelPairs, probabilities + i * kPanel, kSplit, values.at[i] + chunk / kPanel * kChunk,
+                       kPanel, sums + chunk, size_t(width), i > 0);
+#endif
+}
+
+// Pairs of int8 to pairs of bf16; count a multiple of 16. What stands at `ahead` will be read soon.
+inline void expand_pairs(int count, const uint16_t* from, const uint16_t* ahead, uint32_t* to) {
 #if defined(__AVX512F__)
     for (int i = 0; i < count; i += 16) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
         const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + i)));
         const __m512 low = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24));
         const __m512 high = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 16), 24));
@@ -141,6 +263,7 @@ inline void expand_pairs(int count, const uint16_t* from, uint32_t* to) {
     }
 #else
     for (int i = 0; i < count; i += 8) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
         const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + i)));
         const __m256 low = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24));
         const __m256 high = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 16), 24));
@@ -148,6 +271,14 @@ inline void expand_pairs(int count, const uint16_t* from, uint32_t* to) {
                                                                 _mm256_castps_si256(high)));
     }
 #endif
+}
+
+// `count` panels of `pairs` dwords each, one behind the other.
+inline void expand_panels(int count, const void* numbers, const size_t* places, size_t pairs, uint32_t* to) {
+    auto panel = [&](int i) {
+        return reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(numbers) + places[std::min(i, count - 1)]);
+    };
+    for (int i = 0; i < count; ++i) expand_pairs(int(pairs), panel(i), panel(i + 2), to + size_t(i) * pairs);
 }
 
 // values = round(x * (127 / max|x|)); returns max|x| / 127. Next to 0: zeros and 0. Not finite: zeros and NaN.
@@ -301,9 +432,11 @@ inline void write_rows(const AttentionCall& call, const AttentionItem& item, int
 inline void split_softmax(float* scores, bf16* probabilities, int visible, int count, float scale,
                           const float* value_scales, float* total, float* largest) {
     for (int i = visible; i < count; ++i) scores[i] = -INFINITY;
-    Vf highest = set1(-INFINITY);
-    for (int i = 0; i < count; i += W) highest = max(load(scores + i), highest);  // NaN has no part in it
-    *largest = maximum(highest);
+    Vf highest[2] = {set1(-INFINITY), set1(-INFINITY)};
+    for (int i = 0; i < count; i += 2 * W)
+        for (int half = 0; half < 2; ++half)
+            highest[half] = max(load(scores + i + half * W), highest[half]);  // NaN has no part in it
+    *largest = maximum(max(highest[0], highest[1]));
     const Vf top = set1(*largest), factor = set1(scale);
     Vf sums[2] = {zero(), zero()};
     for (int i = 0; i < count; i += 2 * W)
@@ -322,14 +455,16 @@ inline void attend(const AttentionCall& call, const AttentionItem& item, int64_t
     const PagedBatch& batch = call.batch;
     const int width = cache.width(), dim = int(cache.head_dim), rows = item.rows;
     const int group = int(call.num_heads / cache.num_kv_heads);
-    const size_t panel_size = size_t(width) * kPanel;
+    const size_t panel_pairs = size_t(width) * kPanelPairs;
+    const size_t expanded_pairs = cache.is_quantized() ? SplitPanels::kMost * panel_pairs : 0;
     const size_t state_floats = size_t(rows) * (width + 2);
     float* floats = attention_scratch().get<float>(size_t(rows) * kSplit + 2 * state_floats + 2 * kSplit +
-                                                   (size_t(rows) * (kSplit + width) + panel_size) / 2 + 64);
+                                                   expanded_pairs + size_t(rows) * (kSplit + width) / 2);
     float* scores = floats;
-    float* value_scales = scores + size_t(rows) * kSplit;
-    auto* panel = reinterpret_cast<uint32_t*>(value_scales + kSplit);
-    auto* probabilities = reinterpret_cast<bf16*>(panel + panel_size / 2);
+    float* key_scales = scores + size_t(rows) * kSplit;
+    float* value_scales = key_scales + kSplit;
+    auto* expanded = reinterpret_cast<uint32_t*>(value_scales + kSplit);
+    auto* probabilities = reinterpret_cast<bf16*>(expanded + expanded_pairs);
     bf16* queries = probabilities + size_t(rows) * kSplit;
     float* states = reinterpret_cast<float*>(queries + size_t(rows) * width);
     const bool is_partial = item.partial >= 0;
@@ -352,28 +487,34 @@ inline void attend(const AttentionCall& call, const AttentionItem& item, int64_t
     for (int split = item.first_split; split < item.first_split + item.num_splits; ++split) {
         const int start = split * kSplit, end = std::min(seen, start + kSplit);
         const int panels = (end - start + kPanel - 1) / kPanel;
-        size_t places[kSplit / kPanel];
+        SplitPanels keys{panels, {}}, values{panels, {}};
+        size_t places[SplitPanels::kMost];
         for (int p = 0; p < panels; ++p) {
             const int position = start + p * kPanel;
             const int32_t block = table[position / cache.block_size];
             const int inside = int(position % cache.block_size) / kPanel;
             places[p] = cache.panel_offset(block, head, inside);
-            float* here = scores + p * kPanel;
-            if (!cache.is_quantized()) {
-                const auto* keys = reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(cache.keys) + places[p]);
-                gemm_panel(rows, width / 2, queries, width, keys, kPanel, here, kSplit, false);
-                continue;
+            if (cache.is_quantized()) {
+                keys.at[p] = values.at[p] = expanded + size_t(p) * panel_pairs;
+                const size_t scales_at = cache.scale_offset(block, head, inside);
+                std::memcpy(key_scales + p * kPanel, cache.key_scales + scales_at, kPanel * sizeof(float));
+                std::memcpy(value_scales + p * kPanel, cache.value_scales + scales_at, kPanel * sizeof(float));
+            } else {
+                keys.at[p] = reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(cache.keys) + places[p]);
+                values.at[p] = reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(cache.values) + places[p]);
             }
-            expand_pairs(int(panel_size) / 2,
-                         reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(cache.keys) + places[p]), panel);
-            gemm_panel(rows, width / 2, queries, width, panel, kPanel, here, kSplit, false);
-            const size_t scales_at = cache.scale_offset(block, head, inside);
+        }
+        if (cache.is_quantized()) expand_panels(panels, cache.keys, places, panel_pairs, expanded);
+        keys.follow_with(values);
+        values.follow_with(values);
+        multiply_keys(rows, width, queries, keys, scores);
+        if (cache.is_quantized()) {
             for (int row = 0; row < rows; ++row)
-                for (int i = 0; i < kPanel; i += W) {
-                    float* score = here + row * kSplit + i;
-                    store(score, mul(load(score), load(cache.key_scales + scales_at + i)));
+                for (int i = 0; i < panels * kPanel; i += W) {
+                    float* score = scores + size_t(row) * kSplit + i;
+                    store(score, mul(load(score), load(key_scales + i)));
                 }
-            std::memcpy(value_scales + p * kPanel, cache.value_scales + scales_at, kPanel * sizeof(float));
+            expand_panels(panels, cache.values, places, panel_pairs, expanded);
         }
         for (int row = 0; row < rows; ++row) {
             const int visible = std::min(past + (item.first_row + row) / group + 1 - start, panels * kPanel);
@@ -386,18 +527,7 @@ inline void attend(const AttentionCall& call, const AttentionItem& item, int64_t
             split_softmax(scores + size_t(row) * kSplit, row_probabilities, visible, panels * kPanel, call.scale,
                           cache.is_quantized() ? value_scales : nullptr, part.totals + row, part.largest + row);
         }
-        for (int p = 0; p < panels; ++p) {
-            const uint32_t* values = panel;
-            if (cache.is_quantized())
-                expand_pairs(int(panel_size) / 2,
-                             reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(cache.values) + places[p]),
-                             panel);
-            else
-                values = reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(cache.values) + places[p]);
-            for (int chunk = 0; chunk < width; chunk += kPanel)
-                gemm_panel(rows, kPanelPairs, probabilities + p * kPanel, kSplit, values + chunk * kPanelPairs, kPanel,
-                           part.sums + chunk, width, p > 0);
-        }
+        multiply_values(rows, width, probabilities, values, part.sums);
         if (item.num_splits > 1)
             for (int row = 0; row < rows; ++row) merge_row(whole, part, row, width, call.scale);
     }
