@@ -1,10 +1,10 @@
 // A layer of experts for inference: every expert's MLP on its tokens and their weighted sum, in one call.
 //
 // Two products and one barrier between them. The first makes an expert's hidden rows, 128 columns at a time, which go
-// from the sums through the activation into the second product's own format while they are in the first-level cache. The
-// second is cut by output columns: one thread adds up all experts' share of a column in rising order of the experts, so
-// nothing is scattered, and a token's result depends neither on the other tokens nor on the threads. The residual MLP
-// (or shared expert) is one more expert, of all tokens, with a coefficient of its own.
+// from the sums through the activation into the second product's own format while they are in the first-level cache.
+// The second is cut by output columns: one thread adds up all experts' share of a column in rising order of the
+// experts, so nothing is scattered, and a token's result depends neither on the other tokens nor on the threads. The
+// residual MLP (or shared expert) is one more expert, of all tokens, with a coefficient of its own.
 #pragma once
 
 #include "packed.h"
@@ -40,7 +40,7 @@ struct MoeCall {
     char* workspace;  // packed_moe_workspace bytes, aligned to 64
 };
 
-// A run of rows that one expert (or the residual, whose number is num_experts) takes through the first product together.
+// A run of rows that an expert (or the residual, whose number is num_experts) takes through the first product together.
 struct MoeRun {
     int32_t expert, first, rows;
     int32_t first_task;
@@ -273,7 +273,8 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             });
         }
         // What lies behind the last hidden column must not count, whatever it came out as.
-        const int valid = int(std::min<int64_t>(mlp.intermediate - int64_t(chunk) * kActivationBlock, kActivationBlock));
+        const int64_t left = mlp.intermediate - int64_t(chunk) * kActivationBlock;
+        const int valid = int(std::min<int64_t>(left, kActivationBlock));
         const size_t hidden_stride = mlp.down.row_bytes();
         char* to = (is_residual ? work.residual_hidden : work.hidden) + size_t(run.first) * hidden_stride;
         for (int r = 0; r < run.rows; ++r, to += hidden_stride) {
@@ -282,7 +283,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             prepare_hidden(mlp.down, chunk, row, to);
         }
     };
-    // Few rows take as long as their weights take to come: long streams. Many take as long as there are rows: one by one.
+    // Few rows take as long as their weights take to come: long streams. Many take as long as they are: one by one.
     const Slices up_slices{num_tasks, team.size(), work.num_runs[2] <= kFewRows ? std::max(num_tasks, 1) : 1};
     team.tasks(up_slices.count(), [&](long slice) {
         const int begin = up_slices.begin(int(slice)), end = up_slices.begin(int(slice) + 1);
@@ -297,16 +298,18 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const int begin = slices.begin(int(task)), end = slices.begin(int(task) + 1), ld = (end - begin) * kPanel;
         float* out = out_buffer.get<float>(size_t(tokens) * ld);
         std::fill(out, out + size_t(tokens) * ld, 0.0f);
-        auto add_product = [&](const PackedMlp& mlp, int64_t matrix, int64_t first, int64_t count, int64_t total, const char* rows,
-                               const uint8_t* following, auto&& token_of, auto&& weight_of) {
+        // Rows [first, first + count) of the total ones, by one matrix; `following`: the weights that come after them.
+        auto add_product = [&](const PackedMlp& mlp, int64_t matrix, int64_t first, int64_t count, int64_t total,
+                               const char* rows, const uint8_t* following, auto&& token_of, auto&& weight_of) {
             const size_t stride = mlp.down.row_bytes();
             const int most = std::min(rows_at_once(stride), kMostRows);
             const int parts = int((count + most - 1) / most);
             for (int part = 0; part < parts; ++part) {
                 const int64_t from = first + count * part / parts, to = first + count * (part + 1) / parts;
                 for (int p = begin; p < end; ++p) {
-                    Next next{p + 1 < end ? mlp.down.panel(matrix, p + 1) : part + 1 < parts ? mlp.down.panel(matrix, begin)
-                                                                                            : following};
+                    Next next{following};
+                    if (p + 1 < end || part + 1 < parts)
+                        next.panel = mlp.down.panel(matrix, p + 1 < end ? p + 1 : begin);
                     // The rows that follow come from the third-level cache or from memory.
                     const int64_t ahead = std::min(to - from, total - to);
                     next.lines = rows + (size_t(to) + size_t(ahead) * (p - begin) / (end - begin)) * stride;
@@ -329,12 +332,11 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
                 }
             }
         };
-        int64_t expert = 0;
         auto skip_empty = [&](int64_t from) {
             while (from < call.num_experts && work.starts[from] == work.starts[from + 1]) ++from;
             return from;
         };
-        for (expert = skip_empty(0); expert < call.num_experts;) {
+        for (int64_t expert = skip_empty(0); expert < call.num_experts;) {
             const int64_t following = skip_empty(expert + 1);
             const uint8_t* next = following < call.num_experts ? experts.down.panel(following, begin)
                                   : call.residual              ? call.residual->down.panel(0, begin)

@@ -170,15 +170,16 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
         integer_product<4, 128>(panel, rows, a, stride, c, next, done);
 }
 
-// `panels` of a matrix cut into slices for `threads`: long ones first, since a stream from memory needs some kilobytes to
-// come up to speed, and short ones at the end, so that the threads finish together.
+// Panels (or tasks) in a row cut into slices for `threads`, each a thread's share of what is left and at most `most`: long
+// ones first, since a stream from memory needs some kilobytes to come up to speed, and short ones at the end, so that
+// the threads finish together.
 struct Slices {
     int panels, threads, most;
 
     int width(int left) const { return std::max(1, std::min(most, left / threads)); }
     // The first panel of slice `index`; `panels` behind the last one.
     int begin(int index) const {
-        // So many have full width without looking.
+        // The first ones are all of full width.
         int at = most * std::min(index, std::max(0, panels / most - threads));
         for (int i = at / most; i < index && at < panels; ++i) at += width(panels - at);
         return at;
