@@ -19,7 +19,7 @@ from moesaic.config.model import ModelConfig, MoEConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import Limits, measure_limits
-from moesaic.kernels.packed import PackedMlp, pack_mlp, packed_moe
+from moesaic.kernels.packed import PackedMlp, pack_mlp
 from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
 from moesaic.model.feed_forward import FeedForward
 
@@ -228,31 +228,19 @@ def _training(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor)
 
 
 def _inference(case: MoELayerCase, layer: FeedForward) -> Callable[[Tensor], Tensor]:
-    """Return the layer with its experts and its residual MLP packed."""
-    assert layer.moe is not None
-    router, experts = layer.moe.router, layer.moe.experts.weights()
+    """Pack the layer's experts and its residual MLP, as model/pack does, and return its forward pass."""
 
     def pack(up: Tensor, down: Tensor) -> PackedMlp:
         return pack_mlp(_quantized(up, case.dtype), _quantized(down, case.dtype), activation="swiglu")
 
-    packed_experts, packed_residual = pack(experts.up, experts.down), None
+    assert layer.moe is not None
+    experts = layer.moe.experts.weights()
+    layer.moe.experts.packed = pack(experts.up, experts.down)
     if layer.mlp is not None:
         assert layer.mlp.gate_proj is not None
         gate_up = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
-        packed_residual = pack(gate_up, layer.mlp.down_proj.weight)
-
-    @torch.inference_mode()
-    def forward(x: Tensor) -> Tensor:
-        routing = router(x)
-        return packed_moe(
-            x,
-            routing.expert_ids,
-            routing.routing_weights,
-            packed_experts,
-            residual=packed_residual,
-        )
-
-    return forward
+        layer.mlp.packed = pack(gate_up, layer.mlp.down_proj.weight)
+    return torch.inference_mode()(lambda x: layer(x)[0])
 
 
 def _quantized(weight: Tensor, dtype: Dtype) -> Tensor | QuantizedWeight:
