@@ -32,10 +32,12 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 # Every instruction set of this machine, and the emulated tiles. Python is not built with the sanitizers, so their library
-# is loaded before it; with capture, a report would vanish with the process. What has no C++ of ours stays out.
+# is loaded before it, and C++'s, whose exceptions it has to find. With capture, a report would vanish with the process.
+# What has no C++ of ours stays out.
 sanitize: $(VENV)/dev.stamp
-	CXX=g++ LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/python -m pytest --sanitize --capture=no -k "not reference" tests/kernels \
+	CXX=g++ LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest --sanitize \
+	  --capture=no -k "not reference" tests/kernels \
 	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py
 
 # All of them run, whatever fails; benchmarks/ also holds modules that the scripts share.
