@@ -187,7 +187,8 @@ def test_the_originals_are_gone(family: str) -> None:
     pack_transformer(model)
     generate(model, [1, 2], max_new_tokens=2)  # what is made on first use counts too
     large = 2 * packed_numbers + 2 * sum(each.numel() for each in own_embeddings)
-    # Beside them: norms, biases and routers in fp32, perhaps twice, in panels of 16 experts, mix in panels of 32, rotary tables.
+    # Beside them: norms, biases, routers in fp32, perhaps twice; routers in panels of 16 experts, mix in panels of 32,
+    # rotary tables.
     assert large <= held_bytes(model) <= large + 8 * small + 3 * (16 * 64 * 4 + 32 * 64 * 2) + 2 * 48 * 8 * 4
 
 
