@@ -170,9 +170,9 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
         integer_product<4, 128>(panel, rows, a, stride, c, next, done);
 }
 
-// Panels (or tasks) in a row cut into slices for `threads`, each a thread's share of what is left and at most `most`: long
-// ones first, since a stream from memory needs some kilobytes to come up to speed, and short ones at the end, so that
-// the threads finish together.
+// Panels (or tasks) in a row cut into slices for `threads`, each a thread's share of what is left and at most `most`:
+// long ones first, since a stream from memory needs some kilobytes to come up to speed, and short ones at the end, so
+// that the threads finish together.
 struct Slices {
     int panels, threads, most;
 
@@ -255,7 +255,7 @@ inline void packed_linear(Team& team, const LinearCall& call) {
     int row_parts = int((call.rows + most - 1) / most);
     const bool by_rows = row_parts >= 2 * team.size();
     if (by_rows) row_parts = round_up(row_parts, team.size());
-    const Slices slices{panels, (team.size() + row_parts - 1) / row_parts, panels};
+    const Slices slices{panels, team.size(), panels};
     const int column_parts = by_rows ? 1 : slices.count();
     auto first_row = [&](int part) {
         const int64_t row = call.rows * part / row_parts;
