@@ -92,10 +92,20 @@ struct ExpertRows {
     std::vector<LaneBlock> blocks;
 };
 
+// Some of an expert's rows: what one task takes, so that one expert with many rows keeps all threads busy.
+struct Piece {
+    int expert;             // of the group
+    int64_t first, count;   // rows within the expert, padding included
+    size_t block, blocks;   // the lane blocks that hold them
+};
+
 struct Group {
     std::vector<ExpertRows> experts;
+    std::vector<Piece> pieces;
     int64_t lanes = 0, rows = 0;
 };
+
+constexpr int64_t kPieceRows = 5 * kChunk;  // whole lane blocks and whole row blocks
 
 inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
     const int64_t wanted = std::max<int64_t>(kGroupRows, 512 * threads);
@@ -117,6 +127,13 @@ inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
         }
         group.rows += rows.padded;
         start += count;
+        size_t block = 0;
+        for (int64_t first = 0; first < count; first += kPieceRows) {
+            const size_t begin = block;
+            while (block < rows.blocks.size() && rows.blocks[block].first < first + kPieceRows) ++block;
+            const int64_t here = std::min(kPieceRows, rows.padded - first);
+            group.pieces.push_back({int(group.experts.size()), first, here, begin, block - begin});
+        }
         group.experts.push_back(std::move(rows));
     }
     return groups;
@@ -256,10 +273,12 @@ inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrai
             if (m.routes == 1 && m.slots[t] >= m.rows) clear_row(m.out + t * h, h);
         });
     for (const Group& group : s.groups) {
-        const long experts = long(group.experts.size());
-        team.tasks(experts, [&](long i) {
-            const ExpertRows& rows = group.experts[i];
-            for (const LaneBlock& block : rows.blocks) {
+        const long pieces = long(group.pieces.size());
+        team.tasks(pieces, [&](long i) {
+            const Piece& piece = group.pieces[i];
+            const ExpertRows& rows = group.experts[piece.expert];
+            for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
+                const LaneBlock& block = rows.blocks[b];
                 uint32_t* panel = s.tokens + block.offset * (h / 2);
                 for (int lane = 0; lane < block.width; lane += W) {
                     const int here = std::min(W, block.valid - lane);
@@ -277,12 +296,14 @@ inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrai
             }
         });
         const int64_t up_chunks = chunks(f, kChunk), down_chunks = chunks(h, kChunk);
-        team.tasks(experts * up_chunks, [&](long i) {
-            const ExpertRows& rows = group.experts[i / up_chunks];
+        team.tasks(pieces * up_chunks, [&](long i) {
+            const Piece& piece = group.pieces[i / up_chunks];
+            const ExpertRows& rows = group.experts[piece.expert];
             const int64_t first = i % up_chunks * kChunk;
             const int count = int(std::min<int64_t>(kChunk, f - first));
             alignas(64) uint32_t pairs[kChunk * 48];
-            for (const LaneBlock& block : rows.blocks) {
+            for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
+                const LaneBlock& block = rows.blocks[b];
                 if (block.width == 32)
                     up_block<32>(m, rows, block, first, count, s.tokens, s.hidden, pairs);
                 else if (block.width == 48)
@@ -291,11 +312,13 @@ inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrai
                     up_block<16>(m, rows, block, first, count, s.tokens, s.hidden, pairs);
             }
         });
-        team.tasks(experts * down_chunks, [&](long i) {
-            const ExpertRows& rows = group.experts[i / down_chunks];
+        team.tasks(pieces * down_chunks, [&](long i) {
+            const Piece& piece = group.pieces[i / down_chunks];
+            const ExpertRows& rows = group.experts[piece.expert];
             const int64_t first = i % down_chunks * kChunk;
             const int count = int(std::min<int64_t>(kChunk, h - first));
-            for (const LaneBlock& block : rows.blocks) {
+            for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
+                const LaneBlock& block = rows.blocks[b];
                 if (block.width == 32)
                     down_block<32>(m, rows, block, first, count, s.hidden, s.row_weights, s.sums);
                 else if (block.width == 48)
@@ -347,8 +370,9 @@ inline void prepare_rows(const MoeTraining& m, const ExpertRows& rows, int64_t f
 }
 
 // The gradient of the pre-activation for 96 columns of F: grad_hidden = grad_out * down, then through the activation.
-inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, int64_t first, int64_t chunk,
+inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const Piece& piece, int64_t chunk,
                              const MoeTrainingScratch& s) {
+    const int64_t first = chunk * kChunk, end = piece.first + piece.count;
     const int64_t h = m.hidden, f = m.inner, width = m.pre_width(), pairs = rows.padded / 2;
     const int columns = int(std::min<int64_t>(kChunk, f - first)), panels = columns / kPanel;
     static thread_local Scratch buffer;
@@ -367,8 +391,8 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, int64
     const bf16* down_bias = m.down_bias ? m.down_bias + rows.expert * h : nullptr;
     const auto pre = chunked_rows<const bf16>(m.pre + rows.start * width, rows.count, first, columns, m.gated());
     const auto grad_pre = chunked_rows(s.grad_pre + rows.row_offset * width, rows.padded, first, columns, m.gated());
-    for (int64_t row = 0; row < rows.padded; row += kChunk) {
-        const int count = int(std::min<int64_t>(kChunk, rows.padded - row));
+    for (int64_t row = piece.first; row < end; row += kChunk) {
+        const int count = int(std::min<int64_t>(kChunk, end - row));
         const bf16* gradients = s.gradients + (rows.row_offset + row) * h;
         for (int j = 0; j < panels; ++j)
             gemm_panel(count, int(h / 2), gradients, h, packed + j * (h / 2) * kPanel, kPanel,
@@ -438,54 +462,53 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, int64
 }
 
 // Columns first .. first + 128 of the gradient of the rows: grad_pre * up.
-inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, int64_t first, const MoeTrainingScratch& s) {
-    constexpr int64_t kChunks = 5;         // of the rows of up packed at once: 240 KiB
-    constexpr int64_t kRows = 8 * kChunk;  // whose sums wait meanwhile: 384 KiB
+inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, const Piece& piece, int64_t first,
+                           const MoeTrainingScratch& s) {
+    constexpr int64_t kChunks = 5;  // of the rows of up packed at once: 240 KiB; the sums of all rows wait meanwhile
     const int64_t h = m.hidden, f = m.inner, width = m.pre_width();
     const int columns = int(std::min<int64_t>(kGradXColumns, h - first)), panels = columns / kPanel;
     static thread_local Scratch buffer;
-    uint32_t* packed = buffer.get<uint32_t>((kChunks * kChunk + kRows) * kGradXColumns);
+    uint32_t* packed = buffer.get<uint32_t>((kChunks * kChunk + kPieceRows) * kGradXColumns);
     float* sums = reinterpret_cast<float*>(packed + kChunks * kChunk * kGradXColumns);
     const bf16* weights = m.up + rows.expert * width * h + first;
-    for (int64_t row = 0; row < rows.count; row += kRows) {
-        const int count = int(std::min(kRows, rows.count - row));
-        for (int64_t start = 0; start < f;) {
-            // Whole chunks, since those are as far apart as each other; a narrower last one on its own.
-            int64_t whole = std::min(kChunks, (f - start) / kChunk);
-            const int wide = int(whole ? kChunk : f - start);
-            if (whole == 0) whole = 1;
-            const int pairs = m.gated() ? wide : wide / 2;
-            for (int64_t block = 0; block < whole; ++block)
-                for (int p = 0; p < pairs; ++p) {
-                    const bool is_up = p >= wide / 2;
-                    const int64_t weight_row = start + block * wide + 2 * (is_up ? p - wide / 2 : p) + (is_up ? f : 0);
-                    const bf16* even = weights + weight_row * h;
-                    for (int j = 0; j < panels; ++j) {
-                        __builtin_prefetch(even + kAhead * h + j * kPanel);
-                        __builtin_prefetch(even + (kAhead + 1) * h + j * kPanel);
-                    }
-                    for (int j = 0; j < panels; ++j)
-                        interleave_rows(kPanel, even + j * kPanel, even + h + j * kPanel,
-                                        packed + ((j * whole + block) * pairs + p) * kPanel);
+    const int64_t row = piece.first;
+    const int count = int(std::min(piece.count, rows.count - row));
+    for (int64_t start = 0; start < f;) {
+        // Whole chunks, since those are as far apart as each other; a narrower last one on its own.
+        int64_t whole = std::min(kChunks, (f - start) / kChunk);
+        const int wide = int(whole ? kChunk : f - start);
+        if (whole == 0) whole = 1;
+        const int pairs = m.gated() ? wide : wide / 2;
+        for (int64_t block = 0; block < whole; ++block)
+            for (int p = 0; p < pairs; ++p) {
+                const bool is_up = p >= wide / 2;
+                const int64_t weight_row = start + block * wide + 2 * (is_up ? p - wide / 2 : p) + (is_up ? f : 0);
+                const bf16* even = weights + weight_row * h;
+                for (int j = 0; j < panels; ++j) {
+                    __builtin_prefetch(even + kAhead * h + j * kPanel);
+                    __builtin_prefetch(even + (kAhead + 1) * h + j * kPanel);
                 }
-            const auto grad_pre =
-                chunked_rows<const bf16>(s.grad_pre + rows.row_offset * width, rows.padded, start, wide, m.gated());
-            for (int r = 0; r < count; r += kChunk)
                 for (int j = 0; j < panels; ++j)
-                    gemm<kPanel, true>(std::min(kChunk, count - r), pairs, grad_pre.row(row + r), grad_pre.stride,
-                                 packed + j * whole * pairs * kPanel, kPanel, sums + r * kGradXColumns + j * kPanel,
-                                 kGradXColumns, start > 0, int(whole), rows.padded * grad_pre.stride);
-            start += whole * wide;
-        }
-        for (int r = 0; r < count; ++r) {
-            const int64_t n = rows.start + row + r;
-            for (int c = 0; c < columns; c += W) {
-                const Vf value = load(sums + r * kGradXColumns + c);
-                if (m.routes > 1)
-                    store(s.sums + n * h + first + c, value);
-                else
-                    store_bf16(m.grad_x + (m.combines() ? m.token_ids[n] : n) * h + first + c, value);
+                    interleave_rows(kPanel, even + j * kPanel, even + h + j * kPanel,
+                                    packed + ((j * whole + block) * pairs + p) * kPanel);
             }
+        const auto grad_pre =
+            chunked_rows<const bf16>(s.grad_pre + rows.row_offset * width, rows.padded, start, wide, m.gated());
+        for (int r = 0; r < count; r += kChunk)
+            for (int j = 0; j < panels; ++j)
+                gemm<kPanel, true>(std::min(kChunk, count - r), pairs, grad_pre.row(row + r), grad_pre.stride,
+                             packed + j * whole * pairs * kPanel, kPanel, sums + r * kGradXColumns + j * kPanel,
+                             kGradXColumns, start > 0, int(whole), rows.padded * grad_pre.stride);
+        start += whole * wide;
+    }
+    for (int r = 0; r < count; ++r) {
+        const int64_t n = rows.start + row + r;
+        for (int c = 0; c < columns; c += W) {
+            const Vf value = load(sums + r * kGradXColumns + c);
+            if (m.routes > 1)
+                store(s.sums + n * h + first + c, value);
+            else
+                store_bf16(m.grad_x + (m.combines() ? m.token_ids[n] : n) * h + first + c, value);
         }
     }
 }
@@ -528,27 +551,27 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
     const int64_t hidden_chunks = chunks(f, kChunk);
     for (const Group& group : s.groups) {
         const long experts = long(group.experts.size());
-        team.tasks(experts * 4, [&](long i) {
-            const ExpertRows& rows = group.experts[i / 4];
-            const int64_t blocks = chunks(rows.padded / 2, 16);
-            for (int64_t b = i % 4; b < blocks; b += 4) prepare_rows(m, rows, b * 16, s);
+        const long pieces = long(group.pieces.size());
+        team.tasks(pieces, [&](long i) {
+            const Piece& piece = group.pieces[i];
+            for (int64_t pair = piece.first / 2; pair < (piece.first + piece.count) / 2; pair += 16)
+                prepare_rows(m, group.experts[piece.expert], pair, s);
         });
-        team.tasks(experts * hidden_chunks, [&](long i) {
-            const ExpertRows& rows = group.experts[i / hidden_chunks];
-            if (rows.count) grad_pre_columns(m, rows, i % hidden_chunks * kChunk, i % hidden_chunks, s);
+        team.tasks(pieces * hidden_chunks, [&](long i) {
+            const Piece& piece = group.pieces[i / hidden_chunks];
+            grad_pre_columns(m, group.experts[piece.expert], piece, i % hidden_chunks, s);
         });
-        const int64_t x_tasks = m.grad_x ? chunks(h, kGradXColumns) : 0;
+        const int64_t x_tasks = m.grad_x ? pieces * chunks(h, kGradXColumns) : 0;
         const int64_t up_tasks = chunks(width, kChunk), down_tasks = chunks(h, kChunk);
-        const int64_t tasks = x_tasks + up_tasks + down_tasks;
-        team.tasks(experts * tasks, [&](long i) {
-            const ExpertRows& rows = group.experts[i / tasks];
-            const int64_t e = rows.expert, pairs = rows.padded / 2;
-            int64_t task = i % tasks;
-            if (task < x_tasks) {
-                if (rows.count) grad_x_columns(m, rows, task * kGradXColumns, s);
+        const int64_t weight_tasks = up_tasks + down_tasks;
+        team.tasks(x_tasks + experts * weight_tasks, [&](long i) {
+            if (i < x_tasks) {
+                const Piece& piece = group.pieces[i % pieces];
+                grad_x_columns(m, group.experts[piece.expert], piece, i / pieces * kGradXColumns, s);
                 return;
             }
-            task -= x_tasks;
+            const ExpertRows& rows = group.experts[(i - x_tasks) / weight_tasks];
+            const int64_t e = rows.expert, pairs = rows.padded / 2, task = (i - x_tasks) % weight_tasks;
             const bool is_up = task < up_tasks;
             const int64_t first = (is_up ? task : task - up_tasks) * kChunk;
             const int count = int(std::min<int64_t>(kChunk, (is_up ? width : h) - first));
