@@ -90,13 +90,31 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a step gives: hidden (T, H) bf16 after the final norm; for each MoE layer, in order, the chosen experts
-    (T, K) int64 and the weights (T, K) fp32 that their outputs got.
+    """What a step gives: hidden (T, H) bf16 after the final norm, and the routes, of one MoE layer after the other.
+
+    Shapes: all_expert_ids, all_routing_weights (sum over MoE layers of T * K,); top_k: K of each MoE layer.
     """
 
     hidden: Tensor
-    expert_ids: tuple[Tensor, ...]
-    routing_weights: tuple[Tensor, ...]
+    all_expert_ids: Tensor
+    all_routing_weights: Tensor
+    top_k: tuple[int, ...]
+
+    @property
+    def expert_ids(self) -> tuple[Tensor, ...]:
+        """For each MoE layer, in order, the chosen experts (T, K) int64."""
+        return self._by_layer(self.all_expert_ids)
+
+    @property
+    def routing_weights(self) -> tuple[Tensor, ...]:
+        """For each MoE layer, in order, the weights (T, K) fp32 that the chosen experts' outputs got."""
+        return self._by_layer(self.all_routing_weights)
+
+    def _by_layer(self, routes: Tensor) -> tuple[Tensor, ...]:
+        # Made when asked for: two views a layer are much of a step's Python, and most steps need none.
+        count = self.hidden.shape[0]
+        parts = routes.split([count * top_k for top_k in self.top_k]) if self.top_k else ()
+        return tuple(part.view(count, -1) for part in parts)
 
 
 def _address(value: Tensor | PackedWeight | PackedMlp | None) -> int | None:
@@ -202,12 +220,7 @@ class DecodePlan:
                 f"there are token ids from {int(tokens.min())} to {int(tokens.max())}; ids from 0 to "
                 f"{model.vocab_size - 1} are required; use the model's own tokenizer."
             )
-        sizes = [count * top_k for top_k in self._top_k]
-        return Decoded(
-            hidden,
-            tuple(part.view(count, -1) for part in expert_ids.split(sizes)) if sizes else (),
-            tuple(part.view(count, -1) for part in routing_weights.split(sizes)) if sizes else (),
-        )
+        return Decoded(hidden, expert_ids, routing_weights, self._top_k)
 
 
 def _fill_norm(norm: NormPart) -> ctypes.Structure:
