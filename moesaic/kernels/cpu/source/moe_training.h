@@ -57,7 +57,7 @@ namespace training {
 constexpr int kChunk = 96;          // rows or columns that one product works on: whole row blocks and panels everywhere
 constexpr int kGradXColumns = 128;  // columns of the up weights packed at once for the gradient of the rows
 constexpr int kAhead = 16;          // rows of weights fetched before they are packed: pieces of rows are no stream
-constexpr int64_t kGroupRows = 1024;
+constexpr int64_t kGroupRows = 2048;
 
 // A matrix of an expert's rows and F columns, cut into chunks of 96 columns, each chunk's rows one after the other: what a
 // task reads and writes is one stream. A gated activation has both halves of a chunk in a row, first gate, then up.
@@ -106,6 +106,7 @@ struct Group {
 };
 
 constexpr int64_t kPieceRows = 5 * kChunk;  // whole lane blocks and whole row blocks
+constexpr int kParts = 5;                   // tasks of a piece where its rows are only moved
 
 inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
     const int64_t wanted = std::max<int64_t>(kGroupRows, 512 * threads);
@@ -274,10 +275,10 @@ inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrai
         });
     for (const Group& group : s.groups) {
         const long pieces = long(group.pieces.size());
-        team.tasks(pieces, [&](long i) {
-            const Piece& piece = group.pieces[i];
+        team.tasks(pieces * kParts, [&](long i) {
+            const Piece& piece = group.pieces[i / kParts];
             const ExpertRows& rows = group.experts[piece.expert];
-            for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
+            for (size_t b = piece.block + i % kParts; b < piece.block + piece.blocks; b += kParts) {
                 const LaneBlock& block = rows.blocks[b];
                 uint32_t* panel = s.tokens + block.offset * (h / 2);
                 for (int lane = 0; lane < block.width; lane += W) {
@@ -552,9 +553,10 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
     for (const Group& group : s.groups) {
         const long experts = long(group.experts.size());
         const long pieces = long(group.pieces.size());
-        team.tasks(pieces, [&](long i) {
-            const Piece& piece = group.pieces[i];
-            for (int64_t pair = piece.first / 2; pair < (piece.first + piece.count) / 2; pair += 16)
+        team.tasks(pieces * kParts, [&](long i) {
+            const Piece& piece = group.pieces[i / kParts];
+            const int64_t end = (piece.first + piece.count) / 2;
+            for (int64_t pair = piece.first / 2 + i % kParts * 16; pair < end; pair += kParts * 16)
                 prepare_rows(m, group.experts[piece.expert], pair, s);
         });
         team.tasks(pieces * hidden_chunks, [&](long i) {
