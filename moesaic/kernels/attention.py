@@ -1,4 +1,4 @@
-"""Causal attention for training and prefill, and attention of new positions to a cache.
+"""Causal attention for training and for passes without a cache.
 
 For bf16 on the CPU the training one is a C++ kernel (source/attention_training.h) behind two torch operators; it saves
 its arguments, its result and one number per query and head. Anything else (other types and devices, dropout, odd head
@@ -44,22 +44,6 @@ def causal_attention(
     return out.transpose(1, 2)
 
 
-def cached_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return (B, S, A, D) for the last S positions of a sequence whose keys and values (B, L, KV, D) are all there."""
-    num_queries, num_keys = query.shape[1], key.shape[1]
-    mask = None
-    if num_queries > 1:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril_(num_keys - num_queries)
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
-    return out.transpose(1, 2)
-
-
 def document_mask(documents: Tensor) -> Tensor:
     """Return the (B, 1, S, S) boolean mask that is causal and keeps attention inside documents."""
     length = documents.shape[1]
@@ -76,11 +60,6 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     is_cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     if not is_cast and any(tensor.dtype != torch.bfloat16 for tensor in (query, key, value)):
         return False
-    return _has_library()
-
-
-@torch.compiler.assume_constant_result
-def _has_library() -> bool:
     return cpu_library() is not None
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from moesaic.errors import DeviceError
 from moesaic.kernels.cpu.build import (
     EMULATED_TILES,
@@ -46,6 +48,7 @@ def cpu_kernels() -> Selection:
     return _select(os.environ.get(VARIABLE, "auto"))
 
 
+@torch.compiler.assume_constant_result
 def cpu_library() -> Library | None:
     """Return the C++ kernels, or None where PyTorch's operations are used."""
     return cpu_kernels().library

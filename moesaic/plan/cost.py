@@ -259,9 +259,10 @@ def _kept_per_token(config: ModelConfig, layer: FeedForwardConfig) -> int:
         kept += config.head_dim * (config.num_heads + config.num_kv_heads)
     kept += _input_matrices(config) * layer.intermediate_size  # the pre-activation; the activation is recomputed
     if layer.is_moe:
-        kept += 2 * hidden + 2 * layer.num_experts  # the router's input and its probabilities, fp32
-        # Each route's copy of the input, its pre-activation, and its output for the gradient of the routing weight.
-        kept += layer.top_k * (2 * hidden + _input_matrices(config) * layer.expert_intermediate_size)
+        kept += 2 * layer.num_experts  # the router's probabilities, fp32
+        # Each route's pre-activation, its place there and back (int64), and its weight; PyTorch's operations, where the
+        # kernels do not apply, keep its copy of the input and its output too.
+        kept += layer.top_k * (_input_matrices(config) * layer.expert_intermediate_size + 10)
     if layer.residual in ("softmax", "sigmoid"):
         kept += 2 * hidden  # both branches, for the gradient of the mix
     if config.dropout:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.kernels import attention, select
-from moesaic.kernels.attention import cached_attention, causal_attention, document_mask
+from moesaic.kernels.attention import causal_attention, document_mask
 
 LENGTHS = (1, 2, 17, 63, 65, 130)
 # Heads, KV heads, head_dim: padded to 32 (16, 48) or not, one panel, two, and many.
@@ -280,14 +280,6 @@ def test_dropout_takes_away_and_scales_up() -> None:
     out = causal_attention(query, key, value, dropout=0.5)
     assert out.std() > 0.01
     assert abs(out[:, 8:].mean().item() - 1.0) < 0.1  # of 56 * 2 rows with at least 9 keys each
-
-
-@pytest.mark.parametrize("num_new", [1, 2, 5, 40])
-@pytest.mark.parametrize("kv_heads", [1, 4])
-def test_cached_equals_the_end_of_uncached(num_new: int, kv_heads: int) -> None:
-    query, key, value = (tensor.detach() for tensor in inputs(40, 4, kv_heads, 16, torch.float32))
-    wanted = causal_attention(query, key, value)[:, 40 - num_new :]
-    torch.testing.assert_close(cached_attention(query[:, 40 - num_new :], key, value), wanted)
 
 
 def test_refuses_shapes_that_do_not_fit() -> None:

@@ -441,3 +441,23 @@ def test_a_loss_goes_down() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_compiles_into_one_graph() -> None:
+    """The operators are ordinary ones to torch.compile: no break in the graph, and the same numbers."""
+    import torch._dynamo
+
+    values = {"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    config = ModelConfig.from_dict({**values, "moe": {"num_experts": 4, "top_k": 2, "residual": "sum"}})
+    model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0).train()
+    tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        return model(tokens).hidden.float().square().mean()
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wanted = torch.autograd.grad(loss(tokens), parameters)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(tokens), parameters)
+    torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

@@ -197,7 +197,7 @@ print(kills, saving)
 def test_a_run_killed_at_any_moment_equals_the_unbroken_one(make_config: MakeConfig, tmp_path: Path) -> None:
     import yaml
 
-    config = make_config("pr-moe", steps=16)
+    config = make_config("pr-moe", steps=32)
     train(config, tmp_path / "unbroken")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     arguments = [str(tmp_path / "config.yaml"), str(tmp_path / "killed"), "0"]
