@@ -15,9 +15,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _FLAGS = (
     "-Wextra",
 )
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c", "-mavx2")
+_KEPT_DAYS = 60
 _COMPILERS = ("c++", "g++", "clang++")
 
 # What /proc/cpuinfo must name for an instruction set, the best first.
@@ -108,7 +110,22 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
     library = folder / f"{instruction_set}-{_digest(''.join(keys.values()).encode())}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _compile(library, keys, instruction_set, [compiler, *flags], openmp)
+    except OSError as error:
+        raise DeviceError(
+            f"the CPU kernels cannot be written to {folder} ({error.strerror or error}); a folder that can hold some "
+            "megabytes is required; make room or name another with XDG_CACHE_HOME, or go on with "
+            "MOESAIC_KERNELS=reference."
+        ) from error
+
+
+def _compile(
+    library: Path, keys: dict[Path, str], instruction_set: str, command: list[str], openmp: Path | None
+) -> Path:
+    """Compile the sources that have no object file under their key yet, and link library; at most once at a time."""
+    folder = library.parent
     with _alone(folder / f"{instruction_set}.lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
         if library.exists():  # another process has built it while this one waited
             return library
@@ -118,16 +135,17 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
             compiled = folder / f"{source.stem}-{instruction_set}-{keys[source]}.o"
             if not compiled.exists():
                 part = Path(scratch) / compiled.name
-                _run([compiler, *flags, "-c", str(source), "-o", str(part)])
+                _run([*command, "-c", str(source), "-o", str(part)])
                 part.replace(compiled)
             return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sources))
+            objects = list(pool.map(compile_one, keys))
         linked = Path(scratch) / library.name
         link = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-lgomp"]
-        _run([compiler, "-shared", *flags, *map(str, objects), *link, "-o", str(linked)])
+        _run([*command, "-shared", *map(str, objects), *link, "-o", str(linked)])
         linked.replace(library)  # whole or not at all
+        _forget_old(folder)
     return library
 
 
@@ -194,6 +212,15 @@ def _run(command: list[str]) -> None:
             f"compiling the CPU kernels failed ({' '.join(command)}):\n{done.stderr[-4000:]}\nA C++17 compiler with "
             "AVX2 is required; install a newer g++ (11 or later), or go on with MOESAIC_KERNELS=reference."
         )
+
+
+def _forget_old(folder: Path) -> None:
+    """Delete what other versions of moesaic left long ago; a library in use keeps working without its file."""
+    oldest = time.time() - _KEPT_DAYS * 86400
+    for path in [*folder.glob("*.o"), *folder.glob("*.so")]:
+        with suppress(FileNotFoundError):  # another process did the same
+            if path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 def _with_headers(source: Path) -> bytes:

@@ -1,0 +1,114 @@
+"""Which kernels are used, why, and what is said where they cannot be had."""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moesaic.errors import DeviceError
+from moesaic.kernels import select
+from moesaic.kernels.cpu import build
+
+SUPPORTED = build.supported_instruction_sets()
+needs_kernels = pytest.mark.skipif(not SUPPORTED, reason="the C++ kernels need an x86 processor with AVX2")
+needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def anew():  # type: ignore[no-untyped-def]
+    """A choice holds for the process; these tests want each made again."""
+    yield
+    select._select.cache_clear()
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(DeviceError, match="=sse is not known; one of auto, reference"), select.forced("sse"):
+        pass
+
+
+def test_what_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "supported_instruction_sets", lambda: ["avx2"])
+    select._select.cache_clear()
+    with pytest.raises(DeviceError, match="this processor has avx2; use auto"), select.forced("amx"):
+        pass
+
+
+def test_forcing_ends_with_the_block() -> None:
+    before = select.cpu_kernels().name
+    with select.forced("reference") as selection:
+        assert selection.library is None and select.cpu_library() is None
+        assert os.environ[select.VARIABLE] == "reference"
+    assert select.cpu_kernels().name == before
+
+
+def test_other_processors_take_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    select._select.cache_clear()
+    with select.forced("auto") as selection:
+        assert selection.name == "reference" and "x86" in selection.reason
+
+
+@needs_kernels
+def test_without_a_compiler_pytorch_is_used_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    select._select.cache_clear()
+    with caplog.at_level("WARNING", "moesaic"), select.forced("auto") as selection:
+        assert selection.name == "reference" and "no C++ compiler" in selection.reason
+    assert "install g++" in caplog.text
+
+
+@needs_kernels
+def test_a_failing_compiler_is_quoted_and_pytorch_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\necho 'error: unrecognized option' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    select._select.cache_clear()
+    with caplog.at_level("WARNING", "moesaic"), select.forced("auto") as selection:
+        assert selection.name == "reference" and SUPPORTED[0] in selection.reason
+    assert "unrecognized option" in caplog.text and "MOESAIC_KERNELS=reference" in caplog.text
+    with pytest.raises(DeviceError, match="unrecognized option"), select.forced(SUPPORTED[0]):
+        pass
+
+
+@needs_kernels
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(DeviceError, match="XDG_CACHE_HOME"):
+        build.build(SUPPORTED[0], folder=Path("/proc/nothing"))
+
+
+@needs_kernels
+@needs_compiler
+def test_the_cache_is_used_and_old_files_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(Path(build.__file__).parent / "source" / "export.h", source)
+    (source / "value.h").write_text("#define VALUE 7\n")
+    text = '#include "export.h"\n#include "value.h"\nMOESAIC_EXPORT long one() { return VALUE; }\n'
+    (source / "one.cpp").write_text(text)
+    monkeypatch.setattr(build, "_SOURCE", source)
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    old = folder / "avx2-0123.so"
+    old.write_bytes(b"")
+    os.utime(old, (time.time() - 1e8,) * 2)
+    first = build.build(SUPPORTED[0], folder=tmp_path)
+    assert not old.exists()
+    written = first.stat().st_mtime_ns
+    assert build.build(SUPPORTED[0], folder=tmp_path) == first and first.stat().st_mtime_ns == written
+    (source / "unused.h").write_text("#define OTHER 1\n")
+    assert build.build(SUPPORTED[0], folder=tmp_path) == first
+    (source / "value.h").write_text("#define VALUE 8\n")
+    second = build.build(SUPPORTED[0], folder=tmp_path)
+    assert second != first and first.exists()
