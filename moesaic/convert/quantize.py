@@ -62,7 +62,7 @@ class KindReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What a conversion gave. kl is the mean over tokens of KL(bf16 || quantised) in nats."""
+    """What a conversion gave. kl is the mean over tokens of KL(run || quantised) in nats."""
 
     source: str
     source_step: int

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from moesaic.kernels import select
 
+# In this order in source/activation_math.h.
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
+
 
 def activate(pre: Tensor, activation: str) -> Tensor:
     """Return the activation of pre: (N, F) for gelu and gelu_tanh, (N, 2F) as [gate, up] -> (N, F) for swiglu."""
@@ -93,6 +96,7 @@ class _Mlp(torch.autograd.Function):
     """activation(x W_up^T + b_up) W_down^T + b_down, saving x and the pre-activation only."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx, x, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def]
         pre = F.linear(x, up, up_bias)
         ctx.save_for_backward(x, pre, up, down)
@@ -101,6 +105,7 @@ class _Mlp(torch.autograd.Function):
         return F.linear(activate(pre, activation), down, down_bias)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors
         grad = grad.contiguous()

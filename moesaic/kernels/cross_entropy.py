@@ -215,6 +215,7 @@ def _by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
         count = _count(targets)
         if _is_fused(hidden, weight):
@@ -227,6 +228,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / count

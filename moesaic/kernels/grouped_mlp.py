@@ -127,6 +127,7 @@ class _GroupedMlp(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx, x, tokens_per_expert, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def]
         x = x.contiguous()
         assert sum(tokens_per_expert) == x.shape[0], (sum(tokens_per_expert), x.shape)
@@ -148,6 +149,7 @@ class _GroupedMlp(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors
         grad = grad.contiguous()

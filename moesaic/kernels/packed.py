@@ -22,14 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import select
-from moesaic.kernels.activation import activate
+from moesaic.kernels.activation import ACTIVATIONS, activate
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, pack_nibbles, quantized_linear, unpack_nibbles
 
 PackedFormat = Literal["bf16", "int8", "int4"]
 
 _PANEL = 32
 _FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4")
-_ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE_BYTES = 2 << 20
 
@@ -140,7 +139,7 @@ class PackedMlp:
     activation: str
 
     def __post_init__(self) -> None:
-        assert self.activation in _ACTIVATIONS, self.activation
+        assert self.activation in ACTIVATIONS, self.activation
         is_gated = self.activation == "swiglu"
         assert self.up.is_gated == is_gated and not self.down.is_gated, (self.activation, self.up.is_gated)
         inner = self.up.out_size // 2 if is_gated else self.up.out_size
@@ -169,7 +168,7 @@ class PackedMlp:
             self.down.struct,
             None if self.up_bias is None else self.up_bias.data_ptr(),
             None if self.down_bias is None else self.down_bias.data_ptr(),
-            _ACTIVATIONS.index(self.activation),
+            ACTIVATIONS.index(self.activation),
             self.intermediate_size,
         )
 
@@ -262,6 +261,7 @@ def packed_linear(
     A bf16 weight multiplies x rounded to bf16, an integer one x quantised by token and block of 128 columns.
     """
     out_dtype = out_dtype or x.dtype
+    assert not (x.requires_grad and torch.is_grad_enabled()), "packed weights are for inference: they have no gradient"
     assert x.dim() == 2 and x.shape[1] == weight.in_size, (x.shape, weight.shape)
     assert weight.num_matrices is None and not weight.is_gated, (weight.shape, weight.is_gated)
     assert bias is None or bias.shape == (weight.out_size,), (bias.shape, weight.shape)
@@ -338,6 +338,7 @@ def _moe(
     residual_weights: Tensor | None,
 ) -> Tensor:
     tokens, top_k = expert_ids.shape
+    assert not (x.requires_grad and torch.is_grad_enabled()), "packed weights are for inference: they have no gradient"
     assert x.shape == (tokens, experts.hidden_size), (x.shape, expert_ids.shape, experts.hidden_size)
     assert expert_ids.dtype == torch.int64, expert_ids.dtype
     assert routing_weights.shape == expert_ids.shape, (routing_weights.shape, expert_ids.shape)

@@ -18,7 +18,8 @@ from moesaic.model.kv_cache import CacheStep
 from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
 
-KERNELS = [*select.supported_instruction_sets(), "amx-emulated"]
+SUPPORTED = select.supported_instruction_sets()
+KERNELS = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else [])]
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "max_positions": 320,
     "init_std": 0.2,

@@ -9,7 +9,8 @@ from moesaic.kernels import select
 from moesaic.kernels.packed import PackedWeight, pack_weight, packed_linear, packed_rows, unpack_weight
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight, quantized_linear
 
-CHOICES = [*select.supported_instruction_sets(), "amx-emulated", "reference"]
+SUPPORTED = select.supported_instruction_sets()
+CHOICES = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else []), "reference"]
 FORMATS = ("bf16", "int8", "int4-32", "int4-64", "int4-128")
 # N that no panel divides, K of one group, of several activation blocks, and of a part of one.
 SIZES = [(40, 128), (32, 256), (7, 384), (96, 640)]

@@ -10,7 +10,8 @@ from moesaic.kernels.packed import PackedMlp, pack_mlp, packed_mlp, packed_moe
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
 from moesaic.kernels.reference import moe as reference
 
-CHOICES = [*select.supported_instruction_sets(), "amx-emulated", "reference"]
+SUPPORTED = select.supported_instruction_sets()
+CHOICES = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else []), "reference"]
 FORMATS = ("bf16", "int8", "int4-32")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 # Largest error of a token over its output's size, against fp32 weights of the same values: bf16 rounds x and hidden

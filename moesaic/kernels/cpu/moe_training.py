@@ -9,10 +9,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from moesaic.kernels.activation import ACTIVATIONS
 from moesaic.kernels.select import cpu_library
 
-# In this order in source/activation_math.h.
-_ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
 _SIZE_MULTIPLE = 32
 
 
@@ -246,7 +245,7 @@ def _call(
         hidden=hidden_size,
         inner=intermediate_size,
         experts=num_experts,
-        activation=_ACTIVATIONS.index(activation),
+        activation=ACTIVATIONS.index(activation),
         tokens_per_expert=address(tokens_per_expert, torch.int64),
         token_ids=address(token_ids, torch.int64),
         slots=address(slots, torch.int64),

@@ -7,11 +7,10 @@
 // residual MLP (or shared expert) is one more expert, of all tokens, with a coefficient of its own.
 #pragma once
 
+#include "activation_math.h"
 #include "packed.h"
 
 namespace moesaic {
-
-enum Activation : int64_t { kGelu = 0, kGeluTanh = 1, kSwiglu = 2 };
 
 // One MLP, or a stack of them. For SwiGLU a panel of `up` is 16 columns of the gate and the same 16 of up.
 struct PackedMlp {
@@ -93,27 +92,6 @@ struct MoeWorkspace {
 
 inline size_t packed_moe_workspace(const MoeCall& call) { return MoeWorkspace(call, nullptr).bytes; }
 
-// The normal distribution's share below x times x; error below 2e-7 |x| (Abramowitz and Stegun, 7.1.26).
-inline Vf gelu_of(Vf x) {
-    const Vf z = mul(abs(x), set1(0.70710678118654752f));
-    const Vf t = div(set1(1.0f), fma(z, set1(0.3275911f), set1(1.0f)));
-    Vf p = set1(1.061405429f);
-    p = fma(p, t, set1(-1.453152027f));
-    p = fma(p, t, set1(1.421413741f));
-    p = fma(p, t, set1(-0.284496736f));
-    p = fma(p, t, set1(0.254829592f));
-    // Twice the share beyond |x|.
-    const Vf tail = mul(mul(p, t), exp(sub(zero(), mul(z, z))));
-    const Vf share = select_less(x, zero(), tail, sub(set1(2.0f), tail));
-    return mul(mul(x, set1(0.5f)), share);
-}
-
-inline Vf gelu_tanh_of(Vf x) {
-    const Vf cube = mul(mul(x, x), x);
-    const Vf inner = mul(set1(0.79788456080286536f), fma(cube, set1(0.044715f), x));
-    return mul(x, sigmoid(add(inner, inner)));
-}
-
 // The hidden columns of one panel, from its sums c[rows][32], into hidden[rows][128].
 inline void activate_panel(const PackedMlp& mlp, const float* c, int rows, const float* bias, float* hidden) {
     for (int v = 0; v < mlp.hidden_of_panel(); v += W) {
@@ -126,9 +104,9 @@ inline void activate_panel(const PackedMlp& mlp, const float* c, int rows, const
             if (mlp.activation == kSwiglu) {
                 Vf up = load(c + r * kPanel + kPanel / 2 + v);
                 if (bias) up = add(up, second_bias);
-                y = mul(mul(x, sigmoid(x)), up);
+                y = mul(silu(x), up);
             } else {
-                y = mlp.activation == kGelu ? gelu_of(x) : gelu_tanh_of(x);
+                y = activate(x, mlp.activation);
             }
             store(hidden + r * kActivationBlock + v, y);
         }

@@ -43,11 +43,6 @@ struct Packed {
     }
 };
 
-// Whether rows of one prepared for a serve for b.
-inline bool prepared_alike(const Packed& a, const Packed& b) {
-    return a.depth == b.depth && a.is_integer() == b.is_integer();
-}
-
 template <typename T>
 inline void prepare_row(const Packed& weight, const T* x, char* to) {
     if (weight.is_integer()) {

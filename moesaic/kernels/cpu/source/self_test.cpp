@@ -2,6 +2,7 @@
 
 #include "export.h"
 #include "gemm_bf16.h"
+#include "gemm_int8.h"
 #include "parallel.h"
 #include "transpose.h"
 
@@ -31,6 +32,44 @@ bool products_are_right(int rows, int k) {
             float sum = 0;
             for (int i = 0; i < k; ++i) sum += bf16_to_float(a[m * k + i]) * bf16_to_float(b[i * Width + n]);
             if (c[m * Width + n] != 2 * sum) return false;
+        }
+    return true;
+}
+
+// Bytes at the ends of their range, where 16-bit sums would saturate; scales of 1, so that the result is the sum itself.
+template <int Bits>
+bool integer_products_are_right(int rows) {
+    constexpr int kDepth = 256, kGroup = Bits == 8 ? kActivationBlock : 32;
+    const QuantizedRow row(kDepth);
+    std::vector<char> a(rows * row.bytes());
+    std::vector<float> x(kDepth), c(size_t(rows) * kPanel), ones(kPanel, 1.0f);
+    const auto activation = [](int r, int k) { return k % kActivationBlock == 0 ? 127 : (r * 31 + k * 97) % 255 - 127; };
+    const auto weight = [](int k, int n) { return Bits == 8 ? (k * 67 + n * 131) % 256 : (k * 5 + n * 3) % 16; };
+    for (int r = 0; r < rows; ++r) {
+        for (int k = 0; k < kDepth; ++k) x[k] = float(activation(r, k));
+        quantize_row(x.data(), kDepth, a.data() + r * row.bytes());
+    }
+    std::vector<uint8_t> panel(Bits == 8 ? kDepth * kPanel : kDepth / kGroup * (kPanel * 2 + kGroup * kPanel / 2));
+    for (int k = 0; k < kDepth; ++k) {
+        uint8_t* group = panel.data() + k / kGroup * (kPanel * 2 + kGroup * kPanel / 2);
+        for (int n = 0; n < kPanel; ++n) {
+            if (Bits == 8) {
+                panel[k / 4 * 128 + n * 4 + k % 4] = uint8_t(weight(k, n));
+            } else {
+                const bf16 one = float_to_bf16(1.0f);
+                std::memcpy(group + 2 * n, &one, 2);
+                group[kPanel * 2 + k % kGroup / 4 * 64 + n % 16 * 4 + k % 4] |= uint8_t(weight(k, n) << (n < 16 ? 0 : 4));
+            }
+        }
+    }
+    const IntegerPanel described{panel.data(), ones.data(), kDepth, kGroup, row.scales(), row.sums()};
+    integer_product<Bits, kGroup>(described, rows, a.data(), row.bytes(), c.data(), Next{}, [](int, int) {});
+    leave_tiles();
+    for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < kPanel; ++n) {
+            int sum = 0;
+            for (int k = 0; k < kDepth; ++k) sum += (weight(k, n) - (Bits == 8 ? 128 : 8)) * activation(r, k);
+            if (c[r * kPanel + n] != float(sum)) return false;
         }
     return true;
 }
@@ -87,5 +126,7 @@ MOESAIC_EXPORT int64_t moesaic_self_test() {
             if (!transposition_is_right(rows, columns)) return 2;
     if (!exponential_is_right()) return 3;
     if (!team_does_each_task_once()) return 4;
+    for (int rows : {1, 3, 5, 20, 33})
+        if (!integer_products_are_right<8>(rows) || !integer_products_are_right<4>(rows)) return 5;
     return 0;
 }
