@@ -40,7 +40,8 @@ class BatchCache:
         block_size: int = 32,
     ) -> None:  # fmt: skip
         self.max_length = max_length
-        self.length = 0
+        self.length = self._step_length = 0
+        self._starts = torch.zeros(1, dtype=torch.int32)
         blocks_each = -(-max_length // block_size)
         self._tables = torch.arange(batch_size * blocks_each, dtype=torch.int32).view(batch_size, blocks_each)
         self._storage = KVStorage(
@@ -63,6 +64,8 @@ class BatchCache:
                 f"fewer tokens."
             )
         self.length = end
-        starts = torch.tensor([length * row for row in range(batch_size + 1)], dtype=torch.int32)
-        lengths = torch.tensor([end] * batch_size, dtype=torch.int32)
-        return CacheStep(self._storage, PagedBatch(starts, lengths, self._tables))
+        if length != self._step_length:  # token after token it is the same
+            self._step_length = length
+            self._starts = torch.arange(0, length * (batch_size + 1), length, dtype=torch.int32)
+        lengths = torch.full((batch_size,), end, dtype=torch.int32)
+        return CacheStep(self._storage, PagedBatch(self._starts, lengths, self._tables))
