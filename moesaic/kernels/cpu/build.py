@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -162,6 +163,8 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
             "MOESAIC_KERNELS=avx512."
         )
     path = build(instruction_set, extra_flags=extra_flags)
+    if instruction_set == "amx":
+        _try_elsewhere(path)
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
@@ -176,6 +179,29 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
             "results are required; go on with MOESAIC_KERNELS=reference, and report it with `moesaic doctor --json`."
         )
     return library
+
+
+def _try_elsewhere(path: Path) -> None:
+    """Pass the self-test in a process of its own, once: where tiles are announced and do not work, it dies of a signal.
+
+    Raises: DeviceError when it does.
+    """
+    passed = path.with_suffix(".passed")
+    if passed.exists():
+        return
+    script = (
+        "import ctypes, sys, torch; torch.cpu._init_amx(); "
+        "sys.exit(min(ctypes.CDLL(sys.argv[1]).moesaic_self_test(), 9))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DeviceError(
+            f"the CPU kernels for AMX fail their self-test on this machine (status {done.returncode} "
+            f"{done.stderr[-500:]}); tiles that work are required; use MOESAIC_KERNELS=avx512, and report it with "
+            "`moesaic doctor --json`."
+        )
+    with suppress(OSError):  # then it is tried again next time
+        passed.touch()
 
 
 def _instruction_flags(instruction_set: str) -> list[str]:
@@ -217,7 +243,7 @@ def _run(command: list[str]) -> None:
 def _forget_old(folder: Path) -> None:
     """Delete what other versions of moesaic left long ago; a library in use keeps working without its file."""
     oldest = time.time() - _KEPT_DAYS * 86400
-    for path in [*folder.glob("*.o"), *folder.glob("*.so")]:
+    for path in [*folder.glob("*.o"), *folder.glob("*.so"), *folder.glob("*.passed")]:
         with suppress(FileNotFoundError):  # another process did the same
             if path.stat().st_mtime < oldest:
                 path.unlink()

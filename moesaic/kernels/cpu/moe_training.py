@@ -226,6 +226,7 @@ def _call(
     inner = 2 * intermediate_size if activation == "swiglu" else intermediate_size
     assert up.shape == (num_experts, inner, hidden_size), (up.shape, down.shape, x.shape)
     assert down.shape[1] == hidden_size and tokens_per_expert.shape == (num_experts,), (down.shape, x.shape)
+    assert slots is None or slots.shape[1] > 0, slots
     rows = num_tokens if token_ids is None else token_ids.shape[0]
     total = int(tokens_per_expert.sum())
     assert total == rows, (total, rows)

@@ -9,7 +9,7 @@
 //
 // All query heads of a key/value head go over its keys together. A row's positions are worked on in splits of 256 whose
 // results are merged in rising order, the same way whether one thread or many had them: what a row gives depends on
-// nothing else in the call.
+// nothing else in the call, but that an infinite value in a position it does not see may reach it as 0 times infinity.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@
 namespace moesaic {
 
 constexpr int kSplit = 256;         // positions
-constexpr int kAttentionRows = 48;  // rows (query, head) of a task: 48 KiB of scores in a split
+constexpr int kAttentionRows = kWholeRows;  // (query, head) of a task: 48 or 64 KiB of scores in a split
 constexpr int kPanelPairs = kPanel / 2;
 
 // One layer's storage.

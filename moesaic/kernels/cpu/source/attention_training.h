@@ -277,7 +277,7 @@ inline bool whole_pairs(const AttentionShape& shape, int threads) {
 
 // Pairs whose operands are in memory together when threads share pairs: enough tasks for a good balance, no more.
 inline int pairs_together(const AttentionShape& shape, int threads, int tasks_per_pair) {
-    const long wanted = (8L * threads + tasks_per_pair - 1) / tasks_per_pair;
+    const long wanted = (8L * threads + tasks_per_pair - 1) / std::max(1, tasks_per_pair);
     return int(std::min(shape.pairs(), wanted));
 }
 

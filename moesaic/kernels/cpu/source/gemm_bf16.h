@@ -3,7 +3,8 @@
 // One form for every instruction set. A is row-major with K contiguous. B is packed in panels of 32 columns: a panel is
 // [K/2][32] dwords, dword (p, n) = B[2p][n] in its low half and B[2p+1][n] in its high half, which is a vector of
 // AVX-512's dot product and a row of AMX's B tile alike. K is a multiple of 2 * kPairBlock (pad both sides with zeros), so
-// that no kernel has a remainder in K; M is any number. The terms of a sum are added in the order of K, whatever M and N are.
+// that no kernel has a remainder in K; M is any number. The terms of a sum are added in the order of K, by blocks of 32 of
+// them on AMX, whatever M and N are.
 #pragma once
 
 #include "simd.h"
@@ -14,8 +15,10 @@ namespace moesaic {
 constexpr int kPanel = 32;  // columns of a panel
 #if defined(MOESAIC_TILES)
 constexpr int kPairBlock = 16;  // pairs of K are a multiple of this
+constexpr int kWholeRows = 64;  // rows in whole steps of every kernel: tiles take 32, and another shape for fewer
 #else
 constexpr int kPairBlock = 1;
+constexpr int kWholeRows = 48;  // 12 and 6 divide it
 #endif
 
 inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }

@@ -189,7 +189,7 @@ struct Slices {
 // As many rows as stay in the second-level cache beside a panel, in whole steps of every kernel.
 inline int rows_at_once(size_t row_bytes) {
     const size_t fit = (size_t(512) << 10) / row_bytes;
-    return fit < 48 ? 48 : fit > 192 ? 192 : int(fit / 48 * 48);
+    return fit < kWholeRows ? kWholeRows : fit > 192 ? 192 : int(fit / kWholeRows * kWholeRows);
 }
 
 // y (M, N) = x (M, K) weight^T + bias.

@@ -76,14 +76,24 @@ inline void tile_dot_s8u8(int c, int a, int b) {
 
 #else
 
-inline void load_tile_shape(const TileShape& shape) { _tile_loadconfig(&shape); }
-inline void release_tiles() { _tile_release(); }
-// Macros, since the instructions take the tile's number as an immediate.
-#define tile_zero(tile) _tile_zero(tile)
-#define tile_load(tile, from, stride) _tile_loadd(tile, from, stride)
-#define tile_store(tile, to, stride) _tile_stored(tile, to, stride)
-#define tile_dot_bf16(c, a, b) _tile_dpbf16ps(c, a, b)
-#define tile_dot_s8u8(c, a, b) _tile_dpbsud(c, a, b)
+// Assembly and not the compiler's intrinsics: GCC before 11.5, 12.4 and 13.3 says of ldtilecfg that it reads 8 bytes, and
+// drops the stores of the rest; older headers do not put their macros' arguments in brackets; and none says that a tile
+// is loaded from memory. Macros, since a tile's number is part of the instruction.
+inline void load_tile_shape(const TileShape& shape) { asm volatile("ldtilecfg %0" : : "m"(shape)); }
+inline void release_tiles() { asm volatile("tilerelease" : :); }
+#define tile_zero(tile) asm volatile("tilezero %%tmm" #tile : :)
+#define tile_load(tile, from, stride)                            \
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile              \
+                 :                                               \
+                 : "r"(static_cast<const void*>(from)), "r"(ptrdiff_t(stride)) \
+                 : "memory")
+#define tile_store(tile, to, stride)                             \
+    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)"          \
+                 :                                               \
+                 : "r"(static_cast<void*>(to)), "r"(ptrdiff_t(stride)) \
+                 : "memory")
+#define tile_dot_bf16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
+#define tile_dot_s8u8(c, a, b) asm volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 
 #endif
 
