@@ -14,6 +14,7 @@ from moesaic.config.base import Config
 from moesaic.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+QkNorm = Literal["none", "head", "full"]
 ResidualMix = Literal["sum", "softmax", "sigmoid"]
 
 _INTEGER = TypeAdapter(int)
@@ -80,6 +81,79 @@ class CapacityConfig(Config):
         return self
 
 
+class RopeScalingConfig(Config):
+    """How rotary frequencies are changed so that a model reaches further than the sequences it was trained on.
+
+    Source: linear, position interpolation (arXiv 2306.15595); yarn (arXiv 2309.00071); llama3, as Llama 3.1 does.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(ge=1)
+    original_max_positions: int | None = Field(default=None, ge=1, description="llama3 and yarn: before the scaling")
+    low_frequency_factor: float = Field(default=1.0, gt=0, description="llama3")
+    high_frequency_factor: float = Field(default=4.0, gt=0, description="llama3")
+    beta_fast: float = Field(default=32.0, gt=0, description="yarn")
+    beta_slow: float = Field(default=1.0, gt=0, description="yarn")
+    truncate: bool = Field(default=True, description="yarn: round the bounds of the ramp to whole channels")
+    attention_factor: float | None = Field(
+        default=None, gt=0, description="yarn: on cosines and sines; null: 0.1 ln(factor) + 1"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScalingConfig":
+        if self.kind == "linear":
+            self._refuse("original_max_positions", needs="llama3 or yarn")
+        elif self.original_max_positions is None:
+            raise ConfigError(
+                f"rope_scaling.kind ({self.kind}) needs rope_scaling.original_max_positions, the positions that the "
+                f"model was trained on before the scaling; it is null; set it."
+            )
+        if self.kind != "llama3":
+            for name in ("low_frequency_factor", "high_frequency_factor"):
+                self._refuse(name, needs="llama3")
+        elif self.high_frequency_factor <= self.low_frequency_factor:
+            raise ConfigError(
+                f"rope_scaling.high_frequency_factor ({self.high_frequency_factor}) is not more than "
+                f"rope_scaling.low_frequency_factor ({self.low_frequency_factor}); frequencies between the two are "
+                f"blended; swap them."
+            )
+        if self.kind != "yarn":
+            for name in ("beta_fast", "beta_slow", "truncate", "attention_factor"):
+                self._refuse(name, needs="yarn")
+        elif self.beta_fast < self.beta_slow:
+            raise ConfigError(
+                f"rope_scaling.beta_fast ({self.beta_fast}) is less than rope_scaling.beta_slow ({self.beta_slow}); "
+                f"rotations between the two are blended; swap them."
+            )
+        return self
+
+    def _refuse(self, name: str, *, needs: str) -> None:
+        self._refuse_without_effect(f"rope_scaling.{name}", name, needs=f"rope_scaling.kind = {needs}")
+
+
+class LatentAttentionConfig(Config):
+    """Multi-head latent attention: keys and values of all heads are made from one small vector per token.
+
+    That vector and one rotary key are all that the cache holds. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+    """
+
+    query_rank: int | None = Field(default=None, ge=1, description="null: queries straight from the hidden state")
+    kv_rank: int = Field(ge=1, description="size of the vector that keys and values are made from")
+    nope_head_dim: int = Field(ge=1, description="channels of a head's query and key without positions")
+    rope_head_dim: int = Field(ge=2, description="channels of a head's query, and of the one key, that are turned")
+    value_head_dim: int = Field(ge=1)
+    norm_epsilon: float = Field(default=1e-6, gt=0, description="of the norms of the small vectors")
+
+    @model_validator(mode="after")
+    def _check(self) -> "LatentAttentionConfig":
+        if self.rope_head_dim % 2:
+            raise ConfigError(
+                f"latent_attention.rope_head_dim ({self.rope_head_dim}) is odd; rotary positions turn pairs of "
+                f"channels; use an even one."
+            )
+        return self
+
+
 class MoEConfig(Config):
     """The pattern of the MoE layers. A value per MoE layer where a tuple is allowed; a single value is for all."""
 
@@ -92,6 +166,9 @@ class MoEConfig(Config):
     )
     residual: ResidualMix | None = Field(default=None, description="a fixed MLP beside the experts, and how they mix")
     residual_intermediate_size: int | None = Field(default=None, ge=1, description="null: the model's")
+    output_scale: bool = Field(
+        default=False, description="a learned factor on the experts' output of each layer (0 after upcycling)"
+    )
     router: RouterConfig = RouterConfig()
     capacity: CapacityConfig = CapacityConfig()
 
@@ -116,6 +193,7 @@ class FeedForwardConfig(Config):
     top_k: int = Field(default=0, ge=0)
     expert_intermediate_size: int = Field(default=0, ge=0)
     residual: ResidualMix | None = None
+    output_scale: bool = False
     router: RouterConfig = RouterConfig()
     capacity: CapacityConfig = CapacityConfig()
 
@@ -137,10 +215,17 @@ class ModelConfig(Config):
     max_positions: int = Field(default=2048, ge=1, description="longest sequence, in tokens")
     positions: Literal["learned", "rotary"] = "rotary"
     rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScalingConfig | None = None
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = Field(default=1e-5, gt=0)
-    qk_norm: bool = Field(default=False, description="normalise queries and keys per head")
+    qk_norm: QkNorm = Field(
+        default="none", description="RMSNorm of queries and keys: of each head (Qwen3) or of all together (OLMoE)"
+    )
     attention_bias: Literal["none", "qkv", "all"] = "none"
+    attention_scale: float | None = Field(
+        default=None, gt=0, description="on the products of queries and keys; null: 1 / sqrt(head_dim)"
+    )
+    latent_attention: LatentAttentionConfig | None = None
     mlp_bias: bool = False
     activation: Activation = "swiglu"
     tie_embeddings: bool = True
@@ -157,6 +242,12 @@ class ModelConfig(Config):
         hidden, heads = _integer(values.get("hidden_size")), _integer(values.get("num_heads"))
         if values.get("num_kv_heads") is None:
             values["num_kv_heads"] = heads
+        latent = values.get("latent_attention")
+        if values.get("head_dim") is None and latent is not None:
+            read = latent.model_dump() if isinstance(latent, LatentAttentionConfig) else latent
+            if isinstance(read, dict):
+                nope, rope = _integer(read.get("nope_head_dim")), _integer(read.get("rope_head_dim"))
+                values["head_dim"] = nope + rope if nope and rope else 2  # what is wrong with them is said below
         if values.get("head_dim") is None and hidden and heads and hidden > 0 and heads > 0:
             if hidden % heads:
                 raise ConfigError(
@@ -177,14 +268,35 @@ class ModelConfig(Config):
                 f"head serves the same number of query heads; use num_kv_heads that divides {self.num_heads}."
             )
         if self.positions == "learned":
-            self._refuse_without_effect("rope_theta", "rope_theta", needs="positions = rotary")
+            for name in ("rope_theta", "rope_scaling"):
+                self._refuse_without_effect(name, name, needs="positions = rotary")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ConfigError(
                 f"head_dim ({self.head_dim}) is odd; rotary positions turn pairs of channels; use an even head_dim or "
                 f"positions = learned."
             )
+        self._check_latent_attention()
         _ = self.layers  # resolves the pattern, or fails here and not at step 900
         return self
+
+    def _check_latent_attention(self) -> None:
+        latent = self.latent_attention
+        if latent is None:
+            return
+        wanted: dict[str, tuple[Any, Any]] = {
+            "head_dim": (self.head_dim, latent.nope_head_dim + latent.rope_head_dim),
+            "num_kv_heads": (self.num_kv_heads, self.num_heads),
+            "positions": (self.positions, "rotary"),
+            "qk_norm": (self.qk_norm, "none"),
+            "attention_bias": (self.attention_bias, "none"),
+        }
+        for name, (given, required) in wanted.items():
+            if given != required:
+                raise ConfigError(
+                    f"{name} ({given}) does not go with latent_attention, whose heads have their own keys of "
+                    f"nope_head_dim + rope_head_dim channels, no biases and no norms of queries and keys; it needs "
+                    f"{required}; use that, or latent_attention = null."
+                )
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -276,6 +388,7 @@ class ModelConfig(Config):
             top_k=top_k,
             expert_intermediate_size=pick("intermediate_size", expert_size),
             residual=moe.residual,
+            output_scale=moe.output_scale,
             router=router,
             capacity=moe.capacity,
         )

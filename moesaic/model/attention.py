@@ -31,8 +31,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(
             config.num_heads * config.head_dim, config.hidden_size, has_bias=config.attention_bias == "all"
         )
-        self.q_norm = RmsNorm(config.head_dim, epsilon=config.norm_epsilon) if config.qk_norm else None
-        self.k_norm = RmsNorm(config.head_dim, epsilon=config.norm_epsilon) if config.qk_norm else None
+        self.q_norm = RmsNorm(config.head_dim, epsilon=config.norm_epsilon) if config.qk_norm == "head" else None
+        self.k_norm = RmsNorm(config.head_dim, epsilon=config.norm_epsilon) if config.qk_norm == "head" else None
 
     def forward(
         self,

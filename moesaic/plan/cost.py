@@ -183,7 +183,7 @@ def _count_layer(config: ModelConfig, index: int, layer: FeedForwardConfig) -> L
     return LayerParameters(
         index=index,
         attention=_attention_matrices(config) + _attention_biases(config),
-        norms=2 * _norm(config) + (2 * config.head_dim if config.qk_norm else 0),
+        norms=2 * _norm(config) + (2 * config.head_dim if config.qk_norm == "head" else 0),
         dense_mlp=_mlp(config, layer.intermediate_size) if layer.intermediate_size else 0,
         residual_mix=_residual_mix(config, layer),
         router=layer.num_experts * config.hidden_size,
@@ -255,7 +255,7 @@ def _kept_per_token(config: ModelConfig, layer: FeedForwardConfig) -> int:
         2 * config.num_heads + 2 * config.num_kv_heads
     )  # queries, keys, values, attention output
     kept += 2 * config.num_heads  # the softmax's normaliser, fp32
-    if config.qk_norm:
+    if config.qk_norm == "head":
         kept += config.head_dim * (config.num_heads + config.num_kv_heads)
     kept += _input_matrices(config) * layer.intermediate_size  # the pre-activation; the activation is recomputed
     if layer.is_moe:

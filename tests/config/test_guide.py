@@ -10,7 +10,14 @@ from pydantic_core import PydanticUndefined
 
 from moesaic.config.base import Config
 from moesaic.config.load import load_model_config, load_train_config
-from moesaic.config.model import CapacityConfig, ModelConfig, MoEConfig, RouterConfig
+from moesaic.config.model import (
+    CapacityConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeScalingConfig,
+    RouterConfig,
+)
 from moesaic.config.presets import preset_names
 from moesaic.config.train import (
     CheckpointConfig,
@@ -25,6 +32,8 @@ GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "configuration.md").rea
 SECTIONS: dict[str, type[Config]] = {
     "Top level": TrainConfig,
     "`model`": ModelConfig,
+    "`model.rope_scaling`": RopeScalingConfig,
+    "`model.latent_attention`": LatentAttentionConfig,
     "`model.moe`": MoEConfig,
     "`model.moe.router`": RouterConfig,
     "`model.moe.capacity`": CapacityConfig,

@@ -30,7 +30,7 @@ GPT: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_kv_heads": 2, "tie_embeddings": False},
     "gpt": GPT,
-    "qwen": {"num_kv_heads": 1, "qk_norm": True, "head_dim": 8, "attention_bias": "qkv"},
+    "qwen": {"num_kv_heads": 1, "qk_norm": "head", "head_dim": 8, "attention_bias": "qkv"},
     "odd sizes": {
         "hidden_size": 50, "head_dim": 7, "num_heads": 3, "positions": "learned", "activation": "gelu_tanh",
         "intermediate_size": 37,

@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3": (
         "Qwen3",
         {**GROUPED, "intermediate_size": 40, "head_dim": 8},
-        {**OURS_GROUPED, "intermediate_size": 40, "head_dim": 8, "qk_norm": True, "tie_embeddings": False},
+        {**OURS_GROUPED, "intermediate_size": 40, "head_dim": 8, "qk_norm": "head", "tie_embeddings": False},
     ),
     "mixtral": (
         "Mixtral",
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             **OURS_GROUPED,
             "intermediate_size": 40,
             "head_dim": 8,
-            "qk_norm": True,
+            "qk_norm": "head",
             "tie_embeddings": False,
             "moe": {
                 "num_experts": 6,

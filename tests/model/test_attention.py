@@ -46,11 +46,11 @@ def plain(layer: Attention, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> 
 
 
 @pytest.mark.parametrize("length", [1, 2, 37])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", ["none", "head"])
 @pytest.mark.parametrize(
     ("num_kv_heads", "bias", "positions"), [(4, "all", "learned"), (2, "qkv", "rotary"), (1, "none", "rotary")]
 )
-def test_equals_its_definition(num_kv_heads: int, bias: str, positions: str, qk_norm: bool, length: int) -> None:
+def test_equals_its_definition(num_kv_heads: int, bias: str, positions: str, qk_norm: str, length: int) -> None:
     layer = make_attention(num_kv_heads=num_kv_heads, attention_bias=bias, positions=positions, qk_norm=qk_norm)
     x = torch.randn(2, length, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
     rotary = rotary_table(length, 8, 10_000.0, CPU) if positions == "rotary" else None
@@ -70,7 +70,7 @@ def test_which_projections_have_a_bias(bias: str, with_bias: str) -> None:
 
 @pytest.mark.parametrize("pieces", [[37], [36, 1], [1] * 37, [5, 20, 1, 11]])
 def test_cached_equals_uncached(pieces: list[int]) -> None:
-    layer = make_attention(num_kv_heads=2, qk_norm=True)
+    layer = make_attention(num_kv_heads=2, qk_norm="head")
     x = torch.randn(2, 37, 24, generator=torch.Generator().manual_seed(1))
     cosines, sines = rotary_table(37, 8, 10_000.0, CPU)
     config = ModelConfig(vocab_size=11, hidden_size=24, num_layers=1, num_heads=4, head_dim=8, num_kv_heads=2)

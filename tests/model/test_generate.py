@@ -20,7 +20,7 @@ BASE: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "gpt": {"positions": "learned", "norm": "layernorm", "attention_bias": "all", "activation": "gelu"},
-    "llama": {"num_kv_heads": 2, "qk_norm": True, "tie_embeddings": False},
+    "llama": {"num_kv_heads": 2, "qk_norm": "head", "tie_embeddings": False},
     "mixtral": {"num_kv_heads": 2, "moe": {"num_experts": 4, "top_k": 2, "router": {"renormalize": True}}},
     "pr-moe": {
         "dropout": 0.5,

@@ -29,7 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dense, llama-like": {"num_kv_heads": 2, "tie_embeddings": False},
     "dense, gpt-like": GPT,
     "moe, qwen-like": {
-        "num_kv_heads": 2, "qk_norm": True, "attention_bias": "qkv", "tie_embeddings": False,
+        "num_kv_heads": 2, "qk_norm": "head", "attention_bias": "qkv", "tie_embeddings": False,
         "moe": {"num_experts": 5, "top_k": 2, "router": {"renormalize": True}},
     },
     "pyramid, residual softmax": GPT | {"moe": {"num_experts": [2, 7, 3], "residual": "softmax"}},

@@ -29,7 +29,7 @@ ODD: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2,
         "head_dim": 10,
         "intermediate_size": 37,
-        "qk_norm": True,
+        "qk_norm": "head",
         "attention_bias": "qkv",
         "moe": {"num_experts": 5, "top_k": 3, "intermediate_size": 11, "router": {"score_correction_bias": True}},
     },
@@ -60,7 +60,7 @@ def test_the_built_model_has_the_counted_parameters(name: str) -> None:
     ("name", "changes"),
     [
         ("dense-tiny", []),
-        ("dense-tiny", ["model.activation=swiglu", "model.norm=rmsnorm", "model.qk_norm=true", "model.num_kv_heads=1"]),
+        ("dense-tiny", ["model.activation=swiglu", "model.norm=rmsnorm", "model.qk_norm=head", "model.num_kv_heads=1"]),
         ("moe-tiny-16", []),
         ("moe-tiny-16", ["model.moe.top_k=3", "model.activation=swiglu"]),
         ("pr-moe-tiny-8-16", []),

@@ -34,7 +34,7 @@ GPT: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "dense, llama-like": {"num_kv_heads": 2, "tie_embeddings": False},
     "dense, gpt-like": GPT,
-    "dense, qwen-like": {"num_kv_heads": 1, "qk_norm": True, "head_dim": 8, "attention_bias": "qkv"},
+    "dense, qwen-like": {"num_kv_heads": 1, "qk_norm": "head", "head_dim": 8, "attention_bias": "qkv"},
     "learned positions, rmsnorm, gelu_tanh": {"positions": "learned", "activation": "gelu_tanh"},
     "rotary, layernorm, untied": {"norm": "layernorm", "tie_embeddings": False},
     "moe, mixtral-like": {

@@ -79,7 +79,7 @@ def shapes_of_layer(config: ModelConfig, layer: FeedForwardConfig, num_experts: 
         shapes += [(q,), (kv,), (kv,)]
     if config.attention_bias == "all":
         shapes += [(hidden,)]
-    if config.qk_norm:
+    if config.qk_norm == "head":
         shapes += [(config.head_dim,)] * 2
     if not layer.is_moe or layer.residual:
         shapes += shapes_of_mlp(config, layer.intermediate_size)
@@ -115,7 +115,7 @@ ODD: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2,
         "head_dim": 10,
         "intermediate_size": 37,
-        "qk_norm": True,
+        "qk_norm": "head",
         "attention_bias": "qkv",
         "moe": {"num_experts": 5, "top_k": 3, "intermediate_size": 11},
     },
