@@ -1,6 +1,7 @@
-"""A safetensors file written tensor by tensor, and piece by piece: memory stays near the largest piece.
+"""Safetensors files read and written tensor by tensor, and piece by piece: memory stays near the largest piece.
 
-The library's own save_file wants all tensors at once. Shapes are known beforehand, so the header can stand first.
+The library's own save_file wants all tensors at once; shapes are known beforehand, so the header can stand first. Its
+readers map the whole file, whose pages then count as the process's memory; here they are read as ordinary files are.
 """
 
 import json
@@ -11,7 +12,10 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from moesaic.errors import CheckpointError
 
 _NAMES = {
     torch.float32: "F32",
@@ -37,6 +41,77 @@ class TensorLayout:
     @property
     def num_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+class TensorReader:
+    """Reads the tensors of a file, whole or some rows of them. A context manager.
+
+    Raises: CheckpointError for a file that is no safetensors file, is truncated, or holds a dtype torch has not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # the library checks that the header is sound and the file as long as it says
+            self._file = path.open("rb", buffering=0)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); a whole safetensors file is required (nothing else is ever loaded: "
+                f"a pickle could run code); fetch it again, or save it as safetensors."
+            ) from None
+        size = int.from_bytes(self._file.read(8), "little")
+        header = json.loads(self._file.read(size))
+        header.pop("__metadata__", None)
+        self.layout: dict[str, TensorLayout] = {}
+        self._starts: dict[str, int] = {}
+        for name, each in header.items():
+            if each["dtype"] not in DTYPES:
+                self._file.close()
+                raise CheckpointError(
+                    f"{path}: {name} is of dtype {each['dtype']}; one of {', '.join(DTYPES)} is required; convert the "
+                    f"checkpoint to bf16 first."
+                )
+            self.layout[name] = TensorLayout(DTYPES[each["dtype"]], tuple(each["shape"]))
+            self._starts[name] = 8 + size + each["data_offsets"][0]
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Return a tensor, or the index-th of its first dimension."""
+        layout = self.layout[name]
+        if index is None:
+            return self._read(layout.dtype, layout.shape, self._starts[name])
+        part = TensorLayout(layout.dtype, layout.shape[1:])
+        return self._read(part.dtype, part.shape, self._starts[name] + index * part.num_bytes)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows (stop - start, last dimension) of a tensor, all its dimensions but the last taken as one.
+
+        Of a vector or a scalar, its elements (stop - start,).
+        """
+        layout = self.layout[name]
+        inner = layout.shape[-1:] if len(layout.shape) > 1 else ()
+        width = TensorLayout(layout.dtype, inner).num_bytes
+        return self._read(layout.dtype, (stop - start, *inner), self._starts[name] + start * width)
+
+    def _read(self, dtype: torch.dtype, shape: tuple[int, ...], place: int) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        if tensor.numel() == 0:
+            return tensor
+        view = tensor.view(-1).view(torch.uint8).numpy().data
+        self._file.seek(place)
+        done = 0
+        while done < len(view):
+            count = self._file.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{self.path} ends before its tensors do; it is truncated; fetch it again.")
+            done += count
+        return tensor
+
+    def __enter__(self) -> "TensorReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 class TensorWriter:

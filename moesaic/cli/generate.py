@@ -39,7 +39,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop_ids=(tokenizer.end_of_text_id,),
+        stop_ids=tokenizer.stop_ids,
     )
     if as_json:
         ids = list(tokens)

@@ -6,9 +6,7 @@ and within its limits. How numbers are rounded is rounding.py's business, on whi
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +22,7 @@ from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.convert.calibrate import Quantized, calibrated_weights
+from moesaic.convert.folder import check_is_new, folder_in_progress
 from moesaic.data.loader import ValidationLoader
 from moesaic.data.shards import MANIFEST_NAME, ShardSet
 from moesaic.data.tokenizer import Tokenizer
@@ -129,8 +128,7 @@ def quantize_run(
     output = Path(output)
     path = check_file(info, "model")
     plan = _plan(path, info, config, experts=experts, rest=rest, group_size=group_size)
-    if output.exists():
-        raise ConfigError(f"{output} exists; the quantised run needs a folder of its own; name another, or delete it.")
+    check_is_new(output)
     text = _own_shards(config, "--text") if text is None else text
     tokenizer = Tokenizer.load(source_folder)
     batches = (
@@ -150,7 +148,7 @@ def quantize_run(
     reference = record_reference(loaded.model, windows, device=loaded.device)
     del loaded  # from here on one layer at a time
 
-    with _folder_in_progress(output) as folder:
+    with folder_in_progress(output) as folder:
         on_progress("quantising", 0.0)
         checkpoint = folder / "checkpoints" / info.path.name
         checkpoint.mkdir(parents=True)
@@ -449,25 +447,6 @@ def _own_shards(config: TrainConfig, option: str) -> str:
             f"perplexity of a text; name one with {option}."
         )
     return config.data.path
-
-
-@contextmanager
-def _folder_in_progress(output: Path) -> Iterator[Path]:
-    """Give a folder to write, which becomes `output` at the end, or goes away with whatever went wrong."""
-    temporary = output.with_name(f".writing-{output.name}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(output)
-    except OSError as error:
-        raise ConversionError(
-            f"{output} could not be written: {error}; a folder with room for the quantised run is required; free some "
-            f"space, or name another."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _finite(value: Any) -> Any:

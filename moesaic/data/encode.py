@@ -50,7 +50,7 @@ class EncoderPool:
 
     def __init__(self, tokenizer: Tokenizer, *, num_workers: int) -> None:
         assert num_workers >= 1, num_workers
-        self._hello = (tokenizer.json_text, tokenizer.end_of_text, token_dtype(tokenizer.vocab_size))
+        self._hello = (tokenizer.json_text, tokenizer.companions, token_dtype(tokenizer.vocab_size))
         self._num_workers = num_workers
         self._workers: list[subprocess.Popen[bytes]] = []
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
@@ -131,8 +131,8 @@ def _serve() -> None:
     os.dup2(2, 1)  # whatever prints must not end up among the replies
     requests = sys.stdin.buffer
     try:
-        json_text, end_of_text, dtype = pickle.load(requests)
-        tokenizer = Tokenizer(json_text, end_of_text=end_of_text)
+        json_text, companions, dtype = pickle.load(requests)
+        tokenizer = Tokenizer(json_text, companions=companions)
         while True:
             texts = pickle.load(requests)
             pickle.dump([encode_text(tokenizer, text, dtype=dtype) for text in texts], replies, protocol=5)

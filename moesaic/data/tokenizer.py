@@ -1,12 +1,13 @@
 """The tokenizer: byte-level BPE of our own training, or a given one, over the `tokenizers` library.
 
-Here: loading, training, encoding, the end-of-text token, the fingerprint. Not here: chat templates.
+Here: loading, training, encoding, the end-of-text token, the fingerprint; the files that come with a given tokenizer
+(special tokens, chat template) are kept and written again as they are. Not here: applying a chat template.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_SAMPLE_BYTES = 32 * 2**20
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+# What tells other tools, and a chat, more of a tokenizer than its vocabulary.
+COMPANION_NAMES = (
+    CONFIG_NAME,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_MAX_COMPANION_BYTES = 16 << 20
 
 # Of tokenizers that lack <|endoftext|>: what Llama 1 and 2, Mistral, Llama 3, Gemma, BERT-like and T5 ones use.
 _COMMON_END_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<|eot_id|>", "<|im_end|>")
@@ -34,8 +44,9 @@ _TRAIN_PIECE_CHARS = 16 * 1024
 class Tokenizer:
     """Text to token ids and back. Special tokens written out in a text are encoded as the plain text they are."""
 
-    def __init__(self, json_text: str, *, end_of_text: str | None = None) -> None:
-        """Make one from the text of a tokenizer.json; `end_of_text` names the token where <|endoftext|> is lacking."""
+    def __init__(self, json_text: str, *, companions: Mapping[str, str] | None = None) -> None:
+        """Make one from the text of a tokenizer.json, and of the files that came with it, by COMPANION_NAMES."""
+        self._companions = dict(companions or {})
         values = _parse(json_text)
         # A stored truncation would silently cut documents, a stored padding would add tokens to them.
         values["truncation"] = values["padding"] = None
@@ -48,7 +59,8 @@ class Tokenizer:
                 f"library writes it is required; export it again from where it came."
             ) from None
         self._vocab_size = self._inner.get_vocab_size(with_added_tokens=True)
-        self._end_of_text, self._end_of_text_id = self._find_end_of_text(end_of_text)
+        configured = self._configured("eos_token")
+        self._end_of_text, self._end_of_text_id = self._find_end_of_text(configured)
         added = self._inner.get_added_tokens_decoder().get(self._end_of_text_id)
         if added is not None and not added.special:
             # Only special tokens can be switched off while encoding, and a text must never end itself.
@@ -69,7 +81,7 @@ class Tokenizer:
                 f"folder), is required; check the path, or let `moesaic prepare` train a tokenizer."
             )
         try:
-            return cls(file.read_text(encoding="utf-8"), end_of_text=_configured_end(file.parent / CONFIG_NAME))
+            return cls(file.read_text(encoding="utf-8"), companions=_read_companions(file.parent))
         except UnicodeDecodeError:
             raise DataError(f"{file} is not UTF-8 text; a {TOKENIZER_NAME} is required; check the path.") from None
         except DataError as error:
@@ -142,6 +154,21 @@ class Tokenizer:
         return self._end_of_text_id
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end what a model says: the end of text, and what the tokenizer's own files call so."""
+        names = {self._end_of_text, self._configured("eos_token")}
+        found = {self._inner.token_to_id(name) for name in names if name is not None}
+        ids = self._companion("generation_config.json").get("eos_token_id")
+        found |= {each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)}
+        return frozenset(each for each in found if each is not None and 0 <= each < self._vocab_size)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that makes one text of a conversation, None where there is none."""
+        file = self._companions.get("chat_template.jinja")
+        return file if file is not None else self._configured("chat_template")
+
+    @property
     def fingerprint(self) -> str:
         """The sha256 of the tokenizer's JSON in canonical form: the same for every copy, however it is formatted."""
         canonical = json.dumps(json.loads(self._json), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -149,17 +176,45 @@ class Tokenizer:
 
     @property
     def json_text(self) -> str:
-        """The tokenizer.json that gives this tokenizer again, with `end_of_text` for its end-of-text token."""
+        """The tokenizer.json that gives this tokenizer again, with its companions."""
         return self._json
 
+    @property
+    def companions(self) -> dict[str, str]:
+        """The texts of the files that came with it, by COMPANION_NAMES."""
+        return dict(self._companions)
+
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json to a file or into a folder, and beside it tokenizer_config.json with the end token."""
+        """Write tokenizer.json to a file or into a folder, and beside it the files that came with it.
+
+        Where none came, tokenizer_config.json is made and names the end-of-text token.
+        """
         given = Path(path)
         file = given / TOKENIZER_NAME if given.is_dir() or not given.suffix else given
         file.parent.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_of_text}
-        _write(file.parent / CONFIG_NAME, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        made = {CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
+        for name, text in {**made, **self._companions}.items():
+            _write(file.parent / name, text)
         _write(file, self._json)
+
+    def _configured(self, key: str) -> str | None:
+        """Return a text of tokenizer_config.json; a token may be written as an object with its `content`."""
+        value = self._companion(CONFIG_NAME).get(key)
+        if isinstance(value, dict):
+            value = value.get("content")
+        return value if isinstance(value, str) else None
+
+    def _companion(self, name: str) -> dict[str, Any]:
+        try:
+            values = json.loads(self._companions.get(name, "{}"))
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise DataError(
+                f"{name} is not a JSON object; one as transformers writes it is required; mend or remove it."
+            )
+        return values
 
     def _find_end_of_text(self, configured: str | None) -> tuple[str, int]:
         for name in (END_OF_TEXT, configured, *_COMMON_END_NAMES):
@@ -222,17 +277,19 @@ def _parse(json_text: str) -> dict[str, Any]:
     return values
 
 
-def _configured_end(file: Path) -> str | None:
-    """Return the eos_token of a tokenizer_config.json, or None where there is no file or no such key."""
-    if not file.is_file():
-        return None
-    try:
-        token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
-    except (ValueError, AttributeError):
-        raise DataError(f"{file} is not a JSON object; mend or remove it.") from None
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+def _read_companions(folder: Path) -> dict[str, str]:
+    texts = {}
+    for name in COMPANION_NAMES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        if file.stat().st_size > _MAX_COMPANION_BYTES:
+            raise DataError(
+                f"{file} has {file.stat().st_size} bytes; at most {_MAX_COMPANION_BYTES} are read; a file as "
+                f"transformers writes it is required; mend or remove it."
+            )
+        texts[name] = file.read_text(encoding="utf-8")
+    return texts
 
 
 def _write(file: Path, text: str) -> None:

@@ -1,0 +1,360 @@
+"""The families of models in Hugging Face's layout: a table each, of config keys and of tensor names.
+
+A new family is a table more. How keys are read is keys.py's business, how tensors are put together tensors.py's.
+"""
+
+from dataclasses import dataclass
+
+from moesaic.config.model import ModelConfig
+from moesaic.convert.keys import (
+    Always,
+    EqualHeads,
+    Fixed,
+    FullAttention,
+    Groups,
+    HeadDim,
+    KeyRule,
+    OneOf,
+    Places,
+    PlacesAfter,
+    Rope,
+    Same,
+    SharedExperts,
+)
+from moesaic.convert.tensors import RowOrder, TensorRule, paired_rows
+
+
+@dataclass(frozen=True)
+class Family:
+    """model_type and architecture as config.json has them. left_out: names of tensors that the model does not use
+    ({later} stands for a layer behind the last), with the reason in `left_out_because`."""
+
+    name: str
+    architecture: str
+    keys: tuple[KeyRule, ...]
+    tensors: tuple[TensorRule, ...]
+    left_out: tuple[str, ...] = ()
+    left_out_because: str = ""
+
+
+# Keys of Hugging Face configs that change nothing of what a model computes when it infers.
+HARMLESS = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "aux_loss_alpha",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "ep_size",
+        "is_llama_config",
+        "model_type",
+        "num_mtp_layers",
+        "num_nextn_predict_layers",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "qk_head_dim",
+        "seq_aux",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+    }
+)
+
+_SIZES = (
+    Same("vocab_size", "vocab_size"),
+    Same("hidden_size", "hidden_size"),
+    Same("num_hidden_layers", "num_layers"),
+    Same("num_attention_heads", "num_heads"),
+    Same("max_position_embeddings", "max_positions"),
+    Same("initializer_range", "init_std", default=0.02),
+    OneOf("hidden_act", "activation", {"silu": "swiglu"}, default="silu"),
+    Same("tie_word_embeddings", "tie_embeddings", default=False),
+    Always("norm", "rmsnorm"),
+    Always("positions", "rotary"),
+)
+_MLP = Same("intermediate_size", "intermediate_size")
+_KV_HEADS = Same("num_key_value_heads", "num_kv_heads", default=None)
+_ATTENTION_BIAS = OneOf("attention_bias", "attention_bias", {False: "none", True: "all"}, default=False)
+_MLP_BIAS = Same("mlp_bias", "mlp_bias", default=False)
+_NO_MLP_BIAS = Always("mlp_bias", False)
+
+
+def _epsilon(default: float) -> Same:
+    return Same("rms_norm_eps", "norm_epsilon", default=default)
+
+
+def _experts(count: str, *aliases: str) -> tuple[KeyRule, ...]:
+    return (
+        Same(count, "moe.num_experts", aliases=aliases),
+        Same("num_experts_per_tok", "moe.top_k"),
+        Same("router_aux_loss_coef", "moe.router.balance_loss", default=0.001),
+    )
+
+
+_EXPERT_SIZE = Same("moe_intermediate_size", "moe.intermediate_size")
+_RENORMALIZE = Same("norm_topk_prob", "moe.router.renormalize", default=False)
+
+
+_LAYER = "model.layers.{layer}"
+_MODEL_TENSORS = (
+    TensorRule("embedding", ("model.embed_tokens.weight",)),
+    TensorRule("lm_head", ("lm_head.weight",)),
+    TensorRule("final_norm.weight", ("model.norm.weight",)),
+    TensorRule("blocks.{layer}.attention_norm.weight", (f"{_LAYER}.input_layernorm.weight",)),
+    TensorRule("blocks.{layer}.feed_forward_norm.weight", (f"{_LAYER}.post_attention_layernorm.weight",)),
+)
+_ATTENTION_TENSORS = (TensorRule("blocks.{layer}.attention.{rest}", (f"{_LAYER}.self_attn.{{rest}}",)),)
+_MLP_TENSORS = (TensorRule("blocks.{layer}.feed_forward.mlp.{rest}", (f"{_LAYER}.mlp.{{rest}}",), layers="dense"),)
+
+
+def _moe_tensors(
+    part: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", shared: str = "shared_expert"
+) -> tuple[TensorRule, ...]:
+    """The tensors of a MoE layer that calls itself `part` and its matrices so."""
+    moe, experts = "blocks.{layer}.feed_forward.moe", f"{_LAYER}.{part}.experts.{{expert}}"
+    return (
+        TensorRule(f"{moe}.router.weight", (f"{_LAYER}.{part}.gate.weight",)),
+        TensorRule(f"{moe}.router.score_correction_bias", (f"{_LAYER}.{part}.gate.e_score_correction_bias",)),
+        TensorRule(f"{moe}.experts.gate_up_proj", (f"{experts}.{gate}.weight", f"{experts}.{up}.weight")),
+        TensorRule(f"{moe}.experts.down_proj", (f"{experts}.{down}.weight",)),
+        TensorRule("blocks.{layer}.feed_forward.mlp.{rest}", (f"{_LAYER}.{part}.{shared}.{{rest}}",), layers="moe"),
+        TensorRule("blocks.{layer}.feed_forward.mix.weight", (f"{_LAYER}.{part}.{shared}_gate.weight",)),
+    )
+
+
+def _latent_queries(config: ModelConfig) -> RowOrder:
+    assert config.latent_attention is not None
+    return paired_rows(config.num_heads, config.head_dim, start=config.latent_attention.nope_head_dim)
+
+
+def _latent_keys(config: ModelConfig) -> RowOrder:
+    assert config.latent_attention is not None
+    rank = config.latent_attention.kv_rank
+    return paired_rows(1, rank + config.latent_attention.rope_head_dim, start=rank)
+
+
+_LATENT = "blocks.{layer}.attention"
+_LATENT_TENSORS = (
+    TensorRule(f"{_LATENT}.q_proj.weight", (f"{_LAYER}.self_attn.q_proj.weight",), rows=_latent_queries),
+    TensorRule(f"{_LATENT}.q_down_proj.weight", (f"{_LAYER}.self_attn.q_a_proj.weight",)),
+    TensorRule(f"{_LATENT}.q_down_norm.weight", (f"{_LAYER}.self_attn.q_a_layernorm.weight",)),
+    TensorRule(f"{_LATENT}.q_up_proj.weight", (f"{_LAYER}.self_attn.q_b_proj.weight",), rows=_latent_queries),
+    TensorRule(f"{_LATENT}.kv_down_proj.weight", (f"{_LAYER}.self_attn.kv_a_proj_with_mqa.weight",), rows=_latent_keys),
+    TensorRule(f"{_LATENT}.kv_down_norm.weight", (f"{_LAYER}.self_attn.kv_a_layernorm.weight",)),
+    TensorRule(f"{_LATENT}.kv_up_proj.weight", (f"{_LAYER}.self_attn.kv_b_proj.weight",)),
+    TensorRule(f"{_LATENT}.o_proj.weight", (f"{_LAYER}.self_attn.o_proj.weight",)),
+)
+_LATENT_KEYS = (
+    Same("kv_lora_rank", "latent_attention.kv_rank"),
+    Same("q_lora_rank", "latent_attention.query_rank", default=None),
+    Same("qk_nope_head_dim", "latent_attention.nope_head_dim"),
+    Same("qk_rope_head_dim", "latent_attention.rope_head_dim"),
+    Same("v_head_dim", "latent_attention.value_head_dim"),
+    # Their classes give the small norms 1e-6 whatever the config says.
+    Always("latent_attention.norm_epsilon", 1e-6),
+    EqualHeads(),
+    Fixed("attention_bias", False),
+    Rope(is_latent=True),
+)
+
+
+def _deepseek(scoring: str, *rules: KeyRule) -> tuple[KeyRule, ...]:
+    return (
+        *_SIZES,
+        _MLP,
+        _epsilon(1e-6),
+        *_LATENT_KEYS,
+        _NO_MLP_BIAS,
+        *_experts("n_routed_experts", "num_experts"),
+        _EXPERT_SIZE,
+        Always("moe.router.scoring", scoring),
+        Fixed("scoring_func", scoring),
+        SharedExperts(),
+        *rules,
+        Fixed("moe_layer_freq", 1),
+        PlacesAfter(),
+    )
+
+
+# Their `head_dim` is the number of turned channels, which qk_rope_head_dim says already.
+_DEEPSEEK_HARMLESS = frozenset({"head_dim"})
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-6),
+                _KV_HEADS,
+                HeadDim(has_key=True),
+                Rope(),
+                Fixed("rope_interleaved", False, is_written=False),
+                _ATTENTION_BIAS,
+                _MLP_BIAS,
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-6),
+                _KV_HEADS,
+                HeadDim(has_key=False),
+                Rope(),
+                FullAttention(flag="use_sliding_window"),
+                Always("attention_bias", "qkv"),
+                _NO_MLP_BIAS,
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-6),
+                _KV_HEADS,
+                HeadDim(has_key=True),
+                Rope(),
+                FullAttention(flag="use_sliding_window"),
+                Always("qk_norm", "head"),
+                _ATTENTION_BIAS,
+                _NO_MLP_BIAS,
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-5),
+                _KV_HEADS,
+                HeadDim(has_key=True),
+                Rope(theta=1e6),
+                FullAttention(),
+                Always("attention_bias", "none"),
+                _NO_MLP_BIAS,
+                *_experts("num_local_experts"),
+                Always("moe.router.renormalize", True),
+            ),
+            (
+                *_MODEL_TENSORS,
+                *_ATTENTION_TENSORS,
+                *_moe_tensors("block_sparse_moe", gate="w1", up="w3", down="w2"),
+            ),
+        ),
+        Family(
+            "olmoe",
+            "OlmoeForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-5),
+                _KV_HEADS,
+                HeadDim(has_key=False),
+                Rope(),
+                Fixed("clip_qkv", None),
+                Always("qk_norm", "full"),
+                _ATTENTION_BIAS,
+                _NO_MLP_BIAS,
+                *_experts("num_experts", "num_local_experts"),
+                _RENORMALIZE,
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_moe_tensors("mlp")),
+        ),
+        Family(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-6),
+                _KV_HEADS,
+                HeadDim(has_key=False),
+                Rope(),
+                FullAttention(flag="use_sliding_window"),
+                OneOf("qkv_bias", "attention_bias", {True: "qkv", False: "none"}, default=True),
+                _NO_MLP_BIAS,
+                *_experts("num_experts", "num_local_experts"),
+                _EXPERT_SIZE,
+                _RENORMALIZE,
+                Always("moe.residual", "sigmoid"),
+                Same("shared_expert_intermediate_size", "moe.residual_intermediate_size"),
+                Places(),
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp")),
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-6),
+                _KV_HEADS,
+                HeadDim(has_key=True),
+                Rope(),
+                FullAttention(flag="use_sliding_window"),
+                Always("qk_norm", "head"),
+                _ATTENTION_BIAS,
+                _NO_MLP_BIAS,
+                *_experts("num_experts", "num_local_experts"),
+                _EXPERT_SIZE,
+                _RENORMALIZE,
+                Places(),
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp")),
+        ),
+        Family(
+            "deepseek_v2",
+            "DeepseekV2ForCausalLM",
+            _deepseek(
+                "softmax",
+                Same("routed_scaling_factor", "moe.router.scale", default=1.0),
+                Fixed("norm_topk_prob", False),
+                Fixed("mlp_bias", False),
+                Groups(method=True),
+            ),
+            (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
+        ),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            _deepseek(
+                "sigmoid",
+                Same("routed_scaling_factor", "moe.router.scale", default=2.5),
+                Same("norm_topk_prob", "moe.router.renormalize", default=True),
+                Always("moe.router.score_correction_bias", True),
+                Fixed("topk_method", "noaux_tc"),
+                Fixed("rope_interleave", True),
+                Groups(),
+            ),
+            (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
+            left_out=("model.layers.{later}.",),
+            left_out_because="multi-token prediction, which is no part of the model itself",
+        ),
+    )
+}
+
+
+def harmless_keys(family: Family) -> frozenset[str]:
+    """Return the keys of a family's config that need no rule."""
+    return HARMLESS | _DEEPSEEK_HARMLESS if family.name.startswith("deepseek") else HARMLESS

@@ -1,0 +1,492 @@
+"""How a foreign config's keys correspond to ours: small two-way rules, of which a family of models is a list.
+
+A rule reads its keys into the values of a ModelConfig, or writes them from one. Keys that no rule takes are an error,
+not ignored, so that nothing that changes the mathematics is lost; what a family cannot say is found by reading back
+what was written. The lists themselves are in families.py and gguf.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moesaic.config.base import nearest
+from moesaic.config.model import FeedForwardConfig, ModelConfig
+from moesaic.errors import ConfigError, ConversionError
+
+REQUIRED: Any = object()
+
+
+class Inexpressible(Exception):
+    """A model that a family's config cannot describe; the text says what of it."""
+
+
+class Keys:
+    """A foreign config's keys, each taken by one rule; `where` is the file, for the errors."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = dict(values), where
+        self._left = dict(values)
+
+    def take(self, *names: str, default: Any = REQUIRED) -> Any:
+        """Return the value of the first of these names that is there, and count all of them as understood."""
+        found = [self._left.pop(name) for name in names if name in self._left]
+        if found:
+            return found[0]
+        if default is REQUIRED:
+            raise ConversionError(
+                f"{self.where} has no {names[0]}; this family of models requires it; complete the file from where the "
+                f"model came from."
+            )
+        return default
+
+    def refuse(self, name: str, value: Any, required: str) -> ConversionError:
+        return ConversionError(
+            f"{self.where}: {name} is {value!r}; {required}; a model that computes otherwise cannot be converted."
+        )
+
+    def finish(self, harmless: frozenset[str]) -> None:
+        """Raise ConversionError for keys that nothing has taken."""
+        unknown = sorted(self._left.keys() - harmless)
+        if unknown:
+            known = [name for name in self.values if name not in unknown]
+            raise ConversionError(
+                f"{self.where} has keys that are not understood: {', '.join(unknown[:5])}"
+                f"{', ...' if len(unknown) > 5 else ''}; a key may change what the model computes, so none is ignored "
+                f"({nearest(unknown[0], known)}); remove from the file what changes nothing."
+            )
+
+
+class KeyRule(Protocol):
+    """One correspondence. `ours` is what ModelConfig.from_dict takes; `config` its values by dotted path."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None: ...
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """A key with our value under another name. aliases: other names that it is read by."""
+
+    theirs: str
+    ours: str
+    default: Any = REQUIRED
+    aliases: tuple[str, ...] = ()
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        put(ours, self.ours, keys.take(self.theirs, *self.aliases, default=self.default))
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        theirs[self.theirs] = config[self.ours]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A key whose values have names of their own: ours by theirs."""
+
+    theirs: str
+    ours: str
+    values: Mapping[Any, Any]
+    default: Any = REQUIRED
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        value = keys.take(self.theirs, default=self.default)
+        if not isinstance(value, str | bool | int | None) or value not in self.values:
+            raise keys.refuse(self.theirs, value, f"{' or '.join(repr(each) for each in self.values)} is required")
+        put(ours, self.ours, self.values[value])
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        for name, value in self.values.items():
+            if value == config[self.ours]:
+                theirs[self.theirs] = name
+                return
+        raise Inexpressible(f"{self.ours} = {config[self.ours]}")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A key that may only have one value. is_written: whether the format's readers want to see it."""
+
+    theirs: str
+    value: Any
+    also: tuple[Any, ...] = ()
+    is_written: bool = True
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        value = keys.take(self.theirs, default=self.value)
+        if value not in (self.value, *self.also):
+            raise keys.refuse(self.theirs, value, f"{self.value!r} is required")
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        if self.is_written:
+            theirs[self.theirs] = self.value
+
+
+@dataclass(frozen=True)
+class Always:
+    """A value of ours that all models of the family have."""
+
+    ours: str
+    value: Any
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        put(ours, self.ours, self.value)
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        return  # reading back finds it
+
+
+@dataclass(frozen=True)
+class HeadDim:
+    """head_dim where the family has the key; where it has none, a head takes hidden_size / num_heads."""
+
+    has_key: bool
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        value = keys.take("head_dim", default=None)
+        if value is not None:
+            put(ours, "head_dim", value)
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        if self.has_key:
+            theirs["head_dim"] = config["head_dim"]
+        elif config["head_dim"] * config["num_heads"] != config["hidden_size"]:
+            raise Inexpressible(f"head_dim = {config['head_dim']}")
+
+
+@dataclass(frozen=True)
+class FullAttention:
+    """Sliding windows: read where they have no effect, refused where they have. flag: the key that turns them on."""
+
+    flag: str | None = None
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        window = keys.take("sliding_window", default=None)
+        is_on = True if self.flag is None else keys.take(self.flag, default=False)
+        kinds = keys.take("layer_types", default=None) or ()
+        keys.take("max_window_layers", default=None)
+        positions = keys.values.get("max_position_embeddings")
+        reaches_all = not window or (isinstance(positions, int) and window >= positions)
+        if (is_on and not reaches_all) or any(kind != "full_attention" for kind in kinds):
+            raise keys.refuse("sliding_window", window, "attention over all positions is required (null)")
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class Rope:
+    """rope_theta and rope_scaling, or both as rope_parameters. Kinds we have: default, linear, llama3, yarn.
+
+    is_latent: a DeepSeek model, whose mscale_all_dim also enters the softmax scale.
+    """
+
+    theta: float = 10_000.0
+    is_latent: bool = False
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        theta = keys.take("rope_theta", default=self.theta)
+        scaling = keys.take("rope_scaling", default=None)
+        parameters = keys.take("rope_parameters", default=None)
+        for name, given in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+            if not isinstance(given, dict | None):
+                raise keys.refuse(name, given, "a section with keys, or null, is required")
+        found = Keys({**(scaling or {}), **(parameters or {})}, f"{keys.where}: rope_scaling")
+        theta = found.take("rope_theta", default=theta)
+        put(ours, "rope_theta", theta)
+        partial = [each.take("partial_rotary_factor", default=1.0) for each in (keys, found)]
+        if any(each not in (1, None) for each in partial):
+            raise keys.refuse("partial_rotary_factor", min(partial), "1.0 is required (all channels are turned)")
+        kind = found.take("rope_type", "type", default="default")
+        if kind == "default":
+            found.finish(frozenset())
+            return
+        if kind not in ("linear", "llama3", "yarn"):
+            raise found.refuse("rope_type", kind, "default, linear, llama3 or yarn is required")
+        section: dict[str, Any] = {"kind": kind}
+        factor = found.take("factor", default=None)
+        if kind in ("llama3", "yarn"):
+            original = found.take("original_max_position_embeddings")
+            section["original_max_positions"] = original
+            if factor is None and isinstance(original, int) and original > 0:
+                factor = keys.values.get("max_position_embeddings", original) / original
+        section["factor"] = factor
+        if kind == "llama3":
+            section["low_frequency_factor"] = found.take("low_freq_factor")
+            section["high_frequency_factor"] = found.take("high_freq_factor")
+        elif kind == "yarn":
+            self._read_yarn(found, section, ours)
+        found.finish(frozenset())
+        put(ours, "rope_scaling", section)
+
+    def _read_yarn(self, found: Keys, section: dict[str, Any], ours: dict[str, Any]) -> None:
+        section["beta_fast"] = found.take("beta_fast", default=None) or 32.0
+        section["beta_slow"] = found.take("beta_slow", default=None) or 1.0
+        section["truncate"] = found.take("truncate", default=True)
+        attention = found.take("attention_factor", default=None)
+        mscale, for_all = found.take("mscale", default=None), found.take("mscale_all_dim", default=None)
+        factor = section["factor"]
+        if not isinstance(factor, int | float):
+            return  # refused when the config is made
+        if attention is None and mscale and for_all:
+            attention = _yarn_scale(factor, mscale) / _yarn_scale(factor, for_all)
+        section["attention_factor"] = attention
+        if self.is_latent and for_all:
+            channels = sum(ours["latent_attention"][name] for name in ("nope_head_dim", "rope_head_dim"))
+            put(ours, "attention_scale", _yarn_scale(factor, for_all) ** 2 / math.sqrt(channels))
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        theirs["rope_theta"] = config["rope_theta"]
+        scaling, theirs["rope_scaling"] = config["rope_scaling"], None
+        if scaling is None:
+            return
+        kind, factor = scaling["kind"], scaling["factor"]
+        written: dict[str, Any] = {"rope_type": kind, "factor": factor}
+        if kind != "linear":
+            written["original_max_position_embeddings"] = scaling["original_max_positions"]
+        if kind == "llama3":
+            written["low_freq_factor"] = scaling["low_frequency_factor"]
+            written["high_freq_factor"] = scaling["high_frequency_factor"]
+        elif kind == "yarn":
+            written |= {name: scaling[name] for name in ("beta_fast", "beta_slow", "truncate")}
+            attention, scale = scaling["attention_factor"], config["attention_scale"]
+            if self.is_latent and scale is not None and factor > 1:
+                own = math.sqrt(scale * math.sqrt(config["head_dim"]))
+                attention = _yarn_scale(factor, 1.0) if attention is None else attention
+                written["mscale"] = (attention * own - 1) / (0.1 * math.log(factor))
+                written["mscale_all_dim"] = (own - 1) / (0.1 * math.log(factor))
+            elif attention is not None:
+                written["attention_factor"] = attention
+        theirs["rope_scaling"] = written
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the MoE layers are, Qwen's way: every decoder_sparse_step-th layer but those of mlp_only_layers."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        step, without = keys.take("decoder_sparse_step", default=1), keys.take("mlp_only_layers", default=None) or ()
+        if not isinstance(step, int) or step < 1 or not isinstance(without, list | tuple):
+            raise keys.refuse(
+                "decoder_sparse_step", step, "a number from 1, and a list of layers beside it, is required"
+            )
+        every = range(_count(keys, ours))
+        _place(ours, [layer for layer in every if layer not in without and (layer + 1) % step == 0])
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        theirs["decoder_sparse_step"] = 1
+        theirs["mlp_only_layers"] = [
+            layer for layer in range(config["num_layers"]) if layer not in config["moe_layers"]
+        ]
+
+
+@dataclass(frozen=True)
+class PlacesAfter:
+    """Where the MoE layers are, DeepSeek's way: all but the first first_k_dense_replace."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        first = keys.take("first_k_dense_replace", default=0)
+        if not isinstance(first, int) or first < 0:
+            raise keys.refuse("first_k_dense_replace", first, "a number of layers is required")
+        _place(ours, list(range(first, _count(keys, ours))))
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        theirs["first_k_dense_replace"] = config["moe_layers"][0] if config["moe_layers"] else config["num_layers"]
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """A residual MLP of so many times an expert's size, added without a gate (DeepSeek)."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        count = keys.take("n_shared_experts", default=None)
+        if count:
+            put(ours, "moe.residual", "sum")
+            put(ours, "moe.residual_intermediate_size", count * ours["moe"]["intermediate_size"])
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        if config["moe.residual"] is None:
+            raise Inexpressible("no residual MLP beside the experts")
+        count, rest = divmod(config["moe.residual_intermediate_size"], config["moe.intermediate_size"])
+        if rest:
+            raise Inexpressible("a residual MLP whose size is no multiple of an expert's")
+        theirs["n_shared_experts"] = count
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Group-limited choice. method: the key and value that say so, where the family has both ways (DeepSeek-V2)."""
+
+    method: bool = False
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        groups, top = keys.take("n_group", default=None) or 1, keys.take("topk_group", default=None) or 1
+        if self.method:
+            name = keys.take("topk_method", default="greedy")
+            if name not in ("greedy", "group_limited_greedy"):
+                raise keys.refuse("topk_method", name, "greedy or group_limited_greedy is required")
+            if name == "greedy":
+                return
+        put(ours, "moe.router.num_groups", groups)
+        put(ours, "moe.router.top_groups", top)
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        theirs["n_group"], theirs["topk_group"] = config["moe.router.num_groups"], config["moe.router.top_groups"]
+        if self.method:
+            theirs["topk_method"] = "greedy" if theirs["n_group"] == 1 else "group_limited_greedy"
+
+
+@dataclass(frozen=True)
+class EqualHeads:
+    """num_key_value_heads of a family whose heads each have their own keys."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        value = keys.take("num_key_value_heads", default=None)
+        if value not in (None, ours["num_heads"]):
+            raise keys.refuse("num_key_value_heads", value, f"{ours['num_heads']}, as there are heads, is required")
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        theirs["num_key_value_heads"] = config["num_heads"]
+
+
+def put(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted path in nested sections."""
+    *sections, name = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[name] = value
+
+
+def _count(keys: Keys, ours: dict[str, Any]) -> int:
+    count = ours.get("num_layers")
+    if not isinstance(count, int) or not 0 < count < 100_000:
+        raise keys.refuse("the number of layers", count, "a number from 1 is required")
+    return count
+
+
+def _place(ours: dict[str, Any], layers: list[int]) -> None:
+    if layers:
+        put(ours, "moe.layers", layers)
+    else:
+        ours.pop("moe", None)
+
+
+def read_config(rules: Sequence[KeyRule], keys: Keys, harmless: frozenset[str]) -> ModelConfig:
+    """Return the model that a foreign config describes.
+
+    Raises: ConversionError for a key that is missing, not understood, or has a value that we do not implement.
+    """
+    ours: dict[str, Any] = {}
+    for rule in rules:
+        try:
+            rule.read(keys, ours)
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:  # arithmetic on what is no number
+            raise ConversionError(
+                f"{keys.where} has a value of an impossible kind ({error!r}); numbers, names and lists as the family's "
+                f"models have them are required; mend the file."
+            ) from None
+    keys.finish(harmless)
+    try:
+        return ModelConfig.from_dict(ours)
+    except ConfigError as error:
+        raise ConversionError(
+            f"{keys.where} describes no model that can be: {error} (These are our names of its keys.)"
+        ) from None
+
+
+def write_config_keys(rules: Sequence[KeyRule], config: ModelConfig, harmless: frozenset[str]) -> dict[str, Any]:
+    """Return the keys that describe a model.
+
+    Raises: Inexpressible when the family cannot describe it.
+    """
+    values, theirs = values_by_path(config), dict[str, Any]()
+    for rule in rules:
+        try:
+            rule.write(values, theirs)
+        except KeyError as error:
+            raise Inexpressible(f"no {error.args[0]}") from None
+    try:
+        back = read_config(rules, Keys(theirs, "the config written"), harmless)
+    except ConversionError as error:
+        raise Inexpressible(str(error)) from None
+    different = differences(config, back)
+    if different:
+        raise Inexpressible(", ".join(different))
+    return theirs
+
+
+def values_by_path(config: ModelConfig) -> dict[str, Any]:
+    """Return a model's values by dotted path; those of its MoE layers are the first one's."""
+    values: dict[str, Any] = {}
+
+    def walk(section: Mapping[str, Any], prefix: str) -> None:
+        for name, value in section.items():
+            values[prefix + name] = value
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+
+    walk({name: value for name, value in config.to_dict().items() if name != "moe"}, "")
+    values["moe_layers"] = config.moe_layers
+    if config.moe_layers:
+        first = config.layers[config.moe_layers[0]]
+        walk(first.to_dict(), "moe.")
+        values["moe.intermediate_size"] = first.expert_intermediate_size
+        values["moe.residual_intermediate_size"] = first.intermediate_size
+    return values
+
+
+# What only training sees.
+_TRAINING = frozenset({"dropout", "init_std"})
+_ROUTER = ("scoring", "renormalize", "scale", "num_groups", "top_groups", "score_correction_bias")
+
+
+def differences(first: ModelConfig, second: ModelConfig) -> list[str]:
+    """Return what two configs compute differently, as `key = value, not other`; values for training do not count."""
+    one, other = _function(first), _function(second)
+    return [
+        f"{name} = {one.get(name)} (not {other.get(name)})"
+        for name in dict.fromkeys([*one, *other])
+        if not _is_equal(one.get(name), other.get(name))
+    ]
+
+
+def _function(config: ModelConfig) -> dict[str, Any]:
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _TRAINING and name not in ("moe", "intermediate_size")
+    }
+    values["attention_scale"] = config.attention_scale or 1 / math.sqrt(config.head_dim)
+    for index, layer in enumerate(config.layers):
+        values[f"layer {index}"] = _layer_function(layer)
+    return values
+
+
+def _layer_function(layer: FeedForwardConfig) -> dict[str, Any]:
+    if not layer.is_moe:
+        return {"intermediate_size": layer.intermediate_size}
+    router = layer.router
+    is_limited = router.top_groups < router.num_groups
+    return {
+        "num_experts": layer.num_experts,
+        "top_k": layer.top_k,
+        "expert_intermediate_size": layer.expert_intermediate_size,
+        "residual": layer.residual,
+        "intermediate_size": layer.intermediate_size,
+        "output_scale": layer.output_scale,
+        **{name: getattr(router, name) for name in _ROUTER},
+        **({} if is_limited else {"num_groups": 1, "top_groups": 1}),
+    }
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_equal(one[name], other[name]) for name in one)
+    if isinstance(one, float) and isinstance(other, float | int):
+        return math.isclose(one, other, rel_tol=1e-9)
+    return bool(one == other)

@@ -1,0 +1,160 @@
+"""What models are read from: a folder in Hugging Face's layout, and the protocol that a GGUF file follows too.
+
+A source says which tensors there are and reads them one at a time; nothing is unpickled, and nothing outside the folder
+is opened because an index says so.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from moesaic.checkpoint.stream import TensorLayout, TensorReader
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConversionError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# What a tampered file could make us hold: no real config or index comes near.
+_MAX_JSON_BYTES = 64 << 20
+
+
+class Source(Protocol):
+    """A foreign model. layout: its tensors as `read` returns them. A context manager."""
+
+    path: Path
+    layout: Mapping[str, TensorLayout]
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Return a tensor, or the index-th of its first dimension."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer that the model comes with. Raises: DataError."""
+        ...
+
+    def __enter__(self) -> "Source": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class HuggingFaceFolder:
+    """config.json, safetensors shards with their index, and tokenizer files.
+
+    Raises: ConversionError or CheckpointError for what is missing, broken, double, or leads out of the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(path / CONFIG_NAME)
+        if self.config.get("quantization_config"):
+            method = self.config["quantization_config"]
+            name = method.get("quant_method") if isinstance(method, dict) else method
+            raise ConversionError(
+                f"{path} is quantised ({name}); bf16, fp16 or fp32 weights are required; take the model as it was "
+                f"before, or dequantise it with the tool that made it."
+            )
+        self._stack = ExitStack()
+        try:
+            self._readers = self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        self.layout = {name: reader.layout[name] for name, reader in self._readers.items()}
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        return self._readers[name].read(name, index)
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.path)
+
+    def _open(self) -> dict[str, TensorReader]:
+        places = self._shards()
+        readers: dict[str, TensorReader] = {}
+        for shard, expected in places.items():
+            reader = self._stack.enter_context(TensorReader(self.path / shard))
+            double = sorted(reader.layout.keys() & readers.keys())
+            if double:
+                raise ConversionError(
+                    f"{self.path}: {double[0]} is in {readers[double[0]].path.name} and again in {shard}; a tensor "
+                    f"that stands twice could be either; keep one of them."
+                )
+            missing = sorted((expected or set()) - reader.layout.keys())
+            if missing:
+                raise ConversionError(
+                    f"{self.path / shard} does not hold {missing[0]}, which {INDEX_NAME} says it does; a complete "
+                    f"checkpoint is required; fetch the shard and the index again."
+                )
+            readers |= dict.fromkeys(reader.layout, reader)
+        return readers
+
+    def _shards(self) -> dict[str, set[str] | None]:
+        """Return the files to read, with the tensors that the index says are in each."""
+        index = self.path / INDEX_NAME
+        if not index.exists():
+            if (self.path / WEIGHTS_NAME).exists():
+                return {WEIGHTS_NAME: None}
+            others = sorted(
+                each.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for each in self.path.glob(pattern)
+            )
+            found = f"it holds {others[0]}, which is a pickle and could run code" if others else "it holds none"
+            raise ConversionError(
+                f"{self.path} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: {found}; safetensors weights are required; "
+                f"load the model with transformers and save it with save_pretrained."
+            )
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(each, str) for each in names.values()):
+            raise ConversionError(
+                f"{index} has no weight_map of tensors to files; an index as save_pretrained writes it is required; "
+                f"fetch it again."
+            )
+        places: dict[str, set[str] | None] = {}
+        for tensor, shard in names.items():
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ConversionError(
+                    f"{index} says that {tensor} is in {shard!r}; the name of a .safetensors file in the same folder "
+                    f"is required; nothing else is opened; mend the index."
+                )
+            held = places.setdefault(shard, set())
+            assert held is not None
+            held.add(tensor)
+        for shard in places:
+            if not (self.path / shard).is_file():
+                raise ConversionError(
+                    f"{self.path} has no {shard}, which holds {len(places[shard] or ())} tensors; all shards of the "
+                    f"index are required; fetch it."
+                )
+        return places
+
+    def __enter__(self) -> "HuggingFaceFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file. Raises: ConversionError when it is missing or is none."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(
+            f"{path.parent} has no {path.name}; a folder in Hugging Face's layout (config.json, safetensors, "
+            f"tokenizer.json), or a .gguf file, is required; check the path."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read as JSON ({error}); fetch it again, or mend it.") from None
+    if not isinstance(values, dict):
+        raise ConversionError(f"{path} holds no JSON object; keys with values are required; fetch it again.")
+    return values
+
+
+def is_source(path: Path) -> bool:
+    """Whether a path looks like a foreign model, and not like a run of ours."""
+    return (path.is_file() and path.suffix == ".gguf") or (path / CONFIG_NAME).is_file()

@@ -1,0 +1,168 @@
+"""How the tensors of a foreign layout correspond to ours: name templates, and the pieces that a tensor is made of.
+
+Ours stack the experts of a layer; elsewhere each matrix of each expert is a tensor of its own, or stacked without the
+other. Either way one of our tensors is the rows of some foreign ones, back to back, some of them in another order.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.stream import TensorLayout
+from moesaic.config.model import ModelConfig
+from moesaic.errors import ConversionError
+from moesaic.model.transformer import Transformer
+
+RowOrder = Tensor  # (rows,) int64: row i of ours is row order[i] of theirs
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """One of our tensors and those it is made of, as templates.
+
+    {layer} and {rest} stand for what they match; {expert} in theirs for every expert in turn. layers: the rule is for
+    these layers only. rows: the order of our rows in theirs. is_stacked: theirs have all experts in one tensor, ours
+    takes from each in turn.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    layers: Literal["all", "moe", "dense"] = "all"
+    rows: Callable[[ModelConfig], RowOrder] | None = None
+    is_stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one of ours, from `start` on, that are a foreign tensor, or its index-th part.
+
+    shape: of the foreign tensor, or of the part. order: of our rows in theirs, None where it is the same.
+    """
+
+    ours: str
+    start: int
+    theirs: str
+    index: int | None
+    shape: tuple[int, ...]
+    order: RowOrder | None
+
+    @property
+    def num_rows(self) -> int:
+        return prod(self.shape[:-1]) if len(self.shape) > 1 else prod(self.shape)
+
+    def to_ours(self, tensor: Tensor) -> Tensor:
+        return tensor if self.order is None else tensor[self.order]
+
+    def to_theirs(self, rows: Tensor) -> Tensor:
+        if self.order is not None:
+            rows = torch.empty_like(rows).index_copy_(0, self.order, rows)
+        return rows.reshape(self.shape)
+
+
+def paired_rows(num_heads: int, head_size: int, *, start: int = 0) -> RowOrder:
+    """Return the order for heads whose rotary channels, from `start` on, stand in pairs (0, 1), (2, 3), ...
+
+    Ours are turned in pairs (i, i + half).
+    """
+    channels = torch.arange(start, head_size)
+    head = torch.cat([torch.arange(start), channels[::2], channels[1::2]])
+    return (torch.arange(num_heads)[:, None] * head_size + head).flatten()
+
+
+def own_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's tensors by name."""
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def pieces_of(config: ModelConfig, rules: tuple[TensorRule, ...]) -> dict[str, list[Piece]]:
+    """Return what each tensor of a model is made of, in the order of its rows.
+
+    Raises: ConversionError for a tensor of ours that the layout has no place for.
+    """
+    pieces = {}
+    for name, shape in own_tensors(config).items():
+        found = next(filter(None, (_match(rule, name, config) for rule in rules)), None)
+        if found is None:
+            raise ConversionError(
+                f"{name} has no place in this layout of tensors; a layout that has one is required; use another format."
+            )
+        pieces[name] = list(_cut(name, shape, *found, config))
+    return pieces
+
+
+def _match(rule: TensorRule, name: str, config: ModelConfig) -> tuple[TensorRule, Mapping[str, str]] | None:
+    match = _pattern(rule.ours).fullmatch(name)
+    if match is None:
+        return None
+    parts = match.groupdict()
+    if rule.layers != "all" and config.layers[int(parts["layer"])].is_moe != (rule.layers == "moe"):
+        return None
+    return rule, parts
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    text = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{rest\}", r"(?P<rest>.+)")
+    return re.compile(text)
+
+
+def _cut(
+    name: str, shape: tuple[int, ...], rule: TensorRule, parts: Mapping[str, str], config: ModelConfig
+) -> Iterator[Piece]:
+    is_each = rule.is_stacked or "{expert}" in rule.theirs[0]
+    inner = shape[1:] if is_each else shape
+    part = (inner[0] // len(rule.theirs), *inner[1:]) if len(rule.theirs) > 1 else inner
+    order = None if rule.rows is None else rule.rows(config)
+    start = 0
+    for expert in range(shape[0]) if is_each else [None]:
+        for template in rule.theirs:
+            theirs = template.format(expert=expert, **parts)
+            piece = Piece(name, start, theirs, expert if rule.is_stacked else None, part, order)
+            yield piece
+            start += piece.num_rows
+
+
+def foreign_tensors(pieces: Mapping[str, list[Piece]]) -> dict[str, list[Piece]]:
+    """Return the pieces by foreign tensor, in the order of its rows."""
+    foreign: dict[str, list[Piece]] = {}
+    for each in pieces.values():
+        for piece in each:
+            foreign.setdefault(piece.theirs, []).append(piece)
+    return {name: sorted(each, key=lambda piece: piece.index or 0) for name, each in foreign.items()}
+
+
+def foreign_shape(pieces: list[Piece]) -> tuple[int, ...]:
+    """Return the shape of the foreign tensor that these are all the pieces of."""
+    first = pieces[0]
+    return first.shape if first.index is None else (len(pieces), *first.shape)
+
+
+def check_sources(
+    foreign: Mapping[str, list[Piece]], source: Mapping[str, TensorLayout], where: str, *, left_out: frozenset[str]
+) -> None:
+    """Raise ConversionError unless every tensor of the source is used exactly once, and has the shape that is due."""
+    missing = sorted(foreign.keys() - source.keys())
+    extra = sorted(source.keys() - foreign.keys() - left_out)
+    shapes = [
+        f"{name} is {list(source[name].shape)}, {list(foreign_shape(pieces))} is required"
+        for name, pieces in foreign.items()
+        if name in source and source[name].shape != foreign_shape(pieces)
+    ]
+    if missing or extra or shapes:
+        parts = [
+            f"{title} {len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+            for title, names in (("missing", missing), ("not used by any part", extra), ("of another shape", shapes))
+            if names
+        ]
+        raise ConversionError(
+            f"the tensors of {where} are not those of the model that its config describes: {'; '.join(parts)}; every "
+            f"tensor has to be used exactly once; complete the files, or mend the config."
+        )
