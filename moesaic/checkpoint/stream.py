@@ -115,14 +115,18 @@ class TensorReader:
 
 
 class TensorWriter:
-    """Writes the tensors of a layout in any order, each from its first element to its last. A context manager."""
+    """Writes the tensors of a layout in any order, each from its first element to its last. A context manager.
+
+    order: the names as they stand in the file; written so, the disk sees one stream.
+    """
 
     def __init__(self, path: Path, layout: Mapping[str, TensorLayout]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._places: dict[str, int] = {}
         offset = 0
         # By falling element size and then by name, as the library does, so that every tensor is aligned.
-        for name in sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name)):
+        self.order = sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name))
+        for name in self.order:
             each = layout[name]
             header[name] = {
                 "dtype": _NAMES[each.dtype],

@@ -57,6 +57,7 @@ HARMLESS = frozenset(
         "output_router_logits",
         "pad_token_id",
         "pretraining_tp",
+        "router_jitter_noise",
         "qk_head_dim",
         "seq_aux",
         "torch_dtype",

@@ -64,7 +64,7 @@ class HuggingFaceFolder:
         except BaseException:
             self._stack.close()
             raise
-        self.layout = {name: reader.layout[name] for name, reader in self._readers.items()}
+        self.layout: Mapping[str, TensorLayout] = {name: reader.layout[name] for name, reader in self._readers.items()}
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         return self._readers[name].read(name, index)

@@ -1,0 +1,329 @@
+"""A run into the layout of other tools: a family of Hugging Face's, transformers classes of ours, or GGUF.
+
+A family is taken where its config can describe the model exactly, if need be after a rewriting that changes no output:
+an unmixed residual MLP becomes a gated one whose gate says one half of twice the MLP, a learned output scale goes into
+the experts' last matrix. Tensors are read, cast and written one at a time.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
+from moesaic.checkpoint.store import check_file, resolve_checkpoint
+from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
+from moesaic.config.model import ModelConfig
+from moesaic.convert.families import FAMILIES, Family, harmless_keys
+from moesaic.convert.folder import check_is_new, folder_in_progress
+from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, require_gguf
+from moesaic.convert.gguf_tokenizer import tokenizer_metadata
+from moesaic.convert.keys import Inexpressible, write_config_keys
+from moesaic.convert.parity import Certificate, TensorAccount, certify
+from moesaic.convert.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from moesaic.convert.tensors import Piece, TensorRule, foreign_shape, foreign_tensors, own_tensors, pieces_of
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConfigError, ConversionError
+from moesaic.model.load import load_run_config
+
+Format = Literal["huggingface", "gguf"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SHARD_BYTES = 5 * 10**9
+_GGUF_NAME = "model.gguf"
+
+OnProgress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A model that computes the same as another, and what its tensors are of that one's.
+
+    factors: tensors that are multiplied, by a number or by another tensor (a scalar). zeros: tensors that are new.
+    """
+
+    config: ModelConfig
+    factors: Mapping[str, float | str]
+    zeros: frozenset[str]
+
+
+def rewritings(config: ModelConfig) -> Iterator[Rewriting]:
+    """Yield the model itself, but for its output scales, and the forms that families may have a place for."""
+    moe, factors = config.moe, dict[str, float | str]()
+    if moe is None:
+        yield Rewriting(config, {}, frozenset())
+        return
+    places = [f"blocks.{layer}.feed_forward" for layer in config.moe_layers]
+    if moe.output_scale:
+        for place in places:
+            factors[f"{place}.moe.experts.down_proj"] = f"{place}.moe.output_scale"
+            if config.mlp_bias:
+                factors[f"{place}.moe.experts.down_bias"] = f"{place}.moe.output_scale"
+        moe = moe.replace(output_scale=False)
+    same = config.replace(moe=moe)
+    yield Rewriting(same, factors, frozenset())
+    if moe.residual == "sum" and not config.mlp_bias:
+        gated = config.replace(moe=moe.replace(residual="sigmoid"))
+        doubled = {f"{place}.mlp.down_proj.weight": 2.0 for place in places}
+        yield Rewriting(gated, {**factors, **doubled}, frozenset(f"{place}.mix.weight" for place in places))
+
+
+class _Weights:
+    """A run's tensors as a rewriting has them, read some rows at a time."""
+
+    def __init__(self, reader: TensorReader, rewriting: Rewriting) -> None:
+        self._reader, self._rewriting = reader, rewriting
+        self._factors = {
+            name: float(reader.read(factor)) if isinstance(factor, str) else factor
+            for name, factor in rewriting.factors.items()
+        }
+        self.shapes = own_tensors(rewriting.config)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.bfloat16 if name in self._rewriting.zeros else self._reader.layout[name].dtype
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._rewriting.zeros:
+            return torch.zeros(stop - start, *self.shapes[name][1:], dtype=torch.bfloat16)
+        rows = self._reader.read_rows(name, start, stop)
+        factor = self._factors.get(name)
+        return rows if factor is None else (rows.float() * factor).to(rows.dtype)
+
+    def read_piece(self, piece: Piece) -> Tensor:
+        return piece.to_theirs(self.read_rows(piece.ours, piece.start, piece.start + piece.num_rows))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Where a model goes: the family's name, its config keys, and the table of tensors for a rewriting."""
+
+    family: str
+    keys: dict[str, Any]
+    rewriting: Rewriting
+    rules: tuple[TensorRule, ...]
+
+
+def export_run(
+    run: str | Path,
+    output: str | Path,
+    *,
+    format: Format = "huggingface",
+    dtype: str | None = None,
+    force: bool = False,
+    on_progress: OnProgress = lambda stage, share: None,
+) -> Certificate:
+    """Write the model that RUN or RUN@step names for other tools, and return what the check found.
+
+    "huggingface": a folder in the layout of the first family that can describe the model exactly, else of our own
+    classes for transformers (moesaic.hf). "gguf": a folder with model.gguf. dtype: fp32, bf16 or fp16, None as stored.
+    force: keep a result whose check failed.
+
+    Raises: ConversionError, ConfigError, CheckpointError; nothing is left behind then.
+    """
+    output = Path(output)
+    info = resolve_checkpoint(run)
+    folder = info.path.parent.parent
+    for name, value, known in (("format", format, get_args(Format)), ("dtype", dtype, tuple(DTYPES))):
+        if value is not None and value not in known:
+            raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required.")
+    if is_quantized(info):
+        raise ConversionError(
+            f"{info.path} is quantised ({describe_quantization(info)}); other tools quantise their own way; export the "
+            f"run that it was made from ({info.metadata[KEY].get('source')})."
+        )
+    check_is_new(output)
+    config = load_run_config(folder).model
+    tokenizer = Tokenizer.load(folder)
+    choice = _choose_gguf(config) if format == "gguf" else _choose_folder(config)
+    foreign = foreign_tensors(pieces_of(choice.rewriting.config, choice.rules))
+    with TensorReader(check_file(info, "model")) as reader, folder_in_progress(output) as target:
+        weights = _Weights(reader, choice.rewriting)
+        wanted = None if dtype is None else DTYPES[dtype]
+        write = _write_gguf if format == "gguf" else _write_folder
+        layout = write(target, choice, foreign, weights, tokenizer, wanted, on_progress)
+        account = TensorAccount(
+            source=len(reader.layout),
+            used=len(reader.layout),
+            result=len(layout),
+            bytes=sum(each.num_bytes for each in layout.values()),
+            left_out={},
+        )
+        is_lossless = all(
+            _holds(layout[name].dtype, weights.dtype(piece.ours))
+            for name, pieces in foreign.items()
+            for piece in pieces
+        ) and not any(isinstance(each, str) for each in choice.rewriting.factors.values())
+        certificate = certify(
+            Path(str(run)) if "@" in str(run) else folder,
+            target / _GGUF_NAME if format == "gguf" else target,
+            family=choice.family, account=account, is_lossless=is_lossless, on_progress=on_progress, named=output,
+        )  # fmt: skip
+        certificate.require(force=force)
+        certificate.write(target)
+    return certificate
+
+
+def _holds(target: torch.dtype, source: torch.dtype) -> bool:
+    """Whether a dtype represents every number of another."""
+    return target is source or target is torch.float32
+
+
+def _choose_folder(config: ModelConfig) -> _Choice:
+    for family in FAMILIES.values():
+        for rewriting in rewritings(config):
+            try:
+                keys = write_config_keys(family.keys, rewriting.config, harmless_keys(family))
+            except Inexpressible:
+                continue
+            return _Choice(family.name, _with_names(family, keys), rewriting, family.tensors)
+    return _Choice("moesaic", {}, Rewriting(config, {}, frozenset()), (TensorRule("{rest}", ("model.{rest}",)),))
+
+
+def _with_names(family: Family, keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {"architectures": [family.architecture], "model_type": family.name, **keys}
+
+
+def _choose_gguf(config: ModelConfig) -> _Choice:
+    reasons: dict[str, str] = {}
+    for family in GGUF_FAMILIES:
+        for rewriting in rewritings(config):
+            try:
+                keys = write_config_keys(family.keys, rewriting.config, frozenset())
+            except Inexpressible as error:
+                reasons[family.name] = str(error)
+                continue
+            return _Choice(family.name, keys, rewriting, family.tensors)
+    nearest = min(reasons, key=lambda name: (_is_moe(name) != bool(config.moe_layers), len(reasons[name])))
+    raise ConversionError(
+        f"no GGUF architecture known here describes this model; the nearest, {nearest}, has no {reasons[nearest]}; "
+        f"export to Hugging Face's layout."
+    )
+
+
+def _is_moe(name: str) -> bool:
+    return next(family.is_moe for family in GGUF_FAMILIES if family.name == name)
+
+
+def _write_folder(
+    target: Path,
+    choice: _Choice,
+    foreign: Mapping[str, list[Piece]],
+    weights: _Weights,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype | None,
+    on_progress: OnProgress,
+) -> dict[str, TensorLayout]:
+    layout = {
+        name: TensorLayout(dtype or _common([weights.dtype(piece.ours) for piece in pieces]), foreign_shape(pieces))
+        for name, pieces in foreign.items()
+    }
+    shards = _shards(layout)
+    total, done, places = sum(each.num_bytes for each in layout.values()), 0, dict[str, str]()
+    for index, names in enumerate(shards):
+        file = WEIGHTS_NAME if len(shards) == 1 else f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        places |= dict.fromkeys(names, file)
+        with TensorWriter(target / file, {name: layout[name] for name in names}) as writer:
+            for name in writer.order:
+                for piece in foreign[name]:
+                    writer.append(name, weights.read_piece(piece).to(layout[name].dtype))
+                done += layout[name].num_bytes
+                on_progress("copying", done / max(total, 1))
+    if len(shards) > 1:
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+        (target / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
+    stored = max({each.dtype for each in layout.values()}, key=lambda each: each.itemsize)
+    ids = sorted(tokenizer.stop_ids)
+    if choice.family == "moesaic":
+        from moesaic.hf import MoesaicConfig
+
+        keys = MoesaicConfig(model=choice.rewriting.config.to_dict()).to_dict()
+        keys |= {"architectures": ["MoesaicForCausalLM"]}
+    else:
+        keys = {**choice.keys, "bos_token_id": None, "use_cache": True}
+    keys |= {"eos_token_id": ids[0] if len(ids) == 1 else ids, "torch_dtype": str(stored).removeprefix("torch.")}
+    (target / CONFIG_NAME).write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(target)
+    return layout
+
+
+def _common(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+
+
+def _shards(layout: Mapping[str, TensorLayout]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, each in layout.items():
+        if shards[-1] and size + each.num_bytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += each.num_bytes
+    return shards
+
+
+def _write_gguf(
+    target: Path,
+    choice: _Choice,
+    foreign: Mapping[str, list[Piece]],
+    weights: _Weights,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype | None,
+    on_progress: OnProgress,
+) -> dict[str, TensorLayout]:
+    gguf = require_gguf()
+    family = next(each for each in GGUF_FAMILIES if each.name == choice.family)
+    layout = {}
+    for name, pieces in foreign.items():
+        shape = foreign_shape(pieces)
+        plain = len(shape) < 2 or name.endswith(ROUTER)  # llama.cpp wants them so
+        stored = torch.float32 if plain else dtype or _common([weights.dtype(piece.ours) for piece in pieces])
+        layout[name] = TensorLayout(stored, shape)
+    writer = gguf.GGUFWriter(target / _GGUF_NAME, family.architecture)
+    try:
+        _add_metadata(writer, gguf, family, choice.keys, layout)
+        for name, value in tokenizer_metadata(tokenizer, choice.rewriting.config.vocab_size).items():
+            _add(writer, name, value)
+        types = {
+            torch.float32: gguf.GGMLQuantizationType.F32,
+            torch.float16: gguf.GGMLQuantizationType.F16,
+            torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+        }
+        for name, each in layout.items():
+            numbers = (torch.float32 if each.dtype is torch.bfloat16 else each.dtype, types[each.dtype])
+            like = torch.empty(0, dtype=numbers[0]).numpy().dtype
+            writer.add_tensor_info(name, each.shape, like, each.num_bytes, raw_dtype=numbers[1])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        total, done = sum(each.num_bytes for each in layout.values()), 0
+        for name, each in layout.items():
+            tensor = torch.cat([weights.read_piece(piece).to(each.dtype).flatten() for piece in foreign[name]])
+            writer.write_tensor_data(tensor.view(torch.uint8).numpy())
+            done += each.num_bytes
+            on_progress("copying", done / max(total, 1))
+    finally:
+        writer.close()
+    return layout
+
+
+def _add_metadata(
+    writer: Any, gguf: Any, family: GgufFamily, keys: Mapping[str, Any], layout: Mapping[str, TensorLayout]
+) -> None:
+    largest = max((each for each in layout.values() if len(each.shape) > 1), key=lambda each: each.num_bytes)
+    kinds = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
+    writer.add_file_type(gguf.LlamaFileType[kinds[largest.dtype]])
+    for name, value in keys.items():
+        if name != "(tied output)":
+            _add(writer, f"{family.architecture}.{name}", value)
+
+
+def _add(writer: Any, name: str, value: Any) -> None:
+    add: dict[type, Any] = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+        list: writer.add_array,
+    }  # fmt: skip
+    add[type(value)](name, value)

@@ -1,0 +1,150 @@
+"""Byte-level BPE tokenizers in GGUF metadata, and back.
+
+A file names its pre-tokenizer instead of describing it; the names that are known here are in a table. SentencePiece
+vocabularies are not read: their models come with a tokenizer.json too.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from moesaic.data.tokenizer import CONFIG_NAME, Tokenizer
+from moesaic.errors import ConversionError, DataError
+
+# Token types of the format.
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+# The words of Llama 3 and Qwen2; they differ in how many digits stand together.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return _split(_WORDS.format(digits="{1,3}" if name == "llama-bpe" else ""))
+
+
+_NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2")
+
+
+def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """Return the tokenizer that a file's metadata describes.
+
+    Raises: DataError for a kind of tokenizer, or a pre-tokenizer, that is not known.
+    """
+    kind, name = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or name not in _NAMES:
+        raise DataError(
+            f"{where} has a tokenizer of kind {kind!r} with pre-tokenizer {name!r}; byte-level BPE ('gpt2') with one "
+            f"of {', '.join(_NAMES)} is required; give the model's tokenizer.json with --tokenizer."
+        )
+    try:
+        tokens = [str(each) for each in metadata["tokenizer.ggml.tokens"]]
+        merges = [tuple(str(each).split(" ", 1)) for each in metadata["tokenizer.ggml.merges"]]
+        types = [int(each) for each in metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        if len(vocabulary) != len(tokens) or len(types) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens, {len(vocabulary)} of them different, {len(types)} types")
+        # Llama 3 takes a word that is a token as that token, whatever the merges make of it.
+        inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))  # type: ignore[arg-type]
+    except Exception as error:  # the library raises bare exceptions
+        raise DataError(
+            f"{where} has a tokenizer that does not fit together ({error}); tokens, merges and types as llama.cpp "
+            f"writes them are required; give the model's tokenizer.json with --tokenizer."
+        ) from None
+    inner.pre_tokenizer = _pre_tokenizer(name)
+    inner.decoder = decoders.ByteLevel()
+    if name == "qwen2":
+        inner.normalizer = normalizers.NFC()
+    special = [AddedToken(token, special=True, normalized=False) for token, type_ in _of(tokens, types, _CONTROL)]
+    inner.add_special_tokens(special)
+    inner.add_tokens([AddedToken(token, normalized=False) for token, _ in _of(tokens, types, _USER_DEFINED)])
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for key, role in (("eos_token", "eos"), ("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+        index = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            config[key] = tokens[index]
+    if metadata.get("tokenizer.chat_template"):
+        config["chat_template"] = str(metadata["tokenizer.chat_template"])
+    companions = {CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
+    return Tokenizer(inner.to_str(), companions=companions)
+
+
+def _of(tokens: list[str], types: list[int], wanted: int) -> list[tuple[str, int]]:
+    return [(token, type_) for token, type_ in zip(tokens, types, strict=True) if type_ == wanted]
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """Return the metadata that describes a tokenizer for a model with vocab_size embeddings.
+
+    Raises: ConversionError for anything but byte-level BPE with a pre-tokenizer that has a name.
+    """
+    values = json.loads(tokenizer.json_text)
+    model = values["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise ConversionError(
+            f"the tokenizer is {model.get('type')}; GGUF needs byte-level BPE here; export to Hugging Face's layout."
+        )
+    tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [_UNUSED] * vocab_size
+    for token, index in model["vocab"].items():
+        tokens[index], types[index] = token, _NORMAL
+    for each in values.get("added_tokens", []):
+        tokens[each["id"]] = each["content"]
+        types[each["id"]] = _CONTROL if each["special"] else _USER_DEFINED
+    merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _name_of(values),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.eos_token_id": tokenizer.end_of_text_id,
+    }
+    configured = json.loads(tokenizer.companions.get(CONFIG_NAME, "{}"))
+    for key, role in (("eos_token", "eos"), ("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+        name = configured.get(key)
+        name = name.get("content") if isinstance(name, dict) else name
+        if name in tokens:
+            metadata[f"tokenizer.ggml.{role}_token_id"] = tokens.index(name)
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    return metadata
+
+
+def _name_of(values: Mapping[str, Any]) -> str:
+    own = _essence(values.get("pre_tokenizer"))
+    for name in _NAMES:
+        probe = tokenizers.Tokenizer(models.BPE())
+        probe.pre_tokenizer = _pre_tokenizer(name)
+        if _essence(json.loads(probe.to_str())["pre_tokenizer"]) == own:
+            return name
+    raise ConversionError(
+        f"the tokenizer's pre-tokenizer has no name in GGUF that is known here; one of {', '.join(_NAMES)} is "
+        f"required; export to Hugging Face's layout."
+    )
+
+
+def _essence(value: Any) -> Any:
+    """A pre-tokenizer's JSON without what changes no token."""
+    if isinstance(value, dict):
+        return {key: _essence(each) for key, each in value.items() if key != "trim_offsets"}
+    return [_essence(each) for each in value] if isinstance(value, list) else value

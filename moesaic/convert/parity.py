@@ -1,0 +1,405 @@
+"""The proof that a conversion lost nothing: the same prompts through both models, in fp32, and the tensors counted.
+
+A certificate is written into the folder of what was made. Where a side cannot run here, it says why, and still counts.
+"""
+
+import gc
+import json
+import logging
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import moesaic
+from moesaic.checkpoint.store import resolve_checkpoint
+from moesaic.checkpoint.stream import TensorReader
+from moesaic.convert.source import is_source, read_json
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConversionError, MoesaicError
+from moesaic.kernels.limits import available_memory_bytes
+from moesaic.logs import logger
+from moesaic.model.generate import generate
+from moesaic.model.load import load_run, load_run_config
+from moesaic.model.transformer import Transformer
+
+CERTIFICATE_NAME = "parity.json"
+
+# Prose, numbers, code, dialogue, other scripts: what tokenizers and embeddings treat differently.
+PROMPTS = (
+    "The history of the lighthouse begins with fires that were built on hilltops to guide ships to a port.",
+    "In 1867, the 13th of May fell on a Monday; 3.14159 times 2,500 is about 7,854, and 17 * 23 = 391.",
+    "def gcd(a: int, b: int) -> int:\n    while b:\n        a, b = b, a % b\n    return a\n\n\nprint(gcd(1071, 462))",
+    "\u201cWhere have you been?\u201d she asked. \u201cI waited until nine.\u201d He put down his hat.",
+    "El agua es esencial para la vida. L'eau est essentielle à la vie. Вода даёт жизнь. 水は生命に不可欠です。",
+    '{"name": "moesaic", "experts": [32, 32, 64, 128], "residual": true}  \t<|x|>  \u2603',
+)
+# One more prompt is all of them so often that it has this length, for positions further on.
+_LONG_PROMPT = 384
+_NEW_TOKENS = 16
+# fp32 sums in another order differ by some 1e-6 of the largest logit; a lost tensor changes it by much more.
+MAX_RELATIVE = 1e-3
+# What casting weights to 16 bits may cost: it is not the conversion's fault.
+MAX_RELATIVE_CAST = 0.1
+
+
+@dataclass(frozen=True)
+class TensorAccount:
+    """How many tensors the source has, how many of them were used, how many the result has; bytes: of the result.
+
+    left_out: those not used, with the reason.
+    """
+
+    source: int
+    used: int
+    result: int
+    bytes: int
+    left_out: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same prompts: largest differences of fp32 logits, absolute and over the largest logit.
+
+    top1_agreement: share of positions with the same likeliest token. greedy_equal: prompts of num_prompts whose greedy
+    continuation is the same. routing_agreement: of each MoE layer, in order, the share of tokens sent to the same
+    experts; empty where there are none, or a side does not tell.
+    """
+
+    num_prompts: int
+    num_tokens: int
+    max_absolute: float
+    max_relative: float
+    top1_agreement: float
+    greedy_equal: int
+    routing_agreement: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a check found.
+
+    is_lossless: the weights were only moved, not cast. judge: who computed the foreign side, transformers or, of a GGUF
+    file that it does not read, moesaic itself. not_compared: why there is no comparison.
+    """
+
+    source: str
+    result: str
+    family: str
+    is_lossless: bool
+    tensors: TensorAccount | None
+    comparison: Comparison | None
+    judge: str | None
+    not_compared: str | None
+
+    @property
+    def failure(self) -> str | None:
+        """What is wrong, None where nothing is."""
+        found = self.comparison
+        if found is None:
+            return None
+        limit = MAX_RELATIVE if self.is_lossless else MAX_RELATIVE_CAST
+        if not found.max_relative <= limit:  # NaN is over it
+            return (
+                f"logits differ by {found.max_absolute:.3g}, {found.max_relative:.3g} of the largest; at most "
+                f"{limit:g} is required"
+            )
+        if self.is_lossless and any(share < 1 - MAX_RELATIVE for share in found.routing_agreement):
+            return f"tokens are routed to other experts ({min(found.routing_agreement):.2%} agree in one layer)"
+        return None
+
+    def require(self, *, force: bool = False) -> None:
+        """Raise ConversionError when the check failed; with force, only say so."""
+        if self.failure is None:
+            return
+        if not force:
+            raise ConversionError(
+                f"{self.result} does not compute what {self.source} does: {self.failure}; nothing was kept; report it, "
+                f"or keep the result for a look at it with --force (force=True)."
+            )
+        logger.warning("%s does not compute what %s does: %s; kept, as asked.", self.result, self.source, self.failure)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the certificate as JSON has it; a number that is not finite becomes null."""
+        values = {
+            **asdict(self),
+            "failure": self.failure,
+            "versions": {
+                "moesaic": moesaic.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        return json.loads(json.dumps(values), parse_constant=lambda _: None)
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
+        (folder / CERTIFICATE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+class Runnable(Protocol):
+    """A model that can be asked, in fp32."""
+
+    def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return fp32 logits (S, V) of tokens (S,), and each MoE layer's expert ids (S, K)."""
+        ...
+
+    def greedy(self, tokens: Tensor, count: int) -> list[int]:
+        """Return the likeliest continuation."""
+        ...
+
+
+class _Ours:
+    def __init__(self, run: Path | str) -> None:
+        loaded = load_run(run, device="cpu", pack=False)
+        self._model = loaded.model
+        self._model.compute_dtype = torch.float32
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with _routes(self._model) as routes:
+            return self._model.logits(self._model(tokens[None]).hidden)[0], routes
+
+    def greedy(self, tokens: Tensor, count: int) -> list[int]:
+        return generate(self._model, tokens.tolist(), max_new_tokens=count)
+
+
+class _ReadBack(_Ours):
+    """A foreign file as we read it, where transformers reads its architecture otherwise, or not."""
+
+    def __init__(self, path: Path) -> None:
+        from moesaic.convert.importer import open_model
+
+        with open_model(path) as opened:
+            self._model = Transformer(opened.config).eval()
+            state = self._model.state_dict()
+            for name, pieces in opened.pieces.items():
+                rows = state[name].view(-1, *state[name].shape[-1:]) if state[name].dim() > 1 else state[name].view(-1)
+                for piece in pieces:
+                    tensor = piece.to_ours(opened.source.read(piece.theirs, piece.index))
+                    rows[piece.start : piece.start + piece.num_rows] = tensor.view(piece.num_rows, *rows.shape[1:])
+
+
+class _Theirs:
+    """What transformers makes of a folder or of a GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        import transformers
+
+        if path.is_dir() and read_json(path / "config.json").get("model_type") == "moesaic":
+            import moesaic.hf  # noqa: F401  # registers our classes
+        folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+        with _quiet_transformers():
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=file, dtype=torch.float32, local_files_only=True
+            ).eval()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with _routes(self._model) as routes:
+            return self._model(tokens[None]).logits[0].float(), routes
+
+    @torch.no_grad()
+    def greedy(self, tokens: Tensor, count: int) -> list[int]:
+        with _quiet_transformers():
+            out = self._model.generate(
+                tokens[None], attention_mask=torch.ones_like(tokens[None]), max_new_tokens=count, do_sample=False,
+                eos_token_id=-1, pad_token_id=0,
+            )  # fmt: skip
+        return out[0, len(tokens) :].tolist()
+
+
+def certify(
+    source: Path,
+    result: Path,
+    *,
+    family: str,
+    account: TensorAccount | None,
+    is_lossless: bool,
+    named: Path | None = None,
+    on_progress: Any = lambda stage, share: None,
+) -> Certificate:
+    """Compare two models (run folders, Hugging Face folders, GGUF files); named: where the result will be."""
+    comparison, reason = None, _obstacle(source, result)
+    if reason is None:
+        on_progress("comparing with the source", 0.0)
+        try:
+            comparison = compare_models(source, result, on_progress=on_progress)
+        except MoesaicError:
+            raise
+        except (ValueError, NotImplementedError, ImportError, KeyError) as error:
+            # Which families, and which GGUF architectures, transformers reads, depends on its version.
+            reason = f"one side does not run here ({type(error).__name__}: {str(error)[:200]})"
+    if reason is not None:
+        logger.warning("Logits are not compared: %s.", reason)
+    foreign = [path for path in (source, result) if is_source(path)]
+    judge = "transformers" if all(_is_read_by_transformers(path) for path in foreign) else "moesaic"
+    return Certificate(
+        str(source), str(named or result), family, is_lossless, account, comparison, judge if comparison else None, reason
+    )
+
+
+def compare_models(first: Path, second: Path, *, on_progress: Any = lambda stage, share: None) -> Comparison:
+    """Return how two models differ on the prompts; only one of them is in memory at a time."""
+    tokenizer, vocab_size, positions = _measure(second if not is_source(second) else first)
+    prompts = _prompts(tokenizer, vocab_size, positions)
+    answers = []
+    for index, each in enumerate((first, second)):
+        model = _run(each)
+        found = []
+        for place, prompt in enumerate(prompts):
+            logits, routes = model.logits(prompt)
+            count = min(_NEW_TOKENS, positions - len(prompt))
+            found.append((logits, routes, model.greedy(prompt, count) if count > 0 else []))
+            on_progress("comparing with the source", (index + (place + 1) / len(prompts)) / 2)
+        answers.append(found)
+        del model
+        gc.collect()
+    return _compare(*answers)
+
+
+def _run(path: Path) -> Runnable:
+    if not is_source(path):
+        return _Ours(path)
+    return _Theirs(path) if _is_read_by_transformers(path) else _ReadBack(path)
+
+
+def _is_read_by_transformers(path: Path) -> bool:
+    """Whether transformers can be the judge of a foreign model: of some GGUF architectures it is not.
+
+    Its reader of GGUF knows no experts in `llama`, and takes head_dim to be hidden_size / num_heads in most others.
+    """
+    if path.is_dir():
+        return True
+    from moesaic.convert.importer import open_model
+
+    with open_model(path) as opened:
+        config = opened.config
+        has_usual_heads = config.head_dim * config.num_heads == config.hidden_size
+        known = opened.family in ("gguf llama", "gguf qwen2") and has_usual_heads and config.rope_scaling is None
+        return known or opened.family == "gguf qwen3moe with experts"
+
+
+def _compare(first: Sequence[Any], second: Sequence[Any]) -> Comparison:
+    largest = absolute = 0.0
+    tokens = agreed = greedy = 0
+    routing: list[list[Tensor]] = []
+    for (logits, routes, text), (other, other_routes, other_text) in zip(first, second, strict=True):
+        width = min(logits.shape[1], other.shape[1])  # padded vocabularies
+        difference = float((logits[:, :width] - other[:, :width]).abs().max())
+        absolute = max(absolute, difference) if math.isfinite(difference) else math.nan
+        largest = max(largest, float(logits[:, :width].abs().max()))
+        agreed += int((logits[:, :width].argmax(-1) == other[:, :width].argmax(-1)).sum())
+        tokens += len(logits)
+        greedy += text == other_text
+        if len(routes) == len(other_routes):
+            same = [
+                (a.sort(-1).values == b.sort(-1).values).all(-1)
+                if a.shape == b.shape
+                else torch.zeros(1, dtype=torch.bool)
+                for a, b in zip(routes, other_routes, strict=True)
+            ]
+            routing.append(same)
+    layers = [torch.cat(each).double().mean().item() for each in zip(*routing, strict=True)]
+    relative = absolute / largest if largest > 0 else absolute
+    return Comparison(len(first), tokens, absolute, relative, agreed / tokens, greedy, tuple(layers))
+
+
+def _prompts(tokenizer: Tokenizer, vocab_size: int, positions: int) -> list[Tensor]:
+    """Token ids of every prompt, and of a long one; those of a tokenizer too large for the model are folded into it."""
+    room = max(1, positions - _NEW_TOKENS)
+    prompts = [torch.tensor(ids) % vocab_size for ids in tokenizer.encode_batch(list(PROMPTS)) if ids]
+    everything = torch.cat(prompts)
+    long = everything.repeat(-(-_LONG_PROMPT // len(everything)))[:_LONG_PROMPT]
+    return [each[:room] for each in (*prompts, long)]
+
+
+def _measure(run: Path | str) -> tuple[Tokenizer, int, int]:
+    """Return tokenizer, vocabulary and positions of a model."""
+    path = Path(run)
+    if is_source(path):
+        from moesaic.convert.importer import open_model
+
+        with open_model(path) as opened:
+            return opened.source.tokenizer(), opened.config.vocab_size, opened.config.max_positions
+    folder = resolve_checkpoint(run).path.parent.parent
+    config = load_run_config(folder).model
+    return Tokenizer.load(folder), config.vocab_size, config.max_positions
+
+
+def _obstacle(*paths: Path) -> str | None:
+    """Return why two models cannot both run here, None when they can."""
+    if any(is_source(path) for path in paths):
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            return "transformers is not installed (pip install 'moesaic[huggingface]')"
+    needed, available = max(_bytes_needed(path) for path in paths), available_memory_bytes()
+    if needed > available:
+        return f"it needs {needed / 1e9:.1f} GB of memory in fp32 and {available / 1e9:.1f} GB are free"
+    return None
+
+
+def _bytes_needed(path: Path) -> int:
+    """What a model takes in fp32, beside what is stored of it while it is read, and some room to compute."""
+    if path.is_file():
+        files = [path]
+    elif is_source(path):
+        files = sorted(path.glob("*.safetensors"))
+    else:
+        files = [resolve_checkpoint(path).path / "model.safetensors"]
+    stored = sum(each.stat().st_size for each in files)
+    if path.is_file():
+        return 10 * stored  # four bits and more become fp32
+    parameters = 0
+    for each in files:
+        with TensorReader(each) as reader:
+            parameters += sum(layout.num_bytes // layout.dtype.itemsize for layout in reader.layout.values())
+    return stored + 4 * parameters + (1 << 29)
+
+
+@contextmanager
+def _routes(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the expert ids (S, K) of every router of a pass, ours or transformers', in the order of the layers."""
+    found: list[Tensor] = []
+
+    def collect(module: nn.Module, inputs: Any, output: Any) -> None:
+        ids = getattr(output, "expert_ids", None)
+        if ids is None and isinstance(output, tuple):
+            integers = [each for each in output if isinstance(each, Tensor) and not each.is_floating_point()]
+            ids = integers[-1] if integers else None
+        if ids is not None:
+            found.append(ids.reshape(-1, ids.shape[-1]))
+
+    handles = [
+        module.register_forward_hook(collect)
+        for module in model.modules()
+        if type(module).__name__.lower().endswith("router")
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its bars and warnings, which would stand among ours."""
+    from transformers.utils import logging as theirs
+
+    level, has_bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if has_bar:
+            theirs.enable_progress_bar()

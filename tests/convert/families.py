@@ -1,0 +1,110 @@
+"""Small random models of every family in transformers' own words, saved as a user has them, with a tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from moesaic.data.tokenizer import Tokenizer
+
+BASE = {
+    "vocab_size": 301,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 20,
+    "max_position_embeddings": 96,
+    # Ten times the usual: with tiny weights every model says the same.
+    "initializer_range": 0.2,
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LATENT = {
+    **BASE, "num_key_value_heads": 4, "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 2,
+    "n_group": 3, "topk_group": 2, "kv_lora_rank": 9, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+
+# Name: transformers' config class and its values.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**BASE, "rms_norm_eps": 1e-5}),
+    "llama, tied, one key head, biases": (
+        "LlamaConfig",
+        {**BASE, "num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": False},
+    ),
+    "llama, mlp biases, wide heads": ("LlamaConfig", {**BASE, "head_dim": 10, "mlp_bias": True}),
+    "llama, linear rope": ("LlamaConfig", {**BASE, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "llama, llama3 rope": ("LlamaConfig", {**BASE, "rope_theta": 500.0, "rope_scaling": LLAMA3}),
+    "llama, yarn rope": ("LlamaConfig", {**BASE, "rope_scaling": YARN}),
+    "llama, yarn with its own factor": (
+        "LlamaConfig",
+        {**BASE, "rope_scaling": {**YARN, "attention_factor": 0.9, "beta_fast": 16.0, "beta_slow": 2.0}},
+    ),
+    "qwen2": ("Qwen2Config", BASE),
+    "qwen2, tied": ("Qwen2Config", {**BASE, "tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": ("Qwen3Config", {**BASE, "head_dim": 8}),
+    "mixtral": ("MixtralConfig", {**BASE, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "olmoe": ("OlmoeConfig", {**BASE, "num_experts": 5, "num_experts_per_tok": 3}),
+    "olmoe, renormalised": (
+        "OlmoeConfig",
+        {**BASE, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**BASE, **EXPERTS, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2},
+    ),
+    "qwen2-moe, no biases, renormalised": (
+        "Qwen2MoeConfig",
+        {**BASE, **EXPERTS, "shared_expert_intermediate_size": 7, "qkv_bias": False, "norm_topk_prob": True},
+    ),
+    "qwen3-moe": ("Qwen3MoeConfig", {**BASE, **EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
+    "qwen3-moe, renormalised, yarn": (
+        "Qwen3MoeConfig",
+        {**BASE, **EXPERTS, "head_dim": 8, "norm_topk_prob": True, "rope_scaling": YARN},
+    ),
+    "deepseek-v2": (
+        "DeepseekV2Config",
+        {**LATENT, "topk_method": "group_limited_greedy", "q_lora_rank": 10, "n_shared_experts": 2},
+    ),
+    "deepseek-v2, lite": (
+        "DeepseekV2Config",
+        {**LATENT, "topk_method": "greedy", "n_group": None, "topk_group": None, "q_lora_rank": None,
+         "routed_scaling_factor": 1.5},
+    ),
+    "deepseek-v3": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 10}),
+    "deepseek-v3, yarn": (
+        "DeepseekV3Config",
+        {**LATENT, "q_lora_rank": None, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
+    ),
+}  # fmt: skip
+
+
+def build(name: str, *, seed: int = 0) -> transformers.PreTrainedModel:
+    """Return a random model whose every tensor matters: norms and biases are not 1 and 0 either."""
+    config_class, values = FAMILIES[name]
+    config = getattr(transformers, config_class)(**values, bos_token_id=None, eos_token_id=256, pad_token_id=None)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if "inv_freq" in tensor_name:
+                continue
+            if "norm" in tensor_name or tensor_name.endswith((".bias", "correction_bias")):
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+            elif "gate.weight" in tensor_name:
+                tensor.copy_(torch.randn_like(tensor))  # a router that is sure, so that rounding changes no choice
+    return model
+
+
+def save(model: transformers.PreTrainedModel, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a model and a tokenizer that has a chat template, as a user gets them."""
+    model.to(dtype).save_pretrained(folder)
+    Tokenizer.train(["the quick brown fox jumps over the lazy dog. " * 20], vocab_size=290).save(folder)
+    config = (folder / "tokenizer_config.json").read_text()
+    (folder / "tokenizer_config.json").write_text(config.replace("{", '{"model_max_length": 96,', 1))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return folder
