@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.convert_upcycle import upcycle
+
 if TYPE_CHECKING:
     from rich.console import Group
 
@@ -22,6 +24,9 @@ def convert() -> None:
 
     Example: moesaic convert quantize runs/first runs/first-int4 --experts int4
     """
+
+
+app.command()(upcycle)
 
 
 @app.command()

@@ -9,7 +9,13 @@ import typer
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="A preset name or a YAML file; see docs/guides/configuration.md.")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            help="A preset name, a YAML file (docs/guides/configuration.md), or RUN or RUN@step: that run's config, "
+            "starting from its weights."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")],
     data: Annotated[Path | None, typer.Option(help="Prepared shards; the same as --set data.path=DIR.")] = None,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="a.b=VALUE, as often as needed.")] = None,
@@ -21,6 +27,8 @@ def train(
 
     Ctrl-C saves a checkpoint and stops; --resume goes on from it, bit for bit on the CPU.
 
+    Given a run it starts a new one from its weights: the same model and settings, but for --data and --set.
+
     Example: moesaic train pr-moe-tiny-8-16 --data shards/ --output runs/first --set tokens=2e6
     """
     from moesaic.config.load import load_train_config
@@ -31,7 +39,8 @@ def train(
 
     log_to_stderr()
     settings = [f"data.path={json.dumps(str(data))}"] if data is not None else []
-    resolved = load_train_config(config, [*settings, *(assignments or [])])
+    source = _own_config(output, config) or config if resume else config
+    resolved = load_train_config(source, [*settings, *(assignments or [])])
     if as_json:
         result = run_training(resolved, output, device=device, resume=resume)
         typer.echo(
@@ -58,6 +67,20 @@ def train(
         typer.echo(f"Trained {result.tokens:,} tokens{loss}.")
     typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
     typer.echo(f"Next: moesaic inspect {result.run_folder}   moesaic generate {result.run_folder} --prompt '...'")
+
+
+def _own_config(output: Path, config: str) -> Path | None:
+    """Return the config in a run's own folder where `config` is that run, or the one it started from.
+
+    What it started from may be gone by the time it is resumed.
+    """
+    from moesaic.config.load import read_values
+
+    own = output / "config.yaml"
+    if not own.is_file():
+        return None
+    given = Path(config)
+    return own if given == output or read_values(own).get("init_from") == str(given) else None
 
 
 def _finite(value: float | None) -> float | None:

@@ -75,6 +75,17 @@ class Config(BaseModel, metaclass=_ConfigMeta):
             )
 
 
+def leaves(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return nested sections as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= leaves(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return "did you mean ..." with the closest of the known names, or all of them."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

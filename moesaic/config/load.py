@@ -46,7 +46,8 @@ def read_values(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
         raise ConfigError(
-            f"{str(source)!r} is neither a preset nor a file; a preset name or the path of a YAML file is required; "
+            f"{str(source)!r} is neither a preset nor a file; a preset name, or the path of a YAML file or of a run "
+            f"folder, is required; "
             f"{nearest(str(source), preset_names())}"
         )
     try:
@@ -123,8 +124,26 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def load_train_config(source: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
-    """Return the validated training config of a preset or YAML file, with `--set` assignments applied."""
-    return TrainConfig.from_dict(apply_assignments(read_values(source), assignments))
+    """Return the validated training config of a preset, a YAML file or a run, with `--set` assignments applied.
+
+    A run folder or RUN@step gives that run's config, with init_from set to it: training starts from its weights.
+    """
+    folder = run_folder_of(source)
+    if folder is None:
+        values = read_values(source)
+    else:
+        values = {**read_values(folder / "config.yaml"), "init_from": str(Path(source))}
+    return TrainConfig.from_dict(apply_assignments(values, assignments))
+
+
+def run_folder_of(source: str | Path) -> Path | None:
+    """Return the folder of the run that RUN or RUN@step names, None where that is no folder with a config.yaml."""
+    if isinstance(source, str) and source in preset_names():
+        return None
+    given = Path(source)
+    name, separator, _ = str(given).rpartition("@")
+    folder = Path(name) if separator and not given.exists() else given
+    return folder if (folder / "config.yaml").is_file() else None
 
 
 def load_model_config(source: str | Path, assignments: Sequence[str] = ()) -> ModelConfig:

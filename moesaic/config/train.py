@@ -82,6 +82,10 @@ class TrainConfig(Config):
     model: ModelConfig
     data: DataConfig
     tokens: int = Field(ge=1, description="to train on, in all; rounded up to whole steps")
+    init_from: str | None = Field(
+        default=None,
+        description="RUN or RUN@step: a run whose weights training starts from; its model must be the same",
+    )
     batch_size: int = Field(default=32, ge=1, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int = Field(default=None, ge=1, description="sequences per forward pass; null: batch_size")  # type: ignore[assignment]
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="of matrix work; master weights are fp32")

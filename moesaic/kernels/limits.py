@@ -321,7 +321,7 @@ def streamed_buffer(device: str) -> "torch.Tensor":
         size = min(_LARGEST_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
         return torch.ones(max(size // 4, 1), device=device)  # (size / 4,) fp32
     wanted = max(_SMALLEST_BUFFER_BYTES, 4 * _last_level_cache_bytes())
-    blocks = min(wanted, _LARGEST_BUFFER_BYTES, _available_memory_bytes() // 8) // _READ_BLOCK_BYTES
+    blocks = min(wanted, _LARGEST_BUFFER_BYTES, available_memory_bytes() // 8) // _READ_BLOCK_BYTES
     pages = mmap.mmap(-1, max(blocks, 1) * _READ_BLOCK_BYTES)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages: small ones serve, more slowly
@@ -427,7 +427,8 @@ def _last_level_cache_bytes() -> int:
     return int(match.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30}[match.group(2)] if match else 0
 
 
-def _available_memory_bytes() -> int:
+def available_memory_bytes() -> int:
+    """Return what can be allocated now without swapping; 4 GiB where the system does not say."""
     match = re.search(r"^MemAvailable:\s*(\d+) kB", _read_text(Path("/proc/meminfo")), re.MULTILINE)
     return int(match.group(1)) << 10 if match else 4 << 30
 

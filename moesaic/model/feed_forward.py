@@ -97,7 +97,7 @@ class FeedForward(nn.Module):
     ) -> tuple[Tensor, MoEStatistics]:
         """The same in one call, with the residual MLP as one more expert; mixed in fp32."""
         routing = moe.router(x, valid=valid)
-        weights = finish_weights(routing.routing_weights, None, moe.config.router)
+        weights = finish_weights(routing.routing_weights, None, moe.config.router, output_scale=moe.output_scale)
         expert_ids, dense_weights = routing.expert_ids, None
         if valid is not None:
             expert_ids = expert_ids.masked_fill(~valid[:, None], -1)

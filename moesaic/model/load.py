@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized, take_quantized
-from moesaic.checkpoint.store import CheckpointInfo, load_tensors, resolve_checkpoint
+from moesaic.checkpoint.store import CheckpointInfo, check_file, load_tensors, resolve_checkpoint
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
@@ -89,6 +90,20 @@ def load_model_state(model: Transformer, tensors: dict[str, Tensor], info: Check
     """Copy a checkpoint's tensors into a model of the same config; every tensor is used exactly once."""
     _check_fit(model.state_dict(), tensors, info)
     model.load_state_dict(tensors)
+
+
+def copy_weights(model: Transformer, info: CheckpointInfo) -> None:
+    """Copy a checkpoint's tensors, of whatever dtype, into a model of the same config, one after the other.
+
+    Raises: CheckpointError for a file that is missing or corrupt, or does not fit the model.
+    """
+    own = model.state_dict()
+    with safe_open(check_file(info, "model"), framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: torch.empty(each.get_shape(), device="meta") for name, each in slices.items()}
+        _check_fit(own, shapes, info)
+        for name, tensor in own.items():
+            tensor.copy_(file.get_tensor(name))
 
 
 def _check_fit(

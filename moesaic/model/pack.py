@@ -21,7 +21,7 @@ from moesaic.model.norm import LayerNorm, RmsNorm
 from moesaic.model.rotary import rotary_table
 from moesaic.model.transformer import Block, Transformer
 from moesaic.moe.experts import Experts
-from moesaic.moe.router import Router
+from moesaic.moe.layer import MoELayer
 
 
 @torch.no_grad()
@@ -200,15 +200,18 @@ def _describe(block: Block) -> LayerPart:
         feed_forward_norm=_norm_part(block.feed_forward_norm),
         mlp=None if feed_forward.mlp is None else feed_forward.mlp.packed,
         experts=None if feed_forward.moe is None else feed_forward.moe.experts.packed,
-        router=None if feed_forward.moe is None else _router_part(feed_forward.moe.router),
+        router=None if feed_forward.moe is None else _router_part(feed_forward.moe),
         residual_mix=feed_forward.residual or "sum",
         mix=mix,
         mix_bias=mix_bias,
     )
 
 
-def _router_part(router: Router) -> RouterPart:
+def _router_part(moe: MoELayer) -> RouterPart:
+    router = moe.router
     config, bias = router.config, router.score_correction_bias
+    # Multiplied in fp32, as finish_weights does.
+    scale = config.scale if moe.output_scale is None else float(moe.output_scale * config.scale)
     return RouterPart(
         weight=_fp32(router.weight),
         correction_bias=None if bias is None else _fp32(bias),
@@ -217,5 +220,5 @@ def _router_part(router: Router) -> RouterPart:
         num_groups=config.num_groups,
         top_groups=config.top_groups,
         renormalize=config.renormalize,
-        scale=config.scale,
+        scale=scale,
     )

@@ -21,7 +21,7 @@ from moesaic.model.linear import Linear
 from moesaic.model.norm import LayerNorm, RmsNorm, make_norm
 from moesaic.model.rotary import rotary_table
 from moesaic.moe.experts import Experts
-from moesaic.moe.layer import MoEStatistics, RoutingDecision
+from moesaic.moe.layer import MoELayer, MoEStatistics, RoutingDecision
 from moesaic.moe.router import Router
 from moesaic.moe.seeds import mix_seeds
 
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         """Draw every weight; each expert, and the residual MLP beside them, gets its own draw. Returns self.
 
         Normal with init_std; matrices that write into the residual stream are scaled by 1/sqrt(2 * num_layers), as in
-        GPT-2. Biases start at 0, norms at 1.
+        GPT-2. Biases start at 0, norms and the factors on experts' outputs at 1.
         """
         generator = torch.Generator(device=self.embedding.device).manual_seed(seed)
         std = self.config.init_std
@@ -147,6 +147,8 @@ class Transformer(nn.Module):
                 draw(module.weight, std)
                 if module.score_correction_bias is not None:
                     module.score_correction_bias.zero_()
+            elif isinstance(module, MoELayer) and module.output_scale is not None:
+                module.output_scale.fill_(1.0)
             elif isinstance(module, Experts):
                 weights = module.weights()
                 draw(weights.up, std)

@@ -41,6 +41,8 @@ class MoEStatistics:
 class MoELayer(nn.Module):
     """A layer of experts as one FeedForwardConfig describes it, without its residual MLP."""
 
+    output_scale: Tensor | None  # () fp32
+
     def __init__(self, hidden_size: int, config: FeedForwardConfig, *, activation: str, has_bias: bool) -> None:
         super().__init__()
         self.config = config
@@ -48,6 +50,8 @@ class MoELayer(nn.Module):
         self.experts = Experts(
             hidden_size, config.expert_intermediate_size, config.num_experts, activation=activation, has_bias=has_bias
         )
+        # On the weights and not on the output: one operation stays one, and the sum is in fp32 all the same.
+        self.register_parameter("output_scale", nn.Parameter(torch.ones(())) if config.output_scale else None)
         # None: all experts are on this device, and one operation gathers, computes and combines.
         self.dispatcher: Dispatcher | None = None
 
@@ -62,7 +66,7 @@ class MoELayer(nn.Module):
         expert_ids = None if replay is None else replay.expert_ids
         routing = self.router(x, valid=valid, seed=mix_seeds(seed, 0), expert_ids=expert_ids)
         plan = self._plan(routing, valid, mix_seeds(seed, 1)) if replay is None else replay.plan
-        weights = finish_weights(routing.routing_weights, plan.kept, self.config.router)
+        weights = finish_weights(routing.routing_weights, plan.kept, self.config.router, output_scale=self.output_scale)
         if self.dispatcher is None:
             out = self.experts.routed(x, plan, weights)
         else:

@@ -169,13 +169,16 @@ class Router(nn.Module):
         self.score_correction_bias -= self.score_correction_bias.mean()
 
 
-def finish_weights(routing_weights: Tensor, kept: Tensor | None, config: RouterConfig) -> Tensor:
+def finish_weights(
+    routing_weights: Tensor, kept: Tensor | None, config: RouterConfig, *, output_scale: Tensor | None = None
+) -> Tensor:
     """Return the (T, K) weights the experts' outputs are multiplied with: dropped routes 0, renormalised, scaled.
 
-    kept (T, K) bool, or None when every route is kept.
+    kept (T, K) bool, or None when every route is kept; output_scale () fp32, the layer's learned factor, or None.
     """
     if kept is not None:
         routing_weights = routing_weights.masked_fill(~kept, 0.0)
     if config.renormalize:
         routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True).clamp_min(1e-20)
-    return routing_weights * config.scale if config.scale != 1.0 else routing_weights
+    factor = config.scale if output_scale is None else output_scale * config.scale
+    return routing_weights if output_scale is None and config.scale == 1.0 else routing_weights * factor

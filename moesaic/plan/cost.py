@@ -18,7 +18,8 @@ _TRAINING_STATE_BYTES = 4 * _FP32_BYTES
 class LayerParameters:
     """The parameters of one layer by part. `dense_mlp` is a dense layer's only MLP, or a residual layer's fixed one.
 
-    `active_experts` are the parameters of the top_k experts that one token uses, of the `experts` there are.
+    `router` counts the learned factor on the experts' output too, where there is one. `active_experts` are the
+    parameters of the top_k experts that one token uses, of the `experts` there are.
     """
 
     index: int
@@ -186,7 +187,7 @@ def _count_layer(config: ModelConfig, index: int, layer: FeedForwardConfig) -> L
         norms=2 * _norm(config) + (2 * config.head_dim if config.qk_norm == "head" else 0),
         dense_mlp=_mlp(config, layer.intermediate_size) if layer.intermediate_size else 0,
         residual_mix=_residual_mix(config, layer),
-        router=layer.num_experts * config.hidden_size,
+        router=layer.num_experts * config.hidden_size + int(layer.output_scale),
         experts=layer.num_experts * expert,
         active_experts=layer.top_k * expert,
     )

@@ -18,12 +18,13 @@ from moesaic.checkpoint.store import (
     save_checkpoint,
     set_aside_after,
 )
-from moesaic.config.load import write_config
+from moesaic.config.base import leaves
+from moesaic.config.load import run_folder_of, write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import TrainLoader, ValidationLoader
 from moesaic.data.shards import ShardSet
-from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import CheckpointError, ConfigError, TrainingError
+from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
+from moesaic.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moesaic.evaluate.validation import validation_loss
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.device import select_device
@@ -38,6 +39,7 @@ from moesaic.plan.cost import training_flops_per_token
 from moesaic.report.expert_load import ExpertWatch
 from moesaic.report.plots import write_plots
 from moesaic.report.records import EvaluationRecord, ExpertRecord, TrainRecord
+from moesaic.train.initial import InitialRun
 from moesaic.train.interrupt import StopRequest
 from moesaic.train.loss import Losses, language_model_loss
 from moesaic.train.metrics import MetricsWriter
@@ -113,8 +115,12 @@ class Trainer:
         self.validation_loss: float | None = None
 
         self._check_folder()
-        shards = ShardSet.open(config.data.path)
+        shards = self._open_data()
         tokenizer = shards.load_tokenizer()
+        self.initial: InitialRun | None = None
+        # A run that has a checkpoint of its own is resumed from it, whether or not the first run is still there.
+        if config.init_from is not None and not (resume and has_checkpoints(run_folder)):
+            self.initial = InitialRun.open(config.init_from, config.model, data=config.data.path, tokenizer=tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size ({config.model.vocab_size}) is less than the {tokenizer.vocab_size} tokens of "
@@ -139,7 +145,10 @@ class Trainer:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.model = Transformer(config.model, compute_dtype=dtype).to(self.device)
         self.model.activation_checkpointing = config.activation_checkpointing
-        self.model.initialize(config.seed)
+        if self.initial is None:
+            self.model.initialize(config.seed)
+        else:
+            self.initial.load(self.model)
         self.model.train()
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
@@ -329,6 +338,17 @@ class Trainer:
         prune_checkpoints(self.run_folder, keep_last=self.config.checkpoint.keep_last)
         return True
 
+    def _open_data(self) -> ShardSet:
+        path, source = self.config.data.path, self.config.init_from
+        if not path or (source is not None and not Path(path).is_dir()):
+            option = "" if source is None else f" --tokenizer {run_folder_of(source) or source}"
+            given = f"data.path ({path}) is no folder here" if path else "data.path is empty"
+            raise DataError(
+                f"{given}; training requires text prepared for it; name it with --data DIR (data.path), a folder that "
+                f"`moesaic prepare SOURCE --output DIR{option}` writes."
+            )
+        return ShardSet.open(path)
+
     def _check_folder(self) -> None:
         """Refuse a new run where there is one, and resuming where there is none or another."""
         exists = (self.run_folder / "config.yaml").exists()
@@ -347,17 +367,24 @@ class Trainer:
             )
 
     def _check_trainable(self) -> None:
-        quantized = [info for info in list_checkpoints(self.run_folder) if is_quantized(info)]
+        infos = list_checkpoints(self.run_folder)
+        quantized = [info for info in infos if is_quantized(info)]
         if quantized:
             raise CheckpointError(
                 f"{self.run_folder} is quantised ({describe_quantization(quantized[-1])}); training requires the "
                 f"weights before they were rounded, and the optimizer's state; resume the run that it was made from "
                 f"({quantized[-1].metadata[KEY].get('source')})."
             )
+        if infos and not any("optimizer.safetensors" in info.files for info in infos):
+            raise CheckpointError(
+                f"{self.run_folder} holds weights and no optimizer's state; resuming requires both, and a run that was "
+                f"converted has only its weights; start a new run from it: moesaic train {self.run_folder} --output "
+                f"NEW."
+            )
 
     def _check_same_run(self) -> None:
         """A resumed run may change how it reports and saves and how long it trains; nothing that changes a step."""
-        before, now = _leaves(load_run_config(self.run_folder).to_dict()), _leaves(self.config.to_dict())
+        before, now = leaves(load_run_config(self.run_folder).to_dict()), leaves(self.config.to_dict())
         free = ("evaluation.", "checkpoint.", "log_every_steps", "tokens", "activation_checkpointing", "data.path")
         changed = [
             f"{key} ({now.get(key)}, was {before.get(key)})"
@@ -375,12 +402,16 @@ class Trainer:
         """Write what a run folder holds besides checkpoints and metrics; every file is replaced whole."""
         try:
             self.run_folder.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(self.run_folder)
+            if self.initial is not None:  # with its chat template, which the data's may have come without
+                self.initial.tokenizer.save(self.run_folder)
+            elif self.config.init_from is None or not (self.run_folder / TOKENIZER_NAME).is_file():
+                tokenizer.save(self.run_folder)
             write_provenance(
                 self.run_folder,
                 data_path=self.config.data.path,
                 data_fingerprint=self.data_fingerprint,
                 device=self.device,
+                init_from=None if self.initial is None else self.initial.record(),
             )
             temporary = self.run_folder / "config.yaml.writing"
             write_config(self.config, temporary)
@@ -461,17 +492,6 @@ class Window:
     def _counted(self) -> list[StepResult]:
         """Without the skipped steps, whose NaN would hide the others' losses; all of them when all were skipped."""
         return [result for result in self._results if result.is_finite] or self._results
-
-
-def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Return nested sections as one level of dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            leaves |= _leaves(value, f"{path}{key}.")
-        else:
-            leaves[f"{path}{key}"] = value
-    return leaves
 
 
 def _without_graph(losses: Losses) -> Losses:

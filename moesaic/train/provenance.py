@@ -5,6 +5,7 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,8 +21,18 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def write_provenance(run_folder: Path, *, data_path: str, data_fingerprint: str, device: torch.device) -> None:
-    """Append this start of the run to run.json: one entry per start, the resumed ones after the first."""
+def write_provenance(
+    run_folder: Path,
+    *,
+    data_path: str,
+    data_fingerprint: str,
+    device: torch.device,
+    init_from: dict[str, Any] | None = None,
+) -> None:
+    """Append this start of the run to run.json: one entry per start, the resumed ones after the first.
+
+    init_from: the checkpoint whose weights this start began with, None where they were drawn or resumed.
+    """
     path = run_folder / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
     starts.append(
@@ -36,6 +47,7 @@ def write_provenance(run_folder: Path, *, data_path: str, data_fingerprint: str,
             "code_fingerprint": code_fingerprint(),
             "data_path": data_path,
             "data_fingerprint": data_fingerprint,
+            "init_from": init_from,
         }
     )
     temporary = path.with_suffix(".writing")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,25 @@ def test_json_is_the_result_and_nothing_else(cli: Any, config_file: ConfigFile, 
     assert again == {**values, "loss": None}  # nothing was left to train
 
 
+def test_a_run_in_the_place_of_the_config_is_trained_from_and_resumed_without_it(
+    cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    first, run = tmp_path / "first", tmp_path / "run"
+    shutil.copytree(trained_run, first)
+    command = ["train", f"{first}/", "--data", tiny_data, "--output", run, "--set", "tokens=128", "--json"]
+    assert json.loads(cli(*command).out)["step"] == 2
+    assert load_train_config(run / "config.yaml").init_from == str(first)
+    (start,) = json.loads((run / "run.json").read_text())["starts"]
+    assert start["init_from"]["run"] == str(first)
+    shutil.rmtree(first)
+    command[7] = "tokens=192"
+    assert json.loads(cli(*command, "--resume").out)["step"] == 3
+    again = cli("train", run, "--output", run, "--resume", "--set", "tokens=256", "--json")
+    assert json.loads(again.out)["step"] == 4
+    gone = cli(*command[:4], "--output", tmp_path / "other")
+    assert gone.status == 2 and "is neither a preset nor a file" in gone.err
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown preset": (["train", "pr-moe-tiny", "--output", "{new}"], "ConfigError: 'pr-moe-tiny' is neither"),
     "no data": (["train", "dense-tiny", "--output", "{new}"], "ConfigError: data.path is missing"),
@@ -63,6 +83,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such device": (["train", "{config}", "--output", "{new}", "--device", "tpu"], "DeviceError: device 'tpu'"),
     "nothing to resume": (["train", "{config}", "--output", "{new}", "--resume"], "CheckpointError: "),
     "folder taken": (["train", "{config}", "--output", "{run}"], "ConfigError: "),
+    "no such step": (["train", "{run}@77", "--output", "{new}"], "CheckpointError: "),
+    "a run without its data": (
+        ["train", "{run}", "--output", "{new}", "--set", "data.path=''"],
+        "DataError: data.path is empty; training requires text prepared for it; name it with --data DIR",
+    ),
+    "another model": (
+        ["train", "{run}", "--output", "{new}", "--set", "model.moe.top_k=2"],
+        "ConfigError: model.moe.top_k (2, there 1): not as in",
+    ),
     "other settings": (
         ["train", "{config}", "--output", "{run}", "--resume", "--set", "seed=9"],
         "ConfigError: ",

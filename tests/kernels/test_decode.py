@@ -43,6 +43,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "residual sigmoid": {
         "moe": {"num_experts": 6, "top_k": 2, "residual": "sigmoid", "residual_intermediate_size": 33}
     },
+    "experts scaled": {
+        "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "output_scale": True, "router": {"scale": 1.3}}
+    },
     "deepseek": {
         "moe": {
             "num_experts": 8, "top_k": 2, "residual": "sum",
@@ -102,7 +105,7 @@ def build(family: str, quantize: str = "bf16") -> Transformer:
     model.initialize(0)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.state_dict().items():
-        if name.endswith(("bias", "norm.weight")):
+        if name.endswith(("bias", "norm.weight", "output_scale")):
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
     return pack_transformer(model, {} if quantize == "bf16" else quantized(model, quantize))
 

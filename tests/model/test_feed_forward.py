@@ -95,6 +95,22 @@ def test_the_residual_mlp_and_the_experts_have_their_own_widths() -> None:
     assert layer.moe.experts.down_proj.shape == (3, 24, 7)
 
 
+@pytest.mark.parametrize("capacity", [{}, {"factor": 0.7}])
+def test_the_gradient_of_the_output_scale_does_not_depend_on_its_value(capacity: dict[str, Any]) -> None:
+    """At sizes that the kernels take; the output is linear in it. At 0 the layer is its residual MLP, bit for bit."""
+    moe = {"num_experts": 5, "top_k": 2, "residual": "sum", "output_scale": True, "capacity": capacity}
+    config = config_of(moe, hidden_size=64, intermediate_size=96, mlp_bias=True)
+    layer = randomized(FeedForward(config, config.layers[0]))
+    x = torch.randn(37, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    grads = []
+    for value in (0.0, 1.0, -3.0):
+        torch.nn.init.constant_(layer.moe.output_scale, value)
+        out, _ = layer(x)
+        grads.append(torch.autograd.grad(layer.moe(x)[0].float().sum(), layer.moe.output_scale)[0])
+        assert torch.equal(out, layer.mlp(x)) == (value == 0.0)
+    assert grads[0] != 0 and grads[0] == grads[1] == grads[2]
+
+
 def test_padding_gets_the_fixed_mlp_alone() -> None:
     config = config_of({"num_experts": 5, "residual": "sum"})
     layer = randomized(FeedForward(config, config.layers[0]))

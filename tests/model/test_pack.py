@@ -34,6 +34,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "pyramid, residual softmax": GPT | {"moe": {"num_experts": [2, 7, 3], "residual": "softmax"}},
     "residual sigmoid": {"moe": {"num_experts": 6, "top_k": 3, "residual": "sigmoid", "intermediate_size": 40}},
+    "experts scaled": {
+        "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "output_scale": True, "router": {"scale": 1.3}}
+    },
     "residual sum": {"moe": {"num_experts": 4, "layers": [1], "residual": "sum", "residual_intermediate_size": 33}},
 }  # fmt: skip
 
@@ -49,7 +52,7 @@ def build(family: str, **changes: Any) -> Transformer:
     model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.state_dict().items():
-        if name.endswith(("bias", "norm.weight")):
+        if name.endswith(("bias", "norm.weight", "output_scale")):
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
     return model.eval()
 

@@ -44,6 +44,7 @@ ODD: dict[str, dict[str, Any]] = {
             "residual_intermediate_size": 9,
         },
     },
+    "experts scaled": {"moe": {"num_experts": 3, "every": 2, "output_scale": True}},
     "one expert, summed": {"activation": "gelu_tanh", "moe": {"num_experts": 1, "every": 5, "residual": "sum"}},
 }
 

@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "residual_intermediate_size": 17,
         }
     },
+    "experts scaled": {"moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "output_scale": True}},
     "moe, deepseek-like": {
         "moe": {
             "num_experts": 8,
@@ -255,7 +256,11 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     ("family", "noisy"),
     [
         *(("dense, llama-like", noisy) for noisy in ("plain", "dropout")),
-        *((family, noisy) for family in ("moe, mixtral-like", "pyramid, residual softmax") for noisy in NOISY),
+        *(
+            (family, noisy)
+            for family in ("moe, mixtral-like", "pyramid, residual softmax", "experts scaled")
+            for noisy in NOISY
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -348,7 +353,7 @@ def test_initialize_is_a_function_of_the_seed(family: str) -> None:
         first.named_parameters(), again.parameters(), other.parameters(), strict=True
     ):
         assert torch.equal(mine, same), name
-        is_constant = mine.dim() == 1 or name.endswith("_bias")
+        is_constant = mine.dim() < 2 or name.endswith("_bias")
         assert torch.equal(mine, different) == is_constant, name
 
 

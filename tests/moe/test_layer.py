@@ -28,6 +28,7 @@ def make_layer(
     has_bias: bool = True,
     router: dict[str, Any] | None = None,
     capacity: dict[str, Any] | None = None,
+    output_scale: bool = False,
 ) -> MoELayer:
     config = FeedForwardConfig(
         intermediate_size=0,
@@ -36,6 +37,7 @@ def make_layer(
         expert_intermediate_size=INNER,
         router=RouterConfig(**(router or {})),
         capacity=CapacityConfig(**(capacity or {})),
+        output_scale=output_scale,
     )
     layer = MoELayer(HIDDEN, config, activation=activation, has_bias=has_bias)
     drawn = torch.Generator().manual_seed(0)
@@ -88,6 +90,8 @@ def naive_layer(layer: MoELayer, x: Tensor, valid: Tensor | None, seed: int, dty
     if config.router.renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
     weights = weights * config.router.scale
+    if layer.output_scale is not None:
+        weights = weights * layer.output_scale
     stacked = layer.experts.weights().to(dtype).to(torch.float32)
     out = reference.moe_per_token(x.float(), expert_ids, weights, kept, stacked)
 
@@ -163,6 +167,27 @@ def test_renormalised_over_the_kept_and_scaled(scoring: str, factor: float | Non
     capacity = {} if factor is None else {"factor": factor}
     layer = make_layer(router={"scoring": scoring, "renormalize": True, "scale": scale}, capacity=capacity)
     compare(layer, tokens())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [None, 0.7])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("value", [0.0, 0.6, -1.5])
+def test_a_learned_factor_on_the_output(value: float, top_k: int, factor: float | None, dtype: torch.dtype) -> None:
+    """At 0 too the factor has its gradient, and x, router and experts have none of the output's."""
+    router = {"scale": 2.5, "renormalize": top_k > 1}
+    layer = make_layer(
+        top_k=top_k, router=router, capacity={} if factor is None else {"factor": factor}, output_scale=True
+    )
+    assert layer.output_scale is not None and layer.output_scale.shape == ()
+    with torch.no_grad():
+        layer.output_scale.fill_(value)
+    x = tokens(dtype=dtype)
+    out, _, _ = compare(layer, x)
+    if value == 0.0:
+        assert torch.count_nonzero(out) == 0
+        grad, *others = torch.autograd.grad(layer(x)[0].sum(), [layer.output_scale, x, *layer.experts.parameters()])
+        assert grad != 0 and not any(torch.count_nonzero(each) for each in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,88 @@
+"""A run whose weights training starts from: what has to agree with it, and its weights. Resuming is not this."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
+from moesaic.checkpoint.store import CheckpointInfo, resolve_checkpoint
+from moesaic.config.base import leaves
+from moesaic.config.model import ModelConfig
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import CheckpointError, ConfigError, DataError
+from moesaic.model.load import copy_weights, load_run_config
+from moesaic.model.transformer import Transformer
+
+# What only training reads of a model's config; the model of another run computes the same without it.
+_OF_TRAINING = (
+    "dropout",
+    "init_std",
+    "moe.capacity.",
+    "moe.router.noise",
+    "moe.router.jitter_epsilon",
+    "moe.router.score_correction_rate",
+    "moe.router.balance_loss",
+    "moe.router.balance_scope",
+    "moe.router.z_loss",
+)
+
+
+@dataclass(frozen=True)
+class InitialRun:
+    """The checkpoint that RUN or RUN@step names, and its run's tokenizer."""
+
+    info: CheckpointInfo
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, run: str, model: ModelConfig, *, data: str, tokenizer: Tokenizer) -> "InitialRun":
+        """Check that a run's weights can start the training of a model on data of this tokenizer; none is read yet.
+
+        Raises: CheckpointError for a run or step that is not there, and for a quantised one; ConfigError for another
+        model; DataError for another tokenizer.
+        """
+        info = resolve_checkpoint(run)
+        folder = info.path.parent.parent
+        if is_quantized(info):
+            raise CheckpointError(
+                f"init_from ({run}) is quantised ({describe_quantization(info)}); training requires the weights before "
+                f"they were rounded; name the run that it was made from ({info.metadata[KEY].get('source')})."
+            )
+        own, given = leaves(load_run_config(folder).model.to_dict()), leaves(model.to_dict())
+        free = (*_OF_TRAINING, "max_positions") if model.positions == "rotary" else _OF_TRAINING
+        different = [
+            f"model.{key} ({given.get(key)}, there {own.get(key)})"
+            for key in sorted(given.keys() | own.keys())
+            if given.get(key) != own.get(key) and not key.startswith(free)
+        ]
+        if different:
+            raise ConfigError(
+                f"{', '.join(different[:5])}{', ...' if different[5:] else ''}: not as in {folder / 'config.yaml'}; "
+                f"init_from takes that run's weights, so the model must be the same; leave its settings as they are, "
+                f"or set init_from to null to train from random weights."
+            )
+        theirs = Tokenizer.load(folder)
+        if theirs.fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"the text in {data} was prepared with another tokenizer (vocabulary {tokenizer.vocab_size}, "
+                f"fingerprint {tokenizer.fingerprint[:12]}) than that of {folder} (vocabulary {theirs.vocab_size}, "
+                f"{theirs.fingerprint[:12]}); init_from takes that run's weights, which know its own tokens only; "
+                f"prepare the text again with `moesaic prepare SOURCE --output DIR --tokenizer {folder}`."
+            )
+        return cls(info, theirs)
+
+    @property
+    def folder(self) -> Path:
+        return self.info.path.parent.parent
+
+    def load(self, model: Transformer) -> None:
+        """Copy the weights into the model. Raises: CheckpointError when their file is missing or corrupt."""
+        copy_weights(model, self.info)
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        return {
+            "run": str(self.folder),
+            "step": self.info.step,
+            "model_sha256": self.info.files["model.safetensors"]["sha256"],
+        }

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+
+from moesaic.convert.folder import check_is_new, folder_in_progress
+from moesaic.errors import ConfigError, ConversionError
+
+
+def test_the_folder_takes_its_name_when_all_of_it_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    (tmp_path / "deep" / ".writing-out").mkdir(parents=True)  # of a process that was killed
+    (tmp_path / "deep" / ".writing-out" / "left").touch()
+    with folder_in_progress(out) as folder:
+        (folder / "file").touch()
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["file"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    with pytest.raises(ConfigError, match=r"out exists; .*; name another"):
+        check_is_new(out)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(OSError("no space left"), ConversionError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_whatever_goes_wrong_leaves_nothing(tmp_path: Path, error: BaseException, raised: type[BaseException]) -> None:
+    with pytest.raises(raised), folder_in_progress(tmp_path / "out") as folder:
+        (folder / "file").touch()
+        raise error
+    assert not list(tmp_path.iterdir())
