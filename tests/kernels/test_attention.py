@@ -214,9 +214,9 @@ def test_is_an_ordinary_operator(documents: str) -> None:
     operator = torch.ops.moesaic.causal_attention
     # Tracing with dynamic shapes takes seconds; once is enough.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(operator, (*leaves, numbers), test_utils=checks[: 4 if documents == "packed" else 3])
-    out, log_sums = operator(*leaves, numbers)
-    saved = (*(leaf.detach() for leaf in leaves), out.detach(), log_sums, numbers)
+    torch.library.opcheck(operator, (*leaves, numbers, 0.2), test_utils=checks[: 4 if documents == "packed" else 3])
+    out, log_sums = operator(*leaves, numbers, 0.2)
+    saved = (*(leaf.detach() for leaf in leaves), out.detach(), log_sums, numbers, 0.2)
     backward = torch.ops.moesaic.causal_attention_backward
     torch.library.opcheck(backward, (torch.ones_like(out), *saved), test_utils=checks[:3])
 
