@@ -181,13 +181,13 @@ def test_a_sequence_gives_the_same_bits_alone_in_chunks_and_with_any_threads(ker
 
 def test_tells_which_experts_each_layer_chose(kernels: str) -> None:
     model = build("deepseek")
-    assert model.packed is not None
+    assert model.decode_part is not None
     library = select.cpu_library()
     assert library is not None
     sequences = Sequences(model.config)
     sequences.counts = [3, 0, 2, 0]
     step = sequences.extend(1, 5)
-    decoded = DecodePlan(model.packed, library).run(torch.arange(5), step.storage, step.batch)
+    decoded = DecodePlan(model.decode_part, library).run(torch.arange(5), step.storage, step.batch)
     assert len(decoded.expert_ids) == len(decoded.routing_weights) == 2
     for ids, weights in zip(decoded.expert_ids, decoded.routing_weights, strict=True):
         assert ids.shape == weights.shape == (5, 2)

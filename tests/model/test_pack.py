@@ -194,7 +194,7 @@ def test_the_originals_are_gone(family: str) -> None:
 
 def test_tied_embeddings_are_kept_once() -> None:
     model = pack_transformer(build("dense, gpt-like"))
-    assert model.packed is not None and model.packed.embedding is model.packed_head
+    assert model.decode_part is not None and model.decode_part.embedding is model.packed_head
     assert not any(parameter.shape[0] == 61 for parameter in model.parameters())
     untied = pack_transformer(build("dense, llama-like"))
     assert untied.embedding.dtype is torch.bfloat16 and untied.lm_head is None
@@ -230,7 +230,7 @@ def test_quantised_weights_that_do_not_fit_are_refused_before_anything_is_packed
     for name, (weight, message) in wrong.items():
         with pytest.raises(ConfigError, match=message):
             pack_transformer(model, {name: weight})
-        assert model.packed is None and model.get_parameter("lm_head").shape == (61, 64)
+        assert not model.is_packed and model.get_parameter("lm_head").shape == (61, 64)
     with pytest.raises(
         ConfigError, match=r"computed as one matrix and come as .* one format is required; quantise all"
     ):
