@@ -31,6 +31,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_kv_heads": 2, "tie_embeddings": False},
     "gpt": GPT,
     "qwen": {"num_kv_heads": 1, "qk_norm": "head", "head_dim": 8, "attention_bias": "qkv"},
+    "olmoe": {
+        "num_kv_heads": 2, "qk_norm": "full",
+        "moe": {"num_experts": 4, "top_k": 2}, "attention_scale": 0.4,
+    },
+    "yarn": {
+        "num_kv_heads": 2, "head_dim": 8,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 64},
+    },
+    "one head, normed as all are": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 10, "qk_norm": "full"},
     "odd sizes": {
         "hidden_size": 50, "head_dim": 7, "num_heads": 3, "positions": "learned", "activation": "gelu_tanh",
         "intermediate_size": 37,

@@ -54,6 +54,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "residual_intermediate_size": 17,
         }
     },
+    "moe, olmoe-like": {"num_kv_heads": 2, "qk_norm": "full", "moe": {"num_experts": 5, "top_k": 2}},
+    "scores and positions scaled": {
+        "num_kv_heads": 2,
+        "attention_scale": 0.6,
+        "rope_scaling": {"kind": "yarn", "factor": 3.0, "original_max_positions": 16},
+    },
+    "moe, latent attention": {
+        "latent_attention": {
+            "query_rank": 20,
+            "kv_rank": 18,
+            "nope_head_dim": 6,
+            "rope_head_dim": 4,
+            "value_head_dim": 9,
+        },
+        "moe": {"num_experts": 4, "top_k": 2, "layers": [1, 2, 3], "residual": "sum"},
+    },
     "moe, deepseek-like": {
         "moe": {
             "num_experts": 8,
