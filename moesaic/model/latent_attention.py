@@ -27,8 +27,11 @@ class LatentAttention(nn.Module):
     rows for the rotary key; kv_down_norm (R,); kv_up_proj (A * (N + C), R), a head's rows [key, value];
     o_proj (H, A * C).
 
-    Packed for inference, kv_up_proj stays a plain matrix, in bf16, since it is multiplied from both sides.
+    Packed for inference, kv_up is in the place of kv_up_proj: its keys' rows (A, N, R) and its values' (A, C, R) as
+    plain bf16, since they are multiplied from both sides.
     """
+
+    kv_up: tuple[Tensor, Tensor] | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -51,6 +54,7 @@ class LatentAttention(nn.Module):
         self.kv_down_proj = Linear(hidden_size, self.rank + self.rope_dim, has_bias=False)
         self.kv_down_norm = RmsNorm(self.rank, epsilon=latent.norm_epsilon)
         self.kv_up_proj = Linear(self.rank, config.num_heads * (self.nope_dim + self.value_dim), has_bias=False)
+        self.kv_up = None
         self.o_proj = Linear(config.num_heads * self.value_dim, hidden_size, has_bias=False)
 
     @property
@@ -88,9 +92,7 @@ class LatentAttention(nn.Module):
 
     def _expanded(self, nope: Tensor, rope: Tensor, latent: Tensor, key: Tensor, documents: Tensor | None) -> Tensor:
         """Attention (B, S, A, C) of whole sequences, with the keys and values of every head."""
-        keys, values = (
-            self.kv_up_proj(latent).unflatten(2, (self.num_heads, -1)).split([self.nope_dim, self.value_dim], 3)
-        )
+        keys, values = self._keys_and_values(latent)
         keys = torch.cat([keys, key.expand(-1, -1, self.num_heads, -1)], 3)
         dropout = self.dropout if self.training else 0.0
         query = torch.cat([nope, rope], 3)
@@ -113,15 +115,28 @@ class LatentAttention(nn.Module):
         if not others:
             return out
         rows, rest = _only(others, batch, starts)
-        key_up, value_up = self._up_matrices(nope.dtype)
+        key_up, value_up = self.up_matrices(nope.dtype)
         # A head at a time: (A, T, N) by (A, N, R) into the latents' space, (A, T, R) by (A, R, C) out of it.
         absorbed = torch.bmm(nope[rows].transpose(0, 1), key_up).transpose(0, 1)
         means = latent_attention(torch.cat([absorbed, rope[rows]], 2), blocks, rest, scale=self.scale)
         out[rows] = torch.bmm(means.transpose(0, 1), value_up.transpose(1, 2)).transpose(0, 1)
         return out
 
-    def _up_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Every head's keys (B, S, A, N) and values (B, S, A, C) for latents (B, S, R)."""
+        if self.kv_up is None:
+            heads = self.kv_up_proj(latent).unflatten(2, (self.num_heads, -1))
+            keys, values = heads.split([self.nope_dim, self.value_dim], 3)
+        else:
+            keys, values = (
+                F.linear(latent, weight.flatten(0, 1)).unflatten(2, (self.num_heads, -1)) for weight in self.kv_up
+            )
+        return keys, values
+
+    def up_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The matrices (A, N, R) and (A, C, R) that make keys and values of a latent."""
+        if self.kv_up is not None:
+            return self.kv_up
         weight = self.kv_up_proj.weight.to(dtype).unflatten(0, (self.num_heads, -1))
         key_up, value_up = weight.split([self.nope_dim, self.value_dim], 1)
         return key_up, value_up

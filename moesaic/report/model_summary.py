@@ -135,7 +135,7 @@ def _headline(summary: ModelSummary) -> str:
     config = summary.config
     heads = f"{config.num_heads} heads of {config.head_dim}"
     if config.latent_attention is not None:
-        heads += f" with values of {config.latent_attention.value_head_dim} from {config.latent_attention.kv_rank}"
+        heads += f" over latents of {config.latent_attention.kv_rank}"
     elif config.num_kv_heads != config.num_heads:
         heads += f" over {config.num_kv_heads} key/value heads"
     return (
