@@ -121,13 +121,13 @@ def measure(model: Any, *, batch_size: int, steps: int) -> tuple[float, list[flo
         times.append(time.perf_counter() - started)
     # Which experts such steps choose, asked of the same plan outside of the clock.
     library = select.cpu_library()
-    assert library is not None and model.packed is not None, "this is a measurement of the C++ kernels"
-    plan, experts = DecodePlan(model.packed, library), 0
+    assert library is not None and model.decode_part is not None, "this is a measurement of the C++ kernels"
+    plan, experts = DecodePlan(model.decode_part, library), 0
     for _ in range(steps):
         step = cache.extend(batch_size, 1)
         decoded = plan.run(torch.randint(model.config.vocab_size, (batch_size,)), step.storage, step.batch)
         experts += sum(len(ids.unique()) for ids in decoded.expert_ids)
-    layers = model.packed.layers
+    layers = model.decode_part.layers
     read = model.packed_head.num_bytes + sum(
         layer.qkv.num_bytes + layer.o_proj.num_bytes + layer.router.weight.nbytes for layer in layers
     )

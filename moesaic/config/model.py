@@ -270,7 +270,7 @@ class ModelConfig(Config):
         if self.positions == "learned":
             for name in ("rope_theta", "rope_scaling"):
                 self._refuse_without_effect(name, name, needs="positions = rotary")
-        if self.positions == "rotary" and self.head_dim % 2:
+        if self.positions == "rotary" and self.latent_attention is None and self.head_dim % 2:
             raise ConfigError(
                 f"head_dim ({self.head_dim}) is odd; rotary positions turn pairs of channels; use an even head_dim or "
                 f"positions = learned."

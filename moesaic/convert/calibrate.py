@@ -130,8 +130,9 @@ def _block(block: Block, schemes: Mapping[str, Scheme], states: list[tuple[Tenso
             yield reached.reshape(-1, reached.shape[-1])
 
     attention = block.attention
-    yield from _linears(attention, ("q_proj", "k_proj", "v_proj"), "attention.", schemes, inputs_of(attention.q_proj))
-    yield from _linears(attention, ("o_proj",), "attention.", schemes, inputs_of(attention.o_proj))
+    for names in attention.inputs_shared:
+        inputs = inputs_of(attention.get_submodule(names[0]))
+        yield from _linears(attention, names, "attention.", schemes, inputs)
     if not any(name.startswith("feed_forward.") for name in schemes):
         return
     x = torch.cat(list(inputs_of(block.feed_forward)))  # (T, H)

@@ -241,7 +241,14 @@ def certify(
     foreign = [path for path in (source, result) if is_source(path)]
     judge = "transformers" if all(_is_read_by_transformers(path) for path in foreign) else "moesaic"
     return Certificate(
-        str(source), str(named or result), family, is_lossless, account, comparison, judge if comparison else None, reason
+        str(source),
+        str(named or result),
+        family,
+        is_lossless,
+        account,
+        comparison,
+        judge if comparison else None,
+        reason,
     )
 
 

@@ -19,18 +19,40 @@ _MAX_HEAD_DIM = 256
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, documents: Tensor | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    documents: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """Return the attention output (B, S, A, D); position s sees positions 0..s, of its own document only if given.
+    """Return the attention output (B, S, A, C); position s sees positions 0..s, of its own document only if given.
 
-    Shapes: query (B, S, A, D); key, value (B, S, KV, D) with A a multiple of KV; documents (B, S) integers.
+    scale: on the products of queries and keys, None for 1 / sqrt(D).
+
+    Shapes: query (B, S, A, D); key (B, S, KV, D) and value (B, S, KV, C) with A a multiple of KV, and C often D;
+    documents (B, S) integers.
     """
     assert query.shape[:2] == key.shape[:2] == value.shape[:2], (query.shape, key.shape, value.shape)
-    assert key.shape == value.shape and query.shape[3] == key.shape[3], (query.shape, key.shape, value.shape)
+    assert key.shape[2] == value.shape[2] and query.shape[3] == key.shape[3], (query.shape, key.shape, value.shape)
     assert query.shape[2] % key.shape[2] == 0, (query.shape, key.shape)
     assert documents is None or documents.shape == query.shape[:2], (documents.shape, query.shape)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    value_dim = value.shape[3]
+    if value_dim != key.shape[3]:
+        # Kernels want one width; channels of zeros change no product and give zeros.
+        width = -(-max(value_dim, key.shape[3]) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
+        query, key, value = (F.pad(part, (0, width - part.shape[3])) for part in (query, key, value))
+        return _attend(query, key, value, documents, dropout, scale)[..., :value_dim]
+    return _attend(query, key, value, documents, dropout, scale)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, dropout: float, scale: float
+) -> Tensor:
     if dropout == 0.0 and _has_kernel(query, key, value):
-        return torch.ops.moesaic.causal_attention(query, key, value, documents)[0]
+        return torch.ops.moesaic.causal_attention(query, key, value, documents, scale)[0]
     mask = None if documents is None else document_mask(documents)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
@@ -39,6 +61,7 @@ def causal_attention(
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=mask is None,
+        scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return out.transpose(1, 2)
@@ -82,7 +105,9 @@ def _strides(operands: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_int64]":
 
 
 @torch.library.custom_op("moesaic::causal_attention", mutates_args=(), device_types="cpu")
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+def _causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """Return the output (B, S, A, D) and, for the backward pass, (B, A, S): log2 of the sum of a query's weights."""
     library = cpu_library()
     assert library is not None
@@ -91,8 +116,9 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tens
     batch, length, heads, _ = query.shape
     out = query.new_empty(query.shape)
     log_sums = query.new_empty(batch, heads, length, dtype=torch.float32)
-    library.function("moesaic_attention_forward", "pppppppp")(
+    library.function("moesaic_attention_forward", "pdppppppp")(
         _sizes(query, key),
+        scale,
         _strides(operands),
         *(tensor.data_ptr() for tensor in operands),
         None if numbers is None else numbers.data_ptr(),
@@ -103,14 +129,21 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tens
 
 
 @_causal_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
 
 
 @torch.library.custom_op("moesaic::causal_attention_backward", mutates_args=(), device_types="cpu")
 def _causal_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, documents: Tensor | None
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    documents: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     library = cpu_library()
     assert library is not None
@@ -118,8 +151,9 @@ def _causal_attention_backward(
     numbers = None if documents is None else documents.to(torch.int64).contiguous()
     log_sums = log_sums.contiguous()
     grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
-    library.function("moesaic_attention_backward", "pppppppppppp")(
+    library.function("moesaic_attention_backward", "pdppppppppppp")(
         _sizes(query, key),
+        scale,
         _strides(operands),
         *(tensor.data_ptr() for tensor in operands),
         None if numbers is None else numbers.data_ptr(),
@@ -131,21 +165,28 @@ def _causal_attention_backward(
 
 @_causal_attention_backward.register_fake
 def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, documents: Tensor | None
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    documents: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, documents = inputs
+    query, key, value, documents, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output, documents)
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     query, key, value, out, log_sums, documents = ctx.saved_tensors
-    grads = torch.ops.moesaic.causal_attention_backward(grad, query, key, value, out, log_sums, documents)
-    return *grads, None
+    grads = torch.ops.moesaic.causal_attention_backward(grad, query, key, value, out, log_sums, documents, ctx.scale)
+    return *grads, None, None
 
 
 _causal_attention.register_autograd(_backward, setup_context=_save_for_backward)

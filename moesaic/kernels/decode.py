@@ -49,7 +49,8 @@ class LayerPart:
     """One layer. mlp: the dense MLP, or the residual one beside the experts.
 
     Shapes: qkv ((A + 2 KV) * D, H), rows of queries, keys, values; o_proj (H, A * D); mix (2, H) or (1, H) where
-    residual_mix is not "sum"; biases, q_norm and k_norm (D,) fp32 or None.
+    residual_mix is not "sum"; biases fp32 or None; q_norm and k_norm fp32 or None, both (D,) for each head, or (A * D,)
+    and (KV * D,) for all heads together.
     """
 
     attention_norm: NormPart
@@ -86,6 +87,7 @@ class ModelPart:
     num_kv_heads: int
     head_dim: int
     norm_epsilon: float
+    attention_scale: float
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,15 @@ _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _Norm = _structure("NormWeights", weight=_P, bias=_P)
 _Layer = _structure(
     "DecodeLayer",
-    attention_norm=_Norm, feed_forward_norm=_Norm, qkv_proj=_P, qkv_bias=_P, q_norm=_P, k_norm=_P, o_proj=_P, o_bias=_P,
-    mlp=_P, experts=_P, num_experts=_I, top_k=_I, router=_P, correction_bias=_P, scoring=_I, num_groups=_I,
-    top_groups=_I, renormalize=_I, router_scale=_D, mix=_I, mix_weight=_P, mix_bias=_P,
+    attention_norm=_Norm, feed_forward_norm=_Norm, qkv_proj=_P, qkv_bias=_P, q_norm=_P, k_norm=_P, norms_all_heads=_I,
+    o_proj=_P, o_bias=_P, mlp=_P, experts=_P, num_experts=_I, top_k=_I, router=_P, correction_bias=_P, scoring=_I,
+    num_groups=_I, top_groups=_I, renormalize=_I, router_scale=_D, mix=_I, mix_weight=_P, mix_bias=_P,
 )  # fmt: skip
 _Model = _structure(
     "DecodeModel",
     num_layers=_I, hidden_size=_I, vocab_size=_I, max_positions=_I, num_heads=_I, num_kv_heads=_I, head_dim=_I,
-    norm_epsilon=_D, layers=_P, tied_embedding=_P, embedding=_P, position_embedding=_P, cosines=_P, sines=_P,
-    final_norm=_Norm,
+    norm_epsilon=_D, attention_scale=_D, layers=_P, tied_embedding=_P, embedding=_P, position_embedding=_P,
+    cosines=_P, sines=_P, final_norm=_Norm,
 )  # fmt: skip
 
 
@@ -167,8 +169,12 @@ class DecodePlan:
 
     @cached_property
     def _layers(self) -> Any:
-        return (_Layer * len(self.model.layers))(
-            *[_fill_layer(layer, panels) for layer, panels in zip(self.model.layers, self._routers, strict=True)]
+        model = self.model
+        return (_Layer * len(model.layers))(
+            *[
+                _fill_layer(layer, panels, head_dim=model.head_dim)
+                for layer, panels in zip(model.layers, self._routers, strict=True)
+            ]
         )
 
     @cached_property
@@ -178,8 +184,9 @@ class DecodePlan:
         cosines, sines = model.rotary or (None, None)
         return _Model(
             len(model.layers), model.hidden_size, model.vocab_size, model.max_positions, model.num_heads,
-            model.num_kv_heads, model.head_dim, model.norm_epsilon, ctypes.addressof(self._layers),
-            _address(model.embedding) if is_tied else None, None if is_tied else _address(model.embedding),
+            model.num_kv_heads, model.head_dim, model.norm_epsilon, model.attention_scale,
+            ctypes.addressof(self._layers), _address(model.embedding) if is_tied else None,
+            None if is_tied else _address(model.embedding),
             _address(model.position_embedding), _address(cosines), _address(sines), _fill_norm(model.final_norm),
         )  # fmt: skip
 
@@ -227,7 +234,7 @@ def _fill_norm(norm: NormPart) -> ctypes.Structure:
     return _Norm(_address(norm.weight), _address(norm.bias))
 
 
-def _fill_layer(layer: LayerPart, panels: Tensor | None) -> ctypes.Structure:
+def _fill_layer(layer: LayerPart, panels: Tensor | None, *, head_dim: int) -> ctypes.Structure:
     router = layer.router
     return _Layer(
         attention_norm=_fill_norm(layer.attention_norm),
@@ -236,6 +243,7 @@ def _fill_layer(layer: LayerPart, panels: Tensor | None) -> ctypes.Structure:
         qkv_bias=_address(layer.qkv_bias),
         q_norm=_address(layer.q_norm),
         k_norm=_address(layer.k_norm),
+        norms_all_heads=layer.q_norm is not None and layer.q_norm.numel() != head_dim,
         o_proj=_address(layer.o_proj),
         o_bias=_address(layer.o_bias),
         mlp=_address(layer.mlp),

@@ -164,21 +164,24 @@ def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) ->
     assert not failed, _misfit(batch, blocks, key.shape[0])
 
 
-def paged_attention(query: Tensor, blocks: KVBlocks, batch: PagedBatch) -> Tensor:
+def paged_attention(query: Tensor, blocks: KVBlocks, batch: PagedBatch, *, scale: float | None = None) -> Tensor:
     """Return (T, A, D): each token's attention to its sequence up to itself, whose keys and values are in blocks.
+
+    scale: on the products of queries and keys, None for 1 / sqrt(D).
 
     Shapes: query (T, A, D), A a multiple of KV.
     """
     num_tokens, num_heads, head_dim = query.shape
     assert head_dim == blocks.head_dim and num_heads % blocks.num_kv_heads == 0, (query.shape, blocks.keys.shape)
+    scale = head_dim**-0.5 if scale is None else scale
     library = _library(query, blocks)
     if library is None:
-        return _attention_reference(query, blocks, batch)
+        return _attention_reference(query, blocks, batch, scale)
     query = _rows(query)
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=torch.bfloat16)
     attend = library.function("moesaic_paged_attention", "pipiif" + "ppppiiii" + "pppii")
     failed = attend(
-        query.data_ptr(), query.stride(0), out.data_ptr(), num_tokens, num_heads, head_dim**-0.5,
+        query.data_ptr(), query.stride(0), out.data_ptr(), num_tokens, num_heads, scale,
         *blocks.arguments, *batch.arguments,
     )  # fmt: skip
     assert not failed, _misfit(batch, blocks, num_tokens)
@@ -249,7 +252,7 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(is_zero, 0.0, torch.where(finite, largest / 127.0, float("nan")))
 
 
-def _attention_reference(query: Tensor, blocks: KVBlocks, batch: PagedBatch) -> Tensor:
+def _attention_reference(query: Tensor, blocks: KVBlocks, batch: PagedBatch, scale: float) -> Tensor:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     group = query.shape[1] // blocks.num_kv_heads
     starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
@@ -261,7 +264,7 @@ def _attention_reference(query: Tensor, blocks: KVBlocks, batch: PagedBatch) -> 
             continue
         keys, values = (part.float() for part in read_kv(blocks, batch.block_tables[sequence], length))
         asked = query[first:last].float().unflatten(1, (-1, group))  # (S, KV, G, D)
-        scores = torch.einsum("skgd,lkd->kgsl", asked, keys) * blocks.head_dim**-0.5
+        scores = torch.einsum("skgd,lkd->kgsl", asked, keys) * scale
         hidden = torch.ones(new, length, dtype=torch.bool, device=query.device).triu_(length - new + 1)
         probabilities = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
         attended = torch.einsum("kgsl,lkd->skgd", probabilities, values)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from moesaic.config.model import ModelConfig
 from moesaic.kernels.attention import causal_attention
-from moesaic.kernels.paged_attention import paged_attention, write_kv
+from moesaic.kernels.paged_attention import KVStorage, paged_attention, write_kv
 from moesaic.model.kv_cache import CacheStep
 from moesaic.model.linear import Linear
 from moesaic.model.norm import RmsNorm
@@ -12,7 +12,8 @@ from moesaic.model.rotary import rotate
 
 
 class Attention(nn.Module):
-    """Shapes: q_proj (A * D, H), k_proj and v_proj (KV * D, H), o_proj (H, A * D); q_norm and k_norm (D,).
+    """Shapes: q_proj (A * D, H), k_proj and v_proj (KV * D, H), o_proj (H, A * D); q_norm and k_norm (D,) for each
+    head, or (A * D,) and (KV * D,) for all together.
 
     Packed for inference, qkv_proj ((A + 2 KV) * D, H) is in the place of the first three.
     """
@@ -22,6 +23,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale = config.attention_scale
         self.dropout = config.dropout
         has_bias = config.attention_bias in ("qkv", "all")
         self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim, has_bias=has_bias)
@@ -31,8 +33,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(
             config.num_heads * config.head_dim, config.hidden_size, has_bias=config.attention_bias == "all"
         )
-        self.q_norm = RmsNorm(config.head_dim, epsilon=config.norm_epsilon) if config.qk_norm == "head" else None
-        self.k_norm = RmsNorm(config.head_dim, epsilon=config.norm_epsilon) if config.qk_norm == "head" else None
+        self.norms_all_heads = config.qk_norm == "full"
+        self.q_norm, self.k_norm = (
+            None
+            if config.qk_norm == "none"
+            else RmsNorm(config.head_dim * (heads if self.norms_all_heads else 1), epsilon=config.norm_epsilon)
+            for heads in (config.num_heads, config.num_kv_heads)
+        )
+
+    @property
+    def inputs_shared(self) -> tuple[tuple[str, ...], ...]:
+        """The projections in the order in which data meets them; those of a tuple have the same inputs."""
+        return ("q_proj", "k_proj", "v_proj"), ("o_proj",)
 
     def forward(
         self,
@@ -51,17 +63,21 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         query, key, value = self._project(x)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
-            out = causal_attention(query, key, value, documents=documents, dropout=dropout)
+            out = causal_attention(query, key, value, documents=documents, dropout=dropout, scale=self.scale)
         else:
+            assert isinstance(cache.storage, KVStorage), type(cache.storage)
             blocks = cache.storage.layers[layer]
             write_kv(key[0], value[0], blocks, cache.batch)
-            out = paged_attention(query[0], blocks, cache.batch)
+            out = paged_attention(query[0], blocks, cache.batch, scale=self.scale)
         return self.o_proj(out.reshape(batch, length, self.num_heads * self.head_dim))
+
+    def _norm(self, norm: RmsNorm, heads: Tensor) -> Tensor:
+        return norm(heads.flatten(2)).view(heads.shape) if self.norms_all_heads else norm(heads)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, S, A, D), keys and values (B, S, KV, D)."""

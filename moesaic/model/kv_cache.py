@@ -1,6 +1,7 @@
-"""Keys and values of the positions already seen: the protocol that a model asks of a cache, and the one of a batch.
+"""What is kept of the positions already seen: the protocol that a model asks of a cache, and the one of a batch.
 
-Where they lie, and attention over them, is kernels/paged_attention.
+Keys and values, and attention over them, are kernels/paged_attention; the vectors of latent attention, that they are
+made from, kernels/latent_attention.
 """
 
 from dataclasses import dataclass
@@ -10,15 +11,43 @@ import torch
 
 from moesaic.config.model import ModelConfig
 from moesaic.errors import GenerationError
+from moesaic.kernels.latent_attention import LatentStorage, allocate_latent_blocks
 from moesaic.kernels.paged_attention import KVStorage, PagedBatch, allocate_blocks
 
 
 @dataclass(frozen=True)
 class CacheStep:
-    """One forward pass: where every layer's keys and values lie, and which positions of which sequences are new."""
+    """One forward pass: where every layer's part of the cache lies, and which positions of which sequences are new."""
 
-    storage: KVStorage
+    storage: KVStorage | LatentStorage
     batch: PagedBatch
+
+
+def allocate_storage(
+    config: ModelConfig, num_blocks: int, *, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KVStorage | LatentStorage:
+    """Return empty blocks for every layer, of the kind that the model's attention reads.
+
+    Raises: ConfigError for a block_size or a dtype that this kind does not have.
+    """
+    latent = config.latent_attention
+    if latent is not None:
+        return LatentStorage(
+            tuple(
+                allocate_latent_blocks(
+                    num_blocks, latent.kv_rank, latent.rope_head_dim, block_size=block_size, dtype=dtype, device=device
+                )
+                for _ in range(config.num_layers)
+            )
+        )
+    return KVStorage(
+        tuple(
+            allocate_blocks(
+                num_blocks, config.num_kv_heads, config.head_dim, block_size=block_size, dtype=dtype, device=device
+            )
+            for _ in range(config.num_layers)
+        )
+    )
 
 
 class KVCache(Protocol):
@@ -44,15 +73,9 @@ class BatchCache:
         self._starts = torch.zeros(1, dtype=torch.int32)
         blocks_each = -(-max_length // block_size)
         self._tables = torch.arange(batch_size * blocks_each, dtype=torch.int32).view(batch_size, blocks_each)
-        self._storage = KVStorage(
-            tuple(
-                allocate_blocks(
-                    batch_size * blocks_each, config.num_kv_heads, config.head_dim, block_size=block_size, dtype=dtype,
-                    device=device,
-                )
-                for _ in range(config.num_layers)
-            )
-        )  # fmt: skip
+        self._storage = allocate_storage(
+            config, batch_size * blocks_each, block_size=block_size, dtype=dtype, device=device
+        )
 
     def extend(self, batch_size: int, length: int) -> CacheStep:
         """Raises: GenerationError for more positions than the cache was made for."""

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.kernels.decode import LayerPart, ModelPart, NormPart, RouterPart
 from moesaic.kernels.packed import PackedMlp, PackedWeight, pack_mlp, pack_weight
-from moesaic.kernels.quantized import QuantizedWeight
+from moesaic.kernels.quantized import QuantizedWeight, dequantize
 from moesaic.model.attention import Attention
 from moesaic.model.feed_forward import FeedForward, Mlp
+from moesaic.model.latent_attention import LatentAttention
 from moesaic.model.linear import Linear
 from moesaic.model.norm import LayerNorm, RmsNorm
-from moesaic.model.rotary import rotary_table
+from moesaic.model.rotary import model_rotary
 from moesaic.model.transformer import Block, Transformer
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoELayer
@@ -34,13 +35,16 @@ def pack_transformer(model: Transformer, quantized: Mapping[str, QuantizedWeight
     Raises: ConfigError for a name or a shape that the model does not have, or for parts of one matrix that are not of
     one format.
     """
-    assert model.packed is None, "this model is packed already"
+    assert not model.is_packed, "this model is packed already"
     weights = _Weights(model, dict(quantized or {}))
-    layers = []
+    layers: list[LayerPart | None] = []
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         prefix = f"blocks.{index}"
-        _pack_attention(block.attention, weights, f"{prefix}.attention")
+        if isinstance(block.attention, LatentAttention):
+            _pack_latent_attention(block.attention, weights, f"{prefix}.attention")
+        else:
+            _pack_attention(block.attention, weights, f"{prefix}.attention")
         _pack_feed_forward(block.feed_forward, weights, f"{prefix}.feed_forward")
         layers.append(_describe(block))
     is_tied = model.lm_head is None
@@ -53,13 +57,21 @@ def pack_transformer(model: Transformer, quantized: Mapping[str, QuantizedWeight
     if model.position_embedding is not None:
         model.position_embedding = nn.Parameter(model.position_embedding.to(torch.bfloat16), requires_grad=False)
     model.compute_dtype = torch.bfloat16
+    known = tuple(layer for layer in layers if layer is not None)
+    if len(known) == len(layers):
+        model.decode_part = _model_part(model, known)
+    return model.eval()
+
+
+def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
     config = model.config
     rotary = None
     if config.positions == "rotary":
-        rotary = rotary_table(config.max_positions, config.head_dim, config.rope_theta, model.device)
-    model.packed = ModelPart(
-        layers=tuple(layers),
-        embedding=model.packed_head if is_tied else model.embedding,
+        rotary = model_rotary(config, torch.arange(config.max_positions, device=model.device))
+    assert model.packed_head is not None
+    return ModelPart(
+        layers=layers,
+        embedding=model.packed_head if config.tie_embeddings else model.embedding,
         position_embedding=model.position_embedding,
         rotary=rotary,
         final_norm=_norm_part(model.final_norm),
@@ -70,8 +82,8 @@ def pack_transformer(model: Transformer, quantized: Mapping[str, QuantizedWeight
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         norm_epsilon=config.norm_epsilon,
+        attention_scale=config.attention_scale or config.head_dim**-0.5,
     )
-    return model.eval()
 
 
 class _Weights:
@@ -130,6 +142,22 @@ def _pack_attention(attention: Attention, weights: _Weights, prefix: str) -> Non
     attention.o_proj.pack(weights.take(f"{prefix}.o_proj.weight"))
 
 
+def _pack_latent_attention(attention: LatentAttention, weights: _Weights, prefix: str) -> None:
+    for name in (name for names in attention.inputs_shared for name in names):
+        weight = weights.take(f"{prefix}.{name}.weight")
+        layer = attention.get_submodule(name)
+        assert isinstance(layer, Linear)
+        if name != "kv_up_proj":
+            layer.pack(weight)
+            continue
+        whole = dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
+        layer.weight = nn.Parameter(whole, requires_grad=False)
+        keys, values = attention.up_matrices(torch.bfloat16)
+        # Apart: half as fast as this, or worse, where the rows of a head's keys and values alternate.
+        attention.kv_up = (keys.contiguous(), values.contiguous())
+        del attention.kv_up_proj
+
+
 def _pack_feed_forward(feed_forward: FeedForward, weights: _Weights, prefix: str) -> None:
     if feed_forward.mlp is not None:
         feed_forward.mlp.packed = _pack_mlp(feed_forward.mlp, weights, f"{prefix}.mlp")
@@ -176,9 +204,11 @@ def _fp32(x: Tensor) -> Tensor:
     return x.detach().float().contiguous()
 
 
-def _describe(block: Block) -> LayerPart:
-    """What the kernels need to know of a layer that is packed."""
+def _describe(block: Block) -> LayerPart | None:
+    """What the pass in one call needs to know of a layer that is packed; None for attention that it does not know."""
     attention, feed_forward = block.attention, block.feed_forward
+    if isinstance(attention, LatentAttention):
+        return None
 
     def packed(layer: Linear | None) -> tuple[PackedWeight | None, Tensor | None]:
         if layer is None:

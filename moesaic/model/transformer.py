@@ -13,17 +13,22 @@ from moesaic.errors import TrainingError
 from moesaic.kernels import select
 from moesaic.kernels.decode import DecodePlan, ModelPart
 from moesaic.kernels.packed import PackedWeight, packed_linear, packed_rows, unpack_weight
+from moesaic.kernels.paged_attention import KVStorage
 from moesaic.kernels.quantized import QuantizedWeight, dequantize
 from moesaic.model.attention import Attention
 from moesaic.model.feed_forward import FeedForward
 from moesaic.model.kv_cache import CacheStep, KVCache
+from moesaic.model.latent_attention import LatentAttention
 from moesaic.model.linear import Linear
 from moesaic.model.norm import LayerNorm, RmsNorm, make_norm
-from moesaic.model.rotary import rotary_table
+from moesaic.model.rotary import model_rotary
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoELayer, MoEStatistics, RoutingDecision
 from moesaic.moe.router import Router
 from moesaic.moe.seeds import mix_seeds
+
+# What writes into the residual stream; latent attention's q_down_proj and kv_down_proj do not.
+_OUTPUTS = (".o_proj", ".down_proj")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: FeedForwardConfig) -> None:
         super().__init__()
         self.attention_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
-        self.attention = Attention(config)
+        self.attention = Attention(config) if config.latent_attention is None else LatentAttention(config)
         self.feed_forward_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
         self.feed_forward = FeedForward(config, layer)
         self.dropout = config.dropout
@@ -82,13 +87,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Parameters are fp32 (the master weights); matrix work runs in `compute_dtype`.
 
-    model/pack.py makes it one that can only infer: `packed` says what the kernels need to know of it, `packed_head` is
-    the language model head, and the embedding too if they are tied.
+    model/pack.py makes it one that can only infer: `packed_head` is the language model head, and the embedding too if
+    they are tied; `decode_part` says what a pass in one call needs to know of it, None if there is no such pass for its
+    attention.
     """
 
     embedding: Tensor
-    packed: ModelPart | None
     packed_head: PackedWeight | None
+    decode_part: ModelPart | None
 
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -104,16 +110,20 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.final_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
         self.lm_head = None if config.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding))
-        self.packed = self.packed_head = None
+        self.packed_head = self.decode_part = None
         self._plan: DecodePlan | None = None
 
     @property
     def device(self) -> torch.device:
         return self.final_norm.weight.device
 
+    @property
+    def is_packed(self) -> bool:
+        return self.packed_head is not None
+
     def train(self, mode: bool = True) -> "Transformer":
         """Raises: TrainingError to train a packed model."""
-        if mode and self.packed is not None:
+        if mode and self.is_packed:
             raise TrainingError(
                 "this model's weights are packed for inference and their fp32 originals are gone; training requires "
                 "the originals; load the run again with load_run(run, pack=False)."
@@ -140,7 +150,7 @@ class Transformer(nn.Module):
                 draw(embedding, std)
         for name, module in self.blocks.named_modules():
             if isinstance(module, Linear):
-                draw(module.weight, output_std if name.endswith(("o_proj", "down_proj")) else std)
+                draw(module.weight, output_std if name.endswith(_OUTPUTS) else std)
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, Router):
@@ -183,18 +193,18 @@ class Transformer(nn.Module):
         assert cache is None or documents is None, "a cache holds one document per sequence"
         if cache is not None:
             return self._forward_cached(tokens, cache.extend(*tokens.shape), valid, seed)
-        end = tokens.shape[1]
-        x, rotary = self._embed(tokens, slice(0, end), end)
+        x, rotary = self._embed(tokens, None, tokens.shape[1])
         return self._run_blocks(x, rotary, documents, valid, None, seed, replay)
 
     def _forward_cached(self, tokens: Tensor, step: CacheStep, valid: Tensor | None, seed: int) -> ModelOutput:
         """All new tokens end to end, whatever sequences they belong to."""
         flat = tokens.reshape(1, -1)
-        library = select.cpu_library() if self.packed is not None and tokens.device.type == "cpu" else None
+        library = select.cpu_library() if self.decode_part is not None and tokens.device.type == "cpu" else None
         if library is not None and valid is None:
             if self._plan is None or self._plan.library is not library:
-                assert self.packed is not None
-                self._plan = DecodePlan(self.packed, library)
+                assert self.decode_part is not None
+                self._plan = DecodePlan(self.decode_part, library)
+            assert isinstance(step.storage, KVStorage), type(step.storage)
             hidden = self._plan.run(flat[0], step.storage, step.batch).hidden
             return ModelOutput(hidden.view(*tokens.shape, -1), ())
         positions = step.batch.positions.to(tokens.device)
@@ -239,10 +249,11 @@ class Transformer(nn.Module):
                 statistics.append(layer_statistics)
         return ModelOutput(self.final_norm(x), tuple(statistics))
 
-    def _embed(
-        self, tokens: Tensor, positions: Tensor | slice, end: int
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the tokens' vectors (B, S, H), and the rotary tables (S, D/2) of their positions, all below end."""
+    def _embed(self, tokens: Tensor, positions: Tensor | None, end: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the tokens' vectors (B, S, H), and the rotary tables (S, D/2) of their positions, all below end.
+
+        positions (S,): None where they are all those from 0.
+        """
         config = self.config
         assert end <= config.max_positions, (end, config.max_positions)
         if config.tie_embeddings and self.packed_head is not None:
@@ -250,9 +261,9 @@ class Transformer(nn.Module):
         else:
             x = F.embedding(tokens, self.embedding).to(self.compute_dtype)
         if self.position_embedding is not None:
-            return x + self.position_embedding[positions].to(self.compute_dtype), None
-        cosines, sines = rotary_table(end, config.head_dim, config.rope_theta, x.device)
-        return x, (cosines[positions], sines[positions])
+            own = self.position_embedding[:end] if positions is None else self.position_embedding[positions]
+            return x + own.to(self.compute_dtype), None
+        return x, model_rotary(config, torch.arange(end, device=x.device) if positions is None else positions)
 
     def output_weight(self) -> Tensor:
         """The (V, H) matrix of the language model head, in the compute dtype."""

@@ -138,7 +138,9 @@ def flops_per_token(config: ModelConfig, *, context: int) -> int:
     """Return the FLOPs of one token's forward pass when it attends to `context` positions, itself included.
 
     Two per multiply-add of every matrix the token passes through, lm_head included, and of queries by keys and
-    probabilities by values. Norms, activations and softmax are left out, as everyone does.
+    probabilities by values. Norms, activations and softmax are left out, as everyone does. Latent attention is counted
+    as training does it, with every head's keys and values; over its compressed cache a position takes
+    2 * kv_rank + rope_head_dim multiply-adds of a head instead of head_dim + value_head_dim.
     """
     return _matrix_flops(config) + _attention_flops(config, context)
 
@@ -169,7 +171,7 @@ def memory(config: ModelConfig, *, micro_batch_size: int = 1, sequence_length: i
     return MemoryEstimate(
         weights_bytes=_BF16_BYTES * parameters,
         training_state_bytes=_TRAINING_STATE_BYTES * parameters,
-        kv_cache_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * _BF16_BYTES,
+        kv_cache_bytes_per_token=config.num_layers * _cached_per_token(config) * _BF16_BYTES,
         micro_batch_size=micro_batch_size,
         sequence_length=length,
         activation_bytes=_BF16_BYTES * tokens * (sum(kept) + outside),
@@ -184,7 +186,7 @@ def _count_layer(config: ModelConfig, index: int, layer: FeedForwardConfig) -> L
     return LayerParameters(
         index=index,
         attention=_attention_matrices(config) + _attention_biases(config),
-        norms=2 * _norm(config) + (2 * config.head_dim if config.qk_norm == "head" else 0),
+        norms=2 * _norm(config) + _attention_norms(config),
         dense_mlp=_mlp(config, layer.intermediate_size) if layer.intermediate_size else 0,
         residual_mix=_residual_mix(config, layer),
         router=layer.num_experts * config.hidden_size + int(layer.output_scale),
@@ -203,8 +205,33 @@ def _norm(config: ModelConfig) -> int:
 
 
 def _attention_matrices(config: ModelConfig) -> int:
-    """q and o of all heads, k and v of the key/value heads."""
-    return 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+    """q and o of all heads, k and v of the key/value heads; for latent attention, the ways down and up."""
+    hidden, latent = config.hidden_size, config.latent_attention
+    if latent is None:
+        return 2 * hidden * config.head_dim * (config.num_heads + config.num_kv_heads)
+    queries, rank = config.num_heads * config.head_dim, latent.query_rank
+    return (
+        (hidden * queries if rank is None else rank * (hidden + queries))
+        + hidden * (latent.kv_rank + latent.rope_head_dim)
+        + latent.kv_rank * config.num_heads * (latent.nope_head_dim + latent.value_head_dim)
+        + config.num_heads * latent.value_head_dim * hidden
+    )
+
+
+def _attention_norms(config: ModelConfig) -> int:
+    latent = config.latent_attention
+    if latent is not None:
+        return latent.kv_rank + (latent.query_rank or 0)
+    heads = {"none": 0, "head": 2, "full": config.num_heads + config.num_kv_heads}[config.qk_norm]
+    return heads * config.head_dim
+
+
+def _cached_per_token(config: ModelConfig) -> int:
+    """Return the numbers that a layer's cache holds of a token."""
+    latent = config.latent_attention
+    if latent is not None:
+        return latent.kv_rank + latent.rope_head_dim
+    return 2 * config.num_kv_heads * config.head_dim
 
 
 def _attention_biases(config: ModelConfig) -> int:
@@ -244,7 +271,9 @@ def _matrix_flops(config: ModelConfig) -> int:
 
 
 def _attention_flops(config: ModelConfig, context: int) -> int:
-    return 4 * config.num_layers * config.num_heads * config.head_dim * context
+    latent = config.latent_attention
+    value_dim = config.head_dim if latent is None else latent.value_head_dim
+    return 2 * config.num_layers * config.num_heads * (config.head_dim + value_dim) * context
 
 
 def _kept_per_token(config: ModelConfig, layer: FeedForwardConfig) -> int:
@@ -252,12 +281,7 @@ def _kept_per_token(config: ModelConfig, layer: FeedForwardConfig) -> int:
     hidden = config.hidden_size
     kept = 2 * hidden  # the inputs of both norms
     kept += 2 * hidden  # the norms' outputs, which the matrices' gradients need
-    kept += config.head_dim * (
-        2 * config.num_heads + 2 * config.num_kv_heads
-    )  # queries, keys, values, attention output
-    kept += 2 * config.num_heads  # the softmax's normaliser, fp32
-    if config.qk_norm == "head":
-        kept += config.head_dim * (config.num_heads + config.num_kv_heads)
+    kept += _kept_by_attention(config)
     kept += _input_matrices(config) * layer.intermediate_size  # the pre-activation; the activation is recomputed
     if layer.is_moe:
         kept += 2 * layer.num_experts  # the router's probabilities, fp32
@@ -269,3 +293,18 @@ def _kept_per_token(config: ModelConfig, layer: FeedForwardConfig) -> int:
     if config.dropout:
         kept += hidden  # the masks of both block outputs, a byte each
     return kept
+
+
+def _kept_by_attention(config: ModelConfig) -> int:
+    heads, kept = config.num_heads, 2 * config.num_heads  # the softmax's normaliser, fp32
+    latent = config.latent_attention
+    if latent is None:
+        kept += config.head_dim * (2 * heads + 2 * config.num_kv_heads)  # queries, keys, values, attention output
+        if config.qk_norm != "none":
+            kept += config.head_dim * (heads + config.num_kv_heads)
+        return kept
+    # The small vectors before and after their norms; the former are one matrix with the rotary key.
+    kept += 2 * latent.kv_rank + latent.rope_head_dim + 2 * (latent.query_rank or 0)
+    # Queries, keys, values and output, widened to one size for the kernels, and the output as it was.
+    width = -(-max(config.head_dim, latent.value_head_dim) // 16) * 16
+    return kept + heads * (4 * width + latent.value_head_dim)

@@ -134,7 +134,9 @@ def _scaled(value: int, base: int, units: tuple[str, ...]) -> str:
 def _headline(summary: ModelSummary) -> str:
     config = summary.config
     heads = f"{config.num_heads} heads of {config.head_dim}"
-    if config.num_kv_heads != config.num_heads:
+    if config.latent_attention is not None:
+        heads += f" over latents of {config.latent_attention.kv_rank}"
+    elif config.num_kv_heads != config.num_heads:
         heads += f" over {config.num_kv_heads} key/value heads"
     return (
         f"{summary.name}: {short_number(summary.parameters)} parameters, "

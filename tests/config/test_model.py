@@ -27,6 +27,11 @@ def test_derived_sizes_from_any_spelling_of_the_number(hidden: Any) -> None:
     assert (config.hidden_size, config.head_dim, config.intermediate_size) == (1000, 250, 4000)
 
 
+def test_of_latent_attention_only_the_turned_channels_come_in_pairs() -> None:
+    latent = {"kv_rank": 8, "nope_head_dim": 5, "rope_head_dim": 4, "value_head_dim": 3}
+    assert model(None, latent_attention=latent).head_dim == 9
+
+
 def test_a_dense_model_has_only_dense_layers() -> None:
     config = model()
     assert config.moe_layers == ()

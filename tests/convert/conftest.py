@@ -27,6 +27,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {**MODEL, "tie_embeddings": False, "positions": "learned", "norm": "layernorm", "attention_bias": "all",
               "mlp_bias": True, "activation": "gelu"},
     "moe": {**MODEL, "activation": "swiglu", "moe": {"num_experts": 4, "top_k": 2, "every": 1}},
+    "latent": {**MODEL, "moe": {"num_experts": 4, "top_k": 2, "layers": [1], "residual": "sum"},
+               "latent_attention": {"query_rank": 32, "kv_rank": 32, "nope_head_dim": 20, "rope_head_dim": 12,
+                                    "value_head_dim": 16}},
     "pr-moe": {**MODEL, "mlp_bias": True, "moe": {"num_experts": [4, 8], "every": 1, "residual": "softmax"}},
 }  # fmt: skip
 

@@ -11,11 +11,23 @@ from moesaic.config.model import ModelConfig
 from moesaic.convert import calibrate
 from moesaic.convert.calibrate import _tokens_of, calibrated_weights
 from moesaic.kernels.quantized import QuantizedWeight, dequantize
+from moesaic.model.linear import Linear
 from moesaic.model.transformer import Transformer
 
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"tie_embeddings": False, "positions": "learned", "mlp_bias": True, "attention_bias": "all"},
     "moe": {"activation": "swiglu", "moe": {"num_experts": 4, "top_k": 2, "every": 1}, "tie_embeddings": False},
+    "latent": {
+        "latent_attention": {
+            "query_rank": 32,
+            "kv_rank": 64,
+            "nope_head_dim": 20,
+            "rope_head_dim": 12,
+            "value_head_dim": 16,
+        },
+        "moe": {"num_experts": 4, "top_k": 2, "layers": [1], "residual": "sum"},
+        "tie_embeddings": False,
+    },
     "pr-moe": {"mlp_bias": True, "moe": {"num_experts": [2, 6], "every": 1, "residual": "softmax"}},
 }
 
@@ -71,7 +83,7 @@ def test_only_what_is_named_is_quantised() -> None:
     assert run(model, dict.fromkeys(attention, Scheme(8, None))).keys() == set(attention)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "pr-moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "pr-moe", "latent"])
 def test_inputs_are_the_models_own_with_the_layers_before_quantised(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(kind)
     seen: list[Tensor] = []
@@ -113,12 +125,17 @@ def test_inputs_are_the_models_own_with_the_layers_before_quantised(kind: str, m
     if is_tied:
         matches(seen.pop(0), of_the_unquantised)
         put("embedding")
-    matches(seen[0], moments_at(first.attention.q_proj))
-    for projection in "qkv":
-        put(f"blocks.0.attention.{projection}_proj")
-    matches(seen[1], moments_at(first.attention.o_proj))
+    groups = first.attention.inputs_shared
+    assert sorted(name for names in groups for name in names) == sorted(
+        name for name, module in first.attention.named_children() if isinstance(module, Linear)
+    )
+    for moments, names in zip(seen, groups, strict=False):
+        for name in names:
+            matches(moments, moments_at(first.attention.get_submodule(name)))
+        for name in names:
+            put(f"blocks.0.attention.{name}")
     put("blocks.0.")
-    reached = moments_at(second.attention.q_proj)
+    reached = moments_at(second.attention.get_submodule(groups[0][0]))
     matches(min(seen, key=lambda each: float((each - reached).norm()) if each.shape == reached.shape else 1e9), reached)
     put("blocks.1.")
     if is_tied:

@@ -44,7 +44,7 @@ def stored(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, QuantizedWeigh
 
 
 @pytest.mark.parametrize(("experts", "rest"), FORMATS)
-@pytest.mark.parametrize("model", ["moe", "pr-moe"])
+@pytest.mark.parametrize("model", ["moe", "pr-moe", "latent"])
 def test_every_tensor_is_rounded_to_nearest_or_kept(
     make_run: Any, tmp_path: Path, model: str, experts: str, rest: str
 ) -> None:
@@ -84,7 +84,7 @@ def test_the_folder_is_a_run(make_run: Any, tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("model", ["dense", "moe", "pr-moe"])
+@pytest.mark.parametrize("model", ["dense", "moe", "pr-moe", "latent"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_model_computes_with_the_rounded_weights(make_run: Any, tmp_path: Path, model: str, precision: str) -> None:
     run, out = make_run(model, precision=precision), tmp_path / "out"

@@ -106,6 +106,25 @@ def test_other_types_and_head_dims_work(dtype: torch.dtype, dim: int, documents:
     compare(inputs(33, 4, 2, dim, dtype), documents_of(documents, 33), tolerance)
 
 
+@pytest.mark.parametrize("documents", ["none", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 16), (10, 7), (24, 40), (48, 32)])
+def test_values_of_another_width_and_a_scale(
+    kernels: str, dim: int, value_dim: int, dtype: torch.dtype, documents: str
+) -> None:
+    query, key, _ = inputs(37, 4, 2, dim, dtype)
+    value = normal(2, 37, 2, value_dim, seed=5).to(dtype).requires_grad_()
+    leaves, numbers = (query, key, value), documents_of(documents, 37)
+    grad = normal(2, 37, 4, value_dim, seed=9)
+    got = values_and_gradients(lambda *x: causal_attention(*x, documents=numbers, scale=0.4), leaves, grad)
+    wide = tuple(leaf.detach().float().requires_grad_() for leaf in leaves)
+    factor = 0.4 * dim**0.5
+    wanted = values_and_gradients(lambda q, k, v: plain_attention(q * factor, k, v, numbers), wide, grad)
+    assert got[0].shape == (2, 37, 4, value_dim)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert relative_error(mine, theirs) < (1e-5 if dtype == torch.float32 else 2 * TOLERANCE)
+
+
 def test_without_kernels() -> None:
     with select.forced(select.REFERENCE):
         compare(inputs(33, 4, 2, 16), documents_of("packed", 33), 2 * TOLERANCE)
@@ -214,9 +233,9 @@ def test_is_an_ordinary_operator(documents: str) -> None:
     operator = torch.ops.moesaic.causal_attention
     # Tracing with dynamic shapes takes seconds; once is enough.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(operator, (*leaves, numbers), test_utils=checks[: 4 if documents == "packed" else 3])
-    out, log_sums = operator(*leaves, numbers)
-    saved = (*(leaf.detach() for leaf in leaves), out.detach(), log_sums, numbers)
+    torch.library.opcheck(operator, (*leaves, numbers, 0.2), test_utils=checks[: 4 if documents == "packed" else 3])
+    out, log_sums = operator(*leaves, numbers, 0.2)
+    saved = (*(leaf.detach() for leaf in leaves), out.detach(), log_sums, numbers, 0.2)
     backward = torch.ops.moesaic.causal_attention_backward
     torch.library.opcheck(backward, (torch.ones_like(out), *saved), test_utils=checks[:3])
 

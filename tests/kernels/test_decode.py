@@ -31,6 +31,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_kv_heads": 2, "tie_embeddings": False},
     "gpt": GPT,
     "qwen": {"num_kv_heads": 1, "qk_norm": "head", "head_dim": 8, "attention_bias": "qkv"},
+    "olmoe": {
+        "num_kv_heads": 2, "qk_norm": "full",
+        "moe": {"num_experts": 4, "top_k": 2}, "attention_scale": 0.4,
+    },
+    "yarn": {
+        "num_kv_heads": 2, "head_dim": 8,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 64},
+    },
+    "one head, normed as all are": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 10, "qk_norm": "full"},
     "odd sizes": {
         "hidden_size": 50, "head_dim": 7, "num_heads": 3, "positions": "learned", "activation": "gelu_tanh",
         "intermediate_size": 37,
@@ -184,13 +193,13 @@ def test_a_sequence_gives_the_same_bits_alone_in_chunks_and_with_any_threads(ker
 
 def test_tells_which_experts_each_layer_chose(kernels: str) -> None:
     model = build("deepseek")
-    assert model.packed is not None
+    assert model.decode_part is not None
     library = select.cpu_library()
     assert library is not None
     sequences = Sequences(model.config)
     sequences.counts = [3, 0, 2, 0]
     step = sequences.extend(1, 5)
-    decoded = DecodePlan(model.packed, library).run(torch.arange(5), step.storage, step.batch)
+    decoded = DecodePlan(model.decode_part, library).run(torch.arange(5), step.storage, step.batch)
     assert len(decoded.expert_ids) == len(decoded.routing_weights) == 2
     for ids, weights in zip(decoded.expert_ids, decoded.routing_weights, strict=True):
         assert ids.shape == weights.shape == (5, 2)

@@ -103,6 +103,13 @@ def test_equals_attention_over_whole_sequences(kernels: str, heads: tuple[int, i
     torch.testing.assert_close(case.attend().float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
 
 
+def test_a_scale_of_its_own(kernels: str) -> None:
+    case = Case(*RAGGED, (8, 2, 64)).fill()
+    out = paged_attention(case.query, case.blocks, case.batch, scale=0.05)
+    case.query = case.query.float() * (0.05 * 8)  # 8 = sqrt(64)
+    torch.testing.assert_close(out.float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
+
+
 @pytest.mark.parametrize("block_size", [32, 64, 96])
 def test_what_was_written_is_read_back(kernels: str, block_size: int) -> None:
     case = Case(*RAGGED, (4, 2, 40), block_size=block_size).fill()

@@ -33,25 +33,33 @@ def plain(layer: Attention, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> 
 
     query, key, value = heads("q_proj"), heads("k_proj"), heads("v_proj")
     if layer.q_norm is not None and layer.k_norm is not None:
-        query = F.rms_norm(query, (layer.head_dim,), layer.q_norm.weight, layer.q_norm.epsilon)
-        key = F.rms_norm(key, (layer.head_dim,), layer.k_norm.weight, layer.k_norm.epsilon)
+        size = layer.q_norm.weight.shape[0]
+        if size != layer.head_dim:
+            query, key = query.flatten(2), key.flatten(2)
+        query = F.rms_norm(query, (size,), layer.q_norm.weight, layer.q_norm.epsilon)
+        key = F.rms_norm(key, key.shape[-1:], layer.k_norm.weight, layer.k_norm.epsilon)
+        query, key = query.view(batch, length, -1, layer.head_dim), key.view(batch, length, -1, layer.head_dim)
     if rotary is not None:
         query, key = rotate(query, *rotary), rotate(key, *rotary)
     group = layer.num_heads // layer.num_kv_heads
     key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
-    scores = torch.einsum("bqad,bkad->baqk", query, key) / layer.head_dim**0.5
+    scores = torch.einsum("bqad,bkad->baqk", query, key) * (layer.scale or layer.head_dim**-0.5)
     scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
     out = torch.einsum("baqk,bkad->bqad", scores.softmax(-1), value).reshape(batch, length, -1)
     return F.linear(out, layer.o_proj.weight, layer.o_proj.bias)
 
 
 @pytest.mark.parametrize("length", [1, 2, 37])
-@pytest.mark.parametrize("qk_norm", ["none", "head"])
+@pytest.mark.parametrize(("qk_norm", "scale"), [("none", None), ("head", 0.9), ("full", None)])
 @pytest.mark.parametrize(
     ("num_kv_heads", "bias", "positions"), [(4, "all", "learned"), (2, "qkv", "rotary"), (1, "none", "rotary")]
 )
-def test_equals_its_definition(num_kv_heads: int, bias: str, positions: str, qk_norm: str, length: int) -> None:
-    layer = make_attention(num_kv_heads=num_kv_heads, attention_bias=bias, positions=positions, qk_norm=qk_norm)
+def test_equals_its_definition(
+    num_kv_heads: int, bias: str, positions: str, qk_norm: str, scale: float | None, length: int
+) -> None:
+    layer = make_attention(
+        num_kv_heads=num_kv_heads, attention_bias=bias, positions=positions, qk_norm=qk_norm, attention_scale=scale
+    )
     x = torch.randn(2, length, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
     rotary = rotary_table(length, 8, 10_000.0, CPU) if positions == "rotary" else None
     out, wanted = layer(x, rotary=rotary), plain(layer, x, rotary)
@@ -68,9 +76,10 @@ def test_which_projections_have_a_bias(bias: str, with_bias: str) -> None:
     assert "".join(name for name in "qkvo" if getattr(layer, f"{name}_proj").bias is not None) == with_bias
 
 
+@pytest.mark.parametrize(("qk_norm", "scale"), [("head", None), ("full", 0.9)])
 @pytest.mark.parametrize("pieces", [[37], [36, 1], [1] * 37, [5, 20, 1, 11]])
-def test_cached_equals_uncached(pieces: list[int]) -> None:
-    layer = make_attention(num_kv_heads=2, qk_norm="head")
+def test_cached_equals_uncached(pieces: list[int], qk_norm: str, scale: float | None) -> None:
+    layer = make_attention(num_kv_heads=2, qk_norm=qk_norm, attention_scale=scale)
     x = torch.randn(2, 37, 24, generator=torch.Generator().manual_seed(1))
     cosines, sines = rotary_table(37, 8, 10_000.0, CPU)
     config = ModelConfig(vocab_size=11, hidden_size=24, num_layers=1, num_heads=4, head_dim=8, num_kv_heads=2)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moesaic.config.model import ModelConfig
-from moesaic.errors import GenerationError
+from moesaic.errors import ConfigError, GenerationError
+from moesaic.kernels.latent_attention import LatentStorage, read_latents, write_latents
 from moesaic.kernels.paged_attention import read_kv, write_kv
 from moesaic.model.kv_cache import BatchCache
 
@@ -30,6 +31,23 @@ def test_gives_back_what_was_written(dtype: torch.dtype) -> None:
                 assert torch.equal(keys, everything[layer, 0, sequence])
                 assert torch.equal(values, everything[layer, 1, sequence])
     assert cache.length == 70
+
+
+def test_of_latent_attention_it_holds_latents() -> None:
+    latent = {"kv_rank": 5, "nope_head_dim": 4, "rope_head_dim": 2, "value_head_dim": 3}
+    config = ModelConfig.from_dict(
+        {"vocab_size": 5, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "latent_attention": latent}
+    )
+    cache = BatchCache(config, 3, 40, dtype=torch.float32, device=torch.device("cpu"))
+    step = cache.extend(3, 33)
+    assert isinstance(step.storage, LatentStorage)
+    for layer, blocks in enumerate(step.storage.layers):
+        piece = torch.randn(3, 33, 7) + layer
+        write_latents(piece.flatten(0, 1), blocks, step.batch)
+        for sequence in range(3):
+            assert torch.equal(read_latents(blocks, step.batch.block_tables[sequence], 33), piece[sequence])
+    with pytest.raises(ConfigError, match="a cache of int8 is asked for"):
+        BatchCache(config, 3, 40, dtype=torch.int8, device=torch.device("cpu"))
 
 
 def test_new_positions_follow_the_old_ones() -> None:

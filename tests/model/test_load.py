@@ -49,8 +49,8 @@ def test_a_run_becomes_the_model_that_was_saved(run: Path, make_config: Any) -> 
 def test_a_bf16_run_is_packed_where_the_cpu_kernels_are_in_use(run: Path, kernels: str) -> None:
     with select.forced(kernels) as selection:
         packed, plain = load_run(run, device="cpu"), load_run(run, device="cpu", pack=False)
-        assert (packed.model.packed is not None) == (selection.library is not None)
-        assert plain.model.packed is None and not packed.model.training
+        assert packed.model.is_packed == (selection.library is not None)
+        assert not plain.model.is_packed and not packed.model.training
         tokens = torch.arange(12)[None]
         with torch.no_grad():
             logits, wanted = (model.logits(model(tokens).hidden) for model in (packed.model, plain.model))

@@ -38,6 +38,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "output_scale": True, "router": {"scale": 1.3}}
     },
     "residual sum": {"moe": {"num_experts": 4, "layers": [1], "residual": "sum", "residual_intermediate_size": 33}},
+    "moe, olmoe-like": {"num_kv_heads": 2, "qk_norm": "full", "moe": {"num_experts": 5, "top_k": 2}},
+    "moe, latent attention": {
+        "latent_attention": {
+            "query_rank": 32, "kv_rank": 32, "nope_head_dim": 12, "rope_head_dim": 4, "value_head_dim": 24,
+        },
+        "tie_embeddings": False, "attention_scale": 0.4,
+        "moe": {"num_experts": 4, "top_k": 2, "layers": [1, 2], "residual": "sum"},
+    },
 }  # fmt: skip
 
 
@@ -113,7 +121,9 @@ def matrices(model: Transformer) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["dense, llama-like", "moe, qwen-like", "pyramid, residual softmax"])
+@pytest.mark.parametrize(
+    "family", ["dense, llama-like", "moe, qwen-like", "pyramid, residual softmax", "moe, latent attention"]
+)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_weights_take_the_place_of_those_they_are_named_after(kernels: str, family: str, bits: int) -> None:
     model, inputs = build(family), tokens()
@@ -197,7 +207,7 @@ def test_the_originals_are_gone(family: str) -> None:
 
 def test_tied_embeddings_are_kept_once() -> None:
     model = pack_transformer(build("dense, gpt-like"))
-    assert model.packed is not None and model.packed.embedding is model.packed_head
+    assert model.decode_part is not None and model.decode_part.embedding is model.packed_head
     assert not any(parameter.shape[0] == 61 for parameter in model.parameters())
     untied = pack_transformer(build("dense, llama-like"))
     assert untied.embedding.dtype is torch.bfloat16 and untied.lm_head is None
@@ -211,8 +221,17 @@ def test_the_head_can_be_had_as_a_matrix(family: str) -> None:
     assert torch.equal(pack_transformer(model).output_weight(), before)
 
 
-def test_it_cannot_train() -> None:
-    model = pack_transformer(build("moe, qwen-like"))
+def test_only_attention_that_one_call_knows_has_a_pass_in_one_call() -> None:
+    for family in FAMILIES:
+        model = build(family)
+        assert not model.is_packed and model.decode_part is None
+        pack_transformer(model)
+        assert model.is_packed and (model.decode_part is None) == ("latent" in family)
+
+
+@pytest.mark.parametrize("family", ["moe, qwen-like", "moe, latent attention"])
+def test_it_cannot_train(family: str) -> None:
+    model = pack_transformer(build(family))
     with pytest.raises(TrainingError, match=r"packed for inference .*; training requires the originals; .*pack=False"):
         model.train()
     assert not any(module.training for module in model.modules())
@@ -233,7 +252,7 @@ def test_quantised_weights_that_do_not_fit_are_refused_before_anything_is_packed
     for name, (weight, message) in wrong.items():
         with pytest.raises(ConfigError, match=message):
             pack_transformer(model, {name: weight})
-        assert model.packed is None and model.get_parameter("lm_head").shape == (61, 64)
+        assert not model.is_packed and model.get_parameter("lm_head").shape == (61, 64)
     with pytest.raises(
         ConfigError, match=r"computed as one matrix and come as .* one format is required; quantise all"
     ):
@@ -241,5 +260,6 @@ def test_quantised_weights_that_do_not_fit_are_refused_before_anything_is_packed
 
 
 def test_packing_twice_is_a_mistake() -> None:
-    with pytest.raises(AssertionError, match="packed already"):
-        pack_transformer(pack_transformer(build("dense, gpt-like")))
+    for family in ("dense, gpt-like", "moe, latent attention"):
+        with pytest.raises(AssertionError, match="packed already"):
+            pack_transformer(pack_transformer(build(family)))

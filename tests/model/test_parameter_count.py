@@ -45,8 +45,30 @@ ODD: dict[str, dict[str, Any]] = {
         },
     },
     "experts scaled": {"moe": {"num_experts": 3, "every": 2, "output_scale": True}},
+    "heads normed together": {"num_kv_heads": 2, "head_dim": 10, "qk_norm": "full", "moe": {"num_experts": 3}},
+    "latent attention": {
+        "latent_attention": {"kv_rank": 9, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 7},
+        "moe": {"num_experts": 3, "layers": [1, 2], "residual": "sum", "residual_intermediate_size": 9},
+    },
+    "latent attention, query rank": {
+        "latent_attention": {
+            "query_rank": 11,
+            "kv_rank": 9,
+            "nope_head_dim": 6,
+            "rope_head_dim": 4,
+            "value_head_dim": 13,
+        },
+    },
     "one expert, summed": {"activation": "gelu_tanh", "moe": {"num_experts": 1, "every": 5, "residual": "sum"}},
 }
+
+
+# Of dense-tiny, whose positions are learned.
+LATENT = [
+    "model.positions=rotary", "model.attention_bias=none", "model.norm=rmsnorm", "model.head_dim=null",
+    "model.latent_attention.kv_rank=40", "model.latent_attention.nope_head_dim=20",
+    "model.latent_attention.rope_head_dim=12", "model.latent_attention.value_head_dim=24",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*preset_names(), *ODD])
@@ -62,6 +84,9 @@ def test_the_built_model_has_the_counted_parameters(name: str) -> None:
     [
         ("dense-tiny", []),
         ("dense-tiny", ["model.activation=swiglu", "model.norm=rmsnorm", "model.qk_norm=head", "model.num_kv_heads=1"]),
+        ("dense-tiny", ["model.activation=swiglu", "model.norm=rmsnorm", "model.qk_norm=full", "model.num_kv_heads=1"]),
+        ("dense-tiny", LATENT),
+        ("dense-tiny", [*LATENT, "model.latent_attention.query_rank=24", "model.latent_attention.value_head_dim=32"]),
         ("moe-tiny-16", []),
         ("moe-tiny-16", ["model.moe.top_k=3", "model.activation=swiglu"]),
         ("pr-moe-tiny-8-16", []),

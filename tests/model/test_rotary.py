@@ -1,10 +1,13 @@
 """Rotary positions equal complex rotation; scores depend on distances alone; the gradient is autograd's."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from moesaic.model.rotary import rotary_table, rotate
+from moesaic.config.model import ModelConfig, RopeScalingConfig
+from moesaic.model.rotary import model_rotary, rotary_frequencies, rotary_table, rotate
 
 CPU = torch.device("cpu")
 
@@ -55,6 +58,51 @@ def test_scores_depend_on_distances_alone() -> None:
 
     torch.testing.assert_close(score(7, 3), score(999, 995), rtol=1e-4, atol=1e-4)
     assert not torch.isclose(score(7, 3), score(7, 4), atol=1e-3)
+
+
+SCALINGS: dict[str, RopeScalingConfig] = {
+    "linear": RopeScalingConfig(kind="linear", factor=3.0),
+    "llama3": RopeScalingConfig(kind="llama3", factor=8.0, original_max_positions=512),
+    "yarn": RopeScalingConfig(kind="yarn", factor=4.0, original_max_positions=512),
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("dim", [8, 12, 128])
+def test_scaled_frequencies_lie_between_the_model_s_and_its_stretched_ones(kind: str, dim: int) -> None:
+    """Fast pairs stay as they were trained, slow ones are stretched, and no pair overtakes a faster one."""
+    scaling = SCALINGS[kind]
+    plain, _ = rotary_frequencies(dim, 500_000.0)
+    scaled, factor = rotary_frequencies(dim, 500_000.0, scaling=scaling)
+    stretched = plain / scaling.factor
+    assert bool((scaled <= plain).all()) and bool((scaled >= stretched * (1 - 1e-12)).all())
+    assert bool((scaled.diff() < 0).all())
+    torch.testing.assert_close(scaled[-1], stretched[-1])
+    if kind == "linear":
+        torch.testing.assert_close(scaled, stretched)
+    else:
+        assert scaled[0] == plain[0]
+    assert factor == pytest.approx(0.1 * math.log(4.0) + 1.0 if kind == "yarn" else 1.0)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_scaled_table_has_the_frequencies_and_the_factor(kind: str) -> None:
+    frequencies, factor = rotary_frequencies(8, 10_000.0, scaling=SCALINGS[kind])
+    cosines, sines = rotary_table(100, 8, 10_000.0, CPU, scaling=SCALINGS[kind])
+    angles = torch.arange(100).double()[:, None] * frequencies
+    torch.testing.assert_close(cosines, (factor * angles.cos()).float())
+    torch.testing.assert_close(sines, (factor * angles.sin()).float())
+
+
+def test_a_model_s_tables_are_those_of_the_channels_that_turn() -> None:
+    values = {"vocab_size": 5, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "rope_theta": 300.0}
+    latent = {"kv_rank": 5, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 3}
+    positions = torch.tensor([7, 3, 3, 40])
+    for changes, dim in (({}, 8), ({"head_dim": 12}, 12), ({"latent_attention": latent}, 4)):
+        config = ModelConfig.from_dict({**values, **changes, "rope_scaling": {"kind": "linear", "factor": 2.0}})
+        whole = rotary_table(41, dim, 300.0, CPU, scaling=config.rope_scaling)
+        for mine, theirs in zip(model_rotary(config, positions), whole, strict=True):
+            torch.testing.assert_close(mine, theirs[positions], rtol=0, atol=1e-7)
 
 
 def test_position_zero_is_not_turned_and_lengths_stay() -> None:

@@ -55,6 +55,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
         }
     },
     "experts scaled": {"moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "output_scale": True}},
+    "moe, olmoe-like": {"num_kv_heads": 2, "qk_norm": "full", "moe": {"num_experts": 5, "top_k": 2}},
+    "scores and positions scaled": {
+        "num_kv_heads": 2,
+        "attention_scale": 0.6,
+        "rope_scaling": {"kind": "yarn", "factor": 3.0, "original_max_positions": 16},
+    },
+    "moe, latent attention": {
+        "latent_attention": {
+            "query_rank": 20,
+            "kv_rank": 18,
+            "nope_head_dim": 6,
+            "rope_head_dim": 4,
+            "value_head_dim": 9,
+        },
+        "moe": {"num_experts": 4, "top_k": 2, "layers": [1, 2, 3], "residual": "sum"},
+    },
     "moe, deepseek-like": {
         "moe": {
             "num_experts": 8,
@@ -448,12 +464,16 @@ def test_a_loss_goes_down() -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_compiles_into_one_graph() -> None:
+LATENT = {"kv_rank": 24, "nope_head_dim": 12, "rope_head_dim": 4, "value_head_dim": 20}
+
+
+@pytest.mark.parametrize("attention", [{}, {"latent_attention": LATENT}, {"qk_norm": "full", "attention_scale": 0.3}])
+def test_compiles_into_one_graph(attention: dict[str, Any]) -> None:
     """The operators are ordinary ones to torch.compile: no break in the graph, and the same numbers."""
     import torch._dynamo
 
     values = {"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
-    config = ModelConfig.from_dict({**values, "moe": {"num_experts": 4, "top_k": 2, "residual": "sum"}})
+    config = ModelConfig.from_dict({**values, "moe": {"num_experts": 4, "top_k": 2, "residual": "sum"}, **attention})
     model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0).train()
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -74,13 +74,24 @@ def shapes_of_mlp(config: ModelConfig, width: int) -> list[tuple[int, ...]]:
 def shapes_of_layer(config: ModelConfig, layer: FeedForwardConfig, num_experts: int) -> list[tuple[int, ...]]:
     hidden, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: list[tuple[int, ...]] = [(hidden,)] * (4 if config.norm == "layernorm" else 2)
-    shapes += [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
+    latent = config.latent_attention
+    if latent is None:
+        shapes += [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
+    else:
+        heads, rank = config.num_heads, latent.kv_rank
+        shapes += [(rank + latent.rope_head_dim, hidden), (rank,)]
+        shapes += [(latent.nope_head_dim + latent.value_head_dim, rank)] * heads
+        shapes += [(hidden, latent.value_head_dim)] * heads
+        down = latent.query_rank
+        shapes += [(q, hidden)] if down is None else [(down, hidden), (down,), (q, down)]
     if config.attention_bias in ("qkv", "all"):
         shapes += [(q,), (kv,), (kv,)]
     if config.attention_bias == "all":
         shapes += [(hidden,)]
     if config.qk_norm == "head":
         shapes += [(config.head_dim,)] * 2
+    if config.qk_norm == "full":
+        shapes += [(q,), (kv,)]
     if not layer.is_moe or layer.residual:
         shapes += shapes_of_mlp(config, layer.intermediate_size)
     for _ in range(num_experts):
@@ -131,6 +142,20 @@ ODD: dict[str, dict[str, Any]] = {
             "residual_intermediate_size": 9,
         },
     },
+    "heads normed together": {"num_kv_heads": 2, "head_dim": 10, "qk_norm": "full", "moe": {"num_experts": 3}},
+    "latent attention": {
+        "latent_attention": {"kv_rank": 9, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 7},
+        "moe": {"num_experts": 3, "layers": [1, 2], "residual": "sum", "residual_intermediate_size": 9},
+    },
+    "latent attention, query rank": {
+        "latent_attention": {
+            "query_rank": 11,
+            "kv_rank": 9,
+            "nope_head_dim": 6,
+            "rope_head_dim": 4,
+            "value_head_dim": 13,
+        },
+    },
     "one expert, summed": {"activation": "gelu_tanh", "moe": {"num_experts": 1, "every": 5, "residual": "sum"}},
 }
 
@@ -163,7 +188,9 @@ def test_the_parts_add_up_to_the_whole(config: ModelConfig) -> None:
 def test_flops_are_two_per_multiplied_weight_and_the_attention(config: ModelConfig) -> None:
     matrices = [shape for layer in config.layers for shape in shapes_of_layer(config, layer, layer.top_k)]
     multiplied = sum(prod(shape) for shape in matrices if len(shape) == 2) + config.vocab_size * config.hidden_size
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim
+    latent = config.latent_attention
+    values = config.head_dim if latent is None else latent.value_head_dim
+    attention = 2 * config.num_layers * config.num_heads * (config.head_dim + values)
     assert flops_per_token(config, context=0) == 2 * multiplied
     assert flops_per_token(config, context=17) == 2 * multiplied + 17 * attention
 
@@ -182,6 +209,8 @@ def test_memory_of_weights_state_and_cache() -> None:
     assert estimate.training_state_bytes == 16 * total
     assert estimate.kv_cache_bytes_per_token == 5 * 2 * (2 * 10) * 2, "layers, keys and values, kv heads, bf16"
     assert (estimate.micro_batch_size, estimate.sequence_length) == (1, 33)
+    latent = memory(ModelConfig(**{**BASE, **ODD["latent attention"]}))
+    assert latent.kv_cache_bytes_per_token == 5 * (9 + 4) * 2, "layers, latent and rotary key, bf16"
 
 
 def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing(config: ModelConfig) -> None:

@@ -79,6 +79,12 @@ def test_the_table_says_at_what_context_and_batch() -> None:
     assert "output" not in text, "a part that is not there has no row"
 
 
+def test_latent_attention_says_what_its_cache_is_made_of() -> None:
+    latent = {"kv_rank": 5, "nope_head_dim": 2, "rope_head_dim": 2, "value_head_dim": 3}
+    config = CONFIG.replace(latent_attention=latent, num_kv_heads=CONFIG.num_heads)
+    assert "4 heads of 4 over latents of 5" in rendered(replace(SUMMARY, config=config))
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_no_number_is_cut_off_in_a_narrow_terminal(width: int) -> None:
     text = rendered(SUMMARY, width)

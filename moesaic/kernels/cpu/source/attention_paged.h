@@ -370,7 +370,7 @@ struct AttentionCall {
     bf16* out;
     int64_t out_stride;
     int64_t num_heads;
-    float scale;  // 1 / sqrt(head_dim)
+    float scale;  // on the scores, 1 / sqrt(head_dim) for most
     PagedCache cache;
     PagedBatch batch;
     const PagedPlan* plan;

@@ -12,8 +12,8 @@ Heads heads(const void* data, const int64_t* strides) {
     return {static_cast<const bf16*>(data), strides[0], strides[1], strides[2]};
 }
 
-AttentionShape shape_of(const int64_t* sizes) {
-    return {int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[4])};
+AttentionShape shape_of(const int64_t* sizes, double scale) {
+    return {int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[4]), scale};
 }
 
 // Runs attention(team, documents, shared) on all threads; numbers (B, S) or null.
@@ -47,12 +47,12 @@ void run(const AttentionShape& shape, const int64_t* numbers, size_t (*shared_by
 }  // namespace
 }  // namespace moesaic
 
-// sizes: batch, length, heads, kv_heads, dim (a multiple of 16); strides: three each of query, key and value.
-MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, const int64_t* strides, const void* query,
-                                                 const void* key, const void* value, const int64_t* documents,
-                                                 void* out, float* log_sums) {
+// sizes: batch, length, heads, kv_heads, dim (a multiple of 16); scale: on the scores; strides: three each of query, key and value.
+MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, double scale, const int64_t* strides,
+                                                 const void* query, const void* key, const void* value,
+                                                 const int64_t* documents, void* out, float* log_sums) {
     using namespace moesaic;
-    const AttentionShape shape = shape_of(sizes);
+    const AttentionShape shape = shape_of(sizes, scale);
     run(shape, documents, forward_shared_bytes, [&](Team& team, const Documents& ranked, void* shared) {
         const ForwardArguments arguments{shape,
                                          heads(query, strides),
@@ -67,12 +67,13 @@ MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, const int
 }
 
 // strides: three each of query, key, value, out and grad.
-MOESAIC_EXPORT int64_t moesaic_attention_backward(const int64_t* sizes, const int64_t* strides, const void* query,
-                                                  const void* key, const void* value, const void* out,
-                                                  const void* grad, const int64_t* documents, const float* log_sums,
-                                                  void* grad_query, void* grad_key, void* grad_value) {
+MOESAIC_EXPORT int64_t moesaic_attention_backward(const int64_t* sizes, double scale, const int64_t* strides,
+                                                  const void* query, const void* key, const void* value,
+                                                  const void* out, const void* grad, const int64_t* documents,
+                                                  const float* log_sums, void* grad_query, void* grad_key,
+                                                  void* grad_value) {
     using namespace moesaic;
-    const AttentionShape shape = shape_of(sizes);
+    const AttentionShape shape = shape_of(sizes, scale);
     run(shape, documents, backward_shared_bytes, [&](Team& team, const Documents& ranked, void* shared) {
         const BackwardArguments arguments{shape,
                                           heads(query, strides),

@@ -39,6 +39,7 @@ struct Heads {
 
 struct AttentionShape {
     int batch, length, heads, kv_heads, dim;
+    double factor;  // on the scores, 1 / sqrt(dim) for most
 
     int group() const { return heads / kv_heads; }
     int blocks() const { return (length + kBlock - 1) / kBlock; }
@@ -46,8 +47,8 @@ struct AttentionShape {
     int padded_dim() const { return round_up(dim, kPanel); }
     size_t block_elements() const { return size_t(padded_length()) * padded_dim(); }
     long pairs() const { return long(batch) * kv_heads; }
-    float scale() const { return 1.0f / std::sqrt(float(dim)); }
-    float scale_log2() const { return float(1.44269504088896341 / std::sqrt(double(dim))); }
+    float scale() const { return float(factor); }
+    float scale_log2() const { return float(1.44269504088896341 * factor); }
 };
 
 // Consecutive pieces of one buffer; with base null it only counts.

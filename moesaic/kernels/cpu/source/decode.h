@@ -27,6 +27,7 @@ struct DecodeLayer {
     const float* qkv_bias;
     const float* q_norm;
     const float* k_norm;
+    int64_t norms_all_heads;  // whether they norm all heads of a token as one row, or each head
     const Packed* o_proj;
     const float* o_bias;
     const PackedMlp* mlp;      // the dense MLP, or the residual one beside the experts
@@ -44,7 +45,7 @@ struct DecodeLayer {
 
 struct DecodeModel {
     int64_t num_layers, hidden_size, vocab_size, max_positions, num_heads, num_kv_heads, head_dim;
-    double norm_epsilon;
+    double norm_epsilon, attention_scale;
     const DecodeLayer* layers;
     const Packed* tied_embedding;  // else:
     const bf16* embedding;         // (V, H)
@@ -151,14 +152,14 @@ inline void embed_token(const DecodeCall& call, int64_t token, bf16* x) {
         store_row(x + i, add(load_row(x + i, size - i), load_row(position + i, size - i)), size - i);
 }
 
+inline void rms_norm_in_place(const DecodeModel& model, const float* weight, int64_t size, bf16* row) {
+    float inverse;
+    norm_row<bf16, false>({row, true, 1, size, weight, nullptr, float(model.norm_epsilon), row, nullptr, &inverse}, 0);
+}
+
 // Norm, if there is one, and rotation, if positions are rotary, of one head of one token, in place.
 inline void place_head(const DecodeModel& model, const float* norm_weight, int64_t position, bf16* head) {
-    if (norm_weight) {
-        float inverse;
-        norm_row<bf16, false>({head, true, 1, model.head_dim, norm_weight, nullptr, float(model.norm_epsilon), head,
-                               nullptr, &inverse},
-                              0);
-    }
+    if (norm_weight) rms_norm_in_place(model, norm_weight, model.head_dim, head);
     const int64_t half = model.head_dim / 2;
     if (model.cosines)
         rotate_head<bf16>(head, model.cosines + position * half, model.sines + position * half, 1.0f, half, head);
@@ -171,6 +172,14 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
     const int64_t group = model.num_heads / kv_heads;
     packed_linear(team, {*layer.qkv_proj, call.num_tokens, work.normed, model.hidden_size, 1, layer.qkv_bias, work.qkv,
                          width, 1, work.operation});
+    const bool norms_all = layer.q_norm && layer.norms_all_heads;
+    if (norms_all)
+        team.tasks(long(call.num_tokens), [&](long token) {
+            bf16* row = work.qkv + token * width;
+            rms_norm_in_place(model, layer.q_norm, model.num_heads * dim, row);
+            rms_norm_in_place(model, layer.k_norm, kv_heads * dim, row + model.num_heads * dim);
+        });
+    const float *q_norm = norms_all ? nullptr : layer.q_norm, *k_norm = norms_all ? nullptr : layer.k_norm;
     // A task takes the queries of the heads that share a key/value head along with it.
     team.tasks(long(call.plan.writes.size()) * kv_heads, [&](long i) {
         const WriteItem& item = call.plan.writes[size_t(i / kv_heads)];
@@ -180,14 +189,14 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
             const int64_t position = call.positions[item.first_token + token];
             bf16* row = first + token * width;
             for (int64_t query = head * group; query < (head + 1) * group; ++query)
-                place_head(model, layer.q_norm, position, row + query * dim);
-            place_head(model, layer.k_norm, position, row + (model.num_heads + head) * dim);
+                place_head(model, q_norm, position, row + query * dim);
+            place_head(model, k_norm, position, row + (model.num_heads + head) * dim);
         }
         write_kv_panel(cache, item, head, first + (model.num_heads + head) * dim, width,
                        first + (model.num_heads + kv_heads + head) * dim, width, attention_scratch());
     });
     paged_attention(team, {work.qkv, width, work.attended, model.num_heads * dim, model.num_heads,
-                           float(1.0 / std::sqrt(double(dim))), cache, call.batch, &call.plan, work.partials});
+                           float(model.attention_scale), cache, call.batch, &call.plan, work.partials});
     packed_linear(team, {*layer.o_proj, call.num_tokens, work.attended, model.num_heads * dim, 1, layer.o_bias,
                          work.out, model.hidden_size, 1, work.operation});
 }
