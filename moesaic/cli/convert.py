@@ -1,183 +1,24 @@
-"""`moesaic convert`: a run into another form. Each verb of it parses, calls moesaic.convert and prints."""
-
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+"""`moesaic convert`: a model into another form. Its verbs are in the files beside this one."""
 
 import typer
 
+from moesaic.cli.convert_models import export_, import_, verify
+from moesaic.cli.convert_quantize import quantize
 from moesaic.cli.convert_upcycle import upcycle
-
-if TYPE_CHECKING:
-    from rich.console import Group
-
-    from moesaic.convert.quantize import QuantizationReport
 
 app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
 def convert() -> None:
-    """Turn a run into another form.
+    """Bring models in, take them out, give them experts, make them smaller.
 
-    Example: moesaic convert quantize runs/first runs/first-int4 --experts int4
+    Example: moesaic convert import downloads/Qwen3-0.6B runs/qwen3
     """
 
 
+app.command("import")(import_)
+app.command("export")(export_)
+app.command()(verify)
 app.command()(upcycle)
-
-
-@app.command()
-def quantize(
-    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the quantised run, to be made.")],
-    experts: Annotated[
-        str | None, typer.Option("--experts", metavar="FORMAT", help="int8 or int4. [default: int8]")
-    ] = None,
-    rest: Annotated[
-        str,
-        typer.Option(
-            "--rest",
-            metavar="FORMAT",
-            help="int4, int8 or bf16, of attention, dense and residual MLPs, and the output matrix.",
-        ),
-    ] = "int8",
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            "--group-size", metavar="N", help="Columns that share a scale in int4: 32, 64, 128. [default: 64]"
-        ),
-    ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            "--calibrate",
-            metavar="TEXT",
-            help="Round by what reaches each matrix on this text: a file, a folder, or shards written by `moesaic "
-            "prepare`, of which the training split is taken; `none` rounds to nearest. [default: the run's own shards "
-            "where something becomes int4 and they are there, else none]",
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", metavar="N", help="At most so many. [default: 65536]")
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            "--text",
-            metavar="TEXT",
-            help="What the report measures: a file, a folder, or shards, of which the validation split is taken. "
-            "[default: the run's own shards]",
-        ),
-    ] = None,
-    limit_tokens: Annotated[
-        int, typer.Option("--limit-tokens", metavar="N", help="Measure so many tokens of it at most.")
-    ] = 65_536,
-    max_perplexity_ratio: Annotated[
-        float, typer.Option("--max-perplexity-ratio", help="Refuse when the perplexity grows by more than this factor.")
-    ] = 1.05,
-    max_kl: Annotated[float, typer.Option("--max-kl", help="Refuse when the KL is more than this, in nats.")] = 0.1,
-    force: Annotated[bool, typer.Option("--force", help="Write it all the same.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
-) -> None:
-    """Make a run whose matrices have 8 or 4 bits, and report what that costs in perplexity and KL.
-
-    Norms, routers, residual mixes and biases stay as they are. Nothing is left behind when it is refused.
-
-    Example: moesaic convert quantize runs/first runs/first-int4 --experts int4 --group-size 32
-    """
-    from rich.console import Console
-
-    from moesaic.convert.quantize import quantize_run, resolve_calibration
-    from moesaic.logs import log_to_stderr
-
-    log_to_stderr()
-    with _shown_progress() as show:
-        report = quantize_run(
-            run,
-            output,
-            experts=experts,  # type: ignore[arg-type]  # checked there
-            rest=rest,  # type: ignore[arg-type]
-            group_size=group_size,
-            calibrate=resolve_calibration(calibrate, run, is_int4="int4" in (experts, rest)),
-            calibration_tokens=calibration_tokens,
-            text=text,
-            limit_tokens=limit_tokens,
-            max_perplexity_ratio=max_perplexity_ratio,
-            max_kl=max_kl,
-            force=force,
-            on_progress=show,
-        )
-    if as_json:
-        typer.echo(json.dumps({"output": str(output), **report.to_json()}, allow_nan=False))
-        return
-    console = Console()
-    console.print(_tables(report))
-    console.print(f"Written to [bold]{output}[/bold]. Next: moesaic generate {output} --prompt '...'", soft_wrap=True)
-
-
-@contextmanager
-def _shown_progress() -> "Iterator[Callable[[str, float], None]]":
-    """Show the stage on standard error, where it does not mix with --json."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("reading", total=None)
-
-        def show(stage: str, share: float) -> None:
-            # A stage that does not say how far it is, shows that it is busy.
-            bars.update(task, description=stage, completed=share, total=1.0 if share else None)
-
-        yield show
-
-
-def _tables(report: "QuantizationReport") -> "Group":
-    from rich.console import Group
-    from rich.table import Table
-
-    from moesaic.report.model_summary import describe_bytes
-    from moesaic.report.quantities import percent, short_number
-
-    sizes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    sizes.add_column("tensors")
-    sizes.add_column("format")
-    for title in ("parameters", "stored", "in bf16", "now", "of bf16"):
-        sizes.add_column(title, justify="right")
-    total = [0, 0, 0, 0]
-
-    def add(kind: str, format_: str, parameters: int, stored: int, bf16: int, now: int) -> None:
-        texts = (describe_bytes(stored), describe_bytes(bf16), describe_bytes(now))
-        sizes.add_row(kind, format_, short_number(parameters), *texts, percent(now / bf16))
-
-    for each in report.kinds:
-        numbers = (each.parameters, each.bytes_stored, each.bytes_bf16, each.bytes_quantized)
-        add(each.kind, each.format, *numbers)
-        total = [a + b for a, b in zip(total, numbers, strict=True)]
-    add("all", "", *total)
-    quality = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    quality.add_column("")
-    for title in ("before", "quantised", "change"):
-        quality.add_column(title, justify="right")
-    before, after = report.reference, report.quantized
-    quality.add_row(
-        "perplexity", f"{before.perplexity:,.3f}", f"{after.perplexity:,.3f}", f"x {report.perplexity_ratio:.4f}"
-    )
-    quality.add_row(
-        "bits per byte",
-        f"{before.bits_per_byte:.4f}",
-        f"{after.bits_per_byte:.4f}",
-        f"{after.bits_per_byte - before.bits_per_byte:+.4f}",
-    )
-    quality.add_row("KL, nats", "", f"{report.kl:.5f}")
-    quality.add_row("same likeliest token", "", percent(report.top1_agreement))
-    calibrated = (
-        "rounded to nearest"
-        if report.calibration is None
-        else f"calibrated on {report.calibration_tokens:,} tokens of {report.calibration}"
-    )
-    source = f"{before.num_tokens:,} tokens of {report.text}; {calibrated}"
-    return Group(sizes, "", quality, f"[dim]{source}[/dim]", "")
+app.command()(quantize)

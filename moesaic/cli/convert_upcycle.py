@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.progress import shown_progress
+
 if TYPE_CHECKING:
     from rich.console import Group
 
@@ -57,13 +59,12 @@ def upcycle(
     """
     from rich.console import Console
 
-    from moesaic.cli.convert import _shown_progress
     from moesaic.convert.upcycle import upcycle_run
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
     counts = _integers("--experts", experts)
-    with _shown_progress() as show:
+    with shown_progress() as show:
         report = upcycle_run(
             dense,
             output,

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import moesaic
 from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.checkpoint.stream import TensorReader
-from moesaic.convert.source import is_source, read_json
+from moesaic.convert.opened import open_model
+from moesaic.convert.source import is_foreign_run, is_source
+from moesaic.convert.weights import WeightComparison, compare_weights
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConversionError, MoesaicError
 from moesaic.kernels.limits import available_memory_bytes
@@ -94,6 +96,7 @@ class Certificate:
     family: str
     is_lossless: bool
     tensors: TensorAccount | None
+    weights: WeightComparison | None
     comparison: Comparison | None
     judge: str | None
     not_compared: str | None
@@ -174,8 +177,6 @@ class _ReadBack(_Ours):
     """A foreign file as we read it, where transformers reads its architecture otherwise, or not."""
 
     def __init__(self, path: Path) -> None:
-        from moesaic.convert.importer import open_model
-
         with open_model(path) as opened:
             self._model = Transformer(opened.config).eval()
             state = self._model.state_dict()
@@ -192,7 +193,7 @@ class _Theirs:
     def __init__(self, path: Path) -> None:
         import transformers
 
-        if path.is_dir() and read_json(path / "config.json").get("model_type") == "moesaic":
+        if is_foreign_run(path):
             import moesaic.hf  # noqa: F401  # registers our classes
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
         with _quiet_transformers():
@@ -220,8 +221,9 @@ def certify(
     result: Path,
     *,
     family: str,
-    account: TensorAccount | None,
     is_lossless: bool,
+    account: TensorAccount | None = None,
+    weights: WeightComparison | None = None,
     named: Path | None = None,
     on_progress: Any = lambda stage, share: None,
 ) -> Certificate:
@@ -240,16 +242,33 @@ def certify(
         logger.warning("Logits are not compared: %s.", reason)
     foreign = [path for path in (source, result) if is_source(path)]
     judge = "transformers" if all(_is_read_by_transformers(path) for path in foreign) else "moesaic"
+    judged = judge if comparison else None
     return Certificate(
-        str(source),
-        str(named or result),
-        family,
-        is_lossless,
-        account,
-        comparison,
-        judge if comparison else None,
-        reason,
-    )
+        str(source), str(named or result), family, is_lossless, account, weights, comparison, judged, reason
+    )  # fmt: skip
+
+
+def verify_models(
+    first: str | Path, second: str | Path, *, on_progress: Any = lambda stage, share: None
+) -> Certificate:
+    """Compare two models: run folders (RUN or RUN@step), Hugging Face folders, GGUF files.
+
+    Raises: ConversionError, CheckpointError for what is none of these.
+    """
+    paths = [Path(first), Path(second)]
+    weights = compare_weights(*paths, on_progress=on_progress)
+    is_lossless = weights.different == 0 and not weights.alone
+    family = " and ".join(_describe(path) for path in paths)
+    return certify(*paths, family=family, is_lossless=is_lossless, weights=weights, on_progress=on_progress)
+
+
+def _describe(path: Path) -> str:
+    if not is_source(path):
+        return "run"
+    if is_foreign_run(path):
+        return "moesaic"
+    with open_model(path) as opened:
+        return opened.family
 
 
 def compare_models(first: Path, second: Path, *, on_progress: Any = lambda stage, share: None) -> Comparison:
@@ -284,8 +303,6 @@ def _is_read_by_transformers(path: Path) -> bool:
     """
     if path.is_dir():
         return True
-    from moesaic.convert.importer import open_model
-
     with open_model(path) as opened:
         config = opened.config
         has_usual_heads = config.head_dim * config.num_heads == config.hidden_size
@@ -331,8 +348,6 @@ def _measure(run: Path | str) -> tuple[Tokenizer, int, int]:
     """Return tokenizer, vocabulary and positions of a model."""
     path = Path(run)
     if is_source(path):
-        from moesaic.convert.importer import open_model
-
         with open_model(path) as opened:
             return opened.source.tokenizer(), opened.config.vocab_size, opened.config.max_positions
     folder = resolve_checkpoint(run).path.parent.parent

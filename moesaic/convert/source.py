@@ -158,3 +158,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_source(path: Path) -> bool:
     """Whether a path looks like a foreign model, and not like a run of ours."""
     return (path.is_file() and path.suffix == ".gguf") or (path / CONFIG_NAME).is_file()
+
+
+def is_foreign_run(path: Path) -> bool:
+    """Whether a path is a folder that holds a model of ours for transformers (moesaic.hf)."""
+    config = path / CONFIG_NAME
+    return config.is_file() and read_json(config).get("model_type") == "moesaic"

@@ -68,11 +68,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek-v2": (
         "DeepseekV2Config",
-        {**LATENT, "topk_method": "group_limited_greedy", "q_lora_rank": 10, "n_shared_experts": 2},
+        {**LATENT, "topk_method": "group_limited_greedy", "q_lora_rank": 10, "kv_lora_rank": 8, "n_shared_experts": 2},
     ),
     "deepseek-v2, lite": (
         "DeepseekV2Config",
-        {**LATENT, "topk_method": "greedy", "n_group": None, "topk_group": None, "q_lora_rank": None,
+        {**LATENT, "topk_method": "greedy", "n_group": None, "topk_group": None, "q_lora_rank": None, "kv_lora_rank": 8,
          "routed_scaling_factor": 1.5},
     ),
     "deepseek-v3": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 10}),

@@ -1,0 +1,155 @@
+"""`moesaic convert import`, `export` and `verify`: models in, models out, and the proof that they are the same.
+
+Each parses, calls moesaic.convert and prints.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moesaic.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moesaic.convert.parity import Certificate
+
+_JSON = typer.Option("--json", help="Print the certificate as JSON instead of a table.")
+_FORCE = typer.Option("--force", help="Keep the result even if the check says that it computes something else.")
+
+
+def import_(
+    path: Annotated[
+        Path,
+        typer.Argument(help="A folder in Hugging Face's layout (config.json, safetensors, ...), or a .gguf."),
+    ],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, to be made.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A tokenizer.json, or a folder with one, where the model brings none. [default: its own]"),
+    ] = None,
+    force: Annotated[bool, _FORCE] = False,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Make a run of another tool's model; every tensor is used exactly once, or it fails and names it.
+
+    Families: Llama, Qwen2, Qwen3, Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and V3. It ends with a check:
+    the same prompts through both models, written into the run as parity.json.
+
+    Example: moesaic convert import downloads/Qwen3-0.6B runs/qwen3
+    """
+    from moesaic.convert.importer import import_model
+    from moesaic.logs import log_to_stderr
+
+    log_to_stderr()
+    with shown_progress() as show:
+        certificate = import_model(path, run, tokenizer=tokenizer, force=force, on_progress=show)
+    _print(certificate, as_json, f"Written to [bold]{run}[/bold]. Next: moesaic generate {run} --prompt '...'")
+
+
+def export_(
+    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
+    path: Annotated[Path, typer.Argument(help="The folder, to be made.")],
+    format_: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="huggingface, or gguf (PATH/model.gguf).")
+    ] = "huggingface",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16, of the weights. [default: as stored]")
+    ] = None,
+    force: Annotated[bool, _FORCE] = False,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Write a run's model for other tools, in the layout of the family that describes it exactly.
+
+    A residual MoE with the same experts in each of its layers becomes a Qwen2-MoE; what no family describes (a pyramid)
+    is written for transformers with the classes that `import moesaic.hf` registers. It ends with a check, as import.
+
+    Example: moesaic convert export runs/first exported --dtype bf16
+    """
+    from moesaic.convert.exporter import export_run
+    from moesaic.logs import log_to_stderr
+
+    log_to_stderr()
+    with shown_progress() as show:
+        certificate = export_run(
+            run,
+            path,
+            format=format_,  # type: ignore[arg-type]  # checked there
+            dtype=dtype,
+            force=force,
+            on_progress=show,
+        )
+    _print(certificate, as_json, f"Written to [bold]{path}[/bold], as {certificate.family}.")
+
+
+def verify(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A run, a Hugging Face folder or a .gguf.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Compare two models: their tensors, where they have the same ones, and the same prompts through both in fp32.
+
+    The exit status is 1 when they do not compute the same.
+
+    Example: moesaic convert verify downloads/Qwen3-0.6B runs/qwen3
+    """
+    from moesaic.convert.parity import verify_models
+    from moesaic.logs import log_to_stderr
+
+    log_to_stderr()
+    with shown_progress() as show:
+        certificate = verify_models(first, second, on_progress=show)
+    verdict = "They compute the same." if certificate.failure is None else f"They differ: {certificate.failure}."
+    _print(certificate, as_json, verdict if certificate.comparison else "")
+    if certificate.failure is not None:
+        raise typer.Exit(1)
+
+
+def _print(certificate: "Certificate", as_json: bool, last: str) -> None:
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(json.dumps(certificate.to_json(), allow_nan=False))
+        return
+    console = Console()
+    console.print(_table(certificate))
+    if last:
+        console.print(last, soft_wrap=True)
+
+
+def _table(certificate: "Certificate") -> "Table":
+    from rich.table import Table
+
+    from moesaic.report.model_summary import describe_bytes
+    from moesaic.report.quantities import percent
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    tensors, weights, found = certificate.tensors, certificate.weights, certificate.comparison
+    if tensors is not None:
+        left = "; ".join(f"{name}: {reason}" for name, reason in list(tensors.left_out.items())[:3])
+        more = ", ..." if len(tensors.left_out) > 3 else ""
+        table.add_row("tensors", f"{tensors.used} of {tensors.source} used, {describe_bytes(tensors.bytes)} written")
+        if left:
+            table.add_row("left out", f"{len(tensors.left_out)}: {left}{more}")
+    if weights is not None:
+        table.add_row("tensors", f"{weights.equal} equal bit by bit, {weights.different} different")
+        if weights.different:
+            table.add_row("", f"by {weights.max_absolute:.3g} at most")
+        if weights.alone:
+            table.add_row("", f"{len(weights.alone)} in one of them alone: {', '.join(weights.alone[:3])}")
+    if found is None:
+        table.add_row("logits", f"not compared: {certificate.not_compared}")
+        return table
+    table.add_row(
+        "logits in fp32",
+        f"differ by {found.max_absolute:.2g} at most, {found.max_relative:.2g} of the largest; {found.num_tokens} "
+        f"tokens, by {certificate.judge}",
+    )
+    table.add_row("likeliest token", f"the same for {percent(found.top1_agreement)}")
+    table.add_row("greedy text", f"the same for {found.greedy_equal} of {found.num_prompts} prompts")
+    if found.routing_agreement:
+        lowest = min(found.routing_agreement)
+        table.add_row("experts", f"the same for {percent(lowest)} of tokens or more, in each of the MoE layers")
+    return table
