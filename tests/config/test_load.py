@@ -212,3 +212,11 @@ def test_merge_lays_sections_over_each_other_and_replaces_the_rest() -> None:
     assert merge(base, {"a": None}) == {"a": None, "d": 1}
     assert merge({"a": None}, {"a": {"b": 1}}) == {"a": {"b": 1}}
     assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 1}
+
+
+def test_a_runs_micro_batch_follows_its_batch_when_it_was_derived(tmp_path: Path) -> None:
+    values = ["data.path=x", "batch_size=12"]
+    write_config(load_train_config("dense-tiny", values), tmp_path / "config.yaml")
+    assert load_train_config(tmp_path, ["batch_size=8"]).micro_batch_size == 8
+    write_config(load_train_config("dense-tiny", [*values, "micro_batch_size=4"]), tmp_path / "config.yaml")
+    assert load_train_config(tmp_path, ["batch_size=8"]).micro_batch_size == 4
