@@ -4,12 +4,14 @@ A shared expert is the residual MLP under another name.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.kernels.activation import mlp
 from moesaic.kernels.packed import PackedMlp, packed_mlp, packed_moe
 from moesaic.model.linear import Linear
+from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoELayer, MoEStatistics, RoutingDecision
 from moesaic.moe.router import finish_weights
 
@@ -29,6 +31,8 @@ class Mlp(nn.Module):
         """Return (T, H) for x (T, H)."""
         if self.packed is not None:
             return packed_mlp(x, self.packed)
+        if not all(type(layer) is Linear for layer in (self.gate_proj or self.up_proj, self.up_proj, self.down_proj)):
+            return self._forward_by_layers(x)
         up: Tensor = self.up_proj.weight
         up_bias: Tensor | None = self.up_proj.bias
         if self.gate_proj is not None:
@@ -44,6 +48,13 @@ class Mlp(nn.Module):
             None if down_bias is None else down_bias.to(x.dtype),
             self.activation,
         )
+
+    def _forward_by_layers(self, x: Tensor) -> Tensor:
+        """The same where an adapter stands in a layer's place."""
+        up = self.up_proj(x)
+        if self.gate_proj is not None:
+            return self.down_proj(F.silu(self.gate_proj(x)) * up)
+        return self.down_proj(F.gelu(up, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
 class FeedForward(nn.Module):
@@ -77,9 +88,12 @@ class FeedForward(nn.Module):
         if self.moe is None:
             assert self.mlp is not None
             return self.mlp(x), None
-        if self.moe.experts.packed is not None:
+        experts = self.moe.experts
+        # An adapter that stands in the experts' place has nothing packed.
+        packed = experts.packed if isinstance(experts, Experts) else None
+        if packed is not None:
             assert replay is None, "a packed model has no pass to make again"
-            return self._forward_packed(x, valid, self.moe, self.moe.experts.packed)
+            return self._forward_packed(x, valid, self.moe, packed)
         routed, statistics = self.moe(x, valid=valid, seed=seed, replay=replay)
         if self.mlp is None:
             return routed, statistics

@@ -1,6 +1,5 @@
 """A linear layer whose fp32 master weight is cast to the dtype of what flows through it, or packed for inference."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,14 +7,23 @@ from moesaic.kernels.packed import PackedWeight, pack_weight, packed_linear
 from moesaic.kernels.quantized import QuantizedWeight
 
 
-class Linear(nn.Module):
-    """y = x W^T + b with weight (out, in) and bias (out,), in x's dtype; once packed it has no `weight` any more."""
+class Linear(nn.Linear):
+    """y = x W^T + b with weight (out, in) and bias (out,), in x's dtype; once packed it has no `weight` any more.
+
+    Adapters (PEFT) and quantisers put a layer of their own in the place of any nn.Linear, hence the base class: call
+    the layer, and read its `weight` only where it is exactly this class.
+    """
+
+    bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear promises one
 
     def __init__(self, in_size: int, out_size: int, *, has_bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_size, in_size))
-        self.bias = nn.Parameter(torch.zeros(out_size)) if has_bias else None
+        super().__init__(in_size, out_size, bias=has_bias)
         self.packed: PackedWeight | None = None
+
+    def reset_parameters(self) -> None:
+        """Leave the weight undrawn, as Transformer.initialize draws all of them."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:

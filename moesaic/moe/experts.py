@@ -34,12 +34,15 @@ class Experts(nn.Module):
         up, up_bias = (self.gate_up_proj, self.gate_up_bias) if self.is_gated else (self.up_proj, self.up_bias)
         return ExpertWeights(up, self.down_proj, up_bias, self.down_bias, self.activation)  # type: ignore[arg-type]
 
-    def forward(self, tokens: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    def sorted_rows(self, tokens: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Return (N, H) for tokens (N, H) sorted by expert; computed in the tokens' dtype."""
         return grouped_mlp(tokens, tokens_per_expert, self.weights().to(tokens.dtype))
 
-    def routed(self, x: Tensor, plan: DispatchPlan, routing_weights: Tensor) -> Tensor:
-        """Return (T, H) for x (T, H) and routing_weights (T, K): every expert's work on its tokens, combined."""
+    def forward(self, x: Tensor, plan: DispatchPlan, routing_weights: Tensor) -> Tensor:
+        """Return (T, H) for x (T, H) and routing_weights (T, K): every expert's work on its tokens, combined.
+
+        It is `forward`, since adapters (PEFT) change the weights for as long as a module is called.
+        """
         return routed_mlp(
             x,
             self.weights().to(x.dtype),

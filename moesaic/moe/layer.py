@@ -68,10 +68,10 @@ class MoELayer(nn.Module):
         plan = self._plan(routing, valid, mix_seeds(seed, 1)) if replay is None else replay.plan
         weights = finish_weights(routing.routing_weights, plan.kept, self.config.router, output_scale=self.output_scale)
         if self.dispatcher is None:
-            out = self.experts.routed(x, plan, weights)
+            out = self.experts(x, plan, weights)
         else:
             dispatched = self.dispatcher.dispatch(x, plan)
-            y = self.experts(dispatched.tokens, dispatched.tokens_per_expert)
+            y = self.experts.sorted_rows(dispatched.tokens, dispatched.tokens_per_expert)
             out = self.dispatcher.combine(y, weights, dispatched.receipt)
         routes = routing.tokens_per_expert.sum()
         drop_rate = (routes - plan.tokens_per_expert.sum()) / routes.clamp_min(1)

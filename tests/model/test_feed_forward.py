@@ -117,3 +117,34 @@ def test_padding_gets_the_fixed_mlp_alone() -> None:
     x, valid = tokens(), torch.arange(37) < 20
     out, _ = layer(x, valid=valid)
     torch.testing.assert_close(out[20:], plain_mlp(layer.mlp, x[20:]))
+
+
+class Adapted(torch.nn.Module):
+    """A layer, and something beside it."""
+
+    def __init__(self, layer: torch.nn.Module, beside: Tensor) -> None:
+        super().__init__()
+        self.layer, self.beside = layer, beside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.beside.t()
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_an_mlp_calls_what_stands_in_the_place_of_a_layer(name: str, activation: str) -> None:
+    plain, x = randomized(Mlp(24, 40, activation=activation, has_bias=True)), tokens()
+    layer = getattr(plain, name)
+    if layer is None:
+        pytest.skip(f"an MLP of {activation} has no {name}")
+    before = plain(x)
+    beside = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2)) * 0.1
+    setattr(plain, name, Adapted(layer, torch.zeros_like(beside)))
+    torch.testing.assert_close(plain(x), before, atol=1e-5, rtol=1e-5)
+    setattr(plain, name, Adapted(layer, beside))
+    adapted = plain(x)
+    assert not torch.allclose(adapted, before, atol=1e-2)
+    setattr(plain, name, layer)
+    with torch.no_grad():
+        layer.weight += beside
+    torch.testing.assert_close(plain(x), adapted, atol=1e-5, rtol=1e-5)
