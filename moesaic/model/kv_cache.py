@@ -4,28 +4,32 @@ Keys and values, and attention over them, are kernels/paged_attention; the vecto
 made from, kernels/latent_attention.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from moesaic.config.model import ModelConfig
 from moesaic.errors import GenerationError
 from moesaic.kernels.latent_attention import LatentStorage, allocate_latent_blocks
 from moesaic.kernels.paged_attention import KVStorage, PagedBatch, allocate_blocks
 
+Storage = KVStorage | LatentStorage
+
 
 @dataclass(frozen=True)
 class CacheStep:
     """One forward pass: where every layer's part of the cache lies, and which positions of which sequences are new."""
 
-    storage: KVStorage | LatentStorage
+    storage: Storage
     batch: PagedBatch
 
 
 def allocate_storage(
     config: ModelConfig, num_blocks: int, *, block_size: int, dtype: torch.dtype, device: torch.device
-) -> KVStorage | LatentStorage:
+) -> Storage:
     """Return empty blocks for every layer, of the kind that the model's attention reads.
 
     Raises: ConfigError for a block_size or a dtype that this kind does not have.
@@ -48,6 +52,16 @@ def allocate_storage(
             for _ in range(config.num_layers)
         )
     )
+
+
+def copy_blocks(source: Storage, from_blocks: Sequence[int], target: Storage, to_blocks: Sequence[int]) -> None:
+    """Copy blocks of every layer from one storage to another of the same kind, or within one."""
+    pairs: Iterable[tuple[Any, Any]] = zip(source.layers, target.layers, strict=True)
+    for old, new in pairs:
+        for field in fields(old):
+            values = getattr(old, field.name)
+            if isinstance(values, Tensor):  # every tensor of a layer has the blocks in front
+                getattr(new, field.name)[list(to_blocks)] = values[list(from_blocks)]
 
 
 class KVCache(Protocol):
