@@ -32,5 +32,9 @@ class DeviceError(MoesaicError):
     """A device or a kernel was asked for by name and this machine does not have it."""
 
 
+class InstallationError(MoesaicError):
+    """A package that a part of moesaic stands on is missing or too old."""
+
+
 class GenerationError(MoesaicError):
     """A generation request that the model cannot serve, for example a prompt longer than its positions."""

@@ -28,7 +28,7 @@ from moesaic.moe.router import Router
 from moesaic.moe.seeds import mix_seeds
 
 # What writes into the residual stream; latent attention's q_down_proj and kv_down_proj do not.
-_OUTPUTS = (".o_proj", ".down_proj")
+OUTPUT_LAYERS = (".o_proj", ".down_proj")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
                 draw(embedding, std)
         for name, module in self.blocks.named_modules():
             if isinstance(module, Linear):
-                draw(module.weight, output_std if name.endswith(_OUTPUTS) else std)
+                draw(module.weight, output_std if name.endswith(OUTPUT_LAYERS) else std)
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, Router):

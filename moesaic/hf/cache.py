@@ -1,0 +1,221 @@
+"""The cache that transformers' `generate` keeps: ragged sequences in blocks, which are shared, copied and cropped.
+
+transformers counts columns of a padded batch; here padding takes no place, so that a sequence's positions are the same
+as without it. Which block is whose is decided in lists; the blocks themselves are model/kv_cache's.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from moesaic.config.model import ModelConfig
+from moesaic.errors import GenerationError
+from moesaic.kernels.paged_attention import PagedBatch
+from moesaic.model.kv_cache import CacheStep, Storage, allocate_storage, copy_blocks
+
+
+@dataclass
+class _Sequence:
+    """Its positions, and the blocks that hold them, in order; other sequences may have the same blocks."""
+
+    length: int
+    blocks: list[int]
+
+
+class PagedCache(Cache):
+    """The keys and values of a batch, made empty; a model's forward takes it, extends it and gives it back."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, block_size: int = 32) -> None:
+        super().__init__(layers=[])
+        self._config, self._dtype, self._device, self._block_size = config, dtype, device, block_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._storage: Storage | None = None
+        self._num_blocks = 0
+        self._sequences: list[_Sequence] = []
+        self._columns = torch.ones(0, 0, dtype=torch.bool)  # (B, columns), False for padding
+        self._next: CacheStep | None = None
+
+    def prepare(self, columns: Tensor) -> None:
+        """Make room for the next columns (B, S) of the batch, bool on the CPU and False for padding.
+
+        Raises: GenerationError for another batch size than before, and for more positions than the model has.
+        """
+        if not self._sequences:
+            self._sequences = [_Sequence(0, []) for _ in range(columns.shape[0])]
+            self._columns = columns[:, :0]
+        if len(self._sequences) != columns.shape[0]:
+            raise GenerationError(
+                f"{columns.shape[0]} sequences were given to a cache of {len(self._sequences)}; the same sequences, in "
+                f"the same order, are required; start with a new cache."
+            )
+        counts = columns.sum(1)
+        new: list[int] = counts.tolist()
+        ends = [sequence.length + count for sequence, count in zip(self._sequences, new, strict=True)]
+        if max(ends) > self._config.max_positions:
+            raise GenerationError(
+                f"a sequence would have {max(ends)} positions; the model has {self._config.max_positions}; shorten the "
+                f"prompt or lower max_new_tokens."
+            )
+        self._make_room(ends)
+        for sequence, end in zip(self._sequences, ends, strict=True):
+            sequence.length = end
+        self._columns = torch.cat([self._columns, columns], 1)
+        starts = torch.zeros(len(new) + 1, dtype=torch.int32)
+        starts[1:] = counts.cumsum(0)
+        width = max(len(sequence.blocks) for sequence in self._sequences)
+        tables = torch.tensor(
+            [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence in self._sequences], dtype=torch.int32
+        )
+        assert self._storage is not None
+        self._next = CacheStep(self._storage, PagedBatch(starts, torch.tensor(ends, dtype=torch.int32), tables))
+
+    def extend(self, batch_size: int, length: int) -> CacheStep:
+        """Return what `prepare` made ready, for its valid tokens end to end (moesaic.model.kv_cache.KVCache)."""
+        step, self._next = self._next, None
+        assert step is not None and (batch_size, length) == (1, int(step.batch.starts[-1])), (batch_size, length, step)
+        return step
+
+    def _make_room(self, ends: Sequence[int]) -> None:
+        """Give each sequence blocks of its own for the positions up to its end."""
+        size = self._block_size
+        users = [0] * self._num_blocks
+        for sequence in self._sequences:
+            for block in sequence.blocks:
+                users[block] += 1
+        free = [block for block in range(self._num_blocks) if not users[block]]
+        needed = 0
+        copied: list[_Sequence] = []
+        for sequence, end in zip(self._sequences, ends, strict=True):
+            needed += -(-end // size) - len(sequence.blocks)
+            if end > sequence.length and sequence.length % size and users[sequence.blocks[-1]] > 1:
+                # The first new position goes into a block that another sequence too has begun.
+                users[sequence.blocks[-1]] -= 1
+                copied.append(sequence)
+        needed += len(copied)
+        if needed > len(free) or self._storage is None:
+            free += self._grow(needed - len(free))
+        assert self._storage is not None
+        if copied:
+            shared = [sequence.blocks[-1] for sequence in copied]
+            for sequence in copied:
+                sequence.blocks[-1] = free.pop()
+            copy_blocks(self._storage, shared, self._storage, [sequence.blocks[-1] for sequence in copied])
+        for sequence, end in zip(self._sequences, ends, strict=True):
+            while len(sequence.blocks) * size < end:
+                sequence.blocks.append(free.pop())
+
+    def _grow(self, at_least: int) -> range:
+        """Have more blocks, half as many again, and return the new ones."""
+        before = self._num_blocks
+        self._num_blocks = before + max(at_least, before // 2, 1)
+        storage = allocate_storage(
+            self._config, self._num_blocks, block_size=self._block_size, dtype=self._dtype, device=self._device
+        )
+        if self._storage is not None:
+            copy_blocks(self._storage, range(before), storage, range(before))
+        self._storage = storage
+        return range(before, self._num_blocks)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences, in this order, any of them several times; they share their blocks."""
+        chosen: list[int] = indices.tolist()
+        sequences = [self._sequences[index] for index in chosen]
+        self._sequences = [_Sequence(sequence.length, list(sequence.blocks)) for sequence in sequences]
+        self._columns = self._columns[torch.tensor(chosen, dtype=torch.int64)]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The same under the name that beam search calls."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have every sequence several times, side by side."""
+        self.batch_select_indices(torch.arange(len(self._sequences)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns: -n forgets n; as in earlier transformers, n > 0 keeps the first n at most."""
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(self.get_seq_length() - tokens_to_remove, 0)
+        kept = max(self.get_seq_length() - removed, 0)
+        counts: list[int] = self._columns[:, kept:].sum(1).tolist()
+        for sequence, count in zip(self._sequences, counts, strict=True):
+            sequence.length -= count
+            del sequence.blocks[-(-sequence.length // self._block_size) :]
+        self._columns = self._columns[:, :kept]
+
+    @property
+    def columns(self) -> Tensor:
+        """(B, columns) bool of everything seen so far, False for padding."""
+        return self._columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the columns seen, padding included."""
+        return self._columns.shape[1]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Return the columns that a mask would have with the next ones, and the first of them."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: it grows."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """The same under its earlier name."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def max_batch_size(self) -> int:
+        """The same under its earlier name."""
+        return self.batch_size
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self)
+
+    def __len__(self) -> int:
+        return self._config.num_layers
+
+    def __repr__(self) -> str:
+        lengths = [sequence.length for sequence in self._sequences]
+        return f"PagedCache(positions={lengths}, blocks={self._num_blocks} of {self._block_size})"
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "PagedCache":
+        """Blocks hold the addresses of their tensors, so a copy has storage of its own."""
+        other = PagedCache(self._config, dtype=self._dtype, device=self._device, block_size=self._block_size)
+        other._sequences = copy.deepcopy(self._sequences, memo)
+        other._columns = self._columns.clone()
+        if self._storage is not None:
+            every = other._grow(self._num_blocks)
+            assert other._storage is not None
+            copy_blocks(self._storage, every, other._storage, every)
+        return other

@@ -1,0 +1,385 @@
+"""Our Transformer as a transformers model: forward with masks, labels and caches, and everything of GenerationMixin."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from moesaic.config.model import ModelConfig
+from moesaic.errors import ConfigError, GenerationError
+from moesaic.hf.cache import PagedCache
+from moesaic.hf.config import MoesaicConfig
+from moesaic.kernels.cross_entropy import linear_cross_entropy
+from moesaic.model.linear import Linear
+from moesaic.model.load import load_run
+from moesaic.model.norm import LayerNorm, RmsNorm
+from moesaic.model.transformer import OUTPUT_LAYERS, ModelOutput, Transformer
+from moesaic.moe.balance import balance_loss
+from moesaic.moe.experts import Experts
+from moesaic.moe.layer import MoELayer, MoEStatistics
+from moesaic.moe.router import Router
+
+# Outputs, and arguments of `generate`, call the cache so; before it was renamed, past_key_values.
+_CACHE = "cache" if "cache" in {field.name for field in fields(MoeCausalLMOutputWithPast)} else "past_key_values"
+_IGNORED = -100  # a label where there is nothing to predict
+
+
+class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
+    """`model` is a moesaic Transformer; all parameters are its own, under its names.
+
+    The dtype of the parameters is what matrices compute in (under autocast, the dtype of autocast); routers and norms
+    stay in fp32, as in moesaic. Padding may stand anywhere: no token sees it, and no position is counted for it.
+    """
+
+    config_class = MoesaicConfig
+    config: MoesaicConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    # In the names of the parameters that from_pretrained loads as fp32 whatever its dtype: those of _FP32.
+    _keep_in_fp32_modules_strict = ["norm", "router", "output_scale"]  # noqa: RUF012
+    # One device holds the whole model: a block's output and its caches are not moved to another.
+    _no_split_modules = ["Transformer"]  # noqa: RUF012
+
+    def __init__(self, config: MoesaicConfig) -> None:
+        """Raises: ConfigError for a config whose attributes contradict one another."""
+        super().__init__(config)
+        self.model = Transformer(config.transformer_config())
+        self.post_init()
+
+    @classmethod
+    def from_run(
+        cls, run: str | Path, *, dtype: torch.dtype | None = None, device: str = "auto"
+    ) -> "MoesaicForCausalLM":
+        """Return the model that RUN or RUN@step names, in evaluation mode.
+
+        dtype: of the parameters, None for what the run computes in. A run of bf16 precision has fp32 master weights;
+        dtype=torch.float32 keeps them.
+
+        Raises: CheckpointError for a run that is missing, corrupt or quantised; DeviceError.
+        """
+        loaded = load_run(run, device=device, pack=False)
+        end = loaded.tokenizer.end_of_text_id
+        with torch.device("meta"):
+            model = cls(MoesaicConfig(loaded.config.model, eos_token_id=end, pad_token_id=end))
+        model.model.load_state_dict(loaded.model.state_dict(), assign=True)
+        dtype = dtype or loaded.model.compute_dtype
+        for module in model.modules():
+            if not isinstance(module, _FP32):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+        return model.eval()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: PagedCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        past_key_values: PagedCache | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Return logits (B, S, V) fp32, and the loss if there are labels.
+
+        attention_mask (B, S), with a cache (B, columns of the cache + S): 0 for padding, whose outputs mean nothing.
+        labels (B, S): the tokens themselves, -100 where there is nothing to predict; each is predicted from the one
+        before it, which must not be padding. The loss is the mean cross-entropy of all labels, however few logits are
+        kept; in training, aux_loss is added, which is each MoE layer's balance and z loss times its coefficient.
+        num_items_in_batch: what to divide by in place of the labels here (gradient accumulation).
+        use_cache: None means where no gradient is recorded. A cache holds no gradients.
+        logits_to_keep: positions from the end, or which ones; 0 for all. Training needs none of them for its loss.
+        past_key_values: the cache, under its earlier name.
+
+        Raises: ConfigError for arguments that this model cannot serve; GenerationError for too many positions.
+        """
+        tokens, columns = self._check(input_ids, attention_mask, kwargs)
+        cache = past_key_values if cache is None else cache
+        self._check_cache(cache, labels, use_cache)
+        if use_cache is None:
+            use_cache = cache is not None or (
+                self.config.use_cache and labels is None and not torch.is_grad_enabled() and not self.training
+            )
+        if use_cache and cache is None:
+            cache = self._new_cache()
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        self.model.compute_dtype = self._compute_dtype()
+        # Casts are the model's own, to the dtype that autocast asks for.
+        with torch.autocast(tokens.device.type, enabled=False), _BlockInputs(self.model) as inputs:
+            if cache is None:
+                places, output = self._run(tokens, columns)
+            else:
+                places, output = self._run_cached(tokens, columns, cache)
+            hidden = _put_back(output.hidden, places, tokens.shape)
+            loss, aux_loss = self._losses(hidden, columns, labels, output.moe, num_items_in_batch)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.model.logits(hidden[:, kept])
+        hidden_states = None
+        if output_hidden_states:
+            hidden_states = (*(_put_back(x, places, tokens.shape) for x in inputs.values), hidden)
+        named_cache: dict[str, Any] = {_CACHE: cache}
+        return MoeCausalLMOutputWithPast(
+            loss=loss, aux_loss=aux_loss, logits=logits, hidden_states=hidden_states, **named_cache
+        )
+
+    def _check(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens, and the mask as bool, None if there is no padding."""
+        refused = sorted(name for name, value in others.items() if value is not None and value is not False)
+        if "cache_position" in refused:  # transformers 5.0 counts columns too
+            refused.remove("cache_position")
+        if refused or input_ids is None:
+            raise ConfigError(
+                f"{', '.join(refused) or 'no input_ids'} was given to MoesaicForCausalLM; it takes input_ids, "
+                f"attention_mask, labels, a cache, logits_to_keep and output_hidden_states; positions follow from the "
+                f"mask, and attention weights and router logits are not kept; call it with these alone."
+            )
+        if attention_mask is None:
+            return input_ids, None
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != input_ids.shape[0]:
+            raise ConfigError(
+                f"an attention_mask of shape {tuple(attention_mask.shape)} was given for input_ids "
+                f"{tuple(input_ids.shape)}; one number for each token, (batch, length), is required; use the mask that "
+                f"the tokenizer returns."
+            )
+        columns = attention_mask.bool()
+        return input_ids, None if bool(columns.all()) else columns
+
+    def _check_cache(self, cache: object, labels: Tensor | None, use_cache: bool | None) -> None:
+        if cache is not None and not isinstance(cache, PagedCache):
+            raise ConfigError(
+                f"a cache of type {type(cache).__name__} was given; this model's keys and values lie in a "
+                f"moesaic.hf.PagedCache; pass none, and take the one that the output holds."
+            )
+        if (cache is not None or use_cache) and (labels is not None or (self.training and torch.is_grad_enabled())):
+            raise ConfigError(
+                "a cache was asked for in training; it holds no gradients; use use_cache=False, or model.eval() and no "
+                "labels."
+            )
+
+    def _compute_dtype(self) -> torch.dtype:
+        embedding = self.model.embedding
+        if torch.is_autocast_enabled(embedding.device.type):
+            return torch.get_autocast_dtype(embedding.device.type)
+        return embedding.dtype
+
+    def _new_cache(self) -> PagedCache:
+        return PagedCache(self.model.config, dtype=self._compute_dtype(), device=self.model.device)
+
+    def _run(self, tokens: Tensor, columns: Tensor | None) -> tuple[Tensor | None, ModelOutput]:
+        """Return the model's output for tokens moved so that padding is at the end, and where each went."""
+        seed = self._draw_seed()
+        if tokens.shape[1] > self.model.config.max_positions:
+            raise GenerationError(
+                f"sequences of {tokens.shape[1]} tokens were given; the model has {self.model.config.max_positions} "
+                f"positions; cut them, or set max_length in the tokenizer's call with truncation."
+            )
+        if columns is None:
+            return None, self.model(tokens, seed=seed)
+        if columns.shape != tokens.shape:
+            raise ConfigError(
+                f"an attention_mask of shape {tuple(columns.shape)} was given for input_ids {tuple(tokens.shape)} and "
+                f"no cache; one number for each token is required; give the cache too, or the mask of these tokens."
+            )
+        order = (~columns).to(torch.int8).argsort(dim=1, stable=True)  # (B, S)
+        ordered = tokens.gather(1, order)
+        output = self.model(ordered, valid=columns.gather(1, order), seed=seed)
+        first = torch.arange(0, tokens.numel(), tokens.shape[1], device=tokens.device)[:, None]
+        return (order + first).flatten(), output
+
+    @torch.no_grad()
+    def _run_cached(
+        self, tokens: Tensor, columns: Tensor | None, cache: PagedCache
+    ) -> tuple[Tensor | None, ModelOutput]:
+        """Return the model's output for the valid tokens end to end, and where each comes from."""
+        length = tokens.shape[1]
+        new = torch.ones(tokens.shape, dtype=torch.bool)
+        if columns is not None:
+            mask = columns.cpu()
+            seen = cache.get_seq_length()
+            earlier = mask[:, : mask.shape[1] - length]
+            if mask.shape[1] != length + seen or (seen and not torch.equal(earlier, cache.columns)):
+                raise ConfigError(
+                    f"an attention_mask of shape {tuple(mask.shape)} was given for {length} new tokens after {seen} in "
+                    f"the cache; {seen + length} columns are required, of which the first {seen} are the same as when "
+                    f"the cache was filled; keep the mask of the prompt and append ones."
+                )
+            new = mask[:, seen:]
+        cache.prepare(new)
+        if bool(new.all()):
+            return None, self.model(tokens.reshape(1, -1), cache=cache)
+        places = new.flatten().nonzero()[:, 0].to(tokens.device)
+        return places, self.model(tokens.flatten()[places][None], cache=cache)
+
+    def _draw_seed(self) -> int:
+        """Return a seed for this step's noise and dropping, from PyTorch's global generator if there is any."""
+        layers = [layer for layer in self.model.config.layers if layer.is_moe]
+        is_random = any(
+            layer.router.noise != "none"
+            or (layer.capacity.factor is not None and layer.capacity.drop_policy == "random")
+            for layer in layers
+        )
+        return int(torch.randint(2**62, ())) if self.training and is_random else 0
+
+    def _losses(
+        self,
+        hidden: Tensor,
+        columns: Tensor | None,
+        labels: Tensor | None,
+        moe: tuple[MoEStatistics, ...],
+        num_items: Tensor | int | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the loss, if there are labels, and the auxiliary losses, if there are MoE layers."""
+        aux_loss = _auxiliary_loss(self.model.config, moe) if moe else None
+        if labels is None:
+            return None, aux_loss
+        targets = torch.full_like(labels, _IGNORED)
+        targets[:, :-1] = labels[:, 1:]
+        if columns is not None:
+            targets = targets.masked_fill(~columns, _IGNORED)
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.output_weight(), targets.flatten())
+        if self.training and aux_loss is not None:
+            loss = loss + aux_loss
+        if num_items is not None:
+            loss = loss * ((targets != _IGNORED).sum() / num_items)
+        return loss, aux_loss
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # its other arguments differ by version
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if not (generation_config.cache_implementation or "dynamic").startswith("dynamic"):
+            raise ConfigError(
+                f"cache_implementation={generation_config.cache_implementation!r} was given; this model's keys and "
+                f"values lie in a moesaic.hf.PagedCache; leave it out."
+            )
+        given = model_kwargs.get(_CACHE)
+        if given is not None:
+            given._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs[_CACHE] = self._new_cache()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """What transformers switches on and off; the Transformer's own checkpointing, which keeps routing as it was."""
+        return self.model.activation_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.model.activation_checkpointing = value
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: our checkpointing is not reentrant, so the input needs no gradient."""
+
+    def disable_input_require_grads(self) -> None:
+        """Do nothing, as above."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Raises: NotImplementedError, as transformers expects it of a model without an embedding module."""
+        raise NotImplementedError(
+            "MoesaicForCausalLM has no embedding module to give or to replace; its embedding is the parameter "
+            "model.model.embedding; read it there."
+        )
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Raises: NotImplementedError."""
+        self.get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        """Return None: the head is a parameter of the Transformer, or its embedding."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Raises: NotImplementedError."""
+        raise NotImplementedError(
+            f"the vocabulary of a MoesaicForCausalLM stays as it is, {self.model.config.vocab_size}; use token ids "
+            f"below that."
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw one module's own parameters as Transformer.initialize does, but for those that are loaded."""
+        std = self.model.config.init_std
+        output_std = std / (2 * self.model.config.num_layers) ** 0.5
+        if isinstance(module, Linear):
+            init.normal_(module.weight, 0.0, output_std if module in self._writing_layers() else std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Router):
+            init.normal_(module.weight, 0.0, std)
+            if module.score_correction_bias is not None:
+                init.zeros_(module.score_correction_bias)
+        elif isinstance(module, MoELayer) and module.output_scale is not None:
+            init.ones_(module.output_scale)
+        elif isinstance(module, Experts):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, 0.0, output_std if name == "down_proj" else std)
+        elif isinstance(module, RmsNorm | LayerNorm):
+            init.ones_(module.weight)
+            if isinstance(module, LayerNorm):
+                init.zeros_(module.bias)
+        elif isinstance(module, Transformer):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, 0.0, std)
+
+    def _writing_layers(self) -> set[nn.Module]:
+        """Return the layers that write into the residual stream."""
+        return {module for name, module in self.model.named_modules() if name.endswith(OUTPUT_LAYERS)}
+
+
+# What computes in fp32 whatever flows through, and keeps its own parameters so.
+_FP32 = (RmsNorm, LayerNorm, Router, MoELayer)
+
+
+class _BlockInputs:
+    """Records what enters each block while it is entered as a context; in a recomputation it is not."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.values: list[Tensor] = []
+        self._blocks = model.blocks
+
+    def __enter__(self) -> "_BlockInputs":
+        self._hooks = [block.register_forward_pre_hook(self._record) for block in self._blocks]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _record(self, block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self.values.append(arguments[0])
+
+
+def _put_back(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
+    """Return (B, S, H) of values (..., H) whose rows belong at these places, 0 elsewhere; None: they stand in order."""
+    rows = values.reshape(-1, values.shape[-1])
+    if places is not None:
+        rows = rows.new_zeros(shape.numel(), rows.shape[1]).index_copy(0, places, rows)
+    return rows.view(*shape, -1)
+
+
+def _auxiliary_loss(config: ModelConfig, moe: tuple[MoEStatistics, ...]) -> Tensor:
+    """Return the sum of the balance and z losses times their coefficients, of this batch whatever balance_scope is."""
+    total = torch.zeros((), device=moe[0].z.device)
+    routers = [layer.router for layer in config.layers if layer.is_moe]
+    for router, statistics in zip(routers, moe, strict=True):
+        if router.balance_loss:
+            balance = balance_loss(statistics.mean_probabilities, statistics.tokens_per_expert)
+            total = total + router.balance_loss * balance
+        if router.z_loss:
+            total = total + router.z_loss * statistics.z
+    return total

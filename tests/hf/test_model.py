@@ -1,0 +1,259 @@
+"""A transformers model of ours computes what its Transformer does, loss and gradients included, and survives files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from moesaic.config.train import TrainConfig
+from moesaic.data.loader import Batch
+from moesaic.errors import CheckpointError, ConfigError, GenerationError
+from moesaic.hf import MoesaicConfig, MoesaicForCausalLM
+from moesaic.model.generate import generate
+from moesaic.model.load import load_run
+from moesaic.model.norm import LayerNorm, RmsNorm
+from moesaic.model.transformer import Transformer
+from moesaic.moe.layer import MoELayer
+from moesaic.moe.router import Router
+from moesaic.train.loop import Trainer
+from moesaic.train.loss import language_model_loss
+
+Make = Callable[..., MoesaicForCausalLM]
+Pad = Callable[..., dict[str, Tensor]]
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(97, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+def test_logits_are_the_transformers(make: Make, kind: str) -> None:
+    model, ids = make(kind), tokens(3, 11)
+    wanted = model.model.logits(model.model(ids).hidden)
+    assert torch.equal(model(ids).logits, wanted)
+    assert torch.equal(model(ids, logits_to_keep=2).logits, wanted[:, -2:])
+    assert torch.equal(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, wanted[:, [0, 5]])
+    assert torch.equal(model(ids, return_dict=False)[-1], wanted)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_padding_changes_nothing(make: Make, kind: str, prompts: Any, pad: Pad, side: str, use_cache: bool) -> None:
+    model, batch = make(kind), pad(prompts, side)
+    with torch.no_grad():
+        logits = model(**batch, use_cache=use_cache).logits
+        for row, prompt in enumerate(prompts):
+            alone = model(torch.tensor([prompt]), use_cache=False).logits[0]
+            torch.testing.assert_close(logits[row][batch["attention_mask"][row] == 1], alone, atol=2e-5, rtol=2e-5)
+
+
+def test_a_cache_continues_where_it_was(make: Make, kind: str, prompts: Any, pad: Pad) -> None:
+    model, batch = make(kind), pad(prompts)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        wanted = model(ids, mask).logits[:, -4:]
+        first = model(ids[:, :-3], mask[:, :-3], use_cache=True)
+        second = model(ids[:, -3:-1], mask[:, :-1], past_key_values=first.past_key_values)
+        third = model(ids[:, -1:], mask, past_key_values=second.past_key_values)
+    got = torch.cat([first.logits[:, -1:], second.logits, third.logits], 1)
+    is_valid = mask[:, -4:].bool()
+    torch.testing.assert_close(got[is_valid], wanted[is_valid], atol=2e-5, rtol=2e-5)
+
+
+def test_the_loss_and_every_gradient_are_those_of_our_training(make: Make, kind: str) -> None:
+    model, ids = make(kind).train(), tokens(3, 17)
+    # transformers' labels are the tokens themselves; in ours the last token has its target in the data.
+    targets = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], 1)
+    losses = language_model_loss(model.model, Batch(ids, targets, None), seed=0)
+    losses.total.backward()
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    output = model(ids, labels=ids)
+    torch.testing.assert_close(output.loss, losses.total, atol=1e-6, rtol=1e-6)  # summed in another order
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-7, rtol=1e-5)
+    evaluated = model.eval()(ids, labels=ids)
+    plain = F.cross_entropy(evaluated.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(evaluated.loss, plain)
+
+
+def test_padded_training_equals_the_sequences_side_by_side(make: Make, prompts: Any, pad: Pad) -> None:
+    model = make("paper").train()
+    gradients = []
+    for side in ("left", "right"):
+        batch = pad(prompts, side)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        output = model(**batch, labels=labels)
+        output.loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5)
+    losses = [
+        F.cross_entropy(model(torch.tensor([prompt])).logits[0, :-1], torch.tensor(prompt[1:]), reduction="none")
+        for prompt in prompts
+        if len(prompt) > 1
+    ]
+    torch.testing.assert_close(output.loss - output.aux_loss, torch.cat(losses).mean())
+
+
+def test_micro_batches_add_up(make: Make) -> None:
+    model, ids = make("dense").train(), tokens(4, 9)
+    whole = model(ids, labels=ids).loss
+    parts = [model(part, labels=part, num_items_in_batch=torch.tensor(32)).loss for part in ids.split([1, 3])]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_checkpointing_gives_the_same_gradients(make: Make) -> None:
+    model, ids = make("shared expert").train(), tokens(2, 9)
+    gradients = []
+    for enable in (False, True):
+        model.gradient_checkpointing = False
+        if enable:
+            model.gradient_checkpointing_enable()
+        assert model.model.activation_checkpointing == model.is_gradient_checkpointing == enable
+        model(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    model.gradient_checkpointing_disable()
+    assert not model.model.activation_checkpointing
+
+
+def test_hidden_states_are_every_blocks_input_and_the_output(make: Make, prompts: Any, pad: Pad) -> None:
+    model, batch = make(), pad(prompts)
+    is_valid = batch["attention_mask"].bool()
+    with torch.no_grad():
+        states = [model(**batch, output_hidden_states=True, use_cache=cached).hidden_states for cached in (False, True)]
+    assert len(states[0]) == model.config.num_hidden_layers + 1
+    assert torch.equal(states[0][0][is_valid], model.model.embedding[batch["input_ids"][is_valid]])
+    assert torch.equal(model.model.logits(states[0][-1]), model(**batch).logits)
+    for plain, cached in zip(*states, strict=True):
+        torch.testing.assert_close(plain[is_valid], cached[is_valid], atol=2e-5, rtol=2e-5)
+    assert model(**batch).hidden_states is None
+
+
+def test_the_dtype_of_parameters_and_autocast_decide_what_is_computed_in(make: Make, kind: str, tmp_path: Path) -> None:
+    model, ids = make(kind), tokens(2, 9)
+    ours = Transformer(model.model.config, compute_dtype=torch.bfloat16).eval()
+    ours.load_state_dict(model.model.state_dict())
+    wanted = ours.logits(ours(ids).hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(ids).logits, wanted)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(loaded(ids).logits, wanted)
+    assert loaded.dtype == torch.bfloat16
+    for module in loaded.modules():
+        is_fp32 = isinstance(module, RmsNorm | LayerNorm | Router | MoELayer)
+        for parameter in module.parameters(recurse=False):
+            assert parameter.dtype == (torch.float32 if is_fp32 else torch.bfloat16)
+
+
+def test_saving_and_loading_keeps_every_bit(make: Make, kind: str, tmp_path: Path) -> None:
+    model = make(kind)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.uniform_()
+            assert "score_correction_bias" in name
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors"
+    }  # fmt: skip
+    for loader in (AutoModelForCausalLM, MoesaicForCausalLM):
+        loaded = loader.from_pretrained(tmp_path)
+        assert isinstance(loaded, MoesaicForCausalLM) and not loaded.training
+        own, other = model.state_dict(), loaded.state_dict()
+        assert list(own) == list(other) and all(torch.equal(own[name], other[name]) for name in own)
+        assert (loaded.model.lm_head is None) == model.config.tie_word_embeddings
+
+
+def test_draws_weights_as_our_own_initialisation_does(make: Make, kind: str) -> None:
+    model = make(kind, hidden_size=64, intermediate_size=512)
+    ours = Transformer(model.model.config).initialize(0)
+    for (name, drawn), wanted in zip(model.model.named_parameters(), ours.parameters(), strict=True):
+        if wanted.min() == wanted.max():
+            assert torch.equal(drawn, wanted), name
+        elif drawn.numel() > 2000:
+            assert float(drawn.detach().std() / wanted.detach().std()) == pytest.approx(1, abs=0.1), name
+
+
+def test_noise_in_training_follows_the_global_seed(make: Make) -> None:
+    moe = {"num_experts": 4, "top_k": 2, "router": {"noise": "jitter", "jitter_epsilon": 0.3}}
+    model, ids = make("dense", moe=moe).train(), tokens(2, 9)
+
+    def loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        return float(model(ids, labels=ids).loss.detach())
+
+    assert loss(1) == loss(1) != loss(2)
+
+
+def test_a_run_gives_the_model_and_the_tokenizer(make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Trainer(make_config("pr-moe", precision="bf16"), run, device="cpu", resume=False, display=None).run()
+    loaded = load_run(run, pack=False)
+    model = MoesaicForCausalLM.from_run(run, device="cpu")
+    assert model.dtype == torch.bfloat16 and not model.training
+    ids = loaded.tokenizer.encode("Licensed under")
+    with torch.no_grad():
+        wanted = loaded.model.logits(loaded.model(torch.tensor([ids])).hidden)
+        assert torch.equal(model(torch.tensor([ids])).logits, wanted)
+    masters = MoesaicForCausalLM.from_run(run, dtype=torch.float32, device="cpu")
+    own, other = loaded.model.state_dict(), masters.model.state_dict()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    masters.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").model.state_dict()
+    assert all(torch.equal(own[name], again[name]) for name in own)
+
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert each("Licensed under").input_ids == ids
+        assert each.decode(ids) == "Licensed under"
+        assert each.eos_token_id == model.config.eos_token_id == loaded.tokenizer.end_of_text_id
+    new = model.generate(**tokenizer("Licensed under", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    end = loaded.tokenizer.end_of_text_id
+    wanted_ids = generate(loaded.model, ids, max_new_tokens=8, stop_ids=[end])
+    assert new[0, len(ids) :].tolist()[: len(wanted_ids)] == wanted_ids
+    with pytest.raises(CheckpointError):
+        MoesaicForCausalLM.from_run(tmp_path / "nowhere")
+
+
+def test_refuses_what_it_cannot_serve(make: Make) -> None:
+    model, ids = make(), tokens(2, 9)
+    with pytest.raises(ConfigError, match="output_attentions was given to MoesaicForCausalLM"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ConfigError, match="no input_ids was given"):
+        model()
+    with pytest.raises(ConfigError, match=r"of shape \(2, 1, 9, 9\).*the mask that the tokenizer returns"):
+        model(ids, torch.ones(2, 1, 9, 9))
+    with pytest.raises(ConfigError, match=r"of shape \(2, 12\) was given for input_ids \(2, 9\) and no cache"):
+        model(ids, torch.tensor([[0] + [1] * 11] * 2))
+    with pytest.raises(ConfigError, match="a cache of type DynamicCache was given"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ConfigError, match="a cache was asked for in training"):
+        model.train()(ids, use_cache=True)
+    with pytest.raises(GenerationError, match="sequences of 129 tokens were given; the model has 128"):
+        model(tokens(1, 129))
+    with torch.no_grad():
+        cache = model.eval()(ids, torch.tensor([[0] + [1] * 8] * 2), use_cache=True).past_key_values
+        with pytest.raises(ConfigError, match="10 columns are required, of which the first 9 are the same"):
+            model(ids[:, :1], torch.tensor([[1, 0] + [1] * 8] * 2), past_key_values=cache)
+    for call in (model.get_input_embeddings, lambda: model.resize_token_embeddings(100)):
+        with pytest.raises(NotImplementedError, match="MoesaicForCausalLM"):
+            call()
+
+
+def test_refuses_a_config_that_contradicts_itself(make: Make) -> None:
+    config = make().config
+    config.vocab_size = 12
+    with pytest.raises(ConfigError, match="vocab_size"):
+        MoesaicForCausalLM(config)
+    assert isinstance(config, MoesaicConfig)

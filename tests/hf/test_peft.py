@@ -1,0 +1,61 @@
+"""LoRA of PEFT on our layers and on stacked experts: it learns, it is really applied, and it merges."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moesaic.hf import MoesaicForCausalLM
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+Make = Callable[..., MoesaicForCausalLM]
+LINEAR = {"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+BOTH = {"target_modules": ["o_proj", "mix"], "target_parameters": ["experts.down_proj"]}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", [LINEAR, EXPERTS, BOTH], ids=["linear", "experts", "both"])
+def test_lora_learns_and_merges(make: Make, targets: dict[str, Any], checkpointing: bool, tmp_path: Path) -> None:
+    residual = {"num_experts": [4, 8], "top_k": 2, "every": 2, "residual": "softmax"}
+    model = make("pyramid", moe=residual, init_std=0.1)
+    ids = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(4))
+    before = model(ids).logits.detach()
+    frozen = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets)
+    adapted = peft.get_peft_model(model, config)
+    torch.testing.assert_close(adapted(ids).logits, before, atol=1e-5, rtol=1e-5)
+    if checkpointing:
+        adapted.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = adapted.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if not losses:
+            # B starts at 0, so that A has a gradient of 0 now; every adapter is reached.
+            assert all(
+                each.grad is not None and (bool(each.grad.any()) or ".lora_A." in name)
+                for name, each in adapted.named_parameters()
+                if each.requires_grad
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.1
+    trained = adapted.eval()(ids).logits.detach()
+    assert not torch.allclose(trained, before, atol=1e-2)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(ids).logits, before, atol=1e-5, rtol=1e-5)
+    written = adapted.generate(input_ids=ids[:2], max_new_tokens=6, do_sample=False)
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make("pyramid", moe=residual, init_std=0.1), tmp_path)
+    assert torch.equal(again(ids).logits, trained)
+    merged = adapted.merge_and_unload()
+    assert isinstance(merged, MoesaicForCausalLM) and set(frozen) == {name for name, _ in merged.named_parameters()}
+    torch.testing.assert_close(merged(ids).logits, trained, atol=1e-5, rtol=1e-5)
+    assert torch.equal(merged.generate(ids[:2], max_new_tokens=6, do_sample=False), written)
