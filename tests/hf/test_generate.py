@@ -54,7 +54,8 @@ def test_a_cache_changes_nothing(make: Make, kind: str, prompts: Any, pad: Pad, 
 def test_assisted_generation_equals_greedy(make: Make, prompts: Any) -> None:
     model, assistant = make(), make("dense")
     ids = torch.tensor([prompts[2]])
-    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": 5, "pad_token_id": 7}
+    assert 3 not in prompts[2]
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": 3, "pad_token_id": 7}
     wanted = model.generate(ids, **settings)
     assert wanted.shape[1] > ids.shape[1] + 20
     for kind in ({"assistant_model": assistant}, {"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):

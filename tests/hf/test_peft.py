@@ -45,7 +45,7 @@ def test_lora_learns_and_merges(make: Make, targets: dict[str, Any], checkpointi
             )
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.1
     trained = adapted.eval()(ids).logits.detach()
     assert not torch.allclose(trained, before, atol=1e-2)
