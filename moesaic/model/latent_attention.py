@@ -137,8 +137,12 @@ class LatentAttention(nn.Module):
         """The matrices (A, N, R) and (A, C, R) that make keys and values of a latent."""
         if self.kv_up is not None:
             return self.kv_up
-        weight = self.kv_up_proj.weight.to(dtype).unflatten(0, (self.num_heads, -1))
-        key_up, value_up = weight.split([self.nope_dim, self.value_dim], 1)
+        layer = self.kv_up_proj
+        if type(layer) is Linear:
+            weight: Tensor = layer.weight.to(dtype)
+        else:  # an adapter in its place, which is known by what it makes of the unit vectors
+            weight = layer(torch.eye(self.rank, dtype=dtype, device=layer.weight.device)).t()
+        key_up, value_up = weight.unflatten(0, (self.num_heads, -1)).split([self.nope_dim, self.value_dim], 1)
         return key_up, value_up
 
     def _is_cheaper_expanded(self, new: int, length: int) -> bool:

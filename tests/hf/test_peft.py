@@ -15,14 +15,21 @@ Make = Callable[..., MoesaicForCausalLM]
 LINEAR = {"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}
 EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 BOTH = {"target_modules": ["o_proj", "mix"], "target_parameters": ["experts.down_proj"]}
+LATENT = {"target_modules": ["q_proj", "kv_down_proj", "kv_up_proj"]}
+RESIDUAL = {"moe": {"num_experts": [4, 8], "top_k": 2, "every": 2, "residual": "softmax"}, "init_std": 0.1}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("targets", [LINEAR, EXPERTS, BOTH], ids=["linear", "experts", "both"])
-def test_lora_learns_and_merges(make: Make, targets: dict[str, Any], checkpointing: bool, tmp_path: Path) -> None:
-    residual = {"num_experts": [4, 8], "top_k": 2, "every": 2, "residual": "softmax"}
-    model = make("pyramid", moe=residual, init_std=0.1)
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("pyramid", LINEAR), ("pyramid", EXPERTS), ("pyramid", BOTH), ("latent", LATENT)],
+    ids=["linear", "experts", "both", "latent"],
+)
+def test_lora_learns_and_merges(
+    make: Make, kind: str, targets: dict[str, Any], checkpointing: bool, tmp_path: Path
+) -> None:
+    model = make(kind, **RESIDUAL)
     ids = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(4))
     before = model(ids).logits.detach()
     frozen = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -51,9 +58,13 @@ def test_lora_learns_and_merges(make: Make, targets: dict[str, Any], checkpointi
     assert not torch.allclose(trained, before, atol=1e-2)
     with adapted.disable_adapter():
         torch.testing.assert_close(adapted(ids).logits, before, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        cache = adapted(ids[:, :-1], use_cache=True).past_key_values
+        last = adapted(ids[:, -1:], past_key_values=cache).logits[:, 0]
+    torch.testing.assert_close(last, trained[:, -1], atol=1e-4, rtol=1e-4)
     written = adapted.generate(input_ids=ids[:2], max_new_tokens=6, do_sample=False)
     adapted.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(make("pyramid", moe=residual, init_std=0.1), tmp_path)
+    again = peft.PeftModel.from_pretrained(make(kind, **RESIDUAL), tmp_path)
     assert torch.equal(again(ids).logits, trained)
     merged = adapted.merge_and_unload()
     assert isinstance(merged, MoesaicForCausalLM) and set(frozen) == {name for name, _ in merged.named_parameters()}
