@@ -48,31 +48,37 @@ def load_run(run: str | Path, *, device: str = "auto", pack: bool = True) -> Loa
     run_folder = info.path.parent.parent
     config = load_run_config(run_folder)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    if is_quantized(info):
-        if not pack:
-            raise CheckpointError(
-                f"{info.path} is quantised ({describe_quantization(info)}) and was asked for unpacked; a quantised "
-                f"model can only infer; load the run that it was made from ({info.metadata[KEY].get('source')})."
-            )
-        model = _load_quantized(config, info, target)
-        return LoadedModel(model, Tokenizer.load(run_folder), config, info, target)
-    model = Transformer(config.model, compute_dtype=dtype)
-    load_model_state(model, load_tensors(info, "model"), info)
-    model.to(target).eval()
-    if pack and dtype is torch.bfloat16 and target.type == "cpu" and select.cpu_library() is not None:
-        pack_transformer(model)
+    has_kernels = dtype is torch.bfloat16 and target.type == "cpu" and select.cpu_library() is not None
+    if is_quantized(info) and not pack:
+        raise CheckpointError(
+            f"{info.path} is quantised ({describe_quantization(info)}) and was asked for unpacked; a quantised "
+            f"model can only infer; load the run that it was made from ({info.metadata[KEY].get('source')})."
+        )
+    if is_quantized(info) or (pack and has_kernels):
+        model = _load_packed(config, info, target)
+    else:
+        model = Transformer(config.model, compute_dtype=dtype)
+        copy_weights(model, info)
+        model.to(target).eval()
     return LoadedModel(model, Tokenizer.load(run_folder), config, info, target)
 
 
-def _load_quantized(config: TrainConfig, info: CheckpointInfo, device: torch.device) -> Transformer:
-    """The quantised matrices go straight into their packed layout; their fp32 originals never exist."""
+def _load_packed(config: TrainConfig, info: CheckpointInfo, device: torch.device) -> Transformer:
+    """Matrices go straight from their stored dtype, or their quantised form, into the packed layout.
+
+    fp32 copies of them never exist.
+    """
     tensors = load_tensors(info, "model", device=str(device))
     weights = take_quantized(tensors, info)
     with torch.device("meta"):
         model = Transformer(config.model, compute_dtype=torch.bfloat16)
     _check_fit(model.state_dict(), {**tensors, **weights}, info)
-    # Biases, norms and routers compute in fp32; matrices that stay bf16 are packed as such.
+    for name, tensor in tensors.items():
+        # Biases, norms and scales compute in fp32; what packs matrices knows fp32 and bf16.
+        if tensor.dim() < 2 or tensor.dtype is torch.float16:
+            tensors[name] = tensor.float()
     model.load_state_dict(tensors, strict=False, assign=True)
+    tensors.clear()  # so that each original goes as soon as it is packed
     return pack_transformer(model, weights)
 
 
