@@ -151,15 +151,18 @@ def export_run(
             bytes=sum(each.num_bytes for each in layout.values()),
             left_out={},
         )
-        is_lossless = all(
-            _holds(layout[name].dtype, weights.dtype(piece.ours))
+        cast = {
+            piece.ours: layout[name].dtype
             for name, pieces in foreign.items()
             for piece in pieces
-        ) and not any(isinstance(each, str) for each in choice.rewriting.factors.values())
+            if not _holds(layout[name].dtype, weights.dtype(piece.ours))
+        }
+        # Doubling is exact; a learned factor is not.
+        is_exact = not any(isinstance(each, str) for each in choice.rewriting.factors.values())
         certificate = certify(
             Path(str(run)) if "@" in str(run) else folder,
             target / _GGUF_NAME if format == "gguf" else target,
-            family=choice.family, account=account, is_lossless=is_lossless, on_progress=on_progress, named=output,
+            family=choice.family, account=account, is_exact=is_exact, cast=cast, on_progress=on_progress, named=output,
         )  # fmt: skip
         certificate.require(force=force)
         certificate.write(target)

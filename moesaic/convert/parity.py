@@ -47,8 +47,8 @@ _LONG_PROMPT = 384
 _NEW_TOKENS = 16
 # fp32 sums in another order differ by some 1e-6 of the largest logit; a lost tensor changes it by much more.
 MAX_RELATIVE = 1e-3
-# What casting weights to 16 bits may cost: it is not the conversion's fault.
-MAX_RELATIVE_CAST = 0.1
+# Where a factor was multiplied into weights that have 16 bits.
+MAX_RELATIVE_ROUNDED = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,16 @@ class Comparison:
 class Certificate:
     """What a check found.
 
-    is_lossless: the weights were only moved, not cast. judge: who computed the foreign side, transformers or, of a GGUF
-    file that it does not read, moesaic itself. not_compared: why there is no comparison.
+    is_exact: the weights were moved, and cast where `dtype` says so, and nothing else; a source that is cast is
+    compared as cast, so that what differs is the conversion's doing. judge: who computed the foreign side, transformers or, of a
+    GGUF file that it does not read, moesaic itself. not_compared: why there is no comparison.
     """
 
     source: str
     result: str
     family: str
-    is_lossless: bool
+    is_exact: bool
+    dtype: str | None
     tensors: TensorAccount | None
     weights: WeightComparison | None
     comparison: Comparison | None
@@ -107,13 +109,13 @@ class Certificate:
         found = self.comparison
         if found is None:
             return None
-        limit = MAX_RELATIVE if self.is_lossless else MAX_RELATIVE_CAST
+        limit = MAX_RELATIVE if self.is_exact else MAX_RELATIVE_ROUNDED
         if not found.max_relative <= limit:  # NaN is over it
             return (
                 f"logits differ by {found.max_absolute:.3g}, {found.max_relative:.3g} of the largest; at most "
                 f"{limit:g} is required"
             )
-        if self.is_lossless and any(share < 1 - MAX_RELATIVE for share in found.routing_agreement):
+        if self.is_exact and any(share < 1 - MAX_RELATIVE for share in found.routing_agreement):
             return f"tokens are routed to other experts ({min(found.routing_agreement):.2%} agree in one layer)"
         return None
 
@@ -159,10 +161,13 @@ class Runnable(Protocol):
 
 
 class _Ours:
-    def __init__(self, run: Path | str) -> None:
+    def __init__(self, run: Path | str, cast: Mapping[str, torch.dtype]) -> None:
         loaded = load_run(run, device="cpu", pack=False)
         self._model = loaded.model
         self._model.compute_dtype = torch.float32
+        for name, tensor in self._model.state_dict().items():
+            if name in cast:
+                tensor.copy_(tensor.to(cast[name]))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -221,18 +226,23 @@ def certify(
     result: Path,
     *,
     family: str,
-    is_lossless: bool,
+    is_exact: bool,
+    cast: Mapping[str, torch.dtype] | None = None,
     account: TensorAccount | None = None,
     weights: WeightComparison | None = None,
     named: Path | None = None,
     on_progress: Any = lambda stage, share: None,
 ) -> Certificate:
-    """Compare two models (run folders, Hugging Face folders, GGUF files); named: where the result will be."""
+    """Compare two models (run folders, Hugging Face folders, GGUF files).
+
+    cast: what the result has the source's tensors in, by our names, where that holds less than the source does. named:
+    where the result will be.
+    """
     comparison, reason = None, _obstacle(source, result)
     if reason is None:
         on_progress("comparing with the source", 0.0)
         try:
-            comparison = compare_models(source, result, on_progress=on_progress)
+            comparison = compare_models(source, result, cast=cast or {}, on_progress=on_progress)
         except MoesaicError:
             raise
         except (ValueError, RuntimeError, ImportError, KeyError) as error:
@@ -243,8 +253,9 @@ def certify(
     foreign = [path for path in (source, result) if is_source(path)]
     judge = "transformers" if all(_is_read_by_transformers(path) for path in foreign) else "moesaic"
     judged = judge if comparison else None
+    dtype = ", ".join(sorted({str(each).removeprefix("torch.") for each in (cast or {}).values()})) or None
     return Certificate(
-        str(source), str(named or result), family, is_lossless, account, weights, comparison, judged, reason
+        str(source), str(named or result), family, is_exact, dtype, account, weights, comparison, judged, reason
     )  # fmt: skip
 
 
@@ -257,9 +268,9 @@ def verify_models(
     """
     paths = [Path(first), Path(second)]
     weights = compare_weights(*paths, on_progress=on_progress)
-    is_lossless = weights.different == 0 and not weights.alone
+    is_exact = weights.different == 0 and not weights.alone
     family = " and ".join(_describe(path) for path in paths)
-    return certify(*paths, family=family, is_lossless=is_lossless, weights=weights, on_progress=on_progress)
+    return certify(*paths, family=family, is_exact=is_exact, weights=weights, on_progress=on_progress)
 
 
 def _describe(path: Path) -> str:
@@ -271,13 +282,22 @@ def _describe(path: Path) -> str:
         return opened.family
 
 
-def compare_models(first: Path, second: Path, *, on_progress: Any = lambda stage, share: None) -> Comparison:
-    """Return how two models differ on the prompts; only one of them is in memory at a time."""
+def compare_models(
+    first: Path,
+    second: Path,
+    *,
+    cast: Mapping[str, torch.dtype] | None = None,
+    on_progress: Any = lambda stage, share: None,
+) -> Comparison:
+    """Return how two models differ on the prompts; only one of them is in memory at a time.
+
+    cast: tensors of the first, a run, that are cast before.
+    """
     tokenizer, vocab_size, positions = _measure(second if not is_source(second) else first)
     prompts = _prompts(tokenizer, vocab_size, positions)
     answers = []
     for index, each in enumerate((first, second)):
-        model = _run(each)
+        model = _run(each, (cast or {}) if index == 0 else {})
         found = []
         for place, prompt in enumerate(prompts):
             logits, routes = model.logits(prompt)
@@ -290,9 +310,9 @@ def compare_models(first: Path, second: Path, *, on_progress: Any = lambda stage
     return _compare(*answers)
 
 
-def _run(path: Path) -> Runnable:
+def _run(path: Path, cast: Mapping[str, torch.dtype]) -> Runnable:
     if not is_source(path):
-        return _Ours(path)
+        return _Ours(path, cast)
     return _Theirs(path) if _is_read_by_transformers(path) else _ReadBack(path)
 
 
