@@ -88,8 +88,8 @@ class Certificate:
     """What a check found.
 
     is_exact: the weights were moved, and cast where `dtype` says so, and nothing else; a source that is cast is
-    compared as cast, so that what differs is the conversion's doing. judge: who computed the foreign side, transformers or, of a
-    GGUF file that it does not read, moesaic itself. not_compared: why there is no comparison.
+    compared as cast, so that what differs is the conversion's doing. judge: who computed the foreign side, transformers
+    or, of a GGUF file that it does not read, moesaic itself. not_compared: why there is no comparison.
     """
 
     source: str
