@@ -151,5 +151,5 @@ def _table(certificate: "Certificate") -> "Table":
     table.add_row("greedy text", f"the same for {found.greedy_equal} of {found.num_prompts} prompts")
     if found.routing_agreement:
         lowest = min(found.routing_agreement)
-        table.add_row("experts", f"the same for {percent(lowest)} of tokens or more, in each of the MoE layers")
+        table.add_row("experts", f"the same for {percent(lowest)} of tokens at least, in every MoE layer")
     return table

@@ -18,7 +18,7 @@ from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantize
 from moesaic.checkpoint.store import check_file, resolve_checkpoint
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.model import ModelConfig
-from moesaic.convert.families import FAMILIES, Family, harmless_keys
+from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, Family, harmless_keys
 from moesaic.convert.folder import check_is_new, folder_in_progress
 from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, require_gguf
 from moesaic.convert.gguf_tokenizer import tokenizer_metadata
@@ -182,7 +182,7 @@ def _choose_folder(config: ModelConfig) -> _Choice:
             except Inexpressible:
                 continue
             return _Choice(family.name, _with_names(family, keys), rewriting, family.tensors)
-    return _Choice("moesaic", {}, Rewriting(config, {}, frozenset()), (TensorRule("{rest}", ("model.{rest}",)),))
+    return _Choice(OWN_NAME, {}, Rewriting(config, {}, frozenset()), OWN_TENSORS)
 
 
 def _with_names(family: Family, keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def _write_folder(
         (target / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
     stored = max({each.dtype for each in layout.values()}, key=lambda each: each.itemsize)
     ids = sorted(tokenizer.stop_ids)
-    if choice.family == "moesaic":
+    if choice.family == OWN_NAME:
         from moesaic.hf import MoesaicConfig
 
         keys = MoesaicConfig(model=choice.rewriting.config.to_dict()).to_dict()

@@ -359,3 +359,8 @@ FAMILIES: dict[str, Family] = {
 def harmless_keys(family: Family) -> frozenset[str]:
     """Return the keys of a family's config that need no rule."""
     return HARMLESS | _DEEPSEEK_HARMLESS if family.name.startswith("deepseek") else HARMLESS
+
+
+# The layout of our own classes for transformers (moesaic.hf), whose config holds our ModelConfig as it is.
+OWN_NAME = "moesaic"
+OWN_TENSORS = (TensorRule("{rest}", ("model.{rest}",)),)

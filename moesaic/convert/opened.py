@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from moesaic.config.model import ModelConfig
-from moesaic.convert.families import FAMILIES, harmless_keys
+from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, harmless_keys
 from moesaic.convert.gguf import GgufFile, read_gguf_config
 from moesaic.convert.keys import Keys, read_config
 from moesaic.convert.source import HuggingFaceFolder, Source
 from moesaic.convert.tensors import Piece, TensorRule, check_sources, foreign_tensors, pieces_of
-from moesaic.errors import ConversionError
+from moesaic.errors import ConfigError, ConversionError
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,16 @@ def open_model(path: str | Path) -> OpenedModel:
 def _read_folder(source: HuggingFaceFolder) -> tuple[str, ModelConfig, tuple[TensorRule, ...], dict[str, str]]:
     where = str(source.path / "config.json")
     name = source.config.get("model_type")
+    if name == OWN_NAME:
+        try:
+            return OWN_NAME, ModelConfig.from_dict(source.config.get("model"), path="model"), OWN_TENSORS, {}
+        except ConfigError as error:
+            raise ConversionError(f"{where} describes no model that can be: {error}") from None
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ConversionError(
-            f"{where} is of model_type {name!r}; one of {', '.join(FAMILIES)} is required; other families have no "
-            f"table yet (convert/families.py)."
+            f"{where} is of model_type {name!r}; one of {', '.join([*FAMILIES, OWN_NAME])} is required; other families "
+            f"have no table yet (convert/families.py)."
         )
     config = read_config(family.keys, Keys(source.config, where), harmless_keys(family))
     later = [template.split("{later}") for template in family.left_out]

@@ -276,8 +276,6 @@ def verify_models(
 def _describe(path: Path) -> str:
     if not is_source(path):
         return "run"
-    if is_foreign_run(path):
-        return "moesaic"
     with open_model(path) as opened:
         return opened.family
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.checkpoint.stream import TensorReader
 from moesaic.convert.opened import open_model
-from moesaic.convert.source import HuggingFaceFolder, is_foreign_run, is_source
+from moesaic.convert.source import is_source
 from moesaic.convert.tensors import own_tensors
 
 OnProgress = Callable[[str, float], None]
@@ -52,7 +52,7 @@ def compare_weights(
 @contextmanager
 def _tensors(path: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Iterator[Tensor]]]]:
     """Give the shapes of a model's tensors by our names, and what yields the numbers of one, part by part."""
-    if is_source(path) and not is_foreign_run(path):
+    if is_source(path):
         with open_model(path) as opened:
             yield (
                 own_tensors(opened.config),
@@ -60,13 +60,6 @@ def _tensors(path: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[
                     piece.to_ours(opened.source.read(piece.theirs, piece.index)).flatten()
                     for piece in opened.pieces[name]
                 ),
-            )
-    elif is_source(path):
-        with HuggingFaceFolder(path) as folder:
-            names = {name.removeprefix("model."): name for name in folder.layout}
-            yield (
-                {name: folder.layout[theirs].shape for name, theirs in names.items()},
-                lambda name: iter([folder.read(names[name]).flatten()]),
             )
     else:
         with TensorReader(resolve_checkpoint(path).path / "model.safetensors") as reader:
