@@ -116,7 +116,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=14.0)
     options = parser.parse_args()
     source, run, out, copy = (options.folder / name for name in ("source", "run", "exported", "copy"))
-    make(source, options.gigabytes)
+    # In a process of its own: a child's largest resident size starts at its parent's.
+    subprocess.run([sys.executable, __file__, "--make", str(source), str(options.gigabytes)], check=True)
     size = sum(each.stat().st_size for each in source.iterdir())
     os.sync()
     print(machine())
@@ -143,7 +144,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--convert"]:
+    if sys.argv[1:2] == ["--make"]:
+        make(Path(sys.argv[2]), float(sys.argv[3]))
+    elif sys.argv[1:2] == ["--convert"]:
         convert(*sys.argv[2:])
     else:
         main()

@@ -45,6 +45,9 @@ PROMPTS = (
 # One more prompt is all of them so often that it has this length, for positions further on.
 _LONG_PROMPT = 384
 _NEW_TOKENS = 16
+# Each of them reads a large model once more: of one that takes more bytes than this, fewer.
+_LARGE_BYTES = 4 << 30
+_NEW_TOKENS_LARGE = 3
 # fp32 sums in another order differ by some 1e-6 of the largest logit; a lost tensor changes it by much more.
 MAX_RELATIVE = 1e-3
 # Where a factor was multiplied into weights that have 16 bits.
@@ -292,14 +295,17 @@ def compare_models(
     cast: tensors of the first, a run, that are cast before.
     """
     tokenizer, vocab_size, positions = _measure(second if not is_source(second) else first)
-    prompts = _prompts(tokenizer, vocab_size, positions)
+    new_tokens = (
+        _NEW_TOKENS_LARGE if max(_bytes_needed(path) for path in (first, second)) > _LARGE_BYTES else _NEW_TOKENS
+    )
+    prompts = _prompts(tokenizer, vocab_size, max(1, positions - new_tokens))
     answers = []
     for index, each in enumerate((first, second)):
         model = _run(each, (cast or {}) if index == 0 else {})
         found = []
         for place, prompt in enumerate(prompts):
             logits, routes = model.logits(prompt)
-            count = min(_NEW_TOKENS, positions - len(prompt))
+            count = min(new_tokens, positions - len(prompt))
             found.append((logits, routes, model.greedy(prompt, count) if count > 0 else []))
             on_progress("comparing with the source", (index + (place + 1) / len(prompts)) / 2)
         answers.append(found)
@@ -353,9 +359,8 @@ def _compare(first: Sequence[Any], second: Sequence[Any]) -> Comparison:
     return Comparison(len(first), tokens, absolute, relative, agreed / tokens, greedy, tuple(layers))
 
 
-def _prompts(tokenizer: Tokenizer, vocab_size: int, positions: int) -> list[Tensor]:
+def _prompts(tokenizer: Tokenizer, vocab_size: int, room: int) -> list[Tensor]:
     """Token ids of every prompt, and of a long one; those of a tokenizer too large for the model are folded into it."""
-    room = max(1, positions - _NEW_TOKENS)
     prompts = [torch.tensor(ids) % vocab_size for ids in tokenizer.encode_batch(list(PROMPTS)) if ids]
     everything = torch.cat(prompts)
     long = everything.repeat(-(-_LONG_PROMPT // len(everything)))[:_LONG_PROMPT]
