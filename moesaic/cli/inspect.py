@@ -105,6 +105,7 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
                 "model": config.model.to_dict(),
                 "total_tokens": config.tokens,
                 "total_steps": config.total_steps,
+                "origin": None if not checkpoints else _origin(checkpoints[0]),
                 "progress": None if progress is None else progress.to_json(),
                 "checkpoint": None if named is None else named.step,
                 "checkpoints": [
@@ -124,8 +125,12 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
     console = Console()
     console.print(render_model(summary))
     console.print()
-    title = f"progress up to step {named.step:,}" if at and named else f"progress towards {config.total_steps:,} steps"
-    console.print(render_run(metrics, title=title))
+    origin = _origin(checkpoints[0]) if checkpoints else None
+    if origin is not None and not metrics.train:
+        console.print(f"{origin}; not trained here", soft_wrap=True)
+    else:
+        steps = f"up to step {named.step:,}" if at and named else f"towards {config.total_steps:,} steps"
+        console.print(render_run(metrics, title=f"progress {steps}"))
     console.print()
     console.print(
         _checkpoint_table(checkpoints, best=best, named=named if at else None) if checkpoints else "no checkpoint yet"
@@ -178,6 +183,14 @@ def _checkpoint_table(
             notes.append(describe_quantization(info))
         table.add_row(info.path.name, loss, describe_bytes(_size(info)), ", ".join(notes))
     return table
+
+
+def _origin(info: "CheckpointInfo") -> str | None:
+    """Return what a run was made of, where that was not training."""
+    imported, upcycled = info.metadata.get("imported"), info.metadata.get("upcycled")
+    if imported:
+        return f"imported from {imported.get('path')} ({imported.get('family')})"
+    return f"upcycled from {upcycled.get('source')}, step {upcycled.get('step')}" if upcycled else None
 
 
 def _size(info: "CheckpointInfo") -> int:

@@ -185,3 +185,23 @@ def test_a_preset_and_a_file_need_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "4.12B parameters, 455M active" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("metadata", "origin"),
+    [
+        ({"imported": {"path": "models/x", "family": "qwen3"}}, "imported from models/x (qwen3)"),
+        ({"upcycled": {"source": "runs/dense", "step": 7}}, "upcycled from runs/dense, step 7"),
+    ],
+)
+def test_a_converted_run_says_what_it_was_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], metadata: dict[str, Any], origin: str
+) -> None:
+    write_config(load_train_config(NAME, ["data.path=corpus"]), tmp_path / "config.yaml")
+    write_checkpoint(tmp_path, 0, None)
+    path = tmp_path / "checkpoints" / "step-00000000" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": metadata}))
+    assert as_json(capsys, str(tmp_path))["origin"] == origin
+    inspect(str(tmp_path))
+    shown = capsys.readouterr().out
+    assert f"{origin}; not trained here" in shown and "progress" not in shown
