@@ -28,6 +28,11 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     return x.mT if is_tall else x
 
 
+# The factor on the experts' output has some 1 to go (from 0 after upcycling), where a matrix's elements have their
+# deviation of about 0.02; Adam takes steps of the learning rate whatever the gradient, so its rate is so much higher.
+OUTPUT_SCALE_RATE = 50.0
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz, for matrices (M, N) and stacks of them (E, M, N).
 
@@ -77,7 +82,7 @@ class Optimizers:
     def step(self, learning_rate: float) -> None:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group.get("rate", 1.0)
             optimizer.step()
 
     def zero_grad(self) -> None:
@@ -120,15 +125,21 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
 
 
 def _groups(model: nn.Module, config: OptimizerConfig) -> dict[str, list[dict]]:
-    """Weight decay on matrices, on the router its own, on biases and norms none; Muon takes the hidden matrices."""
+    """Weight decay on matrices, on the router its own, on biases, norms and factors none; Muon takes hidden matrices.
+
+    rate: the factor on the learning rate, 1 where there is none.
+    """
     decayed: list[nn.Parameter] = []
     router: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
     single: list[nn.Parameter] = []
     fused: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if name.endswith("router.weight"):
             router.append(parameter)
+        elif name.endswith("output_scale"):
+            scales.append(parameter)
         elif name.endswith("bias") or parameter.dim() < 2:
             plain.append(parameter)
         elif config.name == "muon" and name.startswith("blocks.") and ".mix." not in name:
@@ -139,6 +150,7 @@ def _groups(model: nn.Module, config: OptimizerConfig) -> dict[str, list[dict]]:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": router, "weight_decay": config.router_weight_decay},
         {"params": plain, "weight_decay": 0.0},
+        {"params": scales, "weight_decay": 0.0, "rate": OUTPUT_SCALE_RATE},
     ]
     muon = [
         {"params": single, "weight_decay": config.weight_decay, "num_fused": 1},

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from moesaic.config.model import ModelConfig
 from moesaic.config.train import OptimizerConfig
 from moesaic.model.transformer import Transformer
-from moesaic.train.optim import Muon, Optimizers, clip_gradients, orthogonalize
+from moesaic.train.optim import OUTPUT_SCALE_RATE, Muon, Optimizers, clip_gradients, orthogonalize
 
 MODEL = ModelConfig.from_dict(
     {
@@ -185,3 +185,18 @@ def test_clipping_leaves_gradients_that_are_not_finite_alone(bad: float) -> None
     assert not torch.isfinite(torch.tensor(clip_gradients(model, 1e-3)))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_factor_of_the_experts_moves_faster_than_the_rest() -> None:
+    model = make_model()
+    optimizers = Optimizers(model, OptimizerConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizers.step(1e-3)
+    moved = {
+        name: float((before[name] - parameter.detach()).abs().max()) for name, parameter in model.named_parameters()
+    }
+    # Adam's first step is the rate itself.
+    assert moved["blocks.1.feed_forward.moe.output_scale"] == pytest.approx(1e-3 * OUTPUT_SCALE_RATE, rel=1e-3)
+    assert moved["blocks.0.attention_norm.weight"] == pytest.approx(1e-3, rel=1e-3)
