@@ -12,7 +12,7 @@ import torch
 from moesaic.checkpoint.store import write_manifest
 from moesaic.checkpoint.stream import TensorLayout, TensorWriter
 from moesaic.config.load import write_config
-from moesaic.config.train import DataConfig, TrainConfig
+from moesaic.config.train import DataConfig, ScheduleConfig, TrainConfig
 from moesaic.convert.folder import check_is_new, folder_in_progress
 from moesaic.convert.opened import OpenedModel, open_model
 from moesaic.convert.parity import Certificate, TensorAccount, certify
@@ -20,8 +20,11 @@ from moesaic.convert.tensors import own_tensors
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConversionError
 
-# The length of a run's sequences until somebody trains it on others.
-_SEQUENCE_LENGTH = 2048
+# How an imported model is trained on unless --set says otherwise: what fits beside it in most memories, and a rate that
+# a trained model bears.
+_SEQUENCE_LENGTH = 1024
+_BATCH_SIZE, _MICRO_BATCH_SIZE = 32, 2
+_LEARNING_RATE = 1e-4
 _TOKENS = 100_000_000
 
 OnProgress = Callable[[str, float], None]
@@ -56,6 +59,9 @@ def import_model(
             model=config,
             data=DataConfig(path="", sequence_length=min(_SEQUENCE_LENGTH, max(2, config.max_positions))),
             tokens=_TOKENS,
+            batch_size=_BATCH_SIZE,
+            micro_batch_size=_MICRO_BATCH_SIZE,
+            schedule=ScheduleConfig(learning_rate=_LEARNING_RATE),
         )
         with folder_in_progress(output) as folder:
             checkpoint = folder / "checkpoints" / "step-00000000"
