@@ -4,12 +4,13 @@ A certificate is written into the folder of what was made. Where a side cannot r
 """
 
 import gc
+import io
 import json
 import logging
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -436,14 +437,15 @@ def _routes(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its bars and warnings, which would stand among ours."""
+    """Without its bars and warnings, which would stand among ours; its GGUF reader has a bar that no setting stops."""
     from transformers.utils import logging as theirs
 
     level, has_bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity(logging.CRITICAL)
     theirs.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         theirs.set_verbosity(level)
         if has_bar:
