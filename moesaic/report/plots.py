@@ -57,7 +57,7 @@ def write_plots(run_folder: str | Path) -> list[Path]:
         figures["expert_balance.png"] = expert_balance_figure(experts)
     folder = run_folder / "plots"
     folder.mkdir(exist_ok=True)
-    return [write_figure(figure, folder / name) for name, figure in figures.items()]
+    return [_write(figure, folder / name) for name, figure in figures.items()]
 
 
 def loss_figure(metrics: Metrics) -> Figure:
@@ -104,7 +104,7 @@ def loss_figure(metrics: Metrics) -> Figure:
         )
     if records[-1].skipped_steps:
         notes.append(f"{records[-1].skipped_steps:,} steps skipped")
-    title_axes(axes, "Loss", "; ".join(notes))
+    _title(axes, "Loss", "; ".join(notes))
     axes.set_ylabel("cross-entropy (nats per token)")
     _tokens_axis(axes, tokens)
     axes.legend(frameon=False, loc="upper left" if len(records) == 1 else "upper right", labelcolor=_INK)
@@ -113,40 +113,40 @@ def loss_figure(metrics: Metrics) -> Figure:
 
 def learning_rate_figure(records: Sequence[TrainRecord]) -> Figure:
     """Learning rate, and below it the gradient norm that clipping sees."""
-    figure = empty_figure(9.0, 6.4)
+    figure = _empty(9.0, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     rates = np.asarray([record.learning_rate for record in records])
-    style_axes(top)
+    _style(top)
     top.plot(tokens, rates, color=_BLUE, linewidth=1.8, marker=_marker(records))
     top.set_ylim(bottom=0)
     top.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     top.set_ylabel("learning rate")
-    title_axes(
+    _title(
         top, "Learning rate", f"now {rates[-1]:.3g}, peak {np.nanmax(rates):.3g}" if np.isfinite(rates).any() else ""
     )
-    style_axes(bottom)
+    _style(bottom)
     _raw_and_smooth(bottom, tokens, np.asarray([record.gradient_norm for record in records], dtype=np.float64))
     _log_scale(bottom)
     bottom.set_ylabel("gradient norm")
-    title_axes(bottom, "Gradient norm", "before clipping")
+    _title(bottom, "Gradient norm", "before clipping")
     _tokens_axis(bottom, tokens)
     return figure
 
 
 def throughput_figure(records: Sequence[TrainRecord]) -> Figure:
     """Training speed, as tokens per second and as a share of the machine's peak (or FLOP/s where that is unknown)."""
-    figure = empty_figure(9.0, 6.4)
+    figure = _empty(9.0, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True)
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     speeds = np.asarray([record.tokens_per_second for record in records], dtype=np.float64)
-    style_axes(top)
+    _style(top)
     _raw_and_smooth(top, tokens, speeds)
     _from_zero(top, speeds)
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     top.set_ylabel("tokens per second")
-    title_axes(top, "Throughput", f"mean {finite_mean(speeds.tolist()):,.0f} tokens/s")
-    style_axes(bottom)
+    _title(top, "Throughput", f"mean {finite_mean(speeds.tolist()):,.0f} tokens/s")
+    _style(bottom)
     if any(record.share_of_peak is not None for record in records):
         shares = np.asarray(
             [math.nan if record.share_of_peak is None else record.share_of_peak * 100 for record in records]
@@ -154,13 +154,13 @@ def throughput_figure(records: Sequence[TrainRecord]) -> Figure:
         _raw_and_smooth(bottom, tokens, shares)
         _from_zero(bottom, shares)
         bottom.set_ylabel("share of peak (%)")
-        title_axes(bottom, "Share of the machine's peak", f"mean {finite_mean(shares.tolist()):.1f} %")
+        _title(bottom, "Share of the machine's peak", f"mean {finite_mean(shares.tolist()):.1f} %")
     else:
         flops = np.asarray([record.flops_per_second for record in records], dtype=np.float64) / 1e9
         _raw_and_smooth(bottom, tokens, flops)
         _from_zero(bottom, flops)
         bottom.set_ylabel("GFLOP/s")
-        title_axes(bottom, "Arithmetic", f"mean {finite_mean(flops.tolist()):,.0f} GFLOP/s; the peak is not known")
+        _title(bottom, "Arithmetic", f"mean {finite_mean(flops.tolist()):,.0f} GFLOP/s; the peak is not known")
     _tokens_axis(bottom, tokens)
     return figure
 
@@ -173,7 +173,7 @@ def expert_load_figure(records: Sequence[TrainRecord]) -> Figure:
     columns = min(len(layers), 2 if len(layers) <= 4 else 3 if len(layers) <= 12 else 4)
     rows = math.ceil(len(layers) / columns)
     most_experts = max(len(load) for load in experts[-1].load)
-    figure = empty_figure(max(6.6, 4.9 * columns), (3.1 if most_experts > 64 else 2.55) * rows + 1.1)
+    figure = _empty(max(6.6, 4.9 * columns), (3.1 if most_experts > 64 else 2.55) * rows + 1.1)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     norm = Normalize(-_LOAD_OCTAVES, _LOAD_OCTAVES)
@@ -192,7 +192,7 @@ def expert_load_figure(records: Sequence[TrainRecord]) -> Figure:
         for spine in axes.spines.values():
             spine.set_color("#b8c0c9")
         axes.tick_params(labelsize=8.5, colors=_FAINT_INK)
-        title_axes(axes, f"Layer {layers[place]}: {num_experts} experts", _unusual(warnings, layers[place]), size=10)
+        _title(axes, f"Layer {layers[place]}: {num_experts} experts", _unusual(warnings, layers[place]), size=10)
         below = place + columns >= len(layers)
         if below:
             axes.tick_params(labelbottom=True)
@@ -217,11 +217,11 @@ def expert_balance_figure(records: Sequence[TrainRecord]) -> Figure:
     dropped = np.asarray([record.drop_rate for record in experts], dtype=np.float64) * 100  # (records, layers)
     entropy = np.asarray([record.entropy for record in experts], dtype=np.float64)
     unevenness = np.asarray([[imbalance(load) for load in record.load] for record in experts], dtype=np.float64)
-    figure = empty_figure(9.6, 8.6)
+    figure = _empty(9.6, 8.6)
     panels = figure.subplots(3, 1, sharex=True)
     shades = colormaps["viridis"](np.linspace(0.0, 0.9, len(layers)))
     for axes, values in zip(panels, (dropped, entropy, unevenness), strict=True):
-        style_axes(axes)
+        _style(axes)
         for place, layer in enumerate(layers):
             axes.plot(
                 tokens,
@@ -234,14 +234,12 @@ def expert_balance_figure(records: Sequence[TrainRecord]) -> Figure:
     _from_zero(panels[0], dropped)
     panels[0].set_ylabel("dropped routes (%)")
     none_dropped = np.isfinite(dropped).all() and not dropped.any()
-    title_axes(panels[0], "Drop rate", "no token was dropped" if none_dropped else "over all routed tokens")
+    _title(panels[0], "Drop rate", "no token was dropped" if none_dropped else "over all routed tokens")
     panels[1].set_ylabel("entropy / log(experts)")
-    title_axes(panels[1], "Routing entropy", "1: the router is undecided, 0: certain of every token")
+    _title(panels[1], "Routing entropy", "1: the router is undecided, 0: certain of every token")
     panels[2].set_ylabel("max / mean load")
     panels[2].set_ylim(bottom=1)
-    title_axes(
-        panels[2], "Load of the fullest expert", "1: even; what a device with that expert computes against the mean"
-    )
+    _title(panels[2], "Load of the fullest expert", "1: even; what a device with that expert computes against the mean")
     _tokens_axis(panels[2], tokens)
     if len(layers) <= 8:
         panels[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=_INK)
@@ -309,18 +307,18 @@ def heat_columns(tokens: np.ndarray, experts: Sequence[ExpertRecord], place: int
     return np.concatenate([[0.0], tokens[ends]]), means
 
 
-def empty_figure(width: float, height: float) -> Figure:
+def _empty(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = empty_figure(width, height)
+    figure = _empty(width, height)
     axes = figure.subplots()
-    style_axes(axes)
+    _style(axes)
     return figure, axes
 
 
-def style_axes(axes: Axes) -> None:
+def _style(axes: Axes) -> None:
     axes.grid(True, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -332,7 +330,7 @@ def style_axes(axes: Axes) -> None:
     axes.yaxis.label.set_color(_FAINT_INK)
 
 
-def title_axes(axes: Axes, title: str, note: str = "", *, size: float = 12) -> None:
+def _title(axes: Axes, title: str, note: str = "", *, size: float = 12) -> None:
     axes.set_title(title, loc="left", color=_INK, fontsize=size, fontweight="bold")
     if note:
         axes.set_title(note, loc="right", color=_FAINT_INK, fontsize=size - 2.5)
@@ -383,7 +381,7 @@ def _unusual(warnings: Sequence[ExpertWarning], layer: int) -> str:
     return "; ".join(phrases)
 
 
-def write_figure(figure: Figure, path: Path) -> Path:
+def _write(figure: Figure, path: Path) -> Path:
     partial = path.with_name(f".{path.name}.partial")
     FigureCanvasAgg(figure)
     figure.savefig(partial, format="png", dpi=130, facecolor="white", metadata={"Software": None})
