@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from moesaic.report.plots import empty_figure, style_axes, title_axes, write_figure
+from moesaic.report.drawing import empty_figure, set_title, style_axes, write_figure
 from moesaic.report.quantities import short_number
 from moesaic.report.records import read_metrics
 
@@ -75,8 +75,8 @@ def comparison_figure(curves: Sequence[Curve], *, title: str = "Validation loss"
         panels[0].set_ylim(*_limits(drawn))
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     panels[0].set_ylabel("cross-entropy (nats per token)")
-    title_axes(panels[0], title)
-    title_axes(panels[2], "", "last value of each in brackets")
+    set_title(panels[0], title)
+    set_title(panels[2], "", "last value of each in brackets")
     return figure
 
 

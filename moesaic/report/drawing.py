@@ -1,6 +1,6 @@
 """How every plot looks: figures without pyplot, their axes, colours and titles, and files that appear whole.
 
-What is drawn is in plots.py and evaluation_plots.py.
+What is drawn is in plots.py, comparison.py and evaluation_plots.py.
 """
 
 from pathlib import Path
