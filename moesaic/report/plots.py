@@ -11,13 +11,24 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
+from moesaic.report.drawing import (
+    BLUE,
+    FAINT_INK,
+    INK,
+    LOAD_COLOURS,
+    ORANGE,
+    RED,
+    empty_figure,
+    figure_with_axes,
+    set_title,
+    style_axes,
+    write_figure,
+)
 from moesaic.report.expert_load import ExpertWarning, imbalance, name_unusual
 from moesaic.report.quantities import short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord, read_metrics
@@ -26,14 +37,6 @@ from moesaic.report.summary import finite_mean
 # Points of a line and columns of a heat map: more than a plot has pixels for would only cost time.
 _MOST_RECORDS = 2000
 _HEAT_COLUMNS = 320
-
-_INK, _FAINT_INK, _GRID = "#1f2933", "#5f6c7b", "#e3e7ec"
-_BLUE, _ORANGE, _RED = "#1f5fa8", "#d9731a", "#c0282d"
-
-# Under-used is blue, over-used red, the even share nearly white; equal steps of colour are equal factors.
-_LOAD_COLOURS = LinearSegmentedColormap.from_list(
-    "load", ["#0b2e63", "#2166ac", "#8fbfe0", "#f7f7f7", "#f6b48f", "#d6452f", "#6d0a1f"]
-).with_extremes(bad="#c9ced4")
 _LOAD_OCTAVES = 2.5  # the colours span even share / 5.7 to even share * 5.7
 
 
@@ -57,26 +60,26 @@ def write_plots(run_folder: str | Path) -> list[Path]:
         figures["expert_balance.png"] = expert_balance_figure(experts)
     folder = run_folder / "plots"
     folder.mkdir(exist_ok=True)
-    return [_write(figure, folder / name) for name, figure in figures.items()]
+    return [write_figure(figure, folder / name) for name, figure in figures.items()]
 
 
 def loss_figure(metrics: Metrics) -> Figure:
     """Training loss, raw and smoothed, and validation loss, against tokens."""
     records = metrics.train
-    figure, axes = _figure(9.0, 5.2)
+    figure, axes = figure_with_axes(9.0, 5.2)
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     losses = np.asarray([record.loss for record in records], dtype=np.float64)
     smooth = smoothed(losses)
     evaluations = [record for record in metrics.evaluation if math.isfinite(record.loss)]
 
-    axes.plot(tokens, losses, color=_BLUE, alpha=0.25, linewidth=0.8, marker=_marker(records))
-    axes.plot(tokens, smooth, color=_BLUE, linewidth=1.8, label=f"training, smoothed (now {smooth[-1]:.3f})")
+    axes.plot(tokens, losses, color=BLUE, alpha=0.25, linewidth=0.8, marker=_marker(records))
+    axes.plot(tokens, smooth, color=BLUE, linewidth=1.8, label=f"training, smoothed (now {smooth[-1]:.3f})")
     if evaluations:
         best = min(evaluations, key=lambda record: record.loss)
         axes.plot(
             [record.tokens for record in evaluations],
             [record.loss for record in evaluations],
-            color=_ORANGE,
+            color=ORANGE,
             linewidth=1.0,
             marker="o",
             markersize=4.5,
@@ -98,55 +101,55 @@ def loss_figure(metrics: Metrics) -> Figure:
             transform=axes.get_xaxis_transform(),
             linestyle="none",
             marker="x",
-            color=_RED,
+            color=RED,
             markersize=5,
             label=f"not finite ({broken.sum():,})",
         )
     if records[-1].skipped_steps:
         notes.append(f"{records[-1].skipped_steps:,} steps skipped")
-    _title(axes, "Loss", "; ".join(notes))
+    set_title(axes, "Loss", "; ".join(notes))
     axes.set_ylabel("cross-entropy (nats per token)")
     _tokens_axis(axes, tokens)
-    axes.legend(frameon=False, loc="upper left" if len(records) == 1 else "upper right", labelcolor=_INK)
+    axes.legend(frameon=False, loc="upper left" if len(records) == 1 else "upper right", labelcolor=INK)
     return figure
 
 
 def learning_rate_figure(records: Sequence[TrainRecord]) -> Figure:
     """Learning rate, and below it the gradient norm that clipping sees."""
-    figure = _empty(9.0, 6.4)
+    figure = empty_figure(9.0, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     rates = np.asarray([record.learning_rate for record in records])
-    _style(top)
-    top.plot(tokens, rates, color=_BLUE, linewidth=1.8, marker=_marker(records))
+    style_axes(top)
+    top.plot(tokens, rates, color=BLUE, linewidth=1.8, marker=_marker(records))
     top.set_ylim(bottom=0)
     top.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     top.set_ylabel("learning rate")
-    _title(
+    set_title(
         top, "Learning rate", f"now {rates[-1]:.3g}, peak {np.nanmax(rates):.3g}" if np.isfinite(rates).any() else ""
     )
-    _style(bottom)
+    style_axes(bottom)
     _raw_and_smooth(bottom, tokens, np.asarray([record.gradient_norm for record in records], dtype=np.float64))
     _log_scale(bottom)
     bottom.set_ylabel("gradient norm")
-    _title(bottom, "Gradient norm", "before clipping")
+    set_title(bottom, "Gradient norm", "before clipping")
     _tokens_axis(bottom, tokens)
     return figure
 
 
 def throughput_figure(records: Sequence[TrainRecord]) -> Figure:
     """Training speed, as tokens per second and as a share of the machine's peak (or FLOP/s where that is unknown)."""
-    figure = _empty(9.0, 6.4)
+    figure = empty_figure(9.0, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True)
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     speeds = np.asarray([record.tokens_per_second for record in records], dtype=np.float64)
-    _style(top)
+    style_axes(top)
     _raw_and_smooth(top, tokens, speeds)
     _from_zero(top, speeds)
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     top.set_ylabel("tokens per second")
-    _title(top, "Throughput", f"mean {finite_mean(speeds.tolist()):,.0f} tokens/s")
-    _style(bottom)
+    set_title(top, "Throughput", f"mean {finite_mean(speeds.tolist()):,.0f} tokens/s")
+    style_axes(bottom)
     if any(record.share_of_peak is not None for record in records):
         shares = np.asarray(
             [math.nan if record.share_of_peak is None else record.share_of_peak * 100 for record in records]
@@ -154,13 +157,13 @@ def throughput_figure(records: Sequence[TrainRecord]) -> Figure:
         _raw_and_smooth(bottom, tokens, shares)
         _from_zero(bottom, shares)
         bottom.set_ylabel("share of peak (%)")
-        _title(bottom, "Share of the machine's peak", f"mean {finite_mean(shares.tolist()):.1f} %")
+        set_title(bottom, "Share of the machine's peak", f"mean {finite_mean(shares.tolist()):.1f} %")
     else:
         flops = np.asarray([record.flops_per_second for record in records], dtype=np.float64) / 1e9
         _raw_and_smooth(bottom, tokens, flops)
         _from_zero(bottom, flops)
         bottom.set_ylabel("GFLOP/s")
-        _title(bottom, "Arithmetic", f"mean {finite_mean(flops.tolist()):,.0f} GFLOP/s; the peak is not known")
+        set_title(bottom, "Arithmetic", f"mean {finite_mean(flops.tolist()):,.0f} GFLOP/s; the peak is not known")
     _tokens_axis(bottom, tokens)
     return figure
 
@@ -173,7 +176,7 @@ def expert_load_figure(records: Sequence[TrainRecord]) -> Figure:
     columns = min(len(layers), 2 if len(layers) <= 4 else 3 if len(layers) <= 12 else 4)
     rows = math.ceil(len(layers) / columns)
     most_experts = max(len(load) for load in experts[-1].load)
-    figure = _empty(max(6.6, 4.9 * columns), (3.1 if most_experts > 64 else 2.55) * rows + 1.1)
+    figure = empty_figure(max(6.6, 4.9 * columns), (3.1 if most_experts > 64 else 2.55) * rows + 1.1)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     norm = Normalize(-_LOAD_OCTAVES, _LOAD_OCTAVES)
@@ -186,26 +189,26 @@ def expert_load_figure(records: Sequence[TrainRecord]) -> Figure:
         with np.errstate(divide="ignore", invalid="ignore"):
             octaves = np.log2(loads.T * num_experts)  # (E, columns); an expert without tokens is -inf: deepest blue
         octaves = np.ma.masked_invalid(np.where(np.isneginf(octaves), -2 * _LOAD_OCTAVES, octaves))
-        axes.pcolorfast(edges, np.arange(num_experts + 1) - 0.5, octaves, cmap=_LOAD_COLOURS, norm=norm)
+        axes.pcolorfast(edges, np.arange(num_experts + 1) - 0.5, octaves, cmap=LOAD_COLOURS, norm=norm)
         axes.set_ylim(num_experts - 0.5, -0.5)
         axes.yaxis.set_major_locator(MultipleLocator(max(1, 2 ** math.ceil(math.log2(num_experts / 5)))))
         for spine in axes.spines.values():
             spine.set_color("#b8c0c9")
-        axes.tick_params(labelsize=8.5, colors=_FAINT_INK)
-        _title(axes, f"Layer {layers[place]}: {num_experts} experts", _unusual(warnings, layers[place]), size=10)
+        axes.tick_params(labelsize=8.5, colors=FAINT_INK)
+        set_title(axes, f"Layer {layers[place]}: {num_experts} experts", _unusual(warnings, layers[place]), size=10)
         below = place + columns >= len(layers)
         if below:
             axes.tick_params(labelbottom=True)
-            axes.set_xlabel("tokens", color=_FAINT_INK, fontsize=9)
+            axes.set_xlabel("tokens", color=FAINT_INK, fontsize=9)
         if place % columns == 0:
-            axes.set_ylabel("expert", color=_FAINT_INK, fontsize=9)
+            axes.set_ylabel("expert", color=FAINT_INK, fontsize=9)
         _tokens_axis(axes, tokens, label=False)
-    bar = figure.colorbar(ScalarMappable(norm, _LOAD_COLOURS), ax=grid, extend="both", aspect=18 * rows, pad=0.015)
+    bar = figure.colorbar(ScalarMappable(norm, LOAD_COLOURS), ax=grid, extend="both", aspect=18 * rows, pad=0.015)
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
-    bar.ax.tick_params(labelsize=9, colors=_FAINT_INK)
-    bar.set_label("expert's share of tokens / even share", color=_FAINT_INK, fontsize=9)
+    bar.ax.tick_params(labelsize=9, colors=FAINT_INK)
+    bar.set_label("expert's share of tokens / even share", color=FAINT_INK, fontsize=9)
     bar.outline.set_visible(False)
-    figure.suptitle("Expert load over training", color=_INK, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle("Expert load over training", color=INK, fontsize=13, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
@@ -217,11 +220,11 @@ def expert_balance_figure(records: Sequence[TrainRecord]) -> Figure:
     dropped = np.asarray([record.drop_rate for record in experts], dtype=np.float64) * 100  # (records, layers)
     entropy = np.asarray([record.entropy for record in experts], dtype=np.float64)
     unevenness = np.asarray([[imbalance(load) for load in record.load] for record in experts], dtype=np.float64)
-    figure = _empty(9.6, 8.6)
+    figure = empty_figure(9.6, 8.6)
     panels = figure.subplots(3, 1, sharex=True)
     shades = colormaps["viridis"](np.linspace(0.0, 0.9, len(layers)))
     for axes, values in zip(panels, (dropped, entropy, unevenness), strict=True):
-        _style(axes)
+        style_axes(axes)
         for place, layer in enumerate(layers):
             axes.plot(
                 tokens,
@@ -234,22 +237,24 @@ def expert_balance_figure(records: Sequence[TrainRecord]) -> Figure:
     _from_zero(panels[0], dropped)
     panels[0].set_ylabel("dropped routes (%)")
     none_dropped = np.isfinite(dropped).all() and not dropped.any()
-    _title(panels[0], "Drop rate", "no token was dropped" if none_dropped else "over all routed tokens")
+    set_title(panels[0], "Drop rate", "no token was dropped" if none_dropped else "over all routed tokens")
     panels[1].set_ylabel("entropy / log(experts)")
-    _title(panels[1], "Routing entropy", "1: the router is undecided, 0: certain of every token")
+    set_title(panels[1], "Routing entropy", "1: the router is undecided, 0: certain of every token")
     panels[2].set_ylabel("max / mean load")
     panels[2].set_ylim(bottom=1)
-    _title(panels[2], "Load of the fullest expert", "1: even; what a device with that expert computes against the mean")
+    set_title(
+        panels[2], "Load of the fullest expert", "1: even; what a device with that expert computes against the mean"
+    )
     _tokens_axis(panels[2], tokens)
     if len(layers) <= 8:
-        panels[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=_INK)
+        panels[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK)
     else:
         scale = ScalarMappable(Normalize(layers[0], layers[-1]), colormaps["viridis"].resampled(len(layers)))
         scale.set_cmap(LinearSegmentedColormap.from_list("layers", shades, N=len(layers)))
         bar = figure.colorbar(scale, ax=panels, aspect=45, pad=0.02)
         bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        bar.ax.tick_params(labelsize=9, colors=_FAINT_INK)
-        bar.set_label("layer", color=_FAINT_INK)
+        bar.ax.tick_params(labelsize=9, colors=FAINT_INK)
+        bar.set_label("layer", color=FAINT_INK)
         bar.outline.set_visible(False)
     return figure
 
@@ -307,35 +312,6 @@ def heat_columns(tokens: np.ndarray, experts: Sequence[ExpertRecord], place: int
     return np.concatenate([[0.0], tokens[ends]]), means
 
 
-def _empty(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = _empty(width, height)
-    axes = figure.subplots()
-    _style(axes)
-    return figure, axes
-
-
-def _style(axes: Axes) -> None:
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#b8c0c9")
-    axes.tick_params(colors=_FAINT_INK, labelsize=9)
-    axes.xaxis.label.set_color(_FAINT_INK)
-    axes.yaxis.label.set_color(_FAINT_INK)
-
-
-def _title(axes: Axes, title: str, note: str = "", *, size: float = 12) -> None:
-    axes.set_title(title, loc="left", color=_INK, fontsize=size, fontweight="bold")
-    if note:
-        axes.set_title(note, loc="right", color=_FAINT_INK, fontsize=size - 2.5)
-
-
 def _tokens_axis(axes: Axes, tokens: np.ndarray, *, label: bool = True) -> None:
     end = max(float(tokens[-1]), 1.0)
     axes.set_xlim(0, end * 1.01 if label else end)  # a marker on a last point stays whole, a heat map has no margin
@@ -347,8 +323,8 @@ def _tokens_axis(axes: Axes, tokens: np.ndarray, *, label: bool = True) -> None:
 
 def _raw_and_smooth(axes: Axes, tokens: np.ndarray, values: np.ndarray) -> None:
     values = np.where(np.isfinite(values), values, np.nan)
-    axes.plot(tokens, values, color=_BLUE, alpha=0.25, linewidth=0.8, marker=_marker(values))
-    axes.plot(tokens, smoothed(values), color=_BLUE, linewidth=1.8)
+    axes.plot(tokens, values, color=BLUE, alpha=0.25, linewidth=0.8, marker=_marker(values))
+    axes.plot(tokens, smoothed(values), color=BLUE, linewidth=1.8)
 
 
 def _marker(points: Sequence[object] | np.ndarray) -> str:
@@ -379,11 +355,3 @@ def _unusual(warnings: Sequence[ExpertWarning], layer: int) -> str:
             named = ", ".join(str(expert) for expert in warning.experts)
             phrases.append(f"{warning.kind}: {named if len(warning.experts) <= 3 else len(warning.experts)}")
     return "; ".join(phrases)
-
-
-def _write(figure: Figure, path: Path) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=130, facecolor="white", metadata={"Software": None})
-    partial.replace(path)
-    return path

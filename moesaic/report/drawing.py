@@ -1,0 +1,62 @@
+"""How every plot looks: figures without pyplot, their axes, colours and titles, and files that appear whole.
+
+What is drawn is in plots.py and evaluation_plots.py.
+"""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+INK, FAINT_INK, GRID = "#1f2933", "#5f6c7b", "#e3e7ec"
+BLUE, ORANGE, RED = "#1f5fa8", "#d9731a", "#c0282d"
+
+# Under-used is blue, over-used red, the even share nearly white; equal steps of colour are equal factors.
+LOAD_COLOURS = LinearSegmentedColormap.from_list(
+    "load", ["#0b2e63", "#2166ac", "#8fbfe0", "#f7f7f7", "#f6b48f", "#d6452f", "#6d0a1f"]
+).with_extremes(bad="#c9ced4")
+
+
+def empty_figure(width: float, height: float) -> Figure:
+    """Return a figure of so many inches, without axes."""
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+
+
+def figure_with_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure of so many inches, and its one pair of axes."""
+    figure = empty_figure(width, height)
+    axes = figure.subplots()
+    style_axes(axes)
+    return figure, axes
+
+
+def style_axes(axes: Axes) -> None:
+    """Give axes our grid, frame and colours."""
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#b8c0c9")
+    axes.tick_params(colors=FAINT_INK, labelsize=9)
+    axes.xaxis.label.set_color(FAINT_INK)
+    axes.yaxis.label.set_color(FAINT_INK)
+
+
+def set_title(axes: Axes, title: str, note: str = "", *, size: float = 12) -> None:
+    """Write a title at the left of the axes, and a note at their right."""
+    axes.set_title(title, loc="left", color=INK, fontsize=size, fontweight="bold")
+    if note:
+        axes.set_title(note, loc="right", color=FAINT_INK, fontsize=size - 2.5)
+
+
+def write_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG, whole or not at all, and return its path."""
+    partial = path.with_name(f".{path.name}.partial")
+    FigureCanvasAgg(figure)
+    figure.savefig(partial, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    partial.replace(path)
+    return path
