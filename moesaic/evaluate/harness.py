@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from moesaic.data.chat import render_chat
@@ -107,7 +106,9 @@ class HarnessModel(TemplateLM):
         Raises: ConfigError for generation settings that cannot be met.
         """
         stops = [_stop_strings(request.args[1]) for request in requests]
-        prompts = [self._prompt(*request.args, stop) for request, stop in zip(requests, stops, strict=True)]
+        prompts = [
+            self._prompt(request.args[0], request.args[1], stop) for request, stop in zip(requests, stops, strict=True)
+        ]
         news = self.scorer.generate(prompts, progress=self._stage("generating"))
         texts = []
         for request, stop, new in zip(requests, stops, news, strict=True):

@@ -55,15 +55,14 @@ def read_records(path: Path) -> Iterator[Record]:
             for value in values if isinstance(values, list) else [values]:
                 yield _object(value, path)
         elif path.suffix in (".txt", ".raw"):
-            with path.open(encoding="utf-8") as file:
-                for line in file:
+            with path.open(encoding="utf-8") as text:
+                for line in text:
                     yield {"line": line}
         else:
-            opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-            with opened as file:
-                for line in file:
-                    if line.strip():
-                        yield _object(json.loads(line), path)
+            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+                for row in lines:
+                    if row.strip():
+                        yield _object(json.loads(row), path)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read ({error}); JSON objects in UTF-8, one a line in a .jsonl file, are required; "
@@ -152,9 +151,10 @@ def _boolq(raw: Iterable[Record]) -> list[Record]:
 
 
 def _race(raw: Iterable[Record]) -> list[Record]:
-    """One record of each article. Articles come whole, as RACE's own files (questions, options, answers) or with a list
-    of problems, written out in one form of the hub; or as one record of each question (question, options, answer), those
-    of an article one after the other.
+    """One record of each article.
+
+    Articles come whole, as RACE's own files (questions, options, answers) or with a list of problems, written out as
+    one text in a form of the hub; or as a record of each question (question, options, answer), an article's together.
     """
     articles: list[tuple[str, list[tuple[str, list[str], str]]]] = []
     for record in raw:
