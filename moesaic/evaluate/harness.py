@@ -14,7 +14,8 @@ from moesaic.data.chat import render_chat
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, InstallationError
 from moesaic.evaluate.scorer import Pair, Progress, Prompt, Scorer, score_texts
-from moesaic.evaluate.tasks.registry import Task, quiet
+from moesaic.evaluate.tasks.registry import SEED, Task, quiet
+from moesaic.report.evaluations import MetricResult
 
 try:
     from lm_eval.api.instance import Instance
@@ -29,8 +30,6 @@ except ImportError as error:
 _MAX_NEW_TOKENS = 256
 _COUNT_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GENERATION_KEYS = (*_COUNT_KEYS, "until", "do_sample", "temperature", "top_k", "top_p", "seed")
-# lm_eval's own default.
-SEED = 1234
 
 
 class HarnessModel(TemplateLM):
@@ -171,21 +170,12 @@ def _stop_strings(settings: dict[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """standard_error None: it has none. higher_is_better None: neither is better."""
-
-    value: float
-    standard_error: float | None
-    higher_is_better: bool | None
-
-
-@dataclass(frozen=True)
 class TaskScores:
     """A task's metrics by name, and what became of each of its records, in order (lm_eval's samples)."""
 
     task: str
     version: str
-    metrics: dict[str, Metric]
+    metrics: dict[str, MetricResult]
     num_records: int
     samples: tuple[dict[str, Any], ...]
     seconds: float
@@ -200,8 +190,6 @@ def run_task(model: HarnessModel, task: Task, *, limit: int | None = None, use_c
     """
     from lm_eval.evaluator import evaluate
 
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit ({limit}) is less than 1; at least one record must be run; raise or omit it.")
     if use_chat:
         model.apply_chat_template([{"role": "user", "content": "?"}])  # a template that is missing is missed here
     start = time.perf_counter()
@@ -217,8 +205,11 @@ def run_task(model: HarnessModel, task: Task, *, limit: int | None = None, use_c
     assert found is not None
     higher, aggregations = found["higher_is_better"].get(task.name, {}), task.harness.aggregation()
     samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
-    metrics: dict[str, Metric] = {}
-    for key, value in found["results"][task.name].items():
+    # As the task's own file lists them: the first is the one that counts.
+    listed = [str(each["metric"]) for each in task.harness.config.metric_list or []]
+    values_by_key = found["results"][task.name]
+    metrics: dict[str, MetricResult] = {}
+    for key in sorted(values_by_key, key=lambda key: _place(key.partition(",")[0], listed)):
         name, _, name_of_filter = key.partition(",")
         if not name_of_filter or name.endswith("_stderr"):
             continue
@@ -226,7 +217,9 @@ def run_task(model: HarnessModel, task: Task, *, limit: int | None = None, use_c
         is_mean = getattr(aggregations.get(name), "__name__", "") == "mean"
         values = [float(each[name]) for each in samples if each["filter"] == name_of_filter] if is_mean else []
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        metrics[shown] = Metric(float(value), error, higher.get(name))
+        metrics[shown] = MetricResult(
+            value=float(values_by_key[key]), standard_error=error, higher_is_better=higher.get(name)
+        )
     return TaskScores(
         task=task.name,
         version=str(found["versions"].get(task.name)),
@@ -235,3 +228,7 @@ def run_task(model: HarnessModel, task: Task, *, limit: int | None = None, use_c
         samples=tuple(samples),
         seconds=time.perf_counter() - start,
     )
+
+
+def _place(name: str, listed: Sequence[str]) -> int:
+    return listed.index(name) if name in listed else len(listed)

@@ -21,6 +21,8 @@ from moesaic.evaluate.tasks.records import ENDINGS, Record, convert_records, fin
 PAPER_TASKS = ("lambada", "piqa", "boolq", "race_h", "triviaqa", "webqs")
 # A word for several tasks.
 SETS: Mapping[str, tuple[str, ...]] = {"paper": PAPER_TASKS}
+# Of what is drawn: the shots, and text at a temperature. It is lm_eval's own default.
+SEED = 1234
 _PACKAGE = "moesaic.evaluate.tasks"
 _OWN_SUFFIXES = (".yaml", ".yml")
 
