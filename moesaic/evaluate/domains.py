@@ -19,8 +19,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.model.transformer import Transformer
 
-# Tokens of one pass, and of one document at most where the model has more positions.
-_BATCH_TOKENS = 4096
+# Of one document, where the model has more positions.
 _MOST_TOKENS = 512
 _PERMUTATIONS = 100
 
@@ -173,35 +172,21 @@ def _by_domain(routes: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], num
 def _routes_by_document(
     model: Transformer, documents: Sequence[LabelledDocument], progress: Callable[[str, float], None] | None
 ) -> list[tuple[int, npt.NDArray[np.int64]]]:
-    """Return each MoE layer's number and its routes (documents, experts)."""
-    most = min(model.config.max_positions, _BATCH_TOKENS)
-    lengths = [min(len(document.ids), most) for document in documents]
-    order = sorted(range(len(documents)), key=lambda number: -lengths[number])
+    """Return each MoE layer's number and its routes (documents, experts).
+
+    A pass for each document: a packed model counts the routes of a pass and does not say whose they are.
+    """
     layers = [number for number, layer in enumerate(model.config.layers) if layer.is_moe]
     counts = [np.zeros((len(documents), model.config.layers[layer].num_experts), dtype=np.int64) for layer in layers]
     was_training = model.training
     model.eval()
     try:
-        at = 0
-        while at < len(order):
-            rows = order[at : at + max(1, _BATCH_TOKENS // max(1, lengths[order[at]]))]
-            at += len(rows)
-            tokens = torch.zeros(len(rows), lengths[rows[0]], dtype=torch.int64)
-            for row, number in enumerate(rows):
-                tokens[row, : lengths[number]] = torch.tensor(documents[number].ids[: lengths[number]])
-            own = torch.tensor([lengths[number] for number in rows])
-            valid = torch.arange(tokens.shape[1]) < own[:, None]
-            found = model(tokens.to(model.device), valid=valid.to(model.device)).moe
-            owners = torch.arange(len(rows)).repeat_interleave(own)
-            for place, statistics in enumerate(found):
-                assert statistics.decision is not None
-                num_experts = counts[place].shape[1]
-                ids = statistics.decision.expert_ids.cpu()[valid.flatten()]  # (tokens, K)
-                keys = (owners[:, None] * num_experts + ids).flatten()
-                sums = torch.bincount(keys, minlength=len(rows) * num_experts).view(len(rows), num_experts)
-                counts[place][rows] = sums.numpy()
+        for number, document in enumerate(documents):
+            tokens = torch.tensor([document.ids[: model.config.max_positions]], device=model.device)
+            for place, statistics in enumerate(model(tokens).moe):
+                counts[place][number] = statistics.tokens_per_expert.cpu().numpy()
             if progress is not None:
-                progress("routing", at / len(order))
+                progress("routing", (number + 1) / len(documents))
     finally:
         model.train(was_training)
     return list(zip(layers, counts, strict=True))

@@ -35,7 +35,9 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         if self.shots < 0:
-            raise ConfigError(f"shots ({self.shots}) is less than 0; give 0 for none, or the number of examples.")
+            raise ConfigError(
+                f"shots ({self.shots}) is less than 0; 0 is none, and more are examples before each question; raise it."
+            )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(
                 f"limit ({self.limit}) is less than 1; at least one record must be run; raise or omit it."

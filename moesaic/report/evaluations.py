@@ -4,6 +4,7 @@ A task's file is named by the task and what makes its result another one (shots,
 that is not the run's). Who computes them is evaluate/; what is drawn of them, evaluation_plots.py.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -157,7 +158,8 @@ def _write(path: Path, text: str) -> Path:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise EvaluationError(
             f"{path} cannot be written ({error}); results are kept in the run's folder, which must be writable and "
             f"have room; free some, or print them with --json and --no-keep."
