@@ -26,6 +26,8 @@ _PERMUTATIONS = 100
 
 @dataclass(frozen=True)
 class LabelledDocument:
+    """A text's token ids, an end-of-text token first, and its label."""
+
     domain: str
     ids: tuple[int, ...]
 
