@@ -148,7 +148,7 @@ def run_name(result: TaskResult) -> str:
 
 
 def _file(run_folder: Path, step: int, name: str) -> Path:
-    return run_folder / FOLDER / f"step-{step:08d}" / name
+    return run_folder / FOLDER / f"step-{step:08d}" / name.replace("/", "-")  # a user names tasks as they like
 
 
 def _write(path: Path, text: str) -> Path:
