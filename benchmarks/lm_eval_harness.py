@@ -86,6 +86,7 @@ def main() -> None:
                 }
             )
             rows.append({key: "-" if value is None else value for key, value in values[-1].items()})
+            print(json.dumps(values[-1]), flush=True)  # the table comes when all is done
     print_table(rows)
     print(json.dumps({"limit": options.limit, "shots": options.shots, "rounds": options.rounds, "rows": values}))
 

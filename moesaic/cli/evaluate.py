@@ -12,7 +12,7 @@ from moesaic.cli.progress import shown_progress
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moesaic.evaluate.domains import DomainUsage
+    from moesaic.evaluate.domains import DomainUsage, LayerDomains
     from moesaic.evaluate.perplexity import Perplexity
     from moesaic.model.load import LoadedModel
     from moesaic.report.evaluations import TaskResult
@@ -251,7 +251,7 @@ def _print_tables(
             table.add_row(label, metric, f"{records[label]:,}", *shown)
         console.print(table)
     for run, usage in usages:
-        table = _table(["layer", "experts", "bits", "by chance", "up to", "most its own"])
+        table = _table(["layer", "experts", "bits", "by chance", "up to", "what tells most"])
         for each in usage.layers:
             table.add_row(
                 str(each.layer),
@@ -259,7 +259,7 @@ def _print_tables(
                 f"{each.information_bits:.4f}",
                 f"{each.chance_bits:.4f}",
                 f"{each.chance_bits_high:.4f}",
-                _most_own(usage, each.shares) if each.is_beyond_chance else "no more than chance",
+                _most_own(usage, each) if each.is_beyond_chance else "no more than chance",
             )
         console.print(f"{run}: what the expert tells of the domain, {sum(usage.num_documents):,} documents")
         console.print(table)
@@ -272,11 +272,11 @@ def _cell(found: tuple[float, float | None] | None) -> str:
     return f"{value:,.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def _most_own(usage: "DomainUsage", shares: Any) -> str:
-    """Name the domain and the expert that belong together most."""
-    relative = shares / shares.mean(0).clip(min=1e-9)
-    domain, expert = divmod(int(relative.argmax()), relative.shape[1])
-    return f"{usage.domains[domain]}: expert {expert}, {relative[domain, expert]:.1f} times its mean share"
+def _most_own(usage: "DomainUsage", layer: "LayerDomains") -> str:
+    """Name the domain and the expert that tell most of each other."""
+    relative = layer.shares / layer.shares.mean(0).clip(min=1e-9)
+    domain, expert = divmod(int(layer.contributions.argmax()), relative.shape[1])
+    return f"{usage.domains[domain]}: expert {expert}, {relative[domain, expert]:.1f} times the mean"
 
 
 def _table(columns: Sequence[str], *, left: int = 1, show_header: bool = True) -> Any:
@@ -284,5 +284,5 @@ def _table(columns: Sequence[str], *, left: int = 1, show_header: bool = True) -
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=show_header, header_style="bold")
     for place, name in enumerate(columns):
-        table.add_column(name, justify="left" if place < left else "right")
+        table.add_column(name, justify="left" if place < left else "right", overflow="fold")
     return table

@@ -52,6 +52,11 @@ class LayerDomains:
         return self.routes / np.maximum(self.routes.sum(1, keepdims=True), 1)
 
     @property
+    def contributions(self) -> npt.NDArray[np.float64]:
+        """(domains, experts): what each pair adds to the information, in bits."""
+        return _contributions(self.routes)
+
+    @property
     def is_beyond_chance(self) -> bool:
         return self.information_bits > self.chance_bits_high
 
@@ -157,12 +162,15 @@ def measure_domains(
 
 def information_bits(routes: npt.NDArray[np.int64]) -> float:
     """Return the mutual information of domain and expert, for routes (domains, experts), every domain alike likely."""
+    return float(_contributions(routes).sum())
+
+
+def _contributions(routes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     totals = routes.sum(1, keepdims=True)
-    used = routes[totals[:, 0] > 0] / totals[totals[:, 0] > 0]  # p(expert | domain)
-    mean = used.mean(0, keepdims=True)
+    given = routes / np.maximum(totals, 1)  # p(expert | domain)
+    count = np.count_nonzero(totals)  # a domain without routes says nothing
     with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(used > 0, used * np.log2(used / mean), 0.0)
-    return float(terms.sum() / len(used))
+        return np.where(given > 0, given * np.log2(given * count / given.sum(0)), 0.0) / max(count, 1)
 
 
 def _by_domain(routes: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], num_domains: int) -> npt.NDArray[np.int64]:

@@ -139,6 +139,6 @@ def relative_shares(shares: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.flo
     """
     mean = shares.mean(0)
     relative = np.where(mean > 0, shares / np.where(mean > 0, mean, 1.0), np.nan)
-    best = np.nan_to_num(relative).argmax(0)
+    best = np.where(mean > 0, np.nan_to_num(relative).argmax(0), len(shares))  # the unused ones last
     strength = np.nan_to_num(relative).max(0)
     return relative, np.lexsort((-strength, best))

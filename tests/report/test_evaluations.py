@@ -130,7 +130,7 @@ def test_shares_are_relative_to_the_mean_and_experts_in_order_of_their_domain(tm
     relative, order = relative_shares(shares)
     assert relative[:, 0] == pytest.approx([1 / 3, 5 / 3]) and relative[:, 2] == pytest.approx([1.0, 1.0])
     assert np.isnan(relative[:, 3]).all()
-    assert order.tolist() == [1, 2, 3, 0]
+    assert order.tolist() == [1, 2, 0, 3]
     path = write_domains(
         tmp_path / "plots" / "expert_domains.png", domains=["law", "art"], layers=[1, 3, 5], shares=[shares] * 3,
         information_bits=[0.3, 0.2, 0.01], chance_bits_high=[0.02] * 3,
