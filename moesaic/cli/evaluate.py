@@ -1,83 +1,288 @@
-"""`moesaic evaluate`: how well a run predicts a text."""
+"""`moesaic evaluate`: how well runs predict a text, solve tasks, and share domains among their experts."""
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.cli.progress import shown_progress
+from moesaic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moesaic.evaluate.domains import DomainUsage, LayerDomains
+    from moesaic.evaluate.perplexity import Perplexity
+    from moesaic.model.load import LoadedModel
+    from moesaic.report.evaluations import TaskResult
+
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="RUN (its best checkpoint) or RUN@step.")],
     text: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--text",
             metavar="PATH",
             help="A text (.txt, .md, .jsonl, .parquet), a folder of them, or shards written by `moesaic prepare`, of "
             "which the validation split is taken.",
         ),
-    ],
+    ] = None,
     window: Annotated[
-        int | None, typer.Option("--window", help="Tokens that are seen at once. [default: as in training]")
+        int | None, typer.Option("--window", help="Of --text: tokens that are seen at once. [default: as in training]")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option("--stride", help="Tokens from one window to the next. [default: half a window]")
+        int | None,
+        typer.Option("--stride", help="Of --text: tokens from one window to the next. [default: half a window]"),
     ] = None,
-    limit_tokens: Annotated[int | None, typer.Option("--limit-tokens", help="Measure so many at most.")] = None,
+    limit_tokens: Annotated[
+        int | None, typer.Option("--limit-tokens", help="Of --text: measure so many at most.")
+    ] = None,
     documents: Annotated[
         bool | None,
-        typer.Option("--documents/--no-documents", help="Keep documents apart. [default: as in training]"),
+        typer.Option("--documents/--no-documents", help="Of --text: keep documents apart. [default: as in training]"),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAMES",
+            help="Tasks of the evaluation harness, comma-separated: lambada, piqa, boolq, race_h, triviaqa, webqs "
+            "(all six: paper), arc_easy, arc_challenge, hellaswag, winogrande, blimp, wikitext2, or YAML files.",
+        ),
+    ] = None,
+    tasks_data: Annotated[
+        Path | None,
+        typer.Option(
+            "--tasks-data", metavar="DIR", help="The folder with the tasks' records. [default: the Hugging Face hub]"
+        ),
+    ] = None,
+    shots: Annotated[int, typer.Option("--shots", help="Of --tasks: solved examples before each question.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", help="Of --tasks: only so many records of each.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Of --tasks: questions as messages, by the tokenizer's chat template.")
+    ] = False,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="Of --tasks: keep what became of each record, beside the results.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="PNG", help="Of --tasks: where to draw. [default: plots/evaluations.png of the first run]"
+        ),
+    ] = None,
+    domains: Annotated[
+        Path | None,
+        typer.Option(
+            "--domains", metavar="JSONL", help="Labelled text: which experts serve which labels, against chance."
+        ),
+    ] = None,
+    domain_field: Annotated[str, typer.Option(help="Of --domains: the field with the label.")] = "domain",
+    text_field: Annotated[str, typer.Option(help="Of --domains: the field with the text.")] = "text",
+    domain_documents: Annotated[
+        int | None, typer.Option("--domain-documents", help="Of --domains: so many of each label at most.")
+    ] = None,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Compute in fp32, whatever the run computes in.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep/--no-keep", help="Keep results and plots of tasks and domains in the run's folder.")
+    ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each result, and no table.")] = False,
 ) -> None:
-    """Measure the perplexity of a text, and its bits per byte, which do not depend on the tokenizer.
+    """Measure runs, and compare them: a text's perplexity and bits per byte, tasks, experts by domain.
 
-    Every token is predicted once, with at least window - stride tokens before it, where the text has them.
+    Of a text, every token is predicted once, with at least window - stride tokens before it, where the text has them.
 
-    Example: moesaic evaluate runs/first --text book.txt --limit-tokens 50000
+    Example: moesaic evaluate runs/first runs/second --tasks lambada,piqa --tasks-data eval --limit 200
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from moesaic.evaluate.perplexity import measure_perplexity, text_windows
+    from moesaic.evaluate.run import TaskSettings, load_for_evaluation, run_domains, run_folder, run_tasks
     from moesaic.logs import log_to_stderr
-    from moesaic.model.load import load_run
 
+    _check_options(
+        text=(text, {"window": window, "stride": stride, "limit-tokens": limit_tokens, "documents": documents}),
+        tasks=(
+            tasks,
+            {
+                "tasks-data": tasks_data,
+                "shots": shots or None,
+                "limit": limit,
+                "chat": chat or None,
+                "samples": samples or None,
+                "plot": plot,
+            },
+        ),
+        domains=(domains, {"domain-documents": domain_documents}),
+    )
+    if samples and not keep:
+        raise ConfigError(
+            "--samples was given with --no-keep; samples are kept beside the results; leave one of them out."
+        )
+    settings = None
+    if tasks is not None:
+        settings = TaskSettings(tasks, data=tasks_data, shots=shots, limit=limit, use_chat=chat)
     log_to_stderr()
-    loaded = load_run(run, device=device)
+    texts: list[tuple[str, Perplexity]] = []
+    results: list[TaskResult] = []
+    usages: list[tuple[str, DomainUsage]] = []
+    folder = None
+    with shown_progress() as progress:
+        for run in runs:
+            loaded = load_for_evaluation(run, device=device, precision="fp32" if fp32 else None)
+            folder = folder or run_folder(loaded)
+            if text is not None:
+                found = _measure_text(loaded, text, window, stride, limit_tokens, documents)
+                texts.append((run, found))
+                _print_json(as_json, _text_to_json(run, loaded, text, found))
+            if settings is not None:
+                for result in run_tasks(run, loaded, settings, keep=keep, keep_samples=samples, progress=progress):
+                    results.append(result)
+                    _print_json(as_json, result.to_json())
+            if domains is not None:
+                usage = run_domains(
+                    run, loaded, domains, label_field=domain_field, text_field=text_field,
+                    most_documents=domain_documents, keep=keep, progress=progress,
+                )  # fmt: skip
+                usages.append((run, usage))
+                _print_json(as_json, _domains_to_json(run, loaded, usage))
+            del loaded
+    drawn = None
+    if results and (plot is not None or keep):
+        from moesaic.report.evaluation_plots import write_comparison
+
+        assert folder is not None
+        drawn = write_comparison(results, plot or folder / "plots" / "evaluations.png")
+    if not as_json:
+        _print_tables(texts, results, usages)
+        if drawn is not None:
+            typer.echo(f"Drawn in {drawn}")
+
+
+def _check_options(**groups: tuple[object, dict[str, object]]) -> None:
+    """Raise ConfigError where nothing is asked for, or an option of something that is not."""
+    for name, (asked, options) in groups.items():
+        given = [f"--{option}" for option, value in options.items() if value is not None]
+        if asked is None and given:
+            raise ConfigError(
+                f"{given[0]} was given without --{name}; it says how that is done, and has no effect alone; give "
+                f"--{name} too, or leave it out."
+            )
+    if all(asked is None for asked, _ in groups.values()):
+        raise ConfigError(
+            "nothing to evaluate was given; one of --text, --tasks and --domains is required; try --tasks lambada."
+        )
+
+
+def _measure_text(
+    loaded: "LoadedModel",
+    text: Path,
+    window: int | None,
+    stride: int | None,
+    limit_tokens: int | None,
+    documents: bool | None,
+) -> "Perplexity":
+    from moesaic.evaluate.perplexity import measure_perplexity, text_windows
+
     windows = text_windows(loaded, text, window=window, stride=stride, limit_tokens=limit_tokens, apart=documents)
-    result = measure_perplexity(loaded.model, windows, device=loaded.device)
+    return measure_perplexity(loaded.model, windows, device=loaded.device)
+
+
+def _text_to_json(run: str, loaded: "LoadedModel", text: Path, result: "Perplexity") -> dict[str, Any]:
+    return {
+        "run": run,
+        "step": loaded.info.step,
+        "text": str(text),
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.num_tokens,
+        "bytes": result.num_bytes,
+        "documents": result.num_documents,
+        "window": result.window,
+        "stride": result.stride,
+    }
+
+
+def _domains_to_json(run: str, loaded: "LoadedModel", usage: "DomainUsage") -> dict[str, Any]:
+    from moesaic.evaluate.domains import domains_to_json
+
+    return {"run": run, "step": loaded.info.step, **domains_to_json(usage)}
+
+
+def _print_json(as_json: bool, values: dict[str, Any]) -> None:
     if as_json:
-        values = {
-            "run": run,
-            "step": loaded.info.step,
-            "text": str(text),
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "tokens": result.num_tokens,
-            "bytes": result.num_bytes,
-            "documents": result.num_documents,
-            "window": result.window,
-            "stride": result.stride,
-        }
         # JSON has no NaN and no infinity.
         finite = {
             key: None if isinstance(each, float) and not math.isfinite(each) else each for key, each in values.items()
         }
-        typer.echo(json.dumps(finite))
-        return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("perplexity", f"{result.perplexity:,.3f}")
-    table.add_row("bits per byte", f"{result.bits_per_byte:.4f}")
-    table.add_row("loss, nats per token", f"{result.loss:.4f}")
-    table.add_row("tokens predicted", f"{result.num_tokens:,}")
-    table.add_row("bytes of text", f"{result.num_bytes:,}")
-    table.add_row("documents", f"{result.num_documents:,}")
-    table.add_row("window, stride", f"{result.window}, {result.stride}")
-    Console().print(table)
+        typer.echo(json.dumps(finite, allow_nan=False))
+
+
+def _print_tables(
+    texts: "Sequence[tuple[str, Perplexity]]",
+    results: "Sequence[TaskResult]",
+    usages: "Sequence[tuple[str, DomainUsage]]",
+) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if texts:
+        rows: list[tuple[str, Callable[[Perplexity], str]]] = [
+            ("perplexity", lambda result: f"{result.perplexity:,.3f}"),
+            ("bits per byte", lambda result: f"{result.bits_per_byte:.4f}"),
+            ("loss, nats per token", lambda result: f"{result.loss:.4f}"),
+            ("tokens predicted", lambda result: f"{result.num_tokens:,}"),
+            ("bytes of text", lambda result: f"{result.num_bytes:,}"),
+            ("documents", lambda result: f"{result.num_documents:,}"),
+            ("window, stride", lambda result: f"{result.window}, {result.stride}"),
+        ]
+        table = _table(["", *(run for run, _ in texts)], show_header=len(texts) > 1)
+        for name, show in rows:
+            table.add_row(name, *(show(result) for _, result in texts))
+        console.print(table)
+    if results:
+        from moesaic.report.evaluations import comparison, run_name
+
+        names = list(dict.fromkeys(run_name(result) for result in results))
+        records = {result.label: result.num_records for result in results}
+        table = _table(["task", "metric", "records", *names], left=2)
+        for label, metric, cells in comparison(results):
+            shown = [_cell(None if each is None else (each.value, each.standard_error)) for each in cells]
+            table.add_row(label, metric, f"{records[label]:,}", *shown)
+        console.print(table)
+    for run, usage in usages:
+        table = _table(["layer", "experts", "bits", "by chance", "up to", "what tells most"])
+        for each in usage.layers:
+            table.add_row(
+                str(each.layer),
+                str(each.routes.shape[1]),
+                f"{each.information_bits:.4f}",
+                f"{each.chance_bits:.4f}",
+                f"{each.chance_bits_high:.4f}",
+                _most_own(usage, each) if each.is_beyond_chance else "no more than chance",
+            )
+        console.print(f"{run}: what the expert tells of the domain, {sum(usage.num_documents):,} documents")
+        console.print(table)
+
+
+def _cell(found: tuple[float, float | None] | None) -> str:
+    if found is None:
+        return "-"
+    value, error = found
+    return f"{value:,.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def _most_own(usage: "DomainUsage", layer: "LayerDomains") -> str:
+    """Name the domain and the expert that tell most of each other."""
+    relative = layer.shares / layer.shares.mean(0).clip(min=1e-9)
+    domain, expert = divmod(int(layer.contributions.argmax()), relative.shape[1])
+    return f"{usage.domains[domain]}: expert {expert}, {relative[domain, expert]:.1f} times the mean"
+
+
+def _table(columns: Sequence[str], *, left: int = 1, show_header: bool = True) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=show_header, header_style="bold")
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place < left else "right", overflow="fold")
+    return table

@@ -1,7 +1,7 @@
 """The tokenizer: byte-level BPE of our own training, or a given one, over the `tokenizers` library.
 
 Here: loading, training, encoding, the end-of-text token, the fingerprint; the files that come with a given tokenizer
-(special tokens, chat template) are kept and written again as they are. Not here: applying a chat template.
+(special tokens, chat template) are kept and written again as they are. Applying a chat template is in chat.py.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,23 @@ class Tokenizer:
         """Return the ids of each text, without any begin or end token."""
         return [each.ids for each in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; special tokens appear as their names."""
-        return str(self._inner.decode([int(each) for each in ids], skip_special_tokens=False))
+    def encode_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a text that a template made: special tokens written out in it are themselves.
+
+        add_special_tokens: put before and behind it what the tokenizer's own post-processor puts there (a begin token,
+        say, or nothing).
+        """
+        return list(self._marking.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    @cached_property
+    def _marking(self) -> tokenizers.Tokenizer:
+        inner = tokenizers.Tokenizer.from_str(self._json)
+        inner.encode_special_tokens = False
+        return inner
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ids; special tokens appear as their names, or not at all."""
+        return str(self._inner.decode([int(each) for each in ids], skip_special_tokens=skip_special_tokens))
 
     def token(self, token_id: int) -> str:
         """Return one token as the vocabulary spells it."""
@@ -152,6 +167,18 @@ class Tokenizer:
     @property
     def end_of_text_id(self) -> int:
         return self._end_of_text_id
+
+    @property
+    def begin_of_text_id(self) -> int | None:
+        """The bos_token of the tokenizer's own files, None where they name none."""
+        name = self._configured("bos_token")
+        return None if name is None else self._inner.token_to_id(name)
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """The names of begin, end and the like as the tokenizer's own files give them, by their keys there."""
+        names = {key: self._configured(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return {key: name for key, name in names.items() if name is not None}
 
     @property
     def stop_ids(self) -> frozenset[int]:

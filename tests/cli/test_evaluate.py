@@ -1,11 +1,14 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.evaluate.perplexity import measure_perplexity, text_windows
 from moesaic.model.load import load_run
+from moesaic.report.evaluations import read_results
 
 
 @pytest.fixture
@@ -36,6 +39,80 @@ def test_prepared_shards_are_a_text_too(cli: Any, trained_run: Path, tiny_data: 
     assert packed["documents"] > 1 and packed["loss"] != apart["loss"]
 
 
+RECORDS = [{"goal": f"Go {n}", "sol1": "The License.", "sol2": "No Work at all.", "label": n % 2} for n in range(5)]
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    pytest.importorskip("lm_eval", reason="lm_eval runs the tasks (extra `evaluate`)")
+    folder = tmp_path / "records"
+    folder.mkdir()
+    (folder / "piqa_valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RECORDS), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    path = tmp_path / "labelled.jsonl"
+    texts = {"law": "The License shall prevail over the Work.", "number": "1 2 3 4 5 6 7 8"}
+    rows = [{"topic": topic, "text": text} for topic, text in texts.items() for _ in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def own_run(trained_run: Path, tmp_path: Path) -> Path:
+    """A copy, since results are kept in a run's folder."""
+    return Path(shutil.copytree(trained_run, tmp_path / "own"))
+
+
+def test_a_text_of_several_runs_is_a_column_and_a_line_each(
+    cli: Any, trained_run: Path, own_run: Path, text: Path
+) -> None:
+    lines = cli("evaluate", trained_run, own_run, "--text", text, "--json").out.splitlines()
+    assert [json.loads(line)["run"] for line in lines] == [str(trained_run), str(own_run)]
+    shown = cli("evaluate", trained_run, trained_run, "--text", text, "--fp32").out
+    perplexity = next(line for line in shown.splitlines() if line.startswith("perplexity"))
+    assert len(set(perplexity.split()[1:])) == 1 and len(perplexity.split()) == 3
+
+
+def test_tasks_are_run_kept_drawn_and_told(cli: Any, own_run: Path, records: Path) -> None:
+    command = ["evaluate", own_run, "--tasks", "piqa", "--tasks-data", records, "--device", "cpu"]
+    shown = cli(*command, "--samples").out
+    (result,) = read_results(own_run)
+    assert (result.task, result.num_records, result.shots, result.precision) == ("piqa", 5, 0, "bf16")
+    assert result.records_from == str(records / "piqa_valid.jsonl") and result.versions["lm_eval"]
+    assert result.fingerprints["weights"] == resolve_checkpoint(own_run).files["model.safetensors"]["sha256"]
+    assert f"{result.metrics['acc'].value:.4f} ±" in shown and "acc_norm" in shown
+    folder = own_run / "evaluations" / f"step-{result.step:08d}"
+    samples = [json.loads(line) for line in (folder / "piqa.samples.jsonl").read_text().splitlines()]
+    assert [sample["doc"]["goal"] for sample in samples] == [row["goal"] for row in RECORDS]
+    assert sum(sample["acc"] for sample in samples) / 5 == result.metrics["acc"].value
+    assert (own_run / "plots" / "evaluations.png").is_file()
+    printed = json.loads(cli(*command, "--limit", 3, "--shots", 1, "--fp32", "--json").out)
+    assert (printed["limit"], printed["num_records"], printed["shots"], printed["precision"]) == (3, 3, 1, "fp32")
+    assert sorted(path.name for path in folder.glob("*.json")) == ["piqa-1-shot-first-3-fp32.json", "piqa.json"]
+    (own_run / "plots" / "evaluations.png").unlink()
+    plot = records / "both.png"
+    both = cli("evaluate", own_run, f"{own_run}@{result.step}", *command[2:], "--no-keep", "--plot", plot).out
+    assert plot.is_file() and not (own_run / "plots" / "evaluations.png").exists()
+    row = next(line for line in both.splitlines() if "acc_norm" in line)
+    assert row.count("±") == 2 and len(read_results(own_run)) == 2
+
+
+def test_domains_are_measured_kept_and_drawn(cli: Any, own_run: Path, labelled: Path) -> None:
+    command = ["evaluate", own_run, "--domains", labelled, "--domain-field", "topic", "--domain-documents", 3]
+    shown = cli(*command).out
+    assert "6 documents" in shown and "by chance" in shown
+    (path,) = (own_run / "evaluations").glob("step-*/domains.json")
+    kept = json.loads(path.read_text())
+    assert kept["domains"] == ["law", "number"] and kept["documents"] == [3, 3]
+    assert [len(layer["routes"][0]) for layer in kept["layers"]] == [4, 8]
+    assert (own_run / "plots" / "expert_domains.png").is_file() and read_results(own_run) == []
+    printed = json.loads(cli(*command, "--json").out)
+    assert printed["layers"] == kept["layers"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -44,6 +121,15 @@ def test_prepared_shards_are_a_text_too(cli: Any, trained_run: Path, tiny_data: 
         (["{run}", "--text", "{text}", "--stride", "17"], "ConfigError: stride (17)"),
         (["{run}", "--text", "{text}", "--window", "65"], "ConfigError: window (65)"),
         (["{run}", "--text", "{text}", "--limit-tokens", "0"], "ConfigError: limit_tokens (0)"),
+        (["{run}"], "ConfigError: nothing to evaluate was given"),
+        (["{run}", "--text", "{text}", "--shots", "2"], "ConfigError: --shots was given without --tasks"),
+        (["{run}", "--tasks", "piqa", "--window", "9"], "ConfigError: --window was given without --text"),
+        (["{run}", "--tasks", "piqq"], "ConfigError: there is no task 'piqq'; the nearest are piqa"),
+        (["{run}", "--tasks", "piqa", "--limit", "0"], "ConfigError: limit (0)"),
+        (["{run}", "--tasks", "piqa", "--shots", "-1"], "ConfigError: shots (-1)"),
+        (["{run}", "--tasks", "piqa", "--samples", "--no-keep"], "ConfigError: --samples was given with --no-keep"),
+        (["{run}", "--tasks", "piqa", "--tasks-data", "{run}"], "DataError: {run} has no records for piqa"),
+        (["{run}", "--domains", "absent.jsonl"], "DataError: absent.jsonl does not exist"),
     ],
 )
 def test_a_mistake_ends_with_status_2_and_a_message_in_three_parts(
@@ -51,5 +137,6 @@ def test_a_mistake_ends_with_status_2_and_a_message_in_three_parts(
 ) -> None:
     result = cli("evaluate", *(argument.format(run=trained_run, text=text) for argument in arguments))
     assert result.status == 2
-    assert message in result.err and "Traceback" not in result.err and result.err.count(";") >= 2
+    assert message.format(run=trained_run) in result.err
+    assert "Traceback" not in result.err and result.err.count(";") >= 2
     assert result.out == ""

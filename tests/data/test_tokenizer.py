@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from moesaic.data.corpus import embedded_corpus
+from moesaic.data.shards import ShardSet
 from moesaic.data.tokenizer import END_OF_TEXT, Tokenizer
 from moesaic.errors import DataError
 
@@ -169,3 +170,22 @@ def test_training_refuses_what_cannot_work() -> None:
         Tokenizer.train([], vocab_size=300)
     with pytest.raises(DataError, match="sample_bytes"):
         Tokenizer.train(["text"], vocab_size=300, sample_bytes=0)
+
+
+def test_a_prompt_keeps_special_tokens_that_a_text_may_not_have(tiny_data: Path) -> None:
+    tokenizer = ShardSet.open(tiny_data).load_tokenizer()
+    text = "Work<|endoftext|>License"
+    end = tokenizer.end_of_text_id
+    ids = tokenizer.encode_prompt(text, add_special_tokens=True)
+    assert ids == [*tokenizer.encode("Work"), end, *tokenizer.encode("License")]
+    assert end not in tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.decode(ids, skip_special_tokens=True) == "WorkLicense"
+
+
+def test_the_files_that_came_along_name_the_begin_token(tiny_data: Path) -> None:
+    tokenizer = ShardSet.open(tiny_data).load_tokenizer()
+    assert tokenizer.begin_of_text_id is None
+    config = json.dumps({"bos_token": {"content": "a"}, "eos_token": "<|endoftext|>"})
+    named = Tokenizer(tokenizer.json_text, companions={"tokenizer_config.json": config})
+    assert named.begin_of_text_id == tokenizer.encode("a")[0]
+    assert named.special_names == {"bos_token": "a", "eos_token": "<|endoftext|>"}

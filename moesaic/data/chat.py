@@ -1,0 +1,66 @@
+"""From a conversation to one text, by the Jinja template that comes with a tokenizer."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import DataError, InstallationError
+
+# Stands at the end of a last message that is to be continued; no text holds it.
+_END_OF_LAST = "\ufdd0"
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    """Return the text of a conversation; each message has a `role` and its `content`.
+
+    add_generation_prompt: the text ends where the assistant begins to speak; otherwise it ends within the last message,
+    which is to be continued.
+
+    Raises: DataError where the tokenizer has no template, or it refuses the conversation; InstallationError.
+    """
+    try:
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise InstallationError(
+            f"a chat template was asked for and jinja2 cannot be imported ({error}); templates are Jinja; install it "
+            f"with `pip install 'moesaic[evaluate]'`."
+        ) from None
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the tokenizer has no chat template; one in tokenizer_config.json or chat_template.jinja is required; put "
+            "it beside tokenizer.json in the run folder, or leave the chat out."
+        )
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def strftime_now(pattern: str) -> str:
+        return datetime.datetime.now().strftime(pattern)
+
+    # The file is a user's: nothing in it reaches Python's objects or changes them.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
+    given = [dict(message) for message in messages]
+    if not add_generation_prompt:
+        given[-1]["content"] += _END_OF_LAST
+    values: dict[str, Any] = {
+        **tokenizer.special_names,
+        "messages": given,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    try:
+        text = environment.from_string(tokenizer.chat_template).render(values)
+    except TemplateError as error:
+        raise DataError(
+            f"the chat template cannot make a text of {len(given)} messages with the roles "
+            f"{', '.join(message.get('role', '?') for message in given)} ({error}); it takes the conversations that "
+            f"its model was trained on; leave out a system message, or let the roles take turns."
+        ) from None
+    return text if add_generation_prompt else text.rpartition(_END_OF_LAST)[0]

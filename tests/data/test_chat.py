@@ -1,0 +1,46 @@
+"""What a chat template of a stranger can do: make text, refuse, and nothing else."""
+
+import json
+
+import pytest
+
+from moesaic.data.chat import render_chat
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import DataError
+
+pytest.importorskip("jinja2", reason="chat templates are Jinja (extra `evaluate`)")
+
+USER = {"role": "user", "content": "Hello"}
+
+
+def with_template(template: str) -> Tokenizer:
+    tokenizer = Tokenizer.train(["Hello there, who is it?"], vocab_size=257)
+    config = {"eos_token": "<|endoftext|>", "chat_template": template}
+    return Tokenizer(tokenizer.json_text, companions={"tokenizer_config.json": json.dumps(config)})
+
+
+def test_a_template_has_messages_special_tokens_and_whether_to_prompt() -> None:
+    tokenizer = with_template(
+        "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{{ eos_token }}\n    {% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    assert render_chat(tokenizer, [USER]) == "user: Hello<|endoftext|>\nassistant:"
+    answer = {"role": "assistant", "content": "Who"}
+    assert render_chat(tokenizer, [USER, answer], add_generation_prompt=False) == (
+        "user: Hello<|endoftext|>\nassistant: Who"
+    )
+    assert answer["content"] == "Who"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('roles take turns') }}",
+        "{% for m in messages %}",
+    ],
+)
+def test_a_template_that_reaches_out_or_refuses_is_an_error(template: str) -> None:
+    with pytest.raises(DataError, match=r"cannot make a text of 1 messages with the roles user .*; .*; leave out"):
+        render_chat(with_template(template), [USER])
