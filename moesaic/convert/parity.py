@@ -205,8 +205,9 @@ class _Theirs:
             import moesaic.hf  # noqa: F401  # registers our classes
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
         with _quiet_transformers():
+            # Its other ways to run experts refuse sizes that are no multiple of 16 bytes.
             self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=file, dtype=torch.float32, local_files_only=True
+                folder, gguf_file=file, dtype=torch.float32, local_files_only=True, experts_implementation="eager"
             ).eval()
 
     @torch.no_grad()
