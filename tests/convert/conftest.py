@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.checkpoint.store import save_checkpoint
+from moesaic.checkpoint.store import resolve_checkpoint, save_checkpoint
+from moesaic.checkpoint.stream import TensorReader
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.convert import parity
@@ -85,6 +86,12 @@ class Converted:
     exported: Path
     imported: Certificate
     written: Certificate
+
+    @property
+    def imported_names(self) -> list[str]:
+        """Of the run's tensors."""
+        with TensorReader(resolve_checkpoint(self.run).path / "model.safetensors") as reader:
+            return list(reader.layout)
 
 
 def shorten_check(patch: pytest.MonkeyPatch) -> None:
