@@ -21,6 +21,8 @@ from moesaic.convert.tensors import own_tensors
 from moesaic.model.load import load_run_config
 
 OnProgress = Callable[[str, float], None]
+# Numbers that are compared at a time: what comparing takes beside the two tensors is some times as many bytes.
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -174,10 +176,10 @@ def _parts(reader: TensorReader, name: str) -> Iterator[Tensor]:
 
 
 def _side_by_side(first: Iterator[Tensor], second: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut two streams of equally many numbers, in parts of any sizes, at the same places."""
+    """Cut two streams of equally many numbers, in parts of any sizes, at the same places, into small pieces."""
     one, other = next(first, None), next(second, None)
     while one is not None and other is not None:
-        size = min(len(one), len(other))
+        size = min(len(one), len(other), _CHUNK)
         yield one[:size], other[:size]
         one = one[size:] if len(one) > size else next(first, None)
         other = other[size:] if len(other) > size else next(second, None)
