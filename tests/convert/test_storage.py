@@ -288,8 +288,8 @@ def test_memory_stays_near_the_largest_tensor(
     for step, do in steps:
         with counted() as found:
             do()
-        # A cast holds both, and so does a comparison; 10 KB are for pieces that are compared and the orders of rows.
+        # A cast holds both, and so does a comparison; 15 KB are for pieces that are compared and the orders of rows.
         factor = 1.5 if step == "import" and name != "qwen2, tied" else 2
-        assert found.peak <= factor * largest + 10_000, (step, found.peak)
+        assert found.peak <= factor * largest + 15_000, (step, found.peak)
         assert found.peak >= largest, step
         assert found.live == 0, step
