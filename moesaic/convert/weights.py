@@ -50,11 +50,12 @@ class WeightComparison:
         if self.configs:
             return f"the configs differ in {'; '.join(self.configs[:3])}"
         if self.alone:
-            return f"{len(self.alone)} tensors are in one of them alone ({', '.join(self.alone[:3])})"
+            return f"tensors that only one of them has: {len(self.alone)} ({', '.join(self.alone[:3])})"
         if self.different:
+            total = self.equal + sum(map(len, self.rounded)) + len(self.different)
             return (
-                f"{len(self.different)} tensors differ by more than rounding ({', '.join(self.different[:3])}), by "
-                f"{self.max_absolute:.3g} at most"
+                f"{len(self.different)} of {total} tensors differ by more than rounding "
+                f"({', '.join(self.different[:3])}), by {self.max_absolute:.3g} at most"
             )
         return None
 

@@ -155,7 +155,7 @@ def test_models_of_ours_are_transformers_own(own_run: MakeRun, tmp_path: Path, n
     # Back again it computes the same; where the model was rewritten, by other tensors.
     assert import_model(out, tmp_path / "back").failure is None
     assert (our_logits(tmp_path / "back", tokens) - logits).abs().max() < 1e-4
-    assert verify_models(run, out).failure is None and verify_models(tmp_path / "back", run).failure is None
+    assert verify_models(run, out).failure is None
 
 
 def test_an_unmixed_residual_mlp_is_half_of_twice_itself(own_run: MakeRun, tmp_path: Path) -> None:
