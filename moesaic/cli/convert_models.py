@@ -102,7 +102,7 @@ def verify(
     with shown_progress() as show:
         certificate = verify_models(first, second, on_progress=show)
     verdict = "They compute the same." if certificate.failure is None else f"They differ: {certificate.failure}."
-    _print(certificate, as_json, verdict if certificate.comparison else "")
+    _print(certificate, as_json, verdict if certificate.comparison or certificate.failure else "")
     if certificate.failure is not None:
         raise typer.Exit(1)
 
@@ -134,9 +134,16 @@ def _table(certificate: "Certificate") -> "Table":
         if left:
             table.add_row("left out", f"{len(tensors.left_out)}: {left}{more}")
     if weights is not None:
-        table.add_row("tensors", f"{weights.equal} equal bit by bit, {weights.different} different")
-        if weights.different:
+        rounded = sum(len(each) for each in weights.rounded)
+        table.add_row(
+            "tensors",
+            f"{weights.equal} equal bit by bit, {rounded} but for the dtype's rounding, {len(weights.different)} "
+            f"different",
+        )
+        if weights.max_absolute:
             table.add_row("", f"by {weights.max_absolute:.3g} at most")
+        if weights.configs:
+            table.add_row("configs", "; ".join(weights.configs[:3]))
         if weights.alone:
             table.add_row("", f"{len(weights.alone)} in one of them alone: {', '.join(weights.alone[:3])}")
     if found is None:

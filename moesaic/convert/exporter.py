@@ -6,7 +6,7 @@ the experts' last matrix. Tensors are read, cast and written one at a time.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +23,8 @@ from moesaic.convert.folder import check_is_new, folder_in_progress
 from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, require_gguf
 from moesaic.convert.gguf_tokenizer import tokenizer_metadata
 from moesaic.convert.keys import Inexpressible, write_config_keys
-from moesaic.convert.parity import Certificate, TensorAccount, certify
+from moesaic.convert.parity import Certificate, Change, TensorAccount, certify
+from moesaic.convert.rewriting import Rewriting, rewritings
 from moesaic.convert.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from moesaic.convert.tensors import Piece, TensorRule, foreign_shape, foreign_tensors, own_tensors, pieces_of
 from moesaic.data.tokenizer import Tokenizer
@@ -36,39 +37,6 @@ _SHARD_BYTES = 5 * 10**9
 _GGUF_NAME = "model.gguf"
 
 OnProgress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Rewriting:
-    """A model that computes the same as another, and what its tensors are of that one's.
-
-    factors: tensors that are multiplied, by a number or by another tensor (a scalar). zeros: tensors that are new.
-    """
-
-    config: ModelConfig
-    factors: Mapping[str, float | str]
-    zeros: frozenset[str]
-
-
-def rewritings(config: ModelConfig) -> Iterator[Rewriting]:
-    """Yield the model itself, but for its output scales, and the forms that families may have a place for."""
-    moe, factors = config.moe, dict[str, float | str]()
-    if moe is None:
-        yield Rewriting(config, {}, frozenset())
-        return
-    places = [f"blocks.{layer}.feed_forward" for layer in config.moe_layers]
-    if moe.output_scale:
-        for place in places:
-            factors[f"{place}.moe.experts.down_proj"] = f"{place}.moe.output_scale"
-            if config.mlp_bias:
-                factors[f"{place}.moe.experts.down_bias"] = f"{place}.moe.output_scale"
-        moe = moe.replace(output_scale=False)
-    same = config.replace(moe=moe)
-    yield Rewriting(same, factors, frozenset())
-    if moe.residual == "sum" and not config.mlp_bias:
-        gated = config.replace(moe=moe.replace(residual="sigmoid"))
-        doubled = {f"{place}.mlp.down_proj.weight": 2.0 for place in places}
-        yield Rewriting(gated, {**factors, **doubled}, frozenset(f"{place}.mix.weight" for place in places))
 
 
 class _Weights:
@@ -90,7 +58,7 @@ class _Weights:
             return torch.zeros(stop - start, *self.shapes[name][1:], dtype=torch.bfloat16)
         rows = self._reader.read_rows(name, start, stop)
         factor = self._factors.get(name)
-        return rows if factor is None else (rows.float() * factor).to(rows.dtype)
+        return rows if factor is None else rows.float().mul_(factor)  # rounded once, to what is written
 
     def read_piece(self, piece: Piece) -> Tensor:
         return piece.to_theirs(self.read_rows(piece.ours, piece.start, piece.start + piece.num_rows))
@@ -156,13 +124,13 @@ def export_run(
             for name, pieces in foreign.items()
             for piece in pieces
             if not _holds(layout[name].dtype, weights.dtype(piece.ours))
+            or (piece.ours in choice.rewriting.scales and layout[name].dtype is not torch.float32)
         }
-        # Doubling is exact; a learned factor is not.
-        is_exact = not any(isinstance(each, str) for each in choice.rewriting.factors.values())
         certificate = certify(
             Path(str(run)) if "@" in str(run) else folder,
             target / _GGUF_NAME if format == "gguf" else target,
-            family=choice.family, account=account, is_exact=is_exact, cast=cast, on_progress=on_progress, named=output,
+            family=choice.family, account=account, change=Change(cast, choice.rewriting.scales),
+            on_progress=on_progress, named=output,
         )  # fmt: skip
         certificate.require(force=force)
         certificate.write(target)
@@ -245,7 +213,8 @@ def _write_folder(
         keys = MoesaicConfig(model=choice.rewriting.config.to_dict()).to_dict()
         keys |= {"architectures": ["MoesaicForCausalLM"]}
     else:
-        keys = {**choice.keys, "bos_token_id": None, "use_cache": True}
+        # Said, because some families' classes have a padding token of their own, whose embedding then never learns.
+        keys = {**choice.keys, "bos_token_id": None, "pad_token_id": None, "use_cache": True}
     keys |= {"eos_token_id": ids[0] if len(ids) == 1 else ids, "torch_dtype": str(stored).removeprefix("torch.")}
     (target / CONFIG_NAME).write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(target)

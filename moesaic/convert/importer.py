@@ -82,8 +82,7 @@ def import_model(
                 bytes=sum(each.num_bytes for each in layout.values()),
             )
             certificate = certify(
-                source.path, folder, account=account, family=opened.family, is_exact=True, on_progress=on_progress,
-                named=output,
+                source.path, folder, account=account, family=opened.family, on_progress=on_progress, named=output
             )  # fmt: skip
             certificate.require(force=force)
             certificate.write(folder)

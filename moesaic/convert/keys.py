@@ -29,10 +29,15 @@ class Keys:
         self._left = dict(values)
 
     def take(self, *names: str, default: Any = REQUIRED) -> Any:
-        """Return the value of the first of these names that is there, and count all of them as understood."""
-        found = [self._left.pop(name) for name in names if name in self._left]
+        """Return the value that these names of one thing have, and count all of them as understood."""
+        found = {name: self._left.pop(name) for name in names if name in self._left}
+        if any(value != next(iter(found.values())) for value in found.values()):
+            said = " and ".join(f"{name} is {value!r}" for name, value in found.items())
+            raise ConversionError(
+                f"{self.where}: {said}; these are names of one thing, which has one value; remove one that is wrong."
+            )
         if found:
-            return found[0]
+            return next(iter(found.values()))
         if default is REQUIRED:
             raise ConversionError(
                 f"{self.where} has no {names[0]}; this family of models requires it; complete the file from where the "
@@ -189,6 +194,11 @@ class Rope:
         theta = keys.take("rope_theta", default=self.theta)
         scaling = keys.take("rope_scaling", default=None)
         parameters = keys.take("rope_parameters", default=None)
+        if scaling and parameters and scaling != parameters:
+            raise ConversionError(
+                f"{keys.where}: rope_scaling and rope_parameters are both given and say something else; these are "
+                f"names of one section; remove one that is wrong."
+            )
         for name, given in (("rope_scaling", scaling), ("rope_parameters", parameters)):
             if not isinstance(given, dict | None):
                 raise keys.refuse(name, given, "a section with keys, or null, is required")
@@ -352,6 +362,21 @@ class EqualHeads:
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         theirs["num_key_value_heads"] = config["num_heads"]
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Keys that have to be there: no tensor's shape tells them, and the family's class takes one model's values."""
+
+    names: tuple[str, ...]
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        for name in self.names:
+            if name not in keys.values:
+                keys.take(name)
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        return
 
 
 def put(values: dict[str, Any], path: str, value: Any) -> None:

@@ -11,7 +11,7 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from moesaic.convert.opened import open_model
 from moesaic.convert.source import is_foreign_run, is_source
 from moesaic.convert.weights import WeightComparison, compare_weights
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import ConversionError, MoesaicError
+from moesaic.errors import ConversionError
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.logs import logger
 from moesaic.model.generate import generate
@@ -51,8 +51,6 @@ _LARGE_BYTES = 4 << 30
 _NEW_TOKENS_LARGE = 3
 # fp32 sums in another order differ by some 1e-6 of the largest logit; a lost tensor changes it by much more.
 MAX_RELATIVE = 1e-3
-# Where a factor was multiplied into weights that have 16 bits.
-MAX_RELATIVE_ROUNDED = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ class Comparison:
 
     top1_agreement: share of positions with the same likeliest token. greedy_equal: prompts of num_prompts whose greedy
     continuation is the same. routing_agreement: of each MoE layer, in order, the share of tokens sent to the same
-    experts; empty where there are none, or a side does not tell.
+    experts; empty where there are none, or a side does not tell. made_up: tensors that transformers did not find in a
+    folder, and filled with random numbers.
     """
 
     num_prompts: int
@@ -85,21 +84,43 @@ class Comparison:
     top1_agreement: float
     greedy_equal: int
     routing_agreement: tuple[float, ...]
+    made_up: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to a model's weights before it is compared, so that what differs is the conversion's doing.
+
+    cast: tensors that the other side has in a dtype that holds less, by our names. scales: tensors that are multiplied
+    by another, a factor that is 1 then.
+    """
+
+    cast: Mapping[str, torch.dtype] = field(default_factory=dict)
+    scales: Mapping[str, str] = field(default_factory=dict)
+
+    def apply(self, model: Transformer) -> None:
+        state = model.state_dict()
+        for name, scale in self.scales.items():
+            state[name].mul_(state[scale])
+        for scale in self.scales.values():
+            state[scale].fill_(1)
+        for name, dtype in self.cast.items():
+            if name in state:
+                state[name].copy_(state[name].to(dtype))
 
 
 @dataclass(frozen=True)
 class Certificate:
     """What a check found.
 
-    is_exact: the weights were moved, and cast where `dtype` says so, and nothing else; a source that is cast is
-    compared as cast, so that what differs is the conversion's doing. judge: who computed the foreign side, transformers
-    or, of a GGUF file that it does not read, moesaic itself. not_compared: why there is no comparison.
+    dtype: what weights were cast to; a source that is cast is compared as cast. judge: who computed the foreign side,
+    transformers or, of a GGUF file that it does not read and of weights that are compared as cast, moesaic itself.
+    not_compared: why there is no comparison.
     """
 
     source: str
     result: str
     family: str
-    is_exact: bool
     dtype: str | None
     tensors: TensorAccount | None
     weights: WeightComparison | None
@@ -110,16 +131,19 @@ class Certificate:
     @property
     def failure(self) -> str | None:
         """What is wrong, None where nothing is."""
+        if self.weights is not None and self.weights.failure is not None:
+            return self.weights.failure
         found = self.comparison
         if found is None:
             return None
-        limit = MAX_RELATIVE if self.is_exact else MAX_RELATIVE_ROUNDED
-        if not found.max_relative <= limit:  # NaN is over it
+        if found.made_up:
+            return f"transformers finds no {', '.join(found.made_up[:3])}"
+        if not found.max_relative <= MAX_RELATIVE:  # NaN is over it
             return (
                 f"logits differ by {found.max_absolute:.3g}, {found.max_relative:.3g} of the largest; at most "
-                f"{limit:g} is required"
+                f"{MAX_RELATIVE:g} is required"
             )
-        if self.is_exact and any(share < 1 - MAX_RELATIVE for share in found.routing_agreement):
+        if any(share < 1 - MAX_RELATIVE for share in found.routing_agreement):
             return f"tokens are routed to other experts ({min(found.routing_agreement):.2%} agree in one layer)"
         return None
 
@@ -152,8 +176,23 @@ class Certificate:
         (folder / CERTIFICATE_NAME).write_text(text + "\n", encoding="utf-8")
 
 
+class _DoesNotRunError(Exception):
+    """transformers cannot read or run a model."""
+
+
+@contextmanager
+def _their_errors() -> Iterator[None]:
+    """Which families, and which GGUF architectures, transformers reads, depends on its version."""
+    try:
+        yield
+    except (ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise _DoesNotRunError(f"{type(error).__name__}: {str(error)[:200]}") from None
+
+
 class Runnable(Protocol):
-    """A model that can be asked, in fp32."""
+    """A model that can be asked, in fp32. made_up: tensors that it has from nowhere."""
+
+    made_up: tuple[str, ...]
 
     def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return fp32 logits (S, V) of tokens (S,), and each MoE layer's expert ids (S, K)."""
@@ -165,13 +204,12 @@ class Runnable(Protocol):
 
 
 class _Ours:
-    def __init__(self, run: Path | str, cast: Mapping[str, torch.dtype]) -> None:
-        loaded = load_run(run, device="cpu", pack=False)
-        self._model = loaded.model
+    made_up: tuple[str, ...] = ()
+
+    def __init__(self, run: Path | str, change: Change) -> None:
+        self._model = load_run(run, device="cpu", pack=False).model
         self._model.compute_dtype = torch.float32
-        for name, tensor in self._model.state_dict().items():
-            if name in cast:
-                tensor.copy_(tensor.to(cast[name]))
+        change.apply(self._model)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -183,9 +221,9 @@ class _Ours:
 
 
 class _ReadBack(_Ours):
-    """A foreign file as we read it, where transformers reads its architecture otherwise, or not."""
+    """A foreign model as we read it: one that transformers reads otherwise, or not, or whose weights are changed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, change: Change) -> None:
         with open_model(path) as opened:
             self._model = Transformer(opened.config).eval()
             state = self._model.state_dict()
@@ -194,6 +232,7 @@ class _ReadBack(_Ours):
                 for piece in pieces:
                     tensor = piece.to_ours(opened.source.read(piece.theirs, piece.index))
                     rows[piece.start : piece.start + piece.num_rows] = tensor.view(piece.num_rows, *rows.shape[1:])
+        change.apply(self._model)
 
 
 class _Theirs:
@@ -205,19 +244,24 @@ class _Theirs:
         if is_foreign_run(path):
             import moesaic.hf  # noqa: F401  # registers our classes
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
-        with _quiet_transformers():
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=file, dtype=torch.float32, local_files_only=True
-            ).eval()
+        with _quiet_transformers(), _their_errors():
+            # Its other ways to run experts refuse sizes that are no multiple of 16 bytes.
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=file, dtype=torch.float32, local_files_only=True, experts_implementation="eager",
+                output_loading_info=True,
+            )  # fmt: skip
+        model, info = loaded
+        self._model = model.eval()
+        self.made_up = tuple(sorted(info["missing_keys"]))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with _routes(self._model) as routes:
+        with _routes(self._model) as routes, _their_errors():
             return self._model(tokens[None]).logits[0].float(), routes
 
     @torch.no_grad()
     def greedy(self, tokens: Tensor, count: int) -> list[int]:
-        with _quiet_transformers():
+        with _quiet_transformers(), _their_errors():
             out = self._model.generate(
                 tokens[None], attention_mask=torch.ones_like(tokens[None]), max_new_tokens=count, do_sample=False,
                 eos_token_id=-1, pad_token_id=0,
@@ -230,37 +274,53 @@ def certify(
     result: Path,
     *,
     family: str,
-    is_exact: bool,
-    cast: Mapping[str, torch.dtype] | None = None,
+    change: Change | None = None,
     account: TensorAccount | None = None,
-    weights: WeightComparison | None = None,
     named: Path | None = None,
     on_progress: Any = lambda stage, share: None,
 ) -> Certificate:
     """Compare two models (run folders, Hugging Face folders, GGUF files).
 
-    cast: what the result has the source's tensors in, by our names, where that holds less than the source does. named:
-    where the result will be.
+    change: what the conversion did to the weights beside moving them. named: where the result will be.
     """
-    comparison, reason = None, _obstacle(source, result)
+    changes = (change or Change(), Change())
+    return _certify(
+        (source, result), changes, family=family, account=account, weights=None, named=named, on_progress=on_progress
+    )
+
+
+def _certify(
+    paths: tuple[Path, Path],
+    changes: tuple[Change, Change],
+    *,
+    family: str,
+    account: TensorAccount | None,
+    weights: WeightComparison | None,
+    named: Path | None,
+    on_progress: Any,
+) -> Certificate:
+    comparison, reason = None, _obstacle(*paths)
     if reason is None:
         on_progress("comparing with the source", 0.0)
         try:
-            comparison = compare_models(source, result, cast=cast or {}, on_progress=on_progress)
-        except MoesaicError:
-            raise
-        except (ValueError, RuntimeError, ImportError, KeyError) as error:
-            # Which families, and which GGUF architectures, transformers reads, depends on its version.
-            reason = f"one side does not run here ({type(error).__name__}: {str(error)[:200]})"
+            comparison = compare_models(*paths, changes=changes, on_progress=on_progress)
+        except _DoesNotRunError as error:
+            reason = f"one side does not run here ({error})"
     if reason is not None:
         logger.warning("Logits are not compared: %s.", reason)
-    foreign = [path for path in (source, result) if is_source(path)]
-    judge = "transformers" if all(_is_read_by_transformers(path) for path in foreign) else "moesaic"
-    judged = judge if comparison else None
-    dtype = ", ".join(sorted({str(each).removeprefix("torch.") for each in (cast or {}).values()})) or None
+    is_judge = all(_is_read_by_transformers(path, each) for path, each in zip(paths, changes, strict=True))
+    dtypes = {str(dtype).removeprefix("torch.") for change in changes for dtype in change.cast.values()}
     return Certificate(
-        str(source), str(named or result), family, is_exact, dtype, account, weights, comparison, judged, reason
-    )  # fmt: skip
+        source=str(paths[0]),
+        result=str(named or paths[1]),
+        family=family,
+        dtype=", ".join(sorted(dtypes)) or None,
+        tensors=account,
+        weights=weights,
+        comparison=comparison,
+        judge=None if comparison is None else "transformers" if is_judge else "moesaic",
+        not_compared=reason,
+    )
 
 
 def verify_models(
@@ -268,13 +328,21 @@ def verify_models(
 ) -> Certificate:
     """Compare two models: run folders (RUN or RUN@step), Hugging Face folders, GGUF files.
 
+    They are the same where their tensors are, or those of one are the other's in a dtype that holds less, and the
+    logits are then, of one and of the other in that dtype.
+
     Raises: ConversionError, CheckpointError for what is none of these.
     """
-    paths = [Path(first), Path(second)]
+    paths = (Path(first), Path(second))
     weights = compare_weights(*paths, on_progress=on_progress)
-    is_exact = weights.different == 0 and not weights.alone
+    one, other = (
+        Change({name: getattr(torch, dtype) for name, dtype in rounded.items()}, scales)
+        for rounded, scales in zip(weights.rounded, weights.scaled, strict=True)
+    )
     family = " and ".join(_describe(path) for path in paths)
-    return certify(*paths, family=family, is_exact=is_exact, weights=weights, on_progress=on_progress)
+    return _certify(
+        paths, (one, other), family=family, account=None, weights=weights, named=None, on_progress=on_progress
+    )
 
 
 def _describe(path: Path) -> str:
@@ -288,21 +356,21 @@ def compare_models(
     first: Path,
     second: Path,
     *,
-    cast: Mapping[str, torch.dtype] | None = None,
+    changes: tuple[Change, Change],
     on_progress: Any = lambda stage, share: None,
 ) -> Comparison:
-    """Return how two models differ on the prompts; only one of them is in memory at a time.
-
-    cast: tensors of the first, a run, that are cast before.
-    """
-    tokenizer, vocab_size, positions = _measure(second if not is_source(second) else first)
+    """Return how two models, changed so, differ on the prompts; only one of them is in memory at a time."""
+    tokenizers, vocab_sizes, lengths = zip(*(_measure(path) for path in (first, second)), strict=True)
+    tokenizer = tokenizers[1 if is_source(first) else 0]
+    vocab_size, positions = min(vocab_sizes), min(lengths)
     new_tokens = (
         _NEW_TOKENS_LARGE if max(_bytes_needed(path) for path in (first, second)) > _LARGE_BYTES else _NEW_TOKENS
     )
     prompts = _prompts(tokenizer, vocab_size, max(1, positions - new_tokens))
-    answers = []
+    answers, made_up = [], set[str]()
     for index, each in enumerate((first, second)):
-        model = _run(each, (cast or {}) if index == 0 else {})
+        model = _run(each, changes[index])
+        made_up |= set(model.made_up)
         found = []
         for place, prompt in enumerate(prompts):
             logits, routes = model.logits(prompt)
@@ -312,21 +380,25 @@ def compare_models(
         answers.append(found)
         del model
         gc.collect()
-    return _compare(*answers)
+    return _compare(*answers, made_up=tuple(sorted(made_up)))
 
 
-def _run(path: Path, cast: Mapping[str, torch.dtype]) -> Runnable:
+def _run(path: Path, change: Change) -> Runnable:
     if not is_source(path):
-        return _Ours(path, cast)
-    return _Theirs(path) if _is_read_by_transformers(path) else _ReadBack(path)
+        return _Ours(path, change)
+    return _Theirs(path) if _is_read_by_transformers(path, change) else _ReadBack(path, change)
 
 
-def _is_read_by_transformers(path: Path) -> bool:
-    """Whether transformers can be the judge of a foreign model: of some GGUF architectures it is not.
+def _is_read_by_transformers(path: Path, change: Change) -> bool:
+    """Whether transformers can be the judge of a side: of changed weights, and some GGUF architectures, it is not.
 
     Its reader of GGUF knows no experts in `llama`, nor their size in `qwen3moe`, and takes head_dim to be hidden_size /
     num_heads.
     """
+    if not is_source(path):
+        return True
+    if change.cast or change.scales:
+        return False
     if path.is_dir():
         return True
     with open_model(path) as opened:
@@ -335,7 +407,7 @@ def _is_read_by_transformers(path: Path) -> bool:
         return opened.family in ("gguf llama", "gguf qwen2") and has_usual_heads and config.rope_scaling is None
 
 
-def _compare(first: Sequence[Any], second: Sequence[Any]) -> Comparison:
+def _compare(first: Sequence[Any], second: Sequence[Any], *, made_up: tuple[str, ...]) -> Comparison:
     largest = absolute = 0.0
     tokens = agreed = greedy = 0
     routing: list[list[Tensor]] = []
@@ -357,7 +429,7 @@ def _compare(first: Sequence[Any], second: Sequence[Any]) -> Comparison:
             routing.append(same)
     layers = [torch.cat(each).double().mean().item() for each in zip(*routing, strict=True)]
     relative = absolute / largest if largest > 0 else absolute
-    return Comparison(len(first), tokens, absolute, relative, agreed / tokens, greedy, tuple(layers))
+    return Comparison(len(first), tokens, absolute, relative, agreed / tokens, greedy, tuple(layers), made_up)
 
 
 def _prompts(tokenizer: Tokenizer, vocab_size: int, room: int) -> list[Tensor]:

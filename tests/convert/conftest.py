@@ -1,18 +1,27 @@
-"""Run folders of small models whose matrices are wide enough for groups of 32, with weights that matter."""
+"""Small models to convert: run folders of ours, and every family of transformers' imported and exported once."""
 
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moesaic.checkpoint.store import save_checkpoint
+from moesaic.checkpoint.store import resolve_checkpoint, save_checkpoint
+from moesaic.checkpoint.stream import TensorReader
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
+from moesaic.convert import parity
+from moesaic.convert.parity import Certificate
 from moesaic.data.shards import ShardSet
 from moesaic.model.transformer import Transformer
 
+# Wide enough for groups of 32.
 MODEL: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -65,3 +74,80 @@ def make_run(tiny_data: Path, tmp_path: Path) -> MakeRun:
         return folder
 
     return make
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model of transformers', the folder it was saved in, the run it became, and what the run was exported to."""
+
+    theirs: Any
+    source: Path
+    run: Path
+    exported: Path
+    imported: Certificate
+    written: Certificate
+
+    @property
+    def imported_names(self) -> list[str]:
+        """Of the run's tensors."""
+        with TensorReader(resolve_checkpoint(self.run).path / "model.safetensors") as reader:
+            return list(reader.layout)
+
+
+def shorten_check(patch: pytest.MonkeyPatch) -> None:
+    """Of the prompts of a certificate two and the long one, and two new tokens: enough for what tests compare."""
+    patch.setattr(parity, "PROMPTS", parity.PROMPTS[:2])
+    patch.setattr(parity, "_NEW_TOKENS", 2)
+    # A collection over all that the tests have imported takes longer than these models do.
+    patch.setattr(parity, "gc", SimpleNamespace(collect=lambda: 0))
+
+
+@pytest.fixture
+def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_check(monkeypatch)
+
+
+def _load_families() -> ModuleType:
+    """Return the module families.py, beside this one; it imports transformers when it builds a model."""
+    name = "convert_families"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("families.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FAMILIES = _load_families()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `family` is for the model of every family."""
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", FAMILIES.FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def families() -> ModuleType:
+    """families.py: small random models in transformers' words."""
+    pytest.importorskip("transformers", reason="the families are transformers' models")
+    return FAMILIES
+
+
+@pytest.fixture(scope="session")
+def converted(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Converted]]:
+    """A function that imports a family's model, and exports it again, once for all tests."""
+    from moesaic.convert.exporter import export_run
+    from moesaic.convert.importer import import_model
+
+    @cache
+    def convert(name: str) -> Converted:
+        folder = tmp_path_factory.mktemp("family")
+        model = families.build(name)
+        source = families.save(model, folder / "source")
+        imported = import_model(source, folder / "run")
+        written = export_run(folder / "run", folder / "exported")
+        return Converted(model, source, folder / "run", folder / "exported", imported, written)
+
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_check(patch)
+        yield convert

@@ -1,12 +1,14 @@
 """Small random models of every family in transformers' own words, saved as a user has them, with a tokenizer."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from moesaic.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import transformers
 
 BASE = {
     "vocab_size": 301,
@@ -57,11 +59,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2MoeConfig",
         {**BASE, **EXPERTS, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2},
     ),
+    "qwen2-moe, dense at both ends": (
+        "Qwen2MoeConfig",
+        {**BASE, **EXPERTS, "num_key_value_heads": 1, "shared_expert_intermediate_size": 9, "mlp_only_layers": [0, 2],
+         "tie_word_embeddings": True},
+    ),
     "qwen2-moe, no biases, renormalised": (
         "Qwen2MoeConfig",
         {**BASE, **EXPERTS, "shared_expert_intermediate_size": 7, "qkv_bias": False, "norm_topk_prob": True},
     ),
     "qwen3-moe": ("Qwen3MoeConfig", {**BASE, **EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
+    "qwen3-moe, every second layer": (
+        "Qwen3MoeConfig",
+        {**BASE, **EXPERTS, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "head_dim": 6,
+         "attention_bias": True},
+    ),
+    "qwen3-moe, sizes that nothing divides": (
+        "Qwen3MoeConfig",
+        {**BASE, **EXPERTS, "hidden_size": 22, "head_dim": 6, "moe_intermediate_size": 11, "num_experts": 7},
+    ),
     "qwen3-moe, renormalised, yarn": (
         "Qwen3MoeConfig",
         {**BASE, **EXPERTS, "head_dim": 8, "norm_topk_prob": True, "rope_scaling": YARN},
@@ -76,6 +92,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "routed_scaling_factor": 1.5},
     ),
     "deepseek-v3": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 10}),
+    "deepseek-v3, not renormalised, all layers with experts": (
+        "DeepseekV3Config",
+        {**LATENT, "q_lora_rank": 7, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "n_shared_experts": 2,
+         "first_k_dense_replace": 0, "routed_scaling_factor": 0.7, "tie_word_embeddings": True},
+    ),
     "deepseek-v3, yarn": (
         "DeepseekV3Config",
         {**LATENT, "q_lora_rank": None, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
@@ -83,12 +104,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(name: str, *, seed: int = 0) -> transformers.PreTrainedModel:
+def build(name: str, *, seed: int = 0) -> "transformers.PreTrainedModel":
     """Return a random model whose every tensor matters: norms and biases are not 1 and 0 either."""
+    import transformers
+
     config_class, values = FAMILIES[name]
     config = getattr(transformers, config_class)(**values, bos_token_id=None, eos_token_id=256, pad_token_id=None)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.set_experts_implementation("eager")  # its grouped products want sizes that are multiples of 16 bytes
     with torch.no_grad():
         for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "inv_freq" in tensor_name:
@@ -100,7 +124,7 @@ def build(name: str, *, seed: int = 0) -> transformers.PreTrainedModel:
     return model
 
 
-def save(model: transformers.PreTrainedModel, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def save(model: "transformers.PreTrainedModel", folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Save a model and a tokenizer that has a chat template, as a user gets them."""
     model.to(dtype).save_pretrained(folder)
     Tokenizer.train(["the quick brown fox jumps over the lazy dog. " * 20], vocab_size=290).save(folder)

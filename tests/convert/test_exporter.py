@@ -1,0 +1,211 @@
+"""An exported model is what transformers computes with; what came in goes out again bit for bit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moesaic.checkpoint.store import load_tensors, resolve_checkpoint, save_checkpoint
+from moesaic.convert.exporter import export_run
+from moesaic.convert.importer import import_model
+from moesaic.convert.keys import differences
+from moesaic.convert.opened import open_model
+from moesaic.convert.parity import verify_models
+from moesaic.errors import ConfigError, ConversionError
+from moesaic.model.load import load_run
+
+Converted = Any  # conftest's
+MakeRun = Callable[..., Path]
+TOKENS = torch.randint(301, (2, 67), generator=torch.Generator().manual_seed(3))
+# What says nothing of the mathematics, or of the gradients' either.
+NOT_KEPT = {"model_type", "architectures", "dtype", "transformers_version", "use_cache", "attention_dropout"}
+# What sparse layers stand for is written in one way, whichever way it was read.
+ANOTHER_WAY = {"rope_parameters", "decoder_sparse_step", "mlp_only_layers", "eos_token_id"}
+
+
+@torch.no_grad()
+def their_logits(folder: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    return model(TOKENS).logits
+
+
+def test_what_came_in_goes_out_bit_for_bit(family: str, converted: Callable[[str], Converted]) -> None:
+    each = converted(family)
+    source, exported = load_file(each.source / "model.safetensors"), load_file(each.exported / "model.safetensors")
+    assert source.keys() == exported.keys()
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in source.items())
+    # The same numbers in the same code: what may differ is how a matrix lies in memory.
+    with torch.no_grad():
+        assert (their_logits(each.exported) - each.theirs(TOKENS).logits).abs().max() < 1e-5
+
+
+def test_no_key_of_the_config_is_lost(family: str, converted: Callable[[str], Converted]) -> None:
+    from transformers import AutoConfig
+
+    each = converted(family)
+    given = json.loads((each.source / "config.json").read_text())
+    before, after = (AutoConfig.from_pretrained(folder).to_dict() for folder in (each.source, each.exported))
+    said = [name for name, value in given.items() if name not in NOT_KEPT | ANOTHER_WAY and value is not None]
+    assert [name for name in said if before[name] != after[name]] == []
+    with open_model(each.source) as one, open_model(each.exported) as other:
+        assert one.family == other.family == each.written.family
+        assert differences(one.config, other.config) == []
+        same = dict.fromkeys(("rope_scaling", "attention_scale"))  # equal but for the last bit
+        assert one.config.replace(**same) == other.config.replace(**same)
+
+
+def test_the_certificate_of_an_export_says_so(family: str, converted: Callable[[str], Converted]) -> None:
+    written = converted(family).written
+    assert written.failure is None and written.judge == "transformers" and written.dtype is None
+    assert written.comparison.max_absolute < 1e-4 and written.comparison.greedy_equal == 3
+    assert json.loads((converted(family).exported / "parity.json").read_text()) == written.to_json()
+
+
+MODEL = {
+    "vocab_size": 320, "hidden_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 20,
+    "max_positions": 64, "init_std": 0.2,
+}  # fmt: skip
+MOE = {"num_experts": 5, "top_k": 2, "intermediate_size": 12}
+SURE = {"renormalize": True}
+# Name: the family that can describe the model, or our own classes, and the model.
+OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("llama", MODEL),
+    "dense, biases of queries, keys and values": ("qwen2", {**MODEL, "attention_bias": "qkv", "tie_embeddings": False}),
+    "plain": ("mixtral", {**MODEL, "moe": {**MOE, "intermediate_size": 20, "router": SURE}}),
+    "plain, scaled": (
+        "mixtral",
+        {**MODEL, "moe": {**MOE, "intermediate_size": 20, "router": SURE, "output_scale": True}},
+    ),
+    "plain, normed heads, some dense": ("qwen3_moe", {**MODEL, "qk_norm": "head", "moe": {**MOE, "layers": [0, 2]}}),
+    "residual sum": ("qwen2_moe", {**MODEL, "moe": {**MOE, "residual": "sum"}}),
+    "residual sum, every second": (
+        "qwen2_moe",
+        {**MODEL, "attention_bias": "qkv",
+         "moe": {**MOE, "every": 2, "residual": "sum", "residual_intermediate_size": 9}},
+    ),
+    "residual sum, scaled": ("qwen2_moe", {**MODEL, "moe": {**MOE, "residual": "sum", "output_scale": True}}),
+    "residual sigmoid": ("qwen2_moe", {**MODEL, "moe": {**MOE, "residual": "sigmoid", "router": SURE}}),
+    "latent": (
+        "deepseek_v2",
+        {**MODEL, "num_kv_heads": 4,
+         "moe": {**MOE, "layers": [1, 2], "residual": "sum", "residual_intermediate_size": 24},
+         "latent_attention": {
+             "query_rank": 9, "kv_rank": 8, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 7}},
+    ),
+    "plain, not renormalised": ("moesaic", {**MODEL, "moe": MOE}),
+    "pyramid": ("moesaic", {**MODEL, "moe": {**MOE, "num_experts": [4, 4, 7], "residual": "sum"}}),
+    "pyramid, softmax, scaled": (
+        "moesaic",
+        {**MODEL, "moe": {**MOE, "num_experts": [3, 8], "layers": [0, 2], "residual": "softmax", "output_scale": True}},
+    ),
+    "layernorm, gelu, learned": (
+        "moesaic",
+        {**MODEL, "norm": "layernorm", "activation": "gelu", "positions": "learned", "attention_bias": "all",
+         "mlp_bias": True, "moe": {**MOE, "residual": "softmax"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def own_run(make_run: MakeRun, short_check: None) -> MakeRun:
+    """A function (name in OWN, dtype) that returns a run in which no factor is 1 and no bias 0."""
+
+    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        run = make_run("moe", model=OWN[name][1])
+        generator, stored = torch.Generator().manual_seed(2), load_tensors(resolve_checkpoint(run), "model")
+        for tensor in stored.values():
+            if tensor.dim() < 2:
+                tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
+        stored = {each: tensor.to(dtype) for each, tensor in stored.items()}
+        save_checkpoint(run, 8, model=stored, optimizer={}, metadata={"validation_loss": 4.0})
+        return run
+
+    return make
+
+
+@torch.no_grad()
+def our_logits(run: Path, tokens: Tensor) -> Tensor:
+    model = load_run(run, device="cpu", pack=False).model
+    model.compute_dtype = torch.float32
+    return model.logits(model(tokens).hidden)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_models_of_ours_are_transformers_own(own_run: MakeRun, tmp_path: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import moesaic.hf  # noqa: F401  # registers our classes
+
+    run, out, tokens = own_run(name), tmp_path / "out", TOKENS[:, :41]
+    written = export_run(run, out)
+    assert written.failure is None and written.family == OWN[name][0] and written.judge == "transformers"
+    model = AutoModelForCausalLM.from_pretrained(out, experts_implementation="eager").eval()
+    config = json.loads((out / "config.json").read_text())
+    assert type(model).__name__ == config["architectures"][0] and config["model_type"] == written.family
+    with torch.no_grad():
+        logits = model(tokens).logits
+    assert (logits - our_logits(run, tokens)).abs().max() < 1e-4 and logits.abs().max() > 1
+    # Back again it computes the same; where the model was rewritten, by other tensors.
+    assert import_model(out, tmp_path / "back").failure is None
+    assert (our_logits(tmp_path / "back", tokens) - logits).abs().max() < 1e-4
+    assert verify_models(run, out).failure is None
+
+
+def test_an_unmixed_residual_mlp_is_half_of_twice_itself(own_run: MakeRun, tmp_path: Path) -> None:
+    run = own_run("residual sum", torch.bfloat16)
+    export_run(run, tmp_path / "out")
+    ours, written = load_tensors(resolve_checkpoint(run), "model"), load_file(tmp_path / "out" / "model.safetensors")
+    for layer in range(3):
+        place = f"model.layers.{layer}.mlp.shared_expert"
+        assert written[f"{place}_gate.weight"].shape == (1, 24) and not written[f"{place}_gate.weight"].any()
+        mlp = f"blocks.{layer}.feed_forward.mlp"
+        assert torch.equal(written[f"{place}.down_proj.weight"], 2 * ours[f"{mlp}.down_proj.weight"])
+        assert torch.equal(written[f"{place}.up_proj.weight"], ours[f"{mlp}.up_proj.weight"])
+
+
+@pytest.mark.parametrize("name", ["plain, scaled", "residual sum, scaled"])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float32", None), ("float32", "bf16"), ("bfloat16", None), ("bfloat16", "fp32")]
+)
+def test_a_factor_is_in_the_experts_and_rounded_once(
+    own_run: MakeRun, tmp_path: Path, name: str, stored: str, dtype: str | None
+) -> None:
+    """The check takes the source with the rounded product, so even 16 bits leave it nothing to forgive."""
+    run, out = own_run(name, getattr(torch, stored)), tmp_path / "out"
+    written = export_run(run, out, dtype=dtype)
+    assert written.comparison is not None and written.comparison.max_relative < 1e-5
+    found = verify_models(run, out)
+    assert found.failure is None and found.comparison is not None and found.comparison.max_relative < 1e-5
+    ours, theirs = load_tensors(resolve_checkpoint(run), "model"), load_file(out / "model.safetensors")
+    for layer in range(3):
+        moe = f"blocks.{layer}.feed_forward.moe"
+        product = ours[f"{moe}.experts.down_proj"].float() * ours[f"{moe}.output_scale"].float()
+        names = [each for each in theirs if f"layers.{layer}." in each and ".experts." in each]
+        down = [theirs[each] for each in sorted(names) if each.endswith(("w2.weight", "down_proj.weight"))]
+        assert torch.equal(torch.stack(down), product.to(down[0].dtype))
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(own_run: MakeRun, tmp_path: Path) -> None:
+    run, out = own_run("pyramid"), tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"format \('pickle'\) is not known; one of huggingface, gguf is required"):
+        export_run(run, out, format="pickle")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"dtype \('int3'\) is not known; one of fp32, bf16, fp16"):
+        export_run(run, out, dtype="int3")
+    with pytest.raises(ConversionError, match=r"no GGUF architecture known here describes this model; .*layout"):
+        export_run(run, out, format="gguf")
+    with pytest.raises(ConfigError, match=r"exists; what is converted needs a folder of its own"):
+        export_run(run, run)
+    # fp16 ends at 65,504.
+    stored = load_tensors(resolve_checkpoint(run), "model")
+    stored["blocks.1.attention.o_proj.weight"][0, 0] = 1e6
+    save_checkpoint(run, 9, model=stored, optimizer={}, metadata={"validation_loss": 3.0})
+    with pytest.raises(ConversionError, match=r"does not compute what .* does: .*; nothing was kept"):
+        export_run(run, out, dtype="fp16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [run.name]

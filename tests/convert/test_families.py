@@ -1,0 +1,165 @@
+"""The tables know the configs that are published: no key is unknown, and the parameters are as many as published."""
+
+import json
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from moesaic.config.model import ModelConfig
+from moesaic.convert.families import FAMILIES, harmless_keys
+from moesaic.convert.keys import Keys, differences, read_config
+from moesaic.convert.tensors import own_tensors
+from moesaic.errors import ConversionError
+
+USUAL = {"attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "use_cache": True,
+         "initializer_range": 0.02, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "rope_scaling": None,
+         "_name_or_path": ""}  # fmt: skip
+QWEN = {**USUAL, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False, "vocab_size": 151936}
+YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+DEEPSEEK = {**USUAL, "attention_bias": False, "ep_size": 1, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+            "moe_layer_freq": 1, "pretraining_tp": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+            "rms_norm_eps": 1e-6, "rope_theta": 10000, "v_head_dim": 128, "tie_word_embeddings": False,
+            "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"}}  # fmt: skip
+
+# Name: its parameters, and its config.json.
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "SmolLM2-135M": (134_515_008, {
+        **USUAL, "model_type": "llama", "attention_bias": False, "hidden_size": 576, "intermediate_size": 1536,
+        "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 9,
+        "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+        "rope_interleaved": False, "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152,
+        "transformers.js_config": {"dtype": "q4"}}),
+    "Llama-3.2-1B": (1_235_814_400, {
+        **USUAL, "model_type": "llama", "attention_bias": False, "head_dim": 64, "hidden_size": 2048,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
+        "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256}),
+    "Qwen2.5-0.5B": (494_032_768, {
+        **QWEN, "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
+        "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+        "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False}),
+    "Qwen3-0.6B": (596_049_920, {
+        **QWEN, "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_size": 1024,
+        "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16,
+        "num_hidden_layers": 28, "num_key_value_heads": 8, "sliding_window": None, "tie_word_embeddings": True}),
+    "Mixtral-8x7B": (46_702_792_704, {
+        **USUAL, "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6, "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+        "vocab_size": 32000}),
+    "OLMoE-1B-7B": (6_919_161_856, {
+        **USUAL, "model_type": "olmoe", "attention_bias": False, "clip_qkv": None, "hidden_size": 2048,
+        "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16,
+        "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
+        "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304}),
+    "Qwen1.5-MoE-A2.7B": (14_315_784_192, {
+        **QWEN, "model_type": "qwen2_moe", "decoder_sparse_step": 1, "hidden_size": 2048, "intermediate_size": 5632,
+        "max_position_embeddings": 8192, "max_window_layers": 21, "moe_intermediate_size": 1408,
+        "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+        "num_hidden_layers": 24, "num_key_value_heads": 16, "output_router_logits": False,
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 5632, "sliding_window": 32768,
+        "tie_word_embeddings": False}),
+    "Qwen3-30B-A3B": (30_532_122_624, {
+        **QWEN, "model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128,
+        "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+        "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+        "output_router_logits": False, "router_aux_loss_coef": 0.001, "sliding_window": None,
+        "tie_word_embeddings": False}),
+    "DeepSeek-V2-Lite": (15_706_484_224, {
+        **DEEPSEEK, "model_type": "deepseek_v2", "aux_loss_alpha": 0.001, "first_k_dense_replace": 1,
+        "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_group": 1,
+        "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16,
+        "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax", "seq_aux": True, "topk_group": 1, "topk_method": "greedy", "vocab_size": 102400}),
+    "DeepSeek-V3": (671_026_419_200, {
+        **DEEPSEEK, "model_type": "deepseek_v3", "first_k_dense_replace": 3, "hidden_size": 7168,
+        "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
+        "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "topk_group": 4, "topk_method": "noaux_tc", "vocab_size": 129280}),
+}  # fmt: skip
+
+
+def read(values: dict[str, Any]) -> ModelConfig:
+    family = FAMILIES[values["model_type"]]
+    return read_config(family.keys, Keys(values, "config.json"), harmless_keys(family))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_understood_to_the_last_parameter(name: str) -> None:
+    parameters, values = PUBLISHED[name]
+    assert sum(prod(shape) for shape in own_tensors(read(values)).values()) == parameters
+
+
+def test_a_missing_key_means_what_transformers_takes_or_is_asked_for(family: str, families: ModuleType) -> None:
+    """transformers' classes have the sizes of one model for what is missing; a tensor's shape tells, or we ask."""
+    import transformers
+
+    config_class, values = families.FAMILIES[family]
+    make = getattr(transformers, config_class)
+    general = transformers.PretrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
+
+    def full(given: dict[str, Any]) -> dict[str, Any]:
+        found = json.loads(json.dumps(make(**given).to_dict()))
+        return {"model_type": make.model_type} | {key: each for key, each in found.items() if key not in general}
+
+    # Their number says what tensors there are and of which shapes.
+    shape_tells = {
+        "head_dim", "num_key_value_heads", "q_lora_rank", "n_shared_experts", "first_k_dense_replace",
+    }  # fmt: skip
+    everything = full(values)
+    for key in everything.keys() - shape_tells - {"model_type"}:
+        rest = {name: each for name, each in everything.items() if name != key}
+        try:
+            ours = read(rest)
+        except ConversionError as error:
+            assert "requires it" in str(error) or "top_groups (2) is more" in str(error), (key, error)
+            continue
+        theirs = read(full({name: each for name, each in rest.items() if name != "model_type"}))
+        assert differences(ours, theirs) == [], key
+
+
+def test_what_deepseek_v3_takes_for_missing_groups_is_asked_for() -> None:
+    for missing in (("n_group",), ("topk_group",), ("n_group", "topk_group")):
+        values = {name: each for name, each in PUBLISHED["DeepSeek-V3"][1].items() if name not in missing}
+        with pytest.raises(ConversionError, match=rf"config.json has no {missing[0]}; .*complete the file"):
+            read(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        ("OLMoE-1B-7B", {"num_local_experts": 32}, r"num_experts is 64 and num_local_experts is 32; .*remove one"),
+        ("Llama-3.2-1B", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+         r"rope_scaling and rope_parameters are both given and say something else; .*remove one"),
+        ("Llama-3.2-1B", {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+         r"rope_type is 'yarn' and type is 'linear'"),
+        ("Qwen2.5-0.5B", {"use_mrope": True}, r"use_mrope is True; False is required"),
+    ],
+)  # fmt: skip
+def test_keys_that_contradict_one_another_are_refused(name: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        read({**PUBLISHED[name][1], **keys})
+
+
+def test_a_key_that_stands_twice_and_says_the_same_is_read() -> None:
+    values = PUBLISHED["Llama-3.2-1B"][1]
+    scaling = {**values["rope_scaling"], "type": "llama3", "rope_theta": 500000.0}
+    assert read({**values, "rope_scaling": scaling, "rope_parameters": scaling}) == read(values)
+    olmoe = PUBLISHED["OLMoE-1B-7B"][1]
+    assert read({**olmoe, "num_local_experts": 64}) == read(olmoe)
