@@ -7,6 +7,7 @@ readers map the whole file, whose pages then count as the process's memory; here
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -99,12 +100,8 @@ class TensorReader:
             return tensor
         view = tensor.view(-1).view(torch.uint8).numpy().data
         self._file.seek(place)
-        done = 0
-        while done < len(view):
-            count = self._file.readinto(view[done:])
-            if not count:
-                raise CheckpointError(f"{self.path} ends before its tensors do; it is truncated; fetch it again.")
-            done += count
+        if not fill(view, self._file):
+            raise CheckpointError(f"{self.path} ends before its tensors do; it is truncated; fetch it again.")
         return tensor
 
     def __enter__(self) -> "TensorReader":
@@ -112,6 +109,17 @@ class TensorReader:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def fill(view: memoryview, file: RawIOBase) -> bool:
+    """Read from an unbuffered file, which may give less at a time, until view is full; False if the file ends first."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            return False
+        done += count
+    return True
 
 
 class TensorWriter:
