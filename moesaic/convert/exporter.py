@@ -19,7 +19,7 @@ from moesaic.checkpoint.store import check_file, resolve_checkpoint
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, Family, harmless_keys
-from moesaic.convert.folder import check_is_new, folder_in_progress
+from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
 from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, require_gguf
 from moesaic.convert.gguf_tokenizer import tokenizer_metadata
 from moesaic.convert.keys import Inexpressible, write_config_keys
@@ -135,6 +135,7 @@ def export_run(
             f"run that it was made from ({info.metadata[KEY].get('source')})."
         )
     check_is_new(output)
+    check_is_outside(output, folder)
     config = load_run_config(folder).model
     tokenizer = Tokenizer.load(folder)
     choice = _choose_gguf(config) if format == "gguf" else _choose_folder(config)

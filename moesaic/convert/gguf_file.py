@@ -45,6 +45,8 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufContents:
+    """metadata: every value by its key, lists as lists. tensors: by name, in the file's order."""
+
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 

@@ -23,13 +23,14 @@ DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_SAMPLE_BYTES = 32 * 2**20
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+GENERATION_NAME = "generation_config.json"
 # What tells other tools, and a chat, more of a tokenizer than its vocabulary.
 COMPANION_NAMES = (
     CONFIG_NAME,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_NAME,
 )
 _MAX_COMPANION_BYTES = 16 << 20
 
@@ -60,6 +61,7 @@ class Tokenizer:
             ) from None
         # Ids may have gaps: what a model needs is an embedding for the highest.
         self._vocab_size = 1 + max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._companion(GENERATION_NAME)  # what is wrong with it is said now, not when a model is to stop
         configured = self._configured("eos_token")
         self._end_of_text, self._end_of_text_id = self._find_end_of_text(configured)
         added = self._inner.get_added_tokens_decoder().get(self._end_of_text_id)
@@ -161,7 +163,7 @@ class Tokenizer:
         """The tokens that end what a model says: the end of text, and what the tokenizer's own files call so."""
         names = {self._end_of_text, self._configured("eos_token")}
         found = {self._inner.token_to_id(name) for name in names if name is not None}
-        ids = self._companion("generation_config.json").get("eos_token_id")
+        ids = self._companion(GENERATION_NAME).get("eos_token_id")
         found |= {each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)}
         return frozenset(each for each in found if each is not None and 0 <= each < self._vocab_size)
 

@@ -1,6 +1,6 @@
 """Run folders of small models whose matrices are wide enough for groups of 32, with weights that matter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,37 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function (name of families.py, **values of its config) that returns such a model's folder, to be copied."""
+    import importlib.util
+
+    pytest.importorskip("transformers", reason="the families are transformers' models")
+    spec = importlib.util.spec_from_file_location("families_to_save", Path(__file__).with_name("families.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def save(name: str, /, **values: Any) -> Path:
+        config_class, usual = module.FAMILIES[name]
+        module.FAMILIES["asked for"] = config_class, {**usual, **values}
+        return module.save(module.build("asked for"), tmp_path_factory.mktemp("saved") / "model")
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def few_prompts() -> Iterator[None]:
+    """Two of a certificate's prompts and two new tokens: what is compared is not what these tests are about."""
+    from moesaic.convert import parity
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "PROMPTS", parity.PROMPTS[1:3])
+        patch.setattr(parity, "_NEW_TOKENS", 2)
+        patch.setattr(parity.gc, "collect", lambda: 0)  # over all that the tests have imported
+        yield
 
 
 @pytest.fixture
