@@ -39,7 +39,7 @@ class GgufHeads:
             value = keys.take(name, default=length)
             if value != length:
                 raise keys.refuse(name, value, f"{length}, as attention.key_length, is required")
-        put(ours, "head_dim", length)
+        put(ours, "head_dim", keys.check("attention.key_length", length, "head_dim"))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
