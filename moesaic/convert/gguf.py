@@ -51,11 +51,13 @@ class GgufRope:
     """rope.freq_base, and linear scaling; other kinds of scaling are refused by name."""
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        put(ours, "rope_theta", _shortest(keys.take("rope.freq_base", default=10_000.0)))
+        theta = keys.check("rope.freq_base", keys.take("rope.freq_base", default=10_000.0), "rope_theta")
+        put(ours, "rope_theta", _shortest(theta))
         kind, factor = keys.take("rope.scaling.type", default="none"), keys.take("rope.scaling.factor", default=None)
         old = keys.take("rope.scale_linear", default=None)  # before there were kinds
         kind, factor = ("linear", old) if old is not None and kind == "none" else (kind, factor)
         if kind == "linear" and factor is not None:
+            keys.check("rope.scaling.factor", factor, "rope_scaling.factor")
             if factor != 1:
                 put(ours, "rope_scaling", {"kind": "linear", "factor": _shortest(factor)})
         elif kind != "none":
@@ -76,7 +78,8 @@ class GgufEpsilon:
     """The norms' epsilon, which the file holds as fp32."""
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        put(ours, "norm_epsilon", _shortest(keys.take("attention.layer_norm_rms_epsilon")))
+        name = "attention.layer_norm_rms_epsilon"
+        put(ours, "norm_epsilon", _shortest(keys.check(name, keys.take(name), "norm_epsilon")))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         theirs["attention.layer_norm_rms_epsilon"] = float(config["norm_epsilon"])

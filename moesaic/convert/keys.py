@@ -473,7 +473,7 @@ def write_config_keys(rules: Sequence[KeyRule], config: ModelConfig, harmless: f
         raise Inexpressible(str(error)) from None
     different = differences(config, back)
     if different:
-        raise Inexpressible(", ".join(different))
+        raise Inexpressible(", ".join(different[:3]) + (", ..." if len(different) > 3 else ""))
     return theirs
 
 
@@ -520,7 +520,7 @@ def _function(config: ModelConfig) -> dict[str, Any]:
     }
     values["attention_scale"] = config.attention_scale or 1 / math.sqrt(config.head_dim)
     for index, layer in enumerate(config.layers):
-        values[f"layer {index}"] = _layer_function(layer)
+        values |= {f"{name} of layer {index}": value for name, value in _layer_function(layer).items()}
     return values
 
 
