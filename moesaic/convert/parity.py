@@ -216,6 +216,10 @@ class _Theirs:
 
     @torch.no_grad()
     def greedy(self, tokens: Tensor, count: int) -> list[int]:
+        import transformers
+
+        # What a model is to draw or to penalise, its file of defaults says, is not the likeliest continuation.
+        self._model.generation_config = transformers.GenerationConfig()
         with _quiet_transformers():
             out = self._model.generate(
                 tokens[None], attention_mask=torch.ones_like(tokens[None]), max_new_tokens=count, do_sample=False,
@@ -317,7 +321,12 @@ def compare_models(
 def _run(path: Path, cast: Mapping[str, torch.dtype]) -> Runnable:
     if not is_source(path):
         return _Ours(path, cast)
-    return _Theirs(path) if _is_read_by_transformers(path) else _ReadBack(path)
+    if not _is_read_by_transformers(path):
+        return _ReadBack(path)
+    try:
+        return _Theirs(path)
+    except Exception as error:  # its checks of a config raise exceptions of several libraries
+        raise RuntimeError(f"transformers does not load it, {type(error).__name__}: {error}") from None
 
 
 def _is_read_by_transformers(path: Path) -> bool:

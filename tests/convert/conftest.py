@@ -1,6 +1,7 @@
 """Run folders of small models whose matrices are wide enough for groups of 32, with weights that matter."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,29 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return module.save(module.build("asked for"), tmp_path_factory.mktemp("saved") / "model")
 
     return save
+
+
+@pytest.fixture(scope="session")
+def bounded_memory() -> Callable[[], AbstractContextManager[None]]:
+    """What is entered so that this process takes no more than a gigabyte more."""
+    import resource
+    from contextlib import contextmanager
+
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("how much memory a process has is read from /proc")
+
+    @contextmanager
+    def bounded() -> Iterator[None]:
+        taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30), before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    return bounded
 
 
 @pytest.fixture(scope="module")

@@ -34,14 +34,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "llama": ("llama", {}, "llama", "transformers"),
     "llama, one key head, tied": (
         "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, "llama", "transformers"),
-    "llama, as many key heads": ("llama", {"num_key_value_heads": 4}, "llama", "transformers"),
     "llama, wide heads": ("llama", {"head_dim": 10}, "llama", "moesaic"),
     "llama, linear scaling": ("llama, linear rope", {}, "llama", "moesaic"),
-    "qwen2": ("qwen2", {}, "qwen2", "transformers"),
     "qwen2, tied": ("qwen2, tied", {}, "qwen2", "transformers"),
     "qwen3": ("qwen3", {}, "qwen3", "moesaic"),
     "mixtral": ("mixtral", {}, "llama", "moesaic"),
-    "mixtral, one key head": ("mixtral", {"num_key_value_heads": 1, "num_local_experts": 3}, "llama", "moesaic"),
     "qwen3-moe": ("qwen3-moe", {"norm_topk_prob": True, "mlp_only_layers": []}, "qwen3moe", "moesaic"),
 }  # fmt: skip
 
@@ -95,12 +92,12 @@ def test_there_and_back_is_bit_identical(shape: str, saved: Callable[..., Path],
     assert Tokenizer.load(tmp_path / "back").encode_batch(texts) == Tokenizer.load(source).encode_batch(texts)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_casts_are_those_of_torch_and_vectors_stay_fp32(dtype: str, saved: Callable[..., Path], tmp_path: Path) -> None:
     import_model(saved("mixtral"), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out", format="gguf", dtype=dtype)
     import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
-    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     stored = tensors_of(tmp_path / "back")
     for name, tensor in tensors_of(tmp_path / "run").items():
         kept = torch.float32 if tensor.dim() < 2 or "router" in name else wanted

@@ -1,10 +1,9 @@
 """A foreign config is understood whole, or refused with the name of what is not: no size or kind is taken on trust."""
 
 import json
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,12 @@ from moesaic.errors import ConversionError
 
 REMOVED = object()
 
-Opens = Callable[..., Any]
-
-
-@contextmanager
-def bounded_memory(extra: int = 1 << 30) -> Iterator[None]:
-    """Let this process take no more than so many bytes more."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        pytest.skip("how much memory a process has is read from /proc")
-    taken = int(statm.read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (taken + extra, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+Changed = Callable[..., Path]
+Refused = Callable[[Path, str], None]
 
 
 @pytest.fixture(scope="module")
-def changed(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def changed(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Changed:
     """A function (family, **changes of config.json) that returns the folder of such a model."""
     folders: dict[str, Path] = {}
 
@@ -50,8 +35,19 @@ def changed(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     return change
 
 
-def refused(folder: Path, message: str) -> None:
-    with bounded_memory(), pytest.raises(ConversionError, match=message) as caught:
+@pytest.fixture
+def refused(bounded_memory: Callable[[], AbstractContextManager[None]]) -> Refused:
+    """A function (folder, message) that asserts that a model is refused so, before anything of its size is made."""
+
+    def check(folder: Path, message: str) -> None:
+        with bounded_memory():
+            _refused(folder, message)
+
+    return check
+
+
+def _refused(folder: Path, message: str) -> None:
+    with pytest.raises(ConversionError, match=message) as caught:
         open_model(folder)
     assert str(caught.value).count(";") >= 2, caught.value
     assert "--set" not in str(caught.value)  # there is no such thing here
@@ -73,7 +69,7 @@ LATENT_SIZES = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head
     ],
 )
 def test_sizes_are_positive_integers_that_the_tensors_can_have(
-    family: str, key: str, changed: Callable[..., Path]
+    family: str, key: str, changed: Changed, refused: Refused
 ) -> None:
     usual = json.loads((changed(family) / "config.json").read_text())[key]
     # No shared experts, and no groups, are written as 0 too; as text or truth nothing is a size.
@@ -132,7 +128,9 @@ def test_sizes_are_positive_integers_that_the_tensors_can_have(
         ),
     ],
 )
-def test_values_that_cannot_be(family: str, values: dict[str, Any], message: str, changed: Callable[..., Path]) -> None:
+def test_values_that_cannot_be(
+    family: str, values: dict[str, Any], message: str, changed: Changed, refused: Refused
+) -> None:
     refused(changed(family, **values), message)
 
 
@@ -172,7 +170,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_type": "yarn", "factor": 4.0}, "has no original_max_position_embeddings"),
     ],
 )  # fmt: skip
-def test_scalings_of_positions_that_are_not_ours(scaling: Any, message: str, changed: Callable[..., Path]) -> None:
+def test_scalings_of_positions_that_are_not_ours(
+    scaling: Any, message: str, changed: Changed, refused: Refused
+) -> None:
     refused(changed("llama", rope_parameters=REMOVED, rope_scaling=scaling), message)
 
 
@@ -202,7 +202,7 @@ def test_scalings_of_positions_that_are_not_ours(scaling: Any, message: str, cha
     ],
 )
 def test_what_changes_the_mathematics_is_refused_by_name(
-    family: str, values: dict[str, Any], message: str, changed: Callable[..., Path]
+    family: str, values: dict[str, Any], message: str, changed: Changed, refused: Refused
 ) -> None:
     refused(changed(family, **values), message)
 
@@ -221,6 +221,6 @@ def test_what_changes_the_mathematics_is_refused_by_name(
         ("deepseek-v3", {"n_group": 3, "num_nextn_predict_layers": 1}),
     ],
 )
-def test_what_changes_nothing_is_accepted(family: str, values: dict[str, Any], changed: Callable[..., Path]) -> None:
-    with bounded_memory(), open_model(changed(family, **values)) as opened:
+def test_what_changes_nothing_is_accepted(family: str, values: dict[str, Any], changed: Changed) -> None:
+    with open_model(changed(family, **values)) as opened:
         assert opened.config.num_layers == 3
