@@ -128,7 +128,7 @@ def export_run(
     folder = info.path.parent.parent
     for name, value, known in (("format", format, get_args(Format)), ("dtype", dtype, tuple(DTYPES))):
         if value is not None and value not in known:
-            raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required.")
+            raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required; name it.")
     if is_quantized(info):
         raise ConversionError(
             f"{info.path} is quantised ({describe_quantization(info)}); other tools quantise their own way; export the "
