@@ -7,9 +7,11 @@ readers map the whole file, whose pages then count as the process's memory; here
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,6 +54,8 @@ class TensorReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if not path.is_file():  # to open a pipe would be to wait for ever
+                raise OSError("no ordinary file")
             with safe_open(path, framework="pt"):
                 pass  # the library checks that the header is sound and the file as long as it says
             self._file = path.open("rb", buffering=0)
@@ -61,7 +65,13 @@ class TensorReader:
                 f"a pickle could run code); fetch it again, or save it as safetensors."
             ) from None
         size = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(size))
+        try:
+            header = json.loads(self._file.read(size), object_pairs_hook=without_doubles)
+        except ValueError as error:
+            self._file.close()
+            raise CheckpointError(
+                f"{path} cannot be read (in its header, {error}); each tensor has to stand once; fetch it again."
+            ) from None
         header.pop("__metadata__", None)
         self.layout: dict[str, TensorLayout] = {}
         self._starts: dict[str, int] = {}
@@ -99,12 +109,8 @@ class TensorReader:
             return tensor
         view = tensor.view(-1).view(torch.uint8).numpy().data
         self._file.seek(place)
-        done = 0
-        while done < len(view):
-            count = self._file.readinto(view[done:])
-            if not count:
-                raise CheckpointError(f"{self.path} ends before its tensors do; it is truncated; fetch it again.")
-            done += count
+        if not fill(view, self._file):
+            raise CheckpointError(f"{self.path} ends before its tensors do; it is truncated; fetch it again.")
         return tensor
 
     def __enter__(self) -> "TensorReader":
@@ -112,6 +118,26 @@ class TensorReader:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of a JSON text's pairs. Raises: ValueError for a key that stands twice: either could be meant."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return values
+
+
+def fill(view: memoryview, file: RawIOBase) -> bool:
+    """Read from an unbuffered file, which may give less at a time, until view is full; False if the file ends first."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            return False
+        done += count
+    return True
 
 
 class TensorWriter:

@@ -36,7 +36,8 @@ def import_(
     """Make a run of another tool's model; every tensor is used exactly once, or it fails and names it.
 
     Families: Llama, Qwen2, Qwen3, Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and V3. It ends with a check:
-    the same prompts through both models, written into the run as parity.json.
+    the same prompts through both models, written into the run as parity.json. GGUF needs pip install
+    'moesaic\\[gguf]', the check of logits pip install 'moesaic\\[huggingface]'.
 
     Example: moesaic convert import downloads/Qwen3-0.6B runs/qwen3
     """
@@ -64,7 +65,8 @@ def export_(
     """Write a run's model for other tools, in the layout of the family that describes it exactly.
 
     A residual MoE with the same experts in each of its layers becomes a Qwen2-MoE; what no family describes (a pyramid)
-    is written for transformers with the classes that `import moesaic.hf` registers. It ends with a check, as import.
+    is written for transformers with the classes that `import moesaic.hf` registers. It ends with a check, and needs the
+    same packages, as import.
 
     Example: moesaic convert export runs/first exported --dtype bf16
     """

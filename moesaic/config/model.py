@@ -207,12 +207,12 @@ class ModelConfig(Config):
 
     vocab_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=10_000)  # each is an object here, long before it is a matrix
     num_heads: int = Field(ge=1)
     num_kv_heads: int = Field(default=None, ge=1, description="null: num_heads")  # type: ignore[assignment]
     head_dim: int = Field(default=None, ge=1, description="null: hidden_size / num_heads")  # type: ignore[assignment]
     intermediate_size: int = Field(default=None, ge=1, description="null: 4 * hidden_size")  # type: ignore[assignment]
-    max_positions: int = Field(default=2048, ge=1, description="longest sequence, in tokens")
+    max_positions: int = Field(default=2048, ge=1, le=2**24, description="longest sequence, in tokens")
     positions: Literal["learned", "rotary"] = "rotary"
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScalingConfig | None = None

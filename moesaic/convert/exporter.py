@@ -19,7 +19,7 @@ from moesaic.checkpoint.store import check_file, resolve_checkpoint
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, Family, harmless_keys
-from moesaic.convert.folder import check_is_new, folder_in_progress
+from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
 from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, require_gguf
 from moesaic.convert.gguf_tokenizer import tokenizer_metadata
 from moesaic.convert.keys import Inexpressible, write_config_keys
@@ -96,13 +96,14 @@ def export_run(
     folder = info.path.parent.parent
     for name, value, known in (("format", format, get_args(Format)), ("dtype", dtype, tuple(DTYPES))):
         if value is not None and value not in known:
-            raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required.")
+            raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required; name it.")
     if is_quantized(info):
         raise ConversionError(
             f"{info.path} is quantised ({describe_quantization(info)}); other tools quantise their own way; export the "
             f"run that it was made from ({info.metadata[KEY].get('source')})."
         )
     check_is_new(output)
+    check_is_outside(output, folder)
     config = load_run_config(folder).model
     tokenizer = Tokenizer.load(folder)
     choice = _choose_gguf(config) if format == "gguf" else _choose_folder(config)

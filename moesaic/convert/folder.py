@@ -2,22 +2,38 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moesaic.errors import ConfigError, ConversionError
 
 
 def check_is_new(output: Path) -> None:
-    """Raise ConfigError when there is something already."""
-    if output.exists():
+    """Raise ConfigError when there is something already, or nothing can be."""
+    try:
+        is_there = output.exists() or output.is_symlink()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        raise ConfigError(
+            f"{output} cannot be a folder ({error}); what is converted needs one; name another."
+        ) from None
+    if is_there:
         raise ConfigError(f"{output} exists; what is converted needs a folder of its own; name another, or delete it.")
+
+
+def check_is_outside(output: Path, source: Path) -> None:
+    """Raise ConfigError when a folder would be written into the one that it is made of."""
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(
+            f"{output} is inside {source}, which is only read; what is converted needs a folder of its own; name one "
+            f"outside."
+        )
 
 
 @contextmanager
 def folder_in_progress(output: Path) -> Iterator[Path]:
     """Give a folder to write, which becomes `output` at the end, or goes away with whatever went wrong."""
     temporary = output.with_name(f".writing-{output.name}")
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -31,3 +47,6 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made if not output.exists() else ():
+            with suppress(OSError):  # another process has put something there
+                parent.rmdir()

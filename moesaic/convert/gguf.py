@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.stream import TensorLayout
+from moesaic.checkpoint.stream import TensorLayout, fill
 from moesaic.config.model import ModelConfig
+from moesaic.convert.gguf_file import read_contents
 from moesaic.convert.gguf_tokenizer import read_tokenizer
 from moesaic.convert.keys import Always, Fixed, Inexpressible, KeyRule, Keys, Same, put, read_config
 from moesaic.convert.tensors import RowOrder, TensorRule, paired_rows
@@ -38,7 +39,7 @@ class GgufHeads:
             value = keys.take(name, default=length)
             if value != length:
                 raise keys.refuse(name, value, f"{length}, as attention.key_length, is required")
-        put(ours, "head_dim", length)
+        put(ours, "head_dim", keys.check("attention.key_length", length, "head_dim"))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
@@ -50,11 +51,13 @@ class GgufRope:
     """rope.freq_base, and linear scaling; other kinds of scaling are refused by name."""
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        put(ours, "rope_theta", _shortest(keys.take("rope.freq_base", default=10_000.0)))
+        theta = keys.check("rope.freq_base", keys.take("rope.freq_base", default=10_000.0), "rope_theta")
+        put(ours, "rope_theta", _shortest(theta))
         kind, factor = keys.take("rope.scaling.type", default="none"), keys.take("rope.scaling.factor", default=None)
         old = keys.take("rope.scale_linear", default=None)  # before there were kinds
         kind, factor = ("linear", old) if old is not None and kind == "none" else (kind, factor)
         if kind == "linear" and factor is not None:
+            keys.check("rope.scaling.factor", factor, "rope_scaling.factor")
             if factor != 1:
                 put(ours, "rope_scaling", {"kind": "linear", "factor": _shortest(factor)})
         elif kind != "none":
@@ -75,7 +78,8 @@ class GgufEpsilon:
     """The norms' epsilon, which the file holds as fp32."""
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        put(ours, "norm_epsilon", _shortest(keys.take("attention.layer_norm_rms_epsilon")))
+        name = "attention.layer_norm_rms_epsilon"
+        put(ours, "norm_epsilon", _shortest(keys.check(name, keys.take(name), "norm_epsilon")))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         theirs["attention.layer_norm_rms_epsilon"] = float(config["norm_epsilon"])
@@ -215,38 +219,44 @@ class GgufFile:
 
     def __post_init__(self) -> None:
         self._gguf = require_gguf()
+        self._kinds = {each.value: each for each in self._gguf.GGMLQuantizationType}
+        sizes = {each.value: self._gguf.GGML_QUANT_SIZES[each] for each in self._kinds.values()}
         try:
-            reader = self._gguf.GGUFReader(self.path)
-            self.metadata = {name: each.contents() for name, each in reader.fields.items()}
-        except Exception as error:  # whatever its parser trips over
+            contents = read_contents(self.path, sizes)
+            self._file = self.path.open("rb", buffering=0)
+        except (OSError, ValueError) as error:
             raise ConversionError(
-                f"{self.path} cannot be read as GGUF ({type(error).__name__}: {error}); a whole GGUF file of version 2 "
-                f"or 3 is required; fetch it again."
+                f"{self.path} cannot be read as GGUF ({error}); a whole GGUF file of version 2 or 3 is required; fetch "
+                f"it again."
             ) from None
-        self._tensors = {each.name: each for each in reader.tensors}
-        if len(self._tensors) != len(reader.tensors):
-            raise ConversionError(f"{self.path} holds a tensor twice; each has to stand once; fetch the file again.")
+        self.metadata, self._tensors = contents.metadata, contents.tensors
         self.layout = {
-            name: TensorLayout(
-                _PLAIN.get(each.tensor_type.name, torch.float32), tuple(int(n) for n in each.shape[::-1])
-            )
+            name: TensorLayout(_PLAIN.get(self._kinds[each.kind].name, torch.float32), each.shape)
             for name, each in self._tensors.items()
         }
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         tensor = self._tensors[name]
-        data = tensor.data if index is None else tensor.data[index]
-        dtype = _PLAIN.get(tensor.tensor_type.name)
-        if dtype is torch.bfloat16:
-            return torch.from_numpy(np.array(data)).view(torch.bfloat16)  # two bytes each, the last dimension's
-        if dtype is not None:
-            return torch.from_numpy(np.array(data))
+        kind, shape, start = self._kinds[tensor.kind], tensor.shape, tensor.start
+        num_bytes = tensor.num_bytes
+        if index is not None:
+            shape, num_bytes = shape[1:], num_bytes // shape[0]
+            start += index * num_bytes
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        self._file.seek(start)
+        if not fill(data.numpy().data, self._file):
+            raise ConversionError(
+                f"{self.path} ends before {name} does; the file as it was opened is required; fetch it again."
+            )
+        if kind.name in _PLAIN:
+            return data.view(_PLAIN[kind.name]).view(shape)
+        rows = data.numpy().reshape(*shape[:-1], shape[-1] // tensor.block * tensor.block_bytes)
         try:
-            return torch.from_numpy(self._gguf.quants.dequantize(data, tensor.tensor_type))
+            return torch.from_numpy(self._gguf.quants.dequantize(rows, kind))
         except NotImplementedError:
             raise ConversionError(
-                f"{self.path}: {name} is quantised as {tensor.tensor_type.name}, which the gguf package does not "
-                f"dequantise; F32, F16, BF16, Q4_0 to Q8_0 or a K type is required; take another file of the model."
+                f"{self.path}: {name} is of type {kind.name}, which the gguf package does not dequantise; F32, F16, "
+                f"BF16, Q4_0 to Q8_0 or a K type is required; take another file of the model."
             ) from None
 
     def tokenizer(self) -> Tokenizer:
@@ -256,7 +266,7 @@ class GgufFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tensors = {}
+        self._file.close()
 
 
 def read_gguf_config(source: GgufFile) -> tuple[str, ModelConfig, tuple[TensorRule, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from moesaic.data.tokenizer import CONFIG_NAME, Tokenizer
+from moesaic.data.tokenizer import CONFIG_NAME, GENERATION_NAME, Tokenizer
 from moesaic.errors import ConversionError, DataError
 
 # Token types of the format.
@@ -42,6 +42,18 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     return _split(_WORDS.format(digits="{1,3}" if name == "llama-bpe" else ""))
 
 
+def _normalizer(name: str) -> normalizers.Normalizer | None:
+    return normalizers.NFC() if name == "qwen2" else None
+
+
+def _ignores_merges(name: str) -> bool:
+    """Llama 3 takes a word that is a token as that token, whatever the merges make of it."""
+    return name == "llama-bpe"
+
+
+# Beside the end that a file has one of: the end of a turn, and of a message to a tool.
+_OTHER_ENDS = ("eot", "eom")
+
 _NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 
@@ -58,13 +70,15 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         )
     try:
         tokens = [str(each) for each in metadata["tokenizer.ggml.tokens"]]
-        merges = [tuple(str(each).split(" ", 1)) for each in metadata["tokenizer.ggml.merges"]]
+        merges = [tuple(str(each).split(" ", 1)) for each in metadata.get("tokenizer.ggml.merges", [])]
         types = [int(each) for each in metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        if len(vocabulary) != len(tokens) or len(types) != len(tokens):
-            raise ValueError(f"{len(tokens)} tokens, {len(vocabulary)} of them different, {len(types)} types")
-        # Llama 3 takes a word that is a token as that token, whatever the merges make of it.
-        inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))  # type: ignore[arg-type]
+        if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens, {len(set(tokens))} of them different, {len(types)} types")
+        # Unused ones only fill the file up to the embeddings.
+        vocabulary = {
+            token: index for index, (token, type_) in enumerate(zip(tokens, types, strict=True)) if type_ != _UNUSED
+        }
+        inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=_ignores_merges(name)))  # type: ignore[arg-type]
     except Exception as error:  # the library raises bare exceptions
         raise DataError(
             f"{where} has a tokenizer that does not fit together ({error}); tokens, merges and types as llama.cpp "
@@ -72,8 +86,8 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         ) from None
     inner.pre_tokenizer = _pre_tokenizer(name)
     inner.decoder = decoders.ByteLevel()
-    if name == "qwen2":
-        inner.normalizer = normalizers.NFC()
+    if _normalizer(name) is not None:
+        inner.normalizer = _normalizer(name)
     special = [AddedToken(token, special=True, normalized=False) for token, type_ in _of(tokens, types, _CONTROL)]
     inner.add_special_tokens(special)
     inner.add_tokens([AddedToken(token, normalized=False) for token, _ in _of(tokens, types, _USER_DEFINED)])
@@ -85,6 +99,10 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     if metadata.get("tokenizer.chat_template"):
         config["chat_template"] = str(metadata["tokenizer.chat_template"])
     companions = {CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
+    ends = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", *_OTHER_ENDS)]
+    found = sorted({each for each in ends if isinstance(each, int) and 0 <= each < len(tokens)})
+    if len(found) > 1:
+        companions[GENERATION_NAME] = json.dumps({"eos_token_id": found}) + "\n"
     return Tokenizer(inner.to_str(), companions=companions)
 
 
@@ -97,18 +115,29 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
     Raises: ConversionError for anything but byte-level BPE with a pre-tokenizer that has a name.
     """
-    values = json.loads(tokenizer.json_text)
+    # As the library spells it, defaults and all.
+    values = json.loads(tokenizers.Tokenizer.from_str(tokenizer.json_text).to_str())
     model = values["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ConversionError(
             f"the tokenizer is {model.get('type')}; GGUF needs byte-level BPE here; export to Hugging Face's layout."
         )
     tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [_UNUSED] * vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ConversionError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size} embeddings; each token needs "
+            f"one; use the model's own tokenizer."
+        )
     for token, index in model["vocab"].items():
         tokens[index], types[index] = token, _NORMAL
     for each in values.get("added_tokens", []):
         tokens[each["id"]] = each["content"]
         types[each["id"]] = _CONTROL if each["special"] else _USER_DEFINED
+        if not each["special"] and (each["single_word"] or each["lstrip"] or each["rstrip"]):
+            raise ConversionError(
+                f"the tokenizer's token {each['content']!r} takes the spaces around it, or only whole words; GGUF has "
+                f"no place for that; export to Hugging Face's layout."
+            )
     merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
@@ -125,22 +154,36 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         name = name.get("content") if isinstance(name, dict) else name
         if name in tokens:
             metadata[f"tokenizer.ggml.{role}_token_id"] = tokens.index(name)
+    others = sorted(tokenizer.stop_ids - {metadata["tokenizer.ggml.eos_token_id"]})
+    metadata |= {f"tokenizer.ggml.{role}_token_id": index for role, index in zip(_OTHER_ENDS, others, strict=False)}
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata
 
 
 def _name_of(values: Mapping[str, Any]) -> str:
-    own = _essence(values.get("pre_tokenizer"))
+    own = _rules(values)
     for name in _NAMES:
-        probe = tokenizers.Tokenizer(models.BPE())
+        probe = tokenizers.Tokenizer(models.BPE(ignore_merges=_ignores_merges(name)))
         probe.pre_tokenizer = _pre_tokenizer(name)
-        if _essence(json.loads(probe.to_str())["pre_tokenizer"]) == own:
+        probe.decoder = decoders.ByteLevel()
+        if _normalizer(name) is not None:
+            probe.normalizer = _normalizer(name)
+        if _rules(json.loads(probe.to_str())) == own:
             return name
     raise ConversionError(
-        f"the tokenizer's pre-tokenizer has no name in GGUF that is known here; one of {', '.join(_NAMES)} is "
-        f"required; export to Hugging Face's layout."
+        f"the tokenizer's rules (normalizer, pre-tokenizer, merges) have no name in GGUF that is known here; those of "
+        f"one of {', '.join(_NAMES)} are required; export to Hugging Face's layout."
     )
+
+
+def _rules(values: Mapping[str, Any]) -> list[Any]:
+    """What a pre-tokenizer's name has to stand for: all but the vocabulary."""
+    model = values["model"]
+    affixes = [model.get(name) or None for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
+    decoder = (values.get("decoder") or {}).get("type")
+    own = [_essence(values.get(name)) for name in ("normalizer", "pre_tokenizer")]
+    return [*own, decoder, bool(model.get("ignore_merges")), *affixes]
 
 
 def _essence(value: Any) -> Any:

@@ -13,7 +13,7 @@ from moesaic.checkpoint.store import write_manifest
 from moesaic.checkpoint.stream import TensorLayout, TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.train import DataConfig, ScheduleConfig, TrainConfig
-from moesaic.convert.folder import check_is_new, folder_in_progress
+from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
 from moesaic.convert.opened import OpenedModel, open_model
 from moesaic.convert.parity import Certificate, TensorAccount, certify
 from moesaic.convert.tensors import own_tensors
@@ -47,6 +47,7 @@ def import_model(
     """
     output = Path(output)
     check_is_new(output)
+    check_is_outside(output, Path(path))
     with open_model(path) as opened:
         source, config = opened.source, opened.config
         own = source.tokenizer() if tokenizer is None else Tokenizer.load(tokenizer)

@@ -6,11 +6,15 @@ what was written. The lists themselves are in families.py and gguf.py.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from typing import Annotated, Any, Protocol, get_args, get_origin
 
-from moesaic.config.base import nearest
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from moesaic.config.base import Config, nearest
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.errors import ConfigError, ConversionError
 
@@ -50,6 +54,20 @@ class Keys:
             f"{self.where}: {name} is {value!r}; {required}; a model that computes otherwise cannot be converted."
         )
 
+    def check(self, name: str, value: Any, ours: str) -> Any:
+        """Return the value of a key if ModelConfig takes it at this path as it is: no text is read as a number.
+
+        Raises: ConversionError.
+        """
+        kind, default = _kind_of(ours)
+        if value is None and default is None:
+            return value
+        try:
+            return kind.validate_python(value)
+        except ValidationError as error:
+            message = error.errors(include_url=False)[0]["msg"]
+            raise self.refuse(name, value, message.replace("Input should be", "it has to be")) from None
+
     def finish(self, harmless: frozenset[str]) -> None:
         """Raise ConversionError for keys that nothing has taken."""
         unknown = sorted(self._left.keys() - harmless)
@@ -60,6 +78,22 @@ class Keys:
                 f"{', ...' if len(unknown) > 5 else ''}; a key may change what the model computes, so none is ignored "
                 f"({nearest(unknown[0], known)}); remove from the file what changes nothing."
             )
+
+
+@cache
+def _kind_of(path: str) -> tuple[TypeAdapter[Any], Any]:
+    """Return what a value of ModelConfig has to be, strictly, and its default."""
+    owner: Any = ModelConfig
+    *sections, name = path.split(".")
+    for section in sections:
+        annotation = owner.model_fields[section].annotation
+        candidates = (annotation, *get_args(annotation))
+        owner = next(each for each in candidates if isinstance(each, type) and issubclass(each, Config))
+    field = owner.model_fields[name]
+    kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    if any(get_origin(each) is tuple for each in get_args(field.annotation)):
+        kind = Annotated[int, Field(ge=1)]  # one for every layer is all that a foreign key says
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False)), field.default
 
 
 class KeyRule(Protocol):
@@ -80,7 +114,8 @@ class Same:
     aliases: tuple[str, ...] = ()
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        put(ours, self.ours, keys.take(self.theirs, *self.aliases, default=self.default))
+        value = keys.take(self.theirs, *self.aliases, default=self.default)
+        put(ours, self.ours, keys.check(self.theirs, value, self.ours))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         theirs[self.theirs] = config[self.ours]
@@ -151,7 +186,7 @@ class HeadDim:
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         value = keys.take("head_dim", default=None)
         if value is not None:
-            put(ours, "head_dim", value)
+            put(ours, "head_dim", keys.check("head_dim", value, "head_dim"))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         if self.has_key:
@@ -171,6 +206,8 @@ class FullAttention:
         is_on = True if self.flag is None else keys.take(self.flag, default=False)
         kinds = keys.take("layer_types", default=None) or ()
         keys.take("max_window_layers", default=None)
+        if not isinstance(window, int | None):
+            raise keys.refuse("sliding_window", window, "a number of positions, or null, is required")
         positions = keys.values.get("max_position_embeddings")
         reaches_all = not window or (isinstance(positions, int) and window >= positions)
         if (is_on and not reaches_all) or any(kind != "full_attention" for kind in kinds):
@@ -204,7 +241,7 @@ class Rope:
                 raise keys.refuse(name, given, "a section with keys, or null, is required")
         found = Keys({**(scaling or {}), **(parameters or {})}, f"{keys.where}: rope_scaling")
         theta = found.take("rope_theta", default=theta)
-        put(ours, "rope_theta", theta)
+        put(ours, "rope_theta", keys.check("rope_theta", theta, "rope_theta"))
         partial = [each.take("partial_rotary_factor", default=1.0) for each in (keys, found)]
         if any(each not in (1, None) for each in partial):
             raise keys.refuse("partial_rotary_factor", min(partial), "1.0 is required (all channels are turned)")
@@ -218,27 +255,25 @@ class Rope:
         factor = found.take("factor", default=None)
         if kind in ("llama3", "yarn"):
             original = found.take("original_max_position_embeddings")
-            section["original_max_positions"] = original
-            if factor is None and isinstance(original, int) and original > 0:
+            section["original_max_positions"] = _checked(found, "original_max_position_embeddings", original)
+            if factor is None:
                 factor = keys.values.get("max_position_embeddings", original) / original
-        section["factor"] = factor
+        section["factor"] = _checked(found, "factor", factor)
         if kind == "llama3":
-            section["low_frequency_factor"] = found.take("low_freq_factor")
-            section["high_frequency_factor"] = found.take("high_freq_factor")
+            for name, own in (("low_freq_factor", "low"), ("high_freq_factor", "high")):
+                section[f"{own}_frequency_factor"] = _checked(found, name, found.take(name))
         elif kind == "yarn":
             self._read_yarn(found, section, ours)
         found.finish(frozenset())
         put(ours, "rope_scaling", section)
 
     def _read_yarn(self, found: Keys, section: dict[str, Any], ours: dict[str, Any]) -> None:
-        section["beta_fast"] = found.take("beta_fast", default=None) or 32.0
-        section["beta_slow"] = found.take("beta_slow", default=None) or 1.0
-        section["truncate"] = found.take("truncate", default=True)
-        attention = found.take("attention_factor", default=None)
+        section["beta_fast"] = _checked(found, "beta_fast", found.take("beta_fast", default=None) or 32.0)
+        section["beta_slow"] = _checked(found, "beta_slow", found.take("beta_slow", default=None) or 1.0)
+        section["truncate"] = _checked(found, "truncate", found.take("truncate", default=True))
+        attention = _checked(found, "attention_factor", found.take("attention_factor", default=None))
         mscale, for_all = found.take("mscale", default=None), found.take("mscale_all_dim", default=None)
         factor = section["factor"]
-        if not isinstance(factor, int | float):
-            return  # refused when the config is made
         if attention is None and mscale and for_all:
             attention = _yarn_scale(factor, mscale) / _yarn_scale(factor, for_all)
         section["attention_factor"] = attention
@@ -269,6 +304,18 @@ class Rope:
             elif attention is not None:
                 written["attention_factor"] = attention
         theirs["rope_scaling"] = written
+
+
+_SCALING = {
+    "original_max_position_embeddings": "original_max_positions",
+    "low_freq_factor": "low_frequency_factor",
+    "high_freq_factor": "high_frequency_factor",
+}
+
+
+def _checked(keys: Keys, name: str, value: Any) -> Any:
+    """Return the value of a key of rope_scaling, if it can be one."""
+    return keys.check(name, value, f"rope_scaling.{_SCALING.get(name, name)}")
 
 
 def _yarn_scale(factor: float, mscale: float) -> float:
@@ -315,7 +362,8 @@ class SharedExperts:
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         count = keys.take("n_shared_experts", default=None)
-        if count:
+        if count not in (None, 0):
+            keys.check("n_shared_experts", count, "moe.top_k")  # a count too
             put(ours, "moe.residual", "sum")
             put(ours, "moe.residual_intermediate_size", count * ours["moe"]["intermediate_size"])
 
@@ -335,15 +383,19 @@ class Groups:
     method: bool = False
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        groups, top = keys.take("n_group", default=None) or 1, keys.take("topk_group", default=None) or 1
+        # None, or 0: no groups.
+        groups, top = (
+            1 if each in (None, 0) else each
+            for each in (keys.take("n_group", default=None), keys.take("topk_group", default=None))
+        )
         if self.method:
             name = keys.take("topk_method", default="greedy")
             if name not in ("greedy", "group_limited_greedy"):
                 raise keys.refuse("topk_method", name, "greedy or group_limited_greedy is required")
             if name == "greedy":
                 return
-        put(ours, "moe.router.num_groups", groups)
-        put(ours, "moe.router.top_groups", top)
+        put(ours, "moe.router.num_groups", keys.check("n_group", groups, "moe.router.num_groups"))
+        put(ours, "moe.router.top_groups", keys.check("topk_group", top, "moe.router.top_groups"))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         theirs["n_group"], theirs["topk_group"] = config["moe.router.num_groups"], config["moe.router.top_groups"]
@@ -420,8 +472,13 @@ def read_config(rules: Sequence[KeyRule], keys: Keys, harmless: frozenset[str]) 
         return ModelConfig.from_dict(ours)
     except ConfigError as error:
         raise ConversionError(
-            f"{keys.where} describes no model that can be: {error} (These are our names of its keys.)"
+            f"{keys.where} describes no model that can be: {in_a_file(error)} (These are our names of its keys.)"
         ) from None
+
+
+def in_a_file(error: ConfigError) -> str:
+    """Return an error of ours about values that were not read from YAML, with what to do about it there."""
+    return re.sub(r"(change|set) it in the YAML file or with --set \S+=VALUE", "mend the file", str(error))
 
 
 def write_config_keys(rules: Sequence[KeyRule], config: ModelConfig, harmless: frozenset[str]) -> dict[str, Any]:
@@ -441,7 +498,7 @@ def write_config_keys(rules: Sequence[KeyRule], config: ModelConfig, harmless: f
         raise Inexpressible(str(error)) from None
     different = differences(config, back)
     if different:
-        raise Inexpressible(", ".join(different))
+        raise Inexpressible(", ".join(different[:3]) + (", ..." if len(different) > 3 else ""))
     return theirs
 
 
@@ -488,7 +545,7 @@ def _function(config: ModelConfig) -> dict[str, Any]:
     }
     values["attention_scale"] = config.attention_scale or 1 / math.sqrt(config.head_dim)
     for index, layer in enumerate(config.layers):
-        values[f"layer {index}"] = _layer_function(layer)
+        values |= {f"{name} of layer {index}": value for name, value in _layer_function(layer).items()}
     return values
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -9,10 +10,14 @@ import torch
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, harmless_keys
 from moesaic.convert.gguf import GgufFile, read_gguf_config
-from moesaic.convert.keys import Keys, read_config
+from moesaic.convert.keys import Keys, in_a_file, read_config
 from moesaic.convert.source import HuggingFaceFolder, Source
 from moesaic.convert.tensors import Piece, TensorRule, check_sources, foreign_tensors, pieces_of
 from moesaic.errors import ConfigError, ConversionError
+from moesaic.plan.cost import count_parameters
+
+# Parameters that cost nothing to think about.
+_SMALL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ def open_model(path: str | Path) -> OpenedModel:
         else:
             assert isinstance(source, HuggingFaceFolder)
             family, config, rules, left_out = _read_folder(source)
+        _check_size(config, source)
         pieces = pieces_of(config, rules)
         foreign = foreign_tensors(pieces)
         left_out |= _tied_output(source, config, foreign)
@@ -71,7 +77,7 @@ def _read_folder(source: HuggingFaceFolder) -> tuple[str, ModelConfig, tuple[Ten
         try:
             return OWN_NAME, ModelConfig.from_dict(source.config.get("model"), path="model"), OWN_TENSORS, {}
         except ConfigError as error:
-            raise ConversionError(f"{where} describes no model that can be: {error}") from None
+            raise ConversionError(f"{where} describes no model that can be: {in_a_file(error)}") from None
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ConversionError(
@@ -91,6 +97,19 @@ def _read_folder(source: HuggingFaceFolder) -> tuple[str, ModelConfig, tuple[Ten
         tensor: "computed from the config" for tensor in source.layout if tensor.endswith(".rotary_emb.inv_freq")
     }
     return family.name, config, family.tensors, left_out
+
+
+def _check_size(config: ModelConfig, source: Source) -> None:
+    """Raise ConversionError for a model that is larger than its tensors, before anything of its size is made."""
+    numbers = sum(prod(each.shape) for each in source.layout.values())
+    due = count_parameters(config).total
+    # Where little is missing, what it is will be named.
+    if due > 4 * numbers + _SMALL or config.num_layers > len(source.layout):
+        raise ConversionError(
+            f"{source.path} describes a model of {due} parameters in {config.num_layers} layers and holds {numbers} "
+            f"numbers in {len(source.layout)} tensors; the tensors of the whole model are required; complete the "
+            f"files, or mend the config."
+        )
 
 
 def _layer(text: str, after: str) -> int:

@@ -182,10 +182,13 @@ class _DoesNotRunError(Exception):
 
 @contextmanager
 def _their_errors() -> Iterator[None]:
-    """Which families, and which GGUF architectures, transformers reads, depends on its version."""
+    """Which families, and which GGUF architectures, transformers reads, depends on its version.
+
+    Its checks raise exceptions of several libraries.
+    """
     try:
         yield
-    except (ValueError, RuntimeError, ImportError, KeyError) as error:
+    except Exception as error:
         raise _DoesNotRunError(f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
@@ -261,6 +264,10 @@ class _Theirs:
 
     @torch.no_grad()
     def greedy(self, tokens: Tensor, count: int) -> list[int]:
+        import transformers
+
+        # What a model is to draw or to penalise, its file of defaults says, is not the likeliest continuation.
+        self._model.generation_config = transformers.GenerationConfig()
         with _quiet_transformers(), _their_errors():
             out = self._model.generate(
                 tokens[None], attention_mask=torch.ones_like(tokens[None]), max_new_tokens=count, do_sample=False,

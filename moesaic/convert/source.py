@@ -5,20 +5,21 @@ is opened because an index says so.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from moesaic.checkpoint.stream import TensorLayout, TensorReader
-from moesaic.data.tokenizer import Tokenizer
+from moesaic.checkpoint.stream import TensorLayout, TensorReader, without_doubles
+from moesaic.data.tokenizer import COMPANION_NAMES, GENERATION_NAME, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConversionError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_NAME = "adapter_config.json"
 # What a tampered file could make us hold: no real config or index comes near.
 _MAX_JSON_BYTES = 64 << 20
 
@@ -50,7 +51,13 @@ class HuggingFaceFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._check_links((CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, TOKENIZER_NAME, *COMPANION_NAMES))
         self.config = read_json(path / CONFIG_NAME)
+        if (path / ADAPTER_NAME).exists():
+            raise ConversionError(
+                f"{path} holds {ADAPTER_NAME}: an adapter beside a model; the model alone is required; merge the "
+                f"adapter with PEFT (merge_and_unload) and save the result, or remove it."
+            )
         if self.config.get("quantization_config"):
             method = self.config["quantization_config"]
             name = method.get("quant_method") if isinstance(method, dict) else method
@@ -70,7 +77,30 @@ class HuggingFaceFolder:
         return self._readers[name].read(name, index)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.path)
+        tokenizer = Tokenizer.load(self.path)
+        ends = self.config.get("eos_token_id")
+        is_given = all(type(each) is int for each in (ends if isinstance(ends, list) else [ends]))
+        if not is_given or GENERATION_NAME in tokenizer.companions:
+            return tokenizer
+        # Where there is no such file, transformers stops at the ends that the model's config names.
+        made = {GENERATION_NAME: json.dumps({"eos_token_id": ends}) + "\n"}
+        return Tokenizer(tokenizer.json_text, companions={**tokenizer.companions, **made})
+
+    def _check_links(self, names: Iterable[str]) -> None:
+        """Raise ConversionError for a link that leads out of the folder: what it names would be read, and copied.
+
+        The hub's cache is made of links to files beside the folder, which belong to the model.
+        """
+        allowed = [self.path.resolve()]
+        if self.path.resolve().parent.name == "snapshots":
+            allowed.append(self.path.resolve().parent.parent / "blobs")
+        for name in names:
+            file = self.path / name
+            if file.is_symlink() and not any(file.resolve().is_relative_to(each) for each in allowed):
+                raise ConversionError(
+                    f"{file} is a link to {file.resolve()}, outside the folder; the model's own files are required; "
+                    f"put the file itself there, if it belongs to the model."
+                )
 
     def _open(self) -> dict[str, TensorReader]:
         places = self._shards()
@@ -96,7 +126,7 @@ class HuggingFaceFolder:
         """Return the files to read, with the tensors that the index says are in each."""
         index = self.path / INDEX_NAME
         if not index.exists():
-            if (self.path / WEIGHTS_NAME).exists():
+            if (self.path / WEIGHTS_NAME).is_file():
                 return {WEIGHTS_NAME: None}
             others = sorted(
                 each.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for each in self.path.glob(pattern)
@@ -122,6 +152,12 @@ class HuggingFaceFolder:
             held = places.setdefault(shard, set())
             assert held is not None
             held.add(tensor)
+        if (self.path / WEIGHTS_NAME).exists() and WEIGHTS_NAME not in places:
+            raise ConversionError(
+                f"{self.path} holds {WEIGHTS_NAME}, and {INDEX_NAME} names other files; either could be the model; "
+                f"remove what is not."
+            )
+        self._check_links(places)
         for shard in places:
             if not (self.path / shard).is_file():
                 raise ConversionError(
@@ -142,17 +178,28 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():  # to open a pipe would be to wait for ever
+            raise OSError("no ordinary file")
+        values = json.loads(
+            path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=without_doubles
+        )
     except FileNotFoundError:
         raise ConversionError(
             f"{path.parent} has no {path.name}; a folder in Hugging Face's layout (config.json, safetensors, "
             f"tokenizer.json), or a .gguf file, is required; check the path."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON ({error}); fetch it again, or mend it.") from None
+        raise ConversionError(
+            f"{path} cannot be read as JSON ({error}); an object of keys and values is required; fetch it again, or "
+            f"mend it."
+        ) from None
     if not isinstance(values, dict):
         raise ConversionError(f"{path} holds no JSON object; keys with values are required; fetch it again.")
     return values
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is no number")
 
 
 def is_source(path: Path) -> bool:

@@ -156,10 +156,20 @@ def check_sources(
         for name, pieces in foreign.items()
         if name in source and source[name].shape != foreign_shape(pieces)
     ]
-    if missing or extra or shapes:
+    dtypes = [
+        f"{name} is {str(source[name].dtype).removeprefix('torch.')}"
+        for name in foreign
+        if name in source and not source[name].dtype.is_floating_point
+    ]
+    if missing or extra or shapes or dtypes:
         parts = [
             f"{title} {len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-            for title, names in (("missing", missing), ("not used by any part", extra), ("of another shape", shapes))
+            for title, names in (
+                ("missing", missing),
+                ("not used by any part", extra),
+                ("of another shape", shapes),
+                ("no floating-point numbers", dtypes),
+            )
             if names
         ]
         raise ConversionError(

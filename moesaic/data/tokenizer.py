@@ -24,13 +24,14 @@ DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_SAMPLE_BYTES = 32 * 2**20
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+GENERATION_NAME = "generation_config.json"
 # What tells other tools, and a chat, more of a tokenizer than its vocabulary.
 COMPANION_NAMES = (
     CONFIG_NAME,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_NAME,
 )
 _MAX_COMPANION_BYTES = 16 << 20
 
@@ -47,7 +48,7 @@ class Tokenizer:
 
     def __init__(self, json_text: str, *, companions: Mapping[str, str] | None = None) -> None:
         """Make one from the text of a tokenizer.json, and of the files that came with it, by COMPANION_NAMES."""
-        self._companions = dict(companions or {})
+        self._text, self._companions = json_text, dict(companions or {})
         values = _parse(json_text)
         # A stored truncation would silently cut documents, a stored padding would add tokens to them.
         values["truncation"] = values["padding"] = None
@@ -59,7 +60,9 @@ class Tokenizer:
                 f"the tokenizer file does not describe a tokenizer ({error}); a tokenizer.json as the `tokenizers` "
                 f"library writes it is required; export it again from where it came."
             ) from None
-        self._vocab_size = self._inner.get_vocab_size(with_added_tokens=True)
+        # Ids may have gaps: what a model needs is an embedding for the highest.
+        self._vocab_size = 1 + max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._companion(GENERATION_NAME)  # what is wrong with it is said now, not when a model is to stop
         configured = self._configured("eos_token")
         self._end_of_text, self._end_of_text_id = self._find_end_of_text(configured)
         added = self._inner.get_added_tokens_decoder().get(self._end_of_text_id)
@@ -82,9 +85,11 @@ class Tokenizer:
                 f"folder), is required; check the path, or let `moesaic prepare` train a tokenizer."
             )
         try:
-            return cls(file.read_text(encoding="utf-8"), companions=_read_companions(file.parent))
-        except UnicodeDecodeError:
-            raise DataError(f"{file} is not UTF-8 text; a {TOKENIZER_NAME} is required; check the path.") from None
+            return cls(_read(file), companions=_read_companions(file.parent))
+        except OSError as error:
+            raise DataError(
+                f"{file} cannot be read ({error}); a {TOKENIZER_NAME} is required; check its permissions."
+            ) from None
         except DataError as error:
             raise DataError(f"{file}: {error}") from None
 
@@ -157,7 +162,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens, added ones included."""
+        """One more than the highest token id, added tokens included."""
         return self._vocab_size
 
     @property
@@ -185,7 +190,7 @@ class Tokenizer:
         """The tokens that end what a model says: the end of text, and what the tokenizer's own files call so."""
         names = {self._end_of_text, self._configured("eos_token")}
         found = {self._inner.token_to_id(name) for name in names if name is not None}
-        ids = self._companion("generation_config.json").get("eos_token_id")
+        ids = self._companion(GENERATION_NAME).get("eos_token_id")
         found |= {each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)}
         return frozenset(each for each in found if each is not None and 0 <= each < self._vocab_size)
 
@@ -203,8 +208,8 @@ class Tokenizer:
 
     @property
     def json_text(self) -> str:
-        """The tokenizer.json that gives this tokenizer again, with its companions."""
-        return self._json
+        """The tokenizer.json that gives this tokenizer again, with its companions: as it was given."""
+        return self._text
 
     @property
     def companions(self) -> dict[str, str]:
@@ -223,7 +228,7 @@ class Tokenizer:
         made = {CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
         for name, text in {**made, **self._companions}.items():
             _write(file.parent / name, text)
-        _write(file, self._json)
+        _write(file, self._text)
 
     def _configured(self, key: str) -> str | None:
         """Return a text of tokenizer_config.json; a token may be written as an object with its `content`."""
@@ -291,12 +296,12 @@ def _parallel() -> Iterator[None]:
 def _parse(json_text: str) -> dict[str, Any]:
     try:
         values = json.loads(json_text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"the tokenizer file is not JSON ({error}); a tokenizer.json as the `tokenizers` library writes it is "
             f"required; a SentencePiece or tiktoken file must be converted first."
         ) from None
-    if not isinstance(values, dict) or "model" not in values:
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise DataError(
             "the tokenizer file has no `model`; a tokenizer.json as the `tokenizers` library writes it is required; "
             "vocab.json or encoder.json alone do not do."
@@ -315,11 +320,22 @@ def _read_companions(folder: Path) -> dict[str, str]:
                 f"{file} has {file.stat().st_size} bytes; at most {_MAX_COMPANION_BYTES} are read; a file as "
                 f"transformers writes it is required; mend or remove it."
             )
-        texts[name] = file.read_text(encoding="utf-8")
+        texts[name] = _read(file)
     return texts
+
+
+def _read(file: Path) -> str:
+    """Return the text of a file, whose line ends stay what they are."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{file.name} is not UTF-8 text; a file as the tokenizers library and transformers write it is required; "
+            f"check the path."
+        ) from None
 
 
 def _write(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(text.encode("utf-8"))
     partial.replace(file)

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,42 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def saved(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function (name of families.py, **values of its config) that returns such a model's folder, to be copied."""
+
+    def save(name: str, /, **values: Any) -> Path:
+        config_class, usual = families.FAMILIES[name]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(families.FAMILIES, "asked for", (config_class, {**usual, **values}))
+            return families.save(families.build("asked for"), tmp_path_factory.mktemp("saved") / "model")  # type: ignore[no-any-return]
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def bounded_memory() -> Callable[[], AbstractContextManager[None]]:
+    """What is entered so that this process takes no more than a gigabyte more."""
+    import resource
+    from contextlib import contextmanager
+
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("how much memory a process has is read from /proc")
+
+    @contextmanager
+    def bounded() -> Iterator[None]:
+        taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30), before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    return bounded
 
 
 @pytest.fixture
@@ -102,9 +139,11 @@ def shorten_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(parity, "gc", SimpleNamespace(collect=lambda: 0))
 
 
-@pytest.fixture
-def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    shorten_check(monkeypatch)
+@pytest.fixture(scope="module")
+def short_check() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_check(patch)
+        yield
 
 
 def _load_families() -> ModuleType:

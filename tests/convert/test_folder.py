@@ -27,3 +27,10 @@ def test_whatever_goes_wrong_leaves_nothing(tmp_path: Path, error: BaseException
         (folder / "file").touch()
         raise error
     assert not list(tmp_path.iterdir())
+    with pytest.raises(raised), folder_in_progress(tmp_path / "made" / "for it" / "out"):
+        raise error
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    with pytest.raises(raised), folder_in_progress(tmp_path / "there" / "made" / "out"):
+        raise error
+    assert not list((tmp_path / "there").iterdir())

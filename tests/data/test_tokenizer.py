@@ -89,6 +89,33 @@ def test_saving_and_loading_keeps_everything(tokenizer: Tokenizer, tmp_path: Pat
         assert loaded.encode(ODD_TEXTS[5]) == tokenizer.encode(ODD_TEXTS[5])
 
 
+def test_files_are_written_as_they_were_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Byte for byte: their order and spacing, line ends, escapes, and a truncation that is not applied here."""
+    values = json.loads(tokenizer.json_text) | {"truncation": {"max_length": 3, "strategy": "LongestFirst",
+                                                               "stride": 0, "direction": "Right"}}  # fmt: skip
+    files = {
+        "tokenizer.json": json.dumps(dict(reversed(values.items())), indent=3).replace("\n", "\r\n"),
+        "tokenizer_config.json": '{"eos_token":  "<|endoftext|>",\r\n "chat_template": "\\u00e9 {{ x }}"}',
+        "special_tokens_map.json": '{ "eos_token": {"content": "<|endoftext|>"} }\n\n',
+        "added_tokens.json": '{"<|endoftext|>": 0}',
+        "chat_template.jinja": "{%- for m in messages -%}\r\n{{ m.content }}\n\r{%- endfor -%}é\u2028",
+        "generation_config.json": '{"eos_token_id": [0, 7]}',
+    }
+    (tmp_path / "given").mkdir()
+    for name, text in files.items():
+        (tmp_path / "given" / name).write_bytes(text.encode())
+    loaded = Tokenizer.load(tmp_path / "given")
+    assert loaded.encode(ODD_TEXTS[5]) == tokenizer.encode(ODD_TEXTS[5])
+    loaded.save(tmp_path / "saved")
+    assert {path.name: path.read_bytes().decode() for path in (tmp_path / "saved").iterdir()} == files
+    assert loaded.stop_ids == {0, 7}
+
+
+def test_ids_with_gaps_count_up_to_the_highest() -> None:
+    inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "</s>": 700}, merges=[]))
+    assert Tokenizer(inner.to_str()).vocab_size == 701
+
+
 def test_the_fingerprint_does_not_depend_on_formatting_but_on_content(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     values = json.loads(tokenizer.json_text)
@@ -141,6 +168,8 @@ def test_an_end_that_is_not_marked_special_still_never_ends_a_text() -> None:
         (None, "holds no tokenizer"),
         ("not json", "is not JSON"),
         ('{"hello": 0}', "has no `model`"),
+        ('{"model": "BPE"}', "has no `model`"),
+        ("[" * 100_000, "is not JSON"),
         ('{"model": {"type": "Nonsense"}}', "does not describe a tokenizer"),
         (given_tokenizer("<pad>").to_str(), "no end-of-text token"),
     ],
@@ -157,6 +186,11 @@ def test_a_binary_file_and_a_damaged_config_are_named(tokenizer: Tokenizer, tmp_
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff\xfe")
     with pytest.raises(DataError, match="is not UTF-8"):
         Tokenizer.load(tmp_path / "tokenizer.model")
+    tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"tokenizer\.json: chat_template\.jinja is not UTF-8"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(DataError, match=r"tokenizer_config\.json is not a JSON object"):

@@ -1,0 +1,145 @@
+"""Whatever a file says, an import ends in a model that passed its check, or in an error of ours that leaves nothing."""
+
+import json
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.convert.exporter import export_run
+from moesaic.convert.importer import import_model
+from moesaic.errors import MoesaicError
+
+pytestmark = pytest.mark.usefixtures("short_check")
+
+ODD: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**30, -0.5, 0.0, 0.5, 1e-300, 1e300, "", "x", "24", "\ud800",
+    [], [1], ["x"], [[]], {}, {"x": 1}, {"rope_type": "yarn"}, {"rope_type": "linear", "factor": 3}, [None] * 9,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(saved: Callable[..., Path]) -> Path:
+    return saved("llama", num_hidden_layers=1, hidden_size=16)
+
+
+@pytest.fixture(scope="module")
+def mixtral(saved: Callable[..., Path]) -> Path:
+    return saved("mixtral", num_hidden_layers=1, hidden_size=16)
+
+
+@pytest.fixture
+def law(tmp_path: Path, bounded_memory: Callable[[], AbstractContextManager[None]]) -> Callable[[Path], bool]:
+    """A function (source) that imports it under the law, and returns whether that succeeded."""
+    room = tmp_path / "room"
+    room.mkdir()
+
+    def check(source: Path) -> bool:
+        try:
+            with bounded_memory():
+                certificate = import_model(source, room / "deep" / "run")
+        except MoesaicError as error:
+            assert not list(room.iterdir()), error
+            assert ";" in str(error), error
+            return False
+        assert certificate.failure is None
+        assert [path.name for path in (room / "deep").iterdir()] == ["run"]
+        shutil.rmtree(room / "deep")
+        return True
+
+    return check
+
+
+@pytest.mark.parametrize("family", ["model", "mixtral"])
+def test_configs_with_odd_values(
+    family: str, law: Callable[[Path], bool], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = shutil.copytree(request.getfixturevalue(family), tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    keys = [*config, "rope_theta", "rope_scaling", "sliding_window", "quantization_config", "head_dim", "auto_map", "x"]
+    draw, succeeded = random.Random(5), 0
+    for _ in range(120):
+        changed = dict(config)
+        for key in draw.sample(keys, draw.choice((1, 1, 2))):
+            if draw.random() < 0.15:
+                changed.pop(key, None)
+            elif isinstance(changed.get(key), dict) and draw.random() < 0.5:
+                changed[key] = changed[key] | {draw.choice(["rope_type", "factor", "rope_theta"]): draw.choice(ODD)}
+            else:
+                changed[key] = draw.choice(ODD)
+        (folder / "config.json").write_text(json.dumps(changed))
+        succeeded += law(folder)
+    assert 0 < succeeded < 60  # some changes change nothing, and most do
+
+
+def bent(data: bytes, draw: random.Random, *, end: int) -> bytes:
+    """Return data with one of the usual kinds of damage in its first `end` bytes."""
+    place, kind = draw.randrange(end), draw.randrange(6)
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        return data[:place] + data[place + draw.choice((1, 4, 8)) :]
+    if kind == 2:
+        return data[:place] + draw.randbytes(draw.choice((1, 8))) + data[place:]
+    size = draw.choice((1, 1, 4, 8))
+    power = (1 << draw.randrange(8 * size)).to_bytes(size, "little")
+    damage = draw.choice((draw.randbytes(size), b"\xff" * size, bytes(size), power))
+    return data[:place] + damage + data[place + size :]
+
+
+def test_safetensors_files_with_damaged_headers(model: Path, law: Callable[[Path], bool], tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "source")
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    draw = random.Random(6)
+    for _ in range(150):
+        file.write_bytes(bent(data, draw, end=end))
+        law(folder)
+    header = json.loads(data[8:end])
+    for _ in range(100):
+        changed = json.loads(json.dumps(header))
+        entry = changed[draw.choice([name for name in changed if name != "__metadata__"])]
+        key = draw.choice(["dtype", "shape", "data_offsets"])
+        entry[key] = draw.choice([*ODD, "I64", "F64", "BOOL", [16], [2**62, 4], [0, 64], entry[key][::-1]])
+        text = json.dumps(changed).encode("utf-8", "surrogatepass")
+        file.write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+        law(folder)
+
+
+def test_gguf_files_with_damaged_bytes(model: Path, law: Callable[[Path], bool], tmp_path: Path) -> None:
+    import_model(model, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out", format="gguf")
+    data = (tmp_path / "out" / "model.gguf").read_bytes()
+    # Where the numbers and names are; the vocabulary, which is most of the header, is damaged seldom.
+    tokens, infos = data.index(b"tokenizer.ggml.tokens"), data.index(b"output_norm.weight")
+    draw, file, succeeded = random.Random(7), tmp_path / "bent.gguf", 0
+    for index in range(120):
+        if index % 5 == 0:
+            changed = bent(data, draw, end=len(data))
+        elif index % 2:
+            changed = bent(data, draw, end=tokens)
+        else:
+            start = infos - 300
+            changed = data[:start] + bent(data[start:], draw, end=900)
+        file.write_bytes(changed)
+        succeeded += law(file)
+    assert succeeded < 60
+    assert not os.path.lexists(tmp_path / "room" / "deep")
+
+
+def test_tokenizer_files_with_damaged_bytes(model: Path, law: Callable[[Path], bool], tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "source")
+    draw = random.Random(8)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        data = (folder / name).read_bytes()
+        for _ in range(8):
+            (folder / name).write_bytes(bent(data, draw, end=min(len(data), 700)))
+            law(folder)
+        (folder / name).write_bytes(data)

