@@ -367,9 +367,9 @@ def compare_models(
     on_progress: Any = lambda stage, share: None,
 ) -> Comparison:
     """Return how two models, changed so, differ on the prompts; only one of them is in memory at a time."""
-    tokenizers, vocab_sizes, lengths = zip(*(_measure(path) for path in (first, second)), strict=True)
-    tokenizer = tokenizers[1 if is_source(first) else 0]
+    vocab_sizes, lengths = zip(*(_measure(path) for path in (first, second)), strict=True)
     vocab_size, positions = min(vocab_sizes), min(lengths)
+    tokenizer = _tokenizer(second if is_source(first) else first)  # a run has one in any case
     new_tokens = (
         _NEW_TOKENS_LARGE if max(_bytes_needed(path) for path in (first, second)) > _LARGE_BYTES else _NEW_TOKENS
     )
@@ -447,15 +447,20 @@ def _prompts(tokenizer: Tokenizer, vocab_size: int, room: int) -> list[Tensor]:
     return [each[:room] for each in (*prompts, long)]
 
 
-def _measure(run: Path | str) -> tuple[Tokenizer, int, int]:
-    """Return tokenizer, vocabulary and positions of a model."""
-    path = Path(run)
+def _measure(path: Path) -> tuple[int, int]:
+    """Return the vocabulary and the positions of a model."""
     if is_source(path):
         with open_model(path) as opened:
-            return opened.source.tokenizer(), opened.config.vocab_size, opened.config.max_positions
-    folder = resolve_checkpoint(run).path.parent.parent
-    config = load_run_config(folder).model
-    return Tokenizer.load(folder), config.vocab_size, config.max_positions
+            return opened.config.vocab_size, opened.config.max_positions
+    config = load_run_config(resolve_checkpoint(path).path.parent.parent).model
+    return config.vocab_size, config.max_positions
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    if is_source(path):
+        with open_model(path) as opened:
+            return opened.source.tokenizer()
+    return Tokenizer.load(resolve_checkpoint(path).path.parent.parent)
 
 
 def _obstacle(*paths: Path) -> str | None:

@@ -160,8 +160,9 @@ FAMILIES = _load_families()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `family` is for the model of every family."""
-    if "family" in metafunc.fixturenames:
+    """A test that takes `family` is for the model of every family, unless it says which."""
+    said = any("family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and not said:
         metafunc.parametrize("family", FAMILIES.FAMILIES)
 
 
