@@ -200,10 +200,22 @@ def records(tmp_path: Path) -> Path:
     ]  # fmt: skip
     for name, rows in (("piqa_valid", piqa), ("triviaqa_validation", trivia), ("winogrande_validation", sentences)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    webqs = [{"question": f"what is {word}?", "answers": [word, f"a {word}", other]} for word, other in pairwise(words)]
+    (folder / "webqs_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in webqs), encoding="utf-8")
+    race = folder / "RACE" / "test" / "high"
+    race.mkdir(parents=True)
+    for number in range(8):
+        article = {
+            "article": f"The {words[number]} is here.",
+            "questions": ["What is here?", "It is  _  ."],
+            "options": [words[number : number + 4], ["new", "old", "lost", "near"]],
+            "answers": ["A", "ABCD"[number % 4]],
+        }
+        (race / f"{number}.txt").write_text(json.dumps(article), encoding="utf-8")
     return folder
 
 
-@pytest.mark.parametrize("name", ["piqa", "triviaqa", "winogrande"])
+@pytest.mark.parametrize("name", ["piqa", "triviaqa", "winogrande", "webqs", "race_h"])
 @pytest.mark.parametrize("shots", [0, 2])
 def test_a_task_comes_out_the_same_example_by_example(make_pair: Any, records: Path, name: str, shots: int) -> None:
     run, exported = make_pair("dense", False)
@@ -220,7 +232,9 @@ def test_a_task_comes_out_the_same_example_by_example(make_pair: Any, records: P
     for own, other in zip(ours.samples, peers.samples, strict=True):
         assert own["doc"] == other["doc"] and own["arguments"] == other["arguments"]
         question = own["arguments"][0][0]
-        assert question.count("Question:") == (0 if name == "winogrande" else shots + 1)
+        marks = {"winogrande": ("Question:", 0), "race_h": ("Article:", shots + 1)}
+        mark, count = marks.get(name, ("Question:", shots + 1))
+        assert question.count(mark) == count
         if name == "triviaqa":
             assert own["resps"] == other["resps"]
         else:
