@@ -43,8 +43,8 @@ def distill(
 ) -> None:
     """Train a smaller student of a trained run, which also learns from the teacher's predictions.
 
-    The default is the paper's Mixture-of-Students: an eighth fewer layers, and the teacher's part of the loss ends after
-    70 % of the tokens. The student is a run like any other; Ctrl-C saves, --resume goes on.
+    The default is the paper's Mixture-of-Students: an eighth fewer layers, and the teacher's part of the loss ends
+    after 70 % of the tokens. The student is a run like any other; Ctrl-C saves, --resume goes on.
 
     Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
     """

@@ -169,7 +169,7 @@ class TrainConfig(Config):
     @property
     def free_on_resume(self) -> tuple[str, ...]:
         """What a resumed run may change: how it reports and saves and how long it trains; nothing else of a step."""
-        free = ("checkpoint.", "log_every_steps", "tokens", "activation_checkpointing", "data.path")
+        free: tuple[str, ...] = ("checkpoint.", "log_every_steps", "tokens", "activation_checkpointing", "data.path")
         if self.distill is None:
             return (*free, "evaluation.")
         # Where teacher and cache lie; that they are the same, their hashes say.

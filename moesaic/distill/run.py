@@ -6,7 +6,6 @@ from typing import Any
 
 from moesaic.config.distill import DistillConfig
 from moesaic.config.load import apply_assignments, merge, read_values, run_folder_of
-from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
 from moesaic.distill.objective import Distillation
 from moesaic.distill.student import default_map, kept_layers, model_of_layers, student_model, with_experts

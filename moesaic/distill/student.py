@@ -17,7 +17,7 @@ from torch import Tensor
 from moesaic.checkpoint.quantized import describe_quantization, is_quantized
 from moesaic.checkpoint.store import check_file
 from moesaic.config.base import leaves
-from moesaic.config.model import FeedForwardConfig, ModelConfig, MoEConfig
+from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.data.loader import Batch
 from moesaic.distill.teacher import TeacherRun
 from moesaic.errors import CheckpointError, ConfigError
@@ -149,8 +149,8 @@ def check_copyable(teacher: TeacherRun, student: ModelConfig, layer_map: Sequenc
     """Raise unless a student can start from these layers of a teacher: CheckpointError, ConfigError."""
     if is_quantized(teacher.info):
         raise CheckpointError(
-            f"the teacher {teacher.folder} is quantised ({describe_quantization(teacher.info)}); distill.init = teacher "
-            f"copies the weights before they were rounded; name the run that it was made from, or use scratch."
+            f"the teacher {teacher.folder} is quantised ({describe_quantization(teacher.info)}); distill.init = "
+            f"teacher copies the weights before they were rounded; name the run that it was made from, or use scratch."
         )
     model = teacher.config.model
     own, given = leaves(model.to_dict()), leaves(student.to_dict())
@@ -269,13 +269,13 @@ def _expert_as_mlp(file: Any, prefix: str, name: str, expert: int, theirs: FeedF
     matrix, kind = name.split(".")
     suffix = "proj" if kind == "weight" else "bias"
     if matrix == "down_proj":
-        return file.get_slice(f"{prefix}down_{suffix}")[expert]  # type: ignore[no-any-return]
+        return file.get_slice(f"{prefix}down_{suffix}")[expert]
     names = set(file.keys())
     if f"{prefix}gate_up_{suffix}" not in names:
-        return file.get_slice(f"{prefix}up_{suffix}")[expert]  # type: ignore[no-any-return]
+        return file.get_slice(f"{prefix}up_{suffix}")[expert]
     stacked = file.get_slice(f"{prefix}gate_up_{suffix}")[expert]
     width = theirs.expert_intermediate_size
-    return stacked[:width] if matrix == "gate_proj" else stacked[width:]  # type: ignore[no-any-return]
+    return stacked[:width] if matrix == "gate_proj" else stacked[width:]
 
 
 def _num_kept(layer: FeedForwardConfig, source: FeedForwardConfig) -> int:
