@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from moesaic.config.base import Config
+from moesaic.config.distill import DistillConfig
 from moesaic.config.model import ModelConfig
 from moesaic.errors import ConfigError
 
@@ -15,6 +16,9 @@ class DataConfig(Config):
     path: str = Field(description="a folder written by `moesaic prepare`")
     sequence_length: int = Field(default=1024, ge=2, description="tokens per sequence")
     document_mask: bool = Field(default=False, description="keep attention inside documents")
+    fixed_windows: bool = Field(
+        default=False, description="cut the text at the same places in every epoch and for every seed"
+    )
 
 
 class OptimizerConfig(Config):
@@ -96,6 +100,7 @@ class TrainConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distill: DistillConfig | None = Field(default=None, description="of a student that `moesaic distill` trains")
 
     @model_validator(mode="before")
     @classmethod
@@ -123,7 +128,26 @@ class TrainConfig(Config):
                 f"training would end before the peak rate; use a shorter warm-up."
             )
         self._check_decay(self.schedule)
+        if self.distill is not None:
+            self._check_distill(self.distill)
         return self
+
+    def _check_distill(self, distill: DistillConfig) -> None:
+        if self.init_from is not None:
+            raise ConfigError(
+                f"init_from ({self.init_from}) and a distill section are both given; a student's weights are drawn, or "
+                f"come from its teacher; set init_from to null, and distill.init = teacher for the latter."
+            )
+        if distill.cache is not None and not self.data.fixed_windows:
+            raise ConfigError(
+                f"data.fixed_windows is false and distill.cache ({distill.cache}) is given; a cached teacher knows the "
+                f"windows of one way to cut the text; set data.fixed_windows to true."
+            )
+        if distill.layer_map is not None and len(distill.layer_map) != self.model.num_layers:
+            raise ConfigError(
+                f"distill.layer_map names {len(distill.layer_map)} layers for a student of {self.model.num_layers}; "
+                f"one of the teacher's layers for each is required; name {self.model.num_layers}."
+            )
 
     def _check_decay(self, schedule: ScheduleConfig) -> None:
         if schedule.decay_tokens is None:
@@ -141,6 +165,17 @@ class TrainConfig(Config):
                 f"warm-up and ends with the training; shorten one, or set schedule.decay_tokens to null for a tenth of "
                 f"all tokens."
             )
+
+    @property
+    def free_on_resume(self) -> tuple[str, ...]:
+        """What a resumed run may change: how it reports and saves and how long it trains; nothing else of a step."""
+        free: tuple[str, ...] = ("checkpoint.", "log_every_steps", "tokens", "activation_checkpointing", "data.path")
+        if self.distill is None:
+            return (*free, "evaluation.")
+        # Where teacher and cache lie; that they are the same, their hashes say.
+        free = (*free, "distill.teacher", "distill.cache")
+        # Of the automatic schedule, evaluations decide how the training goes on.
+        return free if self.distill.schedule == "automatic" else (*free, "evaluation.")
 
     @property
     def tokens_per_step(self) -> int:

@@ -21,28 +21,34 @@ _FEISTEL_ROUNDS = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Some sequences. Shapes: inputs, targets (B, S) int64, documents (B, S) int32.
+    """Some sequences. Shapes: inputs, targets (B, S) int64, documents (B, S) int32, starts (B,) int64.
 
-    `targets` are `inputs` shifted by one; `documents` numbers each token's document within its sequence.
+    `targets` are `inputs` shifted by one; `documents` numbers each token's document within its sequence; `starts` says
+    where in the stream each sequence starts, None for a batch that comes from none.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     documents: torch.Tensor | None
+    starts: npt.NDArray[np.int64] | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
+        """Return the batch on a device; starts stay where they are."""
         documents = None if self.documents is None else self.documents.to(device)
-        return Batch(self.inputs.to(device), self.targets.to(device), documents)
+        return Batch(self.inputs.to(device), self.targets.to(device), documents, self.starts)
 
     def rows(self, start: int, end: int) -> "Batch":
         """Return the sequences from start to end, a micro-batch."""
         documents = None if self.documents is None else self.documents[start:end]
-        return Batch(self.inputs[start:end], self.targets[start:end], documents)
+        starts = None if self.starts is None else self.starts[start:end]
+        return Batch(self.inputs[start:end], self.targets[start:end], documents, starts)
 
 
 class TrainLoader:
-    """Training batches: each epoch is a seeded permutation of all sequences, cut at an offset of its own."""
+    """Training batches: each epoch is a seeded permutation of all sequences, cut at an offset of its own.
+
+    With fixed windows the offset is 0 in every epoch, so that sequence i starts at token i * sequence_length.
+    """
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class TrainLoader:
         seed: int,
         end_of_text_id: int,
         with_documents: bool = False,
+        fixed_windows: bool = False,
     ) -> None:
         """`batch_size` is in sequences over all ranks; `with_documents` fills Batch.documents.
 
@@ -67,7 +74,8 @@ class TrainLoader:
         self._with_documents = with_documents
         # One sequence less than fits, so that every epoch has the same number and can start at any offset.
         self._num_sequences = max(1, stream.num_tokens // sequence_length - 1)
-        self._max_offset = min(sequence_length - 1, stream.num_tokens - 1 - self._num_sequences * sequence_length)
+        largest = min(sequence_length - 1, stream.num_tokens - 1 - self._num_sequences * sequence_length)
+        self._max_offset = 0 if fixed_windows else largest
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -213,7 +221,7 @@ def _read_batch(
     if end_of_text_id is not None:
         documents = torch.from_numpy(count_documents(inputs, end_of_text_id=end_of_text_id))
     # Copies, so that the two are contiguous and share no memory.
-    return Batch(torch.from_numpy(inputs.copy()), torch.from_numpy(targets.copy()), documents)
+    return Batch(torch.from_numpy(inputs.copy()), torch.from_numpy(targets.copy()), documents, starts)
 
 
 def _check_sizes(stream: TokenStream, *, sequence_length: int, batch_size: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -16,8 +17,8 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError
 from moesaic.kernels import select
 from moesaic.kernels.device import select_device
-from moesaic.kernels.quantized import QuantizedWeight
-from moesaic.model.pack import pack_transformer
+from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
+from moesaic.model.pack import pack_transformer, packed_shapes
 from moesaic.model.transformer import Transformer
 
 
@@ -32,30 +33,44 @@ class LoadedModel:
     device: torch.device
 
 
-def load_run(run: str | Path, *, device: str = "auto", pack: bool = True) -> LoadedModel:
+def load_run(
+    run: str | Path,
+    *,
+    device: str = "auto",
+    pack: bool = True,
+    precision: Literal["bf16", "fp32", "int8"] | None = None,
+) -> LoadedModel:
     """Load the model that RUN or RUN@step names.
 
     pack: a model of bf16 precision for the CPU's own kernels is packed (model/pack.py), which makes it faster and half
     the size, and leaves no parameters to train or to convert.
 
-    A quantised run is always packed.
+    A quantised run is always packed, and has its own precision. precision: of matrix work; None: as the run was
+    trained; int8 rounds every matrix to the nearest, and packs.
 
-    Raises: CheckpointError for a run, step or file that is missing or corrupt, and for a quantised run with pack=False;
-    DeviceError.
+    Raises: CheckpointError for a run, step or file that is missing or corrupt, and for a quantised run with pack=False
+    or a precision; DeviceError.
     """
     target = select_device(device)
     info = resolve_checkpoint(run)
     run_folder = info.path.parent.parent
     config = load_run_config(run_folder)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    wanted = config.precision if precision is None else precision
+    dtype = torch.float32 if wanted == "fp32" else torch.bfloat16
     has_kernels = dtype is torch.bfloat16 and target.type == "cpu" and select.cpu_library() is not None
     if is_quantized(info) and not pack:
         raise CheckpointError(
             f"{info.path} is quantised ({describe_quantization(info)}) and was asked for unpacked; a quantised "
             f"model can only infer; load the run that it was made from ({info.metadata[KEY].get('source')})."
         )
-    if is_quantized(info) or (pack and has_kernels):
-        model = _load_packed(config, info, target)
+    if is_quantized(info) and precision is not None:
+        raise CheckpointError(
+            f"{info.path} is quantised ({describe_quantization(info)}) and was asked for in {precision}; what is "
+            f"rounded stays so; leave the precision out, or load the run that it was made from "
+            f"({info.metadata[KEY].get('source')})."
+        )
+    if is_quantized(info) or wanted == "int8" or (pack and has_kernels):
+        model = _load_packed(config, info, target, rounds=wanted == "int8")
     else:
         model = Transformer(config.model, compute_dtype=dtype)
         copy_weights(model, info)
@@ -63,10 +78,10 @@ def load_run(run: str | Path, *, device: str = "auto", pack: bool = True) -> Loa
     return LoadedModel(model, Tokenizer.load(run_folder), config, info, target)
 
 
-def _load_packed(config: TrainConfig, info: CheckpointInfo, device: torch.device) -> Transformer:
+def _load_packed(config: TrainConfig, info: CheckpointInfo, device: torch.device, *, rounds: bool) -> Transformer:
     """Matrices go straight from their stored dtype, or their quantised form, into the packed layout.
 
-    fp32 copies of them never exist.
+    fp32 copies of them never exist. rounds: to int8 first.
     """
     tensors = load_tensors(info, "model", device=str(device))
     weights = take_quantized(tensors, info)
@@ -77,6 +92,9 @@ def _load_packed(config: TrainConfig, info: CheckpointInfo, device: torch.device
         # Biases, norms and scales compute in fp32; what packs matrices knows fp32 and bf16.
         if tensor.dim() < 2 or tensor.dtype is torch.float16:
             tensors[name] = tensor.float()
+    if rounds:
+        for name in packed_shapes(model):
+            weights[name] = quantize_weight(tensors.pop(name), bits=8)
     model.load_state_dict(tensors, strict=False, assign=True)
     tensors.clear()  # so that each original goes as soon as it is packed
     return pack_transformer(model, weights)

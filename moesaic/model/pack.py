@@ -86,17 +86,22 @@ def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
     )
 
 
+def packed_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the matrices that packing packs, by their names in model.state_dict()."""
+    others = ["position_embedding"] if model.lm_head is None else ["position_embedding", "embedding"]
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name not in others and not name.endswith(("router.weight", "_bias"))
+    }
+
+
 class _Weights:
     """The model's matrices by name, the quantised one where there is one."""
 
     def __init__(self, model: Transformer, quantized: dict[str, QuantizedWeight]) -> None:
         self._model, self._quantized = model, quantized
-        others = ["position_embedding"] if model.lm_head is None else ["position_embedding", "embedding"]
-        shapes = {
-            name: tuple(parameter.shape)
-            for name, parameter in model.named_parameters()
-            if parameter.dim() > 1 and name not in others and not name.endswith(("router.weight", "_bias"))
-        }
+        shapes = packed_shapes(model)
         for name, weight in quantized.items():
             if shapes.get(name) != tuple(weight.shape):
                 raise ConfigError(

@@ -1,6 +1,7 @@
-"""The life of a model on the embedded corpus: prepare, train a small PR-MoE, generate from it.
+"""A model's life on the embedded corpus: prepare, train a PR-MoE, distil a student, evaluate and generate from both.
 
 Each stage is the same call that its verb makes, so what quickstart shows is what a user gets with a corpus of his own.
+The page that it ends with is report.py's business.
 """
 
 import json
@@ -17,11 +18,14 @@ from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.corpus import embedded_corpus
 from moesaic.data.prepare import prepare
+from moesaic.distill.run import distill, student_config
 from moesaic.errors import ConfigError
+from moesaic.evaluate.perplexity import Perplexity, measure_perplexity, text_windows
 from moesaic.logs import logger
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run, load_run_config
 from moesaic.plan.cost import count_parameters
+from moesaic.quickstart.report import Stage, write_report
 from moesaic.train.loop import Display, train
 
 PRESET = "pr-moe-tiny-8-16"
@@ -36,17 +40,19 @@ _SHORT = (
     "checkpoint.every_tokens=30e3",
     "log_every_steps=5",
 )
+_EVALUATED_TOKENS, _EVALUATED_TOKENS_SHORT = 60_000, 4_000
+
+Show = Callable[[TrainConfig], AbstractContextManager[Display | None]]
 
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """Where everything is, and how it went. samples: (prompt, continuation) pairs; train_seconds: of this call."""
+    """Where everything is, and how it went. peak_memory_bytes: of this process."""
 
-    run_folder: Path
     data_folder: Path
-    validation_loss: float
-    samples: tuple[tuple[str, str], ...]
-    train_seconds: float
+    report: Path
+    teacher: Stage
+    student: Stage
     peak_memory_bytes: int
 
 
@@ -56,70 +62,92 @@ def quickstart(
     short: bool = False,
     device: str = "auto",
     say: Callable[[str], None] = logger.info,
-    show: Callable[[TrainConfig], AbstractContextManager[Display | None]] | None = None,
+    show: Show | None = None,
 ) -> QuickstartResult:
-    """Run the whole life cycle into `output`; the token shards lie beside it, in `<output>-data`.
+    """Run the whole life cycle into `output`; beside it lie the student, `<output>-student`, and `<output>-data`.
 
     say takes a line at each stage; show makes the display that training runs under.
 
     Raises: ConfigError where output holds another run; KeyboardInterrupt when a signal stopped it, after saving.
     """
-    run_folder = Path(output)
-    data_folder = run_folder.with_name(f"{run_folder.name}-data")
+    teacher = Path(output)
+    student = teacher.with_name(f"{teacher.name}-student")
+    data_folder = teacher.with_name(f"{teacher.name}-data")
     config = quickstart_config(data_folder, short=short)
-    count = count_parameters(config.model)
-    say(f"1/3 Preparing the embedded corpus into {data_folder} (byte-level BPE, {config.model.vocab_size} tokens)")
+    say(f"1/5 Preparing the embedded corpus into {data_folder} (byte-level BPE, {config.model.vocab_size} tokens)")
     manifest = prepare([embedded_corpus()], data_folder, vocab_size=config.model.vocab_size)
     say(
         f"    {manifest.train.num_documents} documents, {manifest.train.num_tokens:,} training tokens, "
         f"{manifest.validation.num_tokens:,} for validation"
     )
-    say(
-        f"2/3 Training {PRESET}: {config.model.num_layers} layers, {count.total / 1e6:.1f} M parameters, "
-        f"{count.active / 1e6:.1f} M active per token, {config.tokens:,} tokens"
-    )
-    seconds = _train(run_folder, config, device=device, show=show)
-    loss = resolve_checkpoint(run_folder).validation_loss
-    assert loss is not None, run_folder
-    peak = peak_memory_bytes()
-    say(
-        f"    {seconds / 60:.1f} minutes, validation loss {loss:.3f} nats per token, peak memory {peak / 2**30:.2f} GiB"
-    )
-    say("3/3 Generating")
-    return QuickstartResult(run_folder, data_folder, loss, _generate(run_folder, device=device), seconds, peak)
+    say(f"2/5 Training {PRESET}: {_describe(config)}")
+    _train(teacher, config, say=say, device=device, show=show)
+    config = student_config(teacher)
+    say(f"3/5 Distilling a student of it: {_describe(config)}")
+    _train(student, config, say=say, device=device, show=show)
+    say("4/5 Evaluating both on the text held out")
+    limit = _EVALUATED_TOKENS_SHORT if short else _EVALUATED_TOKENS
+    found = [_evaluate(folder, data_folder, limit_tokens=limit, device=device) for folder in (teacher, student)]
+    for name, perplexity in zip(("teacher", "student"), found, strict=True):
+        say(f"    {name}: perplexity {perplexity.perplexity:.1f}, {perplexity.bits_per_byte:.3f} bits per byte")
+    say("5/5 Generating from both")
+    stages = [
+        Stage.of_run(folder, perplexity=perplexity, samples=_generate(folder, device=device))
+        for folder, perplexity in zip((teacher, student), found, strict=True)
+    ]
+    report = write_report(teacher / "report.html", stages[0], stages[1], data_folder=data_folder)
+    return QuickstartResult(data_folder, report, stages[0], stages[1], peak_memory_bytes())
 
 
 def quickstart_config(data_folder: Path, *, short: bool = False) -> TrainConfig:
-    """Return the training config that quickstart uses."""
+    """Return the config that quickstart trains the teacher with."""
     return load_train_config(PRESET, [f"data.path={json.dumps(str(data_folder))}", *(_SHORT if short else ())])
 
 
+def _describe(config: TrainConfig) -> str:
+    count = count_parameters(config.model)
+    return (
+        f"{config.model.num_layers} layers, {count.total / 1e6:.1f} M parameters, {count.active / 1e6:.1f} M active "
+        f"per token, {config.tokens:,} tokens"
+    )
+
+
 def _train(
-    run_folder: Path,
-    config: TrainConfig,
-    *,
-    device: str,
-    show: Callable[[TrainConfig], AbstractContextManager[Display | None]] | None,
-) -> float:
-    """Train, or go on with an interrupted quickstart; return the seconds it took now."""
+    run_folder: Path, config: TrainConfig, *, say: Callable[[str], None], device: str, show: Show | None
+) -> None:
+    """Train, or go on with an interrupted quickstart."""
     started = time.perf_counter()
     is_begun = (run_folder / "config.yaml").exists()
     if is_begun:
-        if load_run_config(run_folder).replace(data=config.data) != config:
+        before = load_run_config(run_folder)
+        if before.replace(data=config.data, distill=config.distill) != config:
             raise ConfigError(
                 f"{run_folder} holds another run, perhaps one with or without --short; a quickstart goes on only with "
                 f"its own settings; name another folder with --output, or remove that one."
             )
         logger.info("%s holds this run already; going on with it.", run_folder)
+    run = train if config.distill is None else distill
     with nullcontext() if show is None else show(config) as display:
-        result = train(config, run_folder, device=device, resume=is_begun, display=display)
+        result = run(config, run_folder, device=device, resume=is_begun, display=display)
     if result.stopped_by is not None:
         raise KeyboardInterrupt
-    return time.perf_counter() - started
+    loss = resolve_checkpoint(run_folder).validation_loss
+    assert loss is not None, run_folder
+    say(
+        f"    {(time.perf_counter() - started) / 60:.1f} minutes, validation loss {loss:.3f} nats per token, peak "
+        f"memory {peak_memory_bytes() / 2**30:.2f} GiB"
+    )
+
+
+def _evaluate(run_folder: Path, text: Path, *, limit_tokens: int, device: str) -> Perplexity:
+    """Measure a run's best checkpoint on the validation split of the prepared corpus."""
+    loaded = load_run(run_folder, device=device, pack=False)
+    windows = text_windows(loaded, text, limit_tokens=limit_tokens)
+    return measure_perplexity(loaded.model, windows, device=loaded.device)
 
 
 def _generate(run_folder: Path, *, device: str, max_new_tokens: int = 60) -> tuple[tuple[str, str], ...]:
-    """Continue each of PROMPTS with the trained model."""
+    """Continue each of PROMPTS with a trained model."""
     loaded = load_run(run_folder, device=device)
     samples = []
     for number, prompt in enumerate(PROMPTS):

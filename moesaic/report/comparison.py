@@ -15,6 +15,7 @@ from moesaic.report.records import read_metrics
 
 # Okabe and Ito's colours: told apart with any kind of colour vision; the markers tell them apart without any.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+_FLOP_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -49,9 +50,11 @@ def comparison_figure(curves: Sequence[Curve], *, title: str = "Validation loss"
     drawn = [curve for curve in curves if curve.losses]
     figure = empty_figure(13.0, 4.9)
     panels = figure.subplots(1, 3, sharey=True)
+    most = max((curve.tokens[-1] * curve.flops_per_token for curve in drawn), default=0.0)
+    unit, size = next((each for each in _FLOP_UNITS if most >= each[1]), _FLOP_UNITS[-1])
     quantities = (
         ("tokens", [np.asarray(curve.tokens) for curve in drawn]),
-        ("training PFLOP", [np.asarray(curve.tokens) * (curve.flops_per_token / 1e15) for curve in drawn]),
+        (f"training {unit}", [np.asarray(curve.tokens) * (curve.flops_per_token / size) for curve in drawn]),
         ("minutes of training", [np.asarray(curve.seconds) / 60 for curve in drawn]),
     )
     for axes, (label, values) in zip(panels, quantities, strict=True):

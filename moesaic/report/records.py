@@ -11,7 +11,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class TrainRecord:
     """The state of training after a step; rates and `moe` are means since the last record.
 
     Units: `seconds` in training steps so far, resumed parts included; `loss` in nats per token; `skipped_steps` in all.
+    `objective`: what the run's objective reports beside the loss, by name: a student's `kl` and `alpha`. It is written
+    where there is something.
     """
 
     step: int
@@ -89,9 +91,10 @@ class TrainRecord:
     share_of_peak: float | None
     skipped_steps: int
     moe: ExpertRecord | None
+    objective: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        values = {
             "kind": "train",
             "step": int(self.step),
             "tokens": int(self.tokens),
@@ -100,10 +103,17 @@ class TrainRecord:
             "skipped_steps": int(self.skipped_steps),
             "moe": None if self.moe is None else self.moe.to_json(),
         }
+        if self.objective:
+            values["objective"] = {name: _to_json_number(value) for name, value in self.objective.items()}
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainRecord":
+        values = {"objective": {}, **values}
         _check_keys(values, cls, kind="train")
+        terms = values["objective"]
+        if not isinstance(terms, dict):
+            raise _BadRecord("objective is not an object")
         share, moe = values["share_of_peak"], values["moe"]
         if moe is not None and not isinstance(moe, dict):
             raise _BadRecord("moe is neither null nor an object")
@@ -113,6 +123,7 @@ class TrainRecord:
             share_of_peak=None if share is None else _number("share_of_peak", share),
             skipped_steps=_integer("skipped_steps", values["skipped_steps"]),
             moe=None if moe is None else ExpertRecord.from_json(moe),
+            objective={name: _number(f"objective.{name}", value) for name, value in terms.items()},
             **{name: _number(name, values[name]) for name in _TRAIN_NUMBERS},
         )
 

@@ -163,6 +163,8 @@ class TrainingDisplay:
             _value("learning rate", f"{record.learning_rate:.3g}"),
             _value("gradient norm", f"{record.gradient_norm:.2f}"),
         )
+        if record.objective:
+            values.add_row(*(_value(name, f"{value:.4g}") for name, value in record.objective.items()))
         if record.skipped_steps:
             values.add_row(Text(_skipped(record), style="yellow"))
         parts: list[RenderableType] = [bar, values]
@@ -183,6 +185,7 @@ def plain_line(record: TrainRecord, total_tokens: int, *, seconds_left: float) -
         f"step {record.step}",
         f"{short_number(record.tokens)} of {short_number(total_tokens)} tokens ({record.tokens / total_tokens:.1%})",
         f"loss {record.loss:.4f}",
+        *(f"{name} {value:.4g}" for name, value in record.objective.items()),
         f"learning rate {record.learning_rate:.3g}",
         f"gradient norm {record.gradient_norm:.2f}",
         f"{record.tokens_per_second:,.0f} tokens/s",

@@ -43,6 +43,7 @@ from moesaic.train.initial import InitialRun
 from moesaic.train.interrupt import StopRequest
 from moesaic.train.loss import Losses, language_model_loss
 from moesaic.train.metrics import MetricsWriter
+from moesaic.train.objective import NextToken, Objective, RunStart
 from moesaic.train.optim import Optimizers, clip_gradients
 from moesaic.train.provenance import write_provenance
 from moesaic.train.schedule import learning_rate
@@ -86,14 +87,16 @@ def train(
     device: str = "auto",
     resume: bool = False,
     display: Display | None = None,
+    objective: Objective | None = None,
 ) -> TrainResult:
     """Train a model as config says, into run_folder; with resume, go on from its last good checkpoint.
 
-    A resumed run gives, bit for bit on the CPU, what the uninterrupted one would have given.
+    A resumed run gives, bit for bit on the CPU, what the uninterrupted one would have given. objective: what it learns;
+    None: to predict the next token.
 
     Raises: ConfigError, DataError, CheckpointError, TrainingError, DeviceError, each saying what to do.
     """
-    trainer = Trainer(config, Path(run_folder), device=device, resume=resume, display=display)
+    trainer = Trainer(config, Path(run_folder), device=device, resume=resume, display=display, objective=objective)
     return trainer.run()
 
 
@@ -101,8 +104,21 @@ class Trainer:
     """One run's state: model, optimizers, data, and where it stands."""
 
     def __init__(
-        self, config: TrainConfig, run_folder: Path, *, device: str, resume: bool, display: Display | None
+        self,
+        config: TrainConfig,
+        run_folder: Path,
+        *,
+        device: str,
+        resume: bool,
+        display: Display | None,
+        objective: Objective | None = None,
     ) -> None:
+        """Raises: ConfigError for a student's config without an objective, which alone can read its section."""
+        if config.distill is not None and objective is None:
+            raise ConfigError(
+                f"the config has a distill section (teacher {config.distill.teacher}) and `moesaic train` trains "
+                f"without a teacher; a student is trained by `moesaic distill`; use that, or set distill to null."
+            )
         tune_allocator()
         self.config = config
         self.run_folder = run_folder
@@ -113,6 +129,7 @@ class Trainer:
         self.skipped_steps = 0
         self.seconds = 0.0
         self.validation_loss: float | None = None
+        self.objective = objective or NextToken()
 
         self._check_folder()
         shards = self._open_data()
@@ -134,6 +151,7 @@ class Trainer:
             seed=config.seed,
             end_of_text_id=tokenizer.end_of_text_id,
             with_documents=config.data.document_mask,
+            fixed_windows=config.data.fixed_windows,
         )
         self.validation = ValidationLoader(
             shards.validation,
@@ -152,8 +170,10 @@ class Trainer:
         self.model.train()
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        if resume:
-            self._resume()
+        state = self._resume() if resume else None
+        self.objective.open(RunStart(self.tokens, state, shards, self.device))
+        if state is None:
+            self.objective.initialize(self.model)
         self._write_folder(tokenizer)
         limits = measure_limits(device=self.device.type)
         rate = limits.bf16_flops_per_second if config.precision == "bf16" else limits.fp32_flops_per_second
@@ -170,7 +190,10 @@ class Trainer:
         counts: list[Tensor] = []
         for micro in range(num_micro):
             rows = batch.rows(micro * config.micro_batch_size, (micro + 1) * config.micro_batch_size)
-            micro_losses = language_model_loss(self.model, rows, seed=mix_seeds(seed, micro), earlier_counts=counts)
+            head = self.objective.head(rows, tokens=self.tokens)
+            micro_losses = language_model_loss(
+                self.model, rows, seed=mix_seeds(seed, micro), earlier_counts=counts, head=head
+            )
             (micro_losses.total / num_micro).backward()
             layer_counts = [statistics.tokens_per_expert for statistics in micro_losses.moe]
             counts = [a + b for a, b in zip(counts, layer_counts, strict=True)] if counts else layer_counts
@@ -192,6 +215,33 @@ class Trainer:
     def tokens(self) -> int:
         """Tokens trained on so far."""
         return self.step * self.config.tokens_per_step
+
+    @property
+    def steps_left(self) -> int:
+        return max(0, self.config.total_steps - self.step)
+
+    def trial(self, steps: int, objective: Objective) -> float:
+        """Return the validation loss after so many more steps with another objective; then be exactly as before.
+
+        Memory: another copy of the weights and of the optimizers' state.
+        """
+        weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        moments = self.optimizers.copy_state()
+        step, own = self.step, self.objective
+        self.objective = objective
+        try:
+            for _ in range(steps):
+                self.train_step()
+            return validation_loss(self.model, self.validation, device=self.device)
+        finally:
+            self.step, self.objective = step, own
+            self.optimizers.zero_grad()
+            self.model.load_state_dict(weights)
+            self.optimizers.restore_state(moments)
+
+    def say(self, message: str) -> None:
+        """Record an event, and show it."""
+        self._event(message)
 
     def run(self) -> TrainResult:
         config = self.config
@@ -289,6 +339,7 @@ class Trainer:
             share_of_peak=flops / self.peak_flops_per_second if self.peak_flops_per_second else None,
             skipped_steps=self.skipped_steps,
             moe=window.experts(config.model.moe_layers),
+            objective=window.terms(),
         )
 
     def _evaluate(self) -> None:
@@ -303,6 +354,7 @@ class Trainer:
         self._metrics.evaluation(record)
         if self.display is not None:
             self.display.evaluation(record)
+        self.objective.evaluated(self)
 
     def _plot(self) -> None:
         """Redraw the plots; a full disk costs them, not the run."""
@@ -321,6 +373,7 @@ class Trainer:
             "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
             "model": self.config.model.to_dict(),
             "data": self.loader.state_dict(),
+            "objective": self.objective.state(),
         }
         try:
             save_checkpoint(
@@ -383,9 +436,8 @@ class Trainer:
             )
 
     def _check_same_run(self) -> None:
-        """A resumed run may change how it reports and saves and how long it trains; nothing that changes a step."""
         before, now = leaves(load_run_config(self.run_folder).to_dict()), leaves(self.config.to_dict())
-        free = ("evaluation.", "checkpoint.", "log_every_steps", "tokens", "activation_checkpointing", "data.path")
+        free = self.config.free_on_resume
         changed = [
             f"{key} ({now.get(key)}, was {before.get(key)})"
             for key in sorted(now.keys() | before.keys())
@@ -412,6 +464,7 @@ class Trainer:
                 data_fingerprint=self.data_fingerprint,
                 device=self.device,
                 init_from=None if self.initial is None else self.initial.record(),
+                objective=self.objective.record(),
             )
             temporary = self.run_folder / "config.yaml.writing"
             write_config(self.config, temporary)
@@ -422,11 +475,12 @@ class Trainer:
                 f"its checkpoints; free some space, or name another folder."
             ) from None
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Any] | None:
+        """Go on from the last good checkpoint; return the objective's state there, None where there is none yet."""
         found = last_good(self.run_folder)
         if found is None:
             logger.info("%s has no checkpoint yet; starting from step 0.", self.run_folder)
-            return
+            return None
         info, model, optimizer = found
         self.loader.check_state(info.metadata["data"])
         load_model_state(self.model, model, info)
@@ -436,6 +490,7 @@ class Trainer:
         self.seconds = float(info.metadata["seconds"])
         self.validation_loss = info.validation_loss
         set_aside_after(self.run_folder, info.step)
+        return dict(info.metadata.get("objective", {}))
 
 
 @dataclass(frozen=True)
@@ -469,6 +524,14 @@ class Window:
 
     def mean(self, name: str) -> float:
         return float(torch.stack([getattr(losses, name) for losses in self._losses()]).mean())
+
+    def terms(self) -> dict[str, float]:
+        """Each of the objective's terms, over the micro-batches that had it."""
+        values: dict[str, list[Tensor]] = {}
+        for losses in self._losses():
+            for name, value in losses.terms.items():
+                values.setdefault(name, []).append(value)
+        return {name: float(torch.stack(each).mean()) for name, each in values.items()}
 
     def experts(self, layers: tuple[int, ...]) -> ExpertRecord | None:
         if not layers:
@@ -508,4 +571,4 @@ def _without_graph(losses: Losses) -> Losses:
         )
         for statistics in losses.moe
     )
-    return Losses(losses.total.detach(), losses.cross_entropy, losses.balance, losses.z, kept)
+    return Losses(losses.total.detach(), losses.cross_entropy, losses.balance, losses.z, kept, losses.terms)

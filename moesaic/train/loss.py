@@ -1,6 +1,7 @@
-"""The training loss of one micro-batch: cross-entropy, and each MoE layer's balance and z losses."""
+"""The training loss of one micro-batch: the objective's loss at the head, and each MoE layer's balance and z losses."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,30 +14,58 @@ from moesaic.moe.layer import MoEStatistics
 
 
 @dataclass(frozen=True)
+class HeadLoss:
+    """Scalars, fp32. total is what is differentiated; cross_entropy and terms, by name, are for the records."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# (hidden (T, H), output_weight (V, H), targets (T,)) -> HeadLoss
+Head = Callable[[Tensor, Tensor, Tensor], HeadLoss]
+
+
+@dataclass(frozen=True)
 class Losses:
-    """Scalars, fp32. total is what is differentiated; balance and z are summed over layers, without coefficients."""
+    """Scalars, fp32. total is what is differentiated; balance and z are summed over layers, without coefficients.
+
+    terms: what the objective reports beside the cross-entropy.
+    """
 
     total: Tensor
     cross_entropy: Tensor
     balance: Tensor
     z: Tensor
     moe: tuple[MoEStatistics, ...]
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def next_token_loss(hidden: Tensor, output_weight: Tensor, targets: Tensor) -> HeadLoss:
+    """Return the mean cross-entropy of the next token."""
+    cross_entropy = linear_cross_entropy(hidden, output_weight, targets)
+    return HeadLoss(cross_entropy, cross_entropy.detach())
 
 
 def language_model_loss(
-    model: Transformer, batch: Batch, *, seed: int, earlier_counts: list[Tensor] | None = None
+    model: Transformer,
+    batch: Batch,
+    *,
+    seed: int,
+    earlier_counts: list[Tensor] | None = None,
+    head: Head = next_token_loss,
 ) -> Losses:
     """Return the losses of a batch of (B, S) tokens.
 
     earlier_counts: for each MoE layer the (E,) tokens_per_expert of this step's earlier micro-batches, which a balance
-    loss of scope global_batch adds to its own.
+    loss of scope global_batch adds to its own. head: the objective's loss of the hidden states.
     """
     output = model(batch.inputs, documents=batch.documents, seed=seed)
     hidden = output.hidden.view(-1, output.hidden.shape[-1])
-    cross_entropy = linear_cross_entropy(hidden, model.output_weight(), batch.targets.reshape(-1))
-    total = cross_entropy
-    balance_sum = torch.zeros_like(cross_entropy)
-    z_sum = torch.zeros_like(cross_entropy)
+    at_head = head(hidden, model.output_weight(), batch.targets.reshape(-1))
+    total = at_head.total
+    balance_sum = torch.zeros_like(at_head.cross_entropy)
+    z_sum = torch.zeros_like(at_head.cross_entropy)
     routers = [layer.router for layer in model.config.layers if layer.is_moe]
     for index, (statistics, router) in enumerate(zip(output.moe, routers, strict=True)):
         counts = statistics.tokens_per_expert
@@ -49,4 +78,4 @@ def language_model_loss(
             total = total + router.balance_loss * balance
         if router.z_loss:
             total = total + router.z_loss * statistics.z
-    return Losses(total, cross_entropy.detach(), balance_sum, z_sum, output.moe)
+    return Losses(total, at_head.cross_entropy, balance_sum, z_sum, output.moe, at_head.terms)

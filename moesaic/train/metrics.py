@@ -177,6 +177,7 @@ def train_scalars(record: TrainRecord) -> dict[str, float]:
         "speed/flops_per_second": record.flops_per_second,
         "progress/tokens": float(record.tokens),
     }
+    scalars |= {f"objective/{name}": value for name, value in record.objective.items()}
     if record.share_of_peak is not None:
         scalars["speed/share_of_peak"] = record.share_of_peak
     if record.moe is not None:

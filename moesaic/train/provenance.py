@@ -28,10 +28,12 @@ def write_provenance(
     data_fingerprint: str,
     device: torch.device,
     init_from: dict[str, Any] | None = None,
+    objective: dict[str, Any] | None = None,
 ) -> None:
     """Append this start of the run to run.json: one entry per start, the resumed ones after the first.
 
-    init_from: the checkpoint whose weights this start began with, None where they were drawn or resumed.
+    init_from: the checkpoint whose weights this start began with, None where they were drawn or resumed. objective:
+    what the run's objective says of itself, a student of its teacher for example.
     """
     path = run_folder / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
@@ -48,6 +50,7 @@ def write_provenance(
             "data_path": data_path,
             "data_fingerprint": data_fingerprint,
             "init_from": init_from,
+            "objective": objective,
         }
     )
     temporary = path.with_suffix(".writing")

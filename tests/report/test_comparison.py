@@ -25,6 +25,7 @@ def test_each_panel_has_every_run_in_its_own_unit() -> None:
         assert np.array_equal(tokens[place], each.tokens)
         assert np.allclose(flops[place], np.asarray(each.tokens) * each.flops_per_token / 1e15)
         assert np.allclose(minutes[place], np.asarray(each.seconds) / 60)
+    assert figure.axes[1].get_xlabel() == "training PFLOP"
     low, high = figure.axes[0].get_ylim()
     assert low < min(curves[1].losses) and high > max(each.losses[-1] for each in curves)
     assert high < curves[0].losses[0]  # the first loss of all would flatten what differs

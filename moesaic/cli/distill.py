@@ -1,0 +1,129 @@
+"""`moesaic distill`."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def distill(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="RUN (its best checkpoint) or RUN@step.")],
+    output: Annotated[Path, typer.Argument(metavar="STUDENT_RUN", help="The student's run folder.")],
+    data: Annotated[Path | None, typer.Option(help="Prepared shards; the same as --set data.path=DIR.")] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            "--student",
+            metavar="CONFIG",
+            help="A preset, YAML file or run with the student's model and settings. [default: the teacher's, with an "
+            "eighth fewer layers]",
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option("--layers", metavar="N", help="Layers of the student.")] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option("--experts", metavar="N", help="Of every MoE layer, or one count for each: 8 or 4,4,8."),
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="A student without experts.")] = False,
+    init: Annotated[
+        str | None, typer.Option("--init", help="scratch, or teacher: from its layers. [default: scratch]")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", help="none, throughout, staged, linear or automatic. [default: staged]"),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="a.b=VALUE, as often as needed; distill.alpha=0.5, for example.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
+) -> None:
+    """Train a smaller student of a trained run, which also learns from the teacher's predictions.
+
+    The default is the paper's Mixture-of-Students: an eighth fewer layers, and the teacher's part of the loss ends
+    after 70 % of the tokens. The student is a run like any other; Ctrl-C saves, --resume goes on.
+
+    Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
+    """
+    from moesaic.config.load import load_train_config
+    from moesaic.distill.run import make_trainer, student_config
+    from moesaic.logs import log_to_stderr
+    from moesaic.report.terminal import TrainingDisplay
+
+    log_to_stderr()
+    settings = [
+        f"{key}={json.dumps(str(value))}"
+        for key, value in (("data.path", data), ("distill.init", init), ("distill.schedule", schedule))
+        if value is not None
+    ]
+    settings += assignments or []
+    own = output / "config.yaml"
+    if resume and own.is_file() and not _is_run(teacher):
+        # A student that has got beyond its teacher needs it no more.
+        config = load_train_config(own, [*settings, f"distill.teacher={json.dumps(teacher)}", "init_from=null"])
+    else:
+        config = student_config(
+            teacher,
+            settings,
+            student=student,
+            num_layers=layers,
+            num_experts=None if experts is None else _counts(experts),
+            is_dense=dense,
+        )
+    display = None if as_json else TrainingDisplay(total_tokens=config.tokens, title="distilling")
+    trainer = make_trainer(config, output, device=device, resume=resume, display=display)
+    if display is None:
+        result = trainer.run()
+        typer.echo(
+            json.dumps(
+                {
+                    "run": str(result.run_folder),
+                    "step": result.step,
+                    "tokens": result.tokens,
+                    "loss": _finite(result.loss),
+                    "validation_loss": _finite(result.validation_loss),
+                    "stopped_by": result.stopped_by,
+                }
+            )
+        )
+        return
+    with display:  # only now: a mistake found at the start should not leave an empty display behind
+        result = trainer.run()
+    if result.stopped_by:
+        typer.echo(f"Stopped at step {result.step}; go on with the same command and --resume.")
+    else:
+        loss = "" if result.validation_loss is None else f"; validation loss {result.validation_loss:.4f}"
+        typer.echo(f"Trained {result.tokens:,} tokens{loss}.")
+    typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
+
+
+def _is_run(name: str) -> bool:
+    from moesaic.checkpoint.store import resolve_checkpoint
+    from moesaic.errors import CheckpointError
+
+    try:
+        resolve_checkpoint(name)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _counts(text: str) -> int | list[int]:
+    from moesaic.errors import ConfigError
+
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--experts ({text}) is not a list of integers; one number, or several with commas between, is required; "
+            f"write for example --experts 4,4,8."
+        ) from None
+    return counts[0] if len(counts) == 1 else counts
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None

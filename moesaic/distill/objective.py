@@ -1,0 +1,196 @@
+"""What a student learns: the objective that `moesaic distill` gives the training loop.
+
+Alpha is a function of the tokens (config/distill.py); the automatic schedule adds one bit of state, whether it has
+ended, which every checkpoint keeps. Once alpha is 0 for good the teacher is let go, and a resumed run does not need it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moesaic.config.distill import DistillConfig
+from moesaic.config.train import TrainConfig
+from moesaic.data.loader import Batch, ValidationLoader
+from moesaic.data.shards import ShardSet
+from moesaic.distill.loss import Teacher, distillation_loss
+from moesaic.distill.student import (
+    CopiedLayer,
+    check_copyable,
+    copy_layers,
+    default_map,
+    expert_loads,
+    has_fewer_experts,
+)
+from moesaic.distill.teacher import LiveTeacher, TeacherRun
+from moesaic.errors import CheckpointError
+from moesaic.logs import logger
+from moesaic.model.load import LoadedModel
+from moesaic.model.transformer import Transformer
+from moesaic.train.loss import Head, HeadLoss, next_token_loss
+from moesaic.train.objective import NextToken, RunStart, Trials
+
+
+class TeacherSource(Protocol):
+    """A teacher, running or cached."""
+
+    def targets(self, batch: Batch) -> Teacher: ...
+
+
+@dataclass
+class _State:
+    """What of a distillation a checkpoint keeps."""
+
+    teacher_sha256: str
+    has_ended: bool = False
+
+
+class Distillation:
+    """The Objective of one student's run."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        assert config.distill is not None
+        self._config = config
+        self._distill: DistillConfig = config.distill
+        self._run: TeacherRun | None = None
+        self._shards: ShardSet | None = None
+        self._loaded: LoadedModel | None = None
+        self._copied: tuple[CopiedLayer, ...] = ()
+        self._source: TeacherSource | None = None
+        self._state = _State("")
+        self._device = torch.device("cpu")
+
+    def open(self, start: RunStart) -> None:
+        """Open the teacher and check that it fits, unless the resumed run needs it no more.
+
+        Raises: CheckpointError for a teacher that is not there or not the one that the run began with; ConfigError and
+        DataError for one that does not fit the student.
+        """
+        distill, config = self._distill, self._config
+        self._device, self._shards = start.device, start.shards
+        if start.state is not None:
+            self._state = _State(str(start.state["teacher_sha256"]), bool(start.state["has_ended"]))
+            if self._alpha(start.tokens) == 0.0:
+                return
+        run = TeacherRun.open(distill.teacher)
+        if start.state is not None and run.sha256 != self._state.teacher_sha256:
+            raise CheckpointError(
+                f"distill.teacher ({distill.teacher}, sha256 {run.sha256[:12]}) is not the one that this run began "
+                f"with ({self._state.teacher_sha256[:12]}); a resumed student learns from the same teacher; name that "
+                f"run and step, or start a new run."
+            )
+        run.check(
+            config.model,
+            data=config.data.path,
+            tokenizer=start.shards.load_tokenizer(),
+            sequence_length=config.data.sequence_length,
+        )
+        run.check_precision(distill.teacher_precision)
+        if start.state is None and distill.init == "teacher":
+            check_copyable(run, config.model, self._layer_map(run))
+        self._state.teacher_sha256 = run.sha256
+        self._run = run
+
+    def initialize(self, model: Transformer) -> None:
+        """With init = teacher, copy its layers; which experts stay, a pass over the validation sequences says."""
+        if self._distill.init != "teacher":
+            return
+        assert self._run is not None
+        layer_map = self._layer_map(self._run)
+        loads: dict[int, Tensor] = {}
+        if has_fewer_experts(self._run.config.model, self._config.model, layer_map):
+            loads = expert_loads(self._load().model, self._validation(), device=self._device)
+        self._copied = copy_layers(model, self._run, layer_map, loads=loads)
+        for layer, copied in enumerate(self._copied):
+            if copied.load is not None and copied.experts is not None:
+                logger.info(
+                    "layer %d keeps %d experts of the teacher's layer %d, to which %.1f %% of its tokens went.",
+                    layer, len(copied.experts), copied.source, 100 * copied.load,
+                )  # fmt: skip
+
+    def head(self, batch: Batch, *, tokens: int) -> Head:
+        alpha = self._alpha(tokens)
+        value = torch.tensor(alpha)
+        if alpha == 0.0:
+            self._source = self._loaded = None
+
+            def without_teacher(hidden: Tensor, weight: Tensor, targets: Tensor) -> HeadLoss:
+                loss = next_token_loss(hidden, weight, targets)
+                return HeadLoss(loss.total, loss.cross_entropy, {"alpha": value})
+
+            return without_teacher
+        teacher = self._teacher().targets(batch)
+
+        def with_teacher(hidden: Tensor, weight: Tensor, targets: Tensor) -> HeadLoss:
+            loss = distillation_loss(
+                hidden,
+                weight,
+                targets,
+                teacher,
+                alpha=alpha,
+                temperature=self._distill.temperature,
+                divergence=self._distill.divergence,
+            )
+            return HeadLoss(loss.total, loss.cross_entropy, {self._distill.divergence: loss.divergence, "alpha": value})
+
+        return with_teacher
+
+    def evaluated(self, run: Trials) -> None:
+        """Of the automatic schedule, end it when so many steps without the teacher reach a validation loss as low."""
+        if self._distill.schedule != "automatic" or self._state.has_ended:
+            return
+        steps = min(self._distill.trial_steps, run.steps_left)
+        if steps == 0:
+            return
+        alone, taught = run.trial(steps, NextToken()), run.trial(steps, self)
+        self._state.has_ended = alone <= taught
+        outcome = "the teacher is let go" if self._state.has_ended else "the teacher stays"
+        run.say(
+            f"{steps} steps on from here the validation loss is {alone:.5f} with cross-entropy alone and {taught:.5f} "
+            f"with the teacher; {outcome}"
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"teacher_sha256": self._state.teacher_sha256, "has_ended": self._state.has_ended}
+
+    def record(self) -> dict[str, Any] | None:
+        if self._run is None:
+            return None
+        return {
+            "teacher": str(self._run.folder),
+            "step": self._run.info.step,
+            "model_sha256": self._run.sha256,
+            "copied": [copied.to_json() for copied in self._copied],
+        }
+
+    def _alpha(self, tokens: int) -> float:
+        if self._state.has_ended:
+            return 0.0
+        return self._distill.alpha_at(tokens, total_tokens=self._config.tokens)
+
+    def _layer_map(self, run: TeacherRun) -> tuple[int, ...]:
+        return self._distill.layer_map or default_map(run.config.model, self._config.model)
+
+    def _validation(self) -> ValidationLoader:
+        assert self._shards is not None
+        config = self._config
+        return ValidationLoader(
+            self._shards.validation,
+            sequence_length=config.data.sequence_length,
+            batch_size=config.micro_batch_size,
+            sequences=config.evaluation.sequences,
+            with_documents=config.data.document_mask,
+        )
+
+    def _load(self) -> LoadedModel:
+        """Load the teacher when it is first needed, and once."""
+        if self._loaded is None:
+            assert self._run is not None
+            self._loaded = self._run.load(self._distill.teacher_precision, device=self._device.type)
+        return self._loaded
+
+    def _teacher(self) -> TeacherSource:
+        if self._source is None:
+            self._source = LiveTeacher(self._load().model)
+        return self._source

@@ -1,0 +1,111 @@
+"""A student's run: its config from a teacher's, and the training of it. The loop itself is train/'s."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moesaic.config.distill import DistillConfig
+from moesaic.config.load import apply_assignments, merge, read_values, run_folder_of
+from moesaic.config.train import TrainConfig
+from moesaic.distill.objective import Distillation
+from moesaic.distill.student import default_map, kept_layers, model_of_layers, student_model, with_experts
+from moesaic.distill.teacher import TeacherRun
+from moesaic.errors import ConfigError
+from moesaic.train.loop import Display, Trainer, TrainResult
+
+
+def distill(
+    config: TrainConfig,
+    run_folder: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    display: Display | None = None,
+) -> TrainResult:
+    """Train a student as config says, into run_folder; with resume, go on from its last good checkpoint.
+
+    Raises: as `train` does, and ConfigError for a config without a distill section.
+    """
+    return make_trainer(config, run_folder, device=device, resume=resume, display=display).run()
+
+
+def student_config(
+    teacher: str | Path,
+    assignments: Sequence[str] = (),
+    *,
+    student: str | Path | None = None,
+    num_layers: int | None = None,
+    num_experts: int | Sequence[int] | None = None,
+    is_dense: bool = False,
+) -> TrainConfig:
+    """Return the config of a student of the run that RUN or RUN@step names, with `--set` assignments applied.
+
+    Its settings are the teacher's, and its model is one with fewer layers (student.py), or experts, or dense; with
+    distill.init = teacher the model is made of the teacher's layers that it starts from, in their order. student: a
+    preset, a YAML file or a run, of which it takes model and settings instead.
+
+    Raises: ConfigError, CheckpointError.
+    """
+    run = TeacherRun.open(teacher)
+    section: dict[str, Any] = {"teacher": str(teacher)}
+    if student is not None:
+        if num_layers is not None or num_experts is not None or is_dense:
+            raise ConfigError(
+                f"a student of its own config ({student}) is given together with layers, experts or dense, which "
+                f"change the teacher's; one of the two makes the model; leave one out."
+            )
+        folder = run_folder_of(student)
+        values = read_values(student if folder is None else folder / "config.yaml")
+        values["distill"] = merge(values.get("distill") or {}, section)
+    else:
+        values = {**run.config.to_dict(), "distill": section}
+        asked = apply_assignments(values, assignments)["distill"]
+        if not isinstance(asked, dict):
+            raise ConfigError(f"distill is set to {asked!r}; a section with keys is required; set distill.KEY=VALUE.")
+        if asked.get("init") == "teacher":
+            section["layer_map"] = _layer_map(run, asked.get("layer_map"), num_layers)
+            model = with_experts(
+                model_of_layers(run.config.model, section["layer_map"]), num_experts=num_experts, is_dense=is_dense
+            )
+        else:
+            model = student_model(run.config.model, num_layers=num_layers, num_experts=num_experts, is_dense=is_dense)
+        values["model"] = model.to_dict()
+        if run.config.micro_batch_size == run.config.batch_size:
+            values["micro_batch_size"] = None  # it was derived, and is again when --set changes the batch
+    values["init_from"] = None
+    values = apply_assignments(values, assignments)
+    if values["distill"].get("cache") is not None and "data" in values:
+        values["data"] = {**values["data"], "fixed_windows": True}
+    config = TrainConfig.from_dict(values)
+    assert config.distill is not None
+    if config.distill.init == "teacher" and config.distill.layer_map is None:
+        layer_map = default_map(run.config.model, config.model)
+        config = config.replace(distill=config.distill.replace(layer_map=layer_map))
+    return config
+
+
+def _layer_map(run: TeacherRun, given: Any, num_layers: int | None) -> tuple[int, ...]:
+    """Return the teacher's layers that the student is made of."""
+    if given is None:
+        return kept_layers(run.config.model, num_layers)
+    layer_map = DistillConfig(teacher="-", init="teacher", layer_map=given).layer_map or ()
+    if num_layers is not None and num_layers != len(layer_map):
+        raise ConfigError(
+            f"{num_layers} layers are asked for and distill.layer_map names {len(layer_map)}; both say how many the "
+            f"student has; leave one out."
+        )
+    return layer_map
+
+
+def make_trainer(
+    config: TrainConfig, run_folder: str | Path, *, device: str, resume: bool, display: Display | None
+) -> Trainer:
+    """Return the trainer of a student, everything checked."""
+    if config.distill is None:
+        raise ConfigError(
+            "the config has no distill section; a student needs a teacher; set distill.teacher, or train without one: "
+            "`moesaic train`."
+        )
+    return Trainer(
+        config, Path(run_folder), device=device, resume=resume, display=display, objective=Distillation(config)
+    )
