@@ -3,9 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from moesaic.config.train import TrainConfig
 
 
 def distill(
@@ -34,6 +37,17 @@ def distill(
         str | None,
         typer.Option("--schedule", help="none, throughout, staged, linear or automatic. [default: staged]"),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Read the teacher's predictions from here; they are written first where there are none.",
+        ),
+    ] = None,
+    cache_top_k: Annotated[
+        int | None, typer.Option("--cache-top-k", metavar="K", help="Tokens of each position in it. [default: 64]")
+    ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=VALUE, as often as needed; distill.alpha=0.5, for example.")
     ] = None,
@@ -56,7 +70,12 @@ def distill(
     log_to_stderr()
     settings = [
         f"{key}={json.dumps(str(value))}"
-        for key, value in (("data.path", data), ("distill.init", init), ("distill.schedule", schedule))
+        for key, value in (
+            ("data.path", data),
+            ("distill.init", init),
+            ("distill.schedule", schedule),
+            ("distill.cache", cache),
+        )
         if value is not None
     ]
     settings += assignments or []
@@ -73,6 +92,8 @@ def distill(
             num_experts=None if experts is None else _counts(experts),
             is_dense=dense,
         )
+    if config.distill is not None and config.distill.cache is not None and not resume:
+        _write_cache(config, cache_top_k, device, is_quiet=as_json)
     display = None if as_json else TrainingDisplay(total_tokens=config.tokens, title="distilling")
     trainer = make_trainer(config, output, device=device, resume=resume, display=display)
     if display is None:
@@ -98,6 +119,24 @@ def distill(
         loss = "" if result.validation_loss is None else f"; validation loss {result.validation_loss:.4f}"
         typer.echo(f"Trained {result.tokens:,} tokens{loss}.")
     typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
+
+
+def _write_cache(config: "TrainConfig", top_k: int | None, device: str, *, is_quiet: bool) -> None:
+    """Write the cache where there is none, or finish it, and say what it costs and loses."""
+    from moesaic.cli.progress import shown_progress
+    from moesaic.distill.cache import write_cache
+    from moesaic.kernels.device import select_device
+
+    assert config.distill is not None and config.distill.cache is not None
+    with shown_progress() as show:
+        report = write_cache(config.distill.cache, config, top_k=top_k, device=select_device(device), on_progress=show)
+    if not is_quiet:
+        typer.echo(
+            f"Cached teacher {config.distill.cache}: {report.top_k} tokens of each of {report.num_windows:,} windows, "
+            f"{report.num_bytes / 1e6:,.1f} MB ({report.bytes_per_token:.0f} bytes per token); "
+            f"{report.rest:.2%} of the probability is in the rest, the divergence {report.approximation_kl:.4f} nats "
+            f"too low at most for a student that knows nothing of it."
+        )
 
 
 def _is_run(name: str) -> bool:
