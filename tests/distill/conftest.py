@@ -44,6 +44,7 @@ def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesaic.train.loop.measure_limits", lambda **_: LIMITS)
     monkeypatch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
     monkeypatch.setattr("moesaic.train.loop.write_plots", lambda run_folder: [])
+    monkeypatch.setattr("moesaic.distill.report._ROUNDS", 1)
 
 
 @pytest.fixture(scope="session")
