@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.config.distill import Divergence
+from moesaic.kernels.distillation import teach
 
 _CHUNK_ELEMENTS = 1 << 22  # of logits: 16 MiB in fp32, of which some five exist at a time
 # With fewer tokens, adding a large vocabulary's weight gradient once more per chunk costs more than the chunk.
@@ -76,9 +77,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, teacher, alpha, temperature, divergence):  # type: ignore[no-untyped-def]
         num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
-        counted = targets != _NOTHING
-        count = counted.sum().clamp_min(1)
-        classes = targets.masked_fill(~counted, 0)
+        count = (targets != _NOTHING).sum().clamp_min(1)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)  # of cross-entropy and divergence
@@ -86,24 +85,22 @@ class _Distillation(torch.autograd.Function):
         for start in range(0, num_tokens, size):
             rows = slice(start, min(start + size, num_tokens))
             x = hidden[rows]
-            logits = F.linear(x, weight).float()  # (t, V)
-            log_q = torch.log_softmax(logits, -1)
-            losses = -log_q.gather(1, classes[rows, None])[:, 0]
-            gradient = log_q.exp()
-            gradient.scatter_add_(1, classes[rows, None], gradient.new_full((x.shape[0], 1), -1.0))
-            if temperature != 1.0:
-                log_q = torch.log_softmax(logits.div_(temperature), -1)
-            del logits
-            if isinstance(teacher, TeacherTopK):
-                distance, slope = _bucket(log_q, teacher.ids[rows], teacher.log_probs[rows])
+            logits = F.linear(x, weight)  # (t, V)
+            if isinstance(teacher, TeacherLogits) and divergence == "forward_kl":
+                losses, distance = teach(
+                    logits,
+                    teacher.chunk(rows.start, rows.stop),
+                    targets[rows],
+                    alpha=alpha,
+                    temperature=temperature,
+                )
+                gradient = logits
             else:
-                log_p = torch.log_softmax(teacher.chunk(rows.start, rows.stop) / temperature, -1)
-                distance, slope = _DENSE[divergence](log_p, log_q)
-            gradient.add_(slope, alpha=alpha * temperature)  # T^2 of the loss, 1 / T of the logits
-            gradient.masked_fill_(~counted[rows, None], 0.0)
-            sums[0] += losses.masked_fill(~counted[rows], 0.0).sum()
-            sums[1] += distance.masked_fill(~counted[rows], 0.0).sum()
-            gradient = gradient.to(hidden.dtype)
+                losses, distance, gradient = _step_by_step(
+                    logits, targets[rows], teacher, rows, alpha, temperature, divergence
+                )
+            sums[0] += losses.sum()
+            sums[1] += distance.sum()
             torch.mm(gradient, weight, out=grad_hidden[rows])
             grad_weight += torch.mm(gradient.t(), x)
         ctx.save_for_backward(grad_hidden, grad_weight, count)
@@ -120,14 +117,37 @@ class _Distillation(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
+def _step_by_step(
+    logits: Tensor,
+    targets: Tensor,
+    teacher: Teacher,
+    rows: slice,
+    alpha: float,
+    temperature: float,
+    divergence: Divergence,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a chunk's cross-entropies (t,), divergences (t,) and gradient (t, V), in the logits' dtype."""
+    is_nothing = targets == _NOTHING
+    classes = targets.masked_fill(is_nothing, 0)[:, None]
+    dtype, logits = logits.dtype, logits.float()
+    log_q = torch.log_softmax(logits, -1)
+    losses = -log_q.gather(1, classes)[:, 0]
+    gradient = log_q.exp()
+    gradient.scatter_add_(1, classes, gradient.new_full(classes.shape, -1.0))
+    if temperature != 1.0:
+        log_q = torch.log_softmax(logits / temperature, -1)
+    if isinstance(teacher, TeacherTopK):
+        distance, slope = _bucket(log_q, teacher.ids[rows], teacher.log_probs[rows])
+    else:
+        log_p = torch.log_softmax(teacher.chunk(rows.start, rows.stop) / temperature, -1)
+        distance, slope = _DENSE[divergence](log_p, log_q)
+    gradient.add_(slope, alpha=alpha * temperature)  # T^2 of the loss, 1 / T of the logits
+    gradient.masked_fill_(is_nothing[:, None], 0.0)
+    return losses.masked_fill_(is_nothing, 0.0), distance.masked_fill_(is_nothing, 0.0), gradient.to(dtype)
+
+
 # Each takes log-probabilities (t, V) of teacher and student and returns the divergence (t,) and its gradient (t, V)
 # with respect to the logits that log_q is the log-softmax of.
-
-
-def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    p = log_p.exp()
-    distance = (log_p.sub_(log_q)).mul_(p).sum(-1)
-    return distance, log_q.exp().sub_(p)
 
 
 def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +165,6 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _DENSE: dict[Divergence, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jensen_shannon,
 }
