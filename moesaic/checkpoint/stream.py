@@ -26,6 +26,7 @@ _NAMES = {
     torch.float64: "F64",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint16: "U16",
     torch.int32: "I32",
     torch.int64: "I64",
     torch.bool: "BOOL",

@@ -2,10 +2,15 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from moesaic.config.train import TrainConfig
+    from moesaic.distill.report import DistillationReport
 
 
 def distill(
@@ -34,6 +39,17 @@ def distill(
         str | None,
         typer.Option("--schedule", help="none, throughout, staged, linear or automatic. [default: staged]"),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Read the teacher's predictions from here; they are written first where there are none.",
+        ),
+    ] = None,
+    cache_top_k: Annotated[
+        int | None, typer.Option("--cache-top-k", metavar="K", help="Tokens of each position in it. [default: 64]")
+    ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=VALUE, as often as needed; distill.alpha=0.5, for example.")
     ] = None,
@@ -49,6 +65,7 @@ def distill(
     Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
     """
     from moesaic.config.load import load_train_config
+    from moesaic.distill.report import try_report
     from moesaic.distill.run import make_trainer, student_config
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
@@ -56,7 +73,12 @@ def distill(
     log_to_stderr()
     settings = [
         f"{key}={json.dumps(str(value))}"
-        for key, value in (("data.path", data), ("distill.init", init), ("distill.schedule", schedule))
+        for key, value in (
+            ("data.path", data),
+            ("distill.init", init),
+            ("distill.schedule", schedule),
+            ("distill.cache", cache),
+        )
         if value is not None
     ]
     settings += assignments or []
@@ -73,10 +95,13 @@ def distill(
             num_experts=None if experts is None else _counts(experts),
             is_dense=dense,
         )
+    if config.distill is not None and config.distill.cache is not None and not resume:
+        _write_cache(config, cache_top_k, device, is_quiet=as_json)
     display = None if as_json else TrainingDisplay(total_tokens=config.tokens, title="distilling")
     trainer = make_trainer(config, output, device=device, resume=resume, display=display)
     if display is None:
         result = trainer.run()
+        report = None if result.stopped_by else try_report(output, device=device)
         typer.echo(
             json.dumps(
                 {
@@ -86,6 +111,7 @@ def distill(
                     "loss": _finite(result.loss),
                     "validation_loss": _finite(result.validation_loss),
                     "stopped_by": result.stopped_by,
+                    "report": None if report is None else report.to_json(),
                 }
             )
         )
@@ -97,7 +123,60 @@ def distill(
     else:
         loss = "" if result.validation_loss is None else f"; validation loss {result.validation_loss:.4f}"
         typer.echo(f"Trained {result.tokens:,} tokens{loss}.")
+        report = try_report(output, device=device)
+        if report is not None:
+            _print(report)
     typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
+
+
+def _write_cache(config: "TrainConfig", top_k: int | None, device: str, *, is_quiet: bool) -> None:
+    """Write the cache where there is none, or finish it, and say what it costs and loses."""
+    from moesaic.cli.progress import shown_progress
+    from moesaic.distill.cache import write_cache
+    from moesaic.kernels.device import select_device
+
+    assert config.distill is not None and config.distill.cache is not None
+    with shown_progress() as show:
+        report = write_cache(config.distill.cache, config, top_k=top_k, device=select_device(device), on_progress=show)
+    if not is_quiet:
+        typer.echo(
+            f"Cached teacher {config.distill.cache}: {report.top_k} tokens of each of {report.num_windows:,} windows, "
+            f"{report.num_bytes / 1e6:,.1f} MB ({report.bytes_per_token:.0f} bytes per token); "
+            f"{report.rest:.2%} of the probability is in the rest, the divergence {report.approximation_kl:.4f} nats "
+            f"too low at most for a student that knows nothing of it."
+        )
+
+
+def _print(report: "DistillationReport") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moesaic.report.quantities import short_number
+
+    teacher, student = report.teacher, report.student
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for title in ("teacher", "student", "student / teacher"):
+        table.add_column(title, justify="right")
+
+    def add(name: str, theirs: float, own: float, show: Callable[[float], str]) -> None:
+        table.add_row(name, show(theirs), show(own), f"{own / theirs:.3f}" if theirs else "-")
+
+    add("parameters", teacher.parameters, student.parameters, short_number)
+    add("active per token", teacher.active_parameters, student.active_parameters, short_number)
+    add("validation loss, nats per token", teacher.validation_loss, student.validation_loss, lambda x: f"{x:.4f}")
+    prompt = f"prompt of {report.prompt_tokens} tokens, ms"
+    add(prompt, teacher.prefill_seconds, student.prefill_seconds, lambda x: f"{1000 * x:.2f}")
+    add("a token after it, ms", teacher.decode_seconds, student.decode_seconds, lambda x: f"{1000 * x:.2f}")
+    for name, score in teacher.tasks.items():
+        if name in student.tasks:
+            add(f"{name} ({score.metric})", score.value, student.tasks[name].value, lambda x: f"{x:.4g}")
+    console = Console()
+    console.print(table)
+    retained = f"The student keeps {report.perplexity_retention:.1%} of the teacher's perplexity"
+    if report.task_retention is not None:
+        retained += f" and {report.task_retention:.1%} of its mean task score"
+    console.print(f"{retained}.", soft_wrap=True, highlight=False)
 
 
 def _is_run(name: str) -> bool:

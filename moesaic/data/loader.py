@@ -103,6 +103,13 @@ class TrainLoader:
             self._stream, starts, self._sequence_length, self._end_of_text_id if self._with_documents else None
         )
 
+    def windows(self, numbers: npt.NDArray[np.int64]) -> Batch:
+        """Return sequences by their number in the text, from 0, as fixed windows cut it."""
+        starts = numbers.astype(np.int64) * self._sequence_length
+        return _read_batch(
+            self._stream, starts, self._sequence_length, self._end_of_text_id if self._with_documents else None
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the order of the data depends on; a checkpoint keeps it (the step is the trainer's)."""
         return {

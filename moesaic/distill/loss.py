@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.config.distill import Divergence
+from moesaic.kernels.distillation import teach
 
 _CHUNK_ELEMENTS = 1 << 22  # of logits: 16 MiB in fp32, of which some five exist at a time
 # With fewer tokens, adding a large vocabulary's weight gradient once more per chunk costs more than the chunk.
 _MIN_CHUNK_TOKENS = 128
 _NOTHING = -100
+_NEVER = -1e4
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, teacher, alpha, temperature, divergence):  # type: ignore[no-untyped-def]
         num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
-        counted = targets != _NOTHING
-        count = counted.sum().clamp_min(1)
-        classes = targets.masked_fill(~counted, 0)
+        count = (targets != _NOTHING).sum().clamp_min(1)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)  # of cross-entropy and divergence
@@ -86,24 +86,20 @@ class _Distillation(torch.autograd.Function):
         for start in range(0, num_tokens, size):
             rows = slice(start, min(start + size, num_tokens))
             x = hidden[rows]
-            logits = F.linear(x, weight).float()  # (t, V)
-            log_q = torch.log_softmax(logits, -1)
-            losses = -log_q.gather(1, classes[rows, None])[:, 0]
-            gradient = log_q.exp()
-            gradient.scatter_add_(1, classes[rows, None], gradient.new_full((x.shape[0], 1), -1.0))
-            if temperature != 1.0:
-                log_q = torch.log_softmax(logits.div_(temperature), -1)
-            del logits
+            logits = F.linear(x, weight)  # (t, V)
             if isinstance(teacher, TeacherTopK):
-                distance, slope = _bucket(log_q, teacher.ids[rows], teacher.log_probs[rows])
+                taught = _as_logits(logits, teacher.ids[rows], teacher.log_probs[rows], temperature)
             else:
-                log_p = torch.log_softmax(teacher.chunk(rows.start, rows.stop) / temperature, -1)
-                distance, slope = _DENSE[divergence](log_p, log_q)
-            gradient.add_(slope, alpha=alpha * temperature)  # T^2 of the loss, 1 / T of the logits
-            gradient.masked_fill_(~counted[rows, None], 0.0)
-            sums[0] += losses.masked_fill(~counted[rows], 0.0).sum()
-            sums[1] += distance.masked_fill(~counted[rows], 0.0).sum()
-            gradient = gradient.to(hidden.dtype)
+                taught = teacher.chunk(rows.start, rows.stop)
+            if divergence == "forward_kl":
+                losses, distance = teach(logits, taught, targets[rows], alpha=alpha, temperature=temperature)
+                gradient = logits
+            else:
+                losses, distance, gradient = _step_by_step(
+                    logits, taught, targets[rows], alpha, temperature, _OTHERS[divergence]
+                )
+            sums[0] += losses.sum()
+            sums[1] += distance.sum()
             torch.mm(gradient, weight, out=grad_hidden[rows])
             grad_weight += torch.mm(gradient.t(), x)
         ctx.save_for_backward(grad_hidden, grad_weight, count)
@@ -120,14 +116,31 @@ class _Distillation(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
+def _step_by_step(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    alpha: float,
+    temperature: float,
+    diverge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a chunk's cross-entropies (t,), divergences (t,) and gradient (t, V), in the logits' dtype."""
+    is_nothing = targets == _NOTHING
+    classes = targets.masked_fill(is_nothing, 0)[:, None]
+    log_q = torch.log_softmax(logits, -1, dtype=torch.float32)
+    losses = -log_q.gather(1, classes)[:, 0]
+    gradient = log_q.exp()
+    gradient.scatter_add_(1, classes, gradient.new_full(classes.shape, -1.0))
+    if temperature != 1.0:
+        log_q = torch.log_softmax(logits.float() / temperature, -1)
+    distance, slope = diverge(torch.log_softmax(teacher_logits / temperature, -1), log_q)
+    gradient.add_(slope, alpha=alpha * temperature)  # T^2 of the loss, 1 / T of the logits
+    gradient.masked_fill_(is_nothing[:, None], 0.0)
+    return losses.masked_fill_(is_nothing, 0.0), distance.masked_fill_(is_nothing, 0.0), gradient.to(logits.dtype)
+
+
 # Each takes log-probabilities (t, V) of teacher and student and returns the divergence (t,) and its gradient (t, V)
 # with respect to the logits that log_q is the log-softmax of.
-
-
-def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    p = log_p.exp()
-    distance = (log_p.sub_(log_q)).mul_(p).sum(-1)
-    return distance, log_q.exp().sub_(p)
 
 
 def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,27 +157,24 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return distance, half.sub_(own[:, None]).mul_(q)
 
 
-_DENSE: dict[Divergence, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "forward_kl": _forward_kl,
+_OTHERS: dict[Divergence, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "reverse_kl": _reverse_kl,
     "jsd": _jensen_shannon,
 }
 
 
-def _bucket(log_q: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """The forward KL over the K tokens of ids and a bucket with all others.
+def _as_logits(logits: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> Tensor:
+    """Return the logits (t, V) of a teacher who spreads the bucket over the other tokens as this very student does.
 
-    Its gradient is that of a teacher who spreads the bucket over the other tokens as the student does.
+    Inside the bucket the two do not differ, so their KL is the one over the K + 1 outcomes, and so is its gradient:
+    how the bucket is spread moves it by nothing where both spread it alike.
     """
-    p, rest = log_probs[:, :-1].exp(), log_probs[:, -1:].exp()  # (t, K), (t, 1)
-    others = log_q.scatter(1, ids, -math.inf)
-    log_q_rest = torch.logsumexp(others, -1, keepdim=True)
-    distance = (p * (log_probs[:, :-1] - log_q.gather(1, ids))).sum(-1)
-    # Where the bucket is empty there is nothing to compare, and -inf - -inf must not come out.
-    is_empty = (rest == 0) | (log_q_rest == -math.inf)
-    distance += (rest * (log_probs[:, -1:] - log_q_rest)).masked_fill(is_empty, 0.0)[:, 0]
-    spread = others.sub_(log_q_rest.masked_fill(is_empty, 0.0)).exp_().mul_(rest)
-    return distance, log_q.exp().sub_(spread.scatter_(1, ids, p))
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+    others = torch.logsumexp(scaled.scatter(1, ids, -math.inf), -1, keepdim=True)
+    # An empty bucket gets a probability that is 0 in fp32, but no infinity, which times 0 would be NaN; where no token
+    # is left for it, nothing is.
+    shift = (log_probs[:, -1:] - others).clamp_min(_NEVER).masked_fill(others == -math.inf, 0.0)
+    return (scaled + shift).scatter_(1, ids, log_probs[:, :-1]).mul_(temperature)
 
 
 def divergence_of(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:

@@ -14,6 +14,7 @@ from moesaic.config.distill import DistillConfig
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import Batch, ValidationLoader
 from moesaic.data.shards import ShardSet
+from moesaic.distill.cache import CachedTeacher, CacheKey
 from moesaic.distill.loss import Teacher, distillation_loss
 from moesaic.distill.student import (
     CopiedLayer,
@@ -89,6 +90,10 @@ class Distillation:
         run.check_precision(distill.teacher_precision)
         if start.state is None and distill.init == "teacher":
             check_copyable(run, config.model, self._layer_map(run))
+        if distill.cache is not None:
+            self._source = CachedTeacher.open(
+                distill.cache, CacheKey.of(config, run, start.shards), device=start.device
+            )
         self._state.teacher_sha256 = run.sha256
         self._run = run
 

@@ -61,7 +61,8 @@ def _is_fused(hidden: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _outside(target: Tensor, vocab_size: int) -> IndexError:
+def outside_vocabulary(target: Tensor, vocab_size: int) -> IndexError:
+    """Return the error for a target that is no class."""
     return IndexError(
         f"target {int(target)} is outside the vocabulary; a number in [0, {vocab_size}), or -100 for nothing to "
         "predict, is required; take the tokenizer that the model was trained with."
@@ -86,7 +87,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, wants_gradient: bool) -> Ten
         wants_gradient,
     )
     if wrong:
-        raise _outside(targets[wrong - 1], logits.shape[1])
+        raise outside_vocabulary(targets[wrong - 1], logits.shape[1])
     return losses
 
 
@@ -116,7 +117,7 @@ def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool
         grad_weight.data_ptr() if wants_gradient else None,
     )
     if wrong:
-        raise _outside(targets[wrong - 1], weight.shape[0])
+        raise outside_vocabulary(targets[wrong - 1], weight.shape[0])
     return losses, grad_hidden, grad_weight
 
 

@@ -54,6 +54,8 @@ def write_plots(run_folder: str | Path) -> list[Path]:
         "learning_rate.png": learning_rate_figure(metrics.train),
         "throughput.png": throughput_figure(metrics.train),
     }
+    if any(record.objective for record in metrics.train):
+        figures["objective.png"] = objective_figure(metrics.train)
     experts = [record for record in metrics.train if record.moe is not None]
     if experts:
         figures["expert_load.png"] = expert_load_figure(experts)
@@ -134,6 +136,29 @@ def learning_rate_figure(records: Sequence[TrainRecord]) -> Figure:
     bottom.set_ylabel("gradient norm")
     set_title(bottom, "Gradient norm", "before clipping")
     _tokens_axis(bottom, tokens)
+    return figure
+
+
+def objective_figure(records: Sequence[TrainRecord]) -> Figure:
+    """What the objective reports beside the loss, one panel each under the cross-entropy: divergence and alpha."""
+    names = list(dict.fromkeys(name for record in records for name in record.objective))
+    tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
+    figure = _empty(9.0, 2.2 * (len(names) + 1))
+    panels = figure.subplots(len(names) + 1, 1, sharex=True)
+    series = {"cross-entropy": [record.loss for record in records]}
+    series |= {name: [record.objective.get(name, math.nan) for record in records] for name in names}
+    for axes, (name, values) in zip(panels, series.items(), strict=True):
+        _style(axes)
+        if name == "alpha":  # a step, which a mean would slur
+            axes.plot(tokens, values, color=_ORANGE, linewidth=1.8, marker=_marker(records))
+            axes.set_ylim(bottom=0)
+        else:
+            _raw_and_smooth(axes, tokens, np.asarray(values, dtype=np.float64))
+        finite = [value for value in values if math.isfinite(value)]
+        _title(axes, name.replace("_", " "), f"last {finite[-1]:.4g}" if finite else "", size=11)
+        if name != "alpha":
+            axes.set_ylabel("nats per token")
+    _tokens_axis(panels[-1], tokens)
     return figure
 
 

@@ -9,6 +9,7 @@ import pytest
 from pydantic_core import PydanticUndefined
 
 from moesaic.config.base import Config
+from moesaic.config.distill import DistillConfig
 from moesaic.config.load import load_model_config, load_train_config
 from moesaic.config.model import (
     CapacityConfig,
@@ -42,6 +43,7 @@ SECTIONS: dict[str, type[Config]] = {
     "`schedule`": ScheduleConfig,
     "`evaluation`": EvaluationConfig,
     "`checkpoint`": CheckpointConfig,
+    "`distill`": DistillConfig,
 }
 
 

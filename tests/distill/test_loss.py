@@ -109,7 +109,7 @@ def test_nothing_to_predict_is_no_loss_and_no_gradient() -> None:
     loss = distillation_loss(
         hidden, weight, targets, TeacherLogits(lambda a, b: teacher[a:b]), alpha=1.0, temperature=1.0, divergence="jsd"
     )
-    assert float(loss.total) == 0.0
+    assert loss.total.item() == 0.0
     assert not gradients(loss.total, hidden)[0].any()
 
 

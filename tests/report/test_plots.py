@@ -2,14 +2,15 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from moesaic.report.plots import heat_columns, loss_limits, smoothed, write_plots
-from moesaic.report.records import METRICS_FILE, ExpertRecord, MetricsError
+from moesaic.report.plots import heat_columns, loss_limits, objective_figure, smoothed, write_plots
+from moesaic.report.records import METRICS_FILE, ExpertRecord, MetricsError, TrainRecord, to_line
 
 DENSE = {"loss.png", "learning_rate.png", "throughput.png"}
 MOE = DENSE | {"expert_load.png", "expert_balance.png"}
@@ -39,6 +40,23 @@ def test_every_kind_of_run_is_drawn(
         image = imread(path)
         assert min(image.shape[:2]) > 300
         assert image[..., :3].std() > 0.01  # not a blank sheet
+
+
+@pytest.mark.parametrize("num_records", [1, 12])
+def test_what_an_objective_reports_is_drawn(
+    make_record: Callable[..., TrainRecord], tmp_path: Path, num_records: int
+) -> None:
+    """The divergence ends where alpha does."""
+
+    def terms(step: int) -> dict[str, float]:
+        return {"alpha": 0.0} if step > 8 else {"forward_kl": math.nan if step == 2 else 1.0 / step, "alpha": 1.0}
+
+    records = [replace(make_record(step), objective=terms(step)) for step in range(1, num_records + 1)]
+    (tmp_path / METRICS_FILE).write_text("".join(map(to_line, records)))
+    assert {path.name for path in write_plots(tmp_path)} == DENSE | {"objective.png"}
+    assert imread(tmp_path / "plots" / "objective.png")[..., :3].std() > 0.01
+    figure = objective_figure(records)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["cross-entropy", "forward kl", "alpha"]
 
 
 def test_large_pyramid_is_drawn(make_run: Callable[..., Path]) -> None:

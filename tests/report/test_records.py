@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def test_record_round_trip_is_stable_and_valid_json(
     again = TrainRecord.from_json(strict_json(line))
     assert to_line(again) == line
     assert line.count("\n") == 1
+
+
+def test_what_an_objective_reports_is_kept_and_absent_where_there_is_nothing(
+    make_record: Callable[..., TrainRecord],
+) -> None:
+    record = replace(make_record(3), objective={"forward_kl": 0.25, "alpha": math.inf})
+    line = to_line(record)
+    assert TrainRecord.from_json(strict_json(line)).objective == record.objective
+    assert "objective" not in strict_json(to_line(make_record(3)))
+    for wrong in ([1.0], {"alpha": "much"}):
+        with pytest.raises(Exception, match="objective"):
+            TrainRecord.from_json({**strict_json(line), "objective": wrong})
 
 
 def test_scalars_are_exact_and_loads_keep_five_digits(make_record: Callable[..., TrainRecord]) -> None:

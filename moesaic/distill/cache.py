@@ -1,0 +1,414 @@
+"""A teacher's predictions, written once and read by any number of students: its likeliest tokens at every position.
+
+A folder holds teacher-00000.safetensors, ... and manifest.json. A shard has, for each position of its windows, the ids
+(W, S, K) of the K likeliest tokens in the narrowest unsigned integers, and fp16 log-probabilities (W, S, K + 1) at the
+cache's temperature, of which the last is that of all other tokens together. Window i is tokens i * S to (i + 1) * S of
+the training split, what a loader with fixed windows reads: in whatever order a student sees them, its seed and batch
+size are its own.
+
+Written shard by shard: a killed process goes on with the shard that it was at.
+"""
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
+from moesaic.config.train import TrainConfig
+from moesaic.data.loader import Batch, TrainLoader
+from moesaic.data.shards import ShardSet, hash_file
+from moesaic.distill.loss import TeacherTopK
+from moesaic.distill.teacher import LiveTeacher, TeacherRun
+from moesaic.errors import ConfigError, DataError, MoesaicError
+
+MANIFEST_NAME = "manifest.json"
+PROGRESS_NAME = "progress.json"
+FORMAT = 1
+DEFAULT_TOP_K = 64
+# Small enough to lose little when killed, large enough for the number of files.
+_SHARD_BYTES = 1 << 27
+_MAX_OPEN_SHARDS = 128
+_BATCH_TOKENS = 4096
+# Windows on which the error is measured, spread over the corpus.
+_SAMPLE_WINDOWS = 32
+# fp32 logits of a chunk: 16 MiB.
+_CHUNK_ELEMENTS = 1 << 22
+
+OnProgress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What a cache was written for; a student of anything else cannot read it."""
+
+    teacher_sha256: str
+    teacher_precision: str
+    temperature: float
+    tokenizer_fingerprint: str
+    data_fingerprint: str
+    sequence_length: int
+    document_mask: bool
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, teacher: TeacherRun, shards: ShardSet) -> "CacheKey":
+        """Return the key of the cache that a student of this config needs."""
+        assert config.distill is not None
+        return cls(
+            teacher_sha256=teacher.sha256,
+            teacher_precision=config.distill.teacher_precision,
+            temperature=config.distill.temperature,
+            tokenizer_fingerprint=teacher.tokenizer.fingerprint,
+            data_fingerprint=shards.fingerprint,
+            sequence_length=config.data.sequence_length,
+            document_mask=config.data.document_mask,
+            vocab_size=config.model.vocab_size,
+        )
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache costs and loses. rest: the mean probability outside the top K; approximation_kl: nats per token.
+
+    approximation_kl is KL(teacher || what is stored, the rest spread evenly), on sample_windows windows: how much the
+    cached divergence is below the live one for a student that knows nothing of the rest, rounding included. A
+    student's gradient at a position's logits is off by at most 2 * T * rest in the sum of absolute values.
+    """
+
+    top_k: int
+    num_windows: int
+    num_bytes: int
+    bytes_per_token: float
+    rest: float
+    approximation_kl: float
+    sample_windows: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def write_cache(
+    folder: str | Path,
+    config: TrainConfig,
+    *,
+    top_k: int | None = None,
+    device: torch.device | None = None,
+    on_progress: OnProgress = lambda stage, share: None,
+) -> CacheReport:
+    """Write the cache that students of this config read, of every window of the training split, or go on with it.
+
+    top_k None: 64, or the cache's own when it is gone on with. The teacher is the config's, its data the config's.
+
+    Raises: ConfigError for a top_k out of range, and for a folder that holds a cache of something else; DataError when
+    it cannot be written.
+    """
+    assert config.distill is not None
+    device = torch.device("cpu") if device is None else device
+    folder = Path(folder)
+    run, shards = TeacherRun.open(config.distill.teacher), ShardSet.open(config.data.path)
+    run.check(
+        config.model,
+        data=config.data.path,
+        tokenizer=shards.load_tokenizer(),
+        sequence_length=config.data.sequence_length,
+    )
+    run.check_precision(config.distill.teacher_precision)
+    key = CacheKey.of(config, run, shards)
+    done = _progress(folder)
+    if (folder / MANIFEST_NAME).is_file() or done is not None:
+        values = done or _read(folder / MANIFEST_NAME)
+        _check_key(folder, values, key)
+        top_k = int(values["top_k"]) if top_k is None else top_k
+        if top_k != values["top_k"]:
+            raise ConfigError(
+                f"{folder} holds the {values['top_k']} likeliest tokens of each position and {top_k} are asked for; a "
+                f"cache has one top_k; leave it out, or name another folder."
+            )
+        if done is None:
+            return CachedTeacher.open(folder, key).report
+    top_k = min(DEFAULT_TOP_K, key.vocab_size) if top_k is None else top_k
+    if not 1 <= top_k <= key.vocab_size:
+        raise ConfigError(
+            f"top_k ({top_k}) of the cache is not from 1 to the vocabulary's {key.vocab_size}; that many tokens are "
+            f"kept of each position; use 32 or 64."
+        )
+    if folder.exists() and done is None and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no cache; a cache needs a folder of its own; name another.")
+    loader = _loader(config, shards)
+    teacher = LiveTeacher(run.load(config.distill.teacher_precision, device=device.type).model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _Writer(folder, key, top_k, loader, teacher, device, str(run.folder), run.info.step).write(
+            list(done["shards"]) if done is not None else [], on_progress
+        )
+    except OSError as error:
+        raise DataError(
+            f"the cache in {folder} could not be written ({error.strerror or error}); it takes about "
+            f"{_window_bytes(key, top_k) * loader.sequences_per_epoch / 1e9:.2f} GB; free some space and give the same "
+            f"command again, which goes on where it stopped, or lower top_k."
+        ) from None
+
+
+class _Writer:
+    """Writes the shards of one cache, one behind the other."""
+
+    def __init__(
+        self,
+        folder: Path,
+        key: CacheKey,
+        top_k: int,
+        loader: TrainLoader,
+        teacher: LiveTeacher,
+        device: torch.device,
+        run: str,
+        step: int,
+    ) -> None:
+        self._folder, self._key, self._top_k = folder, key, top_k
+        self._loader, self._teacher, self._device = loader, teacher, device
+        self._origin = {"run": run, "step": step}
+        self._num_windows = loader.sequences_per_epoch
+        self._per_shard = max(1, _SHARD_BYTES // _window_bytes(key, top_k))
+
+    def write(self, shards: list[dict[str, Any]], on_progress: OnProgress) -> CacheReport:
+        first = sum(shard["windows"] for shard in shards)
+        self._save(PROGRESS_NAME, shards, None)
+        while first < self._num_windows:
+            count = min(self._per_shard, self._num_windows - first)
+            name = f"teacher-{len(shards):05d}.safetensors"
+            temporary = self._folder / f".writing-{name}"
+            self._write_shard(temporary, first, count, on_progress)
+            temporary.rename(self._folder / name)
+            file = self._folder / name
+            shards.append({"file": name, "windows": count, "bytes": file.stat().st_size, "sha256": hash_file(file)})
+            self._save(PROGRESS_NAME, shards, None)
+            first += count
+        report = self._measure(shards, on_progress)
+        self._save(MANIFEST_NAME, shards, report)
+        (self._folder / PROGRESS_NAME).unlink()
+        return report
+
+    def _write_shard(self, path: Path, first: int, count: int, on_progress: OnProgress) -> None:
+        layout = {
+            "ids": TensorLayout(_id_dtype(self._key), (count, self._key.sequence_length, self._top_k)),
+            "log_probs": TensorLayout(torch.float16, (count, self._key.sequence_length, self._top_k + 1)),
+        }
+        step = max(1, _BATCH_TOKENS // self._key.sequence_length)
+        with TensorWriter(path, layout) as writer:
+            for start in range(first, first + count, step):
+                windows = np.arange(start, min(start + step, first + count))
+                ids, log_probs, _ = self._predict(windows)
+                writer.append("ids", ids.to(layout["ids"].dtype))
+                writer.append("log_probs", log_probs)
+                on_progress("writing the teacher's predictions", (int(windows[-1]) + 1) / self._num_windows)
+
+    def _predict(self, windows: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids (T, K), fp16 log-probabilities (T, K + 1), and the divergence (T,) of what they stand for."""
+        batch = self._loader.windows(windows).to(self._device)
+        logits = self._teacher.targets(batch)
+        num_tokens = batch.inputs.numel()
+        size = max(1, _CHUNK_ELEMENTS // self._key.vocab_size)
+        parts = []
+        for start in range(0, num_tokens, size):
+            log_p = torch.log_softmax(
+                logits.chunk(start, min(start + size, num_tokens)) / self._key.temperature, -1
+            )  # (t, V)
+            parts.append(compress(log_p, self._top_k))
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def _measure(self, shards: list[dict[str, Any]], on_progress: OnProgress) -> CacheReport:
+        """Measure on evenly spread windows what the stored numbers leave out."""
+        sample = np.unique(np.linspace(0, self._num_windows - 1, _SAMPLE_WINDOWS).round().astype(np.int64))
+        rest = divergence = 0.0
+        for done, window in enumerate(sample):
+            _, log_probs, lost = self._predict(np.asarray([window]))
+            rest += float(log_probs[:, -1].double().exp().mean())
+            divergence += float(lost.double().mean())
+            on_progress("measuring what the cache leaves out", (done + 1) / len(sample))
+        num_bytes = sum(shard["bytes"] for shard in shards)
+        return CacheReport(
+            top_k=self._top_k,
+            num_windows=self._num_windows,
+            num_bytes=num_bytes,
+            bytes_per_token=num_bytes / (self._num_windows * self._key.sequence_length),
+            rest=rest / len(sample),
+            approximation_kl=divergence / len(sample),
+            sample_windows=len(sample),
+        )
+
+    def _save(self, name: str, shards: list[dict[str, Any]], report: CacheReport | None) -> None:
+        values = {
+            "format": FORMAT,
+            "key": asdict(self._key),
+            "teacher": self._origin,
+            "top_k": self._top_k,
+            "shards": shards,
+            "report": None if report is None else report.to_json(),
+        }
+        temporary = self._folder / f".writing-{name}"
+        temporary.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+        temporary.replace(self._folder / name)
+
+
+def compress(log_p: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of log-probabilities (t, V) what a cache stores, and what that loses.
+
+    Shapes: ids (t, K) int64; log_probs (t, K + 1) fp16; (t,) fp32, KL(log_p || what is stored, the rest spread evenly).
+    """
+    vocab_size = log_p.shape[1]
+    top, ids = log_p.topk(top_k, -1)
+    rest = torch.logsumexp(log_p.scatter(1, ids, -math.inf), -1, keepdim=True)  # -inf where all are in the top
+    log_probs = torch.cat([top, rest], -1).to(torch.float16)
+    stored = normalized(log_probs)
+    others = stored[:, -1:] - math.log(max(vocab_size - top_k, 1))
+    meant = others.expand_as(log_p).scatter(1, ids, stored[:, :-1])
+    return ids, log_probs, (log_p.exp() * (log_p - meant)).sum(-1)
+
+
+def normalized(log_probs: Tensor) -> Tensor:
+    """Return stored log-probabilities (..., K + 1) in fp32, so that the probabilities add up to 1 again."""
+    return torch.log_softmax(log_probs.float(), -1)
+
+
+class CachedTeacher:
+    """A finished cache, opened for the students that it was written for."""
+
+    def __init__(self, folder: Path, key: CacheKey, values: Mapping[str, Any], device: torch.device) -> None:
+        self._folder, self._key, self._device = folder, key, device
+        self._shards = list(values["shards"])
+        self._ends = np.cumsum([shard["windows"] for shard in self._shards])
+        self._readers: OrderedDict[int, TensorReader] = OrderedDict()
+        self.report = CacheReport(**values["report"])
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, key: CacheKey, *, device: torch.device | None = None, verify: bool = False
+    ) -> "CachedTeacher":
+        """Open a cache; verify reads all of it and checks its hashes, else sizes alone.
+
+        Raises: ConfigError for the cache of another teacher, text, length or temperature; DataError for one that is
+        missing, unfinished, truncated or corrupt.
+        """
+        folder = Path(folder)
+        remedy = "name it with --cache, which writes one where there is none."
+        if not (folder / MANIFEST_NAME).is_file():
+            reason = "is unfinished" if (folder / PROGRESS_NAME).is_file() else "holds no cache of a teacher"
+            raise DataError(f"{folder} {reason}; distill.cache needs a finished one; {remedy}")
+        values = _read(folder / MANIFEST_NAME)
+        _check_key(folder, values, key)
+        for shard in values["shards"]:
+            file = folder / shard["file"]
+            size = file.stat().st_size if file.is_file() else 0
+            if size != shard["bytes"] or (verify and hash_file(file) != shard["sha256"]):
+                raise DataError(
+                    f"{file} is missing, truncated or corrupt ({size} bytes, {shard['bytes']} were written); a whole "
+                    f"cache is required; delete {folder} and let it be written again."
+                )
+        return cls(folder, key, values, torch.device("cpu") if device is None else device)
+
+    def targets(self, batch: Batch) -> TeacherTopK:
+        """Return what the teacher says of a batch of fixed windows."""
+        assert batch.starts is not None, "a cached teacher knows windows, and this batch has none"
+        windows, offsets = np.divmod(batch.starts, self._key.sequence_length)
+        assert not offsets.any(), offsets
+        ids, log_probs = zip(*(self._window(int(window)) for window in windows), strict=True)
+        return TeacherTopK(torch.cat(ids).to(self._device).long(), normalized(torch.cat(log_probs).to(self._device)))
+
+    def _window(self, window: int) -> tuple[Tensor, Tensor]:
+        """Return a window's ids (S, K) and log-probabilities (S, K + 1), as they are stored."""
+        shard = int(np.searchsorted(self._ends, window, side="right"))
+        index = window - (int(self._ends[shard - 1]) if shard else 0)
+        reader = self._reader(shard)
+        return reader.read("ids", index), reader.read("log_probs", index)
+
+    def _reader(self, shard: int) -> TensorReader:
+        if shard in self._readers:
+            self._readers.move_to_end(shard)
+            return self._readers[shard]
+        file = self._folder / self._shards[shard]["file"]
+        try:
+            reader = self._readers[shard] = TensorReader(file)
+        except (OSError, MoesaicError) as error:
+            raise DataError(
+                f"{file} cannot be read ({error}); the cached teacher is needed until alpha is 0; put it back and "
+                f"resume the run."
+            ) from None
+        if len(self._readers) > _MAX_OPEN_SHARDS:
+            self._readers.popitem(last=False)[1].__exit__()
+        return reader
+
+
+def _loader(config: TrainConfig, shards: ShardSet) -> TrainLoader:
+    return TrainLoader(
+        shards.train,
+        sequence_length=config.data.sequence_length,
+        batch_size=1,
+        seed=0,
+        end_of_text_id=shards.manifest.end_of_text_id,
+        with_documents=config.data.document_mask,
+        fixed_windows=True,
+    )
+
+
+def _id_dtype(key: CacheKey) -> torch.dtype:
+    return torch.uint8 if key.vocab_size <= 1 << 8 else torch.uint16 if key.vocab_size <= 1 << 16 else torch.int32
+
+
+def _window_bytes(key: CacheKey, top_k: int) -> int:
+    return key.sequence_length * (top_k * _id_dtype(key).itemsize + (top_k + 1) * 2)
+
+
+def _progress(folder: Path) -> dict[str, Any] | None:
+    """Return what an unfinished cache has, without the shards that are not whole; None where there is none."""
+    file = folder / PROGRESS_NAME
+    if not file.is_file():
+        return None
+    values = _read(file)
+    whole = []
+    for shard in values["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"] or hash_file(path) != shard["sha256"]:
+            break
+        whole.append(shard)
+    return {**values, "shards": whole}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}")
+        CacheKey(**values["key"])
+        if values["report"] is not None:
+            CacheReport(**values["report"])
+        return dict(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} is damaged or of another version ({error}); format {FORMAT} is required; delete {file.parent} and "
+            f"let the cache be written again."
+        ) from None
+
+
+def _check_key(folder: Path, values: Mapping[str, Any], key: CacheKey) -> None:
+    stored = values["key"]
+    different = [
+        f"{name} {_short(stored[name])}, here {_short(value)}" for name, value in asdict(key).items()
+        if stored[name] != value
+    ]  # fmt: skip
+    if different:
+        raise ConfigError(
+            f"{folder} was written for another student ({'; '.join(different)}); a cached teacher is of one teacher, "
+            f"one text, one length and one temperature; give the same, or another folder to write one in."
+        )
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

@@ -1,0 +1,211 @@
+"""What a distillation gave: student and teacher side by side, from their run folders; distill.json in the student's.
+
+Both are measured now, on this machine, packed as for inference: the validation loss over the student's validation
+sequences, and the latency of a prompt and of each token after it, in turns. Task scores are those that `moesaic
+evaluate` has kept in the run folders; none is computed here.
+"""
+
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.store import CheckpointInfo
+from moesaic.config.train import TrainConfig
+from moesaic.data.loader import ValidationLoader
+from moesaic.data.shards import ShardSet
+from moesaic.errors import CheckpointError, ConfigError
+from moesaic.evaluate.validation import validation_loss
+from moesaic.logs import logger
+from moesaic.model.kv_cache import BatchCache
+from moesaic.model.load import load_run, load_run_config
+from moesaic.model.transformer import Transformer
+from moesaic.plan.cost import count_parameters
+
+REPORT_NAME = "distill.json"
+# Where evaluations are kept: RUN/evaluations/step-00000123/NAME.json.
+_EVALUATIONS = "evaluations"
+_PROMPT_TOKENS, _NEW_TOKENS = 128, 32
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's first metric. higher_is_better None: neither is."""
+
+    metric: str
+    value: float
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models. prefill_seconds: of a prompt of one sequence; decode_seconds: of each token after it."""
+
+    run: str
+    step: int
+    parameters: int
+    active_parameters: int
+    validation_loss: float
+    prefill_seconds: float
+    decode_seconds: float
+    tasks: dict[str, TaskScore]
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """Teacher and student. prompt_tokens, new_tokens: of the latencies; validation_tokens: of the losses."""
+
+    teacher: Side
+    student: Side
+    schedule: str
+    validation_tokens: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def perplexity_retention(self) -> float:
+        """The teacher's perplexity over the student's: 1 where nothing is lost."""
+        return math.exp(self.teacher.validation_loss - self.student.validation_loss)
+
+    @property
+    def task_retention(self) -> float | None:
+        """The student's mean score over the teacher's, of the tasks that both have and where higher is better."""
+        common = [
+            (self.student.tasks[name].value, score.value)
+            for name, score in self.teacher.tasks.items()
+            if score.higher_is_better and name in self.student.tasks
+        ]
+        total = sum(theirs for _, theirs in common)
+        return sum(own for own, _ in common) / total if total > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values; what is not finite becomes null."""
+        values = {
+            **asdict(self),
+            "perplexity_retention": self.perplexity_retention,
+            "task_retention": self.task_retention,
+        }
+        return dict(_finite(values))
+
+
+def report_distillation(run_folder: str | Path, *, device: str = "auto") -> DistillationReport:
+    """Measure a student's best checkpoint beside its teacher, write distill.json into its folder, return the report.
+
+    Raises: ConfigError for a run that is no student; CheckpointError where student or teacher cannot be read.
+    """
+    folder = Path(run_folder)
+    config = load_run_config(folder)
+    if config.distill is None:
+        raise ConfigError(
+            f"{folder} is no student: its config has no distill section; a run that `moesaic distill` trained is "
+            f"required; name one."
+        )
+    loaded = {"teacher": load_run(config.distill.teacher, device=device), "student": load_run(folder, device=device)}
+    shards = ShardSet.open(config.data.path)
+    positions = min(each.config.model.max_positions for each in loaded.values())
+    num_prompt = max(1, min(_PROMPT_TOKENS, positions // 2, shards.validation.num_tokens))
+    num_new = max(1, min(_NEW_TOKENS, positions - num_prompt))
+    prompt = torch.from_numpy(shards.validation.read(0, num_prompt))[None]
+    latencies = _latencies({name: each.model for name, each in loaded.items()}, prompt, num_new)
+    batches = _validation(config, shards)
+    sides = {
+        name: Side(
+            run=str(each.info.path.parent.parent),
+            step=each.info.step,
+            parameters=(count := count_parameters(each.config.model)).total,
+            active_parameters=count.active,
+            validation_loss=validation_loss(each.model, batches, device=each.device),
+            prefill_seconds=latencies[name][0],
+            decode_seconds=latencies[name][1],
+            tasks=_task_scores(each.info),
+        )
+        for name, each in loaded.items()
+    }
+    report = DistillationReport(
+        teacher=sides["teacher"],
+        student=sides["student"],
+        schedule=config.distill.schedule,
+        validation_tokens=batches.num_sequences * config.data.sequence_length,
+        prompt_tokens=num_prompt,
+        new_tokens=num_new,
+    )
+    temporary = folder / f".writing-{REPORT_NAME}"
+    temporary.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
+    temporary.replace(folder / REPORT_NAME)
+    return report
+
+
+def try_report(run_folder: str | Path, *, device: str = "auto") -> DistillationReport | None:
+    """Return the report, or None, said in the log, where the teacher is no longer there."""
+    try:
+        return report_distillation(run_folder, device=device)
+    except CheckpointError as error:
+        logger.warning("no report of the distillation: %s", error)
+        return None
+
+
+def _validation(config: TrainConfig, shards: ShardSet) -> ValidationLoader:
+    return ValidationLoader(
+        shards.validation,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.micro_batch_size,
+        sequences=config.evaluation.sequences,
+        with_documents=config.data.document_mask,
+    )
+
+
+@torch.no_grad()
+def _latencies(models: dict[str, Transformer], prompt: Tensor, num_new: int) -> dict[str, tuple[float, float]]:
+    """Return the median seconds of the prompt and of a new token, the models in turns so that a busy machine hits all
+    alike."""
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(_ROUNDS + 1):
+        for name, model in models.items():
+            tokens = prompt.to(model.device)
+            cache = BatchCache(
+                model.config, 1, prompt.shape[1] + num_new, dtype=model.compute_dtype, device=model.device
+            )
+            first = _seconds(model, tokens, cache)
+            each = [_seconds(model, tokens[:, -1:], cache) for _ in range(num_new)]
+            if turn:  # the first is a warm-up
+                prefill[name].append(first)
+                decode[name] += each
+    return {name: (statistics.median(prefill[name]), statistics.median(decode[name])) for name in models}
+
+
+def _seconds(model: Transformer, tokens: Tensor, cache: BatchCache) -> float:
+    """Return how long the likeliest next token of tokens (1, S) takes; on a GPU, reading it back waits for it."""
+    started = time.perf_counter()
+    int(model.logits(model(tokens, cache=cache).hidden[0, -1]).argmax())
+    return time.perf_counter() - started
+
+
+def _task_scores(info: CheckpointInfo) -> dict[str, TaskScore]:
+    """Return the first metric of each task that was evaluated at this step, by the name of its file."""
+    folder = info.path.parent.parent / _EVALUATIONS / f"step-{info.step:08d}"
+    scores = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["kind"] != "task":
+                continue
+            name, metric = next(iter(values["metrics"].items()))
+            if metric["value"] is not None:
+                scores[path.stem] = TaskScore(name, float(metric["value"]), metric["higher_is_better"])
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+            logger.warning("%s is left out of the report: it is not a task's result (%r).", path, error)
+    return scores
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

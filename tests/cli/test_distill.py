@@ -1,0 +1,106 @@
+"""`moesaic distill`: a student of a run, from the command line."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.config.load import load_train_config
+from moesaic.report.records import read_metrics
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.train.loop.write_plots", lambda run_folder: [])
+
+
+SETTINGS = ["--set", "tokens=512", "--set", "log_every_steps=1", "--set", "evaluation.sequences=4"]
+
+
+def test_a_student_is_trained_shown_and_reported(cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "student"
+    result = cli("distill", trained_run, run, "--data", tiny_data, *SETTINGS, "--set", "distill.alpha=0.5")
+    assert result.status == 0, result.err
+    config = load_train_config(run / "config.yaml")
+    assert config.distill is not None and config.distill.teacher == str(trained_run)
+    assert config.model.num_layers == 1 and config.model.layers[0].num_experts == 8
+    for expected in (
+        "forward_kl ", "alpha 0.5", "alpha 0 ", "Trained 512 tokens", "student / teacher", "parameters",
+        "active per token", "validation loss", "a token after it, ms", "of the teacher's perplexity", str(run),
+    ):  # fmt: skip
+        assert expected in result.out, expected
+    assert (run / "plots" / "objective.png").is_file() and (run / "distill.json").is_file()
+    alphas = [record.objective["alpha"] for record in read_metrics(run).train]
+    assert alphas == [0.5] * 6 + [0.0] * 2
+    inspected = cli("inspect", run)
+    assert inspected.status == 0 and "validation loss" in inspected.out
+
+
+def test_json_is_the_result_with_its_report_and_resuming_makes_it_again(
+    cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    teacher, run = tmp_path / "teacher", tmp_path / "student"
+    shutil.copytree(trained_run, teacher)
+    command = ["distill", teacher, run, "--data", tiny_data, "--schedule", "linear", "--init", "teacher", "--layers", 2]
+    command += ["--experts", "2,4", *SETTINGS, "--json"]
+    values = json.loads(cli(*command).out)
+    assert values["step"] == 8 and values["run"] == str(run) and values["stopped_by"] is None
+    assert values["report"]["student"]["parameters"] < values["report"]["teacher"]["parameters"]
+    assert values["report"] == json.loads((run / "distill.json").read_text())
+    (run / "distill.json").unlink()
+    again = json.loads(cli(*command, "--resume").out)
+    assert again["loss"] is None and again["report"]["student"]["step"] == values["report"]["student"]["step"]
+    # Past its teacher, a student goes on without it, and says that there is no report.
+    shutil.rmtree(teacher)
+    alone = cli(*command, "--resume")
+    assert alone.status == 0 and json.loads(alone.out)["report"] is None
+    assert "no report of the distillation" in alone.err
+
+
+def test_a_cache_is_written_once_and_read_by_the_next(
+    cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    command = ["--data", tiny_data, "--cache", cache, *SETTINGS]
+    first = cli("distill", trained_run, tmp_path / "a", *command, "--cache-top-k", 16)
+    assert first.status == 0, first.err
+    assert "16 tokens of each of" in first.out and "bytes per token" in first.out and "nats" in first.out
+    written = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    second = cli("distill", trained_run, tmp_path / "b", *command, "--set", "seed=5", "--dense", "--json")
+    assert second.status == 0, second.err
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == written
+    assert load_train_config(tmp_path / "b" / "config.yaml").data.fixed_windows
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no teacher": (["{new}", "{out}"], "CheckpointError: "),
+    "folder taken": (["{run}", "{run}"], "ConfigError: "),
+    "missing data": (["{run}", "{out}", "--data", "{new}"], "DataError: "),
+    "no list": (["{run}", "{out}", "--experts", "many"], "ConfigError: --experts (many) is not a list of integers"),
+    "own config and layers": (["{run}", "{out}", "--student", "mos-350m", "--layers", "1"], "ConfigError: a student"),
+    "another vocabulary": (
+        ["{run}", "{out}", "--student", "dense-tiny", "--data", "{data}", "--set", "data.sequence_length=16"],
+        "ConfigError: model.vocab_size (4096) is not the teacher's (320)",
+    ),
+    "another divergence of a cache": (
+        ["{run}", "{out}", "--cache", "{new}", "--set", "distill.divergence=jsd"],
+        "ConfigError: distill.divergence (jsd) is asked of a cached teacher",
+    ),
+    "nothing to resume": (["{run}", "{out}", "--resume"], "CheckpointError: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_with_status_2_and_a_message_in_three_parts(
+    cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path, name: str
+) -> None:
+    arguments, message = MISTAKES[name]
+    places = {"new": tmp_path / "new", "out": tmp_path / "out", "run": trained_run, "data": tiny_data}
+    result = cli("distill", *(argument.format(**places) for argument in arguments))
+    assert result.status == 2
+    assert message in result.err and "Traceback" not in result.err
+    assert result.err.count(";") >= 2, result.err
+    assert result.out == ""
+    assert not (tmp_path / "out").exists()

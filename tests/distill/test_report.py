@@ -1,0 +1,119 @@
+"""The report of a distillation: measured from the folders of student and teacher, and written into the student's."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moesaic.checkpoint.store import resolve_checkpoint
+from moesaic.config.train import TrainConfig
+from moesaic.distill.report import REPORT_NAME, DistillationReport, Side, TaskScore, report_distillation, try_report
+from moesaic.distill.run import distill, make_trainer
+from moesaic.errors import ConfigError
+from moesaic.evaluate.validation import validation_loss
+from moesaic.model.load import load_run
+from moesaic.plan.cost import count_parameters
+
+Student = Callable[..., TrainConfig]
+
+
+def write_score(run: Path, step: int, name: str, values: Any) -> None:
+    path = run / "evaluations" / f"step-{step:08d}" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+
+
+def metric(value: float, *, higher_is_better: bool = True) -> dict[str, Any]:
+    return {"kind": "task", "metrics": {"acc": {"value": value, "higher_is_better": higher_is_better}, "other": {}}}
+
+
+def test_both_sides_are_measured_as_they_are_now(student: Student, teacher: Path, tmp_path: Path) -> None:
+    config = student("distill.schedule=none", steps=8)
+    distill(config, tmp_path / "run")
+    report = report_distillation(tmp_path / "run", device="cpu")
+    info = resolve_checkpoint(tmp_path / "run")
+    assert (report.student.step, report.teacher.step) == (info.step, resolve_checkpoint(teacher).step)
+    count = count_parameters(config.model)
+    assert (report.student.parameters, report.student.active_parameters) == (count.total, count.active)
+    assert report.student.parameters < report.teacher.parameters
+    # Of fp32 precision, so what the run measured when it saved is what is measured again.
+    assert report.student.validation_loss == pytest.approx(info.validation_loss, abs=1e-6)
+    trainer = make_trainer(config, tmp_path / "other", device="cpu", resume=False, display=None)
+    model = load_run(teacher, device="cpu").model
+    loss = validation_loss(model, trainer.validation, device=torch.device("cpu"))
+    assert report.teacher.validation_loss == pytest.approx(loss)
+    assert report.perplexity_retention == pytest.approx(
+        math.exp(report.teacher.validation_loss) / math.exp(report.student.validation_loss)
+    )
+    for side in (report.teacher, report.student):
+        assert side.prefill_seconds > 0 and side.decode_seconds > 0
+    assert (report.prompt_tokens, report.new_tokens, report.validation_tokens) == (16, 16, 4 * 16)
+    assert report.task_retention is None
+    written = json.loads((tmp_path / "run" / REPORT_NAME).read_text())
+    assert written == report.to_json()
+    assert written["teacher"]["run"] == str(teacher)
+
+
+def test_kept_task_scores_are_read_and_nothing_else(
+    student: Student, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    distill(student(steps=4), tmp_path / "run")
+    theirs, own = resolve_checkpoint(teacher).step, resolve_checkpoint(tmp_path / "run").step
+    try:
+        for run, step, score in ((teacher, theirs, 0.5), (tmp_path / "run", own, 0.4)):
+            write_score(run, step, "arc_easy", metric(score))
+            write_score(run, step, "wikitext2", metric(30.0 / score, higher_is_better=False))
+            write_score(run, step, "domains", {"kind": "domains"})
+        write_score(teacher, theirs, "piqa", metric(0.9))  # the student's is not there
+        write_score(tmp_path / "run", own + 1, "blimp", metric(0.9))  # another step
+        write_score(tmp_path / "run", own, "broken", ["?"])
+        with caplog.at_level("WARNING", "moesaic"):
+            report = report_distillation(tmp_path / "run", device="cpu")
+    finally:
+        for path in (teacher / "evaluations").rglob("*.json"):
+            path.unlink()
+    assert report.student.tasks == {
+        "arc_easy": TaskScore("acc", 0.4, True),
+        "wikitext2": TaskScore("acc", 75.0, False),
+    }
+    assert "piqa" in report.teacher.tasks and report.task_retention == pytest.approx(0.8)
+    assert "broken.json is left out" in caplog.text
+
+
+def side(tasks: dict[str, float], loss: float = 3.0) -> Side:
+    return Side("r", 1, 1, 1, loss, 1.0, 1.0, {name: TaskScore("acc", value, True) for name, value in tasks.items()})
+
+
+def test_retention_is_of_the_means_as_the_papers_is() -> None:
+    """DeepSpeed-MoE's table 5, 1.3B: 48.37 and 47.96 in the mean of six tasks, 99.1 %."""
+    names = ("lambada", "piqa", "boolq", "race_h", "triviaqa", "webqs")
+    teacher = dict(zip(names, (70.60, 77.75, 67.16, 38.09, 28.86, 7.73), strict=True))
+    student = dict(zip(names, (70.17, 77.69, 65.66, 36.94, 29.05, 8.22), strict=True))
+    report = DistillationReport(side(teacher), side(student), "staged", 1, 1, 1)
+    assert report.task_retention == pytest.approx(0.991, abs=1e-3)
+    assert DistillationReport(side({"a": 0.0}), side({"a": 1.0}), "staged", 1, 1, 1).task_retention is None
+    broken = DistillationReport(side({}), side({}, math.nan), "staged", 1, 1, 1).to_json()
+    assert broken["student"]["validation_loss"] is None and broken["perplexity_retention"] is None
+
+
+def test_a_teacher_that_is_gone_costs_the_report_alone(
+    student: Student, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import yaml
+
+    distill(student("distill.schedule=none", steps=4), tmp_path / "run")
+    values = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    values["distill"]["teacher"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(values))
+    with caplog.at_level("WARNING", "moesaic"):
+        assert try_report(tmp_path / "run", device="cpu") is None
+    assert "no report of the distillation" in caplog.text
+
+
+def test_a_run_that_is_no_student_is_refused(teacher: Path) -> None:
+    with pytest.raises(ConfigError, match="is no student"):
+        report_distillation(teacher, device="cpu")
