@@ -25,8 +25,8 @@ from smollm2 import gguf_of_package
 from moesaic.convert.importer import import_model
 from moesaic.evaluate.batched import BatchedScorer
 from moesaic.evaluate.harness import HarnessModel
-from moesaic.evaluate.run import load_for_evaluation
 from moesaic.evaluate.tasks.registry import SEED, load_task, quiet, resolve_names
+from moesaic.model.load import load_run
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def ratio(peer: list[float], own: list[float]) -> float:
 
 
 def moesaic_model(run: Path, precision: Any) -> HarnessModel:
-    loaded = load_for_evaluation(str(run), device="cpu", precision=precision)
+    loaded = load_run(run, device="cpu", pack=precision is None, precision=precision)
     return HarnessModel(BatchedScorer(loaded.model), loaded.tokenizer)
 
 

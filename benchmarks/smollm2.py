@@ -42,8 +42,7 @@ def main() -> None:
             start = time.perf_counter()
             certificate = import_model(path, run)
             print(f"imported and compared in {time.perf_counter() - start:.1f} s: {certificate.comparison}")
-        loaded = load_run(run, device="cpu", pack=False)
-        loaded.model.compute_dtype = torch.float32
+        loaded = load_run(run, device="cpu", pack=False, precision="fp32")
         windows = text_windows(loaded, options.text, window=1024, stride=512, limit_tokens=options.limit_tokens)
         ours = measure_perplexity(loaded.model, windows, device=loaded.device)
         del loaded

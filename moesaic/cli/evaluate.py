@@ -96,8 +96,9 @@ def evaluate(
 
     Example: moesaic evaluate runs/first runs/second --tasks lambada,piqa --tasks-data eval --limit 200
     """
-    from moesaic.evaluate.run import TaskSettings, load_for_evaluation, run_domains, run_folder, run_tasks
+    from moesaic.evaluate.run import TaskSettings, run_domains, run_folder, run_tasks
     from moesaic.logs import log_to_stderr
+    from moesaic.model.load import load_run
 
     _check_options(
         text=(text, {"window": window, "stride": stride, "limit-tokens": limit_tokens, "documents": documents}),
@@ -128,7 +129,7 @@ def evaluate(
     folder = None
     with shown_progress() as progress:
         for run in runs:
-            loaded = load_for_evaluation(run, device=device, precision="fp32" if fp32 else None)
+            loaded = load_run(run, device=device, pack=not fp32, precision="fp32" if fp32 else None)
             folder = folder or run_folder(loaded)
             if text is not None:
                 found = _measure_text(loaded, text, window, stride, limit_tokens, documents)

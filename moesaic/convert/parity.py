@@ -210,8 +210,7 @@ class _Ours:
     made_up: tuple[str, ...] = ()
 
     def __init__(self, run: Path | str, change: Change) -> None:
-        self._model = load_run(run, device="cpu", pack=False).model
-        self._model.compute_dtype = torch.float32
+        self._model = load_run(run, device="cpu", pack=False, precision="fp32").model
         change.apply(self._model)
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -15,7 +14,7 @@ from moesaic.errors import ConfigError
 from moesaic.evaluate.batched import BatchedScorer
 from moesaic.evaluate.domains import DomainUsage, domains_to_json, measure_domains, read_labelled
 from moesaic.evaluate.tasks.registry import SEED, load_task, resolve_names
-from moesaic.model.load import LoadedModel, load_run
+from moesaic.model.load import LoadedModel
 from moesaic.report.evaluation_plots import write_domains
 from moesaic.report.evaluations import TaskResult, write_json, write_result, write_samples
 
@@ -43,17 +42,6 @@ class TaskSettings:
                 f"limit ({self.limit}) is less than 1; at least one record must be run; raise or omit it."
             )
         resolve_names(self.tasks)
-
-
-def load_for_evaluation(run: str, *, device: str = "auto", precision: Literal["fp32"] | None = None) -> LoadedModel:
-    """Load RUN or RUN@step as it generates, or, with precision fp32, with its stored weights and fp32 matrix work.
-
-    Raises: CheckpointError, DeviceError.
-    """
-    loaded = load_run(run, device=device, pack=precision is None)
-    if precision == "fp32":
-        loaded.model.compute_dtype = torch.float32
-    return loaded
 
 
 def run_folder(loaded: LoadedModel) -> Path:

@@ -143,19 +143,19 @@ def objective_figure(records: Sequence[TrainRecord]) -> Figure:
     """What the objective reports beside the loss, one panel each under the cross-entropy: divergence and alpha."""
     names = list(dict.fromkeys(name for record in records for name in record.objective))
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
-    figure = _empty(9.0, 2.2 * (len(names) + 1))
+    figure = empty_figure(9.0, 2.2 * (len(names) + 1))
     panels = figure.subplots(len(names) + 1, 1, sharex=True)
     series = {"cross-entropy": [record.loss for record in records]}
     series |= {name: [record.objective.get(name, math.nan) for record in records] for name in names}
     for axes, (name, values) in zip(panels, series.items(), strict=True):
-        _style(axes)
+        style_axes(axes)
         if name == "alpha":  # a step, which a mean would slur
-            axes.plot(tokens, values, color=_ORANGE, linewidth=1.8, marker=_marker(records))
+            axes.plot(tokens, values, color=ORANGE, linewidth=1.8, marker=_marker(records))
             axes.set_ylim(bottom=0)
         else:
             _raw_and_smooth(axes, tokens, np.asarray(values, dtype=np.float64))
         finite = [value for value in values if math.isfinite(value)]
-        _title(axes, name.replace("_", " "), f"last {finite[-1]:.4g}" if finite else "", size=11)
+        set_title(axes, name.replace("_", " "), f"last {finite[-1]:.4g}" if finite else "", size=11)
         if name != "alpha":
             axes.set_ylabel("nats per token")
     _tokens_axis(panels[-1], tokens)
