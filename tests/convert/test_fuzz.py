@@ -64,7 +64,7 @@ def test_configs_with_odd_values(
     config = json.loads((folder / "config.json").read_text())
     keys = [*config, "rope_theta", "rope_scaling", "sliding_window", "quantization_config", "head_dim", "auto_map", "x"]
     draw, succeeded = random.Random(5), 0
-    for _ in range(120):
+    for _ in range(80):
         changed = dict(config)
         for key in draw.sample(keys, draw.choice((1, 1, 2))):
             if draw.random() < 0.15:
@@ -75,7 +75,7 @@ def test_configs_with_odd_values(
                 changed[key] = draw.choice(ODD)
         (folder / "config.json").write_text(json.dumps(changed))
         succeeded += law(folder)
-    assert 0 < succeeded < 60  # some changes change nothing, and most do
+    assert 0 < succeeded < 40  # some changes change nothing, and most do
 
 
 def bent(data: bytes, draw: random.Random, *, end: int) -> bytes:
@@ -120,7 +120,7 @@ def test_gguf_files_with_damaged_bytes(model: Path, law: Callable[[Path], bool],
     # Where the numbers and names are; the vocabulary, which is most of the header, is damaged seldom.
     tokens, infos = data.index(b"tokenizer.ggml.tokens"), data.index(b"output_norm.weight")
     draw, file, succeeded = random.Random(7), tmp_path / "bent.gguf", 0
-    for index in range(120):
+    for index in range(100):
         if index % 5 == 0:
             changed = bent(data, draw, end=len(data))
         elif index % 2:
@@ -130,7 +130,7 @@ def test_gguf_files_with_damaged_bytes(model: Path, law: Callable[[Path], bool],
             changed = data[:start] + bent(data[start:], draw, end=900)
         file.write_bytes(changed)
         succeeded += law(file)
-    assert succeeded < 60
+    assert succeeded < 50
     assert not os.path.lexists(tmp_path / "room" / "deep")
 
 

@@ -32,6 +32,12 @@ def whole(saved: Callable[..., Path]) -> Path:
     return saved("llama")
 
 
+@pytest.fixture(scope="module")
+def imported(whole: Path, few_prompts: None) -> Path:
+    import_model(whole, whole.parent / "run")
+    return whole.parent / "run"
+
+
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "model")
@@ -299,10 +305,16 @@ def test_what_exists_or_is_the_source_is_never_written_to(direction: str, folder
 @pytest.mark.parametrize("after", [0, 5])
 @pytest.mark.parametrize("direction", ["import", "export", "gguf"])
 def test_a_full_disk_or_an_interrupt_leaves_nothing(
-    direction: str, after: int, error: BaseException, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    direction: str,
+    after: int,
+    error: BaseException,
+    folder: Path,
+    imported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if direction != "import":
-        import_model(folder, tmp_path / "run")
+        shutil.copytree(imported, tmp_path / "run")
     before, seen = tree(tmp_path), 0
 
     def fails(self: Any, *arguments: Any) -> None:

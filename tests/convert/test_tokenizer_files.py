@@ -91,8 +91,16 @@ def greedy(run: Path, count: int = 12) -> list[int]:
     return generate(loaded.model, prompt, max_new_tokens=count, stop_ids=loaded.tokenizer.stop_ids)
 
 
-@pytest.mark.parametrize("where", ["generation_config.json", "config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("is_list", [True, False])
+@pytest.mark.parametrize(
+    ("where", "is_list"),
+    [
+        ("generation_config.json", True),
+        ("config.json", True),
+        ("config.json", False),
+        ("tokenizer_config.json", True),  # an object with its `content`
+        ("tokenizer_config.json", False),
+    ],
+)
 def test_generation_ends_where_the_models_files_say(
     where: str, is_list: bool, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
