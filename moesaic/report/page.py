@@ -43,6 +43,8 @@ pre { background: var(--panel); padding: .7rem 1rem; border-radius: 6px; overflo
 
 @dataclass(frozen=True)
 class Paragraph:
+    """Plain text."""
+
     text: str
 
 
@@ -85,6 +87,8 @@ Block = Paragraph | Table | Plots | Passage | Commands
 
 @dataclass(frozen=True)
 class Section:
+    """A heading and what stands under it."""
+
     title: str
     blocks: tuple[Block, ...]
 
