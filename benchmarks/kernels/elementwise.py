@@ -1,4 +1,4 @@
-"""What is gained beside the matrix products: routing, norms, rotary positions, activations, cross-entropy and forward KL.
+"""What is gained beside the matrix products: routing, norms, rotary positions, activations, cross-entropy, forward KL.
 
 Each against PyTorch's own operations as moesaic used them before (MOESAIC_KERNELS=reference), bf16, forward alone and
 forward + backward, in the same process in turn. The share of bandwidth counts what must be read and written once.
