@@ -1,4 +1,4 @@
-"""What is gained beside the matrix products: routing, norms, rotary positions, activations and cross-entropy in C++.
+"""What is gained beside the matrix products: routing, norms, rotary positions, activations, cross-entropy, forward KL.
 
 Each against PyTorch's own operations as moesaic used them before (MOESAIC_KERNELS=reference), bf16, forward alone and
 forward + backward, in the same process in turn. The share of bandwidth counts what must be read and written once.
@@ -145,12 +145,36 @@ def cross_entropy_cases() -> list[Case]:
     return cases
 
 
+def distillation_cases() -> list[Case]:
+    """The logits are copied anew for every call, which leaves their gradient in their place."""
+    import torch
+
+    from moesaic.kernels.distillation import teach
+
+    cases = []
+    for num_tokens, vocab_size in ((1024, 4096), (128, 50_304)):
+        given = torch.randn(num_tokens, vocab_size, dtype=torch.bfloat16)
+        teacher, targets = torch.randn(num_tokens, vocab_size), torch.randint(0, vocab_size, (num_tokens,))
+        logits = torch.empty_like(given)
+        for temperature in (1.0, 2.0):
+
+            def call(
+                given=given, logits=logits, teacher=teacher, targets=targets, temperature=temperature
+            ) -> tuple[Any, ...]:
+                return teach(logits.copy_(given), teacher, targets, alpha=1.0, temperature=temperature)
+
+            name = f"cross-entropy + forward KL and gradient T={num_tokens} V={vocab_size} temperature {temperature:g}"
+            cases.append(Case(name, call, (), (), num_tokens * vocab_size * (2 + 4 + 2), 0))
+    return cases
+
+
 FAMILIES: dict[str, Callable[[], list[Case]]] = {
     "routing": routing_cases,
     "norm": norm_cases,
     "rotary": rotary_cases,
     "activation": activation_cases,
     "cross_entropy": cross_entropy_cases,
+    "distillation": distillation_cases,
 }
 
 

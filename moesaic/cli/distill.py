@@ -173,10 +173,10 @@ def _print(report: "DistillationReport") -> None:
             add(f"{name} ({score.metric})", score.value, student.tasks[name].value, lambda x: f"{x:.4g}")
     console = Console()
     console.print(table)
-    retained = f"The student keeps {report.perplexity_retention:.1%} of the teacher's perplexity"
+    summary = f"The student's perplexity is {1 / report.perplexity_retention:.3f} times the teacher's"
     if report.task_retention is not None:
-        retained += f" and {report.task_retention:.1%} of its mean task score"
-    console.print(f"{retained}.", soft_wrap=True, highlight=False)
+        summary += f"; it keeps {report.task_retention:.1%} of its mean task score"
+    console.print(f"{summary}.", soft_wrap=True, highlight=False)
 
 
 def _is_run(name: str) -> bool:

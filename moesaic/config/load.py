@@ -132,7 +132,8 @@ def load_train_config(source: str | Path, assignments: Sequence[str] = ()) -> Tr
     if folder is None:
         values = read_values(source)
     else:
-        values = {**read_values(folder / "config.yaml"), "init_from": str(Path(source))}
+        # A student trained on is no student: its teacher has said what it had to.
+        values = {**read_values(folder / "config.yaml"), "init_from": str(Path(source)), "distill": None}
         if values.get("micro_batch_size") == values.get("batch_size"):
             values["micro_batch_size"] = None  # it was derived, and is again when --set changes the batch
     return TrainConfig.from_dict(apply_assignments(values, assignments))

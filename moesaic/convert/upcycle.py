@@ -126,7 +126,7 @@ def upcycle_run(
             "upcycled": {"source": str(source_folder), "step": info.step},
         }
         write_manifest(checkpoint, 0, metadata)
-        write_config(training.replace(model=model, init_from=None), folder / "config.yaml")
+        write_config(training.replace(model=model, init_from=None, distill=None), folder / "config.yaml")
         tokenizer.save(folder)
         on_progress("comparing with the dense run", 0.0)
         new = read_info(checkpoint)

@@ -27,10 +27,9 @@ from moesaic.model.kv_cache import BatchCache
 from moesaic.model.load import load_run, load_run_config
 from moesaic.model.transformer import Transformer
 from moesaic.plan.cost import count_parameters
+from moesaic.report.evaluations import EvaluationError, read_results
 
 REPORT_NAME = "distill.json"
-# Where evaluations are kept: RUN/evaluations/step-00000123/NAME.json.
-_EVALUATIONS = "evaluations"
 _PROMPT_TOKENS, _NEW_TOKENS = 128, 32
 _ROUNDS = 5
 
@@ -189,19 +188,17 @@ def _seconds(model: Transformer, tokens: Tensor, cache: BatchCache) -> float:
 
 
 def _task_scores(info: CheckpointInfo) -> dict[str, TaskScore]:
-    """Return the first metric of each task that was evaluated at this step, by the name of its file."""
-    folder = info.path.parent.parent / _EVALUATIONS / f"step-{info.step:08d}"
+    """Return the first metric of each task that was evaluated at this step."""
+    try:
+        results = read_results(info.path.parent.parent, step=info.step)
+    except EvaluationError as error:
+        logger.warning("no task scores in the report: %s", error)
+        return {}
     scores = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["kind"] != "task":
-                continue
-            name, metric = next(iter(values["metrics"].items()))
-            if metric["value"] is not None:
-                scores[path.stem] = TaskScore(name, float(metric["value"]), metric["higher_is_better"])
-        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-            logger.warning("%s is left out of the report: it is not a task's result (%r).", path, error)
+    for result in results:
+        name, metric = next(iter(result.metrics.items()))
+        if math.isfinite(metric.value):
+            scores[result.label] = TaskScore(name, metric.value, metric.higher_is_better)
     return scores
 
 

@@ -150,7 +150,7 @@ def objective_figure(records: Sequence[TrainRecord]) -> Figure:
     for axes, (name, values) in zip(panels, series.items(), strict=True):
         style_axes(axes)
         if name == "alpha":  # a step, which a mean would slur
-            axes.plot(tokens, values, color=ORANGE, linewidth=1.8, marker=_marker(records))
+            axes.plot(tokens, values, color=ORANGE, linewidth=1.8, marker=_marker(records), drawstyle="steps-pre")
             axes.set_ylim(bottom=0)
         else:
             _raw_and_smooth(axes, tokens, np.asarray(values, dtype=np.float64))

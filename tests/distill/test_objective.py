@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moesaic.checkpoint.store import list_checkpoints
+from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.prepare import prepare
 from moesaic.distill.cache import write_cache
@@ -245,6 +246,13 @@ def test_a_student_of_a_cache_never_loads_its_teacher_and_resumes_exactly(
     distill(config, tmp_path / "run", display=Stop(3))
     distill(config, tmp_path / "run", resume=True, display=Stop())
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_a_student_trained_on_is_a_plain_run(student: Student, tmp_path: Path) -> None:
+    distill(student(steps=4), tmp_path / "student", display=Stop())
+    config = load_train_config(tmp_path / "student", ["tokens=256"])
+    assert config.distill is None and config.init_from == str(tmp_path / "student")
+    assert train(config, tmp_path / "on", display=Stop()).step == 4
 
 
 def test_run_json_names_the_teacher(student: Student, teacher: Path, tmp_path: Path) -> None:

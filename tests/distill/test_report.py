@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,18 +16,19 @@ from moesaic.errors import ConfigError
 from moesaic.evaluate.validation import validation_loss
 from moesaic.model.load import load_run
 from moesaic.plan.cost import count_parameters
+from moesaic.report.evaluations import MetricResult, TaskResult, write_json, write_result
 
 Student = Callable[..., TrainConfig]
 
 
-def write_score(run: Path, step: int, name: str, values: Any) -> None:
-    path = run / "evaluations" / f"step-{step:08d}" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values))
-
-
-def metric(value: float, *, higher_is_better: bool = True) -> dict[str, Any]:
-    return {"kind": "task", "metrics": {"acc": {"value": value, "higher_is_better": higher_is_better}, "other": {}}}
+def write_score(run: Path, step: int, task: str, value: float, *, higher_is_better: bool = True) -> Path:
+    metrics = {"acc": MetricResult(value, None, higher_is_better), "other": MetricResult(0.1, None, None)}
+    result = TaskResult(
+        run=str(run), step=step, task=task, task_version="1", shots=0, limit=None, num_records=3, precision="fp32",
+        uses_chat_template=False, records_from="here", seed=0, metrics=metrics, seconds=1.0, versions={},
+        fingerprints={}, command=(),
+    )  # fmt: skip
+    return write_result(run, result)
 
 
 def test_both_sides_are_measured_as_they_are_now(student: Student, teacher: Path, tmp_path: Path) -> None:
@@ -65,14 +65,15 @@ def test_kept_task_scores_are_read_and_nothing_else(
     theirs, own = resolve_checkpoint(teacher).step, resolve_checkpoint(tmp_path / "run").step
     try:
         for run, step, score in ((teacher, theirs, 0.5), (tmp_path / "run", own, 0.4)):
-            write_score(run, step, "arc_easy", metric(score))
-            write_score(run, step, "wikitext2", metric(30.0 / score, higher_is_better=False))
-            write_score(run, step, "domains", {"kind": "domains"})
-        write_score(teacher, theirs, "piqa", metric(0.9))  # the student's is not there
-        write_score(tmp_path / "run", own + 1, "blimp", metric(0.9))  # another step
-        write_score(tmp_path / "run", own, "broken", ["?"])
+            write_score(run, step, "arc_easy", score)
+            write_score(run, step, "wikitext2", 30.0 / score, higher_is_better=False)
+            write_json(run, step, "domains", {"kind": "domains"})
+        write_score(teacher, theirs, "piqa", 0.9)  # the student's is not there
+        write_score(tmp_path / "run", own + 1, "blimp", 0.9)  # another step
+        report = report_distillation(tmp_path / "run", device="cpu")
+        write_json(tmp_path / "run", own, "broken", {"kind": "task"})
         with caplog.at_level("WARNING", "moesaic"):
-            report = report_distillation(tmp_path / "run", device="cpu")
+            without = report_distillation(tmp_path / "run", device="cpu")
     finally:
         for path in (teacher / "evaluations").rglob("*.json"):
             path.unlink()
@@ -81,7 +82,7 @@ def test_kept_task_scores_are_read_and_nothing_else(
         "wikitext2": TaskScore("acc", 75.0, False),
     }
     assert "piqa" in report.teacher.tasks and report.task_retention == pytest.approx(0.8)
-    assert "broken.json is left out" in caplog.text
+    assert without.student.tasks == {} and "broken.json" in caplog.text
 
 
 def side(tasks: dict[str, float], loss: float = 3.0) -> Side:
