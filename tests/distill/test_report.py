@@ -22,7 +22,10 @@ Student = Callable[..., TrainConfig]
 
 
 def write_score(run: Path, step: int, task: str, value: float, *, higher_is_better: bool = True) -> Path:
-    metrics = {"acc": MetricResult(value, None, higher_is_better), "other": MetricResult(0.1, None, None)}
+    metrics = {
+        "acc": MetricResult(value=value, standard_error=None, higher_is_better=higher_is_better),
+        "other": MetricResult(value=0.1, standard_error=None, higher_is_better=None),
+    }
     result = TaskResult(
         run=str(run), step=step, task=task, task_version="1", shots=0, limit=None, num_records=3, precision="fp32",
         uses_chat_template=False, records_from="here", seed=0, metrics=metrics, seconds=1.0, versions={},
