@@ -1,7 +1,8 @@
 """Forms of a model that compute the same and that families of other tools may have a place for.
 
-An unmixed residual MLP becomes a gated one whose gate says one half of twice the MLP; a learned output scale goes into
-the experts' last matrix.
+An unmixed residual MLP becomes a gated one whose gate says one half of twice the MLP, with biases of zero where there
+were none: the family of that gate has them, and vLLM (seen in 0.32) takes them for granted and computes with whatever
+memory holds where they are missing. A learned output scale goes into the experts' last matrix.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,5 +45,11 @@ def rewritings(config: ModelConfig) -> Iterator[Rewriting]:
     yield Rewriting(same, factors, frozenset())
     if moe.residual == "sum" and not config.mlp_bias:
         gated = config.replace(moe=moe.replace(residual="sigmoid"))
+        zeros = {f"{place}.mix.weight" for place in places}
+        if config.attention_bias == "none" and config.latent_attention is None:
+            gated = gated.replace(attention_bias="qkv")
+            zeros |= {
+                f"blocks.{layer}.attention.{part}_proj.bias" for layer in range(config.num_layers) for part in "qkv"
+            }
         doubled = {f"{place}.mlp.down_proj.weight": 2.0 for place in places}
-        yield Rewriting(gated, {**factors, **doubled}, frozenset(f"{place}.mix.weight" for place in places))
+        yield Rewriting(gated, {**factors, **doubled}, frozenset(zeros))

@@ -168,6 +168,11 @@ def test_an_unmixed_residual_mlp_is_half_of_twice_itself(own_run: MakeRun, tmp_p
         mlp = f"blocks.{layer}.feed_forward.mlp"
         assert torch.equal(written[f"{place}.down_proj.weight"], 2 * ours[f"{mlp}.down_proj.weight"])
         assert torch.equal(written[f"{place}.up_proj.weight"], ours[f"{mlp}.up_proj.weight"])
+        # Said, and there: vLLM has these biases in any case, and leaves them as memory was where a file has none.
+        for part in "qkv":
+            bias = written[f"model.layers.{layer}.self_attn.{part}_proj.bias"]
+            assert len(bias) and not bias.any()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["qkv_bias"] is True
 
 
 @pytest.mark.parametrize("name", ["plain, scaled", "residual sum, scaled"])
