@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 QUICKSTART_FLAGS ?=
+CORPUS ?=
+PILOT_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 # Two pip processes in one environment would spoil each other; the work inside a target still uses every core.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check sanitize bench clean
+.PHONY: help quickstart test check sanitize bench pilot clean
 
 help:
 	@echo "make quickstart   set up, train a small PR-MoE on real text, distil a student, compare them: about six minutes"
@@ -17,8 +19,9 @@ help:
 	@echo "make check        set up and run ruff and mypy"
 	@echo "make sanitize     run the C++ kernels' tests under AddressSanitizer and UBSan (needs g++)"
 	@echo "make bench        set up and run every benchmark in turn (deepspeed and transformers are the peers)"
+	@echo "make pilot CORPUS=DIR  the pilot study, some two and a half hours on two cores; goes on where it was stopped"
 	@echo "make clean        remove .venv and caches; runs/ stays"
-	@echo "Variables: PYTHON=$(PYTHON)  QUICKSTART_FLAGS=$(QUICKSTART_FLAGS) (see moesaic quickstart --help)"
+	@echo "Variables: PYTHON=$(PYTHON)  QUICKSTART_FLAGS=$(QUICKSTART_FLAGS) (see moesaic quickstart --help)  PILOT_FLAGS=$(PILOT_FLAGS)"
 
 quickstart: $(VENV)/quickstart.stamp
 	$(BIN)/moesaic quickstart $(QUICKSTART_FLAGS)
@@ -47,6 +50,9 @@ bench: $(VENV)/bench.stamp
 	    2) echo "== $$script needs to be told what to read; not run";; \
 	    *) status=1; echo "== $$script failed";; esac; \
 	done; exit $$status
+
+pilot: $(VENV)/dev.stamp
+	$(BIN)/python experiments/pilot.py $(CORPUS) $(PILOT_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
