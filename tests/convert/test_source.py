@@ -33,7 +33,7 @@ def whole(saved: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def imported(whole: Path, few_prompts: None) -> Path:
+def imported(whole: Path, short_check: None) -> Path:
     import_model(whole, whole.parent / "run")
     return whole.parent / "run"
 
