@@ -29,6 +29,7 @@ from moesaic.convert.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from moesaic.convert.tensors import Piece, TensorRule, foreign_shape, foreign_tensors, own_tensors, pieces_of
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError
+from moesaic.kernels.allocator import tune_allocator
 from moesaic.model.load import load_run_config
 
 Format = Literal["huggingface", "gguf"]
@@ -91,6 +92,7 @@ def export_run(
 
     Raises: ConversionError, ConfigError, CheckpointError; nothing is left behind then.
     """
+    tune_allocator()  # a tensor's memory is the next one's, without the page faults of fresh memory
     output = Path(output)
     info = resolve_checkpoint(run)
     folder = info.path.parent.parent

@@ -19,6 +19,7 @@ from moesaic.convert.parity import Certificate, TensorAccount, certify
 from moesaic.convert.tensors import own_tensors
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConversionError
+from moesaic.kernels.allocator import tune_allocator
 
 # How an imported model is trained on unless --set says otherwise: what fits beside it in most memories, and a rate that
 # a trained model bears.
@@ -45,6 +46,7 @@ def import_model(
 
     Raises: ConversionError, CheckpointError, DataError; nothing is left behind then.
     """
+    tune_allocator()  # a tensor's memory is the next one's, without the page faults of fresh memory
     output = Path(output)
     check_is_new(output)
     check_is_outside(output, Path(path))

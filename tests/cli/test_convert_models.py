@@ -38,7 +38,7 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     from moesaic.convert import parity
 
-    monkeypatch.setattr(parity, "PROMPTS", parity.PROMPTS[1:3])
+    monkeypatch.setattr(parity, "PROMPTS", parity.PROMPTS[:2])
     monkeypatch.setattr(parity, "_NEW_TOKENS", 2)
 
 
