@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart test check sanitize bench pilot clean
 
 help:
-	@echo "make quickstart   set up, train a small PR-MoE on real text, distil a student, compare them: about six minutes"
+	@echo "make quickstart   set up, train a small PR-MoE on real text, distil a student, compare them: under ten minutes"
 	@echo "make test         set up and run the tests"
 	@echo "make check        set up and run ruff and mypy"
 	@echo "make sanitize     run the C++ kernels' tests under AddressSanitizer and UBSan (needs g++)"
