@@ -17,7 +17,7 @@ def quickstart(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
 ) -> None:
-    """Train a small Pyramid-Residual MoE on real text, distil a student, compare them, in under ten minutes on two cores.
+    """Train a small Pyramid-Residual MoE on real text, distil a student, compare them: ten minutes on two cores.
 
     The text is the embedded corpus: 249 State of the Union addresses. It ends with a page, report.html, in the run
     folder. An interrupted quickstart goes on where it was.
