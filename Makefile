@@ -19,7 +19,7 @@ help:
 	@echo "make check        set up and run ruff and mypy"
 	@echo "make sanitize     run the C++ kernels' tests under AddressSanitizer and UBSan (needs g++)"
 	@echo "make bench        set up and run every benchmark in turn (deepspeed and transformers are the peers)"
-	@echo "make pilot CORPUS=DIR  the pilot study, some two and a half hours on two cores; goes on where it was stopped"
+	@echo "make pilot CORPUS=DIR  the pilot study, some two hours on one core; goes on where it was stopped"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "Variables: PYTHON=$(PYTHON)  QUICKSTART_FLAGS=$(QUICKSTART_FLAGS) (see moesaic quickstart --help)  PILOT_FLAGS=$(PILOT_FLAGS)"
 

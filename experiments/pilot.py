@@ -1,4 +1,4 @@
-"""The pilot study: what MoE, PR-MoE and Mixture-of-Students give at a size that two cores train in hours.
+"""The pilot study: what MoE, PR-MoE and Mixture-of-Students give at a size that one core trains in hours.
 
 Equal tokens and data order for all: a dense model S, a dense model L of about 3.5 times its compute, MoE-32 and PR-MoE
 on S, and three students of the PR-MoE: without teacher, with it throughout, and staged. Learning rates are tuned for
@@ -35,7 +35,7 @@ PAGE = HERE.parent / "docs" / "studies" / "pilot.md"
 BEGIN, END = "<!-- figures: written by experiments/pilot.py -->", "<!-- end of figures -->"
 
 VOCABULARY = 4096
-TOKENS = 8_000_000
+TOKENS = 5_000_000
 TUNING_SHARE = 0.1
 SHORT_TOKENS = 120_000
 
