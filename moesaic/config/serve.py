@@ -1,0 +1,87 @@
+"""How models are served: what a request may ask for, and how large an engine and a server are."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moesaic.config.base import Config
+from moesaic.errors import ConfigError
+
+GrammarKind = Literal["json_schema", "regex", "ebnf", "json_object"]
+
+
+class Grammar(Config):
+    """What the text has to match. json_object: any JSON object, `text` is empty then."""
+
+    kind: GrammarKind
+    text: str = Field(default="", description="the JSON schema, the regular expression or the grammar")
+
+
+class Sampling(Config):
+    """How one request's tokens are chosen and where they end.
+
+    A token is drawn from the softmax of (logits - penalties + bias) / temperature, among those that top_k, top_p and
+    min_p all leave, each on what the one before it left. temperature 0 takes the likeliest.
+    """
+
+    max_tokens: int = Field(default=256, ge=0, description="at most so many new tokens; 0 scores the prompt only")
+    min_tokens: int = Field(default=0, ge=0, description="before so many tokens nothing ends a text but max_tokens")
+    temperature: float = Field(default=1.0, ge=0)
+    top_k: int | None = Field(default=None, ge=1, description="among so many likeliest tokens")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="among the fewest that reach this probability")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="among those with this share of the likeliest's")
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, description="divides positive logits of tokens seen, prompt included; multiplies negative"
+    )
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="taken off tokens that have been generated")
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="the same, for each time")
+    logit_bias: dict[int, float] = Field(default_factory=dict, description="added to the logits of these token ids")
+    stop: tuple[str, ...] = Field(default=(), description="texts that end it; the text is cut before them")
+    stop_token_ids: tuple[int, ...] = Field(default=(), description="tokens that end it, beside the model's own")
+    ignore_end_of_text: bool = Field(default=False, description="go on after the model's own stop tokens")
+    seed: int | None = Field(default=None, description="the same seed gives the same tokens; null: a new one each time")
+    n: int = Field(default=1, ge=1, description="so many texts of one prompt; text i has seed + i")
+    logprobs: int | None = Field(
+        default=None, ge=0, description="log-probabilities of the tokens chosen and of so many likeliest ones"
+    )
+    prompt_logprobs: int | None = Field(default=None, ge=0, description="the same, of the prompt's tokens")
+    return_experts: bool = Field(default=False, description="for each token, the experts of each layer that made it")
+    grammar: Grammar | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Sampling":
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); it must not be; lower it."
+            )
+        if any(not text for text in self.stop):
+            raise ConfigError("a stop text is empty; it would end every text at once; leave it out.")
+        if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
+            raise ConfigError(
+                f"logit_bias goes from {min(self.logit_bias.values())} to {max(self.logit_bias.values())}; -100 to "
+                f"100 is allowed; -100 already forbids a token."
+            )
+        return self
+
+
+class EngineConfig(Config):
+    """How much an engine holds and does at once."""
+
+    max_sequences: int = Field(default=64, ge=1, description="sequences that run at once; others wait")
+    max_batch_tokens: int = Field(
+        default=1024, ge=1, description="tokens of one step, of prompts and new ones; a longer prompt comes in chunks"
+    )
+    max_length: int | None = Field(
+        default=None, ge=2, description="positions of a sequence, prompt included; null: as many as the model has"
+    )
+    kv_cache_bytes: int | Literal["auto"] = Field(
+        default="auto", description="memory for keys and values; auto: what max_sequences can use, at most a quarter "
+        "of the memory that is free"
+    )  # fmt: skip
+    kv_precision: Literal["auto", "bf16", "int8", "fp32"] = Field(
+        default="auto", description="of keys and values; auto: as the model computes"
+    )
+    block_size: int = Field(default=32, ge=1, description="positions of a block of keys and values")
+    prefix_caching: bool = Field(default=True, description="share the blocks of equal beginnings, and keep them")
+    max_grammar_bytes: int = Field(default=64_000, ge=1, description="longer grammars are refused")
+    grammar_timeout_seconds: float = Field(default=2.0, gt=0, description="a grammar compiled longer is refused")

@@ -1,0 +1,105 @@
+"""What an engine gives its caller: tokens and texts as they come, and figures of its state."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its natural log-probability under the model: after penalties and bias, before temperature."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenExperts:
+    """For each MoE layer, in order: the experts chosen (K ids) at the position that predicted a token, and weights."""
+
+    expert_ids: tuple[tuple[int, ...], ...]
+    routing_weights: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """A new token. logprob, top_logprobs, experts: where asked for; top_logprobs from the likeliest down."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    experts: TokenExperts | None = None
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Of every prompt token, in order: the first has no logprob (nothing predicts it) and no top_logprobs."""
+
+    tokens: tuple[GeneratedToken, ...]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step added to one text of a request.
+
+    index: which of its n texts. text: the characters that are certain now, to be appended to those before; what could
+    be the beginning of a stop text, or half of a character, is held back. tokens: the new tokens; they may be ahead of
+    the text. finish_reason: None while it goes on. stop_reason: the stop text or token id that ended it, None for the
+    model's own. message: of finish_reason "error", what happened. prompt_logprobs: once, with the first output, where
+    asked for. prompt_tokens, cached_tokens, completion_tokens: counts so far, for usage.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    tokens: tuple[GeneratedToken, ...]
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    message: str | None
+    prompt_logprobs: PromptLogprobs | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What the experts of one MoE layer have done. layer: its place among all layers of the model.
+
+    tokens_per_expert: routes since the engine began; recent_tokens_per_expert: of the last steps (some thousands of
+    tokens, fading out exponentially).
+    """
+
+    layer: int
+    num_experts: int
+    top_k: int
+    tokens_per_expert: tuple[int, ...]
+    recent_tokens_per_expert: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """An engine at one moment; counts are since it began.
+
+    distinct_experts_per_step: of the last step, the mean over MoE layers of how many experts had a token; 0 for a dense
+    model. step_seconds: of the last step.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_finished: int
+    num_drafted_tokens: int
+    num_accepted_tokens: int
+    step_seconds: float
+    step_tokens: int
+    distinct_experts_per_step: float
+    layers: tuple[LayerLoad, ...]
