@@ -9,7 +9,9 @@ import time
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic.config.serve import EngineConfig, Sampling
@@ -24,7 +26,7 @@ from moesaic.serve.grammar import GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
-from moesaic.serve.sampler import SamplingState, sample, score_prompt
+from moesaic.serve.sampler import SamplingState, sample_row, score_prompt
 from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
@@ -58,11 +60,11 @@ class _Text:
 
 @dataclass(eq=False)
 class _Choice:
-    """A part whose next tokens are being chosen, from the logits at `row` on; tokens and characters so far."""
+    """A part whose next tokens are chosen from the logits at first_row and behind; its new tokens and characters."""
 
     part: Scheduled
     text: _Text
-    row: int
+    first_row: int
     tokens: list[GeneratedToken] = field(default_factory=list)
     piece: str = ""
 
@@ -126,9 +128,12 @@ class Engine:
         self._check_prompt(prompt, sampling)
         grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
         own_stops = frozenset() if sampling.ignore_end_of_text else self._tokenizer.stop_ids
+        stop_ids = own_stops | frozenset(sampling.stop_token_ids)
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
+        vocab_size = self.model_config.vocab_size
         texts = []
         for index in range(sampling.n):
+            state = SamplingState(sampling, prompt, vocab_size=vocab_size, seed=seed + index, stop_ids=stop_ids)
             sequence = Sequence(
                 tokens=list(prompt),
                 num_prompt=len(prompt),
@@ -143,10 +148,10 @@ class Engine:
                     index=index,
                     sampling=sampling,
                     sequence=sequence,
-                    state=SamplingState(sampling, prompt, vocab_size=self.model_config.vocab_size, seed=seed + index),
+                    state=state,
                     detokenizer=Detokenizer(self._tokenizer, stop=sampling.stop),
                     matcher=None if grammar is None else grammar.matcher(),
-                    stop_ids=own_stops | frozenset(sampling.stop_token_ids),
+                    stop_ids=stop_ids,
                     last_length=min(self.max_length, len(prompt) + sampling.max_tokens),
                 )
             )
@@ -231,13 +236,6 @@ class Engine:
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens; at most {room} fit here, with one to generate; shorten it."
             )
-        ids = [*sampling.logit_bias, *sampling.stop_token_ids]
-        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-        if wrong is not None:
-            raise GenerationError(
-                f"logit_bias or stop_token_ids name token id {wrong}; ids from 0 to {vocab_size - 1} are required; use "
-                f"the model's own tokenizer."
-            )
 
     def _submit(self, text: _Text) -> None:
         self._texts[text.sequence] = text
@@ -279,54 +277,32 @@ class Engine:
                 last = first + part.num_tokens - 1
                 rows += range(last, last + len(part.drafted) + 1)
         if rows:
-            logits = self._runner.logits(decoded.hidden[rows])
-            broken = logits.amax(-1).isnan().tolist()
-            alive = list(choices.values())
-            while alive:
-                alive = self._choose_one(alive, logits, broken, decoded, rows)
+            logits = self._runner.logits(decoded.hidden[rows]).numpy()
+            for choice in choices.values():
+                self._choose_tokens(choice, logits, decoded, rows)
         outputs = []
         for part in parts:
             outputs += self._advance(part, self._texts[part.sequence], choices.get(part.sequence))
         return outputs
 
-    def _choose_one(
-        self, choices: list["_Choice"], logits: Tensor, broken: list[bool], decoded: Decoded, rows: list[int]
-    ) -> list["_Choice"]:
-        """Choose one more token for each; return those where it is the drafted one, so that another may follow.
+    def _choose_tokens(self, choice: "_Choice", logits: NDArray[np.float32], decoded: Decoded, rows: list[int]) -> None:
+        """Choose the next token, and the ones after it as long as they are those drafted.
 
         rows: of the step's tokens, whose logits these are.
         """
-        able = []
-        for choice in choices:
-            text = choice.text
-            if broken[choice.row]:
-                text.finish_reason = "error"
-                text.message = "the model gave a logit that is not a number; its weights are broken; check them."
-                continue
-            able.append(choice)
-            if text.stop_ids and text.num_generated + len(choice.tokens) < text.sampling.min_tokens:
-                logits[choice.row, sorted(text.stop_ids)] = float("-inf")
-        if not able:
-            return []
-        chosen = [choice.row for choice in able]
-        sampled = sample(
-            logits if chosen == list(range(logits.shape[0])) else logits[chosen],
-            [choice.text.state for choice in able],
-            masks=[None if choice.text.matcher is None else choice.text.matcher.mask() for choice in able],
-        )
-        asked = [row for row, choice in zip(chosen, able, strict=True) if choice.text.sampling.return_experts]
-        experts = dict(zip(asked, token_experts(decoded, [rows[row] for row in asked]), strict=True)) if asked else {}
-        going_on = []
-        for choice, each in zip(able, sampled, strict=True):
-            is_right = choice.part.drafted[len(choice.tokens) :][:1] == (each.token_id,)
-            choice.tokens.append(
-                GeneratedToken(each.token_id, each.logprob, each.top_logprobs, experts.get(choice.row))
-            )
-            choice.piece += self._accept(choice.text, each.token_id, len(choice.tokens))
-            if is_right and choice.text.finish_reason is None:
-                choice.row += 1
-                going_on.append(choice)
-        return going_on
+        text, drafted = choice.text, choice.part.drafted
+        for number in range(len(drafted) + 1):
+            row = choice.first_row + number
+            try:
+                sampled = sample_row(logits[row], text.state, None if text.matcher is None else text.matcher.mask())
+            except GenerationError as error:
+                text.finish_reason, text.message = "error", str(error)
+                return
+            experts = token_experts(decoded, rows[row]) if text.sampling.return_experts else None
+            choice.tokens.append(GeneratedToken(sampled.token_id, sampled.logprob, sampled.top_logprobs, experts))
+            choice.piece += self._accept(text, sampled.token_id, len(choice.tokens))
+            if text.finish_reason is not None or drafted[number : number + 1] != (sampled.token_id,):
+                return
 
     def _accept(self, text: _Text, token: int, num_new: int) -> str:
         """Take a chosen token into a text, the num_new-th of this step; return the new characters."""

@@ -1,7 +1,5 @@
 """What the experts of a model do while it serves: counts per layer and expert, and of the last step."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from moesaic.config.model import ModelConfig
@@ -54,14 +52,9 @@ class ExpertLoad:
         )
 
 
-def token_experts(decoded: Decoded, rows: Sequence[int]) -> list[TokenExperts]:
-    """Return what each of these tokens of a step chose."""
-    ids = [each[list(rows)].tolist() for each in decoded.expert_ids]
-    weights = [each[list(rows)].tolist() for each in decoded.routing_weights]
-    return [
-        TokenExperts(
-            tuple(tuple(layer[index]) for layer in ids),
-            tuple(tuple(layer[index]) for layer in weights),
-        )
-        for index in range(len(rows))
-    ]
+def token_experts(decoded: Decoded, row: int) -> TokenExperts:
+    """Return what one token of a step chose."""
+    return TokenExperts(
+        tuple(tuple(each[row].tolist()) for each in decoded.expert_ids),
+        tuple(tuple(each[row].tolist()) for each in decoded.routing_weights),
+    )
