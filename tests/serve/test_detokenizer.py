@@ -71,7 +71,9 @@ def from_shared(name: str) -> Tokenizer:
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in printable]
         letter = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-        tokens = [base64.b64decode(line.split()[0]) for line in (SHARED / name / "qwen.tiktoken").read_bytes().splitlines()]
+        tokens = [
+            base64.b64decode(line.split()[0]) for line in (SHARED / name / "qwen.tiktoken").read_bytes().splitlines()
+        ]
         vocabulary = {"".join(letter[byte] for byte in token): place for place, token in enumerate(tokens)}
         return wrap(models.BPE(vocab=vocabulary, merges=[]), decoders.ByteLevel(), "<|endoftext|>")
     return like_llama(sentencepiece((SHARED / name / "tokenizer.model.v1").read_bytes()))
