@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO, RawIOBase
 from math import prod
+from mmap import mmap
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -235,7 +236,8 @@ class _StreamedFile:
         self._is_direct = num_bytes >= _LARGE_BYTES
         self._file = _open_new(path, is_direct=self._is_direct)
         size = min(_BUFFER_BYTES, -(-num_bytes // _ALIGNMENT) * _ALIGNMENT)
-        self._buffers = [_aligned(size) for _ in range(min(_NUM_BUFFERS, -(-num_bytes // size)))]
+        # Mappings begin where a page does: a device can read from them by itself.
+        self._buffers = [memoryview(mmap(-1, size)) for _ in range(min(_NUM_BUFFERS, -(-num_bytes // size)))]
         self._work: list[list[Future[None]]] = [[] for _ in self._buffers]
         self._current = self._filled = 0
         self._handed_over = 0  # bytes of the stream that are, or are being, written and hashed
@@ -339,13 +341,6 @@ def _open_new(path: Path, *, is_direct: bool) -> FileIO:
         if not direct or error.errno != errno.EINVAL:
             raise
         return path.open("wb", buffering=0)
-
-
-def _aligned(num_bytes: int) -> memoryview:
-    """Return a buffer that a device can read from by itself."""
-    memory = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
-    start = -memory.data_ptr() % _ALIGNMENT
-    return memory[start : start + num_bytes].numpy().data
 
 
 def _write_all(file: FileIO, place: int, view: memoryview) -> None:
