@@ -7,6 +7,7 @@ Here: loading, training, encoding, the end-of-text token, the fingerprint; the f
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -159,6 +160,49 @@ class Tokenizer:
                 f"check that text and tokenizer belong together."
             )
         return str(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the UTF-8 bytes that a token adds to a text; a token may hold a part of a character.
+
+        Special tokens give their names, and so does an id between the vocabulary's that no token has.
+        """
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._inner.id_to_token(token_id)
+        if token is None:
+            return f"<{token_id}>".encode()
+        if "ByteLevel" in self._decoder_types:
+            table = self._byte_of_char
+            return b"".join(bytes([table[each]]) if each in table else each.encode() for each in token)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        if byte and "ByteFallback" in self._decoder_types:
+            return bytes.fromhex(byte[1])
+        return str(token).replace("\u2581", " ").encode()  # Metaspace's mark of a space
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether decoding with skip_special_tokens leaves a token out."""
+        return token_id in self._special_ids
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._inner.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {number: str(token.content) for number, token in self._inner.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def _decoder_types(self) -> frozenset[str]:
+        decoder = json.loads(self._json).get("decoder") or {}
+        return frozenset(each.get("type") for each in (decoder, *decoder.get("decoders", ())))
+
+    @cached_property
+    def _byte_of_char(self) -> dict[str, int]:
+        """Byte-level BPE's letters: printable bytes are themselves, the others come in order from U+0100."""
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(0x100) if byte not in printable]
+        return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
     @property
     def vocab_size(self) -> int:

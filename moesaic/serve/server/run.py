@@ -1,0 +1,149 @@
+"""Starting and ending a server: the socket, the model, the signals."""
+
+import asyncio
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from moesaic.config.serve import ServeConfig, ServerConfig
+from moesaic.errors import ConfigError
+from moesaic.logs import logger
+from moesaic.model.load import LoadedModel
+from moesaic.serve.async_engine import AsyncEngine
+from moesaic.serve.engine import Engine
+from moesaic.serve.server.app import create_app
+from moesaic.serve.server.gate import KEYS_VARIABLE, read_keys
+from moesaic.serve.server.generation import Served
+
+# Answers that are ended at the drain's end have so long to be sent.
+_FAREWELL_SECONDS = 5
+
+
+def serve(load: Callable[[], LoadedModel], config: ServeConfig, *, name: str, ready: Callable[[str], None]) -> None:
+    """Serve a model until SIGTERM or SIGINT, and then let what runs finish.
+
+    load: called once the address is ours, since it may take long. name: what the model is called where the config does
+    not say. ready: called with the URL when requests are taken.
+
+    Raises: ConfigError for an address that cannot be had and for keys; what load raises.
+    """
+    keys = read_keys(config.server.api_key_file)
+    listener = _listen(config.server)
+    try:
+        _warn_if_open(config.server, has_keys=bool(keys))
+        loaded = load()
+        engine = Engine(loaded.model, loaded.tokenizer, config.engine)
+        app = create_app(
+            AsyncEngine(engine),
+            loaded.tokenizer,
+            config.server,
+            name=config.server.served_model_name or name,
+            max_length=engine.max_length,
+            max_embedded_tokens=config.engine.max_batch_tokens,
+            moe_layers=[layer.layer for layer in engine.stats().layers],
+            keys=keys,
+        )
+        run_app(app, listener, ready=ready)
+    finally:
+        listener.close()
+
+
+def run_app(app: FastAPI, listener: socket.socket, *, ready: Callable[[str], None]) -> None:
+    """Run an application of create_app's on a bound socket until a signal ends it; ready: called with the URL."""
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=_FAREWELL_SECONDS,
+    )
+    served: Served = app.state.served
+    server = _DrainingServer(settings, served, on_ready=lambda: ready(_url(listener)))
+    server.run(sockets=[listener])
+
+
+class _DrainingServer(uvicorn.Server):
+    """A server that on its first signal refuses newcomers (503) and ends when what runs has; on a second, at once."""
+
+    def __init__(self, settings: uvicorn.Config, served: Served, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(settings)
+        self._served, self._on_ready = served, on_ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._loop = asyncio.get_running_loop()
+        if self.started:
+            self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is None or self._draining is not None or self._served.admission.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        logger.info(
+            "%s: no new requests are taken; %d go on, for %g s at most.",
+            signal.Signals(sig).name,
+            self._served.admission.num_inside + self._served.admission.num_waiting,
+            self._served.config.drain_seconds,
+        )
+        self._served.admission.is_draining = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        admission = self._served.admission
+        try:
+            await asyncio.wait_for(admission.drained(), self._served.config.drain_seconds)
+        except TimeoutError:
+            logger.warning(
+                "%d requests had not finished after drain_seconds (%g); they are ended; raise server.drain_seconds to "
+                "give them longer.",
+                admission.num_inside + admission.num_waiting,
+                self._served.config.drain_seconds,
+            )
+            await self._served.engine.stop()
+        self.should_exit = True
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"server.host {config.host} and port {config.port} cannot be listened on ({error.strerror or error}); an "
+            f"address of this machine and a free port are required; choose another port, or 0 for any."
+        ) from None
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _warn_if_open(config: ServerConfig, *, has_keys: bool) -> None:
+    try:
+        is_local = ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        is_local = config.host == "localhost"
+    if not is_local and not has_keys:
+        logger.warning(
+            "the server listens on %s without API keys: whoever reaches it may use it; set server.api_key_file or %s.",
+            config.host,
+            KEYS_VARIABLE,
+        )
