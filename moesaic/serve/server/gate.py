@@ -190,7 +190,7 @@ class WholeBody:
 
 
 def read_keys(file: str | None) -> list[str]:
-    """Return the keys of a file (one a line; a line that begins with # is a comment) and of MOESAIC_API_KEYS (comma-separated).
+    """Return the keys of a file, one a line (# first in it: a comment), and of MOESAIC_API_KEYS, comma-separated.
 
     Raises: ConfigError for a file that cannot be read or holds none, and for a key that no header can carry.
     """

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
@@ -116,11 +116,8 @@ def _check_job(served: Served, body: GenerationBody, job: Job) -> Job:
 async def read_prompts(served: Served, prompt: Prompt, *, param: str) -> tuple[tuple[int, ...], ...]:
     """Return the token ids of one or several prompts, each a text or ids. Raises: ApiError."""
     limit = served.config.max_texts_per_request
-    several: Sequence[str | Sequence[int]]
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        several = [prompt]  # type: ignore[list-item]  # ids, as its first says
-    else:
-        several = prompt  # type: ignore[assignment]
+    is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+    several = cast("Sequence[str | Sequence[int]]", [prompt] if is_one else prompt)
     if not several or any(not isinstance(each, str) and not each for each in several):
         raise refusal(
             f"{param} holds an empty list; at least one text or token id is required; send some.", param=param
