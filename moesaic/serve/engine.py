@@ -6,6 +6,7 @@ What the next step computes is decided in scheduler, computed by runner, and tur
 
 import secrets
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
@@ -20,7 +21,9 @@ from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels.decode import Decoded
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.model.transformer import Transformer
+from moesaic.serve.depth import DepthChooser
 from moesaic.serve.detokenizer import Detokenizer
+from moesaic.serve.drafts import Draft, ModelDraft, NgramDraft, Wanted
 from moesaic.serve.expert_load import ExpertLoad, token_experts
 from moesaic.serve.grammar import GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
@@ -60,11 +63,11 @@ class _Text:
 
 @dataclass(eq=False)
 class _Choice:
-    """A part whose next tokens are chosen from the logits at first_row and behind; its new tokens and characters."""
+    """A text whose next tokens are chosen, from the logits at first_row and behind; its new tokens and characters."""
 
-    part: Scheduled
     text: _Text
     first_row: int
+    drafted: tuple[int, ...]
     tokens: list[GeneratedToken] = field(default_factory=list)
     piece: str = ""
 
@@ -76,8 +79,18 @@ class Engine:
     batch, in chunks, preempted, or with a shared beginning.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
-        """Raises: ConfigError for settings that this model or the memory cannot meet."""
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        draft_model: Transformer | None = None,
+    ) -> None:
+        """draft_model: the one that config.speculation names, loaded.
+
+        Raises: ConfigError for settings that these models or the memory cannot meet.
+        """
         config = config or EngineConfig()
         self.config, self.model_config = config, model.config
         dtype = model.compute_dtype if config.kv_precision == "auto" else _DTYPES[config.kv_precision]
@@ -101,6 +114,22 @@ class Engine:
             timeout_seconds=config.grammar_timeout_seconds,
         )
         self._load = ExpertLoad(model.config)
+        self._draft: Draft | None = None
+        self._depth: DepthChooser | None = None
+        if config.speculation is not None:
+            self._depth = DepthChooser(config.speculation.max_tokens)
+            if config.speculation.method == "ngram":
+                self._draft = NgramDraft()
+            else:
+                assert draft_model is not None, "config.speculation names a model; load it and give it"
+                self._draft = ModelDraft(
+                    draft_model,
+                    target=model,
+                    num_blocks=num_blocks,
+                    block_size=config.block_size,
+                    max_length=self.max_length,
+                    chunk=config.max_batch_tokens,
+                )
         self._texts: dict[Sequence, _Text] = {}  # those that the scheduler has
         self._siblings: dict[Sequence, list[_Text]] = {}  # texts that wait for the first of theirs
         self._requests: dict[str, list[_Text]] = {}  # texts that are going on
@@ -149,7 +178,9 @@ class Engine:
                     sampling=sampling,
                     sequence=sequence,
                     state=state,
-                    detokenizer=Detokenizer(self._tokenizer, stop=sampling.stop),
+                    detokenizer=Detokenizer(
+                        self._tokenizer, prompt=prompt, stop=sampling.stop, min_tokens=sampling.min_tokens
+                    ),
                     matcher=None if grammar is None else grammar.matcher(),
                     stop_ids=stop_ids,
                     last_length=min(self.max_length, len(prompt) + sampling.max_tokens),
@@ -177,17 +208,47 @@ class Engine:
         """Compute the next tokens of what runs, and return what became of each text that moved; [] where none did."""
         start = time.perf_counter()
         outputs, self._pending = self._pending, []
-        parts = self._scheduler.schedule(self._drafts())
+        parts = self._scheduler.schedule(self._plan_drafts())
         if not parts:
             return outputs
-        decoded = self._runner.run([_part_of(part) for part in parts])
+        drafted = self._propose(parts)
+        drafting_seconds = time.perf_counter() - start
+        decoded = self._runner.run([_part_of(part, drafted.get(part.sequence, ())) for part in parts])
         self._load.add(decoded)
-        first_rows = self._score_prompts(parts, decoded)
-        outputs += self._choose(parts, first_rows, decoded)
+        first_rows = self._score_prompts(parts, drafted, decoded)
+        outputs += self._choose(parts, first_rows, drafted, decoded)
         self._counts["steps"] += 1
         self._step_tokens = decoded.hidden.shape[0]
         self._step_seconds = time.perf_counter() - start
+        if self._depth is not None and all(part.num_tokens == 1 for part in parts):
+            self._depth.record_step(self._step_tokens, self._step_seconds - drafting_seconds)
         return outputs
+
+    def _plan_drafts(self) -> dict[Sequence, int]:
+        """How many tokens to draft for each sequence that generates."""
+        if self._depth is None:
+            return {}
+        generating = [sequence for sequence in self._scheduler.running if sequence.num_missing == 1]
+        depth = self._depth.choose(len(generating))
+        # Of the tokens that are left to a text, the last needs no draft.
+        room = {each: self._texts[each].last_length - len(each.tokens) - 1 for each in generating}
+        return {each: min(depth, left) for each, left in room.items() if min(depth, left) > 0}
+
+    def _propose(self, parts: list[Scheduled]) -> dict[Sequence, tuple[int, ...]]:
+        """Draft tokens for the parts that have room for some."""
+        wanted = [
+            Wanted(part.sequence, self._texts[part.sequence].state, part.num_drafted)
+            for part in parts
+            if part.num_drafted
+        ]
+        if not wanted:
+            return {}
+        assert self._draft is not None and self._depth is not None
+        start = time.perf_counter()
+        proposed = self._draft.propose(wanted)
+        depth = max(len(tokens) for tokens in proposed)
+        self._depth.record_draft(len(wanted), depth, time.perf_counter() - start)
+        return {each.sequence: tokens for each, tokens in zip(wanted, proposed, strict=True)}
 
     def stats(self) -> EngineStats:
         counts = self._counts
@@ -241,10 +302,9 @@ class Engine:
         self._texts[text.sequence] = text
         self._scheduler.add(text.sequence)
 
-    def _drafts(self) -> dict[Sequence, tuple[int, ...]]:
-        return {}
-
-    def _score_prompts(self, parts: list[Scheduled], decoded: Decoded) -> list[int]:
+    def _score_prompts(
+        self, parts: list[Scheduled], drafted: Mapping[Sequence, tuple[int, ...]], decoded: Decoded
+    ) -> list[int]:
         """Score the prompt tokens that a step's rows predict, where asked for; return each part's first row."""
         first_rows, row = [], 0
         for part in parts:
@@ -263,19 +323,26 @@ class Engine:
                     logits = self._runner.logits(decoded.hidden[place : place + until - position])
                     targets = sequence.tokens[position + 1 : until + 1]
                     text.scored += score_prompt(logits, targets, top=top)
-            row += part.num_tokens + len(part.drafted)
+            row += part.num_tokens + len(drafted.get(part.sequence, ()))
         return first_rows
 
-    def _choose(self, parts: list[Scheduled], first_rows: list[int], decoded: Decoded) -> list[RequestOutput]:
+    def _choose(
+        self,
+        parts: list[Scheduled],
+        first_rows: list[int],
+        drafted: Mapping[Sequence, tuple[int, ...]],
+        decoded: Decoded,
+    ) -> list[RequestOutput]:
         """Choose the next tokens of the parts that are complete, and note what is computed."""
         choices: dict[Sequence, _Choice] = {}
         rows: list[int] = []  # of the step, whose logits are needed
         for part, first in zip(parts, first_rows, strict=True):
             text = self._texts[part.sequence]
             if part.is_last and text.sampling.max_tokens > 0:
-                choices[part.sequence] = _Choice(part, text, len(rows))
+                choice = _Choice(text, len(rows), drafted.get(part.sequence, ()))
+                choices[part.sequence] = choice
                 last = first + part.num_tokens - 1
-                rows += range(last, last + len(part.drafted) + 1)
+                rows += range(last, last + len(choice.drafted) + 1)
         if rows:
             logits = self._runner.logits(decoded.hidden[rows]).numpy()
             for choice in choices.values():
@@ -290,7 +357,7 @@ class Engine:
 
         rows: of the step's tokens, whose logits these are.
         """
-        text, drafted = choice.text, choice.part.drafted
+        text, drafted = choice.text, choice.drafted
         for number in range(len(drafted) + 1):
             row = choice.first_row + number
             try:
@@ -315,14 +382,15 @@ class Engine:
             text.stop_reason = None if token in self._tokenizer.stop_ids else token
             return text.detokenizer.flush()
         piece = text.detokenizer.append(token)
-        if text.detokenizer.stopped_by is not None and count >= text.sampling.min_tokens:
-            text.finish_reason, text.stop_reason = "stop", text.detokenizer.stopped_by
-            return piece
         if text.matcher is not None and text.matcher.is_finished:
             text.finish_reason = "stop"
         elif text.sequence.num_prompt + count >= text.last_length:
             text.finish_reason = "length"
-        return piece + text.detokenizer.flush() if text.finish_reason else piece
+        if text.finish_reason is not None:
+            piece += text.detokenizer.flush()
+        if text.detokenizer.stopped_by is not None:
+            text.finish_reason, text.stop_reason = "stop", text.detokenizer.stopped_by
+        return piece
 
     def _advance(self, part: Scheduled, text: _Text, choice: "_Choice | None") -> list[RequestOutput]:
         """Note what a step computed of a sequence, and what it gives."""
@@ -334,9 +402,13 @@ class Engine:
             accepted = len(tokens) - 1
             sequence.tokens.extend(token.token_id for token in tokens)
             self._counts["generated"] += len(tokens)
-            self._counts["drafted"] += len(part.drafted)
-            self._counts["accepted"] += accepted
         self._scheduler.computed(sequence, part.num_tokens + accepted)
+        if self._draft is not None and self._depth is not None and choice is not None and choice.drafted:
+            self._draft.settle(sequence)
+            if text.finish_reason is None:  # a text that ends says nothing of the tokens behind its end
+                self._depth.record_check(len(choice.drafted), accepted)
+            self._counts["drafted"] += len(choice.drafted)
+            self._counts["accepted"] += accepted
         if is_new_prompt and sequence.num_computed >= sequence.num_prompt:
             self._counts["prompt"] += sequence.num_prompt
             self._counts["cached"] += sequence.num_cached or 0
@@ -356,6 +428,8 @@ class Engine:
         self._counts["finished"] += 1
         if self._texts.pop(text.sequence, None) is not None:
             self._scheduler.remove(text.sequence)
+            if self._draft is not None:
+                self._draft.forget(text.sequence)
         for waiting in self._siblings.values():
             if text in waiting:
                 waiting.remove(text)
@@ -384,12 +458,10 @@ class Engine:
         )
 
 
-def _part_of(part: Scheduled) -> Part:
+def _part_of(part: Scheduled, drafted: tuple[int, ...]) -> Part:
     sequence = part.sequence
     end = sequence.num_computed + part.num_tokens
-    return Part(
-        (*sequence.tokens[sequence.num_computed : end], *part.drafted), end + len(part.drafted), sequence.blocks
-    )
+    return Part((*sequence.tokens[sequence.num_computed : end], *drafted), end + len(drafted), sequence.blocks)
 
 
 def _count_blocks(model: Transformer, config: EngineConfig, longest: int, dtype: torch.dtype) -> int:

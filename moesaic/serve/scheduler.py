@@ -18,7 +18,7 @@ class Sequence:
 
     priority: lower comes first; arrival, of which no two are equal, breaks ties. may_find_prefix: False where every
     position of the prompt has to be computed, because its results are asked for. num_cached: positions that were there
-    when it first ran, None before.
+    when it first ran, None before. num_admissions: how often it began to run, each time with other blocks.
     """
 
     tokens: list[int]
@@ -31,6 +31,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)
     num_published: int = 0
+    num_admissions: int = 0
     is_running: bool = False
 
     @property
@@ -45,14 +46,14 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A sequence's part of a step: its tokens from num_computed on, num_tokens of them, then the drafted ones.
+    """A sequence's part of a step: its tokens from num_computed on, num_tokens of them, then so many drafted ones.
 
     is_last: nothing of it is missing after this, so that its next token can be chosen.
     """
 
     sequence: Sequence
     num_tokens: int
-    drafted: tuple[int, ...]
+    num_drafted: int
     is_last: bool
 
 
@@ -61,7 +62,7 @@ class _Step:
     """A step being made: what is left of its budget, and what it holds already."""
 
     budget: int
-    drafts: dict[Sequence, tuple[int, ...]]
+    num_drafted: dict[Sequence, int]
     parts: dict[Sequence, Scheduled] = field(default_factory=dict)
 
 
@@ -96,15 +97,15 @@ class Scheduler:
             heapq.heapify(self._waiting)
 
     def schedule(
-        self, drafts: Mapping[Sequence, tuple[int, ...]] | None = None, *, max_prompt_tokens: int | None = None
+        self, num_drafted: Mapping[Sequence, int] | None = None, *, max_prompt_tokens: int | None = None
     ) -> list[Scheduled]:
         """Return the parts of the next step; their blocks are allocated.
 
-        drafts: of sequences that generate, the tokens that may follow. max_prompt_tokens: at most so many tokens of
-        prompts where some sequence generates.
+        num_drafted: of sequences that generate, how many tokens to check beyond the next. max_prompt_tokens: at most so
+        many tokens of prompts where some sequence generates.
         """
         self._give_way()
-        step = _Step(self.max_batch_tokens, dict(drafts or {}))
+        step = _Step(self.max_batch_tokens, dict(num_drafted or {}))
         for sequence in [each for each in self.running if each.num_missing == 1]:
             self._take(sequence, step)
         if step.parts and max_prompt_tokens is not None:
@@ -121,11 +122,11 @@ class Scheduler:
             return
         num_tokens = min(sequence.num_missing, step.budget)
         is_last = num_tokens == sequence.num_missing
-        drafted = step.drafts.get(sequence, ())[: step.budget - num_tokens] if is_last else ()
+        num_drafted = min(step.num_drafted.get(sequence, 0), step.budget - num_tokens) if is_last else 0
         end = sequence.num_computed + num_tokens
-        while not self._reserve(sequence, end + len(drafted)):
-            if drafted:
-                drafted = ()
+        while not self._reserve(sequence, end + num_drafted):
+            if num_drafted:
+                num_drafted = 0
                 continue
             victim = self.running[-1]
             if victim in step.parts:
@@ -133,8 +134,8 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return
-        step.parts[sequence] = Scheduled(sequence, num_tokens, drafted, is_last)
-        step.budget -= num_tokens + len(drafted)
+        step.parts[sequence] = Scheduled(sequence, num_tokens, num_drafted, is_last)
+        step.budget -= num_tokens + num_drafted
 
     def _give_way(self) -> None:
         """Stop those that run and count less than the first that waits, as long as they are in its way."""
@@ -162,6 +163,7 @@ class Scheduler:
         sequence.num_computed = len(sequence.blocks) * self.pool.block_size
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
+        sequence.num_admissions += 1
         sequence.is_running = True
         self.running.append(sequence)
         self.running.sort(key=lambda each: each.order)

@@ -24,7 +24,9 @@ class TokenTexts:
     def bytes_of(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)
         if found is None:
-            found = self._bytes[token_id] = self._tokenizer.token_bytes(token_id)
+            special = self.is_special(token_id)
+            found = self._tokenizer.token(token_id).encode() if special else self._tokenizer.token_bytes(token_id)
+            self._bytes[token_id] = found
         return found
 
     def text_of(self, token_id: int) -> str:
@@ -36,7 +38,7 @@ class TokenTexts:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def is_special(self, token_id: int) -> bool:
-        return self._tokenizer.is_special(token_id)
+        return token_id in self._tokenizer.special_ids
 
 
 @dataclass
