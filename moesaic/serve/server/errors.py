@@ -97,18 +97,25 @@ def explain(errors: Sequence[Any], *, names: Mapping[str, str] | None = None) ->
             f"the header Content-Type: application/json.",
             code="invalid_body",
         )
-    key = (names or {}).get(str(location[0]), str(location[0]))
-    # Of a value of several allowed kinds there is one finding for each.
+    # Of a value of several allowed kinds there is one finding for each, below a common path.
     alike = [each for each in errors if [part for part in each["loc"] if part != "body"][:1] == location[:1]]
+    path = ".".join(str(part) for part in _common([each["loc"] for each in alike]) if part != "body")
+    path = (names or {}).get(path, path)
     if first["type"] == "missing":
-        path = ".".join(str(part) for part in location)
         return refusal(f"{path} is missing; it is required; send it.", param=path, code="missing_key")
     required = " or ".join(dict.fromkeys(_required(each["msg"]) for each in alike[:6]))
     return refusal(
-        f"{key} ({_shown(first.get('input'))}): {required}; change it, or leave it out where it may be.",
-        param=key,
+        f"{path} is {_shown(first.get('input'))}; {required}; change it, or leave it out where it may be.",
+        param=path,
         code="invalid_value",
     )
+
+
+def _common(paths: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """Return the beginning that all paths share."""
+    first, *others = paths
+    length = next((n for n, part in enumerate(first) if any(path[n : n + 1] != (part,) for path in others)), len(first))
+    return first[:length]
 
 
 def explain_values(error: ValidationError, *, names: Mapping[str, str]) -> ApiError:

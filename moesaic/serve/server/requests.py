@@ -9,33 +9,59 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from moesaic.config.serve import Grammar, GrammarKind, Sampling
 from moesaic.serve.server.errors import explain_values, refusal, unknown_key
 
 # As OpenAI's: more likeliest tokens, and more biases, than anybody reads or writes.
 MAX_TOP_LOGPROBS = 20
-_MAX_BIASES = 1024
+_MAX_ENTRIES = 1024
 _MAX_STOPS = 16
 # What OpenAI's completions take where nothing is said.
 _DEFAULT_COMPLETION_TOKENS = 16
 
-# FailFast: a long list with something wrong in every place would give as many findings.
-Ids = Annotated[list[int], FailFast()]
-Texts = Annotated[list[str], FailFast()]
-IdLists = Annotated[list[Ids], FailFast()]
-Prompt = str | Texts | Ids | IdLists
+
+def _check_prompt(value: Any, info: ValidationInfo) -> Any:
+    """A long list with something wrong in every place would give as many findings: the first is enough."""
+    if isinstance(value, list):
+        kinds = {_kind_of(each) for each in value}
+        if len(kinds) > 1 or None in kinds:
+            raise refusal(
+                f"{info.field_name} is a list of several or unknown kinds of thing; texts, or token ids, or lists of "
+                f"token ids are required; send one kind.",
+                param=info.field_name,
+                code="invalid_value",
+            )
+    return value
 
 
-def _limit_biases(value: Any) -> Any:
-    if isinstance(value, Mapping) and len(value) > _MAX_BIASES:
+def _kind_of(value: Any) -> type | None:
+    if type(value) in (str, int):
+        return type(value)
+    return list if isinstance(value, list) and all(type(each) is int for each in value) else None
+
+
+def _limit(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, list | dict) and len(value) > _MAX_ENTRIES:
         raise refusal(
-            f"logit_bias has {len(value)} tokens; at most {_MAX_BIASES} are taken; leave out the smallest.",
-            param="logit_bias",
+            f"{info.field_name} has {len(value)} entries; at most {_MAX_ENTRIES} are taken; leave some out.",
+            param=info.field_name,
             code="invalid_value",
         )
     return value
+
+
+Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
 
 
 class Body(BaseModel):
@@ -112,11 +138,11 @@ class GenerationBody(Body):
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
-    stop: str | Texts | None = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_limit)] = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_limit_biases)] = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_limit)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: int | None = None
@@ -124,7 +150,7 @@ class GenerationBody(Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Ids | None = None
+    stop_token_ids: Annotated[list[int] | None, BeforeValidator(_limit)] = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     return_experts: bool | None = None
     grammar: GrammarBody | None = None
@@ -230,7 +256,7 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_limit)] = None
     tool_choice: Literal["none", "auto"] | dict[str, Any] | str | None = None
 
     def sampling(self, *, room: int) -> Sampling:
@@ -317,7 +343,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Ids
+    tokens: Annotated[list[int], FailFast()]
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:
@@ -348,9 +374,9 @@ def _text_of(content: str | list[Any] | None, place: int) -> str | None:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise refusal(
-                f"messages[{place}].content has a part of type {str(kind)[:40]!r}; the models here read text only; "
+                f"messages.{place}.content has a part of type {str(kind)[:40]!r}; the models here read text only; "
                 f'send parts as {{"type": "text", "text": "..."}}.',
-                param=f"messages[{place}].content",
+                param=f"messages.{place}.content",
                 code="unsupported_content",
             )
         texts.append(part["text"])

@@ -33,7 +33,7 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig, *, name: str, re
     Raises: ConfigError for an address that cannot be had and for keys; what load raises.
     """
     keys = read_keys(config.server.api_key_file)
-    listener = _listen(config.server)
+    listener = listen(config.server.host, config.server.port)
     try:
         _warn_if_open(config.server, has_keys=bool(keys))
         loaded = load()
@@ -48,14 +48,15 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig, *, name: str, re
             moe_layers=[layer.layer for layer in engine.stats().layers],
             keys=keys,
         )
-        run_app(app, listener, ready=ready)
+        server = DrainingServer(settings_of(app), app.state.served, listener, ready=ready)
+        server.run(sockets=[listener])
     finally:
         listener.close()
 
 
-def run_app(app: FastAPI, listener: socket.socket, *, ready: Callable[[str], None]) -> None:
-    """Run an application of create_app's on a bound socket until a signal ends it; ready: called with the URL."""
-    settings = uvicorn.Config(
+def settings_of(app: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn runs an application of create_app's."""
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
@@ -65,17 +66,17 @@ def run_app(app: FastAPI, listener: socket.socket, *, ready: Callable[[str], Non
         lifespan="on",
         timeout_graceful_shutdown=_FAREWELL_SECONDS,
     )
-    served: Served = app.state.served
-    server = _DrainingServer(settings, served, on_ready=lambda: ready(_url(listener)))
-    server.run(sockets=[listener])
 
 
-class _DrainingServer(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """A server that on its first signal refuses newcomers (503) and ends when what runs has; on a second, at once."""
 
-    def __init__(self, settings: uvicorn.Config, served: Served, *, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: uvicorn.Config, served: Served, listener: socket.socket, *, ready: Callable[[str], None]
+    ) -> None:
+        """ready: called with the URL when requests are taken."""
         super().__init__(settings)
-        self._served, self._on_ready = served, on_ready
+        self._served, self._listener, self._ready = served, listener, ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -83,7 +84,7 @@ class _DrainingServer(uvicorn.Server):
         await super().startup(sockets=sockets)
         self._loop = asyncio.get_running_loop()
         if self.started:
-            self._on_ready()
+            self._ready(_url(self._listener))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self._draining is not None or self._served.admission.is_draining:
@@ -116,17 +117,17 @@ class _DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def _listen(config: ServerConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound, and not yet listening. Raises: ConfigError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((config.host, config.port))
+        listener.bind((host, port))
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"server.host {config.host} and port {config.port} cannot be listened on ({error.strerror or error}); an "
-            f"address of this machine and a free port are required; choose another port, or 0 for any."
+            f"server.host {host} and port {port} cannot be listened on ({error.strerror or error}); an address of this "
+            f"machine and a free port are required; choose another port, or 0 for any."
         ) from None
     return listener
 
