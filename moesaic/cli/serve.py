@@ -39,13 +39,12 @@ def serve(
             f"a server was asked for and {error.name} cannot be imported; FastAPI, uvicorn and prometheus-client are "
             f"required; install them with `pip install 'moesaic[serve]'`."
         ) from None
-    from moesaic.model.load import load_run
-
     log_to_stderr(as_json=True)
     folder = run_folder_of(run)
     run_server(
-        lambda: load_run(run, device=device),
+        run,
         resolved,
         name=folder.name if folder is not None and folder.name else run,
+        device=device,
         ready=lambda url: typer.echo(f"Serving {run} at {url} (Ctrl-C ends it)."),
     )

@@ -28,6 +28,8 @@ KEYS_VARIABLE = "MOESAIC_API_KEYS"
 # What shows nothing of anybody's.
 _OPEN_PATHS = frozenset({"/", "/health", "/ready", "/favicon.ico"})
 _OPEN_PREFIX = "/static/"
+# What pages and orchestrators ask every second: no line of the log unless something is wrong.
+_POLLED_PATHS = frozenset({"/health", "/ready", "/metrics", "/v1/stats", "/v1/experts"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -86,7 +88,9 @@ class Journal:
         known = path if path in self._known_paths else "other"
         self._metrics.request_ended(known, fields.values.get("error_status", status), seconds)
         client = scope.get("client")
-        level = logging.ERROR if "exception" in fields.values else logging.INFO
+        level = logging.DEBUG if path in _POLLED_PATHS and status == 200 else logging.INFO
+        if "exception" in fields.values:
+            level = logging.ERROR
         values = {
             "request_id": fields.request_id,
             "client": client[0] if client else None,

@@ -4,8 +4,8 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -243,7 +243,7 @@ class _Answer:
         kind = "text_completion" if self._job.kind == "completion" else "chat.completion"
         return {**self._head(kind), "choices": choices, "usage": usage}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream, those that came together in one piece."""
         kind = "text_completion" if self._job.kind == "completion" else "chat.completion.chunk"
         head = self._head(kind)
@@ -332,7 +332,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack, *, deadline: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], held: AsyncExitStack, *, deadline: float) -> None:
         super().__init__(None, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._held, self._deadline = events, held, deadline
@@ -355,7 +355,7 @@ class EventStream(Response):
 
     async def _send(self, scope: Scope, send: Send) -> None:
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self._deadline), aclosing(self._events):
                 async for piece in self._events:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
         except TimeoutError:

@@ -17,6 +17,8 @@ _TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 _WHOLE_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120)
 _RECENT = 512
+# Where the engine works; the others answer at once and would drown these.
+_WORKING_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 # An expert is hot above this multiple of its layer's mean.
 _HOT = 2.0
 
@@ -36,7 +38,9 @@ class Metrics:
                                  _FIRST_TOKEN_BUCKETS)  # fmt: skip
         self._token = _histogram("time_per_output_token", "Between the tokens of a text, its mean.", self.registry,
                                  _TOKEN_BUCKETS)  # fmt: skip
-        self._whole = _histogram("request", "From a request's arrival to its end.", self.registry, _WHOLE_BUCKETS)
+        self._whole = _histogram(
+            "request", "From the arrival of a completion, chat or embedding to its end.", self.registry, _WHOLE_BUCKETS
+        )
         self._queue = _histogram("queue", "A request waits for its turn before the engine.", self.registry,
                                  _QUEUE_BUCKETS)  # fmt: skip
         self._gauges = _EngineGauges()
@@ -44,7 +48,8 @@ class Metrics:
 
     def request_ended(self, path: str, status: int, seconds: float) -> None:
         self._requests.labels(path, str(status)).inc()
-        self._whole.observe(seconds)
+        if path in _WORKING_PATHS:
+            self._whole.observe(seconds)
 
     def waited(self, seconds: float) -> None:
         self._queue.observe(seconds)

@@ -269,7 +269,7 @@ class ChatBody(GenerationBody):
                 param="max_completion_tokens",
             )
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        values["max_tokens"] = max(room, values.get("min_tokens", 0)) if asked is None else asked
+        values["max_tokens"] = max(room, values.get("min_tokens", 0), 1) if asked is None else asked
         if self.logprobs:
             values["logprobs"] = self.top_logprobs or 0
         elif self.top_logprobs is not None:

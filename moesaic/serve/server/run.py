@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from fastapi import FastAPI
 from moesaic.config.serve import ServeConfig, ServerConfig
 from moesaic.errors import ConfigError
 from moesaic.logs import logger
-from moesaic.model.load import LoadedModel
+from moesaic.model.load import LoadedModel, load_run
 from moesaic.serve.async_engine import AsyncEngine
 from moesaic.serve.engine import Engine
 from moesaic.serve.server.app import create_app
@@ -24,20 +25,27 @@ from moesaic.serve.server.generation import Served
 _FAREWELL_SECONDS = 5
 
 
-def serve(load: Callable[[], LoadedModel], config: ServeConfig, *, name: str, ready: Callable[[str], None]) -> None:
-    """Serve a model until SIGTERM or SIGINT, and then let what runs finish.
+def serve(run: str, config: ServeConfig, *, name: str, device: str, ready: Callable[[str], None]) -> None:
+    """Serve the model that RUN or RUN@step names until SIGTERM or SIGINT, and then let what runs finish.
 
-    load: called once the address is ours, since it may take long. name: what the model is called where the config does
-    not say. ready: called with the URL when requests are taken.
+    name: what requests call it where the config does not say. ready: called with the URL when requests are taken.
 
-    Raises: ConfigError for an address that cannot be had and for keys; what load raises.
+    Raises: ConfigError for an address that cannot be had, for keys, and for settings that the model cannot meet; what
+    load_run raises.
     """
     keys = read_keys(config.server.api_key_file)
-    listener = listen(config.server.host, config.server.port)
+    listener = listen(config.server.host, config.server.port)  # before the model, which may take long to load
     try:
         _warn_if_open(config.server, has_keys=bool(keys))
-        loaded = load()
-        engine = Engine(loaded.model, loaded.tokenizer, config.engine)
+        loaded = load_run(run, device=device)
+        speculation = config.engine.speculation
+        draft = None
+        if speculation is not None and speculation.model is not None:
+            draft = load_run(speculation.model, device=device)
+            _check_draft(speculation.model, draft, loaded)
+        engine = Engine(
+            loaded.model, loaded.tokenizer, config.engine, draft_model=None if draft is None else draft.model
+        )
         app = create_app(
             AsyncEngine(engine),
             loaded.tokenizer,
@@ -48,6 +56,8 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig, *, name: str, re
             moe_layers=[layer.layer for layer in engine.stats().layers],
             keys=keys,
         )
+        # Its rare lines, of requests that are no HTTP, go where ours do.
+        logging.getLogger("uvicorn").handlers = logger.handlers
         server = DrainingServer(settings_of(app), app.state.served, listener, ready=ready)
         server.run(sockets=[listener])
     finally:
@@ -130,6 +140,14 @@ def listen(host: str, port: int) -> socket.socket:
             f"machine and a free port are required; choose another port, or 0 for any."
         ) from None
     return listener
+
+
+def _check_draft(run: str, draft: LoadedModel, loaded: LoadedModel) -> None:
+    if draft.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+        raise ConfigError(
+            f"engine.speculation.model ({run}) has another tokenizer than the model it drafts for; the same is "
+            f"required, since what is drafted are token ids; choose a student of the model."
+        )
 
 
 def _url(listener: socket.socket) -> str:
