@@ -96,20 +96,15 @@ class Scheduler:
             self._waiting = [each for each in self._waiting if each[1] is not sequence]
             heapq.heapify(self._waiting)
 
-    def schedule(
-        self, num_drafted: Mapping[Sequence, int] | None = None, *, max_prompt_tokens: int | None = None
-    ) -> list[Scheduled]:
+    def schedule(self, num_drafted: Mapping[Sequence, int] | None = None) -> list[Scheduled]:
         """Return the parts of the next step; their blocks are allocated.
 
-        num_drafted: of sequences that generate, how many tokens to check beyond the next. max_prompt_tokens: at most so
-        many tokens of prompts where some sequence generates.
+        num_drafted: of sequences that generate, how many tokens to check beyond the next.
         """
         self._give_way()
         step = _Step(self.max_batch_tokens, dict(num_drafted or {}))
         for sequence in [each for each in self.running if each.num_missing == 1]:
             self._take(sequence, step)
-        if step.parts and max_prompt_tokens is not None:
-            step.budget = min(step.budget, max_prompt_tokens)
         for sequence in [each for each in self.running if each.num_missing > 1]:
             self._take(sequence, step)
         while self._waiting and step.budget > 0 and self._has_room(self._waiting[0][1]):

@@ -50,14 +50,6 @@ def test_a_long_prompt_comes_in_chunks_and_what_generates_goes_first() -> None:
     ]
 
 
-def test_prompts_take_less_beside_what_generates_where_told() -> None:
-    scheduler = make(max_batch_tokens=10)
-    scheduler.add(text([1] * 3, 0))
-    carry_out(scheduler, scheduler.schedule(max_prompt_tokens=2))
-    scheduler.add(text([2] * 25, 1))
-    assert shape(scheduler.schedule(max_prompt_tokens=2)) == [(0, 1, True), (1, 2, False)]
-
-
 def test_no_more_run_at_once_than_allowed_and_in_the_order_of_arrival_and_priority() -> None:
     scheduler = make(max_sequences=2)
     for arrival, priority in enumerate([1, 1, 0]):

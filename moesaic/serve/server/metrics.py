@@ -17,7 +17,7 @@ _TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 _WHOLE_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120)
 _RECENT = 512
-# Where the engine works; the others answer at once and would drown these.
+# Where the engine works and durations say something; the others answer at once and would drown these.
 _WORKING_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 # An expert is hot above this multiple of its layer's mean.
 _HOT = 2.0
@@ -38,9 +38,7 @@ class Metrics:
                                  _FIRST_TOKEN_BUCKETS)  # fmt: skip
         self._token = _histogram("time_per_output_token", "Between the tokens of a text, its mean.", self.registry,
                                  _TOKEN_BUCKETS)  # fmt: skip
-        self._whole = _histogram(
-            "request", "From the arrival of a completion, chat or embedding to its end.", self.registry, _WHOLE_BUCKETS
-        )
+        self._whole = _histogram("request", "From a request's arrival to its end.", self.registry, _WHOLE_BUCKETS)
         self._queue = _histogram("queue", "A request waits for its turn before the engine.", self.registry,
                                  _QUEUE_BUCKETS)  # fmt: skip
         self._gauges = _EngineGauges()

@@ -12,8 +12,7 @@ from moesaic.model.load import load_run
 from .conftest import Live
 
 pytest.importorskip("lm_eval", reason="lm_eval asks the server (extra `evaluate`)")
-for _package in ("aiohttp", "tenacity"):
-    pytest.importorskip(_package, reason="lm_eval's client stands on it (extra `dev`)")
+pytest.importorskip("tenacity", reason="lm_eval's client stands on it (extra `dev`)")
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
