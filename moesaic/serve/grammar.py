@@ -6,7 +6,7 @@ A client's grammar is tried in a process of its own before it is compiled here: 
 import json
 import os
 import re
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -294,15 +294,17 @@ class _Trial:
 
     def _receive(self, deadline: float) -> dict[str, Any] | None:
         assert self._process.stdout is not None
-        while b"\n" not in self._answer:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                return None
-            part = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not part:
-                self._process.wait()
-                return None
-            self._answer += part
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._answer:
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    return None
+                part = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not part:
+                    self._process.wait()
+                    return None
+                self._answer += part
         line, _, self._answer = self._answer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer
