@@ -18,7 +18,7 @@ export function roundUp(value) {
 /** Return a value as a reader wants it: three digits, seconds below one as milliseconds. */
 export function formatValue(value, unit) {
   if (value === null || value === undefined) return "–";
-  if (value === 0) return unit === "%" ? "0 %" : "0";
+  if (value === 0) return unit === "s" || unit === "" ? "0" : `0 ${unit}`;
   if (unit === "s" && value < 1) return `${digits(1000 * value)} ms`;
   return `${digits(value)}${unit === "" ? "" : ` ${unit}`}`;
 }

@@ -53,6 +53,7 @@ export class ExpertsPanel {
       fold.textContent = isOpen ? "Hide" : "Show";
     });
     this.#refresh();
+    this.#refreshToken();
   }
 
   /** Whether the model is known to have experts. */
@@ -122,7 +123,7 @@ export class ExpertsPanel {
       values: recent.map((tokens) => (mean ? tokens / mean / LOAD_LIMIT : 0)),
       hot: isJudged ? new Set(layer.hot) : NONE,
       dead: isJudged ? new Set(layer.dead) : NONE,
-      measure: mean ? layer.entropy : null,
+      measure: mean && Number.isFinite(layer.entropy) ? layer.entropy : null,
     };
   }
 
@@ -181,7 +182,7 @@ export class ExpertsPanel {
       if (dead.has(cell.expert)) parts.push("dead");
       const routes = this.#routesOf(layer.layer);
       const place = routes ? routes.expert_ids.indexOf(cell.expert) : -1;
-      if (place >= 0) parts.push(`weight ${routes.weights[place].toFixed(2)} for “${visible(this.#detail.token)}”`);
+      if (place >= 0) parts.push(`weight ${routes.weights[place].toFixed(2)} for the token`);
       text = `Layer ${layer.layer}, expert ${cell.expert}: ${parts.join(", ")}`;
     }
     byId("map-status").textContent = text;
