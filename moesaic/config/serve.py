@@ -64,6 +64,30 @@ class Sampling(Config):
         return self
 
 
+class SpeculationConfig(Config):
+    """Tokens drafted cheaply and checked by the model in one pass: the same tokens, in fewer passes."""
+
+    method: Literal["ngram", "model"] = Field(
+        description="ngram: what followed the same few tokens earlier in the text; model: a smaller model"
+    )
+    model: str | None = Field(
+        default=None, min_length=1, description="RUN or RUN@step of the same tokenizer, a student of the model say"
+    )
+    max_tokens: int = Field(
+        default=4, ge=1, le=16, description="at most so many at once; how many, down to none, is chosen by what is "
+        "measured: what they cost, and how often they are right"
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check(self) -> "SpeculationConfig":
+        if (self.method == "model") is not (self.model is not None):
+            raise ConfigError(
+                f"speculation has method {self.method!r} and model {self.model!r}; a run is required with the method "
+                f"'model', and none with 'ngram'; set both or neither."
+            )
+        return self
+
+
 class EngineConfig(Config):
     """How much an engine holds and does at once."""
 
@@ -83,5 +107,6 @@ class EngineConfig(Config):
     )
     block_size: int = Field(default=32, ge=1, description="positions of a block of keys and values")
     prefix_caching: bool = Field(default=True, description="share the blocks of equal beginnings, and keep them")
+    speculation: SpeculationConfig | None = None
     max_grammar_bytes: int = Field(default=64_000, ge=1, description="longer grammars are refused")
     grammar_timeout_seconds: float = Field(default=2.0, gt=0, description="a grammar compiled longer is refused")
