@@ -290,7 +290,7 @@ def is_ready(page: Any) -> None:
 
 def routes_shown(page: Any) -> list[tuple[str, str]]:
     rows = page.locator("#token-routes tr").all()
-    return [(row.locator("th").inner_text(), row.locator("td").inner_text()) for row in rows]
+    return [(row.locator("th").inner_text(), " ".join(row.locator(".route").all_inner_texts())) for row in rows]
 
 
 def routes_of(server: FakeServer, token: int) -> list[tuple[str, str]]:
@@ -298,7 +298,7 @@ def routes_of(server: FakeServer, token: int) -> list[tuple[str, str]]:
     return [
         (
             str(layer["layer"]),
-            "".join(
+            " ".join(
                 f"{expert} ({weight:.2f})" for expert, weight in zip(layer["expert_ids"], layer["weights"], strict=True)
             ),
         )
@@ -394,6 +394,22 @@ def test_a_refused_message_says_why_and_is_not_sent_on(server: FakeServer, open_
     send(page, "Second")
     expect(finished(page)).to_be_visible()
     assert server.bodies[-1][1]["messages"] == [{"role": "user", "content": "Second"}]
+
+
+def test_the_end_of_the_answer_stays_in_sight_until_the_reader_goes_up(
+    server: FakeServer, open_page: Any, expect: Any
+) -> None:
+    server.tokens = [f"{line}\n" for line in range(120)]
+    server.pace = threading.Semaphore(60)
+    page = open_page()
+    send(page)
+    expect(page.get_by_text("59", exact=True)).to_be_in_viewport()
+    page.locator("#conversation").hover()
+    page.mouse.wheel(0, -3000)
+    expect(page.locator(".user")).to_be_in_viewport()
+    server.pace.release(60)
+    expect(finished(page)).to_be_attached()
+    expect(page.locator(".user")).to_be_in_viewport()
 
 
 def test_an_answer_that_was_cut_says_so(server: FakeServer, open_page: Any, expect: Any) -> None:

@@ -53,7 +53,11 @@ export class LineChart {
       element(
         "span",
         { class: "key" },
-        drawing("svg", { width: 22, height: 8, "aria-hidden": "true" }, drawing("path", { class: `line line-${index}`, d: "M1 4H21" })),
+        drawing(
+          "svg",
+          { width: 22, height: 8, "aria-hidden": "true" },
+          drawing("path", { class: `line line-${index}`, d: "M1 4H21" }),
+        ),
         spec.lines.length > 1 ? `${line} ` : "",
         this.#values[index],
       ),
@@ -61,7 +65,12 @@ export class LineChart {
     this.node = element(
       "figure",
       { class: "chart", id: `figure-${spec.id}` },
-      element("figcaption", {}, element("h3", { id: `chart-${spec.id}` }, spec.title), element("p", { class: "keys" }, ...legend)),
+      element(
+        "figcaption",
+        {},
+        element("h3", { id: `chart-${spec.id}` }, spec.title),
+        element("p", { class: "keys" }, ...legend),
+      ),
       this.#frame,
     );
     this.#svg.addEventListener("pointermove", (event) => pointed(this.#agoAt(event.offsetX)));
@@ -106,14 +115,20 @@ export class LineChart {
     const spec = this.#spec;
     const shown = this.#points.filter(({ time }) => time >= this.#now - this.#span);
     const at = this.#crosshair === null ? shown.at(-1) : nearest(shown, this.#now - this.#crosshair);
-    for (const [index, value] of this.#values.entries()) value.textContent = formatValue(at?.values[index] ?? null, spec.unit);
+    for (const [index, value] of this.#values.entries())
+      value.textContent = formatValue(at?.values[index] ?? null, spec.unit);
     if (!this.#width) return;
     const values = shown.flatMap((point) => point.values).filter((value) => value !== null);
     const most = spec.most ?? roundUp(Math.max(0, ...values));
     const y = (value) => TOP + (1 - value / most) * (HEIGHT - TOP - BOTTOM);
     const parts = [...this.#axes(most, y)];
     for (const index of spec.lines.keys()) {
-      const line = pathOf(shown, index, (time) => this.#x(time).toFixed(1), (value) => y(value).toFixed(1));
+      const line = pathOf(
+        shown,
+        index,
+        (time) => this.#x(time).toFixed(1),
+        (value) => y(value).toFixed(1),
+      );
       if (line) parts.push(drawing("path", { class: `line line-${index}`, d: line }));
     }
     if (!values.length) {
@@ -121,9 +136,12 @@ export class LineChart {
       const text = spec.empty && shown.length ? spec.empty : "Waiting for figures…";
       parts.push(drawing("text", { class: "nothing", x: middle, y: HEIGHT / 2 - 4 }, text));
     } else if (this.#crosshair !== null && at) {
-      parts.push(drawing("path", { class: "crosshair", d: `M${this.#x(at.time).toFixed(1)} ${TOP}V${HEIGHT - BOTTOM}` }));
+      parts.push(
+        drawing("path", { class: "crosshair", d: `M${this.#x(at.time).toFixed(1)} ${TOP}V${HEIGHT - BOTTOM}` }),
+      );
       for (const [index, value] of at.values.entries()) {
-        if (value !== null) parts.push(drawing("circle", { class: `dot dot-${index}`, cx: this.#x(at.time), cy: y(value), r: 3 }));
+        if (value !== null)
+          parts.push(drawing("circle", { class: `dot dot-${index}`, cx: this.#x(at.time), cy: y(value), r: 3 }));
       }
     }
     this.#svg.setAttribute("viewBox", `0 0 ${this.#width} ${HEIGHT}`);
@@ -135,7 +153,11 @@ export class LineChart {
   *#axes(most, y) {
     for (const value of [0, most / 2, most]) {
       yield drawing("path", { class: "grid", d: `M${LEFT} ${Math.round(y(value)) + 0.5}H${this.#width - RIGHT}` });
-      yield drawing("text", { class: "tick at-left", x: LEFT - 6, y: y(value) }, formatValue(value, this.#spec.unit === "tokens/s" ? "" : this.#spec.unit));
+      yield drawing(
+        "text",
+        { class: "tick at-left", x: LEFT - 6, y: y(value) },
+        formatValue(value, this.#spec.unit === "tokens/s" ? "" : this.#spec.unit),
+      );
     }
     const minutes = this.#span / 60;
     for (let minute = minutes; minute >= 0; minute--) {

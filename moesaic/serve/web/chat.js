@@ -63,6 +63,9 @@ export class Chat {
   #pinned = null;
   #hovered = null;
   #list = byId("messages");
+  #frame = byId("conversation");
+  #isAtEnd = true;
+  #scrolling = null;
   #composer = byId("composer-text");
   #unspoken = "";
 
@@ -90,6 +93,10 @@ export class Chat {
     byId("stop").addEventListener("click", () => this.stop());
     byId("clear").addEventListener("click", () => this.clear());
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.#escape());
+    this.#frame.addEventListener("scroll", () => {
+      const { scrollHeight, scrollTop, clientHeight } = this.#frame;
+      this.#isAtEnd = scrollHeight - scrollTop - clientHeight < 60;
+    });
     this.#list.addEventListener("pointerover", (event) => this.#hover(event.target.closest(".token")));
     this.#list.addEventListener("pointerleave", () => this.#hover(null));
     this.#list.addEventListener("focusin", (event) => this.#pin(event.target.closest(".token")));
@@ -155,7 +162,8 @@ export class Chat {
     this.#pinned = this.#hovered = null;
     this.#showToken(null);
     this.#refresh();
-    this.#scroll(true);
+    this.#isAtEnd = true;
+    this.#scroll();
     answer.node.dataset.streaming = "";
     const began = performance.now();
     const figures = { first: null, tokens: 0, seconds: 0, finish: null };
@@ -198,11 +206,10 @@ export class Chat {
       const text = choice.delta?.content ?? choice.text ?? "";
       const tokens = choice.experts ?? [];
       if (text || tokens.length) figures.first ??= (performance.now() - began) / 1000;
-      const isAtEnd = this.#isAtEnd;
       answer.add(text, tokens);
       if (!this.#hovered && !this.#pinned && answer.last) this.#showToken(answer.tokens.get(answer.last), true);
       this.#speak(text);
-      this.#scroll(isAtEnd);
+      this.#scroll();
       if (choice.finish_reason) figures.finish = choice.finish_reason;
     }
   }
@@ -242,7 +249,7 @@ export class Chat {
         element("button", { type: "button", onclick: () => this.#retry(exchange) }, "Try again"),
       ),
     );
-    this.#scroll(true);
+    this.#scroll();
     if (isKey) this.#askForKey(failure.message);
   }
 
@@ -272,14 +279,12 @@ export class Chat {
     while (byId("spoken").children.length > 20) byId("spoken").firstChild.remove();
   }
 
-  get #isAtEnd() {
-    const frame = byId("conversation");
-    return frame.scrollHeight - frame.scrollTop - frame.clientHeight < 60;
-  }
-
-  #scroll(isWanted) {
-    const frame = byId("conversation");
-    if (isWanted) frame.scrollTop = frame.scrollHeight;
+  /** Keep the end of the conversation in sight, once a picture, unless the reader has scrolled away from it. */
+  #scroll() {
+    this.#scrolling ??= requestAnimationFrame(() => {
+      this.#scrolling = null;
+      if (this.#isAtEnd) this.#frame.scrollTop = this.#frame.scrollHeight;
+    });
   }
 
   #escape() {

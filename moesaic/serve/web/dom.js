@@ -1,4 +1,5 @@
-// How the page makes elements: text goes in as text nodes only, so nothing that a model or a server says becomes markup.
+// How the page makes elements: text goes in as text nodes only, so that nothing which a model or a server says becomes
+// markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 

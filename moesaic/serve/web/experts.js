@@ -11,6 +11,7 @@ const LOAD_LIMIT = 3;
 const ROUTES_TO_JUDGE = 8;
 // A chosen expert stands out from those not chosen, however small its weight.
 const LEAST_WEIGHT_COLOR = 0.3;
+const FOLLOW_MILLISECONDS = 120;
 const NONE = new Set();
 
 function sum(values) {
@@ -37,6 +38,7 @@ export class ExpertsPanel {
   #detail = null;
   #isFollowing = false;
   #frame = null;
+  #timer = null;
   #scheme;
   #map;
   #switch = document.getElementsByName("map-mode");
@@ -73,12 +75,21 @@ export class ExpertsPanel {
   setToken(detail, isFollowing = false) {
     this.#detail = detail;
     this.#isFollowing = isFollowing;
-    // Tokens may come faster than the screen shows them.
-    this.#frame ??= requestAnimationFrame(() => {
-      this.#frame = null;
-      this.#refresh();
-      this.#refreshToken();
-    });
+    // A chosen token shows with the next picture; the newest ones come faster than anybody reads.
+    if (isFollowing) this.#timer ??= setTimeout(() => this.#refreshChoice(), FOLLOW_MILLISECONDS);
+    else this.#frame ??= requestAnimationFrame(() => this.#refreshChoice());
+  }
+
+  #refreshChoice() {
+    clearTimeout(this.#timer);
+    cancelAnimationFrame(this.#frame);
+    this.#timer = this.#frame = null;
+    if (this.#isToken) this.#refresh();
+    else {
+      this.#map.setRings(this.#chosenCells());
+      if (!this.#map.isPointed) this.#describe(null, false);
+    }
+    this.#refreshToken();
   }
 
   /** Draw again in the colours of now. */
@@ -176,7 +187,10 @@ export class ExpertsPanel {
       const layer = this.#layers[cell.row];
       const total = sum(layer.recent_tokens_per_expert);
       const share = total ? layer.recent_tokens_per_expert[cell.expert] / total : 0;
-      const parts = [`${(100 * share).toFixed(1)} % of recent routes`, `${(share * layer.num_experts).toFixed(1)} × the mean`];
+      const parts = [
+        `${(100 * share).toFixed(1)} % of recent routes`,
+        `${(share * layer.num_experts).toFixed(1)} × the mean`,
+      ];
       const { hot, dead } = this.#loadRow(layer);
       if (hot.has(cell.expert)) parts.push("hot");
       if (dead.has(cell.expert)) parts.push("dead");
@@ -206,12 +220,16 @@ export class ExpertsPanel {
         element(
           "td",
           {},
-          ...routes.expert_ids.map((expert, place) =>
-            element(
-              "span",
-              { class: "route" },
-              element("b", {}, String(expert)),
-              element("span", { class: "weight" }, ` (${routes.weights[place].toFixed(2)})`),
+          element(
+            "div",
+            { class: "routes" },
+            ...routes.expert_ids.map((expert, place) =>
+              element(
+                "span",
+                { class: "route" },
+                element("b", {}, String(expert)),
+                element("span", { class: "weight" }, ` (${routes.weights[place].toFixed(2)})`),
+              ),
             ),
           ),
         ),

@@ -56,6 +56,8 @@ export function layoutOf(counts, width) {
  */
 export class HeatMap {
   #canvas;
+  // The cells and labels without rings: a large map takes long to draw, and rings move with the pointer.
+  #base = document.createElement("canvas");
   #pointed;
   #rows = [];
   #rings = [];
@@ -104,13 +106,14 @@ export class HeatMap {
   }
 
   /**
-   * Show these rows, from the top: {label, values (0 to 1, one per expert), hot, dead (sets of experts), measure (0 to 1,
-   * written at the right, or null)}.
+   * Show these rows, from the top: {label, values (0 to 1, one per expert), hot, dead (sets of experts), measure (0 to
+   * 1, written at the right, or null)}.
    */
   setRows(rows) {
-    const isSame = rows.length === this.#rows.length && rows.every((row, i) => row.values.length === this.#rows[i].values.length);
+    const isSame =
+      rows.length === this.#rows.length && rows.every((row, i) => row.values.length === this.#rows[i].values.length);
     this.#rows = rows;
-    if (isSame) this.draw();
+    if (isSame) this.redraw();
     else {
       this.#hovered = this.#cursor = null;
       this.#fit();
@@ -121,7 +124,7 @@ export class HeatMap {
   /** Ring these cells, {row, expert} each. */
   setRings(cells) {
     this.#rings = cells;
-    this.draw();
+    this.#drawRings();
   }
 
   get #current() {
@@ -137,7 +140,7 @@ export class HeatMap {
 
   #show() {
     this.#pointed(this.#current, true);
-    this.draw();
+    this.#drawRings();
   }
 
   #move(event) {
@@ -158,30 +161,43 @@ export class HeatMap {
   #fit() {
     const width = this.#canvas.parentElement.clientWidth;
     if (!this.#rows.length || !width) return;
-    this.#layout = layoutOf(this.#rows.map((row) => row.values.length), width);
+    this.#layout = layoutOf(
+      this.#rows.map((row) => row.values.length),
+      width,
+    );
     const scale = window.devicePixelRatio || 1;
     this.#canvas.width = Math.round(width * scale);
     this.#canvas.height = Math.round(this.#layout.height * scale);
     this.#canvas.style.width = `${width}px`;
     this.#canvas.style.height = `${this.#layout.height}px`;
-    this.draw();
+    this.redraw();
   }
 
   /** Draw everything again, after a change of scheme for example. */
-  draw() {
+  redraw() {
+    if (!this.#layout || !this.#rows.length) return;
+    this.#base.width = this.#canvas.width;
+    this.#base.height = this.#canvas.height;
+    const context = this.#base.getContext("2d");
+    const scale = window.devicePixelRatio || 1;
+    context.scale(scale, scale);
+    const style = getComputedStyle(this.#canvas);
+    context.font = `11px ${style.fontFamily}`;
+    context.fillStyle = style.color;
+    this.#drawLabels(context);
+    this.#drawCells(context, style.color, scale);
+    this.#drawRings();
+  }
+
+  #drawRings() {
     if (!this.#layout || !this.#rows.length) return;
     const context = this.#canvas.getContext("2d");
     const scale = window.devicePixelRatio || 1;
-    context.setTransform(scale, 0, 0, scale, 0, 0);
+    context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, this.#canvas.width, this.#canvas.height);
-    const style = getComputedStyle(this.#canvas);
-    const ink = style.color;
-    const ground = style.backgroundColor;
-    const ring = style.textDecorationColor;
-    context.font = `11px ${style.fontFamily}`;
-    context.fillStyle = ink;
-    this.#drawLabels(context);
-    this.#drawCells(context, ink, scale);
+    context.drawImage(this.#base, 0, 0);
+    context.scale(scale, scale);
+    const { color: ink, backgroundColor: ground, textDecorationColor: ring } = getComputedStyle(this.#canvas);
     // Every halo before every ring: neighbours' halos would hide it.
     for (const cell of this.#rings) this.#outline(context, cell, 4, ground);
     for (const cell of this.#rings) this.#outline(context, cell, 2, ring);

@@ -15,6 +15,11 @@ function percentile(values, name) {
   return Number.isFinite(value) ? value : null;
 }
 
+/** Return how many requests wait: in the engine, and before it. */
+export function numWaiting(stats) {
+  return stats.num_waiting + (stats.num_queued ?? 0);
+}
+
 export class History {
   #samples = [];
 
@@ -72,7 +77,8 @@ export const CHARTS = [
     title: "Prompts read",
     unit: "tokens/s",
     lines: ["computed", "from the cache"],
-    points: (history) => history.rates((stats) => [stats.num_prompt_tokens, stats.num_cached_tokens ?? 0]),
+    points: (history) =>
+      history.rates((stats) => [stats.num_prompt_tokens - stats.num_cached_tokens, stats.num_cached_tokens]),
   },
   {
     id: "ttft",
@@ -80,7 +86,8 @@ export const CHARTS = [
     unit: "s",
     lines: ["p50", "p90", "p99"],
     empty: "No request yet",
-    points: (history) => history.gauges((stats) => ["p50", "p90", "p99"].map((name) => percentile(stats.ttft_seconds, name))),
+    points: (history) =>
+      history.gauges((stats) => ["p50", "p90", "p99"].map((name) => percentile(stats.ttft_seconds, name))),
   },
   {
     id: "tpot",
@@ -89,14 +96,16 @@ export const CHARTS = [
     lines: ["p50", "p90", "p99"],
     empty: "No request yet",
     points: (history) =>
-      history.gauges((stats) => ["p50", "p90", "p99"].map((name) => percentile(stats.time_per_output_token_seconds, name))),
+      history.gauges((stats) =>
+        ["p50", "p90", "p99"].map((name) => percentile(stats.time_per_output_token_seconds, name)),
+      ),
   },
   {
     id: "requests",
     title: "Requests",
     unit: "",
     lines: ["running", "waiting"],
-    points: (history) => history.gauges((stats) => [stats.num_running, stats.num_waiting]),
+    points: (history) => history.gauges((stats) => [stats.num_running, numWaiting(stats)]),
   },
   {
     id: "kv",

@@ -4,6 +4,7 @@ import { Api, ApiError, poll } from "./api.js";
 import { Chat } from "./chat.js";
 import { byId } from "./dom.js";
 import { ExpertsPanel } from "./experts.js";
+import { numWaiting } from "./history.js";
 import { LoadPage } from "./load.js";
 import { recall, remember } from "./storage.js";
 import { scheme, setUpTheme } from "./theme.js";
@@ -71,8 +72,9 @@ async function look() {
     const [activity, stats] = await Promise.all([api.get("v1/experts"), api.get("v1/stats")]);
     experts.setLoad(activity);
     load.add(stats, experts.hasExperts);
-    const waiting = stats.num_waiting ? `, ${stats.num_waiting} waiting` : "";
-    setStatus(stats.num_running || stats.num_waiting ? `${stats.num_running} running${waiting}` : "idle", "ready");
+    const numWaits = numWaiting(stats);
+    const waiting = numWaits ? `, ${numWaits} waiting` : "";
+    setStatus(stats.num_running || numWaits ? `${stats.num_running} running${waiting}` : "idle", "ready");
     return true;
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
