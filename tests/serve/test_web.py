@@ -5,7 +5,6 @@ import json
 import math
 import re
 import select
-import shutil
 import socket
 import threading
 import time
@@ -210,20 +209,6 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium of the system's, or a skip that says what is missing."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        pytest.skip("Chromium is missing: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        # --no-sandbox: tests may run as root, where the sandbox refuses to.
-        launched = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
     fake = FakeServer()
@@ -234,45 +219,10 @@ def server() -> Iterator[FakeServer]:
     fake.server_close()
 
 
-# Chromium's own lines about the refusals that tests arrange, and about tests that look at pixels.
-ARRANGED = (
-    *(f"the server responded with a status of {status}" for status in (400, 401, 429)),
-    "Canvas2D: Multiple readback operations",
-)
-
-
 @pytest.fixture
-def open_page(browser: Any, server: FakeServer) -> Iterator[Callable[..., Any]]:
-    """A function that opens the page; at the end no page has complained: no error, no breach of the policy."""
-    problems: list[str] = []
-    contexts = []
-
-    def open_(fragment: str = "", *, width: int = 1200, height: int = 900, scheme: str = "light") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        contexts.append(context)
-        context.set_default_timeout(8000)
-        page = context.new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-        page.on(
-            "console",
-            lambda line: line.type in ("error", "warning") and problems.append(line.text),
-        )
-        page.goto(server.url + fragment)
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    assert [problem for problem in problems if not any(known in problem for known in ARRANGED)] == []
-
-
-@pytest.fixture
-def expect(browser: Any) -> Callable[..., Any]:
-    from playwright.sync_api import expect as expect_
-
-    expect_.set_options(timeout=8000)
-    return expect_
+def open_page(open_address: Callable[..., Any], server: FakeServer) -> Callable[..., Any]:
+    """A function (fragment="", width=1200, height=900, scheme="light") that opens the fake server's page."""
+    return lambda fragment="", **looks: open_address(server.url + fragment, **looks)
 
 
 def send(page: Any, text: str = "Hello") -> None:
