@@ -80,7 +80,8 @@ ARRANGED = (
 )
 
 
-@pytest.fixture(scope="session")
+# Of a module: while Playwright runs, its event loop would forbid other tests of this thread one of their own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium of the system's, or a skip that says what is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
