@@ -31,7 +31,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
 
     num_experts: one count per MoE layer, which are the model's odd layers. tokens: what an answer consists of. pace:
     None sends them at once; otherwise each waits for a release. failure: (status, error message, headers) of the next
-    request for text. cut: the connection ends after so many tokens.
+    request for text, and failure_code the code of all errors. cut: the connection ends after so many tokens.
     """
 
     daemon_threads = True
@@ -41,10 +41,12 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.num_experts: tuple[int, ...] = (8, 8, 16)
         self.top_k = 2
         self.has_chat_template: bool | None = True
+        self.model = "tiny"
         self.key: str | None = None
         self.tokens = ["The", " state", " of", " the", " Union", " is", "\n", "str", "ong", "."]
         self.pace: threading.Semaphore | None = None
         self.failure: tuple[int, str, dict[str, str]] | None = None
+        self.failure_code: str | None = None
         self.cut: int | None = None
         self.finish_reason = "stop"
         self.bodies: list[tuple[str, dict[str, Any]]] = []
@@ -110,7 +112,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
             "step_tokens": 50,
             "distinct_experts_per_step": 6.5 if self.num_experts else 0.0,
             "uptime_seconds": 3725.0,
-            "model": "tiny",
+            "model": self.model,
             "ttft_seconds": {"p50": 0.12, "p90": 0.3, "p99": 1.5},
             "time_per_output_token_seconds": {"p50": 0.02, "p90": 0.03, "p99": 0.05},
         }
@@ -136,7 +138,7 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         self.answer(status, json.dumps(value).encode(), "application/json", headers)
 
     def answer_error(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": self.server.failure_code}
         self.answer_json(status, {"error": error}, headers)
 
     def has_key(self) -> bool:
@@ -155,7 +157,7 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         elif not self.has_key():
             return
         elif self.path == "/v1/models":
-            model: dict[str, Any] = {"id": "tiny", "object": "model"}
+            model: dict[str, Any] = {"id": self.server.model, "object": "model"}
             if self.server.has_chat_template is not None:
                 model["has_chat_template"] = self.server.has_chat_template
             self.answer_json(200, {"object": "list", "data": [model]})
@@ -764,9 +766,34 @@ def test_a_server_that_went_away_is_noticed_and_found_again(server: FakeServer, 
     is_ready(page)
     server.key = "lost"
     expect(page.locator("#status")).to_have_text("needs an API key")
+    expect(page.get_by_role("status")).to_have_text("The server: needs an API key.")
     server.key = None
     expect(page.locator("#status")).to_have_text("3 running, 1 waiting")
-    assert plain()["num_running"] == 3
+    expect(page.get_by_role("status")).to_have_text("The server is ready.")
+    server.stats = lambda: {**plain(), "num_running": 0, "num_waiting": 0}  # type: ignore[method-assign]
+    expect(page.locator("#status")).to_have_text("idle")
+    # Spoken are changes of state only.
+    expect(page.get_by_role("status")).to_have_text("The server is ready.")
+
+
+def test_another_model_after_a_restart_is_noticed(server: FakeServer, open_page: Any, expect: Any) -> None:
+    page = open_page()
+    is_ready(page)
+    server.model = "other"
+    expect(page.locator("#model")).to_have_text("other")
+    send(page)
+    expect(finished(page)).to_be_visible()
+    assert server.bodies[-1][1]["model"] == "other"
+
+
+def test_a_conversation_that_grew_too_long_says_how_to_go_on(server: FakeServer, open_page: Any, expect: Any) -> None:
+    page = open_page()
+    send(page)
+    expect(finished(page)).to_be_visible()
+    server.failure = (400, "too long", {})
+    server.failure_code = "context_length_exceeded"
+    send(page)
+    expect(page.locator(".failure p")).to_have_text("too long The conversation counts too: Clear begins a new one.")
 
 
 def test_the_keyboard_is_enough(server: FakeServer, open_page: Any, expect: Any) -> None:

@@ -135,8 +135,8 @@ export function poll(task, seconds) {
       failures = (await task()) ? 0 : failures + 1;
     } finally {
       running = null;
+      if (!document.hidden) timer = setTimeout(start, 1000 * seconds * Math.min(2 ** failures, 8));
     }
-    if (!document.hidden) timer = setTimeout(start, 1000 * seconds * Math.min(2 ** failures, 8));
   }
   function start() {
     clearTimeout(timer);

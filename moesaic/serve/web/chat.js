@@ -241,11 +241,13 @@ export class Chat {
     if (!failure) return;
     const isKey = failure.status === 401;
     const wait = failure.retryAfter ? ` The server asks to wait ${failure.retryAfter} s.` : "";
+    const isFull = failure.code === "context_length_exceeded" && this.#exchanges.length > 1;
+    const hint = isFull ? " The conversation counts too: Clear begins a new one." : "";
     exchange.node.append(
       element(
         "div",
         { class: "failure", role: "alert" },
-        element("p", {}, failure.message + wait),
+        element("p", {}, failure.message + wait + hint),
         element("button", { type: "button", onclick: () => this.#retry(exchange) }, "Try again"),
       ),
     );

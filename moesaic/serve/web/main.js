@@ -19,8 +19,11 @@ let model = null;
 
 function setStatus(text, state) {
   const status = byId("status");
-  if (status.textContent !== text) status.textContent = text;
+  status.textContent = text;
+  if (status.dataset.state === state) return;
+  // Spoken when the state changes, not whenever another request runs.
   status.dataset.state = state;
+  byId("status-spoken").textContent = state === "ready" ? "The server is ready." : `The server: ${text}.`;
 }
 
 function askForKey(message) {
@@ -68,8 +71,9 @@ async function learnModel() {
 /** Ask the server for its state; return whether it answered. */
 async function look() {
   try {
-    if (model === null) await learnModel();
     const [activity, stats] = await Promise.all([api.get("v1/experts"), api.get("v1/stats")]);
+    // Also after a restart with another model.
+    if (model === null || model !== stats.model) await learnModel();
     experts.setLoad(activity);
     load.add(stats, experts.hasExperts);
     const numWaits = numWaiting(stats);
