@@ -3,7 +3,8 @@
 Qwen3-MoE-like models with random weights in bf16: hidden 1024, 16 heads and 4 key/value heads of 64, 32 experts of
 1024, top-2 renormalised, vocabulary 32,000; 16 layers are 1.72 B parameters, 9 are 1.0 B. Each measurement is a fresh
 `moesaic generate RUN --max-new-tokens 1`: without a packed file (and writing one), with one on a cold page cache, and
-warm. Then two processes hold the same run at once, and Linux says what each has (RSS) and its share of it (PSS).
+warm; by the clock and in seconds of the processor, which say more where other programs run. Then two processes hold the
+same run at once, and Linux says what each has (RSS) and its share of it (PSS).
 Run: python benchmarks/loading.py FOLDER [--layers 16] [--repeats 5]    (FOLDER needs 8 GB; its runs are made once)
      python benchmarks/loading.py FOLDER --parts     where the time of a warm start goes
 """
@@ -11,6 +12,7 @@ Run: python benchmarks/loading.py FOLDER [--layers 16] [--repeats 5]    (FOLDER 
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -50,18 +52,18 @@ def main() -> None:
     print(machine())
     for path in run.glob("checkpoints/*/packed-*"):
         path.unlink()
-    print(f"no packed file yet: {start(run):.1f} s")
+    print("no packed file yet: {:.1f} s, processor {:.1f} s".format(*start(run)))
     packed = next(run.glob("checkpoints/*/packed-*"))
     print(f"packed file: {packed.stat().st_size / 1e9:.2f} GB")
     for name in ("cold", "warm"):
-        times = []
+        times: list[tuple[float, float]] = []
         for _ in range(arguments.repeats):
             if name == "cold":
                 forget_pages(packed)
             times.append(start(run))
-        print(
-            f"{name}: {statistics.median(times):.2f} s (median of {len(times)}, {min(times):.2f} to {max(times):.2f})"
-        )
+        for unit, values in zip(("s", "s of the processor"), zip(*times, strict=True), strict=True):
+            low, middle, high = min(values), statistics.median(values), max(values)
+            print(f"{name}: {middle:.2f} {unit} (median of {len(values)}, {low:.2f} to {high:.2f})")
     hold_two(run)
 
 
@@ -69,11 +71,13 @@ def _generate(run: Path) -> list[str]:
     return [part.format(run=run) for part in GENERATE]
 
 
-def start(run: Path) -> float:
-    """Return the seconds of a process that gives one token."""
-    started = time.perf_counter()
+def start(run: Path) -> tuple[float, float]:
+    """Return the seconds, by the clock and of the processor, of a process that gives one token."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *_generate(run)], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - started, used
 
 
 def forget_pages(path: Path) -> None:
