@@ -108,5 +108,3 @@ class EngineConfig(Config):
     block_size: int = Field(default=32, ge=1, description="positions of a block of keys and values")
     prefix_caching: bool = Field(default=True, description="share the blocks of equal beginnings, and keep them")
     speculation: SpeculationConfig | None = None
-    max_grammar_bytes: int = Field(default=64_000, ge=1, description="longer grammars are refused")
-    grammar_timeout_seconds: float = Field(default=2.0, gt=0, description="a grammar compiled longer is refused")

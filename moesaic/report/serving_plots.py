@@ -57,7 +57,7 @@ def serving_figure(results: Sequence[ServingResult]) -> Figure:
         mean = summary.output_tokens_per_second
         label = f"{result.name}: {short_number(mean)} tokens/s over {summary.duration_seconds:.0f} s"
         over_time.plot(times, rates, color=colour, linewidth=1.5, label=label, drawstyle="steps-mid")
-    over_time.set_ylim(bottom=0)
+    over_time.set_ylim(0, over_time.get_ylim()[1] * 1.25)  # room for the names
     over_time.set_xlim(left=0)
     over_time.set_xlabel("seconds")
     over_time.set_ylabel("output tokens / s")

@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import Sequence
-from os.path import commonprefix
 
 from moesaic.data.tokenizer import Tokenizer
 
@@ -62,7 +61,10 @@ class Detokenizer:
 
 
 class _StopText:
-    """How much of a stop text the end of a text is; a letter costs the same however long both are (Knuth-Morris-Pratt)."""
+    """How much of a stop text the end of a text is.
+
+    A letter costs the same however long both are (Knuth, Morris and Pratt's table).
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -126,7 +128,11 @@ class _Window:
         before = self._tokenizer.decode(self._before) if self._before else ""
         text = self._tokenizer.decode(window) if self._pending else before
         self._before, self._pending = window[-_CONTEXT:], []
-        return text[len(commonprefix([before, text])) :]
+        # The same at the start, but for decoders that go back on what they gave.
+        same = len(before) if text.startswith(before) else 0
+        while same < len(before) and before[same : same + 1] == text[same : same + 1]:
+            same += 1
+        return text[same:]
 
     def _is_text(self, token_id: int) -> bool:
         return 0 <= token_id < self._tokenizer.vocab_size and token_id not in self._tokenizer.special_ids

@@ -86,8 +86,10 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         draft_model: Transformer | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """draft_model: the one that config.speculation names, loaded.
+        """draft_model: the one that config.speculation names, loaded. grammars: compiles those of requests; None: they
+        are refused.
 
         Raises: ConfigError for settings that these models or the memory cannot meet.
         """
@@ -107,12 +109,7 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             prefix_caching=config.prefix_caching,
         )
-        self._grammars = GrammarCompiler(
-            tokenizer,
-            vocab_size=model.config.vocab_size,
-            max_bytes=config.max_grammar_bytes,
-            timeout_seconds=config.grammar_timeout_seconds,
-        )
+        self._grammars = grammars
         self._load = ExpertLoad(model.config)
         self._draft: Draft | None = None
         self._depth: DepthChooser | None = None
@@ -155,7 +152,7 @@ class Engine:
         if request_id in self._requests:
             raise ConfigError(f"the request id {request_id!r} is in use; every request needs its own; leave it out.")
         self._check_prompt(prompt, sampling)
-        grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
+        matchers = self._matchers(sampling)
         own_stops = frozenset() if sampling.ignore_end_of_text else self._tokenizer.stop_ids
         stop_ids = own_stops | frozenset(sampling.stop_token_ids)
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
@@ -181,7 +178,7 @@ class Engine:
                     detokenizer=Detokenizer(
                         self._tokenizer, prompt=prompt, stop=sampling.stop, min_tokens=sampling.min_tokens
                     ),
-                    matcher=None if grammar is None else grammar.matcher(),
+                    matcher=matchers[index],
                     stop_ids=stop_ids,
                     last_length=min(self.max_length, len(prompt) + sampling.max_tokens),
                 )
@@ -192,6 +189,20 @@ class Engine:
         if len(texts) > 1:
             self._siblings[texts[0].sequence] = texts[1:]
         return request_id
+
+    def _matchers(self, sampling: Sampling) -> list[Matcher | None]:
+        """One for each text; None without a grammar."""
+        if sampling.grammar is None:
+            return [None] * sampling.n
+        if self._grammars is None:
+            raise ConfigError(
+                "a grammar is given and this engine compiles none; a GrammarCompiler is required; make the engine with "
+                "one, or leave the grammar out."
+            )
+        grammar = self._grammars.compile(sampling.grammar)
+        # A text that matches ends, whatever else is ignored.
+        stop_ids = self._tokenizer.stop_ids | frozenset(sampling.stop_token_ids)
+        return [grammar.matcher(stop_ids=stop_ids) for _ in range(sampling.n)]
 
     def abort(self, request_id: str) -> bool:
         """End a request now; the next step tells so of its unfinished texts. False where there is none of that id."""
@@ -362,30 +373,36 @@ class Engine:
             row = choice.first_row + number
             try:
                 sampled = sample_row(logits[row], text.state, None if text.matcher is None else text.matcher.mask())
+                piece = self._accept(text, sampled.token_id, len(choice.tokens) + 1)
             except GenerationError as error:
                 text.finish_reason, text.message = "error", str(error)
                 return
             experts = token_experts(decoded, rows[row]) if text.sampling.return_experts else None
             choice.tokens.append(GeneratedToken(sampled.token_id, sampled.logprob, sampled.top_logprobs, experts))
-            choice.piece += self._accept(text, sampled.token_id, len(choice.tokens))
+            choice.piece += piece
             if text.finish_reason is not None or drafted[number : number + 1] != (sampled.token_id,):
                 return
 
     def _accept(self, text: _Text, token: int, num_new: int) -> str:
-        """Take a chosen token into a text, the num_new-th of this step; return the new characters."""
-        text.state.append(token)
+        """Take a chosen token into a text, the num_new-th of this step; return the new characters.
+
+        Raises: GenerationError where its grammar cannot be followed.
+        """
         count = text.num_generated + num_new
+        is_matched = False
         if text.matcher is not None:
-            text.matcher.accept(token)
-        if token in text.stop_ids and count >= text.sampling.min_tokens:
+            is_allowed = text.matcher.accept(token)
+            assert is_allowed, (token, text.sampling.grammar)
+            is_matched = text.matcher.is_finished
+        text.state.append(token)
+        if is_matched or (token in text.stop_ids and count >= text.sampling.min_tokens):
             text.finish_reason = "stop"
             text.stop_reason = None if token in self._tokenizer.stop_ids else token
-            return text.detokenizer.flush()
-        piece = text.detokenizer.append(token)
-        if text.matcher is not None and text.matcher.is_finished:
-            text.finish_reason = "stop"
-        elif text.sequence.num_prompt + count >= text.last_length:
-            text.finish_reason = "length"
+            piece = ""
+        else:
+            piece = text.detokenizer.append(token)
+            if text.sequence.num_prompt + count >= text.last_length:
+                text.finish_reason = "length"
         if text.finish_reason is not None:
             piece += text.detokenizer.flush()
         if text.detokenizer.stopped_by is not None:

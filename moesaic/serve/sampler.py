@@ -1,7 +1,7 @@
 """From logits to tokens: one row at a time, so that a text's tokens do not depend on what else runs.
 
-Rows are NumPy vectors on the CPU: at batch sizes of serving a row costs microseconds there, and every operation on it is
-its own. Where a text ends, and what a grammar allows, are decided elsewhere; this file is given the allowed tokens.
+Rows are NumPy vectors on the CPU: a row costs microseconds there, and every operation on it is its own. Where a text
+ends, and what a grammar allows, are decided elsewhere; this file is given the allowed tokens.
 """
 
 from collections.abc import Collection, Sequence

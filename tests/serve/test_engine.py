@@ -1,5 +1,6 @@
 """The laws of the engine: equal to naive generation, and to itself whatever else runs."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from moesaic.config.model import ModelConfig
-from moesaic.config.serve import EngineConfig, Sampling, SpeculationConfig
+from moesaic.config.serve import EngineConfig, Grammar, Sampling, SpeculationConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels import select
@@ -416,3 +417,44 @@ def test_a_model_that_cannot_draft_is_refused(make_model: Make, tokenizer: Token
         model = Transformer(config).initialize(0)
         with pytest.raises(ConfigError, match=words):
             Engine(make_model(), tokenizer, EngineConfig(speculation=speculation), draft_model=model)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "n": {"type": "integer"}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
+
+
+@needs_kernels
+def test_a_grammar_is_kept_beside_others_and_with_drafts(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar_module = pytest.importorskip("moesaic.serve.grammar")
+    pytest.importorskip("xgrammar", reason="structured output stands on xgrammar")
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, count: 2)
+    model = make_model("mixtral", "packed-bf16")
+    compiler = grammar_module.GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE)
+    speculation = SpeculationConfig(method="ngram")
+    sampling = Sampling(
+        temperature=1.0, max_tokens=100, seed=1, grammar=Grammar(kind="json_schema", text=json.dumps(SCHEMA)), n=2,
+        ignore_end_of_text=True, logit_bias={tokenizer.encode('"')[0]: 4.0},
+    )  # fmt: skip
+    results = []
+    for config in (EngineConfig(), EngineConfig(speculation=speculation, max_batch_tokens=8)):
+        engine = Engine(model, tokenizer, config, grammars=compiler)
+        engine.add_request(REPEATING, GREEDY)
+        request_id = engine.add_request([1, 2], sampling)
+        got = finish(engine)
+        for index in range(2):
+            each = got[request_id, index]
+            if each.finish_reason == "stop":
+                values = json.loads(each.text)
+                assert set(values) == {"name", "n"} and isinstance(values["n"], int) and len(values["name"]) <= 5
+        results.append([(got[request_id, index].ids, got[request_id, index].finish_reason) for index in range(2)])
+    assert results[0] == results[1]
+    assert "stop" in {reason for _, reason in results[0]}
+    with pytest.raises(ConfigError, match="compiles none"):
+        Engine(model, tokenizer).add_request([1], sampling)
+    compiler.close()
