@@ -25,13 +25,13 @@ def tokenizer_json() -> str:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    vocab = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = string.ascii_letters + string.digits
     merges = [(a, b) for a in letters for b in letters]
     merges += [(a + b, c) for c in letters for a, b in merges]
-    merges = merges[: VOCAB_SIZE - 1 - len(vocab)]
-    vocab.update((a + b, len(vocab) + number) for number, (a, b) in enumerate(merges))
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    merges = merges[: VOCAB_SIZE - 1 - len(tokens)]
+    tokens += [a + b for a, b in merges]
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
