@@ -1,8 +1,9 @@
 """How models are served: what a request may ask for, and how large an engine and a server are."""
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moesaic.config.base import Config
 from moesaic.errors import ConfigError
@@ -108,3 +109,52 @@ class EngineConfig(Config):
     block_size: int = Field(default=32, ge=1, description="positions of a block of keys and values")
     prefix_caching: bool = Field(default=True, description="share the blocks of equal beginnings, and keep them")
     speculation: SpeculationConfig | None = None
+
+
+class ServerConfig(Config):
+    """Who may ask, and how much at once.
+
+    Who serves others sets host and api_key_file; who sizes the machine, the limits; who runs it under an orchestrator
+    or behind a proxy, the times. Keys also come from the environment variable MOESAIC_API_KEYS, comma-separated.
+    """
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="the address to listen on; 0.0.0.0: every one")
+    port: int = Field(default=8000, ge=0, le=65535, description="0: any that is free")
+    served_model_name: str | None = Field(
+        default=None, min_length=1, description="what requests call the model; null: the run's name"
+    )
+    api_key_file: str | None = Field(default=None, description="a file with one key per line; # begins a comment")
+    allowed_origins: tuple[str, ...] = Field(
+        default=(), description="web pages of other origins that may ask (CORS), as https://example.org"
+    )
+    max_body_bytes: int = Field(default=4 << 20, ge=1, description="longer requests are refused while they arrive")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="longer prompts are refused; null: as long as the engine takes"
+    )
+    max_texts_per_request: int = Field(default=128, ge=1, description="prompts of one request times its n")
+    max_concurrent_requests: int = Field(default=256, ge=1, description="requests that are worked on; others wait")
+    max_queued_requests: int = Field(default=1024, ge=0, description="requests that wait; others are refused (429)")
+    request_timeout_seconds: float = Field(
+        default=600.0, gt=0, description="from a request's first byte to its answer's last"
+    )
+    drain_seconds: float = Field(
+        default=30.0, ge=0, description="what runs has so long to finish when the server is told to stop"
+    )
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ConfigError(
+                    f"allowed_origins has {origin!r}; scheme, host and port are required, without a path; write for "
+                    f"example https://example.org, or * for every page."
+                )
+        return origins
+
+
+class ServeConfig(Config):
+    """What `moesaic serve` starts: an engine, and a server before it."""
+
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    server: ServerConfig = Field(default_factory=ServerConfig)

@@ -1,0 +1,168 @@
+"""Starting and ending a server: the socket, the model, the signals."""
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from moesaic.config.serve import ServeConfig, ServerConfig
+from moesaic.errors import ConfigError
+from moesaic.logs import logger
+from moesaic.model.load import LoadedModel, load_run
+from moesaic.serve.async_engine import AsyncEngine
+from moesaic.serve.engine import Engine
+from moesaic.serve.server.app import create_app
+from moesaic.serve.server.gate import KEYS_VARIABLE, read_keys
+from moesaic.serve.server.generation import Served
+
+# Answers that are ended at the drain's end have so long to be sent.
+_FAREWELL_SECONDS = 5
+
+
+def serve(run: str, config: ServeConfig, *, name: str, device: str, ready: Callable[[str], None]) -> None:
+    """Serve the model that RUN or RUN@step names until SIGTERM or SIGINT, and then let what runs finish.
+
+    name: what requests call it where the config does not say. ready: called with the URL when requests are taken.
+
+    Raises: ConfigError for an address that cannot be had, for keys, and for settings that the model cannot meet; what
+    load_run raises.
+    """
+    keys = read_keys(config.server.api_key_file)
+    listener = listen(config.server.host, config.server.port)  # before the model, which may take long to load
+    try:
+        _warn_if_open(config.server, has_keys=bool(keys))
+        loaded = load_run(run, device=device)
+        speculation = config.engine.speculation
+        draft = None
+        if speculation is not None and speculation.model is not None:
+            draft = load_run(speculation.model, device=device)
+            _check_draft(speculation.model, draft, loaded)
+        engine = Engine(
+            loaded.model, loaded.tokenizer, config.engine, draft_model=None if draft is None else draft.model
+        )
+        app = create_app(
+            AsyncEngine(engine),
+            loaded.tokenizer,
+            config.server,
+            name=config.server.served_model_name or name,
+            max_length=engine.max_length,
+            max_embedded_tokens=config.engine.max_batch_tokens,
+            moe_layers=[layer.layer for layer in engine.stats().layers],
+            keys=keys,
+        )
+        # Its rare lines, of requests that are no HTTP, go where ours do.
+        logging.getLogger("uvicorn").handlers = logger.handlers
+        server = DrainingServer(settings_of(app), app.state.served, listener, ready=ready)
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def settings_of(app: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn runs an application of create_app's."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=_FAREWELL_SECONDS,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that on its first signal refuses newcomers (503) and ends when what runs has; on a second, at once."""
+
+    def __init__(
+        self, settings: uvicorn.Config, served: Served, listener: socket.socket, *, ready: Callable[[str], None]
+    ) -> None:
+        """ready: called with the URL when requests are taken."""
+        super().__init__(settings)
+        self._served, self._listener, self._ready = served, listener, ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._loop = asyncio.get_running_loop()
+        if self.started:
+            self._ready(_url(self._listener))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is None or self._draining is not None or self._served.admission.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        logger.info(
+            "%s: no new requests are taken; %d go on, for %g s at most.",
+            signal.Signals(sig).name,
+            self._served.admission.num_inside + self._served.admission.num_waiting,
+            self._served.config.drain_seconds,
+        )
+        self._served.admission.is_draining = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        admission = self._served.admission
+        try:
+            await asyncio.wait_for(admission.drained(), self._served.config.drain_seconds)
+        except TimeoutError:
+            logger.warning(
+                "%d requests had not finished after drain_seconds (%g); they are ended; raise server.drain_seconds to "
+                "give them longer.",
+                admission.num_inside + admission.num_waiting,
+                self._served.config.drain_seconds,
+            )
+            await self._served.engine.stop()
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound, and not yet listening. Raises: ConfigError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"server.host {host} and port {port} cannot be listened on ({error.strerror or error}); an address of this "
+            f"machine and a free port are required; choose another port, or 0 for any."
+        ) from None
+    return listener
+
+
+def _check_draft(run: str, draft: LoadedModel, loaded: LoadedModel) -> None:
+    if draft.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+        raise ConfigError(
+            f"engine.speculation.model ({run}) has another tokenizer than the model it drafts for; the same is "
+            f"required, since what is drafted are token ids; choose a student of the model."
+        )
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _warn_if_open(config: ServerConfig, *, has_keys: bool) -> None:
+    try:
+        is_local = ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        is_local = config.host == "localhost"
+    if not is_local and not has_keys:
+        logger.warning(
+            "the server listens on %s without API keys: whoever reaches it may use it; set server.api_key_file or %s.",
+            config.host,
+            KEYS_VARIABLE,
+        )
