@@ -123,9 +123,7 @@ class ServerConfig(Config):
     served_model_name: str | None = Field(
         default=None, min_length=1, description="what requests call the model; null: the run's name"
     )
-    api_key_file: str | None = Field(
-        default=None, description="a file with one key per line; a line that begins with # is none"
-    )
+    api_key_file: str | None = Field(default=None, description="a file with one key per line; # first in it: a comment")
     allowed_origins: tuple[str, ...] = Field(
         default=(), description="web pages of other origins that may ask (CORS), as https://example.org"
     )

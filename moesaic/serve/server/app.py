@@ -35,8 +35,6 @@ from moesaic.serve.server.generation import (
     deadline_of,
     encode,
     read_prompts,
-    understand_chat,
-    understand_completion,
     while_connected,
 )
 from moesaic.serve.server.metrics import Metrics, describe_experts
@@ -190,26 +188,26 @@ def _add_generation(router: APIRouter, served: Served) -> None:
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Continue one or several prompts, each a text or token ids."""
         check_model(served, body.model)
-        return await answer(served, request, await understand_completion(served, body))
+        return await answer(served, request, body)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         """Answer a conversation, by the model's chat template."""
         check_model(served, body.model)
-        return await answer(served, request, await understand_chat(served, body))
+        return await answer(served, request, body)
 
     @router.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingBody) -> Response:
         """Return a vector of unit length for each text: the mean of the model's final hidden states."""
         check_model(served, body.model)
-        prompts = await read_prompts(served, body.input, param="input")
-        return await while_connected(request, _embed(served, body, prompts), deadline=deadline_of(served, request))
+        return await while_connected(request, _embed(served, body), deadline=deadline_of(served, request))
 
 
-async def _embed(served: Served, body: EmbeddingBody, prompts: Sequence[Sequence[int]]) -> Response:
+async def _embed(served: Served, body: EmbeddingBody) -> Response:
     vectors: list[list[float]] = []
     encoded: list[str] = []
     async with served.admission.enter():
+        prompts = await read_prompts(served, body.input, param="input")
         for some in _batches(prompts, served.max_embedded_tokens):  # texts that are generated step between them
             found = await served.engine.embed(some)  # (n, H)
             if body.dimensions not in (None, found.shape[1]):

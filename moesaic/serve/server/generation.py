@@ -24,7 +24,7 @@ from moesaic.serve.server.answers import Choice, Kind, TokenTexts, Usage
 from moesaic.serve.server.errors import ApiError, error_body, json_response, refusal
 from moesaic.serve.server.log_fields import log_fields
 from moesaic.serve.server.metrics import Metrics
-from moesaic.serve.server.requests import ChatBody, CompletionBody, GenerationBody, Prompt
+from moesaic.serve.server.requests import ChatBody, CompletionBody, Prompt
 
 # Shorter texts are encoded at once: a thread would take longer to start than they take.
 _SHORT_CHARS = 4096
@@ -60,12 +60,17 @@ class Job:
     echoes: tuple[str, ...]  # each prompt's text, for a completion that echoes; else empty
     sampling: Sampling
     priority: int
-    streams: bool
     streams_usage: bool
 
 
-async def understand_completion(served: Served, body: CompletionBody) -> Job:
-    """Raises: ApiError for what cannot be met."""
+async def _understand(served: Served, body: CompletionBody | ChatBody) -> Job:
+    """Raises: ApiError and DataError for what cannot be met."""
+    if isinstance(body, CompletionBody):
+        return await _understand_completion(served, body)
+    return await _understand_chat(served, body)
+
+
+async def _understand_completion(served: Served, body: CompletionBody) -> Job:
     sampling = body.sampling()
     prompts = await read_prompts(served, body.prompt, param="prompt")
     echoes: tuple[str, ...] = ()
@@ -75,14 +80,13 @@ async def understand_completion(served: Served, body: CompletionBody) -> Job:
             text if isinstance(text, str) else served.tokenizer.decode(ids)
             for text, ids in zip(given if len(given) == len(prompts) else prompts, prompts, strict=True)
         )
-    return _check_job(served, body, Job(
+    return _check_job(served, Job(
         kind="completion", prompts=prompts, echoes=echoes, sampling=sampling, priority=body.priority or 0,
-        streams=body.streams, streams_usage=body.streams_usage,
+        streams_usage=body.streams_usage,
     ))  # fmt: skip
 
 
-async def understand_chat(served: Served, body: ChatBody) -> Job:
-    """Raises: ApiError and DataError for what cannot be met."""
+async def _understand_chat(served: Served, body: ChatBody) -> Job:
     messages, tools = body.template_messages(), body.template_tools()
     if served.tokenizer.chat_template is None:
         raise refusal(
@@ -99,13 +103,13 @@ async def understand_chat(served: Served, body: ChatBody) -> Job:
     prompt = await asyncio.to_thread(encode)
     _check_length(served, prompt, param="messages")
     sampling = body.sampling(room=served.max_length - len(prompt))
-    return _check_job(served, body, Job(
+    return _check_job(served, Job(
         kind="chat", prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
-        streams=body.streams, streams_usage=body.streams_usage,
+        streams_usage=body.streams_usage,
     ))  # fmt: skip
 
 
-def _check_job(served: Served, body: GenerationBody, job: Job) -> Job:
+def _check_job(served: Served, job: Job) -> Job:
     limit, count = served.config.max_texts_per_request, len(job.prompts) * job.sampling.n
     if count > limit:
         raise refusal(
@@ -160,21 +164,25 @@ def _check_length(served: Served, prompt: Sequence[int], *, param: str) -> None:
         )
 
 
-async def answer(served: Served, request: Request, job: Job) -> Response:
+async def answer(served: Served, request: Request, body: CompletionBody | ChatBody) -> Response:
     """Make the answer of a request: a whole one, or a stream that is under way.
+
+    What costs time, encoding its text too, waits for its turn.
 
     Raises: ApiError; MoesaicError for what the engine refuses.
     """
+    body.check()
     arrival = log_fields(request.scope).arrival
     deadline = deadline_of(served, request)
     async with AsyncExitStack() as stack:
 
         async def begin() -> "_Answer":
             before = time.perf_counter()
-            await stack.enter_async_context(served.admission.enter(job.priority))
+            await stack.enter_async_context(served.admission.enter(body.priority or 0))
             queue_seconds = time.perf_counter() - before
             served.metrics.waited(queue_seconds)
             log_fields(request.scope).values["queue_seconds"] = round(queue_seconds, 4)
+            job = await _understand(served, body)
             name = f"{'cmpl' if job.kind == 'completion' else 'chatcmpl'}-{secrets.token_hex(12)}"
             if job.sampling.grammar is not None:
                 await _compile(served, job.sampling.grammar)
@@ -186,7 +194,7 @@ async def answer(served: Served, request: Request, job: Job) -> Response:
             made = await begin()
             return json_response(await made.whole())
 
-        if not job.streams:
+        if not body.streams:
             return await while_connected(request, finish(), deadline=deadline)
         made = await while_connected(request, begin(), deadline=deadline)
         return EventStream(made.events(), stack.pop_all(), deadline=deadline)
