@@ -48,6 +48,21 @@ def quantization_record(schemes: dict[str, Scheme], *, experts: str | None, rest
     return {"experts": experts, "rest": rest, "matrices": matrices}
 
 
+def quantization_schemes(info: CheckpointInfo) -> dict[str, Scheme]:
+    """Return how each quantised matrix of a checkpoint is stored; none for one that is not quantised.
+
+    Raises: CheckpointError for a manifest that does not say it.
+    """
+    try:
+        matrices = info.metadata.get(KEY, {}).get("matrices", {})
+        return {name: Scheme(int(each["bits"]), each["group_size"]) for name, each in matrices.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{info.path} does not say how its matrices are quantised ({error!r}); bits and group_size of each are "
+            f"required; quantise the run again."
+        ) from None
+
+
 def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[str, QuantizedWeight]":
     """Take the quantised matrices out of a checkpoint's tensors and return them by the name of the whole matrix.
 

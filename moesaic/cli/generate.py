@@ -17,6 +17,9 @@ def generate(
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    packed_file: Annotated[
+        bool, typer.Option(help="Keep a large run's packed weights beside its checkpoint: later starts take seconds.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print prompt, text and token ids as JSON.")] = False,
 ) -> None:
     """Continue a text with a trained model.
@@ -28,7 +31,7 @@ def generate(
     from moesaic.model.load import load_run
 
     log_to_stderr()
-    loaded = load_run(run, device=device)
+    loaded = load_run(run, device=device, packed_file="write" if packed_file else "off")
     tokenizer = loaded.tokenizer
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
     tokens = stream(

@@ -123,7 +123,9 @@ class ServerConfig(Config):
     served_model_name: str | None = Field(
         default=None, min_length=1, description="what requests call the model; null: the run's name"
     )
-    api_key_file: str | None = Field(default=None, description="a file with one key per line; # begins a comment")
+    api_key_file: str | None = Field(
+        default=None, description="a file with one key per line; a line that begins with # is none"
+    )
     allowed_origins: tuple[str, ...] = Field(
         default=(), description="web pages of other origins that may ask (CORS), as https://example.org"
     )
@@ -132,6 +134,8 @@ class ServerConfig(Config):
         default=None, ge=1, description="longer prompts are refused; null: as long as the engine takes"
     )
     max_texts_per_request: int = Field(default=128, ge=1, description="prompts of one request times its n")
+    max_grammar_bytes: int = Field(default=64_000, ge=1, description="longer grammars and schemas are refused")
+    grammar_timeout_seconds: float = Field(default=2.0, gt=0, description="a grammar that takes longer is refused")
     max_concurrent_requests: int = Field(default=256, ge=1, description="requests that are worked on; others wait")
     max_queued_requests: int = Field(default=1024, ge=0, description="requests that wait; others are refused (429)")
     request_timeout_seconds: float = Field(

@@ -28,6 +28,9 @@ from moesaic.kernels.quantized import QuantizedWeight, dequantize, pack_nibbles,
 
 PackedFormat = Literal["bf16", "int8", "int4"]
 
+# Of the layout below. Files of packed weights name it: raise it with every change of what pack_weight or pack_mlp give.
+LAYOUT_VERSION = 1
+
 _PANEL = 32
 _FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4")
 _MADV_HUGEPAGE = 14
@@ -177,7 +180,8 @@ class PackedMlp:
 def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = False) -> PackedWeight:
     """Return weight (N, K) or (E, N, K) packed: a tensor in bf16, a quantised weight as it is.
 
-    interleave_gate: the N rows are [gate, up] of a SwiGLU MLP and are reordered for it.
+    interleave_gate: the N rows are [gate, up] of a SwiGLU MLP and are reordered for it. On the meta device nothing is
+    computed: the result is the packed form's sizes.
     """
     shape = weight.shape
     assert len(shape) in (2, 3), shape
@@ -190,7 +194,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = Fal
     count = 1 if num_matrices is None else num_matrices
     data = empty_on_huge_pages(count * matrix_bytes, device).view(count, matrix_bytes)
     scales = torch.empty(count, len(order), device=device) if format == "int8" else None
-    for index in range(count):
+    for index in range(0 if device.type == "meta" else count):
         if isinstance(weight, Tensor):
             _pack_bf16(weight if num_matrices is None else weight[index], order, data[index])
             continue
@@ -222,7 +226,7 @@ def pack_mlp(
     if up_bias is not None:
         order = _panel_order(up.shape[-2], is_gated).to(up_bias.device)
         rows = up_bias.detach().float().reshape(-1, up.shape[-2])
-        up_bias = torch.stack([_take_rows(row, order, 0) for row in rows])
+        up_bias = F.pad(rows, (0, 1)).index_select(1, order)  # for padding order says N
     if down_bias is not None:
         down_bias = down_bias.detach().float().reshape(-1, down.shape[-2]).contiguous()
     return PackedMlp(pack_weight(up, interleave_gate=is_gated), pack_weight(down), up_bias, down_bias, activation)

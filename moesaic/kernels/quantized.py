@@ -91,6 +91,8 @@ def round_to_scales(weight: Tensor, scales: Tensor, *, bits: int, group_size: in
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """Return the matrix (..., N, K) in fp32."""
+    if weight.values.is_meta:  # its products are Python that loads torch's compiler first: a second
+        return torch.empty(weight.shape, device="meta")
     if weight.bits == 8:
         return weight.values.float() * weight.scales[..., None]
     assert weight.group_size is not None

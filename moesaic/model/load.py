@@ -9,7 +9,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized, take_quantized
+from moesaic.checkpoint.quantized import (
+    KEY,
+    Scheme,
+    describe_quantization,
+    is_quantized,
+    quantization_schemes,
+    take_quantized,
+)
 from moesaic.checkpoint.store import CheckpointInfo, check_file, load_tensors, resolve_checkpoint
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
@@ -18,7 +25,8 @@ from moesaic.errors import CheckpointError
 from moesaic.kernels import select
 from moesaic.kernels.device import select_device
 from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
-from moesaic.model.pack import pack_transformer, packed_shapes
+from moesaic.model.pack import pack_transformer, packed_shapes, packed_shell
+from moesaic.model.packed_file import PackedFile, PackedFilePolicy, load_packed
 from moesaic.model.transformer import Transformer
 
 
@@ -39,6 +47,7 @@ def load_run(
     device: str = "auto",
     pack: bool = True,
     precision: Literal["bf16", "fp32", "int8"] | None = None,
+    packed_file: PackedFilePolicy = "read",
 ) -> LoadedModel:
     """Load the model that RUN or RUN@step names.
 
@@ -47,6 +56,9 @@ def load_run(
 
     A quantised run is always packed, and has its own precision. precision: of matrix work; None: as the run was
     trained; int8 rounds every matrix to the nearest, and packs.
+
+    packed_file: of a model that is packed on the CPU (model/packed_file.py): "read" maps the file of packed weights
+    that an earlier start has left, "write" leaves one, "off" does neither and packs.
 
     Raises: CheckpointError for a run, step or file that is missing or corrupt, and for a quantised run with pack=False
     or a precision; DeviceError.
@@ -70,7 +82,7 @@ def load_run(
             f"({info.metadata[KEY].get('source')})."
         )
     if is_quantized(info) or wanted == "int8" or (pack and has_kernels):
-        model = _load_packed(config, info, target, rounds=wanted == "int8")
+        model = _load_packed(config, info, target, rounds=wanted == "int8", policy=packed_file)
     else:
         model = Transformer(config.model, compute_dtype=dtype)
         copy_weights(model, info)
@@ -78,10 +90,29 @@ def load_run(
     return LoadedModel(model, Tokenizer.load(run_folder), config, info, target)
 
 
-def _load_packed(config: TrainConfig, info: CheckpointInfo, device: torch.device, *, rounds: bool) -> Transformer:
+def _load_packed(
+    config: TrainConfig, info: CheckpointInfo, device: torch.device, *, rounds: bool, policy: PackedFilePolicy
+) -> Transformer:
+    """rounds: to int8 first."""
+
+    def pack() -> Transformer:
+        return _pack_checkpoint(config, info, device, rounds=rounds)
+
+    if device.type != "cpu":
+        return pack()
+    schemes = quantization_schemes(info)
+    if rounds:
+        with torch.device("meta"):
+            schemes = dict.fromkeys(packed_shapes(Transformer(config.model)), Scheme(8, None))
+    precision = "int8" if rounds else "stored" if is_quantized(info) else "bf16"
+    file = PackedFile.of(info, config.model, precision=precision)
+    return load_packed(file, packed_shell(config.model, schemes), pack, policy=policy)
+
+
+def _pack_checkpoint(config: TrainConfig, info: CheckpointInfo, device: torch.device, *, rounds: bool) -> Transformer:
     """Matrices go straight from their stored dtype, or their quantised form, into the packed layout.
 
-    fp32 copies of them never exist. rounds: to int8 first.
+    fp32 copies of them never exist.
     """
     tensors = load_tensors(info, "model", device=str(device))
     weights = take_quantized(tensors, info)
@@ -89,8 +120,8 @@ def _load_packed(config: TrainConfig, info: CheckpointInfo, device: torch.device
         model = Transformer(config.model, compute_dtype=torch.bfloat16)
     _check_fit(model.state_dict(), {**tensors, **weights}, info)
     for name, tensor in tensors.items():
-        # Biases, norms and scales compute in fp32; what packs matrices knows fp32 and bf16.
-        if tensor.dim() < 2 or tensor.dtype is torch.float16:
+        # Biases, norms, scales and routers compute in fp32; what packs matrices knows fp32 and bf16.
+        if tensor.dim() < 2 or tensor.dtype is torch.float16 or name.endswith("router.weight"):
             tensors[name] = tensor.float()
     if rounds:
         for name in packed_shapes(model):

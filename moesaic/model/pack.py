@@ -2,14 +2,18 @@
 master weight.
 
 A packed model infers as before, layer by layer or, with a cache, in one call for all layers, and can do nothing else:
-it has no parameters left to train, to save or to move to another device.
+it has no parameters left to train or to move to another device. What it holds can be kept as it is (packed_tensors) and
+put into the packed shell of a model of the same config (fill_packed), which is how it is loaded without packing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from moesaic.checkpoint.quantized import Scheme
+from moesaic.config.model import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels.decode import LayerPart, ModelPart, NormPart, RouterPart
 from moesaic.kernels.packed import PackedMlp, PackedWeight, pack_mlp, pack_weight
@@ -36,8 +40,59 @@ def pack_transformer(model: Transformer, quantized: Mapping[str, QuantizedWeight
     one format.
     """
     assert not model.is_packed, "this model is packed already"
-    weights = _Weights(model, dict(quantized or {}))
-    layers: list[LayerPart | None] = []
+    _pack_matrices(model, _Weights(model, dict(quantized or {})))
+    _describe(model)
+    return model
+
+
+@torch.no_grad()
+def packed_shell(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Transformer:
+    """Return a packed model on the meta device: shapes and formats without memory.
+
+    schemes: how the matrices that are not in bf16 are quantised, by their names in an unpacked model's state_dict().
+
+    Raises: ConfigError as pack_transformer.
+    """
+    with torch.device("meta"):
+        model = Transformer(config, compute_dtype=torch.bfloat16)
+        shapes = packed_shapes(model)
+        quantized = {name: _empty_quantized(shapes.get(name, ()), scheme) for name, scheme in schemes.items()}
+    _pack_matrices(model, _Weights(model, quantized))
+    return model
+
+
+def packed_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Return every tensor that a packed model computes with, by its place; not those that are made from them.
+
+    Matrices are PLACE.packed.data (uint8) and, with 8 bits, PLACE.packed.scales.
+    """
+    assert model.is_packed, "this model is not packed"
+    found: dict[str, Tensor] = {}
+
+    def collect(name: str, tensor: Tensor) -> Tensor:
+        found[name] = tensor.detach()
+        return tensor
+
+    _visit(model, collect)
+    return found
+
+
+def fill_packed(shell: Transformer, tensors: Mapping[str, Tensor]) -> Transformer:
+    """Put tensors, as packed_tensors names them, in the place of those of a shell, and return it; nothing is copied."""
+
+    def take(name: str, empty: Tensor) -> Tensor:
+        given = tensors[name]
+        assert given.shape == empty.shape and given.dtype == empty.dtype, (name, given.shape, empty.shape, given.dtype)
+        return given
+
+    own = packed_tensors(shell).keys()
+    assert tensors.keys() == own, sorted(tensors.keys() ^ own)[:3]
+    _visit(shell, take)
+    _describe(shell)
+    return shell
+
+
+def _pack_matrices(model: Transformer, weights: "_Weights") -> None:
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         prefix = f"blocks.{index}"
@@ -46,7 +101,6 @@ def pack_transformer(model: Transformer, quantized: Mapping[str, QuantizedWeight
         else:
             _pack_attention(block.attention, weights, f"{prefix}.attention")
         _pack_feed_forward(block.feed_forward, weights, f"{prefix}.feed_forward")
-        layers.append(_describe(block))
     is_tied = model.lm_head is None
     model.packed_head = pack_weight(weights.take("embedding" if is_tied else "lm_head"))
     model.lm_head = None
@@ -57,10 +111,59 @@ def pack_transformer(model: Transformer, quantized: Mapping[str, QuantizedWeight
     if model.position_embedding is not None:
         model.position_embedding = nn.Parameter(model.position_embedding.to(torch.bfloat16), requires_grad=False)
     model.compute_dtype = torch.bfloat16
+    model.eval()
+
+
+def _describe(model: Transformer) -> None:
+    """Say what the pass in one call needs to know, if it knows the model's attention."""
+    layers = [_describe_layer(block) for block in model.blocks if isinstance(block, Block)]
     known = tuple(layer for layer in layers if layer is not None)
     if len(known) == len(layers):
         model.decode_part = _model_part(model, known)
-    return model.eval()
+
+
+def _visit(model: Transformer, visit: Callable[[str, Tensor], Tensor]) -> None:
+    """Call visit(place, tensor) for every tensor of a packed model and put what it returns in the tensor's place."""
+
+    def matrix(place: str, weight: PackedWeight) -> PackedWeight:
+        data = visit(f"{place}.data", weight.data)
+        scales = None if weight.scales is None else visit(f"{place}.scales", weight.scales)
+        return weight if data is weight.data else replace(weight, data=data, scales=scales)
+
+    def maybe(place: str, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else visit(place, tensor)
+
+    def mlp(place: str, packed: PackedMlp) -> PackedMlp:
+        up, down = matrix(f"{place}.up", packed.up), matrix(f"{place}.down", packed.down)
+        up_bias, down_bias = maybe(f"{place}.up_bias", packed.up_bias), maybe(f"{place}.down_bias", packed.down_bias)
+        return packed if up is packed.up else replace(packed, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
+
+    for prefix, module in model.named_modules():
+        place = f"{prefix}." if prefix else ""
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            tensor = visit(place + name, parameter)
+            if tensor is not parameter:
+                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, visit(place + name, buffer))
+        if isinstance(module, Linear) and module.packed is not None:
+            module.packed = matrix(f"{place}packed", module.packed)
+        elif isinstance(module, Mlp | Experts) and module.packed is not None:
+            module.packed = mlp(f"{place}packed", module.packed)
+        elif isinstance(module, LatentAttention) and module.kv_up is not None:
+            keys, values = module.kv_up
+            module.kv_up = visit(f"{place}kv_up.keys", keys), visit(f"{place}kv_up.values", values)
+    assert model.packed_head is not None
+    model.packed_head = matrix("head.packed", model.packed_head)
+
+
+def _empty_quantized(shape: tuple[int, ...], scheme: Scheme) -> QuantizedWeight:
+    if scheme.group_size is None:
+        return QuantizedWeight(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]), scheme.bits, None)
+    *rows, columns = shape
+    values = torch.empty(*rows, columns // 2, dtype=torch.uint8)
+    scales = torch.empty(*rows, columns // scheme.group_size, dtype=torch.bfloat16)
+    return QuantizedWeight(values, scales, scheme.bits, scheme.group_size)
 
 
 def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
@@ -118,7 +221,7 @@ class _Weights:
         parts = [self.take(name) for name in names]
         tensors = [part for part in parts if isinstance(part, Tensor)]
         if len(tensors) == len(parts):
-            return torch.cat(tensors)
+            return _join(tensors)
         whole = [part for part in parts if isinstance(part, QuantizedWeight)]
         formats = [(part.bits, part.group_size) if isinstance(part, QuantizedWeight) else "bf16" for part in parts]
         if len(set(formats)) > 1:
@@ -126,13 +229,21 @@ class _Weights:
                 f"{', '.join(names)} are computed as one matrix and come as {formats}; one format is required; "
                 f"quantise all of them alike."
             )
-        values, scales = torch.cat([part.values for part in whole]), torch.cat([part.scales for part in whole])
+        values, scales = _join([part.values for part in whole]), _join([part.scales for part in whole])
         return QuantizedWeight(values, scales, whole[0].bits, whole[0].group_size)
 
 
 def _stack_biases(*layers: Linear) -> nn.Parameter | None:
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    return nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    return nn.Parameter(_join(biases), requires_grad=False) if biases else None
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """torch.cat, which on the meta device is Python that loads torch's compiler first: a second of every start."""
+    if parts[0].is_meta:
+        rows = sum(part.shape[0] for part in parts)
+        return torch.empty(rows, *parts[0].shape[1:], dtype=parts[0].dtype, device="meta")
+    return torch.cat(parts)
 
 
 def _pack_attention(attention: Attention, weights: _Weights, prefix: str) -> None:
@@ -209,7 +320,7 @@ def _fp32(x: Tensor) -> Tensor:
     return x.detach().float().contiguous()
 
 
-def _describe(block: Block) -> LayerPart | None:
+def _describe_layer(block: Block) -> LayerPart | None:
     """What the pass in one call needs to know of a layer that is packed; None for attention that it does not know."""
     attention, feed_forward = block.attention, block.feed_forward
     if isinstance(attention, LatentAttention):

@@ -109,7 +109,9 @@ class Transformer(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.final_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
-        self.lm_head = None if config.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding))
+        self.lm_head = (
+            None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        )
         self.packed_head = self.decode_part = None
         self._plan: DecodePlan | None = None
 

@@ -58,7 +58,8 @@ def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> Any:
     if kind == "ebnf":
         return compiler.compile_grammar(text)
     schema = '{"type": "object"}' if kind == "json_object" else text
-    return compiler.compile_json_schema(schema, max_whitespace_cnt=_WHITESPACE)
+    # Not its strict mode: there an object without listed properties is always empty.
+    return compiler.compile_json_schema(schema, strict_mode=False, max_whitespace_cnt=_WHITESPACE)
 
 
 def _walk(compiled: Any, vocab_size: int, stop_ids: list[int], seed: int) -> bool:

@@ -1,12 +1,22 @@
 """Packed weights: linear layers equal their definition, integer ones to the bit, on every instruction set."""
 
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import select
-from moesaic.kernels.packed import PackedWeight, pack_weight, packed_linear, packed_rows, unpack_weight
+from moesaic.kernels.packed import (
+    LAYOUT_VERSION,
+    PackedWeight,
+    pack_mlp,
+    pack_weight,
+    packed_linear,
+    packed_rows,
+    unpack_weight,
+)
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight, quantized_linear
 
 SUPPORTED = select.supported_instruction_sets()
@@ -195,3 +205,19 @@ def test_wrong_shapes_are_refused() -> None:
         packed_linear(numbers(3, 128, seed=1).double(), packed)
     with pytest.raises(AssertionError, match="rows of a matrix"):
         packed_rows(packed, torch.tensor([40]))
+
+
+def test_the_layout_is_what_its_version_says() -> None:
+    """A change of these bits that keeps LAYOUT_VERSION would make old files give wrong answers."""
+    weight = (torch.arange(70 * 96).view(70, 96) * 37 % 101 - 50).float() / 64
+    digest = hashlib.sha256()
+    for each in (weight, quantize_weight(weight, bits=8), quantize_weight(weight, bits=4, group_size=32)):
+        for gated in (False, True):
+            packed = pack_weight(each, interleave_gate=gated)
+            digest.update(packed.data.numpy().tobytes())
+            if packed.scales is not None:
+                digest.update(packed.scales.numpy().tobytes())
+    mlp = pack_mlp(weight[None], weight[:35].t()[None], up_bias=weight[None, :, 0], activation="swiglu")
+    assert mlp.up_bias is not None
+    digest.update(mlp.up_bias.numpy().tobytes())
+    assert (LAYOUT_VERSION, digest.hexdigest()[:16]) == (1, "dc9a8e234a1c6121")

@@ -1,5 +1,7 @@
 """A packed model infers what it did before, at half the memory, and refuses to do anything else."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.checkpoint.quantized import Scheme
 from moesaic.config.model import ModelConfig
 from moesaic.errors import ConfigError, TrainingError
 from moesaic.kernels import select
@@ -14,7 +17,7 @@ from moesaic.kernels.packed import PackedMlp, PackedWeight
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
 from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
-from moesaic.model.pack import pack_transformer
+from moesaic.model.pack import fill_packed, pack_transformer, packed_shell, packed_tensors
 from moesaic.model.transformer import Transformer
 
 KERNELS = ["reference", *select.supported_instruction_sets()]
@@ -263,3 +266,63 @@ def test_packing_twice_is_a_mistake() -> None:
     for family in ("dense, gpt-like", "moe, latent attention"):
         with pytest.raises(AssertionError, match="packed already"):
             pack_transformer(pack_transformer(build(family)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_it_holds_put_into_a_shell_is_the_same_model(kernels: str, family: str, bits: int) -> None:
+    model = build(family)
+    schemes = {
+        name: Scheme(bits, 32 if bits == 4 else None)
+        for name, matrix in matrices(model).items()
+        if bits == 8 or (bits == 4 and matrix.shape[-1] % 32 == 0)
+    }
+    quantized = {
+        name: quantize_weight(model.get_parameter(name), bits=bits, group_size=scheme.group_size)
+        for name, scheme in schemes.items()
+    }
+    packed = pack_transformer(model, quantized)
+    shell = packed_shell(model.config, schemes)
+    assert shell.is_packed and all(tensor.is_meta for tensor in packed_tensors(shell).values())
+    again = fill_packed(shell, {name: tensor.clone() for name, tensor in packed_tensors(packed).items()})
+    inputs = tokens()
+    assert torch.equal(again.logits(again(inputs).hidden), packed.logits(packed(inputs).hidden))
+    assert torch.equal(cached_logits(again, inputs, [9, 1, 10]), cached_logits(packed, inputs, [9, 1, 10]))
+    assert torch.equal(again.output_weight(), packed.output_weight())
+    assert (again.decode_part is None) == (packed.decode_part is None) and not again.training
+    assert not any(tensor.is_meta for tensor in all_tensors(again, set()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_it_holds_is_all_there_is(family: str) -> None:
+    model = pack_transformer(build(family))
+    kept = {tensor.data_ptr() for tensor in packed_tensors(model).values()}
+    beside = {each.data_ptr(): each.nbytes for each in all_tensors(model, set()) if each.data_ptr() not in kept}
+    assert sum(beside.values()) <= 2 * 48 * 8 * 4  # rotary tables, made of the config
+
+
+def test_a_shell_takes_what_fits_and_nothing_else() -> None:
+    model = pack_transformer(build("moe, qwen-like"))
+    held = packed_tensors(model)
+    short = dict(list(held.items())[1:])
+    with pytest.raises(AssertionError, match=next(iter(held))):
+        fill_packed(packed_shell(model.config, {}), short)
+    with pytest.raises(AssertionError, match=r"head.packed.data"):
+        fill_packed(packed_shell(model.config, {}), {**held, "head.packed.data": held["head.packed.data"][1:]})
+
+
+def test_loading_brings_in_no_compiler() -> None:
+    """torch's compiler, sympy and triton are a second of every start."""
+    script = """
+import sys, torch
+import moesaic.model.load
+from moesaic.model.pack import packed_shell
+from moesaic.config.model import ModelConfig
+for values in CONFIGS:
+    packed_shell(ModelConfig.from_dict(values), {})
+print([name for name in ("torch._dynamo", "sympy", "triton", "torch._inductor") if name in sys.modules])
+"""
+    script = script.replace("CONFIGS", repr([{**SIZES, **family} for family in FAMILIES.values()]))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,6 +1,7 @@
-"""Models of a few thousand weights, and a tokenizer for them."""
+"""Models of a few thousand weights, a tokenizer for them, and a browser."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -70,3 +71,57 @@ def make_model() -> Callable[..., Transformer]:
         return made[key]
 
     return make
+
+
+# Chromium's own lines about the refusals that tests arrange, and about tests that look at pixels.
+ARRANGED = (
+    *(f"the server responded with a status of {status}" for status in (400, 401, 429)),
+    "Canvas2D: Multiple readback operations",
+)
+
+
+# Of a module: while Playwright runs, its event loop would forbid other tests of this thread one of their own.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium of the system's, or a skip that says what is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("Chromium is missing: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        # --no-sandbox: tests may run as root, where the sandbox refuses to.
+        launched = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def expect(browser: Any) -> Callable[..., Any]:
+    """Playwright's `expect`, which waits."""
+    from playwright.sync_api import expect as expect_
+
+    expect_.set_options(timeout=8000)
+    return expect_
+
+
+@pytest.fixture
+def open_address(browser: Any) -> Iterator[Callable[..., Any]]:
+    """A function that opens a page; at the end none has complained: no error, no breach of its policy."""
+    problems: list[str] = []
+    contexts = []
+
+    def open_(address: str, *, width: int = 1200, height: int = 900, scheme: str = "light") -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        contexts.append(context)
+        context.set_default_timeout(8000)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+        page.on("console", lambda line: line.type in ("error", "warning") and problems.append(line.text))
+        page.goto(address)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert [problem for problem in problems if not any(known in problem for known in ARRANGED)] == []

@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,7 @@ SCHEMA = {
         "code": {"type": "string", "pattern": "^[^a-z]{3}$"},
     },
     "required": ["name", "age", "tags", "not"],
+    "additionalProperties": False,
     "$defs": {"inner": {"type": "object", "properties": {"x": {"type": "null"}}, "additionalProperties": False}},
 }
 
@@ -109,6 +111,51 @@ def test_text_under_a_grammar_matches(compiler: GrammarCompiler, tokenizer: Toke
     grammar = Grammar(kind="ebnf", text='root ::= "a" root "]" | "yes" | "é"')
     assert re.fullmatch(r"(a*)(yes|é)(\]*)", text := write(compiler.compile(grammar).matcher(), tokenizer, seed))
     assert text.count("a") == text.count("]")
+
+
+STRING = {"type": "string"}
+A = {"properties": {"a": {"type": "integer"}}}
+# A schema, a text that keeps it, one that does not: what is taken is kept.
+KEPT = [
+    ({"type": "integer", "exclusiveMinimum": 3}, "4", "3"),
+    ({"type": "number", "minimum": 1.5}, "1.6", "1.4"),
+    ({"type": "number", "maximum": 10}, "9.5", "10.5"),
+    ({**STRING, "minLength": 3}, '"abc"', '"ab"'),
+    ({**STRING, "maxLength": 5}, '"A"', '"\n"'),
+    ({**STRING, "maxLength": 5}, '"A"', '"\t"'),
+    ({**STRING, "format": "date"}, '"2020-01-02"', '"x"'),
+    ({**STRING, "pattern": "^a+$"}, '"aa"', '"b"'),
+    ({**STRING, "pattern": '^[^"a]{1,3}$'}, '"A"', '"""'),
+    ({**STRING, "pattern": "^.{1,3}$"}, '"A"', '"""'),
+    ({**STRING, "pattern": "^[ -~]$"}, '" "', '"\\"'),
+    ({"type": "object"}, '{"a":1}', "1"),
+    ({"type": "object", "minProperties": 1}, '{"a":1}', "{}"),
+    ({"type": "object", "maxProperties": 1}, '{"a":1}', '{"a":1,"b":2}'),
+    ({"type": "object", **A, "required": ["a"]}, '{"a":1,"b":3}', '{"b":2}'),
+    ({"type": "object", **A, "additionalProperties": False}, '{"a":1}', '{"a":1,"b":2}'),
+    ({**A}, '{"a":1}', '{"a":"x"}'),
+    ({"type": "object", "propertyNames": {**STRING, "pattern": "^a$"}}, '{"a":1}', '{"b":1}'),
+    ({"type": "object", "patternProperties": {"^a$": {"type": "integer"}}}, '{"a":1}', '{"a":"x"}'),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, '{"a":1}', '{"a":"x"}'),
+    ({"type": "array", "prefixItems": [{"type": "integer"}]}, '[1,"a"]', '["a"]'),
+    ({"type": "array", "items": {"type": "integer"}, "minItems": 2}, "[1, 2]", "[1]"),
+    ({"const": 5, "type": "integer"}, "5", "6"),
+    ({"enum": ["a", None]}, "null", "1"),
+    ({"type": ["integer", "null"]}, "null", '"a"'),
+    ({"oneOf": [{"type": "integer"}, STRING], "title": "x"}, "1", "null"),
+    ({"allOf": [{"type": "integer"}]}, "1", '"a"'),
+    ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}}, "3", '"a"'),
+]
+
+
+@pytest.mark.parametrize(("schema", "good", "bad"), KEPT, ids=lambda each: json.dumps(each))
+def test_what_a_schema_says_is_kept(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], good: str, bad: str
+) -> None:
+    grammar = compiler.compile(Grammar(kind="json_schema", text=json.dumps(schema)))
+    for text, is_kept in ((good, True), (bad, False)):
+        matcher = grammar.matcher()
+        assert (all(map(matcher.accept, tokenizer.encode(text))) and matcher.is_complete) == is_kept
 
 
 def test_tokens_taken_back_leave_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
@@ -185,6 +232,14 @@ def nested(depth: int) -> str:
         ("json_schema", '{"anyOf": [{"uniqueItems": true}]}', "uses uniqueItems at /anyOf/0"),
         ("json_schema", '{"allOf": [{}, {}]}', "allOf of several"),
         ("json_schema", '{"type": "string", "pattern": "a", "maxLength": 2}', "pattern together with a length"),
+        ("json_schema", '{"$ref": "#/$defs/a", "minimum": 1, "$defs": {"a": {}}}', r"\$ref beside minimum"),
+        ("json_schema", '{"type": "object", "anyOf": [{}]}', "anyOf beside type"),
+        ("json_schema", '{"enum": [1, "a"], "type": ["string", "null"]}', "1' that is no"),
+        ("json_schema", '{"const": 1.5, "type": "integer"}', "1.5' that is no integer"),
+        ("json_schema", '{"items": {"minimum": 5}}', "minimum without type integer or number at /items"),
+        ("json_schema", '{"type": "object", "required": ["a"]}', "required 'a', which is not in properties"),
+        ("json_schema", r'{"type": "string", "pattern": "a\\\\b"}', "a quotation mark or a backslash"),
+        ("json_schema", r'{"type": "string", "pattern": "a\\x22b"}', "a quotation mark or a backslash"),
         ("json_object", "{}", "it takes none"),
         ("regex", " ", "the regular expression is empty"),
         ("regex", "(a", "parenthesis is not closed; one that xgrammar compiles"),

@@ -3,6 +3,7 @@
 import base64
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moesaic.config.serve import ServerConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import MoesaicError
 from moesaic.serve.async_engine import AsyncEngine
+from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.server.admission import Admission
 from moesaic.serve.server.answers import TokenTexts
 from moesaic.serve.server.errors import ApiError, answer_error, json_response, refusal
@@ -99,13 +101,15 @@ def create_app(
     max_length: int,
     max_embedded_tokens: int,
     moe_layers: Sequence[int] = (),
+    grammars: GrammarCompiler | None = None,
     keys: Sequence[str] = (),
     web_folder: Path = WEB_FOLDER,
 ) -> FastAPI:
     """Return the server of one model; its lifespan starts and stops the engine's thread.
 
     name: what requests call the model. max_length: positions of a sequence. max_embedded_tokens: of one call of the
-    engine. moe_layers: the places of the MoE layers, for return_experts. keys: empty lets everybody in.
+    engine. moe_layers: the places of the MoE layers, for return_experts. grammars: the engine's; None refuses them.
+    keys: empty lets everybody in.
     """
     metrics = Metrics()
     admission = Admission(max_concurrent=config.max_concurrent_requests, max_queued=config.max_queued_requests)
@@ -121,6 +125,8 @@ def create_app(
         config=config,
         admission=admission,
         metrics=metrics,
+        grammars=grammars,
+        grammar_thread=ThreadPoolExecutor(1, thread_name_prefix="moesaic-grammar"),
     )
 
     @asynccontextmanager
@@ -128,6 +134,7 @@ def create_app(
         engine.start()
         yield
         await engine.stop()
+        served.grammar_thread.shutdown(wait=False, cancel_futures=True)
 
     router = APIRouter(route_class=_StrictRoute, responses=_ERRORS)
     _add_generation(router, served)

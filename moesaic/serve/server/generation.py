@@ -5,6 +5,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -12,10 +13,11 @@ from typing import Any, TypeVar, cast
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from moesaic.config.serve import Sampling, ServerConfig
+from moesaic.config.serve import Grammar, Sampling, ServerConfig
 from moesaic.data.chat import render_chat
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.serve.async_engine import AsyncEngine, Generation, PlacedOutput
+from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.outputs import RequestOutput
 from moesaic.serve.server.admission import Admission
 from moesaic.serve.server.answers import Choice, Kind, TokenTexts, Usage
@@ -45,6 +47,8 @@ class Served:
     config: ServerConfig
     admission: Admission
     metrics: Metrics
+    grammars: GrammarCompiler | None  # None: they are refused
+    grammar_thread: ThreadPoolExecutor  # of one, so that slow grammars make only one another wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +176,8 @@ async def answer(served: Served, request: Request, job: Job) -> Response:
             served.metrics.waited(queue_seconds)
             log_fields(request.scope).values["queue_seconds"] = round(queue_seconds, 4)
             name = f"{'cmpl' if job.kind == 'completion' else 'chatcmpl'}-{secrets.token_hex(12)}"
+            if job.sampling.grammar is not None:
+                await _compile(served, job.sampling.grammar)
             generation = await served.engine.submit(job.prompts, job.sampling, request_id=name, priority=job.priority)
             await stack.enter_async_context(generation)
             return _Answer(served, job, name, generation, arrival, request)
@@ -185,6 +191,17 @@ async def answer(served: Served, request: Request, job: Job) -> Response:
         made = await while_connected(request, begin(), deadline=deadline)
         return EventStream(made.events(), stack.pop_all(), deadline=deadline)
     raise AssertionError("unreachable: the stack swallows nothing")
+
+
+async def _compile(served: Served, grammar: Grammar) -> None:
+    """Have a grammar compiled beside the engine, which then finds it. Raises: ApiError, ConfigError."""
+    if served.grammars is None:
+        raise refusal(
+            "a grammar or a JSON format was asked for and this server compiles none; xgrammar is required; leave it "
+            "out, or have `pip install 'moesaic[structured]'` run where the server is.",
+            code="not_installed",
+        )
+    await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
 
 
 def deadline_of(served: Served, request: Request) -> float:

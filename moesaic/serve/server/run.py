@@ -6,17 +6,20 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from moesaic.config.serve import ServeConfig, ServerConfig
-from moesaic.errors import ConfigError
+from moesaic.config.serve import EngineConfig, ServeConfig, ServerConfig
+from moesaic.errors import ConfigError, InstallationError
 from moesaic.logs import logger
 from moesaic.model.load import LoadedModel, load_run
+from moesaic.model.transformer import Transformer
 from moesaic.serve.async_engine import AsyncEngine
 from moesaic.serve.engine import Engine
+from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.server.app import create_app
 from moesaic.serve.server.gate import KEYS_VARIABLE, read_keys
 from moesaic.serve.server.generation import Served
@@ -34,17 +37,20 @@ def serve(run: str, config: ServeConfig, *, name: str, device: str, ready: Calla
     load_run raises.
     """
     keys = read_keys(config.server.api_key_file)
-    listener = listen(config.server.host, config.server.port)  # before the model, which may take long to load
-    try:
+    with ExitStack() as stack:
+        # Before the model, which may take long to load.
+        listener = stack.enter_context(listen(config.server.host, config.server.port))
         _warn_if_open(config.server, has_keys=bool(keys))
         loaded = load_run(run, device=device)
-        speculation = config.engine.speculation
-        draft = None
-        if speculation is not None and speculation.model is not None:
-            draft = load_run(speculation.model, device=device)
-            _check_draft(speculation.model, draft, loaded)
+        grammars = _grammars_of(loaded, config.server)
+        if grammars is not None:
+            stack.callback(grammars.close)
         engine = Engine(
-            loaded.model, loaded.tokenizer, config.engine, draft_model=None if draft is None else draft.model
+            loaded.model,
+            loaded.tokenizer,
+            config.engine,
+            draft_model=_load_draft(config.engine, loaded, device=device),
+            grammars=grammars,
         )
         app = create_app(
             AsyncEngine(engine),
@@ -54,14 +60,12 @@ def serve(run: str, config: ServeConfig, *, name: str, device: str, ready: Calla
             max_length=engine.max_length,
             max_embedded_tokens=config.engine.max_batch_tokens,
             moe_layers=[layer.layer for layer in engine.stats().layers],
+            grammars=grammars,
             keys=keys,
         )
-        # Its rare lines, of requests that are no HTTP, go where ours do.
+        # uvicorn's rare lines, of requests that are no HTTP, go where ours do.
         logging.getLogger("uvicorn").handlers = logger.handlers
-        server = DrainingServer(settings_of(app), app.state.served, listener, ready=ready)
-        server.run(sockets=[listener])
-    finally:
-        listener.close()
+        DrainingServer(settings_of(app), app.state.served, listener, ready=ready).run(sockets=[listener])
 
 
 def settings_of(app: FastAPI) -> uvicorn.Config:
@@ -142,12 +146,33 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _check_draft(run: str, draft: LoadedModel, loaded: LoadedModel) -> None:
+def _load_draft(config: EngineConfig, loaded: LoadedModel, *, device: str) -> Transformer | None:
+    run = None if config.speculation is None else config.speculation.model
+    if run is None:
+        return None
+    draft = load_run(run, device=device)
     if draft.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise ConfigError(
             f"engine.speculation.model ({run}) has another tokenizer than the model it drafts for; the same is "
             f"required, since what is drafted are token ids; choose a student of the model."
         )
+    return draft.model
+
+
+def _grammars_of(loaded: LoadedModel, config: ServerConfig) -> GrammarCompiler | None:
+    try:
+        return GrammarCompiler(
+            loaded.tokenizer,
+            vocab_size=loaded.config.model.vocab_size,
+            max_bytes=config.max_grammar_bytes,
+            timeout_seconds=config.grammar_timeout_seconds,
+        )
+    except InstallationError:
+        logger.info(
+            "xgrammar is not installed: requests with a grammar or a JSON format are refused; `pip install "
+            "'moesaic[structured]'` brings it."
+        )
+        return None
 
 
 def _url(listener: socket.socket) -> str:

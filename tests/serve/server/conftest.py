@@ -1,5 +1,6 @@
 """Live servers on free ports: of a small random PR-MoE, and of an engine that can be made slow and broken."""
 
+import importlib.util
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
 from moesaic.serve.async_engine import AsyncEngine
 from moesaic.serve.engine import Engine
+from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.server.app import create_app
 from moesaic.serve.server.run import DrainingServer, listen, settings_of
 
@@ -108,13 +110,16 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: Tokeniz
 
 
 @pytest.fixture(scope="session")
-def real_app(run_folder: Path) -> Callable[..., FastAPI]:
+def real_app(run_folder: Path) -> Iterator[Callable[..., FastAPI]]:
     """A function (keys=(), engine=EngineConfig(), **ServerConfig values) that makes an application of the run."""
     loaded = load_run(run_folder, device="cpu")
+    grammars = None
+    if importlib.util.find_spec("xgrammar") is not None:
+        grammars = GrammarCompiler(loaded.tokenizer, vocab_size=VOCAB_SIZE, timeout_seconds=20)
 
     def make(*, keys: Sequence[str] = (), engine: EngineConfig | None = None, **values: Any) -> FastAPI:
         config = engine or EngineConfig(kv_cache_bytes=4 << 20)
-        made = Engine(loaded.model, loaded.tokenizer, config)
+        made = Engine(loaded.model, loaded.tokenizer, config, grammars=grammars)
         return create_app(
             AsyncEngine(made),
             loaded.tokenizer,
@@ -123,10 +128,13 @@ def real_app(run_folder: Path) -> Callable[..., FastAPI]:
             max_length=made.max_length,
             max_embedded_tokens=config.max_batch_tokens,
             moe_layers=[layer.layer for layer in made.stats().layers],
+            grammars=grammars,
             keys=keys,
         )
 
-    return make
+    yield make
+    if grammars is not None:
+        grammars.close()
 
 
 @pytest.fixture(scope="session")

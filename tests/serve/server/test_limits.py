@@ -256,6 +256,12 @@ def test_every_request_has_a_name_and_a_line_without_its_text(serve_fake: Serve)
         assert "secret" not in "".join(lines)
 
 
+def test_without_a_compiler_grammars_are_refused(serve_fake: Serve) -> None:
+    with serve_fake() as running:
+        response = complete(running, {"prompt": "x", "grammar": {"kind": "json_object"}})
+        assert response.status_code == 400 and response.json()["error"]["code"] == "not_installed"
+
+
 def test_the_page_and_its_policy(serve_fake: Serve, tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("<!doctype html><title>page</title>")
     (tmp_path / "page.js").write_text("export const a = 1;")
@@ -294,17 +300,16 @@ def test_other_origins_may_ask_only_where_the_config_says(serve_fake: Serve) -> 
 def test_while_it_drains_newcomers_are_refused_and_what_runs_finishes(serve_fake: Serve, fake: FakeEngine) -> None:
     with serve_fake(drain_seconds=60) as running:
         body = {"prompt": "x", "max_tokens": 50, "stream": True}
+        fake.go.clear()
         with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=30) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            fake.go.clear()
+            assert answer.status_code == 200  # it is under way, without a token so far
             running.server.handle_exit(signal.SIGTERM, None)
             refused = complete(running)
             assert refused.status_code == 503 and "Retry-After" in refused.headers
             assert httpx.get(f"{running.url}/ready").status_code == 503
             assert httpx.get(f"{running.url}/health").status_code == 200
             fake.go.set()
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+            assert [line for line in answer.iter_lines() if line][-1] == "data: [DONE]"
         until(lambda: running.server.should_exit)
 
 

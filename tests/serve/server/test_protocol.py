@@ -1,6 +1,8 @@
 """OpenAI's protocol, spoken by its own client, on a real engine."""
 
 import base64
+import json
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -228,6 +230,27 @@ def test_extensions_reach_the_sampler(real: Live, chat_tokenizer: Tokenizer) -> 
     stopped = ask(logit_bias={str(ids[0]): 100}, temperature=0, stop_token_ids=ids)
     assert stopped["choices"][0]["stop_reason"] == ids[0] and stopped["usage"]["completion_tokens"] == 1
     assert ask(repetition_penalty=1e6, temperature=0)["choices"][0]["text"] != greedy
+
+
+def test_a_text_matches_what_it_has_to(client: openai.OpenAI, real: Live) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+
+    def chat(response_format: Any, **values: Any) -> Any:
+        return client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=30, seed=0,
+            response_format=response_format, **values,
+        ).choices  # fmt: skip
+
+    schema = {"name": "answer", "strict": True, "schema": {"enum": ["yes", "no", 7]}}
+    for choice in chat({"type": "json_schema", "json_schema": schema}, n=4, temperature=2):
+        assert json.loads(choice.message.content) in ("yes", "no", 7) and choice.finish_reason == "stop"
+    assert chat({"type": "json_object"})[0].message.content.lstrip().startswith("{")
+    grammar = {"kind": "regex", "text": "(ab|cd){3}"}
+    (choice,) = post(real, "/v1/completions", {"prompt": "x", "max_tokens": 20, "grammar": grammar})["choices"]
+    assert re.fullmatch("(ab|cd){3}", choice["text"]) and choice["finish_reason"] == "stop"
+    for bad in ({"kind": "regex", "text": "(("}, {"kind": "json_schema", "text": "{"}, {"kind": "ebnf", "text": "x"}):
+        response = httpx.post(f"{real.url}/v1/completions", json={"prompt": "x", "grammar": bad}, timeout=60)
+        assert response.status_code == 400 and response.json()["error"]["message"].count(";") >= 2
 
 
 def test_embeddings_are_of_unit_length_in_both_forms(client: openai.OpenAI, real: Live) -> None:

@@ -1,0 +1,158 @@
+"""How long is it from the start of a process to a model's first token, and what memory do two such processes take?
+
+Qwen3-MoE-like models with random weights in bf16: hidden 1024, 16 heads and 4 key/value heads of 64, 32 experts of
+1024, top-2 renormalised, vocabulary 32,000; 16 layers are 1.72 B parameters, 9 are 1.0 B. Each measurement is a fresh
+`moesaic generate RUN --max-new-tokens 1`: without a packed file (and writing one), with one on a cold page cache, and
+warm; by the clock and in seconds of the processor, which say more where other programs run. Then two processes hold the
+same run at once, and Linux says what each has (RSS) and its share of it (PSS).
+Run: python benchmarks/loading.py FOLDER [--layers 16] [--repeats 5]    (FOLDER needs 8 GB; its runs are made once)
+     python benchmarks/loading.py FOLDER --parts     where the time of a warm start goes
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+VOCABULARY = 32_000
+GENERATE = ("-m", "moesaic", "generate", "{run}", "--prompt", "The state", "--max-new-tokens", "1")
+# A process that holds a model after a pass over 64 tokens, which reaches nearly every expert, until its input ends.
+HOLD = """
+import sys, torch
+from moesaic.model.load import load_run
+model = load_run(sys.argv[1], device="cpu").model
+with torch.no_grad():
+    model(torch.arange(64)[None])
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", action="store_true")
+    arguments = parser.parse_args()
+    run = arguments.folder / f"random-{arguments.layers}"
+    if not run.exists():
+        make_run(run, arguments.layers)
+    if arguments.parts:
+        subprocess.run([sys.executable, "-X", "importtime", *_generate(run)], check=True)
+        return
+    from measure import machine
+
+    print(machine())
+    for path in run.glob("checkpoints/*/packed-*"):
+        path.unlink()
+    print("no packed file yet: {:.1f} s, processor {:.1f} s".format(*start(run)))
+    packed = next(run.glob("checkpoints/*/packed-*"))
+    print(f"packed file: {packed.stat().st_size / 1e9:.2f} GB")
+    for name in ("cold", "warm"):
+        times: list[tuple[float, float]] = []
+        for _ in range(arguments.repeats):
+            if name == "cold":
+                forget_pages(packed)
+            times.append(start(run))
+        for unit, values in zip(("s", "s of the processor"), zip(*times, strict=True), strict=True):
+            low, middle, high = min(values), statistics.median(values), max(values)
+            print(f"{name}: {middle:.2f} {unit} (median of {len(values)}, {low:.2f} to {high:.2f})")
+    hold_two(run)
+
+
+def _generate(run: Path) -> list[str]:
+    return [part.format(run=run) for part in GENERATE]
+
+
+def start(run: Path) -> tuple[float, float]:
+    """Return the seconds, by the clock and of the processor, of a process that gives one token."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *_generate(run)], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - started, used
+
+
+def forget_pages(path: Path) -> None:
+    """Let the kernel drop what it holds of a file; the disk, or its host, may keep a cache of its own."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def hold_two(run: Path) -> None:
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for holder in holders:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+    for holder in holders:
+        sizes = dict(
+            line.split(":") for line in Path(f"/proc/{holder.pid}/smaps_rollup").read_text().splitlines() if ":" in line
+        )
+        kilobytes = {name: int(sizes[name].split()[0]) for name in ("Rss", "Pss", "Anonymous", "FilePmdMapped")}
+        print("one of two: " + ", ".join(f"{name} {value / 1e6:.2f} GB" for name, value in kilobytes.items()))
+    for holder in holders:
+        holder.communicate("")
+
+
+def make_run(run: Path, num_layers: int) -> None:
+    """Write a run folder with random weights in bf16 and a tokenizer of as many tokens."""
+    import torch
+
+    from moesaic.checkpoint.store import save_checkpoint
+    from moesaic.config.load import write_config
+    from moesaic.config.train import TrainConfig
+    from moesaic.data.tokenizer import Tokenizer
+    from moesaic.model.transformer import Transformer
+
+    config = TrainConfig.from_dict(
+        {
+            "model": {
+                "vocab_size": VOCABULARY, "hidden_size": 1024, "num_layers": num_layers, "num_heads": 16,
+                "num_kv_heads": 4, "intermediate_size": 1024, "max_positions": 4096, "tie_embeddings": False,
+                "qk_norm": "head", "moe": {"num_experts": 32, "top_k": 2, "router": {"renormalize": True}},
+            },
+            "data": {"path": "none", "sequence_length": 1024},
+            "tokens": 1_000_000,
+        }
+    )  # fmt: skip
+    run.mkdir(parents=True)
+    Tokenizer(make_tokenizer()).save(run)
+    torch.set_default_dtype(torch.bfloat16)
+    model = Transformer(config.model, compute_dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.float32)
+    state = dict(model.initialize(0).state_dict())
+    save_checkpoint(run, 1, model=state, optimizer={}, metadata={"validation_loss": 1.0})
+    write_config(config, run / "config.yaml")
+
+
+def make_tokenizer() -> str:
+    """Return a byte-level BPE of VOCABULARY tokens as tokenizer.json: the bytes, then pairs of them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = list(product(alphabet, alphabet))[: VOCABULARY - len(alphabet) - 1]
+    tokens = ["<|endoftext|>", *alphabet, *("".join(pair) for pair in pairs)]
+    inner = Tokenizer(models.BPE({token: place for place, token in enumerate(tokens)}, pairs))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|endoftext|>"])
+    text: str = inner.to_str()
+    assert json.loads(text)["model"]["vocab"].keys() == set(tokens)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The file of a run's packed weights: written once, so that every later start maps it instead of packing.
+
+It lies beside the checkpoint it was made of and goes when that goes; where the run cannot be written to, in the user's
+cache folder. What it was made of is its key: a file with another one is made again. How such a file looks is
+checkpoint/mapped.py's business, what it holds model/pack.py's.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from moesaic.checkpoint.mapped import mapped_size, open_mapped, write_mapped
+from moesaic.checkpoint.quantized import KEY as QUANTIZATION
+from moesaic.checkpoint.store import CheckpointInfo
+from moesaic.config.model import ModelConfig
+from moesaic.errors import CheckpointError
+from moesaic.kernels.limits import cache_folder
+from moesaic.kernels.packed import LAYOUT_VERSION
+from moesaic.logs import logger
+from moesaic.model.pack import fill_packed, packed_tensors
+from moesaic.model.transformer import Transformer
+
+# write: map the file, and write it where there is none; read: map it where there is one; off: neither.
+PackedFilePolicy = Literal["write", "read", "off"]
+# A smaller model is packed in a second or two, and not worth a file.
+SMALLEST_BYTES = 64 << 20
+# Left free on the disk.
+_SPARE_BYTES = 1 << 30
+_KEPT_DAYS = 60
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """Where a checkpoint's packed weights may lie, the best place first, and the key that says what they were made of.
+
+    precision: "bf16", "int8" for matrices that are rounded when they are loaded, "stored" for a quantised run.
+    """
+
+    places: tuple[Path, ...]
+    key: str
+
+    @classmethod
+    def of(cls, info: CheckpointInfo, config: ModelConfig, *, precision: str) -> "PackedFile":
+        made_of = {
+            "layout": LAYOUT_VERSION,
+            "precision": precision,
+            "weights": info.files.get("model.safetensors"),
+            "quantization": info.metadata.get(QUANTIZATION),
+            "model": config.to_dict(),
+        }
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        in_cache = cache_folder() / "packed" / f"{key[:32]}.safetensors"
+        return cls((info.path / f"packed-{precision}.safetensors", in_cache), key)
+
+
+def load_packed(
+    file: PackedFile,
+    shell: Transformer,
+    pack: Callable[[], Transformer],
+    *,
+    policy: PackedFilePolicy,
+) -> Transformer:
+    """Return the shell filled from the file, or what pack() gives, which is kept if policy says so.
+
+    Several processes that want to write at once wait for the first, and map what it wrote.
+    """
+    wanted = packed_tensors(shell)
+    if policy == "off" or mapped_size(wanted) < SMALLEST_BYTES:
+        return pack()
+    for place in file.places:
+        if (tensors := _open(place, file.key, wanted)) is not None:
+            return fill_packed(shell, tensors)
+    packed: Transformer | None = None
+    for place in file.places if policy == "write" else ():
+        try:
+            with _turn_to_write(place) as writing:
+                tensors = _open(place, file.key, wanted)
+                if tensors is None:
+                    _check_space(place.parent, mapped_size(wanted))
+                    logger.info(
+                        "Packing the weights, and keeping them in %s (%.1f GB), so that the next start takes seconds.",
+                        place, mapped_size(wanted) / 1e9,
+                    )  # fmt: skip
+                    packed = packed or pack()
+                    _write(writing, place, packed_tensors(packed), file.key)
+                    tensors = _open(place, file.key, wanted)
+            _forget_old(file.places[-1].parent)
+            if tensors is not None:
+                return fill_packed(shell, tensors)
+        except OSError as error:
+            logger.warning("Packed weights cannot be kept in %s: %s.", place.parent, error.strerror or error)
+    return packed or pack()
+
+
+def _open(place: Path, key: str, wanted: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return a file's tensors, None where there is no file or not the one that is wanted."""
+    if not place.exists():
+        return None
+    try:
+        tensors = open_mapped(place, key=key).tensors
+        wrong = [name for name in wanted.keys() | tensors.keys() if not _is_alike(wanted.get(name), tensors.get(name))]
+        if wrong:
+            raise CheckpointError(f"{place} holds other tensors than the model ({sorted(wrong)[:3]}).")
+    except CheckpointError as error:
+        logger.warning("Passing over a file of packed weights: %s", error)
+        return None
+    with suppress(OSError):  # of use in the cache alone, which forgets what nobody has used for long
+        os.utime(place)
+    return tensors
+
+
+def _is_alike(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape and one.dtype == other.dtype
+
+
+def _write(writing: FileIO, place: Path, tensors: dict[str, Tensor], key: str) -> None:
+    """Write the file under its temporary name, read it back, and give it its own. Raises: OSError."""
+    temporary = _temporary(place)
+    writing.truncate(0)
+    try:
+        write_mapped(writing, tensors, key=key)
+        os.fsync(writing.fileno())
+        open_mapped(temporary, key=key).check()
+        temporary.replace(place)
+    except (OSError, CheckpointError) as error:
+        with suppress(OSError):
+            writing.truncate(0)  # whoever waits for it finds it empty and tries as well
+            temporary.unlink()
+        raise error if isinstance(error, OSError) else OSError(str(error)) from None
+
+
+def _temporary(place: Path) -> Path:
+    return place.with_name(f".writing-{place.name}")
+
+
+@contextmanager
+def _turn_to_write(place: Path) -> Iterator[FileIO]:
+    """Give the file to write, under its temporary name, to one process at a time.
+
+    The lock is on the file itself: when its writer has renamed it, those who waited have to open the next one. What a
+    process that was killed has left is taken over. Raises: OSError where no file can be written or locked.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(place)
+    while True:
+        writing = FileIO(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        with writing:
+            _lock(writing)
+            try:
+                is_current = os.path.samestat(os.fstat(writing.fileno()), temporary.stat())
+            except FileNotFoundError:
+                is_current = False
+            if is_current:
+                try:
+                    yield writing
+                finally:
+                    with suppress(OSError):
+                        if os.path.samestat(os.fstat(writing.fileno()), temporary.stat()):
+                            temporary.unlink()  # it was not needed, or not finished
+                return
+
+
+def _lock(file: FileIO) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock, and no kernels to pack for
+        raise OSError("this system cannot lock files") from None
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size + _SPARE_BYTES:
+        raise OSError(f"{size / 1e9:.1f} GB and a spare one are required, and {free / 1e9:.1f} GB are free")
+
+
+def _forget_old(folder: Path) -> None:
+    """Delete what nobody has used for long from the cache; a process that has a file mapped keeps it."""
+    oldest = time.time() - _KEPT_DAYS * 86400
+    for path in folder.glob("*.safetensors"):
+        with suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                path.unlink()
