@@ -54,8 +54,10 @@ PROMPT = 512
 FORMATS = ("bf16", "int8", "int4")
 LLAMA_FORMATS = ("bf16", "q8_0", "q4_0")
 START_SECONDS = 600.0
-# Chunks of prompts and steps that every server gets alike; llama-server divides its context among its slots.
+# Sequences that run at once; llama-server divides its context among its slots, so that more would take more memory.
 MAX_SEQUENCES, LLAMA_SLOTS = 64, 16
+# In the second half of a soak, when everything has been used once.
+MOST_GROWTH_MB = 32.0
 
 
 def main() -> None:
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--llama-formats", nargs="+", default=list(LLAMA_FORMATS), choices=LLAMA_FORMATS)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="servers: of each server")
     parser.add_argument("--clients", type=int, default=64, help="soak")
+    parser.add_argument("--soak-kv-bytes", type=int, default=256 << 20, help="soak: the server's keys and values")
     parser.add_argument("--output", type=Path, help="engine, soak: the figures as JSON")
     arguments = parser.parse_args()
     if arguments.part != "engine" and arguments.folder is None:
@@ -292,28 +295,28 @@ def servers_part(arguments: argparse.Namespace) -> None:
     from moesaic.report.serving_plots import write_serving_plot
 
     contenders = list(_contenders(arguments))
-    count = arguments.requests or 100
+    count, traces = arguments.requests or 100, ("azure_llm_2023_conv.csv", "sharegpt_lengths_gpt2.csv")
+    loads = [(trace, rate) for trace in traces for rate in arguments.rates]
     results: dict[tuple[str, float], dict[str, list[ServingResult]]] = {}
     memory: dict[str, tuple[float, float]] = {}
     for round_number in range(arguments.rounds):
         for contender in contenders:
             log = arguments.folder / f"{contender.name.replace(' ', '-')}.log"
             with started(contender, log) as server:
-                for trace in ("azure_llm_2023_conv.csv", "sharegpt_lengths_gpt2.csv"):
-                    for rate in arguments.rates:
-                        workload = Workload(
-                            trace=arguments.traces / trace,
-                            rate=rate,
-                            num_requests=count,
-                            max_prompt_tokens=arguments.max_prompt_tokens,
-                            max_output_tokens=arguments.max_output_tokens,
-                            seed=round_number,
-                        )
-                        result = bench_serving(Endpoint(url=server.url), workload, name=contender.name)
-                        results.setdefault((trace, rate), {}).setdefault(contender.name, []).append(result)
-                        stem = f"{trace.split('_')[0]}-{rate:g}-{contender.name.replace(' ', '-')}-{round_number}"
-                        write_serving(arguments.folder / "results" / f"{stem}.json", result)
-                        print(f"{stem}: good {result.summary().goodput_share:.0%}", flush=True)
+                for number, (trace, rate) in enumerate(loads):
+                    workload = Workload(
+                        trace=arguments.traces / trace,
+                        rate=rate,
+                        num_requests=count,
+                        max_prompt_tokens=arguments.max_prompt_tokens,
+                        max_output_tokens=arguments.max_output_tokens,
+                        seed=round_number * len(loads) + number,  # no server may know the prompts already
+                    )
+                    result = bench_serving(Endpoint(url=server.url), workload, name=contender.name)
+                    results.setdefault((trace, rate), {}).setdefault(contender.name, []).append(result)
+                    stem = f"{trace.split('_')[0]}-{rate:g}-{contender.name.replace(' ', '-')}-{round_number}"
+                    write_serving(arguments.folder / "results" / f"{stem}.json", result)
+                    print(f"{stem}: good {result.summary().goodput_share:.0%}", flush=True)
                 memory[contender.name] = (server.seconds, server.memory_bytes("VmHWM") / 1e6)
     print(machine())
     print_table([{"server": name, "start s": start, "peak MB": peak} for name, (start, peak) in memory.items()])
@@ -469,7 +472,11 @@ def soak_part(arguments: argparse.Namespace) -> int:
     count = arguments.requests or 10_000
     contender = ours(
         arguments.folder, arguments.formats[0], threads=str(arguments.threads),
-        settings=[f"server.max_concurrent_requests={4 * arguments.clients}"],
+        settings=[
+            f"server.max_concurrent_requests={4 * arguments.clients}",
+            # So little that sequences are preempted, and that all of it has been touched long before the end.
+            f"engine.kv_cache_bytes={arguments.soak_kv_bytes}",
+        ],
     )  # fmt: skip
     with started(contender, arguments.folder / "soak.log") as server:
         report = asyncio.run(_soak(server, count=count, num_clients=arguments.clients))
@@ -505,9 +512,11 @@ async def _soak(server: Started, *, count: int, num_clients: int) -> dict[str, A
         health = (await http.get("/health")).status_code
     memory.append(server.memory_bytes() / 1e6)
     kept = after["kv_blocks_used"] - before["kv_blocks_used"]
+    growth = memory[-1] - memory[len(memory) // 2]
+    is_idle = after["num_running"] == after["num_waiting"] == 0
     return {
-        "passed": not soak.lost and kept == 0 and after["num_running"] == after["num_waiting"] == 0 and first == last
-        and health == 200,
+        "passed": not soak.lost and kept == 0 and is_idle and first == last and health == 200
+        and growth <= MOST_GROWTH_MB,
         "requests": count,
         "clients": num_clients,
         "seconds": round(seconds, 1),
@@ -516,7 +525,9 @@ async def _soak(server: Started, *, count: int, num_clients: int) -> dict[str, A
         "lost_examples": soak.lost[:5],
         "kv_blocks_used": [before["kv_blocks_used"], after["kv_blocks_used"]],
         "kv_blocks_cached": [before["kv_blocks_cached"], after["kv_blocks_cached"]],
+        "preemptions": after["num_preemptions"] - before["num_preemptions"],
         "memory_mb_by_tenths": [round(each) for each in memory],
+        "memory_growth_mb_of_second_half": round(growth, 1),
         "same_answer_at_the_end": first == last,
         "health": health,
     }  # fmt: skip

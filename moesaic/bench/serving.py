@@ -111,7 +111,7 @@ async def drive(
         created = datetime.now(UTC).isoformat(timespec="seconds")
         results = await _send_all(client, workload, requests, show)
     return ServingResult(
-        name=name or model,
+        name=name or model.rstrip("/").rsplit("/", 1)[-1],  # without the folder or the owner
         url=endpoint.base,
         model=model,
         created=created,

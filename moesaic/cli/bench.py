@@ -251,13 +251,13 @@ def _print_serving(result: "ServingResult") -> None:
     console, summary = Console(), result.summary()
     table = Table(title=f"{result.name}: {result.model} at {result.url}", title_justify="left")
     for number, column in enumerate(("seconds", "mean", "p50", "p90", "p95", "p99", "most")):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for label, values in (
-        ("to the first token (TTFT)", summary.ttft),
-        ("per token behind it (TPOT)", summary.tpot),
+        ("first token (TTFT)", summary.ttft),
+        ("per token (TPOT)", summary.tpot),
         ("between chunks", summary.inter_token),
         ("end to end", summary.end_to_end),
-        ("sent too late, by us", summary.lateness),
+        ("sent late, by us", summary.lateness),
     ):
         if values is None:
             table.add_row(label, *["-"] * 6)

@@ -43,7 +43,9 @@ def serving_figure(results: Sequence[ServingResult]) -> Figure:
             first, [each.ttft_seconds for each in result.completed], len(result.requests), colour,
             f"{result.name}: good {percent(summary.goodput_share)}" + (f", {failed} failed" if failed else ""),
         )  # fmt: skip
-        _draw_shares(each_token, [each.tpot_seconds for each in result.completed], len(result.requests), colour, "")
+        # Answers of one token have no time per token behind it: no reason for a curve to end lower.
+        tpots = [each.tpot_seconds for each in result.completed]
+        _draw_shares(each_token, tpots, len(result.requests) - tpots.count(None), colour, "")
     _finish_shares(first, "Time to the first token", {each.ttft_limit_seconds for each in results})
     _finish_shares(each_token, "Time per token behind it", {each.tpot_limit_seconds for each in results})
     if results:

@@ -61,6 +61,13 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert rates.sum() * (times[1] - times[0]) == pytest.approx(60 * 20)
 
 
+def test_an_answer_of_one_token_is_no_failure() -> None:
+    run = run_of("ours", seed=0, count=10, failing=2)
+    single = run_of("single", seed=0, count=5, output_tokens=1).requests
+    _, each_token, _ = serving_figure([replace(run, requests=(*run.requests, *single))]).axes
+    assert each_token.lines[0].get_ydata()[-1] == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize(
     "results",
     [
