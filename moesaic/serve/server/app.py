@@ -31,6 +31,7 @@ from moesaic.serve.server.errors import ApiError, answer_error, json_response, r
 from moesaic.serve.server.gate import ApiKeys, Journal, WholeBody
 from moesaic.serve.server.generation import (
     Served,
+    Student,
     answer,
     deadline_of,
     encode,
@@ -99,6 +100,7 @@ def create_app(
     max_length: int,
     max_embedded_tokens: int,
     moe_layers: Sequence[int] = (),
+    student: Student | None = None,
     grammars: GrammarCompiler | None = None,
     keys: Sequence[str] = (),
     web_folder: Path = WEB_FOLDER,
@@ -106,8 +108,8 @@ def create_app(
     """Return the server of one model; its lifespan starts and stops the engine's thread.
 
     name: what requests call the model. max_length: positions of a sequence. max_embedded_tokens: of one call of the
-    engine. moe_layers: the places of the MoE layers, for return_experts. grammars: the engine's; None refuses them.
-    keys: empty lets everybody in.
+    engine. moe_layers: the places of the MoE layers, for return_experts. student: who helps out, where the engine has
+    one. grammars: the engine's; None refuses them. keys: empty lets everybody in.
     """
     metrics = Metrics()
     admission = Admission(max_concurrent=config.max_concurrent_requests, max_queued=config.max_queued_requests)
@@ -119,6 +121,7 @@ def create_app(
         max_length=max_length,
         max_embedded_tokens=max_embedded_tokens,
         moe_layers=tuple(moe_layers),
+        student=student,
         created=int(time.time()),
         config=config,
         admission=admission,

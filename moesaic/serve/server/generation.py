@@ -43,12 +43,21 @@ class Served:
     max_length: int  # positions of a sequence
     max_embedded_tokens: int  # of one call
     moe_layers: tuple[int, ...]  # the places of the MoE layers
+    student: "Student | None"  # who helps out under overload
     created: int  # seconds since 1970
     config: ServerConfig
     admission: Admission
     metrics: Metrics
     grammars: GrammarCompiler | None  # None: they are refused
     grammar_thread: ThreadPoolExecutor  # of one, so that slow grammars make only one another wait
+
+
+@dataclass(frozen=True)
+class Student:
+    """Who answers under overload: its name, and the places of its MoE layers."""
+
+    name: str
+    moe_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +264,7 @@ class _Answer:
         self._usage = [Usage() for _ in job.prompts]
         self._completion_tokens = [0] * len(self._choices)
         self._has_first_token = False
+        self._model = served.name
 
     async def whole(self) -> dict[str, Any]:
         """Return the answer when all its texts have ended."""
@@ -271,23 +281,21 @@ class _Answer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream, those that came together in one piece."""
         kind = "text_completion" if self._job.kind == "completion" else "chat.completion.chunk"
-        head = self._head(kind)
-        if self._job.streams_usage:
-            head["usage"] = None
         begun = [self._job.kind == "completion"] * len(self._choices)
         async for news in self._generation:
             events = []
-            for placed in news:
-                for choice, part in self._take(placed):
-                    has_more = any(part.get(key) for key in ("text", "experts")) or _has_logprobs(part)
-                    if has_more or choice.finish_reason is not None:
-                        chunk = choice.chunk(part, is_first=not begun[choice.index])
-                        begun[choice.index] = True
-                        events.append(_event({**head, "choices": [chunk]}))
+            parts = [each for placed in news for each in self._take(placed)]
+            head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
+            for choice, part in parts:
+                has_more = any(part.get(key) for key in ("text", "experts")) or _has_logprobs(part)
+                if has_more or choice.finish_reason is not None:
+                    chunk = choice.chunk(part, is_first=not begun[choice.index])
+                    begun[choice.index] = True
+                    events.append(_event({**head, "choices": [chunk]}))
             if events:
                 yield b"".join(events)
         if self._job.streams_usage:
-            yield _event({**head, "choices": [], "usage": self._total_usage().as_dict()})
+            yield _event({**self._head(kind), "choices": [], "usage": self._total_usage().as_dict()})
         yield b"data: [DONE]\n\n"
 
     def _take(self, placed: PlacedOutput) -> list[tuple[Choice, dict[str, Any]]]:
@@ -299,6 +307,9 @@ class _Answer:
             raise ApiError(500, output.message or "the engine failed; see the server's log.", code="engine_error")
         n = self._job.sampling.n
         choice = self._choices[prompt * n + output.index]
+        if output.is_by_student and (student := self._served.student) is not None:
+            self._model, choice.moe_layers = student.name, student.moe_layers
+            log_fields(self._request.scope).values["model"] = student.name
         self._measure(choice.index, output)
         usage = self._usage[prompt]
         usage.prompt_tokens = output.prompt_tokens
@@ -347,7 +358,7 @@ class _Answer:
             "id": self._name,
             "object": kind,
             "created": self._created,
-            "model": self._served.name,
+            "model": self._model,
             "system_fingerprint": None,
         }
 
