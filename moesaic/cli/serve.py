@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +16,10 @@ def serve(
     port: Annotated[int | None, typer.Option(help="0: any that is free; the same as --set server.port=.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=VALUE, as often as needed (docs/guides/serve.md).")
+    ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp32", "int8"] | None,
+        typer.Option(help="Of matrix work; int8 rounds the weights. Otherwise as the run was trained or quantised."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -46,5 +50,6 @@ def serve(
         resolved,
         name=folder.name if folder is not None and folder.name else run,
         device=device,
+        precision=precision,
         ready=lambda url: typer.echo(f"Serving {run} at {url} (Ctrl-C ends it)."),
     )

@@ -22,7 +22,9 @@ pytest.importorskip("fastapi", reason="the server is FastAPI's (extra `serve`)")
 def test_it_serves_and_a_signal_lets_what_runs_finish(trained_run: Path) -> None:
     command = [sys.executable, "-m", "moesaic", "serve", str(trained_run), "--port", "0", "--device", "cpu"]
     draft = f"engine.speculation={{method: model, model: {trained_run}}}"  # it drafts for itself
+    helper = f"overload={{model: {trained_run}, max_texts: 1}}"
     settings = ["--set", "server.served_model_name=served", "--set", "engine.max_sequences=2", "--set", draft]
+    settings += ["--set", helper, "--precision", "int8"]
     process = subprocess.Popen(
         [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -30,6 +32,9 @@ def test_it_serves_and_a_signal_lets_what_runs_finish(trained_run: Path) -> None
     assert process.stdout is not None
     found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
     assert found, process.communicate()
+    both = {"prompt": ["x", "y"], "max_tokens": 1}  # the second finds the model at work, and is the other's
+    answered = httpx.post(f"{found[0]}/v1/completions", json=both, timeout=60).json()
+    assert answered["model"] == trained_run.name
     body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True, "model": "served"}
     with httpx.stream("POST", f"{found[0]}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()

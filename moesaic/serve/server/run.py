@@ -7,7 +7,9 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,21 +19,31 @@ from moesaic.errors import ConfigError, InstallationError
 from moesaic.logs import logger
 from moesaic.model.load import LoadedModel, load_run
 from moesaic.model.transformer import Transformer
-from moesaic.serve.async_engine import AsyncEngine
+from moesaic.serve.async_engine import AsyncEngine, StepEngine
 from moesaic.serve.engine import Engine
 from moesaic.serve.grammar import GrammarCompiler
+from moesaic.serve.overload import EngineWithStudent
 from moesaic.serve.server.app import create_app
 from moesaic.serve.server.gate import KEYS_VARIABLE, read_keys
-from moesaic.serve.server.generation import Served
+from moesaic.serve.server.generation import Served, Student
 
 # Answers that are ended at the drain's end have so long to be sent.
 _FAREWELL_SECONDS = 5
 
 
-def serve(run: str, config: ServeConfig, *, name: str, device: str, ready: Callable[[str], None]) -> None:
+def serve(
+    run: str,
+    config: ServeConfig,
+    *,
+    name: str,
+    device: str,
+    precision: Literal["bf16", "fp32", "int8"] | None = None,
+    ready: Callable[[str], None],
+) -> None:
     """Serve the model that RUN or RUN@step names until SIGTERM or SIGINT, and then let what runs finish.
 
-    name: what requests call it where the config does not say. ready: called with the URL when requests are taken.
+    name: what requests call it where the config does not say. precision: of the model's matrices, as load_run takes it.
+    ready: called with the URL when requests are taken.
 
     Raises: ConfigError for an address that cannot be had, for keys, and for settings that the model cannot meet; what
     load_run raises.
@@ -41,7 +53,7 @@ def serve(run: str, config: ServeConfig, *, name: str, device: str, ready: Calla
         # Before the model, which may take long to load.
         listener = stack.enter_context(listen(config.server.host, config.server.port))
         _warn_if_open(config.server, has_keys=bool(keys))
-        loaded = load_run(run, device=device)
+        loaded = load_run(run, device=device, precision=precision, packed_file="write")
         grammars = _grammars_of(loaded, config.server)
         if grammars is not None:
             stack.callback(grammars.close)
@@ -52,14 +64,23 @@ def serve(run: str, config: ServeConfig, *, name: str, device: str, ready: Calla
             draft_model=_load_draft(config.engine, loaded, device=device),
             grammars=grammars,
         )
+        driven: StepEngine = engine
+        student = None
+        if config.overload is not None:
+            run_of_student = config.overload.model
+            other = _load_beside("overload.model", run_of_student, loaded, device=device)
+            helping = Engine(other.model, other.tokenizer, config.engine.replace(speculation=None), grammars=grammars)
+            driven = EngineWithStudent(engine, helping, max_texts=config.overload.max_texts)
+            student = Student(Path(run_of_student).name, tuple(layer.layer for layer in helping.stats().layers))
         app = create_app(
-            AsyncEngine(engine),
+            AsyncEngine(driven),
             loaded.tokenizer,
             config.server,
             name=config.server.served_model_name or name,
             max_length=engine.max_length,
             max_embedded_tokens=config.engine.max_batch_tokens,
             moe_layers=[layer.layer for layer in engine.stats().layers],
+            student=student,
             grammars=grammars,
             keys=keys,
         )
@@ -150,13 +171,23 @@ def _load_draft(config: EngineConfig, loaded: LoadedModel, *, device: str) -> Tr
     run = None if config.speculation is None else config.speculation.model
     if run is None:
         return None
-    draft = load_run(run, device=device)
-    if draft.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+    return _load_beside("engine.speculation.model", run, loaded, device=device).model
+
+
+def _load_beside(key: str, run: str, loaded: LoadedModel, *, device: str) -> LoadedModel:
+    """Load a second model that takes the same token ids."""
+    other = load_run(run, device=device, packed_file="write")
+    if other.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise ConfigError(
-            f"engine.speculation.model ({run}) has another tokenizer than the model it drafts for; the same is "
-            f"required, since what is drafted are token ids; choose a student of the model."
+            f"{key} ({run}) has another tokenizer than the model that is served; the same is required, since token ids "
+            f"go to both; choose a student of the model."
         )
-    return draft.model
+    if other.config.model.vocab_size != loaded.config.model.vocab_size:
+        raise ConfigError(
+            f"{key} ({run}) has a vocabulary of {other.config.model.vocab_size}, and the model that is served one of "
+            f"{loaded.config.model.vocab_size}; the same is required; choose a student of the model."
+        )
+    return other
 
 
 def _grammars_of(loaded: LoadedModel, config: ServerConfig) -> GrammarCompiler | None:

@@ -20,10 +20,12 @@ from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
-from moesaic.serve.async_engine import AsyncEngine
+from moesaic.serve.async_engine import AsyncEngine, StepEngine
 from moesaic.serve.engine import Engine
 from moesaic.serve.grammar import GrammarCompiler
+from moesaic.serve.overload import EngineWithStudent
 from moesaic.serve.server.app import create_app
+from moesaic.serve.server.generation import Student
 from moesaic.serve.server.run import DrainingServer, listen, settings_of
 
 from ..conftest import TEXT, VOCAB_SIZE
@@ -111,23 +113,39 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: Tokeniz
 
 @pytest.fixture(scope="session")
 def real_app(run_folder: Path) -> Iterator[Callable[..., FastAPI]]:
-    """A function (keys=(), engine=EngineConfig(), **ServerConfig values) that makes an application of the run."""
+    """A function (keys=(), engine=EngineConfig(), student=None, **ServerConfig values) that makes an application.
+
+    student: a model that answers while another text runs or waits.
+    """
     loaded = load_run(run_folder, device="cpu")
     grammars = None
     if importlib.util.find_spec("xgrammar") is not None:
         grammars = GrammarCompiler(loaded.tokenizer, vocab_size=VOCAB_SIZE, timeout_seconds=20)
 
-    def make(*, keys: Sequence[str] = (), engine: EngineConfig | None = None, **values: Any) -> FastAPI:
+    def make(
+        *,
+        keys: Sequence[str] = (),
+        engine: EngineConfig | None = None,
+        student: Transformer | None = None,
+        **values: Any,
+    ) -> FastAPI:
         config = engine or EngineConfig(kv_cache_bytes=4 << 20)
         made = Engine(loaded.model, loaded.tokenizer, config, grammars=grammars)
+        driven: StepEngine = made
+        helps: Student | None = None
+        if student is not None:
+            helping = Engine(student, loaded.tokenizer, config)
+            driven = EngineWithStudent(made, helping, max_texts=1)
+            helps = Student("student", tuple(layer.layer for layer in helping.stats().layers))
         return create_app(
-            AsyncEngine(made),
+            AsyncEngine(driven),
             loaded.tokenizer,
             ServerConfig(**values),
             name="tiny",
             max_length=made.max_length,
             max_embedded_tokens=config.max_batch_tokens,
             moe_layers=[layer.layer for layer in made.stats().layers],
+            student=helps,
             grammars=grammars,
             keys=keys,
         )

@@ -6,16 +6,21 @@ import json
 import re
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
+from moesaic.config.model import ModelConfig
 from moesaic.data.tokenizer import Tokenizer
+from moesaic.model.load import load_run
+from moesaic.model.transformer import Transformer
 
-from .conftest import Live
+from .conftest import Live, live
 
 PROMPT = "The state of the Union"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 9}
@@ -44,6 +49,23 @@ def test_a_completion_says_what_it_is_and_what_it_took(client: openai.OpenAI, ch
     assert done.usage.completion_tokens <= 9
     again = client.completions.create(model="tiny", prompt=PROMPT, **GREEDY)
     assert again.choices[0].text == choice.text and again.id != done.id
+
+
+def test_a_student_that_helps_out_is_named(real_app: Callable[..., FastAPI], run_folder: Path) -> None:
+    config = load_run(run_folder, device="cpu").config.model
+    experts = {"num_experts": 3, "layers": [config.num_layers - 1]}
+    values = {**config.to_dict(), "moe": experts, "num_kv_heads": config.num_kv_heads}
+    student = Transformer(ModelConfig.from_dict(values)).initialize(9)
+    with live(real_app(student=student)) as served, openai.OpenAI(base_url=f"{served.url}/v1", api_key="x") as client:
+        ask = {"model": "tiny", "extra_body": {"return_experts": True}, **GREEDY}
+        alone = client.completions.create(prompt=PROMPT, **ask)
+        both = client.completions.create(prompt=[PROMPT, "x"], **ask)  # the second finds the model at work
+        assert (alone.model, both.model) == ("tiny", "student")
+        assert both.choices[0].text == alone.choices[0].text
+        layers = [{layer["layer"] for token in choice.experts for layer in token["layers"]} for choice in both.choices]
+        assert layers[1] == {config.num_layers - 1} and layers[0] != layers[1]
+        streamed = list(client.completions.create(prompt=[PROMPT, "x"], stream=True, **ask))
+        assert streamed[-1].model == "student"
 
 
 def test_a_prompt_is_a_text_or_ids_or_several_of_either(client: openai.OpenAI, chat_tokenizer: Tokenizer) -> None:
