@@ -123,9 +123,7 @@ class ServerConfig(Config):
     served_model_name: str | None = Field(
         default=None, min_length=1, description="what requests call the model; null: the run's name"
     )
-    api_key_file: str | None = Field(
-        default=None, description="a file with one key per line; a line that begins with # is none"
-    )
+    api_key_file: str | None = Field(default=None, description="a file with one key per line; # first in it: a comment")
     allowed_origins: tuple[str, ...] = Field(
         default=(), description="web pages of other origins that may ask (CORS), as https://example.org"
     )
@@ -157,8 +155,16 @@ class ServerConfig(Config):
         return origins
 
 
+class OverloadConfig(Config):
+    """A student that helps out: while the model has much to do, new requests are answered by it."""
+
+    model: str = Field(min_length=1, description="RUN or RUN@step of the same tokenizer")
+    max_texts: int = Field(ge=1, description="while so many of the model's texts run or wait, new ones are the other's")
+
+
 class ServeConfig(Config):
     """What `moesaic serve` starts: an engine, and a server before it."""
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
+    overload: OverloadConfig | None = None

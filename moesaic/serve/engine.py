@@ -139,6 +139,11 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work or bool(self._pending)
 
+    @property
+    def num_texts(self) -> int:
+        """Texts that run or wait."""
+        return sum(len(texts) for texts in self._requests.values())
+
     def add_request(
         self, prompt: Sequence_[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
     ) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,13 +13,16 @@ from typing import Any
 
 import pytest
 
+from moesaic.data.tokenizer import Tokenizer
+
 httpx = pytest.importorskip("httpx", reason="httpx asks the server (extra `dev`)")
 pytest.importorskip("fastapi", reason="the server is FastAPI's (extra `serve`)")
 
 
 def test_it_serves_and_a_signal_lets_what_runs_finish(trained_run: Path) -> None:
     command = [sys.executable, "-m", "moesaic", "serve", str(trained_run), "--port", "0", "--device", "cpu"]
-    settings = ["--set", "server.served_model_name=served", "--set", "engine.max_sequences=2"]
+    draft = f"engine.speculation={{method: model, model: {trained_run}}}"  # it drafts for itself
+    settings = ["--set", "server.served_model_name=served", "--set", "engine.max_sequences=2", "--set", draft]
     process = subprocess.Popen(
         [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -53,3 +57,12 @@ def test_a_mistake_ends_with_what_to_do(cli: Any, trained_run: Path, tmp_path: P
             result = cli("serve", *arguments)
             assert result.status == 2 and words in result.err and result.err.count(";") >= 2
             assert "Traceback" not in result.err and result.out == ""
+
+
+def test_a_draft_of_another_tokenizer_is_refused(cli: Any, trained_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained_run, other)
+    Tokenizer.train(["other words " * 50], vocab_size=280).save(other)
+    draft = f"engine.speculation={{method: model, model: {other}}}"
+    result = cli("serve", trained_run, "--port", "0", "--device", "cpu", "--set", draft)
+    assert result.status == 2 and "has another tokenizer" in result.err and result.err.count(";") >= 2

@@ -20,7 +20,7 @@ from moesaic.config.model import (
     RouterConfig,
 )
 from moesaic.config.presets import preset_names
-from moesaic.config.serve import EngineConfig, Grammar, Sampling
+from moesaic.config.serve import Grammar, Sampling
 from moesaic.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -47,7 +47,6 @@ SECTIONS: dict[str, type[Config]] = {
     "`distill`": DistillConfig,
     "`Sampling`": Sampling,
     "`Grammar`": Grammar,
-    "`EngineConfig`": EngineConfig,
 }
 
 

@@ -31,12 +31,11 @@ from moesaic.serve.server.errors import ApiError, answer_error, json_response, r
 from moesaic.serve.server.gate import ApiKeys, Journal, WholeBody
 from moesaic.serve.server.generation import (
     Served,
+    Student,
     answer,
     deadline_of,
     encode,
     read_prompts,
-    understand_chat,
-    understand_completion,
     while_connected,
 )
 from moesaic.serve.server.metrics import Metrics, describe_experts
@@ -101,6 +100,7 @@ def create_app(
     max_length: int,
     max_embedded_tokens: int,
     moe_layers: Sequence[int] = (),
+    student: Student | None = None,
     grammars: GrammarCompiler | None = None,
     keys: Sequence[str] = (),
     web_folder: Path = WEB_FOLDER,
@@ -108,8 +108,8 @@ def create_app(
     """Return the server of one model; its lifespan starts and stops the engine's thread.
 
     name: what requests call the model. max_length: positions of a sequence. max_embedded_tokens: of one call of the
-    engine. moe_layers: the places of the MoE layers, for return_experts. grammars: the engine's; None refuses them.
-    keys: empty lets everybody in.
+    engine. moe_layers: the places of the MoE layers, for return_experts. student: who helps out, where the engine has
+    one. grammars: the engine's; None refuses them. keys: empty lets everybody in.
     """
     metrics = Metrics()
     admission = Admission(max_concurrent=config.max_concurrent_requests, max_queued=config.max_queued_requests)
@@ -121,6 +121,7 @@ def create_app(
         max_length=max_length,
         max_embedded_tokens=max_embedded_tokens,
         moe_layers=tuple(moe_layers),
+        student=student,
         created=int(time.time()),
         config=config,
         admission=admission,
@@ -190,26 +191,26 @@ def _add_generation(router: APIRouter, served: Served) -> None:
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Continue one or several prompts, each a text or token ids."""
         check_model(served, body.model)
-        return await answer(served, request, await understand_completion(served, body))
+        return await answer(served, request, body)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         """Answer a conversation, by the model's chat template."""
         check_model(served, body.model)
-        return await answer(served, request, await understand_chat(served, body))
+        return await answer(served, request, body)
 
     @router.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingBody) -> Response:
         """Return a vector of unit length for each text: the mean of the model's final hidden states."""
         check_model(served, body.model)
-        prompts = await read_prompts(served, body.input, param="input")
-        return await while_connected(request, _embed(served, body, prompts), deadline=deadline_of(served, request))
+        return await while_connected(request, _embed(served, body), deadline=deadline_of(served, request))
 
 
-async def _embed(served: Served, body: EmbeddingBody, prompts: Sequence[Sequence[int]]) -> Response:
+async def _embed(served: Served, body: EmbeddingBody) -> Response:
     vectors: list[list[float]] = []
     encoded: list[str] = []
     async with served.admission.enter():
+        prompts = await read_prompts(served, body.input, param="input")
         for some in _batches(prompts, served.max_embedded_tokens):  # texts that are generated step between them
             found = await served.engine.embed(some)  # (n, H)
             if body.dimensions not in (None, found.shape[1]):

@@ -43,11 +43,13 @@ def refusal(message: str, *, param: str | None = None, code: str | None = None) 
 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return an error as OpenAI's clients read it."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_response(error: ApiError) -> Response:
+    """Return the answer that an error is."""
     body = error_body(error.status_code, str(error.detail), param=error.param, code=error.code)
     return json_response(body, status=error.status_code, headers=error.headers)
 
@@ -124,6 +126,7 @@ def explain_values(error: ValidationError, *, names: Mapping[str, str]) -> ApiEr
 
 
 def unknown_key(key: str, known: Sequence[str], *, where: str) -> ApiError:
+    """Return the error of a key that there is not, with the nearest that there are."""
     return refusal(
         f"{_shown(key)} is not a key of {where}; keys are fixed so that none is silently ignored; "
         f"{nearest(key[:_MAX_SHOWN_CHARS], list(known))}",

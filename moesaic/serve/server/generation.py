@@ -24,7 +24,7 @@ from moesaic.serve.server.answers import Choice, Kind, TokenTexts, Usage
 from moesaic.serve.server.errors import ApiError, error_body, json_response, refusal
 from moesaic.serve.server.log_fields import log_fields
 from moesaic.serve.server.metrics import Metrics
-from moesaic.serve.server.requests import ChatBody, CompletionBody, GenerationBody, Prompt
+from moesaic.serve.server.requests import ChatBody, CompletionBody, Prompt
 
 # Shorter texts are encoded at once: a thread would take longer to start than they take.
 _SHORT_CHARS = 4096
@@ -43,12 +43,21 @@ class Served:
     max_length: int  # positions of a sequence
     max_embedded_tokens: int  # of one call
     moe_layers: tuple[int, ...]  # the places of the MoE layers
+    student: "Student | None"  # who helps out under overload
     created: int  # seconds since 1970
     config: ServerConfig
     admission: Admission
     metrics: Metrics
     grammars: GrammarCompiler | None  # None: they are refused
     grammar_thread: ThreadPoolExecutor  # of one, so that slow grammars make only one another wait
+
+
+@dataclass(frozen=True)
+class Student:
+    """Who answers under overload: its name, and the places of its MoE layers."""
+
+    name: str
+    moe_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +69,17 @@ class Job:
     echoes: tuple[str, ...]  # each prompt's text, for a completion that echoes; else empty
     sampling: Sampling
     priority: int
-    streams: bool
     streams_usage: bool
 
 
-async def understand_completion(served: Served, body: CompletionBody) -> Job:
-    """Raises: ApiError for what cannot be met."""
+async def _understand(served: Served, body: CompletionBody | ChatBody) -> Job:
+    """Raises: ApiError and DataError for what cannot be met."""
+    if isinstance(body, CompletionBody):
+        return await _understand_completion(served, body)
+    return await _understand_chat(served, body)
+
+
+async def _understand_completion(served: Served, body: CompletionBody) -> Job:
     sampling = body.sampling()
     prompts = await read_prompts(served, body.prompt, param="prompt")
     echoes: tuple[str, ...] = ()
@@ -75,14 +89,13 @@ async def understand_completion(served: Served, body: CompletionBody) -> Job:
             text if isinstance(text, str) else served.tokenizer.decode(ids)
             for text, ids in zip(given if len(given) == len(prompts) else prompts, prompts, strict=True)
         )
-    return _check_job(served, body, Job(
+    return _check_job(served, Job(
         kind="completion", prompts=prompts, echoes=echoes, sampling=sampling, priority=body.priority or 0,
-        streams=body.streams, streams_usage=body.streams_usage,
+        streams_usage=body.streams_usage,
     ))  # fmt: skip
 
 
-async def understand_chat(served: Served, body: ChatBody) -> Job:
-    """Raises: ApiError and DataError for what cannot be met."""
+async def _understand_chat(served: Served, body: ChatBody) -> Job:
     messages, tools = body.template_messages(), body.template_tools()
     if served.tokenizer.chat_template is None:
         raise refusal(
@@ -99,13 +112,13 @@ async def understand_chat(served: Served, body: ChatBody) -> Job:
     prompt = await asyncio.to_thread(encode)
     _check_length(served, prompt, param="messages")
     sampling = body.sampling(room=served.max_length - len(prompt))
-    return _check_job(served, body, Job(
+    return _check_job(served, Job(
         kind="chat", prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
-        streams=body.streams, streams_usage=body.streams_usage,
+        streams_usage=body.streams_usage,
     ))  # fmt: skip
 
 
-def _check_job(served: Served, body: GenerationBody, job: Job) -> Job:
+def _check_job(served: Served, job: Job) -> Job:
     limit, count = served.config.max_texts_per_request, len(job.prompts) * job.sampling.n
     if count > limit:
         raise refusal(
@@ -160,21 +173,25 @@ def _check_length(served: Served, prompt: Sequence[int], *, param: str) -> None:
         )
 
 
-async def answer(served: Served, request: Request, job: Job) -> Response:
+async def answer(served: Served, request: Request, body: CompletionBody | ChatBody) -> Response:
     """Make the answer of a request: a whole one, or a stream that is under way.
+
+    What costs time, encoding its text too, waits for its turn.
 
     Raises: ApiError; MoesaicError for what the engine refuses.
     """
+    body.check()
     arrival = log_fields(request.scope).arrival
     deadline = deadline_of(served, request)
     async with AsyncExitStack() as stack:
 
         async def begin() -> "_Answer":
             before = time.perf_counter()
-            await stack.enter_async_context(served.admission.enter(job.priority))
+            await stack.enter_async_context(served.admission.enter(body.priority or 0))
             queue_seconds = time.perf_counter() - before
             served.metrics.waited(queue_seconds)
             log_fields(request.scope).values["queue_seconds"] = round(queue_seconds, 4)
+            job = await _understand(served, body)
             name = f"{'cmpl' if job.kind == 'completion' else 'chatcmpl'}-{secrets.token_hex(12)}"
             if job.sampling.grammar is not None:
                 await _compile(served, job.sampling.grammar)
@@ -186,7 +203,7 @@ async def answer(served: Served, request: Request, job: Job) -> Response:
             made = await begin()
             return json_response(await made.whole())
 
-        if not job.streams:
+        if not body.streams:
             return await while_connected(request, finish(), deadline=deadline)
         made = await while_connected(request, begin(), deadline=deadline)
         return EventStream(made.events(), stack.pop_all(), deadline=deadline)
@@ -247,6 +264,7 @@ class _Answer:
         self._usage = [Usage() for _ in job.prompts]
         self._completion_tokens = [0] * len(self._choices)
         self._has_first_token = False
+        self._model = served.name
 
     async def whole(self) -> dict[str, Any]:
         """Return the answer when all its texts have ended."""
@@ -263,23 +281,21 @@ class _Answer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream, those that came together in one piece."""
         kind = "text_completion" if self._job.kind == "completion" else "chat.completion.chunk"
-        head = self._head(kind)
-        if self._job.streams_usage:
-            head["usage"] = None
         begun = [self._job.kind == "completion"] * len(self._choices)
         async for news in self._generation:
             events = []
-            for placed in news:
-                for choice, part in self._take(placed):
-                    has_more = any(part.get(key) for key in ("text", "experts")) or _has_logprobs(part)
-                    if has_more or choice.finish_reason is not None:
-                        chunk = choice.chunk(part, is_first=not begun[choice.index])
-                        begun[choice.index] = True
-                        events.append(_event({**head, "choices": [chunk]}))
+            parts = [each for placed in news for each in self._take(placed)]
+            head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
+            for choice, part in parts:
+                has_more = any(part.get(key) for key in ("text", "experts")) or _has_logprobs(part)
+                if has_more or choice.finish_reason is not None:
+                    chunk = choice.chunk(part, is_first=not begun[choice.index])
+                    begun[choice.index] = True
+                    events.append(_event({**head, "choices": [chunk]}))
             if events:
                 yield b"".join(events)
         if self._job.streams_usage:
-            yield _event({**head, "choices": [], "usage": self._total_usage().as_dict()})
+            yield _event({**self._head(kind), "choices": [], "usage": self._total_usage().as_dict()})
         yield b"data: [DONE]\n\n"
 
     def _take(self, placed: PlacedOutput) -> list[tuple[Choice, dict[str, Any]]]:
@@ -291,6 +307,9 @@ class _Answer:
             raise ApiError(500, output.message or "the engine failed; see the server's log.", code="engine_error")
         n = self._job.sampling.n
         choice = self._choices[prompt * n + output.index]
+        if output.is_by_student and (student := self._served.student) is not None:
+            self._model, choice.moe_layers = student.name, student.moe_layers
+            log_fields(self._request.scope).values["model"] = student.name
         self._measure(choice.index, output)
         usage = self._usage[prompt]
         usage.prompt_tokens = output.prompt_tokens
@@ -339,7 +358,7 @@ class _Answer:
             "id": self._name,
             "object": kind,
             "created": self._created,
-            "model": self._served.name,
+            "model": self._model,
             "system_fingerprint": None,
         }
 

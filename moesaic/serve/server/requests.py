@@ -210,6 +210,11 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
+    def check(self) -> None:
+        """Raise ApiError for what can never be met, before anything is computed for it."""
+        self.sampling()
+        _ = self.streams_usage
+
     def sampling(self) -> Sampling:
         values = self.common_values()
         values["max_tokens"] = _DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
@@ -258,6 +263,13 @@ class ChatBody(GenerationBody):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_limit)] = None
     tool_choice: Literal["none", "auto"] | dict[str, Any] | str | None = None
+
+    def check(self) -> None:
+        """Raise ApiError for what can never be met, before anything is computed for it."""
+        self.sampling(room=1)
+        self.template_messages()
+        self.template_tools()
+        _ = self.streams_usage
 
     def sampling(self, *, room: int) -> Sampling:
         """room: tokens that fit behind the prompt, which are what an answer may have where nothing is said."""

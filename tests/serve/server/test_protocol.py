@@ -1,9 +1,11 @@
 """OpenAI's protocol, spoken by its own client, on a real engine."""
 
 import base64
+import concurrent.futures
 import json
 import re
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -263,6 +265,44 @@ def test_embeddings_are_of_unit_length_in_both_forms(client: openai.OpenAI, real
         assert sum(value * value for value in one.embedding) == pytest.approx(1, abs=1e-4)
     raw = post(real, "/v1/embeddings", {"input": "x", "encoding_format": "base64", "dimensions": 32})["data"][0]
     assert struct.unpack("<32f", base64.b64decode(raw["embedding"])) == pytest.approx(floats[2]["embedding"], abs=1e-6)
+
+
+def test_many_clients_some_of_whom_leave_or_err_lose_nothing(real: Live) -> None:
+    prompts = [f"{PROMPT} {word}" for word in ("is", "free", "and", "strong", "x")]
+    expected = {
+        prompt: post(real, "/v1/completions", {"prompt": prompt, **GREEDY})["choices"][0]["text"] for prompt in prompts
+    }
+    url = f"{real.url}/v1/completions"
+
+    def ask(number: int) -> None:
+        prompt = prompts[number % len(prompts)]
+        body = {"prompt": prompt, **GREEDY, "stream": number % 2 == 0}
+        if number % 10 == 3:
+            assert httpx.post(url, json={**body, "temperature": "hot"}, timeout=60).status_code == 400
+        elif number % 10 == 6:
+            with httpx.stream("POST", url, json={**body, "max_tokens": 150, "ignore_eos": True}, timeout=60) as answer:
+                next(answer.iter_lines())  # and it leaves
+        elif body["stream"]:
+            lines = [line.removeprefix("data: ") for line in httpx.post(url, json=body, timeout=60).text.split("\n\n")]
+            assert lines[-2:] == ["[DONE]", ""]
+            text = "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-2])
+            assert text == expected[prompt]
+        else:
+            assert httpx.post(url, json=body, timeout=60).json()["choices"][0]["text"] == expected[prompt]
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        list(pool.map(ask, range(80)))
+    until_idle(real)
+    stats = httpx.get(f"{real.url}/v1/stats").json()
+    assert stats["kv_blocks_used"] == stats["num_running"] == stats["num_waiting"] == stats["num_queued"] == 0
+    assert httpx.get(f"{real.url}/health").status_code == 200
+
+
+def until_idle(real: Live) -> None:
+    end = time.monotonic() + 30
+    while real.app.state.served.admission.num_inside or httpx.get(f"{real.url}/v1/stats").json()["num_running"]:
+        assert time.monotonic() < end, "a request never ended"
+        time.sleep(0.01)
 
 
 def test_models(client: openai.OpenAI) -> None:
