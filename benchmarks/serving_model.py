@@ -133,6 +133,6 @@ def quantize_gguf(folder: Path, llama_quantize: Path, name: str) -> Path:
         return source
     if not target.is_file():
         partial = target.with_suffix(".partial")
-        subprocess.run([llama_quantize, "--pure", source, partial, name.upper()], check=True, capture_output=True)
+        subprocess.run([llama_quantize, source, partial, name.upper()], check=True, capture_output=True)
         partial.replace(target)
     return target
