@@ -28,7 +28,7 @@ from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.server.admission import Admission
 from moesaic.serve.server.answers import TokenTexts
 from moesaic.serve.server.errors import ApiError, answer_error, json_response, refusal
-from moesaic.serve.server.gate import ApiKeys, Journal, WholeBody
+from moesaic.serve.server.gate import ApiKeys, Journal, LocalNames, WholeBody, is_local
 from moesaic.serve.server.generation import (
     Served,
     Student,
@@ -148,6 +148,8 @@ def create_app(
         Middleware(ApiKeys, keys=keys),
         Middleware(WholeBody, max_bytes=config.max_body_bytes, timeout_seconds=config.request_timeout_seconds),
     ]
+    if not keys and is_local(config.host):
+        outermost_first.insert(1, Middleware(LocalNames))
     if config.allowed_origins:  # before the keys: a browser asks whether it may ask without one
         cors = Middleware(
             CORSMiddleware,

@@ -6,6 +6,7 @@ Plain ASGI: nothing here buffers an answer or hides a client's leaving.
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import logging
 import os
 import re
@@ -101,6 +102,30 @@ class Journal:
             **fields.values,
         }
         logger.log(level, "%s %s %d", scope["method"], path[:200], status, extra={"fields": values})
+
+
+class LocalNames:
+    """Lets in who calls the server by a name of this machine's own.
+
+    A server that listens here only, and asks for no key, is within reach of every web page that is open in a browser
+    here, if the page's owner lets its name stand for 127.0.0.1; the browser then sends that name.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else "localhost"
+        if not host or is_local(re.sub(r":\d+\Z", "", host).strip("[]")):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            403,
+            f"the request is for {host[:100]!r}; this server has no keys and answers to localhost and 127.0.0.1 only; "
+            f"use one of these (a proxy can pass it as the Host header), or set server.api_key_file.",
+            code="foreign_host",
+        )
+        await error_response(error)(scope, receive, send)
 
 
 class ApiKeys:
@@ -229,6 +254,14 @@ def read_keys(file: str | None) -> list[str]:
             "header; choose another."
         )
     return found
+
+
+def is_local(host: str) -> bool:
+    """Whether a name or an address means this machine to itself only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 
 def _digest(key: bytes) -> bytes:

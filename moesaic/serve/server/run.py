@@ -1,7 +1,6 @@
 """Starting and ending a server: the socket, the model, the signals."""
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -24,7 +23,7 @@ from moesaic.serve.engine import Engine
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.overload import EngineWithStudent
 from moesaic.serve.server.app import create_app
-from moesaic.serve.server.gate import KEYS_VARIABLE, read_keys
+from moesaic.serve.server.gate import KEYS_VARIABLE, is_local, read_keys
 from moesaic.serve.server.generation import Served, Student
 
 # Answers that are ended at the drain's end have so long to be sent.
@@ -212,11 +211,7 @@ def _url(listener: socket.socket) -> str:
 
 
 def _warn_if_open(config: ServerConfig, *, has_keys: bool) -> None:
-    try:
-        is_local = ipaddress.ip_address(config.host).is_loopback
-    except ValueError:
-        is_local = config.host == "localhost"
-    if not is_local and not has_keys:
+    if not is_local(config.host) and not has_keys:
         logger.warning(
             "the server listens on %s without API keys: whoever reaches it may use it; set server.api_key_file or %s.",
             config.host,

@@ -82,6 +82,26 @@ def test_with_keys_only_they_open(serve_fake: Serve, tmp_path: Path) -> None:
             client.models.list()
 
 
+def test_without_keys_it_answers_to_this_machines_own_names_only(serve_fake: Serve) -> None:
+    with serve_fake() as running:
+        port = running.url.rpartition(":")[2]
+        for host in (f"localhost:{port}", "127.0.0.1", f"[::1]:{port}", "LocalHost", "moesaic.localhost"):
+            assert complete(running, headers={"Host": host}).status_code == 200, host
+        for host in (
+            "rebound.example",
+            f"rebound.example:{port}",
+            "localhost.example",
+            "127.0.0.1.example",
+            "10.0.0.1",
+        ):
+            for path in ("/", "/v1/models"):
+                answer = httpx.get(f"{running.url}{path}", headers={"Host": host})
+                assert answer.status_code == 403 and answer.json()["error"]["code"] == "foreign_host", host
+    with serve_fake(keys=["k"]) as running:
+        headers = {"Host": "served.example", "Authorization": "Bearer k"}
+        assert complete(running, headers=headers).status_code == 200
+
+
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOESAIC_API_KEYS", raising=False)
     assert read_keys(None) == []
@@ -125,7 +145,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(serve_fake: Serve) -> None:
     with serve_fake(request_timeout_seconds=0.3) as running:
         host, port = running.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             connection.settimeout(20)
             assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
