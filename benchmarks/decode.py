@@ -1,7 +1,6 @@
 """How many tokens a second does a packed model generate, and which share of the memory's bandwidth is that?
 
-A Qwen3-MoE-like model of 1.72 B parameters, 176 M of them active, with random weights: 16 layers, hidden 1024, 16 heads
-and 4 key/value heads of 64, 32 experts of 1024, top-2 renormalised, vocabulary 32,000. Prompts of 512 tokens, then
+The model is serving_model's: 1.72 B parameters, 176 M of them active, with random weights. Prompts of 512 tokens, then
 single steps with random next tokens (fresh experts each time). The bytes are what a step has to read: projections,
 routers, head, the distinct experts that were chosen, keys and values. --peer adds transformers with the same shape.
 Run: python benchmarks/decode.py [--formats bf16 int8 int4] [--batches 1 8] [--layers 16] [--peer]
@@ -15,8 +14,9 @@ import time
 from typing import Any
 
 from measure import TUNED_ALLOCATOR, machine
+from serving_model import build, build_peer
 
-PROMPT, GROUP_SIZE = 512, 64
+PROMPT = 512
 
 
 def main() -> None:
@@ -64,43 +64,6 @@ def report(
     )
 
 
-def build(num_layers: int, name: str) -> Any:
-    """Return the model packed; made in bf16, since its fp32 form would take 7 GB."""
-    import torch
-
-    from moesaic.config.model import ModelConfig
-    from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
-    from moesaic.model.pack import pack_transformer
-    from moesaic.model.transformer import Transformer
-
-    config = ModelConfig.from_dict(
-        {
-            "vocab_size": 32_000, "hidden_size": 1024, "num_layers": num_layers, "num_heads": 16, "num_kv_heads": 4,
-            "intermediate_size": 1024, "max_positions": 4096, "tie_embeddings": False,
-            "moe": {"num_experts": 32, "top_k": 2, "router": {"renormalize": True}},
-        }
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    model = Transformer(config, compute_dtype=torch.bfloat16)
-    torch.set_default_dtype(torch.float32)
-    model.initialize(0)
-
-    def quantize(weight: torch.Tensor) -> QuantizedWeight:
-        bits, group_size = (8, None) if name == "int8" else (4, GROUP_SIZE)
-        if weight.dim() == 2:
-            return quantize_weight(weight.detach(), bits=bits, group_size=group_size)
-        parts = [quantize(each) for each in weight]
-        values, scales = torch.stack([part.values for part in parts]), torch.stack([part.scales for part in parts])
-        return QuantizedWeight(values, scales, bits, group_size)
-
-    quantized = {
-        key: quantize(parameter)
-        for key, parameter in model.named_parameters()
-        if name != "bf16" and parameter.dim() > 1 and key != "embedding" and not key.endswith("router.weight")
-    }
-    return pack_transformer(model, quantized)
-
-
 def measure(model: Any, *, batch_size: int, steps: int) -> tuple[float, list[float], float]:
     """Return the seconds of the prompts, of each step, and the bytes a step reads."""
     import torch
@@ -138,17 +101,8 @@ def measure(model: Any, *, batch_size: int, steps: int) -> tuple[float, list[flo
 
 def measure_peer(num_layers: int, *, batch_size: int, steps: int) -> tuple[float, list[float]]:
     import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(  # type: ignore[call-arg]
-        vocab_size=32_000, hidden_size=1024, num_hidden_layers=num_layers, num_attention_heads=16,
-        num_key_value_heads=4, head_dim=64, num_experts=32, num_experts_per_tok=2, moe_intermediate_size=1024,
-        intermediate_size=1024, norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=4096,
-    )  # fmt: skip
-    config._experts_implementation = "grouped_mm"
-    torch.set_default_dtype(torch.bfloat16)
-    peer = Qwen3MoeForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
+    peer = build_peer(num_layers)
     started = time.perf_counter()
     out = peer(torch.randint(32_000, (batch_size, PROMPT)), use_cache=True, logits_to_keep=1)
     prefill = time.perf_counter() - started

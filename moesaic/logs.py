@@ -1,15 +1,32 @@
 """The package's one logger. Library code logs through it; only the command line decides where lines go."""
 
+import datetime
+import json
 import logging
 
 logger = logging.getLogger("moesaic")
 
 
-def log_to_stderr(level: int = logging.INFO) -> None:
+class JsonFormatter(logging.Formatter):
+    """One line of JSON per record: time (UTC), level, message, and the fields given as `extra={"fields": {...}}`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_to_stderr(level: int = logging.INFO, *, as_json: bool = False) -> None:
     """Print the package's log lines to standard error, once; used by the command line."""
     if any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
         return
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level)

@@ -10,8 +10,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
+from threading import Event
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -20,6 +26,8 @@ from moesaic.errors import CheckpointError
 from moesaic.logs import logger
 
 if TYPE_CHECKING:  # listing a run's checkpoints needs no torch
+    from hashlib import _Hash
+
     from torch import Tensor
 
 FORMAT_VERSION = 1
@@ -79,15 +87,18 @@ def save_checkpoint(
     return CheckpointInfo(final, step, metadata, files)
 
 
-def write_manifest(folder: Path, step: int, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def write_manifest(
+    folder: Path, step: int, metadata: dict[str, Any], *, sha256: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
     """Write the manifest of a checkpoint folder whose files are complete, and put all of it on the disk.
 
+    sha256: hashes that are known, by file name; other files are read for theirs.
     Returns the files by name, with their sizes and hashes. Raises: OSError.
     """
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
         _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256.get(path.name) or _sha256(path)}
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "metadata": metadata}
     path = folder / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
@@ -149,24 +160,56 @@ def check_file(info: CheckpointInfo, name: str) -> Path:
 
     Raises: CheckpointError for a missing, truncated or corrupt file.
     """
+    with checked_file(info, name) as path:
+        return path
+
+
+@contextmanager
+def checked_file(info: CheckpointInfo, name: str) -> Iterator[Path]:
+    """Give the path of one of the checkpoint's files ("model" or "optimizer"), and check its hash in the meantime.
+
+    Its size is right at once. Only after the context is it known to be what was written: until then, keep what is made
+    of it aside. Whatever else a corrupt file led to, the error is that it is corrupt.
+
+    Raises: CheckpointError for a missing, truncated or corrupt file.
+    """
     file_name = f"{name}.safetensors"
     path, expected = info.path / file_name, info.files.get(file_name)
     if expected is None:
         raise CheckpointError(f"{info.path} holds no {file_name}; it holds {', '.join(info.files)}; use another step.")
     try:
         size = path.stat().st_size if path.exists() else 0
-        if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{path} has {size} bytes; {expected['bytes']} were written; it is truncated or missing; use another "
-                f"step."
-            )
-        if _sha256(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path} does not have the SHA-256 it was written with; it is corrupt; use another step."
-            )
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; use another step.") from None
-    return path
+        raise _unreadable(path, error) from None
+    if size != expected["bytes"]:
+        raise CheckpointError(
+            f"{path} has {size} bytes; {expected['bytes']} were written; it is truncated or missing; use another step."
+        )
+    is_over = Event()
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(_sha256, path, is_over)
+        try:
+            try:
+                yield path
+            except Exception:
+                _require_hash(path, hashing, expected["sha256"])
+                raise
+            _require_hash(path, hashing, expected["sha256"])
+        finally:
+            is_over.set()  # nobody waits for a large file's hash after Ctrl-C
+
+
+def _require_hash(path: Path, hashing: Future[str], expected: str) -> None:
+    try:
+        found = hashing.result()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if found != expected:
+        raise CheckpointError(f"{path} does not have the SHA-256 it was written with; it is corrupt; use another step.")
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error}; use another step.")
 
 
 def last_good(run_folder: Path) -> "tuple[CheckpointInfo, dict[str, Tensor], dict[str, Tensor]] | None":
@@ -256,11 +299,17 @@ def _describe_last(run_folder: Path) -> str:
     return f"the last good checkpoint is {infos[-1].path}" if infos else "there is no earlier checkpoint"
 
 
-def _sha256(path: Path) -> str:
+def update_digest(digest: "_Hash", file: RawIOBase, is_over: Event | None = None) -> None:
+    """Take in the rest of an unbuffered file; less of it when another thread says that it is over."""
+    view = memoryview(bytearray(_HASH_BLOCK))
+    while (count := file.readinto(view)) and not (is_over and is_over.is_set()):
+        digest.update(view[:count])
+
+
+def _sha256(path: Path, is_over: Event | None = None) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
+    with path.open("rb", buffering=0) as file:
+        update_digest(digest, file, is_over)
     return digest.hexdigest()
 
 

@@ -4,11 +4,16 @@ The library's own save_file wants all tensors at once; shapes are known beforeha
 readers map the whole file, whose pages then count as the process's memory; here they are read as ordinary files are.
 """
 
+import errno
+import hashlib
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import RawIOBase
+from io import FileIO, RawIOBase
 from math import prod
+from mmap import mmap
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moesaic.checkpoint.store import update_digest
 from moesaic.errors import CheckpointError
 
 _NAMES = {
@@ -32,6 +38,13 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+# What the writer's threads take at a time: some milliseconds of hashing.
+_BUFFER_BYTES, _NUM_BUFFERS = 8 << 20, 4
+# Of memory and of places in a file, for writing past the page cache; the pages of a cache and of most disks.
+_ALIGNMENT = 4096
+# Files that are as large leave the page cache alone. Smaller ones are read again before it has lost them.
+_LARGE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -49,10 +62,12 @@ class TensorLayout:
 class TensorReader:
     """Reads the tensors of a file, whole or some rows of them. A context manager.
 
+    is_read_once: of a large file, what has been read need not stay in the page cache.
+
     Raises: CheckpointError for a file that is no safetensors file, is truncated, or holds a dtype torch has not.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_read_once: bool = False) -> None:
         self.path = path
         try:
             if not path.is_file():  # to open a pipe would be to wait for ever
@@ -60,6 +75,8 @@ class TensorReader:
             with safe_open(path, framework="pt"):
                 pass  # the library checks that the header is sound and the file as long as it says
             self._file = path.open("rb", buffering=0)
+            # A page for what follows is then one that was just in use: fresh ones cost a virtual machine a copy's time.
+            self._is_dropped = is_read_once and path.stat().st_size >= _LARGE_BYTES and hasattr(os, "posix_fadvise")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}); a whole safetensors file is required (nothing else is ever loaded: "
@@ -112,6 +129,8 @@ class TensorReader:
         self._file.seek(place)
         if not fill(view, self._file):
             raise CheckpointError(f"{self.path} ends before its tensors do; it is truncated; fetch it again.")
+        if self._is_dropped:
+            os.posix_fadvise(self._file.fileno(), place, len(view), os.POSIX_FADV_DONTNEED)
         return tensor
 
     def __enter__(self) -> "TensorReader":
@@ -144,10 +163,12 @@ def fill(view: memoryview, file: RawIOBase) -> bool:
 class TensorWriter:
     """Writes the tensors of a layout in any order, each from its first element to its last. A context manager.
 
-    order: the names as they stand in the file; written so, the disk sees one stream.
+    order: the names as they stand in the file; written so, the disk sees one stream. is_hashed: take the file's SHA-256
+    while it is written; what is written in another order is read back for it at the end. The file is on the disk when
+    the context ends. Raises: OSError.
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, TensorLayout]) -> None:
+    def __init__(self, path: Path, layout: Mapping[str, TensorLayout], *, is_hashed: bool = False) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._places: dict[str, int] = {}
         offset = 0
@@ -164,11 +185,17 @@ class TensorWriter:
             offset += each.num_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        text = len(text).to_bytes(8, "little") + text
         self._layout = dict(layout)
         self._written = dict.fromkeys(layout, 0)
-        self._start = 8 + len(text)
-        self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._start = len(text)
+        self._file = _StreamedFile(path, len(text) + offset, is_hashed=is_hashed)
+        self._file.write(0, memoryview(text))
+
+    @property
+    def sha256(self) -> str:
+        """The hash of a file that was to be hashed and is complete."""
+        return self._file.sha256
 
     def append(self, name: str, piece: Tensor) -> None:
         """Write the next elements of a tensor, in row-major order."""
@@ -177,8 +204,8 @@ class TensorWriter:
         assert done + piece.nbytes <= layout.num_bytes, (name, piece.shape, layout.shape)
         if piece.numel() == 0:
             return
-        self._file.seek(self._start + self._places[name] + done)
-        self._file.write(piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        data = piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        self._file.write(self._start + self._places[name] + done, data)
         self._written[name] = done + piece.nbytes
 
     def __enter__(self) -> "TensorWriter":
@@ -187,7 +214,137 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._file.abandon()
+            return
+        self._file.finish()
+        missing = [name for name, layout in self._layout.items() if self._written[name] != layout.num_bytes]
+        assert not missing, missing
+
+
+class _StreamedFile:
+    """A new file whose parts come in any order, each once. Those that follow one another from its start are a stream.
+
+    A stream is gathered in a few buffers, which one thread writes and another hashes while the next is filled. At the
+    first part that stands elsewhere the stream ends: that part and all later ones are written where they belong as they
+    come, and read back for the hash. A large file's stream goes past the page cache where the system has a way: a copy
+    and a page per 4 KiB less, and whatever the cache holds stays there.
+    """
+
+    def __init__(self, path: Path, num_bytes: int, *, is_hashed: bool) -> None:
+        self._path = path
+        self._is_direct = num_bytes >= _LARGE_BYTES
+        self._file = _open_new(path, is_direct=self._is_direct)
+        size = min(_BUFFER_BYTES, -(-num_bytes // _ALIGNMENT) * _ALIGNMENT)
+        # Mappings begin where a page does: a device can read from them by itself.
+        self._buffers = [memoryview(mmap(-1, size)) for _ in range(min(_NUM_BUFFERS, -(-num_bytes // size)))]
+        self._work: list[list[Future[None]]] = [[] for _ in self._buffers]
+        self._current = self._filled = 0
+        self._handed_over = 0  # bytes of the stream that are, or are being, written and hashed
+        self._is_stream = True
+        self._digest = hashlib.sha256() if is_hashed else None
+        self._is_finished = False
+        # One thread each: both have to go in order.
+        self._writing, self._hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    @property
+    def sha256(self) -> str:
+        assert self._digest is not None and self._is_finished, self._path
+        return self._digest.hexdigest()
+
+    def write(self, place: int, data: memoryview) -> None:
+        """Write bytes at a place in the file."""
+        if self._is_stream and place != self._handed_over + self._filled:
+            self._end_stream()
+        if not self._is_stream:
+            _write_all(self._file, place, data)
+            return
+        done = 0
+        while done < len(data):
+            buffer = self._buffers[self._current]
+            count = min(len(data) - done, len(buffer) - self._filled)
+            buffer[self._filled : self._filled + count] = data[done : done + count]
+            self._filled += count
+            done += count
+            if self._filled == len(buffer):
+                self._hand_over()
+
+    def finish(self) -> None:
+        """Complete the file and its hash, and put it on the disk."""
+        try:
+            self._end_stream()
+            if self._digest is not None:
+                with self._path.open("rb", buffering=0) as file:
+                    file.seek(self._handed_over)
+                    update_digest(self._digest, file)
+            os.fsync(self._file.fileno())
+        finally:
+            self.abandon()
+        self._is_finished = True
+
+    def abandon(self) -> None:
+        """Stop the threads and close the file as it is."""
+        for each in (self._writing, self._hashing):
+            each.shutdown(wait=True, cancel_futures=True)
         self._file.close()
-        if kind is None:
-            missing = [name for name, layout in self._layout.items() if self._written[name] != layout.num_bytes]
-            assert not missing, missing
+
+    def _hand_over(self) -> None:
+        view = self._buffers[self._current][: self._filled]
+        work = self._work[self._current]
+        work.append(self._writing.submit(self._write_stream, self._handed_over, view))
+        if self._digest is not None:
+            work.append(self._hashing.submit(self._digest.update, view))
+        self._handed_over += self._filled
+        self._filled = 0
+        self._current = (self._current + 1) % len(self._buffers)
+        self._await(self._current)
+
+    def _await(self, buffer: int) -> None:
+        for each in self._work[buffer]:
+            each.result()
+        self._work[buffer].clear()
+
+    def _end_stream(self) -> None:
+        if not self._is_stream:
+            return
+        if self._filled:
+            self._hand_over()
+        for buffer in range(len(self._buffers)):
+            self._await(buffer)
+        self._is_stream = False
+        self._go_through_cache()
+
+    def _write_stream(self, place: int, view: memoryview) -> None:
+        if len(view) % _ALIGNMENT:  # the last of the stream
+            self._go_through_cache()
+        try:
+            _write_all(self._file, place, view)
+        except OSError as error:
+            if not self._is_direct or error.errno != errno.EINVAL:
+                raise
+            self._go_through_cache()  # a file system may open a file so and then not write it so
+            _write_all(self._file, place, view)
+
+    def _go_through_cache(self) -> None:
+        if self._is_direct:
+            self._file.close()
+            self._file = self._path.open("r+b", buffering=0)
+            self._is_direct = False
+
+
+def _open_new(path: Path, *, is_direct: bool) -> FileIO:
+    """Open an empty file for writing; past the page cache if asked and where the system and the file system can."""
+    direct = getattr(os, "O_DIRECT", 0) if is_direct else 0
+    try:
+        return open(path, "wb", buffering=0, opener=lambda name, flags: os.open(name, flags | direct, 0o666))
+    except OSError as error:
+        if not direct or error.errno != errno.EINVAL:
+            raise
+        return path.open("wb", buffering=0)
+
+
+def _write_all(file: FileIO, place: int, view: memoryview) -> None:
+    file.seek(place)
+    done = 0
+    while done < len(view):  # an unbuffered file may take less at a time
+        done += file.write(view[done:])

@@ -1,12 +1,17 @@
-"""`moesaic bench`: this machine's limits, and what an operation reaches of them."""
+"""`moesaic bench`: this machine's limits, what an operation reaches of them, and how a server answers."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moesaic.cli.progress import shown_progress
+from moesaic.errors import ConfigError
+
 if TYPE_CHECKING:
     from moesaic.bench.moe_layer import MoELayerResult
     from moesaic.kernels.limits import Limits
+    from moesaic.report.serving import ServingResult
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -19,7 +24,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 @app.callback()
 def bench() -> None:
-    """Measure this machine's limits, and what an operation reaches of them.
+    """Measure this machine's limits, what an operation reaches of them, and how a server answers.
 
     Example: moesaic bench moe-layer --tokens 4096 --experts 128 --top-k 1
     """
@@ -94,6 +99,197 @@ def moe_layer(
         _print_json({**values.pop("case"), **values})
     else:
         _print_moe_layer(result)
+
+
+@app.command()
+def serve(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A server that speaks OpenAI's protocol.")],
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Lengths, and times, of a real service's requests; CSV or JSONL."),
+    ] = None,
+    prompt_tokens: Annotated[
+        str | None,
+        typer.Option("--prompt-tokens", metavar="N|A-B", help="Instead of --trace: of each prompt, 512 or 128-1024."),
+    ] = None,
+    output_tokens: Annotated[
+        str | None,
+        typer.Option("--output-tokens", metavar="N|A-B", help="Instead of --trace: of each answer, 128 or 16-256."),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Requests per second on average: at the trace's own times, stretched, else at random ones."),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Instead of --rate: so many requests at all times, a new one as one ends.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="How many, a trace's first ones. [default: 100, or all of a shorter trace]")
+    ] = None,
+    scale_lengths: Annotated[
+        float | None, typer.Option("--scale-lengths", help="Of --trace: multiply all lengths, by 0.25 say.")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option("--max-prompt-tokens", help="Of --trace: cut longer prompts.")
+    ] = None,
+    max_output_tokens: Annotated[
+        int | None, typer.Option("--max-output-tokens", help="Of --trace: cut longer answers.")
+    ] = None,
+    vocab_size: Annotated[
+        int, typer.Option("--vocab-size", help="Prompts are random token ids below this; the model has to have them.")
+    ] = 1000,
+    seed: Annotated[
+        int, typer.Option(help="Of all that is drawn. Another one, where a server may remember the last run's prompts.")
+    ] = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before, which are not counted.")] = 2,
+    ttft_limit: Annotated[
+        float, typer.Option("--ttft-limit", help="Seconds to the first token that count as good.")
+    ] = 2.0,
+    tpot_limit: Annotated[
+        float, typer.Option("--tpot-limit", help="Seconds per token behind it that count as good.")
+    ] = 0.1,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed.")] = 600.0,
+    model: Annotated[str | None, typer.Option(help="[default: the first that the server lists]")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="A file with the server's key.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What plots call this run. [default: the model]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write the result, each request in it, as JSON.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="PNG", help="Draw times to first token, per token, and throughput.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")] = False,
+) -> None:
+    """Send requests to a running server, and measure its answers: times, throughput, goodput.
+
+    Prompts are random token ids; answers are as long as asked for. It ends with status 1 where no request succeeded.
+
+    Example: moesaic bench serve http://127.0.0.1:8000 --prompt-tokens 128-1024 --output-tokens 64 --rate 2
+    """
+    from dataclasses import asdict
+
+    from moesaic.bench.serving import Endpoint, bench_serving
+    from moesaic.bench.workload import Workload, parse_range
+    from moesaic.report.serving import write_serving
+
+    workload = Workload(
+        trace=trace,
+        prompt_tokens=None if prompt_tokens is None else parse_range(prompt_tokens, name="--prompt-tokens"),
+        output_tokens=None if output_tokens is None else parse_range(output_tokens, name="--output-tokens"),
+        num_requests=requests,
+        rate=rate,
+        concurrency=concurrency,
+        scale_lengths=scale_lengths,
+        max_prompt_tokens=max_prompt_tokens,
+        max_output_tokens=max_output_tokens,
+        vocab_size=vocab_size,
+        seed=seed,
+    )
+    key = None if api_key_file is None else _read_key(api_key_file)
+    for path in (output, plot):
+        _check_can_be_written(path)
+    with shown_progress() as show:
+        result = bench_serving(
+            Endpoint(url=url, model=model, api_key=key, timeout_seconds=timeout),
+            workload,
+            name=name,
+            num_warmup=warmup,
+            ttft_limit_seconds=ttft_limit,
+            tpot_limit_seconds=tpot_limit,
+            show=lambda ended, count: show(f"{ended} of {count} requests", ended / count),
+        )
+    if as_json:
+        values = asdict(result)
+        del values["requests"]
+        _print_json({**values, "summary": asdict(result.summary())})
+    else:
+        _print_serving(result)
+    if output is not None:
+        write_serving(output, result)
+    if plot is not None:
+        from moesaic.report.serving_plots import write_serving_plot
+
+        write_serving_plot(plot, [result])
+    if not result.completed:
+        raise typer.Exit(1)
+
+
+def _read_key(path: Path) -> str:
+    """Return the first line of a file."""
+    try:
+        lines = path.read_text(encoding="ascii").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--api-key-file {path} cannot be read ({error}); a file with a key is required; name one."
+        ) from None
+    if not lines:
+        raise ConfigError(f"--api-key-file {path} is empty; a file with a key is required; name another.")
+    return lines[0]
+
+
+def _check_can_be_written(path: Path | None) -> None:
+    """A long measurement should not end with a path that never was one."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reason = "it is a folder" if path.is_dir() else None
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise ConfigError(f"{path} cannot be written ({reason}); a file's path is required; name another.")
+
+
+def _print_serving(result: "ServingResult") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moesaic.report.quantities import percent
+
+    console, summary = Console(), result.summary()
+    table = Table(title=f"{result.name}: {result.model} at {result.url}", title_justify="left")
+    for number, column in enumerate(("seconds", "mean", "p50", "p90", "p95", "p99", "most")):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for label, values in (
+        ("first token (TTFT)", summary.ttft),
+        ("per token (TPOT)", summary.tpot),
+        ("between chunks", summary.inter_token),
+        ("end to end", summary.end_to_end),
+        ("sent late, by us", summary.lateness),
+    ):
+        if values is None:
+            table.add_row(label, *["-"] * 6)
+        else:
+            numbers = (values.mean, values.p50, values.p90, values.p95, values.p99, values.max)
+            table.add_row(label, *(f"{number:.4f}" for number in numbers))
+    console.print(table)
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    grid.add_row(
+        "requests", f"{summary.num_completed} of {summary.num_requests} completed in {summary.duration_seconds:.1f} s"
+    )
+    for kind, count in summary.errors.items():
+        message = next(each.message for each in result.requests if each.error == kind)
+        grid.add_row("failed", f"{count} {kind}, the first: {message}", style="red")
+    cached = f", {summary.cached_tokens} of them cached" if summary.cached_tokens else ""
+    grid.add_row("tokens", f"{summary.prompt_tokens} of prompts{cached}; {summary.output_tokens} of answers")
+    grid.add_row(
+        "throughput",
+        f"{summary.requests_per_second:.3f} requests/s, {summary.output_tokens_per_second:.1f} output tokens/s, "
+        f"{summary.total_tokens_per_second:.1f} tokens/s with prompts",
+    )
+    grid.add_row(
+        "goodput",
+        f"{percent(summary.goodput_share)} of requests, {summary.goodput_per_second:.3f} a second: TTFT within "
+        f"{result.ttft_limit_seconds:g} s, TPOT within {result.tpot_limit_seconds:g} s",
+    )
+    if summary.tokens_per_chunk is not None:
+        grid.add_row("tokens per chunk", f"{summary.tokens_per_chunk:.2f}")
+    console.print(grid)
 
 
 def _print_limits(limits: "Limits") -> None:

@@ -24,7 +24,19 @@ app = typer.Typer(
 
 # Verb -> its module, in the order of a model's life; the function there has the verb's name. A verb with verbs of its
 # own also has `app`, and its function is the callback of that.
-VERBS = ("prepare", "train", "distill", "evaluate", "convert", "generate", "inspect", "bench", "doctor", "quickstart")
+VERBS = (
+    "prepare",
+    "train",
+    "distill",
+    "evaluate",
+    "convert",
+    "generate",
+    "serve",
+    "inspect",
+    "bench",
+    "doctor",
+    "quickstart",
+)
 
 for _verb in VERBS:
     _module = import_module(f"moesaic.cli.{_verb}")

@@ -10,6 +10,7 @@ import yaml
 from moesaic.config.base import Config, nearest
 from moesaic.config.model import ModelConfig
 from moesaic.config.presets import preset, preset_names
+from moesaic.config.serve import ServeConfig
 from moesaic.config.train import TrainConfig
 from moesaic.errors import ConfigError
 
@@ -158,6 +159,12 @@ def load_model_config(source: str | Path, assignments: Sequence[str] = ()) -> Mo
             f"preset with `preset: {preset_names()[-1]}`."
         )
     return ModelConfig.from_dict(values["model"], path="model")
+
+
+def load_serve_config(source: str | Path | None = None, assignments: Sequence[str] = ()) -> ServeConfig:
+    """Return the validated settings of an engine and a server: a YAML file's, or the defaults, then the assignments."""
+    values = {} if source is None else read_values(Path(source))
+    return ServeConfig.from_dict(apply_assignments(values, assignments))
 
 
 def write_config(config: Config, path: Path) -> None:

@@ -1,8 +1,9 @@
 """How models are served: what a request may ask for, and how large an engine and a server are."""
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moesaic.config.base import Config
 from moesaic.errors import ConfigError
@@ -64,6 +65,30 @@ class Sampling(Config):
         return self
 
 
+class SpeculationConfig(Config):
+    """Tokens drafted cheaply and checked by the model in one pass: the same tokens, in fewer passes."""
+
+    method: Literal["ngram", "model"] = Field(
+        description="ngram: what followed the same few tokens earlier in the text; model: a smaller model"
+    )
+    model: str | None = Field(
+        default=None, min_length=1, description="RUN or RUN@step of the same tokenizer, a student of the model say"
+    )
+    max_tokens: int = Field(
+        default=4, ge=1, le=16, description="at most so many at once; how many, down to none, is chosen by what is "
+        "measured: what they cost, and how often they are right"
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check(self) -> "SpeculationConfig":
+        if (self.method == "model") is not (self.model is not None):
+            raise ConfigError(
+                f"speculation has method {self.method!r} and model {self.model!r}; a run is required with the method "
+                f"'model', and none with 'ngram'; set both or neither."
+            )
+        return self
+
+
 class EngineConfig(Config):
     """How much an engine holds and does at once."""
 
@@ -83,5 +108,63 @@ class EngineConfig(Config):
     )
     block_size: int = Field(default=32, ge=1, description="positions of a block of keys and values")
     prefix_caching: bool = Field(default=True, description="share the blocks of equal beginnings, and keep them")
-    max_grammar_bytes: int = Field(default=64_000, ge=1, description="longer grammars are refused")
-    grammar_timeout_seconds: float = Field(default=2.0, gt=0, description="a grammar compiled longer is refused")
+    speculation: SpeculationConfig | None = None
+
+
+class ServerConfig(Config):
+    """Who may ask, and how much at once.
+
+    Who serves others sets host and api_key_file; who sizes the machine, the limits; who runs it under an orchestrator
+    or behind a proxy, the times. Keys also come from the environment variable MOESAIC_API_KEYS, comma-separated.
+    """
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="the address to listen on; 0.0.0.0: every one")
+    port: int = Field(default=8000, ge=0, le=65535, description="0: any that is free")
+    served_model_name: str | None = Field(
+        default=None, min_length=1, description="what requests call the model; null: the run's name"
+    )
+    api_key_file: str | None = Field(default=None, description="a file with one key per line; # first in it: a comment")
+    allowed_origins: tuple[str, ...] = Field(
+        default=(), description="web pages of other origins that may ask (CORS), as https://example.org"
+    )
+    max_body_bytes: int = Field(default=4 << 20, ge=1, description="longer requests are refused while they arrive")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="longer prompts are refused; null: as long as the engine takes"
+    )
+    max_texts_per_request: int = Field(default=128, ge=1, description="prompts of one request times its n")
+    max_grammar_bytes: int = Field(default=64_000, ge=1, description="longer grammars and schemas are refused")
+    grammar_timeout_seconds: float = Field(default=2.0, gt=0, description="a grammar that takes longer is refused")
+    max_concurrent_requests: int = Field(default=256, ge=1, description="requests that are worked on; others wait")
+    max_queued_requests: int = Field(default=1024, ge=0, description="requests that wait; others are refused (429)")
+    request_timeout_seconds: float = Field(
+        default=600.0, gt=0, description="from a request's first byte to its answer's last"
+    )
+    drain_seconds: float = Field(
+        default=30.0, ge=0, description="what runs has so long to finish when the server is told to stop"
+    )
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ConfigError(
+                    f"allowed_origins has {origin!r}; scheme, host and port are required, without a path; write for "
+                    f"example https://example.org, or * for every page."
+                )
+        return origins
+
+
+class OverloadConfig(Config):
+    """A student that helps out: while the model has much to do, new requests are answered by it."""
+
+    model: str = Field(min_length=1, description="RUN or RUN@step of the same tokenizer")
+    max_texts: int = Field(ge=1, description="while so many of the model's texts run or wait, new ones are the other's")
+
+
+class ServeConfig(Config):
+    """What `moesaic serve` starts: an engine, and a server before it."""
+
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    server: ServerConfig = Field(default_factory=ServerConfig)
+    overload: OverloadConfig | None = None

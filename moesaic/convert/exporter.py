@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
-from moesaic.checkpoint.store import check_file, resolve_checkpoint
+from moesaic.checkpoint.store import checked_file, resolve_checkpoint
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, Family, harmless_keys
@@ -110,11 +110,12 @@ def export_run(
     tokenizer = Tokenizer.load(folder)
     choice = _choose_gguf(config) if format == "gguf" else _choose_folder(config)
     foreign = foreign_tensors(pieces_of(choice.rewriting.config, choice.rules))
-    with TensorReader(check_file(info, "model")) as reader, folder_in_progress(output) as target:
-        weights = _Weights(reader, choice.rewriting)
-        wanted = None if dtype is None else DTYPES[dtype]
-        write = _write_gguf if format == "gguf" else _write_folder
-        layout = write(target, choice, foreign, weights, tokenizer, wanted, on_progress)
+    with folder_in_progress(output) as target:
+        with checked_file(info, "model") as path, TensorReader(path) as reader:
+            weights = _Weights(reader, choice.rewriting)
+            wanted = None if dtype is None else DTYPES[dtype]
+            write = _write_gguf if format == "gguf" else _write_folder
+            layout = write(target, choice, foreign, weights, tokenizer, wanted, on_progress)
         account = TensorAccount(
             source=len(reader.layout),
             used=len(reader.layout),

@@ -70,11 +70,13 @@ def import_model(
             checkpoint = folder / "checkpoints" / "step-00000000"
             checkpoint.mkdir(parents=True)
             layout = _layout(opened)
-            with TensorWriter(checkpoint / "model.safetensors", layout) as writer:
+            weights = checkpoint / "model.safetensors"
+            with TensorWriter(weights, layout, is_hashed=True) as writer:
                 _copy(opened, layout, writer, on_progress)
             on_progress("writing to disk", 0.0)
             origin = {"path": str(source.path), "family": opened.family}
-            write_manifest(checkpoint, 0, {"tokens": 0, "model": config.to_dict(), "imported": origin})
+            metadata = {"tokens": 0, "model": config.to_dict(), "imported": origin}
+            write_manifest(checkpoint, 0, metadata, sha256={weights.name: writer.sha256})
             write_config(training, folder / "config.yaml")
             own.save(folder)
             account = TensorAccount(

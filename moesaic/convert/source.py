@@ -106,7 +106,7 @@ class HuggingFaceFolder:
         places = self._shards()
         readers: dict[str, TensorReader] = {}
         for shard, expected in places.items():
-            reader = self._stack.enter_context(TensorReader(self.path / shard))
+            reader = self._stack.enter_context(TensorReader(self.path / shard, is_read_once=True))
             double = sorted(reader.layout.keys() & readers.keys())
             if double:
                 raise ConversionError(

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.store import check_file, resolve_checkpoint
+from moesaic.checkpoint.store import checked_file, resolve_checkpoint
 from moesaic.checkpoint.stream import TensorReader
 from moesaic.config.model import ModelConfig
 from moesaic.convert.keys import differences
@@ -160,7 +160,7 @@ def _tensors(path: Path) -> Iterator[_Tensors]:
             )
     else:
         info = resolve_checkpoint(path)
-        with TensorReader(check_file(info, "model")) as reader:
+        with checked_file(info, "model") as file, TensorReader(file) as reader:
             yield _Tensors(
                 load_run_config(info.path.parent.parent).model,
                 {name: each.shape for name, each in reader.layout.items()},

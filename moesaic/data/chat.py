@@ -12,12 +12,16 @@ _END_OF_LAST = "\ufdd0"
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
 ) -> str:
-    """Return the text of a conversation; each message has a `role` and its `content`.
+    """Return the text of a conversation; each message has a `role` and its `content`, and what else its template reads.
 
-    add_generation_prompt: the text ends where the assistant begins to speak; otherwise it ends within the last message,
-    which is to be continued.
+    tools: JSON descriptions of functions, for templates that show them to the model. add_generation_prompt: the text
+    ends where the assistant begins to speak; otherwise it ends within the last message, which is to be continued.
 
     Raises: DataError where the tokenizer has no template, or it refuses the conversation; InstallationError.
     """
@@ -51,16 +55,16 @@ def render_chat(
     values: dict[str, Any] = {
         **tokenizer.special_names,
         "messages": given,
-        "tools": None,
+        "tools": None if tools is None else [dict(tool) for tool in tools],
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
     try:
         text = environment.from_string(tokenizer.chat_template).render(values)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: besides its own errors it may raise any of Python's
+        roles = ", ".join(str(message.get("role", "?")) for message in given)
         raise DataError(
-            f"the chat template cannot make a text of {len(given)} messages with the roles "
-            f"{', '.join(message.get('role', '?') for message in given)} ({error}); it takes the conversations that "
-            f"its model was trained on; leave out a system message, or let the roles take turns."
+            f"the chat template cannot make a text of {len(given)} messages with the roles {roles} ({error}); it takes "
+            f"the conversations that its model was trained on; leave out a system message, or let the roles take turns."
         ) from None
     return text if add_generation_prompt else text.rpartition(_END_OF_LAST)[0]

@@ -7,6 +7,7 @@ Here: loading, training, encoding, the end-of-text token, the fingerprint; the f
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -39,6 +40,11 @@ _MAX_COMPANION_BYTES = 16 << 20
 _COMMON_END_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<|eot_id|>", "<|im_end|>")
 # The 256 bytes and the end-of-text token.
 MIN_VOCAB_SIZE = 257
+# How byte-level BPE writes bytes: printable characters as themselves, the others as those from 256 on.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # The trainer keeps 256 texts at a time, whatever their length; short ones bound what it holds.
 _TRAIN_PIECE_CHARS = 16 * 1024
 
@@ -159,6 +165,57 @@ class Tokenizer:
                 f"check that text and tokenizer belong together."
             )
         return str(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that one token adds to a text that goes on; none for special and unknown ones.
+
+        They may be part of a character. A decoder that strips the space before a text's first word does so there only.
+        """
+        name = self._inner.id_to_token(token_id)
+        if name is None or token_id in self.special_ids:
+            return b""
+        if self.is_byte_level:
+            values = [_BYTE_OF.get(letter) for letter in name]
+            # A token that was added as plain text is spelled as it is.
+            whole = [value for value in values if value is not None]
+            return bytes(whole) if len(whole) == len(values) else str(name).encode("utf-8")
+        if self.has_byte_tokens and _BYTE_TOKEN.fullmatch(name):
+            return bytes([int(name[3:5], 16)])
+        before = self.decode([self._letter_id])
+        return self.decode([self._letter_id, token_id]).removeprefix(before).encode("utf-8")
+
+    def is_byte_token(self, token_id: int) -> bool:
+        """Whether a token is one byte, which makes a character only with its neighbours."""
+        name = self._inner.id_to_token(token_id) if self.has_byte_tokens else None
+        return name is not None and _BYTE_TOKEN.fullmatch(name) is not None
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that are no text: what skip_special_tokens leaves out."""
+        return frozenset(
+            token_id for token_id, token in self._inner.get_added_tokens_decoder().items() if token.special
+        )
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether a text is its tokens' bytes one after another, and nothing else."""
+        return self._decoders == ["ByteLevel"]
+
+    @cached_property
+    def has_byte_tokens(self) -> bool:
+        """Whether tokens named <0x00> to <0xFF> stand for bytes, as SentencePiece's do."""
+        return "ByteFallback" in self._decoders
+
+    @cached_property
+    def _decoders(self) -> list[str]:
+        decoder = json.loads(self._json).get("decoder") or {}
+        return [each["type"] for each in decoder.get("decoders", [decoder]) if "type" in each]
+
+    @cached_property
+    def _letter_id(self) -> int:
+        """A token that is plain text in the middle of a text, to see what another adds to it."""
+        plain = (each for each in sorted(self._inner.get_vocab().items(), key=lambda item: item[1]))
+        return next((token_id for name, token_id in plain if name.isascii() and name.isalpha()), self._end_of_text_id)
 
     @property
     def vocab_size(self) -> int:

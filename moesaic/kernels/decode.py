@@ -92,7 +92,7 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a step gives: hidden (T, H) bf16 after the final norm, and the routes, of one MoE layer after the other.
+    """What a step gives: hidden (T, H) after the final norm, and the routes, of one MoE layer after the other.
 
     Shapes: all_expert_ids, all_routing_weights (sum over MoE layers of T * K,); top_k: K of each MoE layer.
     """

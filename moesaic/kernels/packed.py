@@ -12,6 +12,7 @@ the same functions work with PyTorch's operations.
 """
 
 import ctypes
+import mmap
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -503,9 +504,22 @@ def _write_panels(rows: Tensor, out: Tensor) -> None:
 def empty_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
     """Return uint8 memory that the kernel backs with huge pages where it can: fewer of its tables to walk."""
     data = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    _advise_huge_pages(data)
+    return data
+
+
+def zeros_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
+    """Return uint8 zeros as empty_on_huge_pages; on the CPU they take memory only where they are first used."""
+    if device.type != "cpu" or not num_bytes:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    data = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+    _advise_huge_pages(data)
+    return data
+
+
+def _advise_huge_pages(data: Tensor) -> None:
     start = -(-data.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    length = (data.data_ptr() + num_bytes - start) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-    if device.type == "cpu" and length > 0 and sys.platform == "linux":
+    length = (data.data_ptr() + data.nbytes - start) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    if data.device.type == "cpu" and length > 0 and sys.platform == "linux":
         # Advice only: without it everything works, on small pages.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-    return data

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import select
-from moesaic.kernels.packed import empty_on_huge_pages
+from moesaic.kernels.packed import zeros_on_huge_pages
 from moesaic.kernels.quantized import SMALLEST_AMAX
 
 # Positions, and channels, of a panel: the kernels' unit.
@@ -130,14 +130,13 @@ def allocate_blocks(
     if dtype is torch.int8:
         scales = [torch.zeros(num_blocks, num_kv_heads, block_size, device=device) for _ in range(2)]
 
-    def empty(*shape: int) -> Tensor:
+    def zeros(*shape: int) -> Tensor:
         # A panel is one small page or less, and walking the page tables took as long as reading it.
-        memory = empty_on_huge_pages(math.prod(shape) * dtype.itemsize, device)
-        return memory.view(dtype).view(shape).zero_()
+        return zeros_on_huge_pages(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)
 
     return KVBlocks(
-        keys=empty(num_blocks, num_kv_heads, panels, width // 2, PANEL, 2),
-        values=empty(num_blocks, num_kv_heads, panels, width // PANEL, PANEL // 2, PANEL, 2),
+        keys=zeros(num_blocks, num_kv_heads, panels, width // 2, PANEL, 2),
+        values=zeros(num_blocks, num_kv_heads, panels, width // PANEL, PANEL // 2, PANEL, 2),
         key_scales=scales[0],
         value_scales=scales[1],
         head_dim=head_dim,

@@ -12,7 +12,7 @@ from moesaic.kernels.activation import mlp
 from moesaic.kernels.packed import PackedMlp, packed_mlp, packed_moe
 from moesaic.model.linear import Linear
 from moesaic.moe.experts import Experts
-from moesaic.moe.layer import MoELayer, MoEStatistics, RoutingDecision
+from moesaic.moe.layer import MoELayer, MoEStatistics, Routes, RoutingDecision
 from moesaic.moe.router import finish_weights
 
 
@@ -112,6 +112,7 @@ class FeedForward(nn.Module):
         """The same in one call, with the residual MLP as one more expert; mixed in fp32."""
         routing = moe.router(x, valid=valid)
         weights = finish_weights(routing.routing_weights, None, moe.config.router, output_scale=moe.output_scale)
+        routes = Routes(routing.expert_ids, weights)
         expert_ids, dense_weights = routing.expert_ids, None
         if valid is not None:
             expert_ids = expert_ids.masked_fill(~valid[:, None], -1)
@@ -132,5 +133,6 @@ class FeedForward(nn.Module):
             drop_rate=torch.zeros_like(routing.z),
             num_tokens=routing.num_tokens,
             decision=None,
+            routes=routes,
         )
         return out, statistics

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.errors import TrainingError
 from moesaic.kernels import select
-from moesaic.kernels.decode import DecodePlan, ModelPart
+from moesaic.kernels.decode import Decoded, DecodePlan, ModelPart
 from moesaic.kernels.packed import PackedWeight, packed_linear, packed_rows, unpack_weight
 from moesaic.kernels.paged_attention import KVStorage
 from moesaic.kernels.quantized import QuantizedWeight, dequantize
@@ -200,19 +200,51 @@ class Transformer(nn.Module):
 
     def _forward_cached(self, tokens: Tensor, step: CacheStep, valid: Tensor | None, seed: int) -> ModelOutput:
         """All new tokens end to end, whatever sequences they belong to."""
-        flat = tokens.reshape(1, -1)
-        library = select.cpu_library() if self.decode_part is not None and tokens.device.type == "cpu" else None
-        if library is not None and valid is None:
-            if self._plan is None or self._plan.library is not library:
-                assert self.decode_part is not None
-                self._plan = DecodePlan(self.decode_part, library)
+        plan = self._usable_plan() if valid is None else None
+        if plan is not None:
             assert isinstance(step.storage, KVStorage), type(step.storage)
-            hidden = self._plan.run(flat[0], step.storage, step.batch).hidden
+            hidden = plan.run(tokens.flatten(), step.storage, step.batch).hidden
             return ModelOutput(hidden.view(*tokens.shape, -1), ())
         positions = step.batch.positions.to(tokens.device)
-        x, rotary = self._embed(flat, positions, int(step.batch.lengths.max()))
+        x, rotary = self._embed(tokens.reshape(1, -1), positions, int(step.batch.lengths.max()))
         out = self._run_blocks(x, rotary, None, valid, step, seed, None)
         return ModelOutput(out.hidden.view(*tokens.shape, -1), out.moe)
+
+    @property
+    def runs_in_one_call(self) -> bool:
+        """Whether a pass with a cache is one call of the C++ kernels, in which no token's result depends on others."""
+        return self.decode_part is not None and self.device.type == "cpu" and select.cpu_library() is not None
+
+    def _usable_plan(self) -> DecodePlan | None:
+        if not self.runs_in_one_call:
+            return None
+        library = select.cpu_library()
+        if self._plan is None or self._plan.library is not library:
+            assert self.decode_part is not None and library is not None
+            self._plan = DecodePlan(self.decode_part, library)
+        return self._plan
+
+    @torch.no_grad()
+    def infer(self, tokens: Tensor, step: CacheStep) -> Decoded:
+        """Take new tokens (T,) int64 of a batch of sequences into a cache: their hidden states, and where they went.
+
+        As forward with a cache, for a caller that keeps the cache itself. The model must be in evaluation mode.
+        """
+        assert not self.training
+        plan = self._usable_plan()
+        if plan is not None:
+            assert isinstance(step.storage, KVStorage), type(step.storage)
+            return plan.run(tokens, step.storage, step.batch)
+        out = self._forward_cached(tokens[None], step, None, 0)
+        routes = [statistics.routes for statistics in out.moe if statistics.routes is not None]
+        ids = [each.expert_ids.flatten() for each in routes]
+        weights = [each.routing_weights.flatten() for each in routes]
+        return Decoded(
+            out.hidden[0],
+            torch.cat(ids) if ids else tokens.new_empty(0),
+            torch.cat(weights) if weights else torch.empty(0, device=tokens.device),
+            tuple(each.expert_ids.shape[1] for each in routes),
+        )
 
     def _run_blocks(
         self,

@@ -21,12 +21,20 @@ class RoutingDecision:
 
 
 @dataclass(frozen=True)
+class Routes:
+    """Where each token went: expert_ids (T, K) int64, and the weights (T, K) fp32 that their outputs got."""
+
+    expert_ids: Tensor
+    routing_weights: Tensor
+
+
+@dataclass(frozen=True)
 class MoEStatistics:
     """What one MoE layer reports of one forward pass, beside its output.
 
     Shapes: tokens_per_expert (E,) int64, before dropping; mean_probabilities (E,) and z, with a gradient, for the
     losses; entropy, drop_rate scalars in 0..1; num_tokens scalar int64 without padding; decision None once it has
-    served.
+    served; routes None in training.
     """
 
     tokens_per_expert: Tensor
@@ -36,6 +44,7 @@ class MoEStatistics:
     drop_rate: Tensor
     num_tokens: Tensor
     decision: RoutingDecision | None
+    routes: Routes | None
 
 
 class MoELayer(nn.Module):
@@ -83,6 +92,7 @@ class MoELayer(nn.Module):
             drop_rate=drop_rate,
             num_tokens=routing.num_tokens,
             decision=RoutingDecision(routing.expert_ids, plan),
+            routes=None if self.training else Routes(routing.expert_ids, weights.detach()),
         )
         return out, statistics
 

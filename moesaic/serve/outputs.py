@@ -47,7 +47,8 @@ class RequestOutput:
     be the beginning of a stop text, or half of a character, is held back. tokens: the new tokens; they may be ahead of
     the text. finish_reason: None while it goes on. stop_reason: the stop text or token id that ended it, None for the
     model's own. message: of finish_reason "error", what happened. prompt_logprobs: once, with the first output, where
-    asked for. prompt_tokens, cached_tokens, completion_tokens: counts so far, for usage.
+    asked for. prompt_tokens, cached_tokens, completion_tokens: counts so far, for usage. is_by_student: it is not the
+    model's but its student's, which helps out (overload.py).
     """
 
     request_id: str
@@ -61,6 +62,7 @@ class RequestOutput:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    is_by_student: bool = False
 
 
 @dataclass(frozen=True)

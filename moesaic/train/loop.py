@@ -568,6 +568,7 @@ def _without_graph(losses: Losses) -> Losses:
             drop_rate=statistics.drop_rate,
             num_tokens=statistics.num_tokens,
             decision=None,
+            routes=None,
         )
         for statistics in losses.moe
     )

@@ -18,6 +18,7 @@ import moesaic
 from moesaic.checkpoint.store import (
     CheckpointInfo,
     best_checkpoint,
+    checked_file,
     has_checkpoints,
     last_good,
     list_checkpoints,
@@ -27,6 +28,7 @@ from moesaic.checkpoint.store import (
     resolve_checkpoint,
     save_checkpoint,
     set_aside_after,
+    write_manifest,
 )
 from moesaic.errors import CheckpointError
 
@@ -152,6 +154,37 @@ def test_a_file_that_is_no_safetensors_is_an_error_even_with_its_hash(tmp_path: 
         load_tensors(info, "model")
     with pytest.raises(CheckpointError, match=r"holds no teacher.safetensors; it holds model.safetensors"):
         load_tensors(info, "teacher")
+
+
+def test_a_manifest_takes_the_hashes_that_are_known_and_reads_files_for_the_others(tmp_path: Path) -> None:
+    for name in ("model", "optimizer"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    files = write_manifest(tmp_path, 3, {}, sha256={"model.safetensors": "as it was told"})
+    assert files == {
+        "model.safetensors": {"bytes": 5, "sha256": "as it was told"},
+        "optimizer.safetensors": {"bytes": 9, "sha256": hashlib.sha256(b"optimizer").hexdigest()},
+    }
+    assert read_info(tmp_path).files == files
+
+
+def test_a_corrupt_file_is_the_error_whatever_was_made_of_it_meanwhile(tmp_path: Path) -> None:
+    info = save(tmp_path, 1)
+    with checked_file(info, "model") as path:
+        assert path == info.path / "model.safetensors"
+    with pytest.raises(ZeroDivisionError), checked_file(info, "model"):
+        raise ZeroDivisionError  # the file is whole: it is the caller's own error
+    corrupt_byte(info.path)
+    is_read = False
+    with pytest.raises(CheckpointError, match="SHA-256"), checked_file(info, "model"):
+        is_read = True
+    assert is_read
+    with pytest.raises(CheckpointError, match="SHA-256"), checked_file(info, "model"):
+        raise ZeroDivisionError
+    with pytest.raises(KeyboardInterrupt), checked_file(info, "model"):
+        raise KeyboardInterrupt
+    truncate(info.path)
+    with pytest.raises(CheckpointError, match="were written"), checked_file(info, "model"):
+        raise AssertionError("its size is looked at first")
 
 
 def test_broken_later_checkpoints_are_set_aside_and_take_no_place_among_the_kept(tmp_path: Path) -> None:

@@ -1,11 +1,19 @@
+import errno
+import hashlib
+import os
+import random
+import threading
 from collections.abc import Callable
+from io import FileIO
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moesaic.checkpoint import stream
 from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorReader, TensorWriter
 from moesaic.errors import CheckpointError
 
@@ -88,6 +96,147 @@ def test_what_is_written_is_the_librarys_file_byte_for_byte(tmp_path: Path) -> N
         for name in reversed(writer.order):
             writer.append(name, tensors[name])
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+# More than the buffers below hold, in sizes that no buffer divides, with one that is empty.
+BULK = {
+    f"t{index}": torch.arange(index * count, index * count + count).to(dtype)
+    for index, (dtype, count) in enumerate(
+        ((torch.float32, 3001), (torch.bfloat16, 7), (torch.uint8, 9999), (torch.float32, 0), (torch.int64, 1029))
+    )
+}
+
+
+@pytest.fixture(params=["through the page cache", "past the page cache"])
+def small_buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_BUFFER_BYTES", 4096)
+    monkeypatch.setattr(stream, "_NUM_BUFFERS", 3)
+    if request.param.startswith("past"):
+        monkeypatch.setattr(stream, "_LARGE_BYTES", 0)
+
+
+def write(path: Path, order: Callable[[list[str]], list[str]], *, piece: int = 1 << 20) -> TensorWriter:
+    """Write all of BULK, tensor after tensor, in pieces of that many elements."""
+    layout = {name: TensorLayout(each.dtype, tuple(each.shape)) for name, each in BULK.items()}
+    with TensorWriter(path, layout, is_hashed=True) as writer:
+        for name in order(writer.order):
+            for part in BULK[name].split(piece):
+                writer.append(name, part)
+    return writer
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("piece", [1 << 20, 1000, 13])
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda names: names,
+        lambda names: names[::-1],
+        lambda names: [*names[:3], names[4], names[3]],
+        lambda names: [names[1], names[0], *names[2:]],
+    ],
+    ids=["as they stand", "backwards", "the last two exchanged", "the first two exchanged"],
+)
+def test_the_hash_taken_while_writing_is_that_of_the_file(
+    tmp_path: Path, order: Callable[[list[str]], list[str]], piece: int
+) -> None:
+    save_file(BULK, tmp_path / "theirs.safetensors", {"format": "pt"})
+    writer = write(tmp_path / "a.safetensors", order, piece=piece)
+    written = (tmp_path / "a.safetensors").read_bytes()
+    assert written == (tmp_path / "theirs.safetensors").read_bytes()
+    assert writer.sha256 == hashlib.sha256(written).hexdigest()
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_of_several_tensors_by_turns_have_the_right_hash(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    pieces = {name: list(tensor.split(chance.randint(1, 2000))) for name, tensor in BULK.items()}
+    layout = {name: TensorLayout(each.dtype, tuple(each.shape)) for name, each in BULK.items()}
+    with TensorWriter(tmp_path / "a.safetensors", layout, is_hashed=True) as writer:
+        first = writer.order[0]
+        writer.append(first, pieces[first].pop(0))  # a stream at first
+        while left := [name for name, each in pieces.items() if each]:
+            name = chance.choice(left)
+            writer.append(name, pieces[name].pop(0))
+    assert writer.sha256 == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+    read = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in BULK.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no way past the page cache")
+@pytest.mark.parametrize("place", ["open", "write"])
+def test_a_file_system_that_cannot_go_past_the_page_cache_is_written_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(stream, "_BUFFER_BYTES", 4096)
+    monkeypatch.setattr(stream, "_LARGE_BYTES", 0)
+    refused, really_open, really_write = 0, os.open, stream._write_all
+
+    def opens(name: Any, flags: int, *rest: int) -> int:
+        nonlocal refused
+        if flags & os.O_DIRECT and place == "open":
+            refused += 1
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return really_open(name, flags & ~os.O_DIRECT, *rest)
+
+    def writes(file: FileIO, start: int, view: memoryview) -> None:
+        nonlocal refused
+        if place == "write" and not refused:
+            refused += 1
+            raise OSError(errno.EINVAL, "Invalid argument")
+        really_write(file, start, view)
+
+    monkeypatch.setattr(os, "open", opens)
+    monkeypatch.setattr(stream, "_write_all", writes)
+    writer = write(tmp_path / "a.safetensors", lambda names: names)
+    assert refused == 1
+    assert writer.sha256 == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 7])
+def test_a_disk_that_is_full_is_the_writers_error_and_no_thread_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    monkeypatch.setattr(stream, "_BUFFER_BYTES", 4096)
+    really_write, seen = stream._write_all, 0
+
+    def writes(file: FileIO, start: int, view: memoryview) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really_write(file, start, view)
+
+    monkeypatch.setattr(stream, "_write_all", writes)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "a.safetensors", lambda names: names)
+    assert threading.active_count() == before
+
+
+def test_what_is_given_up_or_not_asked_for_has_no_hash(tmp_path: Path) -> None:
+    layout, before = {"a": TensorLayout(torch.float32, (4,))}, threading.active_count()
+    writer = TensorWriter(tmp_path / "a.safetensors", layout, is_hashed=True)
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.append("a", torch.ones(4))
+        raise KeyboardInterrupt
+    assert threading.active_count() == before
+    with TensorWriter(tmp_path / "b.safetensors", layout) as other:
+        other.append("a", torch.ones(4))
+    for each in (writer, other):
+        with pytest.raises(AssertionError):
+            each.sha256  # noqa: B018
+
+
+def test_a_file_that_leaves_the_page_cache_is_read_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_LARGE_BYTES", 0)
+    save_file(BULK, tmp_path / "a.safetensors")
+    with TensorReader(tmp_path / "a.safetensors", is_read_once=True) as reader:
+        for name in (*BULK, *BULK):
+            assert torch.equal(reader.read(name), BULK[name])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """`moesaic bench` prints what was measured, as a table and as JSON, and refuses what cannot be run."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +91,82 @@ def test_a_mistake_is_told(cli: Any, flags: tuple[object, ...]) -> None:
 def test_help_shows_examples(cli: Any) -> None:
     assert "Example: moesaic bench limits" in cli("bench", "limits", "--help").out
     assert "Example: moesaic bench moe-layer" in cli("bench", "moe-layer", "--help").out
+    assert "Example: moesaic bench serve" in cli("bench", "serve", "--help").out
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """No network: every run gives the same result; returns what each was asked."""
+    from moesaic.report.serving import RequestResult, ServingResult
+
+    asked: list[dict[str, Any]] = []
+
+    def bench_serving(endpoint: Any, workload: Any, **options: Any) -> ServingResult:
+        workload.check()
+        endpoint.base  # noqa: B018  (it is checked by looking)
+        asked.append({"endpoint": endpoint, "workload": workload, **options})
+        options["show"](1, 2)
+        good = RequestResult(
+            due_seconds=0.0, sent_seconds=0.0, end_seconds=2.0, chunk_seconds=(1.0, 1.05), asked_prompt_tokens=8,
+            asked_output_tokens=2, prompt_tokens=8, output_tokens=2,
+        )  # fmt: skip
+        bad = replace(good, chunk_seconds=(), output_tokens=None, error="refused", message="status 429: busy")
+        return ServingResult(
+            name=options["name"] or "tiny", url=endpoint.base, model="tiny", created="2026-01-01T00:00:00+00:00",
+            workload={"rate": 2.0}, ttft_limit_seconds=options["ttft_limit_seconds"],
+            tpot_limit_seconds=options["tpot_limit_seconds"],
+            requests=(bad, bad) if workload.num_requests == 2 else (good, bad),
+        )  # fmt: skip
+
+    monkeypatch.setattr("moesaic.bench.serving.bench_serving", bench_serving)
+    return asked
+
+
+SERVE = ("bench", "serve", "http://127.0.0.1:8000", "--prompt-tokens", "4-8", "--output-tokens", 2)
+
+
+def test_a_server_is_a_table_a_file_and_a_plot(cli: Any, served: list[dict[str, Any]], tmp_path: Path) -> None:
+    from moesaic.report.serving import read_serving
+
+    (tmp_path / "key").write_text("secret\n")
+    output, plot = tmp_path / "new" / "a.json", tmp_path / "new" / "a.png"
+    result = cli(*SERVE, "--rate", 2, "--api-key-file", tmp_path / "key", "--output", output, "--plot", plot)
+    assert result.status == 0, result.err
+    for expected in ("TTFT", "TPOT", "1.0000", "0.0500", "1 of 2 completed", "1 refused", "status 429: busy", "50.0 %"):
+        assert expected in result.out
+    assert read_serving(output).requests[1].error == "refused" and plot.read_bytes().startswith(b"\x89PNG")
+    asked = served[0]
+    assert (asked["workload"].prompt_tokens, asked["workload"].output_tokens) == ((4, 8), (2, 2))
+    assert (asked["workload"].rate, asked["endpoint"].api_key, asked["num_warmup"]) == (2.0, "secret", 2)
+
+
+def test_a_servers_figures_are_json(cli: Any, served: list[dict[str, Any]]) -> None:
+    result = cli(*SERVE, "--concurrency", 3, "--json", "--ttft-limit", 0.5, "--name", "ours")
+    assert result.status == 0, result.err
+    values = json.loads(result.out)
+    assert values["name"] == "ours" and values["summary"]["errors"] == {"refused": 1}
+    assert values["summary"]["goodput_share"] == 0.0 and values["summary"]["ttft"]["p99"] == 1.0
+
+
+def test_no_answer_at_all_is_a_failure(cli: Any, served: list[dict[str, Any]]) -> None:
+    result = cli(*SERVE, "--concurrency", 1, "--requests", 2)
+    assert result.status == 1 and "2 refused" in result.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "of --rate and --concurrency neither was given"),
+        (("--rate", 1, "--trace", "t.csv"), "--trace and --prompt-tokens were both given"),
+        (("--rate", 1, "--prompt-tokens", "many"), "--prompt-tokens is 'many'"),
+        (("--rate", 1, "--api-key-file", "none"), "--api-key-file none cannot be read"),
+        (("--rate", 1, "--output", "/"), "/ cannot be written"),
+        (("--rate", 1, "--plot", "/dev/null/a.png"), "cannot be written"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_sent(
+    cli: Any, served: list[dict[str, Any]], flags: tuple[object, ...], message: str
+) -> None:
+    result = cli(*SERVE, *flags)
+    assert result.status == 2 and served == []
+    assert "ConfigError" in result.err and message in result.err.replace("\n", " ")

@@ -20,6 +20,7 @@ from moesaic.config.model import (
     RouterConfig,
 )
 from moesaic.config.presets import preset_names
+from moesaic.config.serve import Grammar, Sampling
 from moesaic.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -44,6 +45,8 @@ SECTIONS: dict[str, type[Config]] = {
     "`evaluation`": EvaluationConfig,
     "`checkpoint`": CheckpointConfig,
     "`distill`": DistillConfig,
+    "`Sampling`": Sampling,
+    "`Grammar`": Grammar,
 }
 
 
@@ -54,6 +57,8 @@ def written(default: Any) -> str:
         return "defaults"
     if default is None or isinstance(default, bool):
         return f"`{json.dumps(default)}`"
+    if default in ((), "", {}):
+        return f"`{json.dumps(default)}`"
     return f"`{default}`"
 
 
@@ -62,7 +67,10 @@ def test_the_tables_have_every_key_with_its_default_in_order(title: str) -> None
     section = re.search(rf"^### {re.escape(title)}\n(.*?)(?=^### |\Z)", GUIDE, re.M | re.S)
     assert section, title
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (?:.*?) ?\|$", section[1], re.M)
-    assert rows == [(name, written(field.default)) for name, field in SECTIONS[title].model_fields.items()]
+    assert rows == [
+        (name, written(field.get_default(call_default_factory=True)))
+        for name, field in SECTIONS[title].model_fields.items()
+    ]
 
 
 def test_every_preset_is_listed() -> None:

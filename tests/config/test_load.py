@@ -9,6 +9,7 @@ import yaml
 from moesaic.config.load import (
     apply_assignments,
     load_model_config,
+    load_serve_config,
     load_train_config,
     merge,
     parse_assignment,
@@ -16,6 +17,7 @@ from moesaic.config.load import (
     write_config,
 )
 from moesaic.config.presets import preset, preset_names
+from moesaic.config.serve import ServeConfig
 from moesaic.errors import ConfigError
 
 DATA = "data.path=corpus"
@@ -220,3 +222,28 @@ def test_a_runs_micro_batch_follows_its_batch_when_it_was_derived(tmp_path: Path
     assert load_train_config(tmp_path, ["batch_size=8"]).micro_batch_size == 8
     write_config(load_train_config("dense-tiny", [*values, "micro_batch_size=4"]), tmp_path / "config.yaml")
     assert load_train_config(tmp_path, ["batch_size=8"]).micro_batch_size == 4
+
+
+def test_a_serve_config_is_a_file_and_assignments(tmp_path: Path) -> None:
+    assert load_serve_config() == ServeConfig()
+    file = tmp_path / "serve.yaml"
+    file.write_text("engine:\n  max_sequences: 3\nserver:\n  port: 0\n  allowed_origins: ['https://example.org']\n")
+    config = load_serve_config(file, ["server.port=81", "engine.block_size=16"])
+    assert (config.engine.max_sequences, config.engine.block_size, config.server.port) == (3, 16, 81)
+    assert config.server.allowed_origins == ("https://example.org",)
+    assert ServeConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("server.prot=1", "did you mean port"),
+        ("server.port=65536", "less than or equal to 65535"),
+        ("server.allowed_origins=[https://example.org/path]", "without a path"),
+        ("server.max_body_bytes=0", "greater than or equal to 1"),
+        ("sever.port=1", "did you mean server"),
+    ],
+)
+def test_a_serve_config_that_cannot_work_is_refused(assignment: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_serve_config(assignments=[assignment])

@@ -16,7 +16,7 @@ from moesaic.convert.importer import import_model
 from moesaic.convert.keys import differences
 from moesaic.convert.opened import open_model
 from moesaic.convert.parity import verify_models
-from moesaic.errors import ConfigError, ConversionError
+from moesaic.errors import CheckpointError, ConfigError, ConversionError
 from moesaic.model.load import load_run
 
 Converted = Any  # conftest's
@@ -128,6 +128,17 @@ def own_run(make_run: MakeRun, short_check: None) -> MakeRun:
         return run
 
     return make
+
+
+def test_a_corrupt_run_is_found_and_nothing_is_left(make_run: MakeRun, short_check: None, tmp_path: Path) -> None:
+    run = make_run("moe")
+    path = resolve_checkpoint(run).path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1  # in the last tensor: a number that is as good as any
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        export_run(run, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
 
 
 @torch.no_grad()

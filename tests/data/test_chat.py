@@ -39,8 +39,22 @@ def test_a_template_has_messages_special_tokens_and_whether_to_prompt() -> None:
         "{{ messages.append(1) }}",
         "{{ raise_exception('roles take turns') }}",
         "{% for m in messages %}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages | tojson(indent='x' * 3, a=1) }}",
     ],
 )
 def test_a_template_that_reaches_out_or_refuses_is_an_error(template: str) -> None:
     with pytest.raises(DataError, match=r"cannot make a text of 1 messages with the roles user .*; .*; leave out"):
         render_chat(with_template(template), [USER])
+
+
+def test_a_template_has_the_tools_and_all_of_a_message() -> None:
+    tokenizer = with_template(
+        "{% if tools %}{{ tools | map(attribute='name') | join(',') }}|{% endif %}"
+        "{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": {"at": None}}]}
+    messages = [USER, call]
+    assert render_chat(tokenizer, messages) == 'userassistant[{"arguments": {"at": null}, "name": "look"}]'
+    assert render_chat(tokenizer, [USER], tools=[{"name": "look"}, {"name": "go"}]) == "look,go|user"

@@ -223,3 +223,17 @@ def test_the_files_that_came_along_name_the_begin_token(tiny_data: Path) -> None
     named = Tokenizer(tokenizer.json_text, companions={"tokenizer_config.json": config})
     assert named.begin_of_text_id == tokenizer.encode("a")[0]
     assert named.special_names == {"bos_token": "a", "eos_token": "<|endoftext|>"}
+
+
+def test_token_bytes_make_the_text_and_special_tokens_have_none(tokenizer: Tokenizer) -> None:
+    for text in ODD_TEXTS:
+        assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text
+    assert tokenizer.is_byte_level and not tokenizer.has_byte_tokens
+    assert tokenizer.special_ids == {tokenizer.end_of_text_id}
+    assert tokenizer.token_bytes(tokenizer.end_of_text_id) == tokenizer.token_bytes(10_000) == b""
+    # Added as plain text: spelled as it is, also with letters that byte-level BPE writes otherwise.
+    inner = tokenizers.Tokenizer.from_str(tokenizer.json_text)
+    inner.add_tokens([AddedToken("a b\u0120"), AddedToken("<user>")])
+    added = Tokenizer(inner.to_str())
+    ids = [inner.token_to_id("a b\u0120"), inner.token_to_id("<user>")]
+    assert added.decode(ids) == b"".join(map(added.token_bytes, ids)).decode() == "a b\u0120<user>"

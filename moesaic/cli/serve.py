@@ -1,0 +1,55 @@
+"""`moesaic serve`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def serve(
+    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="A YAML file with the sections engine and server.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on; the same as --set server.host=.")] = None,
+    port: Annotated[int | None, typer.Option(help="0: any that is free; the same as --set server.port=.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="a.b=VALUE, as often as needed (docs/guides/serve.md).")
+    ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp32", "int8"] | None,
+        typer.Option(help="Of matrix work; int8 rounds the weights. Otherwise as the run was trained or quantised."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Serve a trained model by OpenAI's protocol, with a web page at /.
+
+    Ctrl-C or SIGTERM lets what runs finish; a second one ends it. Log lines are JSON, on standard error.
+
+    Example: moesaic serve runs/first --port 8000 --set engine.max_sequences=16
+    """
+    from moesaic.config.load import load_serve_config, run_folder_of
+    from moesaic.errors import InstallationError
+    from moesaic.logs import log_to_stderr
+
+    settings = [f"server.host={json.dumps(host)}"] if host is not None else []
+    settings += [f"server.port={port}"] if port is not None else []
+    resolved = load_serve_config(config, [*settings, *(assignments or [])])
+    try:
+        from moesaic.serve.server.run import serve as run_server
+    except ImportError as error:
+        raise InstallationError(
+            f"a server was asked for and {error.name} cannot be imported; FastAPI, uvicorn and prometheus-client are "
+            f"required; install them with `pip install 'moesaic[serve]'`."
+        ) from None
+    log_to_stderr(as_json=True)
+    folder = run_folder_of(run)
+    run_server(
+        run,
+        resolved,
+        name=folder.name if folder is not None and folder.name else run,
+        device=device,
+        precision=precision,
+        ready=lambda url: typer.echo(f"Serving {run} at {url} (Ctrl-C ends it)."),
+    )

@@ -1,0 +1,499 @@
+"""The engine: requests in, tokens out, one forward pass a step for all that runs.
+
+No threads, processes, signals or globals: whoever holds an engine calls step() while it has work, from one thread.
+What the next step computes is decided in scheduler, computed by runner, and turned into tokens by sampler.
+"""
+
+import secrets
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moesaic.config.serve import EngineConfig, Sampling
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConfigError, GenerationError
+from moesaic.kernels.decode import Decoded
+from moesaic.kernels.limits import available_memory_bytes
+from moesaic.model.transformer import Transformer
+from moesaic.serve.depth import DepthChooser
+from moesaic.serve.detokenizer import Detokenizer
+from moesaic.serve.drafts import Draft, ModelDraft, NgramDraft, Wanted
+from moesaic.serve.expert_load import ExpertLoad, token_experts
+from moesaic.serve.grammar import GrammarCompiler, Matcher
+from moesaic.serve.kv_blocks import BlockPool
+from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
+from moesaic.serve.runner import Part, Runner, block_bytes
+from moesaic.serve.sampler import SamplingState, sample_row, score_prompt
+from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+# Logits of a prompt's tokens are made so many at a time.
+_SCORED_ROWS = 64
+
+
+@dataclass(eq=False)
+class _Text:
+    """One of a request's texts, from its arrival to its last output."""
+
+    request_id: str
+    index: int
+    sampling: Sampling
+    sequence: Sequence
+    state: SamplingState
+    detokenizer: Detokenizer
+    matcher: Matcher | None
+    stop_ids: frozenset[int]
+    last_length: int
+    scored: list[GeneratedToken] = field(default_factory=list)
+    has_given_scores: bool = False
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    message: str | None = None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.sequence.tokens) - self.sequence.num_prompt
+
+
+@dataclass(eq=False)
+class _Choice:
+    """A text whose next tokens are chosen, from the logits at first_row and behind; its new tokens and characters."""
+
+    text: _Text
+    first_row: int
+    drafted: tuple[int, ...]
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    piece: str = ""
+
+
+class Engine:
+    """Runs many requests on one model at once.
+
+    A request's tokens do not depend on what else runs where is_batch_invariant: then they are the same alone, in a full
+    batch, in chunks, preempted, or with a shared beginning.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        draft_model: Transformer | None = None,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        """draft_model: the one that config.speculation names, loaded. grammars: compiles those of requests; None: they
+        are refused.
+
+        Raises: ConfigError for settings that these models or the memory cannot meet.
+        """
+        config = config or EngineConfig()
+        self.config, self.model_config = config, model.config
+        dtype = model.compute_dtype if config.kv_precision == "auto" else _DTYPES[config.kv_precision]
+        longest = min(model.config.max_positions, config.max_length or model.config.max_positions)
+        num_blocks = _count_blocks(model, config, longest, dtype)
+        self.max_length = min(longest, num_blocks * config.block_size)
+        self.is_batch_invariant = model.runs_in_one_call
+        self._tokenizer = tokenizer
+        self._runner = Runner(model, num_blocks, block_size=config.block_size, dtype=dtype)
+        self._pool = BlockPool(num_blocks, config.block_size)
+        self._scheduler = Scheduler(
+            self._pool,
+            max_sequences=config.max_sequences,
+            max_batch_tokens=config.max_batch_tokens,
+            prefix_caching=config.prefix_caching,
+        )
+        self._grammars = grammars
+        self._load = ExpertLoad(model.config)
+        self._draft: Draft | None = None
+        self._depth: DepthChooser | None = None
+        if config.speculation is not None:
+            self._depth = DepthChooser(config.speculation.max_tokens)
+            if config.speculation.method == "ngram":
+                self._draft = NgramDraft()
+            else:
+                assert draft_model is not None, "config.speculation names a model; load it and give it"
+                self._draft = ModelDraft(
+                    draft_model,
+                    target=model,
+                    num_blocks=num_blocks,
+                    block_size=config.block_size,
+                    max_length=self.max_length,
+                    chunk=config.max_batch_tokens,
+                )
+        self._texts: dict[Sequence, _Text] = {}  # those that the scheduler has
+        self._siblings: dict[Sequence, list[_Text]] = {}  # texts that wait for the first of theirs
+        self._requests: dict[str, list[_Text]] = {}  # texts that are going on
+        self._pending: list[RequestOutput] = []
+        self._num_arrivals = 0
+        self._counts = dict.fromkeys(("steps", "prompt", "cached", "generated", "finished", "drafted", "accepted"), 0)
+        self._step_seconds, self._step_tokens = 0.0, 0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work or bool(self._pending)
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that run or wait."""
+        return sum(len(texts) for texts in self._requests.values())
+
+    def add_request(
+        self, prompt: Sequence_[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
+    ) -> str:
+        """Take a prompt's token ids in, to be continued; return the request's id.
+
+        priority: lower comes first, and may make others wait that have begun.
+
+        Raises: ConfigError or GenerationError for what this engine could never serve; nothing is changed then.
+        """
+        request_id = secrets.token_hex(8) if request_id is None else request_id
+        if request_id in self._requests:
+            raise ConfigError(f"the request id {request_id!r} is in use; every request needs its own; leave it out.")
+        self._check_prompt(prompt, sampling)
+        matchers = self._matchers(sampling)
+        own_stops = frozenset() if sampling.ignore_end_of_text else self._tokenizer.stop_ids
+        stop_ids = own_stops | frozenset(sampling.stop_token_ids)
+        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
+        vocab_size = self.model_config.vocab_size
+        texts = []
+        for index in range(sampling.n):
+            state = SamplingState(sampling, prompt, vocab_size=vocab_size, seed=seed + index, stop_ids=stop_ids)
+            sequence = Sequence(
+                tokens=list(prompt),
+                num_prompt=len(prompt),
+                priority=priority,
+                arrival=self._num_arrivals,
+                may_find_prefix=sampling.prompt_logprobs is None or index > 0,
+            )
+            self._num_arrivals += 1
+            texts.append(
+                _Text(
+                    request_id=request_id,
+                    index=index,
+                    sampling=sampling,
+                    sequence=sequence,
+                    state=state,
+                    detokenizer=Detokenizer(
+                        self._tokenizer, prompt=prompt, stop=sampling.stop, min_tokens=sampling.min_tokens
+                    ),
+                    matcher=matchers[index],
+                    stop_ids=stop_ids,
+                    last_length=min(self.max_length, len(prompt) + sampling.max_tokens),
+                )
+            )
+        self._requests[request_id] = list(texts)
+        # The first computes the prompt, the others find its blocks.
+        self._submit(texts[0])
+        if len(texts) > 1:
+            self._siblings[texts[0].sequence] = texts[1:]
+        return request_id
+
+    def _matchers(self, sampling: Sampling) -> list[Matcher | None]:
+        """One for each text; None without a grammar."""
+        if sampling.grammar is None:
+            return [None] * sampling.n
+        if self._grammars is None:
+            raise ConfigError(
+                "a grammar is given and this engine compiles none; a GrammarCompiler is required; make the engine with "
+                "one, or leave the grammar out."
+            )
+        grammar = self._grammars.compile(sampling.grammar)
+        # A text that matches ends, whatever else is ignored.
+        stop_ids = self._tokenizer.stop_ids | frozenset(sampling.stop_token_ids)
+        return [grammar.matcher(stop_ids=stop_ids) for _ in range(sampling.n)]
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now; the next step tells so of its unfinished texts. False where there is none of that id."""
+        texts = self._requests.get(request_id)
+        if texts is None:
+            return False
+        for text in list(texts):
+            self._siblings.pop(text.sequence, None)
+            self._end(text, "abort")
+            self._pending.append(self._output(text, "", ()))
+        return True
+
+    def step(self) -> list[RequestOutput]:
+        """Compute the next tokens of what runs, and return what became of each text that moved; [] where none did."""
+        start = time.perf_counter()
+        outputs, self._pending = self._pending, []
+        parts = self._scheduler.schedule(self._plan_drafts())
+        if not parts:
+            return outputs
+        drafted = self._propose(parts)
+        drafting_seconds = time.perf_counter() - start
+        decoded = self._runner.run([_part_of(part, drafted.get(part.sequence, ())) for part in parts])
+        self._load.add(decoded)
+        first_rows = self._score_prompts(parts, drafted, decoded)
+        outputs += self._choose(parts, first_rows, drafted, decoded)
+        self._counts["steps"] += 1
+        self._step_tokens = decoded.hidden.shape[0]
+        self._step_seconds = time.perf_counter() - start
+        if self._depth is not None and all(part.num_tokens == 1 for part in parts):
+            self._depth.record_step(self._step_tokens, self._step_seconds - drafting_seconds)
+        return outputs
+
+    def _plan_drafts(self) -> dict[Sequence, int]:
+        """How many tokens to draft for each sequence that generates."""
+        if self._depth is None:
+            return {}
+        generating = [sequence for sequence in self._scheduler.running if sequence.num_missing == 1]
+        depth = self._depth.choose(len(generating))
+        # Of the tokens that are left to a text, the last needs no draft.
+        room = {each: self._texts[each].last_length - len(each.tokens) - 1 for each in generating}
+        return {each: min(depth, left) for each, left in room.items() if min(depth, left) > 0}
+
+    def _propose(self, parts: list[Scheduled]) -> dict[Sequence, tuple[int, ...]]:
+        """Draft tokens for the parts that have room for some."""
+        wanted = [
+            Wanted(part.sequence, self._texts[part.sequence].state, part.num_drafted)
+            for part in parts
+            if part.num_drafted
+        ]
+        if not wanted:
+            return {}
+        assert self._draft is not None and self._depth is not None
+        start = time.perf_counter()
+        proposed = self._draft.propose(wanted)
+        depth = max(len(tokens) for tokens in proposed)
+        self._depth.record_draft(len(wanted), depth, time.perf_counter() - start)
+        return {each.sequence: tokens for each, tokens in zip(wanted, proposed, strict=True)}
+
+    def stats(self) -> EngineStats:
+        counts = self._counts
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=self._scheduler.num_waiting + sum(len(texts) for texts in self._siblings.values()),
+            kv_blocks_used=self._pool.num_used,
+            kv_blocks_cached=self._pool.num_cached,
+            kv_blocks_total=self._pool.num_blocks,
+            num_steps=counts["steps"],
+            num_prompt_tokens=counts["prompt"],
+            num_cached_tokens=counts["cached"],
+            num_generated_tokens=counts["generated"],
+            num_preemptions=self._scheduler.num_preemptions,
+            num_finished=counts["finished"],
+            num_drafted_tokens=counts["drafted"],
+            num_accepted_tokens=counts["accepted"],
+            step_seconds=self._step_seconds,
+            step_tokens=self._step_tokens,
+            distinct_experts_per_step=self._load.distinct_experts_per_step,
+            layers=self._load.layers(),
+        )
+
+    def embed(self, prompts: Sequence_[Sequence_[int]]) -> Tensor:
+        """Return a vector of unit length for each text: (n, H) fp32, the mean of its final hidden states.
+
+        Raises: GenerationError as add_request.
+        """
+        for prompt in prompts:
+            self._check_prompt(prompt, Sampling(max_tokens=0))
+        vectors = [self._runner.embed(prompt, chunk=self.config.max_batch_tokens) for prompt in prompts]
+        return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+
+    def _check_prompt(self, prompt: Sequence_[int], sampling: Sampling) -> None:
+        vocab_size = self.model_config.vocab_size
+        if not prompt:
+            raise GenerationError("the prompt is empty; one token is required; give a text, or the end-of-text token.")
+        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise GenerationError(
+                f"the prompt holds token id {wrong}; ids from 0 to {vocab_size - 1} are required; use the model's own "
+                f"tokenizer."
+            )
+        room = self.max_length - (sampling.max_tokens > 0)
+        if len(prompt) > room:
+            raise GenerationError(
+                f"the prompt has {len(prompt)} tokens; at most {room} fit here, with one to generate; shorten it."
+            )
+
+    def _submit(self, text: _Text) -> None:
+        self._texts[text.sequence] = text
+        self._scheduler.add(text.sequence)
+
+    def _score_prompts(
+        self, parts: list[Scheduled], drafted: Mapping[Sequence, tuple[int, ...]], decoded: Decoded
+    ) -> list[int]:
+        """Score the prompt tokens that a step's rows predict, where asked for; return each part's first row."""
+        first_rows, row = [], 0
+        for part in parts:
+            first_rows.append(row)
+            text, sequence = self._texts[part.sequence], part.sequence
+            top = text.sampling.prompt_logprobs
+            if top is not None and not text.has_given_scores and text.index == 0:
+                if not text.scored:
+                    text.scored.append(GeneratedToken(sequence.tokens[0]))
+                # Position p predicts token p + 1; what was scored before a preemption is not scored again.
+                begin = max(sequence.num_computed, len(text.scored) - 1)
+                end = min(sequence.num_computed + part.num_tokens, sequence.num_prompt - 1)
+                for position in range(begin, end, _SCORED_ROWS):
+                    until = min(position + _SCORED_ROWS, end)
+                    place = row + position - sequence.num_computed
+                    logits = self._runner.logits(decoded.hidden[place : place + until - position])
+                    targets = sequence.tokens[position + 1 : until + 1]
+                    text.scored += score_prompt(logits, targets, top=top)
+            row += part.num_tokens + len(drafted.get(part.sequence, ()))
+        return first_rows
+
+    def _choose(
+        self,
+        parts: list[Scheduled],
+        first_rows: list[int],
+        drafted: Mapping[Sequence, tuple[int, ...]],
+        decoded: Decoded,
+    ) -> list[RequestOutput]:
+        """Choose the next tokens of the parts that are complete, and note what is computed."""
+        choices: dict[Sequence, _Choice] = {}
+        rows: list[int] = []  # of the step, whose logits are needed
+        for part, first in zip(parts, first_rows, strict=True):
+            text = self._texts[part.sequence]
+            if part.is_last and text.sampling.max_tokens > 0:
+                choice = _Choice(text, len(rows), drafted.get(part.sequence, ()))
+                choices[part.sequence] = choice
+                last = first + part.num_tokens - 1
+                rows += range(last, last + len(choice.drafted) + 1)
+        if rows:
+            logits = self._runner.logits(decoded.hidden[rows]).numpy()
+            for choice in choices.values():
+                self._choose_tokens(choice, logits, decoded, rows)
+        outputs = []
+        for part in parts:
+            outputs += self._advance(part, self._texts[part.sequence], choices.get(part.sequence))
+        return outputs
+
+    def _choose_tokens(self, choice: "_Choice", logits: NDArray[np.float32], decoded: Decoded, rows: list[int]) -> None:
+        """Choose the next token, and the ones after it as long as they are those drafted.
+
+        rows: of the step's tokens, whose logits these are.
+        """
+        text, drafted = choice.text, choice.drafted
+        for number in range(len(drafted) + 1):
+            row = choice.first_row + number
+            try:
+                sampled = sample_row(logits[row], text.state, None if text.matcher is None else text.matcher.mask())
+                piece = self._accept(text, sampled.token_id, len(choice.tokens) + 1)
+            except GenerationError as error:
+                text.finish_reason, text.message = "error", str(error)
+                return
+            experts = token_experts(decoded, rows[row]) if text.sampling.return_experts else None
+            choice.tokens.append(GeneratedToken(sampled.token_id, sampled.logprob, sampled.top_logprobs, experts))
+            choice.piece += piece
+            if text.finish_reason is not None or drafted[number : number + 1] != (sampled.token_id,):
+                return
+
+    def _accept(self, text: _Text, token: int, num_new: int) -> str:
+        """Take a chosen token into a text, the num_new-th of this step; return the new characters.
+
+        Raises: GenerationError where its grammar cannot be followed.
+        """
+        count = text.num_generated + num_new
+        is_matched = False
+        if text.matcher is not None:
+            is_allowed = text.matcher.accept(token)
+            assert is_allowed, (token, text.sampling.grammar)
+            is_matched = text.matcher.is_finished
+        text.state.append(token)
+        if is_matched or (token in text.stop_ids and count >= text.sampling.min_tokens):
+            text.finish_reason = "stop"
+            text.stop_reason = None if token in self._tokenizer.stop_ids else token
+            piece = ""
+        else:
+            piece = text.detokenizer.append(token)
+            if text.sequence.num_prompt + count >= text.last_length:
+                text.finish_reason = "length"
+        if text.finish_reason is not None:
+            piece += text.detokenizer.flush()
+        if text.detokenizer.stopped_by is not None:
+            text.finish_reason, text.stop_reason = "stop", text.detokenizer.stopped_by
+        return piece
+
+    def _advance(self, part: Scheduled, text: _Text, choice: "_Choice | None") -> list[RequestOutput]:
+        """Note what a step computed of a sequence, and what it gives."""
+        tokens = choice.tokens if choice is not None else []
+        sequence = part.sequence
+        is_new_prompt = sequence.num_computed < sequence.num_prompt
+        accepted = 0
+        if tokens:
+            accepted = len(tokens) - 1
+            sequence.tokens.extend(token.token_id for token in tokens)
+            self._counts["generated"] += len(tokens)
+        self._scheduler.computed(sequence, part.num_tokens + accepted)
+        if self._draft is not None and self._depth is not None and choice is not None and choice.drafted:
+            self._draft.settle(sequence)
+            if text.finish_reason is None:  # a text that ends says nothing of the tokens behind its end
+                self._depth.record_check(len(choice.drafted), accepted)
+            self._counts["drafted"] += len(choice.drafted)
+            self._counts["accepted"] += accepted
+        if is_new_prompt and sequence.num_computed >= sequence.num_prompt:
+            self._counts["prompt"] += sequence.num_prompt
+            self._counts["cached"] += sequence.num_cached or 0
+            for sibling in self._siblings.pop(sequence, ()):
+                self._submit(sibling)
+        if choice is None and part.is_last:  # max_tokens is 0
+            text.finish_reason = "length"
+        if text.finish_reason is not None:
+            self._end(text, text.finish_reason)
+        if not part.is_last:
+            return []
+        return [self._output(text, choice.piece if choice is not None else "", tuple(tokens))]
+
+    def _end(self, text: _Text, reason: FinishReason) -> None:
+        """Take a text out of everything; its blocks may be found by others until they are needed."""
+        text.finish_reason = reason
+        self._counts["finished"] += 1
+        if self._texts.pop(text.sequence, None) is not None:
+            self._scheduler.remove(text.sequence)
+            if self._draft is not None:
+                self._draft.forget(text.sequence)
+        for waiting in self._siblings.values():
+            if text in waiting:
+                waiting.remove(text)
+        left = self._requests[text.request_id]
+        left.remove(text)
+        if not left:
+            del self._requests[text.request_id]
+
+    def _output(self, text: _Text, piece: str, tokens: tuple[GeneratedToken, ...]) -> RequestOutput:
+        sequence = text.sequence
+        scores = None
+        if len(text.scored) == sequence.num_prompt and not text.has_given_scores:
+            scores, text.has_given_scores = PromptLogprobs(tuple(text.scored)), True
+        return RequestOutput(
+            request_id=text.request_id,
+            index=text.index,
+            text=piece,
+            tokens=tokens,
+            finish_reason=text.finish_reason,
+            stop_reason=text.stop_reason,
+            message=text.message,
+            prompt_logprobs=scores,
+            prompt_tokens=sequence.num_prompt,
+            cached_tokens=min(sequence.num_cached or 0, sequence.num_prompt),
+            completion_tokens=text.num_generated,
+        )
+
+
+def _part_of(part: Scheduled, drafted: tuple[int, ...]) -> Part:
+    sequence = part.sequence
+    end = sequence.num_computed + part.num_tokens
+    return Part((*sequence.tokens[sequence.num_computed : end], *drafted), end + len(drafted), sequence.blocks)
+
+
+def _count_blocks(model: Transformer, config: EngineConfig, longest: int, dtype: torch.dtype) -> int:
+    each = block_bytes(model, block_size=config.block_size, dtype=dtype)
+    useful = config.max_sequences * -(-longest // config.block_size)
+    if config.kv_cache_bytes == "auto":
+        return max(1, min(useful, available_memory_bytes() // 4 // each))
+    if config.kv_cache_bytes < each:
+        raise ConfigError(
+            f"kv_cache_bytes ({config.kv_cache_bytes}) is less than one block of {config.block_size} positions of this "
+            f"model takes ({each}); room for one is required; raise it."
+        )
+    return min(useful, config.kv_cache_bytes // each)

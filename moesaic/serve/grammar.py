@@ -1,0 +1,433 @@
+"""Structured output: which tokens may come next under a JSON schema, a regular expression or a grammar, by xgrammar.
+
+A client's grammar is tried in a process of its own before it is compiled here: grammar_trial.py says why.
+"""
+
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesaic.config.serve import Grammar
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConfigError, GenerationError, InstallationError
+from moesaic.serve.grammar_trial import Vocabulary, compile_grammar
+from moesaic.serve.sampler import Mask
+
+_CACHED = 32
+_MAX_DEPTH = 64
+_START_SECONDS = 120.0
+_TRIAL = Path(__file__).with_name("grammar_trial.py")
+
+# What xgrammar would pass over in silence, so that a text could break the schema it was promised to keep.
+_UNENFORCED = frozenset(
+    {"not", "if", "then", "else", "contains", "minContains", "maxContains", "multipleOf", "dependentRequired",
+     "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"}
+)  # fmt: skip
+# What may stand beside keywords that xgrammar takes alone.
+_ANNOTATIONS = frozenset(
+    {"title", "description", "default", "examples", "$defs", "definitions", "$schema", "$id", "$comment", "deprecated",
+     "readOnly", "writeOnly", "discriminator"}
+)  # fmt: skip
+_NEED_A_TYPE = (
+    (frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}), frozenset({"integer", "number"})),
+    (frozenset({"minLength", "maxLength", "pattern", "format"}), frozenset({"string"})),
+)
+# A pattern's own characters go into the JSON string as they are; its classes leave these two out.
+_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")
+_BREAKS_A_STRING = re.compile(r'"|\\\\|\\x(?:22|5c)|\\u\{?0*(?:22|5c)\}?', re.IGNORECASE)
+_MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_SCHEMAS = frozenset(
+    {"items", "additionalItems", "prefixItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems",
+     "propertyNames", "anyOf", "oneOf", "allOf"}
+)  # fmt: skip
+
+
+class GrammarCompiler:
+    """Makes grammars of one tokenizer's tokens; the last ones are kept. May be used from several threads.
+
+    The first compile waits for the trying process to start (seconds: it imports torch); start() lets it begin before.
+    A grammar that takes longer than its timeout is refused, and the process that is still at it is killed.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, vocab_size: int, max_bytes: int = 64_000, timeout_seconds: float = 2.0
+    ) -> None:
+        """Make one for a model of vocab_size logits.
+
+        Raises: InstallationError without xgrammar.
+        """
+        try:
+            import xgrammar  # noqa: F401
+        except ImportError as error:
+            raise InstallationError(
+                f"a grammar was asked for and xgrammar cannot be imported ({error}); structured output stands on it; "
+                f"install it with `pip install 'moesaic[structured]'`."
+            ) from None
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._max_bytes, self._timeout_seconds = max_bytes, timeout_seconds
+        self._stop_ids = sorted(token_id for token_id in tokenizer.stop_ids if token_id < vocab_size)
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._tokens: list[bytes] = []
+        self._vocabulary: Vocabulary | None = None
+        self._trial: _Trial | None = None
+
+    def start(self) -> None:
+        """Start the trying process without waiting for it."""
+        with self._lock:
+            self._begin()
+
+    def close(self) -> None:
+        """End the trying process; a later compile starts another."""
+        with self._lock:
+            if self._trial is not None:
+                self._trial.end()
+                self._trial = None
+
+    def compile(self, grammar: Grammar) -> "CompiledGrammar":
+        """Return the compiled grammar.
+
+        Raises: ConfigError for one that is too large, too deep, broken, too slow, or that asks for what cannot be
+        kept; InstallationError where the trying process does not start.
+        """
+        with self._lock:
+            if grammar in self._cache:
+                self._cache.move_to_end(grammar)
+                return self._cache[grammar]
+            self._check(grammar)
+            error = self._begin().try_out(grammar, self._timeout_seconds)
+            assert self._vocabulary is not None
+            if error is not None:
+                if not self._trial or not self._trial.is_alive:
+                    self._trial = None
+                    self._begin()
+                raise ConfigError(
+                    f"the {_name(grammar)} {_shown(grammar.text)} cannot be used: {error}; one that xgrammar compiles "
+                    f"and follows within {self._timeout_seconds:g} s is required; mend or simplify it."
+                )
+            compiled = compile_grammar(self._vocabulary, grammar.kind, grammar.text)
+            self._cache[grammar] = CompiledGrammar(compiled, self._vocab_size, self._timeout_seconds)
+            while len(self._cache) > _CACHED:
+                self._cache.popitem(last=False)
+            return self._cache[grammar]
+
+    def _begin(self) -> "_Trial":
+        if self._vocabulary is None:
+            count = min(self._tokenizer.vocab_size, self._vocab_size)
+            self._tokens = [self._tokenizer.token_bytes(token_id) for token_id in range(count)]
+            self._vocabulary = Vocabulary(self._tokens, self._vocab_size, self._stop_ids)
+        if self._trial is None or not self._trial.is_alive:
+            self._trial = _Trial(self._tokens, self._vocab_size, self._stop_ids)
+        return self._trial
+
+    def _check(self, grammar: Grammar) -> None:
+        name, text = _name(grammar), grammar.text
+        try:
+            size = len(text.encode("utf-8"))
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"the {name} holds half of a surrogate pair; text that UTF-8 can hold is required; mend it."
+            ) from None
+        if size > self._max_bytes:
+            raise ConfigError(
+                f"the {name} has {size} bytes; at most {self._max_bytes} are allowed; shorten it, or have "
+                f"max_grammar_bytes raised."
+            )
+        if grammar.kind == "json_object":
+            if text:
+                raise ConfigError(
+                    f"json_object comes with the text {_shown(text)}; it takes none; leave it out, or use json_schema."
+                )
+        elif not text.strip():
+            raise ConfigError(f"the {name} is empty; one is required; write it, or ask for no grammar.")
+        if grammar.kind == "json_schema":
+            _check_schema(text)
+
+
+class CompiledGrammar:
+    """A grammar that texts can be made to match, any number of them."""
+
+    def __init__(self, compiled: Any, vocab_size: int, timeout_seconds: float) -> None:
+        """Hold what xgrammar compiled."""
+        self._compiled, self._vocab_size, self._timeout_seconds = compiled, vocab_size, timeout_seconds
+
+    def matcher(self, *, stop_ids: Collection[int] | None = None) -> "Matcher":
+        """Return the state of a new text. stop_ids: what may end it, None for the tokenizer's own."""
+        import xgrammar
+
+        inner = xgrammar.GrammarMatcher(
+            self._compiled, override_stop_tokens=None if stop_ids is None else sorted(stop_ids)
+        )
+        return Matcher(inner, self._vocab_size, self._timeout_seconds)
+
+
+class Matcher:
+    """How far one text has come in its grammar."""
+
+    def __init__(self, inner: Any, vocab_size: int, timeout_seconds: float) -> None:
+        """Begin a text; CompiledGrammar.matcher does."""
+        import xgrammar
+
+        self._inner, self._vocab_size, self._timeout_seconds = inner, vocab_size, timeout_seconds
+        self._bits = xgrammar.allocate_token_bitmask(1, vocab_size)
+        self._mask: Mask | None = None
+        self._num_tokens = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text may end here."""
+        return bool(self._inner.is_completed())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a stop token has ended the text."""
+        return bool(self._inner.is_terminated())
+
+    def mask(self) -> Mask:
+        """Return which tokens may come next, (V,) bool, not to be changed: stop tokens only where the text is complete.
+
+        Raises: GenerationError after the end, and where the grammar has become too slow to follow.
+        """
+        if self.is_finished:
+            raise GenerationError("the text of this grammar has ended; no token may follow; begin another matcher.")
+        if self._mask is None:
+            begun = time.perf_counter()
+            self._inner.fill_next_token_bitmask(self._bits)
+            self._check_time(begun)
+            bits = np.unpackbits(self._bits.numpy()[0].view(np.uint8), count=self._vocab_size, bitorder="little")
+            self._mask = bits.view(np.bool_)
+        return self._mask
+
+    def accept(self, token_id: int) -> bool:
+        """Go on by a token; return whether the grammar allows it, False leaves all as it was.
+
+        Raises: GenerationError where the grammar has become too slow to follow.
+        """
+        if not 0 <= token_id < self._vocab_size or self.is_finished:
+            return False
+        if self._mask is not None and not self._mask[token_id]:
+            return False
+        begun = time.perf_counter()
+        is_accepted = bool(self._inner.accept_token(token_id))
+        self._check_time(begun)
+        if is_accepted:
+            self._mask = None
+            self._num_tokens += 1
+        return is_accepted
+
+    def rollback(self, count: int) -> None:
+        """Take the last count accepted tokens back."""
+        assert 0 <= count <= self._num_tokens, (count, self._num_tokens)
+        if count:
+            self._inner.rollback(count)
+            self._mask = None
+            self._num_tokens -= count
+
+    def _check_time(self, begun: float) -> None:
+        seconds = time.perf_counter() - begun
+        if seconds > self._timeout_seconds:
+            raise GenerationError(
+                f"the grammar took {seconds:.1f} s for one token; at most {self._timeout_seconds:g} are allowed; make "
+                f"it less ambiguous: repetitions within repetitions, and rules that may be empty, cost most."
+            )
+
+
+class _Trial:
+    """The process that tries grammars."""
+
+    def __init__(self, tokens: list[bytes], vocab_size: int, stop_ids: list[int]) -> None:
+        # -P: this folder's files must not stand for other packages' modules of the same name.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_TRIAL)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        self.end = weakref.finalize(self, _end, self._process)
+        self._begun, self._is_ready, self._answer = time.monotonic(), False, b""
+        first = {"tokens": [token.hex() for token in tokens], "vocab_size": vocab_size, "stop_ids": stop_ids}
+        # The process reads only when it has begun, and a pipe holds less than a vocabulary.
+        self._writer = threading.Thread(target=self._send, args=(first,), daemon=True)
+        self._writer.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return bool(self.end.alive) and self._process.poll() is None
+
+    def try_out(self, grammar: Grammar, timeout_seconds: float) -> str | None:
+        """Return what is wrong with a grammar, None for nothing. The process ends where it does not answer."""
+        if not self._is_ready:
+            if self._receive(self._begun + _START_SECONDS) is None:
+                self.end()
+                raise InstallationError(
+                    f"the process that tries grammars did not start within {_START_SECONDS:g} s; xgrammar must be "
+                    f"importable there; run `{sys.executable} -c 'import xgrammar'` to see why it is not."
+                )
+            self._is_ready = True
+            self._writer.join()
+        self._send({"kind": grammar.kind, "text": grammar.text})
+        answer = self._receive(time.monotonic() + timeout_seconds)
+        if answer is None:
+            crashed = self._process.poll() is not None
+            self.end()
+            return "xgrammar crashed on it" if crashed else f"it took longer than {timeout_seconds:g} s"
+        error = answer["error"]
+        return None if error is None else _plain(error)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message).encode("ascii") + b"\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            return  # it has ended: no answer will come, which is seen there
+
+    def _receive(self, deadline: float) -> dict[str, Any] | None:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._answer:
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    return None
+                part = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not part:
+                    self._process.wait()
+                    return None
+                self._answer += part
+        line, _, self._answer = self._answer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            try:
+                pipe.close()
+            except OSError:
+                continue  # what was still to be written to a process that is no more
+
+
+def _plain(error: str) -> str:
+    """Return xgrammar's message without the time and the place in its source."""
+    lines = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", error).strip().splitlines()
+    return _shown(lines[0].rstrip("."), 200, quoted=False) if lines else "it is refused without a reason"
+
+
+def _name(grammar: Grammar) -> str:
+    names = {"json_schema": "JSON schema", "regex": "regular expression", "ebnf": "grammar"}
+    return names.get(grammar.kind, grammar.kind)
+
+
+def _shown(text: str, length: int = 60, *, quoted: bool = True) -> str:
+    short = text if len(text) <= length else f"{text[:length]}..."
+    return repr(short) if quoted else short
+
+
+def _check_schema(text: str) -> None:
+    try:
+        schema = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"the JSON schema {_shown(text)} is not JSON ({error}); an object with keywords is required; mend it."
+        ) from None
+    if not isinstance(schema, dict):
+        raise ConfigError(f"the JSON schema is {_shown(text)}; an object with keywords is required; write one.")
+    if _depth(schema) > _MAX_DEPTH:
+        raise ConfigError(
+            f"the JSON schema is nested more than {_MAX_DEPTH} deep; at most that is allowed; flatten it, or name "
+            f"parts of it in $defs and use $ref."
+        )
+    for where, each in _subschemas(schema, ""):
+        found = _unkept(each)
+        if found:
+            raise ConfigError(
+                f"the JSON schema uses {', '.join(found)} at {where or 'its top'}; only what can be kept token by "
+                f"token is taken, and a $ref within the schema; leave it out and check the finished text."
+            )
+
+
+def _unkept(schema: dict[str, Any]) -> list[str]:
+    """Return what of one schema xgrammar 0.2.8 would pass over, found by trying each keyword against bad texts."""
+    found = sorted(_UNENFORCED & schema.keys())
+    if schema.get("uniqueItems") is True:
+        found.append("uniqueItems")
+    if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
+        found.append("allOf of several")
+    for key in ("$ref", "anyOf", "oneOf", "allOf", "enum", "const"):
+        beside = sorted(schema.keys() - _ANNOTATIONS - {key} - ({"type"} if key in ("enum", "const") else set()))
+        if key in schema and beside:
+            found.append(f"{key} beside {', '.join(beside)}")
+    reference = schema.get("$ref", "#")
+    if not (isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))):
+        found.append(f"$ref to {_shown(str(reference))}")
+    named = schema.get("type")
+    types = {each for each in (named if isinstance(named, list) else [named]) if isinstance(each, str)}
+    if types:
+        choices = schema["enum"] if isinstance(schema.get("enum"), list) else []
+        choices = [*choices, *([schema["const"]] if "const" in schema else [])]
+        found += [f"{_shown(json.dumps(each))} that is no {named}" for each in choices if not _types(each) & types]
+    for keys, needed in _NEED_A_TYPE:
+        if (used := sorted(keys & schema.keys())) and not types & needed:
+            found.append(f"{', '.join(used)} without type {' or '.join(sorted(needed))}")
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if isinstance(properties, dict) and isinstance(required, list):
+        found += [f"required {_shown(str(each))}, which is not in properties" for each in required
+                  if each not in properties]  # fmt: skip
+    if "pattern" in schema:
+        if schema.keys() & {"minLength", "maxLength", "format"}:
+            found.append("pattern together with a length or a format")
+        if _BREAKS_A_STRING.search(_CLASS.sub("", str(schema["pattern"]))):
+            found.append("a pattern with a quotation mark or a backslash")
+    return found
+
+
+def _types(value: Any) -> set[str]:
+    """Return the names of JSON schema that a value's type has."""
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, int | float):
+        return {"number", "integer"} if value == int(value) else {"number"}
+    names = {type(None): "null", str: "string", list: "array", dict: "object"}
+    return {names[type(value)]}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _depth(value: Any) -> int:
+    """Return how deep lists and objects stand in one another."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return depth
+
+
+def _subschemas(schema: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each schema within a schema and its place; a property may be called as a keyword is."""
+    yield where, schema
+    for key, value in schema.items():
+        if key in _MAPS_OF_SCHEMAS and isinstance(value, dict):
+            inner = list(value.items())
+        elif key in _SCHEMAS:
+            inner = list(enumerate(value)) if isinstance(value, list) else [("", value)]
+        else:
+            continue
+        for name, each in inner:
+            if isinstance(each, dict):
+                yield from _subschemas(each, f"{where}/{key}" + (f"/{name}" if name != "" else ""))

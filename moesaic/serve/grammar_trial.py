@@ -1,0 +1,117 @@
+"""Compiling grammars with xgrammar, and a program of its own that tries them: a process that may hang, grow or crash.
+
+xgrammar can be neither interrupted nor told a limit of memory, and a grammar of a few bytes can take it hours. So
+grammar.py lets this program compile each one first and use it for some tokens; what fails here, fails here only. The
+program imports nothing of moesaic, and speaks JSON, a line each way.
+"""
+
+import json
+import random
+import sys
+from functools import cached_property
+from typing import Any
+
+_MEMORY_BYTES = 2 << 30
+_STACK_BYTES = 4 << 20  # less than other threads have, so what fits here fits there
+_WALKS, _WALK_TOKENS = 3, 48
+_CONTROL = frozenset(range(32)) - frozenset(b"\r\n")
+_WHITESPACE = 32  # at most so much in a row between the parts of JSON; a model may go on with it for ever
+
+
+class Vocabulary:
+    """xgrammar's view of a tokenizer: the bytes of each token; those with none are never allowed."""
+
+    def __init__(self, tokens: list[bytes], vocab_size: int, stop_ids: list[int]) -> None:
+        """Hold the tokens of a model with vocab_size logits."""
+        self._tokens, self._vocab_size, self._stop_ids = tokens, vocab_size, stop_ids
+
+    @cached_property
+    def of_text(self) -> Any:
+        """For any text."""
+        return self._info(self._tokens)
+
+    @cached_property
+    def of_json(self) -> Any:
+        """For JSON, without control characters but line ends: xgrammar 0.2.8 lets them into strings with a length."""
+        return self._info([token if _CONTROL.isdisjoint(token) else b"" for token in self._tokens])
+
+    def _info(self, tokens: list[bytes]) -> Any:
+        import xgrammar
+
+        return xgrammar.TokenizerInfo(
+            tokens, xgrammar.VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=self._stop_ids,
+            add_prefix_space=False,
+        )  # fmt: skip
+
+
+def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> Any:
+    """Return xgrammar's compiled grammar.
+
+    Raises: RuntimeError as xgrammar does.
+    """
+    import xgrammar
+
+    info = vocabulary.of_text if kind in ("regex", "ebnf") else vocabulary.of_json
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    if kind == "regex":
+        return compiler.compile_regex(text)
+    if kind == "ebnf":
+        return compiler.compile_grammar(text)
+    schema = '{"type": "object"}' if kind == "json_object" else text
+    # Not its strict mode: there an object without listed properties is always empty.
+    return compiler.compile_json_schema(schema, strict_mode=False, max_whitespace_cnt=_WHITESPACE)
+
+
+def _walk(compiled: Any, vocab_size: int, stop_ids: list[int], seed: int) -> bool:
+    """Let a grammar choose some tokens by chance; return whether it ever allowed one."""
+    import numpy as np
+    import xgrammar
+
+    matcher, source = xgrammar.GrammarMatcher(compiled), random.Random(seed)
+    bits = xgrammar.allocate_token_bitmask(1, vocab_size)
+    for step in range(_WALK_TOKENS):
+        matcher.fill_next_token_bitmask(bits)
+        ids = np.flatnonzero(np.unpackbits(bits.numpy()[0].view(np.uint8), bitorder="little"))
+        going_on = np.setdiff1d(ids, stop_ids, assume_unique=True)
+        if len(going_on) == 0:
+            return len(ids) > 0 or step > 0
+        matcher.accept_token(int(source.choice(going_on)))
+    return True
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+        from pathlib import Path
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES, used + _MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+    except (ImportError, OSError, ValueError):
+        return  # not on this system; the deadline holds all the same
+
+
+def main() -> None:
+    """Read a vocabulary, then grammars until the end of the input; answer each with its error, or null."""
+    first = json.loads(sys.stdin.readline())
+    stop_ids, vocab_size = first["stop_ids"], first["vocab_size"]
+    vocabulary = Vocabulary([bytes.fromhex(each) for each in first["tokens"]], vocab_size, stop_ids)
+    compile_grammar(vocabulary, "json_object", "")  # what it takes to begin is not the first grammar's time
+    compile_grammar(vocabulary, "regex", "a")
+    _limit_memory()
+    print(json.dumps({"error": None}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        error = None
+        try:
+            compiled = compile_grammar(vocabulary, request["kind"], request["text"])
+            if not all(_walk(compiled, vocab_size, stop_ids, seed) for seed in range(_WALKS)):
+                error = "no text of this tokenizer's tokens matches it"
+        except (RuntimeError, MemoryError, ValueError) as failure:
+            error = str(failure) or type(failure).__name__
+        print(json.dumps({"error": error}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

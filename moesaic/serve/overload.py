@@ -1,0 +1,59 @@
+"""A model and its student behind one engine's face: under overload, new requests are the student's."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from moesaic.config.serve import Sampling
+from moesaic.serve.engine import Engine
+from moesaic.serve.outputs import EngineStats, RequestOutput
+
+
+class EngineWithStudent:
+    """An engine that hands requests to another one while it has much to do.
+
+    A request stays with the engine that it was given to; both step in turn, in the caller's thread.
+    """
+
+    def __init__(self, engine: Engine, student: Engine, *, max_texts: int) -> None:
+        """max_texts: while so many texts of the engine run or wait, new requests are the student's."""
+        assert max_texts >= 1, max_texts
+        self._engine, self._student, self._max_texts = engine, student, max_texts
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work or self._student.has_work
+
+    def add_request(
+        self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
+    ) -> str:
+        """As Engine.add_request; a prompt that is too long for the student is not given to it."""
+        is_much = self._engine.num_texts >= self._max_texts
+        fits = len(prompt) + sampling.max_tokens <= self._student.max_length
+        engine = self._student if is_much and fits else self._engine
+        return engine.add_request(prompt, sampling, request_id=request_id, priority=priority)
+
+    def abort(self, request_id: str) -> bool:
+        """As Engine.abort."""
+        return self._engine.abort(request_id) or self._student.abort(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """Step each engine that has work; the student's outputs say so."""
+        outputs = self._engine.step() if self._engine.has_work else []
+        if self._student.has_work:
+            outputs = outputs + [replace(output, is_by_student=True) for output in self._student.step()]
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Return the engine's figures; requests and tokens are those of both."""
+        own, other = self._engine.stats(), self._student.stats()
+        counted = (
+            "num_running", "num_waiting", "num_steps", "num_prompt_tokens", "num_cached_tokens",
+            "num_generated_tokens", "num_preemptions", "num_finished",
+        )  # fmt: skip
+        return replace(own, **{name: getattr(own, name) + getattr(other, name) for name in counted})
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """As Engine.embed, always by the model itself."""
+        return self._engine.embed(prompts)

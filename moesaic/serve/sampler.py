@@ -1,0 +1,327 @@
+"""From logits to tokens: one row at a time, so that a text's tokens do not depend on what else runs.
+
+Rows are NumPy vectors on the CPU: a row costs microseconds there, and every operation on it is its own. Where a text
+ends, and what a grammar allows, are decided elsewhere; this file is given the allowed tokens.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moesaic.config.serve import Sampling
+from moesaic.errors import ConfigError, GenerationError
+from moesaic.moe.seeds import mix_seeds
+from moesaic.serve.outputs import GeneratedToken, TokenLogprob
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+# As the config says of logit_bias; an added -100 alone would not forbid a token at a high temperature.
+_FORBIDS = -100.0
+_BLOCK = 128
+# So few are sorted whole rather than searched.
+_SORTED_WHOLE = 2048
+# Of the search for a nucleus: weights below e^-40 share a bin.
+_BINS, _DEPTH = 2048, 40.0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A token that was chosen; logprob and top_logprobs (from the likeliest down) where the request asks for them."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class SamplingState:
+    """What the next token of one text depends on beside the logits: its settings, its past and its random numbers.
+
+    The number drawn for the k-th new token is a function of (seed, k), so a text that was preempted, batched otherwise
+    or drafted ahead goes on with the same tokens.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        *,
+        vocab_size: int,
+        seed: int,
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        """Start a text after a prompt. stop_ids: what would end it, forbidden before min_tokens.
+
+        Raises: ConfigError for a logit_bias or a stop token outside the vocabulary.
+        """
+        self.sampling, self.vocab_size, self.seed = sampling, vocab_size, seed
+        self.num_tokens = 0
+        ids = sorted(sampling.logit_bias)
+        for name, given in (("logit_bias", ids), ("stop_token_ids", sorted({*sampling.stop_token_ids, *stop_ids}))):
+            wrong = [token for token in given if not 0 <= token < vocab_size]
+            if wrong:
+                raise ConfigError(
+                    f"{name} names token id {wrong[0]}; ids from 0 to {vocab_size - 1} are required; use the ids of "
+                    f"this model's own tokenizer."
+                )
+        self._bias_ids = np.array(ids, dtype=np.int64)
+        bias = np.array([sampling.logit_bias[token] for token in ids], dtype=np.float32)
+        self._bias = np.where(bias <= _FORBIDS, np.float32(-np.inf), bias)
+        self._stop_ids = np.array(sorted(set(stop_ids)), dtype=np.int64)
+        self._has_penalties = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        self._repeats = sampling.repetition_penalty != 1
+        # Distinct tokens in the order of their first appearance, and how often each was generated; those of the prompt
+        # are there for the repetition penalty only.
+        seen = sorted(set(prompt)) if self._repeats else []
+        self._ids = np.array(seen, dtype=np.int64)
+        self._counts = np.zeros(len(seen), dtype=np.float32)
+        self._places = {token: place for place, token in enumerate(seen)}
+
+    def append(self, token_id: int) -> None:
+        """Count a new token of the text."""
+        self.num_tokens += 1
+        if not (self._has_penalties or self._repeats):
+            return
+        place = self._places.get(token_id)
+        if place is None:
+            place = self._places[token_id] = len(self._places)
+            if place == len(self._ids):
+                self._ids = np.append(self._ids, np.zeros(16 + place, dtype=np.int64))
+                self._counts = np.append(self._counts, np.zeros(16 + place, dtype=np.float32))
+            self._ids[place] = token_id
+        self._counts[place] += 1
+
+    def uniform(self) -> float:
+        """Return the random number in [0, 1) that the next token is drawn with."""
+        return (mix_seeds(self.seed, self.num_tokens) >> 10) * 2.0**-53
+
+    @property
+    def edits_scores(self) -> bool:
+        """Whether scores() differ from the logits."""
+        return len(self._bias_ids) > 0 or self._repeats or (self._has_penalties and len(self._places) > 0)
+
+    def scores(self, logits: Floats) -> Floats:
+        """Return a copy of logits (V,) less the penalties, plus the bias."""
+        scores, sampling, seen = logits.copy(), self.sampling, len(self._places)
+        ids, counts = self._ids[:seen], self._counts[:seen]
+        if self._repeats:
+            old = scores[ids]
+            factor = np.float32(sampling.repetition_penalty)
+            scores[ids] = np.where(old > 0, old / factor, old * factor)
+        if self._has_penalties:
+            scores[ids] -= np.float32(sampling.frequency_penalty) * counts
+            scores[ids] -= np.float32(sampling.presence_penalty) * (counts > 0)
+        scores[self._bias_ids] += self._bias
+        return scores
+
+    def allowed(self, mask: Mask | None) -> Mask | None:
+        """Return which tokens (V,) may come next, None for all: those of a mask, and nothing that ends too early.
+
+        A grammar that leaves nothing but the end is obeyed before min_tokens too.
+        """
+        if self.num_tokens >= self.sampling.min_tokens or len(self._stop_ids) == 0:
+            return mask
+        going_on = np.ones(self.vocab_size, dtype=np.bool_) if mask is None else mask.copy()
+        going_on[self._stop_ids] = False
+        return going_on if mask is None or going_on.any() else mask
+
+
+def sample(
+    logits: Tensor, states: Sequence[SamplingState], *, masks: Sequence[Mask | None] | None = None
+) -> list[Sampled]:
+    """Return a token for each row. Nothing of the states changes: append the tokens that are kept.
+
+    masks: of each row the tokens that its grammar allows, (V,) bool, or None for all.
+    Shapes: logits (R, V) fp32.
+    Raises: GenerationError for a row that no token can be chosen from; sample_row then tells which.
+    """
+    assert logits.dtype == torch.float32 and logits.ndim == 2, (logits.dtype, logits.shape)
+    assert len(states) == len(logits) and (masks is None or len(masks) == len(logits)), (len(states), logits.shape)
+    rows = logits.detach().cpu().numpy()
+    return [
+        sample_row(row, state, None if masks is None else masks[place])
+        for place, (row, state) in enumerate(zip(rows, states, strict=True))
+    ]
+
+
+def sample_row(logits: Floats, state: SamplingState, mask: Mask | None = None) -> Sampled:
+    """Return a token for one row (V,) of logits, as sample.
+
+    Log-probabilities are of what the model says after penalties and bias, whatever a grammar allows of it.
+
+    Raises: GenerationError for NaN or infinite logits, or where nothing is allowed.
+    """
+    assert logits.shape == (state.vocab_size,), (logits.shape, state.vocab_size)
+    best = _likeliest(logits)
+    scores = logits
+    if state.edits_scores:
+        with np.errstate(over="ignore"):
+            scores = state.scores(logits)
+        best = _likeliest(scores)
+    allowed = state.allowed(mask)
+    choices = scores
+    if allowed is not None:
+        choices = np.where(allowed, scores, np.float32(-np.inf))
+        best = _likeliest(choices, is_masked=True)
+    token = best if state.sampling.temperature == 0 else _draw(choices, best, state)
+    if state.sampling.logprobs is None:
+        return Sampled(token)
+    logprob, top_logprobs = _logprobs(scores, token, state.sampling.logprobs)
+    return Sampled(token, logprob, top_logprobs)
+
+
+def score_prompt(logits: Tensor, target_ids: Sequence[int], *, top: int) -> list[GeneratedToken]:
+    """Return each target token with its log-probability and the top likeliest ones of its row.
+
+    Shapes: logits (S, V) fp32: row i is what predicts target i.
+    Raises: GenerationError for NaN or infinite logits.
+    """
+    assert len(logits) == len(target_ids), (logits.shape, len(target_ids))
+    rows = logits.detach().cpu().numpy()
+    scored = []
+    for row, target in zip(rows, target_ids, strict=True):
+        _likeliest(row)
+        logprob, top_logprobs = _logprobs(row, target, top)
+        scored.append(GeneratedToken(target, logprob, top_logprobs))
+    return scored
+
+
+def _likeliest(scores: Floats, *, is_masked: bool = False) -> int:
+    """Return the first of the largest; NumPy's argmax finds NaN above all."""
+    best = int(scores.argmax())
+    if np.isfinite(scores[best]):
+        return best
+    if is_masked:
+        raise GenerationError(
+            "none of the tokens that may come next has a finite score; one is required; loosen the grammar or the "
+            "logit_bias."
+        )
+    raise GenerationError(
+        f"the largest logit is {scores[best]}; a finite one is required; the model's weights or its arithmetic are "
+        f"broken, or a penalty is out of all proportion: evaluate the model, and look at the request's penalties."
+    )
+
+
+def _draw(scores: Floats, best: int, state: SamplingState) -> int:
+    """Draw from the softmax of scores / temperature, among those that top_k, top_p and min_p leave."""
+    sampling = state.sampling
+    largest = scores[best]
+    ids: Ids | None = None
+    if sampling.top_k is not None and sampling.top_k < len(scores):
+        if sampling.top_k == 1:
+            return best
+        ids = _largest(scores, sampling.top_k)
+    weights = _weights(scores if ids is None else scores[ids], largest, sampling.temperature)
+    if sampling.top_p < 1:
+        kept = _nucleus(scores if ids is None else scores[ids], weights, sampling.top_p, largest, sampling.temperature)
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    if sampling.min_p > 0:
+        kept = np.flatnonzero(weights >= sampling.min_p)  # the largest has weight 1
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    place = _pick(weights, state.uniform())
+    return place if ids is None else int(ids[place])
+
+
+def _weights(scores: Floats, largest: np.float32, temperature: float) -> Floats:
+    """Return exp((scores - largest) / temperature): 1 for the largest."""
+    weights = scores - largest
+    with np.errstate(over="ignore", under="ignore"):
+        if not 1e-30 < temperature < 1e30:  # beyond what fp32 can divide by
+            return np.exp(weights.astype(np.float64) / temperature).astype(np.float32)
+        return np.exp(weights if temperature == 1 else weights / np.float32(temperature))
+
+
+def _pick(weights: Floats, uniform: float) -> int:
+    """Return the place at which the running sum of weights passes the share uniform of the total."""
+    if len(weights) > 4 * _BLOCK:
+        # A running sum of everything would take longer than all else: first find the block.
+        sums = _block_sums(weights).cumsum()
+        goal = uniform * sums[-1]
+        block = int(sums.searchsorted(goal, side="right"))
+        if block == len(sums):  # rounded up to the total
+            block = int(np.flatnonzero(np.diff(sums, prepend=0.0))[-1])
+        start = block * _BLOCK
+        within = weights[start : start + _BLOCK].cumsum(dtype=np.float64)
+        goal -= sums[block - 1] if block else 0.0
+    else:
+        start, within = 0, weights.cumsum(dtype=np.float64)
+        goal = uniform * within[-1]
+    place = int(within.searchsorted(goal, side="right"))
+    # At the end by rounding: the last that has any weight.
+    return start + (place if place < len(within) else int(np.searchsorted(within, within[-1])))
+
+
+def _block_sums(weights: Floats) -> npt.NDArray[np.float64]:
+    whole = len(weights) // _BLOCK * _BLOCK
+    sums = weights[:whole].reshape(-1, _BLOCK).sum(1).astype(np.float64)
+    return np.append(sums, weights[whole:].sum(dtype=np.float64))
+
+
+def _largest(scores: Floats, count: int) -> Ids:
+    """Return the places of the count largest, largest first, the first of equals first."""
+    blocks = len(scores) // _BLOCK
+    if 2 * count <= blocks:
+        # Every one of these blocks holds one that is at least as large, so count largest lie above the bound.
+        tops = scores[: blocks * _BLOCK].reshape(-1, _BLOCK).max(1)
+        bound = np.partition(tops, blocks - count)[blocks - count]
+    elif count < len(scores):
+        bound = np.partition(scores, len(scores) - count)[len(scores) - count]
+    else:
+        bound = np.float32(-np.inf)
+    return _falling(scores, np.flatnonzero(scores >= bound))[:count]
+
+
+def _falling(scores: Floats, places: Ids) -> Ids:
+    """Return places from the largest score down, of equal ones the smaller place first.
+
+    One sort of whole numbers, ten times as fast as a stable sort of scores.
+    """
+    bits = (scores[places] + np.float32(0)).view(np.uint32)  # -0 becomes 0, its equal
+    falling = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF)).astype(np.uint64)
+    keys = np.sort(falling << np.uint64(32) | places.astype(np.uint64))
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def _nucleus(scores: Floats, weights: Floats, top_p: float, largest: np.float32, temperature: float) -> Ids:
+    """Return the places, rising, of the fewest largest scores whose weights reach the share top_p, the first of equals.
+
+    The vocabulary is not sorted: only the few among which the last one must be are.
+    """
+    goal = top_p * float(_block_sums(weights).sum())
+    above = 0.0  # the weight of what is larger than all places that are sorted
+    with np.errstate(over="ignore"):
+        places = np.flatnonzero(scores >= largest - np.float32(8 * temperature))  # a sure model's 0.95 lies far above
+    if len(places) > _SORTED_WHOLE or weights[places].sum(dtype=np.float64) < goal:
+        # Bins of equal width from the largest down, the last one without an end: their order is that of the scores.
+        width = min(max(_DEPTH / _BINS * temperature, 1e-30), 1e30)
+        with np.errstate(over="ignore"):
+            depths = (largest - scores) / np.float32(width)
+        bins = np.minimum(depths, np.float32(_BINS)).astype(np.int64)
+        sums = np.bincount(bins, weights=weights, minlength=_BINS + 1).cumsum()
+        bin_of_last = min(int(sums.searchsorted(goal)), _BINS)
+        above = float(sums[bin_of_last - 1]) if bin_of_last else 0.0
+        places = np.flatnonzero(bins == bin_of_last)
+    falling = _falling(scores, places)
+    through = above + weights[falling].cumsum(dtype=np.float64)
+    falling = falling[: 1 + int(through[:-1].searchsorted(goal))]
+    if not above:
+        return np.sort(falling)
+    kept = bins < bin_of_last
+    kept[falling] = True
+    return np.flatnonzero(kept)
+
+
+def _logprobs(scores: Floats, token: int, top: int) -> tuple[float, tuple[TokenLogprob, ...]]:
+    """Return the log-probability of a token, and of the top likeliest that have any."""
+    largest = scores.max()
+    total = float(largest) + float(np.log(_block_sums(_weights(scores, largest, 1.0)).sum()))
+    places = _largest(scores, min(top, len(scores))) if top else ()
+    likeliest = tuple(
+        TokenLogprob(int(place), float(scores[place]) - total) for place in places if scores[place] > -np.inf
+    )
+    return float(scores[token]) - total, likeliest

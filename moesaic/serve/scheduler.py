@@ -1,0 +1,214 @@
+"""Which tokens of which sequences the next step computes. Ints and lists: no tensor, no model.
+
+A step has a budget of tokens. Sequences that generate come first, one token each (and what is drafted for it); what is
+left of the budget goes to prompts, in chunks. Where blocks run out, the sequence that counts least (by priority, then
+by arrival) gives its own up and is computed again later.
+"""
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moesaic.serve.kv_blocks import BlockHash, BlockPool, hash_block
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One text: its tokens (the prompt's first), and how far its keys and values are computed.
+
+    priority: lower comes first; arrival, of which no two are equal, breaks ties. may_find_prefix: False where every
+    position of the prompt has to be computed, because its results are asked for. num_cached: positions that were there
+    when it first ran, None before. num_admissions: how often it began to run, each time with other blocks.
+    """
+
+    tokens: list[int]
+    num_prompt: int
+    priority: int
+    arrival: int
+    may_find_prefix: bool = True
+    num_computed: int = 0
+    num_cached: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
+    num_published: int = 0
+    num_admissions: int = 0
+    is_running: bool = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.priority, self.arrival
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens whose keys and values are not computed: 1 while it generates."""
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A sequence's part of a step: its tokens from num_computed on, num_tokens of them, then so many drafted ones.
+
+    is_last: nothing of it is missing after this, so that its next token can be chosen.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    num_drafted: int
+    is_last: bool
+
+
+@dataclass
+class _Step:
+    """A step being made: what is left of its budget, and what it holds already."""
+
+    budget: int
+    num_drafted: dict[Sequence, int]
+    parts: dict[Sequence, Scheduled] = field(default_factory=dict)
+
+
+class Scheduler:
+    """The sequences of an engine, waiting and running."""
+
+    def __init__(self, pool: BlockPool, *, max_sequences: int, max_batch_tokens: int, prefix_caching: bool) -> None:
+        self.pool = pool
+        self.max_sequences, self.max_batch_tokens = max_sequences, max_batch_tokens
+        self.prefix_caching = prefix_caching
+        self.running: list[Sequence] = []  # by order
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is; what it computed may be found by others until it is needed."""
+        if sequence.is_running:
+            self._stop(sequence)
+        else:
+            self._waiting = [each for each in self._waiting if each[1] is not sequence]
+            heapq.heapify(self._waiting)
+
+    def schedule(self, num_drafted: Mapping[Sequence, int] | None = None) -> list[Scheduled]:
+        """Return the parts of the next step; their blocks are allocated.
+
+        num_drafted: of sequences that generate, how many tokens to check beyond the next.
+        """
+        self._give_way()
+        step = _Step(self.max_batch_tokens, dict(num_drafted or {}))
+        for sequence in [each for each in self.running if each.num_missing == 1]:
+            self._take(sequence, step)
+        for sequence in [each for each in self.running if each.num_missing > 1]:
+            self._take(sequence, step)
+        while self._waiting and step.budget > 0 and self._has_room(self._waiting[0][1]):
+            self._take(self._admit(), step)
+        return list(step.parts.values())
+
+    def _take(self, sequence: Sequence, step: "_Step") -> None:
+        """Put as much of a sequence into a step as the budget and the blocks allow."""
+        if not sequence.is_running or step.budget <= 0:
+            return
+        num_tokens = min(sequence.num_missing, step.budget)
+        is_last = num_tokens == sequence.num_missing
+        num_drafted = min(step.num_drafted.get(sequence, 0), step.budget - num_tokens) if is_last else 0
+        end = sequence.num_computed + num_tokens
+        while not self._reserve(sequence, end + num_drafted):
+            if num_drafted:
+                num_drafted = 0
+                continue
+            victim = self.running[-1]
+            if victim in step.parts:
+                return
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        step.parts[sequence] = Scheduled(sequence, num_tokens, num_drafted, is_last)
+        step.budget -= num_tokens + num_drafted
+
+    def _give_way(self) -> None:
+        """Stop those that run and count less than the first that waits, as long as they are in its way."""
+        while self._waiting and self.running:
+            first, last = self._waiting[0][1], self.running[-1]
+            if last.priority <= first.priority or self._has_room(first):
+                return
+            self._preempt(last)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence could run.
+
+        It needs the blocks of all its tokens, so that two prompts that are half computed do not stop each other in
+        turn.
+        """
+        shared = self.pool.count_found(self._find_hashes(sequence))
+        needed = -(-(len(sequence.tokens) + 1) // self.pool.block_size) - shared
+        return len(self.running) < self.max_sequences and (needed <= self.pool.num_free or not self.running)
+
+    def _admit(self) -> Sequence:
+        """Let the first that waits run, with the blocks of its beginning that are there."""
+        _, sequence = heapq.heappop(self._waiting)
+        sequence.blocks = self.pool.find(self._find_hashes(sequence))
+        sequence.num_published = len(sequence.blocks)
+        sequence.num_computed = len(sequence.blocks) * self.pool.block_size
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+        sequence.num_admissions += 1
+        sequence.is_running = True
+        self.running.append(sequence)
+        self.running.sort(key=lambda each: each.order)
+        return sequence
+
+    def _find_hashes(self, sequence: Sequence) -> list[BlockHash]:
+        """The hashes of its full blocks, but for the one with its last token, which is computed in any case."""
+        if not self.prefix_caching or not sequence.may_find_prefix:
+            return []
+        count = (len(sequence.tokens) - 1) // self.pool.block_size
+        self._extend_hashes(sequence, count)
+        return sequence.hashes[:count]
+
+    def _extend_hashes(self, sequence: Sequence, count: int) -> None:
+        size = self.pool.block_size
+        for index in range(len(sequence.hashes), count):
+            parent = sequence.hashes[-1] if sequence.hashes else b""
+            sequence.hashes.append(hash_block(parent, sequence.tokens[index * size : (index + 1) * size]))
+
+    def computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """Note that so many tokens more are computed, those drafted that were right included, and share full blocks.
+
+        The sequence's tokens must hold them already.
+        """
+        sequence.num_computed += num_tokens
+        assert sequence.num_computed <= len(sequence.tokens), (sequence.num_computed, len(sequence.tokens))
+        full = sequence.num_computed // self.pool.block_size
+        if self.prefix_caching and full > sequence.num_published:
+            self._extend_hashes(sequence, full)
+            for index in range(sequence.num_published, full):
+                self.pool.publish(sequence.blocks[index], sequence.hashes[index])
+            sequence.num_published = full
+
+    def _reserve(self, sequence: Sequence, length: int) -> bool:
+        """Allocate blocks for so many positions; False, with what could be had kept, where there are not enough."""
+        while len(sequence.blocks) * self.pool.block_size < length:
+            block = self.pool.allocate()
+            if block is None:
+                return False
+            sequence.blocks.append(block)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        self.num_preemptions += 1
+        self.add(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = sequence.num_published = 0
+        sequence.is_running = False

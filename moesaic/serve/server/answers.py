@@ -1,0 +1,199 @@
+"""What is answered: choices, chunks, log-probabilities, experts and usage, as plain JSON-able values."""
+
+import codecs
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.serve.outputs import FinishReason, GeneratedToken, TokenLogprob
+
+Kind = Literal["completion", "chat"]
+
+# JSON has no infinity; OpenAI writes impossible tokens so.
+_LOWEST_LOGPROB = -9999.0
+
+
+class TokenTexts:
+    """Tokens as answers spell them, each made once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._bytes: dict[int, bytes] = {}
+
+    def bytes_of(self, token_id: int) -> bytes:
+        found = self._bytes.get(token_id)
+        if found is None:
+            special = self.is_special(token_id)
+            found = self._tokenizer.token(token_id).encode() if special else self._tokenizer.token_bytes(token_id)
+            self._bytes[token_id] = found
+        return found
+
+    def text_of(self, token_id: int) -> str:
+        """Return a token's text; where it holds a part of a character, its bytes as OpenAI's completions write them."""
+        data = self.bytes_of(token_id)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._tokenizer.special_ids
+
+
+@dataclass
+class _Logprobs:
+    """A completion's log-probabilities in the old form: lists of equal length, and where each token begins."""
+
+    texts: TokenTexts
+    offset: int = 0
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def of_tokens(self, tokens: Sequence[GeneratedToken], *, prompt: str | None = None) -> dict[str, Any]:
+        """prompt: the text that the tokens are of; special tokens that do not stand in it take no place."""
+        names, logprobs, top, offsets = [], [], [], []
+        for token in tokens:
+            names.append(self.texts.text_of(token.token_id))
+            logprobs.append(None if token.logprob is None else _finite(token.logprob))
+            top.append(None if token.logprob is None else self._top(token))
+            offsets.append(self.offset)
+            self.offset += self._length(token.token_id, prompt)
+        return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+
+    def _length(self, token_id: int, prompt: str | None) -> int:
+        if self.texts.is_special(token_id):
+            name = self.texts.text_of(token_id)
+            return len(name) if prompt is not None and prompt.startswith(name, self.offset) else 0
+        return len(self.decoder.decode(self.texts.bytes_of(token_id)))
+
+    def _top(self, token: GeneratedToken) -> dict[str, float]:
+        """The likeliest tokens, and the chosen one; of two that read the same, the likelier."""
+        found: dict[str, float] = {}
+        assert token.logprob is not None
+        for each in (*token.top_logprobs, TokenLogprob(token.token_id, token.logprob)):
+            found.setdefault(self.texts.text_of(each.token_id), _finite(each.logprob))
+        return found
+
+
+@dataclass
+class Choice:
+    """One text of an answer while it is made: take() gives its parts, chunk() and whole() what is answered of them."""
+
+    index: int
+    kind: Kind
+    texts: TokenTexts
+    moe_layers: tuple[int, ...]  # the places of the model's MoE layers
+    has_logprobs: bool
+    has_experts: bool
+    echoed: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    _old_logprobs: _Logprobs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._old_logprobs = _Logprobs(self.texts)
+
+    def echo(self, tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
+        """Return a completion's prompt as its first part; tokens: with their log-probabilities, where asked for."""
+        part: dict[str, Any] = {"text": self.echoed}
+        if self.has_logprobs:
+            part["logprobs"] = self._old_logprobs.of_tokens(tokens, prompt=self.echoed)
+        self._old_logprobs.offset = len(self.echoed)
+        return part
+
+    def take(
+        self,
+        text: str,
+        tokens: Sequence[GeneratedToken],
+        *,
+        finish_reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
+    ) -> dict[str, Any]:
+        """Return a part: the new text, and what was asked for of the new tokens."""
+        self.finish_reason, self.stop_reason = finish_reason, stop_reason
+        part: dict[str, Any] = {"text": text}
+        if self.has_logprobs and self.kind == "completion":
+            part["logprobs"] = self._old_logprobs.of_tokens(tokens)
+        elif self.has_logprobs:
+            part["logprobs"] = {"content": [self._chat_logprob(token) for token in tokens], "refusal": None}
+        if self.has_experts:
+            part["experts"] = [self._experts(token) for token in tokens]
+        return part
+
+    def chunk(self, part: Mapping[str, Any], *, is_first: bool) -> dict[str, Any]:
+        """Return a part as a stream's choice; is_first: of a chat, which begins with who speaks."""
+        if self.kind == "completion":
+            return self._around({"text": part["text"]}, part)
+        delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        if part["text"] or is_first:
+            delta["content"] = part["text"]
+        return self._around({"delta": delta}, part)
+
+    def whole(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the finished choice, given all its parts."""
+        text = "".join(part["text"] for part in parts)
+        whole: dict[str, Any] = {"text": text}
+        if self.has_logprobs:
+            merged: dict[str, Any] = {}
+            for part in parts:
+                for key, values in part["logprobs"].items():
+                    merged[key] = None if values is None else [*merged.get(key, ()), *values]
+            whole["logprobs"] = merged
+        if self.has_experts:
+            whole["experts"] = [each for part in parts for each in part.get("experts", ())]
+        if self.kind == "completion":
+            return self._around({"text": text}, whole)
+        return self._around({"message": {"role": "assistant", "content": text, "refusal": None}}, whole)
+
+    def _around(self, content: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+        choice = {
+            "index": self.index,
+            **content,
+            "logprobs": part.get("logprobs"),
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+        if self.has_experts:
+            choice["experts"] = part.get("experts", [])
+        return choice
+
+    def _chat_logprob(self, token: GeneratedToken) -> dict[str, Any]:
+        assert token.logprob is not None
+        top = [self._spelled(each.token_id, each.logprob) for each in token.top_logprobs]
+        return {**self._spelled(token.token_id, token.logprob), "top_logprobs": top}
+
+    def _spelled(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self.texts.bytes_of(token_id)
+        text = data.decode("utf-8", "replace")
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
+
+    def _experts(self, token: GeneratedToken) -> dict[str, Any]:
+        experts = token.experts
+        rows = () if experts is None else zip(experts.expert_ids, experts.routing_weights, strict=True)
+        layers = [
+            {"layer": layer, "expert_ids": list(ids), "weights": list(weights)}
+            for layer, (ids, weights) in zip(self.moe_layers, rows, strict=False)
+        ]
+        text = self.texts.bytes_of(token.token_id).decode("utf-8", "replace")
+        return {"token_id": token.token_id, "token": text, "layers": layers}
+
+
+@dataclass
+class Usage:
+    """Tokens of a request: each prompt's once, however many texts it has."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST_LOGPROB)

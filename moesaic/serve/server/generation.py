@@ -1,0 +1,451 @@
+"""From a request to its answer: prompts, a place, the engine, and the parts of each text as they come."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from moesaic.config.serve import Grammar, Sampling, ServerConfig
+from moesaic.data.chat import render_chat
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.serve.async_engine import AsyncEngine, Generation, PlacedOutput
+from moesaic.serve.grammar import GrammarCompiler
+from moesaic.serve.outputs import RequestOutput
+from moesaic.serve.server.admission import Admission
+from moesaic.serve.server.answers import Choice, Kind, TokenTexts, Usage
+from moesaic.serve.server.errors import ApiError, error_body, json_response, refusal
+from moesaic.serve.server.log_fields import log_fields
+from moesaic.serve.server.metrics import Metrics
+from moesaic.serve.server.requests import ChatBody, CompletionBody, Prompt
+
+# Shorter texts are encoded at once: a thread would take longer to start than they take.
+_SHORT_CHARS = 4096
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """The model that is served, and what every request of it needs."""
+
+    name: str
+    tokenizer: Tokenizer
+    texts: TokenTexts
+    engine: AsyncEngine
+    max_length: int  # positions of a sequence
+    max_embedded_tokens: int  # of one call
+    moe_layers: tuple[int, ...]  # the places of the MoE layers
+    student: "Student | None"  # who helps out under overload
+    created: int  # seconds since 1970
+    config: ServerConfig
+    admission: Admission
+    metrics: Metrics
+    grammars: GrammarCompiler | None  # None: they are refused
+    grammar_thread: ThreadPoolExecutor  # of one, so that slow grammars make only one another wait
+
+
+@dataclass(frozen=True)
+class Student:
+    """Who answers under overload: its name, and the places of its MoE layers."""
+
+    name: str
+    moe_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request that is understood: what goes to the engine, and what its answer looks like."""
+
+    kind: Kind
+    prompts: tuple[tuple[int, ...], ...]
+    echoes: tuple[str, ...]  # each prompt's text, for a completion that echoes; else empty
+    sampling: Sampling
+    priority: int
+    streams_usage: bool
+
+
+async def _understand(served: Served, body: CompletionBody | ChatBody) -> Job:
+    """Raises: ApiError and DataError for what cannot be met."""
+    if isinstance(body, CompletionBody):
+        return await _understand_completion(served, body)
+    return await _understand_chat(served, body)
+
+
+async def _understand_completion(served: Served, body: CompletionBody) -> Job:
+    sampling = body.sampling()
+    prompts = await read_prompts(served, body.prompt, param="prompt")
+    echoes: tuple[str, ...] = ()
+    if body.echo:
+        given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        echoes = tuple(
+            text if isinstance(text, str) else served.tokenizer.decode(ids)
+            for text, ids in zip(given if len(given) == len(prompts) else prompts, prompts, strict=True)
+        )
+    return _check_job(served, Job(
+        kind="completion", prompts=prompts, echoes=echoes, sampling=sampling, priority=body.priority or 0,
+        streams_usage=body.streams_usage,
+    ))  # fmt: skip
+
+
+async def _understand_chat(served: Served, body: ChatBody) -> Job:
+    messages, tools = body.template_messages(), body.template_tools()
+    if served.tokenizer.chat_template is None:
+        raise refusal(
+            "the model has no chat template; a tokenizer with one is required for a chat; use /v1/completions, or put "
+            "chat_template.jinja beside the run's tokenizer.json.",
+            code="no_chat_template",
+        )
+
+    def encode() -> tuple[int, ...]:
+        text = render_chat(served.tokenizer, messages, tools=tools)
+        # The template has put the begin token where it wants it.
+        return tuple(served.tokenizer.encode_prompt(text, add_special_tokens=False))
+
+    prompt = await asyncio.to_thread(encode)
+    _check_length(served, prompt, param="messages")
+    sampling = body.sampling(room=served.max_length - len(prompt))
+    return _check_job(served, Job(
+        kind="chat", prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
+        streams_usage=body.streams_usage,
+    ))  # fmt: skip
+
+
+def _check_job(served: Served, job: Job) -> Job:
+    limit, count = served.config.max_texts_per_request, len(job.prompts) * job.sampling.n
+    if count > limit:
+        raise refusal(
+            f"the request asks for {count} texts ({len(job.prompts)} prompts, n {job.sampling.n}); at most {limit} are "
+            f"made at once; ask several times.",
+            param="n" if job.sampling.n > 1 else "prompt",
+            code="too_many_texts",
+        )
+    return job
+
+
+async def read_prompts(served: Served, prompt: Prompt, *, param: str) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of one or several prompts, each a text or ids. Raises: ApiError."""
+    limit = served.config.max_texts_per_request
+    is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+    several = cast("Sequence[str | Sequence[int]]", [prompt] if is_one else prompt)
+    if not several or any(not isinstance(each, str) and not each for each in several):
+        raise refusal(
+            f"{param} holds an empty list; at least one text or token id is required; send some.", param=param
+        )
+    if len(several) > limit:
+        raise refusal(
+            f"{param} holds {len(several)} texts; at most {limit} are taken at once; ask several times.",
+            param=param,
+            code="too_many_texts",
+        )
+    ids = []
+    for each in several:
+        found = await encode(served.tokenizer, each) if isinstance(each, str) else tuple(each)
+        _check_length(served, found, param=param)
+        ids.append(found)
+    return tuple(ids)
+
+
+async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+    """Return a text's ids; of an empty text the end-of-text token, behind which anything may come."""
+
+    def call() -> list[int]:
+        return tokenizer.encode_prompt(text, add_special_tokens=add_special_tokens)
+
+    ids = call() if len(text) < _SHORT_CHARS else await asyncio.to_thread(call)
+    return tuple(ids) or (tokenizer.end_of_text_id,)
+
+
+def _check_length(served: Served, prompt: Sequence[int], *, param: str) -> None:
+    limit = min(served.config.max_prompt_tokens or served.max_length, served.max_length)
+    if len(prompt) > limit:
+        raise refusal(
+            f"{param} has {len(prompt)} tokens; at most {limit} are taken; shorten it.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+async def answer(served: Served, request: Request, body: CompletionBody | ChatBody) -> Response:
+    """Make the answer of a request: a whole one, or a stream that is under way.
+
+    What costs time, encoding its text too, waits for its turn.
+
+    Raises: ApiError; MoesaicError for what the engine refuses.
+    """
+    body.check()
+    arrival = log_fields(request.scope).arrival
+    deadline = deadline_of(served, request)
+    async with AsyncExitStack() as stack:
+
+        async def begin() -> "_Answer":
+            before = time.perf_counter()
+            await stack.enter_async_context(served.admission.enter(body.priority or 0))
+            queue_seconds = time.perf_counter() - before
+            served.metrics.waited(queue_seconds)
+            log_fields(request.scope).values["queue_seconds"] = round(queue_seconds, 4)
+            job = await _understand(served, body)
+            name = f"{'cmpl' if job.kind == 'completion' else 'chatcmpl'}-{secrets.token_hex(12)}"
+            if job.sampling.grammar is not None:
+                await _compile(served, job.sampling.grammar)
+            generation = await served.engine.submit(job.prompts, job.sampling, request_id=name, priority=job.priority)
+            await stack.enter_async_context(generation)
+            return _Answer(served, job, name, generation, arrival, request)
+
+        async def finish() -> Response:
+            made = await begin()
+            return json_response(await made.whole())
+
+        if not body.streams:
+            return await while_connected(request, finish(), deadline=deadline)
+        made = await while_connected(request, begin(), deadline=deadline)
+        return EventStream(made.events(), stack.pop_all(), deadline=deadline)
+    raise AssertionError("unreachable: the stack swallows nothing")
+
+
+async def _compile(served: Served, grammar: Grammar) -> None:
+    """Have a grammar compiled beside the engine, which then finds it. Raises: ApiError, ConfigError."""
+    if served.grammars is None:
+        raise refusal(
+            "a grammar or a JSON format was asked for and this server compiles none; xgrammar is required; leave it "
+            "out, or have `pip install 'moesaic[structured]'` run where the server is.",
+            code="not_installed",
+        )
+    await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
+
+
+def deadline_of(served: Served, request: Request) -> float:
+    """Return when a request's time is over, by the event loop's clock."""
+    gone = time.perf_counter() - log_fields(request.scope).arrival
+    return asyncio.get_running_loop().time() + served.config.request_timeout_seconds - gone
+
+
+@dataclass
+class _Clock:
+    """When a text's first and last tokens came."""
+
+    first: float = 0.0
+    last: float = 0.0
+    num_tokens: int = 0
+
+
+class _Answer:
+    """The choices of one answer, fed by the engine."""
+
+    def __init__(
+        self, served: Served, job: Job, name: str, generation: Generation, arrival: float, request: Request
+    ) -> None:
+        self._served, self._job, self._name, self._generation = served, job, name, generation
+        self._arrival, self._request = arrival, request
+        self._created = int(time.time())
+        sampling = job.sampling
+        self._choices = [
+            Choice(
+                index=prompt * sampling.n + index,
+                kind=job.kind,
+                texts=served.texts,
+                moe_layers=served.moe_layers,
+                has_logprobs=sampling.logprobs is not None,
+                has_experts=sampling.return_experts,
+                echoed=job.echoes[prompt] if job.echoes else "",
+            )
+            for prompt in range(len(job.prompts))
+            for index in range(sampling.n)
+        ]
+        self._unechoed = set(range(len(job.prompts))) if job.echoes else set()
+        self._clocks = [_Clock() for _ in self._choices]
+        self._usage = [Usage() for _ in job.prompts]
+        self._completion_tokens = [0] * len(self._choices)
+        self._has_first_token = False
+        self._model = served.name
+
+    async def whole(self) -> dict[str, Any]:
+        """Return the answer when all its texts have ended."""
+        parts: list[list[dict[str, Any]]] = [[] for _ in self._choices]
+        async for news in self._generation:
+            for placed in news:
+                for choice, part in self._take(placed):
+                    parts[choice.index].append(part)
+        choices = [choice.whole(each) for choice, each in zip(self._choices, parts, strict=True)]
+        usage = self._total_usage().as_dict()
+        kind = "text_completion" if self._job.kind == "completion" else "chat.completion"
+        return {**self._head(kind), "choices": choices, "usage": usage}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Yield the events of a stream, those that came together in one piece."""
+        kind = "text_completion" if self._job.kind == "completion" else "chat.completion.chunk"
+        begun = [self._job.kind == "completion"] * len(self._choices)
+        async for news in self._generation:
+            events = []
+            parts = [each for placed in news for each in self._take(placed)]
+            head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
+            for choice, part in parts:
+                has_more = any(part.get(key) for key in ("text", "experts")) or _has_logprobs(part)
+                if has_more or choice.finish_reason is not None:
+                    chunk = choice.chunk(part, is_first=not begun[choice.index])
+                    begun[choice.index] = True
+                    events.append(_event({**head, "choices": [chunk]}))
+            if events:
+                yield b"".join(events)
+        if self._job.streams_usage:
+            yield _event({**self._head(kind), "choices": [], "usage": self._total_usage().as_dict()})
+        yield b"data: [DONE]\n\n"
+
+    def _take(self, placed: PlacedOutput) -> list[tuple[Choice, dict[str, Any]]]:
+        """Return the parts that an output adds to choices. Raises: ApiError where the engine could not go on."""
+        output, prompt = placed.output, placed.prompt_index
+        if output.finish_reason == "abort":
+            raise ApiError(503, f"the request was ended ({output.message}); ask again.", code="aborted")
+        if output.finish_reason == "error":
+            raise ApiError(500, output.message or "the engine failed; see the server's log.", code="engine_error")
+        n = self._job.sampling.n
+        choice = self._choices[prompt * n + output.index]
+        if output.is_by_student and (student := self._served.student) is not None:
+            self._model, choice.moe_layers = student.name, student.moe_layers
+            log_fields(self._request.scope).values["model"] = student.name
+        self._measure(choice.index, output)
+        usage = self._usage[prompt]
+        usage.prompt_tokens = output.prompt_tokens
+        usage.cached_tokens = max(usage.cached_tokens, output.cached_tokens if output.index == 0 else 0)
+        self._completion_tokens[choice.index] = output.completion_tokens
+        parts = []
+        if prompt in self._unechoed:  # the first output of a prompt, which has its log-probabilities
+            self._unechoed.discard(prompt)
+            scores = output.prompt_logprobs
+            for each in self._choices[prompt * n : (prompt + 1) * n]:
+                parts.append((each, each.echo(() if scores is None else scores.tokens)))
+        part = choice.take(
+            output.text, output.tokens, finish_reason=output.finish_reason, stop_reason=output.stop_reason
+        )
+        return [*parts, (choice, part)]
+
+    def _measure(self, index: int, output: RequestOutput) -> None:
+        clock, now = self._clocks[index], time.perf_counter()
+        if output.tokens:
+            if not clock.num_tokens:
+                clock.first = now
+            clock.last = now
+            clock.num_tokens += len(output.tokens)
+            if not self._has_first_token:
+                self._has_first_token = True
+                self._served.metrics.first_token(now - self._arrival)
+                log_fields(self._request.scope).values["first_token_seconds"] = round(now - self._arrival, 4)
+        if output.finish_reason is not None and clock.num_tokens > 1:
+            self._served.metrics.text_ended((clock.last - clock.first) / (clock.num_tokens - 1))
+
+    def _total_usage(self) -> Usage:
+        total = Usage(
+            prompt_tokens=sum(each.prompt_tokens for each in self._usage),
+            cached_tokens=sum(each.cached_tokens for each in self._usage),
+            completion_tokens=sum(self._completion_tokens),
+        )
+        log_fields(self._request.scope).values |= {
+            "prompt_tokens": total.prompt_tokens,
+            "completion_tokens": total.completion_tokens,
+            "finish_reasons": sorted({str(choice.finish_reason) for choice in self._choices}),
+        }
+        return total
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": None,
+        }
+
+
+class EventStream(Response):
+    """Server-sent events while the client listens and the time lasts; then what it holds is let go."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], held: AsyncExitStack, *, deadline: float) -> None:
+        super().__init__(None, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._held, self._deadline = events, held, deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            sending = asyncio.ensure_future(self._send(scope, send))
+            leaving = asyncio.ensure_future(_disconnected(receive))
+            try:
+                await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                leaving.cancel()
+                if not sending.done():
+                    log_fields(scope).values["client_left"] = True
+                    sending.cancel()
+                await asyncio.gather(sending, leaving, return_exceptions=True)
+            if not sending.cancelled() and (error := sending.exception()) is not None:
+                raise error
+
+    async def _send(self, scope: Scope, send: Send) -> None:
+        try:
+            async with asyncio.timeout_at(self._deadline), aclosing(self._events):
+                async for piece in self._events:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except TimeoutError:
+            await self._send_error(scope, send, _too_long())
+        except ApiError as error:
+            await self._send_error(scope, send, error)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_error(self, scope: Scope, send: Send, error: ApiError) -> None:
+        """The status is sent already: an error is the stream's last event."""
+        log_fields(scope).values |= {"error": error.code, "error_status": error.status_code}
+        body = error_body(error.status_code, str(error.detail), param=error.param, code=error.code)
+        await send({"type": "http.response.body", "body": _event(body), "more_body": True})
+
+
+async def while_connected(request: Request, work: Awaitable[_Result], *, deadline: float) -> _Result:
+    """Wait for work as long as the client is there and the time lasts; else cancel it.
+
+    Raises: ApiError 504, or 499 where nobody is there to read it.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        async with asyncio.timeout_at(deadline):
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+    except TimeoutError:
+        raise _too_long() from None
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+    log_fields(request.scope).values["client_left"] = True
+    raise ApiError(499, "the client has gone; its request was ended; stay connected for an answer.", code="client_left")
+
+
+def _too_long() -> ApiError:
+    return ApiError(
+        504,
+        "the answer took longer than the server allows a request; it was ended; ask for fewer tokens, or stream them.",
+        code="timeout",
+    )
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
+
+
+def _has_logprobs(part: dict[str, Any]) -> bool:
+    logprobs = part.get("logprobs") or {}
+    return bool(logprobs.get("tokens") or logprobs.get("content"))

@@ -1,0 +1,395 @@
+"""What may be asked: the bodies of requests, and the Sampling that they mean.
+
+A key is either one of a class, or known and without effect on the answer (accepted), or known and not supported
+(refused, with the reason, unless its value asks for nothing), or unknown (refused, with the nearest names). Ranges of
+values are Sampling's own (config/serve.py).
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from moesaic.config.serve import Grammar, GrammarKind, Sampling
+from moesaic.serve.server.errors import explain_values, refusal, unknown_key
+
+# As OpenAI's: more likeliest tokens, and more biases, than anybody reads or writes.
+MAX_TOP_LOGPROBS = 20
+_MAX_ENTRIES = 1024
+_MAX_STOPS = 16
+# What OpenAI's completions take where nothing is said.
+_DEFAULT_COMPLETION_TOKENS = 16
+
+
+def _check_prompt(value: Any, info: ValidationInfo) -> Any:
+    """A long list with something wrong in every place would give as many findings: the first is enough."""
+    if isinstance(value, list):
+        kinds = {_kind_of(each) for each in value}
+        if len(kinds) > 1 or None in kinds:
+            raise refusal(
+                f"{info.field_name} is a list of several or unknown kinds of thing; texts, or token ids, or lists of "
+                f"token ids are required; send one kind.",
+                param=info.field_name,
+                code="invalid_value",
+            )
+    return value
+
+
+def _kind_of(value: Any) -> type | None:
+    if type(value) in (str, int):
+        return type(value)
+    return list if isinstance(value, list) and all(type(each) is int for each in value) else None
+
+
+def _limit(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, list | dict) and len(value) > _MAX_ENTRIES:
+        raise refusal(
+            f"{info.field_name} has {len(value)} entries; at most {_MAX_ENTRIES} are taken; leave some out.",
+            param=info.field_name,
+            code="invalid_value",
+        )
+    return value
+
+
+Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
+
+
+class Body(BaseModel):
+    """The base of bodies and of the objects in them: strict about types and keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    # Keys that change nothing about the answer's tokens, and keys that would (with why not).
+    harmless: ClassVar[tuple[str, ...]] = ()
+    unsupported: ClassVar[dict[str, str]] = {}
+    # Values of unsupported keys that ask for nothing, beside null.
+    idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        kept = {}
+        for key, value in values.items():
+            if key in known:
+                kept[key] = value
+            elif key in cls.harmless:
+                continue
+            elif key not in cls.unsupported:
+                raise unknown_key(key, sorted({*known, *cls.harmless}), where="this request")
+            elif value is not None and value not in cls.idle_values.get(key, ()):
+                raise refusal(
+                    f"{key} was given; {cls.unsupported[key]}; leave it out.", param=key, code="unsupported_key"
+                )
+        return kept
+
+
+class StreamOptions(Body):
+    """include_usage: a last event with the counts of tokens."""
+
+    harmless = ("include_obfuscation", "continuous_usage_stats")
+
+    include_usage: bool = False
+
+
+class JsonSchema(Body):
+    """A schema that the answer has to match."""
+
+    harmless = ("name", "description", "strict")
+
+    value: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Body):
+    """text: anything; json_object: any JSON object; json_schema: one that matches a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class GrammarBody(Body):
+    """An extension: what the text has to match."""
+
+    kind: GrammarKind
+    text: str = ""
+
+
+class GenerationBody(Body):
+    """What completions and chat have in common; null is the same as leaving a key out.
+
+    Extensions of OpenAI's keys: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids, priority
+    (lower comes first), return_experts, grammar.
+    """
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_limit)] = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_limit)] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[int] | None, BeforeValidator(_limit)] = None
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
+    return_experts: bool | None = None
+    grammar: GrammarBody | None = None
+
+    @property
+    def streams(self) -> bool:
+        return bool(self.stream)
+
+    @property
+    def streams_usage(self) -> bool:
+        if self.stream_options is not None and not self.streams:
+            raise refusal(
+                "stream_options was given without stream; it needs one; set stream to true, or leave it out.",
+                param="stream_options",
+            )
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def common_values(self) -> dict[str, Any]:
+        """Return what was given of the keys that both kinds of request have, by Sampling's names."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        if stop is not None and len(stop) > _MAX_STOPS:
+            raise refusal(
+                f"stop has {len(stop)} texts; at most {_MAX_STOPS} are looked for; leave some out.", param="stop"
+            )
+        values = {
+            "min_tokens": self.min_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": None if self.logit_bias is None else _read_biases(self.logit_bias),
+            "stop": None if stop is None else tuple(stop),
+            "stop_token_ids": None if self.stop_token_ids is None else tuple(self.stop_token_ids),
+            "ignore_end_of_text": self.ignore_eos,
+            "seed": self.seed,
+            "n": self.n,
+            "return_experts": self.return_experts,
+            "grammar": None if self.grammar is None else Grammar(kind=self.grammar.kind, text=self.grammar.text),
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    harmless = ("user", "metadata", "store", "service_tier")
+    unsupported: ClassVar[dict[str, str]] = {
+        "suffix": "text is only continued here, not filled in",
+        "best_of": "every text that is made is returned here; n says how many",
+    }
+    idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",), "best_of": (1,)}
+
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    def check(self) -> None:
+        """Raise ApiError for what can never be met, before anything is computed for it."""
+        self.sampling()
+        _ = self.streams_usage
+
+    def sampling(self) -> Sampling:
+        values = self.common_values()
+        values["max_tokens"] = _DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.logprobs is not None:
+            values["logprobs"] = self.logprobs
+            if self.echo:
+                values["prompt_logprobs"] = self.logprobs
+        return _sampling(values)
+
+
+class Message(BaseModel):
+    """One message; what is beside role and content reaches the chat template as it is."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: str
+    content: str | list[Any] | None = None
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    harmless = (
+        "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key",
+        "prompt_cache_retention", "safety_identifier", "prediction",
+    )  # fmt: skip
+    unsupported: ClassVar[dict[str, str]] = {
+        "audio": "only text is made here",
+        "modalities": "only text is made here",
+        "functions": "it is the old form of tools",
+        "function_call": "it is the old form of tool_choice",
+        "reasoning_effort": "the models here know no such setting",
+        "verbosity": "the models here know no such setting",
+        "web_search_options": "nothing is searched here",
+    }
+    idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "modalities": (["text"],),
+        "functions": ([],),
+        "function_call": ("auto", "none"),
+    }
+
+    messages: Annotated[list[Message], FailFast()]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_limit)] = None
+    tool_choice: Literal["none", "auto"] | dict[str, Any] | str | None = None
+
+    def check(self) -> None:
+        """Raise ApiError for what can never be met, before anything is computed for it."""
+        self.sampling(room=1)
+        self.template_messages()
+        self.template_tools()
+        _ = self.streams_usage
+
+    def sampling(self, *, room: int) -> Sampling:
+        """room: tokens that fit behind the prompt, which are what an answer may have where nothing is said."""
+        values = self.common_values()
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise refusal(
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) differ; they "
+                f"are two names of one thing; send one of them.",
+                param="max_completion_tokens",
+            )
+        asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        values["max_tokens"] = max(room, values.get("min_tokens", 0), 1) if asked is None else asked
+        if self.logprobs:
+            values["logprobs"] = self.top_logprobs or 0
+        elif self.top_logprobs is not None:
+            raise refusal(
+                "top_logprobs was given without logprobs; it needs them; set logprobs to true, or leave it out.",
+                param="top_logprobs",
+            )
+        grammar = self._response_grammar()
+        if grammar is not None:
+            if "grammar" in values:
+                raise refusal(
+                    "response_format and grammar were both given; a text can match one of them; leave one out.",
+                    param="grammar",
+                )
+            values["grammar"] = grammar
+        return _sampling(values)
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """Return the messages as a template takes them: each content one text, or null."""
+        if not self.messages:
+            raise refusal(
+                "messages is empty; at least one message is required; send what the user says.", param="messages"
+            )
+        return [
+            {**(message.model_extra or {}), "role": message.role, "content": _text_of(message.content, place)}
+            for place, message in enumerate(self.messages)
+        ]
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        if self.tool_choice is not None and self.tool_choice not in ("none", "auto"):
+            raise refusal(
+                "tool_choice asks for a certain tool; the model decides here; send auto or none.", param="tool_choice"
+            )
+        return None if self.tool_choice == "none" else self.tools or None
+
+    def _response_grammar(self) -> Grammar | None:
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return Grammar(kind="json_object")
+        if wanted.json_schema is None:
+            raise refusal(
+                "response_format is json_schema without a schema; response_format.json_schema.schema is required; send "
+                "it, or json_object.",
+                param="response_format",
+            )
+        return Grammar(kind="json_schema", text=json.dumps(wanted.json_schema.value))
+
+
+class EmbeddingBody(Body):
+    """POST /v1/embeddings."""
+
+    harmless = ("user",)
+
+    model: str | None = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
+class TokenizeBody(Body):
+    """POST /tokenize."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[list[int], FailFast()]
+
+
+def _sampling(values: dict[str, Any]) -> Sampling:
+    try:
+        return Sampling.model_validate(values)  # whose errors name a request's keys, not a file's
+    except ValidationError as error:
+        raise explain_values(error, names={"ignore_end_of_text": "ignore_eos"}) from None
+
+
+def _read_biases(biases: Mapping[str, float]) -> dict[int, float]:
+    found = {}
+    for key, bias in biases.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 12):
+            raise refusal(
+                f"logit_bias has the key {key[:20]!r}; token ids are required, as text; see /tokenize.",
+                param="logit_bias",
+                code="invalid_value",
+            )
+        found[int(key)] = bias
+    return found
+
+
+def _text_of(content: str | list[Any] | None, place: int) -> str | None:
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise refusal(
+                f"messages.{place}.content has a part of type {str(kind)[:40]!r}; the models here read text only; "
+                f'send parts as {{"type": "text", "text": "..."}}.',
+                param=f"messages.{place}.content",
+                code="unsupported_content",
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)

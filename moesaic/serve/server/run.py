@@ -1,0 +1,224 @@
+"""Starting and ending a server: the socket, the model, the signals."""
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import uvicorn
+from fastapi import FastAPI
+
+from moesaic.config.serve import EngineConfig, ServeConfig, ServerConfig
+from moesaic.errors import ConfigError, InstallationError
+from moesaic.logs import logger
+from moesaic.model.load import LoadedModel, load_run
+from moesaic.model.transformer import Transformer
+from moesaic.serve.async_engine import AsyncEngine, StepEngine
+from moesaic.serve.engine import Engine
+from moesaic.serve.grammar import GrammarCompiler
+from moesaic.serve.overload import EngineWithStudent
+from moesaic.serve.server.app import create_app
+from moesaic.serve.server.gate import KEYS_VARIABLE, read_keys
+from moesaic.serve.server.generation import Served, Student
+
+# Answers that are ended at the drain's end have so long to be sent.
+_FAREWELL_SECONDS = 5
+
+
+def serve(
+    run: str,
+    config: ServeConfig,
+    *,
+    name: str,
+    device: str,
+    precision: Literal["bf16", "fp32", "int8"] | None = None,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve the model that RUN or RUN@step names until SIGTERM or SIGINT, and then let what runs finish.
+
+    name: what requests call it where the config does not say. precision: of the model's matrices, as load_run takes it.
+    ready: called with the URL when requests are taken.
+
+    Raises: ConfigError for an address that cannot be had, for keys, and for settings that the model cannot meet; what
+    load_run raises.
+    """
+    keys = read_keys(config.server.api_key_file)
+    with ExitStack() as stack:
+        # Before the model, which may take long to load.
+        listener = stack.enter_context(listen(config.server.host, config.server.port))
+        _warn_if_open(config.server, has_keys=bool(keys))
+        loaded = load_run(run, device=device, precision=precision, packed_file="write")
+        grammars = _grammars_of(loaded, config.server)
+        if grammars is not None:
+            stack.callback(grammars.close)
+        engine = Engine(
+            loaded.model,
+            loaded.tokenizer,
+            config.engine,
+            draft_model=_load_draft(config.engine, loaded, device=device),
+            grammars=grammars,
+        )
+        driven: StepEngine = engine
+        student = None
+        if config.overload is not None:
+            run_of_student = config.overload.model
+            other = _load_beside("overload.model", run_of_student, loaded, device=device)
+            helping = Engine(other.model, other.tokenizer, config.engine.replace(speculation=None), grammars=grammars)
+            driven = EngineWithStudent(engine, helping, max_texts=config.overload.max_texts)
+            student = Student(Path(run_of_student).name, tuple(layer.layer for layer in helping.stats().layers))
+        app = create_app(
+            AsyncEngine(driven),
+            loaded.tokenizer,
+            config.server,
+            name=config.server.served_model_name or name,
+            max_length=engine.max_length,
+            max_embedded_tokens=config.engine.max_batch_tokens,
+            moe_layers=[layer.layer for layer in engine.stats().layers],
+            student=student,
+            grammars=grammars,
+            keys=keys,
+        )
+        # uvicorn's rare lines, of requests that are no HTTP, go where ours do.
+        logging.getLogger("uvicorn").handlers = logger.handlers
+        DrainingServer(settings_of(app), app.state.served, listener, ready=ready).run(sockets=[listener])
+
+
+def settings_of(app: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn runs an application of create_app's."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=_FAREWELL_SECONDS,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that on its first signal refuses newcomers (503) and ends when what runs has; on a second, at once."""
+
+    def __init__(
+        self, settings: uvicorn.Config, served: Served, listener: socket.socket, *, ready: Callable[[str], None]
+    ) -> None:
+        """ready: called with the URL when requests are taken."""
+        super().__init__(settings)
+        self._served, self._listener, self._ready = served, listener, ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._loop = asyncio.get_running_loop()
+        if self.started:
+            self._ready(_url(self._listener))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is None or self._draining is not None or self._served.admission.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        logger.info(
+            "%s: no new requests are taken; %d go on, for %g s at most.",
+            signal.Signals(sig).name,
+            self._served.admission.num_inside + self._served.admission.num_waiting,
+            self._served.config.drain_seconds,
+        )
+        self._served.admission.is_draining = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        admission = self._served.admission
+        try:
+            await asyncio.wait_for(admission.drained(), self._served.config.drain_seconds)
+        except TimeoutError:
+            logger.warning(
+                "%d requests had not finished after drain_seconds (%g); they are ended; raise server.drain_seconds to "
+                "give them longer.",
+                admission.num_inside + admission.num_waiting,
+                self._served.config.drain_seconds,
+            )
+            await self._served.engine.stop()
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound, and not yet listening. Raises: ConfigError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"server.host {host} and port {port} cannot be listened on ({error.strerror or error}); an address of this "
+            f"machine and a free port are required; choose another port, or 0 for any."
+        ) from None
+    return listener
+
+
+def _load_draft(config: EngineConfig, loaded: LoadedModel, *, device: str) -> Transformer | None:
+    run = None if config.speculation is None else config.speculation.model
+    if run is None:
+        return None
+    return _load_beside("engine.speculation.model", run, loaded, device=device).model
+
+
+def _load_beside(key: str, run: str, loaded: LoadedModel, *, device: str) -> LoadedModel:
+    """Load a second model that takes the same token ids."""
+    other = load_run(run, device=device, packed_file="write")
+    if other.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+        raise ConfigError(
+            f"{key} ({run}) has another tokenizer than the model that is served; the same is required, since token ids "
+            f"go to both; choose a student of the model."
+        )
+    if other.config.model.vocab_size != loaded.config.model.vocab_size:
+        raise ConfigError(
+            f"{key} ({run}) has a vocabulary of {other.config.model.vocab_size}, and the model that is served one of "
+            f"{loaded.config.model.vocab_size}; the same is required; choose a student of the model."
+        )
+    return other
+
+
+def _grammars_of(loaded: LoadedModel, config: ServerConfig) -> GrammarCompiler | None:
+    try:
+        return GrammarCompiler(
+            loaded.tokenizer,
+            vocab_size=loaded.config.model.vocab_size,
+            max_bytes=config.max_grammar_bytes,
+            timeout_seconds=config.grammar_timeout_seconds,
+        )
+    except InstallationError:
+        logger.info(
+            "xgrammar is not installed: requests with a grammar or a JSON format are refused; `pip install "
+            "'moesaic[structured]'` brings it."
+        )
+        return None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _warn_if_open(config: ServerConfig, *, has_keys: bool) -> None:
+    try:
+        is_local = ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        is_local = config.host == "localhost"
+    if not is_local and not has_keys:
+        logger.warning(
+            "the server listens on %s without API keys: whoever reaches it may use it; set server.api_key_file or %s.",
+            config.host,
+            KEYS_VARIABLE,
+        )

@@ -1,0 +1,125 @@
+// What the server shows at /: the chat beside the experts at work, and the load page. Here its parts are put together.
+
+import { Api, ApiError, poll } from "./api.js";
+import { Chat } from "./chat.js";
+import { byId } from "./dom.js";
+import { ExpertsPanel } from "./experts.js";
+import { numWaiting } from "./history.js";
+import { LoadPage } from "./load.js";
+import { recall, remember } from "./storage.js";
+import { scheme, setUpTheme } from "./theme.js";
+
+const KEY = "moesaic.key";
+const POLL_SECONDS = 1;
+
+const api = new Api();
+const experts = new ExpertsPanel({ scheme });
+const load = new LoadPage();
+let model = null;
+
+function setStatus(text, state) {
+  const status = byId("status");
+  status.textContent = text;
+  if (status.dataset.state === state) return;
+  // Spoken when the state changes, not whenever another request runs.
+  status.dataset.state = state;
+  byId("status-spoken").textContent = state === "ready" ? "The server is ready." : `The server: ${text}.`;
+}
+
+function askForKey(message) {
+  byId("settings").open = true;
+  byId("key-message").textContent = message;
+  byId("key").focus();
+}
+
+/** Return the sampling settings of a request, or null after pointing at the one that is wrong. */
+function readSettings() {
+  const fields = { temperature: "temperature", top_p: "top-p", max_tokens: "max-tokens", seed: "seed" };
+  const settings = model === null ? {} : { model };
+  for (const [name, id] of Object.entries(fields)) {
+    const input = byId(id);
+    if (!input.checkValidity()) {
+      byId("settings").open = true;
+      byId("settings-message").textContent = `${input.labels[0].textContent}: ${input.validationMessage}`;
+      input.focus();
+      return null;
+    }
+    if (input.value !== "") settings[name] = Number(input.value);
+  }
+  byId("settings-message").textContent = "";
+  return settings;
+}
+
+const chat = new Chat({
+  api,
+  settings: readSettings,
+  askForKey,
+  wantsExperts: () => experts.hasExperts,
+  showToken: (detail, isFollowing) => experts.setToken(detail, isFollowing),
+});
+
+async function learnModel() {
+  const { data } = await api.get("v1/models");
+  const [first] = data;
+  model = first.id;
+  if (typeof first.has_chat_template === "boolean") chat.hasTemplate = first.has_chat_template;
+  byId("model").textContent = model;
+  document.title = `${model} – moesaic`;
+  chat.describeModel();
+}
+
+/** Ask the server for its state; return whether it answered. */
+async function look() {
+  try {
+    const [activity, stats] = await Promise.all([api.get("v1/experts"), api.get("v1/stats")]);
+    // Also after a restart with another model.
+    if (model === null || model !== stats.model) await learnModel();
+    experts.setLoad(activity);
+    load.add(stats, experts.hasExperts);
+    const numWaits = numWaiting(stats);
+    const waiting = numWaits ? `, ${numWaits} waiting` : "";
+    setStatus(stats.num_running || numWaits ? `${stats.num_running} running${waiting}` : "idle", "ready");
+    return true;
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    if (error.status === 401) setStatus("needs an API key", "key");
+    else setStatus(error.status ? `error ${error.status}` : "no answer", "away");
+    byId("status").title = error.message;
+    return false;
+  }
+}
+
+function useKey() {
+  api.key = byId("key").value.trim();
+  remember("sessionStorage", KEY, byId("keep-key").checked && api.key ? api.key : null);
+  byId("key-message").textContent = "";
+}
+
+api.key = recall("sessionStorage", KEY) ?? "";
+byId("key").value = api.key;
+byId("keep-key").checked = api.key !== "";
+byId("key").addEventListener("change", useKey);
+byId("keep-key").addEventListener("change", useKey);
+const lookAgain = poll(look, POLL_SECONDS);
+
+byId("key-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  useKey();
+  byId("composer-text").focus();
+  await lookAgain();
+  chat.retryAfterKey();
+});
+
+function showPage() {
+  const isLoad = location.hash === "#load";
+  byId("load-page").hidden = !isLoad;
+  byId("chat-page").hidden = isLoad;
+  byId("to-load").setAttribute("aria-current", isLoad ? "page" : "false");
+  byId("to-chat").setAttribute("aria-current", isLoad ? "false" : "page");
+  if (isLoad) load.refresh();
+  else experts.recolor();
+}
+
+window.addEventListener("hashchange", showPage);
+setUpTheme(byId("theme"), () => experts.recolor());
+showPage();

@@ -1,0 +1,73 @@
+"""`moesaic serve` as a process: it says where it is, serves, and ends at a signal when what runs has ended."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.data.tokenizer import Tokenizer
+
+httpx = pytest.importorskip("httpx", reason="httpx asks the server (extra `dev`)")
+pytest.importorskip("fastapi", reason="the server is FastAPI's (extra `serve`)")
+
+
+def test_it_serves_and_a_signal_lets_what_runs_finish(trained_run: Path) -> None:
+    command = [sys.executable, "-m", "moesaic", "serve", str(trained_run), "--port", "0", "--device", "cpu"]
+    draft = f"engine.speculation={{method: model, model: {trained_run}}}"  # it drafts for itself
+    helper = f"overload={{model: {trained_run}, max_texts: 1}}"
+    settings = ["--set", "server.served_model_name=served", "--set", "engine.max_sequences=2", "--set", draft]
+    settings += ["--set", helper, "--precision", "int8"]
+    process = subprocess.Popen(
+        [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+    assert found, process.communicate()
+    both = {"prompt": ["x", "y"], "max_tokens": 1}  # the second finds the model at work, and is the other's
+    answered = httpx.post(f"{found[0]}/v1/completions", json=both, timeout=60).json()
+    assert answered["model"] == trained_run.name
+    body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True, "model": "served"}
+    with httpx.stream("POST", f"{found[0]}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out == ""
+    logged = [json.loads(line) for line in err.splitlines()]
+    assert any("SIGTERM: no new requests are taken" in line["message"] for line in logged)
+    assert any(line.get("path") == "/v1/completions" and line["status"] == 200 for line in logged)
+
+
+def test_a_mistake_ends_with_what_to_do(cli: Any, trained_run: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, words in (
+            ([trained_run, "--port", port], f"port {port} cannot be listened on"),
+            ([tmp_path / "none", "--port", "0"], "CheckpointError"),
+            ([trained_run, "--set", "server.prot=1"], "did you mean port"),
+            ([trained_run, "--set", "server.allowed_origins=[example.org]"], "allowed_origins has 'example.org'"),
+            ([trained_run, "--config", tmp_path / "none.yaml"], "neither a preset nor a file"),
+            ([trained_run, "--set", "server.api_key_file=none"], "api_key_file (none) cannot be read"),
+        ):
+            result = cli("serve", *arguments)
+            assert result.status == 2 and words in result.err and result.err.count(";") >= 2
+            assert "Traceback" not in result.err and result.out == ""
+
+
+def test_a_draft_of_another_tokenizer_is_refused(cli: Any, trained_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained_run, other)
+    Tokenizer.train(["other words " * 50], vocab_size=280).save(other)
+    draft = f"engine.speculation={{method: model, model: {other}}}"
+    result = cli("serve", trained_run, "--port", "0", "--device", "cpu", "--set", draft)
+    assert result.status == 2 and "has another tokenizer" in result.err and result.err.count(";") >= 2

@@ -1,0 +1,84 @@
+"""A server's answers are drawn, several runs beside one another, whatever became of them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moesaic.report.serving import RequestResult, ServingResult
+from moesaic.report.serving_plots import serving_figure, write_serving_plot
+
+
+def run_of(name: str, *, seed: int, count: int, failing: int = 0, output_tokens: int = 20) -> ServingResult:
+    random = np.random.default_rng(seed)
+    requests = []
+    for number in range(count):
+        sent = number * 0.5
+        first = sent + float(random.lognormal(-1, 0.7))
+        chunks = first + np.cumsum([0.0, *random.gamma(4, 0.02, output_tokens - 1)])
+        is_failed = number < failing
+        requests.append(
+            RequestResult(
+                due_seconds=sent,
+                sent_seconds=sent,
+                end_seconds=float(chunks[-1]),
+                chunk_seconds=() if is_failed else tuple(chunks.tolist()),
+                asked_prompt_tokens=10,
+                asked_output_tokens=output_tokens,
+                prompt_tokens=10,
+                output_tokens=None if is_failed else output_tokens,
+                error="refused" if is_failed else None,
+            )
+        )
+    return ServingResult(
+        name=name,
+        url="http://test",
+        model="tiny",
+        created="2026-01-01T00:00:00+00:00",
+        workload={},
+        ttft_limit_seconds=2.0,
+        tpot_limit_seconds=0.1,
+        requests=tuple(requests),
+    )
+
+
+def test_runs_stand_side_by_side(tmp_path: Path) -> None:
+    results = [run_of("ours", seed=0, count=60), run_of("a peer", seed=1, count=40, failing=10)]
+    path = write_serving_plot(tmp_path / "plots" / "serving.png", results)
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+    first, each_token, over_time = serving_figure(results).axes
+    labels = [text.get_text() for text in first.get_legend().get_texts()]
+    assert labels[0].startswith("ours: good ") and labels[1].endswith("10 failed")
+    assert "ours: " in over_time.get_legend().get_texts()[0].get_text()
+    # A distribution ends at the share that was answered: all of the first run, three quarters of the second.
+    for axes in (first, each_token):
+        ends = [line.get_ydata()[-1] for line in axes.lines if len(line.get_ydata()) > 2]
+        assert ends == pytest.approx([1.0, 0.75])
+    # As many tokens as were answered lie under the line.
+    times, rates = (np.asarray(values) for values in over_time.lines[0].get_data())
+    assert rates.sum() * (times[1] - times[0]) == pytest.approx(60 * 20)
+
+
+def test_an_answer_of_one_token_is_no_failure() -> None:
+    run = run_of("ours", seed=0, count=10, failing=2)
+    single = run_of("single", seed=0, count=5, output_tokens=1).requests
+    _, each_token, _ = serving_figure([replace(run, requests=(*run.requests, *single))]).axes
+    assert each_token.lines[0].get_ydata()[-1] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [],
+        [run_of("nothing", seed=0, count=0)],
+        [run_of("all failed", seed=0, count=5, failing=5)],
+        [run_of("one", seed=0, count=1)],
+        [run_of("single tokens", seed=0, count=5, output_tokens=1)],
+        [replace(run_of("with $ and _", seed=0, count=3), ttft_limit_seconds=1e-7)],
+    ],
+    ids=lambda results: results[0].name if results else "none",
+)
+def test_little_can_be_drawn_too(tmp_path: Path, results: list[ServingResult]) -> None:
+    assert write_serving_plot(tmp_path / "serving.png", results).is_file()

@@ -1,0 +1,154 @@
+"""A malformed request gets OpenAI's error shape with what to do, and leaves the server as it was."""
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from .conftest import Live
+
+COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = [{"role": "user", "content": "x"}]
+
+
+def check_error(response: httpx.Response, status: int, param: str | None, words: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert list(body) == ["error"] and set(body["error"]) == {"message", "type", "param", "code"}
+    error = body["error"]
+    assert words in error["message"], error
+    assert error["message"].count(";") >= 2 and error["message"].endswith((".", "?"))
+    assert error["param"] == param, error
+    assert error["type"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        (COMPLETION, {}, "prompt", "prompt is missing"),
+        (COMPLETION, {"prompt": "x", "temprature": 0}, "temprature", "did you mean temperature"),
+        (COMPLETION, {"prompt": "x", "temperature": "hot"}, "temperature", "temperature is 'hot'"),
+        (COMPLETION, {"prompt": "x", "temperature": -1}, "temperature", "greater than or equal to 0"),
+        (COMPLETION, {"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
+        (COMPLETION, {"prompt": "x", "max_tokens": 1.5}, "max_tokens", "valid integer"),
+        (COMPLETION, {"prompt": "x", "max_tokens": True}, "max_tokens", "valid integer"),
+        (COMPLETION, {"prompt": "x", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+        (COMPLETION, {"prompt": "x", "min_tokens": 9, "max_tokens": 3}, None, "min_tokens (9) is above max_tokens"),
+        (COMPLETION, {"prompt": "x", "n": 0}, "n", "greater than or equal to 1"),
+        (COMPLETION, {"prompt": "x", "n": 10**9}, "n", "1000000000 texts"),
+        (COMPLETION, {"prompt": ["x"] * 129}, "prompt", "129 texts"),
+        (COMPLETION, {"prompt": ["x"] * 65, "n": 2}, "n", "130 texts"),
+        (COMPLETION, {"prompt": "x", "seed": 2**63}, "seed", "less than"),
+        (COMPLETION, {"prompt": "x", "logprobs": 21}, "logprobs", "less than or equal to 20"),
+        (COMPLETION, {"prompt": "x", "best_of": 3}, "best_of", "n says how many"),
+        (COMPLETION, {"prompt": "x", "suffix": "y"}, "suffix", "only continued"),
+        (COMPLETION, {"prompt": "x", "stop": ["a"] * 17}, "stop", "17 texts"),
+        (COMPLETION, {"prompt": "x", "stop": ""}, None, "stop text is empty"),
+        (COMPLETION, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "without stream"),
+        (COMPLETION, {"prompt": "x", "stream": True, "stream_options": {"usage": 1}}, "usage", "include_usage"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {"1": 101}}, None, "-100 to 100"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {"99999": 1}}, None, "token id 99999"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "1025 entries"),
+        (COMPLETION, {"prompt": "x", "stop_token_ids": [-1]}, None, "token id -1"),
+        (COMPLETION, {"prompt": []}, "prompt", "an empty list"),
+        (COMPLETION, {"prompt": [[]]}, "prompt", "an empty list"),
+        (COMPLETION, {"prompt": [1, "x"]}, "prompt", "one kind"),
+        (COMPLETION, {"prompt": [None] * 100_000}, "prompt", "one kind"),
+        (COMPLETION, {"prompt": [[1, "x"]]}, "prompt", "one kind"),
+        (COMPLETION, {"prompt": {"a": 1}}, "prompt", "valid string or"),
+        (COMPLETION, {"prompt": [320]}, None, "token id 320"),
+        (COMPLETION, {"prompt": [-1]}, None, "token id -1"),
+        (COMPLETION, {"prompt": [2**70]}, None, "token id 1180591620717411303424"),
+        (COMPLETION, {"prompt": [1] * 161}, "prompt", "at most 160"),
+        (COMPLETION, {"prompt": "one two " * 900}, "prompt", "at most 160"),
+        (COMPLETION, {"prompt": "x", "grammar": {"kind": "poem"}}, "grammar.kind", "'json_schema'"),
+        (COMPLETION, [1], None, "a JSON object"),
+        (COMPLETION, {"prompt": "x", "model": "gpt-x"}, "model", "'gpt-x' is not served here"),
+        (CHAT, {"messages": []}, "messages", "messages is empty"),
+        (CHAT, {"messages": [{"content": "x"}]}, "messages.0.role", "is missing"),
+        (CHAT, {"messages": [{"role": 1}] * 100_000}, "messages.0.role", "valid string"),
+        (CHAT, {"messages": [{"role": "nobody", "content": ""}]}, None, "nobody speaks"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "image_url"),
+        (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string or"),
+        (CHAT, {"messages": USER, "max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "differ"),
+        (CHAT, {"messages": USER, "top_logprobs": 3}, "top_logprobs", "without logprobs"),
+        (CHAT, {"messages": USER, "tool_choice": "required"}, "tool_choice", "the model decides"),
+        (CHAT, {"messages": USER, "modalities": ["audio"]}, "modalities", "only text"),
+        (CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format", "without a schema"),
+        (CHAT, {"messages": USER, "response_format": {"type": "json_object"}, "grammar": {"kind": "json_object"}},
+         "grammar", "both given"),
+        (CHAT, {"messages": [{"role": "user", "content": "x " * 500}]}, "messages", "at most 160"),
+        ("/v1/embeddings", {"input": "x", "dimensions": 3}, "dimensions", "have 32"),
+        ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format", "'base64'"),
+        ("/v1/embeddings", {"input": [[1], [320]]}, None, "token id 320"),
+        ("/tokenize", {"prompt": 3}, "prompt", "valid string"),
+        ("/detokenize", {"tokens": [320]}, "tokens", "holds 320"),
+        ("/detokenize", {"tokens": "x"}, "tokens", "valid list"),
+    ],
+)  # fmt: skip
+def test_a_bad_request_is_told_what_to_do(real: Live, path: str, body: Any, param: str | None, words: str) -> None:
+    status = 404 if "not served here" in words else 400
+    check_error(httpx.post(f"{real.url}{path}", json=body, timeout=30), status, param, words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "application/json"),
+        (b"{", "not JSON"),
+        (b"null", "a JSON object"),
+        (b'"text"', "a JSON object"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"prompt": "x", "temperature": NaN}', "not JSON"),
+        (b'{"prompt": "\\ud800"}', "not JSON"),
+        (b'{"prompt": ' + b"[" * 100_000, "not JSON"),
+        (b'{"prompt": "x", "seed": ' + b"9" * 10_000 + b"}", "not JSON"),
+        (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
+        (json.dumps({"prompt": "x", "\ud800": 1}).encode(), "not JSON"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(real: Live, content: bytes, words: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{real.url}{COMPLETION}", content=content, headers=headers, timeout=30)
+    assert response.status_code == 400 and words in response.json()["error"]["message"]
+    plain = httpx.post(f"{real.url}{COMPLETION}", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 400 and "application/json" in plain.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/nothing", 404), ("GET", COMPLETION, 405), ("POST", "/health", 405), ("GET", "/static/../a.py", 404)],
+)
+def test_a_wrong_path_or_method_has_the_shape_too(real: Live, method: str, path: str, status: int) -> None:
+    check_error(httpx.request(method, f"{real.url}{path}"), status, None, "required")
+
+
+def test_what_means_nothing_is_accepted(real: Live) -> None:
+    extra = {
+        "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
+        "modalities": ["text"], "functions": None, "reasoning_effort": None, "seed": None, "stop": None, "tools": [],
+        "response_format": {"type": "text"}, "tool_choice": "auto", "stream": False, "n": None,
+    }  # fmt: skip
+    response = httpx.post(f"{real.url}{CHAT}", json={"messages": USER, "max_tokens": 2, **extra})
+    assert response.status_code == 200, response.text
+    body = {"prompt": "x", "max_tokens": 2, "best_of": 1, "suffix": "", "stream_options": None}
+    assert httpx.post(f"{real.url}{COMPLETION}", json=body).status_code == 200
+
+
+def test_the_client_raises_its_own_errors(real: Live) -> None:
+    with openai.OpenAI(base_url=f"{real.url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="tiny", prompt="x", temperature=-1)
+        assert caught.value.param == "temperature" and caught.value.code == "invalid_value"
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.completions.create(model="other", prompt="x")
+        assert missing.value.code == "model_not_found" and missing.value.param == "model"
+
+
+def test_the_answers_of_a_refused_request_say_nothing_of_what_python_is(real: Live) -> None:
+    text = httpx.post(f"{real.url}{COMPLETION}", json={"prompt": {"a": 1}, "temperature": [], "x": 1}).text
+    assert "Traceback" not in text and "pydantic" not in text

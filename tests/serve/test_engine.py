@@ -1,0 +1,460 @@
+"""The laws of the engine: equal to naive generation, and to itself whatever else runs."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from moesaic.config.model import ModelConfig
+from moesaic.config.serve import EngineConfig, Grammar, Sampling, SpeculationConfig
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConfigError, GenerationError
+from moesaic.kernels import select
+from moesaic.model.generate import generate
+from moesaic.model.kv_cache import BatchCache
+from moesaic.model.transformer import Transformer
+from moesaic.serve.depth import DepthChooser
+from moesaic.serve.engine import Engine
+from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
+
+from .conftest import FAMILIES, SIZES, TEXT, VOCAB_SIZE
+
+Make = Callable[..., Transformer]
+GREEDY = Sampling(temperature=0.0, max_tokens=12, ignore_end_of_text=True)
+needs_kernels = pytest.mark.skipif(
+    not select.supported_instruction_sets(), reason="only the C++ kernels promise results that depend on no neighbour"
+)
+
+
+@dataclass
+class Got:
+    """All that one text of a request gave."""
+
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    message: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    cached_tokens: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+
+def collect(outputs: Sequence[RequestOutput], got: dict[tuple[str, int], Got]) -> None:
+    for output in outputs:
+        each = got.setdefault((output.request_id, output.index), Got())
+        assert each.finish_reason is None, "an output after the last"
+        each.tokens += output.tokens
+        each.text += output.text
+        each.finish_reason, each.stop_reason = output.finish_reason, output.stop_reason
+        each.message, each.cached_tokens = output.message, output.cached_tokens
+        each.prompt_logprobs = each.prompt_logprobs or output.prompt_logprobs
+        assert output.completion_tokens == len(each.tokens)
+
+
+def finish(engine: Engine) -> dict[tuple[str, int], Got]:
+    got: dict[tuple[str, int], Got] = {}
+    for _ in range(3000):
+        if not engine.has_work:
+            break
+        collect(engine.step(), got)
+    assert not engine.has_work
+    stats = engine.stats()
+    assert stats.kv_blocks_used == 0 and stats.num_running == stats.num_waiting == 0
+    return got
+
+
+def run_one(engine: Engine, prompt: Sequence[int], sampling: Sampling, **options: Any) -> Got:
+    request_id = engine.add_request(prompt, sampling, **options)
+    return finish(engine)[request_id, 0]
+
+
+def prompts(count: int, *, longest: int = 70, seed: int = 0) -> list[list[int]]:
+    """Some share a beginning, and lengths are whatever."""
+    rng = random.Random(seed)
+    common = [rng.randrange(VOCAB_SIZE) for _ in range(longest)]
+    made = []
+    for _ in range(count):
+        own = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, longest))]
+        made.append(own if rng.random() < 0.5 else common[: rng.randrange(longest)] + own[:3])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    # In bf16 latent attention rounds otherwise in chunks: PyTorch's products depend on how many rows they have.
+    [*((family, "fp32") for family in FAMILIES)]
+    + [(family, form) for family in ("dense", "mixtral", "pr-moe") for form in ("packed-bf16", "packed-int8")],
+)
+def test_greedy_tokens_are_those_of_naive_generation(
+    family: str, form: str, make_model: Make, tokenizer: Tokenizer
+) -> None:
+    model = make_model(family, form)
+    engine = Engine(model, tokenizer, EngineConfig(max_batch_tokens=24))
+    asked = {engine.add_request(prompt, GREEDY): prompt for prompt in prompts(6)}
+    got = finish(engine)
+    for request_id, prompt in asked.items():
+        assert got[request_id, 0].ids == generate(model, prompt, max_new_tokens=12)
+        assert got[request_id, 0].finish_reason == "length"
+
+
+SAMPLINGS = [
+    Sampling(temperature=0.0, max_tokens=20, ignore_end_of_text=True),
+    Sampling(temperature=1.5, max_tokens=17, seed=3),
+    Sampling(temperature=0.9, top_p=0.9, max_tokens=25, seed=4, logprobs=2),
+    Sampling(temperature=1.1, top_k=7, min_p=0.01, max_tokens=9, seed=5),
+    Sampling(temperature=1.0, max_tokens=15, seed=6, repetition_penalty=1.3, presence_penalty=0.5),
+    Sampling(temperature=0.0, max_tokens=12, frequency_penalty=1.0, logit_bias={5: 3.0}, return_experts=True),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", ["packed-bf16", "packed-int8", "packed-int4"])
+@pytest.mark.parametrize("family", ["dense", "mixtral", "pr-moe"])
+def test_a_request_gives_the_same_alone_and_whatever_else_runs(
+    family: str, form: str, make_model: Make, tokenizer: Tokenizer
+) -> None:
+    model = make_model(family, form)
+    requests = [(prompt, SAMPLINGS[index % len(SAMPLINGS)]) for index, prompt in enumerate(prompts(18, seed=1))]
+    alone = []
+    for prompt, sampling in requests:
+        engine = Engine(model, tokenizer, EngineConfig(max_sequences=1, prefix_caching=False))
+        assert engine.is_batch_invariant
+        alone.append(run_one(engine, prompt, sampling))
+    crowds = {
+        "all at once": EngineConfig(),
+        "in small chunks": EngineConfig(max_batch_tokens=7),
+        "preempted": EngineConfig(kv_cache_bytes=_bytes_of_blocks(model, 6), max_sequences=16),
+        "few at a time": EngineConfig(max_sequences=3, max_batch_tokens=50, prefix_caching=False),
+    }
+    for name, config in crowds.items():
+        engine = Engine(model, tokenizer, config)
+        got: dict[tuple[str, int], Got] = {}
+        names = []
+        for index, (prompt, sampling) in enumerate(requests):
+            names.append(engine.add_request(prompt, sampling, priority=index % 2))
+            if index % 3 == 0:
+                collect(engine.step(), got)
+        while engine.has_work:
+            collect(engine.step(), got)
+        for request_id, expected in zip(names, alone, strict=True):
+            mine = got[request_id, 0]
+            assert mine.tokens == expected.tokens, name
+            assert (mine.text, mine.finish_reason) == (expected.text, expected.finish_reason), name
+        if name == "preempted":
+            assert engine.stats().num_preemptions > 0
+        if name == "all at once":
+            assert engine.stats().num_cached_tokens > 0
+
+
+def _bytes_of_blocks(model: Transformer, count: int) -> int:
+    one = Engine(model, Tokenizer.train([TEXT], vocab_size=VOCAB_SIZE), EngineConfig(max_sequences=1))
+    from moesaic.serve.runner import block_bytes
+
+    del one
+    return count * block_bytes(model, block_size=32, dtype=model.compute_dtype)
+
+
+def test_a_text_of_a_conversation_is_found_again(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer)
+    prompt = prompts(1, longest=70)[0] + list(range(70))
+    first = run_one(engine, prompt, GREEDY)
+    again = run_one(engine, prompt + first.ids + [7], GREEDY)
+    assert first.cached_tokens == 0
+    assert again.cached_tokens == (len(prompt) + len(first.ids) - 1) // 32 * 32
+    off = Engine(make_model(), tokenizer, EngineConfig(prefix_caching=False))
+    run_one(off, prompt, GREEDY)
+    assert run_one(off, prompt, GREEDY).cached_tokens == 0
+
+
+def test_several_texts_of_one_prompt_are_those_of_seeds_in_a_row(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer)
+    prompt = list(range(40))
+    sampling = Sampling(temperature=1.0, max_tokens=10, seed=11, n=3, ignore_end_of_text=True)
+    request_id = engine.add_request(prompt, sampling)
+    got = finish(engine)
+    for index in range(3):
+        single = run_one(engine, prompt, sampling.replace(n=1, seed=11 + index))
+        assert got[request_id, index].ids == single.ids
+    assert len({tuple(got[request_id, index].ids) for index in range(3)}) == 3
+    assert got[request_id, 1].cached_tokens == 32  # the prompt was computed once
+
+
+def test_without_a_seed_texts_differ(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer)
+    sampling = Sampling(temperature=1.5, max_tokens=12, ignore_end_of_text=True)
+    assert run_one(engine, [1, 2], sampling).ids != run_one(engine, [1, 2], sampling).ids
+
+
+@torch.no_grad()
+def test_prompt_logprobs_are_the_models_own(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model("pr-moe", "fp32")
+    prompt = prompts(1, seed=5)[0] + [9] * 80
+    logits = model.logits(model(torch.tensor([prompt])).hidden[0])
+    expected = torch.log_softmax(logits, -1)
+    sampling = Sampling(max_tokens=1, temperature=0, prompt_logprobs=3, logprobs=0)
+    for config in (EngineConfig(), EngineConfig(max_batch_tokens=11)):
+        engine = Engine(model, tokenizer, config)
+        run_one(engine, prompt, GREEDY)  # its blocks must not stand in for logits
+        got = run_one(engine, prompt, sampling)
+        assert got.prompt_logprobs is not None
+        tokens = got.prompt_logprobs.tokens
+        assert [token.token_id for token in tokens] == prompt
+        assert tokens[0].logprob is None and tokens[0].top_logprobs == ()
+        for position, token in enumerate(tokens[1:]):
+            assert token.logprob == pytest.approx(float(expected[position, prompt[position + 1]]), abs=1e-4)
+            best = expected[position].topk(3)
+            assert [each.logprob for each in token.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert got.tokens[0].logprob == pytest.approx(float(expected[-1].max()), abs=1e-4)
+
+
+def test_a_prompt_is_scored_without_generating(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer)
+    got = run_one(engine, [1, 2, 3], Sampling(max_tokens=0, prompt_logprobs=0))
+    assert got.tokens == [] and got.text == "" and got.finish_reason == "length"
+    assert got.prompt_logprobs is not None and len(got.prompt_logprobs.tokens) == 3
+
+
+@pytest.mark.parametrize("form", ["fp32", "packed-bf16"])
+@torch.no_grad()
+def test_experts_are_those_that_made_the_token(form: str, make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model("pr-moe", form)
+    engine = Engine(model, tokenizer)
+    prompt = [5, 6, 7]
+    engine.add_request([9] * 50, GREEDY)  # another one in the same steps
+    got = run_one(engine, prompt, GREEDY.replace(return_experts=True))
+    cache = BatchCache(model.config, 1, 60, dtype=model.compute_dtype, device=model.device)
+    fed = prompt
+    for token in got.tokens:
+        decoded = model.infer(torch.tensor(fed), cache.extend(1, len(fed)))
+        assert token.experts is not None
+        for ids, mine, weights, own in zip(
+            decoded.expert_ids, token.experts.expert_ids, decoded.routing_weights, token.experts.routing_weights,
+            strict=True,
+        ):  # fmt: skip
+            assert tuple(ids[-1].tolist()) == mine
+            assert own == pytest.approx(weights[-1].tolist(), abs=1e-5)
+        fed = [token.token_id]
+
+
+def test_expert_load_counts_every_route(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model("pr-moe"), tokenizer)
+    prompt = list(range(45))
+    run_one(engine, prompt, GREEDY)
+    stats = engine.stats()
+    computed = len(prompt) + GREEDY.max_tokens - 1
+    assert [(layer.layer, layer.num_experts) for layer in stats.layers] == [(0, 2), (1, 7), (2, 3)]
+    for layer in stats.layers:
+        assert sum(layer.tokens_per_expert) == computed * layer.top_k
+        assert 0 < sum(layer.recent_tokens_per_expert) <= computed * layer.top_k
+    assert stats.distinct_experts_per_step == 1.0  # one token, top_k 1
+    assert stats.num_prompt_tokens == len(prompt) and stats.num_generated_tokens == GREEDY.max_tokens
+    assert Engine(make_model("dense"), tokenizer).stats().layers == ()
+
+
+def test_stop_tokens_and_texts_end_a_text_and_are_not_in_it(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer)
+    whole = run_one(engine, [1, 2, 3], GREEDY)
+    stop = whole.ids[5]
+    first = whole.ids.index(stop)
+    got = run_one(engine, [1, 2, 3], GREEDY.replace(stop_token_ids=(stop,)))
+    assert got.ids == whole.ids[: first + 1] and got.finish_reason == "stop" and got.stop_reason == stop
+    assert whole.text.startswith(got.text) and got.text == tokenizer.decode(whole.ids[:first])
+    late = run_one(engine, [1, 2, 3], GREEDY.replace(stop_token_ids=(stop,), min_tokens=first + 2))
+    assert len(late.ids) > first + 1 and stop not in late.ids[: first + 1]
+    middle = whole.text[3:6]
+    cut = run_one(engine, [1, 2, 3], GREEDY.replace(stop=(middle, "never there")))
+    assert cut.text == whole.text[: whole.text.index(middle)]
+    assert cut.finish_reason == "stop" and cut.stop_reason == middle
+
+
+def test_the_models_own_end_ends_unless_ignored(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer)
+    end = tokenizer.end_of_text_id
+    push = Sampling(temperature=0.0, max_tokens=4, logit_bias={end: 100.0})
+    got = run_one(engine, [1, 2], push)
+    assert got.ids == [end] and got.text == "" and (got.finish_reason, got.stop_reason) == ("stop", None)
+    assert run_one(engine, [1, 2], push.replace(ignore_end_of_text=True)).ids == [end] * 4
+
+
+def test_a_text_ends_where_the_positions_do(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer, EngineConfig(max_length=50))
+    got = run_one(engine, [3] * 45, GREEDY.replace(max_tokens=30))
+    assert len(got.ids) == 5 and got.finish_reason == "length"
+    small = Engine(make_model(), tokenizer, EngineConfig(kv_cache_bytes=_bytes_of_blocks(make_model(), 2)))
+    assert small.max_length == 64
+    assert len(run_one(small, [3] * 60, GREEDY.replace(max_tokens=30)).ids) == 4
+
+
+def test_aborting_frees_at_once_and_tells_so(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer, EngineConfig(max_sequences=2))
+    ids = [engine.add_request([index] * 40, GREEDY.replace(n=2)) for index in range(3)]
+    got: dict[tuple[str, int], Got] = {}
+    collect(engine.step(), got)
+    collect(engine.step(), got)
+    assert engine.abort(ids[0]) and engine.abort(ids[2])
+    assert not engine.abort(ids[0]) and not engine.abort("nobody")
+    while engine.has_work:
+        collect(engine.step(), got)
+    assert {key: each.finish_reason for key, each in got.items()} == {
+        (ids[0], 0): "abort", (ids[0], 1): "abort", (ids[1], 0): "length",
+        (ids[1], 1): "length", (ids[2], 0): "abort", (ids[2], 1): "abort",
+    }  # fmt: skip
+    assert engine.stats().kv_blocks_used == 0 and engine.stats().num_finished == 6
+
+
+def test_a_broken_number_ends_its_own_request_only(tokenizer: Tokenizer, make_model: Make) -> None:
+    from .conftest import build_model
+
+    model = build_model("mixtral", "fp32")
+    expected = run_one(Engine(make_model(), tokenizer), [1, 2, 3], GREEDY)
+    with torch.no_grad():
+        model.embedding[77] = float("nan")
+    engine = Engine(model, tokenizer, EngineConfig(kv_cache_bytes=_bytes_of_blocks(model, 4)))
+    bad = engine.add_request([77, 1], GREEDY)
+    good = engine.add_request([1, 2, 3], GREEDY)
+    got = finish(engine)
+    assert got[bad, 0].finish_reason == "error" and "nan" in str(got[bad, 0].message).lower()
+    assert got[good, 0].ids == expected.ids
+    for _ in range(3):  # in the blocks that it left
+        assert run_one(engine, [1, 2, 3], GREEDY).ids == expected.ids
+
+
+def test_what_can_never_be_served_is_refused_and_changes_nothing(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer, EngineConfig(max_length=32))
+    taken = engine.add_request([1], GREEDY, request_id="mine")
+    for prompt, sampling, error, words in (
+        ([], GREEDY, GenerationError, "empty"),
+        ([1, VOCAB_SIZE], GREEDY, GenerationError, f"token id {VOCAB_SIZE}"),
+        ([1] * 32, GREEDY, GenerationError, "at most 31"),
+        ([1], GREEDY.replace(logit_bias={VOCAB_SIZE: 1.0}), ConfigError, "logit_bias"),
+        ([1], GREEDY.replace(stop_token_ids=(-1,)), ConfigError, "stop_token_ids"),
+    ):
+        with pytest.raises(error, match=words):
+            engine.add_request(prompt, sampling)
+    with pytest.raises(ConfigError, match="'mine'"):
+        engine.add_request([1], GREEDY, request_id="mine")
+    assert set(finish(engine)) == {(taken, 0)}
+    run_one(engine, [1] * 32, Sampling(max_tokens=0))
+    with pytest.raises(ConfigError, match="kv_cache_bytes"):
+        Engine(make_model(), tokenizer, EngineConfig(kv_cache_bytes=100))
+
+
+@torch.no_grad()
+def test_embeddings_are_means_of_hidden_states(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model("pr-moe", "fp32")
+    engine = Engine(model, tokenizer, EngineConfig(max_batch_tokens=16))
+    texts = [[1], list(range(50))]
+    vectors = engine.embed(texts)
+    for text, vector in zip(texts, vectors, strict=True):
+        mean = model(torch.tensor([text])).hidden[0].mean(0)
+        torch.testing.assert_close(vector, mean / mean.norm(), atol=1e-5, rtol=1e-4)
+    with pytest.raises(GenerationError, match="empty"):
+        engine.embed([[]])
+
+
+REPEATING = [1, 2, 3, 4, 5, 6] * 8
+
+
+@needs_kernels
+@pytest.mark.parametrize("draft", ["ngram", "itself", "another"])
+@pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(max_batch_tokens=9, max_sequences=4)])
+def test_drafting_changes_no_token(
+    draft: str, config: EngineConfig, make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever is measured, and never the same number twice.
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, count: 1 + (self._num_choices + count) % self.max_depth)
+    model = make_model("mixtral", "packed-bf16")
+    speculation = SpeculationConfig(method="ngram")
+    draft_model = None
+    if draft != "ngram":
+        speculation = SpeculationConfig(method="model", model="by hand", max_tokens=3)
+        draft_model = model if draft == "itself" else make_model("dense", "packed-bf16", seed=1)
+    requests = [
+        *((prompt, SAMPLINGS[index % len(SAMPLINGS)]) for index, prompt in enumerate(prompts(9, seed=2))),
+        (REPEATING, GREEDY.replace(max_tokens=40)),
+    ]
+    plain = Engine(model, tokenizer)
+    expected = [run_one(plain, prompt, sampling) for prompt, sampling in requests]
+    engine = Engine(model, tokenizer, config.replace(speculation=speculation), draft_model=draft_model)
+    names = [engine.add_request(prompt, sampling) for prompt, sampling in requests]
+    got = finish(engine)
+    for name, each in zip(names, expected, strict=True):
+        assert got[name, 0].tokens == each.tokens
+        assert (got[name, 0].text, got[name, 0].finish_reason) == (each.text, each.finish_reason)
+    stats = engine.stats()
+    assert stats.num_drafted_tokens > 0
+    if draft == "itself":  # it chooses with the same random numbers, so it is always right
+        assert stats.num_accepted_tokens > 0.9 * stats.num_drafted_tokens
+
+
+@needs_kernels
+def test_a_draft_that_is_right_saves_passes(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, num_sequences: self.max_depth)
+    model = make_model("dense", "packed-bf16")
+    speculation = SpeculationConfig(method="model", model="by hand", max_tokens=3)
+    engine = Engine(model, tokenizer, EngineConfig(speculation=speculation), draft_model=model)
+    got = run_one(engine, [1, 2, 3], GREEDY.replace(max_tokens=41))
+    assert len(got.ids) == 41
+    assert engine.stats().num_steps == 1 + 10  # the prompt, then four tokens a pass
+    assert engine.stats().num_accepted_tokens == 30
+
+
+def test_a_model_that_cannot_draft_is_refused(make_model: Make, tokenizer: Tokenizer) -> None:
+    speculation = SpeculationConfig(method="model", model="by hand")
+    small = ModelConfig.from_dict({**SIZES, "max_positions": 16})
+    other = ModelConfig.from_dict({**SIZES, "vocab_size": 64})
+    for config, words in ((small, "16 positions"), (other, "vocabulary of 64")):
+        model = Transformer(config).initialize(0)
+        with pytest.raises(ConfigError, match=words):
+            Engine(make_model(), tokenizer, EngineConfig(speculation=speculation), draft_model=model)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "n": {"type": "integer"}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
+
+
+@needs_kernels
+def test_a_grammar_is_kept_beside_others_and_with_drafts(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar_module = pytest.importorskip("moesaic.serve.grammar")
+    pytest.importorskip("xgrammar", reason="structured output stands on xgrammar")
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, count: 2)
+    model = make_model("mixtral", "packed-bf16")
+    compiler = grammar_module.GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE)
+    speculation = SpeculationConfig(method="ngram")
+    sampling = Sampling(
+        temperature=1.0, max_tokens=100, seed=1, grammar=Grammar(kind="json_schema", text=json.dumps(SCHEMA)), n=2,
+        ignore_end_of_text=True, logit_bias={tokenizer.encode('"')[0]: 4.0},
+    )  # fmt: skip
+    results = []
+    for config in (EngineConfig(), EngineConfig(speculation=speculation, max_batch_tokens=8)):
+        engine = Engine(model, tokenizer, config, grammars=compiler)
+        engine.add_request(REPEATING, GREEDY)
+        request_id = engine.add_request([1, 2], sampling)
+        got = finish(engine)
+        for index in range(2):
+            each = got[request_id, index]
+            if each.finish_reason == "stop":
+                values = json.loads(each.text)
+                assert set(values) == {"name", "n"} and isinstance(values["n"], int) and len(values["name"]) <= 5
+        results.append([(got[request_id, index].ids, got[request_id, index].finish_reason) for index in range(2)])
+    assert results[0] == results[1]
+    assert "stop" in {reason for _, reason in results[0]}
+    with pytest.raises(ConfigError, match="compiles none"):
+        Engine(model, tokenizer).add_request([1], sampling)
+    compiler.close()

@@ -1,0 +1,305 @@
+"""Whatever the logits are, a text under a grammar matches it; no grammar stops or blocks who compiles it."""
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moesaic.config.serve import Grammar, Sampling
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConfigError, GenerationError, InstallationError
+from moesaic.serve.grammar import GrammarCompiler, Matcher
+from moesaic.serve.sampler import SamplingState, sample_row
+
+pytest.importorskip("xgrammar", reason="structured output needs the extra `structured`")
+
+# More than the tokenizer has, as models pad their vocabulary to.
+VOCAB_SIZE = 333
+TEXTS = [
+    '{"name": "the quick fox", "age": 12, "tags": ["a", "b"], "ok": true}',
+    "yes no maybe é 日本 https://a.b/c?d=1",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS * 3, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE, timeout_seconds=20.0)
+    compiler.start()
+    yield compiler
+    compiler.close()
+
+
+def write(matcher: Matcher, tokenizer: Tokenizer, seed: int, most: int = 400) -> str:
+    """A text whose tokens random logits choose, among them often the end."""
+    source = np.random.default_rng(seed)
+    state = SamplingState(Sampling(temperature=0.7), [], vocab_size=VOCAB_SIZE, seed=seed)
+    likely_end = np.zeros(VOCAB_SIZE, dtype=np.float32)
+    likely_end[tokenizer.end_of_text_id] = 4.0
+    ids: list[int] = []
+    for count in range(most):
+        # In the end whatever closes what is open: digits and letters could go on for ever.
+        logits = source.normal(size=VOCAB_SIZE).astype(np.float32) + likely_end
+        if count > most // 4:
+            logits[[tokenizer.encode(letter)[0] for letter in '"]}']] += 9.0
+        mask = matcher.mask()
+        assert mask[tokenizer.end_of_text_id] == matcher.is_complete
+        assert not mask[tokenizer.vocab_size :].any()
+        token = sample_row(logits, state, mask).token_id
+        assert matcher.accept(token)
+        state.append(token)
+        if matcher.is_finished:
+            return tokenizer.decode(ids)
+        ids.append(token)
+    raise AssertionError(f"no end after {tokenizer.decode(ids)!r}")
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "é", 3]}, "minItems": 1, "maxItems": 3},
+        "inner": {"$ref": "#/$defs/inner"},
+        "not": {"type": "boolean"},
+        "code": {"type": "string", "pattern": "^[^a-z]{3}$"},
+    },
+    "required": ["name", "age", "tags", "not"],
+    "additionalProperties": False,
+    "$defs": {"inner": {"type": "object", "properties": {"x": {"type": "null"}}, "additionalProperties": False}},
+}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_text_under_a_schema_is_valid(compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int) -> None:
+    grammar = compiler.compile(Grammar(kind="json_schema", text=json.dumps(SCHEMA)))
+    value = json.loads(write(grammar.matcher(), tokenizer, seed))
+    assert {"name", "age", "tags", "not"} <= value.keys() <= {"name", "age", "tags", "inner", "not", "code"}
+    assert isinstance(value["name"], str) and len(value["name"]) <= 12
+    assert isinstance(value["age"], int) and 0 <= value["age"] <= 150
+    assert 1 <= len(value["tags"]) <= 3 and all(tag in ("a", "é", 3) for tag in value["tags"])
+    assert re.fullmatch("[^a-z]{3}", value.get("code", "---"))
+    assert isinstance(value["not"], bool) and value.get("inner", {}) in ({}, {"x": None})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_json_object_gives_an_object(compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int) -> None:
+    matcher = compiler.compile(Grammar(kind="json_object")).matcher()
+    assert isinstance(json.loads(write(matcher, tokenizer, seed)), dict)
+
+
+@pytest.mark.parametrize("pattern", [r"(yes|no) ?é{1,3}", r"[a-c]{2,5}@[0-9]+\.com", r"日本", r"[^a-z]{3}"])
+@pytest.mark.parametrize("seed", range(4))
+def test_text_under_a_regular_expression_matches(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, pattern: str, seed: int
+) -> None:
+    matcher = compiler.compile(Grammar(kind="regex", text=pattern)).matcher()
+    assert re.fullmatch(pattern, write(matcher, tokenizer, seed))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_text_under_a_grammar_matches(compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int) -> None:
+    grammar = Grammar(kind="ebnf", text='root ::= "a" root "]" | "yes" | "é"')
+    assert re.fullmatch(r"(a*)(yes|é)(\]*)", text := write(compiler.compile(grammar).matcher(), tokenizer, seed))
+    assert text.count("a") == text.count("]")
+
+
+STRING = {"type": "string"}
+A = {"properties": {"a": {"type": "integer"}}}
+# A schema, a text that keeps it, one that does not: what is taken is kept.
+KEPT = [
+    ({"type": "integer", "exclusiveMinimum": 3}, "4", "3"),
+    ({"type": "number", "minimum": 1.5}, "1.6", "1.4"),
+    ({"type": "number", "maximum": 10}, "9.5", "10.5"),
+    ({**STRING, "minLength": 3}, '"abc"', '"ab"'),
+    ({**STRING, "maxLength": 5}, '"A"', '"\n"'),
+    ({**STRING, "maxLength": 5}, '"A"', '"\t"'),
+    ({**STRING, "format": "date"}, '"2020-01-02"', '"x"'),
+    ({**STRING, "pattern": "^a+$"}, '"aa"', '"b"'),
+    ({**STRING, "pattern": '^[^"a]{1,3}$'}, '"A"', '"""'),
+    ({**STRING, "pattern": "^.{1,3}$"}, '"A"', '"""'),
+    ({**STRING, "pattern": "^[ -~]$"}, '" "', '"\\"'),
+    ({"type": "object"}, '{"a":1}', "1"),
+    ({"type": "object", "minProperties": 1}, '{"a":1}', "{}"),
+    ({"type": "object", "maxProperties": 1}, '{"a":1}', '{"a":1,"b":2}'),
+    ({"type": "object", **A, "required": ["a"]}, '{"a":1,"b":3}', '{"b":2}'),
+    ({"type": "object", **A, "additionalProperties": False}, '{"a":1}', '{"a":1,"b":2}'),
+    ({**A}, '{"a":1}', '{"a":"x"}'),
+    ({"type": "object", "propertyNames": {**STRING, "pattern": "^a$"}}, '{"a":1}', '{"b":1}'),
+    ({"type": "object", "patternProperties": {"^a$": {"type": "integer"}}}, '{"a":1}', '{"a":"x"}'),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, '{"a":1}', '{"a":"x"}'),
+    ({"type": "array", "prefixItems": [{"type": "integer"}]}, '[1,"a"]', '["a"]'),
+    ({"type": "array", "items": {"type": "integer"}, "minItems": 2}, "[1, 2]", "[1]"),
+    ({"const": 5, "type": "integer"}, "5", "6"),
+    ({"enum": ["a", None]}, "null", "1"),
+    ({"type": ["integer", "null"]}, "null", '"a"'),
+    ({"oneOf": [{"type": "integer"}, STRING], "title": "x"}, "1", "null"),
+    ({"allOf": [{"type": "integer"}]}, "1", '"a"'),
+    ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}}, "3", '"a"'),
+]
+
+
+@pytest.mark.parametrize(("schema", "good", "bad"), KEPT, ids=lambda each: json.dumps(each))
+def test_what_a_schema_says_is_kept(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], good: str, bad: str
+) -> None:
+    grammar = compiler.compile(Grammar(kind="json_schema", text=json.dumps(schema)))
+    for text, is_kept in ((good, True), (bad, False)):
+        matcher = grammar.matcher()
+        assert (all(map(matcher.accept, tokenizer.encode(text))) and matcher.is_complete) == is_kept
+
+
+def test_tokens_taken_back_leave_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    grammar = compiler.compile(Grammar(kind="json_object"))
+    matcher, ids = grammar.matcher(), tokenizer.encode('{"a": [1, 2]}')
+    masks = []
+    for token in [*ids, tokenizer.end_of_text_id]:
+        masks.append(matcher.mask().copy())
+        assert matcher.accept(token)
+    assert matcher.is_finished and matcher.is_complete
+    assert not matcher.accept(ids[0])
+    with pytest.raises(GenerationError, match="has ended"):
+        matcher.mask()
+    matcher.rollback(0)
+    assert matcher.is_finished
+    place = len(masks)
+    for count in (1, 3, len(ids) - 3):
+        matcher.rollback(count)
+        place -= count
+        np.testing.assert_array_equal(matcher.mask(), masks[place])
+    assert place == 0
+    with pytest.raises(AssertionError):
+        matcher.rollback(100)
+
+
+def test_what_is_not_allowed_is_not_accepted_and_changes_nothing(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    matcher = compiler.compile(Grammar(kind="regex", text="yes")).matcher()
+    (no,) = tokenizer.encode("n")
+    for asked_first in (False, True):
+        if asked_first:
+            matcher.mask()
+        assert not any(map(matcher.accept, [no, tokenizer.end_of_text_id, tokenizer.vocab_size, VOCAB_SIZE, -1]))
+    assert all(map(matcher.accept, tokenizer.encode("yes")))
+    assert matcher.is_complete and not matcher.is_finished
+    assert np.flatnonzero(matcher.mask()).tolist() == [tokenizer.end_of_text_id]
+
+
+def test_other_tokens_may_end_it(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    (end,) = tokenizer.encode("\n")
+    matcher = compiler.compile(Grammar(kind="regex", text="yes")).matcher(stop_ids=[end])
+    assert all(map(matcher.accept, tokenizer.encode("yes")))
+    assert np.flatnonzero(matcher.mask()).tolist() == [end]
+    assert matcher.accept(end) and matcher.is_finished
+
+
+def test_texts_of_one_grammar_are_apart_and_it_is_compiled_once(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    grammar = Grammar(kind="regex", text="(yes|no)")
+    assert compiler.compile(grammar) is compiler.compile(Grammar(kind="regex", text="(yes|no)"))
+    one, two = compiler.compile(grammar).matcher(), compiler.compile(grammar).matcher()
+    assert one.accept(tokenizer.encode("y")[0])
+    assert two.mask()[tokenizer.encode("n")[0]] and not one.mask()[tokenizer.encode("n")[0]]
+
+
+def nested(depth: int) -> str:
+    return '{"items": ' * depth + "{}" + "}" * depth
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("json_schema", "", "the JSON schema is empty; one is required; write it"),
+        ("json_schema", '{"type', "is not JSON"),
+        ("json_schema", '{"maximum": NaN}', "NaN is no JSON number"),
+        ("json_schema", "[1]", "an object with keywords is required"),
+        ("json_schema", '{"type": "foo"}', 'Unsupported type "foo"'),
+        ("json_schema", nested(64), "nested more than 64 deep"),
+        ("json_schema", nested(5000), "nested more than 64 deep|is not JSON"),
+        ("json_schema", '{"$ref": "http://a/b"}', r"\$ref to 'http://a/b' at its top"),
+        ("json_schema", '{"properties": {"not": {"not": {}}}}', "uses not at /properties/not"),
+        ("json_schema", '{"anyOf": [{"uniqueItems": true}]}', "uses uniqueItems at /anyOf/0"),
+        ("json_schema", '{"allOf": [{}, {}]}', "allOf of several"),
+        ("json_schema", '{"type": "string", "pattern": "a", "maxLength": 2}', "pattern together with a length"),
+        ("json_schema", '{"$ref": "#/$defs/a", "minimum": 1, "$defs": {"a": {}}}', r"\$ref beside minimum"),
+        ("json_schema", '{"type": "object", "anyOf": [{}]}', "anyOf beside type"),
+        ("json_schema", '{"enum": [1, "a"], "type": ["string", "null"]}', "1' that is no"),
+        ("json_schema", '{"const": 1.5, "type": "integer"}', "1.5' that is no integer"),
+        ("json_schema", '{"items": {"minimum": 5}}', "minimum without type integer or number at /items"),
+        ("json_schema", '{"type": "object", "required": ["a"]}', "required 'a', which is not in properties"),
+        ("json_schema", r'{"type": "string", "pattern": "a\\\\b"}', "a quotation mark or a backslash"),
+        ("json_schema", r'{"type": "string", "pattern": "a\\x22b"}', "a quotation mark or a backslash"),
+        ("json_object", "{}", "it takes none"),
+        ("regex", " ", "the regular expression is empty"),
+        ("regex", "(a", "parenthesis is not closed; one that xgrammar compiles"),
+        ("regex", "(?=a)b", "Lookahead is not supported"),
+        ("regex", "a\0b", "null characters"),
+        ("regex", "\ud800", "surrogate"),
+        ("regex", "a" * 64_001, "has 64001 bytes; at most 64000 are allowed"),
+        ("ebnf", 'root = "a"', "root rule"),
+        ("ebnf", "root ::= foo", 'Rule "foo" is not defined'),
+        ("ebnf", 'root ::= root "a"', "no text of this tokenizer's tokens matches it"),
+        ("ebnf", "root ::= " + "(" * 9000 + '"a"' + ")" * 9000, "Nest layer|too long|crashed|longer"),
+    ],
+)
+def test_a_bad_grammar_is_refused_with_its_reason(
+    compiler: GrammarCompiler, kind: str, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        compiler.compile(Grammar(kind=kind, text=text))
+    assert str(caught.value).count(";") >= 2 and len(str(caught.value)) < 500
+
+
+# Each rule triples what may be empty.
+BOMB = "root ::= r0\n" + "\n".join(f"r{i} ::= r{i + 1} r{i + 1} r{i + 1}" for i in range(40)) + '\nr40 ::= "a"?'
+
+
+def test_a_grammar_too_slow_to_follow_ends_its_text(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher = compiler.compile(Grammar(kind="regex", text="a*")).matcher()
+    clock = iter([0.0, 21.0])
+    monkeypatch.setattr("moesaic.serve.grammar.time.perf_counter", lambda: next(clock))
+    with pytest.raises(GenerationError, match=r"took 21\.0 s for one token; at most 20 are allowed; make it"):
+        matcher.mask()
+
+
+def test_without_xgrammar_the_error_says_how_to_install_it(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    with pytest.raises(InstallationError, match=r"pip install 'moesaic\[structured\]'"):
+        GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE)
+
+
+def test_a_grammar_that_takes_for_ever_or_crashes_is_refused_and_others_go_on(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "_timeout_seconds", 1.0)
+    fine, bomb = Grammar(kind="regex", text="yes|no"), Grammar(kind="ebnf", text=BOMB)
+    compiler.compile(fine)
+    trial = compiler._trial
+    with pytest.raises(ConfigError, match=r"it took longer than 1 s; .*simplify"):
+        compiler.compile(bomb)
+    assert trial is not None and not trial.is_alive
+    # What is known stays, even while another process starts.
+    assert compiler.compile(fine).matcher().mask().any()
+    monkeypatch.setattr(compiler, "_timeout_seconds", 20.0)
+    assert write(compiler.compile(Grammar(kind="regex", text="é+")).matcher(), tokenizer, 0).strip("é") == ""
+    trial = compiler._trial
+    assert trial is not None
+    crash = threading.Timer(0.2, trial._process.kill)
+    crash.start()
+    with pytest.raises(ConfigError, match="xgrammar crashed on it"):
+        compiler.compile(bomb)
+    crash.join()
+    assert not trial.is_alive and compiler._trial is not trial
