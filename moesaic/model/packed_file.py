@@ -155,7 +155,7 @@ def _turn_to_write(place: Path) -> Iterator[FileIO]:
     while True:
         writing = FileIO(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         with writing:
-            _lock(writing)
+            _lock(writing, place)
             try:
                 is_current = os.path.samestat(os.fstat(writing.fileno()), temporary.stat())
             except FileNotFoundError:
@@ -170,12 +170,16 @@ def _turn_to_write(place: Path) -> Iterator[FileIO]:
                 return
 
 
-def _lock(file: FileIO) -> None:
+def _lock(file: FileIO, place: Path) -> None:
     try:
         import fcntl
     except ImportError:  # Windows has no such lock, and no kernels to pack for
         raise OSError("this system cannot lock files") from None
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("Another process is writing %s; waiting for it.", place)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _check_space(folder: Path, size: int) -> None:
