@@ -110,7 +110,7 @@ class Engine:
             prefix_caching=config.prefix_caching,
         )
         self._grammars = grammars
-        self._load = ExpertLoad(model.config)
+        self._load = ExpertLoad(model)
         self._draft: Draft | None = None
         self._depth: DepthChooser | None = None
         if config.speculation is not None:
@@ -285,6 +285,8 @@ class Engine:
             step_seconds=self._step_seconds,
             step_tokens=self._step_tokens,
             distinct_experts_per_step=self._load.distinct_experts_per_step,
+            expert_bytes_used=self._load.bytes_used,
+            expert_hit_rate=self._load.hit_rate,
             layers=self._load.layers(),
         )
 

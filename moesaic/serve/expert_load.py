@@ -1,19 +1,32 @@
 """What the experts of a model do while it serves: counts per layer and expert, and of the last step."""
 
+from pathlib import Path
+
 import numpy as np
 
-from moesaic.config.model import ModelConfig
 from moesaic.kernels.decode import Decoded
+from moesaic.model.feed_forward import FeedForward
+from moesaic.model.transformer import Transformer
+from moesaic.moe.experts import Experts
 from moesaic.serve.outputs import LayerLoad, TokenExperts
 
+# How often what was read from the disk is looked at, and of the earlier looks, what is left at the next.
+_STEPS_A_LOOK, _KEPT = 16, 0.9
+_PROCESS_COUNTERS = Path("/proc/self/io")
 # Recent counts lose half their weight in so many tokens.
 _HALF_LIFE_TOKENS = 2048.0
 
 
 class ExpertLoad:
-    """Counts routes; one pass over all layers' routes a step."""
+    """Counts routes; one pass over all layers' routes a step.
 
-    def __init__(self, config: ModelConfig) -> None:
+    hit_rate: of the bytes of experts that the last steps used, the share that did not come from the disk; 1 where all
+    is in memory, None before anything is known. A model that is mapped from its file and is larger than memory reads
+    its experts when they are chosen (checkpoint/mapped.py); the process reads little else.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        config = model.config
         moe = [(index, layer) for index, layer in enumerate(config.layers) if layer.is_moe]
         self.layer_numbers = tuple(index for index, _ in moe)
         self._num_experts = [layer.num_experts for _, layer in moe]
@@ -21,7 +34,13 @@ class ExpertLoad:
         self._starts = np.cumsum([0, *self._num_experts])[:-1]
         self._total = np.zeros(sum(self._num_experts), dtype=np.int64)
         self._recent = np.zeros(len(self._total))
+        self._bytes = np.repeat([_expert_bytes(model, layer) for layer in self.layer_numbers], self._num_experts)
         self.distinct_experts_per_step = 0.0
+        self.bytes_used = 0
+        self.hit_rate: float | None = None
+        self._num_steps = 0
+        self._last_look = (0, disk_bytes_read())
+        self._recent_used = self._recent_read = 0.0
 
     def add(self, decoded: Decoded) -> None:
         """Count a step's routes."""
@@ -34,7 +53,20 @@ class ExpertLoad:
         self._total += counts
         self._recent *= 0.5 ** (num_tokens / _HALF_LIFE_TOKENS)
         self._recent += counts
-        self.distinct_experts_per_step = float(np.count_nonzero(counts)) / len(self._num_experts)
+        used = counts > 0
+        self.distinct_experts_per_step = float(np.count_nonzero(used)) / len(self._num_experts)
+        self.bytes_used += int(self._bytes[used].sum())
+        self._num_steps += 1
+        if self._num_steps % _STEPS_A_LOOK == 0:
+            self._look()
+
+    def _look(self) -> None:
+        used, read = self._last_look
+        self._last_look = (self.bytes_used, disk_bytes_read())
+        if read is not None and self._last_look[1] is not None:
+            self._recent_used = self._recent_used * _KEPT + self.bytes_used - used
+            self._recent_read = self._recent_read * _KEPT + self._last_look[1] - read
+            self.hit_rate = max(0.0, 1.0 - self._recent_read / self._recent_used)
 
     def layers(self) -> tuple[LayerLoad, ...]:
         ends = self._starts + self._num_experts
@@ -50,6 +82,28 @@ class ExpertLoad:
                 self.layer_numbers, self._num_experts, self._top_k, self._starts, ends, strict=True
             )
         )
+
+
+def disk_bytes_read() -> int | None:
+    """Return the bytes that this process has had read from disks, pages of mapped files included; None: not known."""
+    try:
+        lines = _PROCESS_COUNTERS.read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux, or not allowed
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
+
+
+def _expert_bytes(model: Transformer, layer: int) -> int:
+    """Return the memory of one expert of a layer."""
+    feed_forward = model.blocks[layer].feed_forward
+    assert isinstance(feed_forward, FeedForward) and feed_forward.moe is not None
+    experts = feed_forward.moe.experts
+    assert isinstance(experts, Experts)
+    if experts.packed is not None:
+        whole = experts.packed.up.num_bytes + experts.packed.down.num_bytes
+    else:
+        whole = sum(parameter.nbytes for parameter in experts.parameters())
+    return whole // feed_forward.moe.config.num_experts
 
 
 def token_experts(decoded: Decoded, row: int) -> TokenExperts:

@@ -85,7 +85,9 @@ class EngineStats:
     """An engine at one moment; counts are since it began.
 
     distinct_experts_per_step: of the last step, the mean over MoE layers of how many experts had a token; 0 for a dense
-    model. step_seconds: of the last step.
+    model. expert_bytes_used: of the experts that had a token, summed over steps. expert_hit_rate: of those of late, the
+    share of bytes that did not have to be read from the disk; None where it is not known. step_seconds: of the last
+    step.
     """
 
     num_running: int
@@ -104,4 +106,6 @@ class EngineStats:
     step_seconds: float
     step_tokens: int
     distinct_experts_per_step: float
+    expert_bytes_used: int
+    expert_hit_rate: float | None
     layers: tuple[LayerLoad, ...]

@@ -17,6 +17,7 @@ from moesaic.kernels import select
 from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.transformer import Transformer
+from moesaic.serve import expert_load
 from moesaic.serve.depth import DepthChooser
 from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
@@ -458,3 +459,27 @@ def test_a_grammar_is_kept_beside_others_and_with_drafts(
     with pytest.raises(ConfigError, match="compiles none"):
         Engine(model, tokenizer).add_request([1], sampling)
     compiler.close()
+
+
+def test_bytes_of_experts_and_what_the_disk_gave_of_them(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = [1000]
+    monkeypatch.setattr(expert_load, "disk_bytes_read", lambda: read[0])
+    model = make_model("mixtral", "fp32")
+    expert = 3 * 64 * 96 * 4  # gate, up and down, in fp32
+    engine = Engine(model, tokenizer)
+    engine.add_request([1], GREEDY.replace(max_tokens=65))
+    for _ in range(16):
+        engine.step()
+    stats = engine.stats()
+    assert stats.expert_bytes_used == 16 * 3 * 2 * expert and stats.expert_hit_rate == 1.0
+    read[0] += 16 * 3 * expert  # every second expert
+    for _ in range(16):
+        engine.step()
+    hit_rate = engine.stats().expert_hit_rate
+    assert hit_rate is not None and 0.7 < hit_rate < 0.75  # the older look weighs a little less
+    monkeypatch.setattr(expert_load, "disk_bytes_read", lambda: None)
+    unknown = Engine(model, tokenizer)
+    run_one(unknown, [1], GREEDY.replace(max_tokens=20))
+    assert unknown.stats().expert_hit_rate is None

@@ -284,14 +284,15 @@ class _Answer:
         begun = [self._job.kind == "completion"] * len(self._choices)
         async for news in self._generation:
             events = []
-            parts = [each for placed in news for each in self._take(placed)]
-            head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
-            for choice, part in parts:
-                has_more = any(part.get(key) for key in ("text", "experts")) or _has_logprobs(part)
-                if has_more or choice.finish_reason is not None:
-                    chunk = choice.chunk(part, is_first=not begun[choice.index])
-                    begun[choice.index] = True
-                    events.append(_event({**head, "choices": [chunk]}))
+            for placed in news:
+                taken = self._take(placed)
+                head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
+                for choice, part in taken:
+                    has_more = any(part.get(key) for key in ("text", "experts")) or _has_logprobs(part)
+                    if has_more or choice.finish_reason is not None:
+                        chunk = choice.chunk(part, is_first=not begun[choice.index])
+                        begun[choice.index] = True
+                        events.append(_event({**head, "choices": [chunk]}))
             if events:
                 yield b"".join(events)
         if self._job.streams_usage:

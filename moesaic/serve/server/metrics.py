@@ -112,8 +112,15 @@ class _EngineGauges:
             ("texts", "Texts that have ended.", stats.num_finished),
             ("drafted_tokens", "Tokens that a draft proposed.", stats.num_drafted_tokens),
             ("accepted_tokens", "Drafted tokens that were right.", stats.num_accepted_tokens),
+            ("expert_bytes", "Weights of the experts that had a token, in every step.", stats.expert_bytes_used),
         ):
             yield CounterMetricFamily(f"moesaic_{name}", help_text, value=float(count))
+        if stats.expert_hit_rate is not None:
+            yield GaugeMetricFamily(
+                "moesaic_expert_hit_rate",
+                "Of these weights, the share of late that was in memory and not read from the disk.",
+                value=stats.expert_hit_rate,
+            )
         uneven = GaugeMetricFamily(
             "moesaic_expert_imbalance", "Recent load of a layer's busiest expert over the mean.", labels=["layer"]
         )

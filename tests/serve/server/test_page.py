@@ -57,6 +57,13 @@ def test_the_page_shows_what_the_engine_did(real: Live, open_address: Callable[.
     expect(page.locator("#figure-ttft .key").first).to_contain_text("s")
 
 
+def wait(page: Any, condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        page.wait_for_timeout(10)
+
+
 def test_stopping_aborts_in_the_engine(
     serve_fake: Callable[..., Any], fake: FakeEngine, open_address: Callable[..., Any], expect: Any
 ) -> None:
@@ -65,11 +72,11 @@ def test_stopping_aborts_in_the_engine(
         expect(page.locator("#status")).to_have_text("idle")
         fake.go.clear()
         ask(page, "Whatever the experts say")
-        end = time.monotonic() + 10
-        while not fake.running and time.monotonic() < end:
-            page.wait_for_timeout(10)
+        admission = running.app.state.served.admission
+        wait(page, lambda: fake.running)
         page.keyboard.press("Escape")
         expect(page.locator(".foot:not(:empty)")).to_contain_text("stopped")
+        wait(page, lambda: not admission.num_inside)  # the server has noticed too
         fake.go.set()
         expect(page.locator("#status")).to_have_text("idle")
         assert len(fake.aborted) == 1 and not fake.running
