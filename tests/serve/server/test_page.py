@@ -78,8 +78,9 @@ def test_stopping_aborts_in_the_engine(
         expect(page.locator(".foot:not(:empty)")).to_contain_text("stopped")
         wait(page, lambda: not admission.num_inside)  # the server has noticed too
         fake.go.set()
-        expect(page.locator("#status")).to_have_text("idle")
+        wait(page, lambda: fake.aborted)
         assert len(fake.aborted) == 1 and not fake.running
+        expect(page.locator("#status")).to_have_text("idle")
 
 
 def test_with_its_key_the_page_works(
