@@ -418,7 +418,8 @@ class Engine:
         """Note what a step computed of a sequence, and what it gives."""
         tokens = choice.tokens if choice is not None else []
         sequence = part.sequence
-        is_new_prompt = sequence.num_computed < sequence.num_prompt
+        # Not one that is computed again after a preemption: a token follows a whole prompt in the same step.
+        is_whole_prompt = part.is_last and text.num_generated == 0
         accepted = 0
         if tokens:
             accepted = len(tokens) - 1
@@ -431,7 +432,7 @@ class Engine:
                 self._depth.record_check(len(choice.drafted), accepted)
             self._counts["drafted"] += len(choice.drafted)
             self._counts["accepted"] += accepted
-        if is_new_prompt and sequence.num_computed >= sequence.num_prompt:
+        if is_whole_prompt:
             self._counts["prompt"] += sequence.num_prompt
             self._counts["cached"] += sequence.num_cached or 0
             for sibling in self._siblings.pop(sequence, ()):

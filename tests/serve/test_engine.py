@@ -259,6 +259,15 @@ def test_expert_load_counts_every_route(make_model: Make, tokenizer: Tokenizer) 
     assert Engine(make_model("dense"), tokenizer).stats().layers == ()
 
 
+def test_a_prompt_counts_once_however_often_it_is_computed(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer, EngineConfig(kv_cache_bytes=_bytes_of_blocks(make_model(), 4)))
+    for number in range(2):
+        engine.add_request([number] * 60, GREEDY)
+    finish(engine)
+    assert engine.stats().num_preemptions > 0
+    assert engine.stats().num_prompt_tokens == 120
+
+
 def test_stop_tokens_and_texts_end_a_text_and_are_not_in_it(make_model: Make, tokenizer: Tokenizer) -> None:
     engine = Engine(make_model(), tokenizer)
     whole = run_one(engine, [1, 2, 3], GREEDY)
