@@ -323,7 +323,10 @@ class Engine:
     def _score_prompts(
         self, parts: list[Scheduled], drafted: Mapping[Sequence, tuple[int, ...]], decoded: Decoded
     ) -> list[int]:
-        """Score the prompt tokens that a step's rows predict, where asked for; return each part's first row."""
+        """Score the prompt tokens that a step's rows predict, where asked for; return each part's first row.
+
+        A text whose scores are no numbers has an error after this.
+        """
         first_rows, row = [], 0
         for part in parts:
             first_rows.append(row)
@@ -340,7 +343,11 @@ class Engine:
                     place = row + position - sequence.num_computed
                     logits = self._runner.logits(decoded.hidden[place : place + until - position])
                     targets = sequence.tokens[position + 1 : until + 1]
-                    text.scored += score_prompt(logits, targets, top=top)
+                    try:
+                        text.scored += score_prompt(logits, targets, top=top)
+                    except GenerationError as error:
+                        text.finish_reason, text.message = "error", str(error)
+                        break
             row += part.num_tokens + len(drafted.get(part.sequence, ()))
         return first_rows
 
@@ -356,7 +363,7 @@ class Engine:
         rows: list[int] = []  # of the step, whose logits are needed
         for part, first in zip(parts, first_rows, strict=True):
             text = self._texts[part.sequence]
-            if part.is_last and text.sampling.max_tokens > 0:
+            if part.is_last and text.sampling.max_tokens > 0 and text.finish_reason is None:
                 choice = _Choice(text, len(rows), drafted.get(part.sequence, ()))
                 choices[part.sequence] = choice
                 last = first + part.num_tokens - 1
@@ -420,7 +427,8 @@ class Engine:
         """Note what a step computed of a sequence, and what it gives."""
         tokens = choice.tokens if choice is not None else []
         sequence = part.sequence
-        is_new_prompt = sequence.num_computed < sequence.num_prompt
+        # Not one that is computed again after a preemption: a token follows a whole prompt in the same step.
+        is_whole_prompt = part.is_last and text.num_generated == 0
         accepted = 0
         if tokens:
             accepted = len(tokens) - 1
@@ -433,16 +441,17 @@ class Engine:
                 self._depth.record_check(len(choice.drafted), accepted)
             self._counts["drafted"] += len(choice.drafted)
             self._counts["accepted"] += accepted
-        if is_new_prompt and sequence.num_computed >= sequence.num_prompt:
+        if is_whole_prompt:
             self._counts["prompt"] += sequence.num_prompt
             self._counts["cached"] += sequence.num_cached or 0
+        if is_whole_prompt or text.finish_reason is not None:
             for sibling in self._siblings.pop(sequence, ()):
                 self._submit(sibling)
-        if choice is None and part.is_last:  # max_tokens is 0
+        if choice is None and part.is_last and text.finish_reason is None:  # max_tokens is 0
             text.finish_reason = "length"
         if text.finish_reason is not None:
             self._end(text, text.finish_reason)
-        if not part.is_last:
+        elif not part.is_last:
             return []
         return [self._output(text, choice.piece if choice is not None else "", tuple(tokens))]
 
@@ -454,9 +463,6 @@ class Engine:
             self._scheduler.remove(text.sequence)
             if self._draft is not None:
                 self._draft.forget(text.sequence)
-        for waiting in self._siblings.values():
-            if text in waiting:
-                waiting.remove(text)
         left = self._requests[text.request_id]
         left.remove(text)
         if not left:

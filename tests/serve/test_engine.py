@@ -260,6 +260,15 @@ def test_expert_load_counts_every_route(make_model: Make, tokenizer: Tokenizer) 
     assert Engine(make_model("dense"), tokenizer).stats().layers == ()
 
 
+def test_a_prompt_counts_once_however_often_it_is_computed(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer, EngineConfig(kv_cache_bytes=_bytes_of_blocks(make_model(), 4)))
+    for number in range(2):
+        engine.add_request([number] * 60, GREEDY)
+    finish(engine)
+    assert engine.stats().num_preemptions > 0
+    assert engine.stats().num_prompt_tokens == 120
+
+
 def test_stop_tokens_and_texts_end_a_text_and_are_not_in_it(make_model: Make, tokenizer: Tokenizer) -> None:
     engine = Engine(make_model(), tokenizer)
     whole = run_one(engine, [1, 2, 3], GREEDY)
@@ -326,6 +335,27 @@ def test_a_broken_number_ends_its_own_request_only(tokenizer: Tokenizer, make_mo
     assert got[good, 0].ids == expected.ids
     for _ in range(3):  # in the blocks that it left
         assert run_one(engine, [1, 2, 3], GREEDY).ids == expected.ids
+
+
+def test_a_broken_number_in_a_scored_prompt_ends_its_own_request_only(tokenizer: Tokenizer) -> None:
+    from .conftest import build_model
+
+    model = build_model("mixtral", "fp32")
+    expected = run_one(Engine(model, tokenizer), [1, 2, 3], GREEDY)
+    with torch.no_grad():
+        model.embedding[77] = float("nan")
+    for max_tokens, bad_prompt in ((5, [1, 77, 2]), (0, [77] + [1] * 40), (5, [1] * 20 + [77] + [1] * 20)):
+        engine = Engine(model, tokenizer, EngineConfig(max_batch_tokens=16))
+        sampling = Sampling(temperature=0.0, max_tokens=max_tokens, prompt_logprobs=0, n=2)
+        bad = engine.add_request(bad_prompt, sampling)
+        good = engine.add_request([1, 2, 3], GREEDY)
+        got = finish(engine)
+        assert got[good, 0].ids == expected.ids
+        assert got[bad, 0].finish_reason == "error" and "nan" in str(got[bad, 0].message).lower()
+        assert got[bad, 0].prompt_logprobs is None and got[bad, 0].ids == []
+        # The other text asks for no scores, and is told of its own logits.
+        assert got[bad, 1].finish_reason == ("error" if max_tokens else "length")
+        assert engine.stats().num_finished == 3
 
 
 def test_what_can_never_be_served_is_refused_and_changes_nothing(make_model: Make, tokenizer: Tokenizer) -> None:
