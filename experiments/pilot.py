@@ -222,7 +222,7 @@ def _claims(results: Mapping[str, dict[str, Any]]) -> list[str]:
                 short = last_loss(results[name]) - target
                 lines.append(
                     f"- {TITLES[name]} does not reach dense L's {target:.4f} in these tokens: it is {short:.4f} nats "
-                    f"above, with {_share(results[name], large):.0%} of its compute."
+                    f"above, with {_share(results[name], large):.0%} of its compute. {_dense_at(results[name], large)}"
                 )
             else:
                 compute = needed * results[name]["training_flops_per_token"]
@@ -234,16 +234,27 @@ def _claims(results: Mapping[str, dict[str, Any]]) -> list[str]:
         moe, pyramid = results["moe-32"], results["pr-moe"]
         lines.append(
             f"- PR-MoE has {moe['parameters'] / pyramid['parameters']:.2f} times fewer parameters than MoE-32, "
-            f"{_share(pyramid, moe):.2f} times its compute, and a validation loss {_signed(pyramid, moe)} nats."
+            f"{_share(pyramid, moe):.2f} times its compute, and a validation loss {_signed(pyramid, moe)}."
         )
     if {"student-none", "student-throughout", "student-staged", "pr-moe"} <= results.keys():
         alone, teacher = results["student-none"], results["pr-moe"]
         lines.append(
             f"- Against the student without a teacher ({last_loss(alone):.4f}): throughout "
-            f"{_signed(results['student-throughout'], alone)}, staged {_signed(results['student-staged'], alone)} "
-            f"nats; the teacher itself {_signed(teacher, alone)}."
+            f"{_signed(results['student-throughout'], alone)}, staged {_signed(results['student-staged'], alone)}; "
+            f"the teacher itself {_signed(teacher, alone)}."
         )
     return lines
+
+
+def _dense_at(sparse: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """What the dense model took to the loss that the sparse one ended at."""
+    needed = tokens_to_reach(dense, last_loss(sparse))
+    assert needed is not None, "it ended lower"
+    ratio = needed * dense["training_flops_per_token"] / (sparse["tokens"] * sparse["training_flops_per_token"])
+    return (
+        f"Dense L was at {last_loss(sparse):.4f} after {short_number(needed)} tokens and {ratio:.2f} times this "
+        f"compute, amid its schedule: trained for just so long it would have been there sooner."
+    )
 
 
 def _tuning(results: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -262,7 +273,9 @@ def _share(of: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 
 def _signed(of: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     difference = last_loss(of) - last_loss(other)
-    return f"{abs(difference):.4f} {'above' if difference > 0 else 'below'}" if math.isfinite(difference) else "apart"
+    return (
+        f"{abs(difference):.4f} nats {'above' if difference > 0 else 'below'}" if math.isfinite(difference) else "apart"
+    )
 
 
 def write_page(part: str) -> None:
