@@ -77,7 +77,7 @@ def test_the_page_says_what_the_results_say(pilot: ModuleType, tmp_path: Path) -
     assert "two seeds differ by at most 0.0100 nats" in page
     assert "MoE-32 reaches dense L's 3.8000 after 6.67M tokens" in page
     assert "PR-MoE 8/16 does not reach dense L's 3.8000 in these tokens: it is 0.1000 nats above" in page
-    assert "0.1000 nats above, with" in page and "Dense L was at 3.9000 after 8.33M tokens and 2." in page
+    assert "0.1000 nats above, with" in page and "Dense L was at 3.9000 after 6.67M tokens and 2." in page
     assert "throughout 0.0500 nats below, staged 0.0700 nats below; the teacher itself 0.1000 nats below." in page
     assert page.count("| dense S") == 2
 
