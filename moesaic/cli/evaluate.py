@@ -96,9 +96,11 @@ def evaluate(
 
     Example: moesaic evaluate runs/first runs/second --tasks lambada,piqa --tasks-data eval --limit 200
     """
+    from moesaic.evaluate.batched import BatchedScorer
     from moesaic.evaluate.run import TaskSettings, run_domains, run_folder, run_tasks
     from moesaic.logs import log_to_stderr
     from moesaic.model.load import load_run
+    from moesaic.serve.scorer import EngineScorer
 
     _check_options(
         text=(text, {"window": window, "stride": stride, "limit-tokens": limit_tokens, "documents": documents}),
@@ -136,7 +138,10 @@ def evaluate(
                 texts.append((run, found))
                 _print_json(as_json, _text_to_json(run, loaded, text, found))
             if settings is not None:
-                for result in run_tasks(run, loaded, settings, keep=keep, keep_samples=samples, progress=progress):
+                scorer = EngineScorer(loaded.model, loaded.tokenizer, BatchedScorer(loaded.model))
+                for result in run_tasks(
+                    run, loaded, settings, scorer=scorer, keep=keep, keep_samples=samples, progress=progress
+                ):
                     results.append(result)
                     _print_json(as_json, result.to_json())
             if domains is not None:

@@ -13,6 +13,7 @@ import moesaic
 from moesaic.errors import ConfigError
 from moesaic.evaluate.batched import BatchedScorer
 from moesaic.evaluate.domains import DomainUsage, domains_to_json, measure_domains, read_labelled
+from moesaic.evaluate.scorer import Scorer
 from moesaic.evaluate.tasks.registry import SEED, load_task, resolve_names
 from moesaic.model.load import LoadedModel
 from moesaic.report.evaluation_plots import write_domains
@@ -54,11 +55,14 @@ def run_tasks(
     loaded: LoadedModel,
     settings: TaskSettings,
     *,
+    scorer: Scorer | None = None,
     keep: bool = True,
     keep_samples: bool = False,
     progress: Progress | None = None,
 ) -> list[TaskResult]:
     """Run tasks on a model, and keep each result in its run's folder as soon as it is there.
+
+    scorer: computes the model's answers; None: BatchedScorer. serve/scorer.py has one that generates by the engine.
 
     Raises: ConfigError, DataError, GenerationError, InstallationError, EvaluationError.
     """
@@ -73,7 +77,7 @@ def run_tasks(
                 progress(f"{run}: {name}, {stage}", share)
 
         # A model for each task: what it has encoded is of no use to the next.
-        model = HarnessModel(BatchedScorer(loaded.model), loaded.tokenizer, progress=show)
+        model = HarnessModel(scorer or BatchedScorer(loaded.model), loaded.tokenizer, progress=show)
         scores = run_task(model, task, limit=settings.limit, use_chat=settings.use_chat)
         result = TaskResult(
             run=run,
