@@ -96,6 +96,11 @@ class Engine:
         config = config or EngineConfig()
         self.config, self.model_config = config, model.config
         dtype = model.compute_dtype if config.kv_precision == "auto" else _DTYPES[config.kv_precision]
+        if dtype is torch.float32 and model.compute_dtype is not torch.float32:
+            raise ConfigError(
+                "kv_precision is 'fp32' and the model computes in bf16; its keys and values have no more digits than "
+                "that; set it to 'auto', 'bf16' or 'int8'."
+            )
         longest = min(model.config.max_positions, config.max_length or model.config.max_positions)
         num_blocks = _count_blocks(model, config, longest, dtype)
         self.max_length = min(longest, num_blocks * config.block_size)

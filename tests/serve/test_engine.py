@@ -377,6 +377,17 @@ def test_what_can_never_be_served_is_refused_and_changes_nothing(make_model: Mak
         Engine(make_model(), tokenizer, EngineConfig(kv_cache_bytes=100))
 
 
+@pytest.mark.parametrize("form", ["bf16", "packed-bf16"])
+def test_more_digits_for_keys_than_the_model_makes_are_refused(
+    form: str, make_model: Make, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(ConfigError, match="kv_precision"):
+        Engine(make_model("mixtral", form), tokenizer, EngineConfig(kv_precision="fp32"))
+    for precision in ("auto", "bf16", "int8"):
+        engine = Engine(make_model("mixtral", form), tokenizer, EngineConfig(kv_precision=precision))
+        assert len(run_one(engine, [1, 2, 3], GREEDY).ids) == GREEDY.max_tokens
+
+
 @torch.no_grad()
 def test_embeddings_are_means_of_hidden_states(make_model: Make, tokenizer: Tokenizer) -> None:
     model = make_model("pr-moe", "fp32")
