@@ -149,6 +149,10 @@ class Engine:
         """Texts that run or wait."""
         return sum(len(texts) for texts in self._requests.values())
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request of that id is going on."""
+        return request_id in self._requests
+
     def add_request(
         self, prompt: Sequence_[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
     ) -> str:
@@ -501,7 +505,7 @@ def _count_blocks(model: Transformer, config: EngineConfig, longest: int, dtype:
     each = block_bytes(model, block_size=config.block_size, dtype=dtype)
     useful = config.max_sequences * -(-longest // config.block_size)
     if config.kv_cache_bytes == "auto":
-        return max(1, min(useful, available_memory_bytes() // 4 // each))
+        return max(1, min(useful, available_memory_bytes(model.device) // 4 // each))
     if config.kv_cache_bytes < each:
         raise ConfigError(
             f"kv_cache_bytes ({config.kv_cache_bytes}) is less than one block of {config.block_size} positions of this "

@@ -13,13 +13,14 @@ from moesaic.config.model import ModelConfig
 from moesaic.config.serve import EngineConfig, Grammar, Sampling, SpeculationConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError
-from moesaic.kernels import select
+from moesaic.kernels import limits, select
 from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.transformer import Transformer
 from moesaic.serve.depth import DepthChooser
 from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
+from moesaic.serve.runner import block_bytes
 
 from .conftest import FAMILIES, SIZES, TEXT, VOCAB_SIZE
 
@@ -375,6 +376,18 @@ def test_what_can_never_be_served_is_refused_and_changes_nothing(make_model: Mak
     run_one(engine, [1] * 32, Sampling(max_tokens=0))
     with pytest.raises(ConfigError, match="kv_cache_bytes"):
         Engine(make_model(), tokenizer, EngineConfig(kv_cache_bytes=100))
+
+
+@pytest.mark.parametrize("form", ["fp32", "packed-bf16"])
+def test_blocks_are_sized_by_the_memory_of_the_models_device(
+    form: str, make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("mixtral", form)
+    one = block_bytes(model, block_size=32, dtype=model.compute_dtype)
+    monkeypatch.setattr(limits, "_read_text", lambda path: f"MemAvailable: {9 * 4 * one // 1024 + 1} kB")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 4 * one, 1 << 40))
+    assert Engine(model, tokenizer).stats().kv_blocks_total == 9
+    assert limits.available_memory_bytes(torch.device("cuda", 0)) == 5 * 4 * one
 
 
 @pytest.mark.parametrize("form", ["bf16", "packed-bf16"])
