@@ -6,7 +6,6 @@ alone, and a draft only decides how many of them one pass gives. A draft model i
 the same random numbers, as it does here.
 """
 
-import copy
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from typing import Protocol
@@ -113,7 +112,7 @@ class ModelDraft:
     def propose(self, wanted: Sequence_[Wanted]) -> list[tuple[int, ...]]:
         proposed: list[list[int]] = [[] for _ in wanted]
         self._catch_up(wanted)
-        states = [copy.deepcopy(each.state) for each in wanted]
+        states = [each.state.fork() for each in wanted]
         going_on = list(range(len(wanted)))
         while going_on:
             parts = []

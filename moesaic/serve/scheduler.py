@@ -151,9 +151,13 @@ class Scheduler:
         It needs the blocks of all its tokens, so that two prompts that are half computed do not stop each other in
         turn.
         """
-        shared = self.pool.count_found(self._find_hashes(sequence))
-        needed = -(-(len(sequence.tokens) + 1) // self.pool.block_size) - shared
-        return len(self.running) < self.max_sequences and (needed <= self.pool.num_free or not self.running)
+        if len(self.running) >= self.max_sequences:
+            return False
+        needed = -(-(len(sequence.tokens) + 1) // self.pool.block_size)
+        if not self.running or needed <= self.pool.num_free:
+            return True
+        # Last, since this goes through a long prompt's blocks.
+        return needed - self.pool.count_found(self._find_hashes(sequence)) <= self.pool.num_free
 
     def _admit(self) -> Sequence:
         """Let the first that waits run, with the blocks of its beginning that are there."""
