@@ -269,6 +269,7 @@ class Engine:
         if not wanted:
             return {}
         assert self._draft is not None and self._depth is not None
+        self._draft.catch_up(wanted)
         start = time.perf_counter()
         proposed = self._draft.propose(wanted)
         depth = max(len(tokens) for tokens in proposed)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +15,14 @@ from moesaic.config.serve import EngineConfig, Grammar, Sampling, SpeculationCon
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels import limits, select
+from moesaic.kernels.decode import Decoded
 from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.transformer import Transformer
 from moesaic.serve.depth import DepthChooser
 from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
-from moesaic.serve.runner import block_bytes
+from moesaic.serve.runner import Part, Runner, block_bytes
 
 from .conftest import FAMILIES, SIZES, TEXT, VOCAB_SIZE
 
@@ -157,7 +159,7 @@ def test_a_request_gives_the_same_alone_and_whatever_else_runs(
 
 def _bytes_of_blocks(model: Transformer, count: int) -> int:
     one = Engine(model, Tokenizer.train([TEXT], vocab_size=VOCAB_SIZE), EngineConfig(max_sequences=1))
-    from moesaic.serve.runner import block_bytes
+    from moesaic.serve.runner import Part, Runner, block_bytes
 
     del one
     return count * block_bytes(model, block_size=32, dtype=model.compute_dtype)
@@ -461,6 +463,33 @@ def test_a_draft_that_is_right_saves_passes(
     assert len(got.ids) == 41
     assert engine.stats().num_steps == 1 + 10  # the prompt, then four tokens a pass
     assert engine.stats().num_accepted_tokens == 30
+
+
+def test_what_a_draft_had_missed_is_not_the_price_of_drafting(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft_model, clock = make_model("dense"), 0.0
+    recorded: list[tuple[int, int, float]] = []
+    depths = iter([3, 2, *[0] * 30, 1, 2, *[0] * 30, 3, 1])
+    run = Runner.run
+
+    def timed(self: Runner, parts: Sequence[Part]) -> Decoded:
+        nonlocal clock
+        clock += sum(len(part.tokens) for part in parts) if self.model is draft_model else 0
+        return run(self, parts)
+
+    monkeypatch.setattr(Runner, "run", timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, count: next(depths, 1) if count else 0)
+    monkeypatch.setattr(DepthChooser, "record_draft", lambda self, *measured: recorded.append(measured))
+    speculation = SpeculationConfig(method="model", model="by hand")
+    engine = Engine(make_model(), tokenizer, EngineConfig(speculation=speculation), draft_model=draft_model)
+    for number in range(3):
+        engine.add_request([number] * 60, GREEDY.replace(max_tokens=100))
+    finish(engine)
+    assert len(recorded) > 6 and clock > 3 * 60
+    for num_sequences, depth, seconds in recorded:  # a token, and one that was right and is not computed yet
+        assert seconds <= num_sequences * (depth + 1)
 
 
 def test_a_model_that_cannot_draft_is_refused(make_model: Make, tokenizer: Tokenizer) -> None:
