@@ -213,6 +213,7 @@ class DecodePlan:
         model, count = self.model, tokens.shape[0]
         assert tokens.dim() == 1 and tokens.dtype == torch.int64, (tokens.shape, tokens.dtype)
         assert len(storage.layers) == len(model.layers), (len(storage.layers), len(model.layers))
+        assert storage.layers[0].keys.dtype in (torch.bfloat16, torch.int8), storage.layers[0].keys.dtype
         tokens = tokens.contiguous()
         hidden = torch.empty(count, model.hidden_size, dtype=torch.bfloat16)
         routes = count * sum(self._top_k)

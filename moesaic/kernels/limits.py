@@ -427,8 +427,12 @@ def _last_level_cache_bytes() -> int:
     return int(match.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30}[match.group(2)] if match else 0
 
 
-def available_memory_bytes() -> int:
-    """Return what can be allocated now without swapping; 4 GiB where the system does not say."""
+def available_memory_bytes(device: "torch.device | None" = None) -> int:
+    """Return what can be allocated now without swapping; 4 GiB where the system does not say. On a GPU: of its own."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
     match = re.search(r"^MemAvailable:\s*(\d+) kB", _read_text(Path("/proc/meminfo")), re.MULTILINE)
     return int(match.group(1)) << 10 if match else 4 << 30
 

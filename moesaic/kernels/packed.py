@@ -510,9 +510,11 @@ def empty_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
 
 def zeros_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
     """Return uint8 zeros as empty_on_huge_pages; on the CPU they take memory only where they are first used."""
-    if device.type != "cpu" or not num_bytes:
+    if device.type != "cpu" or not num_bytes or sys.platform == "win32":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    data = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+    # Private: shared memory, which is Python's default, has small pages on most systems.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    data = torch.frombuffer(pages, dtype=torch.uint8)
     _advise_huge_pages(data)
     return data
 

@@ -6,7 +6,6 @@ alone, and a draft only decides how many of them one pass gives. A draft model i
 the same random numbers, as it does here.
 """
 
-import copy
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,8 +36,12 @@ class Wanted:
 class Draft(Protocol):
     """What drafts."""
 
+    def catch_up(self, wanted: Sequence_[Wanted]) -> None:
+        """Do what was missed of these texts, once: what it costs is not the price of the next tokens."""
+        ...
+
     def propose(self, wanted: Sequence_[Wanted]) -> list[tuple[int, ...]]:
-        """Return at most `count` tokens for each."""
+        """Return at most `count` tokens for each, after catching up."""
         ...
 
     def settle(self, sequence: Sequence) -> None:
@@ -57,17 +60,21 @@ class NgramDraft:
         # For each n, the places behind its n-grams, the last one counting; and how many tokens are entered.
         self._places: dict[Sequence, tuple[dict[tuple[int, ...], int], int]] = {}
 
+    def catch_up(self, wanted: Sequence_[Wanted]) -> None:
+        for each in wanted:
+            tokens = each.sequence.tokens
+            places, entered = self._places.get(each.sequence, ({}, 0))
+            # An n-gram is entered once there is a token behind it.
+            for end in range(max(entered, 1), len(tokens)):
+                for length in range(_SHORTEST_NGRAM, min(_LONGEST_NGRAM, end) + 1):
+                    places[tuple(tokens[end - length : end])] = end
+            self._places[each.sequence] = places, len(tokens)
+
     def propose(self, wanted: Sequence_[Wanted]) -> list[tuple[int, ...]]:
         return [self._propose(each.sequence, each.count) for each in wanted]
 
     def _propose(self, sequence: Sequence, count: int) -> tuple[int, ...]:
-        tokens = sequence.tokens
-        places, entered = self._places.get(sequence, ({}, 0))
-        # An n-gram is entered once there is a token behind it.
-        for end in range(max(entered, 1), len(tokens)):
-            for length in range(_SHORTEST_NGRAM, min(_LONGEST_NGRAM, end) + 1):
-                places[tuple(tokens[end - length : end])] = end
-        self._places[sequence] = places, len(tokens)
+        tokens, (places, _) = sequence.tokens, self._places[sequence]
         for length in range(min(_LONGEST_NGRAM, len(tokens)), _SHORTEST_NGRAM - 1, -1):
             place = places.get(tuple(tokens[-length:]))
             if place is not None:
@@ -110,10 +117,31 @@ class ModelDraft:
         self._computed: dict[Sequence, tuple[int, int]] = {}  # at which admission, how many tokens
         self._valid: dict[int, BlockHash] = {}  # of which contents a block holds this model's keys and values
 
+    def catch_up(self, wanted: Sequence_[Wanted]) -> None:
+        """Compute all but the last token of texts that lack more than a check leaves: it, and one that was right."""
+        parts: list[Part] = []
+        room = self._chunk
+        for sequence in (each.sequence for each in wanted):
+            start, last = self._start(sequence), len(sequence.tokens) - 1
+            while last - start > 1:
+                end = min(start + room, last)
+                parts.append(Part(sequence.tokens[start:end], end, sequence.blocks))
+                room -= end - start
+                start = end
+                if not room:
+                    self._runner.run(parts)
+                    parts, room = [], self._chunk
+                self._computed[sequence] = sequence.num_admissions, start
+            whole = start // self._block_size
+            self._valid |= zip(sequence.blocks[:whole], sequence.hashes, strict=False)
+            for block in sequence.blocks[whole:]:  # written next
+                self._valid.pop(block, None)
+        if parts:
+            self._runner.run(parts)
+
     def propose(self, wanted: Sequence_[Wanted]) -> list[tuple[int, ...]]:
         proposed: list[list[int]] = [[] for _ in wanted]
-        self._catch_up(wanted)
-        states = [copy.deepcopy(each.state) for each in wanted]
+        states = [each.state.fork() for each in wanted]
         going_on = list(range(len(wanted)))
         while going_on:
             parts = []
@@ -141,22 +169,6 @@ class ModelDraft:
             length = len(each.sequence.tokens) + max(0, len(new) - 1)
             self._computed[each.sequence] = each.sequence.num_admissions, length
         return [tuple(new) for new in proposed]
-
-    def _catch_up(self, wanted: Sequence_[Wanted]) -> None:
-        """Compute what is missing, but for as much as the next pass takes."""
-        room = max(1, self._chunk // len(wanted))
-        for each in wanted:
-            sequence = each.sequence
-            start = self._start(sequence)
-            while len(sequence.tokens) - start > room:
-                end = min(start + self._chunk, len(sequence.tokens) - 1)
-                self._runner.run([Part(sequence.tokens[start:end], end, sequence.blocks)])
-                start = end
-                self._computed[sequence] = sequence.num_admissions, start
-            whole = start // self._block_size
-            self._valid |= zip(sequence.blocks[:whole], sequence.hashes, strict=False)
-            for block in sequence.blocks[whole:]:  # written next
-                self._valid.pop(block, None)
 
     def _start(self, sequence: Sequence) -> int:
         """How many of a sequence's tokens are computed, at most all but the last."""

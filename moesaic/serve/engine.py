@@ -96,6 +96,11 @@ class Engine:
         config = config or EngineConfig()
         self.config, self.model_config = config, model.config
         dtype = model.compute_dtype if config.kv_precision == "auto" else _DTYPES[config.kv_precision]
+        if dtype is torch.float32 and model.compute_dtype is not torch.float32:
+            raise ConfigError(
+                "kv_precision is 'fp32' and the model computes in bf16; its keys and values have no more digits than "
+                "that; set it to 'auto', 'bf16' or 'int8'."
+            )
         longest = min(model.config.max_positions, config.max_length or model.config.max_positions)
         num_blocks = _count_blocks(model, config, longest, dtype)
         self.max_length = min(longest, num_blocks * config.block_size)
@@ -143,6 +148,10 @@ class Engine:
     def num_texts(self) -> int:
         """Texts that run or wait."""
         return sum(len(texts) for texts in self._requests.values())
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request of that id is going on."""
+        return request_id in self._requests
 
     def add_request(
         self, prompt: Sequence_[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
@@ -260,6 +269,7 @@ class Engine:
         if not wanted:
             return {}
         assert self._draft is not None and self._depth is not None
+        self._draft.catch_up(wanted)
         start = time.perf_counter()
         proposed = self._draft.propose(wanted)
         depth = max(len(tokens) for tokens in proposed)
@@ -498,7 +508,7 @@ def _count_blocks(model: Transformer, config: EngineConfig, longest: int, dtype:
     each = block_bytes(model, block_size=config.block_size, dtype=dtype)
     useful = config.max_sequences * -(-longest // config.block_size)
     if config.kv_cache_bytes == "auto":
-        return max(1, min(useful, available_memory_bytes() // 4 // each))
+        return max(1, min(useful, available_memory_bytes(model.device) // 4 // each))
     if config.kv_cache_bytes < each:
         raise ConfigError(
             f"kv_cache_bytes ({config.kv_cache_bytes}) is less than one block of {config.block_size} positions of this "

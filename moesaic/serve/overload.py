@@ -31,7 +31,9 @@ class EngineWithStudent:
         """As Engine.add_request; a prompt that is too long for the student is not given to it."""
         is_much = self._engine.num_texts >= self._max_texts
         fits = len(prompt) + sampling.max_tokens <= self._student.max_length
-        engine = self._student if is_much and fits else self._engine
+        engine, other = (self._student, self._engine) if is_much and fits else (self._engine, self._student)
+        if request_id is not None and other.has_request(request_id):
+            engine = other  # which refuses it
         return engine.add_request(prompt, sampling, request_id=request_id, priority=priority)
 
     def abort(self, request_id: str) -> bool:

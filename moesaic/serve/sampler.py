@@ -5,6 +5,7 @@ ends, and what a grammar allows, are decided elsewhere; this file is given the a
 """
 
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +82,12 @@ class SamplingState:
         self._ids = np.array(seen, dtype=np.int64)
         self._counts = np.zeros(len(seen), dtype=np.float32)
         self._places = {token: place for place, token in enumerate(seen)}
+
+    def fork(self) -> "SamplingState":
+        """Return one that is as this and goes on by itself."""
+        other = copy(self)  # settings are shared, what append changes is not
+        other._ids, other._counts, other._places = self._ids.copy(), self._counts.copy(), self._places.copy()
+        return other
 
     def append(self, token_id: int) -> None:
         """Count a new token of the text."""

@@ -103,21 +103,26 @@ class Scheduler:
         """
         self._give_way()
         step = _Step(self.max_batch_tokens, dict(num_drafted or {}))
-        for sequence in [each for each in self.running if each.num_missing == 1]:
-            self._take(sequence, step)
+        generating = [each for each in self.running if each.num_missing == 1]
+        for num_before, sequence in enumerate(generating):
+            self._take(sequence, step, num_kept=len(generating) - 1 - num_before)
         for sequence in [each for each in self.running if each.num_missing > 1]:
             self._take(sequence, step)
         while self._waiting and step.budget > 0 and self._has_room(self._waiting[0][1]):
             self._take(self._admit(), step)
         return list(step.parts.values())
 
-    def _take(self, sequence: Sequence, step: "_Step") -> None:
-        """Put as much of a sequence into a step as the budget and the blocks allow."""
+    def _take(self, sequence: Sequence, step: "_Step", *, num_kept: int = 0) -> None:
+        """Put as much of a sequence into a step as the budget and the blocks allow.
+
+        num_kept: tokens of the budget that are not for drafts: others generate too.
+        """
         if not sequence.is_running or step.budget <= 0:
             return
         num_tokens = min(sequence.num_missing, step.budget)
         is_last = num_tokens == sequence.num_missing
-        num_drafted = min(step.num_drafted.get(sequence, 0), step.budget - num_tokens) if is_last else 0
+        room = max(0, step.budget - num_tokens - num_kept)
+        num_drafted = min(step.num_drafted.get(sequence, 0), room) if is_last else 0
         end = sequence.num_computed + num_tokens
         while not self._reserve(sequence, end + num_drafted):
             if num_drafted:
@@ -146,9 +151,13 @@ class Scheduler:
         It needs the blocks of all its tokens, so that two prompts that are half computed do not stop each other in
         turn.
         """
-        shared = self.pool.count_found(self._find_hashes(sequence))
-        needed = -(-(len(sequence.tokens) + 1) // self.pool.block_size) - shared
-        return len(self.running) < self.max_sequences and (needed <= self.pool.num_free or not self.running)
+        if len(self.running) >= self.max_sequences:
+            return False
+        needed = -(-(len(sequence.tokens) + 1) // self.pool.block_size)
+        if not self.running or needed <= self.pool.num_free:
+            return True
+        # Last, since this goes through a long prompt's blocks.
+        return needed - self.pool.count_found(self._find_hashes(sequence)) <= self.pool.num_free
 
     def _admit(self) -> Sequence:
         """Let the first that waits run, with the blocks of its beginning that are there."""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,8 @@ from moesaic.config.model import ModelConfig
 from moesaic.config.serve import EngineConfig, Grammar, Sampling, SpeculationConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError
-from moesaic.kernels import select
+from moesaic.kernels import limits, select
+from moesaic.kernels.decode import Decoded
 from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.transformer import Transformer
@@ -21,6 +23,7 @@ from moesaic.serve import expert_load
 from moesaic.serve.depth import DepthChooser
 from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
+from moesaic.serve.runner import Part, Runner, block_bytes
 
 from .conftest import FAMILIES, SIZES, TEXT, VOCAB_SIZE
 
@@ -157,7 +160,7 @@ def test_a_request_gives_the_same_alone_and_whatever_else_runs(
 
 def _bytes_of_blocks(model: Transformer, count: int) -> int:
     one = Engine(model, Tokenizer.train([TEXT], vocab_size=VOCAB_SIZE), EngineConfig(max_sequences=1))
-    from moesaic.serve.runner import block_bytes
+    from moesaic.serve.runner import Part, Runner, block_bytes
 
     del one
     return count * block_bytes(model, block_size=32, dtype=model.compute_dtype)
@@ -378,6 +381,29 @@ def test_what_can_never_be_served_is_refused_and_changes_nothing(make_model: Mak
         Engine(make_model(), tokenizer, EngineConfig(kv_cache_bytes=100))
 
 
+@pytest.mark.parametrize("form", ["fp32", "packed-bf16"])
+def test_blocks_are_sized_by_the_memory_of_the_models_device(
+    form: str, make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("mixtral", form)
+    one = block_bytes(model, block_size=32, dtype=model.compute_dtype)
+    monkeypatch.setattr(limits, "_read_text", lambda path: f"MemAvailable: {9 * 4 * one // 1024 + 1} kB")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 4 * one, 1 << 40))
+    assert Engine(model, tokenizer).stats().kv_blocks_total == 9
+    assert limits.available_memory_bytes(torch.device("cuda", 0)) == 5 * 4 * one
+
+
+@pytest.mark.parametrize("form", ["bf16", "packed-bf16"])
+def test_more_digits_for_keys_than_the_model_makes_are_refused(
+    form: str, make_model: Make, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(ConfigError, match="kv_precision"):
+        Engine(make_model("mixtral", form), tokenizer, EngineConfig(kv_precision="fp32"))
+    for precision in ("auto", "bf16", "int8"):
+        engine = Engine(make_model("mixtral", form), tokenizer, EngineConfig(kv_precision=precision))
+        assert len(run_one(engine, [1, 2, 3], GREEDY).ids) == GREEDY.max_tokens
+
+
 @torch.no_grad()
 def test_embeddings_are_means_of_hidden_states(make_model: Make, tokenizer: Tokenizer) -> None:
     model = make_model("pr-moe", "fp32")
@@ -438,6 +464,33 @@ def test_a_draft_that_is_right_saves_passes(
     assert len(got.ids) == 41
     assert engine.stats().num_steps == 1 + 10  # the prompt, then four tokens a pass
     assert engine.stats().num_accepted_tokens == 30
+
+
+def test_what_a_draft_had_missed_is_not_the_price_of_drafting(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft_model, clock = make_model("dense"), 0.0
+    recorded: list[tuple[int, int, float]] = []
+    depths = iter([3, 2, *[0] * 30, 1, 2, *[0] * 30, 3, 1])
+    run = Runner.run
+
+    def timed(self: Runner, parts: Sequence[Part]) -> Decoded:
+        nonlocal clock
+        clock += sum(len(part.tokens) for part in parts) if self.model is draft_model else 0
+        return run(self, parts)
+
+    monkeypatch.setattr(Runner, "run", timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, count: next(depths, 1) if count else 0)
+    monkeypatch.setattr(DepthChooser, "record_draft", lambda self, *measured: recorded.append(measured))
+    speculation = SpeculationConfig(method="model", model="by hand")
+    engine = Engine(make_model(), tokenizer, EngineConfig(speculation=speculation), draft_model=draft_model)
+    for number in range(3):
+        engine.add_request([number] * 60, GREEDY.replace(max_tokens=100))
+    finish(engine)
+    assert len(recorded) > 6 and clock > 3 * 60
+    for num_sequences, depth, seconds in recorded:  # a token, and one that was right and is not computed yet
+        assert seconds <= num_sequences * (depth + 1)
 
 
 def test_a_model_that_cannot_draft_is_refused(make_model: Make, tokenizer: Tokenizer) -> None:

@@ -1,7 +1,10 @@
 from collections.abc import Callable
 
+import pytest
+
 from moesaic.config.serve import EngineConfig, Sampling
 from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import ConfigError
 from moesaic.model.transformer import Transformer
 from moesaic.serve.engine import Engine
 from moesaic.serve.overload import EngineWithStudent
@@ -56,3 +59,18 @@ def test_what_the_student_cannot_hold_waits_for_the_model(make_model: Make, toke
     while both.has_work:
         ended |= {output.request_id for output in both.step() if output.finish_reason == "length"}
     assert {long, short} <= ended
+
+
+def test_an_id_is_in_use_once_whoever_has_it(make_model: Make, tokenizer: Tokenizer) -> None:
+    both = EngineWithStudent(
+        Engine(make_model("mixtral"), tokenizer), Engine(make_model("dense", seed=1), tokenizer), max_texts=1
+    )
+    both.add_request([1], SAMPLING, request_id="model's")
+    both.add_request([1], SAMPLING, request_id="student's")
+    for name in ("model's", "student's"):
+        with pytest.raises(ConfigError, match="in use"):
+            both.add_request([2], SAMPLING, request_id=name)
+    both.abort("model's")
+    with pytest.raises(ConfigError, match="in use"):  # there is room at the model, and the id is the student's
+        both.add_request([2], SAMPLING, request_id="student's")
+    both.add_request([2], SAMPLING, request_id="model's")

@@ -176,6 +176,24 @@ def test_every_new_token_counts_however_many_there_are() -> None:
     np.testing.assert_array_equal(-state.scores(np.zeros(500, dtype=np.float32)), counts + 0.5 * (counts > 0))
 
 
+def test_a_fork_goes_on_by_itself() -> None:
+    settings: dict[str, Any] = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    logits = np.linspace(-1, 1, 64, dtype=np.float32)
+    made = [SamplingState(Sampling(**settings), [1, 2, 3], vocab_size=64, seed=5) for _ in range(2)]
+    for state in made:
+        state.append(7)
+    state, same = made
+    fork = state.fork()
+    for token in [*range(60), 7]:
+        fork.append(token)
+    np.testing.assert_array_equal(state.scores(logits), same.scores(logits))
+    assert state.uniform() == same.uniform() != fork.uniform()
+    for token in [*range(60), 7]:
+        same.append(token)
+    np.testing.assert_array_equal(fork.scores(logits), same.scores(logits))
+    assert fork.uniform() == same.uniform()
+
+
 def test_a_forbidden_token_never_comes_at_any_temperature() -> None:
     logits = np.array([50.0, 0.0], dtype=np.float32)
     assert drawn(logits, 200, temperature=100.0, logit_bias={0: -100})[0] == 0

@@ -128,7 +128,7 @@ def test_without_blocks_the_last_to_come_gives_its_own_up_and_returns() -> None:
 
 
 def test_drafted_tokens_are_part_of_the_budget_and_are_left_out_where_blocks_are_short() -> None:
-    scheduler = make(3, max_batch_tokens=6, prefix_caching=False)
+    scheduler = make(3, max_batch_tokens=7, prefix_caching=False)
     one, two = text([1] * 3, 0), text([2] * 3, 1)
     scheduler.add(one)
     scheduler.add(two)
@@ -140,6 +140,16 @@ def test_drafted_tokens_are_part_of_the_budget_and_are_left_out_where_blocks_are
     parts = scheduler.schedule({one: 3, two: 1})
     assert [(part.num_tokens, part.num_drafted) for part in parts] == [(1, 3)]
     assert two.num_computed == 0 and scheduler.num_preemptions == 1
+
+
+def test_drafts_leave_every_sequence_that_generates_its_next_token() -> None:
+    scheduler = make(max_batch_tokens=6)
+    sequences = [text([arrival] * 2, arrival) for arrival in range(3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    carry_out(scheduler, scheduler.schedule())
+    parts = scheduler.schedule(dict.fromkeys(sequences, 2))
+    assert [(part.num_tokens, part.num_drafted) for part in parts] == [(1, 2), (1, 1), (1, 0)]
 
 
 def test_removing_frees_everything_wherever_it_is() -> None:
