@@ -322,6 +322,16 @@ def test_aborting_frees_at_once_and_tells_so(make_model: Make, tokenizer: Tokeni
     assert engine.stats().kv_blocks_used == 0 and engine.stats().num_finished == 6
 
 
+def test_an_id_is_free_again_when_its_end_is_told(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer)
+    engine.add_request([1], GREEDY, request_id="mine")
+    engine.abort("mine")
+    with pytest.raises(ConfigError, match="'mine'"):
+        engine.add_request([2], GREEDY, request_id="mine")
+    assert [output.finish_reason for output in engine.step()] == ["abort"]
+    assert run_one(engine, [2], GREEDY, request_id="mine").finish_reason == "length"
+
+
 def test_a_broken_number_ends_its_own_request_only(tokenizer: Tokenizer, make_model: Make) -> None:
     from .conftest import build_model
 
