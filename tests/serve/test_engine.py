@@ -24,7 +24,7 @@ from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
 
-from .conftest import FAMILIES, SIZES, TEXT, VOCAB_SIZE
+from .conftest import FAMILIES, SIZES, VOCAB_SIZE
 
 Make = Callable[..., Transformer]
 GREEDY = Sampling(temperature=0.0, max_tokens=12, ignore_end_of_text=True)
@@ -158,10 +158,6 @@ def test_a_request_gives_the_same_alone_and_whatever_else_runs(
 
 
 def _bytes_of_blocks(model: Transformer, count: int) -> int:
-    one = Engine(model, Tokenizer.train([TEXT], vocab_size=VOCAB_SIZE), EngineConfig(max_sequences=1))
-    from moesaic.serve.runner import Part, Runner, block_bytes
-
-    del one
     return count * block_bytes(model, block_size=32, dtype=model.compute_dtype)
 
 
