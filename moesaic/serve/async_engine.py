@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from moesaic.config.serve import Sampling
-from moesaic.errors import MoesaicError
+from moesaic.errors import ConfigError, MoesaicError
 from moesaic.logs import logger
 from moesaic.serve.outputs import EngineStats, RequestOutput
 
@@ -179,6 +179,8 @@ class AsyncEngine:
         """
         name = request_id or secrets.token_hex(8)
         ids = [f"{name}-{index}" for index in range(len(prompts))]
+        if any(each in self._by_id for each in ids):
+            raise ConfigError(f"the request id {name!r} is in use; every request needs its own; leave it out.")
         running = _Running(
             places={each: index for index, each in enumerate(ids)},
             open={(each, index) for each in ids for index in range(sampling.n)},

@@ -150,8 +150,8 @@ class Engine:
         return sum(len(texts) for texts in self._requests.values())
 
     def has_request(self, request_id: str) -> bool:
-        """Whether a request of that id is going on."""
-        return request_id in self._requests
+        """Whether a request of that id is going on, or its end is still to be told."""
+        return request_id in self._requests or any(output.request_id == request_id for output in self._pending)
 
     def add_request(
         self, prompt: Sequence_[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
@@ -163,7 +163,7 @@ class Engine:
         Raises: ConfigError or GenerationError for what this engine could never serve; nothing is changed then.
         """
         request_id = secrets.token_hex(8) if request_id is None else request_id
-        if request_id in self._requests:
+        if self.has_request(request_id):
             raise ConfigError(f"the request id {request_id!r} is in use; every request needs its own; leave it out.")
         self._check_prompt(prompt, sampling)
         matchers = self._matchers(sampling)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moesaic.config.serve import Sampling
-from moesaic.errors import GenerationError
+from moesaic.errors import ConfigError, GenerationError
 from moesaic.serve.async_engine import AsyncEngine, EngineStoppedError
 from moesaic.serve.outputs import RequestOutput
 
@@ -194,3 +194,14 @@ def test_stopping_lets_what_runs_finish_or_ends_it() -> None:
                     await call
 
     asyncio.run(main())
+
+
+def test_an_id_that_is_in_use_is_refused_and_its_owner_goes_on() -> None:
+    async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
+        first = await engine.submit([[1]], ENDLESS, request_id="mine")
+        with pytest.raises(ConfigError, match="mine"):
+            await engine.submit([[2]], SAMPLING, request_id="mine")
+        assert await anext(first) and engine.num_running == 1
+        first.close()
+
+    run(test)

@@ -25,7 +25,7 @@ from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
 
-from .conftest import FAMILIES, SIZES, TEXT, VOCAB_SIZE
+from .conftest import FAMILIES, SIZES, VOCAB_SIZE
 
 Make = Callable[..., Transformer]
 GREEDY = Sampling(temperature=0.0, max_tokens=12, ignore_end_of_text=True)
@@ -159,10 +159,6 @@ def test_a_request_gives_the_same_alone_and_whatever_else_runs(
 
 
 def _bytes_of_blocks(model: Transformer, count: int) -> int:
-    one = Engine(model, Tokenizer.train([TEXT], vocab_size=VOCAB_SIZE), EngineConfig(max_sequences=1))
-    from moesaic.serve.runner import Part, Runner, block_bytes
-
-    del one
     return count * block_bytes(model, block_size=32, dtype=model.compute_dtype)
 
 
@@ -321,6 +317,16 @@ def test_aborting_frees_at_once_and_tells_so(make_model: Make, tokenizer: Tokeni
         (ids[1], 1): "length", (ids[2], 0): "abort", (ids[2], 1): "abort",
     }  # fmt: skip
     assert engine.stats().kv_blocks_used == 0 and engine.stats().num_finished == 6
+
+
+def test_an_id_is_free_again_when_its_end_is_told(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(), tokenizer)
+    engine.add_request([1], GREEDY, request_id="mine")
+    engine.abort("mine")
+    with pytest.raises(ConfigError, match="'mine'"):
+        engine.add_request([2], GREEDY, request_id="mine")
+    assert [output.finish_reason for output in engine.step()] == ["abort"]
+    assert run_one(engine, [2], GREEDY, request_id="mine").finish_reason == "length"
 
 
 def test_a_broken_number_ends_its_own_request_only(tokenizer: Tokenizer, make_model: Make) -> None:

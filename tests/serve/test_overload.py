@@ -73,4 +73,5 @@ def test_an_id_is_in_use_once_whoever_has_it(make_model: Make, tokenizer: Tokeni
     both.abort("model's")
     with pytest.raises(ConfigError, match="in use"):  # there is room at the model, and the id is the student's
         both.add_request([2], SAMPLING, request_id="student's")
+    both.step()
     both.add_request([2], SAMPLING, request_id="model's")
