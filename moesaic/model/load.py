@@ -21,7 +21,7 @@ from moesaic.checkpoint.store import CheckpointInfo, check_file, load_tensors, r
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, ConfigError
 from moesaic.kernels import select
 from moesaic.kernels.device import select_device
 from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
@@ -105,8 +105,11 @@ def _load_packed(
         with torch.device("meta"):
             schemes = dict.fromkeys(packed_shapes(Transformer(config.model)), Scheme(8, None))
     precision = "int8" if rounds else "stored" if is_quantized(info) else "bf16"
-    file = PackedFile.of(info, config.model, precision=precision)
-    return load_packed(file, packed_shell(config.model, schemes), pack, policy=policy)
+    try:
+        shell = packed_shell(config.model, schemes)
+    except (ConfigError, AssertionError):
+        return pack()  # the manifest names what cannot be, which is said where the weights are read
+    return load_packed(PackedFile.of(info, config.model, precision=precision), shell, pack, policy=policy)
 
 
 def _pack_checkpoint(config: TrainConfig, info: CheckpointInfo, device: torch.device, *, rounds: bool) -> Transformer:

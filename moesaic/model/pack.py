@@ -56,7 +56,7 @@ def packed_shell(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Transfor
     with torch.device("meta"):
         model = Transformer(config, compute_dtype=torch.bfloat16)
         shapes = packed_shapes(model)
-        quantized = {name: _empty_quantized(shapes.get(name, ()), scheme) for name, scheme in schemes.items()}
+        quantized = {name: _empty_quantized(shapes.get(name, (0, 0)), scheme) for name, scheme in schemes.items()}
     _pack_matrices(model, _Weights(model, quantized))
     return model
 
