@@ -40,6 +40,7 @@ _NATIVE_SHARES = (0.10, 0.05, 0.05, 0.05)
 _UNDISTURBED_SHARE = 0.8
 _SMALLEST_BUFFER_BYTES = 512 << 20
 _LARGEST_BUFFER_BYTES = 2 << 30
+_OWN_CONTROL_GROUPS, _CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # What one task of the C++ reads.
 _READ_BLOCK_BYTES = 4 << 20
 # A call of the C++ lasts at least this long, so that starting the threads does not count.
@@ -428,13 +429,40 @@ def _last_level_cache_bytes() -> int:
 
 
 def available_memory_bytes(device: "torch.device | None" = None) -> int:
-    """Return what can be allocated now without swapping; 4 GiB where the system does not say. On a GPU: of its own."""
+    """Return what can be allocated now without swapping; 4 GiB where the system does not say.
+
+    The limits of the process's control groups, as of a container, count. On a GPU: of its own.
+    """
     if device is not None and device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
     match = re.search(r"^MemAvailable:\s*(\d+) kB", _read_text(Path("/proc/meminfo")), re.MULTILINE)
-    return int(match.group(1)) << 10 if match else 4 << 30
+    available = int(match.group(1)) << 10 if match else 4 << 30
+    return max(0, min([available, *_control_group_room()]))
+
+
+def _control_group_room() -> list[int]:
+    """What the memory limits of the process's control groups leave, of version 2 and of version 1."""
+    room = []
+    for line in _read_text(_OWN_CONTROL_GROUPS).splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if number == "0" and not controllers:
+            root, files, evictable = _CONTROL_GROUPS, ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, files = _CONTROL_GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            evictable = "total_inactive_file"
+        else:
+            continue
+        # In a container the name may be the host's, and the container's own group stands at the root.
+        inner = root / name.lstrip("/")
+        for folder in {root, inner, *(parent for parent in inner.parents if parent.is_relative_to(root))}:
+            limit, used = (_read_text(folder / file).strip() for file in files)
+            if limit.isdigit() and used.isdigit():
+                cached = re.search(rf"^{evictable} (\d+)", _read_text(folder / "memory.stat"), re.MULTILINE)
+                room.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
+    return room
 
 
 def _physical_cores(cpuinfo: str) -> int | None:
