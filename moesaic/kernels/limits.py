@@ -9,14 +9,12 @@ What an operation must move or do, and how near to the limit it comes, is not he
 import hashlib
 import json
 import math
-import mmap
 import os
 import platform
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -318,17 +316,15 @@ def streamed_buffer(device: str) -> "torch.Tensor":
     """Return fp32 ones, more than the caches hold, on the CPU in huge pages of their own."""
     import torch
 
+    from moesaic.kernels.packed import zeros_on_huge_pages
+
     if device.startswith("cuda"):
         size = min(_LARGEST_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
         return torch.ones(max(size // 4, 1), device=device)  # (size / 4,) fp32
     wanted = max(_SMALLEST_BUFFER_BYTES, 4 * _last_level_cache_bytes())
     blocks = min(wanted, _LARGEST_BUFFER_BYTES, available_memory_bytes() // 8) // _READ_BLOCK_BYTES
-    pages = mmap.mmap(-1, max(blocks, 1) * _READ_BLOCK_BYTES)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages: small ones serve, more slowly
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    # The tensor keeps the pages; untouched, they would all be one page of zeros.
-    return torch.frombuffer(pages, dtype=torch.float32).fill_(1.0)
+    pages = zeros_on_huge_pages(max(blocks, 1) * _READ_BLOCK_BYTES, torch.device("cpu"))
+    return pages.view(torch.float32).fill_(1.0)  # untouched, they would all be one page of zeros
 
 
 def _measure_sum(buffer: "torch.Tensor", seconds: float) -> _Rate:
