@@ -2,7 +2,8 @@
 
 Forward and backward, hidden 512, SwiGLU experts of 2048, bf16 weights and activations. Peers: DeepSpeed's MoE (capacity
 factor 1.0: it drops tokens, so it never does more than the ideal work), transformers' Mixtral block with its grouped_mm
-experts (dropless, as ours), and a dense SwiGLU MLP of the same active FLOPs as the yardstick: 2048 wide per expert of a
+experts (dropless, as ours), Tutel's with its SwiGLU experts (capacity factor 1.0, as DeepSpeed; it is not on PyPI: in a
+clone of microsoft/tutel, NO_CUDA=1 pip install --no-build-isolation --no-deps .), and a dense SwiGLU MLP of the same active FLOPs as the yardstick: 2048 wide per expert of a
 token, and per residual MLP. All in one process, in turn. "kept MB": what autograd holds between forward and backward,
 weights left out. The limit is max(FLOPs / peak, bytes of weights read twice and of their gradients / bandwidth).
 Run: python benchmarks/kernels/moe_training.py [--cases 4096,8,1 4096,32,1,residual] [--repeats 9]
@@ -141,6 +142,28 @@ def main() -> None:
         layer.to(torch.bfloat16).train()
         return layer, lambda x: layer(x)[0]
 
+    def tutel_layer(case: Case) -> tuple[nn.Module, object]:
+        from tutel import moe, system
+
+        if not torch.distributed.is_initialized():
+            system.init_data_model_parallel(backend="gloo")
+        layer = moe.moe_layer(
+            gate_type={"type": "top", "k": case.top_k, "capacity_factor": 1.0, "fp32_gate": True},
+            model_dim=HIDDEN,
+            experts={
+                "type": "llama_ffn",
+                "num_experts_per_device": case.experts,
+                "hidden_size_per_expert": INTERMEDIATE,
+            },
+        )
+        module = nn.ModuleList([layer, *([SwiGlu()] if case.is_residual else [])]).to(torch.bfloat16).train()
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            routed = layer(x[None])[0]
+            return routed + module[1](x) if case.is_residual else routed
+
+        return module, call
+
     def kept_bytes(module: nn.Module, call, x: torch.Tensor) -> int:
         weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
         kept: dict[int, int] = {}
@@ -162,11 +185,17 @@ def main() -> None:
         built = {"moesaic": ours(case)}
         dense = SwiGlu(INTERMEDIATE * case.active).to(torch.bfloat16)
         built["dense MLP"] = (dense, dense)
-        for name, build in (("transformers grouped_mm", transformers_block), ("DeepSpeed MoE", deepspeed_layer)):
+        for name, build in (
+            ("transformers grouped_mm", transformers_block),
+            ("DeepSpeed MoE", deepspeed_layer),
+            ("Tutel", tutel_layer),
+        ):
             try:
                 built[name] = build(case)
             except ImportError as error:
-                print(f"{name}: not installed ({error}); pip install 'moesaic[benchmarks]'")
+                print(
+                    f"{name}: not installed ({error}); see this script's first lines, pip install 'moesaic[benchmarks]'"
+                )
         x = torch.randn(case.tokens, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(case.tokens, HIDDEN, dtype=torch.bfloat16)
 
