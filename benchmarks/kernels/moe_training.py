@@ -2,10 +2,11 @@
 
 Forward and backward, hidden 512, SwiGLU experts of 2048, bf16 weights and activations. Peers: DeepSpeed's MoE (capacity
 factor 1.0: it drops tokens, so it never does more than the ideal work), transformers' Mixtral block with its grouped_mm
-experts (dropless, as ours), Tutel's with its SwiGLU experts (capacity factor 1.0, as DeepSpeed; it is not on PyPI: in a
-clone of microsoft/tutel, NO_CUDA=1 pip install --no-build-isolation --no-deps .), and a dense SwiGLU MLP of the same active FLOPs as the yardstick: 2048 wide per expert of a
-token, and per residual MLP. All in one process, in turn. "kept MB": what autograd holds between forward and backward,
-weights left out. The limit is max(FLOPs / peak, bytes of weights read twice and of their gradients / bandwidth).
+experts (dropless, as ours), Tutel's layer with its SwiGLU experts (capacity factor 1.0, as DeepSpeed; not on PyPI: in a
+clone of microsoft/tutel, NO_CUDA=1 pip install --no-build-isolation --no-deps .), and a dense SwiGLU MLP of the same
+active FLOPs as the yardstick: 2048 wide per expert of a token, and per residual MLP. All in one process, in turn.
+"kept MB": what autograd holds between forward and backward, weights left out. The limit is max(FLOPs / peak, bytes of
+weights read twice and of their gradients / bandwidth).
 Run: python benchmarks/kernels/moe_training.py [--cases 4096,8,1 4096,32,1,residual] [--repeats 9]
 """
 
