@@ -66,6 +66,7 @@ export class Chat {
   #frame = byId("conversation");
   #isAtEnd = true;
   #scrolling = null;
+  #lastTop = 0;
   #composer = byId("composer-text");
   #unspoken = "";
 
@@ -95,7 +96,10 @@ export class Chat {
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.#escape());
     this.#frame.addEventListener("scroll", () => {
       const { scrollHeight, scrollTop, clientHeight } = this.#frame;
-      this.#isAtEnd = scrollHeight - scrollTop - clientHeight < 60;
+      const isAtEnd = scrollHeight - scrollTop - clientHeight < 60;
+      // What has been written since the scroll puts the end further away; only who goes up has left it.
+      if (isAtEnd || scrollTop < this.#lastTop) this.#isAtEnd = isAtEnd;
+      this.#lastTop = scrollTop;
     });
     this.#list.addEventListener("pointerover", (event) => this.#hover(event.target.closest(".token")));
     this.#list.addEventListener("pointerleave", () => this.#hover(null));
