@@ -98,13 +98,6 @@ class BlockPool:
                 else:
                     self._unused[block] = None
 
-    def forget_contents(self) -> None:
-        """Make every unused block empty: nothing computed so far returns."""
-        for block in list(self._unused):
-            self._forget(block)
-            self._empty.append(block)
-        self._unused.clear()
-
     def _forget(self, block: int) -> None:
         block_hash = self._hashes[block]
         assert block_hash is not None, block

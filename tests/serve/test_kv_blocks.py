@@ -62,16 +62,6 @@ def test_an_equal_block_is_published_once() -> None:
     assert pool.num_cached == 0 and pool.num_free == 1  # the second one's contents are nobody's
 
 
-def test_forgotten_contents_do_not_return() -> None:
-    pool = BlockPool(2, 1)
-    block = pool.allocate()
-    assert block is not None
-    pool.publish(block, b"x")
-    pool.release([block])
-    pool.forget_contents()
-    assert pool.find([b"x"]) == [] and pool.num_free == 2 and pool.num_cached == 0
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_happens_no_block_is_lost_or_given_twice(seed: int) -> None:
     rng = random.Random(seed)
