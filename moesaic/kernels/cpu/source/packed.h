@@ -153,6 +153,8 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
     IntegerPanel panel{data, nullptr, weight.padded_depth(), kActivationBlock, row.scales(), row.sums()};
     if (weight.format == kPackedInt8) {
         panel.scales = weight.scales + (matrix * weight.panels() + index) * kPanel;
+        // They are read at the panel's end, and would be missed there.
+        for (int v = 0; v < kPanel; v += 16) _mm_prefetch(reinterpret_cast<const char*>(panel.scales + v), _MM_HINT_T0);
         integer_product<8, kActivationBlock>(panel, rows, a, stride, c, next, done);
         return;
     }
