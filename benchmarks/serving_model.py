@@ -136,3 +136,17 @@ def quantize_gguf(folder: Path, llama_quantize: Path, name: str) -> Path:
         subprocess.run([llama_quantize, source, partial, name.upper()], check=True, capture_output=True)
         partial.replace(target)
     return target
+
+
+def export_openvino(folder: Path, python: Path, name: str) -> Path:
+    """Return the model in OpenVINO's form, weights in int8 or int4 (groups of 64), made where it is missing."""
+    target, partial = folder / f"openvino-{name}", folder / f"openvino-{name}.partial"
+    if not target.is_dir():
+        command = [
+            python.with_name("optimum-cli"), "export", "openvino", "-m", folder / "hf", "--task",
+            "text-generation-with-past", "--weight-format", name,
+            *(["--group-size", str(GROUP_SIZE), "--ratio", "1.0"] if name == "int4" else []), partial,
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+        partial.replace(target)
+    return target

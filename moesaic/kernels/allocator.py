@@ -93,6 +93,17 @@ def tune_allocator() -> AllocatorReport:
     return AllocatorReport(is_tuned, tuple(applied), tuple(refused), huge_page_bytes, explanation)
 
 
+def give_back_freed_memory() -> bool:
+    """Give what has been freed back to the system, tuned or not; return whether it could be asked (glibc only).
+
+    For after something large that does not come again, such as packing a model; it is faulted in anew when needed.
+    """
+    if glibc_version() is None or _foreign_malloc() is not None:
+        return False
+    _libc().malloc_trim(0)
+    return True
+
+
 def large_blocks_stay() -> bool | None:
     """Return whether a freed block of 64 MiB stays in this process, or None where that cannot be seen.
 

@@ -24,6 +24,7 @@ from moesaic.checkpoint.quantized import KEY as QUANTIZATION
 from moesaic.checkpoint.store import CheckpointInfo
 from moesaic.config.model import ModelConfig
 from moesaic.errors import CheckpointError
+from moesaic.kernels.allocator import give_back_freed_memory
 from moesaic.kernels.limits import cache_folder
 from moesaic.kernels.packed import LAYOUT_VERSION
 from moesaic.logs import logger
@@ -96,6 +97,8 @@ def load_packed(
                     tensors = _open(place, file.key, wanted)
             _forget_old(file.places[-1].parent)
             if tensors is not None:
+                packed = None
+                give_back_freed_memory()
                 return fill_packed(shell, tensors)
         except OSError as error:
             logger.warning("Packed weights cannot be kept in %s: %s.", place.parent, error.strerror or error)

@@ -17,7 +17,7 @@ from moesaic.errors import ConfigError, GenerationError
 from moesaic.model.transformer import Transformer
 from moesaic.serve.kv_blocks import BlockHash
 from moesaic.serve.runner import Part, Runner
-from moesaic.serve.sampler import SamplingState, sample_row
+from moesaic.serve.sampler import SamplingState, sample
 from moesaic.serve.scheduler import Sequence
 
 _LONGEST_NGRAM = 4
@@ -156,7 +156,7 @@ class ModelDraft:
             left = []
             for row, index in enumerate(going_on):
                 try:
-                    token = sample_row(logits[row], states[index]).token_id
+                    token = sample(logits[row], states[index]).token_id
                 except GenerationError:
                     continue  # a draft that is no number is no draft; the model is asked alone
                 states[index].append(token)

@@ -29,7 +29,7 @@ from moesaic.serve.grammar import GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
-from moesaic.serve.sampler import SamplingState, sample_row, score_prompt
+from moesaic.serve.sampler import SamplingState, sample, score_prompt
 from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
@@ -396,7 +396,7 @@ class Engine:
         for number in range(len(drafted) + 1):
             row = choice.first_row + number
             try:
-                sampled = sample_row(logits[row], text.state, None if text.matcher is None else text.matcher.mask())
+                sampled = sample(logits[row], text.state, None if text.matcher is None else text.matcher.mask())
                 piece = self._accept(text, sampled.token_id, len(choice.tokens) + 1)
             except GenerationError as error:
                 text.finish_reason, text.message = "error", str(error)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from moesaic.config.serve import Sampling
@@ -138,27 +137,10 @@ class SamplingState:
         return going_on if mask is None or going_on.any() else mask
 
 
-def sample(
-    logits: Tensor, states: Sequence[SamplingState], *, masks: Sequence[Mask | None] | None = None
-) -> list[Sampled]:
-    """Return a token for each row. Nothing of the states changes: append the tokens that are kept.
+def sample(logits: Floats, state: SamplingState, mask: Mask | None = None) -> Sampled:
+    """Return a token for one row (V,) of fp32 logits. Nothing of the state changes: append the token that is kept.
 
-    masks: of each row the tokens that its grammar allows, (V,) bool, or None for all.
-    Shapes: logits (R, V) fp32.
-    Raises: GenerationError for a row that no token can be chosen from; sample_row then tells which.
-    """
-    assert logits.dtype == torch.float32 and logits.ndim == 2, (logits.dtype, logits.shape)
-    assert len(states) == len(logits) and (masks is None or len(masks) == len(logits)), (len(states), logits.shape)
-    rows = logits.detach().cpu().numpy()
-    return [
-        sample_row(row, state, None if masks is None else masks[place])
-        for place, (row, state) in enumerate(zip(rows, states, strict=True))
-    ]
-
-
-def sample_row(logits: Floats, state: SamplingState, mask: Mask | None = None) -> Sampled:
-    """Return a token for one row (V,) of logits, as sample.
-
+    mask: the tokens that a grammar allows, (V,) bool, or None for all.
     Log-probabilities are of what the model says after penalties and bias, whatever a grammar allows of it.
 
     Raises: GenerationError for NaN or infinite logits, or where nothing is allowed.

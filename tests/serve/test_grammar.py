@@ -14,7 +14,7 @@ from moesaic.config.serve import Grammar, Sampling
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError
 from moesaic.serve.grammar import GrammarCompiler, Matcher
-from moesaic.serve.sampler import SamplingState, sample_row
+from moesaic.serve.sampler import SamplingState, sample
 
 pytest.importorskip("xgrammar", reason="structured output needs the extra `structured`")
 
@@ -54,7 +54,7 @@ def write(matcher: Matcher, tokenizer: Tokenizer, seed: int, most: int = 400) ->
         mask = matcher.mask()
         assert mask[tokenizer.end_of_text_id] == matcher.is_complete
         assert not mask[tokenizer.vocab_size :].any()
-        token = sample_row(logits, state, mask).token_id
+        token = sample(logits, state, mask).token_id
         assert matcher.accept(token)
         state.append(token)
         if matcher.is_finished:

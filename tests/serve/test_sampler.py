@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.model.generate import choose_token
-from moesaic.serve.sampler import SamplingState, sample, sample_row, score_prompt
+from moesaic.serve.sampler import SamplingState, sample, score_prompt
 
 # One token, less than a block of the sampler, one block and more, more than are sorted whole.
 SIZES = [1, 2, 7, 128, 129, 5000]
@@ -46,7 +46,7 @@ def drawn(logits: np.ndarray, count: int, **settings: Any) -> np.ndarray:
     """How often each token comes in count draws."""
     state, counts = new_state(len(logits), **settings), np.zeros(len(logits))
     for _ in range(count):
-        token = sample_row(logits, state).token_id
+        token = sample(logits, state).token_id
         counts[token] += 1
         state.append(token)
     return counts
@@ -142,7 +142,7 @@ def test_the_likeliest_is_the_oracles_first_of_equals(size: int) -> None:
         for settings in ({"temperature": 0}, {"top_k": 1}, {"temperature": 1e-300}, {"top_p": 1e-9}):
             if settings == {"temperature": 1e-300} and (logits == logits.max()).sum() > 1:
                 continue  # equals stay equally likely
-            assert sample_row(logits, new_state(size, **settings)).token_id == oracle
+            assert sample(logits, new_state(size, **settings)).token_id == oracle
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-31, 1e31, 1e300])
@@ -204,15 +204,15 @@ def test_before_min_tokens_nothing_ends_the_text() -> None:
     logits = np.array([9.0, 5.0, 1.0, 0.0], dtype=np.float32)
     state = new_state(4, temperature=0, min_tokens=2, stop_ids=(0, 1), logprobs=0)
     for expected in (2, 2, 0, 0):
-        sampled = sample_row(logits, state)
+        sampled = sample(logits, state)
         assert sampled.token_id == expected
         # What the model said, not what was allowed of it.
         assert sampled.logprob == pytest.approx(float(torch.log_softmax(torch.from_numpy(logits), 0)[expected]))
         state.append(expected)
     state = new_state(4, temperature=0, min_tokens=2, stop_ids=(0, 1))
-    assert sample_row(logits, state, np.array([True, False, False, True])).token_id == 3
+    assert sample(logits, state, np.array([True, False, False, True])).token_id == 3
     # A grammar that is complete leaves nothing but the end.
-    assert sample_row(logits, state, np.array([False, True, False, False])).token_id == 1
+    assert sample(logits, state, np.array([False, True, False, False])).token_id == 1
 
 
 @pytest.mark.parametrize("settings", [*SETTINGS, {"temperature": 0}], ids=str)
@@ -221,10 +221,10 @@ def test_only_what_the_mask_allows_comes(settings: dict[str, Any]) -> None:
     state = new_state(3000, **settings)
     for _ in range(20):
         mask = source.random(3000) < 0.01
-        token = sample_row(logits, state, mask).token_id
+        token = sample(logits, state, mask).token_id
         assert mask[token]
         state.append(token)
-    assert sample_row(logits, state, np.arange(3000) == 17).token_id == 17
+    assert sample(logits, state, np.arange(3000) == 17).token_id == 17
 
 
 @pytest.mark.parametrize("size", [33, 5000])
@@ -235,20 +235,20 @@ def test_a_row_is_the_same_whatever_else_is_in_the_batch(size: int) -> None:
               for seed, each in enumerate(settings)]  # fmt: skip
     for state in states:
         state.append(5)
-    logits = torch.from_numpy(np.stack([random_logits(size, seed) for seed in range(len(states))]))
+    logits = np.stack([random_logits(size, seed) for seed in range(len(states))])
     masks = [None if place % 3 else np.arange(size) % 2 == 0 for place in range(len(states))]
-    together = sample(logits, states, masks=masks)
-    for place, state in enumerate(states):
-        assert sample(logits[place : place + 1], [state], masks=[masks[place]]) == [together[place]]
-    order = np.random.default_rng(1).permutation(len(states))
-    again = sample(logits[order], [states[i] for i in order], masks=[masks[i] for i in order])
-    assert again == [together[i] for i in order]
+
+    def sampled(rows: Any) -> list[Any]:
+        return [sample(*each) for each in zip(rows, states, masks, strict=True)]
+
+    alone = [sample(row.copy(), *each) for row, *each in zip(logits, states, masks, strict=True)]
+    assert sampled(logits) == alone
     # At every alignment of memory, and of every second column.
-    padded = torch.zeros(len(states), size + 7)
+    padded = np.zeros((len(states), size + 7), dtype=np.float32)
     for shift in range(8):
         padded[:, shift : shift + size] = logits
-        assert sample(padded[:, shift : shift + size], states, masks=masks) == together
-    assert sample(logits.repeat_interleave(2, 1)[:, ::2], states, masks=masks) == together
+        assert sampled(padded[:, shift : shift + size]) == alone
+    assert sampled(np.repeat(logits, 2, 1)[:, ::2]) == alone
 
 
 def test_a_draw_is_a_function_of_seed_and_place() -> None:
@@ -258,8 +258,8 @@ def test_a_draw_is_a_function_of_seed_and_place() -> None:
         state, chosen = new_state(200, seed=seed), []
         for _ in range(12):
             # Asking twice, as drafting ahead does, changes nothing.
-            assert sample_row(logits, state) == sample_row(logits, state)
-            chosen.append(sample_row(logits, state).token_id)
+            assert sample(logits, state) == sample(logits, state)
+            chosen.append(sample(logits, state).token_id)
             state.append(chosen[-1])
         return chosen
 
@@ -268,7 +268,7 @@ def test_a_draw_is_a_function_of_seed_and_place() -> None:
     resumed = new_state(200, seed=7)
     for token in whole[:5]:
         resumed.append(token)
-    assert sample_row(logits, resumed).token_id == whole[5]
+    assert sample(logits, resumed).token_id == whole[5]
     assert 0 <= new_state(4, seed=-(2**70)).uniform() < 1
 
 
@@ -289,7 +289,7 @@ def test_random_numbers_are_uniform_over_seeds_and_over_places() -> None:
 def test_log_probabilities_are_those_of_the_penalised_logits(size: int, top: int) -> None:
     logits = random_logits(size, 6, ties=True)
     state = new_state(size, prompt=[0], repetition_penalty=1.5, temperature=0.7, logprobs=top, logit_bias={0: 2.0})
-    sampled = sample_row(logits, state)
+    sampled = sample(logits, state)
     exact = torch.log_softmax(torch.from_numpy(state.scores(logits)).double(), 0).numpy()
     assert sampled.logprob == pytest.approx(exact[sampled.token_id], abs=2e-5)
     order = np.argsort(-state.scores(logits), kind="stable")[:top]
@@ -299,9 +299,9 @@ def test_log_probabilities_are_those_of_the_penalised_logits(size: int, top: int
 
 def test_log_probabilities_cost_nothing_where_not_asked_and_leave_out_the_impossible() -> None:
     logits = np.array([1.0, -np.inf, 0.0], dtype=np.float32)
-    plain = sample_row(logits, new_state(3))
+    plain = sample(logits, new_state(3))
     assert (plain.logprob, plain.top_logprobs) == (None, ())
-    sampled = sample_row(logits, new_state(3, logprobs=3))
+    sampled = sample(logits, new_state(3, logprobs=3))
     assert [each.token_id for each in sampled.top_logprobs] == [0, 2]
 
 
@@ -323,16 +323,16 @@ def test_broken_logits_are_said_to_be_the_models_fault(value: float, settings: d
     logits = random_logits(300)
     logits[111] = value
     with pytest.raises(GenerationError, match=r"the largest logit is (nan|inf); .*; the model's weights"):
-        sample_row(logits, new_state(300, **settings))
+        sample(logits, new_state(300, **settings))
     # A mask does not hide it.
     with pytest.raises(GenerationError, match="the largest logit is"):
-        sample_row(logits, new_state(300, **settings), np.arange(300) < 5)
+        sample(logits, new_state(300, **settings), np.arange(300) < 5)
     with pytest.raises(GenerationError, match="the largest logit is"):
         score_prompt(torch.from_numpy(logits)[None], [0], top=1)
-    states = [new_state(300), new_state(300)]
+    state = new_state(300)
     with pytest.raises(GenerationError):
-        sample(torch.from_numpy(np.stack([random_logits(300), logits])), states)
-    assert sample_row(random_logits(300), states[0]) == sample_row(random_logits(300), new_state(300))
+        sample(logits, state)
+    assert sample(random_logits(300), state) == sample(random_logits(300), new_state(300))
 
 
 def test_nothing_to_choose_from_is_an_error() -> None:
@@ -340,13 +340,13 @@ def test_nothing_to_choose_from_is_an_error() -> None:
     for settings in ({"temperature": 0}, {}):
         for mask in (np.zeros(3, dtype=bool), np.array([False, False, True])):
             with pytest.raises(GenerationError, match=r"none of the tokens .*; one is required; loosen"):
-                sample_row(logits, new_state(3, **settings), mask)
+                sample(logits, new_state(3, **settings), mask)
         with pytest.raises(GenerationError):
-            sample_row(np.full(3, -np.inf, dtype=np.float32), new_state(3, **settings))
+            sample(np.full(3, -np.inf, dtype=np.float32), new_state(3, **settings))
         with pytest.raises(GenerationError):
-            sample_row(logits, new_state(3, logit_bias={0: -100, 1: -100}, **settings))
+            sample(logits, new_state(3, logit_bias={0: -100, 1: -100}, **settings))
     with pytest.raises(GenerationError, match="out of all proportion"):
-        sample_row(logits, new_state(3, prompt=[1], repetition_penalty=1e-40))
+        sample(logits, new_state(3, prompt=[1], repetition_penalty=1e-40))
 
 
 @pytest.mark.parametrize("settings", [{"logit_bias": {7: 1.0}}, {"logit_bias": {-1: 1.0}}, {"stop_token_ids": (9,)}])
