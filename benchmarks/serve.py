@@ -319,7 +319,7 @@ def _time_process(command: Sequence[str], bandwidth: Callable[[], float]) -> Mea
         print(f"left out: {' '.join(command)}:\n{done.stderr[-2000:]}")
         return
     bandwidths.append(bandwidth())
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"first_token_seconds"'))
     print(f"{Path(command[0]).parent.parent.name} {command[2]}: first token after {said['first_token_seconds']:.1f} s")
     for each in said["results"]:
         yield each["batch"], EngineTimes(each["prefills"], each["steps"], bandwidths)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,12 +36,13 @@ class Runner:
     def run(self, parts: Sequence[Part]) -> Decoded:
         """Compute the new tokens of all parts, end to end, and keep their keys and values."""
         starts = [0, *accumulate(len(part.tokens) for part in parts)]
-        width = max(len(part.blocks) for part in parts)
-        tables = [[*part.blocks, *[0] * (width - len(part.blocks))] for part in parts]
+        tables = np.zeros((len(parts), max(len(part.blocks) for part in parts)), dtype=np.int32)
+        for table, part in zip(tables, parts, strict=True):
+            table[: len(part.blocks)] = part.blocks
         batch = PagedBatch(
             torch.tensor(starts, dtype=torch.int32),
             torch.tensor([part.length for part in parts], dtype=torch.int32),
-            torch.tensor(tables, dtype=torch.int32),
+            torch.from_numpy(tables),
         )
         tokens = torch.tensor([token for part in parts for token in part.tokens], device=self.model.device)
         return self.model.infer(tokens, CacheStep(self._storage, batch))

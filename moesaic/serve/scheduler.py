@@ -6,6 +6,7 @@ by arrival) gives its own up and is computed again later.
 """
 
 import heapq
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,7 +19,8 @@ class Sequence:
 
     priority: lower comes first; arrival, of which no two are equal, breaks ties. may_find_prefix: False where every
     position of the prompt has to be computed, because its results are asked for. num_cached: positions that were there
-    when it first ran, None before. num_admissions: how often it began to run, each time with other blocks.
+    when it first ran, None before. blocks: int32, as they go into a block table. num_admissions: how often it began to
+    run, each time with other blocks.
     """
 
     tokens: list[int]
@@ -28,7 +30,7 @@ class Sequence:
     may_find_prefix: bool = True
     num_computed: int = 0
     num_cached: int | None = None
-    blocks: list[int] = field(default_factory=list)
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
     hashes: list[BlockHash] = field(default_factory=list)
     num_published: int = 0
     num_admissions: int = 0
@@ -162,7 +164,7 @@ class Scheduler:
     def _admit(self) -> Sequence:
         """Let the first that waits run, with the blocks of its beginning that are there."""
         _, sequence = heapq.heappop(self._waiting)
-        sequence.blocks = self.pool.find(self._find_hashes(sequence))
+        sequence.blocks = array("i", self.pool.find(self._find_hashes(sequence)))
         sequence.num_published = len(sequence.blocks)
         sequence.num_computed = len(sequence.blocks) * self.pool.block_size
         if sequence.num_cached is None:
@@ -218,6 +220,6 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pool.release(sequence.blocks)
-        sequence.blocks = []
+        sequence.blocks = array("i")
         sequence.num_computed = sequence.num_published = 0
         sequence.is_running = False
