@@ -3,9 +3,11 @@
 The run's packed weights are mapped (model/packed_file.py), the process is given a limit of memory by a control group,
 and single tokens are decoded, random ones, so that experts change. What the disk gave is what Linux counts for the
 process; what a token needs are its projections, its experts and the head. The hit rate is 1 - read / needed, by bytes.
+With and without the threads that read experts ahead (kernels/cpu/source/expert_reader.h).
 Where other programs run, the time that a token waits for the disk says more than the clock: with one thread it is what
 remains when the processor's time and the time in its queue are taken off.
-Run, as root: python benchmarks/larger_than_memory.py RUN [--limits 1500 2000 0] [--steps 60]     (megabytes, 0: none)
+Run, as root: python benchmarks/larger_than_memory.py RUN [--limits 1500 2000 0] [--steps 60] [--rounds 1] [--alike]
+     (limits in megabytes, 0: none)
 """
 
 import argparse
@@ -14,6 +16,8 @@ import statistics
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from measure import machine, run_child
@@ -27,17 +31,31 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--limits", type=int, nargs="+", default=[1500, 2000, 0])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--child", type=int)
+    parser.add_argument("--without-reader", action="store_true")
+    parser.add_argument("--alike", action="store_true", help="states and routers alike, so that guesses are right")
     arguments = parser.parse_args()
     if arguments.child is not None:
-        print(measure(arguments.run, arguments.child, arguments.steps))
+        print(
+            measure(
+                arguments.run,
+                arguments.child,
+                arguments.steps,
+                without_reader=arguments.without_reader,
+                alike=arguments.alike,
+            )
+        )
         return
     print(machine())
-    for limit in arguments.limits:
-        result = run_child(
-            [arguments.run, "--child", str(limit), "--steps", str(arguments.steps)], environment=dict(os.environ)
-        )
-        print(f"limit {limit} MB: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()), flush=True)
+    alike = ["--alike"] * arguments.alike
+    for limit, switch, _ in product(arguments.limits, ([], ["--without-reader"]), range(arguments.rounds)):
+        if limit == 0 and switch:
+            continue
+        child = [arguments.run, "--child", str(limit), "--steps", str(arguments.steps), *switch, *alike]
+        result = run_child(child, environment=dict(os.environ))
+        said = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        print(f"limit {limit} MB{''.join(switch)}: {said}", flush=True)
     for group in (GROUP, GROUP_2):
         with suppress(OSError):
             group.rmdir()
@@ -62,7 +80,7 @@ def queued_seconds() -> float:
     return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
-def measure(run: str, limit: int, steps: int) -> str:
+def measure(run: str, limit: int, steps: int, *, without_reader: bool, alike: bool) -> str:
     import json
 
     import torch
@@ -91,14 +109,22 @@ def measure(run: str, limit: int, steps: int) -> str:
     generator = torch.Generator().manual_seed(0)
     cache = BatchCache(model.config, 1, 2 * steps, dtype=torch.bfloat16, device=torch.device("cpu"))
     torch.set_num_threads(1)
+    model.reads_ahead = model.reads_ahead and not without_reader
+    if alike:  # what one router chooses from states that hardly differ is guessed nearly always
+        part = model.decode_part
+        assert part is not None and isinstance(part.embedding, torch.Tensor)
+        model.decode_part = replace(part, embedding=1000 * part.embedding)
+        plan = model._usable_plan()
+        assert plan is not None
+        plan.__dict__["_routers"] = plan._routers[:1] * len(plan._routers)
     seconds, processor, queued, read = [], [], [], []
     with torch.no_grad():
         for _ in range(2 * steps):  # the first half fills what memory there is
             token = torch.randint(model.config.vocab_size, (1, 1), generator=generator)
-            busy, queue, before, started = time.process_time(), queued_seconds(), read_bytes(), time.perf_counter()
+            busy, queue, before, started = time.thread_time(), queued_seconds(), read_bytes(), time.perf_counter()
             model.logits(model(token, cache=cache).hidden[0, -1])
             seconds.append(time.perf_counter() - started)
-            processor.append(time.process_time() - busy)
+            processor.append(time.thread_time() - busy)
             queued.append(queued_seconds() - queue)
             read.append(read_bytes() - before)
     mean_seconds, mean_processor, mean_queued, mean_read = (
@@ -111,6 +137,7 @@ def measure(run: str, limit: int, steps: int) -> str:
         "MB needed": needed / 1e6,
         "MB read": mean_read / 1e6,
         "hit rate": 1 - mean_read / needed,
+        "guessed": (model._plan and model._plan.guessed_share) or 0.0,
         "weights MB": sum(each.nbytes for each in tensors.values()) / 1e6,
     }
     sys.stdout.flush()

@@ -131,6 +131,7 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _Norm = _structure("NormWeights", weight=_P, bias=_P)
+_Guesses = _structure("ExpertGuesses", share=_D, num_passes=_I)
 _Layer = _structure(
     "DecodeLayer",
     attention_norm=_Norm, feed_forward_norm=_Norm, qkv_proj=_P, qkv_bias=_P, q_norm=_P, k_norm=_P, norms_all_heads=_I,
@@ -141,16 +142,22 @@ _Model = _structure(
     "DecodeModel",
     num_layers=_I, hidden_size=_I, vocab_size=_I, max_positions=_I, num_heads=_I, num_kv_heads=_I, head_dim=_I,
     norm_epsilon=_D, attention_scale=_D, layers=_P, tied_embedding=_P, embedding=_P, position_embedding=_P,
-    cosines=_P, sines=_P, final_norm=_Norm,
+    cosines=_P, sines=_P, final_norm=_Norm, guesses=_P,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """A model's addresses for one library; `model` keeps alive what they point to."""
+    """A model's addresses for one library; `model` keeps alive what they point to.
+
+    reads_ahead: its experts lie in a mapped file that does not fit into memory, so that a pass over few tokens guesses
+    which experts the next layer chooses, from the hidden state before this layer's; guesses that have been right often
+    enough are faulted in by threads of their own.
+    """
 
     model: ModelPart
     library: Library
+    reads_ahead: bool = False
 
     @cached_property
     def _routers(self) -> tuple[Tensor | None, ...]:
@@ -188,7 +195,17 @@ class DecodePlan:
             ctypes.addressof(self._layers), _address(model.embedding) if is_tied else None,
             None if is_tied else _address(model.embedding),
             _address(model.position_embedding), _address(cosines), _address(sines), _fill_norm(model.final_norm),
+            ctypes.addressof(self._guesses) if self.reads_ahead else None,
         )  # fmt: skip
+
+    @cached_property
+    def _guesses(self) -> Any:
+        return _Guesses(0.0, 0)
+
+    @property
+    def guessed_share(self) -> float | None:
+        """Of the experts that were chosen of late, the share that had been guessed; None where nothing is guessed."""
+        return float(self._guesses.share) if self.reads_ahead else None
 
     @cached_property
     def _work_per_token(self) -> float:

@@ -25,7 +25,7 @@ from moesaic.checkpoint.store import CheckpointInfo
 from moesaic.config.model import ModelConfig
 from moesaic.errors import CheckpointError
 from moesaic.kernels.allocator import give_back_freed_memory
-from moesaic.kernels.limits import cache_folder
+from moesaic.kernels.limits import available_memory_bytes, cache_folder
 from moesaic.kernels.packed import LAYOUT_VERSION
 from moesaic.logs import logger
 from moesaic.model.pack import fill_packed, packed_tensors
@@ -80,7 +80,7 @@ def load_packed(
         return pack()
     for place in file.places:
         if (tensors := _open(place, file.key, wanted)) is not None:
-            return fill_packed(shell, tensors)
+            return _filled(shell, tensors)
     packed: Transformer | None = None
     for place in file.places if policy == "write" else ():
         try:
@@ -99,10 +99,16 @@ def load_packed(
             if tensors is not None:
                 packed = None
                 give_back_freed_memory()
-                return fill_packed(shell, tensors)
+                return _filled(shell, tensors)
         except OSError as error:
             logger.warning("Packed weights cannot be kept in %s: %s.", place.parent, error.strerror or error)
     return packed or pack()
+
+
+def _filled(shell: Transformer, tensors: dict[str, Tensor]) -> Transformer:
+    model = fill_packed(shell, tensors)
+    model.reads_ahead = mapped_size(tensors) > available_memory_bytes()
+    return model
 
 
 def _open(place: Path, key: str, wanted: dict[str, Tensor]) -> dict[str, Tensor] | None:

@@ -89,7 +89,7 @@ class Transformer(nn.Module):
 
     model/pack.py makes it one that can only infer: `packed_head` is the language model head, and the embedding too if
     they are tied; `decode_part` says what a pass in one call needs to know of it, None if there is no such pass for its
-    attention.
+    attention; `reads_ahead` is set where it lies in a mapped file larger than the memory (kernels/decode.py).
     """
 
     embedding: Tensor
@@ -113,6 +113,7 @@ class Transformer(nn.Module):
             None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         )
         self.packed_head = self.decode_part = None
+        self.reads_ahead = False
         self._plan: DecodePlan | None = None
 
     @property
@@ -221,7 +222,7 @@ class Transformer(nn.Module):
         library = select.cpu_library()
         if self._plan is None or self._plan.library is not library:
             assert self.decode_part is not None and library is not None
-            self._plan = DecodePlan(self.decode_part, library)
+            self._plan = DecodePlan(self.decode_part, library, self.reads_ahead)
         return self._plan
 
     @torch.no_grad()

@@ -1,7 +1,13 @@
 """The pass in one call gives what the packed layers give one by one, for every family of models."""
 
+import ctypes
+import mmap
+import os
+import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,6 +211,73 @@ def test_tells_which_experts_each_layer_chose(kernels: str) -> None:
         assert ids.shape == weights.shape == (5, 2)
         assert bool(((ids >= 0) & (ids < 8)).all()) and bool((ids[:, 0] != ids[:, 1]).all())
         torch.testing.assert_close(weights.sum(1), torch.full((5,), 2.5))  # renormalised, then scaled
+
+
+@pytest.mark.parametrize("family", [name for name, changes in FAMILIES.items() if "moe" in changes])
+def test_guessing_experts_changes_nothing(kernels: str, family: str) -> None:
+    expected, model = run(build(family), layer_by_layer=False), build(family)
+    model.reads_ahead = True
+    plan = model._usable_plan()
+    assert plan is not None and plan.guessed_share == 0.0
+    for share in (0.0, 1.0):  # seldom, and in every pass
+        plan._guesses.share = share
+        assert all(torch.equal(*pair) for pair in zip(run(model, layer_by_layer=False), expected, strict=True))
+
+
+@torch.no_grad()
+def test_guesses_are_right_where_layers_change_nothing(kernels: str) -> None:
+    shares = []
+    for is_still in (True, False):
+        changes = {**SIZES, **FAMILIES["mixtral"], "num_layers": 4}
+        model = Transformer(ModelConfig.from_dict(changes), compute_dtype=torch.bfloat16)
+        model.initialize(0)
+        for name, parameter in model.named_parameters():
+            if is_still and name.endswith(("o_proj.weight", "down_proj")):
+                parameter.zero_()
+            if name.endswith("router.weight") and is_still:
+                parameter.copy_(model.state_dict()["blocks.0.feed_forward.moe.router.weight"])
+        pack_transformer(model)
+        model.reads_ahead = True
+        sequences = Sequences(model.config)
+        for token in range(48):
+            sequences.counts = [1, 0, 1, 0]
+            model(torch.tensor([[token, 60 - token]]), cache=sequences)
+        plan = model._usable_plan()
+        assert plan is not None and plan.guessed_share is not None
+        shares.append(plan.guessed_share)
+    assert shares[0] == pytest.approx(1 - 0.95**9), shares  # three layers in each of three passes
+    assert 0 < shares[1] < 0.8 * shares[0], shares
+
+
+def test_pages_that_are_wanted_come_from_the_file(kernels: str, tmp_path: Path) -> None:
+    library = select.cpu_library()
+    assert library is not None
+    if sys.platform != "linux":
+        pytest.skip("which pages are in memory is asked of Linux")
+    size, page = 5 << 20, mmap.PAGESIZE
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * (size // 256))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    data = torch.frombuffer(pages, dtype=torch.uint8)
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(size), 1)  # MADV_RANDOM
+
+    def in_memory() -> int:
+        found = (ctypes.c_ubyte * (size // page))()
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(size), found)
+        return sum(each & 1 for each in found)
+
+    before = in_memory()
+    if before == size // page:
+        pytest.skip("this file system keeps what it is told to drop")
+    library.function("moesaic_want_pages", "pi")(data.data_ptr() + 100, size // 2)
+    for _ in range(1000):
+        if in_memory() >= before + size // 2 // page - 1:
+            break
+        time.sleep(0.01)
+    assert size // 2 // page - 1 <= in_memory() - before < size // page
 
 
 @torch.no_grad()

@@ -11,6 +11,14 @@ MOESAIC_EXPORT int64_t moesaic_decode_router(int64_t experts, int64_t hidden, co
     return int64_t(router_panel_floats(experts, hidden));
 }
 
+// Have pages read that a pass may need; it does not wait for them.
+MOESAIC_EXPORT int64_t moesaic_want_pages(const uint8_t* from, int64_t bytes) {
+    using namespace moesaic;
+    ExpertReader& reader = ExpertReader::instance();
+    reader.want(reader.reach_next() + 1, {{from, size_t(bytes)}});
+    return 0;
+}
+
 // `caches` holds one PagedCache for each layer. Returns 1 when positions of the batch have no block or are more than the
 // model has, 2 for a token outside the vocabulary.
 MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double work_per_token, const void* caches,
@@ -22,7 +30,7 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
     static thread_local Scratch workspace, places;
     DecodeCall call{model,      static_cast<const PagedCache*>(caches), {starts, lengths, tables, num_sequences, table_width},
                     tokens,     num_tokens,      hidden, expert_ids,
-                    routing_weights, {},         nullptr};
+                    routing_weights, {},         nullptr, should_guess(*model, num_tokens)};
     if (!is_valid(call.batch, call.caches[0], num_tokens)) return 1;
     auto* positions = places.get<int32_t>(size_t(num_tokens));
     for (int64_t s = 0; s < num_sequences; ++s) {
@@ -38,5 +46,6 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
     const DecodeWorkspace work(call, workspace.get<char>(bytes));
     const double attention = call.plan.work * double(model->num_layers);
     run_team(work_per_token * double(num_tokens) + attention, [&](Team& team) { decode(team, call, work); });
+    if (model->guesses) ++model->guesses->num_passes;
     return 0;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_paged.h"
+#include "expert_reader.h"
 #include "moe_inference.h"
 #include "norm.h"
 #include "rotary.h"
@@ -43,6 +44,17 @@ struct DecodeLayer {
     const float* mix_bias;
 };
 
+// What is known from pass to pass of guess_experts: the share of experts that were guessed right of late, and passes.
+struct ExpertGuesses {
+    double share;
+    int64_t num_passes;
+};
+
+// Guesses that are right less often cost more than they give: where the disk is what is waited for, what is read for
+// nothing doubles the time, and takes the place of what is needed. They are then made in one pass of so many, to see.
+constexpr double kWorthReading = 0.8, kShareKept = 0.95;
+constexpr int64_t kPassesOfATrial = 16;
+
 struct DecodeModel {
     int64_t num_layers, hidden_size, vocab_size, max_positions, num_heads, num_kv_heads, head_dim;
     double norm_epsilon, attention_scale;
@@ -52,6 +64,7 @@ struct DecodeModel {
     const bf16* position_embedding;
     const float *cosines, *sines;  // (max_positions, D/2)
     NormWeights final_norm;
+    ExpertGuesses* guesses;  // where its experts lie in a mapped file that does not fit into memory, else null
 
     int64_t qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
 };
@@ -67,12 +80,14 @@ struct DecodeCall {
     float* routing_weights;  // likewise
     PagedPlan plan;
     const int32_t* positions;  // (T)
+    bool guesses_experts;      // decided once: the team goes one way
 };
 
 // Everything between the operations, for T tokens.
 struct DecodeWorkspace {
     bf16 *x, *normed, *qkv, *attended, *out;
-    float *coefficients, *residual_weights, *mean, *inverse, *partials;
+    float *coefficients, *residual_weights, *mean, *inverse, *partials, *guessed_weights;
+    int64_t* guessed_ids;
     char* operation;
     size_t bytes;
 
@@ -95,6 +110,11 @@ struct DecodeWorkspace {
         mean = reinterpret_cast<float*>(take(tokens * sizeof(float)));
         inverse = reinterpret_cast<float*>(take(tokens * sizeof(float)));
         partials = reinterpret_cast<float*>(take(call.plan.partial_floats * sizeof(float)));
+        int64_t most_routes = 0;
+        for (int64_t i = 0; i < model.num_layers && call.guesses_experts; ++i)
+            most_routes = std::max(most_routes, call.num_tokens * model.layers[i].top_k);
+        guessed_ids = reinterpret_cast<int64_t*>(take(size_t(most_routes) * sizeof(int64_t)));
+        guessed_weights = reinterpret_cast<float*>(take(size_t(most_routes) * sizeof(float)));
         size_t most = 0;
         auto at_least = [&](size_t size) { most = size > most ? size : most; };
         for (int64_t i = 0; i < model.num_layers; ++i) {
@@ -201,30 +221,86 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
                          work.out, model.hidden_size, 1, work.operation});
 }
 
-inline void decode_feed_forward(Team& team, const DecodeCall& call, const DecodeLayer& layer,
-                                const DecodeWorkspace& work, int64_t* expert_ids, float* routing_weights) {
+inline void choose_experts(Team& team, const DecodeCall& call, const DecodeLayer& layer, const bf16* x,
+                           int64_t* expert_ids, float* routing_weights) {
+    RouteArguments arguments{};
+    arguments.x = x;
+    arguments.is_bf16 = true;
+    arguments.tokens = call.num_tokens;
+    arguments.hidden = call.model->hidden_size;
+    arguments.experts = layer.num_experts;
+    arguments.top_k = layer.top_k;
+    arguments.panels = layer.router;
+    arguments.bias = layer.correction_bias;
+    arguments.scoring = layer.scoring;
+    arguments.groups = layer.num_groups;
+    arguments.top_groups = layer.top_groups;
+    arguments.renormalize = layer.renormalize != 0;
+    arguments.scale = float(layer.router_scale);
+    arguments.expert_ids = expert_ids;
+    arguments.routing_weights = routing_weights;
+    route(team, arguments, nullptr, nullptr);
+}
+
+inline bool should_guess(const DecodeModel& model, int64_t num_tokens) {
+    // More tokens choose nearly all experts, and what they compute takes longer than reading them.
+    return model.guesses && num_tokens <= 8 &&
+           (model.guesses->share >= kWorthReading || model.guesses->num_passes % kPassesOfATrial == 0);
+}
+
+// The experts that the next layer's router chooses from this layer's hidden state: compared with what that layer then
+// chooses, and, where they have been right often enough, read while this layer computes.
+inline void guess_experts(Team& team, const DecodeCall& call, int64_t index, const DecodeWorkspace& work,
+                          const int64_t* expert_ids) {
+    const DecodeModel& model = *call.model;
+    const DecodeLayer &layer = model.layers[index], *next = index + 1 < model.num_layers ? &layer + 1 : nullptr;
+    const bool is_first = omp_get_thread_num() == 0;
+    static thread_local uint64_t turn = 0;
+    if (is_first) {
+        turn = ExpertReader::instance().reach_next();
+        if (index > 0 && model.layers[index - 1].num_experts) {
+            const int64_t routes = call.num_tokens * layer.top_k;
+            int64_t right = 0;
+            for (int64_t i = 0; i < routes; ++i) {
+                const int64_t* guessed = work.guessed_ids + i / layer.top_k * layer.top_k;
+                right += std::find(guessed, guessed + layer.top_k, expert_ids[i]) != guessed + layer.top_k;
+            }
+            double& share = model.guesses->share;
+            share += (1 - kShareKept) * (double(right) / double(routes) - share);
+        }
+    }
+    if (!next || !next->num_experts) return;
+    team.barrier();  // the guesses before are done with
+    bf16* normed = work.out;  // free until the experts' results come
+    team.tasks(long(call.num_tokens), [&](long token) {
+        NormArguments norm{work.x, true, token + 1, model.hidden_size, next->feed_forward_norm.weight,
+                           next->feed_forward_norm.bias, float(model.norm_epsilon), normed,
+                           next->feed_forward_norm.bias ? work.mean : nullptr, work.inverse};
+        next->feed_forward_norm.bias ? norm_row<bf16, true>(norm, token) : norm_row<bf16, false>(norm, token);
+    });
+    choose_experts(team, call, *next, normed, work.guessed_ids, work.guessed_weights);
+    if (!is_first || model.guesses->share < kWorthReading) return;
+    std::vector<int64_t> experts(work.guessed_ids, work.guessed_ids + call.num_tokens * next->top_k);
+    std::sort(experts.begin(), experts.end());
+    experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
+    std::vector<ExpertReader::Region> regions;
+    for (const Packed* matrices : {&next->experts->up, &next->experts->down})
+        for (const int64_t expert : experts)
+            if (expert >= 0)
+                regions.push_back({matrices->panel(expert, 0), size_t(matrices->panels()) * matrices->panel_bytes()});
+    ExpertReader::instance().want(turn + 1, regions);
+}
+
+inline void decode_feed_forward(Team& team, const DecodeCall& call, int64_t index, const DecodeWorkspace& work,
+                                int64_t* expert_ids, float* routing_weights) {
+    const DecodeLayer& layer = call.model->layers[index];
     const int64_t tokens = call.num_tokens, hidden = call.model->hidden_size;
     MoeCall moe = work.moe_call(call, layer);
     moe.expert_ids = expert_ids;
     moe.routing_weights = routing_weights;
     if (layer.num_experts) {
-        RouteArguments route_call{};
-        route_call.x = work.normed;
-        route_call.is_bf16 = true;
-        route_call.tokens = tokens;
-        route_call.hidden = hidden;
-        route_call.experts = layer.num_experts;
-        route_call.top_k = layer.top_k;
-        route_call.panels = layer.router;
-        route_call.bias = layer.correction_bias;
-        route_call.scoring = layer.scoring;
-        route_call.groups = layer.num_groups;
-        route_call.top_groups = layer.top_groups;
-        route_call.renormalize = layer.renormalize != 0;
-        route_call.scale = float(layer.router_scale);
-        route_call.expert_ids = expert_ids;
-        route_call.routing_weights = routing_weights;
-        route(team, route_call, nullptr, nullptr);
+        choose_experts(team, call, layer, work.normed, expert_ids, routing_weights);
+        if (call.guesses_experts) guess_experts(team, call, index, work, expert_ids);
     }
     if (layer.mix_weight) {
         const int64_t outputs = layer.mix_weight->columns;
@@ -269,7 +345,7 @@ inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& wo
         rows([&](int64_t first, int64_t last) {
             add_and_norm(model, layer.feed_forward_norm, first, last, work.out, work.x, work.normed, work);
         });
-        decode_feed_forward(team, call, layer, work, call.expert_ids + routes, call.routing_weights + routes);
+        decode_feed_forward(team, call, i, work, call.expert_ids + routes, call.routing_weights + routes);
         routes += call.num_tokens * layer.top_k;
         const bool is_last = i + 1 == model.num_layers;
         const NormWeights& next = is_last ? model.final_norm : model.layers[i + 1].attention_norm;
