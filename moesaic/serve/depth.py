@@ -11,44 +11,44 @@ from dataclasses import dataclass
 _KEPT = 0.98
 # An acceptance to begin with, and how many drafted tokens it counts for.
 _FIRST_ACCEPTANCE, _FIRST_WEIGHT = 0.7, 4.0
-# Where drafting does not pay, a step in so many drafts all the same: texts change.
-_TRIAL_EVERY = 128
+# Where drafting does not pay, a step in so many drafts all the same: texts change. It may take a long time, since a
+# draft model then computes all that it has missed: at most this share of the time goes into such steps.
+_TRIAL_EVERY, _TRIAL_SHARE = 128, 0.02
 
 
 @dataclass
 class Line:
-    """seconds = base + slope * count, fitted to measurements."""
+    """seconds = base + slope * count, fitted to measurements; slope: the last one that different counts showed."""
 
     weight: float = 0.0
     x: float = 0.0
     y: float = 0.0
     xx: float = 0.0
     xy: float = 0.0
+    slope: float | None = None
 
     def add(self, count: int, seconds: float) -> None:
-        for name, value in (
-            ("weight", 1.0),
-            ("x", count),
-            ("y", seconds),
-            ("xx", count * count),
-            ("xy", count * seconds),
-        ):
-            setattr(self, name, getattr(self, name) * _KEPT + value)
+        self.weight = self.weight * _KEPT + 1.0
+        self.x = self.x * _KEPT + count
+        self.y = self.y * _KEPT + seconds
+        self.xx = self.xx * _KEPT + count * count
+        self.xy = self.xy * _KEPT + count * seconds
+        x, y = self.x / self.weight, self.y / self.weight
+        variance = self.xx / self.weight - x * x
+        if variance > 0.05:
+            self.slope = max(0.0, (self.xy / self.weight - x * y) / variance)
 
     @property
     def is_known(self) -> bool:
-        """Whether measurements of different counts are there."""
-        return self.weight > 0 and self.xx / self.weight - (self.x / self.weight) ** 2 > 0.05
+        """Whether measurements of different counts have been there."""
+        return self.slope is not None
 
     def at(self, count: float) -> float:
         """Return the seconds to expect; the mean where one count only was measured. 0 without any measurement."""
         if not self.weight:
             return 0.0
         x, y = self.x / self.weight, self.y / self.weight
-        if not self.is_known:
-            return y
-        slope = max(0.0, (self.xy / self.weight - x * y) / (self.xx / self.weight - x * x))
-        return max(y + slope * (count - x), 1e-9)
+        return y if self.slope is None else max(y + self.slope * (count - x), 1e-9)
 
 
 class DepthChooser:
@@ -61,6 +61,7 @@ class DepthChooser:
         self._right = _FIRST_ACCEPTANCE * _FIRST_WEIGHT
         self._tried = _FIRST_WEIGHT
         self._num_choices = self._without = 0
+        self._seconds_without = self._last_draft_seconds = 0.0
 
     @property
     def acceptance(self) -> float:
@@ -70,11 +71,15 @@ class DepthChooser:
     def record_step(self, num_tokens: int, seconds: float) -> None:
         """A step of sequences that generate, with so many tokens to compute; without the time of drafting."""
         self._checking.add(num_tokens, seconds)
+        self._seconds_without += seconds
 
-    def record_draft(self, num_sequences: int, depth: int, seconds: float) -> None:
-        """So many tokens drafted one after the other, each for so many sequences."""
+    def record_draft(self, num_sequences: int, depth: int, seconds: float, *, missed_seconds: float = 0.0) -> None:
+        """So many tokens drafted one after the other, each for so many sequences; missed_seconds: what it took to
+        compute what the draft had missed before, which drafting in every step would not.
+        """
         if depth:
             self._drafting.add(num_sequences, seconds / depth)
+            self._last_draft_seconds, self._seconds_without = seconds + missed_seconds, 0.0
 
     def record_check(self, num_drafted: int, num_right: int) -> None:
         """Of one sequence: how many were drafted, and how many of the first were right."""
@@ -91,7 +96,10 @@ class DepthChooser:
             return self.max_depth if self._num_choices % 2 else 0
         depth = max(range(self.max_depth + 1), key=lambda depth: self.rate(depth, num_sequences))
         self._without = 0 if depth else self._without + 1
-        return depth or (1 if self._without % _TRIAL_EVERY == 0 else 0)
+        if depth or self._without < _TRIAL_EVERY or self._last_draft_seconds > _TRIAL_SHARE * self._seconds_without:
+            return depth
+        self._without = 0
+        return 1
 
     def rate(self, depth: int, num_sequences: int) -> float:
         """Return the tokens per second to expect."""

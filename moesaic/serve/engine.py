@@ -269,11 +269,12 @@ class Engine:
         if not wanted:
             return {}
         assert self._draft is not None and self._depth is not None
-        self._draft.catch_up(wanted)
         start = time.perf_counter()
+        self._draft.catch_up(wanted)
+        caught_up = time.perf_counter()
         proposed = self._draft.propose(wanted)
         depth = max(len(tokens) for tokens in proposed)
-        self._depth.record_draft(len(wanted), depth, time.perf_counter() - start)
+        self._depth.record_draft(len(wanted), depth, time.perf_counter() - caught_up, missed_seconds=caught_up - start)
         return {each.sequence: tokens for each, tokens in zip(wanted, proposed, strict=True)}
 
     def stats(self) -> EngineStats:

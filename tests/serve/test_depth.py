@@ -73,6 +73,22 @@ def test_where_it_does_not_pay_it_is_off_but_for_rare_trials() -> None:
     assert 0 < sum(depth > 0 for depth in depths) < len(depths) * 0.02
 
 
+def test_a_draft_that_has_much_to_catch_up_with_is_tried_more_rarely() -> None:
+    def drafted(missed: float) -> int:
+        chooser, count = DepthChooser(4), 0
+        for _ in range(4000):
+            depth = chooser.choose(1)
+            chooser.record_step(depth + 1, moe(depth + 1))
+            if depth:
+                chooser.record_draft(1, depth, 5.0 * depth, missed_seconds=missed)
+                chooser.record_check(depth, 0)
+                count += 1
+        return count
+
+    # A step takes 10 seconds, so that 1,000 are 2 % of 5,000 steps.
+    assert 25 < drafted(0.0) < 40 and drafted(1000.0) < 8
+
+
 def test_it_comes_back_when_the_text_changes() -> None:
     chooser = DepthChooser(4)
     serve(chooser, 300, checking=dense, drafting=1.0, acceptance=0.0)
@@ -104,6 +120,9 @@ def test_a_line_is_fitted_and_never_falls() -> None:
     assert not line.is_known and line.at(9) == 5.0
     for count in (1, 4, 2, 8):
         line.add(count, 3.0 + count)
+    assert line.is_known and line.at(16) == pytest.approx(19.0, rel=0.02)
+    for _ in range(1000):  # long after the others
+        line.add(1, 4.0)
     assert line.is_known and line.at(16) == pytest.approx(19.0, rel=0.02)
     falling = Line()
     for count in (1, 2, 3):

@@ -476,7 +476,8 @@ def test_what_a_draft_had_missed_is_not_the_price_of_drafting(
     make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft_model, clock = make_model("dense"), 0.0
-    recorded: list[tuple[int, int, float]] = []
+    recorded: list[tuple[float, ...]] = []
+    missed: list[float] = []
     depths = iter([3, 2, *[0] * 30, 1, 2, *[0] * 30, 3, 1])
     run = Runner.run
 
@@ -488,13 +489,19 @@ def test_what_a_draft_had_missed_is_not_the_price_of_drafting(
     monkeypatch.setattr(Runner, "run", timed)
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
     monkeypatch.setattr(DepthChooser, "choose", lambda self, count: next(depths, 1) if count else 0)
-    monkeypatch.setattr(DepthChooser, "record_draft", lambda self, *measured: recorded.append(measured))
+
+    def record(self: DepthChooser, *measured: float, missed_seconds: float) -> None:
+        recorded.append(measured)
+        missed.append(missed_seconds)
+
+    monkeypatch.setattr(DepthChooser, "record_draft", record)
     speculation = SpeculationConfig(method="model", model="by hand")
     engine = Engine(make_model(), tokenizer, EngineConfig(speculation=speculation), draft_model=draft_model)
     for number in range(3):
         engine.add_request([number] * 60, GREEDY.replace(max_tokens=100))
     finish(engine)
-    assert len(recorded) > 6 and clock > 3 * 60
+    assert len(recorded) > 6 and clock == sum(missed) + sum(each[2] for each in recorded) > 3 * 60
+    assert sum(missed) >= 3 * 60
     for num_sequences, depth, seconds in recorded:  # a token, and one that was right and is not computed yet
         assert seconds <= num_sequences * (depth + 1)
 
