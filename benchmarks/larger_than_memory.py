@@ -49,7 +49,7 @@ def main() -> None:
         return
     print(machine())
     alike = ["--alike"] * arguments.alike
-    for limit, switch, _ in product(arguments.limits, ([], ["--without-reader"]), range(arguments.rounds)):
+    for limit, _, switch in product(arguments.limits, range(arguments.rounds), ([], ["--without-reader"])):
         if limit == 0 and switch:
             continue
         child = [arguments.run, "--child", str(limit), "--steps", str(arguments.steps), *switch, *alike]
