@@ -309,6 +309,8 @@ class Engine:
         for prompt in prompts:
             self._check_prompt(prompt, Sampling(max_tokens=0))
         vectors = [self._runner.embed(prompt, chunk=self.config.max_batch_tokens) for prompt in prompts]
+        if not vectors:
+            return torch.empty(0, self.model_config.hidden_size)
         return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
 
     def _check_prompt(self, prompt: Sequence_[int], sampling: Sampling) -> None:

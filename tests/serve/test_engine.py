@@ -416,6 +416,7 @@ def test_embeddings_are_means_of_hidden_states(make_model: Make, tokenizer: Toke
     engine = Engine(model, tokenizer, EngineConfig(max_batch_tokens=16))
     texts = [[1], list(range(50))]
     vectors = engine.embed(texts)
+    assert engine.embed([]).shape == (0, vectors.shape[1])
     for text, vector in zip(texts, vectors, strict=True):
         mean = model(torch.tensor([text])).hidden[0].mean(0)
         torch.testing.assert_close(vector, mean / mean.norm(), atol=1e-5, rtol=1e-4)
