@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,37 +25,35 @@ class ExpertReader {
         size_t bytes;
     };
 
-    // The one of this process: the disk is one as well. Its threads start with the first word that is left.
+    // The one of this process: the disk is one as well. Its threads start with the first word that is left, and end with
+    // the process; it is never destroyed, since they may still be at it then (and are not there in a forked child).
     static ExpertReader& instance() {
-        static ExpertReader reader;
-        return reader;
+        static ExpertReader* reader = new ExpertReader;
+        return *reader;
     }
 
     // A number for the layer that the team has reached, counted over all layers of all passes.
     uint64_t reach_next() { return turn_.fetch_add(1, std::memory_order_relaxed) + 1; }
 
-    // What is likely to be read when the team has reached `turn`; earlier words are forgotten.
+    // What is likely to be read when the team has reached `turn`; earlier words are forgotten. A word that would have to
+    // wait is not left.
     void want(uint64_t turn, const std::vector<Region>& regions) {
         {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            if (threads_.empty())
-                for (int i = 0; i < kThreads; ++i) threads_.emplace_back([this] { read(); });
+            const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+            if (!lock.owns_lock()) return;
+            try {
+                for (; num_threads_ < kThreads; ++num_threads_) std::thread([this] { read(); }).detach();
+            } catch (const std::system_error&) {  // a limit on threads; reading ahead is a help, no more
+            }
             wanted_.clear();
             for (const Region& region : regions) wanted_.push_back({turn, region});
         }
         wake_.notify_all();
     }
 
-    ~ExpertReader() {
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            ends_ = true;
-        }
-        wake_.notify_all();
-        for (std::thread& thread : threads_) thread.join();
-    }
-
   private:
+    ExpertReader() = default;
+
     struct Wanted {
         uint64_t turn;
         Region region;
@@ -67,8 +66,7 @@ class ExpertReader {
             Wanted wanted;
             {
                 std::unique_lock<std::mutex> lock(mutex_);
-                wake_.wait(lock, [&] { return ends_ || !wanted_.empty(); });
-                if (ends_) return;
+                wake_.wait(lock, [&] { return !wanted_.empty(); });
                 wanted = wanted_.front();
                 wanted_.pop_front();
             }
@@ -82,20 +80,22 @@ class ExpertReader {
         }
     }
 
+    // Faults pages in without touching them: should the model be gone by now, this fails, where a read would end the
+    // process. Before Linux 5.14, and elsewhere, nothing is brought.
     static void bring(uintptr_t at, uintptr_t stop) {
 #if defined(__linux__)
-        constexpr int kPopulateRead = 22;  // MADV_POPULATE_READ, since Linux 5.14
-        if (madvise(reinterpret_cast<void*>(at), stop - at, kPopulateRead) == 0) return;
+        constexpr int kPopulateRead = 22;  // MADV_POPULATE_READ
+        madvise(reinterpret_cast<void*>(at), stop - at, kPopulateRead);
+#else
+        (void)at, (void)stop;
 #endif
-        for (; at < stop; at += kPage) (void)*reinterpret_cast<const volatile uint8_t*>(at);
     }
 
     std::mutex mutex_;
     std::condition_variable wake_;
     std::deque<Wanted> wanted_;
-    std::vector<std::thread> threads_;
+    int num_threads_ = 0;
     std::atomic<uint64_t> turn_{0};
-    bool ends_ = false;
 };
 
 }  // namespace moesaic
