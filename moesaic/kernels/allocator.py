@@ -96,7 +96,8 @@ def tune_allocator() -> AllocatorReport:
 def give_back_freed_memory() -> bool:
     """Give what has been freed back to the system, tuned or not; return whether it could be asked (glibc only).
 
-    For after something large that does not come again, such as packing a model; it is faulted in anew when needed.
+    For after something large that does not come again, such as packing a model; it is faulted in anew when needed, and
+    what tune_allocator reserved on huge pages at the heap's end is on small ones then.
     """
     if glibc_version() is None or _foreign_malloc() is not None:
         return False

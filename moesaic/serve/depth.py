@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 # Of a measurement's weight, what is left after the next.
 _KEPT = 0.98
+# Of counts, for a slope. One trial of a second token among so many steps with one has 0.02, and must be able to correct
+# what a first, slow step said.
+_LEAST_VARIANCE = 0.01
 # An acceptance to begin with, and how many drafted tokens it counts for.
 _FIRST_ACCEPTANCE, _FIRST_WEIGHT = 0.7, 4.0
 # Where drafting does not pay, a step in so many drafts all the same: texts change. It may take a long time, since a
@@ -35,7 +38,7 @@ class Line:
         self.xy = self.xy * _KEPT + count * seconds
         x, y = self.x / self.weight, self.y / self.weight
         variance = self.xx / self.weight - x * x
-        if variance > 0.05:
+        if variance > _LEAST_VARIANCE:
             self.slope = max(0.0, (self.xy / self.weight - x * y) / variance)
 
     @property
@@ -77,9 +80,9 @@ class DepthChooser:
         """So many tokens drafted one after the other, each for so many sequences; missed_seconds: what it took to
         compute what the draft had missed before, which drafting in every step would not.
         """
+        self._last_draft_seconds, self._seconds_without = seconds + missed_seconds, 0.0
         if depth:
             self._drafting.add(num_sequences, seconds / depth)
-            self._last_draft_seconds, self._seconds_without = seconds + missed_seconds, 0.0
 
     def record_check(self, num_drafted: int, num_right: int) -> None:
         """Of one sequence: how many were drafted, and how many of the first were right."""

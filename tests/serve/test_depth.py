@@ -24,7 +24,8 @@ def serve(
         depth = chooser.choose(sequences)
         depths.append(depth)
         chooser.record_step(sequences * (depth + 1), checking(sequences * (depth + 1)) * rng.uniform(0.9, 1.1))
-        chooser.record_draft(sequences, depth, depth * drafting * rng.uniform(0.9, 1.1))
+        if depth:
+            chooser.record_draft(sequences, depth, depth * drafting * rng.uniform(0.9, 1.1))
         for _ in range(sequences):
             right = 0
             while right < depth and rng.random() < acceptance:
@@ -87,6 +88,19 @@ def test_a_draft_that_has_much_to_catch_up_with_is_tried_more_rarely() -> None:
 
     # A step takes 10 seconds, so that 1,000 are 2 % of 5,000 steps.
     assert 25 < drafted(0.0) < 40 and drafted(1000.0) < 8
+
+
+@pytest.mark.parametrize("max_depth", [1, 4])
+def test_a_slow_first_step_is_forgotten(max_depth: int) -> None:
+    chooser, count = DepthChooser(max_depth), 0
+    for step in range(3000):
+        depth = chooser.choose(1)
+        count += depth > 0
+        chooser.record_step(depth + 1, (1.0 + 0.05 * depth) * (10 if step == 0 else 1))
+        if depth:
+            chooser.record_draft(1, depth, 0.01 * depth)
+        chooser.record_check(depth, depth)
+    assert count > 2000, count
 
 
 def test_it_comes_back_when_the_text_changes() -> None:

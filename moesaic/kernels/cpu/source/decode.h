@@ -244,7 +244,7 @@ inline void choose_experts(Team& team, const DecodeCall& call, const DecodeLayer
 
 inline bool should_guess(const DecodeModel& model, int64_t num_tokens) {
     // More tokens choose nearly all experts, and what they compute takes longer than reading them.
-    return model.guesses && num_tokens <= 8 &&
+    return model.guesses && num_tokens > 0 && num_tokens <= 8 &&
            (model.guesses->share >= kWorthReading || model.guesses->num_passes % kPassesOfATrial == 0);
 }
 
