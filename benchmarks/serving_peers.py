@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -55,7 +54,7 @@ def measure(generate: Generate, batch: int, steps: int, rounds: int) -> dict[str
         if round_number:
             prefills.append(times[0])
             step_seconds.append((times[1] - times[0]) / steps)
-    return {"batch": batch, "prefills": prefills, "steps": step_seconds, "step": statistics.median(step_seconds)}
+    return {"batch": batch, "prefills": prefills, "steps": step_seconds}
 
 
 def start_vllm(folder: Path, name: str, most: int, steps: int) -> Generate:

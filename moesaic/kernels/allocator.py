@@ -93,16 +93,14 @@ def tune_allocator() -> AllocatorReport:
     return AllocatorReport(is_tuned, tuple(applied), tuple(refused), huge_page_bytes, explanation)
 
 
-def give_back_freed_memory() -> bool:
-    """Give what has been freed back to the system, tuned or not; return whether it could be asked (glibc only).
+def give_back_freed_memory() -> None:
+    """Give what has been freed back to the system, tuned or not; without glibc nothing is done.
 
     For after something large that does not come again, such as packing a model; it is faulted in anew when needed, and
     what tune_allocator reserved on huge pages at the heap's end is on small ones then.
     """
-    if glibc_version() is None or _foreign_malloc() is not None:
-        return False
-    _libc().malloc_trim(0)
-    return True
+    if glibc_version() is not None and _foreign_malloc() is None:
+        _libc().malloc_trim(0)
 
 
 def large_blocks_stay() -> bool | None:

@@ -58,6 +58,27 @@ def test_freed_blocks_stay_after_tuning_and_tuning_costs_no_memory() -> None:
 
 
 @needs_glibc
+def test_freed_memory_is_given_back_when_asked_for() -> None:
+    code = """
+import ctypes, json, re
+from moesaic.kernels.allocator import give_back_freed_memory, tune_allocator
+def resident(): return int(re.search(r"VmRSS:\\s*(\\d+)", open("/proc/self/status").read())[1])
+tune_allocator()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.memset.restype = ctypes.c_void_p
+size = ctypes.c_size_t(128 << 20)
+block = ctypes.c_void_p(libc.malloc(size))
+libc.memset(block, 1, size)
+libc.free(block)
+kept = resident()
+give_back_freed_memory()
+print(json.dumps([kept, resident()]))
+"""
+    kept, left = run_python(code)
+    assert kept > 128 << 10 > left + (64 << 10), (kept, left)
+
+
+@needs_glibc
 def test_a_freed_tensor_is_not_faulted_in_again() -> None:
     code = """
 import json, resource, sys

@@ -11,7 +11,7 @@ MOESAIC_EXPORT int64_t moesaic_decode_router(int64_t experts, int64_t hidden, co
     return int64_t(router_panel_floats(experts, hidden));
 }
 
-// Have pages read that a pass may need; it does not wait for them.
+// Have pages read as a pass has those of likely experts read, without waiting for them: so that tests reach the reader.
 MOESAIC_EXPORT int64_t moesaic_want_pages(const uint8_t* from, int64_t bytes) {
     using namespace moesaic;
     ExpertReader& reader = ExpertReader::instance();

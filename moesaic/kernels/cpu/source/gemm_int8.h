@@ -174,8 +174,8 @@ struct IntegerPanel {
 };
 
 // Where a product reads ahead while it computes: `step` bytes further for every step through K, `group_step` for every
-// group's scales, from `then` on when it comes to block `turn`. On 2 Zen 5 cores 4-bit weights stream at 93 % of the memory's rate with 8 KiB ahead, at 77 %
-// with 2 KiB.
+// group's scales, from `then` on when it comes to block `turn`. On 2 Zen 5 cores 4-bit weights stream at 93 % of the
+// memory's rate with 8 KiB ahead, at 77 % with 2 KiB.
 struct Ahead {
     const char* from;
     size_t step, group_step = 0;
