@@ -437,12 +437,12 @@ inline void split_softmax(float* scores, bf16* probabilities, int visible, int c
         for (int half = 0; half < 2; ++half)
             highest[half] = max(load(scores + i + half * W), highest[half]);  // NaN has no part in it
     *largest = maximum(max(highest[0], highest[1]));
-    const Vf top = set1(*largest), factor = set1(scale);
+    const Vf top = set1(*largest), factor = set1(scale * 1.44269504088896341f);
     Vf sums[2] = {zero(), zero()};
     for (int i = 0; i < count; i += 2 * W)
         for (int half = 0; half < 2; ++half) {
             const int at = i + half * W;
-            Vf e = exp(mul(sub(load(scores + at), top), factor));
+            Vf e = exp2_of_negative(mul(sub(load(scores + at), top), factor));
             sums[half] = add(sums[half], e);
             if (value_scales) e = mul(e, load(value_scales + at));
             store_bf16(probabilities + at, e);

@@ -69,22 +69,6 @@ class Pieces {
     size_t bytes_ = 0;
 };
 
-// 2^x for x up to about 0, error below 2e-7; exactly 0 from -127 down; NaN stays NaN when it came from bf16 numbers or
-// from an operation on infinities, since only then its low bits are 0. A third of the work of exp of any number.
-inline Vf exp2_of_negative(Vf x) {
-    const Vf shift = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
-    const Vf clamped = max(set1(-127.0f), x);
-    const Vf shifted = add(clamped, shift);
-    const Vf r = sub(clamped, sub(shifted, shift));
-    Vf p = set1(1.3264720215e-3f);
-    p = fma(p, r, set1(9.6715131391e-3f));
-    p = fma(p, r, set1(5.5507337664e-2f));
-    p = fma(p, r, set1(2.4022242074e-1f));
-    p = fma(p, r, set1(6.9314697758e-1f));
-    p = fma(p, r, set1(1.0f));
-    return as_float(addi(as_int(p), shift_left<23>(as_int(shifted))));
-}
-
 // Which keys the queries of one sequence may see, besides causality: equal ranks, where there are documents.
 struct Documents {
     const float* rank = nullptr;  // (padded length)

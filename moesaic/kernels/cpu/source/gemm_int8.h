@@ -15,29 +15,30 @@
 namespace moesaic {
 
 constexpr int kActivationBlock = 128;  // columns of an activation that share a scale
-constexpr int kSumBlock = 32;          // columns of one partial sum: the smallest group
 
-constexpr int kBlockSums = kActivationBlock / kSumBlock + 1;
+// What a block has beside its bytes. The weights' offset of 8 adds 8 times the sum of a group's activations to its
+// product; `starts`, where the sums of a product begin, takes that off again: of the 4 groups of 32, the 2 of 64 and
+// the one of 128. An offset of 128 is 16 times as much.
+struct BlockTail {
+    float scale;
+    int32_t starts[7];
 
-// A quantised row of K activations in memory: bytes, zero up to a whole block; a scale a block; and for every block the
-// sums of its first 0, 32, 64, 96 and 128 bytes, so that the sum over any group is one difference.
+    static constexpr int first_start(int group) { return group == 32 ? 0 : group == 64 ? 4 : 6; }
+};
+
+// A quantised row of K activations in memory: bytes, zero up to a whole block, and behind them the blocks' tails.
 struct QuantizedRow {
     int blocks;
 
     explicit QuantizedRow(int64_t depth) : blocks(int((depth + kActivationBlock - 1) / kActivationBlock)) {}
-    size_t scales() const { return size_t(blocks) * kActivationBlock; }
-    size_t sums() const { return scales() + size_t(blocks) * 4; }
-    size_t bytes() const {
-        const size_t needed = sums() + size_t(blocks) * kBlockSums * 4;
-        return (needed + 63) / 64 * 64;
-    }
+    size_t tails() const { return size_t(blocks) * kActivationBlock; }
+    size_t bytes() const { return (tails() + size_t(blocks) * sizeof(BlockTail) + 63) / 64 * 64; }
 };
 
 #if defined(__AVX512F__)
 
 inline Vi and_bits(Vi a, Vi b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Vi max_int(Vi a, Vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
-inline Vi subtract_int(Vi a, Vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline void store_int8(int8_t* p, Vi x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v)); }
 
 // The weights of four values of K and 32 columns, as unsigned bytes.
@@ -64,7 +65,6 @@ inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
 
 inline Vi and_bits(Vi a, Vi b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline Vi max_int(Vi a, Vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
-inline Vi subtract_int(Vi a, Vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline void store_int8(int8_t* p, Vi x) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
     _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
@@ -115,8 +115,8 @@ inline int maximum_int(Vi x) {
     return largest;
 }
 
-// One block: its bytes, its scale and its sums.
-inline void quantize_block(const float* x, int8_t* values, float* scale, int32_t* sums) {
+// One block: its bytes and its tail.
+inline void quantize_block(const float* x, int8_t* values, BlockTail* tail) {
     // Magnitudes are ordered as their bits are, infinity and NaN above all numbers.
     Vi largest = set1i(0);
     for (int i = 0; i < kActivationBlock; i += W)
@@ -126,24 +126,24 @@ inline void quantize_block(const float* x, int8_t* values, float* scale, int32_t
     constexpr int32_t kSmallest = (127 - 120) << 23;  // 2^-120: 127 divided by less would leave fp32
     if (!is_finite || bits < kSmallest) {
         std::memset(values, 0, kActivationBlock);
-        *scale = is_finite ? 0.0f : NAN;
-        std::memset(sums, 0, kBlockSums * 4);
+        *tail = {is_finite ? 0.0f : NAN, {}};
         return;
     }
     float amax;
     std::memcpy(&amax, &bits, 4);
-    *scale = amax / 127.0f;
     const Vf factor = set1(127.0f / amax);
-    sums[0] = 0;
-    for (int part = 0; part < kBlockSums - 1; ++part) {
+    int32_t starts[4];
+    for (int part = 0; part < 4; ++part) {
         Vi total = set1i(0);
-        for (int i = part * kSumBlock; i < (part + 1) * kSumBlock; i += W) {
+        for (int i = part * 32; i < (part + 1) * 32; i += W) {
             const Vi rounded = to_int(mul(load(x + i), factor));
             store_int8(values + i, rounded);
             total = addi(total, rounded);
         }
-        sums[part + 1] = sums[part] + sum_int(total);
+        starts[part] = -8 * sum_int(total);
     }
+    const int32_t first = starts[0] + starts[1], second = starts[2] + starts[3];
+    *tail = {amax / 127.0f, {starts[0], starts[1], starts[2], starts[3], first, second, first + second}};
 }
 
 // A whole row of `depth` fp32 or bf16 numbers.
@@ -151,8 +151,7 @@ template <typename T>
 inline void quantize_row(const T* x, int64_t depth, char* to) {
     const QuantizedRow row(depth);
     int8_t* values = reinterpret_cast<int8_t*>(to);
-    float* scales = reinterpret_cast<float*>(to + row.scales());
-    int32_t* sums = reinterpret_cast<int32_t*>(to + row.sums());
+    BlockTail* tails = reinterpret_cast<BlockTail*>(to + row.tails());
     alignas(64) float buffer[kActivationBlock];
     for (int block = 0; block < row.blocks; ++block) {
         const int64_t start = int64_t(block) * kActivationBlock;
@@ -160,17 +159,17 @@ inline void quantize_row(const T* x, int64_t depth, char* to) {
             const int64_t left = depth - start - i;
             store(buffer + i, left > 0 ? load_row(x + start + i, left) : zero());
         }
-        quantize_block(buffer, values + start, scales + block, sums + kBlockSums * block);
+        quantize_block(buffer, values + start, tails + block);
     }
 }
 
-// One panel as the products see it, and where its rows of activations keep their scales and sums.
+// One panel as the products see it, and where its rows of activations keep their tails.
 struct IntegerPanel {
     const uint8_t* data;
     const float* scales;  // 8 bits: one a column, applied after the last group
     int depth;            // K, padded
     int group;            // values of K between two roundings
-    size_t row_scales, row_sums;
+    size_t row_tails;
 };
 
 // Where a product reads ahead while it computes: `step` bytes further for every step through K, `group_step` for every
@@ -217,11 +216,12 @@ struct Next {
     }
 };
 
-// Rows that one step works on: their int32 and fp32 sums are in registers, with 2 vectors of weights, 1 of activations.
+// Rows that one step works on: their int32 sums are in registers, with 2 vectors of weights and 1 of activations, and
+// of up to kRowsWithTotals the fp32 sums too.
 #if defined(__AVX512F__)
-constexpr int kIntegerRows = 6;
+constexpr int kIntegerRows = 8, kRowsWithTotals = 6;
 #else
-constexpr int kIntegerRows = 1;
+constexpr int kIntegerRows = 1, kRowsWithTotals = 1;
 #endif
 
 // C[R][32] (+)= R rows times the activation blocks [first, last) of the panel, whose groups are of G values of K.
@@ -235,19 +235,25 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
     constexpr int kGroups = kActivationBlock / G, kSteps = G / 4;
     // The sums of one row alone would wait for each other: 4 bits ran at 60 % of the speed.
     constexpr int kChains = R == 1 && W == 16 ? 2 : 1;
+    constexpr bool kHasTotals = R <= kRowsWithTotals;
     const uint8_t* weights = panel.data + size_t(first) * kGroups * (kSteps * kStepBytes + kScaleBytes);
     Vf total[R][V];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r)
+    if (kHasTotals || !accumulate) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) total[r][v] = accumulate ? load(c + r * kPanel + v * W) : zero();
+            for (int v = 0; v < V; ++v) {
+                total[r][v] = accumulate ? load(c + r * kPanel + v * W) : zero();
+                if (!kHasTotals) store(c + r * kPanel + v * W, total[r][v]);
+            }
+    }
     for (int block = first; block < last; ++block) {
         const char* row = a + size_t(block) * kActivationBlock;
-        const char* scales = a + panel.row_scales + 4 * size_t(block);
-        const char* sums = a + panel.row_sums + size_t(4 * kBlockSums) * size_t(block);
+        const char* tail = a + panel.row_tails + sizeof(BlockTail) * size_t(block);
+        const char* start = tail + offsetof(BlockTail, starts) + 4 * BlockTail::first_start(G);
         int left = panel.depth - block * kActivationBlock;
         if (block == ahead.turn) ahead.from = ahead.then;
-        for (int part = 0; part < kGroups && left > 0; ++part, left -= G) {
+        for (int part = 0; part < kGroups && left > 0; ++part, left -= G, start += 4) {
             const bf16* group_scales = reinterpret_cast<const bf16*>(weights);
             weights += kScaleBytes;
             if (Bits == 4) {
@@ -255,15 +261,13 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
                 ahead.from += ahead.group_step;
             }
             Vi acc[kChains][R][V];
-#pragma GCC unroll 12
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                int32_t before, after;
-                std::memcpy(&before, sums + r * stride + 4 * (part * (G / kSumBlock)), 4);
-                std::memcpy(&after, sums + r * stride + 4 * ((part + 1) * (G / kSumBlock)), 4);
-                const Vi start = set1i((before - after) * (Bits == 8 ? 128 : 8));
+                Vi begin = broadcast_dword(start + r * stride);
+                if (Bits == 8) begin = shift_left<4>(begin);
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) {
-                    acc[0][r][v] = start;
+                    acc[0][r][v] = begin;
 #pragma GCC unroll 4
                     for (int chain = 1; chain < kChains; ++chain) acc[chain][r][v] = set1i(0);
                 }
@@ -278,7 +282,7 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
                     const char* line = ahead.from + size_t(chain) * ahead.step;
                     _mm_prefetch(line, _MM_HINT_T0);
                     if (Bits == 8) _mm_prefetch(line + 64, _MM_HINT_T0);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const Vi activations = broadcast_dword(row + r * stride + 4 * (s + chain));
 #pragma GCC unroll 4
@@ -289,7 +293,7 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
                 weights += size_t(kChains) * kStepBytes;
                 ahead.from += size_t(kChains) * ahead.step;
             }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v)
@@ -297,25 +301,33 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
                     for (int chain = 1; chain < kChains; ++chain)
                         acc[0][r][v] = addi(acc[0][r][v], acc[chain][r][v]);
             row += G;
-#pragma GCC unroll 12
+            // Held in registers from group to group, the scales would push sums out of them: 5 % of the time.
+            asm("" : "+r"(tail));
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 float scale;
-                std::memcpy(&scale, scales + r * stride, 4);
+                std::memcpy(&scale, tail + r * stride + offsetof(BlockTail, scale), 4);
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) {
                     const Vf factor = Bits == 8 ? set1(scale) : mul(set1(scale), load_bf16(group_scales + v * W));
-                    total[r][v] = add(total[r][v], mul(to_float(acc[0][r][v]), factor));
+                    const Vf sum = mul(to_float(acc[0][r][v]), factor);
+                    float* place = c + r * kPanel + v * W;
+                    if constexpr (kHasTotals)
+                        total[r][v] = add(total[r][v], sum);
+                    else
+                        store(place, add(load(place), sum));
                 }
             }
         }
     }
     const bool is_end = Bits == 8 && last * kActivationBlock >= panel.depth;
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            const Vf sum = is_end ? mul(total[r][v], load(panel.scales + v * W)) : total[r][v];
-            store(c + r * kPanel + v * W, sum);
+            float* place = c + r * kPanel + v * W;
+            const Vf sum = kHasTotals ? total[r][v] : load(place);
+            store(place, is_end ? mul(sum, load(panel.scales + v * W)) : sum);
         }
 }
 
@@ -389,19 +401,17 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
             tile_store(2, dots + 16 * kPanel, kPanel * 4);
             tile_store(3, dots + 16 * kPanel + 16, kPanel * 4);
         }
-        const int block = g * panel.group / kActivationBlock, part = g * panel.group % kActivationBlock / kSumBlock;
+        const int block = g * panel.group / kActivationBlock, part = g * panel.group % kActivationBlock / panel.group;
         const bf16* group_scales = reinterpret_cast<const bf16*>(
             panel.data + size_t(g) * (2 * kPanel + size_t(panel.group) * kPanel / 2));
         for (int r = 0; r < rows; ++r) {
-            const int32_t* sums =
-                reinterpret_cast<const int32_t*>(a + r * stride + panel.row_sums) + block * kBlockSums;
-            const Vi offset = set1i((sums[part + panel.group / kSumBlock] - sums[part]) * (Bits == 8 ? 128 : 8));
-            float scale;
-            std::memcpy(&scale, a + r * stride + panel.row_scales + 4 * size_t(block), 4);
+            const BlockTail& tail = reinterpret_cast<const BlockTail*>(a + r * stride + panel.row_tails)[block];
+            const Vi start = set1i(tail.starts[BlockTail::first_start(panel.group) + part] * (Bits == 8 ? 16 : 1));
             for (int v = 0; v < kPanel / W; ++v) {
                 float* place = c + r * kPanel + v * W;
-                const Vf factor = Bits == 8 ? set1(scale) : mul(set1(scale), load_bf16(group_scales + v * W));
-                const Vf dot = to_float(subtract_int(loadi(dots + r * kPanel + v * W), offset));
+                const Vf scale = set1(tail.scale);
+                const Vf factor = Bits == 8 ? scale : mul(scale, load_bf16(group_scales + v * W));
+                const Vf dot = to_float(addi(loadi(dots + r * kPanel + v * W), start));
                 const Vf before = g > first || accumulate ? load(place) : zero();
                 Vf after = add(before, mul(dot, factor));
                 if (Bits == 8 && is_end && g == last - 1) after = mul(after, load(panel.scales + v * W));
@@ -458,7 +468,7 @@ inline void integer_product(const IntegerPanel& panel, int rows, const char* a, 
 #endif
     constexpr int kDeep = 8;  // activation blocks whose weights stay in the first-level cache while all rows pass
     const int blocks = (panel.depth + kActivationBlock - 1) / kActivationBlock;
-    const int parts = (rows + kIntegerRows - 1) / kIntegerRows;
+    const int parts = rows <= kIntegerRows ? 1 : (rows + kRowsWithTotals - 1) / kRowsWithTotals;
     const int pass = parts > 1 ? kDeep : blocks;
     const size_t step_bytes = Bits == 8 ? 128 : 64, scale_bytes = Bits == 8 ? 0 : 2 * kPanel;
     const size_t block_bytes = kActivationBlock / 4 * step_bytes + kActivationBlock / G * scale_bytes;

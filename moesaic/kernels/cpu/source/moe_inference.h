@@ -119,8 +119,7 @@ inline void prepare_hidden(const Packed& down, int chunk, const float* hidden, c
     if (down.is_integer()) {
         const QuantizedRow row(down.depth);
         quantize_block(hidden, reinterpret_cast<int8_t*>(to) + start,
-                       reinterpret_cast<float*>(to + row.scales()) + chunk,
-                       reinterpret_cast<int32_t*>(to + row.sums()) + chunk * kBlockSums);
+                       reinterpret_cast<BlockTail*>(to + row.tails()) + chunk);
         return;
     }
     const int count = std::min(down.padded_depth() - start, kActivationBlock);
@@ -261,8 +260,9 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             prepare_hidden(mlp.down, chunk, row, to);
         }
     };
-    // Few rows take as long as their weights take to come: long streams. Many take as long as they are: one by one.
-    const Slices up_slices{num_tasks, team.size(), work.num_runs[2] <= kFewRows ? std::max(num_tasks, 1) : 1};
+    // Few rows take as long as their weights take to come: long streams. Many take as long as they are, so no thread
+    // begins a long slice last; neighbours share their rows and read ahead for each other.
+    const Slices up_slices{num_tasks, team.size(), work.num_runs[2] <= kFewRows ? std::max(num_tasks, 1) : 8};
     team.tasks(up_slices.count(), [&](long slice) {
         const int begin = up_slices.begin(int(slice)), end = up_slices.begin(int(slice) + 1);
         for (int task = begin; task < end; ++task) do_task(task, task + 1 < end);

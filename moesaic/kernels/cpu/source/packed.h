@@ -150,7 +150,7 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
         return;
     }
     const QuantizedRow row(weight.depth);
-    IntegerPanel panel{data, nullptr, weight.padded_depth(), kActivationBlock, row.scales(), row.sums()};
+    IntegerPanel panel{data, nullptr, weight.padded_depth(), kActivationBlock, row.tails()};
     if (weight.format == kPackedInt8) {
         panel.scales = weight.scales + (matrix * weight.panels() + index) * kPanel;
         // They are read at the panel's end, and would be missed there.

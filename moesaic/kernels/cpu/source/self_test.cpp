@@ -62,7 +62,7 @@ bool integer_products_are_right(int rows) {
             }
         }
     }
-    const IntegerPanel described{panel.data(), ones.data(), kDepth, kGroup, row.scales(), row.sums()};
+    const IntegerPanel described{panel.data(), ones.data(), kDepth, kGroup, row.tails()};
     integer_product<Bits, kGroup>(described, rows, a.data(), row.bytes(), c.data(), Next{}, [](int, int) {});
     leave_tiles();
     for (int r = 0; r < rows; ++r)

@@ -75,6 +75,8 @@ inline Vi shift_left(Vi a) {
 }
 inline Vf as_float(Vi a) { return {_mm512_castsi512_ps(a.v)}; }
 inline Vi as_int(Vf a) { return {_mm512_castps_si512(a.v)}; }
+// x 2^n, for whole n from -125 to 128.
+inline Vf times_power_of_2(Vf x, Vf n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 // a where x < y, else b.
 inline Vf select_less(Vf x, Vf y, Vf a, Vf b) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), b.v, a.v)};
@@ -169,6 +171,11 @@ inline Vi shift_left(Vi a) {
 }
 inline Vf as_float(Vi a) { return {_mm256_castsi256_ps(a.v)}; }
 inline Vi as_int(Vf a) { return {_mm256_castps_si256(a.v)}; }
+inline Vf times_power_of_2(Vf x, Vf n) {
+    // In two steps, since 2^128 is no number.
+    const Vf half = as_float(shift_left<23>(addi(to_int(n), set1i(126))));
+    return mul(mul(x, half), set1(2.0f));
+}
 inline Vf select_less(Vf x, Vf y, Vf a, Vf b) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))};
 }
@@ -218,8 +225,8 @@ inline void stream(void* p, Vi x) { _mm256_stream_si256((__m256i*)p, x.v); }
 
 // e^x, error below 1.5 units in the last place; NaN stays NaN, overflow gives infinity, underflow 0.
 inline Vf exp(Vf x) {
-    // Below the first bound the result would be next to subnormal and is 0; above the second it is infinite.
-    const Vf low = set1(-86.98f), high = set1(88.722f);
+    // Below the first bound the result would be next to subnormal and is 0; at the second it is infinite.
+    const Vf low = set1(-86.98f), high = set1(89.0f);
     Vf clamped = min(high, max(low, x));
     Vf n = round(mul(clamped, set1(1.44269504088896341f)));
     Vf r = fma(n, set1(-0.693145751953125f), clamped);
@@ -231,12 +238,23 @@ inline Vf exp(Vf x) {
     p = fma(p, r, set1(1.6666665459e-1f));
     p = fma(p, r, set1(5.0000001201e-1f));
     p = add(fma(mul(r, r), p, r), set1(1.0f));
-    // 2^n in two steps, since n = 128 has no representation of its own.
-    Vi whole = to_int(n);
-    Vf scale = as_float(shift_left<23>(addi(whole, set1i(126))));
-    Vf value = mul(mul(p, scale), set1(2.0f));
-    value = select_less(x, low, zero(), value);
-    return select_less(high, x, set1(INFINITY), value);
+    return select_less(x, low, zero(), times_power_of_2(p, n));
+}
+
+// 2^x for x up to about 0, error below 2e-7; exactly 0 from -127 down; NaN stays NaN when it came from bf16 numbers or
+// from an operation on infinities, since only then its low bits are 0. A third of the work of exp of any number.
+inline Vf exp2_of_negative(Vf x) {
+    const Vf shift = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    const Vf clamped = max(set1(-127.0f), x);
+    const Vf shifted = add(clamped, shift);
+    const Vf r = sub(clamped, sub(shifted, shift));
+    Vf p = set1(1.3264720215e-3f);
+    p = fma(p, r, set1(9.6715131391e-3f));
+    p = fma(p, r, set1(5.5507337664e-2f));
+    p = fma(p, r, set1(2.4022242074e-1f));
+    p = fma(p, r, set1(6.9314697758e-1f));
+    p = fma(p, r, set1(1.0f));
+    return as_float(addi(as_int(p), shift_left<23>(as_int(shifted))));
 }
 
 inline Vf sigmoid(Vf x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }
