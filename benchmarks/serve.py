@@ -209,7 +209,8 @@ def time_engine(
     engine = Engine(model, tokenizer, config)
     sampling = Sampling(max_tokens=arguments.steps + 1, temperature=0.0, ignore_end_of_text=True)
     draw = random.Random(batch)
-    prefills, steps, bandwidths, experts, tokens = [], [], [], [], []
+    prefills, steps, bandwidths, tokens = [], [], [], []
+    expert_bytes, num_layers = 0, len(model.decode_part.layers)
     for round_number in range(1 + arguments.rounds):
         bandwidths.append(bandwidth())
         for _ in range(batch):
@@ -219,18 +220,21 @@ def time_engine(
         while len(begun) < batch:
             begun |= {output.request_id for output in engine.step() if output.tokens}
         prefill = time.perf_counter() - started
+        used = engine.stats().expert_bytes_used
         while engine.has_work:
             started = time.perf_counter()
             outputs = engine.step()
             seconds = time.perf_counter() - started
             if round_number and len(outputs) == batch:
                 steps.append(seconds)
-                experts.append(engine.stats().distinct_experts_per_step)
                 tokens += [token.token_id for output in outputs for token in output.tokens]
         if round_number:
             prefills.append(prefill)
+            expert_bytes += engine.stats().expert_bytes_used - used
     bandwidths.append(bandwidth())
-    return EngineTimes(prefills, steps, bandwidths, statistics.mean(experts), len(set(tokens)))
+    each = model.decode_part.layers[0].experts.num_bytes // EXPERTS
+    experts = expert_bytes / (len(steps) * num_layers * each)
+    return EngineTimes(prefills, steps, bandwidths, experts, len(set(tokens)))
 
 
 def required_work(model: Any, name: str, batch: int, experts: float, steps: int) -> tuple[Any, Any]:

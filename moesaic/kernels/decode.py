@@ -80,6 +80,7 @@ class ModelPart:
     position_embedding: Tensor | None
     rotary: tuple[Tensor, Tensor] | None
     final_norm: NormPart
+    head: PackedWeight
     hidden_size: int
     vocab_size: int
     max_positions: int
@@ -94,13 +95,15 @@ class ModelPart:
 class Decoded:
     """What a step gives: hidden (T, H) after the final norm, and the routes, of one MoE layer after the other.
 
-    Shapes: all_expert_ids, all_routing_weights (sum over MoE layers of T * K,); top_k: K of each MoE layer.
+    Shapes: all_expert_ids, all_routing_weights (sum over MoE layers of T * K,); top_k: K of each MoE layer; logits
+    (R, V) fp32 of the R tokens that were asked for.
     """
 
     hidden: Tensor
     all_expert_ids: Tensor
     all_routing_weights: Tensor
     top_k: tuple[int, ...]
+    logits: Tensor
 
     @property
     def expert_ids(self) -> tuple[Tensor, ...]:
@@ -142,7 +145,7 @@ _Model = _structure(
     "DecodeModel",
     num_layers=_I, hidden_size=_I, vocab_size=_I, max_positions=_I, num_heads=_I, num_kv_heads=_I, head_dim=_I,
     norm_epsilon=_D, attention_scale=_D, layers=_P, tied_embedding=_P, embedding=_P, position_embedding=_P,
-    cosines=_P, sines=_P, final_norm=_Norm, guesses=_P,
+    cosines=_P, sines=_P, final_norm=_Norm, head=_P, guesses=_P,
 )  # fmt: skip
 
 
@@ -195,7 +198,7 @@ class DecodePlan:
             ctypes.addressof(self._layers), _address(model.embedding) if is_tied else None,
             None if is_tied else _address(model.embedding),
             _address(model.position_embedding), _address(cosines), _address(sines), _fill_norm(model.final_norm),
-            ctypes.addressof(self._guesses) if self.reads_ahead else None,
+            _address(model.head), ctypes.addressof(self._guesses) if self.reads_ahead else None,
         )  # fmt: skip
 
     @cached_property
@@ -222,8 +225,10 @@ class DecodePlan:
     def _top_k(self) -> tuple[int, ...]:
         return tuple(layer.router.top_k for layer in self.model.layers if layer.router is not None)
 
-    def run(self, tokens: Tensor, storage: KVStorage, batch: PagedBatch) -> Decoded:
+    def run(self, tokens: Tensor, storage: KVStorage, batch: PagedBatch, rows: Tensor | None = None) -> Decoded:
         """Take the new tokens (T,) int64 of a batch into the storage and return their hidden states.
+
+        rows (R,) int64, rising: the tokens whose logits are wanted; None for none.
 
         Raises: GenerationError for a token outside the vocabulary.
         """
@@ -235,9 +240,12 @@ class DecodePlan:
         hidden = torch.empty(count, model.hidden_size, dtype=torch.bfloat16)
         routes = count * sum(self._top_k)
         expert_ids, routing_weights = torch.empty(routes, dtype=torch.int64), torch.empty(routes)
-        failed = self.library.function("moesaic_decode", "pdp" + "pppii" + "pippp")(
+        num_rows = 0 if rows is None else rows.shape[0]
+        logits = torch.empty(num_rows, model.vocab_size)
+        failed = self.library.function("moesaic_decode", "pdp" + "pppii" + "pippp" + "pip")(
             ctypes.addressof(self._struct), self._work_per_token, storage.arguments.data_ptr(), *batch.arguments,
             tokens.data_ptr(), count, hidden.data_ptr(), expert_ids.data_ptr(), routing_weights.data_ptr(),
+            None if rows is None else rows.data_ptr(), num_rows, logits.data_ptr(),
         )  # fmt: skip
         assert failed != 1, (batch, storage.layers[0].num_blocks, model.max_positions)
         if failed:
@@ -245,7 +253,7 @@ class DecodePlan:
                 f"there are token ids from {int(tokens.min())} to {int(tokens.max())}; ids from 0 to "
                 f"{model.vocab_size - 1} are required; use the model's own tokenizer."
             )
-        return Decoded(hidden, expert_ids, routing_weights, self._top_k)
+        return Decoded(hidden, expert_ids, routing_weights, self._top_k, logits)
 
 
 def _fill_norm(norm: NormPart) -> ctypes.Structure:

@@ -95,7 +95,7 @@ class PagedBatch:
             self.starts.shape, self.lengths.shape, self.block_tables.shape,
         )  # fmt: skip
         for tensor in (self.starts, self.lengths, self.block_tables):
-            assert tensor.dtype is torch.int32 and tensor.is_contiguous() and tensor.device.type == "cpu", tensor
+            assert tensor.dtype is torch.int32 and tensor.is_contiguous() and tensor.is_cpu, tensor
 
     @cached_property
     def positions(self) -> Tensor:

@@ -178,6 +178,7 @@ def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
         position_embedding=model.position_embedding,
         rotary=rotary,
         final_norm=_norm_part(model.final_norm),
+        head=model.packed_head,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_positions=config.max_positions,

@@ -214,37 +214,46 @@ class Transformer(nn.Module):
     @property
     def runs_in_one_call(self) -> bool:
         """Whether a pass with a cache is one call of the C++ kernels, in which no token's result depends on others."""
-        return self.decode_part is not None and self.device.type == "cpu" and select.cpu_library() is not None
+        return self._usable_plan() is not None
 
     def _usable_plan(self) -> DecodePlan | None:
-        if not self.runs_in_one_call:
+        # Asked for at every step, so in few operations.
+        if self.decode_part is None or not self.final_norm.weight.is_cpu:
             return None
         library = select.cpu_library()
+        if library is None:
+            return None
         if self._plan is None or self._plan.library is not library:
-            assert self.decode_part is not None and library is not None
             self._plan = DecodePlan(self.decode_part, library, self.reads_ahead)
         return self._plan
 
-    @torch.no_grad()
-    def infer(self, tokens: Tensor, step: CacheStep) -> Decoded:
+    def infer(self, tokens: Tensor, step: CacheStep, rows: Tensor | None = None) -> Decoded:
         """Take new tokens (T,) int64 of a batch of sequences into a cache: their hidden states, and where they went.
 
         As forward with a cache, for a caller that keeps the cache itself. The model must be in evaluation mode.
+        rows (R,) int64 on the CPU, rising: the tokens whose logits are wanted too; None for none.
         """
         assert not self.training
         plan = self._usable_plan()
         if plan is not None:
             assert isinstance(step.storage, KVStorage), type(step.storage)
-            return plan.run(tokens, step.storage, step.batch)
+            return plan.run(tokens, step.storage, step.batch, rows)
+        with torch.no_grad():
+            return self._infer_by_layers(tokens, step, rows)
+
+    def _infer_by_layers(self, tokens: Tensor, step: CacheStep, rows: Tensor | None) -> Decoded:
         out = self._forward_cached(tokens[None], step, None, 0)
         routes = [statistics.routes for statistics in out.moe if statistics.routes is not None]
         ids = [each.expert_ids.flatten() for each in routes]
         weights = [each.routing_weights.flatten() for each in routes]
+        hidden = out.hidden[0]
+        wanted = hidden[:0] if rows is None else hidden[rows.to(hidden.device)]
         return Decoded(
-            out.hidden[0],
+            hidden,
             torch.cat(ids) if ids else tokens.new_empty(0),
             torch.cat(weights) if weights else torch.empty(0, device=tokens.device),
             tuple(each.expert_ids.shape[1] for each in routes),
+            self.logits(wanted),
         )
 
     def _run_blocks(

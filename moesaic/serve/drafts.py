@@ -8,10 +8,8 @@ the same random numbers, as it does here.
 
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
-
-import numpy as np
-import torch
 
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.model.transformer import Transformer
@@ -150,9 +148,8 @@ class ModelDraft:
                 done = self._start(sequence) if not new else len(sequence.tokens) + len(new) - 1
                 tokens = [*sequence.tokens[done:], *new][-1:] if new else sequence.tokens[done:]
                 parts.append(Part(tokens, len(sequence.tokens) + len(new), sequence.blocks))
-            hidden = self._runner.run(parts).hidden
-            last = np.cumsum([len(part.tokens) for part in parts]) - 1
-            logits = self._runner.logits(hidden[torch.from_numpy(last)]).numpy()
+            last = [end - 1 for end in accumulate(len(part.tokens) for part in parts)]
+            logits = self._runner.run(parts, last).logits.cpu().numpy()
             left = []
             for row, index in enumerate(going_on):
                 try:

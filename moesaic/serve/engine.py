@@ -62,14 +62,29 @@ class _Text:
 
 
 @dataclass(eq=False)
-class _Choice:
-    """A text whose next tokens are chosen, from the logits at first_row and behind; its new tokens and characters."""
+class _Work:
+    """A sequence's part of a step, and what it gives: new tokens and characters.
 
+    first_row: of the step's tokens, its first. choosing: those whose logits choose its next tokens, none where it is
+    not complete, and first_logits, the place of theirs among all logits of the step.
+    """
+
+    part: Scheduled
     text: _Text
-    first_row: int
     drafted: tuple[int, ...]
+    first_row: int
+    choosing: range
+    first_logits: int
     tokens: list[GeneratedToken] = field(default_factory=list)
     piece: str = ""
+
+    @property
+    def inputs(self) -> Part:
+        """What the model is given."""
+        sequence = self.part.sequence
+        end = sequence.num_computed + self.part.num_tokens
+        tokens = (*sequence.tokens[sequence.num_computed : end], *self.drafted)
+        return Part(tokens, end + len(self.drafted), sequence.blocks)
 
 
 class Engine:
@@ -238,16 +253,31 @@ class Engine:
             return outputs
         drafted = self._propose(parts)
         drafting_seconds = time.perf_counter() - start
-        decoded = self._runner.run([_part_of(part, drafted.get(part.sequence, ())) for part in parts])
+        step = self._plan_step(parts, drafted)
+        decoded = self._runner.run([work.inputs for work in step], [row for work in step for row in work.choosing])
         self._load.add(decoded)
-        first_rows = self._score_prompts(parts, drafted, decoded)
-        outputs += self._choose(parts, first_rows, drafted, decoded)
+        logits = decoded.logits.cpu().numpy()
+        for work in step:
+            self._score_prompt(work, decoded)
+            self._choose_tokens(work, logits, decoded)
+            outputs += self._advance(work)
         self._counts["steps"] += 1
         self._step_tokens = decoded.hidden.shape[0]
         self._step_seconds = time.perf_counter() - start
         if self._depth is not None and all(part.num_tokens == 1 for part in parts):
             self._depth.record_step(self._step_tokens, self._step_seconds - drafting_seconds)
         return outputs
+
+    def _plan_step(self, parts: list[Scheduled], drafted: Mapping[Sequence, tuple[int, ...]]) -> list[_Work]:
+        step, first_row, first_logits = [], 0, 0
+        for part in parts:
+            text, own = self._texts[part.sequence], drafted.get(part.sequence, ())
+            last, end = first_row + part.num_tokens - 1, first_row + part.num_tokens + len(own)
+            is_chosen = part.is_last and text.sampling.max_tokens > 0
+            choosing = range(last, end) if is_chosen else range(0)
+            step.append(_Work(part, text, own, first_row, choosing, first_logits))
+            first_row, first_logits = end, first_logits + len(choosing)
+        return step
 
     def _plan_drafts(self) -> dict[Sequence, int]:
         """How many tokens to draft for each sequence that generates."""
@@ -333,81 +363,51 @@ class Engine:
         self._texts[text.sequence] = text
         self._scheduler.add(text.sequence)
 
-    def _score_prompts(
-        self, parts: list[Scheduled], drafted: Mapping[Sequence, tuple[int, ...]], decoded: Decoded
-    ) -> list[int]:
-        """Score the prompt tokens that a step's rows predict, where asked for; return each part's first row.
+    def _score_prompt(self, work: _Work, decoded: Decoded) -> None:
+        """Score the prompt tokens that a part's rows predict, where asked for.
 
         A text whose scores are no numbers has an error after this.
         """
-        first_rows, row = [], 0
-        for part in parts:
-            first_rows.append(row)
-            text, sequence = self._texts[part.sequence], part.sequence
-            top = text.sampling.prompt_logprobs
-            if top is not None and not text.has_given_scores and text.index == 0:
-                if not text.scored:
-                    text.scored.append(GeneratedToken(sequence.tokens[0]))
-                # Position p predicts token p + 1; what was scored before a preemption is not scored again.
-                begin = max(sequence.num_computed, len(text.scored) - 1)
-                end = min(sequence.num_computed + part.num_tokens, sequence.num_prompt - 1)
-                for position in range(begin, end, _SCORED_ROWS):
-                    until = min(position + _SCORED_ROWS, end)
-                    place = row + position - sequence.num_computed
-                    logits = self._runner.logits(decoded.hidden[place : place + until - position])
-                    targets = sequence.tokens[position + 1 : until + 1]
-                    try:
-                        text.scored += score_prompt(logits, targets, top=top)
-                    except GenerationError as error:
-                        text.finish_reason, text.message = "error", str(error)
-                        break
-            row += part.num_tokens + len(drafted.get(part.sequence, ()))
-        return first_rows
-
-    def _choose(
-        self,
-        parts: list[Scheduled],
-        first_rows: list[int],
-        drafted: Mapping[Sequence, tuple[int, ...]],
-        decoded: Decoded,
-    ) -> list[RequestOutput]:
-        """Choose the next tokens of the parts that are complete, and note what is computed."""
-        choices: dict[Sequence, _Choice] = {}
-        rows: list[int] = []  # of the step, whose logits are needed
-        for part, first in zip(parts, first_rows, strict=True):
-            text = self._texts[part.sequence]
-            if part.is_last and text.sampling.max_tokens > 0 and text.finish_reason is None:
-                choice = _Choice(text, len(rows), drafted.get(part.sequence, ()))
-                choices[part.sequence] = choice
-                last = first + part.num_tokens - 1
-                rows += range(last, last + len(choice.drafted) + 1)
-        if rows:
-            logits = self._runner.logits(decoded.hidden[rows]).numpy()
-            for choice in choices.values():
-                self._choose_tokens(choice, logits, decoded, rows)
-        outputs = []
-        for part in parts:
-            outputs += self._advance(part, self._texts[part.sequence], choices.get(part.sequence))
-        return outputs
-
-    def _choose_tokens(self, choice: "_Choice", logits: NDArray[np.float32], decoded: Decoded, rows: list[int]) -> None:
-        """Choose the next token, and the ones after it as long as they are those drafted.
-
-        rows: of the step's tokens, whose logits these are.
-        """
-        text, drafted = choice.text, choice.drafted
-        for number in range(len(drafted) + 1):
-            row = choice.first_row + number
+        text, sequence = work.text, work.part.sequence
+        top = text.sampling.prompt_logprobs
+        if top is None or text.has_given_scores or text.index != 0:
+            return
+        if not text.scored:
+            text.scored.append(GeneratedToken(sequence.tokens[0]))
+        # Position p predicts token p + 1; what was scored before a preemption is not scored again.
+        begin = max(sequence.num_computed, len(text.scored) - 1)
+        end = min(sequence.num_computed + work.part.num_tokens, sequence.num_prompt - 1)
+        for position in range(begin, end, _SCORED_ROWS):
+            until = min(position + _SCORED_ROWS, end)
+            place = work.first_row + position - sequence.num_computed
+            logits = self._runner.logits(decoded.hidden[place : place + until - position])
+            targets = sequence.tokens[position + 1 : until + 1]
             try:
-                sampled = sample(logits[row], text.state, None if text.matcher is None else text.matcher.mask())
-                piece = self._accept(text, sampled.token_id, len(choice.tokens) + 1)
+                text.scored += score_prompt(logits, targets, top=top)
             except GenerationError as error:
                 text.finish_reason, text.message = "error", str(error)
                 return
-            experts = token_experts(decoded, rows[row]) if text.sampling.return_experts else None
-            choice.tokens.append(GeneratedToken(sampled.token_id, sampled.logprob, sampled.top_logprobs, experts))
-            choice.piece += piece
-            if text.finish_reason is not None or drafted[number : number + 1] != (sampled.token_id,):
+
+    def _choose_tokens(self, work: _Work, logits: NDArray[np.float32], decoded: Decoded) -> None:
+        """Choose a part's next token, and the ones after it as long as they are those drafted.
+
+        logits: of all rows of the step that choose.
+        """
+        text, drafted = work.text, work.drafted
+        for number, row in enumerate(work.choosing):
+            if text.finish_reason is not None:
+                return
+            try:
+                mask = None if text.matcher is None else text.matcher.mask()
+                sampled = sample(logits[work.first_logits + number], text.state, mask)
+                piece = self._accept(text, sampled.token_id, number + 1)
+            except GenerationError as error:
+                text.finish_reason, text.message = "error", str(error)
+                return
+            experts = token_experts(decoded, row) if text.sampling.return_experts else None
+            work.tokens.append(GeneratedToken(sampled.token_id, sampled.logprob, sampled.top_logprobs, experts))
+            work.piece += piece
+            if drafted[number : number + 1] != (sampled.token_id,):
                 return
 
     def _accept(self, text: _Text, token: int, num_new: int) -> str:
@@ -436,9 +436,9 @@ class Engine:
             text.finish_reason, text.stop_reason = "stop", text.detokenizer.stopped_by
         return piece
 
-    def _advance(self, part: Scheduled, text: _Text, choice: "_Choice | None") -> list[RequestOutput]:
+    def _advance(self, work: _Work) -> list[RequestOutput]:
         """Note what a step computed of a sequence, and what it gives."""
-        tokens = choice.tokens if choice is not None else []
+        part, text, tokens = work.part, work.text, work.tokens
         sequence = part.sequence
         # Not one that is computed again after a preemption: a token follows a whole prompt in the same step.
         is_whole_prompt = part.is_last and text.num_generated == 0
@@ -448,11 +448,11 @@ class Engine:
             sequence.tokens.extend(token.token_id for token in tokens)
             self._counts["generated"] += len(tokens)
         self._scheduler.computed(sequence, part.num_tokens + accepted)
-        if self._draft is not None and self._depth is not None and choice is not None and choice.drafted:
+        if self._draft is not None and self._depth is not None and work.drafted:
             self._draft.settle(sequence)
             if text.finish_reason is None:  # a text that ends says nothing of the tokens behind its end
-                self._depth.record_check(len(choice.drafted), accepted)
-            self._counts["drafted"] += len(choice.drafted)
+                self._depth.record_check(len(work.drafted), accepted)
+            self._counts["drafted"] += len(work.drafted)
             self._counts["accepted"] += accepted
         if is_whole_prompt:
             self._counts["prompt"] += sequence.num_prompt
@@ -460,13 +460,13 @@ class Engine:
         if is_whole_prompt or text.finish_reason is not None:
             for sibling in self._siblings.pop(sequence, ()):
                 self._submit(sibling)
-        if choice is None and part.is_last and text.finish_reason is None:  # max_tokens is 0
+        if part.is_last and not work.choosing and text.finish_reason is None:  # max_tokens is 0
             text.finish_reason = "length"
         if text.finish_reason is not None:
             self._end(text, text.finish_reason)
         elif not part.is_last:
             return []
-        return [self._output(text, choice.piece if choice is not None else "", tuple(tokens))]
+        return [self._output(text, work.piece, tuple(tokens))]
 
     def _end(self, text: _Text, reason: FinishReason) -> None:
         """Take a text out of everything; its blocks may be found by others until they are needed."""
@@ -499,12 +499,6 @@ class Engine:
             cached_tokens=min(sequence.num_cached or 0, sequence.num_prompt),
             completion_tokens=text.num_generated,
         )
-
-
-def _part_of(part: Scheduled, drafted: tuple[int, ...]) -> Part:
-    sequence = part.sequence
-    end = sequence.num_computed + part.num_tokens
-    return Part((*sequence.tokens[sequence.num_computed : end], *drafted), end + len(drafted), sequence.blocks)
 
 
 def _count_blocks(model: Transformer, config: EngineConfig, longest: int, dtype: torch.dtype) -> int:

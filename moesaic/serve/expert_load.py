@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from moesaic.kernels.decode import Decoded
 from moesaic.model.feed_forward import FeedForward
@@ -12,13 +13,15 @@ from moesaic.serve.outputs import LayerLoad, TokenExperts
 
 # How often what was read from the disk is looked at, and of the earlier looks, what is left at the next.
 _STEPS_A_LOOK, _KEPT = 16, 0.9
+# Routes that wait to be counted take memory.
+_MOST_PENDING_TOKENS = 4096
 _PROCESS_COUNTERS = Path("/proc/self/io")
 # Recent counts lose half their weight in so many tokens.
 _HALF_LIFE_TOKENS = 2048.0
 
 
 class ExpertLoad:
-    """Counts routes; one pass over all layers' routes a step.
+    """Counts routes, of some steps together: a step alone would pay more for the counting than for its sums.
 
     hit_rate: of the bytes of experts that the last steps used, the share that did not come from the disk; 1 where all
     is in memory, None before anything is known. A model that is mapped from its file and is larger than memory reads
@@ -35,10 +38,12 @@ class ExpertLoad:
         self._total = np.zeros(sum(self._num_experts), dtype=np.int64)
         self._recent = np.zeros(len(self._total))
         self._bytes = np.repeat([_expert_bytes(model, layer) for layer in self.layer_numbers], self._num_experts)
-        self.distinct_experts_per_step = 0.0
-        self.bytes_used = 0
-        self.hit_rate: float | None = None
-        self._num_steps = 0
+        self._pending: list[tuple[int, Tensor]] = []
+        self._pending_tokens = 0
+        self._distinct_experts_per_step = 0.0
+        self._bytes_used = 0
+        self._hit_rate: float | None = None
+        self._steps_since_look = 0
         self._last_look = (0, disk_bytes_read())
         self._recent_used = self._recent_read = 0.0
 
@@ -47,28 +52,63 @@ class ExpertLoad:
         num_tokens = decoded.hidden.shape[0]
         if not self._num_experts or not num_tokens:
             return
-        ids = decoded.all_expert_ids.cpu().numpy()
-        flat = ids + np.repeat(self._starts, self._top_k * num_tokens)
-        counts = np.bincount(flat, minlength=len(self._total))
-        self._total += counts
-        self._recent *= 0.5 ** (num_tokens / _HALF_LIFE_TOKENS)
-        self._recent += counts
+        self._pending.append((num_tokens, decoded.all_expert_ids))
+        self._pending_tokens += num_tokens
+        if len(self._pending) >= _STEPS_A_LOOK or self._pending_tokens >= _MOST_PENDING_TOKENS:
+            self._count()
+
+    @property
+    def distinct_experts_per_step(self) -> float:
+        """Of the last step, the mean over the layers."""
+        self._count()
+        return self._distinct_experts_per_step
+
+    @property
+    def bytes_used(self) -> int:
+        """Of experts, each step's distinct ones."""
+        self._count()
+        return self._bytes_used
+
+    @property
+    def hit_rate(self) -> float | None:
+        self._count()
+        return self._hit_rate
+
+    def _count(self) -> None:
+        """Count what waits."""
+        steps, self._pending, self._pending_tokens = self._pending, [], 0
+        if not steps:
+            return
+        size, num_layers = len(self._total), len(self._num_experts)
+        num_tokens = np.array([count for count, _ in steps])
+        ids = np.concatenate([ids.cpu().numpy() for _, ids in steps])
+        # A step's routes are one layer's after the other: where in the counts of all steps each run of them begins.
+        starts = np.add.outer(np.arange(len(steps)) * size, self._starts).ravel()
+        flat = ids + np.repeat(starts, np.outer(num_tokens, self._top_k).ravel())
+        counts = np.bincount(flat, minlength=len(steps) * size).reshape(len(steps), size)
+        self._total += counts.sum(0)
+        # What is left of each step's counts after the tokens of the later ones.
+        later = num_tokens[::-1].cumsum()[::-1]
+        kept = 0.5 ** (np.append(later, 0) / _HALF_LIFE_TOKENS)
+        self._recent = kept[0] * self._recent + kept[1:] @ counts
         used = counts > 0
-        self.distinct_experts_per_step = float(np.count_nonzero(used)) / len(self._num_experts)
-        self.bytes_used += int(self._bytes[used].sum())
-        self._num_steps += 1
-        if self._num_steps % _STEPS_A_LOOK == 0:
+        self._distinct_experts_per_step = float(np.count_nonzero(used[-1])) / num_layers
+        self._bytes_used += int((used @ self._bytes).sum())
+        self._steps_since_look += len(steps)
+        if self._steps_since_look >= _STEPS_A_LOOK:
+            self._steps_since_look = 0
             self._look()
 
     def _look(self) -> None:
         used, read = self._last_look
-        self._last_look = (self.bytes_used, disk_bytes_read())
+        self._last_look = (self._bytes_used, disk_bytes_read())
         if read is not None and self._last_look[1] is not None:
-            self._recent_used = self._recent_used * _KEPT + self.bytes_used - used
+            self._recent_used = self._recent_used * _KEPT + self._bytes_used - used
             self._recent_read = self._recent_read * _KEPT + self._last_look[1] - read
-            self.hit_rate = max(0.0, 1.0 - self._recent_read / self._recent_used)
+            self._hit_rate = max(0.0, 1.0 - self._recent_read / self._recent_used)
 
     def layers(self) -> tuple[LayerLoad, ...]:
+        self._count()
         ends = self._starts + self._num_experts
         return tuple(
             LayerLoad(

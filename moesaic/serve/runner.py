@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,24 +29,27 @@ class Runner:
 
     def __init__(self, model: Transformer, num_blocks: int, *, block_size: int, dtype: torch.dtype) -> None:
         self.model = model.eval()
-        self._dtype = dtype
+        self._dtype, self._device = dtype, model.device
         self._storage = allocate_storage(
             model.config, num_blocks, block_size=block_size, dtype=dtype, device=model.device
         )
 
-    def run(self, parts: Sequence[Part]) -> Decoded:
-        """Compute the new tokens of all parts, end to end, and keep their keys and values."""
-        starts = [0, *accumulate(len(part.tokens) for part in parts)]
+    def run(self, parts: Sequence[Part], rows: Sequence[int] = ()) -> Decoded:
+        """Compute the new tokens of all parts, end to end, and keep their keys and values.
+
+        rows: of these tokens, rising, those whose logits are wanted.
+        """
         tables = np.zeros((len(parts), max(len(part.blocks) for part in parts)), dtype=np.int32)
         for table, part in zip(tables, parts, strict=True):
             table[: len(part.blocks)] = part.blocks
         batch = PagedBatch(
-            torch.tensor(starts, dtype=torch.int32),
-            torch.tensor([part.length for part in parts], dtype=torch.int32),
+            _tensor([0, *accumulate(len(part.tokens) for part in parts)], np.int32),
+            _tensor([part.length for part in parts], np.int32),
             torch.from_numpy(tables),
         )
-        tokens = torch.tensor([token for part in parts for token in part.tokens], device=self.model.device)
-        return self.model.infer(tokens, CacheStep(self._storage, batch))
+        tokens = _tensor([token for part in parts for token in part.tokens], np.int64)
+        step = CacheStep(self._storage, batch)
+        return self.model.infer(tokens.to(self._device), step, _tensor(rows, np.int64) if rows else None)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -62,6 +66,11 @@ class Runner:
             part = torch.tensor([list(tokens[start : start + chunk])], device=model.device)
             total += model(part, cache=cache).hidden[0].float().sum(0).cpu()
         return total / len(tokens)
+
+
+def _tensor(numbers: Sequence[int], dtype: type[np.integer[Any]]) -> Tensor:
+    # In less than half of the time of torch.tensor.
+    return torch.from_numpy(np.array(numbers, dtype=dtype))
 
 
 def block_bytes(model: Transformer, *, block_size: int, dtype: torch.dtype) -> int:

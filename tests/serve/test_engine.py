@@ -482,10 +482,10 @@ def test_what_a_draft_had_missed_is_not_the_price_of_drafting(
     depths = iter([3, 2, *[0] * 30, 1, 2, *[0] * 30, 3, 1])
     run = Runner.run
 
-    def timed(self: Runner, parts: Sequence[Part]) -> Decoded:
+    def timed(self: Runner, parts: Sequence[Part], rows: Sequence[int] = ()) -> Decoded:
         nonlocal clock
         clock += sum(len(part.tokens) for part in parts) if self.model is draft_model else 0
-        return run(self, parts)
+        return run(self, parts, rows)
 
     monkeypatch.setattr(Runner, "run", timed)
     monkeypatch.setattr(time, "perf_counter", lambda: clock)

@@ -19,18 +19,20 @@ MOESAIC_EXPORT int64_t moesaic_want_pages(const uint8_t* from, int64_t bytes) {
     return 0;
 }
 
-// `caches` holds one PagedCache for each layer. Returns 1 when positions of the batch have no block or are more than the
-// model has, 2 for a token outside the vocabulary.
+// `caches` holds one PagedCache for each layer, `rows` the tokens (rising) whose logits are wanted. Returns 1 when
+// positions of the batch have no block or are more than the model has, 2 for a token outside the vocabulary.
 MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double work_per_token, const void* caches,
                                       const int32_t* starts, const int32_t* lengths, const int32_t* tables,
                                       int64_t num_sequences, int64_t table_width, const int64_t* tokens,
                                       int64_t num_tokens, uint16_t* hidden, int64_t* expert_ids,
-                                      float* routing_weights) {
+                                      float* routing_weights, const int64_t* rows, int64_t num_rows,
+                                      float* logits) {
     using namespace moesaic;
     static thread_local Scratch workspace, places;
     DecodeCall call{model,      static_cast<const PagedCache*>(caches), {starts, lengths, tables, num_sequences, table_width},
                     tokens,     num_tokens,      hidden, expert_ids,
-                    routing_weights, {},         nullptr, should_guess(*model, num_tokens)};
+                    routing_weights, rows,       num_rows, logits, {},
+                    nullptr,    should_guess(*model, num_tokens)};
     if (!is_valid(call.batch, call.caches[0], num_tokens)) return 1;
     auto* positions = places.get<int32_t>(size_t(num_tokens));
     for (int64_t s = 0; s < num_sequences; ++s) {
@@ -45,7 +47,8 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
     const size_t bytes = DecodeWorkspace(call, nullptr).bytes;
     const DecodeWorkspace work(call, workspace.get<char>(bytes));
     const double attention = call.plan.work * double(model->num_layers);
-    run_team(work_per_token * double(num_tokens) + attention, [&](Team& team) { decode(team, call, work); });
+    const double head = 2.0 * double(model->vocab_size * model->hidden_size) * double(num_rows);
+    run_team(work_per_token * double(num_tokens) + attention + head, [&](Team& team) { decode(team, call, work); });
     if (model->guesses) ++model->guesses->num_passes;
     return 0;
 }

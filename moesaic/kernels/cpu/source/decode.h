@@ -1,4 +1,4 @@
-// A whole pass of a packed model over the new tokens of some sequences, from embedding to final norm, inside one team.
+// A whole pass of a packed model over the new tokens of some sequences, from embedding to logits, inside one team.
 //
 // For a few tokens a layer is some hundred microseconds of reading weights; calling its twenty operations one by one
 // costs as much again. Here they follow each other through the team's barriers. Every number is rounded where the same
@@ -64,6 +64,7 @@ struct DecodeModel {
     const bf16* position_embedding;
     const float *cosines, *sines;  // (max_positions, D/2)
     NormWeights final_norm;
+    const Packed* head;      // (V, H)
     ExpertGuesses* guesses;  // where its experts lie in a mapped file that does not fit into memory, else null
 
     int64_t qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
@@ -78,6 +79,9 @@ struct DecodeCall {
     bf16* hidden;            // (T, H), after the final norm
     int64_t* expert_ids;     // of one MoE layer after the other (T, top_k)
     float* routing_weights;  // likewise
+    const int64_t* rows;     // (R), rising: the tokens whose logits are wanted
+    int64_t num_rows;
+    float* logits;  // (R, V)
     PagedPlan plan;
     const int32_t* positions;  // (T)
     bool guesses_experts;      // decided once: the team goes one way
@@ -124,6 +128,7 @@ struct DecodeWorkspace {
             if (layer.mix_weight) at_least(packed_linear_workspace(*layer.mix_weight, call.num_tokens));
             at_least(packed_moe_workspace(moe_call(call, layer)));
         }
+        at_least(packed_linear_workspace(*model.head, call.num_rows));
         operation = take(most);
         bytes = used;
     }
@@ -325,6 +330,21 @@ inline void decode_feed_forward(Team& team, const DecodeCall& call, int64_t inde
     packed_moe(team, moe);
 }
 
+// The logits of the wanted tokens, from hidden states after the final norm.
+inline void compute_logits(Team& team, const DecodeCall& call, const DecodeWorkspace& work) {
+    if (call.num_rows == 0) return;
+    const int64_t hidden = call.model->hidden_size, first = call.rows[0];
+    const bf16* x = call.hidden + first * hidden;
+    if (call.rows[call.num_rows - 1] - first + 1 > call.num_rows) {
+        team.tasks(long(call.num_rows), [&](long row) {
+            std::memcpy(work.normed + row * hidden, call.hidden + call.rows[row] * hidden, size_t(hidden) * sizeof(bf16));
+        });
+        x = work.normed;
+    }
+    packed_linear(team, {*call.model->head, call.num_rows, x, hidden, 1, nullptr, call.logits, call.model->vocab_size,
+                         0, work.operation});
+}
+
 // Every thread of the team calls this, with equal arguments.
 inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& work) {
     const DecodeModel& model = *call.model;
@@ -353,6 +373,7 @@ inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& wo
             add_and_norm(model, next, first, last, work.out, work.x, is_last ? call.hidden : work.normed, work);
         });
     }
+    compute_logits(team, call, work);
 }
 
 }  // namespace moesaic
