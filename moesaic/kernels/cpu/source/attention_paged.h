@@ -7,9 +7,11 @@
 // width is head_dim rounded up to 32, the rest zero. A number is bf16, or int8 with one fp32 scale for each position and
 // head, which is exact in bf16: a panel of int8 is expanded in the first-level cache and goes the same way.
 //
-// All query heads of a key/value head go over its keys together. A row's positions are worked on in splits of 256 whose
-// results are merged in rising order, the same way whether one thread or many had them: what a row gives depends on
-// nothing else in the call, but that an infinite value in a position it does not see may reach it as 0 times infinity.
+// All query heads of a key/value head go over its keys together, and where they are few, as in a decode, several
+// key/value heads take turns: their panels of the same positions lie behind one another, so that one thread reads one
+// stream. A row's positions are worked on in splits of 256 whose results are merged in rising order, the same way whether
+// one thread or many had them: what a row gives depends on nothing else in the call, but that an infinite value in a
+// position it does not see may reach it as 0 times infinity.
 #pragma once
 
 #include <algorithm>
@@ -22,6 +24,7 @@
 namespace moesaic {
 
 constexpr int kSplit = 256;         // positions
+constexpr int kSplitPanels = kSplit / kPanel;
 constexpr int kAttentionRows = kWholeRows;  // (query, head) of a task: 48 or 64 KiB of scores in a split
 constexpr int kPanelPairs = kPanel / 2;
 
@@ -71,29 +74,62 @@ inline bool is_valid(const PagedBatch& batch, const PagedCache& cache, int64_t n
     return true;
 }
 
+// What the running softmax of some rows takes (AttentionState), in whole cache lines.
+inline size_t state_floats(int rows, int width) { return size_t(round_up(rows * (width + 2), 16)); }
+
 // Tokens of one sequence that lie in one panel.
 struct WriteItem {
     int first_token, count, block, panel, offset;
 };
 
-// Rows of one sequence, a row being a query and one of the heads that share a key/value head, and splits of its
-// positions. partial: where its results wait to be merged with those of the splits before and after, else -1.
+// Rows of one sequence, a row being a query and one of the heads that share a key/value head; key/value heads; and
+// splits of the sequence's positions. partial: where the first head's results wait to be merged with those of the splits
+// before and after, else -1.
 struct AttentionItem {
-    int sequence, first_row, rows, first_split, num_splits;
+    int sequence, first_row, rows, first_split, num_splits, first_head, num_heads;
     int64_t partial;
 };
 
 // What a batch is cut into; the same for every layer.
 struct PagedPlan {
     std::vector<WriteItem> writes;
-    std::vector<AttentionItem> items, merges;
+    std::vector<AttentionItem> many_rows;  // one key/value head each
+    std::vector<AttentionItem> few_rows;   // one split each, in the order in which they are best read
+    std::vector<AttentionItem> merges;
     size_t partial_floats = 0;
     double work = 0;
 };
 
+// Into how many runs of key/value heads the rows of sequences with few of them are cut: into as few as keep all threads
+// busy. A run of half as many heads reads about a tenth slower.
+inline int head_runs(const PagedBatch& batch, int group, int kv_heads) {
+    const int threads = omp_get_max_threads();
+    std::vector<int> lengths;  // of splits, in panels
+    for (int s = 0; s < batch.num_sequences; ++s) {
+        const int queries = batch.starts[s + 1] - batch.starts[s];
+        if (queries == 0 || queries * group > kAttentionRows) continue;
+        for (int at = 0; at < batch.lengths[s]; at += kSplit)
+            lengths.push_back((std::min(kSplit, batch.lengths[s] - at) + kPanel - 1) / kPanel);
+    }
+    int best = 1;
+    double least = INFINITY, slower = 1;
+    for (int runs = 1; runs < 2 * kv_heads && int(lengths.size()) < 4 * threads; runs *= 2, slower *= 1.1) {
+        const int here = std::min(runs, kv_heads), heads = (kv_heads + here - 1) / here;
+        std::vector<int> busy(size_t(threads), 0);  // each takes the next when it is free
+        for (const int length : lengths)
+            for (int head = 0; head < kv_heads; head += heads)
+                *std::min_element(busy.begin(), busy.end()) += length * std::min(heads, kv_heads - head);
+        const double time = slower * *std::max_element(busy.begin(), busy.end());
+        if (time < least) least = time, best = here;
+    }
+    return best;
+}
+
 inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, int64_t num_heads) {
     PagedPlan plan;
-    const int group = int(num_heads / cache.num_kv_heads), width = cache.width(), size = int(cache.block_size);
+    const int kv_heads = int(cache.num_kv_heads), group = int(num_heads) / kv_heads;
+    const int width = cache.width(), size = int(cache.block_size);
+    const int runs = head_runs(batch, group, kv_heads);
     for (int s = 0; s < batch.num_sequences; ++s) {
         const int first = batch.starts[s], queries = batch.starts[s + 1] - first, length = batch.lengths[s];
         if (queries == 0) continue;
@@ -107,23 +143,26 @@ inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, in
         const int rows = queries * group;
         plan.work += 4.0 * rows * cache.num_kv_heads * double(length) * width;
         if (rows <= kAttentionRows) {
+            const int heads_each = std::max(1, std::min((kv_heads + runs - 1) / runs, kAttentionRows / rows));
             const int splits = (length + kSplit - 1) / kSplit;
-            if (splits == 1) {
-                plan.items.push_back({s, 0, rows, 0, 1, -1});
-                continue;
-            }
-            const int64_t partial = int64_t(plan.partial_floats), each = int64_t(rows) * (width + 2);
+            const int64_t each = int64_t(state_floats(rows, width));
+            const int64_t partial = splits == 1 ? -1 : int64_t(plan.partial_floats);
             for (int split = 0; split < splits; ++split)
-                plan.items.push_back({s, 0, rows, split, 1, partial + split * each * cache.num_kv_heads});
-            plan.merges.push_back({s, 0, rows, 0, splits, partial});
-            plan.partial_floats += size_t(splits * each * cache.num_kv_heads);
+                for (int head = 0; head < kv_heads; head += heads_each)
+                    plan.few_rows.push_back({s, 0, rows, split, 1, head, std::min(heads_each, kv_heads - head),
+                                             splits == 1 ? -1 : partial + (split * kv_heads + head) * each});
+            if (splits == 1) continue;
+            for (int head = 0; head < kv_heads; ++head)
+                plan.merges.push_back({s, 0, rows, 0, splits, head, 1, partial + head * each});
+            plan.partial_floats += size_t(splits * each * kv_heads);
             continue;
         }
         // The last rows see the most: they go first, so that the short ones fill the end.
         for (int row = (rows - 1) / kAttentionRows * kAttentionRows; row >= 0; row -= kAttentionRows) {
             const int here = std::min(kAttentionRows, rows - row);
             const int seen = length - queries + (row + here - 1) / group + 1;
-            plan.items.push_back({s, row, here, 0, (seen + kSplit - 1) / kSplit, -1});
+            for (int head = 0; head < kv_heads; ++head)
+                plan.many_rows.push_back({s, row, here, 0, (seen + kSplit - 1) / kSplit, head, 1, -1});
         }
     }
     return plan;
@@ -131,9 +170,8 @@ inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, in
 
 #if defined(__AVX512F__) && !defined(MOESAIC_TILES)
 
-// C[R][16 V] = A[R][count * 2 * pairs] times `count` pieces of two neighbouring panels (of one, where V is 2), reading
-// `ahead`: with the four rows of a grouped decode one panel has too few sums to hide a product's latency, and two in
-// registers over all pieces also spare the loads and stores between them.
+// Many rows of one head. C[R][16 V] = A[R][count * 2 * pairs] times `count` pieces of two neighbouring panels (of one,
+// where V is 2), reading `ahead`: two in registers over all pieces spare loads and stores, a third of the time.
 template <int R, int V, bool Prefetch>
 inline void multiply_rows(int count, int pairs, const bf16* a, size_t lda, const uint32_t* const* left,
                           const uint32_t* const* right, const uint32_t* const* left_ahead,
@@ -194,20 +232,15 @@ inline void multiply_panels(int rows, int count, int pairs, const bf16* a, size_
 
 #endif
 
-// The panels of one head in a split of positions: where they are, and where the next ones to be read are.
-struct SplitPanels {
-    static constexpr int kMost = kSplit / kPanel;
+// The panels of one head in a split of positions, and the next ones to be read.
+struct HeadPanels {
     static constexpr int kAhead = 4;
     int count;
-    const uint32_t* at[kMost + kAhead];
-
-    void follow_with(const SplitPanels& next) {
-        for (int i = 0; i < kAhead; ++i) at[count + i] = next.at[std::min(i, next.count - 1)];
-    }
+    const uint32_t* at[kSplitPanels + kAhead];
 };
 
 // scores[rows][256], the first 32 * keys.count of each row: queries[rows][width] times keys.
-inline void multiply_keys(int rows, int width, const bf16* queries, const SplitPanels& keys, float* scores) {
+inline void multiply_keys(int rows, int width, const bf16* queries, const HeadPanels& keys, float* scores) {
 #if defined(__AVX512F__) && !defined(MOESAIC_TILES)
     for (int p = 0; p < keys.count; p += 2) {
         const uint32_t* const* here = keys.at + p;
@@ -225,13 +258,13 @@ inline void multiply_keys(int rows, int width, const bf16* queries, const SplitP
 }
 
 // sums[rows][width] = probabilities[rows][256] times values.
-inline void multiply_values(int rows, int width, const bf16* probabilities, const SplitPanels& values, float* sums) {
+inline void multiply_values(int rows, int width, const bf16* probabilities, const HeadPanels& values, float* sums) {
     constexpr int kChunk = kPanel * kPanelPairs;
 #if defined(__AVX512F__) && !defined(MOESAIC_TILES)
-    const uint32_t *left[SplitPanels::kMost + SplitPanels::kAhead], *right[SplitPanels::kMost + SplitPanels::kAhead];
+    const uint32_t *left[kSplitPanels + HeadPanels::kAhead], *right[kSplitPanels + HeadPanels::kAhead];
     for (int chunk = 0; chunk < width; chunk += 2 * kPanel) {
         const int offset = chunk * kPanelPairs;
-        for (int i = 0; i < values.count + SplitPanels::kAhead; ++i) {
+        for (int i = 0; i < values.count + HeadPanels::kAhead; ++i) {
             left[i] = values.at[i] + offset;
             right[i] = values.at[i] + offset + kChunk;
         }
@@ -249,6 +282,85 @@ inline void multiply_values(int rows, int width, const bf16* probabilities, cons
                        kPanel, sums + chunk, size_t(width), i > 0);
 #endif
 }
+
+// Few rows of several heads: panels of the same positions, of one head after the other, and those that are read later.
+struct PanelReads {
+    const char* const* at;
+    const char* const* ahead;  // null: nothing is brought nearer
+    size_t offset;             // bytes into each
+};
+
+// Rows of one head after the other: head i's begin i * step elements behind the first one's, rows are ld apart.
+template <typename T>
+struct HeadRows {
+    T* first;
+    size_t ld, step;
+};
+
+constexpr int kFewAttentionRows = 6;
+
+#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+
+// Of each head: C[R][32 N] (+)= A[R][2 * pairs] times N times 32 columns, which lie behind one another: a panel of keys,
+// or 64 channels of one of values, since the four rows of a grouped decode have too few sums for half of them to hide a
+// product's latency.
+template <int R, int N, bool Prefetch>
+inline void multiply_heads(int heads, int pairs, HeadRows<const bf16> a, PanelReads reads, HeadRows<float> c,
+                           bool accumulate) {
+    constexpr int V = N * kPanel / W;
+    for (int head = 0; head < heads; ++head, a.first += a.step, c.first += c.step) {
+        const auto* panel = reinterpret_cast<const uint32_t*>(reads.at[head] + reads.offset);
+        const char* ahead = Prefetch ? reads.ahead[head] + reads.offset : nullptr;
+        Vf acc[R][V];
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c.first + r * c.ld + v * W) : zero();
+        for (int p = 0; p < pairs; ++p) {
+            Vi columns[V];
+            for (int v = 0; v < V; ++v) {
+                const int place = (v / 2 * pairs + p) * kPanel + v % 2 * W;
+                columns[v] = loadi(panel + place);
+                if constexpr (Prefetch) _mm_prefetch(ahead + place * 4, _MM_HINT_T0);
+            }
+            for (int r = 0; r < R; ++r) {
+                const Vi row = broadcast_dword(a.first + r * a.ld + 2 * p);
+                for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) store(c.first + r * c.ld + v * W, acc[r][v]);
+    }
+}
+
+template <int N, int R = kFewAttentionRows>
+inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf16> a, PanelReads reads,
+                              HeadRows<float> c, bool accumulate) {
+    if constexpr (R > 0) {
+        if (rows < R)
+            multiply_heads_of<N, R - 1>(rows, heads, pairs, a, reads, c, accumulate);
+        else if (reads.ahead)
+            multiply_heads<R, N, true>(heads, pairs, a, reads, c, accumulate);
+        else
+            multiply_heads<R, N, false>(heads, pairs, a, reads, c, accumulate);
+    }
+}
+
+#else
+
+template <int N>
+inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf16> a, PanelReads reads,
+                              HeadRows<float> c, bool accumulate) {
+    for (int head = 0; head < heads; ++head)
+        for (int i = 0; i < N; ++i) {
+            const size_t place = reads.offset + size_t(i * pairs * kPanel) * 4;
+            for (int line = 0; reads.ahead && line < pairs * kPanel * 4; line += 64)
+                _mm_prefetch(reads.ahead[head] + place + line, _MM_HINT_T0);
+            gemm_panel(rows, pairs, a.first + head * a.step, a.ld,
+                       reinterpret_cast<const uint32_t*>(reads.at[head] + place), kPanel,
+                       c.first + head * c.step + i * kPanel, c.ld, accumulate);
+        }
+}
+
+#endif
 
 // Pairs of int8 to pairs of bf16; count a multiple of 16. What stands at `ahead` will be read soon.
 inline void expand_pairs(int count, const uint16_t* from, const uint16_t* ahead, uint32_t* to) {
@@ -271,14 +383,6 @@ inline void expand_pairs(int count, const uint16_t* from, const uint16_t* ahead,
                                                                 _mm256_castps_si256(high)));
     }
 #endif
-}
-
-// `count` panels of `pairs` dwords each, one behind the other.
-inline void expand_panels(int count, const void* numbers, const size_t* places, size_t pairs, uint32_t* to) {
-    auto panel = [&](int i) {
-        return reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(numbers) + places[std::min(i, count - 1)]);
-    };
-    for (int i = 0; i < count; ++i) expand_pairs(int(pairs), panel(i), panel(i + 2), to + size_t(i) * pairs);
 }
 
 // values = round(x * (127 / max|x|)); returns max|x| / 127. Next to 0: zeros and 0. Not finite: zeros and NaN.
@@ -450,111 +554,280 @@ inline void split_softmax(float* scores, bf16* probabilities, int visible, int c
     *total = sum(add(sums[0], sums[1]));
 }
 
-inline void attend(const AttentionCall& call, const AttentionItem& item, int64_t head) {
-    const PagedCache& cache = call.cache;
+// Positions that the last row of an item sees.
+inline int positions_seen(const AttentionCall& call, const AttentionItem& item) {
     const PagedBatch& batch = call.batch;
-    const int width = cache.width(), dim = int(cache.head_dim), rows = item.rows;
-    const int group = int(call.num_heads / cache.num_kv_heads);
-    const size_t panel_pairs = size_t(width) * kPanelPairs;
-    const size_t expanded_pairs = cache.is_quantized() ? SplitPanels::kMost * panel_pairs : 0;
-    const size_t state_floats = size_t(rows) * (width + 2);
-    float* floats = attention_scratch().get<float>(size_t(rows) * kSplit + 2 * state_floats + 2 * kSplit +
-                                                   expanded_pairs + size_t(rows) * (kSplit + width) / 2);
-    float* scores = floats;
-    float* key_scales = scores + size_t(rows) * kSplit;
-    float* value_scales = key_scales + kSplit;
-    auto* expanded = reinterpret_cast<uint32_t*>(value_scales + kSplit);
-    auto* probabilities = reinterpret_cast<bf16*>(expanded + expanded_pairs);
-    bf16* queries = probabilities + size_t(rows) * kSplit;
-    float* states = reinterpret_cast<float*>(queries + size_t(rows) * width);
-    const bool is_partial = item.partial >= 0;
-    const AttentionState part =
-        state_at(is_partial ? call.partials + item.partial + head * int64_t(state_floats) : states, rows, width);
-    const AttentionState whole = state_at(states + state_floats, rows, width);
-    if (item.num_splits > 1) clear_state(whole, rows, width);
-
-    const int first_query = batch.starts[item.sequence];
-    const int past = batch.lengths[item.sequence] - (batch.starts[item.sequence + 1] - first_query);
-    for (int row = 0; row < rows; ++row) {
-        const int flat = item.first_row + row;
-        const bf16* from =
-            call.query + (first_query + flat / group) * call.query_stride + (head * group + flat % group) * dim;
-        std::memcpy(queries + row * width, from, size_t(dim) * sizeof(bf16));
-        std::memset(queries + row * width + dim, 0, size_t(width - dim) * sizeof(bf16));
-    }
-    const int seen = past + (item.first_row + rows - 1) / group + 1;  // positions that the last row sees
-    const int32_t* table = batch.tables + item.sequence * batch.table_width;
-    for (int split = item.first_split; split < item.first_split + item.num_splits; ++split) {
-        const int start = split * kSplit, end = std::min(seen, start + kSplit);
-        const int panels = (end - start + kPanel - 1) / kPanel;
-        SplitPanels keys{panels, {}}, values{panels, {}};
-        size_t places[SplitPanels::kMost];
-        for (int p = 0; p < panels; ++p) {
-            const int position = start + p * kPanel;
-            const int32_t block = table[position / cache.block_size];
-            const int inside = int(position % cache.block_size) / kPanel;
-            places[p] = cache.panel_offset(block, head, inside);
-            if (cache.is_quantized()) {
-                keys.at[p] = values.at[p] = expanded + size_t(p) * panel_pairs;
-                const size_t scales_at = cache.scale_offset(block, head, inside);
-                std::memcpy(key_scales + p * kPanel, cache.key_scales + scales_at, kPanel * sizeof(float));
-                std::memcpy(value_scales + p * kPanel, cache.value_scales + scales_at, kPanel * sizeof(float));
-            } else {
-                keys.at[p] = reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(cache.keys) + places[p]);
-                values.at[p] = reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(cache.values) + places[p]);
-            }
-        }
-        if (cache.is_quantized()) expand_panels(panels, cache.keys, places, panel_pairs, expanded);
-        keys.follow_with(values);
-        values.follow_with(values);
-        multiply_keys(rows, width, queries, keys, scores);
-        if (cache.is_quantized()) {
-            for (int row = 0; row < rows; ++row)
-                for (int i = 0; i < panels * kPanel; i += W) {
-                    float* score = scores + size_t(row) * kSplit + i;
-                    store(score, mul(load(score), load(key_scales + i)));
-                }
-            expand_panels(panels, cache.values, places, panel_pairs, expanded);
-        }
-        for (int row = 0; row < rows; ++row) {
-            const int visible = std::min(past + (item.first_row + row) / group + 1 - start, panels * kPanel);
-            bf16* row_probabilities = probabilities + size_t(row) * kSplit;
-            if (visible <= 0) {
-                std::memset(row_probabilities, 0, size_t(panels) * kPanel * sizeof(bf16));
-                part.totals[row] = 0.0f, part.largest[row] = -INFINITY;
-                continue;
-            }
-            split_softmax(scores + size_t(row) * kSplit, row_probabilities, visible, panels * kPanel, call.scale,
-                          cache.is_quantized() ? value_scales : nullptr, part.totals + row, part.largest + row);
-        }
-        multiply_values(rows, width, probabilities, values, part.sums);
-        if (item.num_splits > 1)
-            for (int row = 0; row < rows; ++row) merge_row(whole, part, row, width, call.scale);
-    }
-    if (!is_partial) write_rows(call, item, head, item.num_splits > 1 ? whole : part);
+    const int queries = batch.starts[item.sequence + 1] - batch.starts[item.sequence];
+    const int group = int(call.num_heads / call.cache.num_kv_heads);
+    return batch.lengths[item.sequence] - queries + (item.first_row + item.rows - 1) / group + 1;
 }
 
-inline void merge_splits(const AttentionCall& call, const AttentionItem& item, int64_t head) {
+// A panel of an item's split: of 32 positions and one head, where its keys, its values and their scales are.
+struct PanelPlace {
+    size_t offset, scales;
+};
+
+inline PanelPlace panel_place(const AttentionCall& call, const AttentionItem& item, int position, int head) {
+    const PagedCache& cache = call.cache;
+    const int size = int(cache.block_size);
+    const int32_t block = call.batch.tables[item.sequence * call.batch.table_width + position / size];
+    const int inside = position % size / kPanel;
+    return {cache.panel_offset(block, item.first_head + head, inside),
+            cache.scale_offset(block, item.first_head + head, inside)};
+}
+
+// The panels of a split in the order in which they are read: keys by position and head, values likewise, and the first
+// ones of what is read after them.
+struct SplitPanels {
+    static constexpr int kAhead = 2;  // panels between reading ahead and reading
+    PanelPlace places[kSplitPanels * kAttentionRows];
+    const char* at[2 * kSplitPanels * kAttentionRows + kAhead];
+
+    void list(const AttentionCall& call, const AttentionItem& item, int split, int panels) {
+        const size_t size = call.cache.is_quantized() ? 1 : sizeof(bf16);
+        const char* keys = static_cast<const char*>(call.cache.keys);
+        const char* values = static_cast<const char*>(call.cache.values);
+        const int count = panels * item.num_heads;
+        const size_t head_step = size_t(call.cache.block_size) * call.cache.width();
+        for (int p = 0, n = 0; p < panels; ++p) {
+            PanelPlace place = panel_place(call, item, split * kSplit + p * kPanel, 0);
+            for (int head = 0; head < item.num_heads; ++head, ++n) {
+                places[n] = place;
+                at[n] = keys + place.offset * size;
+                at[count + n] = values + place.offset * size;
+                place.offset += head_step, place.scales += size_t(call.cache.block_size);
+            }
+        }
+        for (int i = 0; i < kAhead; ++i) at[2 * count + i] = at[2 * count - 1];
+    }
+    void follow_with(const AttentionCall& call, const AttentionItem& next, int split, int count) {
+        const size_t size = call.cache.is_quantized() ? 1 : sizeof(bf16);
+        const int start = split * kSplit, seen = positions_seen(call, next);
+        for (int i = 0; i < kAhead; ++i) {
+            const int position = std::min(start + i / next.num_heads * kPanel, (seen - 1) / kPanel * kPanel);
+            const PanelPlace place = panel_place(call, next, position, i % next.num_heads);
+            at[2 * count + i] = static_cast<const char*>(call.cache.keys) + place.offset * size;
+        }
+    }
+};
+
+// A thread at work on one item. scores and probabilities are [heads][rows][256], queries [heads][rows][width].
+class ItemWork {
+  public:
+    ItemWork(const AttentionCall& call, const AttentionItem& item)
+        : call_(call), cache_(call.cache), item_(item), width_(cache_.width()), rows_(item.rows), heads_(item.num_heads),
+          group_(int(call.num_heads / cache_.num_kv_heads)), panel_pairs_(size_t(width_) * kPanelPairs),
+          floats_each_(state_floats(rows_, width_)), is_quantized_(cache_.is_quantized()) {
+        const size_t all_rows = size_t(rows_) * heads_, expanded = is_quantized_ ? kSplitPanels * panel_pairs_ : 0;
+        scores_ = attention_scratch().get<float>(all_rows * kSplit + 2 * heads_ * floats_each_ + kSplit + expanded +
+                                                 all_rows * (kSplit + width_) / 2);
+        value_scales_ = scores_ + all_rows * kSplit;
+        expanded_ = reinterpret_cast<uint32_t*>(value_scales_ + kSplit);
+        probabilities_ = reinterpret_cast<bf16*>(expanded_ + expanded);
+        queries_ = probabilities_ + all_rows * kSplit;
+        states_ = reinterpret_cast<float*>(queries_ + all_rows * width_);
+    }
+
+    // All of it, and the first look at the `next` item, or null.
+    void run(const AttentionItem* next) {
+        gather_queries();
+        const int seen = positions_seen(call_, item_), last = item_.first_split + item_.num_splits - 1;
+        for (int split = item_.first_split; split <= last; ++split) {
+            start_ = split * kSplit;
+            panels_ = (std::min(seen, start_ + kSplit) - start_ + kPanel - 1) / kPanel;
+            list_.list(call_, item_, split, panels_);
+            if (split < last)
+                list_.follow_with(call_, item_, split + 1, panels_ * heads_);
+            else if (next)
+                list_.follow_with(call_, *next, next->first_split, panels_ * heads_);
+            multiply_by_keys();
+            for (int head = 0; head < heads_; ++head) softmax(head);
+            multiply_by_values();
+            for (int head = 0; item_.num_splits > 1 && head < heads_; ++head)
+                for (int row = 0; row < rows_; ++row) merge_row(whole(head), part(head), row, width_, call_.scale);
+        }
+        for (int head = 0; item_.partial < 0 && head < heads_; ++head)
+            write_rows(call_, item_, item_.first_head + head, item_.num_splits > 1 ? whole(head) : part(head));
+    }
+
+  private:
+    // Of a split, and of all splits.
+    AttentionState part(int head) const {
+        float* first = item_.partial < 0 ? states_ : call_.partials + item_.partial;
+        return state_at(first + head * floats_each_, rows_, width_);
+    }
+    AttentionState whole(int head) const { return state_at(states_ + (heads_ + head) * floats_each_, rows_, width_); }
+
+    size_t score_place(int head, int row) const { return size_t(head * rows_ + row) * kSplit; }
+
+    void gather_queries() {
+        const PagedBatch& batch = call_.batch;
+        const int first_query = batch.starts[item_.sequence], dim = int(cache_.head_dim);
+        past_ = batch.lengths[item_.sequence] - (batch.starts[item_.sequence + 1] - first_query);
+        for (int head = 0; head < heads_; ++head) {
+            if (item_.num_splits > 1) clear_state(whole(head), rows_, width_);
+            for (int row = 0; row < rows_; ++row) {
+                const int flat = item_.first_row + row;
+                const int64_t query_head = (item_.first_head + head) * group_ + flat % group_;
+                const bf16* from = call_.query + (first_query + flat / group_) * call_.query_stride + query_head * dim;
+                bf16* to = queries_ + (head * rows_ + row) * width_;
+                int i = 0;
+                for (; i + 2 * W <= dim; i += 2 * W) storei(to + i, loadi(from + i));
+                for (; i < width_; ++i) to[i] = i < dim ? from[i] : bf16(0);
+            }
+        }
+    }
+
+    // Few rows: body(p, head, heads, reads) for the panels from `first` of the list on, all heads of a panel together,
+    // or, where it has to be expanded before, one by one.
+    template <typename Body>
+    void by_panel(int first, Body&& body) {
+        for (int p = 0; p < panels_; ++p) {
+            const char* const* at = list_.at + first + p * heads_;
+            const char* const* ahead = at + SplitPanels::kAhead;
+            if (!is_quantized_) {
+                body(p, 0, heads_, PanelReads{at, ahead, 0});
+                continue;
+            }
+            const char* own = reinterpret_cast<const char*>(expanded_);
+            for (int head = 0; head < heads_; ++head) {
+                expand_pairs(int(panel_pairs_), reinterpret_cast<const uint16_t*>(at[head]),
+                             reinterpret_cast<const uint16_t*>(ahead[head]), expanded_);
+                body(p, head, 1, PanelReads{&own, nullptr, 0});
+            }
+        }
+    }
+
+    // Many: body(head, its panels), of those from `first` of the list on.
+    template <typename Body>
+    void by_head(int first, Body&& body) {
+        const int end = 2 * panels_ * heads_ + SplitPanels::kAhead - 1;
+        for (int head = 0; head < heads_; ++head) {
+            HeadPanels own{panels_, {}};
+            for (int p = 0; p < panels_ + HeadPanels::kAhead; ++p) {
+                const int n = first + p * heads_ + head;
+                const char* at = list_.at[std::min(n, end)];
+                own.at[p] = reinterpret_cast<const uint32_t*>(at);
+                if (!is_quantized_) continue;
+                own.at[p] = expanded_ + std::min(p, panels_ - 1) * panel_pairs_;
+                if (p < panels_)
+                    expand_pairs(int(panel_pairs_), reinterpret_cast<const uint16_t*>(at),
+                                 reinterpret_cast<const uint16_t*>(list_.at[std::min(n + 2 * heads_, end)]),
+                                 expanded_ + p * panel_pairs_);
+            }
+            body(head, own);
+        }
+    }
+
+    void multiply_by_keys() {
+        if (rows_ <= kFewAttentionRows)
+            by_panel(0, [&](int p, int head, int heads, PanelReads reads) {
+                const HeadRows<const bf16> a{queries_ + size_t(head * rows_) * width_, size_t(width_),
+                                             size_t(rows_) * width_};
+                const HeadRows<float> c{scores_ + score_place(head, 0) + p * kPanel, kSplit, size_t(rows_) * kSplit};
+                multiply_heads_of<1>(rows_, heads, width_ / 2, a, reads, c, false);
+            });
+        else
+            by_head(0, [&](int head, const HeadPanels& keys) {
+                multiply_keys(rows_, width_, queries_ + size_t(head * rows_) * width_, keys,
+                              scores_ + score_place(head, 0));
+            });
+        if (!is_quantized_) return;
+        for (int head = 0; head < heads_; ++head)
+            for (int p = 0; p < panels_; ++p) {
+                const float* scales = cache_.key_scales + list_.places[p * heads_ + head].scales;
+                for (int row = 0; row < rows_; ++row)
+                    for (int i = 0; i < kPanel; i += W) {
+                        float* score = scores_ + score_place(head, row) + p * kPanel + i;
+                        store(score, mul(load(score), load(scales + i)));
+                    }
+            }
+    }
+
+    void softmax(int head) {
+        for (int p = 0; is_quantized_ && p < panels_; ++p)
+            std::memcpy(value_scales_ + p * kPanel, cache_.value_scales + list_.places[p * heads_ + head].scales,
+                        kPanel * sizeof(float));
+        const AttentionState state = part(head);
+        for (int row = 0; row < rows_; ++row) {
+            const int count = panels_ * kPanel;
+            const int visible = std::min(past_ + (item_.first_row + row) / group_ + 1 - start_, count);
+            const size_t at = score_place(head, row);
+            if (visible <= 0) {
+                std::memset(probabilities_ + at, 0, size_t(count) * sizeof(bf16));
+                state.totals[row] = 0.0f, state.largest[row] = -INFINITY;
+                continue;
+            }
+            split_softmax(scores_ + at, probabilities_ + at, visible, count, call_.scale,
+                          is_quantized_ ? value_scales_ : nullptr, state.totals + row, state.largest + row);
+        }
+    }
+
+    void multiply_by_values() {
+        const int first = panels_ * heads_;
+        if (rows_ > kFewAttentionRows) {
+            by_head(first, [&](int head, const HeadPanels& values) {
+                multiply_values(rows_, width_, probabilities_ + score_place(head, 0), values, part(head).sums);
+            });
+            return;
+        }
+        by_panel(first, [&](int p, int head, int heads, PanelReads reads) {
+            const HeadRows<const bf16> a{probabilities_ + score_place(head, 0) + p * kPanel, kSplit,
+                                         size_t(rows_) * kSplit};
+            HeadRows<float> c{part(head).sums, size_t(width_), floats_each_};
+            for (int channel = 0; channel < width_; channel += 2 * kPanel, c.first += 2 * kPanel) {
+                reads.offset = size_t(channel) * kPanelPairs * 4;
+                if (channel + kPanel < width_)
+                    multiply_heads_of<2>(rows_, heads, kPanelPairs, a, reads, c, p > 0);
+                else
+                    multiply_heads_of<1>(rows_, heads, kPanelPairs, a, reads, c, p > 0);
+            }
+        });
+    }
+
+    const AttentionCall& call_;
+    const PagedCache& cache_;
+    const AttentionItem& item_;
+    const int width_, rows_, heads_, group_;
+    const size_t panel_pairs_, floats_each_;
+    const bool is_quantized_;
+    int past_ = 0, start_ = 0, panels_ = 0;  // positions before the new ones; of the split
+    float *scores_, *value_scales_, *states_;
+    uint32_t* expanded_;
+    bf16 *probabilities_, *queries_;
+    SplitPanels list_;
+};
+
+inline void merge_splits(const AttentionCall& call, const AttentionItem& item) {
     const int width = call.cache.width(), rows = item.rows;
-    const int64_t each = int64_t(rows) * (width + 2);
+    const int64_t each = int64_t(state_floats(rows, width));
     const AttentionState whole = state_at(attention_scratch().get<float>(size_t(each)), rows, width);
     clear_state(whole, rows, width);
     for (int split = 0; split < item.num_splits; ++split) {
-        float* floats = call.partials + item.partial + (split * call.cache.num_kv_heads + head) * each;
+        float* floats = call.partials + item.partial + split * call.cache.num_kv_heads * each;
         const AttentionState part = state_at(floats, rows, width);
         for (int row = 0; row < rows; ++row) merge_row(whole, part, row, width, call.scale);
     }
-    write_rows(call, item, head, whole);
+    write_rows(call, item, item.first_head, whole);
 }
 
 // Every row's attention; what the batch's own tokens add to the cache is there already.
 inline void paged_attention(Team& team, const AttentionCall& call) {
-    const long heads = long(call.cache.num_kv_heads);
-    team.tasks(long(call.plan->items.size()) * heads,
-               [&](long i) { attend(call, call.plan->items[size_t(i / heads)], i % heads); });
-    if (call.plan->merges.empty()) return;
-    team.tasks(long(call.plan->merges.size()) * heads,
-               [&](long i) { merge_splits(call, call.plan->merges[size_t(i / heads)], i % heads); });
+    const PagedPlan& plan = *call.plan;
+    const long many = long(plan.many_rows.size());
+    const int num_few = int(plan.few_rows.size());
+    const Slices few{num_few, team.size(), std::clamp(num_few / (4 * team.size()), 1, 4)};
+    team.tasks(many + few.count(), [&](long task) {
+        if (task < many) {
+            ItemWork(call, plan.many_rows[size_t(task)]).run(nullptr);
+            return;
+        }
+        const int end = few.begin(int(task - many) + 1);
+        for (int i = few.begin(int(task - many)); i < end; ++i)
+            ItemWork(call, plan.few_rows[size_t(i)]).run(i + 1 < end ? &plan.few_rows[size_t(i) + 1] : nullptr);
+    });
+    if (plan.merges.empty()) return;
+    team.tasks(long(plan.merges.size()), [&](long i) { merge_splits(call, plan.merges[size_t(i)]); });
 }
 
 }  // namespace moesaic

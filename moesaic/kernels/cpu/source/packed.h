@@ -35,11 +35,10 @@ struct Packed {
         return data + size_t(matrix * panels() + index) * panel_bytes();
     }
     bool is_integer() const { return format != kPackedBf16; }
-    // Bytes of a prepared row, never a multiple of 1 KiB: rows would share the few places of one cache set.
+    // Bytes of a prepared row, an odd number of cache lines: an even one has rows share the places of few cache sets.
     size_t row_bytes() const {
-        const size_t needed =
-            is_integer() ? QuantizedRow(depth).bytes() : (size_t(padded_depth()) * 2 + 63) / 64 * 64;
-        return needed % 1024 ? needed : needed + 64;
+        const size_t needed = is_integer() ? QuantizedRow(depth).bytes() : size_t(padded_depth()) * 2;
+        return ((needed + 63) / 64 | 1) * 64;
     }
 };
 
@@ -166,27 +165,6 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
     else
         integer_product<4, 128>(panel, rows, a, stride, c, next, done);
 }
-
-// Panels (or tasks) in a row cut into slices for `threads`, each a thread's share of what is left and at most `most`:
-// long ones first, since a stream from memory needs some kilobytes to come up to speed, and short ones at the end, so
-// that the threads finish together.
-struct Slices {
-    int panels, threads, most;
-
-    int width(int left) const { return std::max(1, std::min(most, left / threads)); }
-    // The first panel of slice `index`; `panels` behind the last one.
-    int begin(int index) const {
-        // The first ones are all of full width.
-        int at = most * std::min(index, std::max(0, panels / most - threads));
-        for (int i = at / most; i < index && at < panels; ++i) at += width(panels - at);
-        return at;
-    }
-    int count() const {
-        int count = std::max(0, panels / most - threads);
-        for (int at = begin(count); at < panels; ++count) at += width(panels - at);
-        return count;
-    }
-};
 
 // As many rows as stay in the second-level cache beside a panel, in whole steps of every kernel.
 inline int rows_at_once(size_t row_bytes) {

@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdlib>
@@ -73,6 +74,27 @@ class Team {
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<int> generation_{0};
     alignas(64) std::atomic<long> counters_[kCounters] = {};
+};
+
+// Panels (or tasks) in a row cut into slices for `threads`, each a thread's share of what is left and at most `most`:
+// long ones first, since a stream from memory needs some kilobytes to come up to speed, and short ones at the end, so
+// that the threads finish together.
+struct Slices {
+    int panels, threads, most;
+
+    int width(int left) const { return std::max(1, std::min(most, left / threads)); }
+    // The first panel of slice `index`; `panels` behind the last one.
+    int begin(int index) const {
+        // The first ones are all of full width.
+        int at = most * std::min(index, std::max(0, panels / most - threads));
+        for (int i = at / most; i < index && at < panels; ++i) at += width(panels - at);
+        return at;
+    }
+    int count() const {
+        int count = std::max(0, panels / most - threads);
+        for (int at = begin(count); at < panels; ++count) at += width(panels - at);
+        return count;
+    }
 };
 
 // Run body(team) on every thread: torch.get_num_threads() of them, or one inside somebody else's parallel region.
