@@ -259,7 +259,7 @@ inline void guess_experts(Team& team, const DecodeCall& call, int64_t index, con
                           const int64_t* expert_ids) {
     const DecodeModel& model = *call.model;
     const DecodeLayer &layer = model.layers[index], *next = index + 1 < model.num_layers ? &layer + 1 : nullptr;
-    const bool is_first = omp_get_thread_num() == 0;
+    const bool is_first = team.member() == 0;
     static thread_local uint64_t turn = 0;
     if (is_first) {
         turn = ExpertReader::instance().reach_next();

@@ -2,7 +2,7 @@
 //
 // A kernel opens one team and goes through its phases with the team's own barrier: it spins for some microseconds, then
 // yields the core. A thread that another program has pushed off its core costs the others what it missed, not a
-// multiple, because tasks are taken one by one and not dealt out beforehand.
+// multiple, because tasks beyond each thread's first are taken one by one and not dealt out beforehand.
 #pragma once
 
 #include <sched.h>
@@ -28,27 +28,66 @@ int omp_in_parallel();
 
 namespace moesaic {
 
+// What the members of a team share, every number on cache lines of its own (processors fetch them in pairs): handing a
+// line from one core to another takes up to a quarter of a microsecond, and a decode comes to some hundred barriers.
+struct TeamState {
+    static constexpr int kCounters = 4, kFlags = 8;
+    struct alignas(128) Number {
+        std::atomic<long> value{0};
+    };
+    Number taken[kCounters];  // tasks of a phase, beyond the first one of each member
+    Number reached[kFlags];   // barriers that each member has come to, where there are few members
+    Number arrivals, passed;  // of all, and barriers that all have come to, where there are many
+};
+
+// One member's hold on its team.
 class Team {
   public:
-    explicit Team(int size) : size_(size) {}
+    Team(TeamState& state, int size, int member) : state_(state), size_(size), member_(member) {}
 
     int size() const { return size_; }
+    int member() const { return member_; }
 
-    // Wait until every thread of the team is here.
+    // Wait until every member is here.
     void barrier() {
-        if (size_ == 1) {
-            counters_[(++solo_phase_ + 1) % kCounters].store(0, std::memory_order_relaxed);
-            return;
+        const long phase = ++phase_;
+        if (size_ == 1) return;
+        if (size_ <= TeamState::kFlags) {
+            state_.reached[member_].value.store(phase, std::memory_order_release);
+            for (int other = 0; other < size_; ++other)
+                if (other != member_) wait_for(state_.reached[other], phase);
+        } else if (state_.arrivals.value.fetch_add(1, std::memory_order_acq_rel) + 1 == phase * size_) {
+            state_.passed.value.store(phase, std::memory_order_release);
+        } else {
+            wait_for(state_.passed, phase);
         }
-        const int generation = generation_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            // The counter after next is out of use by now: everyone has left the phase that last took from it.
-            counters_[(generation + 2) % kCounters].store(0, std::memory_order_relaxed);
-            generation_.store(generation + 1, std::memory_order_release);
-            return;
+        // The next phase's counter was last used three phases ago, and is not again before everyone has met.
+        const int next = int((phase + 1) % TeamState::kCounters);
+        if (member_ == 0 && is_used_[next]) state_.taken[next].value.store(0, std::memory_order_relaxed);
+        is_used_[next] = false;
+    }
+
+    // Call task(i) for i in [0, count), each once: the first ones by the member of that number, the others by whoever is
+    // free. Returns when all are done. Every member calls this, with equal arguments.
+    template <typename Task>
+    void tasks(long count, Task&& task) {
+        if (count <= size_) {
+            if (member_ < count) task(long(member_));
+        } else if (size_ == 1) {
+            for (long i = 0; i < count; ++i) task(i);
+        } else {
+            const int counter = int(phase_ % TeamState::kCounters);
+            is_used_[counter] = true;
+            std::atomic<long>& taken = state_.taken[counter].value;
+            for (long i = member_; i < count; i = size_ + taken.fetch_add(1, std::memory_order_relaxed)) task(i);
         }
-        for (int spin = 0; generation_.load(std::memory_order_acquire) == generation; ++spin) {
+        barrier();
+    }
+
+  private:
+    static void wait_for(const TeamState::Number& number, long phase) {
+        constexpr int kSpins = 4000;
+        for (int spin = 0; number.value.load(std::memory_order_acquire) < phase; ++spin) {
             if (spin < kSpins)
                 __builtin_ia32_pause();
             else
@@ -56,24 +95,10 @@ class Team {
         }
     }
 
-    // Call task(i) for i in [0, count), each once, by whichever thread is free; returns when all are done.
-    // Every thread of the team calls this, with equal arguments.
-    template <typename Task>
-    void tasks(long count, Task&& task) {
-        const int phase = size_ == 1 ? solo_phase_ : generation_.load(std::memory_order_acquire);
-        std::atomic<long>& counter = counters_[phase % kCounters];
-        for (long i; (i = counter.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-        barrier();
-    }
-
-  private:
-    static constexpr int kCounters = 4;
-    static constexpr int kSpins = 4000;
-    const int size_;
-    int solo_phase_ = 0;
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<int> generation_{0};
-    alignas(64) std::atomic<long> counters_[kCounters] = {};
+    TeamState& state_;
+    const int size_, member_;
+    long phase_ = 0;
+    bool is_used_[TeamState::kCounters] = {};
 };
 
 // Panels (or tasks) in a row cut into slices for `threads`, each a thread's share of what is left and at most `most`:
@@ -104,23 +129,25 @@ void run_team(double work, Body&& body) {
     int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
     if (work < 2e5) threads = 1;
     struct Call {
-        Team team;
+        TeamState state;
+        int size;
         std::remove_reference_t<Body>* body;
-    } call{Team(threads), &body};
+    } call{{}, threads, &body};
     if (threads == 1) {
-        body(call.team);
+        Team alone(call.state, 1, 0);
+        body(alone);
         leave_tiles();
         return;
     }
     GOMP_parallel(
         [](void* data) {
             Call& shared = *static_cast<Call*>(data);
+            const int member = omp_get_thread_num();
             // Fewer threads than asked for would wait for ever at the first barrier.
-            if (omp_get_num_threads() == shared.team.size()) {
-                (*shared.body)(shared.team);
-            } else if (omp_get_thread_num() == 0) {
-                Team alone(1);
-                (*shared.body)(alone);
+            const bool is_whole = omp_get_num_threads() == shared.size;
+            if (is_whole || member == 0) {
+                Team team(shared.state, is_whole ? shared.size : 1, member);
+                (*shared.body)(team);
             }
             leave_tiles();
         },
