@@ -85,15 +85,29 @@ struct DecodeCall {
     PagedPlan plan;
     const int32_t* positions;  // (T)
     bool guesses_experts;      // decided once: the team goes one way
+
+    bool is_private() const { return num_tokens <= kPrivateRows; }
 };
 
-// Everything between the operations, for T tokens.
+// Everything between the operations, for T tokens. Of what comes first, up to own_weights, every member has its own where
+// tokens are few.
 struct DecodeWorkspace {
     bf16 *x, *normed, *qkv, *attended, *out;
-    float *coefficients, *residual_weights, *mean, *inverse, *partials, *guessed_weights;
-    int64_t* guessed_ids;
+    float *coefficients, *residual_weights, *mean, *inverse, *partials, *guessed_weights, *own_weights, *router_parts;
+    int64_t *guessed_ids, *own_ids;
     char* operation;
-    size_t bytes;
+    size_t bytes, copy_bytes;
+
+    DecodeWorkspace of_member(int member) const {
+        DecodeWorkspace own = *this;
+        auto moved = [&](auto*& pointer) {
+            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(
+                reinterpret_cast<char*>(pointer) + size_t(member) * copy_bytes);
+        };
+        moved(own.x), moved(own.normed), moved(own.mean), moved(own.inverse), moved(own.own_ids);
+        moved(own.own_weights);
+        return own;
+    }
 
     DecodeWorkspace(const DecodeCall& call, char* base) {
         const DecodeModel& model = *call.model;
@@ -104,19 +118,32 @@ struct DecodeWorkspace {
             used += (size + 63) / 64 * 64;
             return place;
         };
+        const size_t copies = call.is_private() ? size_t(omp_get_max_threads()) : 1;
+        const size_t start = used;
         x = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
         normed = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
+        mean = reinterpret_cast<float*>(take(tokens * sizeof(float)));
+        inverse = reinterpret_cast<float*>(take(tokens * sizeof(float)));
+        int64_t most_routes = 0, most_parts = 0;
+        for (int64_t i = 0; i < model.num_layers; ++i) {
+            const DecodeLayer& layer = model.layers[i];
+            most_routes = std::max(most_routes, call.num_tokens * layer.top_k);
+            if (call.is_private() && layer.num_experts)
+                most_parts = std::max(most_parts, int64_t(route_parts_floats(call.num_tokens, layer.num_experts,
+                                                                             model.hidden_size)));
+        }
+        own_ids = reinterpret_cast<int64_t*>(take(call.is_private() ? size_t(most_routes) * sizeof(int64_t) : 0));
+        own_weights = reinterpret_cast<float*>(take(call.is_private() ? size_t(most_routes) * sizeof(float) : 0));
+        copy_bytes = used - start;
+        used += (copies - 1) * copy_bytes;
         out = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
         qkv = reinterpret_cast<bf16*>(take(tokens * size_t(model.qkv_size()) * sizeof(bf16)));
         attended = reinterpret_cast<bf16*>(take(tokens * size_t(model.num_heads * model.head_dim) * sizeof(bf16)));
         coefficients = reinterpret_cast<float*>(take(2 * tokens * sizeof(float)));
         residual_weights = reinterpret_cast<float*>(take(tokens * sizeof(float)));
-        mean = reinterpret_cast<float*>(take(tokens * sizeof(float)));
-        inverse = reinterpret_cast<float*>(take(tokens * sizeof(float)));
         partials = reinterpret_cast<float*>(take(call.plan.partial_floats * sizeof(float)));
-        int64_t most_routes = 0;
-        for (int64_t i = 0; i < model.num_layers && call.guesses_experts; ++i)
-            most_routes = std::max(most_routes, call.num_tokens * model.layers[i].top_k);
+        router_parts = reinterpret_cast<float*>(take(size_t(most_parts) * sizeof(float)));
+        if (!call.guesses_experts) most_routes = 0;
         guessed_ids = reinterpret_cast<int64_t*>(take(size_t(most_routes) * sizeof(int64_t)));
         guessed_weights = reinterpret_cast<float*>(take(size_t(most_routes) * sizeof(float)));
         size_t most = 0;
@@ -226,8 +253,8 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
                          work.out, model.hidden_size, 1, work.operation});
 }
 
-inline void choose_experts(Team& team, const DecodeCall& call, const DecodeLayer& layer, const bf16* x,
-                           int64_t* expert_ids, float* routing_weights) {
+inline RouteArguments route_arguments(const DecodeCall& call, const DecodeLayer& layer, const bf16* x,
+                                      int64_t* expert_ids, float* routing_weights) {
     RouteArguments arguments{};
     arguments.x = x;
     arguments.is_bf16 = true;
@@ -244,7 +271,7 @@ inline void choose_experts(Team& team, const DecodeCall& call, const DecodeLayer
     arguments.scale = float(layer.router_scale);
     arguments.expert_ids = expert_ids;
     arguments.routing_weights = routing_weights;
-    route(team, arguments, nullptr, nullptr);
+    return arguments;
 }
 
 inline bool should_guess(const DecodeModel& model, int64_t num_tokens) {
@@ -283,7 +310,7 @@ inline void guess_experts(Team& team, const DecodeCall& call, int64_t index, con
                            next->feed_forward_norm.bias ? work.mean : nullptr, work.inverse};
         next->feed_forward_norm.bias ? norm_row<bf16, true>(norm, token) : norm_row<bf16, false>(norm, token);
     });
-    choose_experts(team, call, *next, normed, work.guessed_ids, work.guessed_weights);
+    route(team, route_arguments(call, *next, normed, work.guessed_ids, work.guessed_weights), nullptr, nullptr);
     if (!is_first || model.guesses->share < kWorthReading) return;
     std::vector<int64_t> experts(work.guessed_ids, work.guessed_ids + call.num_tokens * next->top_k);
     std::sort(experts.begin(), experts.end());
@@ -303,10 +330,19 @@ inline void decode_feed_forward(Team& team, const DecodeCall& call, int64_t inde
     MoeCall moe = work.moe_call(call, layer);
     moe.expert_ids = expert_ids;
     moe.routing_weights = routing_weights;
-    if (layer.num_experts) {
-        choose_experts(team, call, layer, work.normed, expert_ids, routing_weights);
-        if (call.guesses_experts) guess_experts(team, call, index, work, expert_ids);
+    if (layer.num_experts && call.is_private() && !layer.mix_weight) {
+        route_privately(team, route_arguments(call, layer, work.normed, work.own_ids, work.own_weights),
+                        work.router_parts);
+        moe.expert_ids = work.own_ids;
+        moe.routing_weights = work.own_weights;
+        if (team.member() == 0) {
+            std::copy_n(work.own_ids, tokens * layer.top_k, expert_ids);
+            std::copy_n(work.own_weights, tokens * layer.top_k, routing_weights);
+        }
+    } else if (layer.num_experts) {
+        route(team, route_arguments(call, layer, work.normed, expert_ids, routing_weights), nullptr, nullptr);
     }
+    if (layer.num_experts && call.guesses_experts) guess_experts(team, call, index, work, expert_ids);
     if (layer.mix_weight) {
         const int64_t outputs = layer.mix_weight->columns;
         packed_linear(team, {*layer.mix_weight, tokens, work.normed, hidden, 1, layer.mix_bias, work.coefficients,
@@ -334,8 +370,9 @@ inline void decode_feed_forward(Team& team, const DecodeCall& call, int64_t inde
 inline void compute_logits(Team& team, const DecodeCall& call, const DecodeWorkspace& work) {
     if (call.num_rows == 0) return;
     const int64_t hidden = call.model->hidden_size, first = call.rows[0];
-    const bf16* x = call.hidden + first * hidden;
-    if (call.rows[call.num_rows - 1] - first + 1 > call.num_rows) {
+    const bool is_run = call.rows[call.num_rows - 1] - first + 1 == call.num_rows;
+    const bf16* x = (call.is_private() ? work.normed : call.hidden) + first * hidden;
+    if (!is_run) {
         team.tasks(long(call.num_rows), [&](long row) {
             std::memcpy(work.normed + row * hidden, call.hidden + call.rows[row] * hidden, size_t(hidden) * sizeof(bf16));
         });
@@ -346,12 +383,17 @@ inline void compute_logits(Team& team, const DecodeCall& call, const DecodeWorks
 }
 
 // Every thread of the team calls this, with equal arguments.
-inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& work) {
+inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& shared) {
     const DecodeModel& model = *call.model;
+    const bool is_private = call.is_private();
+    const DecodeWorkspace work = is_private ? shared.of_member(team.member()) : shared;
     constexpr int64_t kRows = 4;  // of a task
     const long row_tasks = long((call.num_tokens + kRows - 1) / kRows);
     auto rows = [&](auto&& body) {
-        team.tasks(row_tasks, [&](long task) { body(task * kRows, std::min((task + 1) * kRows, call.num_tokens)); });
+        if (is_private)
+            body(0, call.num_tokens);
+        else
+            team.tasks(row_tasks, [&](long task) { body(task * kRows, std::min((task + 1) * kRows, call.num_tokens)); });
     };
     rows([&](int64_t first, int64_t last) {
         for (int64_t token = first; token < last; ++token)
@@ -369,10 +411,13 @@ inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& wo
         routes += call.num_tokens * layer.top_k;
         const bool is_last = i + 1 == model.num_layers;
         const NormWeights& next = is_last ? model.final_norm : model.layers[i + 1].attention_norm;
+        bf16* to = is_last && !is_private ? call.hidden : work.normed;
         rows([&](int64_t first, int64_t last) {
-            add_and_norm(model, next, first, last, work.out, work.x, is_last ? call.hidden : work.normed, work);
+            add_and_norm(model, next, first, last, work.out, work.x, to, work);
         });
     }
+    if (is_private && team.member() == 0)
+        std::memcpy(call.hidden, work.normed, size_t(call.num_tokens * model.hidden_size) * sizeof(bf16));
     compute_logits(team, call, work);
 }
 

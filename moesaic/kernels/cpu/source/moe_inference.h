@@ -37,6 +37,8 @@ struct MoeCall {
     void* out;                     // (T, H)
     int64_t out_is_bf16;
     char* workspace;  // packed_moe_workspace bytes, aligned to 64
+
+    bool is_private() const { return tokens <= kPrivateRows; }
 };
 
 // A run of rows that an expert (or the residual, whose number is num_experts) takes through the first product together.
@@ -62,14 +64,15 @@ struct MoeWorkspace {
     char* residual_rows;
     char* hidden;         // (routes) prepared rows of the second product
     char* residual_hidden;
-    size_t bytes;
+    size_t bytes, own_bytes = 0;
 
-    MoeWorkspace(const MoeCall& call, char* base) {
+    // What every member makes for itself is in memory of its own, whose size is asked for first.
+    MoeWorkspace(const MoeCall& call, char* base, char* own = nullptr) {
         const size_t tokens = size_t(std::min(call.tokens, kPassTokens)), routes = tokens * size_t(call.top_k);
         size_t used = 0;
         auto take = [&](size_t bytes) {
             // As a number, since there is no base where only the size is asked for.
-            const auto place = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(base) + used);
+            const auto place = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(own ? own : base) + used);
             used += (bytes + 63) / 64 * 64;
             return place;
         };
@@ -84,6 +87,11 @@ struct MoeWorkspace {
         residual_rows = nullptr;
         if (call.residual && call.residual->up.is_integer())
             residual_rows = rows ? rows : take(tokens * call.residual->up.row_bytes());
+        if (call.is_private()) {
+            own_bytes = used;
+            used = 0;
+            own = nullptr;
+        }
         hidden = take(routes * call.experts.down.row_bytes());
         residual_hidden = call.residual ? take(tokens * call.residual->down.row_bytes()) : nullptr;
         bytes = used;
@@ -179,7 +187,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     const Packed& row_format = work.rows || !call.residual ? experts.up : call.residual->up;
     char* prepared = work.rows ? work.rows : work.residual_rows;
     const long row_tasks = has_rows ? long((tokens + chunk_tokens - 1) / chunk_tokens) : 0;
-    team.tasks(1 + row_tasks, [&](long task) {
+    auto begin = [&](long task) {
         if (task == 0) {
             sort_routes(call, first_token, tokens, work);
             return;
@@ -187,7 +195,11 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const int64_t first = (task - 1) * chunk_tokens, last = std::min(first + chunk_tokens, tokens);
         for (int64_t token = first; token < last; ++token)
             prepare(row_format, token, prepared + size_t(token) * row_format.row_bytes());
-    });
+    };
+    if (call.is_private())
+        for (long task = 0; task < 1 + row_tasks; ++task) begin(task);
+    else
+        team.tasks(1 + row_tasks, begin);
 
     static thread_local Scratch sums_buffer, hidden_buffer, rows_buffer, out_buffer;
     constexpr int kMostRows = 192;
@@ -343,7 +355,10 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
 
 // Every thread of the team calls this, with equal arguments; complete when it returns.
 inline void packed_moe(Team& team, const MoeCall& call) {
-    const MoeWorkspace work(call, call.workspace);
+    static thread_local Scratch own;
+    const bool is_private = call.is_private();
+    const MoeWorkspace work(call, call.workspace,
+                            is_private ? own.get<char>(MoeWorkspace(call, nullptr).own_bytes) : nullptr);
     for (int64_t first = 0; first < call.tokens; first += kPassTokens)
         moe_pass(team, call, first, std::min(kPassTokens, call.tokens - first), work);
 }

@@ -186,7 +186,8 @@ struct LinearCall {
     char* workspace;  // packed_linear_workspace bytes, aligned to 64
 };
 
-// Rows are prepared once for everybody, except bf16 ones, which are used as they are or copied block by block.
+// Rows are prepared once for everybody, but for few ones, and for bf16 ones, which are used as they are or copied block
+// by block.
 inline size_t packed_linear_workspace(const Packed& weight, int64_t rows) {
     return weight.is_integer() ? size_t(rows) * weight.row_bytes() : 0;
 }
@@ -217,11 +218,16 @@ inline void packed_linear(Team& team, const LinearCall& call) {
             prepare_row(weight, static_cast<const T*>(call.x) + row * call.x_stride, to);
         });
     };
-    if (weight.is_integer()) {
-        const int64_t chunk = 8;
+    static thread_local Scratch sums, copies;
+    char* prepared = call.workspace;
+    if (weight.is_integer() && call.rows <= kPrivateRows) {
+        prepared = copies.get<char>(size_t(kPrivateRows) * row_bytes);
+        for (int64_t row = 0; row < call.rows; ++row) prepare(row, prepared + row * row_bytes);
+    } else if (weight.is_integer()) {
+        const int64_t chunk = std::min<int64_t>(8, (call.rows + team.size() - 1) / team.size());
         team.tasks(long((call.rows + chunk - 1) / chunk), [&](long task) {
             const int64_t end = (task + 1) * chunk < call.rows ? (task + 1) * chunk : call.rows;
-            for (int64_t row = task * chunk; row < end; ++row) prepare(row, call.workspace + row * row_bytes);
+            for (int64_t row = task * chunk; row < end; ++row) prepare(row, prepared + row * row_bytes);
         });
     }
     const bool is_direct = !weight.is_integer() && call.x_is_bf16 && weight.depth % 32 == 0;
@@ -236,7 +242,6 @@ inline void packed_linear(Team& team, const LinearCall& call) {
         const int64_t row = call.rows * part / row_parts;
         return part == row_parts || call.rows < row_parts * kRowBlock ? row : row / kRowBlock * kRowBlock;
     };
-    static thread_local Scratch sums, copies;
     float* c = sums.get<float>(size_t(most + kRowBlock) * kPanel);
     char* copied = weight.is_integer() || is_direct ? nullptr : copies.get<char>(size_t(most + kRowBlock) * row_bytes);
     int held = -1;
@@ -244,7 +249,7 @@ inline void packed_linear(Team& team, const LinearCall& call) {
         const int part = int(task / column_parts), column = int(task % column_parts);
         const int64_t first = first_row(part), last = first_row(part + 1);
         const int rows = int(last - first);
-        const char* a = call.workspace + size_t(first) * row_bytes;
+        const char* a = prepared + size_t(first) * row_bytes;
         size_t stride = row_bytes;
         if (is_direct) {
             a = reinterpret_cast<const char*>(static_cast<const bf16*>(call.x) + first * call.x_stride);

@@ -220,28 +220,16 @@ inline void score_row(const RouteArguments& a, const float* logits, float* score
     sums->entropy -= sum(negative_entropy);
 }
 
-// Route tokens [first, last), at most kRouteRows of them; sums may be null.
-template <typename T>
-inline void route_rows(const RouteArguments& a, int64_t first, int64_t last, float* scratch, RouteSums* sums) {
-    const int rows = int(last - first), hidden = int(a.hidden), experts = int(a.experts);
-    const int padded = int(padded_experts(experts)), top_k = int(a.top_k);
-    float* wide = scratch;
-    float* logits = wide + size_t(kRouteRows) * hidden;
-    float* scores = logits + size_t(kRouteRows) * padded;
+// Choose experts for `rows` tokens from `first` on, by their logits (rows, padded); sums may be null. scratch: five times
+// padded floats.
+inline void choose_rows(const RouteArguments& a, int64_t first, int rows, float* logits, float* scratch,
+                        RouteSums* sums) {
+    const int experts = int(a.experts), padded = int(padded_experts(experts)), top_k = int(a.top_k);
+    float* scores = scratch;
     float* ranking = scores + padded;
     int32_t* keys = reinterpret_cast<int32_t*>(ranking + padded);
     float* group_scores = reinterpret_cast<float*>(keys + padded);
     int32_t* group_keys = reinterpret_cast<int32_t*>(group_scores + padded);
-    const T* x = static_cast<const T*>(a.x) + first * hidden;
-    const int64_t total = int64_t(rows) * hidden;
-    for (int64_t i = 0; i < total; i += W) store_row(wide + i, load_row(x + i, total - i), total - i);
-    for (int k = 0; k < hidden; k += kFp32Depth)
-        for (int e = 0; e < padded; e += kFp32Columns) {
-            const int width = std::min(padded - e, kFp32Columns);
-            gemm_fp32<Layout::rows>(rows, std::min(hidden - k, kFp32Depth), wide + k, size_t(hidden),
-                                    a.panels + size_t(e) * hidden + size_t(k) * width, size_t(width), logits + e,
-                                    size_t(padded), width, k > 0);
-        }
     for (int row = 0; row < rows; ++row) {
         const int64_t token = first + row;
         float* own = logits + row * padded;
@@ -280,6 +268,63 @@ inline void route_rows(const RouteArguments& a, int64_t first, int64_t last, flo
     }
 }
 
+// Tokens [first, first + rows) in fp32.
+inline void widen_rows(const RouteArguments& a, int64_t first, int rows, float* wide) {
+    with_element_type(a.is_bf16, [&](auto kind) {
+        const auto* x = static_cast<const decltype(kind)*>(a.x) + first * a.hidden;
+        const int64_t total = rows * a.hidden;
+        for (int64_t i = 0; i < total; i += W) store_row(wide + i, load_row(x + i, total - i), total - i);
+    });
+}
+
+// What the kFp32Depth channels from k on add to the logits (rows, padded) of the kFp32Columns experts from e on.
+inline void multiply_router(const RouteArguments& a, int rows, const float* wide, int k, int e, float* logits,
+                            bool accumulate) {
+    const int hidden = int(a.hidden), padded = int(padded_experts(a.experts));
+    const int width = std::min(padded - e, kFp32Columns);
+    gemm_fp32<Layout::rows>(rows, std::min(hidden - k, kFp32Depth), wide + k, size_t(hidden),
+                            a.panels + size_t(e) * hidden + size_t(k) * width, size_t(width), logits + e,
+                            size_t(padded), width, accumulate);
+}
+
+// Route tokens [first, last), at most kRouteRows of them; sums may be null.
+inline void route_rows(const RouteArguments& a, int64_t first, int64_t last, float* scratch, RouteSums* sums) {
+    const int rows = int(last - first), padded = int(padded_experts(a.experts));
+    float* wide = scratch;
+    float* logits = wide + size_t(kRouteRows) * a.hidden;
+    widen_rows(a, first, rows, wide);
+    for (int k = 0; k < int(a.hidden); k += kFp32Depth)
+        for (int e = 0; e < padded; e += kFp32Columns) multiply_router(a, rows, wide, k, e, logits, k > 0);
+    choose_rows(a, first, rows, logits, logits + size_t(kRouteRows) * padded, sums);
+}
+
+// Few tokens, without statistics: the members share the reading of the router's weights, and then everyone chooses for
+// itself, from its own x into its own expert_ids and routing_weights. The sums are those of route, in the same order.
+// parts: route_parts_floats.
+inline size_t route_parts_floats(int64_t tokens, int64_t experts, int64_t hidden) {
+    return size_t((hidden + kFp32Depth - 1) / kFp32Depth * tokens * padded_experts(experts));
+}
+
+inline void route_privately(Team& team, const RouteArguments& a, float* parts) {
+    static thread_local Scratch own;
+    const int rows = int(a.tokens), hidden = int(a.hidden), padded = int(padded_experts(a.experts));
+    const int blocks = (hidden + kFp32Depth - 1) / kFp32Depth, groups = (padded + kFp32Columns - 1) / kFp32Columns;
+    const size_t floats = size_t(rows) * padded;
+    float* wide = own.get<float>(route_scratch_floats(a.experts, a.hidden));
+    float* logits = wide + size_t(rows) * hidden;
+    widen_rows(a, 0, rows, wide);
+    team.tasks(long(blocks) * groups, [&](long task) {
+        const int block = int(task / groups), group = int(task % groups);
+        multiply_router(a, rows, wide, block * kFp32Depth, group * kFp32Columns, parts + block * floats, false);
+    });
+    for (size_t i = 0; i < floats; i += W) {
+        Vf sum = load(parts + i);
+        for (int block = 1; block < blocks; ++block) sum = add(sum, load(parts + block * floats + i));
+        store(logits + i, sum);
+    }
+    choose_rows(a, 0, rows, logits, logits + floats, nullptr);
+}
+
 // Route all tokens. `blocks` holds route_tasks(T) times 2 * padded + 3 floats if statistics are wanted, else null, and
 // totals (E,) the sums of probabilities, counts (E,), and three more numbers: z, entropy and the number of tokens.
 struct RouteTotals {
@@ -307,7 +352,7 @@ inline void route(Team& team, const RouteArguments& a, float* blocks, const Rout
             sums.counts = reinterpret_cast<int32_t*>(block + padded);
             wanted = &sums;
         }
-        with_element_type(a.is_bf16, [&](auto kind) { route_rows<decltype(kind)>(a, first, last, scratch, wanted); });
+        route_rows(a, first, last, scratch, wanted);
         if (totals) {
             float* rest = block + 2 * padded;
             rest[0] = sums.z;
