@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moesaic.errors import GenerationError
 from moesaic.kernels.cpu.build import Library
-from moesaic.kernels.packed import PackedMlp, PackedWeight
+from moesaic.kernels.packed import HUGE_PAGE_BYTES, PackedMlp, PackedWeight, zeros_on_huge_pages
 from moesaic.kernels.paged_attention import KVStorage, PagedBatch
 
 _SCORINGS = ("softmax", "sigmoid")
@@ -166,16 +166,15 @@ class DecodePlan:
     def _routers(self) -> tuple[Tensor | None, ...]:
         """Each layer's router weight as the kernels read it."""
         pack = self.library.function("moesaic_decode_router", "iipp")
-
-        def packed(layer: LayerPart) -> Tensor | None:
-            if layer.router is None:
-                return None
-            weight = layer.router.weight.float().contiguous()
-            panels = torch.empty(pack(*weight.shape, weight.data_ptr(), None))
-            pack(*weight.shape, weight.data_ptr(), panels.data_ptr())
-            return panels
-
-        return tuple(packed(layer) for layer in self.model.layers)
+        weights = [None if each.router is None else each.router.weight.float().contiguous() for each in self.model.layers]
+        sizes = [0 if weight is None else pack(*weight.shape, weight.data_ptr(), None) for weight in weights]
+        # All together on huge pages: finding some dozens of small ones in the page tables took longer than reading them.
+        memory = zeros_on_huge_pages(-(-4 * sum(sizes) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, torch.device("cpu"))
+        panels = memory.view(torch.float32)[: sum(sizes)].split(sizes)
+        for weight, own in zip(weights, panels, strict=True):
+            if weight is not None:
+                pack(*weight.shape, weight.data_ptr(), own.data_ptr())
+        return tuple(None if weight is None else own for weight, own in zip(weights, panels, strict=True))
 
     @cached_property
     def _layers(self) -> Any:

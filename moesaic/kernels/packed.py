@@ -34,7 +34,7 @@ LAYOUT_VERSION = 1
 _PANEL = 32
 _FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4")
 _MADV_HUGEPAGE = 14
-_HUGE_PAGE_BYTES = 2 << 20
+HUGE_PAGE_BYTES = 2 << 20
 
 
 class _PackedStruct(ctypes.Structure):
@@ -520,8 +520,8 @@ def zeros_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
 
 
 def _advise_huge_pages(data: Tensor) -> None:
-    start = -(-data.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    length = (data.data_ptr() + data.nbytes - start) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    start = -(-data.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    length = (data.data_ptr() + data.nbytes - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     if data.device.type == "cpu" and length > 0 and sys.platform == "linux":
         # Advice only: without it everything works, on small pages.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)

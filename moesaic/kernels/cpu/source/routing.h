@@ -315,6 +315,11 @@ inline void route_privately(Team& team, const RouteArguments& a, float* parts) {
     widen_rows(a, 0, rows, wide);
     team.tasks(long(blocks) * groups, [&](long task) {
         const int block = int(task / groups), group = int(task % groups);
+        // All at once, since so little is over before the processor's own reading ahead has begun.
+        const int width = std::min(padded - group * kFp32Columns, kFp32Columns);
+        const float* from = a.panels + size_t(group) * kFp32Columns * hidden + size_t(block) * kFp32Depth * width;
+        const int numbers = std::min(hidden - block * kFp32Depth, kFp32Depth) * width;
+        for (int i = 0; i < numbers; i += 16) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
         multiply_router(a, rows, wide, block * kFp32Depth, group * kFp32Columns, parts + block * floats, false);
     });
     for (size_t i = 0; i < floats; i += W) {
