@@ -166,10 +166,14 @@ class DecodePlan:
     def _routers(self) -> tuple[Tensor | None, ...]:
         """Each layer's router weight as the kernels read it."""
         pack = self.library.function("moesaic_decode_router", "iipp")
-        weights = [None if each.router is None else each.router.weight.float().contiguous() for each in self.model.layers]
+        routers = [layer.router for layer in self.model.layers]
+        weights = [None if each is None else each.weight.float().contiguous() for each in routers]
         sizes = [0 if weight is None else pack(*weight.shape, weight.data_ptr(), None) for weight in weights]
-        # All together on huge pages: finding some dozens of small ones in the page tables took longer than reading them.
-        memory = zeros_on_huge_pages(-(-4 * sum(sizes) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, torch.device("cpu"))
+        # All together on huge pages: finding dozens of small ones in the page tables took longer than reading them.
+        size = 4 * sum(sizes)
+        if size > HUGE_PAGE_BYTES // 4:  # of a smaller mapping, and between whole pages, there would be none
+            size = -(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        memory = zeros_on_huge_pages(size, torch.device("cpu"))
         panels = memory.view(torch.float32)[: sum(sizes)].split(sizes)
         for weight, own in zip(weights, panels, strict=True):
             if weight is not None:
