@@ -225,7 +225,8 @@ def time_engine(
             started = time.perf_counter()
             outputs = engine.step()
             seconds = time.perf_counter() - started
-            if round_number and len(outputs) == batch:
+            assert len(outputs) == batch, "a step's experts are counted for a whole batch: raise --batch-tokens"
+            if round_number:
                 steps.append(seconds)
                 tokens += [token.token_id for output in outputs for token in output.tokens]
         if round_number:

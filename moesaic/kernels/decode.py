@@ -231,7 +231,7 @@ class DecodePlan:
     def run(self, tokens: Tensor, storage: KVStorage, batch: PagedBatch, rows: Tensor | None = None) -> Decoded:
         """Take the new tokens (T,) int64 of a batch into the storage and return their hidden states.
 
-        rows (R,) int64, rising: the tokens whose logits are wanted; None for none.
+        rows (R,) int64, strictly rising: the tokens whose logits are wanted; None for none.
 
         Raises: GenerationError for a token outside the vocabulary.
         """
@@ -243,14 +243,17 @@ class DecodePlan:
         hidden = torch.empty(count, model.hidden_size, dtype=torch.bfloat16)
         routes = count * sum(self._top_k)
         expert_ids, routing_weights = torch.empty(routes, dtype=torch.int64), torch.empty(routes)
-        num_rows = 0 if rows is None else rows.shape[0]
+        num_rows = 0
+        if rows is not None:
+            assert rows.dtype is torch.int64 and rows.is_contiguous() and rows.is_cpu, rows
+            num_rows = rows.shape[0]
         logits = torch.empty(num_rows, model.vocab_size)
         failed = self.library.function("moesaic_decode", "pdp" + "pppii" + "pippp" + "pip")(
             ctypes.addressof(self._struct), self._work_per_token, storage.arguments.data_ptr(), *batch.arguments,
             tokens.data_ptr(), count, hidden.data_ptr(), expert_ids.data_ptr(), routing_weights.data_ptr(),
             None if rows is None else rows.data_ptr(), num_rows, logits.data_ptr(),
         )  # fmt: skip
-        assert failed != 1, (batch, storage.layers[0].num_blocks, model.max_positions)
+        assert failed != 1, (batch, rows, storage.layers[0].num_blocks, model.max_positions)
         if failed:
             raise GenerationError(
                 f"there are token ids from {int(tokens.min())} to {int(tokens.max())}; ids from 0 to "

@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         """Take new tokens (T,) int64 of a batch of sequences into a cache: their hidden states, and where they went.
 
         As forward with a cache, for a caller that keeps the cache itself. The model must be in evaluation mode.
-        rows (R,) int64 on the CPU, rising: the tokens whose logits are wanted too; None for none.
+        rows (R,) int64 on the CPU, strictly rising: the tokens whose logits are wanted too; None for none.
         """
         assert not self.training
         plan = self._usable_plan()
@@ -247,13 +247,15 @@ class Transformer(nn.Module):
         ids = [each.expert_ids.flatten() for each in routes]
         weights = [each.routing_weights.flatten() for each in routes]
         hidden = out.hidden[0]
-        wanted = hidden[:0] if rows is None else hidden[rows.to(hidden.device)]
+        logits = hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        if rows is not None:
+            logits = self.logits(hidden[rows.to(hidden.device)])
         return Decoded(
             hidden,
             torch.cat(ids) if ids else tokens.new_empty(0),
             torch.cat(weights) if weights else torch.empty(0, device=tokens.device),
             tuple(each.expert_ids.shape[1] for each in routes),
-            self.logits(wanted),
+            logits,
         )
 
     def _run_blocks(

@@ -37,7 +37,7 @@ class Runner:
     def run(self, parts: Sequence[Part], rows: Sequence[int] = ()) -> Decoded:
         """Compute the new tokens of all parts, end to end, and keep their keys and values.
 
-        rows: of these tokens, rising, those whose logits are wanted.
+        rows: of these tokens, strictly rising, those whose logits are wanted.
         """
         tables = np.zeros((len(parts), max(len(part.blocks) for part in parts)), dtype=np.int32)
         for table, part in zip(tables, parts, strict=True):

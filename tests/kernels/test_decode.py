@@ -77,8 +77,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # One by one these take PyTorch's LayerNorm or its exp, which differ in the last bits of fp32, and so here and there in
 # a rounding to bf16.
 NOT_TO_THE_BIT = ("gpt", "top-1 on every second layer", "pyramid, residual softmax", "residual sigmoid")
-# A prompt and a chunk of one, single tokens of others, one that rests, a context of more than one split of 256.
-STEPS = [[40, 3, 270, 1], [1, 0, 1, 1], [5, 1, 1, 0], [1, 1, 1, 1]]
+# A prompt and a chunk of one, single tokens of others, one that rests, a context of more than one split of 256; and so
+# few tokens that every thread prepares them for itself.
+STEPS = [[40, 3, 270, 1], [1, 0, 1, 1], [5, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0], [1, 0, 1, 0]]
 
 
 @pytest.fixture(params=KERNELS)
@@ -186,7 +187,7 @@ def test_a_sequence_gives_the_same_bits_alone_in_chunks_and_with_any_threads(ker
     expected: Tensor | None = None
     before = torch.get_num_threads()
     try:
-        for threads, cuts in ((1, [0, 60]), (3, [0, 33, 34, 40, 60]), (2, [0, 1, 2, 59, 60])):
+        for threads, cuts in ((1, [0, 60]), (3, [0, 33, 34, 40, 60]), (2, [0, 1, 2, 59, 60]), (11, [0, 31, 60])):
             torch.set_num_threads(threads)
             sequences, parts = Sequences(model.config), []
             for first, last in pairwise(cuts):
@@ -198,6 +199,38 @@ def test_a_sequence_gives_the_same_bits_alone_in_chunks_and_with_any_threads(ker
             assert torch.equal(got, expected)
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["bf16", "int4"])
+def test_logits_are_the_heads_of_the_wanted_tokens(kernels: str, form: str) -> None:
+    model = build("mixtral", form)
+    for counts, rows in (
+        ([9, 1, 3, 1], [8, 9, 12, 13]),
+        ([1, 1, 1, 1], [0, 1, 2, 3]),
+        ([1, 0, 1, 0], [1]),
+        ([0, 1, 0, 0], [0]),
+    ):
+        sequences = Sequences(model.config)
+        sequences.counts = counts
+        tokens = torch.arange(sum(counts)) + 7
+        step = sequences.extend(1, sum(counts))
+        decoded = model.infer(tokens, step, torch.tensor(rows))
+        assert torch.equal(decoded.logits, model.logits(decoded.hidden[rows]))
+        assert model.infer(tokens, step).logits.shape == (0, 61)
+
+
+@torch.no_grad()
+def test_layers_one_by_one_give_the_same_logits_or_none() -> None:
+    model = build("mixtral", "int8")
+    sequences = Sequences(model.config)
+    sequences.counts = [0, 5, 0, 2]
+    tokens = torch.arange(7)
+    step = sequences.extend(1, 7)
+    with select.forced("reference"):
+        decoded = model.infer(tokens, step, torch.tensor([4, 6]))
+        assert torch.equal(decoded.logits, model.logits(decoded.hidden[[4, 6]]))
+        assert model.infer(tokens, step).logits.shape == (0, 61)
 
 
 def test_tells_which_experts_each_layer_chose(kernels: str) -> None:

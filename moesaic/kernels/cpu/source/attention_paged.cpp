@@ -16,10 +16,10 @@ MOESAIC_EXPORT int64_t moesaic_paged_write(const uint16_t* key, int64_t key_stri
     const PagedCache cache{keys, values, key_scales, value_scales, num_blocks, num_kv_heads, head_dim, block_size};
     const PagedBatch batch{starts, lengths, tables, num_sequences, table_width};
     if (!is_valid(batch, cache, num_tokens)) return 1;
-    const PagedPlan plan = plan_paged(batch, cache, num_kv_heads);
+    const std::vector<WriteItem> writes = plan_writes(batch, cache);
     run_team(16.0 * double(num_tokens * num_kv_heads * head_dim), [&](Team& team) {
-        team.tasks(long(plan.writes.size()) * num_kv_heads, [&](long i) {
-            const WriteItem& item = plan.writes[size_t(i / num_kv_heads)];
+        team.tasks(long(writes.size()) * num_kv_heads, [&](long i) {
+            const WriteItem& item = writes[size_t(i / num_kv_heads)];
             const int64_t head = i % num_kv_heads;
             write_kv_panel(cache, item, head, key + item.first_token * key_stride + head * head_dim, key_stride,
                         value + item.first_token * value_stride + head * head_dim, value_stride, attention_scratch());

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "gemm_bf16.h"
@@ -115,31 +116,47 @@ inline int head_runs(const PagedBatch& batch, int group, int kv_heads) {
     double least = INFINITY, slower = 1;
     for (int runs = 1; runs < 2 * kv_heads && int(lengths.size()) < 4 * threads; runs *= 2, slower *= 1.1) {
         const int here = std::min(runs, kv_heads), heads = (kv_heads + here - 1) / here;
-        std::vector<int> busy(size_t(threads), 0);  // each takes the next when it is free
+        // Each takes the next when it is free, the one that is first in front.
+        std::vector<int> busy(size_t(threads), 0);
+        int last = 0;
         for (const int length : lengths)
-            for (int head = 0; head < kv_heads; head += heads)
-                *std::min_element(busy.begin(), busy.end()) += length * std::min(heads, kv_heads - head);
-        const double time = slower * *std::max_element(busy.begin(), busy.end());
+            for (int head = 0; head < kv_heads; head += heads) {
+                std::pop_heap(busy.begin(), busy.end(), std::greater<int>());
+                last = std::max(last, busy.back() += length * std::min(heads, kv_heads - head));
+                std::push_heap(busy.begin(), busy.end(), std::greater<int>());
+            }
+        const double time = slower * last;
         if (time < least) least = time, best = here;
     }
     return best;
 }
 
-inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, int64_t num_heads) {
-    PagedPlan plan;
-    const int kv_heads = int(cache.num_kv_heads), group = int(num_heads) / kv_heads;
-    const int width = cache.width(), size = int(cache.block_size);
-    const int runs = head_runs(batch, group, kv_heads);
+// Where the new tokens of a batch go.
+inline std::vector<WriteItem> plan_writes(const PagedBatch& batch, const PagedCache& cache) {
+    std::vector<WriteItem> writes;
+    const int size = int(cache.block_size);
     for (int s = 0; s < batch.num_sequences; ++s) {
         const int first = batch.starts[s], queries = batch.starts[s + 1] - first, length = batch.lengths[s];
-        if (queries == 0) continue;
         for (int position = length - queries; position < length;) {
             const int end = std::min(length, (position / kPanel + 1) * kPanel);
-            plan.writes.push_back({first + position - (length - queries), end - position,
-                                   batch.tables[s * batch.table_width + position / size], position % size / kPanel,
-                                   position % kPanel});
+            writes.push_back({first + position - (length - queries), end - position,
+                              batch.tables[s * batch.table_width + position / size], position % size / kPanel,
+                              position % kPanel});
             position = end;
         }
+    }
+    return writes;
+}
+
+inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, int64_t num_heads) {
+    PagedPlan plan;
+    plan.writes = plan_writes(batch, cache);
+    const int kv_heads = int(cache.num_kv_heads), group = int(num_heads) / kv_heads;
+    const int width = cache.width();
+    const int runs = head_runs(batch, group, kv_heads);
+    for (int s = 0; s < batch.num_sequences; ++s) {
+        const int queries = batch.starts[s + 1] - batch.starts[s], length = batch.lengths[s];
+        if (queries == 0) continue;
         const int rows = queries * group;
         plan.work += 4.0 * rows * cache.num_kv_heads * double(length) * width;
         if (rows <= kAttentionRows) {

@@ -19,8 +19,8 @@ MOESAIC_EXPORT int64_t moesaic_want_pages(const uint8_t* from, int64_t bytes) {
     return 0;
 }
 
-// `caches` holds one PagedCache for each layer, `rows` the tokens (rising) whose logits are wanted. Returns 1 when
-// positions of the batch have no block or are more than the model has, 2 for a token outside the vocabulary.
+// `caches` holds one PagedCache for each layer, `rows` the tokens (strictly rising) whose logits are wanted. Returns 1 when
+// positions of the batch have no block or are more than the model has, or rows are none of it, 2 for a token outside the vocabulary.
 MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double work_per_token, const void* caches,
                                       const int32_t* starts, const int32_t* lengths, const int32_t* tables,
                                       int64_t num_sequences, int64_t table_width, const int64_t* tokens,
@@ -42,6 +42,8 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
     }
     for (int64_t token = 0; token < num_tokens; ++token)
         if (tokens[token] < 0 || tokens[token] >= model->vocab_size) return 2;
+    for (int64_t i = 0; i < num_rows; ++i)
+        if (rows[i] < (i ? rows[i - 1] + 1 : 0) || rows[i] >= num_tokens) return 1;
     call.positions = positions;
     call.plan = plan_paged(call.batch, call.caches[0], model->num_heads);
     const size_t bytes = DecodeWorkspace(call, nullptr).bytes;

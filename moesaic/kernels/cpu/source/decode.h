@@ -79,63 +79,53 @@ struct DecodeCall {
     bf16* hidden;            // (T, H), after the final norm
     int64_t* expert_ids;     // of one MoE layer after the other (T, top_k)
     float* routing_weights;  // likewise
-    const int64_t* rows;     // (R), rising: the tokens whose logits are wanted
+    const int64_t* rows;     // (R), strictly rising: the tokens whose logits are wanted
     int64_t num_rows;
     float* logits;  // (R, V)
     PagedPlan plan;
     const int32_t* positions;  // (T)
     bool guesses_experts;      // decided once: the team goes one way
 
-    bool is_private() const { return num_tokens <= kPrivateRows; }
+    bool is_private() const { return are_private(num_tokens); }
+    int64_t most_routes() const {  // of a layer
+        int64_t most = 0;
+        for (int64_t i = 0; i < model->num_layers; ++i) most = std::max(most, num_tokens * model->layers[i].top_k);
+        return most;
+    }
 };
 
-// Everything between the operations, for T tokens. Of what comes first, up to own_weights, every member has its own where
-// tokens are few.
+// Everything between the operations, for T tokens.
 struct DecodeWorkspace {
-    bf16 *x, *normed, *qkv, *attended, *out;
-    float *coefficients, *residual_weights, *mean, *inverse, *partials, *guessed_weights, *own_weights, *router_parts;
-    int64_t *guessed_ids, *own_ids;
+    // Of these every member has its own where tokens are few.
+    bf16 *x, *normed;
+    float *mean, *inverse, *own_weights;
+    int64_t* own_ids;
+
+    bf16 *qkv, *attended, *out;
+    float *coefficients, *residual_weights, *partials, *guessed_weights, *router_parts;
+    int64_t* guessed_ids;
     char* operation;
-    size_t bytes, copy_bytes;
+    size_t bytes;
 
-    DecodeWorkspace of_member(int member) const {
-        DecodeWorkspace own = *this;
-        auto moved = [&](auto*& pointer) {
-            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(
-                reinterpret_cast<char*>(pointer) + size_t(member) * copy_bytes);
-        };
-        moved(own.x), moved(own.normed), moved(own.mean), moved(own.inverse), moved(own.own_ids);
-        moved(own.own_weights);
-        return own;
-    }
+    // What follows is for this member.
+    void use_own_of(const DecodeCall& call, int member) { place_own(call, base_ + size_t(member) * own_bytes_); }
 
-    DecodeWorkspace(const DecodeCall& call, char* base) {
+    DecodeWorkspace(const DecodeCall& call, char* base) : base_(base) {
         const DecodeModel& model = *call.model;
         const size_t tokens = size_t(call.num_tokens), hidden = size_t(model.hidden_size);
-        size_t used = 0;
+        own_bytes_ = place_own(call, nullptr);
+        place_own(call, base);
+        size_t used = own_bytes_ * (call.is_private() ? size_t(omp_get_max_threads()) : 1);
         auto take = [&](size_t size) {
             char* place = base ? base + used : nullptr;
             used += (size + 63) / 64 * 64;
             return place;
         };
-        const size_t copies = call.is_private() ? size_t(omp_get_max_threads()) : 1;
-        const size_t start = used;
-        x = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
-        normed = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
-        mean = reinterpret_cast<float*>(take(tokens * sizeof(float)));
-        inverse = reinterpret_cast<float*>(take(tokens * sizeof(float)));
-        int64_t most_routes = 0, most_parts = 0;
-        for (int64_t i = 0; i < model.num_layers; ++i) {
-            const DecodeLayer& layer = model.layers[i];
-            most_routes = std::max(most_routes, call.num_tokens * layer.top_k);
-            if (call.is_private() && layer.num_experts)
-                most_parts = std::max(most_parts, int64_t(route_parts_floats(call.num_tokens, layer.num_experts,
-                                                                             model.hidden_size)));
-        }
-        own_ids = reinterpret_cast<int64_t*>(take(call.is_private() ? size_t(most_routes) * sizeof(int64_t) : 0));
-        own_weights = reinterpret_cast<float*>(take(call.is_private() ? size_t(most_routes) * sizeof(float) : 0));
-        copy_bytes = used - start;
-        used += (copies - 1) * copy_bytes;
+        int64_t most_parts = 0;
+        for (int64_t i = 0; i < model.num_layers && call.is_private(); ++i)
+            if (model.layers[i].num_experts)
+                most_parts = std::max(most_parts, int64_t(route_parts_floats(
+                                                      call.num_tokens, model.layers[i].num_experts, model.hidden_size)));
         out = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
         qkv = reinterpret_cast<bf16*>(take(tokens * size_t(model.qkv_size()) * sizeof(bf16)));
         attended = reinterpret_cast<bf16*>(take(tokens * size_t(model.num_heads * model.head_dim) * sizeof(bf16)));
@@ -143,7 +133,7 @@ struct DecodeWorkspace {
         residual_weights = reinterpret_cast<float*>(take(tokens * sizeof(float)));
         partials = reinterpret_cast<float*>(take(call.plan.partial_floats * sizeof(float)));
         router_parts = reinterpret_cast<float*>(take(size_t(most_parts) * sizeof(float)));
-        if (!call.guesses_experts) most_routes = 0;
+        const int64_t most_routes = call.guesses_experts ? call.most_routes() : 0;
         guessed_ids = reinterpret_cast<int64_t*>(take(size_t(most_routes) * sizeof(int64_t)));
         guessed_weights = reinterpret_cast<float*>(take(size_t(most_routes) * sizeof(float)));
         size_t most = 0;
@@ -160,6 +150,21 @@ struct DecodeWorkspace {
         bytes = used;
     }
 
+    // The members' own from `at` on; returns how many bytes that is.
+    size_t place_own(const DecodeCall& call, char* at) {
+        const size_t tokens = size_t(call.num_tokens), hidden = size_t(call.model->hidden_size);
+        const size_t routes = call.is_private() ? size_t(call.most_routes()) : 0;
+        size_t used = 0;
+        auto take = [&](auto*& pointer, size_t count) {
+            using T = std::remove_reference_t<decltype(*pointer)>;
+            pointer = at ? reinterpret_cast<T*>(at + used) : nullptr;
+            used += (count * sizeof(T) + 63) / 64 * 64;
+        };
+        take(x, tokens * hidden), take(normed, tokens * hidden), take(mean, tokens), take(inverse, tokens);
+        take(own_ids, routes), take(own_weights, routes);
+        return used;
+    }
+
     MoeCall moe_call(const DecodeCall& call, const DecodeLayer& layer) const {
         MoeCall moe{};
         moe.experts = layer.experts ? *layer.experts : *layer.mlp;
@@ -174,6 +179,10 @@ struct DecodeWorkspace {
         moe.workspace = operation;
         return moe;
     }
+
+  private:
+    char* base_;
+    size_t own_bytes_;
 };
 
 // x (+= added, rounded), and normed = norm(x), for rows [first, last).
@@ -386,7 +395,8 @@ inline void compute_logits(Team& team, const DecodeCall& call, const DecodeWorks
 inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& shared) {
     const DecodeModel& model = *call.model;
     const bool is_private = call.is_private();
-    const DecodeWorkspace work = is_private ? shared.of_member(team.member()) : shared;
+    DecodeWorkspace work = shared;
+    if (is_private) work.use_own_of(call, team.member());
     constexpr int64_t kRows = 4;  // of a task
     const long row_tasks = long((call.num_tokens + kRows - 1) / kRows);
     auto rows = [&](auto&& body) {

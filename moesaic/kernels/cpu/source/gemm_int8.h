@@ -225,7 +225,8 @@ constexpr int kIntegerRows = 1, kRowsWithTotals = 1;
 #endif
 
 // C[R][32] (+)= R rows times the activation blocks [first, last) of the panel, whose groups are of G values of K.
-// Loops over sums are unrolled by order: sums that a loop indexes live in memory, at half the speed.
+// Loops over sums are unrolled by order: sums that a loop indexes live in memory, at half the speed. Rows without totals
+// in registers come in one pass only, so they never accumulate.
 template <int Bits, int G, int R>
 inline void integer_rows(const IntegerPanel& panel, int first, int last, const char* a, size_t stride, float* c,
                          bool accumulate, Ahead ahead) {
@@ -238,15 +239,13 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
     constexpr bool kHasTotals = R <= kRowsWithTotals;
     const uint8_t* weights = panel.data + size_t(first) * kGroups * (kSteps * kStepBytes + kScaleBytes);
     Vf total[R][V];
-    if (kHasTotals || !accumulate) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) {
-                total[r][v] = accumulate ? load(c + r * kPanel + v * W) : zero();
-                if (!kHasTotals) store(c + r * kPanel + v * W, total[r][v]);
-            }
-    }
+        for (int v = 0; v < V; ++v) {
+            total[r][v] = kHasTotals && accumulate ? load(c + r * kPanel + v * W) : zero();
+            if (!kHasTotals) store(c + r * kPanel + v * W, zero());
+        }
     for (int block = first; block < last; ++block) {
         const char* row = a + size_t(block) * kActivationBlock;
         const char* tail = a + panel.row_tails + sizeof(BlockTail) * size_t(block);

@@ -38,7 +38,7 @@ struct MoeCall {
     int64_t out_is_bf16;
     char* workspace;  // packed_moe_workspace bytes, aligned to 64
 
-    bool is_private() const { return tokens <= kPrivateRows; }
+    bool is_private() const { return are_private(tokens); }
 };
 
 // A run of rows that an expert (or the residual, whose number is num_experts) takes through the first product together.
@@ -53,7 +53,8 @@ constexpr int64_t kPassTokens = 2048;
 
 constexpr int kFewRows = 6;  // of an expert: its weights take longer to read than to use
 
-// Where everything of a pass is in the workspace.
+// Where everything of a pass is: in the workspace, but for few tokens everything up to residual_rows is in memory of each
+// member's own, own_bytes of it.
 struct MoeWorkspace {
     int32_t* starts;      // (E + 1): rows of an expert
     int32_t* token_ids;   // (routes): token of a row
@@ -66,7 +67,7 @@ struct MoeWorkspace {
     char* residual_hidden;
     size_t bytes, own_bytes = 0;
 
-    // What every member makes for itself is in memory of its own, whose size is asked for first.
+    // Sizes alone, where there is no memory yet.
     MoeWorkspace(const MoeCall& call, char* base, char* own = nullptr) {
         const size_t tokens = size_t(std::min(call.tokens, kPassTokens)), routes = tokens * size_t(call.top_k);
         size_t used = 0;

@@ -189,7 +189,7 @@ struct LinearCall {
 // Rows are prepared once for everybody, but for few ones, and for bf16 ones, which are used as they are or copied block
 // by block.
 inline size_t packed_linear_workspace(const Packed& weight, int64_t rows) {
-    return weight.is_integer() ? size_t(rows) * weight.row_bytes() : 0;
+    return weight.is_integer() && !are_private(rows) ? size_t(rows) * weight.row_bytes() : 0;
 }
 
 // Columns [32 index, 32 index + 32) of `rows` results, from C[rows][32], plus the bias.
@@ -220,7 +220,7 @@ inline void packed_linear(Team& team, const LinearCall& call) {
     };
     static thread_local Scratch sums, copies;
     char* prepared = call.workspace;
-    if (weight.is_integer() && call.rows <= kPrivateRows) {
+    if (weight.is_integer() && are_private(call.rows)) {
         prepared = copies.get<char>(size_t(kPrivateRows) * row_bytes);
         for (int64_t row = 0; row < call.rows; ++row) prepare(row, prepared + row * row_bytes);
     } else if (weight.is_integer()) {

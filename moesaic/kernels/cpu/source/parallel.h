@@ -103,6 +103,7 @@ class Team {
 
 // So few rows every member prepares for itself: to hand one over takes longer than to make it.
 constexpr int64_t kPrivateRows = 2;
+inline bool are_private(int64_t rows) { return rows <= kPrivateRows; }
 
 // Panels (or tasks) in a row cut into slices for `threads`, each a thread's share of what is left and at most `most`:
 // long ones first, since a stream from memory needs some kilobytes to come up to speed, and short ones at the end, so
