@@ -19,8 +19,9 @@ MOESAIC_EXPORT int64_t moesaic_want_pages(const uint8_t* from, int64_t bytes) {
     return 0;
 }
 
-// `caches` holds one PagedCache for each layer, `rows` the tokens (strictly rising) whose logits are wanted. Returns 1 when
-// positions of the batch have no block or are more than the model has, or rows are none of it, 2 for a token outside the vocabulary.
+// `caches` holds one PagedCache for each layer, `rows` the tokens (strictly rising) whose logits are wanted. Returns 1
+// when positions of the batch have no block or are more than the model has, or rows name no tokens, 2 for a token outside
+// the vocabulary.
 MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double work_per_token, const void* caches,
                                       const int32_t* starts, const int32_t* lengths, const int32_t* tables,
                                       int64_t num_sequences, int64_t table_width, const int64_t* tokens,
