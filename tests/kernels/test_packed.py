@@ -169,6 +169,19 @@ def test_dtypes_bias_and_rows_that_are_not_contiguous(choice: str, format: str) 
         assert one(x[:0], packed).shape == (0, 40)
 
 
+@pytest.mark.parametrize("choice", CHOICES[:-1])
+@pytest.mark.parametrize("shape", [(1050, 2080, 96), (300, 72, 2048)])
+def test_rows_far_apart_and_results_past_the_caches(choice: str, shape: tuple[int, int, int]) -> None:
+    rows, n, k = shape  # 4 MiB of results and more; rows of x 4 KiB apart
+    packed, bias = pack_weight(weight_of("bf16", n, k)), numbers(n, seed=8)
+    x = numbers(rows, k, seed=9).bfloat16()
+    with select.forced(choice):
+        for options in ({}, {"bias": bias}):
+            rounded, exact = one(x, packed, **options), one(x, packed, out_dtype=torch.float32, **options)
+            assert torch.equal(rounded, exact.bfloat16())
+            assert torch.equal(rounded, torch.cat([one(part, packed, **options) for part in x.split(37)]))
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("format", ("bf16", "int8", "int4-64"))
 def test_infinities_and_nan_stay_in_their_row(choice: str, format: str) -> None:

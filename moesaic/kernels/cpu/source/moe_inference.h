@@ -77,7 +77,7 @@ struct MoeWorkspace {
             used += (bytes + 63) / 64 * 64;
             return place;
         };
-        const size_t most_runs = size_t(call.num_experts) + routes / 48 + tokens / 48 + 2;
+        const size_t most_runs = size_t(call.num_experts) + routes / kFewestRows + tokens / kFewestRows + 2;
         starts = reinterpret_cast<int32_t*>(take((size_t(call.num_experts) + 1) * 4));
         token_ids = reinterpret_cast<int32_t*>(take(routes * 4));
         weights = reinterpret_cast<float*>(take(routes * 4));
@@ -203,7 +203,6 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         team.tasks(1 + row_tasks, begin);
 
     static thread_local Scratch sums_buffer, hidden_buffer, rows_buffer, out_buffer;
-    constexpr int kMostRows = 192;
     float* c = sums_buffer.get<float>(size_t(kMostRows) * kPanel);
     float* hidden = hidden_buffer.get<float>(size_t(kMostRows) * kActivationBlock);
     int held = -1;
@@ -293,7 +292,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         auto add_product = [&](const PackedMlp& mlp, int64_t matrix, int64_t first, int64_t count, int64_t total,
                                const char* rows, const uint8_t* following, auto&& token_of, auto&& weight_of) {
             const size_t stride = mlp.down.row_bytes();
-            const int most = std::min(rows_at_once(stride), kMostRows);
+            const int most = rows_at_once(stride);
             const int parts = int((count + most - 1) / most);
             for (int part = 0; part < parts; ++part) {
                 const int64_t from = first + count * part / parts, to = first + count * (part + 1) / parts;

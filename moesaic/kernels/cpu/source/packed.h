@@ -56,18 +56,53 @@ inline void prepare_row(const Packed& weight, const T* x, char* to) {
     }
 }
 
+// Rows of one step of the bf16 product, and rows that pass a panel together, in whole steps of every kernel.
+#if defined(MOESAIC_TILES)
+constexpr int kPackedRows = kRowBlock, kFewestRows = 64, kMostRows = 192;
+#elif defined(__AVX512F__)
+constexpr int kPackedRows = 14, kFewestRows = 42, kMostRows = 252;  // 28 of 32 registers hold sums
+#else
+constexpr int kPackedRows = kRowBlock, kFewestRows = 48, kMostRows = 192;
+#endif
+
+// Rows 4 KiB apart share one set of the first-level cache, of 12 ways.
+inline int step_rows(size_t stride) { return stride % 4096 ? kPackedRows : kRowBlock; }
+
+// What becomes of a row's last sums: as bf16 where they belong, plus the bias.
+struct StoreRounded {
+    const float* c;     // the sums so far, [rows][32]
+    const float* bias;  // of the 32 columns, or null
+    bf16* out;
+    size_t out_stride;
+    bool past_caches;
+
+    Vf load_sum(int r, int v) const { return load(c + r * kPanel + v * W); }
+    void finish(int r, const Vf (&sums)[kPanel / W]) const {
+        Vf values[kPanel / W];
+        for (int v = 0; v < kPanel / W; ++v) values[v] = bias ? add(sums[v], load(bias + v * W)) : sums[v];
+        bf16* to = out + r * out_stride;
+        if (past_caches)
+            stream_bf16<kPanel>(to, values);
+        else
+            for (int v = 0; v < kPanel / W; ++v) store_bf16(to + v * W, values[v]);
+    }
+    StoreRounded rows_further(int rows) const {
+        return {c + rows * kPanel, bias, out + rows * out_stride, out_stride, past_caches};
+    }
+};
+
 #if !defined(MOESAIC_TILES)
 
 constexpr int kAheadPairs = 64;  // pairs of K between two looks at where to read ahead
 
 // As gemm_rows of gemm_bf16.h, the same sums in the same order, reading ahead.
-template <int R>
-inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, float* c, bool accumulate,
+template <int R, typename Out>
+inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
                       Ahead ahead) {
     constexpr int V = kPanel / W;
     Vf acc[R][V];
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * kPanel + v * W) : zero();
+        for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? out.load_sum(r, v) : zero();
     for (int first = 0; first < pairs; first += kAheadPairs) {
         if (first == ahead.turn * kAheadPairs) ahead.from = ahead.then;
         const int last = first + kAheadPairs < pairs ? first + kAheadPairs : pairs;
@@ -84,38 +119,39 @@ inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, f
             }
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(c + r * kPanel + v * W, acc[r][v]);
+    for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
 
-template <int R>
-inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, float* c, bool accumulate,
+template <int R, typename Out>
+inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
                          Ahead ahead) {
     if constexpr (R > 0) {
         if (rows == R)
-            bf16_rows<R>(pairs, a, lda, b, c, accumulate, ahead);
+            bf16_rows<R>(pairs, a, lda, b, out, accumulate, ahead);
         else
-            bf16_rows_of<R - 1>(rows, pairs, a, lda, b, c, accumulate, ahead);
+            bf16_rows_of<R - 1>(rows, pairs, a, lda, b, out, accumulate, ahead);
     }
 }
 
 #endif
 
+// As packed_product. With `rounded` (whose c is C), results go there from registers and done is not called, but on AMX.
 template <typename Done>
 inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
-                         const Next& next, Done&& done) {
+                         const Next& next, Done&& done, const StoreRounded* rounded = nullptr) {
     constexpr int kDeep = 1024;  // pairs of K whose weights stay in the second-level cache while all rows pass
     const bf16* left = reinterpret_cast<const bf16*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
     const int pairs = padded_depth / 2, lda = int(stride / 2);
-    const int pass = rows > kRowBlock ? kDeep : pairs;
-    const int parts = (rows + kRowBlock - 1) / kRowBlock;
+    const int step = step_rows(stride);
+    const int pass = rows > step ? kDeep : pairs;
+    const int parts = (rows + step - 1) / step;
     for (int first = 0; first < pairs; first += pass) {
         const int here = pairs - first < pass ? pairs - first : pass;
         const size_t begin = size_t(first) * kPanel * 4, length = size_t(here) * kPanel * 4;
         for (int part = 0; part < parts; ++part) {
 #if defined(MOESAIC_TILES)
-            const int row = part * kRowBlock, end = row + kRowBlock < rows ? row + kRowBlock : rows;
+            const int row = part * step, end = row + step < rows ? row + step : rows;
             if (first + here == pairs) next.prefetch_lines(part, parts);
             if (next.panel) {
                 const uint8_t* ahead = next.panel + begin + length / parts * part;
@@ -131,21 +167,28 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
                           : ahead_of_itself(panel, (pairs + kAheadPairs - 1) / kAheadPairs,
                                             size_t(kAheadPairs) * kPanel * 4, kPanel * 4, next.panel);
             if (first + here == pairs) next.prefetch_lines(part, parts);
-            bf16_rows_of<kRowBlock>(end - row, here, left + size_t(row) * lda + 2 * first, lda,
-                                    weights + size_t(first) * kPanel, c + row * kPanel, first > 0, ahead);
+            const bf16* from = left + size_t(row) * lda + 2 * first;
+            const uint32_t* by = weights + size_t(first) * kPanel;
+            if (rounded && first + here == pairs) {
+                bf16_rows_of<kPackedRows>(end - row, here, from, lda, by, rounded->rows_further(row), first > 0, ahead);
+                continue;
+            }
+            bf16_rows_of<kPackedRows>(end - row, here, from, lda, by, StoreFp32<kPanel>{c + row * kPanel, kPanel},
+                                      first > 0, ahead);
 #endif
             if (first + here == pairs) done(row, end);
         }
     }
 }
 
-// C[rows][32] = prepared rows times a panel, in fp32; done(first, last) is called as soon as those rows are complete.
+// C[rows][32] = prepared rows times a panel, in fp32; done(first, last) is called as soon as those rows are complete,
+// unless the product itself brings them to where `rounded` says.
 template <typename Done>
 inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, int rows, const char* a, size_t stride,
-                           float* c, const Next& next, Done&& done) {
+                           float* c, const Next& next, Done&& done, const StoreRounded* rounded = nullptr) {
     const uint8_t* data = weight.panel(matrix, index);
     if (weight.format == kPackedBf16) {
-        bf16_product(data, weight.padded_depth(), rows, a, stride, c, next, done);
+        bf16_product(data, weight.padded_depth(), rows, a, stride, c, next, done, rounded);
         return;
     }
     const QuantizedRow row(weight.depth);
@@ -168,8 +211,8 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
 
 // As many rows as stay in the second-level cache beside a panel, in whole steps of every kernel.
 inline int rows_at_once(size_t row_bytes) {
-    const size_t fit = (size_t(512) << 10) / row_bytes;
-    return fit < kWholeRows ? kWholeRows : fit > 192 ? 192 : int(fit / kWholeRows * kWholeRows);
+    const int fit = int(std::min((size_t(512) << 10) / row_bytes, size_t(kMostRows)));
+    return fit < 2 * kFewestRows ? kFewestRows : fit / (2 * kFewestRows) * (2 * kFewestRows);
 }
 
 // y (M, N) = x (M, K) weight^T + bias.
@@ -238,12 +281,17 @@ inline void packed_linear(Team& team, const LinearCall& call) {
     if (by_rows) row_parts = round_up(row_parts, team.size());
     const Slices slices{panels, team.size(), panels};
     const int column_parts = by_rows ? 1 : slices.count();
+    const int step = step_rows(is_direct ? size_t(call.x_stride) * sizeof(bf16) : row_bytes);
     auto first_row = [&](int part) {
         const int64_t row = call.rows * part / row_parts;
-        return part == row_parts || call.rows < row_parts * kRowBlock ? row : row / kRowBlock * kRowBlock;
+        return part == row_parts || call.rows < row_parts * step ? row : row / step * step;
     };
-    float* c = sums.get<float>(size_t(most + kRowBlock) * kPanel);
-    char* copied = weight.is_integer() || is_direct ? nullptr : copies.get<char>(size_t(most + kRowBlock) * row_bytes);
+    float* c = sums.get<float>(size_t(most + kPackedRows) * kPanel);
+    char* copied = weight.is_integer() || is_direct ? nullptr : copies.get<char>(size_t(most + kPackedRows) * row_bytes);
+    // Results that no cache holds until they are read go past it. A line of each row at a time, often a power of two
+    // apart, they would push the rows of x out.
+    const bool past_caches = weight.format == kPackedBf16 && call.out_is_bf16 &&
+                             size_t(call.rows) * size_t(weight.columns) * sizeof(bf16) >= (size_t(4) << 20);
     int held = -1;
     team.tasks(long(row_parts) * column_parts, [&](long task) {
         const int part = int(task / column_parts), column = int(task % column_parts);
@@ -264,15 +312,20 @@ inline void packed_linear(Team& team, const LinearCall& call) {
         for (int index = begin; index < end; ++index) {
             // Where the results go: a line of every row, which would stall the writing of short sums.
             const size_t size = call.out_is_bf16 ? 2 : 4, out_stride = size_t(call.out_stride) * size;
-            const char* place = static_cast<const char*>(call.out) + size_t(first) * out_stride + index * kPanel * size;
-            const Next next{index + 1 < end ? weight.panel(0, index + 1) : nullptr, place, out_stride, rows};
-            packed_product(weight, 0, index, rows, a, stride, c, next, [&](int from, int to) {
+            char* place = static_cast<char*>(call.out) + size_t(first) * out_stride + index * kPanel * size;
+            const bool is_whole = call.out_is_bf16 && (index + 1) * kPanel <= weight.columns;
+            const StoreRounded rounded{c, call.bias ? call.bias + index * kPanel : nullptr,
+                                       reinterpret_cast<bf16*>(place), size_t(call.out_stride), past_caches};
+            const Next next{index + 1 < end ? weight.panel(0, index + 1) : nullptr, place, out_stride,
+                            past_caches ? 0 : rows};
+            auto write = [&](int from, int to) {
                 with_element_type(call.out_is_bf16, [&](auto kind) {
                     using T = decltype(kind);
                     write_panel(c + from * kPanel, to - from, index, weight.columns, call.bias,
                                 static_cast<T*>(call.out) + (first + from) * call.out_stride, size_t(call.out_stride));
                 });
-            });
+            };
+            packed_product(weight, 0, index, rows, a, stride, c, next, write, is_whole ? &rounded : nullptr);
         }
     });
 }

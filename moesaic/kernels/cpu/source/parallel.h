@@ -52,6 +52,7 @@ class Team {
     void barrier() {
         const long phase = ++phase_;
         if (size_ == 1) return;
+        _mm_sfence();  // a release orders all stores but those past the caches
         if (size_ <= TeamState::kFlags) {
             state_.reached[member_].value.store(phase, std::memory_order_release);
             for (int other = 0; other < size_; ++other)
