@@ -57,12 +57,10 @@ inline void prepare_row(const Packed& weight, const T* x, char* to) {
 }
 
 // Rows of one step of the bf16 product, and rows that pass a panel together, in whole steps of every kernel.
-#if defined(MOESAIC_TILES)
-constexpr int kPackedRows = kRowBlock, kFewestRows = 64, kMostRows = 192;
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
 constexpr int kPackedRows = 14, kFewestRows = 42, kMostRows = 252;  // 28 of 32 registers hold sums
 #else
-constexpr int kPackedRows = kRowBlock, kFewestRows = 48, kMostRows = 192;
+constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 192;
 #endif
 
 // Rows 4 KiB apart share one set of the first-level cache, of 12 ways.
@@ -210,9 +208,10 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
 }
 
 // As many rows as stay in the second-level cache beside a panel, in whole steps of every kernel.
-inline int rows_at_once(size_t row_bytes) {
+inline int rows_at_once(size_t row_bytes, int step = kPackedRows) {
+    const int whole = step == kPackedRows ? kFewestRows : kWholeRows;
     const int fit = int(std::min((size_t(512) << 10) / row_bytes, size_t(kMostRows)));
-    return fit < 2 * kFewestRows ? kFewestRows : fit / (2 * kFewestRows) * (2 * kFewestRows);
+    return std::max(whole, fit / whole * whole);
 }
 
 // y (M, N) = x (M, K) weight^T + bias.
@@ -274,14 +273,14 @@ inline void packed_linear(Team& team, const LinearCall& call) {
         });
     }
     const bool is_direct = !weight.is_integer() && call.x_is_bf16 && weight.depth % 32 == 0;
-    const int most = rows_at_once(row_bytes), panels = weight.panels();
+    const int step = step_rows(is_direct ? size_t(call.x_stride) * sizeof(bf16) : row_bytes);
+    const int most = rows_at_once(row_bytes, step), panels = weight.panels();
     // As many runs of rows for every thread where there are enough; else the columns are shared out too.
     int row_parts = int((call.rows + most - 1) / most);
     const bool by_rows = row_parts >= 2 * team.size();
     if (by_rows) row_parts = round_up(row_parts, team.size());
     const Slices slices{panels, team.size(), panels};
     const int column_parts = by_rows ? 1 : slices.count();
-    const int step = step_rows(is_direct ? size_t(call.x_stride) * sizeof(bf16) : row_bytes);
     auto first_row = [&](int part) {
         const int64_t row = call.rows * part / row_parts;
         return part == row_parts || call.rows < row_parts * step ? row : row / step * step;
@@ -291,7 +290,7 @@ inline void packed_linear(Team& team, const LinearCall& call) {
     // Results that no cache holds until they are read go past it. A line of each row at a time, often a power of two
     // apart, they would push the rows of x out.
     const bool past_caches = weight.format == kPackedBf16 && call.out_is_bf16 &&
-                             size_t(call.rows) * size_t(weight.columns) * sizeof(bf16) >= (size_t(4) << 20);
+                             size_t(call.rows) * size_t(weight.columns) * sizeof(bf16) >= (size_t(2) << 20);
     int held = -1;
     team.tasks(long(row_parts) * column_parts, [&](long task) {
         const int part = int(task / column_parts), column = int(task % column_parts);
