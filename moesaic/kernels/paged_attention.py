@@ -114,9 +114,16 @@ class PagedBatch:
 
 
 def allocate_blocks(
-    num_blocks: int, num_kv_heads: int, head_dim: int, *, block_size: int, dtype: torch.dtype, device: torch.device
-) -> KVBlocks:
-    """Return empty blocks of one layer; dtype torch.int8 keeps a scale for each position and head.
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVStorage:
+    """Return empty blocks of every layer; dtype torch.int8 keeps a scale for each position and head.
 
     Raises: ConfigError for a block_size that is no multiple of 32.
     """
@@ -126,21 +133,26 @@ def allocate_blocks(
             f"{max(PANEL, block_size // PANEL * PANEL)}."
         )
     panels, width = block_size // PANEL, -(-head_dim // PANEL) * PANEL
-    scales: list[Tensor | None] = [None, None]
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "keys": (dtype, (num_blocks, num_kv_heads, panels, width // 2, PANEL, 2)),
+        "values": (dtype, (num_blocks, num_kv_heads, panels, width // PANEL, PANEL // 2, PANEL, 2)),
+    }
     if dtype is torch.int8:
-        scales = [torch.zeros(num_blocks, num_kv_heads, block_size, device=device) for _ in range(2)]
-
-    def zeros(*shape: int) -> Tensor:
-        # A panel is one small page or less, and walking the page tables took as long as reading it.
-        return zeros_on_huge_pages(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)
-
-    return KVBlocks(
-        keys=zeros(num_blocks, num_kv_heads, panels, width // 2, PANEL, 2),
-        values=zeros(num_blocks, num_kv_heads, panels, width // PANEL, PANEL // 2, PANEL, 2),
-        key_scales=scales[0],
-        value_scales=scales[1],
-        head_dim=head_dim,
-    )
+        parts |= dict.fromkeys(("key_scales", "value_scales"), (torch.float32, (num_blocks, num_kv_heads, block_size)))
+    sizes = {name: math.prod(shape) * kind.itemsize for name, (kind, shape) in parts.items()}
+    # One piece for all layers: a panel is one small page or less, and walking the page tables took as long as reading
+    # it, but a few sequences' share of a layer does not fill a huge page.
+    memory = zeros_on_huge_pages(num_layers * sum(sizes.values()), device).view(num_layers, -1)
+    layers = []
+    for layer in memory:
+        pieces = zip(layer.split(list(sizes.values())), parts.items(), strict=True)
+        tensors = {name: piece.view(kind).view(shape) for piece, (name, (kind, shape)) in pieces}
+        layers.append(
+            KVBlocks(
+                tensors["keys"], tensors["values"], tensors.get("key_scales"), tensors.get("value_scales"), head_dim
+            )
+        )
+    return KVStorage(tuple(layers))
 
 
 def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) -> None:

@@ -44,14 +44,10 @@ def allocate_storage(
                 for _ in range(config.num_layers)
             )
         )
-    return KVStorage(
-        tuple(
-            allocate_blocks(
-                num_blocks, config.num_kv_heads, config.head_dim, block_size=block_size, dtype=dtype, device=device
-            )
-            for _ in range(config.num_layers)
-        )
-    )
+    return allocate_blocks(
+        config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size=block_size, dtype=dtype,
+        device=device,
+    )  # fmt: skip
 
 
 def copy_blocks(source: Storage, from_blocks: Sequence[int], target: Storage, to_blocks: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from moesaic.config.model import ModelConfig
 from moesaic.errors import GenerationError
 from moesaic.kernels import select
 from moesaic.kernels.decode import DecodePlan
-from moesaic.kernels.paged_attention import KVStorage, PagedBatch, allocate_blocks
+from moesaic.kernels.paged_attention import PagedBatch, allocate_blocks
 from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
 from moesaic.model.kv_cache import CacheStep
 from moesaic.model.pack import pack_transformer
@@ -97,14 +97,9 @@ class Sequences:
         number, self.config = len(STEPS[0]), config
         each = 10
         self.tables = torch.randperm(number * each, generator=torch.Generator().manual_seed(3)).int().view(number, each)
-        self.storage = KVStorage(
-            tuple(
-                allocate_blocks(
-                    number * each, config.num_kv_heads, config.head_dim, block_size=32, dtype=dtype,
-                    device=torch.device("cpu"),
-                )
-                for _ in range(config.num_layers)
-            )
+        self.storage = allocate_blocks(
+            config.num_layers, number * each, config.num_kv_heads, config.head_dim, block_size=32, dtype=dtype,
+            device=torch.device("cpu"),
         )  # fmt: skip
         self.lengths = [0] * number
         self.counts = [0] * number

@@ -52,8 +52,8 @@ class Case:
         self.lengths, self.new = lengths, new
         self.batch, num_blocks = make_batch(lengths, new, block_size=block_size)
         self.blocks = allocate_blocks(
-            num_blocks, num_kv_heads, head_dim, block_size=block_size, dtype=cache_dtype or dtype, device=CPU
-        )
+            1, num_blocks, num_kv_heads, head_dim, block_size=block_size, dtype=cache_dtype or dtype, device=CPU
+        ).layers[0]
         for tensor in (self.blocks.keys, self.blocks.values, self.blocks.key_scales, self.blocks.value_scales):
             if tensor is not None and tensor.is_floating_point():
                 tensor.fill_(float("nan"))  # what an earlier owner left must not be seen
@@ -220,7 +220,7 @@ def test_positions_without_a_block_are_refused(kernels: str, wrong: str) -> None
 
 def test_a_block_is_whole_panels() -> None:
     with pytest.raises(ConfigError, match=r"block_size \(16\) must be a multiple of 32, .*; use 32"):
-        allocate_blocks(1, 1, 8, block_size=16, dtype=torch.bfloat16, device=CPU)
+        allocate_blocks(1, 1, 1, 8, block_size=16, dtype=torch.bfloat16, device=CPU)
 
 
 def test_positions_of_a_ragged_batch() -> None:
@@ -230,6 +230,12 @@ def test_positions_of_a_ragged_batch() -> None:
 
 
 def test_storage_is_what_the_docstring_says() -> None:
-    blocks: KVBlocks = allocate_blocks(3, 2, 40, block_size=64, dtype=torch.int8, device=CPU)
+    storage = allocate_blocks(5, 3, 2, 40, block_size=64, dtype=torch.int8, device=CPU)
+    blocks: KVBlocks = storage.layers[4]
+    assert len(storage.layers) == 5
+    for layer in storage.layers:  # no two share memory, and each has its own scales
+        for number, tensor in enumerate((layer.keys, layer.values, layer.key_scales, layer.value_scales)):
+            assert tensor is not None and tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 and not tensor.any()
+            tensor.fill_(number + 1)
     assert blocks.keys.shape == (3, 2, 2, 32, 32, 2) and blocks.values.shape == (3, 2, 2, 2, 16, 32, 2)
     assert blocks.key_scales is not None and blocks.key_scales.shape == (3, 2, 64)
