@@ -34,6 +34,7 @@ LAYOUT_VERSION = 1
 _PANEL = 32
 _FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4")
 _MADV_HUGEPAGE = 14
+_MAP_NORESERVE = 0x4000  # a name of Python 3.13 and later
 HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -513,7 +514,8 @@ def zeros_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
     if device.type != "cpu" or not num_bytes or sys.platform == "win32":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     # Private: shared memory, which is Python's default, has small pages on most systems.
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
+    pages = mmap.mmap(-1, num_bytes, flags=flags)
     data = torch.frombuffer(pages, dtype=torch.uint8)
     _advise_huge_pages(data)
     return data

@@ -142,11 +142,13 @@ def allocate_blocks(
     sizes = {name: math.prod(shape) * kind.itemsize for name, (kind, shape) in parts.items()}
     # One piece for all layers: a panel is one small page or less, and walking the page tables took as long as reading
     # it, but a few sequences' share of a layer does not fill a huge page.
-    memory = zeros_on_huge_pages(num_layers * sum(sizes.values()), device).view(num_layers, -1)
-    layers = []
-    for layer in memory:
-        pieces = zip(layer.split(list(sizes.values())), parts.items(), strict=True)
-        tensors = {name: piece.view(kind).view(shape) for piece, (name, (kind, shape)) in pieces}
+    memory = zeros_on_huge_pages(num_layers * sum(sizes.values()), device)
+    layers, at = [], 0
+    for _ in range(num_layers):
+        tensors = {}
+        for name, (kind, shape) in parts.items():
+            tensors[name] = memory[at : at + sizes[name]].view(kind).view(shape)
+            at += sizes[name]
         layers.append(
             KVBlocks(
                 tensors["keys"], tensors["values"], tensors.get("key_scales"), tensors.get("value_scales"), head_dim

@@ -170,9 +170,9 @@ def test_dtypes_bias_and_rows_that_are_not_contiguous(choice: str, format: str) 
 
 
 @pytest.mark.parametrize("choice", CHOICES[:-1])
-@pytest.mark.parametrize("shape", [(550, 2080, 96), (300, 72, 2048)])
+@pytest.mark.parametrize("shape", [(550, 2080, 96), (300, 72, 2048), (130, 72, 4480)])
 def test_rows_far_apart_and_results_past_the_caches(choice: str, shape: tuple[int, int, int]) -> None:
-    rows, n, k = shape  # 2 MiB of results and more; rows of x 4 KiB apart
+    rows, n, k = shape  # 2 MiB of results and more; rows of x 4 KiB apart; sums in more than one pass
     packed, bias = pack_weight(weight_of("bf16", n, k)), numbers(n, seed=8)
     x = numbers(rows, k, seed=9).bfloat16()
     with select.forced(choice):

@@ -239,3 +239,9 @@ def test_storage_is_what_the_docstring_says() -> None:
             tensor.fill_(number + 1)
     assert blocks.keys.shape == (3, 2, 2, 32, 32, 2) and blocks.values.shape == (3, 2, 2, 2, 16, 32, 2)
     assert blocks.key_scales is not None and blocks.key_scales.shape == (3, 2, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_storage_without_blocks_has_its_shapes(dtype: torch.dtype) -> None:
+    blocks = allocate_blocks(2, 0, 2, 40, block_size=32, dtype=dtype, device=CPU).layers[1]
+    assert blocks.keys.shape == (0, 2, 1, 32, 32, 2) and blocks.values.shape == (0, 2, 1, 2, 16, 32, 2)

@@ -56,8 +56,8 @@ inline void prepare_row(const Packed& weight, const T* x, char* to) {
     }
 }
 
-// Rows of one step of the bf16 product, and rows that pass a panel together, in whole steps of every kernel.
-#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+// Rows of one step of the bf16 product, and rows that pass a panel together.
+#if defined(__AVX512BF16__) && !defined(MOESAIC_TILES)
 constexpr int kPackedRows = 14, kFewestRows = 42, kMostRows = 252;  // 28 of 32 registers hold sums
 #else
 constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 192;
@@ -207,7 +207,7 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
         integer_product<4, 128>(panel, rows, a, stride, c, next, done);
 }
 
-// As many rows as stay in the second-level cache beside a panel, in whole steps of every kernel.
+// As many rows as stay in the second-level cache beside a panel, in whole steps.
 inline int rows_at_once(size_t row_bytes, int step = kPackedRows) {
     const int whole = step == kPackedRows ? kFewestRows : kWholeRows;
     const int fit = int(std::min((size_t(512) << 10) / row_bytes, size_t(kMostRows)));
@@ -273,7 +273,8 @@ inline void packed_linear(Team& team, const LinearCall& call) {
         });
     }
     const bool is_direct = !weight.is_integer() && call.x_is_bf16 && weight.depth % 32 == 0;
-    const int step = step_rows(is_direct ? size_t(call.x_stride) * sizeof(bf16) : row_bytes);
+    const int step = weight.is_integer() ? kRowBlock
+                                         : step_rows(is_direct ? size_t(call.x_stride) * sizeof(bf16) : row_bytes);
     const int most = rows_at_once(row_bytes, step), panels = weight.panels();
     // As many runs of rows for every thread where there are enough; else the columns are shared out too.
     int row_parts = int((call.rows + most - 1) / most);
@@ -289,8 +290,13 @@ inline void packed_linear(Team& team, const LinearCall& call) {
     char* copied = weight.is_integer() || is_direct ? nullptr : copies.get<char>(size_t(most + kPackedRows) * row_bytes);
     // Results that no cache holds until they are read go past it. A line of each row at a time, often a power of two
     // apart, they would push the rows of x out.
-    const bool past_caches = weight.format == kPackedBf16 && call.out_is_bf16 &&
+#if defined(MOESAIC_TILES)
+    const bool past_caches = false;
+#else
+    const bool past_caches = weight.format == kPackedBf16 && call.out_is_bf16 && call.out_stride % kPanel == 0 &&
+                             reinterpret_cast<uintptr_t>(call.out) % 64 == 0 &&
                              size_t(call.rows) * size_t(weight.columns) * sizeof(bf16) >= (size_t(2) << 20);
+#endif
     int held = -1;
     team.tasks(long(row_parts) * column_parts, [&](long task) {
         const int part = int(task / column_parts), column = int(task % column_parts);

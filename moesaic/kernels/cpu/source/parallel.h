@@ -51,8 +51,8 @@ class Team {
     // Wait until every member is here.
     void barrier() {
         const long phase = ++phase_;
-        if (size_ == 1) return;
         _mm_sfence();  // a release orders all stores but those past the caches
+        if (size_ == 1) return;
         if (size_ <= TeamState::kFlags) {
             state_.reached[member_].value.store(phase, std::memory_order_release);
             for (int other = 0; other < size_; ++other)
