@@ -204,11 +204,11 @@ inline void multiply_rows(int count, int pairs, const bf16* a, size_t lda, const
             Vi columns[V];
             for (int v = 0; v < V; ++v) columns[v] = loadi((v < 2 ? first : second) + p * kPanel + v % 2 * W);
             if constexpr (Prefetch) {
-                _mm_prefetch(first_ahead + p * 128, _MM_HINT_T0);
-                _mm_prefetch(first_ahead + p * 128 + 64, _MM_HINT_T0);
+                fetch(first_ahead + p * 128);
+                fetch(first_ahead + p * 128 + 64);
                 if constexpr (V == 4) {
-                    _mm_prefetch(second_ahead + p * 128, _MM_HINT_T0);
-                    _mm_prefetch(second_ahead + p * 128 + 64, _MM_HINT_T0);
+                    fetch(second_ahead + p * 128);
+                    fetch(second_ahead + p * 128 + 64);
                 }
             }
             for (int r = 0; r < R; ++r) {
@@ -336,7 +336,7 @@ inline void multiply_heads(int heads, int pairs, HeadRows<const bf16> a, PanelRe
             for (int v = 0; v < V; ++v) {
                 const int place = (v / 2 * pairs + p) * kPanel + v % 2 * W;
                 columns[v] = loadi(panel + place);
-                if constexpr (Prefetch) _mm_prefetch(ahead + place * 4, _MM_HINT_T0);
+                if constexpr (Prefetch) fetch(ahead + place * 4);
             }
             for (int r = 0; r < R; ++r) {
                 const Vi row = broadcast_dword(a.first + r * a.ld + 2 * p);
@@ -369,11 +369,14 @@ inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf1
     for (int head = 0; head < heads; ++head)
         for (int i = 0; i < N; ++i) {
             const size_t place = reads.offset + size_t(i * pairs * kPanel) * 4;
-            for (int line = 0; reads.ahead && line < pairs * kPanel * 4; line += 64)
-                _mm_prefetch(reads.ahead[head] + place + line, _MM_HINT_T0);
-            gemm_panel(rows, pairs, a.first + head * a.step, a.ld,
-                       reinterpret_cast<const uint32_t*>(reads.at[head] + place), kPanel,
-                       c.first + head * c.step + i * kPanel, c.ld, accumulate);
+            const uint32_t* panel = reinterpret_cast<const uint32_t*>(reads.at[head] + place);
+            const bf16* left = a.first + head * a.step;
+            float* sums = c.first + head * c.step + i * kPanel;
+            if (reads.ahead)
+                gemm_tiles<2>(rows, pairs, left, a.ld, panel, kPanel, sums, c.ld, accumulate, 1, 0,
+                              StreamAhead{reads.ahead[head] + place, kPairBlock * kPanel * 4});
+            else
+                gemm_panel(rows, pairs, left, a.ld, panel, kPanel, sums, c.ld, accumulate);
         }
 }
 
@@ -383,7 +386,7 @@ inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf1
 inline void expand_pairs(int count, const uint16_t* from, const uint16_t* ahead, uint32_t* to) {
 #if defined(__AVX512F__)
     for (int i = 0; i < count; i += 16) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+        fetch(ahead + i);
         const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + i)));
         const __m512 low = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24));
         const __m512 high = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 16), 24));
@@ -392,7 +395,7 @@ inline void expand_pairs(int count, const uint16_t* from, const uint16_t* ahead,
     }
 #else
     for (int i = 0; i < count; i += 8) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+        fetch(ahead + i);
         const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + i)));
         const __m256 low = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24));
         const __m256 high = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 16), 24));

@@ -256,7 +256,7 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
             const bf16* group_scales = reinterpret_cast<const bf16*>(weights);
             weights += kScaleBytes;
             if (Bits == 4) {
-                _mm_prefetch(ahead.from, _MM_HINT_T0);
+                fetch(ahead.from);
                 ahead.from += ahead.group_step;
             }
             Vi acc[kChains][R][V];
@@ -279,8 +279,8 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
                     Vi columns[V];
                     load_weights<Bits>(weights + size_t(chain) * kStepBytes, columns);
                     const char* line = ahead.from + size_t(chain) * ahead.step;
-                    _mm_prefetch(line, _MM_HINT_T0);
-                    if (Bits == 8) _mm_prefetch(line + 64, _MM_HINT_T0);
+                    fetch(line);
+                    if (Bits == 8) fetch(line + 64);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const Vi activations = broadcast_dword(row + r * stride + 4 * (s + chain));
@@ -362,15 +362,45 @@ inline void unpack_for_tiles(const IntegerPanel& panel, uint8_t* to) {
     }
 }
 
-// As integer_rows for up to 32 rows; `bytes` is the panel, unpacked where it has 4 bits.
+// What the int32 dot products [rows][32] of group g add to c.
+template <int Bits, bool First>
+inline void finish_group(const IntegerPanel& panel, int g, const int32_t* dots, int rows, const char* a, size_t stride,
+                         float* c) {
+    const int block = g * panel.group / kActivationBlock, part = g * panel.group % kActivationBlock / panel.group;
+    const char* tail = a + panel.row_tails + sizeof(BlockTail) * size_t(block);
+    const size_t start = offsetof(BlockTail, starts) + 4 * size_t(BlockTail::first_start(panel.group) + part);
+    const bf16* scales =
+        reinterpret_cast<const bf16*>(panel.data + size_t(g) * (2 * kPanel + size_t(panel.group) * kPanel / 2));
+    Vf column_scales[kPanel / W];
+    for (int v = 0; v < kPanel / W; ++v) column_scales[v] = Bits == 8 ? zero() : load_bf16(scales + v * W);
+    for (int r = 0; r < rows; ++r, tail += stride) {
+        Vi begin = broadcast_dword(tail + start);
+        if (Bits == 8) begin = shift_left<4>(begin);
+        const Vf scale = as_float(broadcast_dword(tail + offsetof(BlockTail, scale)));
+        for (int v = 0; v < kPanel / W; ++v) {
+            float* place = c + r * kPanel + v * W;
+            const Vf factor = Bits == 8 ? scale : mul(scale, column_scales[v]);
+            const Vf sum = mul(to_float(addi(loadi(dots + r * kPanel + v * W), begin)), factor);
+            store(place, add(First ? zero() : load(place), sum));
+        }
+    }
+}
+
+// As integer_rows for up to 32 rows; `bytes` is the panel, unpacked where it has 4 bits. A group's dot products are
+// scaled and added up while the tiles work on the next one.
 template <int Bits>
 inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int first, int last, int rows, const char* a,
-                          size_t stride, float* c, bool accumulate) {
-    alignas(64) int32_t dots[32 * kPanel];
+                          size_t stride, float* c, StreamAhead& ahead) {
+    alignas(64) int32_t dots[2][32 * kPanel];
     const int top = rows < 16 ? rows : 16, bottom = rows - top;
     const int tile_depth = panel.group < 64 ? 64 : panel.group;
-    const bool is_end = last * panel.group >= panel.depth;
     configure_tiles(top, bottom);
+    auto finish = [&](int g) {
+        if (g == 0)
+            finish_group<Bits, true>(panel, g, dots[g % 2], rows, a, stride, c);
+        else
+            finish_group<Bits, false>(panel, g, dots[g % 2], rows, a, stride, c);
+    };
     for (int g = first; g < last; ++g) {
         const uint8_t* weights = bytes + size_t(g) * tile_depth * kPanel;
         const char* row = a + size_t(g) * panel.group;
@@ -383,41 +413,37 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
             tile_zero(3);
         }
         for (int k = 0; k < here; k += 64) {
+            ahead.quarter(0, 0, 0);
             tile_load(4, row + k, stride);
+            ahead.quarter(0, 0, 1);
             tile_load(6, weights + size_t(k) * kPanel, 128);
-            tile_load(7, weights + size_t(k) * kPanel + 64, 128);
             tile_dot_s8u8(0, 4, 6);
+            ahead.quarter(0, 0, 2);
+            tile_load(7, weights + size_t(k) * kPanel + 64, 128);
             tile_dot_s8u8(1, 4, 7);
+            ahead.quarter(0, 0, 3);
             if (bottom) {
                 tile_load(5, row + 16 * stride + k, stride);
                 tile_dot_s8u8(2, 5, 6);
                 tile_dot_s8u8(3, 5, 7);
             }
         }
-        tile_store(0, dots, kPanel * 4);
-        tile_store(1, dots + 16, kPanel * 4);
+        if (g > first) finish(g - 1);
+        int32_t* to = dots[g % 2];
+        tile_store(0, to, kPanel * 4);
+        tile_store(1, to + 16, kPanel * 4);
         if (bottom) {
-            tile_store(2, dots + 16 * kPanel, kPanel * 4);
-            tile_store(3, dots + 16 * kPanel + 16, kPanel * 4);
-        }
-        const int block = g * panel.group / kActivationBlock, part = g * panel.group % kActivationBlock / panel.group;
-        const bf16* group_scales = reinterpret_cast<const bf16*>(
-            panel.data + size_t(g) * (2 * kPanel + size_t(panel.group) * kPanel / 2));
-        for (int r = 0; r < rows; ++r) {
-            const BlockTail& tail = reinterpret_cast<const BlockTail*>(a + r * stride + panel.row_tails)[block];
-            const Vi start = set1i(tail.starts[BlockTail::first_start(panel.group) + part] * (Bits == 8 ? 16 : 1));
-            for (int v = 0; v < kPanel / W; ++v) {
-                float* place = c + r * kPanel + v * W;
-                const Vf scale = set1(tail.scale);
-                const Vf factor = Bits == 8 ? scale : mul(scale, load_bf16(group_scales + v * W));
-                const Vf dot = to_float(addi(loadi(dots + r * kPanel + v * W), start));
-                const Vf before = g > first || accumulate ? load(place) : zero();
-                Vf after = add(before, mul(dot, factor));
-                if (Bits == 8 && is_end && g == last - 1) after = mul(after, load(panel.scales + v * W));
-                store(place, after);
-            }
+            tile_store(2, to + 16 * kPanel, kPanel * 4);
+            tile_store(3, to + 16 * kPanel + 16, kPanel * 4);
         }
     }
+    finish(last - 1);
+    if (Bits == 8 && last * panel.group >= panel.depth)
+        for (int r = 0; r < rows; ++r)
+            for (int v = 0; v < kPanel / W; ++v) {
+                float* place = c + r * kPanel + v * W;
+                store(place, mul(load(place), load(panel.scales + v * W)));
+            }
 }
 
 // As integer_product; a pass over K is one whose weights stay in the second-level cache while all rows pass.
@@ -426,26 +452,35 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
                                   const Next& next, Done&& done) {
     static thread_local Scratch scratch;
     const int groups = (panel.depth + panel.group - 1) / panel.group, pass = 4096 / panel.group;
+    const int tile_depth = panel.group < 64 ? 64 : panel.group, parts = (rows + 31) / 32;
     const uint8_t* bytes = panel.data;
     if (Bits == 4) {
-        const int tile_depth = panel.group < 64 ? 64 : panel.group;
         uint8_t* unpacked = scratch.get<uint8_t>(size_t(groups) * tile_depth * kPanel);
         unpack_for_tiles(panel, unpacked);
         bytes = unpacked;
     }
-    const uint8_t* ahead = next.panel;
-    const size_t panel_bytes = size_t(panel.depth) * kPanel * Bits / 8;
-    const size_t share = panel_bytes / (size_t((rows + 31) / 32) * size_t((groups + pass - 1) / pass));
+    // One step on 8 bits reads ahead in its own panel; of several, and on 4 bits, each brings its share of the next one.
+    const int steps = Bits == 8 ? panel.depth / 64 : groups * tile_depth / 64;
+    const size_t size = Bits == 8 ? size_t(panel.depth) * kPanel
+                                  : size_t(groups) * (2 * kPanel + size_t(panel.group) * kPanel / 2);
+    const char* from = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
+    StreamAhead ahead{from, (size / size_t(steps * parts) + 3) / 4 * 4};
+    if (parts == 1 && Bits == 8) {
+        const char* own = reinterpret_cast<const char*>(panel.data);
+        ahead = {own + std::min(kAheadBytes, size), 64 * kPanel, next.panel ? own + size : nullptr, from};
+    }
     for (int first = 0; first < groups; first += pass) {
         const int last = first + pass < groups ? first + pass : groups;
-        for (int row = 0; row < rows; row += 32) {
-            if (last == groups) next.prefetch_lines(row / 32, (rows + 31) / 32);
-            if (ahead)
-                for (const uint8_t* stop = ahead + share; ahead < stop; ahead += 64)
-                    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-            const int end = row + 32 < rows ? row + 32 : rows;
+        for (int part = 0; part < parts; ++part) {
+            const int row = part * 32, end = row + 32 < rows ? row + 32 : rows;
+            if (last == groups) {
+                const int64_t line = next.count * part / parts;
+                ahead.bring_lines(next.lines + size_t(line) * next.stride, next.stride,
+                                  next.count * (part + 1) / parts - line,
+                                  std::max(1, (last - first) * tile_depth / 64));
+            }
             integer_tiles<Bits>(panel, bytes, first, last, end - row, a + row * stride, stride, c + row * kPanel,
-                                first > 0);
+                                ahead);
             if (last == groups) done(row, end);
         }
     }
@@ -459,8 +494,8 @@ template <int Bits, int G, typename Done>
 inline void integer_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
                             const Next& next, Done&& done) {
 #if defined(MOESAIC_TILES)
-    // Fewer rows leave tiles mostly empty; integers are exact either way.
-    if (rows > 4) {
+    // Fewer rows leave tiles mostly empty, and 4 bits have to be unpacked for them; integers are exact either way.
+    if (rows > (Bits == 8 ? 4 : 12)) {
         integer_tiles_product<Bits>(panel, rows, a, stride, c, next, done);
         return;
     }

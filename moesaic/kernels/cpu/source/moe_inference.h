@@ -274,7 +274,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     };
     // Few rows take as long as their weights take to come: long streams. Many take as long as they are, so no thread
     // begins a long slice last; neighbours share their rows and read ahead for each other.
-    const Slices up_slices{num_tasks, team.size(), work.num_runs[2] <= kFewRows ? std::max(num_tasks, 1) : 8};
+    const Slices up_slices{num_tasks, team.size(), work.num_runs[2] <= kFewRows ? std::max(num_tasks, 1) : num_runs >= 8 * team.size() ? experts.chunks() : 8};
     team.tasks(up_slices.count(), [&](long slice) {
         const int begin = up_slices.begin(int(slice)), end = up_slices.begin(int(slice) + 1);
         for (int task = begin; task < end; ++task) do_task(task, task + 1 < end);
@@ -282,7 +282,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
 
     const int panels = experts.down.panels();
     // Sums that stay in the second-level cache.
-    const int64_t fit = std::max<int64_t>(1, (int64_t(512) << 10) / (tokens * kPanel * 4));
+    const int64_t fit = std::max<int64_t>(1, int64_t(kRowsCache) / (tokens * kPanel * 4));
     const Slices slices{panels, team.size(), int(std::min<int64_t>(fit, panels))};
     team.tasks(slices.count(), [&](long task) {
         const int begin = slices.begin(int(task)), end = slices.begin(int(task) + 1), ld = (end - begin) * kPanel;

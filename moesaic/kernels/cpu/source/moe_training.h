@@ -103,9 +103,15 @@ struct Group {
     std::vector<ExpertRows> experts;
     std::vector<Piece> pieces;
     int64_t lanes = 0, rows = 0;
+    int64_t longest = 0;  // rows of a piece
 };
 
-constexpr int64_t kPieceRows = 5 * kChunk;  // whole lane blocks and whole row blocks
+// Whole lane blocks and whole row blocks. A machine with tiles has a second-level cache of 2 MiB.
+#if defined(MOESAIC_TILES)
+constexpr int64_t kPieceRows = 10 * kChunk;
+#else
+constexpr int64_t kPieceRows = 5 * kChunk;
+#endif
 constexpr int kParts = 5;                   // tasks of a piece where its rows are only moved
 
 inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
@@ -134,6 +140,7 @@ inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
             while (block < rows.blocks.size() && rows.blocks[block].first < first + kPieceRows) ++block;
             const int64_t here = std::min(kPieceRows, rows.padded - first);
             group.pieces.push_back({int(group.experts.size()), first, here, begin, block - begin});
+            group.longest = std::max(group.longest, here);
         }
         group.experts.push_back(std::move(rows));
     }
@@ -148,16 +155,27 @@ inline void find_row_weights(const MoeTraining& m, int64_t token, float* row_wei
     }
 }
 
+// is_first: of the blocks that use these weights, which are not in the cache yet.
 template <int Width>
 inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
-                     const uint32_t* tokens, uint32_t* hidden, uint32_t* pairs) {
+                     bool is_first, const uint32_t* tokens, uint32_t* hidden, uint32_t* pairs) {
     const int64_t h = m.hidden, f = m.inner, e = rows.expert;
     alignas(64) float gate[kChunk * Width], up[kChunk * Width];
     const bf16* weights = m.up + e * m.pre_width() * h + first * h;
     const uint32_t* panel = tokens + block.offset * (h / 2);
     const bf16* bias = m.up_bias ? m.up_bias + e * m.pre_width() + first : nullptr;
-    gemm<Width, true>(count, int(h / 2), weights, h, panel, Width, gate, Width, false);
-    if (m.gated()) gemm<Width, true>(count, int(h / 2), weights + f * h, h, panel, Width, up, Width, false);
+    const bf16* up_weights = weights + f * h;
+#if defined(MOESAIC_TILES)
+    // While one half of a chunk is multiplied, the other, or the next chunk's first one, is on its way.
+    const bf16* following = first + kChunk < f ? weights + kChunk * h : nullptr;
+    const bf16 *after_gate = m.gated() ? up_weights : following, *after_up = following;
+#else
+    const bf16 *after_gate = weights + kRowBlock * h, *after_up = up_weights + kRowBlock * h;
+#endif
+    gemm<Width>(count, int(h / 2), weights, h, panel, Width, gate, Width, false, 1, 0, is_first ? after_gate : nullptr);
+    if (m.gated())
+        gemm<Width>(count, int(h / 2), up_weights, h, panel, Width, up, Width, false, 1, 0,
+                    is_first ? after_up : nullptr);
     uint32_t* hidden_rows = hidden + block.offset * (f / 2) + first / 2 * Width;
     for (int r = 0; r < count; r += 2) {
         for (int lane = 0; lane < Width; lane += W) {
@@ -194,11 +212,12 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
 
 template <int Width>
 inline void down_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
-                       const uint32_t* hidden, const float* row_weights, float* sums) {
+                       bool is_first, const uint32_t* hidden, const float* row_weights, float* sums) {
     const int64_t h = m.hidden, f = m.inner, e = rows.expert;
     alignas(64) float y[kChunk * Width], turned[Width * kChunk];
-    gemm<Width, true>(count, int(f / 2), m.down + (e * h + first) * f, f, hidden + block.offset * (f / 2), Width, y,
-                      Width, false);
+    const bf16* weights = m.down + (e * h + first) * f;
+    gemm<Width>(count, int(f / 2), weights, f, hidden + block.offset * (f / 2), Width, y, Width, false, 1, 0,
+                is_first ? weights + kRowBlock * f : nullptr);
     transpose_dwords(count, block.valid, reinterpret_cast<uint32_t*>(y), Width, reinterpret_cast<uint32_t*>(turned),
                      kChunk);
     const bf16* bias = m.down_bias ? m.down_bias + e * h + first : nullptr;
@@ -229,6 +248,26 @@ inline void sum_routes(const MoeTraining& m, int64_t token, const float* sums, b
             if (slots[k] < m.rows) total = add(total, load(sums + slots[k] * h + c));
         store_bf16(out + token * h + c, total);
     }
+}
+
+// Call body(width) with a constant.
+template <typename Body>
+inline void with_width(int width, Body&& body) {
+    if (width == 16)
+        body(std::integral_constant<int, 16>{});
+    else if (width == 32)
+        body(std::integral_constant<int, 32>{});
+    else
+        body(std::integral_constant<int, 48>{});
+}
+
+// Call task(i) for i in [0, count) as team.tasks does, but some neighbours on one thread: they read ahead for each other.
+template <typename Task>
+inline void neighbouring_tasks(Team& team, long count, Task&& task) {
+    const Slices slices{int(count), team.size(), 4};
+    team.tasks(slices.count(), [&](long slice) {
+        for (int i = slices.begin(int(slice)), end = slices.begin(int(slice) + 1); i < end; ++i) task(long(i));
+    });
 }
 
 constexpr int64_t kTokensPerTask = 64;
@@ -297,7 +336,7 @@ inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrai
             }
         });
         const int64_t up_chunks = chunks(f, kChunk), down_chunks = chunks(h, kChunk);
-        team.tasks(pieces * up_chunks, [&](long i) {
+        neighbouring_tasks(team, pieces * up_chunks, [&](long i) {
             const Piece& piece = group.pieces[i / up_chunks];
             const ExpertRows& rows = group.experts[piece.expert];
             const int64_t first = i % up_chunks * kChunk;
@@ -305,27 +344,21 @@ inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrai
             alignas(64) uint32_t pairs[kChunk * 48];
             for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
                 const LaneBlock& block = rows.blocks[b];
-                if (block.width == 32)
-                    up_block<32>(m, rows, block, first, count, s.tokens, s.hidden, pairs);
-                else if (block.width == 48)
-                    up_block<48>(m, rows, block, first, count, s.tokens, s.hidden, pairs);
-                else
-                    up_block<16>(m, rows, block, first, count, s.tokens, s.hidden, pairs);
+                with_width(block.width, [&](auto width) {
+                    up_block<width>(m, rows, block, first, count, b == piece.block, s.tokens, s.hidden, pairs);
+                });
             }
         });
-        team.tasks(pieces * down_chunks, [&](long i) {
+        neighbouring_tasks(team, pieces * down_chunks, [&](long i) {
             const Piece& piece = group.pieces[i / down_chunks];
             const ExpertRows& rows = group.experts[piece.expert];
             const int64_t first = i % down_chunks * kChunk;
             const int count = int(std::min<int64_t>(kChunk, h - first));
             for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
                 const LaneBlock& block = rows.blocks[b];
-                if (block.width == 32)
-                    down_block<32>(m, rows, block, first, count, s.hidden, s.row_weights, s.sums);
-                else if (block.width == 48)
-                    down_block<48>(m, rows, block, first, count, s.hidden, s.row_weights, s.sums);
-                else
-                    down_block<16>(m, rows, block, first, count, s.hidden, s.row_weights, s.sums);
+                with_width(block.width, [&](auto width) {
+                    down_block<width>(m, rows, block, first, count, b == piece.block, s.hidden, s.row_weights, s.sums);
+                });
             }
         });
     }
@@ -383,8 +416,8 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
     for (int64_t p = 0; p < h / 2; ++p) {
         const bf16* even = m.down + (rows.expert * h + 2 * p) * f + first;
         for (int j = 0; j < panels; ++j) {
-            __builtin_prefetch(even + kAhead * f + j * kPanel);
-            __builtin_prefetch(even + (kAhead + 1) * f + j * kPanel);
+            fetch(even + kAhead * f + j * kPanel);
+            fetch(even + (kAhead + 1) * f + j * kPanel);
         }
         for (int j = 0; j < panels; ++j)
             interleave_rows(kPanel, even + j * kPanel, even + f + j * kPanel, packed + (j * (h / 2) + p) * kPanel);
@@ -464,13 +497,13 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
 
 // Columns first .. first + 128 of the gradient of the rows: grad_pre * up.
 inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, const Piece& piece, int64_t first,
-                           const MoeTrainingScratch& s) {
+                           int64_t most, const MoeTrainingScratch& s) {
     constexpr int64_t kChunks = 5;  // of the rows of up packed at once: 240 KiB; the sums of all rows wait meanwhile
     const int64_t h = m.hidden, f = m.inner, width = m.pre_width();
-    const int columns = int(std::min<int64_t>(kGradXColumns, h - first)), panels = columns / kPanel;
+    const int columns = int(std::min<int64_t>(most, h - first)), panels = columns / kPanel;
     static thread_local Scratch buffer;
-    uint32_t* packed = buffer.get<uint32_t>((kChunks * kChunk + kPieceRows) * kGradXColumns);
-    float* sums = reinterpret_cast<float*>(packed + kChunks * kChunk * kGradXColumns);
+    uint32_t* packed = buffer.get<uint32_t>((kChunks * kChunk + kPieceRows) * most);
+    float* sums = reinterpret_cast<float*>(packed + kChunks * kChunk * most);
     const bf16* weights = m.up + rows.expert * width * h + first;
     const int64_t row = piece.first;
     const int count = int(std::min(piece.count, rows.count - row));
@@ -486,8 +519,8 @@ inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, const P
                 const int64_t weight_row = start + block * wide + 2 * (is_up ? p - wide / 2 : p) + (is_up ? f : 0);
                 const bf16* even = weights + weight_row * h;
                 for (int j = 0; j < panels; ++j) {
-                    __builtin_prefetch(even + kAhead * h + j * kPanel);
-                    __builtin_prefetch(even + (kAhead + 1) * h + j * kPanel);
+                    fetch(even + kAhead * h + j * kPanel);
+                    fetch(even + (kAhead + 1) * h + j * kPanel);
                 }
                 for (int j = 0; j < panels; ++j)
                     interleave_rows(kPanel, even + j * kPanel, even + h + j * kPanel,
@@ -497,15 +530,16 @@ inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, const P
             chunked_rows<const bf16>(s.grad_pre + rows.row_offset * width, rows.padded, start, wide, m.gated());
         for (int r = 0; r < count; r += kChunk)
             for (int j = 0; j < panels; ++j)
-                gemm<kPanel, true>(std::min(kChunk, count - r), pairs, grad_pre.row(row + r), grad_pre.stride,
-                             packed + j * whole * pairs * kPanel, kPanel, sums + r * kGradXColumns + j * kPanel,
-                             kGradXColumns, start > 0, int(whole), rows.padded * grad_pre.stride);
+                gemm<kPanel>(std::min(kChunk, count - r), pairs, grad_pre.row(row + r), grad_pre.stride,
+                             packed + j * whole * pairs * kPanel, kPanel, sums + r * most + j * kPanel, most,
+                             start > 0, int(whole), rows.padded * grad_pre.stride,
+                             j == 0 ? grad_pre.row(row + r + kRowBlock) : nullptr);
         start += whole * wide;
     }
     for (int r = 0; r < count; ++r) {
         const int64_t n = rows.start + row + r;
         for (int c = 0; c < columns; c += W) {
-            const Vf value = load(sums + r * kGradXColumns + c);
+            const Vf value = load(sums + r * most + c);
             if (m.routes > 1)
                 store(s.sums + n * h + first + c, value);
             else
@@ -517,13 +551,8 @@ inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, const P
 // Rows first .. first + count of a weight's gradient (.., columns): turned (rows of the weight, pairs) * paired panels.
 inline void weight_gradient_rows(const uint32_t* turned, const uint32_t* paired, int64_t pairs, int64_t first, int count,
                                  int64_t columns, bf16* grad) {
-    // Whole rows at a time while all panels stay in the cache, since memory is written fastest in long pieces.
-    const int step = pairs * columns <= (1 << 17) ? kRowBlock : count;
-    for (int r = 0; r < count; r += step)
-        for (int64_t c = 0; c < columns; c += kPanel)
-            gemm_panel_streamed(std::min(step, count - r), int(pairs),
-                                reinterpret_cast<const bf16*>(turned + (first + r) * pairs), 2 * pairs,
-                                paired + c * pairs, kPanel, grad + (first + r) * columns + c, columns);
+    gemm_streamed(count, int(pairs), reinterpret_cast<const bf16*>(turned + first * pairs), 2 * pairs, paired, columns,
+                  grad + first * columns, columns);
 }
 
 // Gradients of a bias: the sums over an expert's rows of a turned matrix.
@@ -563,13 +592,16 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
             const Piece& piece = group.pieces[i / hidden_chunks];
             grad_pre_columns(m, group.experts[piece.expert], piece, i % hidden_chunks, s);
         });
-        const int64_t x_tasks = m.grad_x ? pieces * chunks(h, kGradXColumns) : 0;
+        // Few rows take all columns of theirs, so that the weights are read as one stream.
+        int64_t x_columns = kGradXColumns;
+        while (x_columns < 512 && x_columns < h && group.longest * x_columns <= 256 * kGradXColumns) x_columns *= 2;
+        const int64_t x_tasks = m.grad_x ? pieces * chunks(h, x_columns) : 0;
         const int64_t up_tasks = chunks(width, kChunk), down_tasks = chunks(h, kChunk);
         const int64_t weight_tasks = up_tasks + down_tasks;
         team.tasks(x_tasks + experts * weight_tasks, [&](long i) {
             if (i < x_tasks) {
                 const Piece& piece = group.pieces[i % pieces];
-                grad_x_columns(m, group.experts[piece.expert], piece, i / pieces * kGradXColumns, s);
+                grad_x_columns(m, group.experts[piece.expert], piece, i / pieces * x_columns, x_columns, s);
                 return;
             }
             const ExpertRows& rows = group.experts[(i - x_tasks) / weight_tasks];

@@ -62,6 +62,11 @@ constexpr int kPackedRows = 14, kFewestRows = 42, kMostRows = 252;  // 28 of 32 
 #else
 constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 192;
 #endif
+#if defined(MOESAIC_TILES)
+constexpr size_t kRowsCache = size_t(1) << 20;  // of 2 MiB
+#else
+constexpr size_t kRowsCache = size_t(512) << 10;
+#endif
 
 // Rows 4 KiB apart share one set of the first-level cache, of 12 ways.
 inline int step_rows(size_t stride) { return stride % 4096 ? kPackedRows : kRowBlock; }
@@ -108,8 +113,8 @@ inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, O
         for (int p = first; p < last; ++p) {
             Vi columns[V];
             for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * kPanel + v * W);
-            _mm_prefetch(ahead.from, _MM_HINT_T0);
-            _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
+            fetch(ahead.from);
+            fetch(ahead.from + 64);
             ahead.from += ahead.step;
             for (int r = 0; r < R; ++r) {
                 const Vi row = broadcast_dword(a + r * lda + 2 * p);
@@ -150,14 +155,21 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
         for (int part = 0; part < parts; ++part) {
 #if defined(MOESAIC_TILES)
             const int row = part * step, end = row + step < rows ? row + step : rows;
-            if (first + here == pairs) next.prefetch_lines(part, parts);
-            if (next.panel) {
-                const uint8_t* ahead = next.panel + begin + length / parts * part;
-                for (const uint8_t* stop = ahead + length / parts; ahead < stop; ahead += 64)
-                    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+            // One step reads ahead in its own panel; of several each brings its share of the next one.
+            const char* from = reinterpret_cast<const char*>(parts > 1 && next.panel ? next.panel : panel) + begin;
+            StreamAhead ahead{from + length / parts * part / 64 * 64, 16 * kPanel * 4 / size_t(parts)};
+            if (parts == 1) {
+                const char* following = reinterpret_cast<const char*>(next.panel);
+                ahead = {from + std::min(kAheadBytes, length), 16 * kPanel * 4, following ? from + length : nullptr,
+                         following};
             }
-            gemm_panel(end - row, here, left + size_t(row) * lda + 2 * first, lda, weights + size_t(first) * kPanel,
-                       kPanel, c + row * kPanel, kPanel, first > 0);
+            if (first + here == pairs) {
+                const int64_t line = next.count * part / parts;
+                ahead.bring_lines(next.lines + size_t(line) * next.stride, next.stride,
+                                  next.count * (part + 1) / parts - line, here / kPairBlock);
+            }
+            gemm_tiles<2>(end - row, here, left + size_t(row) * lda + 2 * first, lda, weights + size_t(first) * kPanel,
+                          kPanel, c + row * kPanel, kPanel, first > 0, 1, 0, ahead);
 #else
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
             const Ahead ahead =
@@ -210,7 +222,7 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
 // As many rows as stay in the second-level cache beside a panel, in whole steps.
 inline int rows_at_once(size_t row_bytes, int step = kPackedRows) {
     const int whole = step == kPackedRows ? kFewestRows : kWholeRows;
-    const int fit = int(std::min((size_t(512) << 10) / row_bytes, size_t(kMostRows)));
+    const int fit = int(std::min(kRowsCache / row_bytes, size_t(kMostRows)));
     return std::max(whole, fit / whole * whole);
 }
 
