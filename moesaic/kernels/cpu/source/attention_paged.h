@@ -372,11 +372,8 @@ inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf1
             const uint32_t* panel = reinterpret_cast<const uint32_t*>(reads.at[head] + place);
             const bf16* left = a.first + head * a.step;
             float* sums = c.first + head * c.step + i * kPanel;
-            if (reads.ahead)
-                gemm_tiles<2>(rows, pairs, left, a.ld, panel, kPanel, sums, c.ld, accumulate, 1, 0,
-                              StreamAhead{reads.ahead[head] + place, kPairBlock * kPanel * 4});
-            else
-                gemm_panel(rows, pairs, left, a.ld, panel, kPanel, sums, c.ld, accumulate);
+            gemm_panel(rows, pairs, left, a.ld, panel, kPanel, sums, c.ld, accumulate,
+                       reads.ahead ? reads.ahead[head] + place : nullptr);
         }
 }
 

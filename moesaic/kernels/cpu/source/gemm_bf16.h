@@ -7,8 +7,6 @@
 // them on AMX, whatever M and N are.
 #pragma once
 
-#include <type_traits>
-
 #include "simd.h"
 #include "tiles.h"
 
@@ -47,16 +45,20 @@ inline void stream_bf16(bf16* to, const Vf (&sums)[Width / W]) {
 #if defined(MOESAIC_TILES)
 
 constexpr int kRowBlock = 32;  // rows that one step works on at best
+template <int Width>
+constexpr int row_block() {
+    return kRowBlock;
+}
 
-// What a product by tiles reads ahead while it computes: after each tile that it loads, a quarter of what one block of 32
-// terms is to bring. All at once, the lines would fill the buffers that its own loads need: weights came from memory at 55
-// to 65 % of its rate.
+// What a product by tiles reads ahead while it computes: before each tile that it loads, a quarter of what one block of
+// 32 terms is to bring. All at once, the lines would fill the buffers that its own loads need: weights came from memory
+// at 55 to 65 % of its rate.
 struct NothingAhead {
     void quarter(int, size_t, int) {}
 };
 
-// `step` bytes for every block, up to `end`, and behind that what begins at `then`; and of `lines` cache lines, `stride`
-// bytes apart, `rate` 256ths for every quarter.
+// `step` bytes for every block, up to `end`, and behind that what begins at `then`; and cache lines `stride` bytes
+// apart, `rate` 256ths of one for every quarter.
 struct StreamAhead {
     const char* from;
     size_t step;
@@ -82,7 +84,7 @@ struct StreamAhead {
     }
 };
 
-// Rows of A that a later product reads: of every row here, the one as far behind `next`.
+// Rows of A that this or another product reads later: of every row here, the one as far behind `next`.
 struct RowsAhead {
     const bf16* next;
     size_t lda;
@@ -96,14 +98,13 @@ struct RowsAhead {
 // One or two tiles of columns; see gemm.
 template <int Columns, typename Fetch>
 inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                       size_t ldc, bool accumulate, int blocks, size_t a_block, Fetch fetch) {
+                       size_t ldc, bool accumulate, int blocks, size_t a_block, Fetch ahead) {
     const size_t stride_a = lda * 2, stride_b = ldb * 4, stride_c = ldc * 4;
     for (int row = 0; row < rows; row += 32) {
         const int here = rows - row < 32 ? rows - row : 32;
         const int top = here < 16 ? here : 16, bottom = here - top;
         configure_tiles(top, bottom);
         const bf16* top_a = a + size_t(row) * lda;
-        const bf16* bottom_a = top_a + 16 * lda;
         float* top_c = c + size_t(row) * ldc;
         float* bottom_c = top_c + 16 * ldc;
         if (accumulate) {
@@ -126,34 +127,34 @@ inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uin
             const uint32_t* block_b = b + size_t(block) * pairs * ldb;
             if (bottom) {
                 for (int p = 0; p < pairs; p += 16) {
-                    fetch.quarter(row, block * a_block + 2 * p, 0);
+                    ahead.quarter(row, block * a_block + 2 * p, 0);
                     tile_load(4, block_a + 2 * p, stride_a);
-                    fetch.quarter(row, block * a_block + 2 * p, 1);
+                    ahead.quarter(row, block * a_block + 2 * p, 1);
                     tile_load(6, block_b + p * ldb, stride_b);
                     tile_dot_bf16(0, 4, 6);
-                    fetch.quarter(row, block * a_block + 2 * p, 2);
+                    ahead.quarter(row, block * a_block + 2 * p, 2);
                     if constexpr (Columns == 2) {
                         tile_load(7, block_b + p * ldb + 16, stride_b);
                         tile_dot_bf16(1, 4, 7);
                     }
-                    fetch.quarter(row, block * a_block + 2 * p, 3);
+                    ahead.quarter(row, block * a_block + 2 * p, 3);
                     tile_load(5, block_a + 16 * lda + 2 * p, stride_a);
                     tile_dot_bf16(2, 5, 6);
                     if constexpr (Columns == 2) tile_dot_bf16(3, 5, 7);
                 }
             } else {
                 for (int p = 0; p < pairs; p += 16) {
-                    fetch.quarter(row, block * a_block + 2 * p, 0);
+                    ahead.quarter(row, block * a_block + 2 * p, 0);
                     tile_load(4, block_a + 2 * p, stride_a);
-                    fetch.quarter(row, block * a_block + 2 * p, 1);
+                    ahead.quarter(row, block * a_block + 2 * p, 1);
                     tile_load(6, block_b + p * ldb, stride_b);
                     tile_dot_bf16(0, 4, 6);
-                    fetch.quarter(row, block * a_block + 2 * p, 2);
+                    ahead.quarter(row, block * a_block + 2 * p, 2);
                     if constexpr (Columns == 2) {
                         tile_load(7, block_b + p * ldb + 16, stride_b);
                         tile_dot_bf16(1, 4, 7);
                     }
-                    fetch.quarter(row, block * a_block + 2 * p, 3);
+                    ahead.quarter(row, block * a_block + 2 * p, 3);
                 }
             }
         }
@@ -256,7 +257,7 @@ inline void gemm_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, s
         for (int line = 0; line < pairs; line += 16) {
             const int end = pairs - line < 16 ? pairs : line + 16;
             if constexpr (Prefetch)
-                for (int r = 0; r < R; ++r) __builtin_prefetch(a + next + r * lda + 2 * line);
+                for (int r = 0; r < R; ++r) fetch(a + next + r * lda + 2 * line);
 #pragma GCC unroll 2
             for (int p = line; p < end; ++p) {
                 Vi columns[V];
@@ -323,9 +324,18 @@ inline void gemm_streamed(int rows, int pairs, const bf16* a, size_t lda, const 
 
 #endif
 
-// C[rows][32] (+)= A[rows][2 * pairs] * panel.
+// C[rows][32] (+)= A[rows][2 * pairs] * panel. What stands at `ahead`, as long as the panel, will be read soon.
 inline void gemm_panel(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                       size_t ldc, bool accumulate) {
+                       size_t ldc, bool accumulate, const char* ahead = nullptr) {
+#if defined(MOESAIC_TILES)
+    if (ahead) {
+        gemm_tiles<2>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, 1, 0,
+                      StreamAhead{ahead, kPairBlock * kPanel * 4});
+        return;
+    }
+#else
+    for (int line = 0; ahead && line < pairs * kPanel * 4; line += 64) fetch(ahead + line);
+#endif
     gemm<kPanel>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
 }
 

@@ -476,8 +476,7 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
             if (last == groups) {
                 const int64_t line = next.count * part / parts;
                 ahead.bring_lines(next.lines + size_t(line) * next.stride, next.stride,
-                                  next.count * (part + 1) / parts - line,
-                                  std::max(1, (last - first) * tile_depth / 64));
+                                  next.count * (part + 1) / parts - line, (last - first) * tile_depth / 64);
             }
             integer_tiles<Bits>(panel, bytes, first, last, end - row, a + row * stride, stride, c + row * kPanel,
                                 ahead);

@@ -273,8 +273,12 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         }
     };
     // Few rows take as long as their weights take to come: long streams. Many take as long as they are, so no thread
-    // begins a long slice last; neighbours share their rows and read ahead for each other.
-    const Slices up_slices{num_tasks, team.size(), work.num_runs[2] <= kFewRows ? std::max(num_tasks, 1) : num_runs >= 8 * team.size() ? experts.chunks() : 8};
+    // begins a long slice last; neighbours share their rows and read ahead for each other: a whole run's tasks where
+    // there are many runs.
+    const int longest = work.num_runs[2] <= kFewRows    ? std::max(num_tasks, 1)
+                        : num_runs >= 8 * team.size() ? experts.chunks()
+                                                      : 8;
+    const Slices up_slices{num_tasks, team.size(), longest};
     team.tasks(up_slices.count(), [&](long slice) {
         const int begin = up_slices.begin(int(slice)), end = up_slices.begin(int(slice) + 1);
         for (int task = begin; task < end; ++task) do_task(task, task + 1 < end);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "activation_math.h"
@@ -112,7 +113,7 @@ constexpr int64_t kPieceRows = 10 * kChunk;
 #else
 constexpr int64_t kPieceRows = 5 * kChunk;
 #endif
-constexpr int kParts = 5;                   // tasks of a piece where its rows are only moved
+constexpr int kParts = 5;  // tasks of a piece where its rows are only moved
 
 inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
     const int64_t wanted = std::max<int64_t>(kGroupRows, 512 * threads);
@@ -164,13 +165,13 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
     const bf16* weights = m.up + e * m.pre_width() * h + first * h;
     const uint32_t* panel = tokens + block.offset * (h / 2);
     const bf16* bias = m.up_bias ? m.up_bias + e * m.pre_width() + first : nullptr;
-    const bf16* up_weights = weights + f * h;
+    const bf16* up_weights = m.gated() ? weights + f * h : weights;
 #if defined(MOESAIC_TILES)
     // While one half of a chunk is multiplied, the other, or the next chunk's first one, is on its way.
     const bf16* following = first + kChunk < f ? weights + kChunk * h : nullptr;
     const bf16 *after_gate = m.gated() ? up_weights : following, *after_up = following;
 #else
-    const bf16 *after_gate = weights + kRowBlock * h, *after_up = up_weights + kRowBlock * h;
+    const bf16 *after_gate = weights + row_block<Width>() * h, *after_up = up_weights + row_block<Width>() * h;
 #endif
     gemm<Width>(count, int(h / 2), weights, h, panel, Width, gate, Width, false, 1, 0, is_first ? after_gate : nullptr);
     if (m.gated())
@@ -217,7 +218,7 @@ inline void down_block(const MoeTraining& m, const ExpertRows& rows, const LaneB
     alignas(64) float y[kChunk * Width], turned[Width * kChunk];
     const bf16* weights = m.down + (e * h + first) * f;
     gemm<Width>(count, int(f / 2), weights, f, hidden + block.offset * (f / 2), Width, y, Width, false, 1, 0,
-                is_first ? weights + kRowBlock * f : nullptr);
+                is_first ? weights + row_block<Width>() * f : nullptr);
     transpose_dwords(count, block.valid, reinterpret_cast<uint32_t*>(y), Width, reinterpret_cast<uint32_t*>(turned),
                      kChunk);
     const bf16* bias = m.down_bias ? m.down_bias + e * h + first : nullptr;
@@ -261,7 +262,8 @@ inline void with_width(int width, Body&& body) {
         body(std::integral_constant<int, 48>{});
 }
 
-// Call task(i) for i in [0, count) as team.tasks does, but some neighbours on one thread: they read ahead for each other.
+// Call task(i) for i in [0, count) as team.tasks does, but some neighbours on one thread: they read ahead for each
+// other.
 template <typename Task>
 inline void neighbouring_tasks(Team& team, long count, Task&& task) {
     const Slices slices{int(count), team.size(), 4};
@@ -495,14 +497,15 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
     }
 }
 
-// Columns first .. first + 128 of the gradient of the rows: grad_pre * up.
+// Columns first .. first + most of the gradient of the rows: grad_pre * up.
 inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, const Piece& piece, int64_t first,
                            int64_t most, const MoeTrainingScratch& s) {
-    constexpr int64_t kChunks = 5;  // of the rows of up packed at once: 240 KiB; the sums of all rows wait meanwhile
+    // Of the rows of up packed at once: 240 KiB at 128 columns; the sums of all rows wait meanwhile.
+    constexpr int64_t kChunks = 5;
     const int64_t h = m.hidden, f = m.inner, width = m.pre_width();
     const int columns = int(std::min<int64_t>(most, h - first)), panels = columns / kPanel;
     static thread_local Scratch buffer;
-    uint32_t* packed = buffer.get<uint32_t>((kChunks * kChunk + kPieceRows) * most);
+    uint32_t* packed = buffer.get<uint32_t>(size_t((kChunks * kChunk + piece.count) * most));
     float* sums = reinterpret_cast<float*>(packed + kChunks * kChunk * most);
     const bf16* weights = m.up + rows.expert * width * h + first;
     const int64_t row = piece.first;
@@ -592,7 +595,7 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
             const Piece& piece = group.pieces[i / hidden_chunks];
             grad_pre_columns(m, group.experts[piece.expert], piece, i % hidden_chunks, s);
         });
-        // Few rows take all columns of theirs, so that the weights are read as one stream.
+        // Few rows take up to 512 columns at once, so that weights are read in long pieces.
         int64_t x_columns = kGradXColumns;
         while (x_columns < 512 && x_columns < h && group.longest * x_columns <= 256 * kGradXColumns) x_columns *= 2;
         const int64_t x_tasks = m.grad_x ? pieces * chunks(h, x_columns) : 0;

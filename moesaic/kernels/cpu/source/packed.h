@@ -141,7 +141,7 @@ inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const u
 // As packed_product. With `rounded` (whose c is C), results go there from registers and done is not called, but on AMX.
 template <typename Done>
 inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
-                         const Next& next, Done&& done, const StoreRounded* rounded = nullptr) {
+                         const Next& next, Done&& done, [[maybe_unused]] const StoreRounded* rounded = nullptr) {
     constexpr int kDeep = 1024;  // pairs of K whose weights stay in the second-level cache while all rows pass
     const bf16* left = reinterpret_cast<const bf16*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
@@ -157,7 +157,7 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
             const int row = part * step, end = row + step < rows ? row + step : rows;
             // One step reads ahead in its own panel; of several each brings its share of the next one.
             const char* from = reinterpret_cast<const char*>(parts > 1 && next.panel ? next.panel : panel) + begin;
-            StreamAhead ahead{from + length / parts * part / 64 * 64, 16 * kPanel * 4 / size_t(parts)};
+            StreamAhead ahead{from + length / parts * part / 64 * 64, (16 * kPanel * 4 / size_t(parts) + 3) / 4 * 4};
             if (parts == 1) {
                 const char* following = reinterpret_cast<const char*>(next.panel);
                 ahead = {from + std::min(kAheadBytes, length), 16 * kPanel * 4, following ? from + length : nullptr,

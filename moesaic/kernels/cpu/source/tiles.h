@@ -12,8 +12,8 @@
 
 namespace moesaic {
 
-// Where what is streamed from memory is fetched to. Processors with tiles take it faster into the second-level cache (int8
-// weights by 5 %, int4 by 5 to 25), those without into the first.
+// Where what is streamed from memory is fetched to. Processors with tiles take it faster into the second-level cache
+// (int8 weights by 5 %, int4 by 5 to 25), those without into the first.
 #if defined(MOESAIC_TILES)
 constexpr auto kStreamHint = _MM_HINT_T1;
 #else
