@@ -59,11 +59,14 @@ inline void prepare_row(const Packed& weight, const T* x, char* to) {
 // Rows of one step of the bf16 product, and rows that pass a panel together.
 #if defined(__AVX512BF16__) && !defined(MOESAIC_TILES)
 constexpr int kPackedRows = 14, kFewestRows = 42, kMostRows = 252;  // 28 of 32 registers hold sums
+#elif defined(MOESAIC_TILES)
+constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 448;
 #else
 constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 192;
 #endif
+// Of the second-level cache, for rows: half of the 2 MiB that processors with tiles have.
 #if defined(MOESAIC_TILES)
-constexpr size_t kRowsCache = size_t(1) << 20;  // of 2 MiB
+constexpr size_t kRowsCache = size_t(1) << 20;
 #else
 constexpr size_t kRowsCache = size_t(512) << 10;
 #endif
