@@ -100,6 +100,8 @@ def test_equals_the_loop(kernels: str, activation: str, has_bias: bool) -> None:
         (130, 3, 3, 160, 224),  # all tokens to all experts; columns that no chunk of 96 divides
         (300, 2, 1, 64, 128),  # many rows an expert
         (97, 1, 1, 96, 32),
+        (40, 3, 1, 640, 96),  # few rows, whose gradient takes several panels at once, and not all of them
+        (1100, 1, 1, 544, 32),  # more rows than one task takes; panels that do not stay in a cache
     ],
 )
 def test_awkward_sizes(kernels: str, tokens: int, experts: int, top_k: int, hidden: int, inner: int) -> None:
