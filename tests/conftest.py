@@ -55,10 +55,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--sanitize"):
         from moesaic.kernels import select
+        from moesaic.kernels.cpu import build
 
         os.environ.pop("LD_PRELOAD", None)  # this process has it; compilers are slower with it
         # Every test gets its kernels through select, which loads each set once.
         select.load = functools.partial(select.load, extra_flags=SANITIZE)
+        # A process of its own would not have the sanitizers' library; the self-test runs in this one all the same.
+        build._try_elsewhere = lambda path: None
 
 
 @pytest.fixture(scope="session", autouse=True)
