@@ -35,6 +35,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), FakeHandler)
@@ -222,8 +223,11 @@ def server() -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def open_page(open_address: Callable[..., Any], server: FakeServer) -> Callable[..., Any]:
-    """A function (fragment="", width=1200, height=900, scheme="light") that opens the fake server's page."""
+def open_page(server: FakeServer, open_address: Callable[..., Any]) -> Callable[..., Any]:
+    """A function (fragment="", width=1200, height=900, scheme="light") that opens the fake server's page.
+
+    The server is made first, so that pages are closed before it is.
+    """
     return lambda fragment="", **looks: open_address(server.url + fragment, **looks)
 
 
@@ -354,6 +358,7 @@ def test_the_end_of_the_answer_stays_in_sight_until_the_reader_goes_up(
     server.tokens = [f"{line}\n" for line in range(120)]
     server.pace = threading.Semaphore(60)
     page = open_page()
+    is_ready(page)  # before it knows of experts, an answer is not divided into tokens
     send(page)
     expect(page.get_by_text("59", exact=True)).to_be_in_viewport()
     page.locator("#conversation").hover()
@@ -893,6 +898,10 @@ def test_a_phone_never_scrolls_sideways(
               .map((node) => node.id || node.className || node.tagName)"""
         )
         assert wide == [], state
+        if state == "answer" and counts:
+            label = page.locator("#map-status").bounding_box()
+            panel = page.locator("#experts").bounding_box()
+            assert label["height"] < panel["height"] / 3, "a long token's label hides what is below it"
     if counts:
         page.get_by_role("link", name="Chat").click()
         page.get_by_role("button", name="Hide").click()

@@ -143,7 +143,7 @@ export function poll(task, seconds) {
     running ??= turn();
     return running;
   }
-  document.addEventListener("visibilitychange", () => document.hidden || start());
+  document.addEventListener("visibilitychange", () => (document.hidden ? clearTimeout(timer) : start()));
   start();
   return async () => {
     // What runs already may have begun before whatever the caller changed.

@@ -59,8 +59,13 @@ export class TokenAligner {
   }
 }
 
-/** Return a token's text with its white space made visible. */
+/** Characters of a token that a label has room for; a piece may hold several tokens. */
+const LABEL_LENGTH = 32;
+
+/** Return a token's text for a label: with its white space made visible, and cut where it is long. */
 export function visible(text) {
   if (text === "") return "(part of a character)";
-  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "␣");
+  const characters = Array.from(text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "␣"));
+  if (characters.length <= LABEL_LENGTH) return characters.join("");
+  return `${characters.slice(0, LABEL_LENGTH - 1).join("")}…`;
 }
