@@ -28,10 +28,6 @@ def bench() -> None:
 
     Example: moesaic bench moe-layer --tokens 4096 --experts 128 --top-k 1
     """
-    from moesaic.kernels.allocator import tune_allocator
-
-    # Before torch allocates anything: the memory that `moesaic train` would have.
-    tune_allocator()
 
 
 @app.command()

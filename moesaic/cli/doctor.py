@@ -10,6 +10,7 @@ import os
 import pkgutil
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -171,11 +172,12 @@ def _find_compiler() -> dict[str, str] | None:
     """Return the compiler that builds the CPU kernels, and what it says of itself."""
     from moesaic.kernels.cpu.build import find_compiler
 
-    path = find_compiler()
-    if path is None:
+    command = find_compiler()
+    if command is None:
         return None
+    path = shlex.join(command)
     try:
-        result = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"path": path, "version": f"does not start ({error})"}
     lines = (result.stdout or result.stderr).strip().splitlines()

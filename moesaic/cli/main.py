@@ -11,6 +11,7 @@ import typer
 
 from moesaic import __version__
 from moesaic.errors import MoesaicError
+from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.threads import spin_briefly
 
 app = typer.Typer(
@@ -57,7 +58,9 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; a caller's mistake prints its message and exits with status 2."""
+    # Both before torch is loaded and allocates anything.
     spin_briefly()
+    tune_allocator()
     try:
         return app(args=arguments)
     except MoesaicError as error:

@@ -12,6 +12,7 @@ ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
 
 def activate(pre: Tensor, activation: str) -> Tensor:
     """Return the activation of pre: (N, F) for gelu and gelu_tanh, (N, 2F) as [gate, up] -> (N, F) for swiglu."""
+    assert pre.dim() == 2 and (activation != "swiglu" or pre.shape[1] % 2 == 0), (pre.shape, activation)
     if _has_kernel(pre, activation):
         return torch.ops.moesaic.activate(pre, activation)
     if activation == "swiglu":
@@ -22,6 +23,7 @@ def activate(pre: Tensor, activation: str) -> Tensor:
 
 def activate_and_backward(grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return the activation of pre once more, and the gradient of pre, given the gradient (N, F) of the activation."""
+    assert grad.dtype == pre.dtype, (grad.dtype, pre.dtype)
     if _has_kernel(pre, activation):
         return torch.ops.moesaic.activate_backward(grad, pre, activation)
     if activation == "swiglu":

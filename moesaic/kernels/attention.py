@@ -38,6 +38,7 @@ def causal_attention(
     assert key.shape[2] == value.shape[2] and query.shape[3] == key.shape[3], (query.shape, key.shape, value.shape)
     assert query.shape[2] % key.shape[2] == 0, (query.shape, key.shape)
     assert documents is None or documents.shape == query.shape[:2], (documents.shape, query.shape)
+    assert scale is None or scale > 0, scale
     scale = query.shape[3] ** -0.5 if scale is None else scale
     value_dim = value.shape[3]
     if value_dim != key.shape[3]:
@@ -81,7 +82,9 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if head_dim % _HEAD_DIM_MULTIPLE or head_dim > _MAX_HEAD_DIM or not query.numel():
         return False
     is_cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if not is_cast and any(tensor.dtype != torch.bfloat16 for tensor in (query, key, value)):
+    # Autocast leaves fp64 alone.
+    taken = (torch.bfloat16, torch.float16, torch.float32) if is_cast else (torch.bfloat16,)
+    if any(tensor.dtype not in taken for tensor in (query, key, value)):
         return False
     return cpu_library() is not None
 

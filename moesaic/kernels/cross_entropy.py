@@ -22,6 +22,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, red
     Shapes: hidden (T, H) and weight (V, H) of one dtype; targets (T,) int64, -100 where there is nothing to predict
     (outside the mean, 0 in "none"; a mean over nothing is 0). Only "mean" has a gradient.
     """
+    assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     if reduction == "none":
         return _forward(hidden.detach(), weight.detach(), targets)
     assert reduction == "mean", reduction

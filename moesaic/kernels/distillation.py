@@ -24,6 +24,7 @@ def teach(
     """
     assert logits.is_contiguous() and logits.shape == teacher_logits.shape, (logits.stride(), teacher_logits.shape)
     assert teacher_logits.dtype == torch.float32, teacher_logits.dtype
+    assert targets.shape == logits.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     library = select.cpu_library() if logits.device.type == "cpu" else None
     if library is None or logits.dtype not in (torch.bfloat16, torch.float32):
         return _teach(logits, teacher_logits, targets, alpha, temperature)

@@ -224,6 +224,8 @@ def pack_mlp(
     for a stack.
     """
     is_gated = activation == "swiglu"
+    assert up_bias is None or up_bias.shape == up.shape[:-1], (up_bias.shape, up.shape)
+    assert down_bias is None or down_bias.shape == down.shape[:-1], (down_bias.shape, down.shape)
     if up_bias is not None:
         order = _panel_order(up.shape[-2], is_gated).to(up_bias.device)
         rows = up_bias.detach().float().reshape(-1, up.shape[-2])
@@ -267,7 +269,7 @@ def packed_linear(
     A bf16 weight multiplies x rounded to bf16, an integer one x quantised by token and block of 128 columns.
     """
     out_dtype = out_dtype or x.dtype
-    assert not (x.requires_grad and torch.is_grad_enabled()), "packed weights are for inference: they have no gradient"
+    _check_no_gradient(x, bias)
     assert x.dim() == 2 and x.shape[1] == weight.in_size, (x.shape, weight.shape)
     assert weight.num_matrices is None and not weight.is_gated, (weight.shape, weight.is_gated)
     assert bias is None or bias.shape == (weight.out_size,), (bias.shape, weight.shape)
@@ -344,7 +346,7 @@ def _moe(
     residual_weights: Tensor | None,
 ) -> Tensor:
     tokens, top_k = expert_ids.shape
-    assert not (x.requires_grad and torch.is_grad_enabled()), "packed weights are for inference: they have no gradient"
+    _check_no_gradient(x, routing_weights, residual_weights)
     assert x.shape == (tokens, experts.hidden_size), (x.shape, expert_ids.shape, experts.hidden_size)
     assert expert_ids.dtype == torch.int64, expert_ids.dtype
     assert routing_weights.shape == expert_ids.shape, (routing_weights.shape, expert_ids.shape)
@@ -432,6 +434,11 @@ def _linear(x: Tensor, weight: PackedWeight, matrix: int, bias: Tensor | None) -
 def _dense(weight: PackedWeight, matrix: int) -> Tensor:
     unpacked = unpack_weight(weight, matrix)
     return dequantize(unpacked) if isinstance(unpacked, QuantizedWeight) else unpacked
+
+
+def _check_no_gradient(*inputs: Tensor | None) -> None:
+    wants = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    assert not wants, "packed weights are for inference: they have no gradient"
 
 
 def _check_dtypes(*dtypes: torch.dtype) -> None:

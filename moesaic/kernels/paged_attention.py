@@ -164,6 +164,7 @@ def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) ->
     """
     shape = (key.shape[0], blocks.num_kv_heads, blocks.head_dim)
     assert key.shape == value.shape == shape, (key.shape, value.shape, shape)
+    assert key.dtype == value.dtype, (key.dtype, value.dtype)
     library = _library(key, blocks)
     if library is None:
         _write_reference(key, value, blocks, batch)
@@ -186,6 +187,8 @@ def paged_attention(query: Tensor, blocks: KVBlocks, batch: PagedBatch, *, scale
     """
     num_tokens, num_heads, head_dim = query.shape
     assert head_dim == blocks.head_dim and num_heads % blocks.num_kv_heads == 0, (query.shape, blocks.keys.shape)
+    assert not (query.requires_grad and torch.is_grad_enabled()), "paged attention is for inference: it has no gradient"
+    assert scale is None or scale > 0, scale
     scale = head_dim**-0.5 if scale is None else scale
     library = _library(query, blocks)
     if library is None:
@@ -214,7 +217,8 @@ def read_kv(blocks: KVBlocks, table: Tensor, length: int) -> tuple[Tensor, Tenso
 
 
 def _library(x: Tensor, blocks: KVBlocks) -> select.Library | None:
-    if x.device.type != "cpu" or x.dtype is not torch.bfloat16 or blocks.keys.dtype is torch.float32:
+    has_kernel = x.dtype is torch.bfloat16 and blocks.keys.dtype in (torch.bfloat16, torch.int8)
+    if x.device.type != "cpu" or not has_kernel:
         return None
     return select.cpu_library()
 

@@ -59,7 +59,7 @@ def route(
     """
     num_experts = weight.shape[0]
     assert x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1], (x.shape, weight.shape)
-    assert weight.dtype == torch.float32, weight.dtype
+    assert weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16), (weight.dtype, x.dtype)
     assert 1 <= top_k <= num_experts, (top_k, num_experts)
     assert num_experts % num_groups == 0 and 1 <= top_groups <= num_groups, (num_experts, num_groups, top_groups)
     assert correction_bias is None or correction_bias.shape == (num_experts,), correction_bias

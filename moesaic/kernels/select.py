@@ -43,7 +43,7 @@ def cpu_kernels() -> Selection:
 
     Raises: DeviceError when MOESAIC_KERNELS asks for what this machine cannot do.
     """
-    return _select(os.environ.get(VARIABLE, "auto"))
+    return _select(os.environ.get(VARIABLE) or "auto")
 
 
 def cpu_library() -> Library | None:

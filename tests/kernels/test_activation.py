@@ -34,6 +34,15 @@ def test_activation_backward_is_the_gradient_of_activate(activation: str) -> Non
     torch.testing.assert_close(got, wanted)
 
 
+def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
+    pre = torch.ones(5, 8, dtype=torch.bfloat16)
+    for wrong in (pre[:, :7], pre[None]):
+        with pytest.raises(AssertionError):
+            activate(wrong, "swiglu")
+    with pytest.raises(AssertionError, match="float32"):
+        activate_and_backward(torch.ones(5, 4), pre, "swiglu")
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activate_leaves_its_input_alone(activation: str) -> None:
     pre = leaf(3, 8, seed=0).detach()

@@ -272,6 +272,13 @@ def test_autocast_casts() -> None:
     assert all(torch.equal(mine.bfloat16(), theirs) for mine, theirs in zip(got, wanted, strict=True))
 
 
+def test_autocast_leaves_double_precision_alone() -> None:
+    leaves = inputs(33, 4, 2, 16, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = causal_attention(*leaves)
+    assert out.dtype == torch.float64 and torch.equal(out, causal_attention(*leaves))
+
+
 @needs_kernels
 def test_under_activation_checkpointing() -> None:
     leaves = inputs(65, 4, 2, 16)
@@ -307,4 +314,6 @@ def test_refuses_shapes_that_do_not_fit() -> None:
         causal_attention(query, key, value)
     with pytest.raises(AssertionError):
         causal_attention(key, key, value, documents=torch.zeros(2, 7, dtype=torch.long))
+    with pytest.raises(AssertionError, match=r"-1\.0"):
+        causal_attention(key, key, value, scale=-1.0)
     assert attention.document_mask(torch.zeros(1, 3, dtype=torch.long)).sum() == 6

@@ -126,6 +126,14 @@ def test_a_target_outside_the_vocabulary_is_refused(wrong: int) -> None:
         linear_cross_entropy(hidden.requires_grad_(), weight, torch.tensor([3, wrong]))
 
 
+@pytest.mark.parametrize("targets", [torch.tensor([1]), torch.tensor([1, 2], dtype=torch.int32)])
+def test_targets_of_another_length_or_type_are_refused(targets: torch.Tensor) -> None:
+    hidden, weight = normal(2, HIDDEN, seed=0), normal(VOCAB, HIDDEN, seed=1)
+    for reduction in ("mean", "none"):
+        with pytest.raises(AssertionError):
+            linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+
+
 def test_the_weight_gradient_of_many_chunks_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed in bf16, 512 chunks would lose most of the later ones."""
     hidden = normal(512, HIDDEN, seed=0).to(torch.bfloat16)

@@ -68,3 +68,8 @@ def test_what_is_not_finite_comes_out_and_stays_in_its_token(side: str, bad: flo
 def test_a_target_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises((IndexError, RuntimeError), match=r"outside the vocabulary|out of bounds"):
         teach(torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([1, 5]), alpha=1.0, temperature=1.0)
+
+
+def test_targets_of_another_length_are_refused() -> None:
+    with pytest.raises(AssertionError):
+        teach(torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([1]), alpha=1.0, temperature=1.0)

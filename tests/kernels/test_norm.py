@@ -115,6 +115,11 @@ def test_results_are_the_same_bits_for_any_number_of_threads(compiled_kernels: s
         torch.set_num_threads(before)
 
 
+def test_a_bias_that_is_not_fp32_is_refused(compiled_kernels: str) -> None:
+    with pytest.raises(AssertionError, match="bfloat16"):
+        layer_norm(normal(1024, 512, seed=0).bfloat16(), torch.ones(512), torch.zeros(512).bfloat16(), EPSILON)
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_the_operator_is_an_ordinary_one(compiled_kernels: str, has_bias: bool) -> None:
     x = normal(3, 5, 24, seed=0).requires_grad_()

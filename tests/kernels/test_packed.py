@@ -221,6 +221,8 @@ def test_wrong_shapes_are_refused() -> None:
         packed_linear(numbers(3, 128, seed=1), packed, numbers(41, seed=1))
     with pytest.raises(AssertionError):
         packed_linear(numbers(3, 128, seed=1).double(), packed)
+    with pytest.raises(AssertionError, match="no gradient"):
+        packed_linear(numbers(3, 128, seed=1), packed, numbers(40, seed=1).requires_grad_())
     with pytest.raises(AssertionError, match="rows of a matrix"):
         packed_rows(packed, torch.tensor([40]))
 

@@ -235,3 +235,9 @@ def test_wrong_arguments_are_refused() -> None:
         packed_moe(x, expert_ids, routing_weights, experts, residual_weights=torch.ones(4))
     with pytest.raises(AssertionError):
         PackedMlp(experts.up, experts.up, None, None, "swiglu")
+    with pytest.raises(AssertionError, match="no gradient"):
+        packed_moe(x, expert_ids, routing_weights.clone().requires_grad_(), experts)
+    up, down = numbers(3, 64, 32, seed=1).bfloat16(), numbers(3, 32, 64, seed=2).bfloat16()
+    for biases in ({"up_bias": torch.ones(64)}, {"up_bias": torch.ones(3, 32)}, {"down_bias": torch.ones(32)}):
+        with pytest.raises(AssertionError):
+            pack_mlp(up, down, activation="gelu", **biases)

@@ -218,6 +218,26 @@ def test_positions_without_a_block_are_refused(kernels: str, wrong: str) -> None
         write_kv(case.keys[0][:3], case.values[0][:3], case.blocks, PagedBatch(**{**values, **changes[wrong]}))
 
 
+def test_inputs_that_would_be_misread_are_refused(kernels: str) -> None:
+    case = Case([40], [3], (2, 1, 32)).fill()
+    with pytest.raises(AssertionError, match="float32"):
+        write_kv(case.keys[0][:3], case.values[0][:3].float(), case.blocks, case.batch)
+    query = torch.ones(3, 2, 32, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match="no gradient"):
+        paged_attention(query.clone().requires_grad_(), case.blocks, case.batch)
+    with pytest.raises(AssertionError, match=r"-1\.0"):
+        paged_attention(query, case.blocks, case.batch, scale=-1.0)
+
+
+def test_a_cache_of_another_type_is_read_as_what_it_is(kernels: str) -> None:
+    blocks = allocate_blocks(1, 2, 1, 32, block_size=32, dtype=torch.float16, device=CPU).layers[0]
+    batch = PagedBatch(*(torch.tensor(part, dtype=torch.int32) for part in ([0, 3], [3], [[0]])))
+    key, value = (torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (1, 2))
+    write_kv(key, value, blocks, batch)
+    for read, written in zip(read_kv(blocks, batch.block_tables[0], 3), (key, value), strict=True):
+        torch.testing.assert_close(read.float(), written.float(), atol=1e-6, rtol=1e-3)
+
+
 def test_a_block_is_whole_panels() -> None:
     with pytest.raises(ConfigError, match=r"block_size \(16\) must be a multiple of 32, .*; use 32"):
         allocate_blocks(1, 1, 1, 8, block_size=16, dtype=torch.bfloat16, device=CPU)

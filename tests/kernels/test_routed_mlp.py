@@ -1,6 +1,7 @@
 """The experts on routed tokens equal the loop over tokens, values and every gradient, on every set of CPU kernels."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,41 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("token_ids", [0, 1, 2, 3, 4, 5, 6, 8], r"token_ids \(0 to 8\) must be in \[0, 8\)"),
+        ("token_ids", [0, 1, 2, 3, 4, 5, 6, -1], r"token_ids \(-1 to 6\)"),
+        ("slots", [[0], [1], [2], [3], [4], [5], [6], [9]], r"slots \(0 to 9\) must be in \[0, 9\)"),
+        ("slots", [[-1]] * 8, "slots"),
+        ("tokens_per_expert", [100, -96, 2, 2], "-96"),
+        ("tokens_per_expert", [2, 2, 2, 3], r"\[2, 2, 2, 3\], 8"),
+    ],
+)
+def test_a_routing_table_that_points_nowhere_is_refused(name: str, values: list[int], said: str) -> None:
+    weights = weights_of("swiglu", False, hidden=64, inner=32, experts=4)
+    table = {
+        "tokens_per_expert": torch.tensor([2, 2, 2, 2]),
+        "token_ids": torch.arange(8),
+        "slots": torch.arange(8)[:, None],
+    }
+    routed_mlp(leaf(8, 64, seed=0), weights, **table, routing_weights=torch.ones(8, 1))
+    table[name] = torch.tensor(values)
+    with pytest.raises(AssertionError, match=said):
+        routed_mlp(leaf(8, 64, seed=0), weights, **table, routing_weights=torch.ones(8, 1))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["up_bias", "down_bias"])
+def test_a_bias_for_one_expert_is_refused_for_several(name: str) -> None:
+    weights = weights_of("gelu", True, hidden=32, inner=32, experts=3)
+    plan = plan_dispatch(choose(9, 3, 2), 3)
+    alone = replace(weights, **{name: leaf(1, 32, seed=0)})
+    with pytest.raises(AssertionError, match=r"torch.Size\(\[1, 32\]\)"):
+        run(leaf(9, 32, seed=0), alone, plan, weigh(9, 2))
 
 
 @needs_kernels

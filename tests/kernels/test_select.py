@@ -36,6 +36,38 @@ def test_what_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         pass
 
 
+def test_nothing_is_no_choice() -> None:
+    with select.forced("") as selection:
+        assert selection == select._select("auto")
+
+
+@pytest.mark.parametrize(("value", "options"), [("{} -DNOTHING", ["-DNOTHING"]), ("'{}' a 'b c'", ["a", "b c"])])
+def test_the_compiler_may_be_named_with_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, options: list[str]
+) -> None:
+    compiler = tmp_path / "my-g++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", value.format(compiler))
+    assert build.find_compiler() == [str(compiler), *options]
+
+
+@needs_kernels
+@needs_compiler
+def test_the_kernels_are_built_by_a_command_of_several_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text('#!/bin/sh\necho called >> "$(dirname "$0")/calls"\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    (compiler,) = build.find_compiler() or [""]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    monkeypatch.setattr(build, "_SOURCE", source)
+    monkeypatch.setenv("CXX", f"{wrapper} {compiler}")
+    assert build.build("avx2", folder=tmp_path).exists()
+    assert (tmp_path / "calls").read_text().count("called") == 3  # its version, one source, the library
+
+
 def test_forcing_ends_with_the_block() -> None:
     before = select.cpu_kernels().name
     with select.forced("reference") as selection:

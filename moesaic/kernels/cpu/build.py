@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,10 +85,14 @@ def supported_instruction_sets() -> list[str]:
     return [name for name, needed in INSTRUCTION_SETS.items() if needed <= found]
 
 
-def find_compiler() -> str | None:
-    """Return the path of a C++ compiler: the one that CXX names, else the first of the usual ones."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else _COMPILERS
-    return next((path for name in names if (path := shutil.which(name))), None)
+def find_compiler() -> list[str] | None:
+    """Return the command of a C++ compiler: what CXX says (words of a shell, as "ccache g++"), else the first of the
+    usual ones."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    for name in words[:1] or _COMPILERS:
+        if path := shutil.which(name):
+            return [path, *words[1:]]
+    return None
 
 
 def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequence[str] = ()) -> Path:
@@ -103,8 +108,8 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
         )
     flags = [*_FLAGS, *_instruction_flags(instruction_set), *extra_flags]
     openmp = openmp_library()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    common = "\0".join([*flags, compiler, version, str(openmp)]).encode()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    common = "\0".join([*flags, *compiler, version, str(openmp)]).encode()
     sources = sorted(_SOURCE.glob("*.cpp"))
     keys = {source: _digest(common + _with_headers(source)) for source in sources}
     folder = (folder or cache_folder()) / "kernels"
@@ -113,7 +118,7 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _compile(library, keys, instruction_set, [compiler, *flags], openmp)
+        return _compile(library, keys, instruction_set, [*compiler, *flags], openmp)
     except OSError as error:
         raise DeviceError(
             f"the CPU kernels cannot be written to {folder} ({error.strerror or error}); a folder that can hold some "

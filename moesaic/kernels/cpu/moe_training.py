@@ -77,6 +77,7 @@ def routed_mlp(
     token_ids (N,), slots (T, K) and routing_weights (T, K) fp32 are given together, or none of them: then row n of x
     is row n of the experts' runs, and of the result, without a weight.
     """
+    _check_routing(x, tokens_per_expert, token_ids, slots, routing_weights)
     call, kept = _call(
         x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias, activation
     )
@@ -208,6 +209,29 @@ def _autocast(*arguments):  # type: ignore[no-untyped-def]
 _AUTOCAST.impl("routed_mlp", _autocast, "AutocastCPU")
 
 
+def _check_routing(
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    token_ids: Tensor | None,
+    slots: Tensor | None,
+    routing_weights: Tensor | None,
+) -> None:
+    """Every number of the table is a place in memory; autograd sees to it that it is still so in the backward pass."""
+    num_tokens = x.shape[0]
+    rows = num_tokens if token_ids is None else token_ids.shape[0]
+    counts = tokens_per_expert.tolist()
+    assert min(counts, default=0) >= 0 and sum(counts) == rows, (counts, rows)
+    if token_ids is None:
+        return
+    assert slots is not None and routing_weights is not None
+    assert slots.dim() == 2 and slots.shape == routing_weights.shape, (slots.shape, routing_weights.shape)
+    assert slots.shape[0] == num_tokens and slots.shape[1] > 0, (slots.shape, num_tokens)
+    for name, places, end in (("token_ids", token_ids, num_tokens), ("slots", slots, rows + 1)):
+        if places.numel():
+            least, most = (int(value) for value in torch.aminmax(places))
+            assert least >= 0 and most < end, f"{name} ({least} to {most}) must be in [0, {end})"
+
+
 def _call(
     x: Tensor,
     tokens_per_expert: Tensor,
@@ -226,10 +250,9 @@ def _call(
     inner = 2 * intermediate_size if activation == "swiglu" else intermediate_size
     assert up.shape == (num_experts, inner, hidden_size), (up.shape, down.shape, x.shape)
     assert down.shape[1] == hidden_size and tokens_per_expert.shape == (num_experts,), (down.shape, x.shape)
-    assert slots is None or slots.shape[1] > 0, slots
+    assert up_bias is None or up_bias.shape == (num_experts, inner), (up_bias.shape, up.shape)
+    assert down_bias is None or down_bias.shape == (num_experts, hidden_size), (down_bias.shape, down.shape)
     rows = num_tokens if token_ids is None else token_ids.shape[0]
-    total = int(tokens_per_expert.sum())
-    assert total == rows, (total, rows)
     kept: list[Tensor] = []
 
     def address(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
