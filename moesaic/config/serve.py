@@ -32,7 +32,10 @@ class Sampling(Config):
     top_p: float = Field(default=1.0, gt=0, le=1, description="among the fewest that reach this probability")
     min_p: float = Field(default=0.0, ge=0, le=1, description="among those with this share of the likeliest's")
     repetition_penalty: float = Field(
-        default=1.0, gt=0, description="divides positive logits of tokens seen, prompt included; multiplies negative"
+        default=1.0,
+        ge=0.01,
+        le=100,
+        description="divides positive logits of tokens seen, prompt included; multiplies negative",
     )
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="taken off tokens that have been generated")
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="the same, for each time")

@@ -32,7 +32,7 @@ def render_chat(
     except ImportError as error:
         raise InstallationError(
             f"a chat template was asked for and jinja2 cannot be imported ({error}); templates are Jinja; install it "
-            f"with `pip install 'moesaic[evaluate]'`."
+            f"with `pip install 'moesaic[serve]'`, or 'moesaic[evaluate]'."
         ) from None
     if tokenizer.chat_template is None:
         raise DataError(
@@ -62,7 +62,7 @@ def render_chat(
     try:
         text = environment.from_string(tokenizer.chat_template).render(values)
     except Exception as error:  # a template is a program: besides its own errors it may raise any of Python's
-        roles = ", ".join(str(message.get("role", "?")) for message in given)
+        roles = ", ".join(str(message.get("role", "?"))[:40] for message in given[:20])
         raise DataError(
             f"the chat template cannot make a text of {len(given)} messages with the roles {roles} ({error}); it takes "
             f"the conversations that its model was trained on; leave out a system message, or let the roles take turns."

@@ -1,6 +1,7 @@
 """From tokens to text as they come: the characters that are certain, and the end where a stop text is complete."""
 
 import codecs
+import functools
 from collections.abc import Sequence
 
 from moesaic.data.tokenizer import Tokenizer
@@ -69,24 +70,32 @@ class _StopText:
     def __init__(self, text: str) -> None:
         self.text = text
         self.length = 0  # letters of it that the text ends with, less than all of them
-        # Of each beginning of it: how long the longest shorter beginning is that it ends with.
-        self._shorter = [0] * len(text)
-        matched = 0
-        for end in range(1, len(text)):
-            matched = self._extend(matched, text[end])
-            self._shorter[end] = matched
+        self._shorter = _shorter_beginnings(text)
 
     def advance(self, letter: str) -> bool:
         """Go on by a letter; return whether the text is complete with it."""
-        matched = self._extend(self.length, letter)
+        matched = _extend(self.text, self._shorter, self.length, letter)
         is_complete = matched == len(self.text)
         self.length = self._shorter[-1] if is_complete else matched
         return is_complete
 
-    def _extend(self, matched: int, letter: str) -> int:
-        while matched and self.text[matched] != letter:
-            matched = self._shorter[matched - 1]
-        return matched + (self.text[matched] == letter)
+
+# A request's texts, and often a client's requests, share their stop texts.
+@functools.lru_cache(maxsize=256)
+def _shorter_beginnings(text: str) -> Sequence[int]:
+    """Return of each beginning of a text how long the longest shorter beginning is that it ends with."""
+    shorter = [0] * len(text)
+    matched = 0
+    for end in range(1, len(text)):
+        matched = _extend(text, shorter, matched, text[end])
+        shorter[end] = matched
+    return shorter
+
+
+def _extend(text: str, shorter: Sequence[int], matched: int, letter: str) -> int:
+    while matched and text[matched] != letter:
+        matched = shorter[matched - 1]
+    return matched + (text[matched] == letter)
 
 
 class _Bytes:

@@ -346,7 +346,7 @@ def test_nothing_to_choose_from_is_an_error() -> None:
         with pytest.raises(GenerationError):
             sample(logits, new_state(3, logit_bias={0: -100, 1: -100}, **settings))
     with pytest.raises(GenerationError, match="out of all proportion"):
-        sample(logits, new_state(3, prompt=[1], repetition_penalty=1e-40))
+        sample(logits * np.float32(1e38), new_state(3, prompt=[1], repetition_penalty=0.01))
 
 
 @pytest.mark.parametrize("settings", [{"logit_bias": {7: 1.0}}, {"logit_bias": {-1: 1.0}}, {"stop_token_ids": (9,)}])

@@ -56,9 +56,17 @@ class _Logprobs:
             names.append(self.texts.text_of(token.token_id))
             logprobs.append(None if token.logprob is None else _finite(token.logprob))
             top.append(None if token.logprob is None else self._top(token))
+            self._end_broken_character(token.token_id)
             offsets.append(self.offset)
             self.offset += self._length(token.token_id, prompt)
         return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+
+    def _end_broken_character(self, token_id: int) -> None:
+        """Half a character that the next token does not go on with is a U+FFFD before that token."""
+        data = self.texts.bytes_of(token_id)
+        goes_on = bool(data) and 0x80 <= data[0] < 0xC0
+        if self.decoder.getstate()[0] and not goes_on and not self.texts.is_special(token_id):
+            self.offset += len(self.decoder.decode(b"", final=True))
 
     def _length(self, token_id: int, prompt: str | None) -> int:
         if self.texts.is_special(token_id):

@@ -1,10 +1,11 @@
 """The application: its endpoints, and what each request passes on its way to them."""
 
+import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from moesaic.serve.server.answers import TokenTexts
 from moesaic.serve.server.errors import ApiError, answer_error, json_response, refusal
 from moesaic.serve.server.gate import ApiKeys, Journal, LocalNames, WholeBody, is_local
 from moesaic.serve.server.generation import (
+    SHORT_CHARS,
     Served,
     Student,
     answer,
@@ -247,29 +249,48 @@ def _add_tokens(router: APIRouter, served: Served) -> None:
     tokenizer = served.tokenizer
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> Response:
+    async def tokenize(request: Request, body: TokenizeBody) -> Response:
         """Return a text's token ids as a completion's prompt has them."""
         check_model(served, body.model)
-        ids = await encode(tokenizer, body.prompt, add_special_tokens=body.add_special_tokens) if body.prompt else ()
-        return json_response({"tokens": list(ids), "count": len(ids), "max_model_len": served.max_length})
+
+        async def work() -> Response:
+            text = body.prompt
+            async with _place_for(served, len(text)):
+                ids = await encode(tokenizer, text, add_special_tokens=body.add_special_tokens) if text else ()
+            return json_response({"tokens": list(ids), "count": len(ids), "max_model_len": served.max_length})
+
+        return await while_connected(request, work(), deadline=deadline_of(served, request))
 
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> Response:
+    async def detokenize(request: Request, body: DetokenizeBody) -> Response:
         """Return the text of token ids; special tokens appear as their names."""
         check_model(served, body.model)
-        wrong = next((each for each in body.tokens if not 0 <= each < tokenizer.vocab_size), None)
+
+        async def work() -> Response:
+            async with _place_for(served, len(body.tokens)):
+                return json_response({"prompt": await asyncio.to_thread(decode, body.tokens)})
+
+        return await while_connected(request, work(), deadline=deadline_of(served, request))
+
+    def decode(tokens: list[int]) -> str:
+        wrong = next((each for each in tokens if not 0 <= each < tokenizer.vocab_size), None)
         if wrong is not None:
             raise refusal(
                 f"tokens holds {wrong}; ids from 0 to {tokenizer.vocab_size - 1} are required; see /tokenize.",
                 param="tokens",
             )
-        return json_response({"prompt": tokenizer.decode(body.tokens)})
+        return tokenizer.decode(tokens)
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
         """Return the special tokens and the chat template, as lm_eval asks for them."""
         names = {"eos_token": tokenizer.end_of_text, "bos_token": None, "pad_token": None, **tokenizer.special_names}
         return json_response({**names, "chat_template": tokenizer.chat_template})
+
+
+def _place_for(served: Served, length: int) -> AbstractAsyncContextManager[None]:
+    """Long texts wait for their turn as whatever else costs time."""
+    return nullcontext() if length < SHORT_CHARS else served.admission.enter()
 
 
 def _add_state(router: APIRouter, served: Served) -> None:
@@ -312,6 +333,7 @@ def _add_state(router: APIRouter, served: Served) -> None:
         text = served.metrics.exposition(found, num_queued=served.admission.num_waiting)
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> Response:
         """Say whether the engine lives; 503: it cannot go on, and the process should be replaced."""
@@ -320,6 +342,7 @@ def _add_state(router: APIRouter, served: Served) -> None:
             raise ApiError(503, f"{failure}; a working engine is required; restart the server.", code="unhealthy")
         return json_response({"status": "ok"})
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> Response:
         """Say whether new requests are taken."""
@@ -331,6 +354,7 @@ def _add_state(router: APIRouter, served: Served) -> None:
 
 
 def _add_page(router: APIRouter, web_folder: Path) -> None:
+    @router.head("/", include_in_schema=False)
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
         index = web_folder / "index.html"

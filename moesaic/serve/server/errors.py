@@ -19,6 +19,7 @@ from moesaic.serve.server.log_fields import log_fields
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _MAX_SHOWN_CHARS = 60
+_MAX_MESSAGE_CHARS = 2000  # what quotes a request without measure is cut
 
 
 class ApiError(HTTPException):
@@ -44,6 +45,8 @@ def refusal(message: str, *, param: str | None = None, code: str | None = None) 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """Return an error as OpenAI's clients read it."""
+    if len(message) > _MAX_MESSAGE_CHARS:
+        message = f"{message[: _MAX_MESSAGE_CHARS // 2]} ... {message[-_MAX_MESSAGE_CHARS // 2 :]}"
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -93,6 +96,12 @@ def explain(errors: Sequence[Any], *, names: Mapping[str, str] | None = None) ->
     """
     first = errors[0]
     location = [part for part in first["loc"] if part != "body"]
+    if not location and isinstance(first.get("input"), bytes):
+        return refusal(
+            "the body came without the header Content-Type: application/json, so it is not read; a JSON object is "
+            "required; send it with that header.",
+            code="invalid_body",
+        )
     if not location:
         return refusal(
             f"the body is {_shown(first.get('input'))}; a JSON object is required, as application/json; send one with "

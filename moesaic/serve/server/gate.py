@@ -67,6 +67,9 @@ class Journal:
 
         try:
             await self._app(scope, receive, send_named)
+        except asyncio.CancelledError:
+            # Only at the very end: the client has not read its answer in the time that a stopping server gives it.
+            fields.values["client_left"] = True
         except Exception as error:  # our own fault: the client gets an answer, the log where it happened
             # The exception's text may quote what the client sent; its place does not.
             frames = traceback.extract_tb(error.__traceback__)
@@ -87,7 +90,8 @@ class Journal:
         path = scope["path"]
         # Only known paths become labels: a scan of random ones must not fill the registry.
         known = path if path in self._known_paths else "other"
-        self._metrics.request_ended(known, fields.values.get("error_status", status), seconds)
+        # Without a status the client left before its request was whole.
+        self._metrics.request_ended(known, fields.values.get("error_status", status or 499), seconds)
         client = scope.get("client")
         level = logging.DEBUG if path in _POLLED_PATHS and status == 200 else logging.INFO
         if "exception" in fields.values:

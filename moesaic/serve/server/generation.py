@@ -27,7 +27,7 @@ from moesaic.serve.server.metrics import Metrics
 from moesaic.serve.server.requests import ChatBody, CompletionBody, Prompt
 
 # Shorter texts are encoded at once: a thread would take longer to start than they take.
-_SHORT_CHARS = 4096
+SHORT_CHARS = 4096
 
 _Result = TypeVar("_Result")
 
@@ -81,7 +81,7 @@ async def _understand(served: Served, body: CompletionBody | ChatBody) -> Job:
 
 async def _understand_completion(served: Served, body: CompletionBody) -> Job:
     sampling = body.sampling()
-    prompts = await read_prompts(served, body.prompt, param="prompt")
+    prompts = await read_prompts(served, body.prompt, param="prompt", has_answer=sampling.max_tokens > 0)
     echoes: tuple[str, ...] = ()
     if body.echo:
         given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
@@ -110,7 +110,7 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
         return tuple(served.tokenizer.encode_prompt(text, add_special_tokens=False))
 
     prompt = await asyncio.to_thread(encode)
-    _check_length(served, prompt, param="messages")
+    _check_length(served, prompt, param="messages", has_answer=True)
     sampling = body.sampling(room=served.max_length - len(prompt))
     return _check_job(served, Job(
         kind="chat", prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
@@ -130,8 +130,13 @@ def _check_job(served: Served, job: Job) -> Job:
     return job
 
 
-async def read_prompts(served: Served, prompt: Prompt, *, param: str) -> tuple[tuple[int, ...], ...]:
-    """Return the token ids of one or several prompts, each a text or ids. Raises: ApiError."""
+async def read_prompts(
+    served: Served, prompt: Prompt, *, param: str, has_answer: bool = False
+) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of one or several prompts, each a text or ids; has_answer: tokens are to follow.
+
+    Raises: ApiError.
+    """
     limit = served.config.max_texts_per_request
     is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
     several = cast("Sequence[str | Sequence[int]]", [prompt] if is_one else prompt)
@@ -148,7 +153,7 @@ async def read_prompts(served: Served, prompt: Prompt, *, param: str) -> tuple[t
     ids = []
     for each in several:
         found = await encode(served.tokenizer, each) if isinstance(each, str) else tuple(each)
-        _check_length(served, found, param=param)
+        _check_length(served, found, param=param, has_answer=has_answer)
         ids.append(found)
     return tuple(ids)
 
@@ -159,12 +164,13 @@ async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = 
     def call() -> list[int]:
         return tokenizer.encode_prompt(text, add_special_tokens=add_special_tokens)
 
-    ids = call() if len(text) < _SHORT_CHARS else await asyncio.to_thread(call)
+    ids = call() if len(text) < SHORT_CHARS else await asyncio.to_thread(call)
     return tuple(ids) or (tokenizer.end_of_text_id,)
 
 
-def _check_length(served: Served, prompt: Sequence[int], *, param: str) -> None:
-    limit = min(served.config.max_prompt_tokens or served.max_length, served.max_length)
+def _check_length(served: Served, prompt: Sequence[int], *, param: str, has_answer: bool) -> None:
+    room = served.max_length - has_answer
+    limit = min(served.config.max_prompt_tokens or room, room)
     if len(prompt) > limit:
         raise refusal(
             f"{param} has {len(prompt)} tokens; at most {limit} are taken; shorten it.",

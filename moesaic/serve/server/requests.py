@@ -6,7 +6,7 @@ values are Sampling's own (config/serve.py).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -21,12 +21,16 @@ from pydantic import (
 )
 
 from moesaic.config.serve import Grammar, GrammarKind, Sampling
-from moesaic.serve.server.errors import explain_values, refusal, unknown_key
+from moesaic.serve.server.errors import ApiError, explain_values, refusal, unknown_key
 
 # As OpenAI's: more likeliest tokens, and more biases, than anybody reads or writes.
 MAX_TOP_LOGPROBS = 20
 _MAX_ENTRIES = 1024
 _MAX_STOPS = 16
+_MAX_STOP_CHARS = 4096  # together
+# Prompts of a request and messages of a chat, before the server's own limits are looked at: a list of a million takes
+# seconds to understand, and meanwhile nobody else gets a token.
+_MAX_PARTS = 16_384
 # What OpenAI's completions take where nothing is said.
 _DEFAULT_COMPLETION_TOKENS = 16
 
@@ -34,6 +38,8 @@ _DEFAULT_COMPLETION_TOKENS = 16
 def _check_prompt(value: Any, info: ValidationInfo) -> Any:
     """A long list with something wrong in every place would give as many findings: the first is enough."""
     if isinstance(value, list):
+        if len(value) > _MAX_PARTS and type(value[0]) is not int:
+            raise _too_many(value, info, code="too_many_texts")
         kinds = {_kind_of(each) for each in value}
         if len(kinds) > 1 or None in kinds:
             raise refusal(
@@ -53,12 +59,26 @@ def _kind_of(value: Any) -> type | None:
 
 def _limit(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, list | dict) and len(value) > _MAX_ENTRIES:
-        raise refusal(
-            f"{info.field_name} has {len(value)} entries; at most {_MAX_ENTRIES} are taken; leave some out.",
-            param=info.field_name,
-            code="invalid_value",
-        )
+        raise _too_many(value, info, limit=_MAX_ENTRIES)
     return value
+
+
+def _limit_messages(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, list) and len(value) > _MAX_PARTS:
+        raise _too_many(value, info)
+    return value
+
+
+def _too_many(value: Sized, info: ValidationInfo, *, limit: int = _MAX_PARTS, code: str = "invalid_value") -> ApiError:
+    return refusal(
+        f"{info.field_name} has {len(value)} entries; at most {limit} are taken; leave some out.",
+        param=info.field_name,
+        code=code,
+    )
+
+
+# What Sampling allows ends far below; products of larger ones would be numbers that nobody can print.
+Count = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
@@ -134,10 +154,10 @@ class GenerationBody(Body):
     """
 
     model: str | None = None
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: int | None = None
+    n: Count | None = None
     stop: Annotated[str | list[str] | None, BeforeValidator(_limit)] = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = None
@@ -145,12 +165,12 @@ class GenerationBody(Body):
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_limit)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: int | None = None
+    top_k: Count | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[int] | None, BeforeValidator(_limit)] = None
+    stop_token_ids: Annotated[list[Count] | None, BeforeValidator(_limit)] = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     return_experts: bool | None = None
     grammar: GrammarBody | None = None
@@ -174,6 +194,12 @@ class GenerationBody(Body):
         if stop is not None and len(stop) > _MAX_STOPS:
             raise refusal(
                 f"stop has {len(stop)} texts; at most {_MAX_STOPS} are looked for; leave some out.", param="stop"
+            )
+        if stop is not None and (num_chars := sum(map(len, stop))) > _MAX_STOP_CHARS:
+            raise refusal(
+                f"stop has {num_chars} characters; at most {_MAX_STOP_CHARS} are looked for; send shorter texts.",
+                param="stop",
+                code="invalid_value",
             )
         values = {
             "min_tokens": self.min_tokens,
@@ -256,8 +282,8 @@ class ChatBody(GenerationBody):
         "function_call": ("auto", "none"),
     }
 
-    messages: Annotated[list[Message], FailFast()]
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], FailFast(), BeforeValidator(_limit_messages)]
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
@@ -319,6 +345,12 @@ class ChatBody(GenerationBody):
 
     def _response_grammar(self) -> Grammar | None:
         wanted = self.response_format
+        if wanted is not None and wanted.type != "json_schema" and wanted.json_schema is not None:
+            raise refusal(
+                f"response_format is {wanted.type} and has a json_schema; a schema needs the type json_schema; send "
+                f"that, or leave the schema out.",
+                param="response_format",
+            )
         if wanted is None or wanted.type == "text":
             return None
         if wanted.type == "json_object":
@@ -340,7 +372,7 @@ class EmbeddingBody(Body):
     model: str | None = None
     input: Prompt
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
+    dimensions: Count | None = None
 
 
 class TokenizeBody(Body):

@@ -19,6 +19,7 @@ import pytest
 
 from moesaic.errors import ConfigError
 from moesaic.logs import JsonFormatter, logger
+from moesaic.serve.server import run
 from moesaic.serve.server.gate import read_keys
 
 from ..fake_engine import FakeEngine
@@ -139,6 +140,33 @@ def test_a_large_body_is_refused_while_it_arrives(serve_fake: Serve) -> None:
             chunked = httpx.post(f"{running.url}/v1/completions", content=pieces(), headers=headers)
             assert chunked.status_code == 413
         assert complete(running).status_code == 200
+
+
+def test_long_texts_to_tokenize_wait_for_a_place_and_short_ones_do_not(serve_fake: Serve, fake: FakeEngine) -> None:
+    with (
+        serve_fake(max_concurrent_requests=1, max_queued_requests=0) as running,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        served = running.app.state.served
+        fake.go.clear()
+        first = pool.submit(complete, running)
+        until(lambda: served.admission.num_inside == 1)
+        text, ids = "x" * 5000, [0] * 5000
+        for path, body in (("/tokenize", {"prompt": text}), ("/detokenize", {"tokens": ids})):
+            assert httpx.post(f"{running.url}{path}", json=body).status_code == 429
+        assert httpx.post(f"{running.url}/tokenize", json={"prompt": "x"}).json()["count"] == 1
+        fake.go.set()
+        assert first.result().status_code == 200
+        found = httpx.post(f"{running.url}/tokenize", json={"prompt": text}).json()
+        assert httpx.post(f"{running.url}/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": text}
+    assert served.admission.num_inside == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready"])
+def test_who_asks_only_whether_it_is_there_gets_no_body(serve_fake: Serve, path: str) -> None:
+    with serve_fake() as running:
+        answer = httpx.head(f"{running.url}{path}")
+        assert answer.status_code == 200 and answer.content == b""
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(serve_fake: Serve) -> None:
@@ -342,3 +370,22 @@ def test_at_the_end_of_the_drain_what_still_runs_is_ended(serve_fake: Serve, fak
             rest = [line for line in lines if line]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "aborted"
         assert not fake.has_work
+
+
+def test_a_client_that_does_not_read_is_no_failure_of_the_server(
+    serve_fake: Serve, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run, "_FAREWELL_SECONDS", 0.3)
+    with serve_fake(drain_seconds=0.2) as running, log_lines() as lines:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            body = json.dumps({**ENDLESS, "stream": True, "n": 100}).encode()
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            connection.recv(10)
+            until(lambda: fake.num_steps > 1000)  # 20 MB and more, which no buffer holds
+            running.server.handle_exit(signal.SIGTERM, None)
+            until(lambda: any("client_left" in line for line in lines))
+    assert "Traceback" not in caplog.text and not any("exception" in line for line in lines)

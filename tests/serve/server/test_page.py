@@ -99,4 +99,4 @@ def test_a_refusal_of_the_server_stands_on_the_page(real: Live, open_address: Ca
     page = open_address(real.url)
     expect(page.locator("#model")).to_have_text("tiny")
     ask(page, "too long " * 200)
-    expect(page.locator(".failure p")).to_contain_text("160")
+    expect(page.locator(".failure p")).to_contain_text("159")

@@ -20,6 +20,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
 
+from ..conftest import VOCAB_SIZE
 from .conftest import Live, live
 
 PROMPT = "The state of the Union"
@@ -149,6 +150,21 @@ def test_old_logprobs_stand_where_their_tokens_do(client: openai.OpenAI, chat_to
         assert logprob == max(top.values())
 
 
+def test_old_logprobs_stand_behind_half_a_character(real: Live, chat_tokenizer: Tokenizer) -> None:
+    a, b, c = (chat_tokenizer.encode_prompt(letter, add_special_tokens=False)[0] for letter in "ABC")
+    half, rest = (next(i for i in range(VOCAB_SIZE) if chat_tokenizer.token_bytes(i) == x) for x in (b"\xc3", b"\xa9"))
+
+    def offsets_of(ids: list[int]) -> tuple[str, list[int]]:
+        body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}
+        (choice,) = post(real, "/v1/completions", body)["choices"]
+        return choice["text"], choice["logprobs"]["text_offset"]
+
+    assert offsets_of([a, half, b, c]) == ("A\ufffdBC", [0, 1, 2, 3])
+    assert offsets_of([a, half, half, b]) == ("A\ufffd\ufffdB", [0, 1, 2, 3])
+    text, (*_, last) = offsets_of([a, half, rest, c])
+    assert text == "AéC" and text[last] == "C"
+
+
 def test_a_prompt_alone_can_be_scored(client: openai.OpenAI) -> None:
     done = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1)
     (choice,) = done.choices
@@ -253,7 +269,7 @@ def test_extensions_reach_the_sampler(real: Live, chat_tokenizer: Tokenizer) -> 
     ids = post(real, "/tokenize", {"prompt": " of"})["tokens"]
     stopped = ask(logit_bias={str(ids[0]): 100}, temperature=0, stop_token_ids=ids)
     assert stopped["choices"][0]["stop_reason"] == ids[0] and stopped["usage"]["completion_tokens"] == 1
-    assert ask(repetition_penalty=1e6, temperature=0)["choices"][0]["text"] != greedy
+    assert ask(repetition_penalty=100, temperature=0)["choices"][0]["text"] != greedy
 
 
 def test_a_text_matches_what_it_has_to(client: openai.OpenAI, real: Live) -> None:
