@@ -4,6 +4,7 @@ A client's grammar is tried in a process of its own before it is compiled here: 
 """
 
 import json
+import math
 import os
 import re
 import selectors
@@ -45,7 +46,8 @@ _NEED_A_TYPE = (
     (frozenset({"minLength", "maxLength", "pattern", "format"}), frozenset({"string"})),
 )
 # A pattern's own characters go into the JSON string as they are; its classes leave these two out.
-_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")
+# One that is not closed is refused by xgrammar; here it goes to the end, or looking for it would take for ever.
+_ESCAPE_OR_CLASS = re.compile(r"(\\.)|\[(?:\\.|[^\]\\])*\]?", re.DOTALL)
 _BREAKS_A_STRING = re.compile(r'"|\\\\|\\x(?:22|5c)|\\u\{?0*(?:22|5c)\}?', re.IGNORECASE)
 _MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _SCHEMAS = frozenset(
@@ -339,10 +341,11 @@ def _shown(text: str, length: int = 60, *, quoted: bool = True) -> str:
 
 def _check_schema(text: str) -> None:
     try:
-        schema = json.loads(text, parse_constant=_refuse_constant)
+        schema = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"the JSON schema {_shown(text)} is not JSON ({error}); an object with keywords is required; mend it."
+            f"the JSON schema {_shown(text)} cannot be read as JSON ({error}); an object with keywords is required; "
+            f"mend it."
         ) from None
     if not isinstance(schema, dict):
         raise ConfigError(f"the JSON schema is {_shown(text)}; an object with keywords is required; write one.")
@@ -355,8 +358,9 @@ def _check_schema(text: str) -> None:
         found = _unkept(each)
         if found:
             raise ConfigError(
-                f"the JSON schema uses {', '.join(found)} at {where or 'its top'}; only what can be kept token by "
-                f"token is taken, and a $ref within the schema; leave it out and check the finished text."
+                f"the JSON schema uses {_shown(', '.join(found), 200, quoted=False)} at "
+                f"{_shown(where, 100, quoted=False) or 'its top'}; only what can be kept token by token is taken, and "
+                f"a $ref within the schema; leave it out and check the finished text."
             )
 
 
@@ -385,12 +389,13 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
             found.append(f"{', '.join(used)} without type {' or '.join(sorted(needed))}")
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if isinstance(properties, dict) and isinstance(required, list):
-        found += [f"required {_shown(str(each))}, which is not in properties" for each in required
-                  if each not in properties]  # fmt: skip
+        found += [f"required {_shown(each)}, which is not in properties" if isinstance(each, str)
+                  else f"required {_shown(json.dumps(each), quoted=False)}, which is no name"
+                  for each in required if not isinstance(each, str) or each not in properties]  # fmt: skip
     if "pattern" in schema:
         if schema.keys() & {"minLength", "maxLength", "format"}:
             found.append("pattern together with a length or a format")
-        if _BREAKS_A_STRING.search(_CLASS.sub("", str(schema["pattern"]))):
+        if _BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(schema["pattern"]))):
             found.append("a pattern with a quotation mark or a backslash")
     return found
 
@@ -407,6 +412,12 @@ def _types(value: Any) -> set[str]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(number: str) -> float:
+    if math.isinf(float(number)):
+        raise ValueError(f"{_shown(number, quoted=False)} is too large a number")
+    return float(number)
 
 
 def _depth(value: Any) -> int:

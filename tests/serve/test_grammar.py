@@ -1,6 +1,7 @@
 """Whatever the logits are, a text under a grammar matches it; no grammar stops or blocks who compiles it."""
 
 import json
+import random
 import re
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from moesaic.config.serve import Grammar, Sampling
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError
+from moesaic.serve import grammar as grammar_module
 from moesaic.serve.grammar import GrammarCompiler, Matcher
 from moesaic.serve.sampler import SamplingState, sample
 
@@ -221,12 +223,20 @@ def nested(depth: int) -> str:
     ("kind", "text", "message"),
     [
         ("json_schema", "", "the JSON schema is empty; one is required; write it"),
-        ("json_schema", '{"type', "is not JSON"),
+        ("json_schema", '{"type', "cannot be read as JSON"),
         ("json_schema", '{"maximum": NaN}', "NaN is no JSON number"),
         ("json_schema", "[1]", "an object with keywords is required"),
         ("json_schema", '{"type": "foo"}', 'Unsupported type "foo"'),
         ("json_schema", nested(64), "nested more than 64 deep"),
-        ("json_schema", nested(5000), "nested more than 64 deep|is not JSON"),
+        ("json_schema", nested(5000), "nested more than 64 deep|cannot be read as JSON"),
+        ("json_schema", '{"type": "integer", "enum": [1e999]}', "1e999 is too large a number"),
+        ("json_schema", '{"required": [{}]}', r"required {}, which is no name at its top"),
+        (
+            "json_schema",
+            '{"items": {"required": [["a"]], "properties": {}}}',
+            r'required \["a"\], which is no name at /it',
+        ),
+        ("json_schema", '{"properties": {"%s": {"not": {}}}}' % ("a" * 9000), "uses not at /properties/aaaaa"),
         ("json_schema", '{"$ref": "http://a/b"}', r"\$ref to 'http://a/b' at its top"),
         ("json_schema", '{"properties": {"not": {"not": {}}}}', "uses not at /properties/not"),
         ("json_schema", '{"anyOf": [{"uniqueItems": true}]}', "uses uniqueItems at /anyOf/0"),
@@ -240,6 +250,9 @@ def nested(depth: int) -> str:
         ("json_schema", '{"type": "object", "required": ["a"]}', "required 'a', which is not in properties"),
         ("json_schema", r'{"type": "string", "pattern": "a\\\\b"}', "a quotation mark or a backslash"),
         ("json_schema", r'{"type": "string", "pattern": "a\\x22b"}', "a quotation mark or a backslash"),
+        ("json_schema", r'{"type": "string", "pattern": "\\[\"]"}', "a quotation mark or a backslash"),
+        ("json_schema", '{"type": "string", "pattern": "%s"}' % ("[" * 60_000), "one that xgrammar compiles"),
+        ("json_schema", r'{"type": "string", "pattern": "a[\"b"}', "one that xgrammar compiles"),
         ("json_object", "{}", "it takes none"),
         ("regex", " ", "the regular expression is empty"),
         ("regex", "(a", "parenthesis is not closed; one that xgrammar compiles"),
@@ -263,6 +276,40 @@ def test_a_bad_grammar_is_refused_with_its_reason(
 
 # Each rule triples what may be empty.
 BOMB = "root ::= r0\n" + "\n".join(f"r{i} ::= r{i + 1} r{i + 1} r{i + 1}" for i in range(40)) + '\nr40 ::= "a"?'
+
+
+# Every keyword of JSON schema, and every value that JSON has, with those that Python's types trip over.
+KEYWORDS = (
+    *sorted(grammar_module._UNENFORCED | grammar_module._ANNOTATIONS | grammar_module._SCHEMAS),
+    *sorted(grammar_module._MAPS_OF_SCHEMAS), "type", "enum", "const", "$ref", "required", "minimum", "maxLength",
+    "pattern", "format", "uniqueItems", "minItems", "maxProperties",
+)  # fmt: skip
+VALUES = ("null", "true", "0", "-7.5", "1e999", "-1e999", "1e308", "9" * 400, "9" * 5000, '""', '"a"', '"object"',
+          '"integer"', '"\\ud800"', '"#/$defs/a"', "[]", "{}", "NaN")  # fmt: skip
+
+
+def hostile(source: random.Random, depth: int) -> str:
+    if depth == 0 or source.random() < 0.3:
+        return source.choice(VALUES)
+    if source.random() < 0.4:
+        return f"[{', '.join(hostile(source, depth - 1) for _ in range(source.randrange(3)))}]"
+    keys = [source.choice([*KEYWORDS, "a", "\\ud800"]) for _ in range(source.randrange(1, 4))]
+    return "{" + ", ".join(f'"{key}": {hostile(source, depth - 1)}' for key in keys) + "}"
+
+
+def test_whatever_stands_in_a_keywords_place_is_taken_or_refused_with_a_reason() -> None:
+    source = random.Random(0)
+    texts = [f'{{"{key}": {value}}}' for key in KEYWORDS for value in VALUES]
+    texts += [f'{{"type": "integer", "properties": {{}}, "{key}": [{value}]}}' for key in KEYWORDS for value in VALUES]
+    texts += [hostile(source, 4) for _ in range(500)]
+    num_taken = 0
+    for text in texts:
+        try:
+            grammar_module._check_schema(text)
+            num_taken += 1
+        except ConfigError as error:
+            assert str(error).count(";") >= 2 and len(str(error)) < 600, text
+    assert 100 < num_taken < len(texts) - 100
 
 
 def test_a_grammar_too_slow_to_follow_ends_its_text(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
