@@ -295,12 +295,12 @@ class _Trial:
             return  # it has ended: no answer will come, which is seen there
 
     def _receive(self, deadline: float) -> dict[str, Any] | None:
+        """Return the next answer, None where none has come by the deadline: one that has is there after it too."""
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._answer:
-                left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
                     return None
                 part = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not part:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import selectors
 import sys
 import threading
 from collections.abc import Iterator
@@ -318,6 +319,25 @@ def test_a_grammar_too_slow_to_follow_ends_its_text(compiler: GrammarCompiler, m
     monkeypatch.setattr("moesaic.serve.grammar.time.perf_counter", lambda: next(clock))
     with pytest.raises(GenerationError, match=r"took 21\.0 s for one token; at most 20 are allowed; make it"):
         matcher.mask()
+
+
+def test_only_a_start_that_takes_too_long_is_one(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE, timeout_seconds=20.0)
+    grammar = Grammar(kind="regex", text="yes")
+    monkeypatch.setattr(grammar_module, "_START_SECONDS", 0.0)
+    try:
+        with pytest.raises(InstallationError, match="did not start within 0 s"):
+            compiler.compile(grammar)
+        compiler.start()
+        trial = compiler._trial
+        assert trial is not None and trial._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(trial._process.stdout, selectors.EVENT_READ)
+            assert selector.select(60)
+        # It has been ready for some time when the first grammar comes.
+        assert compiler.compile(grammar).matcher().mask().any() and compiler._trial is trial
+    finally:
+        compiler.close()
 
 
 def test_without_xgrammar_the_error_says_how_to_install_it(
