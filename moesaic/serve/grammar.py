@@ -59,6 +59,7 @@ _SCHEMAS = frozenset(
 class GrammarCompiler:
     """Makes grammars of one tokenizer's tokens; the last ones are kept. May be used from several threads.
 
+    One grammar is tried at a time; who asks for one that is kept does not wait for that.
     The first compile waits for the trying process to start (seconds: it imports torch); start() lets it begin before.
     A grammar that takes longer than its timeout is refused, and the process that is still at it is killed.
     """
@@ -80,7 +81,8 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._max_bytes, self._timeout_seconds = max_bytes, timeout_seconds
         self._stop_ids = sorted(token_id for token_id in tokenizer.stop_ids if token_id < vocab_size)
-        self._lock = threading.Lock()
+        self._trying = threading.Lock()  # held through a trial, for all below but the cache
+        self._cache_lock = threading.Lock()
         self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._tokens: list[bytes] = []
         self._vocabulary: Vocabulary | None = None
@@ -88,15 +90,22 @@ class GrammarCompiler:
 
     def start(self) -> None:
         """Start the trying process without waiting for it."""
-        with self._lock:
+        with self._trying:
             self._begin()
 
     def close(self) -> None:
         """End the trying process; a later compile starts another."""
-        with self._lock:
+        with self._trying:
             if self._trial is not None:
                 self._trial.end()
                 self._trial = None
+
+    def find(self, grammar: Grammar) -> "CompiledGrammar | None":
+        """Return the compiled grammar where it is kept, at once."""
+        with self._cache_lock:
+            if grammar in self._cache:
+                self._cache.move_to_end(grammar)
+            return self._cache.get(grammar)
 
     def compile(self, grammar: Grammar) -> "CompiledGrammar":
         """Return the compiled grammar.
@@ -104,11 +113,12 @@ class GrammarCompiler:
         Raises: ConfigError for one that is too large, too deep, broken, too slow, or that asks for what cannot be
         kept; InstallationError where the trying process does not start.
         """
-        with self._lock:
-            if grammar in self._cache:
-                self._cache.move_to_end(grammar)
-                return self._cache[grammar]
-            self._check(grammar)
+        if (kept := self.find(grammar)) is not None:
+            return kept
+        self._check(grammar)
+        with self._trying:
+            if (kept := self.find(grammar)) is not None:  # somebody else's was under way
+                return kept
             error = self._begin().try_out(grammar, self._timeout_seconds)
             assert self._vocabulary is not None
             if error is not None:
@@ -119,11 +129,13 @@ class GrammarCompiler:
                     f"the {_name(grammar)} {_shown(grammar.text)} cannot be used: {error}; one that xgrammar compiles "
                     f"and follows within {self._timeout_seconds:g} s is required; mend or simplify it."
                 )
-            compiled = compile_grammar(self._vocabulary, grammar.kind, grammar.text)
-            self._cache[grammar] = CompiledGrammar(compiled, self._vocab_size, self._timeout_seconds)
-            while len(self._cache) > _CACHED:
-                self._cache.popitem(last=False)
-            return self._cache[grammar]
+            inner = compile_grammar(self._vocabulary, grammar.kind, grammar.text)
+            compiled = CompiledGrammar(inner, self._vocab_size, self._timeout_seconds)
+            with self._cache_lock:
+                self._cache[grammar] = compiled
+                while len(self._cache) > _CACHED:
+                    self._cache.popitem(last=False)
+            return compiled
 
     def _begin(self) -> "_Trial":
         if self._vocabulary is None:

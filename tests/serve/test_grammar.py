@@ -321,6 +321,36 @@ def test_a_grammar_too_slow_to_follow_ends_its_text(compiler: GrammarCompiler, m
         matcher.mask()
 
 
+def test_what_is_kept_is_found_during_a_trial_and_what_is_new_is_tried_once(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, new = Grammar(kind="regex", text="kept"), Grammar(kind="regex", text="new")
+    compiled = compiler.compile(kept)
+    is_begun, may_end, tried = threading.Event(), threading.Event(), []
+    try_out = grammar_module._Trial.try_out
+
+    def wait(self: Any, grammar: Grammar, timeout_seconds: float) -> str | None:
+        tried.append(grammar)
+        is_begun.set()
+        assert may_end.wait(60)
+        return try_out(self, grammar, timeout_seconds)
+
+    monkeypatch.setattr(grammar_module._Trial, "try_out", wait)
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(compiler.compile(new))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert is_begun.wait(60)
+    finder = threading.Thread(target=lambda: found.append(compiler.compile(kept)))
+    finder.start()
+    finder.join(60)
+    assert found == [compiled] and compiler.find(kept) is compiled and compiler.find(new) is None
+    may_end.set()
+    for thread in threads:
+        thread.join(60)
+    assert tried == [new] and found[1:] == [compiler.find(new)] * 3
+
+
 def test_only_a_start_that_takes_too_long_is_one(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE, timeout_seconds=20.0)
     grammar = Grammar(kind="regex", text="yes")

@@ -218,7 +218,8 @@ async def _compile(served: Served, grammar: Grammar) -> None:
             "out, or have `pip install 'moesaic[structured]'` run where the server is.",
             code="not_installed",
         )
-    await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
+    if served.grammars.find(grammar) is None:
+        await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
 
 
 def deadline_of(served: Served, request: Request) -> float:

@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import re
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -275,6 +276,19 @@ def test_a_text_matches_what_it_has_to(client: openai.OpenAI, real: Live) -> Non
     for bad in ({"kind": "regex", "text": "(("}, {"kind": "json_schema", "text": "{"}, {"kind": "ebnf", "text": "x"}):
         response = httpx.post(f"{real.url}/v1/completions", json={"prompt": "x", "grammar": bad}, timeout=60)
         assert response.status_code == 400 and response.json()["error"]["message"].count(";") >= 2
+
+
+def test_a_grammar_that_is_known_does_not_wait_for_one_that_is_tried(real: Live) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+    body = {"prompt": "x", "max_tokens": 20, "grammar": {"kind": "regex", "text": "known"}}
+    assert post(real, "/v1/completions", body)["choices"][0]["text"] == "known"
+    may_end = threading.Event()
+    blocked = real.app.state.served.grammar_thread.submit(may_end.wait, 60)
+    try:
+        assert post(real, "/v1/completions", body)["choices"][0]["text"] == "known"
+        assert not blocked.done()
+    finally:
+        may_end.set()
 
 
 def test_embeddings_are_of_unit_length_in_both_forms(client: openai.OpenAI, real: Live) -> None:
