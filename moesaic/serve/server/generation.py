@@ -305,6 +305,8 @@ class _Answer:
         output, prompt = placed.output, placed.prompt_index
         if output.finish_reason == "abort":
             raise ApiError(503, f"the request was ended ({output.message}); ask again.", code="aborted")
+        if output.is_refused:
+            raise refusal(str(output.message), code="cannot_be_met")
         if output.finish_reason == "error":
             raise ApiError(500, output.message or "the engine failed; see the server's log.", code="engine_error")
         n = self._job.sampling.n
