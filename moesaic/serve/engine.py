@@ -25,7 +25,7 @@ from moesaic.serve.depth import DepthChooser
 from moesaic.serve.detokenizer import Detokenizer
 from moesaic.serve.drafts import Draft, ModelDraft, NgramDraft, Wanted
 from moesaic.serve.expert_load import ExpertLoad, token_experts
-from moesaic.serve.grammar import GrammarCompiler, Matcher
+from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
@@ -232,7 +232,8 @@ class Engine:
         grammar = self._grammars.compile(sampling.grammar)
         # A text that matches ends, whatever else is ignored.
         stop_ids = self._tokenizer.stop_ids | frozenset(sampling.stop_token_ids)
-        return [grammar.matcher(stop_ids=stop_ids) for _ in range(sampling.n)]
+        budget = Budget()
+        return [grammar.matcher(stop_ids=stop_ids, budget=budget) for _ in range(sampling.n)]
 
     def abort(self, request_id: str) -> bool:
         """End a request now; the next step tells so of its unfinished texts. False where there is none of that id."""

@@ -1,5 +1,6 @@
 """Whatever the logits are, a text under a grammar matches it; no grammar stops or blocks who compiles it."""
 
+import itertools
 import json
 import random
 import re
@@ -16,8 +17,8 @@ from moesaic.config.serve import Grammar, Sampling
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError
 from moesaic.serve import grammar as grammar_module
-from moesaic.serve.grammar import GrammarCompiler, Matcher
-from moesaic.serve.sampler import SamplingState, sample
+from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
+from moesaic.serve.sampler import RequestError, SamplingState, sample
 
 pytest.importorskip("xgrammar", reason="structured output needs the extra `structured`")
 
@@ -313,12 +314,67 @@ def test_whatever_stands_in_a_keywords_place_is_taken_or_refused_with_a_reason()
     assert 100 < num_taken < len(texts) - 100
 
 
-def test_a_grammar_too_slow_to_follow_ends_its_text(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    matcher = compiler.compile(Grammar(kind="regex", text="a*")).matcher()
-    clock = iter([0.0, 21.0])
-    monkeypatch.setattr("moesaic.serve.grammar.time.perf_counter", lambda: next(clock))
-    with pytest.raises(GenerationError, match=r"took 21\.0 s for one token; at most 20 are allowed; make it"):
+class Clock:
+    """A thread's time that goes on by so many seconds with each call of a grammar."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.seconds = seconds
+        self._now, self._is_end = 0.0, itertools.cycle([False, True])
+        monkeypatch.setattr("moesaic.serve.grammar.time.thread_time", self._read)
+
+    def _read(self) -> float:
+        self._now += self.seconds * next(self._is_end)
+        return self._now
+
+
+def test_a_grammar_too_slow_to_follow_ends_its_text(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (a,) = tokenizer.encode("a")
+    grammar = compiler.compile(Grammar(kind="regex", text="a*"))
+    message = r"took {} s for {} tokens; at most 1 s at once, and 4 ms a token, .*; make it less ambiguous"
+    clock = Clock(monkeypatch, 0.0)
+    # One call that is longer than the budget.
+    matcher = grammar.matcher()
+    clock.seconds = 2.5
+    with pytest.raises(RequestError, match=message.format(r"2\.50", 0)):
         matcher.mask()
+    # Many short ones: a mask and a token each take 0.1 s and give 4 ms back.
+    clock.seconds = 0.0
+    matcher = grammar.matcher()
+    clock.seconds = 0.05
+    with pytest.raises(RequestError, match=message.format(r"1\.05", 10)):
+        for _ in range(30):
+            matcher.mask()
+            matcher.accept(a)
+    # As fast as it has to be, for ever.
+    clock.seconds = 0.0
+    matcher = grammar.matcher()
+    clock.seconds = 0.0019
+    for _ in range(2000):
+        matcher.mask()
+        assert matcher.accept(a)
+    # What was saved in 2000 tokens is not there to be spent at once.
+    clock.seconds = 1.01
+    with pytest.raises(RequestError, match="less ambiguous"):
+        matcher.mask()
+
+
+def test_texts_of_a_request_share_a_budget_and_others_do_not(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar = compiler.compile(Grammar(kind="regex", text="a*"))
+    clock = Clock(monkeypatch, 0.0)
+    shared = Budget()
+    one, two, other = grammar.matcher(budget=shared), grammar.matcher(budget=shared), grammar.matcher()
+    clock.seconds = 0.6
+    one.mask()
+    with pytest.raises(RequestError, match=r"took 1\.20 s"):
+        two.mask()
+    # Who comes after that does not begin: the time stays as it is.
+    with pytest.raises(RequestError, match=r"took 1\.20 s"):
+        grammar.matcher(budget=shared)
+    assert other.mask().any()
 
 
 def test_what_is_kept_is_found_during_a_trial_and_what_is_new_is_tried_once(
