@@ -25,11 +25,11 @@ from moesaic.serve.depth import DepthChooser
 from moesaic.serve.detokenizer import Detokenizer
 from moesaic.serve.drafts import Draft, ModelDraft, NgramDraft, Wanted
 from moesaic.serve.expert_load import ExpertLoad, token_experts
-from moesaic.serve.grammar import GrammarCompiler, Matcher
+from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
-from moesaic.serve.sampler import SamplingState, sample, score_prompt
+from moesaic.serve.sampler import RequestError, SamplingState, sample, score_prompt
 from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
@@ -55,6 +55,7 @@ class _Text:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     message: str | None = None
+    is_refused: bool = False
 
     @property
     def num_generated(self) -> int:
@@ -231,7 +232,8 @@ class Engine:
         grammar = self._grammars.compile(sampling.grammar)
         # A text that matches ends, whatever else is ignored.
         stop_ids = self._tokenizer.stop_ids | frozenset(sampling.stop_token_ids)
-        return [grammar.matcher(stop_ids=stop_ids) for _ in range(sampling.n)]
+        budget = Budget()
+        return [grammar.matcher(stop_ids=stop_ids, budget=budget) for _ in range(sampling.n)]
 
     def abort(self, request_id: str) -> bool:
         """End a request now; the next step tells so of its unfinished texts. False where there is none of that id."""
@@ -403,6 +405,7 @@ class Engine:
                 piece = self._accept(text, sampled.token_id, number + 1)
             except GenerationError as error:
                 text.finish_reason, text.message = "error", str(error)
+                text.is_refused = isinstance(error, RequestError)
                 return
             experts = token_experts(decoded, row) if text.sampling.return_experts else None
             work.tokens.append(GeneratedToken(sampled.token_id, sampled.logprob, sampled.top_logprobs, experts))
@@ -498,6 +501,7 @@ class Engine:
             prompt_tokens=sequence.num_prompt,
             cached_tokens=min(sequence.num_cached or 0, sequence.num_prompt),
             completion_tokens=text.num_generated,
+            is_refused=text.is_refused,
         )
 
 

@@ -92,6 +92,12 @@ def _limit_memory() -> None:
         return  # not on this system; the deadline holds all the same
 
 
+def _answer(error: str | None) -> None:
+    # At once with its end: who finds it half there after a deadline takes it for none.
+    sys.stdout.write(json.dumps({"error": error}) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Read a vocabulary, then grammars until the end of the input; answer each with its error, or null."""
     first = json.loads(sys.stdin.readline())
@@ -100,7 +106,7 @@ def main() -> None:
     compile_grammar(vocabulary, "json_object", "")  # what it takes to begin is not the first grammar's time
     compile_grammar(vocabulary, "regex", "a")
     _limit_memory()
-    print(json.dumps({"error": None}), flush=True)
+    _answer(None)
     for line in sys.stdin:
         request = json.loads(line)
         error = None
@@ -110,7 +116,7 @@ def main() -> None:
                 error = "no text of this tokenizer's tokens matches it"
         except (RuntimeError, MemoryError, ValueError) as failure:
             error = str(failure) or type(failure).__name__
-        print(json.dumps({"error": error}), flush=True)
+        _answer(error)
 
 
 if __name__ == "__main__":

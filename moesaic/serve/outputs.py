@@ -48,7 +48,8 @@ class RequestOutput:
     the text. finish_reason: None while it goes on. stop_reason: the stop text or token id that ended it, None for the
     model's own. message: of finish_reason "error", what happened. prompt_logprobs: once, with the first output, where
     asked for. prompt_tokens, cached_tokens, completion_tokens: counts so far, for usage. is_by_student: it is not the
-    model's but its student's, which helps out (overload.py).
+    model's but its student's, which helps out (overload.py). is_refused: of finish_reason "error", the request asks for
+    what cannot be, and nothing else has failed.
     """
 
     request_id: str
@@ -63,6 +64,7 @@ class RequestOutput:
     cached_tokens: int
     completion_tokens: int
     is_by_student: bool = False
+    is_refused: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ _SORTED_WHOLE = 2048
 _BINS, _DEPTH = 2048, 40.0
 
 
+class RequestError(GenerationError):
+    """What a request asks for cannot be: the model and the engine are well, and other requests go on."""
+
+
 @dataclass(frozen=True)
 class Sampled:
     """A token that was chosen; logprob and top_logprobs (from the likeliest down) where the request asks for them."""
@@ -81,6 +85,11 @@ class SamplingState:
         self._ids = np.array(seen, dtype=np.int64)
         self._counts = np.zeros(len(seen), dtype=np.float32)
         self._places = {token: place for place, token in enumerate(seen)}
+
+    @property
+    def forbidden_ids(self) -> Ids:
+        """The tokens that logit_bias forbids."""
+        return self._bias_ids[np.isneginf(self._bias)]
 
     def fork(self) -> "SamplingState":
         """Return one that is as this and goes on by itself."""
@@ -143,7 +152,7 @@ def sample(logits: Floats, state: SamplingState, mask: Mask | None = None) -> Sa
     mask: the tokens that a grammar allows, (V,) bool, or None for all.
     Log-probabilities are of what the model says after penalties and bias, whatever a grammar allows of it.
 
-    Raises: GenerationError for NaN or infinite logits, or where nothing is allowed.
+    Raises: GenerationError for NaN or infinite logits; RequestError where what the request asks for leaves no token.
     """
     assert logits.shape == (state.vocab_size,), (logits.shape, state.vocab_size)
     best = _likeliest(logits)
@@ -151,12 +160,12 @@ def sample(logits: Floats, state: SamplingState, mask: Mask | None = None) -> Sa
     if state.edits_scores:
         with np.errstate(over="ignore"):
             scores = state.scores(logits)
-        best = _likeliest(scores)
+        best = _likeliest(scores, state)
     allowed = state.allowed(mask)
     choices = scores
     if allowed is not None:
         choices = np.where(allowed, scores, np.float32(-np.inf))
-        best = _likeliest(choices, is_masked=True)
+        best = _likeliest(choices, state, mask)
     token = best if state.sampling.temperature == 0 else _draw(choices, best, state)
     if state.sampling.logprobs is None:
         return Sampled(token)
@@ -180,20 +189,55 @@ def score_prompt(logits: Tensor, target_ids: Sequence[int], *, top: int) -> list
     return scored
 
 
-def _likeliest(scores: Floats, *, is_masked: bool = False) -> int:
-    """Return the first of the largest; NumPy's argmax finds NaN above all."""
+def _likeliest(scores: Floats, state: SamplingState | None = None, mask: Mask | None = None) -> int:
+    """Return the first of the largest; NumPy's argmax finds NaN above all.
+
+    state, mask: what made the scores of logits whose largest is finite.
+    """
     best = int(scores.argmax())
     if np.isfinite(scores[best]):
         return best
-    if is_masked:
-        raise GenerationError(
-            "none of the tokens that may come next has a finite score; one is required; loosen the grammar or the "
-            "logit_bias."
+    if state is not None and np.isneginf(scores[best]):
+        raise _nothing_left(state, mask)
+    if state is not None:
+        raise RequestError(
+            f"the largest logit is {scores[best]} after the penalties; a finite one is required; one of them is out of "
+            f"all proportion: weaken it."
         )
     raise GenerationError(
         f"the largest logit is {scores[best]}; a finite one is required; the model's weights or its arithmetic are "
-        f"broken, or a penalty is out of all proportion: evaluate the model, and look at the request's penalties."
+        f"broken: evaluate the model."
     )
+
+
+def _nothing_left(state: SamplingState, mask: Mask | None) -> GenerationError:
+    """Return the error of a row where no token can come: it says what of the request contradicts what."""
+    stop_token_ids = state.sampling.stop_token_ids
+    if mask is not None and not mask.any():
+        remedy = "mend the grammar: no token of this model goes on as it wants"
+        if stop_token_ids:
+            remedy = f"take what the text needs out of stop_token_ids ({_shown(stop_token_ids)}), which only end it"
+        return RequestError(f"the grammar allows no token here; one is required; {remedy}.")
+    allowed = state.allowed(mask)
+    ids = np.arange(state.vocab_size) if allowed is None else np.flatnonzero(allowed)
+    if not np.isin(ids, state.forbidden_ids).all():
+        return GenerationError(
+            "none of the tokens that may come next has a finite score; one is required; the model's weights or its "
+            "arithmetic are broken: evaluate the model."
+        )
+    wishes = [] if mask is None else [f"the grammar allows only {_shown(np.flatnonzero(mask))}"]
+    if allowed is not mask:
+        wishes.append(f"min_tokens ({state.sampling.min_tokens}) forbids what ends the text")
+    if len(state.forbidden_ids):
+        wishes.append(f"logit_bias forbids {_shown(state.forbidden_ids)}")
+    return RequestError(
+        f"{' and '.join(wishes)}, which leaves no token here; one is required; take one of these wishes back."
+    )
+
+
+def _shown(ids: Sequence[int] | Ids) -> str:
+    few = ", ".join(str(token) for token in ids[:5])
+    return f"token {few}" if len(ids) == 1 else f"tokens {few}" + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
 
 
 def _draw(scores: Floats, best: int, state: SamplingState) -> int:

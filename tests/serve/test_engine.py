@@ -1,5 +1,6 @@
 """The laws of the engine: equal to naive generation, and to itself whatever else runs."""
 
+import itertools
 import json
 import random
 import time
@@ -43,6 +44,7 @@ class Got:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     message: str | None = None
+    is_refused: bool = False
     prompt_logprobs: PromptLogprobs | None = None
     cached_tokens: int = 0
 
@@ -59,6 +61,7 @@ def collect(outputs: Sequence[RequestOutput], got: dict[tuple[str, int], Got]) -
         each.text += output.text
         each.finish_reason, each.stop_reason = output.finish_reason, output.stop_reason
         each.message, each.cached_tokens = output.message, output.cached_tokens
+        each.is_refused = output.is_refused
         each.prompt_logprobs = each.prompt_logprobs or output.prompt_logprobs
         assert output.completion_tokens == len(each.tokens)
 
@@ -555,6 +558,48 @@ def test_a_grammar_is_kept_beside_others_and_with_drafts(
     assert "stop" in {reason for _, reason in results[0]}
     with pytest.raises(ConfigError, match="compiles none"):
         Engine(model, tokenizer).add_request([1], sampling)
+    compiler.close()
+
+
+@needs_kernels
+def test_a_request_whose_grammar_is_slow_or_leaves_nothing_ends_and_others_go_on(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar_module = pytest.importorskip("moesaic.serve.grammar")
+    pytest.importorskip("xgrammar", reason="structured output stands on xgrammar")
+    compiler = grammar_module.GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE, timeout_seconds=20.0)
+    (a,) = tokenizer.encode("a")
+    one = Sampling(max_tokens=20, seed=1, grammar=Grammar(kind="regex", text="a"))
+    few, many = (one.replace(grammar=Grammar(kind="regex", text=f"a{{{count}}}")) for count in (5, 100))
+    engine = Engine(make_model("mixtral", "packed-bf16"), tokenizer, grammars=compiler)
+    engine.add_request([1, 2], GREEDY, request_id="alone")
+    alone = finish(engine)["alone", 0].ids
+    fine = engine.add_request([1, 2], GREEDY)
+    forbidden = engine.add_request([3], one.replace(logit_bias={a: -100}, n=2))
+    stopping = engine.add_request([3], one.replace(stop_token_ids=tuple(range(VOCAB_SIZE))))
+    short = engine.add_request([3], few)
+    slow = engine.add_request([3], many.replace(n=3, max_tokens=100))
+    # A call takes 0.01 s, so a token, with its mask, 0.02.
+    times = itertools.count(0.0, 0.01)
+    monkeypatch.setattr("moesaic.serve.grammar.time.thread_time", lambda: next(times))
+    got = finish(engine)
+    assert got[fine, 0].ids == alone and got[fine, 0].finish_reason == "length"
+    assert got[short, 0].text == "aaaaa" and got[short, 0].finish_reason == "stop"
+    for request_id, message in (
+        (forbidden, f"the grammar allows only token {a} and logit_bias forbids token {a}, which leaves no token here"),
+        (stopping, "the grammar allows no token here; one is required; take what the text needs out of stop_token_ids"),
+        (slow, "less ambiguous"),
+    ):
+        texts = [each for (owner, _), each in got.items() if owner == request_id]
+        assert len(texts) == {forbidden: 2, stopping: 1, slow: 3}[request_id]
+        for each in texts:
+            assert each.finish_reason == "error" and each.is_refused and message in str(each.message)
+    # A second, and 4 ms a token: of all three texts together.
+    assert 50 < sum(len(got[slow, index].ids) for index in range(3)) < 70
+    # Where the states of its texts alone take too long, it does not begin.
+    with pytest.raises(GenerationError, match=r"took 1\.\d\d s for 0 tokens"):
+        engine.add_request([3], many.replace(n=128))
+    assert not engine.has_work
     compiler.close()
 
 

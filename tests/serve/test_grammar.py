@@ -1,7 +1,10 @@
 """Whatever the logits are, a text under a grammar matches it; no grammar stops or blocks who compiles it."""
 
+import itertools
 import json
+import random
 import re
+import selectors
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,8 +16,9 @@ import pytest
 from moesaic.config.serve import Grammar, Sampling
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError
-from moesaic.serve.grammar import GrammarCompiler, Matcher
-from moesaic.serve.sampler import SamplingState, sample
+from moesaic.serve import grammar as grammar_module
+from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
+from moesaic.serve.sampler import RequestError, SamplingState, sample
 
 pytest.importorskip("xgrammar", reason="structured output needs the extra `structured`")
 
@@ -221,12 +225,20 @@ def nested(depth: int) -> str:
     ("kind", "text", "message"),
     [
         ("json_schema", "", "the JSON schema is empty; one is required; write it"),
-        ("json_schema", '{"type', "is not JSON"),
+        ("json_schema", '{"type', "cannot be read as JSON"),
         ("json_schema", '{"maximum": NaN}', "NaN is no JSON number"),
         ("json_schema", "[1]", "an object with keywords is required"),
         ("json_schema", '{"type": "foo"}', 'Unsupported type "foo"'),
         ("json_schema", nested(64), "nested more than 64 deep"),
-        ("json_schema", nested(5000), "nested more than 64 deep|is not JSON"),
+        ("json_schema", nested(5000), "nested more than 64 deep|cannot be read as JSON"),
+        ("json_schema", '{"type": "integer", "enum": [1e999]}', "1e999 is too large a number"),
+        ("json_schema", '{"required": [{}]}', r"required {}, which is no name at its top"),
+        (
+            "json_schema",
+            '{"items": {"required": [["a"]], "properties": {}}}',
+            r'required \["a"\], which is no name at /it',
+        ),
+        ("json_schema", '{"properties": {"%s": {"not": {}}}}' % ("a" * 9000), "uses not at /properties/aaaaa"),
         ("json_schema", '{"$ref": "http://a/b"}', r"\$ref to 'http://a/b' at its top"),
         ("json_schema", '{"properties": {"not": {"not": {}}}}', "uses not at /properties/not"),
         ("json_schema", '{"anyOf": [{"uniqueItems": true}]}', "uses uniqueItems at /anyOf/0"),
@@ -240,6 +252,9 @@ def nested(depth: int) -> str:
         ("json_schema", '{"type": "object", "required": ["a"]}', "required 'a', which is not in properties"),
         ("json_schema", r'{"type": "string", "pattern": "a\\\\b"}', "a quotation mark or a backslash"),
         ("json_schema", r'{"type": "string", "pattern": "a\\x22b"}', "a quotation mark or a backslash"),
+        ("json_schema", r'{"type": "string", "pattern": "\\[\"]"}', "a quotation mark or a backslash"),
+        ("json_schema", '{"type": "string", "pattern": "%s"}' % ("[" * 60_000), "one that xgrammar compiles"),
+        ("json_schema", r'{"type": "string", "pattern": "a[\"b"}', "one that xgrammar compiles"),
         ("json_object", "{}", "it takes none"),
         ("regex", " ", "the regular expression is empty"),
         ("regex", "(a", "parenthesis is not closed; one that xgrammar compiles"),
@@ -265,12 +280,150 @@ def test_a_bad_grammar_is_refused_with_its_reason(
 BOMB = "root ::= r0\n" + "\n".join(f"r{i} ::= r{i + 1} r{i + 1} r{i + 1}" for i in range(40)) + '\nr40 ::= "a"?'
 
 
-def test_a_grammar_too_slow_to_follow_ends_its_text(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    matcher = compiler.compile(Grammar(kind="regex", text="a*")).matcher()
-    clock = iter([0.0, 21.0])
-    monkeypatch.setattr("moesaic.serve.grammar.time.perf_counter", lambda: next(clock))
-    with pytest.raises(GenerationError, match=r"took 21\.0 s for one token; at most 20 are allowed; make it"):
+# Every keyword of JSON schema, and every value that JSON has, with those that Python's types trip over.
+KEYWORDS = (
+    *sorted(grammar_module._UNENFORCED | grammar_module._ANNOTATIONS | grammar_module._SCHEMAS),
+    *sorted(grammar_module._MAPS_OF_SCHEMAS), "type", "enum", "const", "$ref", "required", "minimum", "maxLength",
+    "pattern", "format", "uniqueItems", "minItems", "maxProperties",
+)  # fmt: skip
+VALUES = ("null", "true", "0", "-7.5", "1e999", "-1e999", "1e308", "9" * 400, "9" * 5000, '""', '"a"', '"object"',
+          '"integer"', '"\\ud800"', '"#/$defs/a"', "[]", "{}", "NaN")  # fmt: skip
+
+
+def hostile(source: random.Random, depth: int) -> str:
+    if depth == 0 or source.random() < 0.3:
+        return source.choice(VALUES)
+    if source.random() < 0.4:
+        return f"[{', '.join(hostile(source, depth - 1) for _ in range(source.randrange(3)))}]"
+    keys = [source.choice([*KEYWORDS, "a", "\\ud800"]) for _ in range(source.randrange(1, 4))]
+    return "{" + ", ".join(f'"{key}": {hostile(source, depth - 1)}' for key in keys) + "}"
+
+
+def test_whatever_stands_in_a_keywords_place_is_taken_or_refused_with_a_reason() -> None:
+    source = random.Random(0)
+    texts = [f'{{"{key}": {value}}}' for key in KEYWORDS for value in VALUES]
+    texts += [f'{{"type": "integer", "properties": {{}}, "{key}": [{value}]}}' for key in KEYWORDS for value in VALUES]
+    texts += [hostile(source, 4) for _ in range(500)]
+    num_taken = 0
+    for text in texts:
+        try:
+            grammar_module._check_schema(text)
+            num_taken += 1
+        except ConfigError as error:
+            assert str(error).count(";") >= 2 and len(str(error)) < 600, text
+    assert 100 < num_taken < len(texts) - 100
+
+
+class Clock:
+    """A thread's time that goes on by so many seconds with each call of a grammar."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.seconds = seconds
+        self._now, self._is_end = 0.0, itertools.cycle([False, True])
+        monkeypatch.setattr("moesaic.serve.grammar.time.thread_time", self._read)
+
+    def _read(self) -> float:
+        self._now += self.seconds * next(self._is_end)
+        return self._now
+
+
+def test_a_grammar_too_slow_to_follow_ends_its_text(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (a,) = tokenizer.encode("a")
+    grammar = compiler.compile(Grammar(kind="regex", text="a*"))
+    message = r"took {} s for {} tokens; at most 1 s at once, and 4 ms a token, .*; make it less ambiguous"
+    clock = Clock(monkeypatch, 0.0)
+    # One call that is longer than the budget.
+    matcher = grammar.matcher()
+    clock.seconds = 2.5
+    with pytest.raises(RequestError, match=message.format(r"2\.50", 0)):
         matcher.mask()
+    # Many short ones: a mask and a token each take 0.1 s and give 4 ms back.
+    clock.seconds = 0.0
+    matcher = grammar.matcher()
+    clock.seconds = 0.05
+    with pytest.raises(RequestError, match=message.format(r"1\.05", 10)):
+        for _ in range(30):
+            matcher.mask()
+            matcher.accept(a)
+    # As fast as it has to be, for ever.
+    clock.seconds = 0.0
+    matcher = grammar.matcher()
+    clock.seconds = 0.0019
+    for _ in range(2000):
+        matcher.mask()
+        assert matcher.accept(a)
+    # What was saved in 2000 tokens is not there to be spent at once.
+    clock.seconds = 1.01
+    with pytest.raises(RequestError, match="less ambiguous"):
+        matcher.mask()
+
+
+def test_texts_of_a_request_share_a_budget_and_others_do_not(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar = compiler.compile(Grammar(kind="regex", text="a*"))
+    clock = Clock(monkeypatch, 0.0)
+    shared = Budget()
+    one, two, other = grammar.matcher(budget=shared), grammar.matcher(budget=shared), grammar.matcher()
+    clock.seconds = 0.6
+    one.mask()
+    with pytest.raises(RequestError, match=r"took 1\.20 s"):
+        two.mask()
+    # Who comes after that does not begin: the time stays as it is.
+    with pytest.raises(RequestError, match=r"took 1\.20 s"):
+        grammar.matcher(budget=shared)
+    assert other.mask().any()
+
+
+def test_what_is_kept_is_found_during_a_trial_and_what_is_new_is_tried_once(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, new = Grammar(kind="regex", text="kept"), Grammar(kind="regex", text="new")
+    compiled = compiler.compile(kept)
+    is_begun, may_end, tried = threading.Event(), threading.Event(), []
+    try_out = grammar_module._Trial.try_out
+
+    def wait(self: Any, grammar: Grammar, timeout_seconds: float) -> str | None:
+        tried.append(grammar)
+        is_begun.set()
+        assert may_end.wait(60)
+        return try_out(self, grammar, timeout_seconds)
+
+    monkeypatch.setattr(grammar_module._Trial, "try_out", wait)
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(compiler.compile(new))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert is_begun.wait(60)
+    finder = threading.Thread(target=lambda: found.append(compiler.compile(kept)))
+    finder.start()
+    finder.join(60)
+    assert found == [compiled] and compiler.find(kept) is compiled and compiler.find(new) is None
+    may_end.set()
+    for thread in threads:
+        thread.join(60)
+    assert tried == [new] and found[1:] == [compiler.find(new)] * 3
+
+
+def test_only_a_start_that_takes_too_long_is_one(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE, timeout_seconds=20.0)
+    grammar = Grammar(kind="regex", text="yes")
+    monkeypatch.setattr(grammar_module, "_START_SECONDS", 0.0)
+    try:
+        with pytest.raises(InstallationError, match="did not start within 0 s"):
+            compiler.compile(grammar)
+        compiler.start()
+        trial = compiler._trial
+        assert trial is not None and trial._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(trial._process.stdout, selectors.EVENT_READ)
+            assert selector.select(60)
+        # It has been ready for some time when the first grammar comes.
+        assert compiler.compile(grammar).matcher().mask().any() and compiler._trial is trial
+    finally:
+        compiler.close()
 
 
 def test_without_xgrammar_the_error_says_how_to_install_it(

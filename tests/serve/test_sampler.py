@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.model.generate import choose_token
-from moesaic.serve.sampler import SamplingState, sample, score_prompt
+from moesaic.serve.sampler import RequestError, SamplingState, sample, score_prompt
 
 # One token, less than a block of the sampler, one block and more, more than are sorted whole.
 SIZES = [1, 2, 7, 128, 129, 5000]
@@ -338,15 +338,37 @@ def test_broken_logits_are_said_to_be_the_models_fault(value: float, settings: d
 def test_nothing_to_choose_from_is_an_error() -> None:
     logits = np.array([1.0, 2.0, -np.inf], dtype=np.float32)
     for settings in ({"temperature": 0}, {}):
-        for mask in (np.zeros(3, dtype=bool), np.array([False, False, True])):
-            with pytest.raises(GenerationError, match=r"none of the tokens .*; one is required; loosen"):
-                sample(logits, new_state(3, **settings), mask)
+        with pytest.raises(GenerationError, match=r"none of the tokens .*; one is required; the model's") as caught:
+            sample(logits, new_state(3, **settings), np.array([False, False, True]))
+        assert not isinstance(caught.value, RequestError)
         with pytest.raises(GenerationError):
             sample(np.full(3, -np.inf, dtype=np.float32), new_state(3, **settings))
         with pytest.raises(GenerationError):
             sample(logits, new_state(3, logit_bias={0: -100, 1: -100}, **settings))
-    with pytest.raises(GenerationError, match="out of all proportion"):
+    with pytest.raises(RequestError, match="out of all proportion"):
         sample(logits * np.float32(1e38), new_state(3, prompt=[1], repetition_penalty=0.01))
+
+
+@pytest.mark.parametrize(
+    ("mask", "settings", "message"),
+    [
+        ([], {}, "the grammar allows no token here; one is required; mend the grammar"),
+        ([], {"stop_token_ids": tuple(range(8))}, r"take .* out of stop_token_ids \(tokens 0, 1, 2, 3, 4 and 3 more\)"),
+        ([2], {"logit_bias": {2: -100}}, "grammar allows only token 2 and logit_bias forbids token 2, which leaves"),
+        ([2, 3], {"logit_bias": {2: -100, 3: -100, 5: 7}}, "only tokens 2, 3 and logit_bias forbids tokens 2, 3,"),
+        ([2, 3], {"logit_bias": {2: -100}, "min_tokens": 4, "stop_ids": (3,)},
+         r"only tokens 2, 3 and min_tokens \(4\) forbids what ends the text and logit_bias forbids token 2,"),
+        (None, {"logit_bias": dict.fromkeys(range(8), -100)}, "^logit_bias forbids tokens 0, 1, 2, 3, 4 and 3 more, "),
+        (None, {"min_tokens": 1, "stop_ids": tuple(range(8))}, r"^min_tokens \(1\) forbids what ends the text, which"),
+        (None, {"min_tokens": 1, "stop_ids": (1,), "logit_bias": dict.fromkeys((0, *range(2, 8)), -100)},
+         r"^min_tokens \(1\) .* and logit_bias forbids tokens 0, 2, 3, 4, 5 and 2 more, .*; one is required; take one"),
+    ],
+)  # fmt: skip
+def test_wishes_that_leave_no_token_are_named(mask: list[int] | None, settings: dict[str, Any], message: str) -> None:
+    allowed = None if mask is None else np.isin(np.arange(8), mask)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(RequestError, match=message):
+            sample(random_logits(8), new_state(8, temperature=temperature, **settings), allowed)
 
 
 @pytest.mark.parametrize("settings", [{"logit_bias": {7: 1.0}}, {"logit_bias": {-1: 1.0}}, {"stop_token_ids": (9,)}])

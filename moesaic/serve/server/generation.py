@@ -224,7 +224,8 @@ async def _compile(served: Served, grammar: Grammar) -> None:
             "out, or have `pip install 'moesaic[structured]'` run where the server is.",
             code="not_installed",
         )
-    await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
+    if served.grammars.find(grammar) is None:
+        await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
 
 
 def deadline_of(served: Served, request: Request) -> float:
@@ -310,6 +311,8 @@ class _Answer:
         output, prompt = placed.output, placed.prompt_index
         if output.finish_reason == "abort":
             raise ApiError(503, f"the request was ended ({output.message}); ask again.", code="aborted")
+        if output.is_refused:
+            raise refusal(str(output.message), code="cannot_be_met")
         if output.finish_reason == "error":
             raise ApiError(500, output.message or "the engine failed; see the server's log.", code="engine_error")
         n = self._job.sampling.n

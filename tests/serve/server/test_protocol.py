@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import re
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -291,6 +292,47 @@ def test_a_text_matches_what_it_has_to(client: openai.OpenAI, real: Live) -> Non
     for bad in ({"kind": "regex", "text": "(("}, {"kind": "json_schema", "text": "{"}, {"kind": "ebnf", "text": "x"}):
         response = httpx.post(f"{real.url}/v1/completions", json={"prompt": "x", "grammar": bad}, timeout=60)
         assert response.status_code == 400 and response.json()["error"]["message"].count(";") >= 2
+
+
+def test_a_grammar_that_cannot_be_followed_is_the_requests_mistake(
+    real: Live, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+    url, (a,) = f"{real.url}/v1/completions", chat_tokenizer.encode("a")
+    body: dict[str, Any] = {"prompt": "x", "max_tokens": 20, "grammar": {"kind": "regex", "text": "a{9}"}}
+    assert post(real, "/v1/completions", body)["choices"][0]["text"] == "a" * 9
+
+    def check(message: str, **values: Any) -> None:
+        response = httpx.post(url, json={**body, **values}, timeout=60)
+        error = response.json()["error"]
+        assert response.status_code == 400 and message in error["message"], error
+        assert error["type"] == "invalid_request_error" and error["code"] == "cannot_be_met"
+        streamed = httpx.post(url, json={**body, **values, "stream": True}, timeout=60)
+        *_, last = streamed.text.strip().split("\n\n")
+        assert streamed.status_code == 200 and json.loads(last.removeprefix("data: ")) == {"error": error}
+
+    check(f"the grammar allows only token {a} and logit_bias forbids token {a}", logit_bias={str(a): -100})
+    check("take what the text needs out of stop_token_ids", stop_token_ids=list(range(VOCAB_SIZE)))
+    # Making a text's state is a call, and each token is two.
+    times = iter([0.0, 0.0, *(0.3 * call for call in range(1000))])
+    monkeypatch.setattr("moesaic.serve.grammar.time.thread_time", lambda: next(times))
+    response = httpx.post(url, json={**body, "n": 2}, timeout=60)
+    assert response.status_code == 400 and "less ambiguous" in response.json()["error"]["message"]
+    monkeypatch.undo()
+    assert post(real, "/v1/completions", body)["choices"][0]["text"] == "a" * 9
+
+
+def test_a_grammar_that_is_known_does_not_wait_for_one_that_is_tried(real: Live) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+    body = {"prompt": "x", "max_tokens": 20, "grammar": {"kind": "regex", "text": "known"}}
+    assert post(real, "/v1/completions", body)["choices"][0]["text"] == "known"
+    may_end = threading.Event()
+    blocked = real.app.state.served.grammar_thread.submit(may_end.wait, 60)
+    try:
+        assert post(real, "/v1/completions", body)["choices"][0]["text"] == "known"
+        assert not blocked.done()
+    finally:
+        may_end.set()
 
 
 def test_embeddings_are_of_unit_length_in_both_forms(client: openai.OpenAI, real: Live) -> None:
