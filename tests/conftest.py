@@ -65,6 +65,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_malloc() -> Iterator[None]:
+    """Commands that run inside the tests' process leave its malloc alone: what they set could not be taken back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moesaic.cli.main.tune_allocator", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """On tensors this small a second thread only waits, ten times as long where other programs run."""
     import torch

@@ -47,8 +47,8 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte fo
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # The trainer keeps 256 texts at a time, whatever their length; short ones bound what it holds.
 _TRAIN_PIECE_CHARS = 16 * 1024
-# A longer text takes long enough for others to wait.
-_SHORT_CHARS = 4096
+# A longer text takes long enough for others to wait: it is encoded beside them.
+SHORT_CHARS = 4096
 
 
 class Tokenizer:
@@ -146,7 +146,7 @@ class Tokenizer:
         add_special_tokens: put before and behind it what the tokenizer's own post-processor puts there (a begin token,
         say, or nothing).
         """
-        if len(text) < _SHORT_CHARS:
+        if len(text) < SHORT_CHARS:
             return list(self._marking.encode(text, add_special_tokens=add_special_tokens).ids)
         # As a batch of one: other threads run meanwhile, which they do not beside a single text.
         (encoding,) = self._marking.encode_batch_fast([text], add_special_tokens=add_special_tokens)

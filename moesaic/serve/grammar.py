@@ -202,7 +202,7 @@ class CompiledGrammar:
 
 
 class Budget:
-    """How long the grammar of one request, of all its texts together, may keep the thread that follows it.
+    """How long a grammar may keep the thread that follows it, for all texts of a prompt together.
 
     It begins with a second, and every token gives some milliseconds back, never to more than that second. So much is
     what others lose; a single call cannot be cut short, and only ends the request once it is over.
@@ -235,7 +235,7 @@ class Budget:
         if self._left < 0:
             raise RequestError(
                 f"the grammar took {self._spent:.2f} s for {self._num_tokens} tokens; at most {_BURST_SECONDS:g} s at "
-                f"once, and {_SECONDS_PER_TOKEN * 1000:g} ms a token, are allowed for all texts of a request; make it "
+                f"once, and {_SECONDS_PER_TOKEN * 1000:g} ms a token, are allowed for all texts of a prompt; make it "
                 f"less ambiguous: repetitions within repetitions, and rules that may be empty, cost most."
             )
 
@@ -287,10 +287,10 @@ class Matcher:
             return False
         with self._budget.spend():
             is_accepted = bool(self._inner.accept_token(token_id))
-        if is_accepted:
-            self._mask = None
-            self._num_tokens += 1
-            self._budget.add_token()
+            if is_accepted:
+                self._mask = None
+                self._num_tokens += 1
+                self._budget.add_token()
         return is_accepted
 
     def rollback(self, count: int) -> None:

@@ -39,7 +39,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr("moesaic.kernels.limits.measure_limits", measure)
     monkeypatch.setattr("moesaic.bench.moe_layer.measure_limits", measure)
-    monkeypatch.setattr("moesaic.kernels.allocator.tune_allocator", lambda: None)
     monkeypatch.setattr(bench_module, "_LAYER_SECONDS", 0.0)
     return asked
 

@@ -58,6 +58,20 @@ def test_freed_blocks_stay_after_tuning_and_tuning_costs_no_memory() -> None:
 
 
 @needs_glibc
+def test_every_command_has_it() -> None:
+    code = """
+import json
+from contextlib import suppress
+from moesaic.cli.main import main
+from moesaic.kernels.allocator import large_blocks_stay
+with suppress(SystemExit):
+    main(["no-such-verb"])
+print(json.dumps(large_blocks_stay()))
+"""
+    assert run_python(code) is True
+
+
+@needs_glibc
 def test_freed_memory_is_given_back_when_asked_for() -> None:
     code = """
 import ctypes, json, re

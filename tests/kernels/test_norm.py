@@ -94,11 +94,14 @@ def test_non_finite_rows_stay_non_finite(bad: float, size: int) -> None:
         assert out[1].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_results_are_the_same_bits_for_any_number_of_threads(compiled_kernels: str, kind: str) -> None:
-    x = normal(1003, 520, seed=0).to(torch.bfloat16).requires_grad_()
+def test_results_are_the_same_bits_for_any_number_of_threads(
+    compiled_kernels: str, kind: str, dtype: torch.dtype
+) -> None:
+    x = normal(1003, 520, seed=0).to(dtype).requires_grad_()
     weight, bias = (1 + normal(520, seed=1)).requires_grad_(), normal(520, seed=2).requires_grad_()
-    grad = normal(1003, 520, seed=3).to(torch.bfloat16)
+    grad = normal(1003, 520, seed=3).to(dtype)
     before = torch.get_num_threads()
 
     def everything(threads: int) -> list[Tensor]:

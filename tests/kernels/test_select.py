@@ -1,6 +1,7 @@
 """Which kernels are used, why, and what is said where they cannot be had."""
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -52,18 +53,29 @@ def test_the_compiler_may_be_named_with_options(
     assert build.find_compiler() == [str(compiler), *options]
 
 
+def test_a_compiler_whose_path_has_a_space_is_one_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "my g++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build.find_compiler() == [str(compiler)]
+    monkeypatch.setenv("CXX", "g++ -DX='a")
+    assert build.find_compiler() is None
+
+
 @needs_kernels
 @needs_compiler
 def test_the_kernels_are_built_by_a_command_of_several_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wrapper = tmp_path / "wrapper"
     wrapper.write_text('#!/bin/sh\necho called >> "$(dirname "$0")/calls"\nexec "$@"\n')
     wrapper.chmod(0o755)
-    (compiler,) = build.find_compiler() or [""]
+    command = build.find_compiler()
+    assert command is not None
     source = tmp_path / "source"
     source.mkdir()
     (source / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
     monkeypatch.setattr(build, "_SOURCE", source)
-    monkeypatch.setenv("CXX", f"{wrapper} {compiler}")
+    monkeypatch.setenv("CXX", shlex.join([str(wrapper), *command]))
     assert build.build("avx2", folder=tmp_path).exists()
     assert (tmp_path / "calls").read_text().count("called") == 3  # its version, one source, the library
 

@@ -86,13 +86,14 @@ def supported_instruction_sets() -> list[str]:
 
 
 def find_compiler() -> list[str] | None:
-    """Return the command of a C++ compiler: what CXX says (words of a shell, as "ccache g++"), else the first of the
-    usual ones."""
-    words = shlex.split(os.environ.get("CXX", ""))
-    for name in words[:1] or _COMPILERS:
-        if path := shutil.which(name):
-            return [path, *words[1:]]
-    return None
+    """Return the command of a C++ compiler: what CXX says (a path, or words of a shell as "ccache g++"), else the first
+    of the usual ones."""
+    value = os.environ.get("CXX", "")
+    try:
+        named = [[value], shlex.split(value)] if value.strip() else [[name] for name in _COMPILERS]
+    except ValueError:  # a quotation that does not end
+        named = [[value]]
+    return next(([path, *words[1:]] for words in named if (path := shutil.which(words[0]))), None)
 
 
 def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequence[str] = ()) -> Path:

@@ -56,16 +56,19 @@ class _Logprobs:
             names.append(self.texts.text_of(token.token_id))
             logprobs.append(None if token.logprob is None else _finite(token.logprob))
             top.append(None if token.logprob is None else self._top(token))
-            self._end_broken_character(token.token_id)
+            self._end_broken_character(token.token_id, prompt)
             offsets.append(self.offset)
             self.offset += self._length(token.token_id, prompt)
         return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
-    def _end_broken_character(self, token_id: int) -> None:
+    def _end_broken_character(self, token_id: int, prompt: str | None) -> None:
         """Half a character that the next token does not go on with is a U+FFFD before that token."""
-        data = self.texts.bytes_of(token_id)
-        goes_on = bool(data) and 0x80 <= data[0] < 0xC0
-        if self.decoder.getstate()[0] and not goes_on and not self.texts.is_special(token_id):
+        if self.texts.is_special(token_id):
+            goes_on = prompt is None  # in an answer it is no text at all
+        else:
+            data = self.texts.bytes_of(token_id)
+            goes_on = bool(data) and 0x80 <= data[0] < 0xC0
+        if self.decoder.getstate()[0] and not goes_on:
             self.offset += len(self.decoder.decode(b"", final=True))
 
     def _length(self, token_id: int, prompt: str | None) -> int:
@@ -107,6 +110,7 @@ class Choice:
         if self.has_logprobs:
             part["logprobs"] = self._old_logprobs.of_tokens(tokens, prompt=self.echoed)
         self._old_logprobs.offset = len(self.echoed)
+        self._old_logprobs.decoder.reset()  # half a character at its end is a U+FFFD of it
         return part
 
     def take(

@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from moesaic import __version__
 from moesaic.config.serve import ServerConfig
-from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokenizer import SHORT_CHARS, Tokenizer
 from moesaic.errors import MoesaicError
 from moesaic.serve.async_engine import AsyncEngine
 from moesaic.serve.grammar import GrammarCompiler
@@ -31,7 +31,6 @@ from moesaic.serve.server.answers import TokenTexts
 from moesaic.serve.server.errors import ApiError, answer_error, json_response, refusal
 from moesaic.serve.server.gate import ApiKeys, Journal, LocalNames, WholeBody, is_local
 from moesaic.serve.server.generation import (
-    SHORT_CHARS,
     Served,
     Student,
     answer,
@@ -268,7 +267,9 @@ def _add_tokens(router: APIRouter, served: Served) -> None:
 
         async def work() -> Response:
             async with _place_for(served, len(body.tokens)):
-                return json_response({"prompt": await asyncio.to_thread(decode, body.tokens)})
+                is_short = len(body.tokens) < SHORT_CHARS
+                text = decode(body.tokens) if is_short else await asyncio.to_thread(decode, body.tokens)
+                return json_response({"prompt": text})
 
         return await while_connected(request, work(), deadline=deadline_of(served, request))
 

@@ -68,8 +68,12 @@ class Journal:
         try:
             await self._app(scope, receive, send_named)
         except asyncio.CancelledError:
-            # Only at the very end: the client has not read its answer in the time that a stopping server gives it.
-            fields.values["client_left"] = True
+            # Only at a stopping server's very end: this one has not sent its request, or not read its answer, in time.
+            if status:
+                fields.values["client_left"] = True
+            else:
+                stopping = ApiError(503, "the server stops; it takes no new requests; ask another.", code="stopping")
+                await error_response(stopping)(scope, receive, send_named)
         except Exception as error:  # our own fault: the client gets an answer, the log where it happened
             # The exception's text may quote what the client sent; its place does not.
             frames = traceback.extract_tb(error.__traceback__)
@@ -90,8 +94,9 @@ class Journal:
         path = scope["path"]
         # Only known paths become labels: a scan of random ones must not fill the registry.
         known = path if path in self._known_paths else "other"
-        # Without a status the client left before its request was whole.
-        self._metrics.request_ended(known, fields.values.get("error_status", status or 499), seconds)
+        if "client_left" in fields.values or not status:
+            status = 499  # as it left, or before its request was whole
+        self._metrics.request_ended(known, fields.values.get("error_status", status), seconds)
         client = scope.get("client")
         level = logging.DEBUG if path in _POLLED_PATHS and status == 200 else logging.INFO
         if "exception" in fields.values:

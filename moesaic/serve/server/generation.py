@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from moesaic.config.serve import Grammar, Sampling, ServerConfig
 from moesaic.data.chat import render_chat
-from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokenizer import SHORT_CHARS, Tokenizer
 from moesaic.serve.async_engine import AsyncEngine, Generation, PlacedOutput
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.outputs import RequestOutput
@@ -25,9 +25,6 @@ from moesaic.serve.server.errors import ApiError, error_body, json_response, ref
 from moesaic.serve.server.log_fields import log_fields
 from moesaic.serve.server.metrics import Metrics
 from moesaic.serve.server.requests import ChatBody, CompletionBody, Prompt
-
-# Shorter texts are encoded at once: a thread would take longer to start than they take.
-SHORT_CHARS = 4096
 
 _Result = TypeVar("_Result")
 

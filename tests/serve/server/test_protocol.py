@@ -155,8 +155,8 @@ def test_old_logprobs_stand_behind_half_a_character(real: Live, chat_tokenizer: 
     a, b, c = (chat_tokenizer.encode_prompt(letter, add_special_tokens=False)[0] for letter in "ABC")
     half, rest = (next(i for i in range(VOCAB_SIZE) if chat_tokenizer.token_bytes(i) == x) for x in (b"\xc3", b"\xa9"))
 
-    def offsets_of(ids: list[int]) -> tuple[str, list[int]]:
-        body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}
+    def offsets_of(ids: list[int], **values: Any) -> tuple[str, list[int]]:
+        body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0, **values}
         (choice,) = post(real, "/v1/completions", body)["choices"]
         return choice["text"], choice["logprobs"]["text_offset"]
 
@@ -164,6 +164,11 @@ def test_old_logprobs_stand_behind_half_a_character(real: Live, chat_tokenizer: 
     assert offsets_of([a, half, half, b]) == ("A\ufffd\ufffdB", [0, 1, 2, 3])
     text, (*_, last) = offsets_of([a, half, rest, c])
     assert text == "AéC" and text[last] == "C"
+    # Half a character at the prompt's end is the prompt's, and one before a special token stands before its name.
+    forced = {"max_tokens": 2, "logit_bias": {str(b): 100}, "temperature": 0}
+    assert offsets_of([a, half], **forced) == ("A\ufffdBB", [0, 1, 2, 3])
+    text, offsets = offsets_of([a, half, chat_tokenizer.end_of_text_id, b])
+    assert text.startswith("A\ufffd<") and offsets == [0, 1, 2, len(text) - 1]
 
 
 def test_a_prompt_alone_can_be_scored(client: openai.OpenAI) -> None:
