@@ -5,6 +5,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,6 +160,17 @@ def test_a_request_gives_the_same_alone_and_whatever_else_runs(
             assert engine.stats().num_preemptions > 0
         if name == "all at once":
             assert engine.stats().num_cached_tokens > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the same code on a GPU needs one")
+@pytest.mark.parametrize("family", ["dense", "mixtral", "pr-moe"])
+def test_on_a_gpu_it_gives_the_processors_tokens(family: str, make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model(family)
+    on_gpu = Engine(deepcopy(model).to("cuda"), tokenizer, EngineConfig(max_batch_tokens=24))
+    asked = {on_gpu.add_request(prompt, GREEDY): prompt for prompt in prompts(6)}
+    got = finish(on_gpu)
+    for request_id, prompt in asked.items():
+        assert got[request_id, 0].ids == generate(model, prompt, max_new_tokens=12)
 
 
 def _bytes_of_blocks(model: Transformer, count: int) -> int:
