@@ -118,7 +118,7 @@ class Engine:
                 "that; set it to 'auto', 'bf16' or 'int8'."
             )
         longest = min(model.config.max_positions, config.max_length or model.config.max_positions)
-        num_blocks = _count_blocks(model, config, longest, dtype)
+        num_blocks = _count_blocks(model, draft_model, config, longest, dtype)
         self.max_length = min(longest, num_blocks * config.block_size)
         self.is_batch_invariant = model.runs_in_one_call
         self._tokenizer = tokenizer
@@ -505,8 +505,12 @@ class Engine:
         )
 
 
-def _count_blocks(model: Transformer, config: EngineConfig, longest: int, dtype: torch.dtype) -> int:
+def _count_blocks(
+    model: Transformer, draft_model: Transformer | None, config: EngineConfig, longest: int, dtype: torch.dtype
+) -> int:
     each = block_bytes(model, block_size=config.block_size, dtype=dtype)
+    if draft_model is not None and config.speculation is not None:  # its keys and values lie under the same numbers
+        each += block_bytes(draft_model, block_size=config.block_size, dtype=draft_model.compute_dtype)
     useful = config.max_sequences * -(-longest // config.block_size)
     if config.kv_cache_bytes == "auto":
         return max(1, min(useful, available_memory_bytes(model.device) // 4 // each))

@@ -402,6 +402,15 @@ def test_what_can_never_be_served_is_refused_and_changes_nothing(make_model: Mak
         Engine(make_model(), tokenizer, EngineConfig(kv_cache_bytes=100))
 
 
+def test_a_draft_models_keys_and_values_count(make_model: Make, tokenizer: Tokenizer) -> None:
+    model, draft_model = make_model(), make_model("dense")
+    both = _bytes_of_blocks(model, 4) + _bytes_of_blocks(draft_model, 4)
+    speculation = SpeculationConfig(method="model", model="a run")
+    for kv_cache_bytes, blocks in ((both, 4), (both - 1, 3)):
+        config = EngineConfig(kv_cache_bytes=kv_cache_bytes, speculation=speculation)
+        assert Engine(model, tokenizer, config, draft_model=draft_model).stats().kv_blocks_total == blocks
+
+
 @pytest.mark.parametrize("form", ["fp32", "packed-bf16"])
 def test_blocks_are_sized_by_the_memory_of_the_models_device(
     form: str, make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch

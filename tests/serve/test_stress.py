@@ -104,8 +104,14 @@ def test_every_request_ends_once_with_its_own_tokens_and_leaves_nothing_behind(
     monkeypatch.setattr(DepthChooser, "choose", lambda self, count: rng.randrange(self.max_depth + 1))
     model = make_model(rng.choice(("dense", "mixtral", "pr-moe")), "packed-int8")
     num_blocks = rng.randrange(2, 7)
+    draft_model = rng.choice((model, make_model("dense", "packed-int8", seed=1))) if draft == "model" else None
+    each = sum(
+        block_bytes(one, block_size=_BLOCK_SIZE, dtype=one.compute_dtype)
+        for one in (model, draft_model)
+        if one is not None
+    )
     config = EngineConfig(
-        kv_cache_bytes=num_blocks * block_bytes(model, block_size=_BLOCK_SIZE, dtype=model.compute_dtype),
+        kv_cache_bytes=num_blocks * each,
         max_sequences=rng.choice((2, 5, 9)),
         max_batch_tokens=rng.choice((1, 5, 33, 200)),
         prefix_caching=rng.random() < 0.7,
@@ -117,12 +123,7 @@ def test_every_request_ends_once_with_its_own_tokens_and_leaves_nothing_behind(
         "ngram": SpeculationConfig(method="ngram"),
         "model": SpeculationConfig(method="model", model="by hand"),
     }[draft]
-    engine = Engine(
-        model,
-        tokenizer,
-        config.replace(speculation=speculation),
-        draft_model=rng.choice((model, make_model("dense", "packed-int8", seed=1))) if draft == "model" else None,
-    )
+    engine = Engine(model, tokenizer, config.replace(speculation=speculation), draft_model=draft_model)
     common = [rng.randrange(4) for _ in range(engine.max_length)]
     asked: dict[str, tuple[list[int], Sampling]] = {}
     leaving: dict[str, int] = {}  # at which step

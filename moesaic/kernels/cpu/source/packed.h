@@ -71,8 +71,12 @@ constexpr size_t kRowsCache = size_t(1) << 20;
 constexpr size_t kRowsCache = size_t(512) << 10;
 #endif
 
-// Rows 4 KiB apart share one set of the first-level cache, of 12 ways.
-inline int step_rows(size_t stride) { return stride % 4096 ? kPackedRows : kRowBlock; }
+// Rows 4 KiB apart share one set of the first-level cache, of 8 or 12 ways: a step's rows push each other out.
+#if defined(MOESAIC_TILES)
+inline bool share_cache_sets(size_t) { return false; }
+#else
+inline bool share_cache_sets(size_t stride) { return stride % 4096 == 0; }
+#endif
 
 // What becomes of a row's last sums: as bf16 where they belong, plus the bias.
 struct StoreRounded {
@@ -149,7 +153,7 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
     const bf16* left = reinterpret_cast<const bf16*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
     const int pairs = padded_depth / 2, lda = int(stride / 2);
-    const int step = step_rows(stride);
+    const int step = kPackedRows;
     const int pass = rows > step ? kDeep : pairs;
     const int parts = (rows + step - 1) / step;
     for (int first = 0; first < pairs; first += pass) {
@@ -223,10 +227,9 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
 }
 
 // As many rows as stay in the second-level cache beside a panel, in whole steps.
-inline int rows_at_once(size_t row_bytes, int step = kPackedRows) {
-    const int whole = step == kPackedRows ? kFewestRows : kWholeRows;
+inline int rows_at_once(size_t row_bytes) {
     const int fit = int(std::min(kRowsCache / row_bytes, size_t(kMostRows)));
-    return std::max(whole, fit / whole * whole);
+    return std::max(kFewestRows, fit / kFewestRows * kFewestRows);
 }
 
 // y (M, N) = x (M, K) weight^T + bias.
@@ -287,10 +290,10 @@ inline void packed_linear(Team& team, const LinearCall& call) {
             for (int64_t row = task * chunk; row < end; ++row) prepare(row, prepared + row * row_bytes);
         });
     }
-    const bool is_direct = !weight.is_integer() && call.x_is_bf16 && weight.depth % 32 == 0;
-    const int step = weight.is_integer() ? kRowBlock
-                                         : step_rows(is_direct ? size_t(call.x_stride) * sizeof(bf16) : row_bytes);
-    const int most = rows_at_once(row_bytes, step), panels = weight.panels();
+    const bool is_direct = !weight.is_integer() && call.x_is_bf16 && weight.depth % 32 == 0 &&
+                           !share_cache_sets(size_t(call.x_stride) * sizeof(bf16));
+    const int step = weight.is_integer() ? kRowBlock : kPackedRows;
+    const int most = rows_at_once(row_bytes), panels = weight.panels();
     // As many runs of rows for every thread where there are enough; else the columns are shared out too.
     int row_parts = int((call.rows + most - 1) / most);
     const bool by_rows = row_parts >= 2 * team.size();
