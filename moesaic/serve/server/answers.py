@@ -1,12 +1,14 @@
 """What is answered: choices, chunks, log-probabilities, experts and usage, as plain JSON-able values."""
 
 import codecs
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.serve.outputs import FinishReason, GeneratedToken, TokenLogprob
+from moesaic.serve.server.tool_calls import ToolCallReader
 
 Kind = Literal["completion", "chat"]
 
@@ -97,8 +99,10 @@ class Choice:
     has_logprobs: bool
     has_experts: bool
     echoed: str = ""
-    finish_reason: FinishReason | None = None
+    tool_calls: ToolCallReader | None = None  # of a chat whose model was shown tools
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     stop_reason: str | int | None = None
+    _num_calls: int = 0
     _old_logprobs: _Logprobs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,12 +128,36 @@ class Choice:
         """Return a part: the new text, and what was asked for of the new tokens."""
         self.finish_reason, self.stop_reason = finish_reason, stop_reason
         part: dict[str, Any] = {"text": text}
+        if self.tool_calls is not None:
+            part = self._part_calls(self.tool_calls, text)
         if self.has_logprobs and self.kind == "completion":
             part["logprobs"] = self._old_logprobs.of_tokens(tokens)
         elif self.has_logprobs:
             part["logprobs"] = {"content": [self._chat_logprob(token) for token in tokens], "refusal": None}
         if self.has_experts:
             part["experts"] = [self._experts(token) for token in tokens]
+        return part
+
+    def _part_calls(self, reader: ToolCallReader, text: str) -> dict[str, Any]:
+        is_later = reader.has_found
+        said, calls = reader.take(text, is_last=self.finish_reason is not None)
+        if reader.has_found:
+            if self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+            if (is_later or calls) and not said.strip():
+                said = ""  # line ends around calls
+        part: dict[str, Any] = {"text": said}
+        if calls:
+            part["tool_calls"] = [
+                {
+                    "index": self._num_calls + number,
+                    "id": f"call_{secrets.token_hex(12)}",
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for number, call in enumerate(calls)
+            ]
+            self._num_calls += len(calls)
         return part
 
     def chunk(self, part: Mapping[str, Any], *, is_first: bool) -> dict[str, Any]:
@@ -139,6 +167,8 @@ class Choice:
         delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
         if part["text"] or is_first:
             delta["content"] = part["text"]
+        if "tool_calls" in part:
+            delta["tool_calls"] = part["tool_calls"]
         return self._around({"delta": delta}, part)
 
     def whole(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -155,7 +185,12 @@ class Choice:
             whole["experts"] = [each for part in parts for each in part.get("experts", ())]
         if self.kind == "completion":
             return self._around({"text": text}, whole)
-        return self._around({"message": {"role": "assistant", "content": text, "refusal": None}}, whole)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        calls = [call for part in parts for call in part.get("tool_calls", ())]
+        if calls:
+            message["content"] = text.strip() or None
+            message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
+        return self._around({"message": message}, whole)
 
     def _around(self, content: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
         choice = {

@@ -25,6 +25,7 @@ from moesaic.serve.server.errors import ApiError, error_body, json_response, ref
 from moesaic.serve.server.log_fields import log_fields
 from moesaic.serve.server.metrics import Metrics
 from moesaic.serve.server.requests import ChatBody, CompletionBody, Prompt
+from moesaic.serve.server.tool_calls import ToolCallReader
 
 _Result = TypeVar("_Result")
 
@@ -67,6 +68,7 @@ class Job:
     sampling: Sampling
     priority: int
     streams_usage: bool
+    has_tool_calls: bool = False  # to be looked for in the answer
 
 
 async def _understand(served: Served, body: CompletionBody | ChatBody) -> Job:
@@ -112,6 +114,7 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
     return _check_job(served, Job(
         kind="chat", prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
         streams_usage=body.streams_usage,
+        has_tool_calls=tools is not None and ToolCallReader.understands(served.tokenizer),
     ))  # fmt: skip
 
 
@@ -259,6 +262,7 @@ class _Answer:
                 has_logprobs=sampling.logprobs is not None,
                 has_experts=sampling.return_experts,
                 echoed=job.echoes[prompt] if job.echoes else "",
+                tool_calls=ToolCallReader() if job.has_tool_calls else None,
             )
             for prompt in range(len(job.prompts))
             for index in range(sampling.n)
@@ -292,7 +296,7 @@ class _Answer:
                 taken = self._take(placed)
                 head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
                 for choice, part in taken:
-                    has_more = any(part.get(key) for key in ("text", "experts")) or _has_logprobs(part)
+                    has_more = any(part.get(key) for key in ("text", "tool_calls", "experts")) or _has_logprobs(part)
                     if has_more or choice.finish_reason is not None:
                         chunk = choice.chunk(part, is_first=not begun[choice.index])
                         begun[choice.index] = True

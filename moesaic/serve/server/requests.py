@@ -332,7 +332,11 @@ class ChatBody(GenerationBody):
                 "messages is empty; at least one message is required; send what the user says.", param="messages"
             )
         return [
-            {**(message.model_extra or {}), "role": message.role, "content": _text_of(message.content, place)}
+            {
+                **_read_arguments(message.model_extra or {}),
+                "role": message.role,
+                "content": _text_of(message.content, place),
+            }
             for place, message in enumerate(self.messages)
         ]
 
@@ -408,6 +412,25 @@ def _read_biases(biases: Mapping[str, float]) -> dict[int, float]:
             )
         found[int(key)] = bias
     return found
+
+
+def _read_arguments(extra: dict[str, Any]) -> dict[str, Any]:
+    """Have earlier calls' arguments as objects, which templates write as JSON, instead of as texts of JSON."""
+    calls = extra.get("tool_calls")
+    if not isinstance(calls, list):
+        return extra
+    read = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"])
+            except (ValueError, RecursionError):
+                arguments = None
+            if isinstance(arguments, dict):
+                call = {**call, "function": {**function, "arguments": arguments}}
+        read.append(call)
+    return {**extra, "tool_calls": read}
 
 
 def _text_of(content: str | list[Any] | None, place: int) -> str | None:

@@ -438,3 +438,53 @@ def test_experts_and_stats_and_metrics_count_what_was_done(real: Live) -> None:
     for name in ("time_to_first_token", "time_per_output_token", "request", "queue"):
         assert float(values[f"moesaic_{name}_seconds_count"]) >= 1
     assert get("/health") == {"status": "ok"} and get("/ready") == {"status": "ready"}
+
+
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "f"}}]
+CALLING = r"on it\n<tool_call>\n\{\"name\": \"f\", \"arguments\": \{\"é\": \[1\]\}\}\n</tool_call>"
+
+
+def test_calls_of_tools_are_told_from_the_text(client: openai.OpenAI) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": TOOLS,
+        "extra_body": {"grammar": {"kind": "regex", "text": CALLING}},
+    }
+    (choice,) = client.chat.completions.create(**asked).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "on it"
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.type == "function" and call.function.name == "f" and json.loads(call.function.arguments) == {"é": [1]}
+
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True) if chunk.choices]
+    assert "".join(chunk.delta.content or "" for chunk in chunks).strip() == "on it"
+    streamed = [each for chunk in chunks for each in chunk.delta.tool_calls or ()]
+    assert [each.index for each in streamed] == [0] and streamed[0].function is not None
+    assert streamed[0].function.model_dump() == call.function.model_dump()
+    assert streamed[0].id and streamed[0].id != call.id and chunks[-1].finish_reason == "tool_calls"
+
+    without = client.chat.completions.create(**{**asked, "tool_choice": "none"}).choices[0]
+    assert without.finish_reason == "stop" and without.message.tool_calls is None
+    assert "<tool_call>" in (without.message.content or "")
+
+
+def test_earlier_calls_reach_the_template_as_objects(client: openai.OpenAI, chat_tokenizer: Tokenizer) -> None:
+    def prompt_tokens(arguments: Any) -> int:
+        calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+        messages: list[Any] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "1", "content": "y"},
+        ]
+        done = client.chat.completions.create(model="tiny", messages=messages, **GREEDY)
+        assert done.usage is not None
+        return done.usage.prompt_tokens
+
+    def length(arguments: str) -> int:
+        text = f"[user]x<|endoftext|>[assistant]None{arguments}<|endoftext|>[tool]y<|endoftext|>[assistant]"
+        return len(chat_tokenizer.encode_prompt(text, add_special_tokens=False))
+
+    assert prompt_tokens('{"a": 1}') == prompt_tokens({"a": 1}) == length('{"a": 1}')
+    assert prompt_tokens("no JSON") == length('"no JSON"')
