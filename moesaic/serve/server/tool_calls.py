@@ -6,6 +6,7 @@ between <tool_call> and </tool_call>.
 
 import json
 from dataclasses import dataclass
+from typing import NoReturn
 
 from moesaic.data.tokenizer import Tokenizer
 
@@ -63,9 +64,13 @@ def _length_of_beginning(text: str) -> int:
     return next((n for n in range(min(len(text), len(_BEGIN) - 1), 0, -1) if _BEGIN.startswith(text[-n:])), 0)
 
 
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)  # NaN and Infinity, which Python reads and writes and JSON has not
+
+
 def _read_call(text: str) -> ToolCall | None:
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
