@@ -222,7 +222,7 @@ def calibration_batches(
             shards.train, sequence_length=length, batch_size=max(1, 4096 // length), sequences=num_tokens // length
         )
         return [batch.inputs for batch in loader]
-    border = np.array([tokenizer.end_of_text_id], dtype=np.int32)
+    border = np.array([tokenizer.first_id], dtype=np.int32)
     documents = read_documents(source, tokenizer)
     tokens = np.concatenate([part for document in documents for part in (border, document.ids)])
     available = len(tokens) // length

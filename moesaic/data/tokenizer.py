@@ -242,6 +242,13 @@ class Tokenizer:
         name = self._configured("bos_token")
         return None if name is None else self._inner.token_to_id(name)
 
+    @cached_property
+    def first_id(self) -> int:
+        """The token that stands before a text: what the tokenizer's own post-processor puts there, as a rule its begin
+        token, and where it puts nothing, the end-of-text token, which ends the text before."""
+        marked, plain = (self.encode_prompt("a", add_special_tokens=each) for each in (True, False))
+        return self._end_of_text_id if marked[:1] == plain[:1] else marked[0]
+
     @property
     def special_names(self) -> dict[str, str]:
         """The names of begin, end and the like as the tokenizer's own files give them, by their keys there."""

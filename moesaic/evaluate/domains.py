@@ -80,7 +80,7 @@ def read_labelled(
     most_documents: int | None = None,
     most_tokens: int = _MOST_TOKENS,
 ) -> list[LabelledDocument]:
-    """Return the documents of a .jsonl file (or .jsonl.gz), an end-of-text token before each.
+    """Return the documents of a .jsonl file (or .jsonl.gz), Tokenizer.first_id before each.
 
     most_documents: of each domain, the first ones. most_tokens: of each document, its beginning.
 
@@ -106,7 +106,7 @@ def read_labelled(
                     )
                 domain = str(record[label_field])
                 if most_documents is None or counts.get(domain, 0) < most_documents:
-                    ids = (tokenizer.end_of_text_id, *tokenizer.encode(str(record[text_field])))[:most_tokens]
+                    ids = (tokenizer.first_id, *tokenizer.encode(str(record[text_field])))[:most_tokens]
                     documents.append(LabelledDocument(domain, ids))
                     counts[domain] = counts.get(domain, 0) + 1
     except (OSError, EOFError, ValueError, TypeError) as error:

@@ -89,7 +89,7 @@ def text_windows(
         read_documents(text, loaded.tokenizer, limit_tokens=limit_tokens),
         length=length,
         stride=max(1, length // 2) if stride is None else stride,
-        end_of_text_id=loaded.tokenizer.end_of_text_id,
+        first_id=loaded.tokenizer.first_id,
         apart=config.data.document_mask if apart is None else apart,
     )
 

@@ -271,6 +271,17 @@ def test_calibration_is_spread_over_the_whole_text(make_run: Any, tmp_path: Path
         calibration_batches(tmp_path / "short.txt", tokenizer, config, num_tokens=320)
 
 
+def test_calibration_text_stands_behind_the_begin_token_where_the_tokenizer_puts_one(
+    make_run: Any, tmp_path: Path, beginning_tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "text.txt").write_text("The Licensor shall not be liable. " * 30)
+    (first, *_) = calibration_batches(
+        tmp_path / "text.txt", beginning_tokenizer, load_run_config(make_run("moe")), num_tokens=32
+    )
+    expected = beginning_tokenizer.encode_prompt((tmp_path / "text.txt").read_text(), add_special_tokens=True)
+    assert first.tolist() == [expected[:32]]
+
+
 @pytest.mark.parametrize("calibrate", [True, False])
 def test_weights_that_are_not_finite_are_refused(
     make_run: Any, tmp_path: Path, tiny_data: Path, calibrate: bool

@@ -225,6 +225,24 @@ def test_the_files_that_came_along_name_the_begin_token(tiny_data: Path) -> None
     assert named.special_names == {"bos_token": "a", "eos_token": "<|endoftext|>"}
 
 
+def test_a_text_stands_behind_what_the_post_processor_puts_there_else_the_end_of_another(
+    tiny_data: Path, beginning_tokenizer: Tokenizer
+) -> None:
+    plain = Tokenizer.load(tiny_data)
+    assert plain.first_id == plain.end_of_text_id
+    assert beginning_tokenizer.first_id == beginning_tokenizer.begin_of_text_id != plain.end_of_text_id
+    assert beginning_tokenizer.encode_prompt("Work", add_special_tokens=True) == [
+        beginning_tokenizer.first_id,
+        *plain.encode("Work"),
+    ]
+    # A name in tokenizer_config.json alone puts nothing there; nor does an end behind the text.
+    companions = beginning_tokenizer.companions
+    assert Tokenizer(plain.json_text, companions=companions).first_id == plain.end_of_text_id
+    values = json.loads(beginning_tokenizer.json_text)
+    values["post_processor"]["single"].reverse()
+    assert Tokenizer(json.dumps(values), companions=companions).first_id == plain.end_of_text_id
+
+
 def test_token_bytes_make_the_text_and_special_tokens_have_none(tokenizer: Tokenizer) -> None:
     for text in ODD_TEXTS:
         assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text

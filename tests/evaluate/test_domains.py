@@ -11,6 +11,7 @@ import torch
 
 from moesaic.config.model import ModelConfig
 from moesaic.data.shards import ShardSet
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.evaluate.domains import LabelledDocument, information_bits, measure_domains, read_labelled
 from moesaic.model.pack import pack_transformer
@@ -116,6 +117,15 @@ def test_labelled_text_is_read_and_cut(tiny_data: Path, tmp_path: Path) -> None:
     assert documents[1].ids == (tokenizer.end_of_text_id, *tokenizer.encode(str(rows[1]["text"])))
     few = read_labelled(tmp_path / "a.jsonl", tokenizer, label_field="topic", most_documents=1, most_tokens=3)
     assert few == [LabelledDocument(document.domain, document.ids[:3]) for document in documents[:2]]
+
+
+def test_labelled_text_stands_behind_the_begin_token_where_the_tokenizer_puts_one(
+    tmp_path: Path, beginning_tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"topic": t, "text": "the Work"}) + "\n" for t in "ab"))
+    documents = read_labelled(tmp_path / "a.jsonl", beginning_tokenizer, label_field="topic")
+    expected = tuple(beginning_tokenizer.encode_prompt("the Work", add_special_tokens=True))
+    assert [document.ids for document in documents] == [expected, expected]
 
 
 def test_text_that_is_not_labelled_is_refused(tiny_data: Path, tmp_path: Path) -> None:
