@@ -192,11 +192,12 @@ def resolve_calibration(given: str | None, run: str | Path, *, is_int4: bool) ->
         return None if given == "none" else given
     if not is_int4:
         return None
-    path = load_run_config(resolve_checkpoint(run).path.parent.parent).data.path
-    if (Path(path) / MANIFEST_NAME).is_file():
+    config = load_run_config(resolve_checkpoint(run).path.parent.parent)
+    path = config.data.path
+    if _has_own_shards(config):
         logger.info("Calibrating on %s, which the run was trained on; --calibrate names another text.", path)
         return path
-    logger.info("Rounding to nearest: the run's own data (%s) is not there, and --calibrate names no text.", path)
+    logger.info("Rounding to nearest: %s, and --calibrate names no text.", _absence(config))
     return None
 
 
@@ -441,12 +442,22 @@ def _check_limits(
 
 
 def _own_shards(config: TrainConfig, option: str) -> str:
-    if not (Path(config.data.path) / MANIFEST_NAME).is_file():
+    if not _has_own_shards(config):
         raise DataError(
-            f"no text is given and the run's own data ({config.data.path}) is not there; the report measures the "
-            f"perplexity of a text; name one with {option}."
+            f"no text is given and {_absence(config)}; the report measures the perplexity of a text; name one with "
+            f"{option}."
         )
     return config.data.path
+
+
+def _has_own_shards(config: TrainConfig) -> bool:
+    # An imported run has no data; an empty path would be the current folder.
+    return config.data.path != "" and (Path(config.data.path) / MANIFEST_NAME).is_file()
+
+
+def _absence(config: TrainConfig) -> str:
+    path = config.data.path
+    return f"the run's own data ({path}) is not there" if path else "the run has no data of its own"
 
 
 def _finite(value: Any) -> Any:

@@ -244,6 +244,17 @@ def test_a_text_must_be_there(make_run: Any, tmp_path: Path, tiny_data: Path) ->
     assert resolve_calibration(None, run, is_int4=True) is None
 
 
+def test_a_run_without_data_has_no_text_of_its_own(
+    make_run: Any, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a manifest.json of the current folder one."""
+    run = make_run("moe", data={"path": "", "sequence_length": 32})
+    monkeypatch.chdir(tiny_data)
+    assert resolve_calibration(None, run, is_int4=True) is None
+    with pytest.raises(DataError, match=r"no text is given and the run has no data of its own; .*; name one with --t"):
+        quantize(run, tmp_path / "out")
+
+
 def test_which_text_calibrates(make_run: Any, tiny_data: Path) -> None:
     run = make_run("moe")
     assert resolve_calibration(None, run, is_int4=True) == str(tiny_data)
