@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from moesaic.config.base import Config
-from moesaic.data.cut import cut_text, paragraph_border
-from moesaic.data.encode import EncoderPool, Tokens, token_dtype
+from moesaic.data.cut import paragraph_border
+from moesaic.data.encode import EncoderPool, Tokens, cut_for, token_dtype
 from moesaic.data.shards import (
     MANIFEST_NAME,
     PROGRESS_NAME,
@@ -224,7 +224,7 @@ def _prepare_folder(
     items = _items(leaves, settings, split, start=(state.leaf, state.document))
     try:
         with EncoderPool(own, num_workers=num_workers) as pool:
-            for encoded, work in pool.encode(_batches(items)):
+            for encoded, work in pool.encode(_batches(items, own)):
                 num_empty += work.num_empty
                 for tokens, is_validation, ends, num_bytes in zip(
                     encoded, work.is_validation, work.ends_document, work.num_bytes, strict=True
@@ -454,14 +454,14 @@ def _to_utf8(text: str) -> tuple[str, bytes]:
         return mended, mended.encode()
 
 
-def _batches(items: Iterable[_Item]) -> Iterator[tuple[list[str], _Work]]:
-    """Gather documents, cut where they are long, into batches of bounded size."""
+def _batches(items: Iterable[_Item], tokenizer: Tokenizer) -> Iterator[tuple[list[str], _Work]]:
+    """Gather documents, cut where they are long and may be, into batches of bounded size."""
     texts: list[str] = []
     work = _Work()
     size = 0
     for item in items:
         is_long = False
-        pieces = list(cut_text(item.text, _PIECE_CHARS)) if item.text else []
+        pieces = list(cut_for(tokenizer, item.text, _PIECE_CHARS)) if item.text else []
         for number, piece in enumerate(pieces, start=1):
             if texts and size + len(piece) > _BATCH_CHARS:
                 if number > 1:

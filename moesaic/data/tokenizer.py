@@ -158,6 +158,22 @@ class Tokenizer:
         inner.encode_special_tokens = False
         return inner
 
+    @cached_property
+    def may_be_cut(self) -> bool:
+        """Whether pieces of a text, cut as cut.py does, have the tokens of the whole before words, elsewhere its text.
+
+        Not where each piece's beginning is marked, as by a normalizer that prepends `▁`, or tokens go over spaces.
+        """
+
+        def both(first: str, second: str) -> tuple[list[int], list[int]]:
+            return self.encode(first) + self.encode(second), self.encode(first + second)
+
+        words = (both("one", " two"), both("one ", " two"))
+        others = (both("one", "\ntwo"), both("on", "e"))
+        return all(apart == whole for apart, whole in words) and all(
+            self.decode(apart) == self.decode(whole) for apart, whole in others
+        )
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ids; special tokens appear as their names, or not at all."""
         return str(self._inner.decode([int(each) for each in ids], skip_special_tokens=skip_special_tokens))
