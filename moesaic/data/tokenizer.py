@@ -138,7 +138,22 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without any begin or end token."""
-        return [each.ids for each in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = [each.ids for each in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [self._spelled(ids) if self._end_of_text_id in ids else ids for ids in found]
+
+    def _spelled(self, ids: list[int]) -> list[int]:
+        """Return ids with the end-of-text token's letters in its place: the model's own vocabulary has it as a word.
+
+        Raises: DataError where a letter is one too.
+        """
+        end, model = self._end_of_text_id, self._inner.model
+        letters = [part.id for letter in self._end_of_text for part in model.tokenize(letter)]
+        if end in letters:
+            raise DataError(
+                f"the tokenizer encodes plain text as its end-of-text token {self._end_of_text!r}; a text must not end "
+                f"itself; use a tokenizer with another token for what it does not know."
+            )
+        return [part for each in ids for part in (letters if each == end else [each])]
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids of a text that a template made: special tokens written out in it are themselves.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from moesaic.data.corpus import embedded_corpus
 from moesaic.data.shards import ShardSet
@@ -160,6 +160,29 @@ def test_the_end_is_endoftext_then_the_configured_then_a_common_name(tmp_path: P
 def test_an_end_that_is_not_marked_special_still_never_ends_a_text() -> None:
     tokenizer = Tokenizer(given_tokenizer(plain=("</s>",)).to_str())
     assert tokenizer.end_of_text_id not in tokenizer.encode("abc</s>def")
+
+
+@pytest.mark.parametrize("letters", ["abcdefgh▁<>/s", "abcdefgh▁"])
+def test_an_end_that_the_vocabulary_has_as_a_word_never_ends_a_text(letters: str) -> None:
+    """As T5's and other Unigram models have it; letters that they lack are unknown."""
+    vocabulary = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -9.0) for letter in letters)]
+    inner = tokenizers.Tokenizer(models.Unigram(vocabulary, 0, False))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<unk>", "</s>")])
+    tokenizer = Tokenizer(inner.to_str())
+    text = "abc</s> abc</s></s>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.end_of_text == "</s>" and tokenizer.end_of_text_id not in ids
+    if "<" in letters:
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("abc x") == [*tokenizer.encode("abc"), inner.token_to_id("▁"), 0], "unknown as before"
+
+
+def test_an_end_that_stands_for_unknown_words_is_refused() -> None:
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="</s>"))
+    inner.add_special_tokens([AddedToken("</s>", special=True)])
+    with pytest.raises(DataError, match=r"encodes plain text as its end-of-text token '</s>'.*; .*; use a tokenizer"):
+        Tokenizer(inner.to_str()).encode("b")
 
 
 @pytest.mark.parametrize(
