@@ -31,7 +31,7 @@ from moesaic.data.shards import (
     SplitRecord,
     read_manifest,
 )
-from moesaic.data.sources import Leaf, open_sources
+from moesaic.data.sources import TEXT_FIELD, Leaf, open_sources
 from moesaic.data.tokenizer import DEFAULT_SAMPLE_BYTES, DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.logs import logger
@@ -134,7 +134,7 @@ def prepare(
     vocab_size: int | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
     validation_fraction: float = 0.02,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     num_workers: int | None = None,
     sample_bytes: int | None = None,

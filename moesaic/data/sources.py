@@ -19,6 +19,8 @@ from moesaic.errors import DataError
 from moesaic.logs import logger
 
 EMBEDDED = "embedded"
+# Where JSONL, parquet and datasets have their text, unless another field is named.
+TEXT_FIELD = "text"
 # A text file up to this length is one document; a longer one is cut at blank lines into documents of this length.
 MAX_DOCUMENT_CHARS = 2**20
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moesaic.data.sources import TEXT_FIELD
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.model.transformer import Transformer
@@ -76,7 +77,7 @@ def read_labelled(
     tokenizer: Tokenizer,
     *,
     label_field: str,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
     most_documents: int | None = None,
     most_tokens: int = _MOST_TOKENS,
 ) -> list[LabelledDocument]:

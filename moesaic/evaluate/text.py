@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moesaic.data.encode import encode_text
 from moesaic.data.shards import MANIFEST_NAME, ShardSet, TokenStream
-from moesaic.data.sources import open_sources
+from moesaic.data.sources import TEXT_FIELD, open_sources
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 
@@ -39,7 +39,7 @@ def read_documents(
     *,
     split: Literal["train", "validation"] = "validation",
     limit_tokens: int | None = None,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
 ) -> list[TokenDocument]:
     """Return the documents of a source, at most limit_tokens tokens, the last one cut where that is reached.
 

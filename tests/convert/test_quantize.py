@@ -282,6 +282,19 @@ def test_calibration_is_spread_over_the_whole_text(make_run: Any, tmp_path: Path
         calibration_batches(tmp_path / "short.txt", tokenizer, config, num_tokens=320)
 
 
+def test_texts_are_in_the_field_that_is_named(make_run: Any, tmp_path: Path, tiny_data: Path) -> None:
+    run, text = make_run("moe"), "The Licensor shall not be liable. " * 30
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": text}))
+    options = {"experts": "int4", "rest": "int4", "calibration_tokens": 128}
+    plain, named = tmp_path / "text.txt", tmp_path / "text.jsonl"
+    expected = quantize(run, tmp_path / "a", text=plain, calibrate=plain, **options)
+    found = quantize(run, tmp_path / "b", text=named, calibrate=named, text_field="body", **options)
+    assert (found.reference, found.quantized, found.kl) == (expected.reference, expected.quantized, expected.kl)
+    with pytest.raises(ConfigError, match=r"text_field \(body\) is given and no text .*; shards .*; name a text"):
+        quantize(run, tmp_path / "c", calibrate=tiny_data, text_field="body", experts="int4")
+
+
 def test_calibration_text_stands_behind_the_begin_token_where_the_tokenizer_puts_one(
     make_run: Any, tmp_path: Path, beginning_tokenizer: Tokenizer
 ) -> None:
