@@ -26,11 +26,13 @@ def generate(
 
     Example: moesaic generate runs/first --prompt "The state of the Union" --max-new-tokens 60
     """
+    from moesaic.data.sources import mend_text
     from moesaic.logs import log_to_stderr
     from moesaic.model.generate import stream
     from moesaic.model.load import load_run
 
     log_to_stderr()
+    prompt = mend_text(prompt)  # a command line need not be UTF-8
     loaded = load_run(run, device=device, packed_file="write" if packed_file else "off")
     tokenizer = loaded.tokenizer
     prompt_ids = tokenizer.encode_prompt(prompt, add_special_tokens=True) or [tokenizer.end_of_text_id]

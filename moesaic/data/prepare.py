@@ -430,7 +430,7 @@ def _items(
             if number < first:
                 continue
             progress = (before + document.progress * leaf.size_bytes) / total if is_known and total else None
-            text, data = _to_utf8(document.text)
+            text, data = document.text, document.text.encode()
             after = number + 1
             if not text.strip():
                 yield _Item("", 0, False, leaf_number, after, progress)
@@ -443,15 +443,6 @@ def _items(
                 resume_at = after if is_validation else None
                 yield _Item(part, len(part.encode()), bool(is_validation), leaf_number, resume_at, progress)
         before += leaf.size_bytes
-
-
-def _to_utf8(text: str) -> tuple[str, bytes]:
-    """Return the text and its bytes; lone surrogates, which JSON can smuggle in, become U+FFFD."""
-    try:
-        return text, text.encode()
-    except UnicodeEncodeError:
-        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return mended, mended.encode()
 
 
 def _batches(items: Iterable[_Item], tokenizer: Tokenizer) -> Iterator[tuple[list[str], _Work]]:

@@ -75,6 +75,15 @@ class Leaf:
         return _dataset_documents(self, text_field)
 
 
+def mend_text(text: str) -> str:
+    """Return a text that UTF-8 can hold: lone surrogates, which JSON and a command line can smuggle in, are U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def open_sources(sources: Sequence[str | Path]) -> list[Leaf]:
     """Return the leaves of all sources: files as given, folders recursively and sorted, datasets by name.
 
@@ -301,4 +310,4 @@ def _text(value: Any, text_field: str, place: str) -> str:
             f"{place} has {type(value).__name__} in the field {text_field!r}; text is required; name another field "
             f"with --text-field."
         )
-    return value
+    return mend_text(value)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moesaic.data.sources import TEXT_FIELD
+from moesaic.data.sources import TEXT_FIELD, mend_text
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.model.transformer import Transformer
@@ -105,9 +105,9 @@ def read_labelled(
                         f"{path}, line {number} has no {missing[0]!r}; its fields are {', '.join(record)}; name the "
                         f"ones that hold text and label with --text-field and --domain-field."
                     )
-                domain = str(record[label_field])
+                domain, text = (mend_text(str(record[field])) for field in (label_field, text_field))
                 if most_documents is None or counts.get(domain, 0) < most_documents:
-                    ids = (tokenizer.first_id, *tokenizer.encode(str(record[text_field])))[:most_tokens]
+                    ids = (tokenizer.first_id, *tokenizer.encode(text))[:most_tokens]
                     documents.append(LabelledDocument(domain, ids))
                     counts[domain] = counts.get(domain, 0) + 1
     except (OSError, EOFError, ValueError, TypeError) as error:

@@ -81,7 +81,7 @@ def _documents(
         num_bytes = 0
         for document in leaf.documents(text_field):
             ids = encode_text(tokenizer, document.text, dtype="int32").astype(np.int32)
-            size = len(document.text.encode("utf-8", "replace"))
+            size = len(document.text.encode())
             if leaf.kind == "text":  # a long file comes in pieces and is one document all the same
                 pieces.append(ids)
                 num_bytes += size

@@ -63,6 +63,12 @@ def test_a_prompt_is_encoded_as_the_server_does(
     assert given[0][0] == beginning_tokenizer.first_id
 
 
+def test_a_prompt_that_is_not_utf8_is_mended(cli: Any, trained_run: Path) -> None:
+    """As Python hands over the byte 0xff of a command line."""
+    result = cli("generate", trained_run, "--prompt", "The \udcff", "--max-new-tokens", "1", "--json")
+    assert result.status == 0 and json.loads(result.out)["prompt"] == "The \ufffd"
+
+
 def test_an_empty_prompt_starts_a_document(cli: Any, trained_run: Path) -> None:
     result = cli("generate", trained_run, "--prompt", "", "--max-new-tokens", "3", "--json")
     assert result.status == 0 and len(json.loads(result.out)["token_ids"]) <= 3

@@ -128,6 +128,15 @@ def test_labelled_text_stands_behind_the_begin_token_where_the_tokenizer_puts_on
     assert [document.ids for document in documents] == [expected, expected]
 
 
+def test_lone_surrogates_are_mended(tiny_data: Path, tmp_path: Path) -> None:
+    tokenizer = ShardSet.open(tiny_data).load_tokenizer()
+    rows = [{"topic": topic, "text": "x\ud83d"} for topic in ("a", "b\ud83d")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = read_labelled(tmp_path / "a.jsonl", tokenizer, label_field="topic")
+    assert [tokenizer.decode(document.ids[1:]) for document in documents] == ["x\ufffd"] * 2
+    assert [document.domain for document in documents] == ["a", "b\ufffd"]
+
+
 def test_text_that_is_not_labelled_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     tokenizer = ShardSet.open(tiny_data).load_tokenizer()
     path = tmp_path / "a.jsonl"

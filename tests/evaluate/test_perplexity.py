@@ -205,6 +205,14 @@ def test_a_long_text_file_is_one_document(tiny_data: Path, tmp_path: Path, monke
     assert tokenizer.decode(document.ids.tolist()) == text and document.num_bytes == len(text.encode())
 
 
+def test_a_lone_surrogate_is_measured_as_prepare_mends_it(tiny_data: Path, tmp_path: Path) -> None:
+    tokenizer = ShardSet.open(tiny_data).load_tokenizer()
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "hello \ud83d world"}))
+    (document,) = read_documents(tmp_path / "text.jsonl", tokenizer)
+    assert tokenizer.decode(document.ids.tolist()) == "hello \ufffd world"
+    assert document.num_bytes == len("hello \ufffd world".encode())
+
+
 def test_a_limit_cuts_tokens_and_bytes(tiny_data: Path) -> None:
     tokenizer = ShardSet.open(tiny_data).load_tokenizer()
     whole = read_documents(tiny_data, tokenizer)
