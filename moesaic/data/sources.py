@@ -222,7 +222,7 @@ def _jsonl_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
             place = f"{_label(leaf)}, line {number},"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested too deeply
                 raise DataError(f"{place} is not JSON ({error}); one object a line is required; mend it.") from None
             if not isinstance(record, dict):
                 raise DataError(f"{place} holds {type(record).__name__}; one object a line is required; mend it.")

@@ -110,7 +110,7 @@ def read_labelled(
                     ids = (tokenizer.first_id, *tokenizer.encode(text))[:most_tokens]
                     documents.append(LabelledDocument(domain, ids))
                     counts[domain] = counts.get(domain, 0) + 1
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read ({error}); one JSON object a line, in UTF-8, is required; fetch it again."
         ) from None

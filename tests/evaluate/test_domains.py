@@ -145,6 +145,7 @@ def test_text_that_is_not_labelled_is_refused(tiny_data: Path, tmp_path: Path) -
     for content, message in (
         ('{"text": "x", "subject": "law"}\n', r"line 1 has no 'topic'; its fields are text, subject; name"),
         ('{"text": "x", "topic": "law"}\n' * 2, r"has 1 domains in 'topic'; .*; name another"),
+        ("[" * 100_000, r"cannot be read .*; fetch it again"),
         ('{"text": ', r"cannot be read .*; fetch it again"),
         ("", r"has 0 domains"),
     ):
