@@ -438,5 +438,8 @@ def _read(file: Path) -> str:
 
 def _write(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(text.encode("utf-8"))
+    with partial.open("wb") as stream:
+        stream.write(text.encode("utf-8"))
+        stream.flush()
+        os.fsync(stream.fileno())
     partial.replace(file)

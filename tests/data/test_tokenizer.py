@@ -1,6 +1,7 @@
 """The tokenizer loses nothing, never ends a text by what is written in it, and names what is wrong with a file."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,23 @@ def test_saving_and_loading_keeps_everything(tokenizer: Tokenizer, tmp_path: Pat
         assert loaded.vocab_size == tokenizer.vocab_size
         assert loaded.end_of_text_id == tokenizer.end_of_text_id
         assert loaded.encode(ODD_TEXTS[5]) == tokenizer.encode(ODD_TEXTS[5])
+
+
+def test_files_are_on_the_disk_before_they_take_their_names(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave an empty file in the place of a whole one."""
+    synced = []
+
+    def fsync(handle: int) -> None:
+        stat = os.fstat(handle)
+        synced.append((stat.st_ino, stat.st_size))
+        assert not (tmp_path / "tokenizer.json").exists()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    tokenizer.save(tmp_path)
+    found = [path.stat() for path in tmp_path.iterdir()]
+    assert sorted(synced) == sorted((stat.st_ino, stat.st_size) for stat in found) and len(found) == 2
 
 
 def test_files_are_written_as_they_were_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
