@@ -5,12 +5,15 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from moesaic.config.train import TrainConfig
 from moesaic.kernels.threads import spin_briefly
+
+if TYPE_CHECKING:
+    from moesaic.data.tokenizer import Tokenizer
 
 # Before any test loads torch: the suite has to pass beside other work on the machine.
 spin_briefly()
@@ -95,6 +98,22 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.write_text("".join(json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs), encoding="utf-8")
     prepare([source], folder / "shards", vocab_size=VOCAB_SIZE, validation_fraction=0.2, num_workers=1)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def beginning_tokenizer(tiny_data: Path) -> "Tokenizer":
+    """The tokenizer of the tiny data with a post-processor that puts a begin token, `!`, before a text."""
+    from moesaic.data.tokenizer import Tokenizer
+
+    values = json.loads(Tokenizer.load(tiny_data).json_text)
+    begin = {"id": "!", "ids": [values["model"]["vocab"]["!"]], "tokens": ["!"]}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"!": begin},
+    }
+    return Tokenizer(json.dumps(values), companions={"tokenizer_config.json": '{"bos_token": "!"}'})
 
 
 @pytest.fixture

@@ -56,6 +56,14 @@ def quantize(
             "[default: the run's own shards]",
         ),
     ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(
+            "--text-field",
+            metavar="NAME",
+            help="Of --text and --calibrate: the field with the text in JSONL and parquet. [default: text]",
+        ),
+    ] = None,
     limit_tokens: Annotated[
         int, typer.Option("--limit-tokens", metavar="N", help="Measure so many tokens of it at most.")
     ] = 65_536,
@@ -88,6 +96,7 @@ def quantize(
             calibrate=resolve_calibration(calibrate, run, is_int4="int4" in (experts, rest)),
             calibration_tokens=calibration_tokens,
             text=text,
+            text_field=text_field,
             limit_tokens=limit_tokens,
             max_perplexity_ratio=max_perplexity_ratio,
             max_kl=max_kl,

@@ -23,7 +23,7 @@ def upcycle(
         str, typer.Option("--experts", metavar="N", help="Of every MoE layer, or one count for each: 16 or 8,8,16,16.")
     ],
     layers: Annotated[
-        str | None, typer.Option("--layers", metavar="LIST", help="The layers that get experts, from 0: 1,3,5.")
+        str | None, typer.Option("--layers", metavar="LIST", help="The layers that get experts, rising, from 0: 1,3,5.")
     ] = None,
     every: Annotated[
         int | None, typer.Option("--every", metavar="N", help="Or every N-th layer, the N-th first. [default: 2]")

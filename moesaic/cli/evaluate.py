@@ -78,8 +78,20 @@ def evaluate(
             "--domains", metavar="JSONL", help="Labelled text: which experts serve which labels, against chance."
         ),
     ] = None,
-    domain_field: Annotated[str, typer.Option(help="Of --domains: the field with the label.")] = "domain",
-    text_field: Annotated[str, typer.Option(help="Of --domains: the field with the text.")] = "text",
+    domain_field: Annotated[
+        str | None,
+        typer.Option(
+            "--domain-field", metavar="NAME", help="Of --domains: the field with the label. [default: domain]"
+        ),
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(
+            "--text-field",
+            metavar="NAME",
+            help="Of --text (JSONL, parquet) and --domains: the field with the text. [default: text]",
+        ),
+    ] = None,
     domain_documents: Annotated[
         int | None, typer.Option("--domain-documents", help="Of --domains: so many of each label at most.")
     ] = None,
@@ -96,14 +108,25 @@ def evaluate(
 
     Example: moesaic evaluate runs/first runs/second --tasks lambada,piqa --tasks-data eval --limit 200
     """
+    from moesaic.data.sources import TEXT_FIELD
     from moesaic.evaluate.batched import BatchedScorer
+    from moesaic.evaluate.perplexity import measure_perplexity, text_windows
     from moesaic.evaluate.run import TaskSettings, run_domains, run_folder, run_tasks
     from moesaic.logs import log_to_stderr
     from moesaic.model.load import load_run
     from moesaic.serve.scorer import EngineScorer
 
     _check_options(
-        text=(text, {"window": window, "stride": stride, "limit-tokens": limit_tokens, "documents": documents}),
+        text=(
+            text,
+            {
+                "window": window,
+                "stride": stride,
+                "limit-tokens": limit_tokens,
+                "documents": documents,
+                "text-field": text_field if domains is None else None,
+            },
+        ),
         tasks=(
             tasks,
             {
@@ -115,7 +138,7 @@ def evaluate(
                 "plot": plot,
             },
         ),
-        domains=(domains, {"domain-documents": domain_documents}),
+        domains=(domains, {"domain-field": domain_field, "domain-documents": domain_documents}),
     )
     if samples and not keep:
         raise ConfigError(
@@ -134,7 +157,11 @@ def evaluate(
             loaded = load_run(run, device=device, pack=not fp32, precision="fp32" if fp32 else None)
             folder = folder or run_folder(loaded)
             if text is not None:
-                found = _measure_text(loaded, text, window, stride, limit_tokens, documents)
+                windows = text_windows(
+                    loaded, text, window=window, stride=stride, limit_tokens=limit_tokens, apart=documents,
+                    text_field=text_field or TEXT_FIELD,
+                )  # fmt: skip
+                found = measure_perplexity(loaded.model, windows, device=loaded.device)
                 texts.append((run, found))
                 _print_json(as_json, _text_to_json(run, loaded, text, found))
             if settings is not None:
@@ -146,7 +173,7 @@ def evaluate(
                     _print_json(as_json, result.to_json())
             if domains is not None:
                 usage = run_domains(
-                    run, loaded, domains, label_field=domain_field, text_field=text_field,
+                    run, loaded, domains, label_field=domain_field or "domain", text_field=text_field or TEXT_FIELD,
                     most_documents=domain_documents, keep=keep, progress=progress,
                 )  # fmt: skip
                 usages.append((run, usage))
@@ -177,20 +204,6 @@ def _check_options(**groups: tuple[object, dict[str, object]]) -> None:
         raise ConfigError(
             "nothing to evaluate was given; one of --text, --tasks and --domains is required; try --tasks lambada."
         )
-
-
-def _measure_text(
-    loaded: "LoadedModel",
-    text: Path,
-    window: int | None,
-    stride: int | None,
-    limit_tokens: int | None,
-    documents: bool | None,
-) -> "Perplexity":
-    from moesaic.evaluate.perplexity import measure_perplexity, text_windows
-
-    windows = text_windows(loaded, text, window=window, stride=stride, limit_tokens=limit_tokens, apart=documents)
-    return measure_perplexity(loaded.model, windows, device=loaded.device)
 
 
 def _text_to_json(run: str, loaded: "LoadedModel", text: Path, result: "Perplexity") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import typer
 
 def generate(
     run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; special tokens are themselves.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among so many likeliest tokens.")] = None,
@@ -26,14 +26,16 @@ def generate(
 
     Example: moesaic generate runs/first --prompt "The state of the Union" --max-new-tokens 60
     """
+    from moesaic.data.sources import mend_text
     from moesaic.logs import log_to_stderr
     from moesaic.model.generate import stream
     from moesaic.model.load import load_run
 
     log_to_stderr()
+    prompt = mend_text(prompt)  # a command line need not be UTF-8
     loaded = load_run(run, device=device, packed_file="write" if packed_file else "off")
     tokenizer = loaded.tokenizer
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+    prompt_ids = tokenizer.encode_prompt(prompt, add_special_tokens=True) or [tokenizer.end_of_text_id]
     tokens = stream(
         loaded.model,
         prompt_ids,

@@ -38,8 +38,10 @@ def inspect(
 
     Example: moesaic inspect pr-moe-350m-32-64 --context 1024
     """
-    run, _, _ = source.partition("@")
-    if Path(run).is_dir() and not Path(source).is_file():
+    from moesaic.config.load import split_run
+
+    folder, _ = split_run(source)
+    if folder.is_dir():
         _inspect_run(source, assignments or [], context=context, as_json=as_json)
     else:
         _inspect_config(source, assignments or [], context=context, as_json=as_json)
@@ -72,26 +74,25 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
     # Brings in torch: the rules of which checkpoint is meant, and what a manifest is, stand there and only there.
     from moesaic.checkpoint.quantized import describe_quantization, is_quantized
     from moesaic.checkpoint.store import best_checkpoint, list_checkpoints, resolve_checkpoint
-    from moesaic.config.load import load_train_config
+    from moesaic.config.load import load_train_config, split_run
     from moesaic.errors import ConfigError
     from moesaic.report.model_summary import render_model
     from moesaic.report.summary import summarize
     from moesaic.report.terminal import render_run
 
-    run, at, _ = source.partition("@")
-    folder = Path(run)
+    folder, at = split_run(source)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
-            f"{run} is a folder without config.yaml; a run folder written by `moesaic train`, a YAML file or a preset "
-            f"is required; check the path."
+            f"{folder} is a folder without config.yaml; a run folder written by `moesaic train`, a YAML file or a "
+            f"preset is required; check the path."
         )
     if assignments:
         raise ConfigError(
-            f"--set {assignments[0]} is given for the run {run}; what a run is cannot be changed; use "
+            f"--set {assignments[0]} is given for the run {folder}; what a run is cannot be changed; use "
             f"`moesaic inspect {folder / 'config.yaml'} --set {assignments[0]}` to see what a change would cost."
         )
     config = load_train_config(folder / "config.yaml")
-    summary = _summarize_training(config, name=run, context=context)
+    summary = _summarize_training(config, name=str(folder), context=context)
     checkpoints = list_checkpoints(folder)
     named = resolve_checkpoint(source) if at or checkpoints else None
     metrics = _read_metrics(folder, last_step=named.step if at and named else None)

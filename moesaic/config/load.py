@@ -144,10 +144,14 @@ def run_folder_of(source: str | Path) -> Path | None:
     """Return the folder of the run that RUN or RUN@step names, None where that is no folder with a config.yaml."""
     if isinstance(source, str) and source in preset_names():
         return None
-    given = Path(source)
-    name, separator, _ = str(given).rpartition("@")
-    folder = Path(name) if separator and not given.exists() else given
+    folder, _ = split_run(source)
     return folder if (folder / "config.yaml").is_file() else None
+
+
+def split_run(source: str | Path) -> tuple[Path, str]:
+    """Return the folder and the step, "" for none, that RUN or RUN@step names. A path may hold an @ of its own."""
+    name, separator, step = str(source).rpartition("@")
+    return (Path(name), step) if separator and not Path(source).exists() else (Path(source), "")
 
 
 def load_model_config(source: str | Path, assignments: Sequence[str] = ()) -> ModelConfig:

@@ -162,7 +162,7 @@ class MoEConfig(Config):
     intermediate_size: int | tuple[int, ...] | None = Field(default=None, description="of an expert; null: the model's")
     every: int = Field(default=1, ge=1, description="MoE on every n-th layer, the n-th first")
     layers: tuple[int, ...] | None = Field(
-        default=None, description="MoE on exactly these layers, counted from 0, instead of every n-th"
+        default=None, description="MoE on exactly these layers, rising, counted from 0, instead of every n-th"
     )
     residual: ResidualMix | None = Field(default=None, description="a fixed MLP beside the experts, and how they mix")
     residual_intermediate_size: int | None = Field(default=None, ge=1, description="null: the model's")
@@ -331,7 +331,15 @@ class ModelConfig(Config):
                 f"moe.layers ({list(moe.layers)}) is not a choice of layers; at least one layer from 0 to "
                 f"{self.num_layers - 1}, none twice, is required; {remedy}."
             )
-        return tuple(sorted(moe.layers))
+        rising = sorted(moe.layers)
+        if list(moe.layers) != rising:
+            # Sorted silently, they would part from the values that stand beside them.
+            raise ConfigError(
+                f"moe.layers ({list(moe.layers)}) does not rise; num_experts, top_k and intermediate_size have their "
+                f"values in the order of the layers, which must be that of the model; use {rising}, and their values "
+                f"in that order."
+            )
+        return moe.layers
 
     def _moe_layer(self, moe: MoEConfig, order: int, num_moe_layers: int) -> FeedForwardConfig:
         def pick(name: str, value: int | tuple[int, ...]) -> int:

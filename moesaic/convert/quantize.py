@@ -25,6 +25,7 @@ from moesaic.convert.calibrate import Quantized, calibrated_weights
 from moesaic.convert.folder import check_is_new, folder_in_progress
 from moesaic.data.loader import ValidationLoader
 from moesaic.data.shards import MANIFEST_NAME, ShardSet
+from moesaic.data.sources import TEXT_FIELD
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, ConversionError, DataError
 from moesaic.evaluate.perplexity import Comparison, Perplexity, compare, record_reference, text_windows
@@ -107,6 +108,7 @@ def quantize_run(
     calibrate: str | Path | None = None,
     calibration_tokens: int | None = None,
     text: str | Path | None = None,
+    text_field: str | None = None,
     limit_tokens: int = REPORT_TOKENS,
     max_perplexity_ratio: float = MAX_PERPLEXITY_RATIO,
     max_kl: float = MAX_KL,
@@ -117,7 +119,8 @@ def quantize_run(
 
     experts None: int8 where there are experts. group_size None: 64 where something becomes int4. calibrate: text or
     prepared shards (their training split) to calibrate on; None rounds to nearest. text None: the validation split of
-    the run's own shards. on_progress hears of stages and of the share of each that is done.
+    the run's own shards. text_field None: `text`, of what has fields. on_progress hears of stages and of the share of
+    each that is done.
 
     Raises: ConversionError when perplexity ratio or KL exceed their limits and force is not given; ConfigError,
     CheckpointError, DataError. In every case nothing is left behind.
@@ -130,11 +133,19 @@ def quantize_run(
     plan = _plan(path, info, config, experts=experts, rest=rest, group_size=group_size)
     check_is_new(output)
     text = _own_shards(config, "--text") if text is None else text
+    if text_field is not None and all(each is None or _is_shards(each) for each in (text, calibrate)):
+        raise ConfigError(
+            f"text_field ({text_field}) is given and no text to read it from; shards have no fields; name a text with "
+            f"--text or --calibrate, or leave it out."
+        )
+    field = text_field or TEXT_FIELD
     tokenizer = Tokenizer.load(source_folder)
     batches = (
         []
         if calibrate is None
-        else calibration_batches(calibrate, tokenizer, config, num_tokens=calibration_tokens or CALIBRATION_TOKENS)
+        else calibration_batches(
+            calibrate, tokenizer, config, num_tokens=calibration_tokens or CALIBRATION_TOKENS, text_field=field
+        )
     )
     if calibrate is None and calibration_tokens is not None:
         raise ConfigError(
@@ -144,7 +155,7 @@ def quantize_run(
 
     on_progress("measuring the run as it is", 0.0)
     loaded = load_run(run, device="cpu")
-    windows = text_windows(loaded, text, limit_tokens=limit_tokens)
+    windows = text_windows(loaded, text, limit_tokens=limit_tokens, text_field=field)
     reference = record_reference(loaded.model, windows, device=loaded.device)
     del loaded  # from here on one layer at a time
 
@@ -192,16 +203,17 @@ def resolve_calibration(given: str | None, run: str | Path, *, is_int4: bool) ->
         return None if given == "none" else given
     if not is_int4:
         return None
-    path = load_run_config(resolve_checkpoint(run).path.parent.parent).data.path
-    if (Path(path) / MANIFEST_NAME).is_file():
+    config = load_run_config(resolve_checkpoint(run).path.parent.parent)
+    path = config.data.path
+    if _has_own_shards(config):
         logger.info("Calibrating on %s, which the run was trained on; --calibrate names another text.", path)
         return path
-    logger.info("Rounding to nearest: the run's own data (%s) is not there, and --calibrate names no text.", path)
+    logger.info("Rounding to nearest: %s, and --calibrate names no text.", _absence(config))
     return None
 
 
 def calibration_batches(
-    source: str | Path, tokenizer: Tokenizer, config: TrainConfig, *, num_tokens: int
+    source: str | Path, tokenizer: Tokenizer, config: TrainConfig, *, num_tokens: int, text_field: str = TEXT_FIELD
 ) -> list[Tensor]:
     """Return (B, S) int64 batches of at most num_tokens tokens, in sequences spaced evenly over the source.
 
@@ -215,15 +227,15 @@ def calibration_batches(
             f"calibration_tokens ({num_tokens}) is less than a sequence of {length}; calibration takes whole "
             f"sequences; use {CALIBRATION_TOKENS}."
         )
-    if (Path(source) / MANIFEST_NAME).is_file():
+    if _is_shards(source):
         shards = ShardSet.open(source)
         shards.check_tokenizer(tokenizer)
         loader = ValidationLoader(
             shards.train, sequence_length=length, batch_size=max(1, 4096 // length), sequences=num_tokens // length
         )
         return [batch.inputs for batch in loader]
-    border = np.array([tokenizer.end_of_text_id], dtype=np.int32)
-    documents = read_documents(source, tokenizer)
+    border = np.array([tokenizer.first_id], dtype=np.int32)
+    documents = read_documents(source, tokenizer, text_field=text_field)
     tokens = np.concatenate([part for document in documents for part in (border, document.ids)])
     available = len(tokens) // length
     if available == 0:
@@ -441,12 +453,26 @@ def _check_limits(
 
 
 def _own_shards(config: TrainConfig, option: str) -> str:
-    if not (Path(config.data.path) / MANIFEST_NAME).is_file():
+    if not _has_own_shards(config):
         raise DataError(
-            f"no text is given and the run's own data ({config.data.path}) is not there; the report measures the "
-            f"perplexity of a text; name one with {option}."
+            f"no text is given and {_absence(config)}; the report measures the perplexity of a text; name one with "
+            f"{option}."
         )
     return config.data.path
+
+
+def _has_own_shards(config: TrainConfig) -> bool:
+    # An imported run has no data; an empty path would be the current folder.
+    return config.data.path != "" and _is_shards(config.data.path)
+
+
+def _is_shards(source: str | Path) -> bool:
+    return (Path(source) / MANIFEST_NAME).is_file()
+
+
+def _absence(config: TrainConfig) -> str:
+    path = config.data.path
+    return f"the run's own data ({path}) is not there" if path else "the run has no data of its own"
 
 
 def _finite(value: Any) -> Any:

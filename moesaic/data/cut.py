@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator
 
-# Before a space that a word follows: there the pre-tokenizers of GPT-2, Llama 3, Qwen and SentencePiece models start
-# a new word in any case, so the pieces have exactly the tokens of the whole.
+# Before a space that a word follows: there the pre-tokenizers of GPT-2, Llama 3 and Qwen start a new word in any case,
+# so the pieces have exactly the tokens of the whole. Those of SentencePiece models may not, which mark each piece's
+# beginning: Tokenizer.may_be_cut tells.
 _WORD_BORDER = re.compile(r" (?=\S)")
 _LINE_BORDER = re.compile(r"\n(?=\S)")
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n\s*")

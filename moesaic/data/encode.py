@@ -39,9 +39,14 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
+def cut_for(tokenizer: Tokenizer, text: str, limit_chars: int) -> Iterator[str]:
+    """Yield pieces of at most limit_chars to be encoded apart, or all of it where the tokens would not be the same."""
+    return cut_text(text, limit_chars) if tokenizer.may_be_cut else iter([text])
+
+
 def encode_text(tokenizer: Tokenizer, text: str, *, dtype: str) -> Tokens:
-    """Return a text's tokens, encoded in pieces so that a long text takes no more memory than a short one."""
-    pieces = [np.asarray(tokenizer.encode(piece), dtype=dtype) for piece in cut_text(text, _PIECE_CHARS)]
+    """Return a text's tokens, encoded in pieces, where it may be cut, so that a long one takes no more memory."""
+    pieces = [np.asarray(tokenizer.encode(piece), dtype=dtype) for piece in cut_for(tokenizer, text, _PIECE_CHARS)]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 

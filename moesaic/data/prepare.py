@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from moesaic.config.base import Config
-from moesaic.data.cut import cut_text, paragraph_border
-from moesaic.data.encode import EncoderPool, Tokens, token_dtype
+from moesaic.data.cut import paragraph_border
+from moesaic.data.encode import EncoderPool, Tokens, cut_for, token_dtype
 from moesaic.data.shards import (
     MANIFEST_NAME,
     PROGRESS_NAME,
@@ -31,7 +31,7 @@ from moesaic.data.shards import (
     SplitRecord,
     read_manifest,
 )
-from moesaic.data.sources import Leaf, open_sources
+from moesaic.data.sources import TEXT_FIELD, Leaf, open_sources
 from moesaic.data.tokenizer import DEFAULT_SAMPLE_BYTES, DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.logs import logger
@@ -134,7 +134,7 @@ def prepare(
     vocab_size: int | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
     validation_fraction: float = 0.02,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     num_workers: int | None = None,
     sample_bytes: int | None = None,
@@ -224,7 +224,7 @@ def _prepare_folder(
     items = _items(leaves, settings, split, start=(state.leaf, state.document))
     try:
         with EncoderPool(own, num_workers=num_workers) as pool:
-            for encoded, work in pool.encode(_batches(items)):
+            for encoded, work in pool.encode(_batches(items, own)):
                 num_empty += work.num_empty
                 for tokens, is_validation, ends, num_bytes in zip(
                     encoded, work.is_validation, work.ends_document, work.num_bytes, strict=True
@@ -430,7 +430,7 @@ def _items(
             if number < first:
                 continue
             progress = (before + document.progress * leaf.size_bytes) / total if is_known and total else None
-            text, data = _to_utf8(document.text)
+            text, data = document.text, document.text.encode()
             after = number + 1
             if not text.strip():
                 yield _Item("", 0, False, leaf_number, after, progress)
@@ -445,23 +445,14 @@ def _items(
         before += leaf.size_bytes
 
 
-def _to_utf8(text: str) -> tuple[str, bytes]:
-    """Return the text and its bytes; lone surrogates, which JSON can smuggle in, become U+FFFD."""
-    try:
-        return text, text.encode()
-    except UnicodeEncodeError:
-        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return mended, mended.encode()
-
-
-def _batches(items: Iterable[_Item]) -> Iterator[tuple[list[str], _Work]]:
-    """Gather documents, cut where they are long, into batches of bounded size."""
+def _batches(items: Iterable[_Item], tokenizer: Tokenizer) -> Iterator[tuple[list[str], _Work]]:
+    """Gather documents, cut where they are long and may be, into batches of bounded size."""
     texts: list[str] = []
     work = _Work()
     size = 0
     for item in items:
         is_long = False
-        pieces = list(cut_text(item.text, _PIECE_CHARS)) if item.text else []
+        pieces = list(cut_for(tokenizer, item.text, _PIECE_CHARS)) if item.text else []
         for number, piece in enumerate(pieces, start=1):
             if texts and size + len(piece) > _BATCH_CHARS:
                 if number > 1:

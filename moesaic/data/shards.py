@@ -245,8 +245,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, ConfigError) as error:
         reason = str(error).split("\n", 1)[0]
         raise DataError(
-            f"{file} is damaged or of another version ({reason}); format {FORMAT} is required; delete {folder} and "
-            f"prepare it again."
+            f"{file} is damaged or of another version ({reason}); format {FORMAT} is required; name another "
+            f"folder, or {remedy}"
         ) from None
 
 

@@ -19,6 +19,8 @@ from moesaic.errors import DataError
 from moesaic.logs import logger
 
 EMBEDDED = "embedded"
+# Where JSONL, parquet and datasets have their text, unless another field is named.
+TEXT_FIELD = "text"
 # A text file up to this length is one document; a longer one is cut at blank lines into documents of this length.
 MAX_DOCUMENT_CHARS = 2**20
 
@@ -71,6 +73,15 @@ class Leaf:
         if self.kind == "parquet":
             return _parquet_documents(self, text_field)
         return _dataset_documents(self, text_field)
+
+
+def mend_text(text: str) -> str:
+    """Return a text that UTF-8 can hold: lone surrogates, which JSON and a command line can smuggle in, are U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def open_sources(sources: Sequence[str | Path]) -> list[Leaf]:
@@ -211,7 +222,7 @@ def _jsonl_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
             place = f"{_label(leaf)}, line {number},"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested too deeply
                 raise DataError(f"{place} is not JSON ({error}); one object a line is required; mend it.") from None
             if not isinstance(record, dict):
                 raise DataError(f"{place} holds {type(record).__name__}; one object a line is required; mend it.")
@@ -299,4 +310,4 @@ def _text(value: Any, text_field: str, place: str) -> str:
             f"{place} has {type(value).__name__} in the field {text_field!r}; text is required; name another field "
             f"with --text-field."
         )
-    return value
+    return mend_text(value)

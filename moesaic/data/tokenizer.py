@@ -138,7 +138,22 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without any begin or end token."""
-        return [each.ids for each in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = [each.ids for each in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [self._spelled(ids) if self._end_of_text_id in ids else ids for ids in found]
+
+    def _spelled(self, ids: list[int]) -> list[int]:
+        """Return ids with the end-of-text token's letters in its place: the model's own vocabulary has it as a word.
+
+        Raises: DataError where a letter is one too.
+        """
+        end, model = self._end_of_text_id, self._inner.model
+        letters = [part.id for letter in self._end_of_text for part in model.tokenize(letter)]
+        if end in letters:
+            raise DataError(
+                f"the tokenizer encodes plain text as its end-of-text token {self._end_of_text!r}; a text must not end "
+                f"itself; use a tokenizer with another token for what it does not know."
+            )
+        return [part for each in ids for part in (letters if each == end else [each])]
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids of a text that a template made: special tokens written out in it are themselves.
@@ -157,6 +172,22 @@ class Tokenizer:
         inner = tokenizers.Tokenizer.from_str(self._json)
         inner.encode_special_tokens = False
         return inner
+
+    @cached_property
+    def may_be_cut(self) -> bool:
+        """Whether pieces of a text, cut as cut.py does, have the tokens of the whole before words, elsewhere its text.
+
+        Not where each piece's beginning is marked, as by a normalizer that prepends `▁`, or tokens go over spaces.
+        """
+
+        def both(first: str, second: str) -> tuple[list[int], list[int]]:
+            return self.encode(first) + self.encode(second), self.encode(first + second)
+
+        words = (both("one", " two"), both("one ", " two"))
+        others = (both("one", "\ntwo"), both("on", "e"))
+        return all(apart == whole for apart, whole in words) and all(
+            self.decode(apart) == self.decode(whole) for apart, whole in others
+        )
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ids; special tokens appear as their names, or not at all."""
@@ -241,6 +272,13 @@ class Tokenizer:
         """The bos_token of the tokenizer's own files, None where they name none."""
         name = self._configured("bos_token")
         return None if name is None else self._inner.token_to_id(name)
+
+    @cached_property
+    def first_id(self) -> int:
+        """The token that stands before a text: what the tokenizer's own post-processor puts there, as a rule its begin
+        token, and where it puts nothing, the end-of-text token, which ends the text before."""
+        marked, plain = (self.encode_prompt("a", add_special_tokens=each) for each in (True, False))
+        return self._end_of_text_id if marked[:1] == plain[:1] else marked[0]
 
     @property
     def special_names(self) -> dict[str, str]:
@@ -400,5 +438,8 @@ def _read(file: Path) -> str:
 
 def _write(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(text.encode("utf-8"))
+    with partial.open("wb") as stream:
+        stream.write(text.encode("utf-8"))
+        stream.flush()
+        os.fsync(stream.fileno())
     partial.replace(file)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moesaic.data.sources import TEXT_FIELD, mend_text
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.model.transformer import Transformer
@@ -76,11 +77,11 @@ def read_labelled(
     tokenizer: Tokenizer,
     *,
     label_field: str,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
     most_documents: int | None = None,
     most_tokens: int = _MOST_TOKENS,
 ) -> list[LabelledDocument]:
-    """Return the documents of a .jsonl file (or .jsonl.gz), an end-of-text token before each.
+    """Return the documents of a .jsonl file (or .jsonl.gz), Tokenizer.first_id before each.
 
     most_documents: of each domain, the first ones. most_tokens: of each document, its beginning.
 
@@ -104,12 +105,12 @@ def read_labelled(
                         f"{path}, line {number} has no {missing[0]!r}; its fields are {', '.join(record)}; name the "
                         f"ones that hold text and label with --text-field and --domain-field."
                     )
-                domain = str(record[label_field])
+                domain, text = (mend_text(str(record[field])) for field in (label_field, text_field))
                 if most_documents is None or counts.get(domain, 0) < most_documents:
-                    ids = (tokenizer.end_of_text_id, *tokenizer.encode(str(record[text_field])))[:most_tokens]
+                    ids = (tokenizer.first_id, *tokenizer.encode(text))[:most_tokens]
                     documents.append(LabelledDocument(domain, ids))
                     counts[domain] = counts.get(domain, 0) + 1
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read ({error}); one JSON object a line, in UTF-8, is required; fetch it again."
         ) from None

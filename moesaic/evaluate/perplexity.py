@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.data.sources import TEXT_FIELD
 from moesaic.errors import ConfigError
 from moesaic.evaluate.text import NOTHING, Windows, read_documents
 from moesaic.model.load import LoadedModel
@@ -70,6 +71,7 @@ def text_windows(
     stride: int | None = None,
     limit_tokens: int | None = None,
     apart: bool | None = None,
+    text_field: str = TEXT_FIELD,
 ) -> Windows:
     """Return the windows of a text for a run: a file, or a prepared folder, of which the validation split is taken.
 
@@ -86,10 +88,10 @@ def text_windows(
             f"{config.data.sequence_length}, which it was trained with."
         )
     return Windows(
-        read_documents(text, loaded.tokenizer, limit_tokens=limit_tokens),
+        read_documents(text, loaded.tokenizer, limit_tokens=limit_tokens, text_field=text_field),
         length=length,
         stride=max(1, length // 2) if stride is None else stride,
-        end_of_text_id=loaded.tokenizer.end_of_text_id,
+        first_id=loaded.tokenizer.first_id,
         apart=config.data.document_mask if apart is None else apart,
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moesaic.data.encode import encode_text
 from moesaic.data.shards import MANIFEST_NAME, ShardSet, TokenStream
-from moesaic.data.sources import open_sources
+from moesaic.data.sources import TEXT_FIELD, open_sources
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 
@@ -39,7 +39,7 @@ def read_documents(
     *,
     split: Literal["train", "validation"] = "validation",
     limit_tokens: int | None = None,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
 ) -> list[TokenDocument]:
     """Return the documents of a source, at most limit_tokens tokens, the last one cut where that is reached.
 
@@ -81,7 +81,7 @@ def _documents(
         num_bytes = 0
         for document in leaf.documents(text_field):
             ids = encode_text(tokenizer, document.text, dtype="int32").astype(np.int32)
-            size = len(document.text.encode("utf-8", "replace"))
+            size = len(document.text.encode())
             if leaf.kind == "text":  # a long file comes in pieces and is one document all the same
                 pieces.append(ids)
                 num_bytes += size
@@ -123,12 +123,12 @@ class WindowBatch:
 class Windows:
     """Every token of some documents, predicted once, with at least length - stride tokens before it where there are.
 
-    Documents stand one behind another, an end-of-text token before each, as in training; or apart, each with that
-    token and nothing else before it. The end-of-text tokens themselves are not predicted, since they stand for no text.
+    Documents stand one behind another, first_id (Tokenizer.first_id) before each, as in training; or apart, each with
+    that token and nothing else before it. The token itself is not predicted, since it stands for no text.
     """
 
     def __init__(
-        self, documents: Sequence[TokenDocument], *, length: int, stride: int, end_of_text_id: int, apart: bool
+        self, documents: Sequence[TokenDocument], *, length: int, stride: int, first_id: int, apart: bool
     ) -> None:
         """Raises: ConfigError for a length below 1 or a stride outside 1..length."""
         if length < 1:
@@ -142,8 +142,8 @@ class Windows:
         self.num_documents = len(documents)
         self.num_tokens = sum(len(document.ids) for document in documents)
         self.num_bytes = sum(document.num_bytes for document in documents)
-        self._end_of_text_id = end_of_text_id
-        border = np.array([end_of_text_id], dtype=np.int32)
+        self._first_id = first_id
+        border = np.array([first_id], dtype=np.int32)
         texts = [np.concatenate([border, document.ids]) for document in documents]
         self._texts = texts if apart else [np.concatenate(texts)]
         # (text, first input, first target that is new, last target) of every window, longest first, so that a batch
@@ -165,13 +165,13 @@ class Windows:
 
     def _batch(self, places: list[tuple[int, int, int, int]]) -> WindowBatch:
         longest = max(end - start for _, start, _, end in places)
-        inputs = np.full((len(places), longest), self._end_of_text_id, dtype=np.int64)
+        inputs = np.full((len(places), longest), self._first_id, dtype=np.int64)
         targets = np.full((len(places), longest), NOTHING, dtype=np.int64)
         for row, (number, start, known, end) in enumerate(places):
             text = self._texts[number]
             inputs[row, : end - start] = text[start:end]
             new = text[known + 1 : end + 1]
-            targets[row, known - start : end - start] = np.where(new == self._end_of_text_id, NOTHING, new)
+            targets[row, known - start : end - start] = np.where(new == self._first_id, NOTHING, new)
         return WindowBatch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 

@@ -101,7 +101,9 @@ def quickstart(
 
 def quickstart_config(data_folder: Path, *, short: bool = False) -> TrainConfig:
     """Return the config that quickstart trains the teacher with."""
-    return load_train_config(PRESET, [f"data.path={json.dumps(str(data_folder))}", *(_SHORT if short else ())])
+    # As YAML reads it: of JSON's escapes it takes the two halves of a character beyond U+FFFF for two.
+    path = json.dumps(str(data_folder), ensure_ascii=False)
+    return load_train_config(PRESET, [f"data.path={path}", *(_SHORT if short else ())])
 
 
 def _describe(config: TrainConfig) -> str:

@@ -65,6 +65,7 @@ def test_top_1_without_the_mlp_says_what_it_does(cli: Any, dense_run: Path, tmp_
         (["{run}", "{out}", "--experts", "four"], "ConfigError: --experts (four) is not a list of integers"),
         (["{run}", "{out}", "--experts", "4", "--layers", "1-3"], "ConfigError: --layers (1-3) is not a list"),
         (["{run}", "{out}", "--experts", "4", "--layers", "1", "--every", "2"], "ConfigError: layers (1) and every"),
+        (["{run}", "{out}", "--experts", "8,2", "--layers", "3,1"], "ConfigError: moe.layers ([3, 1]) does not rise"),
         (["{run}", "{out}", "--experts", "4", "--granularity", "2"], "ConfigError: granularity (2)"),
     ],
 )

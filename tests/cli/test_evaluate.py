@@ -39,6 +39,15 @@ def test_prepared_shards_are_a_text_too(cli: Any, trained_run: Path, tiny_data: 
     assert packed["documents"] > 1 and packed["loss"] != apart["loss"]
 
 
+def test_the_text_is_in_the_field_that_is_named(cli: Any, trained_run: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": text.read_text()}), encoding="utf-8")
+    expected = json.loads(cli("evaluate", trained_run, "--text", text, "--json").out)
+    command = ["evaluate", trained_run, "--text", tmp_path / "text.jsonl", "--json"]
+    found = json.loads(cli(*command, "--text-field", "body").out)
+    assert (found["loss"], found["tokens"]) == (expected["loss"], expected["tokens"])
+    assert "name the right one with --text-field: body" in cli(*command).err
+
+
 RECORDS = [{"goal": f"Go {n}", "sol1": "The License.", "sol2": "No Work at all.", "label": n % 2} for n in range(5)]
 
 
@@ -124,6 +133,8 @@ def test_domains_are_measured_kept_and_drawn(cli: Any, own_run: Path, labelled: 
         (["{run}"], "ConfigError: nothing to evaluate was given"),
         (["{run}", "--text", "{text}", "--shots", "2"], "ConfigError: --shots was given without --tasks"),
         (["{run}", "--tasks", "piqa", "--window", "9"], "ConfigError: --window was given without --text"),
+        (["{run}", "--tasks", "piqa", "--text-field", "body"], "ConfigError: --text-field was given without --text"),
+        (["{run}", "--text", "{text}", "--domain-field", "a"], "ConfigError: --domain-field was given without --dom"),
         (["{run}", "--tasks", "piqq"], "ConfigError: there is no task 'piqq'; the nearest are piqa"),
         (["{run}", "--tasks", "piqa", "--limit", "0"], "ConfigError: limit (0)"),
         (["{run}", "--tasks", "piqa", "--shots", "-1"], "ConfigError: shots (-1)"),

@@ -1,9 +1,11 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run
 
@@ -43,6 +45,28 @@ def test_a_character_of_several_tokens_is_printed_once_it_is_whole(
     expected = tokenizer.decode(ids[: len(ids) - cut])
     assert result.out == f"x{expected}\n"
     assert expected.endswith("\ufffd") == bool(cut)
+
+
+@pytest.mark.parametrize("prompt", ["The License", "", "Work<|endoftext|>License"])
+def test_a_prompt_is_encoded_as_the_server_does(
+    cli: Any, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beginning_tokenizer: Tokenizer,
+    prompt: str,
+) -> None:  # fmt: skip
+    """Behind the begin token, where the tokenizer puts one; special tokens written out in it are themselves."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "tokenizer_config.json").unlink()
+    beginning_tokenizer.save(run)
+    given: list[list[int]] = []
+    monkeypatch.setattr("moesaic.model.generate.stream", lambda _, ids, **__: iter(given.append(ids) or ()))
+    assert cli("generate", run, "--prompt", prompt).status == 0
+    assert given == [beginning_tokenizer.encode_prompt(prompt, add_special_tokens=True)]
+    assert given[0][0] == beginning_tokenizer.first_id
+
+
+def test_a_prompt_that_is_not_utf8_is_mended(cli: Any, trained_run: Path) -> None:
+    """As Python hands over the byte 0xff of a command line."""
+    result = cli("generate", trained_run, "--prompt", "The \udcff", "--max-new-tokens", "1", "--json")
+    assert result.status == 0 and json.loads(result.out)["prompt"] == "The \ufffd"
 
 
 def test_an_empty_prompt_starts_a_document(cli: Any, trained_run: Path) -> None:

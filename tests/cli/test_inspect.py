@@ -1,6 +1,7 @@
 """`moesaic inspect` shows presets, files and runs, in tables and in JSON, and imports torch only for runs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,19 @@ def test_a_step_of_a_run_shows_the_run_up_to_there(run: Path, capsys: pytest.Cap
     assert "up to step 10" in text and "this one" in text and "resumed" not in text
     with pytest.raises(CheckpointError, match="it has 10, 20, 30"):
         inspect(f"{run}@15")
+
+
+def test_a_run_whose_path_holds_an_at_is_that_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also beside a run of the name before it."""
+    other, own = tmp_path / "a", tmp_path / "a@b"
+    other.mkdir()
+    write_config(load_train_config("dense-tiny", ["data.path=corpus"]), other / "config.yaml")
+    shutil.copytree(run, own)
+    for source, step in ((f"{own}", 20), (f"{own}@10", 10)):
+        values = as_json(capsys, source)
+        assert values["checkpoint"] == step and values["parameters"] == as_json(capsys, str(run))["parameters"]
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

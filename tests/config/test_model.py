@@ -44,10 +44,10 @@ def test_moe_on_every_nth_layer_the_nth_first() -> None:
     assert model({"num_experts": 4, "every": 4}).moe_layers == (3,)
 
 
-def test_moe_on_named_layers_in_any_order() -> None:
-    config = model({"num_experts": [2, 8], "layers": [4, 1]})
+def test_moe_on_named_layers() -> None:
+    config = model({"num_experts": [2, 8], "layers": [1, 4]})
     assert config.moe_layers == (1, 4)
-    assert [config.layers[index].num_experts for index in (1, 4)] == [2, 8], "values go by depth"
+    assert [config.layers[index].num_experts for index in (1, 4)] == [2, 8]
 
 
 def test_a_pyramid_gives_each_moe_layer_its_own_values() -> None:
@@ -76,6 +76,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layer out of range": ({"moe": {"num_experts": 4, "layers": [1, 6]}}, "moe.layers ([1, 6])"),
     "layer below zero": ({"moe": {"num_experts": 4, "layers": [-1]}}, "moe.layers ([-1])"),
     "layer twice": ({"moe": {"num_experts": 4, "layers": [1, 1]}}, "moe.layers ([1, 1])"),
+    "layers that do not rise": (
+        {"moe": {"num_experts": [2, 8], "layers": [4, 1]}},
+        "moe.layers ([4, 1]) does not rise",
+    ),
     "no layers": ({"moe": {"num_experts": 4, "layers": []}}, "moe.layers ([])"),
     "counts for other layers": ({"moe": {"num_experts": [4, 4], "every": 2}}, "moe.num_experts has 2 values"),
     "no counts": ({"moe": {"num_experts": []}}, "moe.num_experts has 0 values"),

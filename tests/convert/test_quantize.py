@@ -244,6 +244,17 @@ def test_a_text_must_be_there(make_run: Any, tmp_path: Path, tiny_data: Path) ->
     assert resolve_calibration(None, run, is_int4=True) is None
 
 
+def test_a_run_without_data_has_no_text_of_its_own(
+    make_run: Any, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a manifest.json of the current folder one."""
+    run = make_run("moe", data={"path": "", "sequence_length": 32})
+    monkeypatch.chdir(tiny_data)
+    assert resolve_calibration(None, run, is_int4=True) is None
+    with pytest.raises(DataError, match=r"no text is given and the run has no data of its own; .*; name one with --t"):
+        quantize(run, tmp_path / "out")
+
+
 def test_which_text_calibrates(make_run: Any, tiny_data: Path) -> None:
     run = make_run("moe")
     assert resolve_calibration(None, run, is_int4=True) == str(tiny_data)
@@ -269,6 +280,30 @@ def test_calibration_is_spread_over_the_whole_text(make_run: Any, tmp_path: Path
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(DataError, match=r"holds \d+ tokens; .*; name a longer text"):
         calibration_batches(tmp_path / "short.txt", tokenizer, config, num_tokens=320)
+
+
+def test_texts_are_in_the_field_that_is_named(make_run: Any, tmp_path: Path, tiny_data: Path) -> None:
+    run, text = make_run("moe"), "The Licensor shall not be liable. " * 30
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": text}))
+    options = {"experts": "int4", "rest": "int4", "calibration_tokens": 128}
+    plain, named = tmp_path / "text.txt", tmp_path / "text.jsonl"
+    expected = quantize(run, tmp_path / "a", text=plain, calibrate=plain, **options)
+    found = quantize(run, tmp_path / "b", text=named, calibrate=named, text_field="body", **options)
+    assert (found.reference, found.quantized, found.kl) == (expected.reference, expected.quantized, expected.kl)
+    with pytest.raises(ConfigError, match=r"text_field \(body\) is given and no text .*; shards .*; name a text"):
+        quantize(run, tmp_path / "c", calibrate=tiny_data, text_field="body", experts="int4")
+
+
+def test_calibration_text_stands_behind_the_begin_token_where_the_tokenizer_puts_one(
+    make_run: Any, tmp_path: Path, beginning_tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "text.txt").write_text("The Licensor shall not be liable. " * 30)
+    (first, *_) = calibration_batches(
+        tmp_path / "text.txt", beginning_tokenizer, load_run_config(make_run("moe")), num_tokens=32
+    )
+    expected = beginning_tokenizer.encode_prompt((tmp_path / "text.txt").read_text(), add_special_tokens=True)
+    assert first.tolist() == [expected[:32]]
 
 
 @pytest.mark.parametrize("calibrate", [True, False])

@@ -167,6 +167,7 @@ def test_leaves_do_not_depend_on_where_a_folder_lies(tmp_path: Path) -> None:
         ("c.jsonl", b'{"body": "x", "id": 1}\n', r"c\.jsonl, line 1, has no field 'text'.*--text-field: body, id"),
         ("d.jsonl", b'{"text": 3}\n', r"d\.jsonl, line 1, has int in the field 'text'"),
         ("e.jsonl", b'{"text": "caf\xe9"}\n', r"e\.jsonl, line 1, is not JSON"),
+        ("f.jsonl", b"[" * 100_000, r"f\.jsonl, line 1, is not JSON"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a whole parquet file"),
         ("a.csv", b"x", r"a\.csv ends in '\.csv'; files ending in \.txt"),
         ("noending", b"x", r"ends in 'nothing'"),

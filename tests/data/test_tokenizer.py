@@ -1,11 +1,12 @@
 """The tokenizer loses nothing, never ends a text by what is written in it, and names what is wrong with a file."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from moesaic.data.corpus import embedded_corpus
 from moesaic.data.shards import ShardSet
@@ -89,6 +90,23 @@ def test_saving_and_loading_keeps_everything(tokenizer: Tokenizer, tmp_path: Pat
         assert loaded.encode(ODD_TEXTS[5]) == tokenizer.encode(ODD_TEXTS[5])
 
 
+def test_files_are_on_the_disk_before_they_take_their_names(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave an empty file in the place of a whole one."""
+    synced = []
+
+    def fsync(handle: int) -> None:
+        stat = os.fstat(handle)
+        synced.append((stat.st_ino, stat.st_size))
+        assert not (tmp_path / "tokenizer.json").exists()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    tokenizer.save(tmp_path)
+    found = [path.stat() for path in tmp_path.iterdir()]
+    assert sorted(synced) == sorted((stat.st_ino, stat.st_size) for stat in found) and len(found) == 2
+
+
 def test_files_are_written_as_they_were_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Byte for byte: their order and spacing, line ends, escapes, and a truncation that is not applied here."""
     values = json.loads(tokenizer.json_text) | {"truncation": {"max_length": 3, "strategy": "LongestFirst",
@@ -162,6 +180,29 @@ def test_an_end_that_is_not_marked_special_still_never_ends_a_text() -> None:
     assert tokenizer.end_of_text_id not in tokenizer.encode("abc</s>def")
 
 
+@pytest.mark.parametrize("letters", ["abcdefgh▁<>/s", "abcdefgh▁"])
+def test_an_end_that_the_vocabulary_has_as_a_word_never_ends_a_text(letters: str) -> None:
+    """As T5's and other Unigram models have it; letters that they lack are unknown."""
+    vocabulary = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -9.0) for letter in letters)]
+    inner = tokenizers.Tokenizer(models.Unigram(vocabulary, 0, False))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<unk>", "</s>")])
+    tokenizer = Tokenizer(inner.to_str())
+    text = "abc</s> abc</s></s>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.end_of_text == "</s>" and tokenizer.end_of_text_id not in ids
+    if "<" in letters:
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("abc x") == [*tokenizer.encode("abc"), inner.token_to_id("▁"), 0], "unknown as before"
+
+
+def test_an_end_that_stands_for_unknown_words_is_refused() -> None:
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="</s>"))
+    inner.add_special_tokens([AddedToken("</s>", special=True)])
+    with pytest.raises(DataError, match=r"encodes plain text as its end-of-text token '</s>'.*; .*; use a tokenizer"):
+        Tokenizer(inner.to_str()).encode("b")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -223,6 +264,24 @@ def test_the_files_that_came_along_name_the_begin_token(tiny_data: Path) -> None
     named = Tokenizer(tokenizer.json_text, companions={"tokenizer_config.json": config})
     assert named.begin_of_text_id == tokenizer.encode("a")[0]
     assert named.special_names == {"bos_token": "a", "eos_token": "<|endoftext|>"}
+
+
+def test_a_text_stands_behind_what_the_post_processor_puts_there_else_the_end_of_another(
+    tiny_data: Path, beginning_tokenizer: Tokenizer
+) -> None:
+    plain = Tokenizer.load(tiny_data)
+    assert plain.first_id == plain.end_of_text_id
+    assert beginning_tokenizer.first_id == beginning_tokenizer.begin_of_text_id != plain.end_of_text_id
+    assert beginning_tokenizer.encode_prompt("Work", add_special_tokens=True) == [
+        beginning_tokenizer.first_id,
+        *plain.encode("Work"),
+    ]
+    # A name in tokenizer_config.json alone puts nothing there; nor does an end behind the text.
+    companions = beginning_tokenizer.companions
+    assert Tokenizer(plain.json_text, companions=companions).first_id == plain.end_of_text_id
+    values = json.loads(beginning_tokenizer.json_text)
+    values["post_processor"]["single"].reverse()
+    assert Tokenizer(json.dumps(values), companions=companions).first_id == plain.end_of_text_id
 
 
 def test_token_bytes_make_the_text_and_special_tokens_have_none(tokenizer: Tokenizer) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from moesaic.config.model import ModelConfig
 from moesaic.data.shards import ShardSet
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.evaluate.domains import LabelledDocument, information_bits, measure_domains, read_labelled
 from moesaic.model.pack import pack_transformer
@@ -118,6 +119,24 @@ def test_labelled_text_is_read_and_cut(tiny_data: Path, tmp_path: Path) -> None:
     assert few == [LabelledDocument(document.domain, document.ids[:3]) for document in documents[:2]]
 
 
+def test_labelled_text_stands_behind_the_begin_token_where_the_tokenizer_puts_one(
+    tmp_path: Path, beginning_tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"topic": t, "text": "the Work"}) + "\n" for t in "ab"))
+    documents = read_labelled(tmp_path / "a.jsonl", beginning_tokenizer, label_field="topic")
+    expected = tuple(beginning_tokenizer.encode_prompt("the Work", add_special_tokens=True))
+    assert [document.ids for document in documents] == [expected, expected]
+
+
+def test_lone_surrogates_are_mended(tiny_data: Path, tmp_path: Path) -> None:
+    tokenizer = ShardSet.open(tiny_data).load_tokenizer()
+    rows = [{"topic": topic, "text": "x\ud83d"} for topic in ("a", "b\ud83d")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = read_labelled(tmp_path / "a.jsonl", tokenizer, label_field="topic")
+    assert [tokenizer.decode(document.ids[1:]) for document in documents] == ["x\ufffd"] * 2
+    assert [document.domain for document in documents] == ["a", "b\ufffd"]
+
+
 def test_text_that_is_not_labelled_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     tokenizer = ShardSet.open(tiny_data).load_tokenizer()
     path = tmp_path / "a.jsonl"
@@ -126,6 +145,7 @@ def test_text_that_is_not_labelled_is_refused(tiny_data: Path, tmp_path: Path) -
     for content, message in (
         ('{"text": "x", "subject": "law"}\n', r"line 1 has no 'topic'; its fields are text, subject; name"),
         ('{"text": "x", "topic": "law"}\n' * 2, r"has 1 domains in 'topic'; .*; name another"),
+        ("[" * 100_000, r"cannot be read .*; fetch it again"),
         ('{"text": ', r"cannot be read .*; fetch it again"),
         ("", r"has 0 domains"),
     ):

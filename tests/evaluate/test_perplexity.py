@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from moesaic.config.model import ModelConfig
 from moesaic.data.shards import ShardSet
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.evaluate.perplexity import compare, measure_perplexity, record_reference, text_windows
 from moesaic.evaluate.text import NOTHING, TokenDocument, Windows, read_documents
@@ -48,7 +49,7 @@ def make_documents(*lengths: int) -> list[TokenDocument]:
 
 
 def make_windows(*lengths: int, length: int = 8, stride: int = 3, apart: bool = False) -> Windows:
-    return Windows(make_documents(*lengths), length=length, stride=stride, end_of_text_id=END, apart=apart)
+    return Windows(make_documents(*lengths), length=length, stride=stride, first_id=END, apart=apart)
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -59,7 +60,7 @@ def test_every_token_is_predicted_once_from_what_stands_before_it(
 ) -> None:
     documents = make_documents(*lengths)
     for stride in sorted({1, length // 2 or 1, length}):
-        windows = Windows(documents, length=length, stride=stride, end_of_text_id=END, apart=apart)
+        windows = Windows(documents, length=length, stride=stride, first_id=END, apart=apart)
         predicted: dict[tuple[int, ...], int] = {}
         texts = [[END, *document.ids.tolist()] for document in documents]
         if not apart:
@@ -91,7 +92,7 @@ def test_every_token_is_predicted_once_from_what_stands_before_it(
 def test_it_is_the_loss_of_each_token_in_its_window(moe: object, apart: bool) -> None:
     model = make_model(moe=moe, dropout=0.5).train()
     documents = make_documents(23, 5, 9)
-    windows = Windows(documents, length=10, stride=4, end_of_text_id=END, apart=apart)
+    windows = Windows(documents, length=10, stride=4, first_id=END, apart=apart)
     result = measure_perplexity(model, windows, device=CPU)
     assert model.training
     model.eval()
@@ -172,6 +173,29 @@ def test_text_and_the_shards_made_of_it_are_the_same_documents(tiny_data: Path) 
     assert sorted(both) == sorted(document.ids.tolist() for document in from_text)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_each_text_stands_behind_the_begin_token_where_the_tokenizer_puts_one(
+    make_config: Any, tmp_path: Path, beginning_tokenizer: Tokenizer, apart: bool
+) -> None:
+    config = make_config()
+    model = Transformer(config.model).initialize(0)
+    loaded = LoadedModel(model, beginning_tokenizer, config, None, CPU)  # type: ignore[arg-type]
+    texts = ["The License", "the Work"]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    windows = text_windows(loaded, tmp_path / "text.jsonl", window=32, stride=32, apart=apart)
+    encoded = [beginning_tokenizer.encode_prompt(text, add_special_tokens=True) for text in texts]
+    (batch,) = windows
+    found = batch.inputs.tolist()
+    if apart:
+        assert sorted(row[: len(ids) - 1] for row, ids in zip(found, encoded, strict=True)) == sorted(
+            ids[:-1] for ids in encoded
+        )
+    else:
+        assert found == [[*encoded[0], *encoded[1][:-1]]]
+    predicted = [token for ids in encoded for token in ids[1:]]
+    assert sorted(batch.targets[batch.targets != NOTHING].tolist()) == sorted(predicted)
+
+
 def test_a_long_text_file_is_one_document(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesaic.data.sources.MAX_DOCUMENT_CHARS", 100)
     tokenizer = ShardSet.open(tiny_data).load_tokenizer()
@@ -179,6 +203,14 @@ def test_a_long_text_file_is_one_document(tiny_data: Path, tmp_path: Path, monke
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     (document,) = read_documents(tmp_path / "long.txt", tokenizer)
     assert tokenizer.decode(document.ids.tolist()) == text and document.num_bytes == len(text.encode())
+
+
+def test_a_lone_surrogate_is_measured_as_prepare_mends_it(tiny_data: Path, tmp_path: Path) -> None:
+    tokenizer = ShardSet.open(tiny_data).load_tokenizer()
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "hello \ud83d world"}))
+    (document,) = read_documents(tmp_path / "text.jsonl", tokenizer)
+    assert tokenizer.decode(document.ids.tolist()) == "hello \ufffd world"
+    assert document.num_bytes == len("hello \ufffd world".encode())
 
 
 def test_a_limit_cuts_tokens_and_bytes(tiny_data: Path) -> None:

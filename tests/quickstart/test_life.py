@@ -73,6 +73,11 @@ def test_the_whole_life_cycle_and_once_more(tmp_path: Path) -> None:
         quickstart(run)
 
 
+def test_the_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "d 😀: é"
+    assert quickstart_config(folder).data.path == str(folder)
+
+
 def test_short_changes_the_length_and_not_the_model(tmp_path: Path) -> None:
     short, full = quickstart_config(tmp_path, short=True), quickstart_config(tmp_path)
     assert short.model == full.model == load_train_config(PRESET, [f"data.path={tmp_path}"]).model
