@@ -26,6 +26,7 @@ from moesaic.data.shards import ShardSet
 from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moesaic.evaluate.validation import validation_loss
+from moesaic.folders import FolderLock
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import measure_limits
@@ -42,7 +43,7 @@ from moesaic.report.records import EvaluationRecord, ExpertRecord, TrainRecord
 from moesaic.train.initial import InitialRun
 from moesaic.train.interrupt import StopRequest
 from moesaic.train.loss import Losses, language_model_loss
-from moesaic.train.metrics import MetricsWriter
+from moesaic.train.metrics import MetricsWriter, refuse_metrics
 from moesaic.train.objective import NextToken, Objective, RunStart
 from moesaic.train.optim import Optimizers, clip_gradients
 from moesaic.train.provenance import write_provenance
@@ -130,7 +131,16 @@ class Trainer:
         self.seconds = 0.0
         self.validation_loss: float | None = None
         self.objective = objective or NextToken()
+        self._lock = self._hold_folder()
+        try:
+            self._set_up()
+        except BaseException:
+            self._lock.release()
+            raise
 
+    def _set_up(self) -> None:
+        """Check everything, build model and data, load what a resumed run has, and write the folder at last."""
+        config, run_folder, resume = self.config, self.run_folder, self.resumes
         self._check_folder()
         shards = self._open_data()
         tokenizer = shards.load_tokenizer()
@@ -244,6 +254,11 @@ class Trainer:
         self._event(message)
 
     def run(self) -> TrainResult:
+        """Train to the end or to a signal, and let go of the run folder."""
+        with self._lock:
+            return self._run()
+
+    def _run(self) -> TrainResult:
         config = self.config
         window = Window()
         watch = ExpertWatch()
@@ -402,6 +417,19 @@ class Trainer:
             )
         return ShardSet.open(path)
 
+    def _hold_folder(self) -> FolderLock:
+        """Keep other processes out of the run folder from here on; _check_folder may trust what it sees."""
+        try:
+            return FolderLock(self.run_folder)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"{self.run_folder} cannot be written ({error.strerror or error}); a run needs a folder with room for its "
+            f"checkpoints; free some space, or name another folder."
+        )
+
     def _check_folder(self) -> None:
         """Refuse a new run where there is one, and resuming where there is none or another."""
         exists = (self.run_folder / "config.yaml").exists()
@@ -418,6 +446,8 @@ class Trainer:
                 f"{self.run_folder} already holds a run; a new run needs a folder of its own; go on with it by "
                 f"--resume (resume=True), or name another folder."
             )
+        else:
+            refuse_metrics(self.run_folder)
 
     def _check_trainable(self) -> None:
         infos = list_checkpoints(self.run_folder)
@@ -453,7 +483,6 @@ class Trainer:
     def _write_folder(self, tokenizer: Tokenizer) -> None:
         """Write what a run folder holds besides checkpoints and metrics; every file is replaced whole."""
         try:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
             if self.initial is not None:  # with its chat template, which the data's may have come without
                 self.initial.tokenizer.save(self.run_folder)
             elif self.config.init_from is None or not (self.run_folder / TOKENIZER_NAME).is_file():
@@ -470,10 +499,7 @@ class Trainer:
             write_config(self.config, temporary)
             temporary.replace(self.run_folder / "config.yaml")
         except OSError as error:
-            raise TrainingError(
-                f"{self.run_folder} cannot be written ({error.strerror or error}); a run needs a folder with room for "
-                f"its checkpoints; free some space, or name another folder."
-            ) from None
+            raise self._unwritable(error) from None
 
     def _resume(self) -> dict[str, Any] | None:
         """Go on from the last good checkpoint; return the objective's state there, None where there is none yet."""

@@ -18,9 +18,10 @@ from torch import Tensor
 from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, load_tensors, resolve_checkpoint
 from moesaic.config.train import TrainConfig
 from moesaic.data.prepare import prepare
-from moesaic.errors import CheckpointError, ConfigError, DataError, DeviceError, TrainingError
+from moesaic.errors import CheckpointError, ConfigError, DataError, DeviceError, FolderInUseError, TrainingError
+from moesaic.folders import FolderLock
 from moesaic.model.load import load_run_config
-from moesaic.report.records import EvaluationRecord, TrainRecord, read_metrics
+from moesaic.report.records import EvaluationRecord, MetricsError, TrainRecord, read_metrics
 from moesaic.train.loop import MOST_SKIPPED_IN_A_ROW, Trainer, train
 
 MakeConfig = Callable[..., TrainConfig]
@@ -411,6 +412,47 @@ def test_a_folder_with_a_run_takes_no_other(make_config: MakeConfig, tmp_path: P
         train(config, tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"no run to resume; .*config.yaml.*; .*without --resume"):
         train(config, tmp_path / "run", resume=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_another_process_writes_is_left_as_it_is(
+    make_config: MakeConfig, tmp_path: Path, resume: bool
+) -> None:
+    config = make_config(steps=8)
+    if resume:
+        train(config, tmp_path / "run", display=Display(5, interrupt))
+        (tmp_path / "run" / "checkpoints" / ".writing-step-00000006").mkdir()
+        (tmp_path / "run" / "checkpoints" / ".writing-step-00000006" / "model.safetensors").write_bytes(b"half")
+    with FolderLock(tmp_path / "run"):
+        before = contents(tmp_path / "run")
+        with pytest.raises(FolderInUseError, match="is being written by"):
+            train(config, tmp_path / "run", resume=resume)
+        assert contents(tmp_path / "run") == before
+
+
+def test_a_run_holds_its_folder_from_its_start_to_its_end(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=4)
+    trainer = Trainer(config, tmp_path / "run", device="cpu", resume=False, display=None)
+    before = contents(tmp_path / "run")
+    for resume in (False, True):
+        with pytest.raises(FolderInUseError, match="is being written by"):
+            train(config, tmp_path / "run", resume=resume)
+    assert contents(tmp_path / "run") == before
+    trainer.run()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run", resume=True)
+
+
+def test_metrics_of_another_run_are_refused_before_anything_is_written(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(MetricsError, match="already holds metrics"):
+        train(make_config(steps=4), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize(
