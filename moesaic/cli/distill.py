@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,9 +65,8 @@ def distill(
 
     Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
     """
-    from moesaic.config.load import load_train_config
     from moesaic.distill.report import try_report
-    from moesaic.distill.run import make_trainer, student_config
+    from moesaic.distill.run import make_trainer, resumed_config, student_config
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
 
@@ -82,19 +82,15 @@ def distill(
         if value is not None
     ]
     settings += assignments or []
-    own = output / "config.yaml"
-    if resume and own.is_file() and not _is_run(teacher):
-        # A student that has got beyond its teacher needs it no more.
-        config = load_train_config(own, [*settings, f"distill.teacher={json.dumps(teacher)}", "init_from=null"])
-    else:
-        config = student_config(
-            teacher,
-            settings,
-            student=student,
-            num_layers=layers,
-            num_experts=None if experts is None else _counts(experts),
-            is_dense=dense,
-        )
+    make_config = partial(resumed_config, output) if resume and (output / "config.yaml").is_file() else student_config
+    config = make_config(
+        teacher,
+        settings,
+        student=student,
+        num_layers=layers,
+        num_experts=None if experts is None else _counts(experts),
+        is_dense=dense,
+    )
     if config.distill is not None and config.distill.cache is not None and not resume:
         _write_cache(config, cache_top_k, device, is_quiet=as_json)
     display = None if as_json else TrainingDisplay(total_tokens=config.tokens, title="distilling")
@@ -177,17 +173,6 @@ def _print(report: "DistillationReport") -> None:
     if report.task_retention is not None:
         summary += f"; it keeps {report.task_retention:.1%} of its mean task score"
     console.print(f"{summary}.", soft_wrap=True, highlight=False)
-
-
-def _is_run(name: str) -> bool:
-    from moesaic.checkpoint.store import resolve_checkpoint
-    from moesaic.errors import CheckpointError
-
-    try:
-        resolve_checkpoint(name)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _counts(text: str) -> int | list[int]:

@@ -1,11 +1,14 @@
 """A student's run: its config from a teacher's, and the training of it. The loop itself is train/'s."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moesaic.config.base import leaves
 from moesaic.config.distill import DistillConfig
-from moesaic.config.load import apply_assignments, merge, read_values, run_folder_of
+from moesaic.config.load import apply_assignments, load_train_config, merge, read_values, run_folder_of
+from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
 from moesaic.distill.objective import Distillation
 from moesaic.distill.student import default_map, kept_layers, model_of_layers, student_model, with_experts
@@ -54,8 +57,7 @@ def student_config(
                 f"a student of its own config ({student}) is given together with layers, experts or dense, which "
                 f"change the teacher's; one of the two makes the model; leave one out."
             )
-        folder = run_folder_of(student)
-        values = read_values(student if folder is None else folder / "config.yaml")
+        values = _values_of(student)
         values["distill"] = merge(values.get("distill") or {}, section)
     else:
         values = {**run.config.to_dict(), "distill": section}
@@ -82,6 +84,59 @@ def student_config(
         layer_map = default_map(run.config.model, config.model)
         config = config.replace(distill=config.distill.replace(layer_map=layer_map))
     return config
+
+
+def resumed_config(
+    run_folder: str | Path,
+    teacher: str | Path,
+    assignments: Sequence[str] = (),
+    *,
+    student: str | Path | None = None,
+    num_layers: int | None = None,
+    num_experts: int | Sequence[int] | None = None,
+    is_dense: bool = False,
+) -> TrainConfig:
+    """Return the config that a resumed student goes on with: its own, with `--set` assignments applied.
+
+    What the teacher's config says by now is nothing to it. What chose its model when it began (student, num_layers,
+    num_experts, is_dense) may be given again, and has to agree.
+
+    Raises: ConfigError.
+    """
+    teacher_is = f"distill.teacher={json.dumps(str(teacher), ensure_ascii=False)}"
+    config = load_train_config(Path(run_folder) / "config.yaml", [*assignments, teacher_is, "init_from=null"])
+    model = config.model
+    counts = [model.layers[layer].num_experts for layer in model.moe_layers]
+    differs = []
+    if num_layers not in (None, model.num_layers):
+        differs.append(f"layers ({num_layers}, there {model.num_layers})")
+    if num_experts is not None:
+        asked = [num_experts] * len(counts) if isinstance(num_experts, int) else list(num_experts)
+        if asked != counts or not counts:
+            differs.append(f"experts ({num_experts}, there {counts or 'none'})")
+    if is_dense and counts:
+        differs.append(f"dense (there are {counts} experts)")
+    if student is not None:
+        given = ModelConfig.from_dict(
+            apply_assignments(_values_of(student), assignments).get("model") or {}, path="model"
+        )
+        before, now = leaves(model.to_dict()), leaves(given.to_dict())
+        differs += [
+            f"model.{key} of {student} ({now.get(key)}, there {before.get(key)})"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+    if differs:
+        raise ConfigError(
+            f"{', '.join(differs[:5])}: not as in {Path(run_folder) / 'config.yaml'}; a resumed student keeps its "
+            f"model; leave the options that make one out, or start a new run in another folder."
+        )
+    return config
+
+
+def _values_of(student: str | Path) -> dict[str, Any]:
+    folder = run_folder_of(student)
+    return read_values(student if folder is None else folder / "config.yaml")
 
 
 def _layer_map(run: TeacherRun, given: Any, num_layers: int | None) -> tuple[int, ...]:

@@ -59,6 +59,38 @@ def test_json_is_the_result_with_its_report_and_resuming_makes_it_again(
     assert "no report of the distillation" in alone.err
 
 
+def test_a_resumed_student_keeps_its_own_config_whatever_its_teacher_has_become(
+    cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    teacher, run = tmp_path / "teacher", tmp_path / "student"
+    shutil.copytree(trained_run, teacher)
+    command = ["distill", teacher, run, "--data", tiny_data, "--layers", 2, "--experts", "2,4", "--json"]
+    assert cli(*command, "--set", "seed=7").status == 0  # for the teacher's 256 tokens
+    own = (run / "config.yaml").read_text()
+    longer = cli("train", teacher, "--output", teacher, "--resume", "--set", "tokens=320", "--json")
+    assert json.loads(longer.out)["tokens"] == 320
+    result = cli(*command, "--resume")
+    assert result.status == 0 and json.loads(result.out)["tokens"] == 256, result.err
+    assert (run / "config.yaml").read_text() == own
+    # Only what the command line says is changed; and what it says of the model has to agree.
+    assert json.loads(cli(*command, "--resume", "--set", "tokens=320").out)["tokens"] == 320
+    own = (run / "config.yaml").read_text()
+    start = ["distill", teacher, run, "--resume"]
+    for options, message in (
+        (["--layers", 1], "layers (1, there 2)"),
+        (["--experts", 4], "experts (4, there [2, 4])"),
+        (["--dense"], "dense (there are [2, 4] experts)"),
+        (["--student", teacher], "model.moe.num_experts of"),
+    ):
+        refused = cli(*start, *options)
+        assert refused.status == 2 and message in refused.err and refused.err.count(";") >= 2, refused.err
+    assert (run / "config.yaml").read_text() == own
+    shutil.rmtree(teacher)
+    gone = cli(*start, "--layers", 1, "--json")
+    assert gone.status == 2 and "layers (1, there 2)" in gone.err
+    assert cli(*start, "--layers", 2, "--experts", "2,4", "--student", run, "--json").status == 0
+
+
 def test_a_cache_is_written_once_and_read_by_the_next(
     cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
