@@ -4,7 +4,7 @@ Alpha is a function of the tokens (config/distill.py); the automatic schedule ad
 ended, which every checkpoint keeps. Once alpha is 0 for good the teacher is let go, and a resumed run does not need it.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from moesaic.distill.student import (
     has_fewer_experts,
 )
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, ConfigError
 from moesaic.logs import logger
 from moesaic.model.load import LoadedModel
 from moesaic.model.transformer import Transformer
@@ -45,6 +45,17 @@ class _State:
 
     teacher_sha256: str
     has_ended: bool = False
+    cache_top_k: int | None = None
+
+
+def check_cache_top_k(given: int | None, before: int | None) -> None:
+    """Raise ConfigError unless a resumed student hears its teacher as before: None, running; else the cache's top_k."""
+    if given != before:
+        now, then = ("no cache" if top_k is None else f"a cache of {top_k} tokens" for top_k in (given, before))
+        raise ConfigError(
+            f"distill.cache is {now} and this run began with {then} of each position; a resumed student learns from "
+            f"the same predictions; give the same cache (or none), or start a new run."
+        )
 
 
 class Distillation:
@@ -71,7 +82,7 @@ class Distillation:
         distill, config = self._distill, self._config
         self._device, self._shards = start.device, start.shards
         if start.state is not None:
-            self._state = _State(str(start.state["teacher_sha256"]), bool(start.state["has_ended"]))
+            self._state = _State(**start.state)
             if self._alpha(start.tokens) == 0.0:
                 return
         run = TeacherRun.open(distill.teacher)
@@ -90,10 +101,13 @@ class Distillation:
         run.check_precision(distill.teacher_precision)
         if start.state is None and distill.init == "teacher":
             check_copyable(run, config.model, self._layer_map(run))
+        top_k = None
         if distill.cache is not None:
-            self._source = CachedTeacher.open(
-                distill.cache, CacheKey.of(config, run, start.shards), device=start.device
-            )
+            cached = CachedTeacher.open(distill.cache, CacheKey.of(config, run, start.shards), device=start.device)
+            self._source, top_k = cached, cached.report.top_k
+        if start.state is not None:
+            check_cache_top_k(top_k, self._state.cache_top_k)
+        self._state.cache_top_k = top_k
         self._state.teacher_sha256 = run.sha256
         self._run = run
 
@@ -157,7 +171,7 @@ class Distillation:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"teacher_sha256": self._state.teacher_sha256, "has_ended": self._state.has_ended}
+        return asdict(self._state)
 
     def record(self) -> dict[str, Any] | None:
         if self._run is None:

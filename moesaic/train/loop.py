@@ -467,11 +467,10 @@ class Trainer:
 
     def _check_same_run(self) -> None:
         before, now = leaves(load_run_config(self.run_folder).to_dict()), leaves(self.config.to_dict())
-        free = self.config.free_on_resume
         changed = [
             f"{key} ({now.get(key)}, was {before.get(key)})"
             for key in sorted(now.keys() | before.keys())
-            if now.get(key) != before.get(key) and not key.startswith(free)
+            if now.get(key) != before.get(key) and not self.config.may_change_on_resume(key)
         ]
         if changed:
             raise ConfigError(
