@@ -46,7 +46,7 @@ from moesaic.train.loss import Losses, language_model_loss
 from moesaic.train.metrics import MetricsWriter, refuse_metrics
 from moesaic.train.objective import NextToken, Objective, RunStart
 from moesaic.train.optim import Optimizers, clip_gradients
-from moesaic.train.provenance import write_provenance
+from moesaic.train.provenance import known_data_times, write_provenance
 from moesaic.train.schedule import learning_rate
 
 # So many steps in a row without a finite gradient are no accident.
@@ -153,7 +153,7 @@ class Trainer:
                 f"model.vocab_size ({config.model.vocab_size}) is less than the {tokenizer.vocab_size} tokens of "
                 f"{config.data.path}; every token needs an embedding; use model.vocab_size >= {tokenizer.vocab_size}."
             )
-        self.data_fingerprint = shards.fingerprint
+        self.shards = shards
         self.loader = TrainLoader(
             shards.train,
             sequence_length=config.data.sequence_length,
@@ -489,7 +489,8 @@ class Trainer:
             write_provenance(
                 self.run_folder,
                 data_path=self.config.data.path,
-                data_fingerprint=self.data_fingerprint,
+                data_fingerprint=self.shards.fingerprint,
+                data_times=self.shards.times(),
                 device=self.device,
                 init_from=None if self.initial is None else self.initial.record(),
                 objective=self.objective.record(),
@@ -508,6 +509,7 @@ class Trainer:
             return None
         info, model, optimizer = found
         self.loader.check_state(info.metadata["data"])
+        self.shards.verify(known_times=known_data_times(self.run_folder))
         load_model_state(self.model, model, info)
         self.optimizers.load_named_state(optimizer)
         self.step = info.step

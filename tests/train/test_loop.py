@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor
 from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, load_tensors, resolve_checkpoint
 from moesaic.config.train import TrainConfig
 from moesaic.data.prepare import prepare
+from moesaic.data.shards import hash_file
 from moesaic.errors import CheckpointError, ConfigError, DataError, DeviceError, FolderInUseError, TrainingError
 from moesaic.folders import FolderLock
 from moesaic.model.load import load_run_config
@@ -487,6 +489,31 @@ def test_resuming_with_other_data_is_refused_and_changes_nothing(make_config: Ma
     with pytest.raises(TrainingError, match=r"not the one this run was trained on .*; .*; give the original"):
         train(other, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_data_that_changed_in_its_place_is_refused_and_changes_nothing(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(steps=8)
+    data = Path(shutil.copytree(config.data.path, tmp_path / "data"))
+    config = config.replace(data=config.data.replace(path=str(data)))
+    train(config, tmp_path / "run", display=Display(4, interrupt))
+    before = contents(tmp_path / "run")
+    shard, other = data / "train-00000.bin", data / "validation-00000.bin"
+    original = shard.read_bytes()
+    flip_byte(shard)
+    with pytest.raises(DataError, match=r"train-00000.bin is corrupt: .*; copy the folder again"):
+        train(config, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before
+    # Written again as it was: only what has another time is read.
+    shard.write_bytes(original)
+    hashed = []
+    monkeypatch.setattr("moesaic.data.shards.hash_file", lambda file: hashed.append(file) or hash_file(file))
+    train(config.replace(tokens=6 * 64), tmp_path / "run", resume=True)
+    assert hashed == [shard]
+    os.utime(other, ns=(1, 1))
+    train(config, tmp_path / "run", resume=True)
+    assert hashed == [shard, other]
 
 
 def test_the_same_data_elsewhere_is_the_same_data(make_config: MakeConfig, tmp_path: Path) -> None:
