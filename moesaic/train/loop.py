@@ -130,6 +130,7 @@ class Trainer:
         self.skipped_steps = 0
         self.seconds = 0.0
         self.validation_loss: float | None = None
+        self.evaluated_step = 0  # whose validation_loss is
         self.objective = objective or NextToken()
         self._lock = self._hold_folder()
         try:
@@ -307,8 +308,9 @@ class Trainer:
             stopped_by = stop.name if self.step < config.total_steps else None
             if stopped_by is not None:
                 self._event(f"{stopped_by}: stopping at step {self.step}, with a checkpoint to resume from")
+                if self.evaluated_step != self.step:
+                    self.validation_loss = None
                 if last_saved != self.step:
-                    self.validation_loss = None  # belongs to an earlier step
                     self._save(must_succeed=True)
         self._plot()
         return TrainResult(self.run_folder, self.step, self.tokens, loss, self.validation_loss, stopped_by)
@@ -359,6 +361,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.validation_loss = validation_loss(self.model, self.validation, device=self.device)
+        self.evaluated_step = self.step
         record = EvaluationRecord(
             step=self.step,
             tokens=self.tokens,
@@ -515,7 +518,7 @@ class Trainer:
         self.step = info.step
         self.skipped_steps = int(info.metadata["skipped_steps"])
         self.seconds = float(info.metadata["seconds"])
-        self.validation_loss = info.validation_loss
+        self.validation_loss, self.evaluated_step = info.validation_loss, info.step
         set_aside_after(self.run_folder, info.step)
         return dict(info.metadata.get("objective", {}))
 

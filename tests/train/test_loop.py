@@ -134,6 +134,17 @@ def test_a_stop_right_after_a_checkpoint_keeps_its_validation_loss(make_config: 
     assert info.validation_loss == result.validation_loss is not None
 
 
+def test_a_stop_where_only_an_evaluation_was_due_keeps_its_loss(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(evaluation={"every_tokens": 2 * 64, "sequences": 4})
+    result = train(config, tmp_path / "run", display=Display(6, interrupt))
+    last = list_checkpoints(tmp_path / "run")[-1]
+    record = read_metrics(tmp_path / "run").evaluation[-1]
+    assert (last.step, record.step) == (6, 6)
+    assert last.validation_loss == result.validation_loss == record.loss
+    stopped = train(config, tmp_path / "run", resume=True, display=Display(7, interrupt))
+    assert list_checkpoints(tmp_path / "run")[-1].validation_loss is stopped.validation_loss is None
+
+
 def test_a_stop_in_the_last_step_is_no_stop(make_config: MakeConfig, tmp_path: Path) -> None:
     result = train(make_config(), tmp_path / "run", display=Display(12, interrupt))
     assert result.stopped_by is None and result.validation_loss is not None
