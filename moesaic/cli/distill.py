@@ -67,6 +67,7 @@ def distill(
     """
     from moesaic.distill.report import try_report
     from moesaic.distill.run import make_trainer, resumed_config, student_config
+    from moesaic.errors import ConfigError
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
 
@@ -91,8 +92,13 @@ def distill(
         num_experts=None if experts is None else _counts(experts),
         is_dense=dense,
     )
-    if config.distill is not None and config.distill.cache is not None and not resume:
-        _write_cache(config, cache_top_k, device, is_quiet=as_json)
+    if config.distill is not None and config.distill.cache is not None:
+        _write_cache(config, cache_top_k, device, resumed=output if resume else None, is_quiet=as_json)
+    elif cache_top_k is not None:
+        raise ConfigError(
+            f"--cache-top-k ({cache_top_k}) is given without a cache; it says how many tokens one keeps; give --cache "
+            f"DIR too, or leave it out."
+        )
     display = None if as_json else TrainingDisplay(total_tokens=config.tokens, title="distilling")
     trainer = make_trainer(config, output, device=device, resume=resume, display=display)
     if display is None:
@@ -125,16 +131,18 @@ def distill(
     typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
 
 
-def _write_cache(config: "TrainConfig", top_k: int | None, device: str, *, is_quiet: bool) -> None:
+def _write_cache(
+    config: "TrainConfig", top_k: int | None, device: str, *, resumed: Path | None, is_quiet: bool
+) -> None:
     """Write the cache where there is none, or finish it, and say what it costs and loses."""
     from moesaic.cli.progress import shown_progress
-    from moesaic.distill.cache import write_cache
+    from moesaic.distill.run import write_needed_cache
     from moesaic.kernels.device import select_device
 
     assert config.distill is not None and config.distill.cache is not None
     with shown_progress() as show:
-        report = write_cache(config.distill.cache, config, top_k=top_k, device=select_device(device), on_progress=show)
-    if not is_quiet:
+        report = write_needed_cache(config, resumed, top_k=top_k, device=select_device(device), on_progress=show)
+    if report is not None and not is_quiet:
         typer.echo(
             f"Cached teacher {config.distill.cache}: {report.top_k} tokens of each of {report.num_windows:,} windows, "
             f"{report.num_bytes / 1e6:,.1f} MB ({report.bytes_per_token:.0f} bytes per token); "

@@ -40,12 +40,21 @@ class TeacherSource(Protocol):
 
 
 @dataclass
-class _State:
-    """What of a distillation a checkpoint keeps."""
+class DistillationState:
+    """What of a distillation a checkpoint keeps. cache_top_k None: the teacher runs."""
 
     teacher_sha256: str
     has_ended: bool = False
     cache_top_k: int | None = None
+
+    def alpha(self, config: TrainConfig, tokens: int) -> float:
+        """Return alpha of the step that starts at `tokens`."""
+        assert config.distill is not None
+        return 0.0 if self.has_ended else config.distill.alpha_at(tokens, total_tokens=config.tokens)
+
+    def needs_teacher(self, config: TrainConfig, tokens: int) -> bool:
+        """Whether any step from `tokens` on hears the teacher; alpha never rises again."""
+        return tokens < config.tokens and self.alpha(config, tokens) > 0
 
 
 def check_cache_top_k(given: int | None, before: int | None) -> None:
@@ -70,7 +79,7 @@ class Distillation:
         self._loaded: LoadedModel | None = None
         self._copied: tuple[CopiedLayer, ...] = ()
         self._source: TeacherSource | None = None
-        self._state = _State("")
+        self._state = DistillationState("")
         self._device = torch.device("cpu")
 
     def open(self, start: RunStart) -> None:
@@ -82,8 +91,8 @@ class Distillation:
         distill, config = self._distill, self._config
         self._device, self._shards = start.device, start.shards
         if start.state is not None:
-            self._state = _State(**start.state)
-            if self._alpha(start.tokens) == 0.0:
+            self._state = DistillationState(**start.state)
+            if not self._state.needs_teacher(config, start.tokens):
                 return
         run = TeacherRun.open(distill.teacher)
         if start.state is not None and run.sha256 != self._state.teacher_sha256:
@@ -129,7 +138,7 @@ class Distillation:
                 )  # fmt: skip
 
     def head(self, batch: Batch, *, tokens: int) -> Head:
-        alpha = self._alpha(tokens)
+        alpha = self._state.alpha(self._config, tokens)
         value = torch.tensor(alpha)
         if alpha == 0.0:
             self._source = self._loaded = None
@@ -182,11 +191,6 @@ class Distillation:
             "model_sha256": self._run.sha256,
             "copied": [copied.to_json() for copied in self._copied],
         }
-
-    def _alpha(self, tokens: int) -> float:
-        if self._state.has_ended:
-            return 0.0
-        return self._distill.alpha_at(tokens, total_tokens=self._config.tokens)
 
     def _layer_map(self, run: TeacherRun) -> tuple[int, ...]:
         return self._distill.layer_map or default_map(run.config.model, self._config.model)

@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moesaic.checkpoint.store import list_checkpoints
 from moesaic.config.base import leaves
 from moesaic.config.distill import DistillConfig
 from moesaic.config.load import apply_assignments, load_train_config, merge, read_values, run_folder_of
 from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
-from moesaic.distill.objective import Distillation
+from moesaic.distill.cache import DEFAULT_TOP_K, CacheReport, OnProgress, write_cache
+from moesaic.distill.objective import Distillation, DistillationState, check_cache_top_k
 from moesaic.distill.student import default_map, kept_layers, model_of_layers, student_model, with_experts
 from moesaic.distill.teacher import TeacherRun
 from moesaic.errors import ConfigError
@@ -61,9 +65,10 @@ def student_config(
         values["distill"] = merge(values.get("distill") or {}, section)
     else:
         values = {**run.config.to_dict(), "distill": section}
-        asked = apply_assignments(values, assignments)["distill"]
-        if not isinstance(asked, dict):
-            raise ConfigError(f"distill is set to {asked!r}; a section with keys is required; set distill.KEY=VALUE.")
+    asked = apply_assignments(values, assignments)["distill"]
+    if not isinstance(asked, dict):
+        raise ConfigError(f"distill is set to {asked!r}; a section with keys is required; set distill.KEY=VALUE.")
+    if student is None:
         if asked.get("init") == "teacher":
             section["layer_map"] = _layer_map(run, asked.get("layer_map"), num_layers)
             model = with_experts(
@@ -75,10 +80,12 @@ def student_config(
         if run.config.micro_batch_size == run.config.batch_size:
             values["micro_batch_size"] = None  # it was derived, and is again when --set changes the batch
     values["init_from"] = None
-    values = apply_assignments(values, assignments)
-    if values["distill"].get("cache") is not None and "data" in values:
-        values["data"] = {**values["data"], "fixed_windows": True}
-    config = TrainConfig.from_dict(values)
+    data = values.get("data")
+    if asked.get("cache") is not None and isinstance(data, dict):
+        # A run's config has every key, also those that nobody gave; what a file says is meant, and may be an error.
+        is_file = student is not None and run_folder_of(student) is None
+        values["data"] = {"fixed_windows": True, **data} if is_file else {**data, "fixed_windows": True}
+    config = TrainConfig.from_dict(apply_assignments(values, assignments))
     assert config.distill is not None
     if config.distill.init == "teacher" and config.distill.layer_map is None:
         layer_map = default_map(run.config.model, config.model)
@@ -132,6 +139,30 @@ def resumed_config(
             f"model; leave the options that make one out, or start a new run in another folder."
         )
     return config
+
+
+def write_needed_cache(
+    config: TrainConfig,
+    resumed: str | Path | None,
+    *,
+    top_k: int | None,
+    device: torch.device,
+    on_progress: OnProgress,
+) -> CacheReport | None:
+    """Write the cache of a student's config, or finish it; resumed: the folder of a run that is gone on with.
+
+    None where a resumed run needs its teacher no more. Raises: as write_cache does, and ConfigError for a resumed run
+    that began with another top_k, or without a cache.
+    """
+    assert config.distill is not None and config.distill.cache is not None
+    infos = [] if resumed is None else list_checkpoints(Path(resumed))
+    if infos:
+        state = DistillationState(**infos[-1].metadata["objective"])
+        if not state.needs_teacher(config, infos[-1].metadata["tokens"]):
+            return None
+        top_k = state.cache_top_k if top_k is None else top_k
+        check_cache_top_k(DEFAULT_TOP_K if top_k is None else top_k, state.cache_top_k)
+    return write_cache(config.distill.cache, config, top_k=top_k, device=device, on_progress=on_progress)
 
 
 def _values_of(student: str | Path) -> dict[str, Any]:
