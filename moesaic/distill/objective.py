@@ -25,7 +25,7 @@ from moesaic.distill.student import (
     has_fewer_experts,
 )
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
-from moesaic.errors import CheckpointError, ConfigError
+from moesaic.errors import ConfigError
 from moesaic.logs import logger
 from moesaic.model.load import LoadedModel
 from moesaic.model.transformer import Transformer
@@ -94,13 +94,7 @@ class Distillation:
             self._state = DistillationState(**start.state)
             if not self._state.needs_teacher(config, start.tokens):
                 return
-        run = TeacherRun.open(distill.teacher)
-        if start.state is not None and run.sha256 != self._state.teacher_sha256:
-            raise CheckpointError(
-                f"distill.teacher ({distill.teacher}, sha256 {run.sha256[:12]}) is not the one that this run began "
-                f"with ({self._state.teacher_sha256[:12]}); a resumed student learns from the same teacher; name that "
-                f"run and step, or start a new run."
-            )
+        run = TeacherRun.open(distill.teacher, sha256=None if start.state is None else self._state.teacher_sha256)
         run.check(
             config.model,
             data=config.data.path,

@@ -155,6 +155,7 @@ def write_needed_cache(
     that began with another top_k, or without a cache.
     """
     assert config.distill is not None and config.distill.cache is not None
+    folder = config.distill.cache
     infos = [] if resumed is None else list_checkpoints(Path(resumed))
     if infos:
         state = DistillationState(**infos[-1].metadata["objective"])
@@ -162,7 +163,10 @@ def write_needed_cache(
             return None
         top_k = state.cache_top_k if top_k is None else top_k
         check_cache_top_k(DEFAULT_TOP_K if top_k is None else top_k, state.cache_top_k)
-    return write_cache(config.distill.cache, config, top_k=top_k, device=device, on_progress=on_progress)
+        run = TeacherRun.open(config.distill.teacher, sha256=state.teacher_sha256)
+        teacher = f"{run.folder}@{run.info.step}"
+        config = config.replace(distill=config.distill.replace(teacher=teacher))
+    return write_cache(folder, config, top_k=top_k, device=device, on_progress=on_progress)
 
 
 def _values_of(student: str | Path) -> dict[str, Any]:
