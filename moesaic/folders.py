@@ -1,4 +1,4 @@
-"""What the folders that we write promise: one process at a time writes one."""
+"""What the folders that we write promise: one process at a time writes one, and its files are replaced whole."""
 
 import os
 import weakref
@@ -33,6 +33,33 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by one with this text: whatever happens, it is the old one or, on the disk, the new one.
+
+    Raises: OSError, and then nothing has changed.
+    """
+    temporary = path.with_name(f".writing-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name != "posix" and path.is_dir():  # which Windows cannot open
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lock(folder: Path) -> int | None:

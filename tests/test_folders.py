@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.errors import FolderInUseError
-from moesaic.folders import FolderLock
+from moesaic.folders import FolderLock, write_whole
 
 fcntl = pytest.importorskip("fcntl", reason="no locks of the system")
 
@@ -81,6 +81,28 @@ def test_a_folder_that_is_removed_meanwhile_is_made_again(tmp_path: Path, monkey
         monkeypatch.undo()
         with pytest.raises(FolderInUseError):
             FolderLock(folder)
+
+
+def test_a_file_is_replaced_when_its_successor_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    write_whole(file, "old")
+    fsync, synced = os.fsync, []
+
+    def note(handle: int) -> None:
+        synced.append((os.fstat(handle).st_ino, file.read_text()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_whole(file, "ne\u0308w")
+    assert synced == [(file.stat().st_ino, "old"), (tmp_path.stat().st_ino, "ne\u0308w")]
+
+    def full(handle: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=os.strerror(28)):
+        write_whole(file, "newer")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "ne\u0308w"}
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from moesaic.config.presets import preset, preset_names
 from moesaic.config.serve import ServeConfig
 from moesaic.config.train import TrainConfig
 from moesaic.errors import ConfigError
+from moesaic.folders import write_whole
 
 
 class _Loader(yaml.SafeLoader):
@@ -168,5 +169,5 @@ def load_serve_config(source: str | Path | None = None, assignments: Sequence[st
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write a config as YAML, keys in the order of its class."""
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write a config as YAML, whole or not at all, keys in the order of its class."""
+    write_whole(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))

@@ -28,7 +28,7 @@ from moesaic.data.shards import ShardSet, hash_file
 from moesaic.distill.loss import TeacherTopK
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import ConfigError, DataError, MoesaicError
-from moesaic.folders import FolderLock
+from moesaic.folders import FolderLock, sync, write_whole
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
@@ -216,6 +216,7 @@ class _Writer:
             name = f"teacher-{len(shards):05d}.safetensors"
             temporary = self._folder / f".writing-{name}"
             self._write_shard(temporary, first, count, on_progress)
+            sync(temporary)
             temporary.rename(self._folder / name)
             file = self._folder / name
             shards.append({"file": name, "windows": count, "bytes": file.stat().st_size, "sha256": hash_file(file)})
@@ -283,9 +284,7 @@ class _Writer:
             "shards": shards,
             "report": None if report is None else report.to_json(),
         }
-        temporary = self._folder / f".writing-{name}"
-        temporary.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
-        temporary.replace(self._folder / name)
+        write_whole(self._folder / name, json.dumps(values, indent=1, allow_nan=False))
 
 
 def compress(log_p: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from moesaic.data.shards import ShardSet
 from moesaic.distill.teacher import TeacherRun
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.evaluate.validation import validation_loss
+from moesaic.folders import write_whole
 from moesaic.logs import logger
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.load import load_run, load_run_config
@@ -139,9 +140,7 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
         prompt_tokens=num_prompt,
         new_tokens=num_new,
     )
-    temporary = folder / f".writing-{REPORT_NAME}"
-    temporary.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
-    temporary.replace(folder / REPORT_NAME)
+    write_whole(folder / REPORT_NAME, json.dumps(report.to_json(), indent=1, allow_nan=False))
     return report
 
 

@@ -498,9 +498,7 @@ class Trainer:
                 init_from=None if self.initial is None else self.initial.record(),
                 objective=self.objective.record(),
             )
-            temporary = self.run_folder / "config.yaml.writing"
-            write_config(self.config, temporary)
-            temporary.replace(self.run_folder / "config.yaml")
+            write_config(self.config, self.run_folder / "config.yaml")
         except OSError as error:
             raise self._unwritable(error) from None
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 import moesaic
+from moesaic.folders import write_whole
+from moesaic.logs import logger
 
 RUN_FILE = "run.json"
 
@@ -25,8 +27,8 @@ def code_fingerprint() -> str:
 
 
 def known_data_times(run_folder: Path) -> dict[str, int]:
-    """Return when each shard of the data had last been changed at the run's last start."""
-    return dict(_read(run_folder / RUN_FILE).get("data_times", {}))
+    """Return when each shard of the data had last been changed at the run's last start; empty where nobody knows."""
+    return dict((_read(run_folder / RUN_FILE) or {}).get("data_times", {}))
 
 
 def write_provenance(
@@ -46,7 +48,12 @@ def write_provenance(
     changed; of the last start alone.
     """
     path = run_folder / RUN_FILE
-    starts = _read(path).get("starts", [])
+    values = _read(path)
+    if values is None:
+        aside = path.with_name("run.unreadable.json")
+        path.replace(aside)
+        logger.warning("%s cannot be read; it is now called %s, and a new one begins.", path, aside.name)
+    starts = (values or {"starts": []})["starts"]
     starts.append(
         {
             "command": sys.argv,
@@ -63,10 +70,17 @@ def write_provenance(
             "objective": objective,
         }
     )
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps({"starts": starts, "data_times": data_times}, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps({"starts": starts, "data_times": dict(data_times)}, indent=1))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what run.json holds, no starts where there is none; None where it cannot be read."""
+    if not path.exists():
+        return {"starts": []}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values["starts"], list) and isinstance(values.get("data_times", {}), dict):
+            return dict(values)
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
