@@ -65,6 +65,7 @@ def distill(
 
     Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
     """
+    from moesaic.config.load import text_assignment
     from moesaic.distill.report import try_report
     from moesaic.distill.run import make_trainer, resumed_config, student_config
     from moesaic.errors import ConfigError
@@ -73,7 +74,7 @@ def distill(
 
     log_to_stderr()
     settings = [
-        f"{key}={json.dumps(str(value))}"
+        text_assignment(key, value)
         for key, value in (
             ("data.path", data),
             ("distill.init", init),

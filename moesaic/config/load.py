@@ -1,5 +1,6 @@
 """From files, preset names and --set to validated configs. YAML in, YAML out."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,12 @@ def parse_assignment(assignment: str) -> tuple[list[str], Any]:
             f"--set {assignment!r}: {text!r} is not YAML; a number, a word, null or a [list] is required; quote or "
             f"mend it."
         ) from None
+
+
+def text_assignment(key: str, text: str | Path) -> str:
+    """Return the `a.b=value` that sets a key to this very text, a path for example."""
+    value = yaml.safe_dump(str(text), default_style='"', width=math.inf).strip()
+    return f"{key}={value}"
 
 
 def apply_assignments(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A student's run: its config from a teacher's, and the training of it. The loop itself is train/'s."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from moesaic.checkpoint.store import list_checkpoints
 from moesaic.config.base import leaves
 from moesaic.config.distill import DistillConfig
-from moesaic.config.load import apply_assignments, load_train_config, merge, read_values, run_folder_of
+from moesaic.config.load import apply_assignments, load_train_config, merge, read_values, run_folder_of, text_assignment
 from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
 from moesaic.distill.cache import DEFAULT_TOP_K, CacheReport, OnProgress, write_cache
@@ -110,7 +109,7 @@ def resumed_config(
 
     Raises: ConfigError.
     """
-    teacher_is = f"distill.teacher={json.dumps(str(teacher), ensure_ascii=False)}"
+    teacher_is = text_assignment("distill.teacher", teacher)
     config = load_train_config(Path(run_folder) / "config.yaml", [*assignments, teacher_is, "init_from=null"])
     model = config.model
     counts = [model.layers[layer].num_experts for layer in model.moe_layers]

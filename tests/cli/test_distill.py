@@ -62,7 +62,7 @@ def test_json_is_the_result_with_its_report_and_resuming_makes_it_again(
 def test_a_resumed_student_keeps_its_own_config_whatever_its_teacher_has_become(
     cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    teacher, run = tmp_path / "teacher", tmp_path / "student"
+    teacher, run = tmp_path / "teacher \U0001f600", tmp_path / "student"
     shutil.copytree(trained_run, teacher)
     command = ["distill", teacher, run, "--data", tiny_data, "--layers", 2, "--experts", "2,4", "--json"]
     assert cli(*command, "--set", "seed=7").status == 0  # for the teacher's 256 tokens

@@ -14,6 +14,7 @@ from moesaic.config.load import (
     merge,
     parse_assignment,
     read_values,
+    text_assignment,
     write_config,
 )
 from moesaic.config.presets import preset, preset_names
@@ -247,3 +248,24 @@ def test_a_serve_config_is_a_file_and_assignments(tmp_path: Path) -> None:
 def test_a_serve_config_that_cannot_work_is_refused(assignment: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_serve_config(assignments=[assignment])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a",
+        "null",
+        "1e9",
+        " a  b ",
+        "a: #b",
+        "\"'\\",
+        "d\u00e9",
+        "\U0001f600",
+        "\x7f\x85\u2028",
+        "a\nb",
+        "\udc80",
+        "x " * 99,
+    ],
+)
+def test_an_assignment_of_a_text_sets_this_very_text(text: str) -> None:
+    assert parse_assignment(text_assignment("a.b", text)) == (["a", "b"], text)
