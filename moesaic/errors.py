@@ -38,3 +38,7 @@ class InstallationError(MoesaicError):
 
 class GenerationError(MoesaicError):
     """A generation request that the model cannot serve, for example a prompt longer than its positions."""
+
+
+class FolderInUseError(MoesaicError):
+    """A folder that another process is writing."""

@@ -7,7 +7,6 @@ moment leaves the earlier ones untouched. Nothing is ever unpickled. Resharding 
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from moesaic.errors import CheckpointError
+from moesaic.folders import sync
 from moesaic.logs import logger
 
 if TYPE_CHECKING:  # listing a run's checkpoints needs no torch
@@ -77,7 +77,7 @@ def save_checkpoint(
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -97,13 +97,13 @@ def write_manifest(
     """
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
-        _sync(path)
+        sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256.get(path.name) or _sha256(path)}
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "metadata": metadata}
     path = folder / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
-    _sync(path)
-    _sync(folder)
+    sync(path)
+    sync(folder)
     return files
 
 
@@ -311,11 +311,3 @@ def _sha256(path: Path, is_over: Event | None = None) -> str:
     with path.open("rb", buffering=0) as file:
         update_digest(digest, file, is_over)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

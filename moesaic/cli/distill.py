@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,15 +65,16 @@ def distill(
 
     Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
     """
-    from moesaic.config.load import load_train_config
+    from moesaic.config.load import text_assignment
     from moesaic.distill.report import try_report
-    from moesaic.distill.run import make_trainer, student_config
+    from moesaic.distill.run import make_trainer, resumed_config, student_config
+    from moesaic.errors import ConfigError
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
 
     log_to_stderr()
     settings = [
-        f"{key}={json.dumps(str(value))}"
+        text_assignment(key, value)
         for key, value in (
             ("data.path", data),
             ("distill.init", init),
@@ -82,21 +84,22 @@ def distill(
         if value is not None
     ]
     settings += assignments or []
-    own = output / "config.yaml"
-    if resume and own.is_file() and not _is_run(teacher):
-        # A student that has got beyond its teacher needs it no more.
-        config = load_train_config(own, [*settings, f"distill.teacher={json.dumps(teacher)}", "init_from=null"])
-    else:
-        config = student_config(
-            teacher,
-            settings,
-            student=student,
-            num_layers=layers,
-            num_experts=None if experts is None else _counts(experts),
-            is_dense=dense,
+    make_config = partial(resumed_config, output) if resume and (output / "config.yaml").is_file() else student_config
+    config = make_config(
+        teacher,
+        settings,
+        student=student,
+        num_layers=layers,
+        num_experts=None if experts is None else _counts(experts),
+        is_dense=dense,
+    )
+    if config.distill is not None and config.distill.cache is not None:
+        _write_cache(config, cache_top_k, device, resumed=output if resume else None, is_quiet=as_json)
+    elif cache_top_k is not None:
+        raise ConfigError(
+            f"--cache-top-k ({cache_top_k}) is given without a cache; it says how many tokens one keeps; give --cache "
+            f"DIR too, or leave it out."
         )
-    if config.distill is not None and config.distill.cache is not None and not resume:
-        _write_cache(config, cache_top_k, device, is_quiet=as_json)
     display = None if as_json else TrainingDisplay(total_tokens=config.tokens, title="distilling")
     trainer = make_trainer(config, output, device=device, resume=resume, display=display)
     if display is None:
@@ -129,16 +132,18 @@ def distill(
     typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
 
 
-def _write_cache(config: "TrainConfig", top_k: int | None, device: str, *, is_quiet: bool) -> None:
+def _write_cache(
+    config: "TrainConfig", top_k: int | None, device: str, *, resumed: Path | None, is_quiet: bool
+) -> None:
     """Write the cache where there is none, or finish it, and say what it costs and loses."""
     from moesaic.cli.progress import shown_progress
-    from moesaic.distill.cache import write_cache
+    from moesaic.distill.run import write_needed_cache
     from moesaic.kernels.device import select_device
 
     assert config.distill is not None and config.distill.cache is not None
     with shown_progress() as show:
-        report = write_cache(config.distill.cache, config, top_k=top_k, device=select_device(device), on_progress=show)
-    if not is_quiet:
+        report = write_needed_cache(config, resumed, top_k=top_k, device=select_device(device), on_progress=show)
+    if report is not None and not is_quiet:
         typer.echo(
             f"Cached teacher {config.distill.cache}: {report.top_k} tokens of each of {report.num_windows:,} windows, "
             f"{report.num_bytes / 1e6:,.1f} MB ({report.bytes_per_token:.0f} bytes per token); "
@@ -177,17 +182,6 @@ def _print(report: "DistillationReport") -> None:
     if report.task_retention is not None:
         summary += f"; it keeps {report.task_retention:.1%} of its mean task score"
     console.print(f"{summary}.", soft_wrap=True, highlight=False)
-
-
-def _is_run(name: str) -> bool:
-    from moesaic.checkpoint.store import resolve_checkpoint
-    from moesaic.errors import CheckpointError
-
-    try:
-        resolve_checkpoint(name)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _counts(text: str) -> int | list[int]:

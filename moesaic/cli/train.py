@@ -31,14 +31,14 @@ def train(
 
     Example: moesaic train pr-moe-tiny-8-16 --data shards/ --output runs/first --set tokens=2e6
     """
-    from moesaic.config.load import load_train_config
+    from moesaic.config.load import load_train_config, text_assignment
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
     from moesaic.train.loop import Trainer
     from moesaic.train.loop import train as run_training
 
     log_to_stderr()
-    settings = [f"data.path={json.dumps(str(data))}"] if data is not None else []
+    settings = [text_assignment("data.path", data)] if data is not None else []
     source = _own_config(output, config) or config if resume else config
     resolved = load_train_config(source, [*settings, *(assignments or [])])
     if as_json:

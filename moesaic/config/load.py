@@ -1,5 +1,6 @@
 """From files, preset names and --set to validated configs. YAML in, YAML out."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from moesaic.config.presets import preset, preset_names
 from moesaic.config.serve import ServeConfig
 from moesaic.config.train import TrainConfig
 from moesaic.errors import ConfigError
+from moesaic.folders import write_whole
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,6 +89,12 @@ def parse_assignment(assignment: str) -> tuple[list[str], Any]:
             f"--set {assignment!r}: {text!r} is not YAML; a number, a word, null or a [list] is required; quote or "
             f"mend it."
         ) from None
+
+
+def text_assignment(key: str, text: str | Path) -> str:
+    """Return the `a.b=value` that sets a key to this very text, a path for example."""
+    value = yaml.safe_dump(str(text), default_style='"', width=math.inf).strip()
+    return f"{key}={value}"
 
 
 def apply_assignments(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -172,5 +180,5 @@ def load_serve_config(source: str | Path | None = None, assignments: Sequence[st
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write a config as YAML, keys in the order of its class."""
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write a config as YAML, whole or not at all, keys in the order of its class."""
+    write_whole(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))

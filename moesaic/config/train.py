@@ -166,16 +166,16 @@ class TrainConfig(Config):
                 f"all tokens."
             )
 
-    @property
-    def free_on_resume(self) -> tuple[str, ...]:
-        """What a resumed run may change: how it reports and saves and how long it trains; nothing else of a step."""
-        free: tuple[str, ...] = ("checkpoint.", "log_every_steps", "tokens", "activation_checkpointing", "data.path")
-        if self.distill is None:
-            return (*free, "evaluation.")
-        # Where teacher and cache lie; that they are the same, their hashes say.
-        free = (*free, "distill.teacher", "distill.cache")
+    def may_change_on_resume(self, key: str) -> bool:
+        """Whether a resumed run may change a.b: how it reports and saves and how long it trains; no more of a step."""
+        free = ["checkpoint", "log_every_steps", "tokens", "activation_checkpointing", "data.path"]
+        if self.distill is not None:
+            # Where teacher and cache lie; that they are the same, the objective's state says.
+            free += ["distill.teacher", "distill.cache"]
         # Of the automatic schedule, evaluations decide how the training goes on.
-        return free if self.distill.schedule == "automatic" else (*free, "evaluation.")
+        if self.distill is None or self.distill.schedule != "automatic":
+            free.append("evaluation")
+        return any(key == name or key.startswith(f"{name}.") for name in free)
 
     @property
     def tokens_per_step(self) -> int:

@@ -223,6 +223,13 @@ def _read_batch(
     tokens = np.empty((len(starts), sequence_length + 1), dtype=np.int64)  # (B, S + 1)
     for row, start in enumerate(starts.tolist()):
         stream.read_into(tokens[row], start)
+    if tokens.size and tokens.max() >= stream.vocab_size:
+        worst, column = divmod(int(tokens.argmax()), tokens.shape[1])
+        file = stream.file_of(int(starts[worst]) + column)
+        raise DataError(
+            f"{file} holds token id {tokens.max()}; the ids of its tokenizer are below {stream.vocab_size}; the file "
+            f"is corrupt: copy it again from where it is whole, or delete the folder and run `moesaic prepare` again."
+        )
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     documents = None
     if end_of_text_id is not None:

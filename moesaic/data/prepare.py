@@ -11,7 +11,6 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from moesaic.data.shards import (
 from moesaic.data.sources import TEXT_FIELD, Leaf, open_sources
 from moesaic.data.tokenizer import DEFAULT_SAMPLE_BYTES, DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConfigError, DataError
+from moesaic.folders import FolderLock
 from moesaic.logs import logger
 
 DEFAULT_SHARD_TOKENS = 2**26
@@ -147,7 +147,7 @@ def prepare(
     arguments; a finished one returns at once. `num_workers` (one per core, at most 8) changes only the speed.
 
     Raises: DataError for sources that are missing, unreadable or empty, for settings that cannot work, for a folder
-    that holds something else, and when the disk is full.
+    that holds something else, and when the disk is full. FolderInUseError while another process writes the folder.
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     settings, given_tokenizer = _check_settings(
@@ -167,7 +167,7 @@ def prepare(
     except OSError as error:
         raise DataError(f"{folder} cannot be made ({error.strerror}); a folder is required; choose another.") from None
     report = _Reporter(on_progress)
-    with _locked(folder):
+    with FolderLock(folder):
         if (folder / MANIFEST_NAME).is_file():
             manifest = read_manifest(folder)
             if manifest.input_fingerprint != input_fingerprint:
@@ -670,28 +670,6 @@ class _Reporter:
         if self._call is not None and (now - self._last >= _PROGRESS_SECONDS or progress.stage != self._stage):
             self._call(progress)
             self._last, self._stage = now, progress.stage
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one writer. The lock is the system's, so it goes when the process does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has none; there two runs at once into one folder are not detected
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{folder} is being written by another prepare; one at a time may; wait for it, or choose another "
-                f"--output."
-            ) from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _write_atomically(file: Path, values: dict[str, Any]) -> None:

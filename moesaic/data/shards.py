@@ -10,7 +10,9 @@ the end-of-text token, which occurs nowhere else.
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -20,12 +22,16 @@ from pydantic import Field
 from moesaic.config.base import Config
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
+from moesaic.logs import logger
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
 FORMAT = 1
 # Open files per split. Each memory map holds a file descriptor, of which a process usually has 1,024.
 _MAX_OPEN_SHARDS = 128
+# More takes seconds, and is announced.
+_LONG_HASH_BYTES = 1 << 30
+_REMEDY = "copy the folder again from where it is whole, or delete it and run `moesaic prepare` again."
 
 
 class ShardRecord(Config):
@@ -92,9 +98,18 @@ class TokenStream:
     """The tokens of one split, end to end over its shards. Reading maps files into memory; nothing is loaded whole."""
 
     def __init__(
-        self, folder: Path, split: SplitRecord, *, dtype: str, end_of_text_id: int, fingerprint: str, name: str
+        self,
+        folder: Path,
+        split: SplitRecord,
+        *,
+        dtype: str,
+        vocab_size: int,
+        end_of_text_id: int,
+        fingerprint: str,
+        name: str,
     ) -> None:
         self.name = name
+        self.vocab_size = vocab_size
         self.num_tokens = split.num_tokens
         self.num_documents = split.num_documents
         self.end_of_text_id = end_of_text_id
@@ -131,6 +146,10 @@ class TokenStream:
             out[done : done + len(tokens)] = tokens
             done += len(tokens)
             shard += 1
+
+    def file_of(self, position: int) -> Path:
+        """Return the shard that holds a token."""
+        return self._files[int(np.searchsorted(self._ends, position, side="right"))]
 
     def document_ids(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Return for each token its document's number within the sequence, from 0; an end-of-text token belongs to
@@ -179,14 +198,40 @@ class ShardSet:
         for split in (manifest.train, manifest.validation):
             assert split.num_tokens == sum(shard.num_tokens for shard in split.shards), split
             for shard in split.shards:
-                _check_shard(folder / shard.file, shard, width, verify)
+                _check_size(folder / shard.file, shard, width)
         if manifest.train.num_tokens == 0:
             raise DataError(f"{folder} holds no training tokens; a corpus with text is required; prepare one.")
-        return cls(folder, manifest)
+        shards = cls(folder, manifest)
+        if verify:
+            shards.verify()
+        return shards
 
     @property
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
+
+    def verify(self, *, known_times: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Check the shards' hashes, but for those that were last changed when `known_times` says.
+
+        Raises: DataError for a corrupt one.
+        """
+        changed = [(file, shard) for file, shard in self._files() if known_times.get(shard.file) != _time(file)]
+        num_bytes = sum(file.stat().st_size for file, _ in changed)
+        if num_bytes > _LONG_HASH_BYTES:
+            logger.info("%s: checking the hashes of %.1f GB of shards.", self.path, num_bytes / 1e9)
+        for file, shard in changed:
+            if hash_file(file) != shard.sha256:
+                raise DataError(
+                    f"{file} is corrupt: its sha256 is not the manifest's {shard.sha256[:12]}...; {_REMEDY}"
+                )
+
+    def times(self) -> dict[str, int]:
+        """Return when each shard was last changed, in ns, for a later `verify`."""
+        return {shard.file: _time(file) for file, shard in self._files()}
+
+    def _files(self) -> Iterator[tuple[Path, ShardRecord]]:
+        for split in (self.manifest.train, self.manifest.validation):
+            yield from ((self.path / shard.file, shard) for shard in split.shards)
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the folder's tokenizer, checked to be the one that wrote the shards."""
@@ -215,6 +260,7 @@ class ShardSet:
             self.path,
             split,
             dtype=self.manifest.dtype,
+            vocab_size=self.manifest.vocab_size,
             end_of_text_id=self.manifest.end_of_text_id,
             fingerprint=self.manifest.fingerprint,
             name=f"{self.path} ({name})",
@@ -256,14 +302,15 @@ def hash_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_shard(file: Path, shard: ShardRecord, width: int, verify: bool) -> None:
+def _check_size(file: Path, shard: ShardRecord, width: int) -> None:
     required = shard.num_tokens * width
-    remedy = "copy the folder again from where it is whole, or delete it and run `moesaic prepare` again."
     if not file.is_file():
-        raise DataError(f"{file} is missing; the manifest lists it with {required} bytes; {remedy}")
+        raise DataError(f"{file} is missing; the manifest lists it with {required} bytes; {_REMEDY}")
     size = file.stat().st_size
     if size != required:
         problem = "truncated" if size < required else "too long"
-        raise DataError(f"{file} is {problem}: {size} bytes; the manifest requires {required}; {remedy}")
-    if verify and hash_file(file) != shard.sha256:
-        raise DataError(f"{file} is corrupt: its sha256 is not the manifest's {shard.sha256[:12]}...; {remedy}")
+        raise DataError(f"{file} is {problem}: {size} bytes; the manifest requires {required}; {_REMEDY}")
+
+
+def _time(file: Path) -> int:
+    return file.stat().st_mtime_ns

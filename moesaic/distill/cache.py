@@ -28,6 +28,7 @@ from moesaic.data.shards import ShardSet, hash_file
 from moesaic.distill.loss import TeacherTopK
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import ConfigError, DataError, MoesaicError
+from moesaic.folders import FolderLock, sync, write_whole
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
@@ -109,7 +110,7 @@ def write_cache(
     top_k None: 64, or the cache's own when it is gone on with. The teacher is the config's, its data the config's.
 
     Raises: ConfigError for a top_k out of range, and for a folder that holds a cache of something else; DataError when
-    it cannot be written.
+    it cannot be written; FolderInUseError while another process writes it.
     """
     assert config.distill is not None
     device = torch.device("cpu") if device is None else device
@@ -123,39 +124,68 @@ def write_cache(
     )
     run.check_precision(config.distill.teacher_precision)
     key = CacheKey.of(config, run, shards)
+    if _is_finished(folder):  # which students read while others do; only a writer needs it alone
+        return _finished(folder, key, top_k)
+    try:
+        with FolderLock(folder):
+            return _write_or_go_on(folder, config, run, shards, key, top_k, device, on_progress)
+    except OSError as error:
+        raise DataError(
+            f"the cache in {folder} could not be written ({error.strerror or error}); it takes about "
+            f"{_window_bytes(key, top_k or DEFAULT_TOP_K) * _loader(config, shards).sequences_per_epoch / 1e9:.2f} GB; "
+            f"free some space and give the same command again, which goes on where it stopped, or lower top_k."
+        ) from None
+
+
+def _write_or_go_on(
+    folder: Path,
+    config: TrainConfig,
+    run: TeacherRun,
+    shards: ShardSet,
+    key: CacheKey,
+    top_k: int | None,
+    device: torch.device,
+    on_progress: OnProgress,
+) -> CacheReport:
+    assert config.distill is not None
+    if _is_finished(folder):
+        return _finished(folder, key, top_k)
     done = _progress(folder)
-    if (folder / MANIFEST_NAME).is_file() or done is not None:
-        values = done or _read(folder / MANIFEST_NAME)
-        _check_key(folder, values, key)
-        top_k = int(values["top_k"]) if top_k is None else top_k
-        if top_k != values["top_k"]:
-            raise ConfigError(
-                f"{folder} holds the {values['top_k']} likeliest tokens of each position and {top_k} are asked for; a "
-                f"cache has one top_k; leave it out, or name another folder."
-            )
-        if done is None:
-            return CachedTeacher.open(folder, key).report
+    if done is not None:
+        top_k = _known_top_k(folder, done, key, top_k)
     top_k = min(DEFAULT_TOP_K, key.vocab_size) if top_k is None else top_k
     if not 1 <= top_k <= key.vocab_size:
         raise ConfigError(
             f"top_k ({top_k}) of the cache is not from 1 to the vocabulary's {key.vocab_size}; that many tokens are "
             f"kept of each position; use 32 or 64."
         )
-    if folder.exists() and done is None and any(folder.iterdir()):
+    if done is None and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no cache; a cache needs a folder of its own; name another.")
-    loader = _loader(config, shards)
     teacher = LiveTeacher(run.load(config.distill.teacher_precision, device=device.type).model)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _Writer(folder, key, top_k, loader, teacher, device, str(run.folder), run.info.step).write(
-            list(done["shards"]) if done is not None else [], on_progress
+    writer = _Writer(folder, key, top_k, _loader(config, shards), teacher, device, str(run.folder), run.info.step)
+    return writer.write(list(done["shards"]) if done is not None else [], on_progress)
+
+
+def _is_finished(folder: Path) -> bool:
+    # The progress goes last: with both, only the process that was killed in between had finished.
+    return (folder / MANIFEST_NAME).is_file() and not (folder / PROGRESS_NAME).is_file()
+
+
+def _finished(folder: Path, key: CacheKey, top_k: int | None) -> CacheReport:
+    _known_top_k(folder, _read(folder / MANIFEST_NAME), key, top_k)
+    return CachedTeacher.open(folder, key).report
+
+
+def _known_top_k(folder: Path, values: Mapping[str, Any], key: CacheKey, top_k: int | None) -> int:
+    """Return the top_k of a cache. Raises: ConfigError for a cache of something else, or another top_k."""
+    _check_key(folder, values, key)
+    own = int(values["top_k"])
+    if top_k not in (None, own):
+        raise ConfigError(
+            f"{folder} holds the {own} likeliest tokens of each position and {top_k} are asked for; a cache has one "
+            f"top_k; leave it out, or name another folder."
         )
-    except OSError as error:
-        raise DataError(
-            f"the cache in {folder} could not be written ({error.strerror or error}); it takes about "
-            f"{_window_bytes(key, top_k) * loader.sequences_per_epoch / 1e9:.2f} GB; free some space and give the same "
-            f"command again, which goes on where it stopped, or lower top_k."
-        ) from None
+    return own
 
 
 class _Writer:
@@ -186,6 +216,7 @@ class _Writer:
             name = f"teacher-{len(shards):05d}.safetensors"
             temporary = self._folder / f".writing-{name}"
             self._write_shard(temporary, first, count, on_progress)
+            sync(temporary)
             temporary.rename(self._folder / name)
             file = self._folder / name
             shards.append({"file": name, "windows": count, "bytes": file.stat().st_size, "sha256": hash_file(file)})
@@ -253,9 +284,7 @@ class _Writer:
             "shards": shards,
             "report": None if report is None else report.to_json(),
         }
-        temporary = self._folder / f".writing-{name}"
-        temporary.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
-        temporary.replace(self._folder / name)
+        write_whole(self._folder / name, json.dumps(values, indent=1, allow_nan=False))
 
 
 def compress(log_p: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ Alpha is a function of the tokens (config/distill.py); the automatic schedule ad
 ended, which every checkpoint keeps. Once alpha is 0 for good the teacher is let go, and a resumed run does not need it.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from moesaic.distill.student import (
     has_fewer_experts,
 )
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
-from moesaic.errors import CheckpointError
+from moesaic.errors import ConfigError
 from moesaic.logs import logger
 from moesaic.model.load import LoadedModel
 from moesaic.model.transformer import Transformer
@@ -40,11 +40,31 @@ class TeacherSource(Protocol):
 
 
 @dataclass
-class _State:
-    """What of a distillation a checkpoint keeps."""
+class DistillationState:
+    """What of a distillation a checkpoint keeps. cache_top_k None: the teacher runs."""
 
     teacher_sha256: str
     has_ended: bool = False
+    cache_top_k: int | None = None
+
+    def alpha(self, config: TrainConfig, tokens: int) -> float:
+        """Return alpha of the step that starts at `tokens`."""
+        assert config.distill is not None
+        return 0.0 if self.has_ended else config.distill.alpha_at(tokens, total_tokens=config.tokens)
+
+    def needs_teacher(self, config: TrainConfig, tokens: int) -> bool:
+        """Whether any step from `tokens` on hears the teacher; alpha never rises again."""
+        return tokens < config.tokens and self.alpha(config, tokens) > 0
+
+
+def check_cache_top_k(given: int | None, before: int | None) -> None:
+    """Raise ConfigError unless a resumed student hears its teacher as before: None, running; else the cache's top_k."""
+    if given != before:
+        now, then = ("no cache" if top_k is None else f"a cache of {top_k} tokens" for top_k in (given, before))
+        raise ConfigError(
+            f"distill.cache is {now} and this run began with {then} of each position; a resumed student learns from "
+            f"the same predictions; give the same cache (or none), or start a new run."
+        )
 
 
 class Distillation:
@@ -59,7 +79,7 @@ class Distillation:
         self._loaded: LoadedModel | None = None
         self._copied: tuple[CopiedLayer, ...] = ()
         self._source: TeacherSource | None = None
-        self._state = _State("")
+        self._state = DistillationState("")
         self._device = torch.device("cpu")
 
     def open(self, start: RunStart) -> None:
@@ -71,16 +91,10 @@ class Distillation:
         distill, config = self._distill, self._config
         self._device, self._shards = start.device, start.shards
         if start.state is not None:
-            self._state = _State(str(start.state["teacher_sha256"]), bool(start.state["has_ended"]))
-            if self._alpha(start.tokens) == 0.0:
+            self._state = DistillationState(**start.state)
+            if not self._state.needs_teacher(config, start.tokens):
                 return
-        run = TeacherRun.open(distill.teacher)
-        if start.state is not None and run.sha256 != self._state.teacher_sha256:
-            raise CheckpointError(
-                f"distill.teacher ({distill.teacher}, sha256 {run.sha256[:12]}) is not the one that this run began "
-                f"with ({self._state.teacher_sha256[:12]}); a resumed student learns from the same teacher; name that "
-                f"run and step, or start a new run."
-            )
+        run = TeacherRun.open(distill.teacher, sha256=None if start.state is None else self._state.teacher_sha256)
         run.check(
             config.model,
             data=config.data.path,
@@ -90,10 +104,13 @@ class Distillation:
         run.check_precision(distill.teacher_precision)
         if start.state is None and distill.init == "teacher":
             check_copyable(run, config.model, self._layer_map(run))
+        top_k = None
         if distill.cache is not None:
-            self._source = CachedTeacher.open(
-                distill.cache, CacheKey.of(config, run, start.shards), device=start.device
-            )
+            cached = CachedTeacher.open(distill.cache, CacheKey.of(config, run, start.shards), device=start.device)
+            self._source, top_k = cached, cached.report.top_k
+        if start.state is not None:
+            check_cache_top_k(top_k, self._state.cache_top_k)
+        self._state.cache_top_k = top_k
         self._state.teacher_sha256 = run.sha256
         self._run = run
 
@@ -115,7 +132,7 @@ class Distillation:
                 )  # fmt: skip
 
     def head(self, batch: Batch, *, tokens: int) -> Head:
-        alpha = self._alpha(tokens)
+        alpha = self._state.alpha(self._config, tokens)
         value = torch.tensor(alpha)
         if alpha == 0.0:
             self._source = self._loaded = None
@@ -157,7 +174,7 @@ class Distillation:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"teacher_sha256": self._state.teacher_sha256, "has_ended": self._state.has_ended}
+        return asdict(self._state)
 
     def record(self) -> dict[str, Any] | None:
         if self._run is None:
@@ -168,11 +185,6 @@ class Distillation:
             "model_sha256": self._run.sha256,
             "copied": [copied.to_json() for copied in self._copied],
         }
-
-    def _alpha(self, tokens: int) -> float:
-        if self._state.has_ended:
-            return 0.0
-        return self._distill.alpha_at(tokens, total_tokens=self._config.tokens)
 
     def _layer_map(self, run: TeacherRun) -> tuple[int, ...]:
         return self._distill.layer_map or default_map(run.config.model, self._config.model)

@@ -20,8 +20,10 @@ from moesaic.checkpoint.store import CheckpointInfo
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import ValidationLoader
 from moesaic.data.shards import ShardSet
+from moesaic.distill.teacher import TeacherRun
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.evaluate.validation import validation_loss
+from moesaic.folders import write_whole
 from moesaic.logs import logger
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.load import load_run, load_run_config
@@ -95,7 +97,7 @@ class DistillationReport:
 
 
 def report_distillation(run_folder: str | Path, *, device: str = "auto") -> DistillationReport:
-    """Measure a student's best checkpoint beside its teacher, write distill.json into its folder, return the report.
+    """Measure a student's best checkpoint beside the one that taught it, write distill.json, return the report.
 
     Raises: ConfigError for a run that is no student; CheckpointError where student or teacher cannot be read.
     """
@@ -106,7 +108,10 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
             f"{folder} is no student: its config has no distill section; a run that `moesaic distill` trained is "
             f"required; name one."
         )
-    loaded = {"teacher": load_run(config.distill.teacher, device=device), "student": load_run(folder, device=device)}
+    student = load_run(folder, device=device)
+    sha256 = student.info.metadata.get("objective", {}).get("teacher_sha256")  # a converted student has none
+    run = TeacherRun.open(config.distill.teacher, sha256=sha256)
+    loaded = {"teacher": load_run(f"{run.folder}@{run.info.step}", device=device), "student": student}
     shards = ShardSet.open(config.data.path)
     positions = min(each.config.model.max_positions for each in loaded.values())
     num_prompt = max(1, min(_PROMPT_TOKENS, positions // 2, shards.validation.num_tokens))
@@ -135,14 +140,12 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
         prompt_tokens=num_prompt,
         new_tokens=num_new,
     )
-    temporary = folder / f".writing-{REPORT_NAME}"
-    temporary.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
-    temporary.replace(folder / REPORT_NAME)
+    write_whole(folder / REPORT_NAME, json.dumps(report.to_json(), indent=1, allow_nan=False))
     return report
 
 
 def try_report(run_folder: str | Path, *, device: str = "auto") -> DistillationReport | None:
-    """Return the report, or None, said in the log, where the teacher is no longer there."""
+    """Return the report, or None, said in the log, where the checkpoint that taught is no longer there."""
     try:
         return report_distillation(run_folder, device=device)
     except CheckpointError as error:

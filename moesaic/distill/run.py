@@ -4,10 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moesaic.checkpoint.store import list_checkpoints
+from moesaic.config.base import leaves
 from moesaic.config.distill import DistillConfig
-from moesaic.config.load import apply_assignments, merge, read_values, run_folder_of
+from moesaic.config.load import apply_assignments, load_train_config, merge, read_values, run_folder_of, text_assignment
+from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
-from moesaic.distill.objective import Distillation
+from moesaic.distill.cache import DEFAULT_TOP_K, CacheReport, OnProgress, write_cache
+from moesaic.distill.objective import Distillation, DistillationState, check_cache_top_k
 from moesaic.distill.student import default_map, kept_layers, model_of_layers, student_model, with_experts
 from moesaic.distill.teacher import TeacherRun
 from moesaic.errors import ConfigError
@@ -54,14 +60,14 @@ def student_config(
                 f"a student of its own config ({student}) is given together with layers, experts or dense, which "
                 f"change the teacher's; one of the two makes the model; leave one out."
             )
-        folder = run_folder_of(student)
-        values = read_values(student if folder is None else folder / "config.yaml")
+        values = _values_of(student)
         values["distill"] = merge(values.get("distill") or {}, section)
     else:
         values = {**run.config.to_dict(), "distill": section}
-        asked = apply_assignments(values, assignments)["distill"]
-        if not isinstance(asked, dict):
-            raise ConfigError(f"distill is set to {asked!r}; a section with keys is required; set distill.KEY=VALUE.")
+    asked = apply_assignments(values, assignments)["distill"]
+    if not isinstance(asked, dict):
+        raise ConfigError(f"distill is set to {asked!r}; a section with keys is required; set distill.KEY=VALUE.")
+    if student is None:
         if asked.get("init") == "teacher":
             section["layer_map"] = _layer_map(run, asked.get("layer_map"), num_layers)
             model = with_experts(
@@ -73,15 +79,98 @@ def student_config(
         if run.config.micro_batch_size == run.config.batch_size:
             values["micro_batch_size"] = None  # it was derived, and is again when --set changes the batch
     values["init_from"] = None
-    values = apply_assignments(values, assignments)
-    if values["distill"].get("cache") is not None and "data" in values:
-        values["data"] = {**values["data"], "fixed_windows": True}
-    config = TrainConfig.from_dict(values)
+    data = values.get("data")
+    if asked.get("cache") is not None and isinstance(data, dict):
+        # A run's config has every key, also those that nobody gave; what a file says is meant, and may be an error.
+        is_file = student is not None and run_folder_of(student) is None
+        values["data"] = {"fixed_windows": True, **data} if is_file else {**data, "fixed_windows": True}
+    config = TrainConfig.from_dict(apply_assignments(values, assignments))
     assert config.distill is not None
     if config.distill.init == "teacher" and config.distill.layer_map is None:
         layer_map = default_map(run.config.model, config.model)
         config = config.replace(distill=config.distill.replace(layer_map=layer_map))
     return config
+
+
+def resumed_config(
+    run_folder: str | Path,
+    teacher: str | Path,
+    assignments: Sequence[str] = (),
+    *,
+    student: str | Path | None = None,
+    num_layers: int | None = None,
+    num_experts: int | Sequence[int] | None = None,
+    is_dense: bool = False,
+) -> TrainConfig:
+    """Return the config that a resumed student goes on with: its own, with `--set` assignments applied.
+
+    What the teacher's config says by now is nothing to it. What chose its model when it began (student, num_layers,
+    num_experts, is_dense) may be given again, and has to agree.
+
+    Raises: ConfigError.
+    """
+    teacher_is = text_assignment("distill.teacher", teacher)
+    config = load_train_config(Path(run_folder) / "config.yaml", [*assignments, teacher_is, "init_from=null"])
+    model = config.model
+    counts = [model.layers[layer].num_experts for layer in model.moe_layers]
+    differs = []
+    if num_layers not in (None, model.num_layers):
+        differs.append(f"layers ({num_layers}, there {model.num_layers})")
+    if num_experts is not None:
+        asked = [num_experts] * len(counts) if isinstance(num_experts, int) else list(num_experts)
+        if asked != counts or not counts:
+            differs.append(f"experts ({num_experts}, there {counts or 'none'})")
+    if is_dense and counts:
+        differs.append(f"dense (there are {counts} experts)")
+    if student is not None:
+        given = ModelConfig.from_dict(
+            apply_assignments(_values_of(student), assignments).get("model") or {}, path="model"
+        )
+        before, now = leaves(model.to_dict()), leaves(given.to_dict())
+        differs += [
+            f"model.{key} of {student} ({now.get(key)}, there {before.get(key)})"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+    if differs:
+        raise ConfigError(
+            f"{', '.join(differs[:5])}: not as in {Path(run_folder) / 'config.yaml'}; a resumed student keeps its "
+            f"model; leave the options that make one out, or start a new run in another folder."
+        )
+    return config
+
+
+def write_needed_cache(
+    config: TrainConfig,
+    resumed: str | Path | None,
+    *,
+    top_k: int | None,
+    device: torch.device,
+    on_progress: OnProgress,
+) -> CacheReport | None:
+    """Write the cache of a student's config, or finish it; resumed: the folder of a run that is gone on with.
+
+    None where a resumed run needs its teacher no more. Raises: as write_cache does, and ConfigError for a resumed run
+    that began with another top_k, or without a cache.
+    """
+    assert config.distill is not None and config.distill.cache is not None
+    folder = config.distill.cache
+    infos = [] if resumed is None else list_checkpoints(Path(resumed))
+    if infos:
+        state = DistillationState(**infos[-1].metadata["objective"])
+        if not state.needs_teacher(config, infos[-1].metadata["tokens"]):
+            return None
+        top_k = state.cache_top_k if top_k is None else top_k
+        check_cache_top_k(DEFAULT_TOP_K if top_k is None else top_k, state.cache_top_k)
+        run = TeacherRun.open(config.distill.teacher, sha256=state.teacher_sha256)
+        teacher = f"{run.folder}@{run.info.step}"
+        config = config.replace(distill=config.distill.replace(teacher=teacher))
+    return write_cache(folder, config, top_k=top_k, device=device, on_progress=on_progress)
+
+
+def _values_of(student: str | Path) -> dict[str, Any]:
+    folder = run_folder_of(student)
+    return read_values(student if folder is None else folder / "config.yaml")
 
 
 def _layer_map(run: TeacherRun, given: Any, num_layers: int | None) -> tuple[int, ...]:

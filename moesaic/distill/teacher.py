@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import describe_quantization, is_quantized
-from moesaic.checkpoint.store import CheckpointInfo, resolve_checkpoint
+from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, resolve_checkpoint
 from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import Batch
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.distill.loss import TeacherLogits
-from moesaic.errors import ConfigError, DataError
+from moesaic.errors import CheckpointError, ConfigError, DataError
 from moesaic.model.load import LoadedModel, load_run, load_run_config
 from moesaic.model.transformer import Transformer
 
@@ -30,10 +30,23 @@ class TeacherRun:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, run: str | Path) -> "TeacherRun":
-        """Raises: CheckpointError for a run or step that is not there."""
+    def open(cls, run: str | Path, *, sha256: str | None = None) -> "TeacherRun":
+        """Open a teacher. sha256: of the weights that it must have; of RUN, its checkpoint that has them, best or not.
+
+        Raises: CheckpointError for a run or step that is not there, or has other weights.
+        """
         info = resolve_checkpoint(run)
         folder = info.path.parent.parent
+        if sha256 is not None and _sha256(info) != sha256:
+            others = list_checkpoints(folder) if Path(run).exists() else []  # RUN@step means that one
+            matching = [each for each in others if _sha256(each) == sha256]
+            if not matching:
+                raise CheckpointError(
+                    f"distill.teacher ({run}, sha256 {_sha256(info)[:12]}) is not the one that this run began with "
+                    f"({sha256[:12]}); a student has one teacher to the end; name that run and step, or start a new "
+                    f"run."
+                )
+            info = matching[-1]
         return cls(info, load_run_config(folder), Tokenizer.load(folder))
 
     @property
@@ -43,7 +56,7 @@ class TeacherRun:
     @property
     def sha256(self) -> str:
         """Of the file of the weights: what makes it this teacher, wherever it lies."""
-        return str(self.info.files["model.safetensors"]["sha256"])
+        return _sha256(self.info)
 
     def check(self, student: ModelConfig, *, data: str, tokenizer: Tokenizer, sequence_length: int) -> None:
         """Raise DataError or ConfigError unless teacher and student read the same tokens at the same positions."""
@@ -80,6 +93,10 @@ class TeacherRun:
         """Load the model, ready to infer. Raises: CheckpointError for a file that is missing or corrupt."""
         run = f"{self.folder}@{self.info.step}"
         return load_run(run, device=device, precision=None if is_quantized(self.info) else precision)
+
+
+def _sha256(info: CheckpointInfo) -> str:
+    return str(info.files["model.safetensors"]["sha256"])
 
 
 class LiveTeacher:

@@ -4,7 +4,6 @@ Each stage is the same call that its verb makes, so what quickstart shows is wha
 The page that it ends with is report.py's business.
 """
 
-import json
 import resource
 import sys
 import time
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.checkpoint.store import resolve_checkpoint
-from moesaic.config.load import load_train_config
+from moesaic.config.load import load_train_config, text_assignment
 from moesaic.config.train import TrainConfig
 from moesaic.data.corpus import embedded_corpus
 from moesaic.data.prepare import prepare
@@ -101,9 +100,7 @@ def quickstart(
 
 def quickstart_config(data_folder: Path, *, short: bool = False) -> TrainConfig:
     """Return the config that quickstart trains the teacher with."""
-    # As YAML reads it: of JSON's escapes it takes the two halves of a character beyond U+FFFF for two.
-    path = json.dumps(str(data_folder), ensure_ascii=False)
-    return load_train_config(PRESET, [f"data.path={path}", *(_SHORT if short else ())])
+    return load_train_config(PRESET, [text_assignment("data.path", data_folder), *(_SHORT if short else ())])
 
 
 def _describe(config: TrainConfig) -> str:

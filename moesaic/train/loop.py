@@ -26,6 +26,7 @@ from moesaic.data.shards import ShardSet
 from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moesaic.evaluate.validation import validation_loss
+from moesaic.folders import FolderLock
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import measure_limits
@@ -42,10 +43,10 @@ from moesaic.report.records import EvaluationRecord, ExpertRecord, TrainRecord
 from moesaic.train.initial import InitialRun
 from moesaic.train.interrupt import StopRequest
 from moesaic.train.loss import Losses, language_model_loss
-from moesaic.train.metrics import MetricsWriter
+from moesaic.train.metrics import MetricsWriter, refuse_metrics
 from moesaic.train.objective import NextToken, Objective, RunStart
 from moesaic.train.optim import Optimizers, clip_gradients
-from moesaic.train.provenance import write_provenance
+from moesaic.train.provenance import known_data_times, write_provenance
 from moesaic.train.schedule import learning_rate
 
 # So many steps in a row without a finite gradient are no accident.
@@ -129,8 +130,18 @@ class Trainer:
         self.skipped_steps = 0
         self.seconds = 0.0
         self.validation_loss: float | None = None
+        self.evaluated_step = 0  # whose validation_loss is
         self.objective = objective or NextToken()
+        self._lock = self._hold_folder()
+        try:
+            self._set_up()
+        except BaseException:
+            self._lock.release()
+            raise
 
+    def _set_up(self) -> None:
+        """Check everything, build model and data, load what a resumed run has, and write the folder at last."""
+        config, run_folder, resume = self.config, self.run_folder, self.resumes
         self._check_folder()
         shards = self._open_data()
         tokenizer = shards.load_tokenizer()
@@ -143,7 +154,7 @@ class Trainer:
                 f"model.vocab_size ({config.model.vocab_size}) is less than the {tokenizer.vocab_size} tokens of "
                 f"{config.data.path}; every token needs an embedding; use model.vocab_size >= {tokenizer.vocab_size}."
             )
-        self.data_fingerprint = shards.fingerprint
+        self.shards = shards
         self.loader = TrainLoader(
             shards.train,
             sequence_length=config.data.sequence_length,
@@ -244,6 +255,11 @@ class Trainer:
         self._event(message)
 
     def run(self) -> TrainResult:
+        """Train to the end or to a signal, and let go of the run folder."""
+        with self._lock:
+            return self._run()
+
+    def _run(self) -> TrainResult:
         config = self.config
         window = Window()
         watch = ExpertWatch()
@@ -292,8 +308,9 @@ class Trainer:
             stopped_by = stop.name if self.step < config.total_steps else None
             if stopped_by is not None:
                 self._event(f"{stopped_by}: stopping at step {self.step}, with a checkpoint to resume from")
+                if self.evaluated_step != self.step:
+                    self.validation_loss = None
                 if last_saved != self.step:
-                    self.validation_loss = None  # belongs to an earlier step
                     self._save(must_succeed=True)
         self._plot()
         return TrainResult(self.run_folder, self.step, self.tokens, loss, self.validation_loss, stopped_by)
@@ -344,6 +361,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.validation_loss = validation_loss(self.model, self.validation, device=self.device)
+        self.evaluated_step = self.step
         record = EvaluationRecord(
             step=self.step,
             tokens=self.tokens,
@@ -402,6 +420,19 @@ class Trainer:
             )
         return ShardSet.open(path)
 
+    def _hold_folder(self) -> FolderLock:
+        """Keep other processes out of the run folder from here on; _check_folder may trust what it sees."""
+        try:
+            return FolderLock(self.run_folder)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"{self.run_folder} cannot be written ({error.strerror or error}); a run needs a folder with room for its "
+            f"checkpoints; free some space, or name another folder."
+        )
+
     def _check_folder(self) -> None:
         """Refuse a new run where there is one, and resuming where there is none or another."""
         exists = (self.run_folder / "config.yaml").exists()
@@ -418,6 +449,8 @@ class Trainer:
                 f"{self.run_folder} already holds a run; a new run needs a folder of its own; go on with it by "
                 f"--resume (resume=True), or name another folder."
             )
+        else:
+            refuse_metrics(self.run_folder)
 
     def _check_trainable(self) -> None:
         infos = list_checkpoints(self.run_folder)
@@ -437,11 +470,10 @@ class Trainer:
 
     def _check_same_run(self) -> None:
         before, now = leaves(load_run_config(self.run_folder).to_dict()), leaves(self.config.to_dict())
-        free = self.config.free_on_resume
         changed = [
             f"{key} ({now.get(key)}, was {before.get(key)})"
             for key in sorted(now.keys() | before.keys())
-            if now.get(key) != before.get(key) and not key.startswith(free)
+            if now.get(key) != before.get(key) and not self.config.may_change_on_resume(key)
         ]
         if changed:
             raise ConfigError(
@@ -453,7 +485,6 @@ class Trainer:
     def _write_folder(self, tokenizer: Tokenizer) -> None:
         """Write what a run folder holds besides checkpoints and metrics; every file is replaced whole."""
         try:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
             if self.initial is not None:  # with its chat template, which the data's may have come without
                 self.initial.tokenizer.save(self.run_folder)
             elif self.config.init_from is None or not (self.run_folder / TOKENIZER_NAME).is_file():
@@ -461,19 +492,15 @@ class Trainer:
             write_provenance(
                 self.run_folder,
                 data_path=self.config.data.path,
-                data_fingerprint=self.data_fingerprint,
+                data_fingerprint=self.shards.fingerprint,
+                data_times=self.shards.times(),
                 device=self.device,
                 init_from=None if self.initial is None else self.initial.record(),
                 objective=self.objective.record(),
             )
-            temporary = self.run_folder / "config.yaml.writing"
-            write_config(self.config, temporary)
-            temporary.replace(self.run_folder / "config.yaml")
+            write_config(self.config, self.run_folder / "config.yaml")
         except OSError as error:
-            raise TrainingError(
-                f"{self.run_folder} cannot be written ({error.strerror or error}); a run needs a folder with room for "
-                f"its checkpoints; free some space, or name another folder."
-            ) from None
+            raise self._unwritable(error) from None
 
     def _resume(self) -> dict[str, Any] | None:
         """Go on from the last good checkpoint; return the objective's state there, None where there is none yet."""
@@ -483,12 +510,13 @@ class Trainer:
             return None
         info, model, optimizer = found
         self.loader.check_state(info.metadata["data"])
+        self.shards.verify(known_times=known_data_times(self.run_folder))
         load_model_state(self.model, model, info)
         self.optimizers.load_named_state(optimizer)
         self.step = info.step
         self.skipped_steps = int(info.metadata["skipped_steps"])
         self.seconds = float(info.metadata["seconds"])
-        self.validation_loss = info.validation_loss
+        self.validation_loss, self.evaluated_step = info.validation_loss, info.step
         set_aside_after(self.run_folder, info.step)
         return dict(info.metadata.get("objective", {}))
 

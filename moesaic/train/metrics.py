@@ -58,11 +58,7 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         self._run_folder.mkdir(parents=True, exist_ok=True)
         if self._resume_step is None:
-            if self._path.exists() and self._path.stat().st_size:
-                raise MetricsError(
-                    f"{self._path} already holds metrics; a new run needs a folder without any; resume the run, or "
-                    f"choose another folder."
-                )
+            refuse_metrics(self._run_folder)
         elif self._path.exists():
             truncate_metrics(self._run_folder, self._resume_step)
         # Here and not above: TensorBoard takes seconds to import, and only training needs it.
@@ -141,6 +137,16 @@ class MetricsWriter:
         except OSError as problem:
             # Event files are written by a thread; its error comes out at a later call.
             raise _disk_error(self._run_folder / TENSORBOARD_FOLDER, problem) from None
+
+
+def refuse_metrics(run_folder: str | Path) -> None:
+    """Raise MetricsError for a folder that holds metrics, with which a new run's would be mixed."""
+    path = Path(run_folder) / METRICS_FILE
+    if path.exists() and path.stat().st_size:
+        raise MetricsError(
+            f"{path} already holds metrics; a new run needs a folder without any; resume the run, or choose another "
+            f"folder."
+        )
 
 
 def truncate_metrics(run_folder: str | Path, last_step: int) -> None:

@@ -4,12 +4,17 @@ import hashlib
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import moesaic
+from moesaic.folders import write_whole
+from moesaic.logs import logger
+
+RUN_FILE = "run.json"
 
 
 def code_fingerprint() -> str:
@@ -21,11 +26,17 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
+def known_data_times(run_folder: Path) -> dict[str, int]:
+    """Return when each shard of the data had last been changed at the run's last start; empty where nobody knows."""
+    return dict((_read(run_folder / RUN_FILE) or {}).get("data_times", {}))
+
+
 def write_provenance(
     run_folder: Path,
     *,
     data_path: str,
     data_fingerprint: str,
+    data_times: Mapping[str, int],
     device: torch.device,
     init_from: dict[str, Any] | None = None,
     objective: dict[str, Any] | None = None,
@@ -33,10 +44,16 @@ def write_provenance(
     """Append this start of the run to run.json: one entry per start, the resumed ones after the first.
 
     init_from: the checkpoint whose weights this start began with, None where they were drawn or resumed. objective:
-    what the run's objective says of itself, a student of its teacher for example.
+    what the run's objective says of itself, a student of its teacher for example. data_times: when each shard was last
+    changed; of the last start alone.
     """
-    path = run_folder / "run.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    path = run_folder / RUN_FILE
+    values = _read(path)
+    if values is None:
+        aside = path.with_name("run.unreadable.json")
+        path.replace(aside)
+        logger.warning("%s cannot be read; it is now called %s, and a new one begins.", path, aside.name)
+    starts = (values or {"starts": []})["starts"]
     starts.append(
         {
             "command": sys.argv,
@@ -53,6 +70,17 @@ def write_provenance(
             "objective": objective,
         }
     )
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps({"starts": starts}, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps({"starts": starts, "data_times": dict(data_times)}, indent=1))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what run.json holds, no starts where there is none; None where it cannot be read."""
+    if not path.exists():
+        return {"starts": []}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values["starts"], list) and isinstance(values.get("data_times", {}), dict):
+            return dict(values)
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None

@@ -59,6 +59,38 @@ def test_json_is_the_result_with_its_report_and_resuming_makes_it_again(
     assert "no report of the distillation" in alone.err
 
 
+def test_a_resumed_student_keeps_its_own_config_whatever_its_teacher_has_become(
+    cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    teacher, run = tmp_path / "teacher \U0001f600", tmp_path / "student"
+    shutil.copytree(trained_run, teacher)
+    command = ["distill", teacher, run, "--data", tiny_data, "--layers", 2, "--experts", "2,4", "--json"]
+    assert cli(*command, "--set", "seed=7").status == 0  # for the teacher's 256 tokens
+    own = (run / "config.yaml").read_text()
+    longer = cli("train", teacher, "--output", teacher, "--resume", "--set", "tokens=320", "--json")
+    assert json.loads(longer.out)["tokens"] == 320
+    result = cli(*command, "--resume")
+    assert result.status == 0 and json.loads(result.out)["tokens"] == 256, result.err
+    assert (run / "config.yaml").read_text() == own
+    # Only what the command line says is changed; and what it says of the model has to agree.
+    assert json.loads(cli(*command, "--resume", "--set", "tokens=320").out)["tokens"] == 320
+    own = (run / "config.yaml").read_text()
+    start = ["distill", teacher, run, "--resume"]
+    for options, message in (
+        (["--layers", 1], "layers (1, there 2)"),
+        (["--experts", 4], "experts (4, there [2, 4])"),
+        (["--dense"], "dense (there are [2, 4] experts)"),
+        (["--student", teacher], "model.moe.num_experts of"),
+    ):
+        refused = cli(*start, *options)
+        assert refused.status == 2 and message in refused.err and refused.err.count(";") >= 2, refused.err
+    assert (run / "config.yaml").read_text() == own
+    shutil.rmtree(teacher)
+    gone = cli(*start, "--layers", 1, "--json")
+    assert gone.status == 2 and "layers (1, there 2)" in gone.err
+    assert cli(*start, "--layers", 2, "--experts", "2,4", "--student", run, "--json").status == 0
+
+
 def test_a_cache_is_written_once_and_read_by_the_next(
     cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -74,6 +106,32 @@ def test_a_cache_is_written_once_and_read_by_the_next(
     assert load_train_config(tmp_path / "b" / "config.yaml").data.fixed_windows
 
 
+def test_a_cache_that_is_gone_is_written_again_when_resuming_while_it_is_needed(
+    cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    settings = ["--data", tiny_data, "--cache", cache, "--set", "log_every_steps=1", "--set", "distill.alpha=0.5"]
+    first = cli("distill", trained_run, run, *settings, "--cache-top-k", 16, "--set", "tokens=256", "--json")
+    assert first.status == 0, first.err
+    shutil.rmtree(cache)
+    # All its tokens are trained: nobody needs the cache.
+    assert cli("distill", trained_run, run, *settings, "--resume", "--json").status == 0
+    assert not cache.exists()
+    longer = ["distill", trained_run, run, *settings, "--resume", "--set", "tokens=1024", "--json"]
+    other = cli(*longer, "--cache-top-k", 8)
+    assert other.status == 2 and "a cache of 8 tokens and this run began with a cache of 16 tokens" in other.err
+    assert not cache.exists()
+    result = cli(*longer)
+    assert result.status == 0 and json.loads(result.out)["step"] == 16, result.err
+    assert json.loads((cache / "manifest.json").read_text())["top_k"] == 16
+    live = cli("distill", trained_run, tmp_path / "live", *settings[:2], "--set", "data.fixed_windows=true", "--json")
+    assert live.status == 0, live.err
+    late = cli("distill", trained_run, tmp_path / "live", *settings[:2], "--cache", tmp_path / "new", "--set",
+               "tokens=1024", "--resume")  # fmt: skip
+    assert late.status == 2 and "this run began with no cache" in late.err
+    assert not (tmp_path / "new").exists()
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no teacher": (["{new}", "{out}"], "CheckpointError: "),
     "folder taken": (["{run}", "{run}"], "ConfigError: "),
@@ -87,6 +145,19 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "another divergence of a cache": (
         ["{run}", "{out}", "--cache", "{new}", "--set", "distill.divergence=jsd"],
         "ConfigError: distill.divergence (jsd) is asked of a cached teacher",
+    ),
+    "a size of no cache": (
+        ["{run}", "{out}", "--cache-top-k", "8"],
+        "ConfigError: --cache-top-k (8) is given without a cache",
+    ),
+    "windows that no cache knows": (
+        ["{run}", "{out}", "--cache", "{new}", "--set", "data.fixed_windows=false"],
+        "ConfigError: data.fixed_windows is false and distill.cache",
+    ),
+    "no distillation": (["{run}", "{out}", "--set", "distill=null"], "ConfigError: distill is set to None"),
+    "no distillation of an own config": (
+        ["{run}", "{out}", "--student", "{run}", "--set", "distill=null"],
+        "ConfigError: distill is set to None",
     ),
     "nothing to resume": (["{run}", "{out}", "--resume"], "CheckpointError: "),
 }  # fmt: skip

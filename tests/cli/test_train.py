@@ -68,6 +68,15 @@ def test_a_run_in_the_place_of_the_config_is_trained_from_and_resumed_without_it
     assert gone.status == 2 and "is neither a preset nor a file" in gone.err
 
 
+def test_a_folders_name_may_hold_any_character(
+    cli: Any, config_file: ConfigFile, tiny_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / 'd\u00e9 "\U0001f600": #'))
+    result = cli("train", config_file(steps=4), "--data", data, "--output", tmp_path / "run", "--json")
+    assert result.status == 0, result.err
+    assert load_train_config(tmp_path / "run" / "config.yaml").data.path == str(data)
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown preset": (["train", "pr-moe-tiny", "--output", "{new}"], "ConfigError: 'pr-moe-tiny' is neither"),
     "no data": (["train", "dense-tiny", "--output", "{new}"], "ConfigError: data.path is missing"),

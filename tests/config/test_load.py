@@ -15,6 +15,7 @@ from moesaic.config.load import (
     parse_assignment,
     read_values,
     split_run,
+    text_assignment,
     write_config,
 )
 from moesaic.config.presets import preset, preset_names
@@ -257,3 +258,24 @@ def test_an_at_is_the_paths_own_where_it_is_there_else_it_parts_off_the_step(tmp
         source.mkdir()
     assert split_run(source) == ((source, "") if is_there else (tmp_path / "a@b", "7"))
     assert split_run(tmp_path) == (tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a",
+        "null",
+        "1e9",
+        " a  b ",
+        "a: #b",
+        "\"'\\",
+        "d\u00e9",
+        "\U0001f600",
+        "\x7f\x85\u2028",
+        "a\nb",
+        "\udc80",
+        "x " * 99,
+    ],
+)
+def test_an_assignment_of_a_text_sets_this_very_text(text: str) -> None:
+    assert parse_assignment(text_assignment("a.b", text)) == (["a", "b"], text)

@@ -70,6 +70,18 @@ def test_a_cosine_may_end_after_the_training() -> None:
         assert TrainConfig(**BASE, schedule={"decay_tokens": decay_tokens}).schedule.decay_tokens == decay_tokens
 
 
+def test_only_what_is_named_may_change_when_resuming() -> None:
+    plain = TrainConfig(**BASE)
+    student = TrainConfig(**BASE, distill={"teacher": "runs/first"})
+    automatic = TrainConfig(**BASE, distill={"teacher": "runs/first", "schedule": "automatic"})
+    for key in ("tokens", "data.path", "checkpoint.keep_last", "evaluation.sequences"):
+        assert plain.may_change_on_resume(key) and student.may_change_on_resume(key), key
+    for key in ("seed", "data.sequence_length", "schedule.warmup_tokens", "distill.teacher_precision"):
+        assert not plain.may_change_on_resume(key) and not student.may_change_on_resume(key), key
+    assert student.may_change_on_resume("distill.teacher") and student.may_change_on_resume("distill.cache")
+    assert not automatic.may_change_on_resume("evaluation.sequences")
+
+
 def test_momentum_at_its_default_is_no_mistake() -> None:
     """A config written to YAML names every value, those of the other optimizer too."""
     config = TrainConfig(**BASE)

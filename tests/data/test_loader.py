@@ -15,12 +15,20 @@ from moesaic.errors import DataError, TrainingError
 END = 3
 
 
-def make_stream(folder: Path, num_tokens: int, *, fingerprint: str = "f") -> TokenStream:
+def make_stream(folder: Path, num_tokens: int, *, fingerprint: str = "f", vocab_size: int = 2**31) -> TokenStream:
     """A stream whose tokens tell their own position."""
     (folder / "train-00000.bin").write_bytes(np.arange(num_tokens, dtype="<u4").tobytes())
     record = ShardRecord(file="train-00000.bin", num_tokens=num_tokens, num_documents=1, sha256="0")
     split = SplitRecord(shards=(record,), num_documents=1, num_tokens=num_tokens, num_bytes=num_tokens)
-    return TokenStream(folder, split, dtype="uint32", end_of_text_id=END, fingerprint=fingerprint, name="numbers")
+    return TokenStream(
+        folder,
+        split,
+        dtype="uint32",
+        vocab_size=vocab_size,
+        end_of_text_id=END,
+        fingerprint=fingerprint,
+        name="numbers",
+    )
 
 
 def make_loader(stream: TokenStream, *, sequence_length: int = 8, batch_size: int = 4, seed: int = 0) -> TrainLoader:
@@ -52,6 +60,22 @@ def test_permute_spreads_evenly() -> None:
     # Neighbours do not stay neighbours: in a random order of 10,000 about two pairs would.
     steps = np.diff(permute(np.arange(10_000, dtype=np.int64), size=10_000, key="a"))
     assert (np.abs(steps) == 1).sum() < 15
+
+
+def test_a_token_that_the_tokenizer_does_not_have_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    loader = make_loader(make_stream(tmp_path, 1000, vocab_size=500), batch_size=1)
+    outcomes = []
+    for step in range(loader.sequences_per_epoch):
+        try:
+            outcomes.append(int(loader.batch(step).targets.max()) < 500)
+        except DataError as error:
+            assert "train-00000.bin holds token id" in str(error) and "are below 500; " in str(error)
+            outcomes.append(False)
+    assert 60 <= sum(outcomes) <= 63  # of 124 sequences, those that end before token 500
+    validation = ValidationLoader(
+        make_stream(tmp_path, 64, vocab_size=64), sequence_length=8, batch_size=4, sequences=7
+    )
+    assert len(list(validation)) == 2
 
 
 def test_targets_are_inputs_shifted_by_one(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from moesaic.data.encode import EncoderPool
 from moesaic.data.prepare import Progress, prepare
 from moesaic.data.shards import Manifest, ShardSet
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import DataError
+from moesaic.errors import DataError, FolderInUseError
+from moesaic.folders import FolderLock
 
 
 def speeches(count: int) -> list[str]:
@@ -284,7 +285,7 @@ def test_a_run_whose_files_were_touched_refuses_to_continue(many_speeches: Path,
 
 def test_two_runs_at_once_into_one_folder_are_refused(corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "out").mkdir()
-    with prepare_module._locked(tmp_path / "out"), pytest.raises(DataError, match="being written by another prepare"):
+    with FolderLock(tmp_path / "out"), pytest.raises(FolderInUseError, match="is being written by process"):
         prepare(corpus, tmp_path / "out", tokenizer=tokenizer)
 
 

@@ -20,7 +20,8 @@ from moesaic.distill.cache import CachedTeacher, CacheKey, compress, normalized,
 from moesaic.distill.loss import divergence_of, reference_bucket_divergence
 from moesaic.distill.run import make_trainer
 from moesaic.distill.teacher import TeacherRun
-from moesaic.errors import ConfigError, DataError
+from moesaic.errors import ConfigError, DataError, FolderInUseError
+from moesaic.folders import FolderLock
 
 Student = Callable[..., TrainConfig]
 
@@ -169,6 +170,21 @@ def test_a_killed_writer_goes_on_where_it_was(
     assert write_cache(folder, config) == report  # finished: nothing is written
 
 
+def test_one_process_writes_a_cache_and_any_number_read_it(
+    cached: Callable[..., TrainConfig], student: Student, tmp_path: Path
+) -> None:
+    config = cached(4)
+    assert config.distill is not None
+    folder = Path(str(config.distill.cache))
+    with FolderLock(folder):
+        assert write_cache(folder, config).top_k == 4
+    new = tmp_path / "new"
+    with FolderLock(new):
+        with pytest.raises(FolderInUseError, match="is being written by"):
+            write_cache(new, student(f"distill.cache={new}"), top_k=4)
+        assert list(new.iterdir()) == []
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("settings", "key"),
@@ -212,6 +228,7 @@ class TestMistakes:
             write_cache(str(config.distill.cache), config, top_k=5)
         with pytest.raises(ConfigError, match=r"top_k \(321\) of the cache is not from 1 to the vocabulary's 320"):
             write_cache(str(config.distill.cache) + "-new", config, top_k=321)
+        assert not Path(str(config.distill.cache) + "-new").exists()
 
     def test_a_folder_of_something_else(self, student: Student, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")

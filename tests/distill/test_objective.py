@@ -270,6 +270,31 @@ class TestMistakes:
         with pytest.raises(CheckpointError, match="is not the one that this run began with"):
             make(config, tmp_path / "run", resume=True)
 
+    def test_another_precision_of_the_teacher_when_resuming(self, student: Student, tmp_path: Path) -> None:
+        distill(student(), tmp_path / "run", display=Stop(3))
+        with pytest.raises(ConfigError, match=r"distill.teacher_precision \(bf16, was fp32\)"):
+            make(student("distill.teacher_precision=bf16"), tmp_path / "run", resume=True)
+
+    def test_another_cache_or_none_when_resuming(self, student: Student, tmp_path: Path) -> None:
+        live = student("data.fixed_windows=true")
+        cached = {}
+        for top_k in (8, 16):
+            cached[top_k] = student(f"distill.cache={tmp_path / f'cache-{top_k}'}")
+            write_cache(tmp_path / f"cache-{top_k}", cached[top_k], top_k=top_k)
+        distill(cached[8], tmp_path / "cached", display=Stop(3))
+        distill(live, tmp_path / "live", display=Stop(3))
+        for run, config, message in (
+            ("cached", cached[16], "a cache of 16 tokens and this run began with a cache of 8 tokens"),
+            ("cached", live, "no cache and this run began with a cache of 8 tokens"),
+            ("live", cached[8], "a cache of 8 tokens and this run began with no cache"),
+        ):
+            before = (tmp_path / run / "config.yaml").read_bytes()
+            with pytest.raises(ConfigError, match=message):
+                make(config, tmp_path / run, resume=True)
+            assert (tmp_path / run / "config.yaml").read_bytes() == before
+        (tmp_path / "cache-8").rename(tmp_path / "moved")
+        assert distill(student(f"distill.cache={tmp_path / 'moved'}"), tmp_path / "cached", resume=True).step == 12
+
     def test_another_tokenizer(self, student: Student, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("other words, other tokens. " * 200)
         prepare([tmp_path / "a.txt"], tmp_path / "other", vocab_size=300, validation_fraction=0.2, num_workers=1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 
 from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.config.train import TrainConfig
+from moesaic.distill.cache import write_cache
 from moesaic.distill.report import REPORT_NAME, DistillationReport, Side, TaskScore, report_distillation, try_report
-from moesaic.distill.run import distill, make_trainer
+from moesaic.distill.run import distill, make_trainer, write_needed_cache
 from moesaic.errors import ConfigError
 from moesaic.evaluate.validation import validation_loss
 from moesaic.model.load import load_run
@@ -59,6 +61,32 @@ def test_both_sides_are_measured_as_they_are_now(student: Student, teacher: Path
     written = json.loads((tmp_path / "run" / REPORT_NAME).read_text())
     assert written == report.to_json()
     assert written["teacher"]["run"] == str(teacher)
+
+
+def test_the_teacher_is_the_checkpoint_that_taught_not_its_runs_best_of_now(
+    student: Student, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs, run, cache = Path(shutil.copytree(teacher, tmp_path / "teacher")), tmp_path / "run", tmp_path / "cache"
+    config = student(f"distill.teacher={theirs}", f"distill.cache={cache}", steps=4)
+    write_cache(cache, config, top_k=4)
+    distill(config, run)
+    taught = resolve_checkpoint(theirs)
+    manifest = taught.path / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["metadata"]["validation_loss"] = 99.0  # another one is the best from here on
+    manifest.write_text(json.dumps(values))
+    assert resolve_checkpoint(theirs).step != taught.step
+    assert report_distillation(run, device="cpu").teacher.step == taught.step
+    # A student that still hears it goes on with it as well, live or from a cache, also one that is written again.
+    shutil.rmtree(cache)
+    longer = config.replace(tokens=8 * 64)
+    assert write_needed_cache(longer, run, top_k=None, device=torch.device("cpu"), on_progress=lambda *_: None)
+    assert distill(longer, run, resume=True).step == 8
+    shutil.rmtree(taught.path)
+    (run / REPORT_NAME).unlink()
+    with caplog.at_level("WARNING", "moesaic"):
+        assert try_report(run, device="cpu") is None
+    assert "is not the one that this run began with" in caplog.text and not (run / REPORT_NAME).exists()
 
 
 def test_kept_task_scores_are_read_and_nothing_else(

@@ -1,5 +1,6 @@
 """A student's config from its teacher's, and its weights from the teacher's layers."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,21 @@ MISFITS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "another activation": (("model.activation=gelu",), {}, r"model.activation \(gelu, there swiglu\)"),
     "experts of a dense layer": (("model.moe.layers=[0, 1, 2, 3]", "model.moe.every=1"), {}, "and that one is dense"),
 }
+
+
+def test_a_cache_fixes_the_windows_unless_a_file_says_otherwise(teacher: Path, tmp_path: Path) -> None:
+    own = student_config(teacher, ["distill.cache=cache"])
+    assert own.data.fixed_windows
+    assert student_config(teacher, ["distill.cache=cache"], student=teacher).data.fixed_windows
+    file = tmp_path / "student.yaml"
+    values = own.replace(distill=None).to_dict()
+    del values["data"]["fixed_windows"]
+    file.write_text(json.dumps(values))
+    assert student_config(teacher, ["distill.cache=cache"], student=file).data.fixed_windows
+    values["data"]["fixed_windows"] = False
+    file.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"data.fixed_windows is false and distill.cache"):
+        student_config(teacher, ["distill.cache=cache"], student=file)
 
 
 @pytest.mark.parametrize("name", MISFITS)

@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from torch import Tensor
 from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, load_tensors, resolve_checkpoint
 from moesaic.config.train import TrainConfig
 from moesaic.data.prepare import prepare
-from moesaic.errors import CheckpointError, ConfigError, DataError, DeviceError, TrainingError
+from moesaic.data.shards import hash_file
+from moesaic.errors import CheckpointError, ConfigError, DataError, DeviceError, FolderInUseError, TrainingError
+from moesaic.folders import FolderLock
 from moesaic.model.load import load_run_config
-from moesaic.report.records import EvaluationRecord, TrainRecord, read_metrics
+from moesaic.report.records import EvaluationRecord, MetricsError, TrainRecord, read_metrics
 from moesaic.train.loop import MOST_SKIPPED_IN_A_ROW, Trainer, train
 
 MakeConfig = Callable[..., TrainConfig]
@@ -129,6 +132,17 @@ def test_a_stop_right_after_a_checkpoint_keeps_its_validation_loss(make_config: 
     (info,) = list_checkpoints(tmp_path / "run")
     assert info.step == result.step == 4
     assert info.validation_loss == result.validation_loss is not None
+
+
+def test_a_stop_where_only_an_evaluation_was_due_keeps_its_loss(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(evaluation={"every_tokens": 2 * 64, "sequences": 4})
+    result = train(config, tmp_path / "run", display=Display(6, interrupt))
+    last = list_checkpoints(tmp_path / "run")[-1]
+    record = read_metrics(tmp_path / "run").evaluation[-1]
+    assert (last.step, record.step) == (6, 6)
+    assert last.validation_loss == result.validation_loss == record.loss
+    stopped = train(config, tmp_path / "run", resume=True, display=Display(7, interrupt))
+    assert list_checkpoints(tmp_path / "run")[-1].validation_loss is stopped.validation_loss is None
 
 
 def test_a_stop_in_the_last_step_is_no_stop(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -413,6 +427,47 @@ def test_a_folder_with_a_run_takes_no_other(make_config: MakeConfig, tmp_path: P
         train(config, tmp_path / "run", resume=True)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_another_process_writes_is_left_as_it_is(
+    make_config: MakeConfig, tmp_path: Path, resume: bool
+) -> None:
+    config = make_config(steps=8)
+    if resume:
+        train(config, tmp_path / "run", display=Display(5, interrupt))
+        (tmp_path / "run" / "checkpoints" / ".writing-step-00000006").mkdir()
+        (tmp_path / "run" / "checkpoints" / ".writing-step-00000006" / "model.safetensors").write_bytes(b"half")
+    with FolderLock(tmp_path / "run"):
+        before = contents(tmp_path / "run")
+        with pytest.raises(FolderInUseError, match="is being written by"):
+            train(config, tmp_path / "run", resume=resume)
+        assert contents(tmp_path / "run") == before
+
+
+def test_a_run_holds_its_folder_from_its_start_to_its_end(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=4)
+    trainer = Trainer(config, tmp_path / "run", device="cpu", resume=False, display=None)
+    before = contents(tmp_path / "run")
+    for resume in (False, True):
+        with pytest.raises(FolderInUseError, match="is being written by"):
+            train(config, tmp_path / "run", resume=resume)
+    assert contents(tmp_path / "run") == before
+    trainer.run()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run", resume=True)
+
+
+def test_metrics_of_another_run_are_refused_before_anything_is_written(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(MetricsError, match="already holds metrics"):
+        train(make_config(steps=4), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -445,6 +500,31 @@ def test_resuming_with_other_data_is_refused_and_changes_nothing(make_config: Ma
     with pytest.raises(TrainingError, match=r"not the one this run was trained on .*; .*; give the original"):
         train(other, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_data_that_changed_in_its_place_is_refused_and_changes_nothing(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(steps=8)
+    data = Path(shutil.copytree(config.data.path, tmp_path / "data"))
+    config = config.replace(data=config.data.replace(path=str(data)))
+    train(config, tmp_path / "run", display=Display(4, interrupt))
+    before = contents(tmp_path / "run")
+    shard, other = data / "train-00000.bin", data / "validation-00000.bin"
+    original = shard.read_bytes()
+    flip_byte(shard)
+    with pytest.raises(DataError, match=r"train-00000.bin is corrupt: .*; copy the folder again"):
+        train(config, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before
+    # Written again as it was: only what has another time is read.
+    shard.write_bytes(original)
+    hashed = []
+    monkeypatch.setattr("moesaic.data.shards.hash_file", lambda file: hashed.append(file) or hash_file(file))
+    train(config.replace(tokens=6 * 64), tmp_path / "run", resume=True)
+    assert hashed == [shard]
+    os.utime(other, ns=(1, 1))
+    train(config, tmp_path / "run", resume=True)
+    assert hashed == [shard, other]
 
 
 def test_the_same_data_elsewhere_is_the_same_data(make_config: MakeConfig, tmp_path: Path) -> None:

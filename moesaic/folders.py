@@ -1,0 +1,116 @@
+"""What the folders that we write promise: one process at a time writes one, and its files are replaced whole."""
+
+import os
+import weakref
+from pathlib import Path
+from types import TracebackType
+
+from moesaic.errors import FolderInUseError
+from moesaic.logs import logger
+
+
+class FolderLock:
+    """One writer's hold on a folder, which is made where there is none. Use it with `with`, or release it.
+
+    The lock is the system's, so it goes when the process does, however it ends. A folder that was made for it and is
+    still empty at the release is removed: what is refused leaves nothing behind.
+
+    Raises: FolderInUseError when another writer holds the folder; OSError when it cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
+        self._finalizer = weakref.finalize(self, _let_go, _lock(folder), made)
+        self._finalizer.atexit = False  # a forked child that ends would remove what its parent made
+
+    def release(self) -> None:
+        self._finalizer()
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by one with this text: whatever happens, it is the old one or, on the disk, the new one.
+
+    Raises: OSError, and then nothing has changed.
+    """
+    temporary = path.with_name(f".writing-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name != "posix" and path.is_dir():  # which Windows cannot open
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return the handle that holds the lock; None where the system has none."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # Windows: there two writers of one folder are not detected
+            return None
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # just removed by the process that had made it
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+                return handle
+        except BlockingIOError:
+            other = _holder(handle)
+            os.close(handle)
+            raise FolderInUseError(
+                f"{folder} is being written by {f'process {other}' if other else 'another process'}; one at a time "
+                f"may; wait until it has ended, or name another folder."
+            ) from None
+        except OSError as error:  # some network file systems
+            logger.warning("%s cannot be locked (%s); let only one process write there.", folder, error)
+            return handle
+        os.close(handle)
+
+
+def _let_go(handle: int | None, made: list[Path]) -> None:
+    for folder in made:
+        try:
+            folder.rmdir()
+        except OSError:  # it holds something by now
+            break
+    if handle is not None:
+        os.close(handle)
+
+
+def _holder(handle: int) -> int | None:
+    """Return the process that holds a lock; None where the system does not say (only Linux does)."""
+    status = os.fstat(handle)
+    name = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:  # 1: FLOCK  ADVISORY  WRITE 708 08:01:2634 0 EOF
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5] == name and int(fields[4]) > 0:
+            return int(fields[4])
+    return None

@@ -1,0 +1,130 @@
+"""A folder has one writer, however the last one ended."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moesaic.errors import FolderInUseError
+from moesaic.folders import FolderLock, write_whole
+
+fcntl = pytest.importorskip("fcntl", reason="no locks of the system")
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from moesaic.folders import FolderLock
+
+lock = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_another_process_is_named_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        # On some file systems the lock's device is not the folder's, and the process has no number then.
+        with pytest.raises(FolderInUseError, match=rf"by (process {process.pid}|another process); .*; wait until"):
+            FolderLock(tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    FolderLock(tmp_path).release()
+
+
+def test_it_is_let_go_by_release_by_with_and_with_its_last_reference(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    with pytest.raises(FolderInUseError):
+        FolderLock(tmp_path)
+    lock.release()
+    lock.release()
+    with FolderLock(tmp_path):
+        pass
+    lock = FolderLock(tmp_path)
+    del lock
+    with pytest.raises(ValueError, match="inside"), FolderLock(tmp_path):
+        raise ValueError("inside")
+    FolderLock(tmp_path).release()
+
+
+def test_a_folder_made_for_it_goes_where_nothing_was_written(tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with FolderLock(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "other").mkdir()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
+    with FolderLock(tmp_path / "a" / "other"):
+        pass
+    assert (tmp_path / "a" / "other").is_dir()  # it was there before
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process lets go of the folder that it made, between the opening of it and the lock."""
+    folder, flock = tmp_path / "run", fcntl.flock
+    calls: list[int] = []
+
+    def slow(handle: int, operation: int) -> None:
+        if not calls:
+            folder.rmdir()
+        calls.append(handle)
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with FolderLock(folder):
+        assert len(calls) == 2 and folder.is_dir()
+        monkeypatch.undo()
+        with pytest.raises(FolderInUseError):
+            FolderLock(folder)
+
+
+def test_a_file_is_replaced_when_its_successor_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    write_whole(file, "old")
+    fsync, synced = os.fsync, []
+
+    def note(handle: int) -> None:
+        synced.append((os.fstat(handle).st_ino, file.read_text()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_whole(file, "ne\u0308w")
+    assert synced == [(file.stat().st_ino, "old"), (tmp_path.stat().st_ino, "ne\u0308w")]
+
+    def full(handle: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=os.strerror(28)):
+        write_whole(file, "newer")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "ne\u0308w"}
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(95, os.strerror(95))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def without_fcntl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+
+
+@pytest.mark.parametrize(("lack", "warns"), [(without_locks, True), (without_fcntl, False)])
+def test_a_system_without_locks_still_writes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lack: Callable[[pytest.MonkeyPatch], None],
+    warns: bool,
+) -> None:
+    lack(monkeypatch)
+    with caplog.at_level("WARNING", "moesaic"), FolderLock(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert ("cannot be locked" in caplog.text) == warns
