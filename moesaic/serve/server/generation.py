@@ -29,6 +29,9 @@ from moesaic.serve.server.tool_calls import ToolCallReader
 
 _Result = TypeVar("_Result")
 
+# A client that reads its stream slowly has so long for the last event, at the end of the time for a request.
+_FAREWELL_SECONDS = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
@@ -386,7 +389,6 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             sending = asyncio.ensure_future(self._send(scope, send))
             leaving = asyncio.ensure_future(_disconnected(receive))
             try:
@@ -401,15 +403,25 @@ class EventStream(Response):
                 raise error
 
     async def _send(self, scope: Scope, send: Send) -> None:
+        failure: ApiError | None = None
         try:
             async with asyncio.timeout_at(self._deadline), aclosing(self._events):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 async for piece in self._events:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
         except TimeoutError:
-            await self._send_error(scope, send, _too_long())
+            failure = _too_long()
         except ApiError as error:
-            await self._send_error(scope, send, error)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            failure = error
+        # Sending may wait for as long as the client does not read, and meanwhile others need the place.
+        await self._held.aclose()
+        try:
+            async with asyncio.timeout_at(max(self._deadline, asyncio.get_running_loop().time() + _FAREWELL_SECONDS)):
+                if failure is not None:
+                    await self._send_error(scope, send, failure)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            log_fields(scope).values["client_left"] = True  # an unfinished answer has its connection closed
 
     async def _send_error(self, scope: Scope, send: Send, error: ApiError) -> None:
         """The status is sent already: an error is the stream's last event."""
