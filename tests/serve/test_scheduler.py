@@ -152,6 +152,26 @@ def test_drafts_leave_every_sequence_that_generates_its_next_token() -> None:
     assert [(part.num_tokens, part.num_drafted) for part in parts] == [(1, 2), (1, 1), (1, 0)]
 
 
+def test_drafts_take_what_prompts_leave_over() -> None:
+    scheduler = make(max_batch_tokens=10)
+    sequences = [text([arrival] * 2, arrival) for arrival in range(3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    carry_out(scheduler, scheduler.schedule())
+    scheduler.add(text([9] * 12, 3, priority=-1))
+    drafts = dict.fromkeys(sequences, 4)
+    steps = []
+    for _ in range(3):
+        parts = scheduler.schedule(drafts)
+        steps.append([(part.sequence.arrival, part.num_tokens, part.num_drafted) for part in parts])
+        carry_out(scheduler, parts)
+    assert steps == [
+        [(0, 1, 0), (1, 1, 0), (2, 1, 0), (3, 7, 0)],
+        [(0, 1, 2), (1, 1, 0), (2, 1, 0), (3, 5, 0)],
+        [(3, 1, 0), (0, 1, 4), (1, 1, 2), (2, 1, 0)],
+    ]
+
+
 def test_removing_frees_everything_wherever_it_is() -> None:
     scheduler = make(8)
     sequences = [text([arrival] * 9, arrival) for arrival in range(5)]
