@@ -119,11 +119,11 @@ class Scheduler:
         num_tokens = min(sequence.num_missing, step.budget)
         while not self._reserve(sequence, sequence.num_computed + num_tokens):
             victim = self.running[-1]
-            if victim in step.parts:
-                return
             self._preempt(victim)
             if victim is sequence:
                 return
+            if (part := step.parts.pop(victim, None)) is not None:  # it generates, and has been before a prompt
+                step.budget += part.num_tokens
         step.parts[sequence] = Scheduled(sequence, num_tokens, 0, is_last=num_tokens == sequence.num_missing)
         step.budget -= num_tokens
 

@@ -127,6 +127,22 @@ def test_without_blocks_the_last_to_come_gives_its_own_up_and_returns() -> None:
     assert shape(scheduler.schedule()) == [(1, 6, True)]  # with what it had generated
 
 
+def test_one_that_counts_less_stands_back_even_where_it_is_in_the_step_already() -> None:
+    scheduler = make(4, max_batch_tokens=3, prefix_caching=False)
+    old, new = text([1], 0), text([2] * 11, 1, priority=-1)
+    scheduler.add(old)
+    carry_out(scheduler, scheduler.schedule())
+    scheduler.add(new)  # there is room for all of it, and the old one grows meanwhile
+    steps = []
+    for _ in range(6):
+        parts = scheduler.schedule()
+        steps.append(shape(parts))
+        carry_out(scheduler, parts)
+    growing = [[(0, 1, True), (1, 2, False)]]
+    assert steps == growing * 4 + [[(1, 2, False)], [(1, 1, True)]]
+    assert scheduler.num_preemptions == 1 and not old.is_running
+
+
 def test_drafted_tokens_are_part_of_the_budget_and_are_left_out_where_blocks_are_short() -> None:
     scheduler = make(3, max_batch_tokens=7, prefix_caching=False)
     one, two = text([1] * 3, 0), text([2] * 3, 1)
