@@ -137,12 +137,16 @@ class Scheduler:
             step.budget -= count
 
     def _give_way(self) -> None:
-        """Stop those that run and count less than the first that waits, as long as they are in its way."""
-        while self._waiting and self.running:
-            first, last = self._waiting[0][1], self.running[-1]
-            if last.priority <= first.priority or self._has_room(first):
-                return
-            self._preempt(last)
+        """Stop those that run and count less than the first that waits, the last first, if that makes room."""
+        first = self._waiting[0][1] if self._waiting else None
+        if first is None or not self.running or self.running[-1].priority <= first.priority or self._has_room(first):
+            return
+        kept = {block for each in self.running if each.priority <= first.priority for block in each.blocks}
+        shared = kept.intersection(self.pool.look_up(self._find_hashes(first)))
+        if self._num_needed(first) - len(shared) > self.pool.num_blocks - len(kept):
+            return
+        while not self._has_room(first):
+            self._preempt(self.running[-1])
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence could run.
@@ -152,11 +156,15 @@ class Scheduler:
         """
         if len(self.running) >= self.max_sequences:
             return False
-        needed = -(-(len(sequence.tokens) + 1) // self.pool.block_size)
+        needed = self._num_needed(sequence)
         if not self.running or needed <= self.pool.num_free:
             return True
         # Last, since this goes through a long prompt's blocks.
         return needed - self.pool.count_found(self._find_hashes(sequence)) <= self.pool.num_free
+
+    def _num_needed(self, sequence: Sequence) -> int:
+        """Blocks of all its tokens and the next."""
+        return -(-(len(sequence.tokens) + 1) // self.pool.block_size)
 
     def _admit(self) -> Sequence:
         """Let the first that waits run, with the blocks of its beginning that are there."""

@@ -80,6 +80,34 @@ def test_a_more_important_one_takes_the_blocks_of_a_less_important_one() -> None
     assert shape(scheduler.schedule()) == [(2, 7, True)]  # the first comes before the second, and does not fit
 
 
+def test_nobody_is_stopped_where_that_makes_no_room() -> None:
+    scheduler = make(6)
+    for arrival, (length, priority) in enumerate([(11, 0), (6, 5), (2, 6)]):
+        scheduler.add(text([arrival] * length, arrival, priority=priority))
+    carry_out(scheduler, scheduler.schedule())
+    assert scheduler.pool.num_free == 0
+    long = text([3] * 12, 3)
+    scheduler.add(long)  # its four blocks are more than what those that count less have
+    assert shape(scheduler.schedule()) == [(0, 1, True), (1, 1, True), (2, 1, True)]
+    scheduler.remove(long)
+    scheduler.add(text([3] * 11, 4))
+    assert shape(scheduler.schedule()) == [(0, 1, True), (4, 11, True)]
+    assert scheduler.num_preemptions == 2
+
+
+def test_what_is_shared_with_one_that_counts_more_needs_no_room_and_with_one_that_is_stopped_does() -> None:
+    for sharer, other in ((0, 1), (1, 0)):  # whose beginning the newcomer has
+        scheduler = make(6)
+        for arrival, priority in enumerate((0, 5)):
+            scheduler.add(text([arrival] * 11, arrival, priority=priority))
+        carry_out(scheduler, scheduler.schedule())
+        scheduler.add(text([sharer] * 8 + [9] * 7, 2))  # four blocks, two of them there
+        assert shape(scheduler.schedule()) == (
+            [(0, 1, True), (2, 7, True)] if sharer == 0 else [(0, 1, True), (1, 1, True)]
+        )
+        assert scheduler.num_preemptions == other
+
+
 def test_an_equal_beginning_is_computed_once() -> None:
     scheduler = make()
     first = text(list(range(10)), 0)
