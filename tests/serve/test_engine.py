@@ -27,7 +27,7 @@ from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
 
-from .conftest import FAMILIES, SIZES, VOCAB_SIZE
+from .conftest import FAMILIES, SIZES, VOCAB_SIZE, build_model
 
 Make = Callable[..., Transformer]
 GREEDY = Sampling(temperature=0.0, max_tokens=12, ignore_end_of_text=True)
@@ -495,6 +495,35 @@ def test_a_draft_that_is_right_saves_passes(
     assert len(got.ids) == 41
     assert engine.stats().num_steps == 1 + 10  # the prompt, then four tokens a pass
     assert engine.stats().num_accepted_tokens == 30
+
+
+@needs_kernels
+def test_what_a_draft_failed_to_compute_it_computes_later(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, num_sequences: self.max_depth)
+    model, draft_model = make_model("dense", "packed-bf16"), build_model("dense", "packed-bf16")
+    speculation = SpeculationConfig(method="model", model="by hand", max_tokens=3)
+    config = EngineConfig(speculation=speculation, max_batch_tokens=60)
+    engine = Engine(model, tokenizer, config, draft_model=draft_model)
+    num_passes, run = 0, Runner.run
+
+    def break_once(self: Runner, parts: Sequence[Part], rows: Sequence[int] = ()) -> Decoded:
+        nonlocal num_passes
+        num_passes += self.model is draft_model
+        if self.model is draft_model and num_passes == 2:  # of two that catching up takes
+            raise RuntimeError("it was told to fail")
+        return run(self, parts, rows)
+
+    monkeypatch.setattr(Runner, "run", break_once)
+    prompt = list(range(100))
+    request_id = engine.add_request(prompt, GREEDY)
+    with pytest.raises(RuntimeError, match="told to fail"):
+        finish(engine)
+    engine.abort(request_id)
+    assert [output.finish_reason for output in engine.step()] == ["abort"]
+    run_one(engine, prompt, GREEDY.replace(max_tokens=41))
+    assert engine.stats().num_accepted_tokens == 30  # all are right, as the same model's
 
 
 def test_what_a_draft_had_missed_is_not_the_price_of_drafting(
