@@ -248,11 +248,15 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Compute the next tokens of what runs, and return what became of each text that moved; [] where none did."""
-        start = time.perf_counter()
+        self._compute_step()  # what it raises leaves what is pending to the next one
         outputs, self._pending = self._pending, []
+        return outputs
+
+    def _compute_step(self) -> None:
+        start = time.perf_counter()
         parts = self._scheduler.schedule(self._plan_drafts())
         if not parts:
-            return outputs
+            return
         drafted = self._propose(parts)
         drafting_seconds = time.perf_counter() - start
         step = self._plan_step(parts, drafted)
@@ -262,13 +266,12 @@ class Engine:
         for work in step:
             self._score_prompt(work, decoded)
             self._choose_tokens(work, logits, decoded)
-            outputs += self._advance(work)
+            self._pending += self._advance(work)
         self._counts["steps"] += 1
         self._step_tokens = decoded.hidden.shape[0]
         self._step_seconds = time.perf_counter() - start
         if self._depth is not None and all(part.num_tokens == 1 for part in parts):
             self._depth.record_step(self._step_tokens, self._step_seconds - drafting_seconds)
-        return outputs
 
     def _plan_step(self, parts: list[Scheduled], drafted: Mapping[Sequence, tuple[int, ...]]) -> list[_Work]:
         step, first_row, first_logits = [], 0, 0

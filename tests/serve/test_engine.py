@@ -334,6 +334,28 @@ def test_aborting_frees_at_once_and_tells_so(make_model: Make, tokenizer: Tokeni
     assert engine.stats().kv_blocks_used == 0 and engine.stats().num_finished == 6
 
 
+def test_an_end_is_told_even_after_a_step_that_failed(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(make_model(), tokenizer)
+    gone, other = (engine.add_request([index], GREEDY) for index in range(2))
+    got: dict[tuple[str, int], Got] = {}
+    collect(engine.step(), got)
+    engine.abort(gone)
+
+    def fail(*_: object) -> Decoded:
+        raise RuntimeError("it was told to fail")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="told to fail"):
+        patch.setattr(Runner, "run", fail)
+        engine.step()
+    assert engine.has_request(gone)
+    while engine.has_work:
+        collect(engine.step(), got)
+    assert got[gone, 0].finish_reason == "abort" and not engine.has_request(gone)
+    assert got[other, 0].ids == run_one(Engine(make_model(), tokenizer), [1], GREEDY).ids
+
+
 def test_an_id_is_free_again_when_its_end_is_told(make_model: Make, tokenizer: Tokenizer) -> None:
     engine = Engine(make_model(), tokenizer)
     engine.add_request([1], GREEDY, request_id="mine")
