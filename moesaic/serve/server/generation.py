@@ -108,6 +108,15 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
 
     def encode() -> tuple[int, ...]:
         text = render_chat(served.tokenizer, messages, tools=tools)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise refusal(
+                f"the chat template makes a text with the lone surrogate {text[error.start]!r} of these messages; "
+                f"Unicode is required; leave it out.",
+                param="messages",
+                code="invalid_value",
+            ) from None
         # The template has put the begin token where it wants it.
         return tuple(served.tokenizer.encode_prompt(text, add_special_tokens=False))
 

@@ -6,7 +6,9 @@ between <tool_call> and </tool_call>.
 
 import json
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any
+
+import pydantic_core
 
 from moesaic.data.tokenizer import Tokenizer
 
@@ -64,16 +66,19 @@ def _length_of_beginning(text: str) -> int:
     return next((n for n in range(min(len(text), len(_BEGIN) - 1), 0, -1) if _BEGIN.startswith(text[-n:])), 0)
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)  # NaN and Infinity, which Python reads and writes and JSON has not
+def read_object(text: str) -> dict[str, Any] | None:
+    """Return a JSON object as the standard has it, without NaN, 1e999 and lone surrogates; None for anything else."""
+    try:
+        value = pydantic_core.from_json(text, allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # numbers too large for a float are read as infinity
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _read_call(text: str) -> ToolCall | None:
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    value = read_object(text)
+    if value is None or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", {})
     if not isinstance(arguments, dict):

@@ -1,15 +1,20 @@
-"""Streams to clients that do not read."""
+"""Streams to clients that do not read, and what no tokenizer takes."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from moesaic.serve.server import generation
 from moesaic.serve.server.errors import ApiError
 from moesaic.serve.server.generation import EventStream
 from moesaic.serve.server.log_fields import begin_log, log_fields
+
+from .conftest import live
 
 
 @pytest.mark.parametrize("num_read", range(4))  # messages that the client reads
@@ -51,3 +56,13 @@ def test_a_stream_that_is_not_read_holds_nothing_beyond_its_end(
         assert ("client_left" in log_fields(scope).values) is (num_read < num_messages)
 
     asyncio.run(main())
+
+
+def test_a_template_that_makes_no_unicode_is_refused(
+    real_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "render_chat", lambda *_, **__: "a\ud800" * 3000)
+    with live(real_app()) as running:
+        body = {"messages": [{"role": "user", "content": "x"}]}
+        response = httpx.post(f"{running.url}/v1/chat/completions", json=body)
+        assert response.status_code == 400 and "lone surrogate" in response.json()["error"]["message"]

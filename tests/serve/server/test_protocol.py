@@ -488,3 +488,5 @@ def test_earlier_calls_reach_the_template_as_objects(client: openai.OpenAI, chat
 
     assert prompt_tokens('{"a": 1}') == prompt_tokens({"a": 1}) == length('{"a": 1}')
     assert prompt_tokens("no JSON") == length('"no JSON"')
+    for none in ('{"a": 1e999}', '{"a": NaN}', '{"a": "\\ud800"}'):  # as the standard has it
+        assert prompt_tokens(none) == length(json.dumps(none))

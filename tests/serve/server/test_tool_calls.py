@@ -41,6 +41,8 @@ CALL = ToolCall("f", '{"a": "</b>"}')
         ('<tool_call>{"name": "f", "arguments": "a"}</tool_call>', None, []),
         ('<tool_call>{"name": "f', None, []),
         ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', None, []),
+        ('<tool_call>{"name": "f", "arguments": {"a": [1e999]}}</tool_call>', None, []),
+        ('<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>', None, []),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", None, []),
         (f"<tool_call>{{</tool_call>{ONE}", "<tool_call>{</tool_call>", [CALL]),
     ],
