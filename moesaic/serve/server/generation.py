@@ -166,8 +166,21 @@ async def read_prompts(
     for each in several:
         found = await encode(served.tokenizer, each) if isinstance(each, str) else tuple(each)
         _check_length(served, found, param=param, has_answer=has_answer)
+        if not isinstance(each, str):
+            check_ids(served.tokenizer, found, param=param)
         ids.append(found)
     return tuple(ids)
+
+
+def check_ids(tokenizer: Tokenizer, ids: Sequence[int], *, param: str) -> None:
+    """Raise ApiError for ids that are no tokens."""
+    wrong = next((each for each in ids if not 0 <= each < tokenizer.vocab_size), None)
+    if wrong is not None:
+        raise refusal(
+            f"{param} has the token id {wrong}; ids from 0 to {tokenizer.vocab_size - 1} are required; see /tokenize.",
+            param=param,
+            code="invalid_value",
+        )
 
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
