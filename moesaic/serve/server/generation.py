@@ -322,7 +322,7 @@ class _Answer:
                 head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
                 for choice, part in taken:
                     has_more = any(part.get(key) for key in ("text", "tool_calls", "experts")) or _has_logprobs(part)
-                    if has_more or choice.finish_reason is not None:
+                    if has_more or part.get("finish_reason") is not None:
                         chunk = choice.chunk(part, is_first=not begun[choice.index])
                         begun[choice.index] = True
                         events.append(_event({**head, "choices": [chunk]}))
