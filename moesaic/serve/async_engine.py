@@ -226,7 +226,7 @@ class AsyncEngine:
     async def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Return (n, H) fp32 vectors of unit length; between two steps one such call is computed.
 
-        Raises: GenerationError as the engine; EngineStoppedError.
+        Raises: GenerationError, NotFiniteError as the engine; EngineStoppedError.
         """
 
         def embed() -> Tensor:

@@ -29,7 +29,7 @@ from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
-from moesaic.serve.sampler import RequestError, SamplingState, sample, score_prompt
+from moesaic.serve.sampler import NotFiniteError, RequestError, SamplingState, sample, score_prompt
 from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
@@ -339,14 +339,21 @@ class Engine:
     def embed(self, prompts: Sequence_[Sequence_[int]]) -> Tensor:
         """Return a vector of unit length for each text: (n, H) fp32, the mean of its final hidden states.
 
-        Raises: GenerationError as add_request.
+        Raises: GenerationError as add_request; NotFiniteError where the model gives no numbers.
         """
         for prompt in prompts:
             self._check_prompt(prompt, Sampling(max_tokens=0))
         vectors = [self._runner.embed(prompt, chunk=self.config.max_batch_tokens) for prompt in prompts]
         if not vectors:
             return torch.empty(0, self.model_config.hidden_size)
-        return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+        found = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+        broken = (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+        if broken:
+            raise NotFiniteError(
+                f"the vector of text {broken[0]} of {len(prompts)} has NaN or infinity in it; finite numbers are "
+                f"required; the model's weights or its arithmetic are broken: evaluate the model."
+            )
+        return found
 
     def _check_prompt(self, prompt: Sequence_[int], sampling: Sampling) -> None:
         vocab_size = self.model_config.vocab_size

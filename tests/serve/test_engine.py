@@ -26,6 +26,7 @@ from moesaic.serve.depth import DepthChooser
 from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
+from moesaic.serve.sampler import NotFiniteError
 
 from .conftest import FAMILIES, SIZES, VOCAB_SIZE, build_model
 
@@ -367,8 +368,6 @@ def test_an_id_is_free_again_when_its_end_is_told(make_model: Make, tokenizer: T
 
 
 def test_a_broken_number_ends_its_own_request_only(tokenizer: Tokenizer, make_model: Make) -> None:
-    from .conftest import build_model
-
     model = build_model("mixtral", "fp32")
     expected = run_one(Engine(make_model(), tokenizer), [1, 2, 3], GREEDY)
     with torch.no_grad():
@@ -384,8 +383,6 @@ def test_a_broken_number_ends_its_own_request_only(tokenizer: Tokenizer, make_mo
 
 
 def test_a_broken_number_in_a_scored_prompt_ends_its_own_request_only(tokenizer: Tokenizer) -> None:
-    from .conftest import build_model
-
     model = build_model("mixtral", "fp32")
     expected = run_one(Engine(model, tokenizer), [1, 2, 3], GREEDY)
     with torch.no_grad():
@@ -454,6 +451,16 @@ def test_more_digits_for_keys_than_the_model_makes_are_refused(
     for precision in ("auto", "bf16", "int8"):
         engine = Engine(make_model("mixtral", form), tokenizer, EngineConfig(kv_precision=precision))
         assert len(run_one(engine, [1, 2, 3], GREEDY).ids) == GREEDY.max_tokens
+
+
+def test_a_vector_that_is_no_number_is_an_error(tokenizer: Tokenizer) -> None:
+    model = build_model("mixtral", "fp32")
+    with torch.no_grad():
+        model.embedding[77] = float("nan")
+    engine = Engine(model, tokenizer)
+    with pytest.raises(NotFiniteError, match="text 1 of 3"):
+        engine.embed([[1, 2], [3, 77], [4]])
+    assert engine.embed([[1, 2], [4]]).isfinite().all()
 
 
 @torch.no_grad()

@@ -16,9 +16,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.logs import JsonFormatter, logger
+from moesaic.serve.sampler import NotFiniteError
 from moesaic.serve.server import run
 from moesaic.serve.server.gate import read_keys
 
@@ -271,6 +273,20 @@ def test_a_failing_engine_answers_everybody_and_goes_on(serve_fake: Serve, fake:
         assert httpx.get(f"{running.url}/ready").status_code == 503
         assert complete(running).status_code == 200
         assert httpx.get(f"{running.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("encoding_format", ["float", "base64"])
+def test_vectors_that_are_no_numbers_are_the_servers_failure(
+    serve_fake: Serve, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, encoding_format: str
+) -> None:
+    def broken(_: object) -> Tensor:
+        raise NotFiniteError("the vector has NaN in it; numbers are required; evaluate the model.")
+
+    monkeypatch.setattr(fake, "embed", broken)
+    with serve_fake() as running:
+        body = {"input": "x", "encoding_format": encoding_format}
+        response = httpx.post(f"{running.url}/v1/embeddings", json=body)
+        assert response.status_code == 500 and response.json()["error"]["code"] == "engine_error"
 
 
 def test_what_nobody_foresaw_is_an_error_of_the_usual_shape(
