@@ -111,14 +111,14 @@ class Engine:
         """
         config = config or EngineConfig()
         self.config, self.model_config = config, model.config
-        dtype = model.compute_dtype if config.kv_precision == "auto" else _DTYPES[config.kv_precision]
+        dtype = _kv_dtype(model, config)
         if dtype is torch.float32 and model.compute_dtype is not torch.float32:
             raise ConfigError(
                 "kv_precision is 'fp32' and the model computes in bf16; its keys and values have no more digits than "
                 "that; set it to 'auto', 'bf16' or 'int8'."
             )
         longest = min(model.config.max_positions, config.max_length or model.config.max_positions)
-        num_blocks = _count_blocks(model, draft_model, config, longest, dtype)
+        num_blocks = _count_blocks(model, draft_model, config, longest)
         self.max_length = min(longest, num_blocks * config.block_size)
         self.is_batch_invariant = model.runs_in_one_call
         self._tokenizer = tokenizer
@@ -515,18 +515,31 @@ class Engine:
         )
 
 
-def _count_blocks(
-    model: Transformer, draft_model: Transformer | None, config: EngineConfig, longest: int, dtype: torch.dtype
-) -> int:
-    each = block_bytes(model, block_size=config.block_size, dtype=dtype)
-    if draft_model is not None and config.speculation is not None:  # its keys and values lie under the same numbers
+def bytes_of_block(model: Transformer, draft_model: Transformer | None, config: EngineConfig) -> int:
+    """Return the memory of a block of keys and values; a draft model's lie under the same numbers."""
+    each = block_bytes(model, block_size=config.block_size, dtype=_kv_dtype(model, config))
+    if draft_model is not None and config.speculation is not None:
         each += block_bytes(draft_model, block_size=config.block_size, dtype=draft_model.compute_dtype)
+    return each
+
+
+def kv_budget_bytes(model: Transformer, config: EngineConfig) -> int:
+    """Return the memory that keys and values may take."""
+    return available_memory_bytes(model.device) // 4 if config.kv_cache_bytes == "auto" else config.kv_cache_bytes
+
+
+def _kv_dtype(model: Transformer, config: EngineConfig) -> torch.dtype:
+    return model.compute_dtype if config.kv_precision == "auto" else _DTYPES[config.kv_precision]
+
+
+def _count_blocks(model: Transformer, draft_model: Transformer | None, config: EngineConfig, longest: int) -> int:
+    each, budget = bytes_of_block(model, draft_model, config), kv_budget_bytes(model, config)
     useful = config.max_sequences * -(-longest // config.block_size)
     if config.kv_cache_bytes == "auto":
-        return max(1, min(useful, available_memory_bytes(model.device) // 4 // each))
-    if config.kv_cache_bytes < each:
+        return max(1, min(useful, budget // each))
+    if budget < each:
         raise ConfigError(
             f"kv_cache_bytes ({config.kv_cache_bytes}) is less than one block of {config.block_size} positions of this "
             f"model takes ({each}); room for one is required; raise it."
         )
-    return min(useful, config.kv_cache_bytes // each)
+    return min(useful, budget // each)
