@@ -103,8 +103,8 @@ class EngineConfig(Config):
         default=None, ge=2, description="positions of a sequence, prompt included; null: as many as the model has"
     )
     kv_cache_bytes: int | Literal["auto"] = Field(
-        default="auto", description="memory for keys and values, a draft model's too; auto: what max_sequences can use,"
-        " at most a quarter of the memory that is free"
+        default="auto", description="memory for keys and values, those of a draft model and of overload's student too; "
+        "auto: what max_sequences can use, at most a quarter of the memory that is free"
     )  # fmt: skip
     kv_precision: Literal["auto", "bf16", "int8", "fp32"] = Field(
         default="auto", description="of keys and values; auto: as the model computes"

@@ -121,6 +121,7 @@ class AsyncEngine:
         # Between both.
         self._wakeup = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
+        self._embeddings: deque[Callable[[], None]] = deque()  # which take long: one between two steps
         self._is_stopping = False
         self._failure: str | None = None
         # The thread's side: the texts that go on of every request that the engine has.
@@ -204,7 +205,7 @@ class AsyncEngine:
             self._by_id[each] = running
         self._idle.clear()
         try:
-            await self._call(add)
+            await self._call(add, self._commands)
         except BaseException:  # cancelled too, while it may be added already
             self._abandon(running)
             raise
@@ -223,28 +224,36 @@ class AsyncEngine:
                     yield placed.output
 
     async def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Return (n, H) fp32 vectors of unit length; computed between two steps.
+        """Return (n, H) fp32 vectors of unit length; between two steps one such call is computed.
 
-        Raises: GenerationError as the engine; EngineStoppedError.
+        Raises: GenerationError, NotFiniteError as the engine; EngineStoppedError.
         """
+
+        def embed() -> Tensor:
+            if self._is_stopping:
+                raise _stopped()
+            return self._engine.embed(prompts)
+
         self._refuse_if_closed()
-        return await self._call(lambda: self._engine.embed(prompts))
+        return await self._call(embed, self._embeddings)
 
     async def stats(self) -> EngineStats:
         """Return the engine's figures between two steps. Raises: EngineStoppedError."""
-        return await self._call(self._engine.stats)
+        return await self._call(self._engine.stats, self._commands)
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise EngineStoppedError("the engine is stopping; it takes no more requests; ask another one, or later.")
 
-    async def _call(self, function: Callable[[], _Result]) -> _Result:
-        """Have the thread call a function between two steps, in the order of calls."""
+    async def _call(self, function: Callable[[], _Result], queue: deque[Callable[[], None]]) -> _Result:
+        """Have the thread call a function between two steps, in its queue's order; not if nobody waits any more."""
         loop = asyncio.get_running_loop()
         assert loop is self._loop, "asked from another event loop than the one that started the engine"
         future: asyncio.Future[_Result] = loop.create_future()
 
         def run() -> None:
+            if future.done():  # cancelled
+                return
             try:
                 result = function()
             except Exception as error:  # it is the caller's
@@ -252,14 +261,14 @@ class AsyncEngine:
             else:
                 loop.call_soon_threadsafe(_set_result, future, result)
 
-        self._enqueue(run)
+        self._enqueue(run, queue)
         return await future
 
-    def _enqueue(self, command: Callable[[], None]) -> None:
+    def _enqueue(self, command: Callable[[], None], queue: deque[Callable[[], None]]) -> None:
         with self._wakeup:
             if self._is_stopping:
-                raise EngineStoppedError("the engine has stopped; nothing can be asked of it; start another one.")
-            self._commands.append(command)
+                raise _stopped()
+            queue.append(command)
             self._wakeup.notify()
 
     def _abandon(self, running: _Running) -> None:
@@ -278,7 +287,7 @@ class AsyncEngine:
                     self._engine.abort(request_id)
 
         try:
-            self._enqueue(abort)
+            self._enqueue(abort, self._commands)
         except EngineStoppedError:
             return  # stopping ends everything
 
@@ -302,14 +311,16 @@ class AsyncEngine:
                     self._forget(running)
 
     def _run(self) -> None:
-        """The thread: what was asked, then a step, as long as there is either."""
+        """The thread: what was asked, of the embeddings one, then a step, as long as there is any of it."""
         assert self._loop is not None
         while True:
             with self._wakeup:
-                while not (self._commands or self._is_stopping or self._should_step):
+                while not (self._commands or self._embeddings or self._is_stopping or self._should_step):
                     self._wakeup.wait()
                 commands, is_stopping = list(self._commands), self._is_stopping
                 self._commands.clear()
+                if self._embeddings:
+                    commands += self._embeddings if is_stopping else [self._embeddings.popleft()]
             for command in commands:
                 try:
                     command()
@@ -378,6 +389,10 @@ def _last_output(request_id: str, index: int, reason: str, message: str) -> Requ
         cached_tokens=0,
         completion_tokens=0,
     )
+
+
+def _stopped() -> EngineStoppedError:
+    return EngineStoppedError("the engine has stopped; nothing can be asked of it; start another one.")
 
 
 def _set_result(future: "asyncio.Future[_Result]", result: _Result) -> None:

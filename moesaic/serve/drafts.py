@@ -117,6 +117,14 @@ class ModelDraft:
 
     def catch_up(self, wanted: Sequence_[Wanted]) -> None:
         """Compute all but the last token of texts that lack more than a check leaves: it, and one that was right."""
+        try:
+            self._catch_up(wanted)
+        except BaseException:  # what is noted was not computed, or not all of it
+            self._computed.clear()
+            self._valid.clear()
+            raise
+
+    def _catch_up(self, wanted: Sequence_[Wanted]) -> None:
         parts: list[Part] = []
         room = self._chunk
         for sequence in (each.sequence for each in wanted):

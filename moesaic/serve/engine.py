@@ -29,7 +29,7 @@ from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
-from moesaic.serve.sampler import RequestError, SamplingState, sample, score_prompt
+from moesaic.serve.sampler import NotFiniteError, RequestError, SamplingState, sample, score_prompt
 from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
@@ -111,14 +111,14 @@ class Engine:
         """
         config = config or EngineConfig()
         self.config, self.model_config = config, model.config
-        dtype = model.compute_dtype if config.kv_precision == "auto" else _DTYPES[config.kv_precision]
+        dtype = _kv_dtype(model, config)
         if dtype is torch.float32 and model.compute_dtype is not torch.float32:
             raise ConfigError(
                 "kv_precision is 'fp32' and the model computes in bf16; its keys and values have no more digits than "
                 "that; set it to 'auto', 'bf16' or 'int8'."
             )
         longest = min(model.config.max_positions, config.max_length or model.config.max_positions)
-        num_blocks = _count_blocks(model, draft_model, config, longest, dtype)
+        num_blocks = _count_blocks(model, draft_model, config, longest)
         self.max_length = min(longest, num_blocks * config.block_size)
         self.is_batch_invariant = model.runs_in_one_call
         self._tokenizer = tokenizer
@@ -248,11 +248,15 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Compute the next tokens of what runs, and return what became of each text that moved; [] where none did."""
-        start = time.perf_counter()
+        self._compute_step()  # what it raises leaves what is pending to the next one
         outputs, self._pending = self._pending, []
+        return outputs
+
+    def _compute_step(self) -> None:
+        start = time.perf_counter()
         parts = self._scheduler.schedule(self._plan_drafts())
         if not parts:
-            return outputs
+            return
         drafted = self._propose(parts)
         drafting_seconds = time.perf_counter() - start
         step = self._plan_step(parts, drafted)
@@ -262,13 +266,12 @@ class Engine:
         for work in step:
             self._score_prompt(work, decoded)
             self._choose_tokens(work, logits, decoded)
-            outputs += self._advance(work)
+            self._pending += self._advance(work)
         self._counts["steps"] += 1
         self._step_tokens = decoded.hidden.shape[0]
         self._step_seconds = time.perf_counter() - start
         if self._depth is not None and all(part.num_tokens == 1 for part in parts):
             self._depth.record_step(self._step_tokens, self._step_seconds - drafting_seconds)
-        return outputs
 
     def _plan_step(self, parts: list[Scheduled], drafted: Mapping[Sequence, tuple[int, ...]]) -> list[_Work]:
         step, first_row, first_logits = [], 0, 0
@@ -336,14 +339,21 @@ class Engine:
     def embed(self, prompts: Sequence_[Sequence_[int]]) -> Tensor:
         """Return a vector of unit length for each text: (n, H) fp32, the mean of its final hidden states.
 
-        Raises: GenerationError as add_request.
+        Raises: GenerationError as add_request; NotFiniteError where the model gives no numbers.
         """
         for prompt in prompts:
             self._check_prompt(prompt, Sampling(max_tokens=0))
         vectors = [self._runner.embed(prompt, chunk=self.config.max_batch_tokens) for prompt in prompts]
         if not vectors:
             return torch.empty(0, self.model_config.hidden_size)
-        return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+        found = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+        broken = (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+        if broken:
+            raise NotFiniteError(
+                f"the vector of text {broken[0]} of {len(prompts)} has NaN or infinity in it; finite numbers are "
+                f"required; the model's weights or its arithmetic are broken: evaluate the model."
+            )
+        return found
 
     def _check_prompt(self, prompt: Sequence_[int], sampling: Sampling) -> None:
         vocab_size = self.model_config.vocab_size
@@ -505,18 +515,31 @@ class Engine:
         )
 
 
-def _count_blocks(
-    model: Transformer, draft_model: Transformer | None, config: EngineConfig, longest: int, dtype: torch.dtype
-) -> int:
-    each = block_bytes(model, block_size=config.block_size, dtype=dtype)
-    if draft_model is not None and config.speculation is not None:  # its keys and values lie under the same numbers
+def bytes_of_block(model: Transformer, draft_model: Transformer | None, config: EngineConfig) -> int:
+    """Return the memory of a block of keys and values; a draft model's lie under the same numbers."""
+    each = block_bytes(model, block_size=config.block_size, dtype=_kv_dtype(model, config))
+    if draft_model is not None and config.speculation is not None:
         each += block_bytes(draft_model, block_size=config.block_size, dtype=draft_model.compute_dtype)
+    return each
+
+
+def kv_budget_bytes(model: Transformer, config: EngineConfig) -> int:
+    """Return the memory that keys and values may take."""
+    return available_memory_bytes(model.device) // 4 if config.kv_cache_bytes == "auto" else config.kv_cache_bytes
+
+
+def _kv_dtype(model: Transformer, config: EngineConfig) -> torch.dtype:
+    return model.compute_dtype if config.kv_precision == "auto" else _DTYPES[config.kv_precision]
+
+
+def _count_blocks(model: Transformer, draft_model: Transformer | None, config: EngineConfig, longest: int) -> int:
+    each, budget = bytes_of_block(model, draft_model, config), kv_budget_bytes(model, config)
     useful = config.max_sequences * -(-longest // config.block_size)
     if config.kv_cache_bytes == "auto":
-        return max(1, min(useful, available_memory_bytes(model.device) // 4 // each))
-    if config.kv_cache_bytes < each:
+        return max(1, min(useful, budget // each))
+    if budget < each:
         raise ConfigError(
             f"kv_cache_bytes ({config.kv_cache_bytes}) is less than one block of {config.block_size} positions of this "
             f"model takes ({each}); room for one is required; raise it."
         )
-    return min(useful, config.kv_cache_bytes // each)
+    return min(useful, budget // each)

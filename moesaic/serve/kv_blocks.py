@@ -57,28 +57,28 @@ class BlockPool:
         self._references[block] = 1
         return block
 
-    def find(self, hashes: Iterable[BlockHash]) -> list[int]:
-        """Return the blocks of the longest beginning that is there, each in use once more."""
+    def look_up(self, hashes: Iterable[BlockHash]) -> list[int]:
+        """Return the blocks of the longest beginning that is there, and leave them as they are."""
         blocks = []
         for each in hashes:
             block = self._by_hash.get(each)
             if block is None:
                 break
+            blocks.append(block)
+        return blocks
+
+    def find(self, hashes: Iterable[BlockHash]) -> list[int]:
+        """Return the blocks of the longest beginning that is there, each in use once more."""
+        blocks = self.look_up(hashes)
+        for block in blocks:
             if self._references[block] == 0:
                 del self._unused[block]
             self._references[block] += 1
-            blocks.append(block)
         return blocks
 
     def count_found(self, hashes: Iterable[BlockHash]) -> int:
         """Return how many blocks find would give that are in use now, so that they cost nothing of what is free."""
-        count = 0
-        for each in hashes:
-            block = self._by_hash.get(each)
-            if block is None:
-                break
-            count += self._references[block] > 0
-        return count
+        return sum(self._references[block] > 0 for block in self.look_up(hashes))
 
     def publish(self, block: int, block_hash: BlockHash) -> None:
         """Let a block in use be found. Where an equal one can be found already, that one stays the one to find."""

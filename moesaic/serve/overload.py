@@ -5,9 +5,32 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from moesaic.config.serve import Sampling
-from moesaic.serve.engine import Engine
+from moesaic.config.serve import EngineConfig, Sampling
+from moesaic.errors import ConfigError
+from moesaic.model.transformer import Transformer
+from moesaic.serve.engine import Engine, bytes_of_block, kv_budget_bytes
 from moesaic.serve.outputs import EngineStats, RequestOutput
+
+
+def split_memory(
+    config: EngineConfig, model: Transformer, student: Transformer, *, draft_model: Transformer | None = None
+) -> tuple[EngineConfig, EngineConfig]:
+    """Return the configs of a model's engine and of its student's, which keeps to the same memory and drafts nothing.
+
+    Each has as many blocks as the other, and those of both fit into kv_cache_bytes.
+
+    Raises: ConfigError where there is no room for one block of each.
+    """
+    others = config.replace(speculation=None)
+    sizes = bytes_of_block(model, draft_model, config), bytes_of_block(student, None, others)
+    budget = kv_budget_bytes(model, config)
+    count = budget // sum(sizes)
+    if not count:
+        raise ConfigError(
+            f"kv_cache_bytes ({budget}) is less than one block of {config.block_size} positions of the model takes "
+            f"({sizes[0]}) and one of the student that helps out ({sizes[1]}); room for both is required; raise it."
+        )
+    return config.replace(kv_cache_bytes=count * sizes[0]), others.replace(kv_cache_bytes=count * sizes[1])
 
 
 class EngineWithStudent:

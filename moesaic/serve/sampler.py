@@ -34,6 +34,10 @@ class RequestError(GenerationError):
     """What a request asks for cannot be: the model and the engine are well, and other requests go on."""
 
 
+class NotFiniteError(GenerationError):
+    """The model gave what is no number: the request is well, and other requests go on."""
+
+
 @dataclass(frozen=True)
 class Sampled:
     """A token that was chosen; logprob and top_logprobs (from the likeliest down) where the request asks for them."""
@@ -152,7 +156,7 @@ def sample(logits: Floats, state: SamplingState, mask: Mask | None = None) -> Sa
     mask: the tokens that a grammar allows, (V,) bool, or None for all.
     Log-probabilities are of what the model says after penalties and bias, whatever a grammar allows of it.
 
-    Raises: GenerationError for NaN or infinite logits; RequestError where what the request asks for leaves no token.
+    Raises: NotFiniteError for NaN or infinite logits; RequestError where what the request asks for leaves no token.
     """
     assert logits.shape == (state.vocab_size,), (logits.shape, state.vocab_size)
     best = _likeliest(logits)
@@ -177,7 +181,7 @@ def score_prompt(logits: Tensor, target_ids: Sequence[int], *, top: int) -> list
     """Return each target token with its log-probability and the top likeliest ones of its row.
 
     Shapes: logits (S, V) fp32: row i is what predicts target i.
-    Raises: GenerationError for NaN or infinite logits.
+    Raises: NotFiniteError for NaN or infinite logits.
     """
     assert len(logits) == len(target_ids), (logits.shape, len(target_ids))
     rows = logits.detach().cpu().numpy()
@@ -204,7 +208,7 @@ def _likeliest(scores: Floats, state: SamplingState | None = None, mask: Mask | 
             f"the largest logit is {scores[best]} after the penalties; a finite one is required; one of them is out of "
             f"all proportion: weaken it."
         )
-    raise GenerationError(
+    raise NotFiniteError(
         f"the largest logit is {scores[best]}; a finite one is required; the model's weights or its arithmetic are "
         f"broken: evaluate the model."
     )
@@ -221,7 +225,7 @@ def _nothing_left(state: SamplingState, mask: Mask | None) -> GenerationError:
     allowed = state.allowed(mask)
     ids = np.arange(state.vocab_size) if allowed is None else np.flatnonzero(allowed)
     if not np.isin(ids, state.forbidden_ids).all():
-        return GenerationError(
+        return NotFiniteError(
             "none of the tokens that may come next has a finite score; one is required; the model's weights or its "
             "arithmetic are broken: evaluate the model."
         )

@@ -1,14 +1,14 @@
 """Which tokens of which sequences the next step computes. Ints and lists: no tensor, no model.
 
-A step has a budget of tokens. Sequences that generate come first, one token each (and what is drafted for it); what is
-left of the budget goes to prompts, in chunks. Where blocks run out, the sequence that counts least (by priority, then
-by arrival) gives its own up and is computed again later.
+A step has a budget of tokens. Sequences that generate come first, one token each; what is left of the budget goes to
+prompts, in chunks, and what these leave to drafted tokens. Where blocks run out, the sequence that counts least (by
+priority, then by arrival) gives its own up and is computed again later.
 """
 
 import heapq
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moesaic.serve.kv_blocks import BlockHash, BlockPool, hash_block
 
@@ -64,7 +64,6 @@ class _Step:
     """A step being made: what is left of its budget, and what it holds already."""
 
     budget: int
-    num_drafted: dict[Sequence, int]
     parts: dict[Sequence, Scheduled] = field(default_factory=dict)
 
 
@@ -104,48 +103,50 @@ class Scheduler:
         num_drafted: of sequences that generate, how many tokens to check beyond the next.
         """
         self._give_way()
-        step = _Step(self.max_batch_tokens, dict(num_drafted or {}))
-        generating = [each for each in self.running if each.num_missing == 1]
-        for num_before, sequence in enumerate(generating):
-            self._take(sequence, step, num_kept=len(generating) - 1 - num_before)
-        for sequence in [each for each in self.running if each.num_missing > 1]:
+        step = _Step(self.max_batch_tokens)
+        for sequence in sorted(self.running, key=lambda each: each.num_missing > 1):  # otherwise as they are
             self._take(sequence, step)
         while self._waiting and step.budget > 0 and self._has_room(self._waiting[0][1]):
             self._take(self._admit(), step)
+        for sequence, count in (num_drafted or {}).items():
+            self._draft(sequence, count, step)
         return list(step.parts.values())
 
-    def _take(self, sequence: Sequence, step: "_Step", *, num_kept: int = 0) -> None:
-        """Put as much of a sequence into a step as the budget and the blocks allow.
-
-        num_kept: tokens of the budget that are not for drafts: others generate too.
-        """
+    def _take(self, sequence: Sequence, step: "_Step") -> None:
+        """Put as much of a sequence into a step as the budget and the blocks allow."""
         if not sequence.is_running or step.budget <= 0:
             return
         num_tokens = min(sequence.num_missing, step.budget)
-        is_last = num_tokens == sequence.num_missing
-        room = max(0, step.budget - num_tokens - num_kept)
-        num_drafted = min(step.num_drafted.get(sequence, 0), room) if is_last else 0
-        end = sequence.num_computed + num_tokens
-        while not self._reserve(sequence, end + num_drafted):
-            if num_drafted:
-                num_drafted = 0
-                continue
+        while not self._reserve(sequence, sequence.num_computed + num_tokens):
             victim = self.running[-1]
-            if victim in step.parts:
-                return
             self._preempt(victim)
             if victim is sequence:
                 return
-        step.parts[sequence] = Scheduled(sequence, num_tokens, num_drafted, is_last)
-        step.budget -= num_tokens + num_drafted
+            if (part := step.parts.pop(victim, None)) is not None:  # it generates, and has been before a prompt
+                step.budget += part.num_tokens
+        step.parts[sequence] = Scheduled(sequence, num_tokens, 0, is_last=num_tokens == sequence.num_missing)
+        step.budget -= num_tokens
+
+    def _draft(self, sequence: Sequence, count: int, step: "_Step") -> None:
+        """Have drafted tokens checked behind a part that is a last one, as the budget and the blocks allow."""
+        part, count = step.parts.get(sequence), min(count, step.budget)
+        if part is None or not part.is_last or count <= 0:
+            return
+        if self._reserve(sequence, len(sequence.tokens) + count):
+            step.parts[sequence] = replace(part, num_drafted=count)
+            step.budget -= count
 
     def _give_way(self) -> None:
-        """Stop those that run and count less than the first that waits, as long as they are in its way."""
-        while self._waiting and self.running:
-            first, last = self._waiting[0][1], self.running[-1]
-            if last.priority <= first.priority or self._has_room(first):
-                return
-            self._preempt(last)
+        """Stop those that run and count less than the first that waits, the last first, if that makes room."""
+        first = self._waiting[0][1] if self._waiting else None
+        if first is None or not self.running or self.running[-1].priority <= first.priority or self._has_room(first):
+            return
+        kept = {block for each in self.running if each.priority <= first.priority for block in each.blocks}
+        shared = kept.intersection(self.pool.look_up(self._find_hashes(first)))
+        if self._num_needed(first) - len(shared) > self.pool.num_blocks - len(kept):
+            return
+        while not self._has_room(first):
+            self._preempt(self.running[-1])
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence could run.
@@ -155,11 +156,15 @@ class Scheduler:
         """
         if len(self.running) >= self.max_sequences:
             return False
-        needed = -(-(len(sequence.tokens) + 1) // self.pool.block_size)
+        needed = self._num_needed(sequence)
         if not self.running or needed <= self.pool.num_free:
             return True
         # Last, since this goes through a long prompt's blocks.
         return needed - self.pool.count_found(self._find_hashes(sequence)) <= self.pool.num_free
+
+    def _num_needed(self, sequence: Sequence) -> int:
+        """Blocks of all its tokens and the next."""
+        return -(-(len(sequence.tokens) + 1) // self.pool.block_size)
 
     def _admit(self) -> Sequence:
         """Let the first that waits run, with the blocks of its beginning that are there."""

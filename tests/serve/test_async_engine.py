@@ -2,11 +2,12 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 import torch
+from torch import Tensor
 
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
@@ -192,6 +193,53 @@ def test_stopping_lets_what_runs_finish_or_ends_it() -> None:
             for call in (engine.stats(), engine.embed([[1]]), collect(engine, [1])):
                 with pytest.raises(EngineStoppedError):
                     await call
+
+    asyncio.run(main())
+
+
+def test_between_two_steps_one_call_embeds_and_none_for_those_who_left() -> None:
+    async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
+        steps: list[int] = []  # before each call
+        embed = fake.embed
+
+        def note(prompts: Sequence[Sequence[int]]) -> Tensor:
+            steps.append(fake.num_steps)
+            return embed(prompts)
+
+        fake.embed = note  # type: ignore[method-assign]
+        fake.go.clear()
+        generation = await engine.submit([[1]], ENDLESS)
+        tasks = [asyncio.ensure_future(engine.embed([[1] * number])) for number in range(1, 7)]
+        await asyncio.sleep(0)
+        tasks.pop(2).cancel()
+        fake.go.set()
+        vectors = await asyncio.gather(*tasks)
+        assert [round((each[0, 0] / each[0, 1]).item()) for each in vectors] == [1, 2, 4, 5, 6]
+        assert len(steps) == len(set(steps)) == 5
+        generation.close()
+        await until(lambda: not fake.has_work)
+        await asyncio.gather(*(engine.embed([[1]]) for _ in range(3)))  # nothing to step
+
+    run(test)
+
+
+def test_those_who_wait_for_embeddings_are_told_when_it_stops() -> None:
+    async def main() -> None:
+        fake = FakeEngine()
+        engine = AsyncEngine(fake)
+        engine.start()
+        fake.go.clear()
+        task = asyncio.ensure_future(collect(engine, [1], ENDLESS))
+        await until(lambda: fake.has_work)
+        embeddings = [asyncio.ensure_future(engine.embed([[1]])) for _ in range(3)]
+        stopping = asyncio.ensure_future(engine.stop())
+        await asyncio.sleep(0)
+        fake.go.set()
+        await asyncio.wait_for(stopping, 10)
+        for each in embeddings:
+            with pytest.raises(EngineStoppedError):
+                await asyncio.wait_for(each, 10)
+        assert (await asyncio.wait_for(task, 10))[-1].finish_reason == "abort"
 
     asyncio.run(main())
 

@@ -26,8 +26,9 @@ from moesaic.serve.depth import DepthChooser
 from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
+from moesaic.serve.sampler import NotFiniteError
 
-from .conftest import FAMILIES, SIZES, VOCAB_SIZE
+from .conftest import FAMILIES, SIZES, VOCAB_SIZE, build_model
 
 Make = Callable[..., Transformer]
 GREEDY = Sampling(temperature=0.0, max_tokens=12, ignore_end_of_text=True)
@@ -334,6 +335,28 @@ def test_aborting_frees_at_once_and_tells_so(make_model: Make, tokenizer: Tokeni
     assert engine.stats().kv_blocks_used == 0 and engine.stats().num_finished == 6
 
 
+def test_an_end_is_told_even_after_a_step_that_failed(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(make_model(), tokenizer)
+    gone, other = (engine.add_request([index], GREEDY) for index in range(2))
+    got: dict[tuple[str, int], Got] = {}
+    collect(engine.step(), got)
+    engine.abort(gone)
+
+    def fail(*_: object) -> Decoded:
+        raise RuntimeError("it was told to fail")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="told to fail"):
+        patch.setattr(Runner, "run", fail)
+        engine.step()
+    assert engine.has_request(gone)
+    while engine.has_work:
+        collect(engine.step(), got)
+    assert got[gone, 0].finish_reason == "abort" and not engine.has_request(gone)
+    assert got[other, 0].ids == run_one(Engine(make_model(), tokenizer), [1], GREEDY).ids
+
+
 def test_an_id_is_free_again_when_its_end_is_told(make_model: Make, tokenizer: Tokenizer) -> None:
     engine = Engine(make_model(), tokenizer)
     engine.add_request([1], GREEDY, request_id="mine")
@@ -345,8 +368,6 @@ def test_an_id_is_free_again_when_its_end_is_told(make_model: Make, tokenizer: T
 
 
 def test_a_broken_number_ends_its_own_request_only(tokenizer: Tokenizer, make_model: Make) -> None:
-    from .conftest import build_model
-
     model = build_model("mixtral", "fp32")
     expected = run_one(Engine(make_model(), tokenizer), [1, 2, 3], GREEDY)
     with torch.no_grad():
@@ -362,8 +383,6 @@ def test_a_broken_number_ends_its_own_request_only(tokenizer: Tokenizer, make_mo
 
 
 def test_a_broken_number_in_a_scored_prompt_ends_its_own_request_only(tokenizer: Tokenizer) -> None:
-    from .conftest import build_model
-
     model = build_model("mixtral", "fp32")
     expected = run_one(Engine(model, tokenizer), [1, 2, 3], GREEDY)
     with torch.no_grad():
@@ -434,6 +453,16 @@ def test_more_digits_for_keys_than_the_model_makes_are_refused(
         assert len(run_one(engine, [1, 2, 3], GREEDY).ids) == GREEDY.max_tokens
 
 
+def test_a_vector_that_is_no_number_is_an_error(tokenizer: Tokenizer) -> None:
+    model = build_model("mixtral", "fp32")
+    with torch.no_grad():
+        model.embedding[77] = float("nan")
+    engine = Engine(model, tokenizer)
+    with pytest.raises(NotFiniteError, match="text 1 of 3"):
+        engine.embed([[1, 2], [3, 77], [4]])
+    assert engine.embed([[1, 2], [4]]).isfinite().all()
+
+
 @torch.no_grad()
 def test_embeddings_are_means_of_hidden_states(make_model: Make, tokenizer: Tokenizer) -> None:
     model = make_model("pr-moe", "fp32")
@@ -495,6 +524,35 @@ def test_a_draft_that_is_right_saves_passes(
     assert len(got.ids) == 41
     assert engine.stats().num_steps == 1 + 10  # the prompt, then four tokens a pass
     assert engine.stats().num_accepted_tokens == 30
+
+
+@needs_kernels
+def test_what_a_draft_failed_to_compute_it_computes_later(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, num_sequences: self.max_depth)
+    model, draft_model = make_model("dense", "packed-bf16"), build_model("dense", "packed-bf16")
+    speculation = SpeculationConfig(method="model", model="by hand", max_tokens=3)
+    config = EngineConfig(speculation=speculation, max_batch_tokens=60)
+    engine = Engine(model, tokenizer, config, draft_model=draft_model)
+    num_passes, run = 0, Runner.run
+
+    def break_once(self: Runner, parts: Sequence[Part], rows: Sequence[int] = ()) -> Decoded:
+        nonlocal num_passes
+        num_passes += self.model is draft_model
+        if self.model is draft_model and num_passes == 2:  # of two that catching up takes
+            raise RuntimeError("it was told to fail")
+        return run(self, parts, rows)
+
+    monkeypatch.setattr(Runner, "run", break_once)
+    prompt = list(range(100))
+    request_id = engine.add_request(prompt, GREEDY)
+    with pytest.raises(RuntimeError, match="told to fail"):
+        finish(engine)
+    engine.abort(request_id)
+    assert [output.finish_reason for output in engine.step()] == ["abort"]
+    run_one(engine, prompt, GREEDY.replace(max_tokens=41))
+    assert engine.stats().num_accepted_tokens == 30  # all are right, as the same model's
 
 
 def test_what_a_draft_had_missed_is_not_the_price_of_drafting(

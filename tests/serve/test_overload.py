@@ -1,13 +1,17 @@
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
+import torch
 
-from moesaic.config.serve import EngineConfig, Sampling
+from moesaic.config.serve import EngineConfig, Sampling, SpeculationConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError
+from moesaic.kernels import limits
 from moesaic.model.transformer import Transformer
 from moesaic.serve.engine import Engine
-from moesaic.serve.overload import EngineWithStudent
+from moesaic.serve.overload import EngineWithStudent, split_memory
+from moesaic.serve.runner import block_bytes
 
 Make = Callable[..., Transformer]
 SAMPLING = Sampling(temperature=0.0, max_tokens=6, ignore_end_of_text=True)
@@ -59,6 +63,41 @@ def test_what_the_student_cannot_hold_waits_for_the_model(make_model: Make, toke
     while both.has_work:
         ended |= {output.request_id for output in both.step() if output.finish_reason == "length"}
     assert {long, short} <= ended
+
+
+@pytest.mark.parametrize("budget", [1_000_000, 123_457, "auto"])
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_keys_of_both_fit_into_the_memory_of_one(
+    budget: int | Literal["auto"],
+    precision: Literal["auto", "int8"],
+    drafts: bool,
+    make_model: Make,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "_read_text", lambda path: "MemAvailable: 2000 kB")
+    model, small = make_model("mixtral"), make_model("dense" if precision == "int8" else "latent", seed=1)
+    draft_model = make_model("dense") if drafts else None
+    speculation = SpeculationConfig(method="model", model="by hand") if drafts else None
+    config = EngineConfig(kv_cache_bytes=budget, kv_precision=precision, speculation=speculation, max_sequences=999)
+    own, others = split_memory(config, model, small, draft_model=draft_model)
+    engines = Engine(model, tokenizer, own, draft_model=draft_model), Engine(small, tokenizer, others)
+    dtype = torch.int8 if precision == "int8" else torch.float32
+    each = [block_bytes(one, block_size=32, dtype=dtype) for one in (model, small)]
+    each += [block_bytes(draft_model, block_size=32, dtype=torch.float32)] if draft_model is not None else []
+    total, counts = 2000 * 1024 // 4 if budget == "auto" else budget, {e.stats().kv_blocks_total for e in engines}
+    (count,) = counts
+    assert count * sum(each) <= total < (count + 1) * sum(each)
+    assert others.speculation is None
+
+
+def test_without_room_for_a_block_of_each_it_is_refused(make_model: Make) -> None:
+    models = make_model("mixtral"), make_model("dense", seed=1)
+    need = sum(block_bytes(each, block_size=32, dtype=torch.float32) for each in models)
+    split_memory(EngineConfig(kv_cache_bytes=need), *models)
+    with pytest.raises(ConfigError, match=rf"kv_cache_bytes \({need - 1}\) .* student"):
+        split_memory(EngineConfig(kv_cache_bytes=need - 1), *models)
 
 
 def test_an_id_is_in_use_once_whoever_has_it(make_model: Make, tokenizer: Tokenizer) -> None:

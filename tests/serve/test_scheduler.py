@@ -80,6 +80,34 @@ def test_a_more_important_one_takes_the_blocks_of_a_less_important_one() -> None
     assert shape(scheduler.schedule()) == [(2, 7, True)]  # the first comes before the second, and does not fit
 
 
+def test_nobody_is_stopped_where_that_makes_no_room() -> None:
+    scheduler = make(6)
+    for arrival, (length, priority) in enumerate([(11, 0), (6, 5), (2, 6)]):
+        scheduler.add(text([arrival] * length, arrival, priority=priority))
+    carry_out(scheduler, scheduler.schedule())
+    assert scheduler.pool.num_free == 0
+    long = text([3] * 12, 3)
+    scheduler.add(long)  # its four blocks are more than what those that count less have
+    assert shape(scheduler.schedule()) == [(0, 1, True), (1, 1, True), (2, 1, True)]
+    scheduler.remove(long)
+    scheduler.add(text([3] * 11, 4))
+    assert shape(scheduler.schedule()) == [(0, 1, True), (4, 11, True)]
+    assert scheduler.num_preemptions == 2
+
+
+def test_what_is_shared_with_one_that_counts_more_needs_no_room_and_with_one_that_is_stopped_does() -> None:
+    for sharer, other in ((0, 1), (1, 0)):  # whose beginning the newcomer has
+        scheduler = make(6)
+        for arrival, priority in enumerate((0, 5)):
+            scheduler.add(text([arrival] * 11, arrival, priority=priority))
+        carry_out(scheduler, scheduler.schedule())
+        scheduler.add(text([sharer] * 8 + [9] * 7, 2))  # four blocks, two of them there
+        assert shape(scheduler.schedule()) == (
+            [(0, 1, True), (2, 7, True)] if sharer == 0 else [(0, 1, True), (1, 1, True)]
+        )
+        assert scheduler.num_preemptions == other
+
+
 def test_an_equal_beginning_is_computed_once() -> None:
     scheduler = make()
     first = text(list(range(10)), 0)
@@ -127,6 +155,22 @@ def test_without_blocks_the_last_to_come_gives_its_own_up_and_returns() -> None:
     assert shape(scheduler.schedule()) == [(1, 6, True)]  # with what it had generated
 
 
+def test_one_that_counts_less_stands_back_even_where_it_is_in_the_step_already() -> None:
+    scheduler = make(4, max_batch_tokens=3, prefix_caching=False)
+    old, new = text([1], 0), text([2] * 11, 1, priority=-1)
+    scheduler.add(old)
+    carry_out(scheduler, scheduler.schedule())
+    scheduler.add(new)  # there is room for all of it, and the old one grows meanwhile
+    steps = []
+    for _ in range(6):
+        parts = scheduler.schedule()
+        steps.append(shape(parts))
+        carry_out(scheduler, parts)
+    growing = [[(0, 1, True), (1, 2, False)]]
+    assert steps == growing * 4 + [[(1, 2, False)], [(1, 1, True)]]
+    assert scheduler.num_preemptions == 1 and not old.is_running
+
+
 def test_drafted_tokens_are_part_of_the_budget_and_are_left_out_where_blocks_are_short() -> None:
     scheduler = make(3, max_batch_tokens=7, prefix_caching=False)
     one, two = text([1] * 3, 0), text([2] * 3, 1)
@@ -150,6 +194,26 @@ def test_drafts_leave_every_sequence_that_generates_its_next_token() -> None:
     carry_out(scheduler, scheduler.schedule())
     parts = scheduler.schedule(dict.fromkeys(sequences, 2))
     assert [(part.num_tokens, part.num_drafted) for part in parts] == [(1, 2), (1, 1), (1, 0)]
+
+
+def test_drafts_take_what_prompts_leave_over() -> None:
+    scheduler = make(max_batch_tokens=10)
+    sequences = [text([arrival] * 2, arrival) for arrival in range(3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    carry_out(scheduler, scheduler.schedule())
+    scheduler.add(text([9] * 12, 3, priority=-1))
+    drafts = dict.fromkeys(sequences, 4)
+    steps = []
+    for _ in range(3):
+        parts = scheduler.schedule(drafts)
+        steps.append([(part.sequence.arrival, part.num_tokens, part.num_drafted) for part in parts])
+        carry_out(scheduler, parts)
+    assert steps == [
+        [(0, 1, 0), (1, 1, 0), (2, 1, 0), (3, 7, 0)],
+        [(0, 1, 2), (1, 1, 0), (2, 1, 0), (3, 5, 0)],
+        [(3, 1, 0), (0, 1, 4), (1, 1, 2), (2, 1, 0)],
+    ]
 
 
 def test_removing_frees_everything_wherever_it_is() -> None:

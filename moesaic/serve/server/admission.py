@@ -72,21 +72,22 @@ class Admission:
         try:
             await turn  # whoever leaves has counted this one in
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if not turn.cancelled():
                 self._leave()
-            else:
+            elif entry in self._waiting:  # else it was passed over by one who left before this ran
                 self._waiting.remove(entry)
                 heapq.heapify(self._waiting)
                 self._count(0)
             raise
 
     def _leave(self) -> None:
-        self._count(-1)
+        self.num_inside -= 1
         while self._waiting and self.num_inside < self._max_concurrent:
             _, _, turn = heapq.heappop(self._waiting)
             if not turn.done():
-                self._count(1)
+                self.num_inside += 1
                 turn.set_result(None)
+        self._count(0)
 
     def _count(self, change: int) -> None:
         self.num_inside += change

@@ -125,11 +125,12 @@ class Choice:
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
     ) -> dict[str, Any]:
-        """Return a part: the new text, and what was asked for of the new tokens."""
+        """Return a part: the new text, what was asked for of the new tokens, and why it ends, where it does."""
         self.finish_reason, self.stop_reason = finish_reason, stop_reason
         part: dict[str, Any] = {"text": text}
         if self.tool_calls is not None:
             part = self._part_calls(self.tool_calls, text)
+        part |= self._end()
         if self.has_logprobs and self.kind == "completion":
             part["logprobs"] = self._old_logprobs.of_tokens(tokens)
         elif self.has_logprobs:
@@ -174,7 +175,7 @@ class Choice:
     def whole(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the finished choice, given all its parts."""
         text = "".join(part["text"] for part in parts)
-        whole: dict[str, Any] = {"text": text}
+        whole: dict[str, Any] = {"text": text, **self._end()}
         if self.has_logprobs:
             merged: dict[str, Any] = {}
             for part in parts:
@@ -192,13 +193,16 @@ class Choice:
             message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
         return self._around({"message": message}, whole)
 
+    def _end(self) -> dict[str, Any]:
+        return {"finish_reason": self.finish_reason, "stop_reason": self.stop_reason}
+
     def _around(self, content: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
         choice = {
             "index": self.index,
             **content,
             "logprobs": part.get("logprobs"),
-            "finish_reason": self.finish_reason,
-            "stop_reason": self.stop_reason,
+            "finish_reason": part.get("finish_reason"),
+            "stop_reason": part.get("stop_reason"),
         }
         if self.has_experts:
             choice["experts"] = part.get("experts", [])

@@ -34,6 +34,7 @@ from moesaic.serve.server.generation import (
     Served,
     Student,
     answer,
+    check_ids,
     deadline_of,
     encode,
     read_prompts,
@@ -274,12 +275,7 @@ def _add_tokens(router: APIRouter, served: Served) -> None:
         return await while_connected(request, work(), deadline=deadline_of(served, request))
 
     def decode(tokens: list[int]) -> str:
-        wrong = next((each for each in tokens if not 0 <= each < tokenizer.vocab_size), None)
-        if wrong is not None:
-            raise refusal(
-                f"tokens holds {wrong}; ids from 0 to {tokenizer.vocab_size - 1} are required; see /tokenize.",
-                param="tokens",
-            )
+        check_ids(tokenizer, tokens, param="tokens")
         return tokenizer.decode(tokens)
 
     @router.get("/tokenizer_info")

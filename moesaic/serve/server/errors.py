@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from moesaic.config.base import nearest
 from moesaic.errors import InstallationError, MoesaicError
 from moesaic.serve.async_engine import EngineStoppedError
-from moesaic.serve.sampler import RequestError
+from moesaic.serve.sampler import NotFiniteError, RequestError
 from moesaic.serve.server.log_fields import log_fields
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -74,6 +74,8 @@ def as_api_error(error: Exception) -> ApiError | None:
         return refusal(str(error), code="not_installed")
     if isinstance(error, RequestError):
         return refusal(str(error), code="cannot_be_met")
+    if isinstance(error, NotFiniteError):
+        return ApiError(500, str(error), code="engine_error")
     if isinstance(error, MoesaicError):
         return refusal(str(error))
     if isinstance(error, RequestValidationError):

@@ -29,6 +29,9 @@ from moesaic.serve.server.tool_calls import ToolCallReader
 
 _Result = TypeVar("_Result")
 
+# A client that reads its stream slowly has so long for the last event, at the end of the time for a request.
+_FAREWELL_SECONDS = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
@@ -105,6 +108,15 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
 
     def encode() -> tuple[int, ...]:
         text = render_chat(served.tokenizer, messages, tools=tools)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise refusal(
+                f"the chat template makes a text with the lone surrogate {text[error.start]!r} of these messages; "
+                f"Unicode is required; leave it out.",
+                param="messages",
+                code="invalid_value",
+            ) from None
         # The template has put the begin token where it wants it.
         return tuple(served.tokenizer.encode_prompt(text, add_special_tokens=False))
 
@@ -154,8 +166,21 @@ async def read_prompts(
     for each in several:
         found = await encode(served.tokenizer, each) if isinstance(each, str) else tuple(each)
         _check_length(served, found, param=param, has_answer=has_answer)
+        if not isinstance(each, str):
+            check_ids(served.tokenizer, found, param=param)
         ids.append(found)
     return tuple(ids)
+
+
+def check_ids(tokenizer: Tokenizer, ids: Sequence[int], *, param: str) -> None:
+    """Raise ApiError for ids that are no tokens."""
+    wrong = next((each for each in ids if not 0 <= each < tokenizer.vocab_size), None)
+    if wrong is not None:
+        raise refusal(
+            f"{param} has the token id {wrong}; ids from 0 to {tokenizer.vocab_size - 1} are required; see /tokenize.",
+            param=param,
+            code="invalid_value",
+        )
 
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
@@ -297,7 +322,7 @@ class _Answer:
                 head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
                 for choice, part in taken:
                     has_more = any(part.get(key) for key in ("text", "tool_calls", "experts")) or _has_logprobs(part)
-                    if has_more or choice.finish_reason is not None:
+                    if has_more or part.get("finish_reason") is not None:
                         chunk = choice.chunk(part, is_first=not begun[choice.index])
                         begun[choice.index] = True
                         events.append(_event({**head, "choices": [chunk]}))
@@ -386,7 +411,6 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             sending = asyncio.ensure_future(self._send(scope, send))
             leaving = asyncio.ensure_future(_disconnected(receive))
             try:
@@ -401,15 +425,25 @@ class EventStream(Response):
                 raise error
 
     async def _send(self, scope: Scope, send: Send) -> None:
+        failure: ApiError | None = None
         try:
             async with asyncio.timeout_at(self._deadline), aclosing(self._events):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 async for piece in self._events:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
         except TimeoutError:
-            await self._send_error(scope, send, _too_long())
+            failure = _too_long()
         except ApiError as error:
-            await self._send_error(scope, send, error)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            failure = error
+        # Sending may wait for as long as the client does not read, and meanwhile others need the place.
+        await self._held.aclose()
+        try:
+            async with asyncio.timeout_at(max(self._deadline, asyncio.get_running_loop().time() + _FAREWELL_SECONDS)):
+                if failure is not None:
+                    await self._send_error(scope, send, failure)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            log_fields(scope).values["client_left"] = True  # an unfinished answer has its connection closed
 
     async def _send_error(self, scope: Scope, send: Send, error: ApiError) -> None:
         """The status is sent already: an error is the stream's last event."""

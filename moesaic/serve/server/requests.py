@@ -22,6 +22,7 @@ from pydantic import (
 
 from moesaic.config.serve import Grammar, GrammarKind, Sampling
 from moesaic.serve.server.errors import ApiError, explain_values, refusal, unknown_key
+from moesaic.serve.server.tool_calls import read_object
 
 # As OpenAI's: more likeliest tokens, and more biases, than anybody reads or writes.
 MAX_TOP_LOGPROBS = 20
@@ -423,11 +424,8 @@ def _read_arguments(extra: dict[str, Any]) -> dict[str, Any]:
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                arguments = json.loads(function["arguments"])
-            except (ValueError, RecursionError):
-                arguments = None
-            if isinstance(arguments, dict):
+            arguments = read_object(function["arguments"])
+            if arguments is not None:
                 call = {**call, "function": {**function, "arguments": arguments}}
         read.append(call)
     return {**extra, "tool_calls": read}

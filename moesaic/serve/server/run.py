@@ -21,7 +21,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.serve.async_engine import AsyncEngine, StepEngine
 from moesaic.serve.engine import Engine
 from moesaic.serve.grammar import GrammarCompiler
-from moesaic.serve.overload import EngineWithStudent
+from moesaic.serve.overload import EngineWithStudent, split_memory
 from moesaic.serve.server.app import create_app
 from moesaic.serve.server.gate import KEYS_VARIABLE, is_local, read_keys
 from moesaic.serve.server.generation import Served, Student
@@ -56,21 +56,17 @@ def serve(
         grammars = _grammars_of(loaded, config.server)
         if grammars is not None:
             stack.callback(grammars.close)
-        engine = Engine(
-            loaded.model,
-            loaded.tokenizer,
-            config.engine,
-            draft_model=_load_draft(config.engine, loaded, device=device),
-            grammars=grammars,
-        )
-        driven: StepEngine = engine
-        student = None
+        settings, draft_model = config.engine, _load_draft(config.engine, loaded, device=device)
+        helping, student = None, None
         if config.overload is not None:
-            run_of_student = config.overload.model
-            other = _load_beside("overload.model", run_of_student, loaded, device=device)
-            helping = Engine(other.model, other.tokenizer, config.engine.replace(speculation=None), grammars=grammars)
+            other = _load_beside("overload.model", config.overload.model, loaded, device=device)
+            settings, rest = split_memory(settings, loaded.model, other.model, draft_model=draft_model)
+            helping = Engine(other.model, other.tokenizer, rest, grammars=grammars)
+            student = Student(Path(config.overload.model).name, tuple(layer.layer for layer in helping.stats().layers))
+        engine = Engine(loaded.model, loaded.tokenizer, settings, draft_model=draft_model, grammars=grammars)
+        driven: StepEngine = engine
+        if helping is not None and config.overload is not None:
             driven = EngineWithStudent(engine, helping, max_texts=config.overload.max_texts)
-            student = Student(Path(run_of_student).name, tuple(layer.layer for layer in helping.stats().layers))
         app = create_app(
             AsyncEngine(driven),
             loaded.tokenizer,

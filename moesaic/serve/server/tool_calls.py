@@ -5,12 +5,16 @@ between <tool_call> and </tool_call>.
 """
 
 import json
+import re
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any
+
+import pydantic_core
 
 from moesaic.data.tokenizer import Tokenizer
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
+_IN_STRING, _OUTSIDE = re.compile(r'["\\]'), re.compile(r'["<\\]')
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class ToolCallReader:
     def __init__(self) -> None:
         self.has_found = False
         self._held = ""  # what may be a call, or the beginning of one
+        self._begin_scan()
 
     @staticmethod
     def understands(tokenizer: Tokenizer) -> bool:
@@ -35,28 +40,54 @@ class ToolCallReader:
 
     def take(self, text: str, *, is_last: bool) -> tuple[str, list[ToolCall]]:
         """Return what is said for sure by now, and the calls that are complete, given the next piece of the text."""
-        held, said, calls = self._held + text, "", list[ToolCall]()
-        while held:
-            start = held.find(_BEGIN)
+        self._held += text
+        said, calls = "", list[ToolCall]()
+        while self._held:
+            start = self._held.find(_BEGIN)
             if start < 0:
-                kept = 0 if is_last else _length_of_beginning(held)
-                said, held = said + held[: len(held) - kept], held[len(held) - kept :]
+                kept = 0 if is_last else _length_of_beginning(self._held)
+                start = len(self._held) - kept
+            said, self._held = said + self._held[:start], self._held[start:]
+            if not self._held.startswith(_BEGIN):
                 break
-            said, held = said + held[:start], held[start:]
-            end = held.find(_END)
-            if end < 0 and not is_last:
+            stop = self._scan()
+            tag = self._held[stop:][: len(_END)] if stop is not None else ""
+            if not is_last and tag != _END and _END.startswith(tag):
                 break
             # A model may end behind a call without closing it.
-            length = len(held) if end < 0 else end + len(_END)
-            call = _read_call(held[len(_BEGIN) : length if end < 0 else end])
+            call = _read_call(self._held[len(_BEGIN) : stop]) if tag in ("", _END) else None
             if call is None:
-                said += held[:length]
+                said += _BEGIN
+                self._held = self._held[len(_BEGIN) :]
             else:
                 calls.append(call)
                 self.has_found = True
-            held = held[length:]
-        self._held = held
+                self._held = "" if stop is None else self._held[stop + len(_END) :]
+            self._begin_scan()
         return said, calls
+
+    def _begin_scan(self) -> None:
+        self._position, self._is_in_string = len(_BEGIN), False
+
+    def _scan(self) -> int | None:
+        """Return where the JSON of a held call ends; None: not within what is held.
+
+        JSON has "<" and backslashes in its strings only. So a scan stops soon in what is no call, and one from a later
+        beginning, for which strings are where they were not, sooner: a text takes no longer than its length.
+        """
+        while True:
+            found = (_IN_STRING if self._is_in_string else _OUTSIDE).search(self._held, self._position)
+            if found is None:
+                self._position = len(self._held)
+                return None
+            if found[0] == '"':
+                self._position, self._is_in_string = found.end(), not self._is_in_string
+            elif not self._is_in_string:
+                return found.start()
+            elif found.end() == len(self._held):
+                return None  # half an escape
+            else:
+                self._position = found.end() + 1
 
 
 def _length_of_beginning(text: str) -> int:
@@ -64,16 +95,19 @@ def _length_of_beginning(text: str) -> int:
     return next((n for n in range(min(len(text), len(_BEGIN) - 1), 0, -1) if _BEGIN.startswith(text[-n:])), 0)
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)  # NaN and Infinity, which Python reads and writes and JSON has not
+def read_object(text: str) -> dict[str, Any] | None:
+    """Return a JSON object as the standard has it, without NaN, 1e999 and lone surrogates; None for anything else."""
+    try:
+        value = pydantic_core.from_json(text, allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # numbers too large for a float are read as infinity
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _read_call(text: str) -> ToolCall | None:
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    value = read_object(text)
+    if value is None or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", {})
     if not isinstance(arguments, dict):

@@ -88,6 +88,26 @@ def test_one_whose_turn_comes_as_it_leaves_gives_it_to_the_next() -> None:
     run(test)
 
 
+def test_one_that_leaves_as_a_place_comes_free_is_counted_out() -> None:
+    async def test() -> None:
+        admission = Admission(max_concurrent=1, max_queued=2)
+
+        async def visit() -> None:
+            async with admission.enter():
+                pass
+
+        async with admission.enter():
+            first, second = (asyncio.ensure_future(visit()) for _ in range(2))
+            await asyncio.sleep(0)
+            first.cancel()  # it has not run since when the place comes free
+        results = await asyncio.gather(first, second, return_exceptions=True)
+        assert isinstance(results[0], asyncio.CancelledError) and results[1] is None
+        assert admission.num_inside == admission.num_waiting == 0
+        await admission.drained()
+
+    run(test)
+
+
 def test_a_drain_waits_for_those_inside_and_those_who_wait() -> None:
     async def test() -> None:
         admission = Admission(max_concurrent=1, max_queued=1)

@@ -16,9 +16,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.logs import JsonFormatter, logger
+from moesaic.serve.sampler import NotFiniteError
 from moesaic.serve.server import run
 from moesaic.serve.server.gate import read_keys
 
@@ -273,6 +275,20 @@ def test_a_failing_engine_answers_everybody_and_goes_on(serve_fake: Serve, fake:
         assert httpx.get(f"{running.url}/health").status_code == 200
 
 
+@pytest.mark.parametrize("encoding_format", ["float", "base64"])
+def test_vectors_that_are_no_numbers_are_the_servers_failure(
+    serve_fake: Serve, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, encoding_format: str
+) -> None:
+    def broken(_: object) -> Tensor:
+        raise NotFiniteError("the vector has NaN in it; numbers are required; evaluate the model.")
+
+    monkeypatch.setattr(fake, "embed", broken)
+    with serve_fake() as running:
+        body = {"input": "x", "encoding_format": encoding_format}
+        response = httpx.post(f"{running.url}/v1/embeddings", json=body)
+        assert response.status_code == 500 and response.json()["error"]["code"] == "engine_error"
+
+
 def test_what_nobody_foresaw_is_an_error_of_the_usual_shape(
     serve_fake: Serve, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,20 +388,33 @@ def test_at_the_end_of_the_drain_what_still_runs_is_ended(serve_fake: Serve, fak
         assert not fake.has_work
 
 
+@contextlib.contextmanager
+def unread_stream(running: Live) -> Iterator[socket.socket]:
+    """A stream without end, of which a client reads the beginning only."""
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        body = json.dumps({**ENDLESS, "stream": True, "n": 100}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        connection.recv(10)
+        yield connection
+
+
+def test_a_client_that_does_not_read_keeps_no_place_beyond_its_time(serve_fake: Serve, fake: FakeEngine) -> None:
+    with serve_fake(request_timeout_seconds=2, max_concurrent_requests=1) as running, unread_stream(running):
+        until(lambda: running.app.state.served.admission.num_inside == 0)
+        until(lambda: not fake.has_work)
+        assert complete(running).status_code == 200
+
+
 def test_a_client_that_does_not_read_is_no_failure_of_the_server(
     serve_fake: Serve, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(run, "_FAREWELL_SECONDS", 0.3)
-    with serve_fake(drain_seconds=0.2) as running, log_lines() as lines:
-        host, port = running.url.removeprefix("http://").split(":")
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((host, int(port)))
-            body = json.dumps({**ENDLESS, "stream": True, "n": 100}).encode()
-            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            connection.recv(10)
-            until(lambda: fake.num_steps > 1000)  # 20 MB and more, which no buffer holds
-            running.server.handle_exit(signal.SIGTERM, None)
-            until(lambda: any("client_left" in line for line in lines))
+    with serve_fake(drain_seconds=0.2) as running, log_lines() as lines, unread_stream(running):
+        until(lambda: fake.num_steps > 1000)  # 20 MB and more, which no buffer holds
+        running.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: any("client_left" in line for line in lines))
     assert "Traceback" not in caplog.text and not any("exception" in line for line in lines)

@@ -126,6 +126,18 @@ def test_a_stream_gives_in_pieces_what_a_whole_answer_gives(
             assert [each for part in parts for each in part] == getattr(choice.logprobs, key)
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_stream_says_once_and_at_its_end_why_it_ends(client: openai.OpenAI, max_tokens: int) -> None:
+    chunks = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=max_tokens, echo=True, logprobs=0, n=2, stream=True
+    )
+    pieces = [choice for chunk in chunks for choice in chunk.choices]
+    for index in range(2):
+        own = [piece for piece in pieces if piece.index == index]
+        assert own[0].text == PROMPT and own[0].finish_reason is None
+        assert [piece.finish_reason for piece in own[1:]] == ["length"]
+
+
 def test_old_logprobs_stand_where_their_tokens_do(client: openai.OpenAI, chat_tokenizer: Tokenizer) -> None:
     prompt = "Grüße aus Köln, 東京 <|endoftext|> and"
     done = client.completions.create(
@@ -488,3 +500,5 @@ def test_earlier_calls_reach_the_template_as_objects(client: openai.OpenAI, chat
 
     assert prompt_tokens('{"a": 1}') == prompt_tokens({"a": 1}) == length('{"a": 1}')
     assert prompt_tokens("no JSON") == length('"no JSON"')
+    for none in ('{"a": 1e999}', '{"a": NaN}', '{"a": "\\ud800"}'):  # as the standard has it
+        assert prompt_tokens(none) == length(json.dumps(none))

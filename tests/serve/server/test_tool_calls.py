@@ -20,6 +20,8 @@ def read(pieces: list[str]) -> tuple[str, list[ToolCall]]:
 
 ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "</b>"}}\n</tool_call>'
 CALL = ToolCall("f", '{"a": "</b>"}')
+TAGGED = r'<tool_call>{"name": "f", "arguments": {"a": "\" </tool_call> \\", "b": "<tool_call>"}}</tool_call>'
+TAGGED_CALL = ToolCall("f", r'{"a": "\" </tool_call> \\", "b": "<tool_call>"}')
 
 
 @pytest.mark.parametrize(
@@ -41,8 +43,23 @@ CALL = ToolCall("f", '{"a": "</b>"}')
         ('<tool_call>{"name": "f", "arguments": "a"}</tool_call>', None, []),
         ('<tool_call>{"name": "f', None, []),
         ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', None, []),
+        ('<tool_call>{"name": "f", "arguments": {"a": [1e999]}}</tool_call>', None, []),
+        ('<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>', None, []),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", None, []),
         (f"<tool_call>{{</tool_call>{ONE}", "<tool_call>{</tool_call>", [CALL]),
+        (f'<tool_call>{{"</tool_call>{ONE}', '<tool_call>{"</tool_call>', [CALL]),
+        (f"<tool_call>{ONE}", "<tool_call>", [CALL]),
+        (f"{TAGGED} b", " b", [TAGGED_CALL]),
+        (TAGGED.removesuffix("</tool_call>"), "", [TAGGED_CALL]),
+        (TAGGED[:50], None, []),
+        (TAGGED.replace(":", ";"), None, []),
+        (r'<tool_call>{"name": "f"\\}</tool_call>', None, []),
+        (ONE[:-1], None, []),
+        # What takes long where every beginning is read to the text's end, or every end is tried.
+        ('<tool_call>"</tool_call>"' * 1000, None, []),
+        ("<tool_call>{" * 2000, None, []),
+        ('<tool_call>{"name": "' + "</tool_call>" * 9000, None, []),
+        ('<tool_call>{"' + '<tool_call>{\\"</tool_call>' * 1000, None, []),
     ],
 )
 def test_what_is_no_call_is_said_as_it_is(text: str, said: str | None, calls: list[ToolCall]) -> None:

@@ -1,0 +1,68 @@
+"""Streams to clients that do not read, and what no tokenizer takes."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from moesaic.serve.server import generation
+from moesaic.serve.server.errors import ApiError
+from moesaic.serve.server.generation import EventStream
+from moesaic.serve.server.log_fields import begin_log, log_fields
+
+from .conftest import live
+
+
+@pytest.mark.parametrize("num_read", range(4))  # messages that the client reads
+@pytest.mark.parametrize("end", ["time", "failure", "end"])
+def test_a_stream_that_is_not_read_holds_nothing_beyond_its_end(
+    end: str, num_read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "_FAREWELL_SECONDS", 0.05)
+
+    async def events() -> Any:
+        yield b"data: 1\n\n"
+        if end == "time":
+            await asyncio.Event().wait()
+        if end == "failure":
+            raise ApiError(500, "it failed; ask again.", code="engine_error")
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        sent: list[Any] = []
+        held, is_free = AsyncExitStack(), asyncio.Event()
+        held.callback(is_free.set)
+
+        async def send(message: Any) -> None:
+            if len(sent) == num_read:
+                await asyncio.Event().wait()
+            sent.append(message)
+            assert is_free.is_set() is (len(sent) > 2), "what ends a stream is sent when nothing is held"
+
+        scope: dict[str, Any] = {"type": "http"}
+        begin_log(scope, "name")
+        stream = EventStream(events(), held, deadline=asyncio.get_running_loop().time() + 0.05)
+        calling = asyncio.ensure_future(stream(scope, receive, send))
+        await asyncio.wait_for(is_free.wait(), 20)
+        await asyncio.wait_for(calling, 20)
+        num_messages = 3 if end == "end" else 4
+        assert len(sent) == min(num_read, num_messages)
+        assert ("client_left" in log_fields(scope).values) is (num_read < num_messages)
+
+    asyncio.run(main())
+
+
+def test_a_template_that_makes_no_unicode_is_refused(
+    real_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "render_chat", lambda *_, **__: "a\ud800" * 3000)
+    with live(real_app()) as running:
+        body = {"messages": [{"role": "user", "content": "x"}]}
+        response = httpx.post(f"{running.url}/v1/chat/completions", json=body)
+        assert response.status_code == 400 and "lone surrogate" in response.json()["error"]["message"]
