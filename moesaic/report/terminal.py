@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.measure import Measurement
@@ -24,7 +25,7 @@ from moesaic.logs import logger
 from moesaic.report.expert_load import DEAD_SHARE, hot_share, imbalance, relative_load
 from moesaic.report.quantities import duration, short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord
-from moesaic.report.summary import LayerSummary, RunSummary, finite_mean, summarize
+from moesaic.report.summary import LayerSummary, RunSummary, finite_mean, smoothed, summarize
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=+*#@"
@@ -33,7 +34,6 @@ _BLOCK_LIMITS = (0.25, 0.55, 0.8, 1.25, 1.6, 2.2, 3.2)
 
 # Records over which the time left is estimated: long enough to include an evaluation or a checkpoint now and then.
 _PACE_RECORDS = 100
-_SMOOTHING = 0.9
 
 
 class TrainingDisplay:
@@ -61,7 +61,8 @@ class TrainingDisplay:
         self._record: TrainRecord | None = None
         self._evaluation: EvaluationRecord | None = None
         self._best_loss = math.inf
-        self._loss = _Smoothed()
+        self._losses: list[float] = []
+        self._smoothed_loss = math.nan
         self._pace: deque[tuple[int, float]] = deque(maxlen=_PACE_RECORDS)
 
     def __enter__(self) -> "TrainingDisplay":
@@ -91,7 +92,8 @@ class TrainingDisplay:
 
     def update(self, record: TrainRecord) -> None:
         """Show a new train record."""
-        self._loss.add(record.loss)
+        self._losses.append(record.loss)
+        self._smoothed_loss = float(smoothed(np.asarray(self._losses))[-1])
         self._pace.append((record.tokens, self._clock()))
         self._record = record  # last: the block is drawn by another thread, which begins with the record
         if self._live is None:
@@ -153,7 +155,7 @@ class TrainingDisplay:
         for _ in range(3):
             values.add_column(no_wrap=True, overflow="crop")
         values.add_row(
-            _value("loss", f"{self._loss.value:.3f}", f"last {record.loss:.3f}"),
+            _value("loss", f"{self._smoothed_loss:.3f}", f"smoothed, last {record.loss:.3f}"),
             _value("validation", *self._validation()),
             _value("step", f"{record.step:,}"),
         )
@@ -304,23 +306,6 @@ class _Legend:
         yield text
 
 
-class _Smoothed:
-    """An exponential moving mean that starts at its first value and skips what is not finite."""
-
-    def __init__(self) -> None:
-        self._sum = 0.0
-        self._weight = 0.0
-
-    def add(self, value: float) -> None:
-        if math.isfinite(value):
-            self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * value
-            self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
-
-    @property
-    def value(self) -> float:
-        return self._sum / self._weight if self._weight else math.nan
-
-
 def _expert_rows(experts: ExpertRecord, *, most_rows: int) -> RenderableType:
     """The live block's strips; when the terminal is too low for all layers, those with the fullest experts."""
     places = list(range(len(experts.layers)))
@@ -374,7 +359,7 @@ def _numbers(summary: RunSummary) -> RenderableType:
     table.add_row(
         "trained", f"{short_number(summary.tokens)} tokens", f"{summary.step:,} steps in {duration(summary.seconds)}"
     )
-    table.add_row("training loss", f"{summary.loss:.4f}", f"perplexity {_perplexity(summary.loss)}")
+    table.add_row("training loss", f"{summary.loss:.4f}", f"smoothed, perplexity {_perplexity(summary.loss)}")
     if summary.validation_loss is not None:
         note = f"perplexity {_perplexity(summary.validation_loss)}"
         if summary.best_validation_loss is not None:

@@ -1,14 +1,17 @@
 import io
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from moesaic.logs import logger
+from moesaic.report.plots import loss_figure
 from moesaic.report.records import EvaluationRecord, Metrics, TrainRecord, read_metrics
 from moesaic.report.terminal import (
     LoadStrip,
@@ -128,6 +131,22 @@ def test_inspect_view_in_any_encoding(
     assert "training loss" in text and "8,192 tokens/s" in text and "31% of the machine's peak" in text
     for place in range(len(experts)):
         assert f"layer {2 * place + 1} " in text
+
+
+def test_the_block_the_view_and_the_plot_show_one_smoothed_loss(make_run: Callable[..., Path]) -> None:
+    metrics = read_metrics(make_run(50, experts=(4,)))
+    last = [record.loss for record in metrics.train[-3:]]  # a fortieth, rounded up, and the last
+    mean = sum(last) / 3
+    console = live_console()
+    with TrainingDisplay(1 << 20, console=console) as display:
+        for record in metrics.train:
+            display.update(record)
+    assert f"loss {mean:.3f}  smoothed, last {last[-1]:.3f}" in Text.from_ansi(printed(console)).plain
+    console = plain_console()
+    console.print(render_run(metrics))
+    assert re.search(rf"training loss +{mean:.4f} +smoothed, perplexity", printed(console))
+    labels = [text.get_text() for text in loss_figure(metrics).axes[0].get_legend().get_texts()]
+    assert f"training, smoothed (now {mean:.3f})" in labels
 
 
 def test_inspect_names_dead_experts_and_shows_events(make_record: Callable[..., TrainRecord]) -> None:
