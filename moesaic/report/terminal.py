@@ -4,9 +4,7 @@ Expert loads are strips of block characters, one per MoE layer and one character
 expert's load over the even share. Where the terminal has no block characters, or is none, plain ASCII is used.
 """
 
-import logging
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,7 +19,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.logs import logger
 from moesaic.report.expert_load import DEAD_SHARE, hot_share, imbalance, relative_load
 from moesaic.report.quantities import duration, short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord
@@ -39,7 +36,7 @@ _PACE_RECORDS = 100
 class TrainingDisplay:
     """Training as it goes: one block that is redrawn in a terminal, one plain line per record anywhere else.
 
-    While the block is shown, the package's log lines are printed above it.
+    While the block is shown, what is written to standard error, such as log lines, is printed above it.
     """
 
     def __init__(
@@ -57,7 +54,6 @@ class TrainingDisplay:
         self._clock = clock
         self._is_live = self._console.is_interactive
         self._live: Live | None = None
-        self._rerouted: list[tuple[logging.StreamHandler, object]] = []
         self._record: TrainRecord | None = None
         self._evaluation: EvaluationRecord | None = None
         self._best_loss = math.inf
@@ -75,18 +71,13 @@ class TrainingDisplay:
                 vertical_overflow="crop",
                 get_renderable=self._render,
             )
-            terminal = (sys.stdout, sys.stderr)
             self._live.start()
-            self._reroute_logs(terminal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            for handler, stream in self._rerouted:
-                handler.setStream(stream)
-            self._rerouted.clear()
             self._live.stop()
             self._live = None
 
@@ -131,17 +122,10 @@ class TrainingDisplay:
         speed = self._record.tokens_per_second
         return tokens_left / speed if math.isfinite(speed) and speed > 0 else math.nan
 
-    def _reroute_logs(self, terminal: tuple[object, object]) -> None:
-        """Let log handlers that write to the terminal write through the block, or they would tear it."""
-        for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream in terminal:
-                self._rerouted.append((handler, handler.stream))
-                handler.setStream(sys.stderr)  # rich has put its own stream there
-
     def _render(self) -> RenderableType:
         record = self._record
         if record is None:
-            return Panel(Text("waiting for the first record", style="dim"), title=Text(self._title), title_align="left")
+            return self._panel(Text("waiting for the first record", style="dim"))
         share = record.tokens / self._total_tokens
         bar = Table.grid(expand=True, padding=(0, 1))
         bar.add_column(ratio=1)
@@ -173,7 +157,15 @@ class TrainingDisplay:
         if record.moe is not None:
             most_rows = max(2, self._console.height - 9)
             parts += [Text(), _expert_rows(record.moe, most_rows=most_rows)]
-        return Panel(Group(*parts), title=Text(self._title), title_align="left", border_style="cyan")
+        return self._panel(Group(*parts), border_style="cyan")
+
+    def _panel(self, content: RenderableType, **style: str) -> Panel:
+        """Frame the block, leaving room after it for the terminal's echo of Ctrl-C, ^C.
+
+        On a full line the echo would go to the next one, and the block would be redrawn one line too low.
+        """
+        width = max(1, self._console.width - 2)
+        return Panel(content, title=Text(self._title), title_align="left", width=width, **style)  # type: ignore[arg-type]
 
     def _validation(self) -> tuple[str, str]:
         if self._evaluation is None:

@@ -1,5 +1,4 @@
 import io
-import logging
 import math
 import re
 import sys
@@ -10,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from moesaic.logs import logger
+from moesaic.logs import log_to_stderr, logger
 from moesaic.report.plots import loss_figure
 from moesaic.report.records import EvaluationRecord, Metrics, TrainRecord, read_metrics
 from moesaic.report.terminal import (
@@ -91,24 +90,33 @@ def test_the_block_fits_the_terminal_and_shows_everything(
     assert ("others" in text) == (len(experts) > size[1] - 9)
 
 
-def test_messages_and_log_lines_go_above_the_block_and_logging_is_restored(
+def test_messages_and_log_lines_go_above_the_block(
     make_record: Callable[..., TrainRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(sys, "stderr", terminal)
-    handler = logging.StreamHandler()
-    logger.addHandler(handler)
-    try:
-        console = live_console()
-        with TrainingDisplay(40_960, console=console) as display:
-            display.update(make_record(1, experts=(4,)))
-            display.message("saved [x]")
-            logger.warning("layer 1 is odd")
-        assert "saved [x]" in printed(console) and "layer 1 is odd" in printed(console)
-        assert terminal.getvalue() == ""
-        assert handler.stream is terminal and sys.stderr is terminal
-    finally:
-        logger.removeHandler(handler)
+    monkeypatch.setattr(logger, "handlers", [])
+    log_to_stderr()
+    console = live_console()
+    with TrainingDisplay(40_960, console=console) as display:
+        display.update(make_record(1, experts=(4,)))
+        display.message("saved [x]")
+        logger.warning("layer 1 is odd")
+    assert "saved [x]" in printed(console) and "layer 1 is odd" in printed(console)
+    assert terminal.getvalue() == ""
+    logger.warning("after it")
+    assert terminal.getvalue() == "after it\n"
+
+
+@pytest.mark.parametrize("records", [0, 1])
+def test_the_echo_of_ctrl_c_fits_behind_the_block(make_record: Callable[..., TrainRecord], records: int) -> None:
+    """Else the terminal goes on to the next line, and the block's top border stays where it was."""
+    console = live_console(width=72)
+    with TrainingDisplay(40_960, console=console) as display:
+        for step in range(records):
+            display.update(make_record(step + 1, experts=(4,)))
+        lines = console.render_lines(display._render(), pad=False)
+    assert all(sum(segment.cell_length for segment in line) + len("^C") <= 72 for line in lines)
 
 
 def test_an_error_inside_ends_the_block_and_comes_out(make_record: Callable[..., TrainRecord]) -> None:
