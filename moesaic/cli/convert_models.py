@@ -45,7 +45,7 @@ def import_(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress() as show:
+    with shown_progress(kept="nothing was written") as show:
         certificate = import_model(path, run, tokenizer=tokenizer, force=force, on_progress=show)
     _print(certificate, as_json, f"Written to [bold]{run}[/bold]. Next: moesaic generate {run} --prompt '...'")
 
@@ -74,7 +74,7 @@ def export_(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress() as show:
+    with shown_progress(kept="nothing was written") as show:
         certificate = export_run(
             run,
             path,
@@ -101,7 +101,7 @@ def verify(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress() as show:
+    with shown_progress(kept="nothing was written") as show:
         certificate = verify_models(first, second, on_progress=show)
     verdict = "They compute the same." if certificate.failure is None else f"They differ: {certificate.failure}."
     _print(certificate, as_json, verdict if certificate.comparison or certificate.failure else "")

@@ -78,7 +78,7 @@ def quantize(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress() as show:
+    with shown_progress(kept="nothing was written") as show:
         report = quantize_run(
             run,
             output,

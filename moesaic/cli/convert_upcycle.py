@@ -64,7 +64,7 @@ def upcycle(
 
     log_to_stderr()
     counts = _integers("--experts", experts)
-    with shown_progress() as show:
+    with shown_progress(kept="nothing was written") as show:
         report = upcycle_run(
             dense,
             output,

@@ -136,7 +136,7 @@ def _write_cache(config: "TrainConfig", top_k: int | None, device: str, *, is_qu
     from moesaic.kernels.device import select_device
 
     assert config.distill is not None and config.distill.cache is not None
-    with shown_progress() as show:
+    with shown_progress(kept="the same command goes on from here") as show:
         report = write_cache(config.distill.cache, config, top_k=top_k, device=select_device(device), on_progress=show)
     if not is_quiet:
         typer.echo(

@@ -129,7 +129,9 @@ def evaluate(
     results: list[TaskResult] = []
     usages: list[tuple[str, DomainUsage]] = []
     folder = None
-    with shown_progress() as progress:
+    is_kept = keep and (tasks or domains) is not None
+    kept = "what was finished is in the runs' folders" if is_kept else "nothing was written"
+    with shown_progress(kept=kept) as progress:
         for run in runs:
             loaded = load_run(run, device=device, pack=not fp32, precision="fp32" if fp32 else None)
             folder = folder or run_folder(loaded)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.progress import ends_on_interrupt
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
@@ -61,7 +63,7 @@ def prepare(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with _shown_progress() as show:
+    with ends_on_interrupt("the same command goes on from here"), _shown_progress() as show:
         manifest = prepare_folder(
             sources,
             output,
