@@ -28,7 +28,7 @@ def import_(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, to be made.")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="A tokenizer.json, or a folder with one, where the model brings none. [default: its own]"),
+        typer.Option(help="A tokenizer.json, or a folder with one, where the model brings none. \\[default: its own]"),
     ] = None,
     force: Annotated[bool, _FORCE] = False,
     as_json: Annotated[bool, _JSON] = False,
@@ -57,7 +57,7 @@ def export_(
         str, typer.Option("--format", metavar="FORMAT", help="huggingface, or gguf (PATH/model.gguf).")
     ] = "huggingface",
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16, of the weights. [default: as stored]")
+        str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16, of the weights. \\[default: as stored]")
     ] = None,
     force: Annotated[bool, _FORCE] = False,
     as_json: Annotated[bool, _JSON] = False,

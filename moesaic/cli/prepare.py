@@ -28,7 +28,7 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of token shards to write.")],
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", metavar="N", help="Of the tokenizer to train. [default: 4096]")
+        int | None, typer.Option("--vocab-size", metavar="N", help="Of the tokenizer to train. \\[default: 4096]")
     ] = None,
     tokenizer: Annotated[
         Path | None,
@@ -45,7 +45,7 @@ def prepare(
     ] = "text",
     workers: Annotated[
         int | None,
-        typer.Option("--workers", metavar="N", help="Processes that encode. [default: one per core, at most 8]"),
+        typer.Option("--workers", metavar="N", help="Processes that encode. \\[default: one per core, at most 8]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
