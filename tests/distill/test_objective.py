@@ -232,7 +232,7 @@ def test_a_student_beyond_its_teacher_needs_it_no_more(student: Student, teacher
     distill(config, tmp_path / "early", display=Stop(5))
     shutil.rmtree(tmp_path / "teacher")
     assert distill(config, tmp_path / "late", resume=True).step == 12
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         make(config, tmp_path / "early", resume=True)
 
 
@@ -287,7 +287,7 @@ class TestMistakes:
             make(config, tmp_path / "run")
 
     def test_no_such_teacher(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        with pytest.raises(CheckpointError, match="does not exist"):
             student_config(tmp_path / "absent")
 
     def test_a_students_config_is_not_trained_without_its_teacher(self, student: Student, tmp_path: Path) -> None:
