@@ -533,12 +533,12 @@ class Window:
         return float(torch.stack([getattr(losses, name) for losses in self._losses()]).mean())
 
     def terms(self) -> dict[str, float]:
-        """Each of the objective's terms, over the micro-batches that had it."""
+        """Each of the objective's terms, a mean over the micro-batches that had it; alpha is the last step's."""
         values: dict[str, list[Tensor]] = {}
         for losses in self._losses():
             for name, value in losses.terms.items():
                 values.setdefault(name, []).append(value)
-        return {name: float(torch.stack(each).mean()) for name, each in values.items()}
+        return {name: float(each[-1] if name == "alpha" else torch.stack(each).mean()) for name, each in values.items()}
 
     def experts(self, layers: tuple[int, ...]) -> ExpertRecord | None:
         if not layers:

@@ -86,6 +86,12 @@ def test_a_resumed_staged_run_equals_the_unbroken_one_bit_for_bit(
     ] * 6
 
 
+def test_a_record_over_the_switch_has_the_alpha_of_its_last_step(student: Student, tmp_path: Path) -> None:
+    distill(student("distill.stop_fraction=0.5", "log_every_steps=100"), tmp_path / "run", display=Stop())
+    alphas = {record.step: record.objective["alpha"] for record in read_metrics(tmp_path / "run").train}
+    assert alphas[5] == 1.0 and alphas[min(step for step in alphas if step > 6)] == 0.0
+
+
 @pytest.mark.parametrize(
     ("settings", "alphas"),
     [
