@@ -97,7 +97,7 @@ def distill(
         )
     if config.distill is not None and config.distill.cache is not None and not resume:
         _write_cache(config, cache_top_k, device, is_quiet=as_json)
-    display = None if as_json else TrainingDisplay(total_tokens=config.tokens, title="distilling")
+    display = None if as_json else TrainingDisplay(total_tokens=config.total_tokens, title="distilling")
     trainer = make_trainer(config, output, device=device, resume=resume, display=display)
     if display is None:
         result = trainer.run()

@@ -187,6 +187,11 @@ class TrainConfig(Config):
         return -(-self.tokens // self.tokens_per_step)
 
     @property
+    def total_tokens(self) -> int:
+        """What is trained on: tokens, rounded up to whole steps."""
+        return self.total_steps * self.tokens_per_step
+
+    @property
     def evaluation_every_steps(self) -> int:
         return self._steps(self.evaluation.every_tokens)
 

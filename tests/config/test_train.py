@@ -21,7 +21,7 @@ def test_the_micro_batch_is_the_batch_unless_given() -> None:
 def test_tokens_round_up_to_whole_steps() -> None:
     config = TrainConfig(**{**BASE, "tokens": 128 * 4 * 3 + 1}, batch_size=4)
     assert config.tokens_per_step == 512
-    assert config.total_steps == 4
+    assert config.total_steps == 4 and config.total_tokens == 2048
     assert TrainConfig(**{**BASE, "tokens": 1}).total_steps == 1
 
 
