@@ -80,7 +80,7 @@ def prepare(
     console = Console()
     console.print(_summary(manifest))
     console.print(
-        f"Written to [bold]{output}[/bold]. Next: moesaic train CONFIG --set data.path={output}", soft_wrap=True
+        f"Written to [bold]{output}[/bold]. Next: moesaic train CONFIG --data {output} --output RUN", soft_wrap=True
     )
 
 
