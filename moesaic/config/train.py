@@ -69,7 +69,9 @@ class ScheduleConfig(Config):
 class EvaluationConfig(Config):
     """The validation loss during training: dropless, no noise, the same sequences every time."""
 
-    every_tokens: int | None = Field(default=None, ge=1, description="null: ten times during the run")
+    every_tokens: int | None = Field(
+        default=None, ge=1, description="null: ten times during the run; before every checkpoint in any case"
+    )
     sequences: int = Field(default=64, ge=1, description="validation sequences a time, at most what there is")
 
 
