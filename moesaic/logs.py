@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import sys
 
 logger = logging.getLogger("moesaic")
 
@@ -22,11 +23,23 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class StderrHandler(logging.StreamHandler):
+    """Writes to sys.stderr as it is at each line.
+
+    A progress display of rich's puts a stream of its own there while it is shown, which prints above it; a stream that
+    was kept from before would tear the display.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr(level: int = logging.INFO, *, as_json: bool = False) -> None:
     """Print the package's log lines to standard error, once; used by the command line."""
     if any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
         return
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level)

@@ -245,6 +245,16 @@ def resolve_checkpoint(run: str | Path) -> CheckpointInfo:
     if step_text and not step_text.isdigit():
         raise CheckpointError(f"{run}: {step_text!r} is not a step; RUN@step takes a number; for example {name}@100.")
     infos = list_checkpoints(folder)
+    if not folder.exists():
+        raise CheckpointError(
+            f"{folder} does not exist; a run folder written by `moesaic train` is required; check the path."
+        )
+    if not infos and _STEP.fullmatch(folder.name) and (folder / "manifest.json").is_file():
+        own = folder.parents[1] if len(folder.parts) > 2 else folder.absolute().parents[1]
+        raise CheckpointError(
+            f"{folder} is one checkpoint of a run; the run's folder is required, and a step of it is named with @; use "
+            f"{own}@{int(folder.name.removeprefix('step-'))}."
+        )
     if not infos:
         raise CheckpointError(
             f"{folder} holds no checkpoint; a run folder written by `moesaic train` is required; check the path."

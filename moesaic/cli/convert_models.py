@@ -28,7 +28,7 @@ def import_(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, to be made.")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="A tokenizer.json, or a folder with one, where the model brings none. [default: its own]"),
+        typer.Option(help="A tokenizer.json, or a folder with one, where the model brings none. \\[default: its own]"),
     ] = None,
     force: Annotated[bool, _FORCE] = False,
     as_json: Annotated[bool, _JSON] = False,
@@ -45,7 +45,7 @@ def import_(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress() as show:
+    with shown_progress(kept="nothing was written") as show:
         certificate = import_model(path, run, tokenizer=tokenizer, force=force, on_progress=show)
     _print(certificate, as_json, f"Written to [bold]{run}[/bold]. Next: moesaic generate {run} --prompt '...'")
 
@@ -57,7 +57,7 @@ def export_(
         str, typer.Option("--format", metavar="FORMAT", help="huggingface, or gguf (PATH/model.gguf).")
     ] = "huggingface",
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16, of the weights. [default: as stored]")
+        str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16, of the weights. \\[default: as stored]")
     ] = None,
     force: Annotated[bool, _FORCE] = False,
     as_json: Annotated[bool, _JSON] = False,
@@ -74,7 +74,7 @@ def export_(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress() as show:
+    with shown_progress(kept="nothing was written") as show:
         certificate = export_run(
             run,
             path,
@@ -101,7 +101,7 @@ def verify(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress() as show:
+    with shown_progress(kept="nothing was written") as show:
         certificate = verify_models(first, second, on_progress=show)
     verdict = "They compute the same." if certificate.failure is None else f"They differ: {certificate.failure}."
     _print(certificate, as_json, verdict if certificate.comparison or certificate.failure else "")

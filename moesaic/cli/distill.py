@@ -23,7 +23,7 @@ def distill(
         typer.Option(
             "--student",
             metavar="CONFIG",
-            help="A preset, YAML file or run with the student's model and settings. [default: the teacher's, with an "
+            help="A preset, YAML file or run with the student's model and settings. \\[default: the teacher's, with an "
             "eighth fewer layers]",
         ),
     ] = None,
@@ -34,11 +34,11 @@ def distill(
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="A student without experts.")] = False,
     init: Annotated[
-        str | None, typer.Option("--init", help="scratch, or teacher: from its layers. [default: scratch]")
+        str | None, typer.Option("--init", help="scratch, or teacher: from its layers. \\[default: scratch]")
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option("--schedule", help="none, throughout, staged, linear or automatic. [default: staged]"),
+        typer.Option("--schedule", help="none, throughout, staged, linear or automatic. \\[default: staged]"),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -49,7 +49,7 @@ def distill(
         ),
     ] = None,
     cache_top_k: Annotated[
-        int | None, typer.Option("--cache-top-k", metavar="K", help="Tokens of each position in it. [default: 64]")
+        int | None, typer.Option("--cache-top-k", metavar="K", help="Tokens of each position in it. \\[default: 64]")
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=VALUE, as often as needed; distill.alpha=0.5, for example.")
@@ -100,7 +100,7 @@ def distill(
             f"--cache-top-k ({cache_top_k}) is given without a cache; it says how many tokens one keeps; give --cache "
             f"DIR too, or leave it out."
         )
-    display = None if as_json else TrainingDisplay(total_tokens=config.tokens, title="distilling")
+    display = None if as_json else TrainingDisplay(total_tokens=config.total_tokens, title="distilling")
     trainer = make_trainer(config, output, device=device, resume=resume, display=display)
     if display is None:
         result = trainer.run()
@@ -141,7 +141,7 @@ def _write_cache(
     from moesaic.kernels.device import select_device
 
     assert config.distill is not None and config.distill.cache is not None
-    with shown_progress() as show:
+    with shown_progress(kept="the same command goes on from here") as show:
         report = write_needed_cache(config, resumed, top_k=top_k, device=select_device(device), on_progress=show)
     if report is not None and not is_quiet:
         typer.echo(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.progress import ends_on_interrupt
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
@@ -26,7 +28,7 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of token shards to write.")],
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", metavar="N", help="Of the tokenizer to train. [default: 4096]")
+        int | None, typer.Option("--vocab-size", metavar="N", help="Of the tokenizer to train. \\[default: 4096]")
     ] = None,
     tokenizer: Annotated[
         Path | None,
@@ -43,7 +45,7 @@ def prepare(
     ] = "text",
     workers: Annotated[
         int | None,
-        typer.Option("--workers", metavar="N", help="Processes that encode. [default: one per core, at most 8]"),
+        typer.Option("--workers", metavar="N", help="Processes that encode. \\[default: one per core, at most 8]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
@@ -61,7 +63,7 @@ def prepare(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with _shown_progress() as show:
+    with ends_on_interrupt("the same command goes on from here"), _shown_progress() as show:
         manifest = prepare_folder(
             sources,
             output,
@@ -78,7 +80,7 @@ def prepare(
     console = Console()
     console.print(_summary(manifest))
     console.print(
-        f"Written to [bold]{output}[/bold]. Next: moesaic train CONFIG --set data.path={output}", soft_wrap=True
+        f"Written to [bold]{output}[/bold]. Next: moesaic train CONFIG --data {output} --output RUN", soft_wrap=True
     )
 
 

@@ -3,15 +3,28 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import typer
+
 
 @contextmanager
-def shown_progress() -> "Iterator[Callable[[str, float], None]]":
-    """Show the stage on standard error, where it does not mix with --json."""
+def ends_on_interrupt(kept: str) -> Iterator[None]:
+    """Let Ctrl-C end the command with status 130 and a line on standard error that says what it has kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped; {kept}.", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def shown_progress(*, kept: str) -> "Iterator[Callable[[str, float], None]]":
+    """Show the stage on standard error, where it does not mix with --json; kept: as ends_on_interrupt takes it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    with ends_on_interrupt(kept), bars:
         task = bars.add_task("reading", total=None)
 
         def show(stage: str, share: float) -> None:

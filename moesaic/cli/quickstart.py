@@ -45,7 +45,7 @@ def quickstart(
             short=short,
             device=device,
             say=lambda line: console.print(line, markup=False),
-            show=lambda config: TrainingDisplay(total_tokens=config.tokens),
+            show=lambda config: TrainingDisplay(total_tokens=config.total_tokens),
         )
     except KeyboardInterrupt:
         console.print("Stopped; the same command goes on from here.")

@@ -56,7 +56,7 @@ def train(
             )
         )
         return
-    display = TrainingDisplay(total_tokens=resolved.tokens)
+    display = TrainingDisplay(total_tokens=resolved.total_tokens)
     trainer = Trainer(resolved, output, device=device, resume=resume, display=display)
     with display:  # only now: a mistake found at the start should not leave an empty display behind
         result = trainer.run()

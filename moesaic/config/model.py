@@ -312,7 +312,7 @@ class ModelConfig(Config):
         places = self._moe_places(self.moe)
         layers = [dense] * self.num_layers
         for order, index in enumerate(places):
-            layers[index] = self._moe_layer(self.moe, order, len(places))
+            layers[index] = self._moe_layer(self.moe, index, order=order, num_moe_layers=len(places))
         return tuple(layers)
 
     def _moe_places(self, moe: MoEConfig) -> tuple[int, ...]:
@@ -341,7 +341,7 @@ class ModelConfig(Config):
             )
         return moe.layers
 
-    def _moe_layer(self, moe: MoEConfig, order: int, num_moe_layers: int) -> FeedForwardConfig:
+    def _moe_layer(self, moe: MoEConfig, index: int, *, order: int, num_moe_layers: int) -> FeedForwardConfig:
         def pick(name: str, value: int | tuple[int, ...]) -> int:
             if isinstance(value, int):
                 chosen = value
@@ -354,7 +354,7 @@ class ModelConfig(Config):
                 chosen = value[order]
             if chosen < 1:
                 raise ConfigError(
-                    f"moe.{name} ({chosen}) of MoE layer {order} is less than 1; at least 1 is required; raise it, or "
+                    f"moe.{name} ({chosen}) of layer {index} is less than 1; at least 1 is required; raise it, or "
                     f"use moe = null for a dense model."
                 )
             return chosen
@@ -363,7 +363,7 @@ class ModelConfig(Config):
         router = moe.router
         if top_k > num_experts:
             raise ConfigError(
-                f"moe.top_k ({top_k}) is more than num_experts ({num_experts}) of MoE layer {order}; a token chooses "
+                f"moe.top_k ({top_k}) is more than num_experts ({num_experts}) of layer {index}; a token chooses "
                 f"distinct experts; use top_k <= {num_experts}."
             )
         if top_k == 1 and router.renormalize:
@@ -373,7 +373,7 @@ class ModelConfig(Config):
             )
         if router.num_groups > 1 and num_experts % router.num_groups:
             raise ConfigError(
-                f"num_experts ({num_experts}) of MoE layer {order} is not a multiple of moe.router.num_groups "
+                f"num_experts ({num_experts}) of layer {index} is not a multiple of moe.router.num_groups "
                 f"({router.num_groups}); groups are of equal size; use "
                 f"{num_experts - num_experts % router.num_groups or router.num_groups} experts or another num_groups."
             )

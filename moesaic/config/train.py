@@ -69,7 +69,9 @@ class ScheduleConfig(Config):
 class EvaluationConfig(Config):
     """The validation loss during training: dropless, no noise, the same sequences every time."""
 
-    every_tokens: int | None = Field(default=None, ge=1, description="null: ten times during the run")
+    every_tokens: int | None = Field(
+        default=None, ge=1, description="null: ten times during the run; before every checkpoint in any case"
+    )
     sequences: int = Field(default=64, ge=1, description="validation sequences a time, at most what there is")
 
 
@@ -122,12 +124,7 @@ class TrainConfig(Config):
                 f"({self.model.max_positions}); the model has no positions beyond; shorten the sequences or raise "
                 f"model.max_positions."
             )
-        if self.schedule.warmup_tokens >= self.tokens:
-            raise ConfigError(
-                f"schedule.warmup_tokens ({self.schedule.warmup_tokens}) is not less than tokens ({self.tokens}); "
-                f"training would end before the peak rate; use a shorter warm-up."
-            )
-        self._check_decay(self.schedule)
+        self._check_lengths(self.schedule)
         if self.distill is not None:
             self._check_distill(self.distill)
         return self
@@ -149,21 +146,27 @@ class TrainConfig(Config):
                 f"one of the teacher's layers for each is required; name {self.model.num_layers}."
             )
 
-    def _check_decay(self, schedule: ScheduleConfig) -> None:
-        if schedule.decay_tokens is None:
-            return
-        if schedule.kind == "cosine" and schedule.decay_tokens <= schedule.warmup_tokens:
-            raise ConfigError(
-                f"schedule.decay_tokens ({schedule.decay_tokens}) is not more than schedule.warmup_tokens "
-                f"({schedule.warmup_tokens}); a cosine reaches its minimum after the warm-up; raise it, or set it to "
-                f"null for the last token."
+    def _check_lengths(self, schedule: ScheduleConfig) -> None:
+        """Name every fault at once, with what to set: a short run of a preset has two."""
+        warmup, decay = schedule.warmup_tokens, schedule.decay_tokens
+        faults, settings = [], []
+        if warmup >= self.tokens:
+            faults.append(f"schedule.warmup_tokens ({warmup}) is not less than tokens ({self.tokens})")
+            warmup = self.tokens // 20
+            settings.append(f"--set schedule.warmup_tokens={warmup}")
+        if decay is not None and schedule.kind == "cosine" and decay <= warmup:
+            faults.append(f"schedule.decay_tokens ({decay}) is not more than schedule.warmup_tokens ({warmup})")
+            settings.append("--set schedule.decay_tokens=null (the minimum at the last token)")
+        if decay is not None and schedule.kind == "wsd" and warmup + decay > self.tokens:
+            faults.append(
+                f"schedule.decay_tokens ({decay}) is more than the {self.tokens - warmup} tokens after a warm-up of "
+                f"{warmup}"
             )
-        if schedule.kind == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > self.tokens:
+            settings.append("--set schedule.decay_tokens=null (a tenth of all tokens)")
+        if faults:
             raise ConfigError(
-                f"schedule.warmup_tokens ({schedule.warmup_tokens}) and schedule.decay_tokens "
-                f"({schedule.decay_tokens}) are together more than tokens ({self.tokens}); the decay starts after the "
-                f"warm-up and ends with the training; shorten one, or set schedule.decay_tokens to null for a tenth of "
-                f"all tokens."
+                f"{', and '.join(faults)}; the rate rises in the warm-up, falls after it, and both need room in the "
+                f"training; use {' '.join(settings)}, or train on more tokens."
             )
 
     def may_change_on_resume(self, key: str) -> bool:
@@ -184,6 +187,11 @@ class TrainConfig(Config):
     @property
     def total_steps(self) -> int:
         return -(-self.tokens // self.tokens_per_step)
+
+    @property
+    def total_tokens(self) -> int:
+        """What is trained on: tokens, rounded up to whole steps."""
+        return self.total_steps * self.tokens_per_step
 
     @property
     def evaluation_every_steps(self) -> int:

@@ -445,10 +445,10 @@ def _control_group_room() -> list[int]:
         number, _, rest = line.partition(":")
         controllers, _, name = rest.partition(":")
         if number == "0" and not controllers:
-            root, files, evictable = _CONTROL_GROUPS, ("memory.max", "memory.current"), "inactive_file"
+            root, files, prefix = _CONTROL_GROUPS, ("memory.max", "memory.current"), ""
         elif "memory" in controllers.split(","):
             root, files = _CONTROL_GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            evictable = "total_inactive_file"
+            prefix = "total_"
         else:
             continue
         # In a container the name may be the host's, and the container's own group stands at the root.
@@ -456,8 +456,11 @@ def _control_group_room() -> list[int]:
         for folder in {root, inner, *(parent for parent in inner.parents if parent.is_relative_to(root))}:
             limit, used = (_read_text(folder / file).strip() for file in files)
             if limit.isdigit() and used.isdigit():
-                cached = re.search(rf"^{evictable} (\d+)", _read_text(folder / "memory.stat"), re.MULTILINE)
-                room.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
+                # Files in the page cache make room whether or not they were read twice, as in MemAvailable.
+                cached = re.findall(
+                    rf"^{prefix}(?:in)?active_file (\d+)", _read_text(folder / "memory.stat"), re.MULTILINE
+                )
+                room.append(int(limit) - int(used) + sum(map(int, cached)))
     return room
 
 

@@ -181,6 +181,19 @@ def memory(config: ModelConfig, *, micro_batch_size: int = 1, sequence_length: i
     )
 
 
+def least_training_bytes(config: ModelConfig, *, optimizer: str) -> int:
+    """Return what every training step certainly holds: fp32 weights, gradients and the optimizer's moments.
+
+    Muon keeps one moment of a matrix inside the blocks, AdamW two of everything; biases and norms, which are AdamW's
+    with either, are counted as the matrices, so this is at most what there will be.
+    """
+    count = count_parameters(config)
+    moments = 2 * count.total
+    if optimizer == "muon":
+        moments = count.total + count.embedding + (0 if count.is_tied else count.output)
+    return _FP32_BYTES * (2 * count.total + moments)
+
+
 def _count_layer(config: ModelConfig, index: int, layer: FeedForwardConfig) -> LayerParameters:
     expert = _mlp(config, layer.expert_intermediate_size) if layer.is_moe else 0
     return LayerParameters(

@@ -32,7 +32,7 @@ from moesaic.report.drawing import (
 from moesaic.report.expert_load import ExpertWarning, imbalance, name_unusual
 from moesaic.report.quantities import short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord, read_metrics
-from moesaic.report.summary import finite_mean
+from moesaic.report.summary import finite_mean, smoothed
 
 # Points of a line and columns of a heat map: more than a plot has pixels for would only cost time.
 _MOST_RECORDS = 2000
@@ -282,23 +282,6 @@ def expert_balance_figure(records: Sequence[TrainRecord]) -> Figure:
         bar.set_label("layer", color=FAINT_INK)
         bar.outline.set_visible(False)
     return figure
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Return a moving mean over about a twentieth of the points that skips what is not finite.
-
-    The window is centred and narrows towards the first point, so a steep start is neither delayed nor flattened; at
-    the last point it reaches back only. NaN where a window holds no finite value.
-    """
-    count = len(values)
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    places = np.arange(count)
-    reach = np.minimum(places, math.ceil(count / 40) if count > 1 else 0)
-    low, high = places - reach, np.minimum(count, places + reach + 1)
-    inside = counts[high] - counts[low]
-    return np.where(inside > 0, (sums[high] - sums[low]) / np.maximum(inside, 1), np.nan)
 
 
 def loss_limits(

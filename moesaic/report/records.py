@@ -74,8 +74,8 @@ class TrainRecord:
     """The state of training after a step; rates and `moe` are means since the last record.
 
     Units: `seconds` in training steps so far, resumed parts included; `loss` in nats per token; `skipped_steps` in all.
-    `objective`: what the run's objective reports beside the loss, by name: a student's `kl` and `alpha`. It is written
-    where there is something.
+    `objective`: what the run's objective reports beside the loss, by name: a student's
+    divergence, a mean too, and `alpha`, the last step's. It is written where there is something.
     """
 
     step: int

@@ -29,7 +29,7 @@ class LayerSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """A run so far. Losses are in nats per token, `loss` and the rates means over the most recent records."""
+    """A run so far. Losses are in nats per token, `loss` smoothed as in the plots, rates means of the last records."""
 
     step: int
     tokens: int
@@ -66,7 +66,7 @@ def summarize(metrics: Metrics) -> RunSummary | None:
         step=last.step,
         tokens=last.tokens,
         seconds=last.seconds,
-        loss=finite_mean([record.loss for record in recent]),
+        loss=float(smoothed(np.asarray([record.loss for record in metrics.train]))[-1]),
         validation_loss=metrics.evaluation[-1].loss if metrics.evaluation else None,
         best_validation_loss=best.loss if best else None,
         best_validation_step=best.step if best else None,
@@ -102,6 +102,23 @@ def summarize_layers(experts: Sequence[ExpertRecord]) -> tuple[LayerSummary, ...
             )
         )
     return tuple(summaries)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return a moving mean over about a twentieth of the points that skips what is not finite.
+
+    The window is centred and narrows towards the first point, so a steep start is neither delayed nor flattened; at
+    the last point it reaches back only. NaN where a window holds no finite value.
+    """
+    count = len(values)
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    places = np.arange(count)
+    reach = np.minimum(places, math.ceil(count / 40) if count > 1 else 0)
+    low, high = places - reach, np.minimum(count, places + reach + 1)
+    inside = counts[high] - counts[low]
+    return np.where(inside > 0, (sums[high] - sums[low]) / np.maximum(inside, 1), np.nan)
 
 
 def finite_mean(values: Sequence[float]) -> float:

@@ -4,14 +4,13 @@ Expert loads are strips of block characters, one per MoE layer and one character
 expert's load over the even share. Where the terminal has no block characters, or is none, plain ASCII is used.
 """
 
-import logging
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.measure import Measurement
@@ -20,11 +19,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.logs import logger
 from moesaic.report.expert_load import DEAD_SHARE, hot_share, imbalance, relative_load
 from moesaic.report.quantities import duration, short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord
-from moesaic.report.summary import LayerSummary, RunSummary, finite_mean, summarize
+from moesaic.report.summary import LayerSummary, RunSummary, finite_mean, smoothed, summarize
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=+*#@"
@@ -33,13 +31,12 @@ _BLOCK_LIMITS = (0.25, 0.55, 0.8, 1.25, 1.6, 2.2, 3.2)
 
 # Records over which the time left is estimated: long enough to include an evaluation or a checkpoint now and then.
 _PACE_RECORDS = 100
-_SMOOTHING = 0.9
 
 
 class TrainingDisplay:
     """Training as it goes: one block that is redrawn in a terminal, one plain line per record anywhere else.
 
-    While the block is shown, the package's log lines are printed above it.
+    While the block is shown, what is written to standard error, such as log lines, is printed above it.
     """
 
     def __init__(
@@ -57,11 +54,11 @@ class TrainingDisplay:
         self._clock = clock
         self._is_live = self._console.is_interactive
         self._live: Live | None = None
-        self._rerouted: list[tuple[logging.StreamHandler, object]] = []
         self._record: TrainRecord | None = None
         self._evaluation: EvaluationRecord | None = None
         self._best_loss = math.inf
-        self._loss = _Smoothed()
+        self._losses: list[float] = []
+        self._smoothed_loss = math.nan
         self._pace: deque[tuple[int, float]] = deque(maxlen=_PACE_RECORDS)
 
     def __enter__(self) -> "TrainingDisplay":
@@ -74,24 +71,20 @@ class TrainingDisplay:
                 vertical_overflow="crop",
                 get_renderable=self._render,
             )
-            terminal = (sys.stdout, sys.stderr)
             self._live.start()
-            self._reroute_logs(terminal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            for handler, stream in self._rerouted:
-                handler.setStream(stream)
-            self._rerouted.clear()
             self._live.stop()
             self._live = None
 
     def update(self, record: TrainRecord) -> None:
         """Show a new train record."""
-        self._loss.add(record.loss)
+        self._losses.append(record.loss)
+        self._smoothed_loss = float(smoothed(np.asarray(self._losses))[-1])
         self._pace.append((record.tokens, self._clock()))
         self._record = record  # last: the block is drawn by another thread, which begins with the record
         if self._live is None:
@@ -129,17 +122,10 @@ class TrainingDisplay:
         speed = self._record.tokens_per_second
         return tokens_left / speed if math.isfinite(speed) and speed > 0 else math.nan
 
-    def _reroute_logs(self, terminal: tuple[object, object]) -> None:
-        """Let log handlers that write to the terminal write through the block, or they would tear it."""
-        for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream in terminal:
-                self._rerouted.append((handler, handler.stream))
-                handler.setStream(sys.stderr)  # rich has put its own stream there
-
     def _render(self) -> RenderableType:
         record = self._record
         if record is None:
-            return Panel(Text("waiting for the first record", style="dim"), title=Text(self._title), title_align="left")
+            return self._panel(Text("waiting for the first record", style="dim"))
         share = record.tokens / self._total_tokens
         bar = Table.grid(expand=True, padding=(0, 1))
         bar.add_column(ratio=1)
@@ -153,7 +139,7 @@ class TrainingDisplay:
         for _ in range(3):
             values.add_column(no_wrap=True, overflow="crop")
         values.add_row(
-            _value("loss", f"{self._loss.value:.3f}", f"last {record.loss:.3f}"),
+            _value("loss", f"{self._smoothed_loss:.3f}", f"smoothed, last {record.loss:.3f}"),
             _value("validation", *self._validation()),
             _value("step", f"{record.step:,}"),
         )
@@ -171,7 +157,15 @@ class TrainingDisplay:
         if record.moe is not None:
             most_rows = max(2, self._console.height - 9)
             parts += [Text(), _expert_rows(record.moe, most_rows=most_rows)]
-        return Panel(Group(*parts), title=Text(self._title), title_align="left", border_style="cyan")
+        return self._panel(Group(*parts), border_style="cyan")
+
+    def _panel(self, content: RenderableType, **style: str) -> Panel:
+        """Frame the block, leaving room after it for the terminal's echo of Ctrl-C, ^C.
+
+        On a full line the echo would go to the next one, and the block would be redrawn one line too low.
+        """
+        width = max(1, self._console.width - 2)
+        return Panel(content, title=Text(self._title), title_align="left", width=width, **style)  # type: ignore[arg-type]
 
     def _validation(self) -> tuple[str, str]:
         if self._evaluation is None:
@@ -304,23 +298,6 @@ class _Legend:
         yield text
 
 
-class _Smoothed:
-    """An exponential moving mean that starts at its first value and skips what is not finite."""
-
-    def __init__(self) -> None:
-        self._sum = 0.0
-        self._weight = 0.0
-
-    def add(self, value: float) -> None:
-        if math.isfinite(value):
-            self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * value
-            self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
-
-    @property
-    def value(self) -> float:
-        return self._sum / self._weight if self._weight else math.nan
-
-
 def _expert_rows(experts: ExpertRecord, *, most_rows: int) -> RenderableType:
     """The live block's strips; when the terminal is too low for all layers, those with the fullest experts."""
     places = list(range(len(experts.layers)))
@@ -374,7 +351,7 @@ def _numbers(summary: RunSummary) -> RenderableType:
     table.add_row(
         "trained", f"{short_number(summary.tokens)} tokens", f"{summary.step:,} steps in {duration(summary.seconds)}"
     )
-    table.add_row("training loss", f"{summary.loss:.4f}", f"perplexity {_perplexity(summary.loss)}")
+    table.add_row("training loss", f"{summary.loss:.4f}", f"smoothed, perplexity {_perplexity(summary.loss)}")
     if summary.validation_loss is not None:
         note = f"perplexity {_perplexity(summary.validation_loss)}"
         if summary.best_validation_loss is not None:

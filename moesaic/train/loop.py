@@ -36,13 +36,15 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import MoEStatistics
 from moesaic.moe.router import Router
 from moesaic.moe.seeds import mix_seeds
-from moesaic.plan.cost import training_flops_per_token
+from moesaic.plan.cost import count_parameters, training_flops_per_token
 from moesaic.report.expert_load import ExpertWatch
 from moesaic.report.plots import write_plots
+from moesaic.report.quantities import short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, TrainRecord
 from moesaic.train.initial import InitialRun
 from moesaic.train.interrupt import StopRequest
 from moesaic.train.loss import Losses, language_model_loss
+from moesaic.train.memory import check_memory
 from moesaic.train.metrics import MetricsWriter, refuse_metrics
 from moesaic.train.objective import NextToken, Objective, RunStart
 from moesaic.train.optim import Optimizers, clip_gradients
@@ -53,6 +55,8 @@ from moesaic.train.schedule import learning_rate
 MOST_SKIPPED_IN_A_ROW = 10
 # Plots are redrawn during the run at most this often; drawing takes a second or two.
 _PLOT_EVERY_SECONDS = 60.0
+# From here on drawing the first weights takes so long that it is announced.
+_MANY_PARAMETERS = 500_000_000
 
 
 class Display(Protocol):
@@ -172,6 +176,9 @@ class Trainer:
             with_documents=config.data.document_mask,
         )
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        check_memory(config, self.device)
+        if (parameters := count_parameters(config.model).total) >= _MANY_PARAMETERS:
+            logger.info("Making a model of %s parameters, which takes a while.", short_number(parameters))
         self.model = Transformer(config.model, compute_dtype=dtype).to(self.device)
         self.model.activation_checkpointing = config.activation_checkpointing
         if self.initial is None:
@@ -554,12 +561,12 @@ class Window:
         return float(torch.stack([getattr(losses, name) for losses in self._losses()]).mean())
 
     def terms(self) -> dict[str, float]:
-        """Each of the objective's terms, over the micro-batches that had it."""
+        """Each of the objective's terms, a mean over the micro-batches that had it; alpha is the last step's."""
         values: dict[str, list[Tensor]] = {}
         for losses in self._losses():
             for name, value in losses.terms.items():
                 values.setdefault(name, []).append(value)
-        return {name: float(torch.stack(each).mean()) for name, each in values.items()}
+        return {name: float(each[-1] if name == "alpha" else torch.stack(each).mean()) for name, each in values.items()}
 
     def experts(self, layers: tuple[int, ...]) -> ExpertRecord | None:
         if not layers:

@@ -233,7 +233,12 @@ def test_a_run_means_its_best_else_its_last_and_at_names_a_step(tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"'best' is not a step; .*number; for example"):
         resolve_checkpoint(f"{run}@best")
     with pytest.raises(CheckpointError, match=r"holds no checkpoint; .*moesaic train.*; check the path"):
-        resolve_checkpoint(tmp_path / "absent")
+        resolve_checkpoint(tmp_path)
+    for absent in ("absent", "absent@3"):
+        with pytest.raises(CheckpointError, match=r"absent does not exist; .*moesaic train.*; check the path"):
+            resolve_checkpoint(tmp_path / absent)
+    with pytest.raises(CheckpointError, match=rf"is one checkpoint of a run; .*; use {re.escape(str(run))}@3\."):
+        resolve_checkpoint(run / "checkpoints" / "step-00000003")
 
 
 def test_a_process_killed_while_saving_leaves_the_earlier_ones_and_nothing_for_long(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The command line in this process, and a small trained run."""
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.kernels.limits import Limits
-from moesaic.logs import logger
+from moesaic.logs import StderrHandler, logger
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
 
     def run(*arguments: object) -> Outcome:
         status = 0
-        # The stream that a handler of an earlier command writes to is closed by now.
-        logger.handlers = [each for each in handlers if type(each) is not logging.StreamHandler]
+        # The next command decides anew how its lines look.
+        logger.handlers = [each for each in handlers if not isinstance(each, StderrHandler)]
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as leaving:

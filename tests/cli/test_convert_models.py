@@ -113,7 +113,7 @@ def test_verify_says_by_its_exit_status_whether_two_are_the_same(
         (["export", "{run}", "{new}", "--format", "onnx"], "ConfigError: format ('onnx') is not known; one of hugg"),
         (["export", "{run}", "{new}", "--dtype", "int8"], "ConfigError: dtype ('int8') is not known; one of fp32"),
         (["export", "{run}", "{folder}"], "ConfigError: {folder} exists; what is converted needs a folder of its own"),
-        (["verify", "{run}", "{folder}/nothing"], "CheckpointError: {folder}/nothing holds no checkpoint; a run"),
+        (["verify", "{run}", "{folder}/nothing"], "CheckpointError: {folder}/nothing does not exist; a run"),
         (["verify", "{broken}", "{run}"], "CheckpointError: {broken}/model.safetensors cannot be read"),
     ],
 )

@@ -3,9 +3,11 @@ import sys
 from typing import Any
 
 import pytest
+import typer
+from rich.text import Text
 
 from moesaic import __version__
-from moesaic.cli.main import VERBS
+from moesaic.cli.main import VERBS, app
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -45,3 +47,14 @@ def test_an_interrupt_before_anything_is_running_ends_with_its_status(
 def test_python_m_moesaic_is_the_command() -> None:
     result = subprocess.run([sys.executable, "-m", "moesaic", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"moesaic {__version__}\n"
+
+
+def test_no_default_is_lost_in_the_help() -> None:
+    """Rich takes what stands in brackets for a style, and shows nothing, unless it is escaped."""
+    commands = [typer.main.get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            assert Text.from_markup(text).plain == text.replace("\\[", "["), (command.name, parameter.name)
+    assert len(commands) > len(VERBS)

@@ -48,6 +48,25 @@ def test_it_serves_and_a_signal_lets_what_runs_finish(trained_run: Path) -> None
     assert any(line.get("path") == "/v1/completions" and line["status"] == 200 for line in logged)
 
 
+def test_a_second_signal_ends_what_runs_without_a_traceback(trained_run: Path) -> None:
+    command = [sys.executable, "-m", "moesaic", "serve", str(trained_run), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert process.stdout is not None and process.stderr is not None
+    found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+    assert found, process.communicate()
+    # Half a request is a connection that the drain waits for: the second signal comes while it does.
+    with socket.create_connection(("127.0.0.1", int(found[0].rpartition(":")[2]))) as asking:
+        asking.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        process.send_signal(signal.SIGINT)
+        while "no new requests are taken" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err
+
+
 def test_a_mistake_ends_with_what_to_do(cli: Any, trained_run: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

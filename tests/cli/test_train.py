@@ -23,11 +23,12 @@ def test_a_run_from_a_file_with_settings_shows_its_progress_and_what_is_next(
 ) -> None:
     run = tmp_path / "run"
     path = config_file("pr-moe", data={"path": "nowhere"})
-    result = cli("train", path, "--data", tiny_data, "-o", run, "--set", "tokens=512", "--set", "seed=3")
+    result = cli("train", path, "--data", tiny_data, "-o", run, "--set", "tokens=500", "--set", "seed=3")
     assert result.status == 0, result.err
     assert load_train_config(run / "config.yaml").seed == 3
     for expected in (
         "step 8 ",
+        "512 of 512 tokens (100.0%)",
         "validation loss",
         "Trained 512 tokens",
         str(run),

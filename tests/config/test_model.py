@@ -84,7 +84,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "counts for other layers": ({"moe": {"num_experts": [4, 4], "every": 2}}, "moe.num_experts has 2 values"),
     "no counts": ({"moe": {"num_experts": []}}, "moe.num_experts has 0 values"),
     "no experts": ({"moe": {"num_experts": 0}}, "moe.num_experts (0)"),
-    "negative experts in a pyramid": ({"moe": {"num_experts": [4, -4], "every": 3}}, "moe.num_experts (-4)"),
+    "negative experts in a pyramid": (
+        {"moe": {"num_experts": [4, -4], "every": 3}},
+        "moe.num_experts (-4) of layer 5 ",
+    ),
     "top_k beyond the experts": ({"moe": {"num_experts": 4, "top_k": 5}}, "moe.top_k (5)"),
     "top_k of zero": ({"moe": {"num_experts": 4, "top_k": 0}}, "moe.top_k (0)"),
     "renormalised top-1": ({"moe": {"num_experts": 4, "router": {"renormalize": True}}}, "moe.router.renormalize"),

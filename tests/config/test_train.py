@@ -1,5 +1,6 @@
 """The training config: lengths in tokens become whole steps; combinations that cannot work are refused."""
 
+import re
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def test_the_micro_batch_is_the_batch_unless_given() -> None:
 def test_tokens_round_up_to_whole_steps() -> None:
     config = TrainConfig(**{**BASE, "tokens": 128 * 4 * 3 + 1}, batch_size=4)
     assert config.tokens_per_step == 512
-    assert config.total_steps == 4
+    assert config.total_steps == 4 and config.total_tokens == 2048
     assert TrainConfig(**{**BASE, "tokens": 1}).total_steps == 1
 
 
@@ -62,6 +63,19 @@ def test_refused_with_the_value_the_requirement_and_the_remedy(case: str) -> Non
     message = str(caught.value)
     assert given in message
     assert message.count(";") >= 2 and message.endswith("."), message
+
+
+def test_a_short_run_of_a_preset_is_told_all_that_it_needs_at_once() -> None:
+    """What the message says to set is enough, of both kinds of schedule."""
+    values = {"warmup_tokens": 80_000, "decay_tokens": 600_000}
+    for kind, tokens in (("wsd", 50_000), ("wsd", 1), ("wsd", 500_000), ("cosine", 50_000)):
+        with_decay = {**values, "kind": kind} | ({"decay_tokens": 40} if kind == "cosine" else {})
+        with pytest.raises(ConfigError) as caught:
+            TrainConfig.from_dict({**BASE, "tokens": tokens, "schedule": with_decay})
+        told = re.findall(r"--set schedule\.(\w+)=(\w+)", str(caught.value))
+        assert [name for name, _ in told] == ["warmup_tokens", "decay_tokens"][tokens > 80_000 :]
+        mended = {name: None if value == "null" else int(value) for name, value in told}
+        TrainConfig.from_dict({**BASE, "tokens": tokens, "schedule": {**with_decay, **mended}})
 
 
 def test_a_cosine_may_end_after_the_training() -> None:

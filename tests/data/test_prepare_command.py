@@ -46,7 +46,12 @@ def test_the_summary_counts_and_says_what_is_next(source: Path, tmp_path: Path) 
     result = run(source, *arguments)
     assert result.exit_code == 0, result.output
     manifest = ShardSet.open(tmp_path / "two").manifest
-    for expected in ("documents", "bytes per token", f"{manifest.train.num_tokens:,}", "moesaic train"):
+    for expected in (
+        "documents",
+        "bytes per token",
+        f"{manifest.train.num_tokens:,}",
+        f"--data {tmp_path / 'two'} --output RUN",
+    ):
         assert expected in result.stdout
     assert manifest.fingerprint == ShardSet.open(tmp_path / "one").fingerprint
 

@@ -86,6 +86,12 @@ def test_a_resumed_staged_run_equals_the_unbroken_one_bit_for_bit(
     ] * 6
 
 
+def test_a_record_over_the_switch_has_the_alpha_of_its_last_step(student: Student, tmp_path: Path) -> None:
+    distill(student("distill.stop_fraction=0.5", "log_every_steps=100"), tmp_path / "run", display=Stop())
+    alphas = {record.step: record.objective["alpha"] for record in read_metrics(tmp_path / "run").train}
+    assert alphas[5] == 1.0 and alphas[min(step for step in alphas if step > 6)] == 0.0
+
+
 @pytest.mark.parametrize(
     ("settings", "alphas"),
     [
@@ -232,7 +238,7 @@ def test_a_student_beyond_its_teacher_needs_it_no_more(student: Student, teacher
     distill(config, tmp_path / "early", display=Stop(5))
     shutil.rmtree(tmp_path / "teacher")
     assert distill(config, tmp_path / "late", resume=True).step == 12
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         make(config, tmp_path / "early", resume=True)
 
 
@@ -312,7 +318,7 @@ class TestMistakes:
             make(config, tmp_path / "run")
 
     def test_no_such_teacher(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        with pytest.raises(CheckpointError, match="does not exist"):
             student_config(tmp_path / "absent")
 
     def test_a_students_config_is_not_trained_without_its_teacher(self, student: Student, tmp_path: Path) -> None:

@@ -330,8 +330,8 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     write("groups/outer/inner/memory.max", "max\n")
     write("groups/outer/inner/memory.current", "1000\n")
     assert available_memory_bytes() == 4_000_000  # of a parent
-    write("groups/outer/memory.stat", "anon 77\ninactive_file 500000\n")
-    assert available_memory_bytes() == 4_500_000  # files that are only cached make room
+    write("groups/outer/memory.stat", "anon 77\ninactive_file 500000\nactive_file 200000\n")
+    assert available_memory_bytes() == 4_700_000  # files that are only cached make room
     write("groups/memory.max", "3000000\n")
     write("groups/memory.current", "2999999\n")
     assert available_memory_bytes() == 1  # the container's own, under whatever name

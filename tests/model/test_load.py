@@ -58,7 +58,7 @@ def test_a_bf16_run_is_packed_where_the_cpu_kernels_are_in_use(run: Path, kernel
 
 
 def test_a_folder_that_is_no_run_is_an_error(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint; .*; check the path"):
+    with pytest.raises(CheckpointError, match=r"does not exist; .*; check the path"):
         load_run(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"has no config.yaml; .*; check the path"):
         load_run_config(tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from moesaic.report.plots import heat_columns, loss_limits, objective_figure, smoothed, write_plots
+from moesaic.report.plots import heat_columns, loss_limits, objective_figure, write_plots
 from moesaic.report.records import METRICS_FILE, ExpertRecord, MetricsError, TrainRecord, to_line
 
 DENSE = {"loss.png", "learning_rate.png", "throughput.png"}
@@ -81,22 +81,6 @@ def test_drawing_leaves_no_global_figure_and_loads_no_pyplot(make_run: Callable[
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize("count", [1, 2, 39, 500])
-def test_smoothing_keeps_constants_ends_and_bounds(count: int) -> None:
-    assert smoothed(np.full(count, 2.5)) == pytest.approx(np.full(count, 2.5))
-    values = np.random.default_rng(0).normal(size=count)
-    smooth = smoothed(values)
-    assert smooth[0] == pytest.approx(values[0])
-    assert smooth.min() >= values.min() - 1e-9 and smooth.max() <= values.max() + 1e-9
-
-
-def test_smoothing_skips_what_is_not_finite() -> None:
-    values = np.ones(100)
-    values[[3, 50]] = [math.nan, math.inf]
-    assert smoothed(values)[10:] == pytest.approx(np.ones(90))
-    assert np.isnan(smoothed(np.full(3, math.nan))).all()
 
 
 def test_loss_frame_leaves_out_the_first_spike_and_nothing_else() -> None:

@@ -3,10 +3,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moesaic.report.records import Metrics, TrainRecord, read_metrics
-from moesaic.report.summary import summarize
+from moesaic.report.summary import smoothed, summarize
 
 
 def test_no_record_no_summary() -> None:
@@ -17,9 +18,9 @@ def test_summary_holds_means_of_recent_records_and_the_best_validation(make_run:
     metrics = read_metrics(make_run(40, experts=(4, 8), broken=(39,)))
     summary = summarize(metrics)
     assert summary is not None
-    recent = [record.loss for record in metrics.train[-20:] if math.isfinite(record.loss)]
-    assert len(recent) == 19
-    assert summary.loss == pytest.approx(sum(recent) / 19)
+    assert summary.loss == pytest.approx(
+        metrics.train[-1].loss
+    )  # the last two records of forty, of which one is not finite
     assert summary.best_validation_loss == 3.1 and summary.best_validation_step == 10
     assert [layer.num_experts for layer in summary.layers] == [4, 8]
     for layer in summary.layers:
@@ -44,3 +45,19 @@ def test_warnings_carry_their_sentence(make_record: Callable[..., TrainRecord]) 
     assert summary is not None
     (warning,) = summary.to_json()["warnings"]
     assert warning["kind"] == "dead" and "layer 1: expert 0 is dead" in warning["message"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 39, 500])
+def test_smoothing_keeps_constants_ends_and_bounds(count: int) -> None:
+    assert smoothed(np.full(count, 2.5)) == pytest.approx(np.full(count, 2.5))
+    values = np.random.default_rng(0).normal(size=count)
+    smooth = smoothed(values)
+    assert smooth[0] == pytest.approx(values[0])
+    assert smooth.min() >= values.min() - 1e-9 and smooth.max() <= values.max() + 1e-9
+
+
+def test_smoothing_skips_what_is_not_finite() -> None:
+    values = np.ones(100)
+    values[[3, 50]] = [math.nan, math.inf]
+    assert smoothed(values)[10:] == pytest.approx(np.ones(90))
+    assert np.isnan(smoothed(np.full(3, math.nan))).all()

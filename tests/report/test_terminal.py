@@ -1,14 +1,16 @@
 import io
-import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
-from moesaic.logs import logger
+from moesaic.logs import log_to_stderr, logger
+from moesaic.report.plots import loss_figure
 from moesaic.report.records import EvaluationRecord, Metrics, TrainRecord, read_metrics
 from moesaic.report.terminal import (
     LoadStrip,
@@ -88,24 +90,33 @@ def test_the_block_fits_the_terminal_and_shows_everything(
     assert ("others" in text) == (len(experts) > size[1] - 9)
 
 
-def test_messages_and_log_lines_go_above_the_block_and_logging_is_restored(
+def test_messages_and_log_lines_go_above_the_block(
     make_record: Callable[..., TrainRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(sys, "stderr", terminal)
-    handler = logging.StreamHandler()
-    logger.addHandler(handler)
-    try:
-        console = live_console()
-        with TrainingDisplay(40_960, console=console) as display:
-            display.update(make_record(1, experts=(4,)))
-            display.message("saved [x]")
-            logger.warning("layer 1 is odd")
-        assert "saved [x]" in printed(console) and "layer 1 is odd" in printed(console)
-        assert terminal.getvalue() == ""
-        assert handler.stream is terminal and sys.stderr is terminal
-    finally:
-        logger.removeHandler(handler)
+    monkeypatch.setattr(logger, "handlers", [])
+    log_to_stderr()
+    console = live_console()
+    with TrainingDisplay(40_960, console=console) as display:
+        display.update(make_record(1, experts=(4,)))
+        display.message("saved [x]")
+        logger.warning("layer 1 is odd")
+    assert "saved [x]" in printed(console) and "layer 1 is odd" in printed(console)
+    assert terminal.getvalue() == ""
+    logger.warning("after it")
+    assert terminal.getvalue() == "after it\n"
+
+
+@pytest.mark.parametrize("records", [0, 1])
+def test_the_echo_of_ctrl_c_fits_behind_the_block(make_record: Callable[..., TrainRecord], records: int) -> None:
+    """Else the terminal goes on to the next line, and the block's top border stays where it was."""
+    console = live_console(width=72)
+    with TrainingDisplay(40_960, console=console) as display:
+        for step in range(records):
+            display.update(make_record(step + 1, experts=(4,)))
+        lines = console.render_lines(display._render(), pad=False)
+    assert all(sum(segment.cell_length for segment in line) + len("^C") <= 72 for line in lines)
 
 
 def test_an_error_inside_ends_the_block_and_comes_out(make_record: Callable[..., TrainRecord]) -> None:
@@ -128,6 +139,22 @@ def test_inspect_view_in_any_encoding(
     assert "training loss" in text and "8,192 tokens/s" in text and "31% of the machine's peak" in text
     for place in range(len(experts)):
         assert f"layer {2 * place + 1} " in text
+
+
+def test_the_block_the_view_and_the_plot_show_one_smoothed_loss(make_run: Callable[..., Path]) -> None:
+    metrics = read_metrics(make_run(50, experts=(4,)))
+    last = [record.loss for record in metrics.train[-3:]]  # a fortieth, rounded up, and the last
+    mean = sum(last) / 3
+    console = live_console()
+    with TrainingDisplay(1 << 20, console=console) as display:
+        for record in metrics.train:
+            display.update(record)
+    assert f"loss {mean:.3f}  smoothed, last {last[-1]:.3f}" in Text.from_ansi(printed(console)).plain
+    console = plain_console()
+    console.print(render_run(metrics))
+    assert re.search(rf"training loss +{mean:.4f} +smoothed, perplexity", printed(console))
+    labels = [text.get_text() for text in loss_figure(metrics).axes[0].get_legend().get_texts()]
+    assert f"training, smoothed (now {mean:.3f})" in labels
 
 
 def test_inspect_names_dead_experts_and_shows_events(make_record: Callable[..., TrainRecord]) -> None:

@@ -77,7 +77,7 @@ def test_resuming_needs_the_first_run_no_more(first: Path, tmp_path: Path) -> No
     starts = json.loads((tmp_path / "second" / "run.json").read_text())["starts"]
     assert starts[0]["init_from"]["run"] == str(first) and starts[1]["init_from"] is None
     assert (tmp_path / "second" / "chat_template.jinja").read_text() == "{{ messages }}"
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         train(config, tmp_path / "third")
 
 

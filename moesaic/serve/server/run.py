@@ -116,6 +116,11 @@ class DrainingServer(uvicorn.Server):
         if self.started:
             self._ready(_url(self._listener))
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets=sockets)
+        if self.force_exit:  # uvicorn would leave the application to be cancelled, and log that with a traceback
+            await self.lifespan.shutdown()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self._draining is not None or self._served.admission.is_draining:
             self.should_exit = self.force_exit = True

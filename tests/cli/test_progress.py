@@ -1,0 +1,61 @@
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.cli.progress import shown_progress
+from moesaic.logs import log_to_stderr, logger
+
+
+def test_a_log_line_goes_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's word for a terminal
+    monkeypatch.setattr(logger, "handlers", [])
+    log_to_stderr()  # before the bar, as the commands do
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with shown_progress(kept="") as show:
+        show("reading", 0.5)
+        logger.info("Calibrating on data/mine")
+    assert re.search(r"(\n|\x1b\[2K)(\x1b\[\d*m)*Calibrating on data/mine\n", terminal.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("called", "command", "words"),
+    [
+        ("data.prepare.prepare", ["prepare", "embedded", "--output", "{new}"], "Stopped; the same command goes on"),
+        ("convert.importer.import_model", ["convert", "import", "{run}", "{new}"], "Stopped; nothing was written."),
+        ("convert.exporter.export_run", ["convert", "export", "{run}", "{new}"], "Stopped; nothing was written."),
+        ("convert.parity.verify_models", ["convert", "verify", "{run}", "{run}"], "Stopped; nothing was written."),
+        ("convert.quantize.quantize_run", ["convert", "quantize", "{run}", "{new}"], "Stopped; nothing was written."),
+        (
+            "convert.upcycle.upcycle_run",
+            ["convert", "upcycle", "{run}", "{new}", "--experts", "2"],
+            "Stopped; nothing was written.",
+        ),
+        ("model.load.load_run", ["evaluate", "{run}", "--text", "x"], "Stopped; nothing was written."),
+        (
+            "model.load.load_run",
+            ["evaluate", "{run}", "--tasks", "piqa"],
+            "Stopped; what was finished is in the runs' folders.",
+        ),
+    ],
+)
+def test_ctrl_c_ends_with_a_line_on_what_was_kept(
+    cli: Any,
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    called: str,
+    command: list[str],
+    words: str,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"moesaic.{called}", interrupted)
+    result = cli(*(each.format(run=trained_run, new=tmp_path / "new") for each in command))
+    assert result.status == 130 and result.out == ""
+    assert result.err.splitlines()[-1].startswith(words) and "Traceback" not in result.err
