@@ -120,7 +120,7 @@ def serve(
         int | None, typer.Option(help="Instead of --rate: so many requests at all times, a new one as one ends.")
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(help="How many, a trace's first ones. [default: 100, or all of a shorter trace]")
+        int | None, typer.Option(help="How many, a trace's first ones. \\[default: 100, or all of a shorter trace]")
     ] = None,
     scale_lengths: Annotated[
         float | None, typer.Option("--scale-lengths", help="Of --trace: multiply all lengths, by 0.25 say.")
@@ -145,11 +145,11 @@ def serve(
         float, typer.Option("--tpot-limit", help="Seconds per token behind it that count as good.")
     ] = 0.1,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed.")] = 600.0,
-    model: Annotated[str | None, typer.Option(help="[default: the first that the server lists]")] = None,
+    model: Annotated[str | None, typer.Option(help="\\[default: the first that the server lists]")] = None,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", metavar="FILE", help="A file with the server's key.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="What plots call this run. [default: the model]")] = None,
+    name: Annotated[str | None, typer.Option(help="What plots call this run. \\[default: the model]")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write the result, each request in it, as JSON.")
     ] = None,

@@ -23,12 +23,14 @@ _FORCE = typer.Option("--force", help="Keep the result even if the check says th
 def import_(
     path: Annotated[
         Path,
-        typer.Argument(help="A folder in Hugging Face's layout (config.json, safetensors, ...), or a .gguf."),
+        typer.Argument(
+            metavar="PATH", help="A folder in Hugging Face's layout (config.json, safetensors, ...), or a .gguf."
+        ),
     ],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, to be made.")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="A tokenizer.json, or a folder with one, where the model brings none. [default: its own]"),
+        typer.Option(help="A tokenizer.json, or a folder with one, where the model brings none. \\[default: its own]"),
     ] = None,
     force: Annotated[bool, _FORCE] = False,
     as_json: Annotated[bool, _JSON] = False,
@@ -51,13 +53,13 @@ def import_(
 
 
 def export_(
-    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
-    path: Annotated[Path, typer.Argument(help="The folder, to be made.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder, to be made.")],
     format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="huggingface, or gguf (PATH/model.gguf).")
     ] = "huggingface",
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16, of the weights. [default: as stored]")
+        str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16, of the weights. \\[default: as stored]")
     ] = None,
     force: Annotated[bool, _FORCE] = False,
     as_json: Annotated[bool, _JSON] = False,

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the quantised run, to be made.")],
     experts: Annotated[
-        str | None, typer.Option("--experts", metavar="FORMAT", help="int8 or int4. [default: int8]")
+        str | None, typer.Option("--experts", metavar="FORMAT", help="int8 or int4. \\[default: int8]")
     ] = None,
     rest: Annotated[
         str,
@@ -31,7 +31,7 @@ def quantize(
     group_size: Annotated[
         int | None,
         typer.Option(
-            "--group-size", metavar="N", help="Columns that share a scale in int4: 32, 64, 128. [default: 64]"
+            "--group-size", metavar="N", help="Columns that share a scale in int4: 32, 64, 128. \\[default: 64]"
         ),
     ] = None,
     calibrate: Annotated[
@@ -40,12 +40,12 @@ def quantize(
             "--calibrate",
             metavar="TEXT",
             help="Round by what reaches each matrix on this text: a file, a folder, or shards written by `moesaic "
-            "prepare`, of which the training split is taken; `none` rounds to nearest. [default: the run's own shards "
-            "where something becomes int4 and they are there, else none]",
+            "prepare`, of which the training split is taken; `none` rounds to nearest. \\[default: the run's own "
+            "shards where something becomes int4 and they are there, else none]",
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", metavar="N", help="At most so many. [default: 65536]")
+        int | None, typer.Option("--calibration-tokens", metavar="N", help="At most so many. \\[default: 65536]")
     ] = None,
     text: Annotated[
         str | None,
@@ -53,7 +53,7 @@ def quantize(
             "--text",
             metavar="TEXT",
             help="What the report measures: a file, a folder, or shards, of which the validation split is taken. "
-            "[default: the run's own shards]",
+            "\\[default: the run's own shards]",
         ),
     ] = None,
     limit_tokens: Annotated[

@@ -26,7 +26,7 @@ def upcycle(
         str | None, typer.Option("--layers", metavar="LIST", help="The layers that get experts, from 0: 1,3,5.")
     ] = None,
     every: Annotated[
-        int | None, typer.Option("--every", metavar="N", help="Or every N-th layer, the N-th first. [default: 2]")
+        int | None, typer.Option("--every", metavar="N", help="Or every N-th layer, the N-th first. \\[default: 2]")
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", metavar="K", help="Experts that a token uses.")] = 1,
     residual: Annotated[
@@ -45,7 +45,7 @@ def upcycle(
         typer.Option(
             "--noise",
             metavar="X",
-            help="On the experts, times each matrix's standard deviation. [default: 0.01 with --residual, else 0]",
+            help="On the experts, times each matrix's standard deviation. \\[default: 0.01 with --residual, else 0]",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of noise and routers.")] = 0,

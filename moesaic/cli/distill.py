@@ -22,7 +22,7 @@ def distill(
         typer.Option(
             "--student",
             metavar="CONFIG",
-            help="A preset, YAML file or run with the student's model and settings. [default: the teacher's, with an "
+            help="A preset, YAML file or run with the student's model and settings. \\[default: the teacher's, with an "
             "eighth fewer layers]",
         ),
     ] = None,
@@ -33,11 +33,11 @@ def distill(
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="A student without experts.")] = False,
     init: Annotated[
-        str | None, typer.Option("--init", help="scratch, or teacher: from its layers. [default: scratch]")
+        str | None, typer.Option("--init", help="scratch, or teacher: from its layers. \\[default: scratch]")
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option("--schedule", help="none, throughout, staged, linear or automatic. [default: staged]"),
+        typer.Option("--schedule", help="none, throughout, staged, linear or automatic. \\[default: staged]"),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -48,7 +48,7 @@ def distill(
         ),
     ] = None,
     cache_top_k: Annotated[
-        int | None, typer.Option("--cache-top-k", metavar="K", help="Tokens of each position in it. [default: 64]")
+        int | None, typer.Option("--cache-top-k", metavar="K", help="Tokens of each position in it. \\[default: 64]")
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=VALUE, as often as needed; distill.alpha=0.5, for example.")

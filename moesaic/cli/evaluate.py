@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="RUN (its best checkpoint) or RUN@step.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
     text: Annotated[
         Path | None,
         typer.Option(
@@ -30,18 +30,19 @@ def evaluate(
         ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option("--window", help="Of --text: tokens that are seen at once. [default: as in training]")
+        int | None,
+        typer.Option("--window", help="Of --text: tokens that are seen at once. \\[default: as in training]"),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option("--stride", help="Of --text: tokens from one window to the next. [default: half a window]"),
+        typer.Option("--stride", help="Of --text: tokens from one window to the next. \\[default: half a window]"),
     ] = None,
     limit_tokens: Annotated[
         int | None, typer.Option("--limit-tokens", help="Of --text: measure so many at most.")
     ] = None,
     documents: Annotated[
         bool | None,
-        typer.Option("--documents/--no-documents", help="Of --text: keep documents apart. [default: as in training]"),
+        typer.Option("--documents/--no-documents", help="Of --text: keep documents apart. \\[default: as in training]"),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -55,7 +56,7 @@ def evaluate(
     tasks_data: Annotated[
         Path | None,
         typer.Option(
-            "--tasks-data", metavar="DIR", help="The folder with the tasks' records. [default: the Hugging Face hub]"
+            "--tasks-data", metavar="DIR", help="The folder with the tasks' records. \\[default: the Hugging Face hub]"
         ),
     ] = None,
     shots: Annotated[int, typer.Option("--shots", help="Of --tasks: solved examples before each question.")] = 0,
@@ -69,7 +70,9 @@ def evaluate(
     plot: Annotated[
         Path | None,
         typer.Option(
-            "--plot", metavar="PNG", help="Of --tasks: where to draw. [default: plots/evaluations.png of the first run]"
+            "--plot",
+            metavar="PNG",
+            help="Of --tasks: where to draw. \\[default: plots/evaluations.png of the first run]",
         ),
     ] = None,
     domains: Annotated[

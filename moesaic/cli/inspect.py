@@ -30,7 +30,7 @@ def inspect(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a value of a preset or file; may be repeated."),
     ] = None,
     context: Annotated[
-        int | None, typer.Option("--context", min=1, help="Positions that a token attends to [default: the longest].")
+        int | None, typer.Option("--context", min=1, help="Positions that a token attends to. \\[default: the longest]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

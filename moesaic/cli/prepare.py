@@ -19,14 +19,14 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="Files (.txt, .md, .jsonl, each also .gz; .parquet), folders of them, saved or hub datasets by name "
             "(owner/name or owner/name:configuration), or `embedded`: 12 MB of real English.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of token shards to write.")],
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", metavar="N", help="Of the tokenizer to train. [default: 4096]")
+        int | None, typer.Option("--vocab-size", metavar="N", help="Of the tokenizer to train. \\[default: 4096]")
     ] = None,
     tokenizer: Annotated[
         Path | None,
@@ -43,7 +43,7 @@ def prepare(
     ] = "text",
     workers: Annotated[
         int | None,
-        typer.Option("--workers", metavar="N", help="Processes that encode. [default: one per core, at most 8]"),
+        typer.Option("--workers", metavar="N", help="Processes that encode. \\[default: one per core, at most 8]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:

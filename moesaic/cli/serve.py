@@ -8,7 +8,7 @@ import typer
 
 
 def serve(
-    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="A YAML file with the sections engine and server.")
     ] = None,

@@ -12,8 +12,9 @@ def train(
     config: Annotated[
         str,
         typer.Argument(
+            metavar="CONFIG",
             help="A preset name, a YAML file (docs/guides/configuration.md), or RUN or RUN@step: that run's config, "
-            "starting from its weights."
+            "starting from its weights.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")],

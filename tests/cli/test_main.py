@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from typing import Any
@@ -5,7 +6,7 @@ from typing import Any
 import pytest
 
 from moesaic import __version__
-from moesaic.cli.main import VERBS
+from moesaic.cli.main import VERBS, app
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -13,6 +14,25 @@ def test_the_help_of_every_verb_shows_an_example(cli: Any, verb: str) -> None:
     result = cli(verb, "--help")
     assert result.status == 0
     assert f"Example: moesaic {verb}" in result.out
+
+
+def commands(group: Any) -> list[Any]:
+    inner = getattr(group, "commands", {})
+    return [group] if not inner else [each for command in inner.values() for each in commands(command)]
+
+
+def test_helps_are_printed_whole_and_arguments_in_capitals() -> None:
+    from rich.text import Text
+    from typer.main import get_command
+
+    for command in commands(get_command(app)):
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            # Brackets that rich would take for its own are escaped.
+            assert Text.from_markup(text).plain == text.replace("\\[", "["), (command.name, text)
+            assert not re.search(r"\s\.$", text), (command.name, text)
+            if parameter.param_type_name == "argument":
+                assert re.fullmatch("[A-Z_]+", parameter.metavar or ""), (command.name, parameter.name)
 
 
 def test_help_and_version(cli: Any) -> None:
