@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 from moesaic.errors import ConfigError
 
@@ -239,12 +240,11 @@ def _check_can_be_written(path: Path | None) -> None:
 
 
 def _print_serving(result: "ServingResult") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from moesaic.report.quantities import percent
 
-    console, summary = Console(), result.summary()
+    console, summary = open_console(), result.summary()
     table = Table(title=f"{result.name}: {result.model} at {result.url}", title_justify="left")
     for number, column in enumerate(("seconds", "mean", "p50", "p90", "p95", "p99", "most")):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -289,7 +289,6 @@ def _print_serving(result: "ServingResult") -> None:
 
 
 def _print_limits(limits: "Limits") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     kernels = "none" if limits.kernels == "reference" else limits.kernels
@@ -312,11 +311,10 @@ def _print_limits(limits: "Limits") -> None:
         ("int8 products", limits.int8_operations_per_second, limits.torch_int8_operations_per_second, "TOP/s"),
     ):
         table.add_row(name, *("none" if rate is None else f"{rate / 1e12:.3f} {unit}" for rate in (best, torch)))
-    Console().print(table)
+    open_console().print(table)
 
 
 def _print_moe_layer(result: "MoELayerResult") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     case = result.case
@@ -344,7 +342,7 @@ def _print_moe_layer(result: "MoELayerResult") -> None:
         f"{result.bandwidth_bytes_per_second / 1e9:.1f} GB/s, {result.required_operations / 1e9:.2f} GFLOP at "
         f"{result.operations_per_second / 1e12:.3f} TFLOP/s",
     )
-    Console().print(table)
+    open_console().print(table)
 
 
 def _print_json(values: dict[str, Any]) -> None:

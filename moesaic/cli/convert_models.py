@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def import_(
     log_to_stderr()
     with shown_progress() as show:
         certificate = import_model(path, run, tokenizer=tokenizer, force=force, on_progress=show)
-    _print(certificate, as_json, f"Written to [bold]{run}[/bold]. Next: moesaic generate {run} --prompt '...'")
+    _print(certificate, as_json, f"Written to {run}. Next: moesaic generate {run} --prompt '...'")
 
 
 def export_(
@@ -85,7 +86,7 @@ def export_(
             force=force,
             on_progress=show,
         )
-    _print(certificate, as_json, f"Written to [bold]{path}[/bold], as {certificate.family}.")
+    _print(certificate, as_json, f"Written to {path}, as {certificate.family}.")
 
 
 def verify(
@@ -112,12 +113,11 @@ def verify(
 
 
 def _print(certificate: "Certificate", as_json: bool, last: str) -> None:
-    from rich.console import Console
 
     if as_json:
         typer.echo(json.dumps(certificate.to_json(), allow_nan=False))
         return
-    console = Console()
+    console = open_console()
     console.print(_table(certificate))
     if last:
         console.print(last, soft_wrap=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ def quantize(
 
     Example: moesaic convert quantize runs/first runs/first-int4 --experts int4 --group-size 32
     """
-    from rich.console import Console
 
     from moesaic.convert.quantize import quantize_run, resolve_calibration
     from moesaic.logs import log_to_stderr
@@ -97,14 +97,15 @@ def quantize(
     if as_json:
         typer.echo(json.dumps({"output": str(output), **report.to_json()}, allow_nan=False))
         return
-    console = Console()
+    console = open_console()
     console.print(_tables(report))
-    console.print(f"Written to [bold]{output}[/bold]. Next: moesaic generate {output} --prompt '...'", soft_wrap=True)
+    console.print(f"Written to {output}. Next: moesaic generate {output} --prompt '...'", soft_wrap=True)
 
 
 def _tables(report: "QuantizationReport") -> "Group":
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     from moesaic.report.model_summary import describe_bytes
     from moesaic.report.quantities import percent, short_number
@@ -147,4 +148,4 @@ def _tables(report: "QuantizationReport") -> "Group":
         else f"calibrated on {report.calibration_tokens:,} tokens of {report.calibration}"
     )
     source = f"{before.num_tokens:,} tokens of {report.text}; {calibrated}"
-    return Group(sizes, "", quality, f"[dim]{source}[/dim]", "")
+    return Group(sizes, "", quality, Text(source, style="dim"), "")

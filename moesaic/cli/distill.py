@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import open_console
+
 if TYPE_CHECKING:
     from moesaic.config.train import TrainConfig
     from moesaic.distill.report import DistillationReport
@@ -148,7 +150,6 @@ def _write_cache(config: "TrainConfig", top_k: int | None, device: str, *, is_qu
 
 
 def _print(report: "DistillationReport") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from moesaic.report.quantities import short_number
@@ -171,7 +172,7 @@ def _print(report: "DistillationReport") -> None:
     for name, score in teacher.tasks.items():
         if name in student.tasks:
             add(f"{name} ({score.metric})", score.value, student.tasks[name].value, lambda x: f"{x:.4g}")
-    console = Console()
+    console = open_console()
     console.print(table)
     summary = f"The student's perplexity is {1 / report.perplexity_retention:.3f} times the teacher's"
     if report.task_retention is not None:

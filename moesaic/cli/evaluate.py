@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 from moesaic.errors import ConfigError
 
@@ -232,9 +233,8 @@ def _print_tables(
     results: "Sequence[TaskResult]",
     usages: "Sequence[tuple[str, DomainUsage]]",
 ) -> None:
-    from rich.console import Console
 
-    console = Console()
+    console = open_console()
     if texts:
         rows: list[tuple[str, Callable[[Perplexity], str]]] = [
             ("perplexity", lambda result: f"{result.perplexity:,.3f}"),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.cli.console import open_console
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -46,7 +48,6 @@ def inspect(
 
 
 def _inspect_config(source: str, assignments: list[str], *, context: int | None, as_json: bool) -> None:
-    from rich.console import Console
 
     from moesaic.config.load import apply_assignments, load_model_config, read_values
     from moesaic.config.train import TrainConfig
@@ -63,11 +64,10 @@ def _inspect_config(source: str, assignments: list[str], *, context: int | None,
     if as_json:
         _print_json({"source": source, **summary.to_json(), "model": summary.config.to_dict()})
     else:
-        Console().print(render_model(summary))
+        open_console().print(render_model(summary))
 
 
 def _inspect_run(source: str, assignments: list[str], *, context: int | None, as_json: bool) -> None:
-    from rich.console import Console
 
     # Brings in torch: the rules of which checkpoint is meant, and what a manifest is, stand there and only there.
     from moesaic.checkpoint.quantized import describe_quantization, is_quantized
@@ -122,7 +122,7 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
             }
         )
         return
-    console = Console()
+    console = open_console()
     console.print(render_model(summary))
     console.print()
     origin = _origin(checkpoints[0]) if checkpoints else None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import open_console
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
@@ -55,8 +57,6 @@ def prepare(
     """
     import json
 
-    from rich.console import Console
-
     from moesaic.data.prepare import prepare as prepare_folder
     from moesaic.logs import log_to_stderr
 
@@ -75,17 +75,14 @@ def prepare(
     if as_json:
         typer.echo(json.dumps({"output": str(output), "fingerprint": manifest.fingerprint, **manifest.to_dict()}))
         return
-    console = Console()
+    console = open_console()
     console.print(_summary(manifest))
-    console.print(
-        f"Written to [bold]{output}[/bold]. Next: moesaic train CONFIG --set data.path={output}", soft_wrap=True
-    )
+    console.print(f"Written to {output}. Next: moesaic train CONFIG --set data.path={output}", soft_wrap=True)
 
 
 @contextmanager
 def _shown_progress() -> "Iterator[Callable[[Progress], None]]":
     """Show a bar on standard error, where it does not mix with --json."""
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
@@ -96,7 +93,7 @@ def _shown_progress() -> "Iterator[Callable[[Progress], None]]":
         TextColumn("{task.fields[detail]}"),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Bars(*columns, console=open_console(stderr=True), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(progress: "Progress") -> None:

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from moesaic.cli.console import open_console
+
 
 @contextmanager
 def shown_progress() -> "Iterator[Callable[[str, float], None]]":
     """Show the stage on standard error, where it does not mix with --json."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=open_console(stderr=True), transient=True) as bars:
         task = bars.add_task("reading", total=None)
 
         def show(stage: str, share: float) -> None:
