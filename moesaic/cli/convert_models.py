@@ -68,12 +68,13 @@ def export_(
     """Write a run's model for other tools, in the layout of the family that describes it exactly.
 
     A residual MoE with the same experts in each of its layers becomes a Qwen2-MoE; what no family describes (a pyramid)
-    is written for transformers with the classes that `import moesaic.hf` registers. It ends with a check, and needs the
-    same packages, as import.
+    is written for transformers with the classes that `import moesaic.hf` registers, which needs pip install
+    'moesaic\\[huggingface]'. It ends with a check, and needs the same packages, as import.
 
     Example: moesaic convert export runs/first exported --dtype bf16
     """
     from moesaic.convert.exporter import export_run
+    from moesaic.convert.families import OWN_NAME
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
@@ -86,7 +87,13 @@ def export_(
             force=force,
             on_progress=show,
         )
-    _print(certificate, as_json, f"Written to {path}, as {certificate.family}.")
+    last = f"Written to {path}, as {certificate.family}."
+    if certificate.family == OWN_NAME:
+        last += (
+            f" In Python:\n    from moesaic.hf import MoesaicForCausalLM\n"
+            f"    model = MoesaicForCausalLM.from_pretrained({str(path)!r})"
+        )
+    _print(certificate, as_json, last)
 
 
 def verify(
