@@ -20,7 +20,7 @@ from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, Family, harmless_keys
 from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
-from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, require_gguf
+from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, beyond_gguf, require_gguf
 from moesaic.convert.gguf_tokenizer import tokenizer_metadata
 from moesaic.convert.keys import Inexpressible, write_config_keys
 from moesaic.convert.parity import Certificate, Change, TensorAccount, certify
@@ -182,13 +182,14 @@ def _choose_gguf(config: ModelConfig) -> _Choice:
             try:
                 keys = write_config_keys(family.keys, rewriting.config, frozenset())
             except Inexpressible as error:
-                reasons[family.name] = str(error)
+                reasons.setdefault(family.name, str(error))  # of the model itself, which comes first
                 continue
             return _Choice(family.name, keys, rewriting, family.tensors)
     nearest = min(reasons, key=lambda name: (_is_moe(name) != bool(config.moe_layers), len(reasons[name])))
     raise ConversionError(
-        f"no GGUF architecture known here describes this model; the nearest, {nearest}, has no {reasons[nearest]}; "
-        f"export to Hugging Face's layout."
+        f"--format gguf was asked for a model with {' and '.join(beyond_gguf(config)) or reasons[nearest]}; no GGUF "
+        f"architecture known here has that (the nearest is {nearest.removeprefix('gguf ')}); export it to Hugging "
+        f"Face's layout (--format huggingface)."
     )
 
 
