@@ -56,7 +56,7 @@ def test_a_mistake_ends_with_what_to_do(cli: Any, trained_run: Path, tmp_path: P
             ([tmp_path / "none", "--port", "0"], "CheckpointError"),
             ([trained_run, "--set", "server.prot=1"], "did you mean port"),
             ([trained_run, "--set", "server.allowed_origins=[example.org]"], "allowed_origins has 'example.org'"),
-            ([trained_run, "--config", tmp_path / "none.yaml"], "neither a preset nor a file"),
+            ([trained_run, "--config", tmp_path / "none.yaml"], "none.yaml is no file; a YAML file with the sections"),
             ([trained_run, "--set", "server.api_key_file=none"], "api_key_file (none) cannot be read"),
         ):
             result = cli("serve", *arguments)

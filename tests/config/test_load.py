@@ -247,3 +247,27 @@ def test_a_serve_config_is_a_file_and_assignments(tmp_path: Path) -> None:
 def test_a_serve_config_that_cannot_work_is_refused(assignment: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_serve_config(assignments=[assignment])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "sever: {port: 1}\n",
+            "has the keys sever; a file for serving has the sections engine, server, overload; did y",
+        ),
+        ("preset: dense-tiny\n", "has the keys preset; .*; this is a training's: a run brings its own"),
+        ("model: {}\ndata: {}\ntokens: 1\nseed: 3\n", "has the keys model, data, tokens, seed; a file for serving"),
+        ("[1]\n", "holds list; .*`server: {port: 8080}`"),
+        ("", "is empty; "),
+        (None, "serve.yaml is no file; a YAML file with the sections of a server .engine, server, overload.*; check"),
+    ],
+)
+def test_a_file_that_is_none_for_serving_is_told_what_one_is(text: str | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_serve_config(file)
+    message = str(caught.value)
+    assert message.count(";") == 2 and "\n" not in message and "dense" not in message
