@@ -66,24 +66,20 @@ def distill(
 
     Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
     """
-    from moesaic.config.load import load_train_config
+    from moesaic.config.load import load_train_config, with_options
     from moesaic.distill.report import try_report
     from moesaic.distill.run import make_trainer, student_config
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
 
     log_to_stderr()
-    settings = [
-        f"{key}={json.dumps(str(value))}"
-        for key, value in (
-            ("data.path", data),
-            ("distill.init", init),
-            ("distill.schedule", schedule),
-            ("distill.cache", cache),
-        )
-        if value is not None
-    ]
-    settings += assignments or []
+    options = {
+        "data.path": ("--data", data),
+        "distill.init": ("--init", init),
+        "distill.schedule": ("--schedule", schedule),
+        "distill.cache": ("--cache", cache),
+    }
+    settings = with_options(assignments or [], options)
     own = output / "config.yaml"
     if resume and own.is_file() and not _is_run(teacher):
         # A student that has got beyond its teacher needs it no more.

@@ -32,16 +32,16 @@ def train(
 
     Example: moesaic train pr-moe-tiny-8-16 --data shards/ --output runs/first --set tokens=2e6
     """
-    from moesaic.config.load import load_train_config
+    from moesaic.config.load import load_train_config, with_options
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
     from moesaic.train.loop import Trainer
     from moesaic.train.loop import train as run_training
 
     log_to_stderr()
-    settings = [f"data.path={json.dumps(str(data))}"] if data is not None else []
+    settings = with_options(assignments or [], {"data.path": ("--data", data)})
     source = _own_config(output, config) or config if resume else config
-    resolved = load_train_config(source, [*settings, *(assignments or [])])
+    resolved = load_train_config(source, settings)
     if as_json:
         result = run_training(resolved, output, device=device, resume=resume)
         typer.echo(

@@ -1,5 +1,6 @@
 """From files, preset names and --set to validated configs. YAML in, YAML out."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,6 +91,26 @@ def parse_assignment(assignment: str) -> tuple[list[str], Any]:
             f"--set {assignment!r}: {text!r} is not YAML; a number, a word, null or a [list] is required; quote or "
             f"mend it."
         ) from None
+
+
+def with_options(assignments: Sequence[str], options: Mapping[str, tuple[str, Any]]) -> list[str]:
+    """Return assignments with those that options of a command stand for: {"server.host": ("--host", value or None)}.
+
+    Raises: ConfigError where --set says something else than such an option.
+    """
+    given = {key: (name, value) for key, (name, value) in options.items() if value is not None}
+    for assignment in assignments:
+        keys, value = parse_assignment(assignment)
+        for name, wanted in (each for key, each in given.items() if key.split(".") == keys):
+            same = Path(str(value)) == wanted if isinstance(wanted, Path) else value == wanted
+            if not same:
+                raise ConfigError(
+                    f"{name} {wanted} and --set {assignment} were both given; they stand for the same key, which has "
+                    f"one value; leave one of them out."
+                )
+    # Last: --set may have replaced the whole section.
+    texts = {key: str(value) if isinstance(value, Path) else value for key, (_, value) in given.items()}
+    return [*assignments, *(f"{key}={json.dumps(value)}" for key, value in texts.items())]
 
 
 def apply_assignments(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from moesaic.config.load import (
     merge,
     parse_assignment,
     read_values,
+    with_options,
     write_config,
 )
 from moesaic.config.presets import preset, preset_names
@@ -271,3 +272,20 @@ def test_a_file_that_is_none_for_serving_is_told_what_one_is(text: str | None, w
         load_serve_config(file)
     message = str(caught.value)
     assert message.count(";") == 2 and "\n" not in message and "dense" not in message
+
+
+def test_options_that_stand_for_a_key_may_repeat_a_set_and_not_contradict_it() -> None:
+    host = {"server.host": ("--host", "127.0.0.1"), "server.port": ("--port", None)}
+    assert with_options(["engine.block_size=16"], host) == ["engine.block_size=16", 'server.host="127.0.0.1"']
+    assert load_serve_config(assignments=with_options(["server.host=127.0.0.1"], host)).server.host == "127.0.0.1"
+    # A section that --set replaces does not take the option with it.
+    config = load_serve_config(assignments=with_options(["server={port: 81}"], host))
+    assert (config.server.host, config.server.port) == ("127.0.0.1", 81)
+    with pytest.raises(
+        ConfigError, match=r"^--host 127.0.0.1 and --set server.host=0.0.0.0 were both given; .*; leave"
+    ):
+        with_options(["server.port=1", "server.host=0.0.0.0"], host)
+    data = {"data.path": ("--data", Path("shards"))}
+    assert with_options(["data.path=shards/"], data)[-1] == 'data.path="shards"'
+    with pytest.raises(ConfigError, match=r"--data shards and --set data.path=others were both given"):
+        with_options(["data.path=others"], data)
