@@ -44,7 +44,9 @@ def limits(
 
     from moesaic.kernels.device import select_device
     from moesaic.kernels.limits import measure_limits
+    from moesaic.logs import log_to_stderr
 
+    log_to_stderr()
     measured = measure_limits(device=select_device(device).type, seconds=_LIMITS_SECONDS, reuse=False)
     if as_json:
         _print_json(asdict(measured))
@@ -78,7 +80,9 @@ def moe_layer(
     from dataclasses import asdict
 
     from moesaic.bench.moe_layer import MoELayerCase, bench_moe_layer
+    from moesaic.logs import log_to_stderr
 
+    log_to_stderr()
     case = MoELayerCase(
         tokens=tokens,
         num_experts=experts,
@@ -291,9 +295,12 @@ def _print_serving(result: "ServingResult") -> None:
 def _print_limits(limits: "Limits") -> None:
     from rich.table import Table
 
+    from moesaic.report.quantities import counted
+
     kernels = "none" if limits.kernels == "reference" else limits.kernels
     table = Table(
-        title=f"{limits.name}: {limits.threads} threads, torch {limits.torch_version}, our kernels: {kernels}",
+        title=f"{limits.name}: {counted(limits.threads, 'thread')}, torch {limits.torch_version}, our kernels: "
+        f"{kernels}",
         title_justify="left",
     )
     table.add_column("limit")
@@ -317,6 +324,8 @@ def _print_limits(limits: "Limits") -> None:
 def _print_moe_layer(result: "MoELayerResult") -> None:
     from rich.table import Table
 
+    from moesaic.report.quantities import counted
+
     case = result.case
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -332,7 +341,7 @@ def _print_moe_layer(result: "MoELayerResult") -> None:
     table.add_row(
         "time",
         f"{result.seconds * 1e3:.3f} ms, median of {result.rounds} ({result.fastest_seconds * 1e3:.3f} to "
-        f"{result.slowest_seconds * 1e3:.3f}); {result.kernels}, {result.threads} threads",
+        f"{result.slowest_seconds * 1e3:.3f}); {result.kernels}, {counted(result.threads, 'thread')}",
     )
     table.add_row("dense MLP of the same active FLOPs", f"{result.dense_seconds * 1e3:.3f} ms (PyTorch, bf16)")
     table.add_row("ratio to dense", f"{result.ratio:.3f}")
