@@ -45,6 +45,12 @@ def check_error(response: httpx.Response, status: int, param: str | None, words:
         (COMPLETION, {"prompt": "x", "logprobs": 21}, "logprobs", "less than or equal to 20"),
         (COMPLETION, {"prompt": "x", "best_of": 3}, "best_of", "n says how many"),
         (COMPLETION, {"prompt": "x", "suffix": "y"}, "suffix", "only continued"),
+        (COMPLETION, {"prompt": "x", "response_format": {"type": "json_object"}}, "response_format",
+         "it is a chat's key; for a completion `grammar`"),
+        (COMPLETION, {"messages": USER}, "messages", "chats go to /v1/chat/completions"),
+        (COMPLETION, {"prompt": "x", "max_completion_tokens": 3}, "max_completion_tokens", "a completion's is max_tok"),
+        (COMPLETION, {"prompt": "x", "top_logprobs": 3}, "top_logprobs", "logprobs is the number"),
+        (COMPLETION, {"prompt": "x", "tools": [{}]}, "tools", "it is a chat's key"),
         (COMPLETION, {"prompt": "x", "stop": ["a"] * 17}, "stop", "17 texts"),
         (COMPLETION, {"prompt": "x", "stop": ""}, None, "stop text is empty"),
         (COMPLETION, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "without stream"),
@@ -155,7 +161,8 @@ def test_what_means_nothing_is_accepted(real: Live) -> None:
     }  # fmt: skip
     response = httpx.post(f"{real.url}{CHAT}", json={"messages": USER, "max_tokens": 2, **extra})
     assert response.status_code == 200, response.text
-    body = {"prompt": "x", "max_tokens": 2, "best_of": 1, "suffix": "", "stream_options": None}
+    body = {"prompt": "x", "max_tokens": 2, "best_of": 1, "suffix": "", "stream_options": None,
+            "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"}  # fmt: skip
     assert httpx.post(f"{real.url}{COMPLETION}", json=body).status_code == 200
 
 
