@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
@@ -101,6 +102,13 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
             "the model has no chat template; a tokenizer with one is required for a chat; use /v1/completions, or put "
             "chat_template.jinja beside the run's tokenizer.json.",
             code="no_chat_template",
+        )
+    if tools and not re.search(r"\btools\b", served.tokenizer.chat_template):
+        raise refusal(
+            "tools were given and the model's chat template shows none to the model, which would not know of them; a "
+            "template that has `tools` is required; leave them out, or say in a message what may be called.",
+            param="tools",
+            code="no_tools_in_template",
         )
 
     def encode() -> tuple[int, ...]:

@@ -7,7 +7,13 @@ import httpx
 import openai
 import pytest
 
-from .conftest import Live
+from moesaic.config.serve import ServerConfig
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.serve.async_engine import AsyncEngine
+from moesaic.serve.server.app import create_app
+
+from ..fake_engine import FakeEngine
+from .conftest import Live, live
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "x"}]
@@ -23,6 +29,23 @@ def check_error(response: httpx.Response, status: int, param: str | None, words:
     assert error["message"].count(";") >= 2 and error["message"].endswith((".", "?"))
     assert error["param"] == param, error
     assert error["type"]
+
+
+def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, chat_tokenizer: Tokenizer) -> None:
+    values = json.loads(chat_tokenizer.companions["tokenizer_config.json"])
+    values["chat_template"] = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    blind = Tokenizer(chat_tokenizer.json_text, companions={"tokenizer_config.json": json.dumps(values)})
+    app = create_app(
+        AsyncEngine(fake), blind, ServerConfig(), name="fake", max_length=fake.max_length, max_embedded_tokens=64
+    )
+    tool = {"type": "function", "function": {"name": "f"}}
+    with live(app) as running:
+        for tools, choice, status in (([tool], None, 400), ([tool], "none", 200), ([], "auto", 200), (None, None, 200)):
+            body = {"messages": USER, "max_tokens": 2, "tools": tools, "tool_choice": choice}
+            response = httpx.post(f"{running.url}{CHAT}", json=body, timeout=30)
+            assert response.status_code == status, response.text
+            if status == 400:
+                check_error(response, 400, "tools", "a template that has `tools` is required")
 
 
 @pytest.mark.parametrize(
