@@ -68,7 +68,11 @@ def serve(
         if config.overload is not None:
             run_of_student = config.overload.model
             other = _load_beside("overload.model", run_of_student, loaded, device=device)
-            helping = Engine(other.model, other.tokenizer, config.engine.replace(speculation=None), grammars=grammars)
+            settings = config.engine.replace(
+                speculation=None,  # what is too long for a shorter student waits for the model
+                max_length=config.engine.max_length and min(config.engine.max_length, other.config.model.max_positions),
+            )
+            helping = Engine(other.model, other.tokenizer, settings, grammars=grammars)
             driven = EngineWithStudent(engine, helping, max_texts=config.overload.max_texts)
             student = Student(Path(run_of_student).name, tuple(layer.layer for layer in helping.stats().layers))
         app = create_app(
