@@ -31,6 +31,13 @@ def check_error(response: httpx.Response, status: int, param: str | None, words:
     assert error["type"]
 
 
+@pytest.mark.parametrize("values", [{"max_tokens": 10}, {}, {"max_tokens": None}])
+def test_what_fits_is_made_and_a_default_is_what_fits(real: Live, values: dict[str, Any]) -> None:
+    body = {"prompt": [1] * 150, "ignore_eos": True, **values}
+    answer = httpx.post(f"{real.url}{COMPLETION}", json=body, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 10 and answer["choices"][0]["finish_reason"] == "length"
+
+
 def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, chat_tokenizer: Tokenizer) -> None:
     values = json.loads(chat_tokenizer.companions["tokenizer_config.json"])
     values["chat_template"] = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -96,6 +103,10 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         (COMPLETION, {"prompt": [1] * 160}, "prompt", "at most 159"),
         (COMPLETION, {"prompt": [1] * 161, "max_tokens": 0, "echo": True}, "prompt", "at most 160"),
         (COMPLETION, {"prompt": "one two " * 900}, "prompt", "at most 159"),
+        (COMPLETION, {"prompt": [1] * 150, "max_tokens": 11}, "max_tokens", "of 150 tokens at most 10 fit into"),
+        (COMPLETION, {"prompt": [[1], [1] * 155], "max_tokens": 6}, "max_tokens", "of 155 tokens at most 5 fit"),
+        (CHAT, {"messages": USER, "max_tokens": 160}, "max_tokens", "positions of a text here; lower it, leave it out"),
+        (CHAT, {"messages": USER, "max_completion_tokens": 10**9}, "max_completion_tokens", "1000000000; behind"),
         (COMPLETION, {"prompt": [[1]] * 20_000}, "prompt", "20000 entries; at most 16384"),
         (COMPLETION, {"prompt": ["x", "y"], "n": int("9" * 4000)}, "n", "less than"),
         (COMPLETION, {"prompt": "x", "repetition_penalty": 1e-300}, "repetition_penalty", "greater than"),
