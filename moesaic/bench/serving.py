@@ -105,6 +105,7 @@ async def drive(
             raise ConfigError(f"--{what} is {value}; more than 0 seconds is required; raise it.")
     async with _open_client(endpoint, transport) as http:
         model = endpoint.model or await _first_model(http, endpoint)
+        _check_lengths(requests, await _max_length(http, endpoint, model), endpoint)
         client = _Client(http, model, timeout_seconds=endpoint.timeout_seconds)
         await _try(client, workload, endpoint)
         await _warm_up(client, workload, requests[:num_warmup])
@@ -141,6 +142,31 @@ def _open_client(endpoint: Endpoint, transport: "httpx.AsyncBaseTransport | None
         transport=transport,
         trust_env=False,  # a proxy would be measured too
     )
+
+
+def _check_lengths(requests: Sequence[PlannedRequest], max_length: int | None, endpoint: Endpoint) -> None:
+    """Raise ConfigError for requests that no try would get through, where the server says how long texts may be."""
+    lengths = [each.prompt_tokens + each.output_tokens for each in requests]
+    num_long = sum(1 for length in lengths if max_length is not None and length > max_length)
+    if num_long:
+        raise ConfigError(
+            f"{num_long} of {len(requests)} requests are too long: prompt and answer have up to {max(lengths)} tokens; "
+            f"the model at {endpoint.base} takes {max_length}; lower --prompt-tokens or --output-tokens, or cut a "
+            f"trace's with --max-prompt-tokens and --max-output-tokens."
+        )
+
+
+async def _max_length(http: "httpx.AsyncClient", endpoint: Endpoint, model: str) -> int | None:
+    """Return the positions that the server says the model has (vLLM and ours do), None where it says nothing."""
+    import httpx
+
+    try:
+        async with asyncio.timeout(endpoint.timeout_seconds):
+            models = (await http.get("/v1/models")).json()["data"]
+        (length,) = {each.get("max_model_len") for each in models if each.get("id") == model}
+    except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return length if type(length) is int else None
 
 
 async def _first_model(http: "httpx.AsyncClient", endpoint: Endpoint) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 from moesaic.errors import ConfigError
 
@@ -43,7 +44,9 @@ def limits(
 
     from moesaic.kernels.device import select_device
     from moesaic.kernels.limits import measure_limits
+    from moesaic.logs import log_to_stderr
 
+    log_to_stderr()
     measured = measure_limits(device=select_device(device).type, seconds=_LIMITS_SECONDS, reuse=False)
     if as_json:
         _print_json(asdict(measured))
@@ -77,7 +80,9 @@ def moe_layer(
     from dataclasses import asdict
 
     from moesaic.bench.moe_layer import MoELayerCase, bench_moe_layer
+    from moesaic.logs import log_to_stderr
 
+    log_to_stderr()
     case = MoELayerCase(
         tokens=tokens,
         num_experts=experts,
@@ -239,12 +244,11 @@ def _check_can_be_written(path: Path | None) -> None:
 
 
 def _print_serving(result: "ServingResult") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from moesaic.report.quantities import percent
 
-    console, summary = Console(), result.summary()
+    console, summary = open_console(), result.summary()
     table = Table(title=f"{result.name}: {result.model} at {result.url}", title_justify="left")
     for number, column in enumerate(("seconds", "mean", "p50", "p90", "p95", "p99", "most")):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -289,12 +293,14 @@ def _print_serving(result: "ServingResult") -> None:
 
 
 def _print_limits(limits: "Limits") -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from moesaic.report.quantities import counted
 
     kernels = "none" if limits.kernels == "reference" else limits.kernels
     table = Table(
-        title=f"{limits.name}: {limits.threads} threads, torch {limits.torch_version}, our kernels: {kernels}",
+        title=f"{limits.name}: {counted(limits.threads, 'thread')}, torch {limits.torch_version}, our kernels: "
+        f"{kernels}",
         title_justify="left",
     )
     table.add_column("limit")
@@ -312,12 +318,13 @@ def _print_limits(limits: "Limits") -> None:
         ("int8 products", limits.int8_operations_per_second, limits.torch_int8_operations_per_second, "TOP/s"),
     ):
         table.add_row(name, *("none" if rate is None else f"{rate / 1e12:.3f} {unit}" for rate in (best, torch)))
-    Console().print(table)
+    open_console().print(table)
 
 
 def _print_moe_layer(result: "MoELayerResult") -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from moesaic.report.quantities import counted
 
     case = result.case
     table = Table.grid(padding=(0, 2))
@@ -334,7 +341,7 @@ def _print_moe_layer(result: "MoELayerResult") -> None:
     table.add_row(
         "time",
         f"{result.seconds * 1e3:.3f} ms, median of {result.rounds} ({result.fastest_seconds * 1e3:.3f} to "
-        f"{result.slowest_seconds * 1e3:.3f}); {result.kernels}, {result.threads} threads",
+        f"{result.slowest_seconds * 1e3:.3f}); {result.kernels}, {counted(result.threads, 'thread')}",
     )
     table.add_row("dense MLP of the same active FLOPs", f"{result.dense_seconds * 1e3:.3f} ms (PyTorch, bf16)")
     table.add_row("ratio to dense", f"{result.ratio:.3f}")
@@ -344,7 +351,7 @@ def _print_moe_layer(result: "MoELayerResult") -> None:
         f"{result.bandwidth_bytes_per_second / 1e9:.1f} GB/s, {result.required_operations / 1e9:.2f} GFLOP at "
         f"{result.operations_per_second / 1e12:.3f} TFLOP/s",
     )
-    Console().print(table)
+    open_console().print(table)
 
 
 def _print_json(values: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ _FORCE = typer.Option("--force", help="Keep the result even if the check says th
 def import_(
     path: Annotated[
         Path,
-        typer.Argument(help="A folder in Hugging Face's layout (config.json, safetensors, ...), or a .gguf."),
+        typer.Argument(
+            metavar="PATH", help="A folder in Hugging Face's layout (config.json, safetensors, ...), or a .gguf."
+        ),
     ],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, to be made.")],
     tokenizer: Annotated[
@@ -47,12 +50,12 @@ def import_(
     log_to_stderr()
     with shown_progress(kept="nothing was written") as show:
         certificate = import_model(path, run, tokenizer=tokenizer, force=force, on_progress=show)
-    _print(certificate, as_json, f"Written to [bold]{run}[/bold]. Next: moesaic generate {run} --prompt '...'")
+    _print(certificate, as_json, f"Written to {run}. Next: moesaic generate {run} --prompt '...'")
 
 
 def export_(
-    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
-    path: Annotated[Path, typer.Argument(help="The folder, to be made.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder, to be made.")],
     format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="huggingface, or gguf (PATH/model.gguf).")
     ] = "huggingface",
@@ -65,12 +68,13 @@ def export_(
     """Write a run's model for other tools, in the layout of the family that describes it exactly.
 
     A residual MoE with the same experts in each of its layers becomes a Qwen2-MoE; what no family describes (a pyramid)
-    is written for transformers with the classes that `import moesaic.hf` registers. It ends with a check, and needs the
-    same packages, as import.
+    is written for transformers with the classes that `import moesaic.hf` registers, which needs pip install
+    'moesaic\\[huggingface]'. It ends with a check, and needs the same packages, as import.
 
     Example: moesaic convert export runs/first exported --dtype bf16
     """
     from moesaic.convert.exporter import export_run
+    from moesaic.convert.families import OWN_NAME
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
@@ -83,7 +87,13 @@ def export_(
             force=force,
             on_progress=show,
         )
-    _print(certificate, as_json, f"Written to [bold]{path}[/bold], as {certificate.family}.")
+    last = f"Written to {path}, as {certificate.family}."
+    if certificate.family == OWN_NAME:
+        last += (
+            f" In Python:\n    from moesaic.hf import MoesaicForCausalLM\n"
+            f"    model = MoesaicForCausalLM.from_pretrained({str(path)!r})"
+        )
+    _print(certificate, as_json, last)
 
 
 def verify(
@@ -110,12 +120,11 @@ def verify(
 
 
 def _print(certificate: "Certificate", as_json: bool, last: str) -> None:
-    from rich.console import Console
 
     if as_json:
         typer.echo(json.dumps(certificate.to_json(), allow_nan=False))
         return
-    console = Console()
+    console = open_console()
     console.print(_table(certificate))
     if last:
         console.print(last, soft_wrap=True)

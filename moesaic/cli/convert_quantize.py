@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the quantised run, to be made.")],
     experts: Annotated[
         str | None, typer.Option("--experts", metavar="FORMAT", help="int8 or int4. \\[default: int8]")
@@ -61,7 +62,7 @@ def quantize(
         typer.Option(
             "--text-field",
             metavar="NAME",
-            help="Of --text and --calibrate: the field with the text in JSONL and parquet. [default: text]",
+            help="Of --text and --calibrate: the field with the text in JSONL and parquet. \\[default: text]",
         ),
     ] = None,
     limit_tokens: Annotated[
@@ -80,7 +81,6 @@ def quantize(
 
     Example: moesaic convert quantize runs/first runs/first-int4 --experts int4 --group-size 32
     """
-    from rich.console import Console
 
     from moesaic.convert.quantize import quantize_run, resolve_calibration
     from moesaic.logs import log_to_stderr
@@ -106,14 +106,15 @@ def quantize(
     if as_json:
         typer.echo(json.dumps({"output": str(output), **report.to_json()}, allow_nan=False))
         return
-    console = Console()
+    console = open_console()
     console.print(_tables(report))
-    console.print(f"Written to [bold]{output}[/bold]. Next: moesaic generate {output} --prompt '...'", soft_wrap=True)
+    console.print(f"Written to {output}. Next: moesaic generate {output} --prompt '...'", soft_wrap=True)
 
 
 def _tables(report: "QuantizationReport") -> "Group":
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     from moesaic.report.model_summary import describe_bytes
     from moesaic.report.quantities import percent, short_number
@@ -156,4 +157,4 @@ def _tables(report: "QuantizationReport") -> "Group":
         else f"calibrated on {report.calibration_tokens:,} tokens of {report.calibration}"
     )
     source = f"{before.num_tokens:,} tokens of {report.text}; {calibrated}"
-    return Group(sizes, "", quality, f"[dim]{source}[/dim]", "")
+    return Group(sizes, "", quality, Text(source, style="dim"), "")

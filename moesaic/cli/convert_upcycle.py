@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ def upcycle(
 
     Example: moesaic convert upcycle runs/dense runs/upcycled --experts 8 --residual
     """
-    from rich.console import Console
 
     from moesaic.convert.upcycle import upcycle_run
     from moesaic.logs import log_to_stderr
@@ -81,11 +81,9 @@ def upcycle(
     if as_json:
         typer.echo(json.dumps({"output": str(output), **report.to_json()}))
         return
-    console = Console()
+    console = open_console()
     console.print(_tables(report))
-    console.print(
-        f"Written to [bold]{output}[/bold]. Next: moesaic train {output} --data DIR --output NEW", soft_wrap=True
-    )
+    console.print(f"Written to {output}. Next: moesaic train {output} --data DIR --output NEW", soft_wrap=True)
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import open_console
+
 if TYPE_CHECKING:
     from moesaic.config.train import TrainConfig
     from moesaic.distill.report import DistillationReport
@@ -65,7 +67,7 @@ def distill(
 
     Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
     """
-    from moesaic.config.load import text_assignment
+    from moesaic.config.load import with_options
     from moesaic.distill.report import try_report
     from moesaic.distill.run import make_trainer, resumed_config, student_config
     from moesaic.errors import ConfigError
@@ -73,17 +75,13 @@ def distill(
     from moesaic.report.terminal import TrainingDisplay
 
     log_to_stderr()
-    settings = [
-        text_assignment(key, value)
-        for key, value in (
-            ("data.path", data),
-            ("distill.init", init),
-            ("distill.schedule", schedule),
-            ("distill.cache", cache),
-        )
-        if value is not None
-    ]
-    settings += assignments or []
+    options = {
+        "data.path": ("--data", data),
+        "distill.init": ("--init", init),
+        "distill.schedule": ("--schedule", schedule),
+        "distill.cache": ("--cache", cache),
+    }
+    settings = with_options(assignments or [], options)
     make_config = partial(resumed_config, output) if resume and (output / "config.yaml").is_file() else student_config
     config = make_config(
         teacher,
@@ -153,7 +151,6 @@ def _write_cache(
 
 
 def _print(report: "DistillationReport") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from moesaic.report.quantities import short_number
@@ -176,7 +173,7 @@ def _print(report: "DistillationReport") -> None:
     for name, score in teacher.tasks.items():
         if name in student.tasks:
             add(f"{name} ({score.metric})", score.value, student.tasks[name].value, lambda x: f"{x:.4g}")
-    console = Console()
+    console = open_console()
     console.print(table)
     summary = f"The student's perplexity is {1 / report.perplexity_retention:.3f} times the teacher's"
     if report.task_retention is not None:

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.errors import DeviceError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console
+    from rich.table import Table
 
     from moesaic.kernels.cpu.build import Library
 
@@ -53,13 +55,14 @@ def doctor(
 
     Example: moesaic doctor --measure
     """
+    from moesaic.logs import log_to_stderr
+
+    log_to_stderr()  # which says that kernels are being compiled, before a minute of silence
     findings = examine(measure=measure, build=build)
     if as_json:
         typer.echo(json.dumps(findings, indent=2))
     else:
-        from rich.console import Console
-
-        Console().print(_render(findings), soft_wrap=False)
+        _print(findings, open_console())
     if any(problem["is_fatal"] for problem in findings["problems"]):
         raise typer.Exit(1)
 
@@ -254,7 +257,8 @@ def _examine_extras() -> list[dict[str, Any]]:
             "command": f"{sys.executable} -m pip install "
             + (f"-e '{source}[{extra}]'" if source else f"'moesaic[{extra}]'"),
         }
-        for extra, names in packages.items()
+        # An extra that holds others may name a package several times.
+        for extra, names in ((extra, list(dict.fromkeys(names))) for extra, names in packages.items())
     ]
 
 
@@ -329,6 +333,8 @@ def _measure(cuda: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is wrong, worst first, each with what to do."""
+    from moesaic.report.quantities import counted
+
     torch, cpu, memory, allocator = (findings[key] for key in ("torch", "cpu", "memory", "allocator"))
     kernels = findings["cpu_kernels"]
     problems: list[dict[str, Any]] = []
@@ -351,7 +357,8 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
         )
     if torch["is_usable"] and torch["threads"] > cpu["usable_threads"]:
         add(
-            f"torch uses {torch['threads']} threads on {cpu['usable_threads']} processors, which slows every operation",
+            f"torch uses {counted(torch['threads'], 'thread')} on {counted(cpu['usable_threads'], 'processor')}, "
+            "which slows every operation",
             f"export OMP_NUM_THREADS={cpu['usable_threads']}",
         )
     elif (
@@ -361,7 +368,7 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
         and (torch["threads"] < cpu["usable_threads"])
     ):
         add(
-            f"torch uses {torch['threads']} threads of {cpu['usable_threads']} processors",
+            f"torch uses {counted(torch['threads'], 'thread')} of {counted(cpu['usable_threads'], 'processor')}",
             "unset OMP_NUM_THREADS and MKL_NUM_THREADS, unless that is meant",
         )
     if kernels and kernels["error"]:
@@ -407,11 +414,48 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
     return problems
 
 
-def _render(findings: dict[str, Any]) -> "RenderableType":
-    from rich.console import Group
-    from rich.padding import Padding
+def _print(findings: dict[str, Any], console: "Console") -> None:
+    """Print tables, then what is to be done: commands in one piece each, as they are pasted, however narrow it is."""
+    from rich.text import Text
+
+    console.print(_table(findings))
+    console.print()
+    missing = [extra for extra in findings["extras"] if extra["missing"]]
+    if findings["extras"]:
+        console.print(_extras_table(findings["extras"]))
+    if missing:
+        command = missing[0]["command"].replace(f"[{missing[0]['name']}]", "[NAME]")
+        console.print("What is missing comes with (NAME: an extra, or several with commas between):")
+        console.print(f"  {command}", soft_wrap=True, highlight=False)
+    if findings["extras"]:
+        console.print()
+    if findings["problems"]:
+        console.print(Text("What needs attention", "bold"))
+    for problem in findings["problems"]:
+        console.print(Text(f"- {problem['problem']}", "red" if problem["is_fatal"] else "yellow"))
+        console.print(f"  -> {problem['remedy']}", soft_wrap=True, highlight=False)
+    if not findings["problems"]:
+        console.print(Text("Nothing needs attention.", "green"))
+
+
+def _extras_table(extras: list[dict[str, Any]]) -> "Table":
     from rich.table import Table
     from rich.text import Text
+
+    table = Table(title="Optional extras", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in ("extra", "state"):
+        table.add_column(column, overflow="fold")
+    for extra in extras:
+        missing = Text(f"missing: {', '.join(extra['missing'])}", "yellow")
+        table.add_row(extra["name"], missing if extra["missing"] else Text("installed", "green"))
+    return table
+
+
+def _table(findings: dict[str, Any]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    from moesaic.report.quantities import counted
 
     torch, cpu, memory, allocator = (findings[key] for key in ("torch", "cpu", "memory", "allocator"))
     table = Table.grid(padding=(0, 2))
@@ -419,17 +463,16 @@ def _render(findings: dict[str, Any]) -> "RenderableType":
     table.add_column(overflow="fold")
 
     def row(name: str, value: str) -> None:
-        # Text: paths and compiler versions hold brackets, which would be read as markup.
         table.add_row(name, Text(value))
 
     row("moesaic", f"{findings['moesaic']['version']} in {findings['moesaic']['folder']}")
     row("Python", f"{findings['python']['version']}, {findings['python']['executable']}")
     row("system", findings["python"]["platform"])
     if torch["is_usable"]:
-        row("torch", f"{torch['version']}, {torch['build']} build, {torch['threads']} threads")
+        row("torch", f"{torch['version']}, {torch['build']} build, {counted(torch['threads'], 'thread')}")
     else:
         row("torch", "cannot be imported")
-    cores = f"{cpu['cores']} cores, " if cpu["cores"] else ""
+    cores = f"{counted(cpu['cores'], 'core')}, " if cpu["cores"] else ""
     row("CPU", f"{cpu['model']}: {cores}{cpu['logical_cores']} logical, {cpu['usable_threads']} usable here")
     row("instruction sets", " ".join(cpu["instruction_sets"]) or "none beyond the base")
     limit = f", limited to {_gigabytes(memory['limit_bytes'])}" if memory["limit_bytes"] else ""
@@ -454,7 +497,7 @@ def _render(findings: dict[str, Any]) -> "RenderableType":
             megabytes = kernels["library_bytes"] / 1e6
             row("library", f"{kernels['library']}, {megabytes:.1f} MB, self-test passed")
         row("kernel cache", f"{kernels['cache_folder']}, {kernels['cache_bytes'] / 1e6:.1f} MB")
-        row("OpenMP", f"{kernels['openmp']}, {torch['threads']} threads")
+        row("OpenMP", f"{kernels['openmp']}, {counted(torch['threads'], 'thread')}")
     for built in findings["built"]:
         row(f"built {built['instruction_set']}", f"{built['library']} in {built['seconds']:.1f} s")
     implementations: dict[str, list[str]] = {}
@@ -471,29 +514,7 @@ def _render(findings: dict[str, Any]) -> "RenderableType":
             f"{limits['fp32_flops_per_second'] / 1e12:.3f} TFLOP/s fp32"
             + (f", {int8 / 1e12:.3f} TOP/s int8" if (int8 := limits["int8_operations_per_second"]) else ""),
         )
-
-    extras = Table(title="Optional extras", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    for column in ("extra", "state", "brought by"):
-        extras.add_column(column, overflow="fold")
-    for extra in findings["extras"]:
-        state = (
-            Text(f"missing: {', '.join(extra['missing'])}", "yellow")
-            if extra["missing"]
-            else Text("installed", "green")
-        )
-        extras.add_row(extra["name"], state, Text(extra["command"] if extra["missing"] else ""))
-
-    parts: list[RenderableType] = [table, ""]
-    if findings["extras"]:
-        parts += [extras, ""]
-    if findings["problems"]:
-        parts.append(Text("What needs attention", "bold"))
-    for problem in findings["problems"]:
-        parts.append(Text(f"- {problem['problem']}", "red" if problem["is_fatal"] else "yellow"))
-        parts.append(Padding(Text(f"-> {problem['remedy']}"), (0, 0, 0, 2)))
-    if not findings["problems"]:
-        parts.append(Text("Nothing needs attention.", "green"))
-    return Group(*parts)
+    return table
 
 
 def _gigabytes(size: int | None) -> str:

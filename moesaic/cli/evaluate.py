@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 from moesaic.errors import ConfigError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="RUN (its best checkpoint) or RUN@step.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
     text: Annotated[
         Path | None,
         typer.Option(
@@ -84,7 +85,7 @@ def evaluate(
     domain_field: Annotated[
         str | None,
         typer.Option(
-            "--domain-field", metavar="NAME", help="Of --domains: the field with the label. [default: domain]"
+            "--domain-field", metavar="NAME", help="Of --domains: the field with the label. \\[default: domain]"
         ),
     ] = None,
     text_field: Annotated[
@@ -92,7 +93,7 @@ def evaluate(
         typer.Option(
             "--text-field",
             metavar="NAME",
-            help="Of --text (JSONL, parquet) and --domains: the field with the text. [default: text]",
+            help="Of --text (JSONL, parquet) and --domains: the field with the text. \\[default: text]",
         ),
     ] = None,
     domain_documents: Annotated[
@@ -247,9 +248,8 @@ def _print_tables(
     results: "Sequence[TaskResult]",
     usages: "Sequence[tuple[str, DomainUsage]]",
 ) -> None:
-    from rich.console import Console
 
-    console = Console()
+    console = open_console()
     if texts:
         rows: list[tuple[str, Callable[[Perplexity], str]]] = [
             ("perplexity", lambda result: f"{result.perplexity:,.3f}"),

@@ -7,7 +7,7 @@ import typer
 
 
 def generate(
-    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; special tokens are themselves.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.8,

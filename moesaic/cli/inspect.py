@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.cli.console import open_console
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -30,7 +32,7 @@ def inspect(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a value of a preset or file; may be repeated."),
     ] = None,
     context: Annotated[
-        int | None, typer.Option("--context", min=1, help="Positions that a token attends to \\[default: the longest].")
+        int | None, typer.Option("--context", min=1, help="Positions that a token attends to. \\[default: the longest]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -48,7 +50,6 @@ def inspect(
 
 
 def _inspect_config(source: str, assignments: list[str], *, context: int | None, as_json: bool) -> None:
-    from rich.console import Console
 
     from moesaic.config.load import apply_assignments, load_model_config, read_values
     from moesaic.config.train import TrainConfig
@@ -65,11 +66,10 @@ def _inspect_config(source: str, assignments: list[str], *, context: int | None,
     if as_json:
         _print_json({"source": source, **summary.to_json(), "model": summary.config.to_dict()})
     else:
-        Console().print(render_model(summary))
+        open_console().print(render_model(summary))
 
 
 def _inspect_run(source: str, assignments: list[str], *, context: int | None, as_json: bool) -> None:
-    from rich.console import Console
 
     # Brings in torch: the rules of which checkpoint is meant, and what a manifest is, stand there and only there.
     from moesaic.checkpoint.quantized import describe_quantization, is_quantized
@@ -123,7 +123,7 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
             }
         )
         return
-    console = Console()
+    console = open_console()
     console.print(render_model(summary))
     console.print()
     origin = _origin(checkpoints[0]) if checkpoints else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import open_console
 from moesaic.cli.progress import ends_on_interrupt
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="Files (.txt, .md, .jsonl, each also .gz; .parquet), folders of them, saved or hub datasets by name "
             "(owner/name or owner/name:configuration), or `embedded`: 12 MB of real English.",
         ),
@@ -57,8 +58,6 @@ def prepare(
     """
     import json
 
-    from rich.console import Console
-
     from moesaic.data.prepare import prepare as prepare_folder
     from moesaic.logs import log_to_stderr
 
@@ -77,17 +76,14 @@ def prepare(
     if as_json:
         typer.echo(json.dumps({"output": str(output), "fingerprint": manifest.fingerprint, **manifest.to_dict()}))
         return
-    console = Console()
+    console = open_console()
     console.print(_summary(manifest))
-    console.print(
-        f"Written to [bold]{output}[/bold]. Next: moesaic train CONFIG --data {output} --output RUN", soft_wrap=True
-    )
+    console.print(f"Written to {output}. Next: moesaic train CONFIG --data {output} --output RUN", soft_wrap=True)
 
 
 @contextmanager
 def _shown_progress() -> "Iterator[Callable[[Progress], None]]":
     """Show a bar on standard error, where it does not mix with --json."""
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
@@ -98,7 +94,7 @@ def _shown_progress() -> "Iterator[Callable[[Progress], None]]":
         TextColumn("{task.fields[detail]}"),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Bars(*columns, console=open_console(stderr=True), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(progress: "Progress") -> None:

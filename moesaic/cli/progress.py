@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import typer
 
+from moesaic.cli.console import open_console
+
 
 @contextmanager
 def ends_on_interrupt(kept: str) -> Iterator[None]:
@@ -19,11 +21,10 @@ def ends_on_interrupt(kept: str) -> Iterator[None]:
 @contextmanager
 def shown_progress(*, kept: str) -> "Iterator[Callable[[str, float], None]]":
     """Show the stage on standard error, where it does not mix with --json; kept: as ends_on_interrupt takes it."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=open_console(stderr=True), transient=True)
     with ends_on_interrupt(kept), bars:
         task = bars.add_task("reading", total=None)
 

@@ -1,6 +1,5 @@
 """`moesaic serve`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,7 +7,7 @@ import typer
 
 
 def serve(
-    run: Annotated[str, typer.Argument(help="RUN (its best checkpoint) or RUN@step.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="A YAML file with the sections engine and server.")
     ] = None,
@@ -29,13 +28,12 @@ def serve(
 
     Example: moesaic serve runs/first --port 8000 --set engine.max_sequences=16
     """
-    from moesaic.config.load import load_serve_config, run_folder_of
+    from moesaic.config.load import load_serve_config, run_folder_of, with_options
     from moesaic.errors import InstallationError
     from moesaic.logs import log_to_stderr
 
-    settings = [f"server.host={json.dumps(host)}"] if host is not None else []
-    settings += [f"server.port={port}"] if port is not None else []
-    resolved = load_serve_config(config, [*settings, *(assignments or [])])
+    options = {"server.host": ("--host", host), "server.port": ("--port", port)}
+    resolved = load_serve_config(config, with_options(assignments or [], options))
     try:
         from moesaic.serve.server.run import serve as run_server
     except ImportError as error:
@@ -45,11 +43,12 @@ def serve(
         ) from None
     log_to_stderr(as_json=True)
     folder = run_folder_of(run)
+    elsewhere = " and this machine's other addresses" if resolved.server.host in ("0.0.0.0", "::") else ""
     run_server(
         run,
         resolved,
         name=folder.name if folder is not None and folder.name else run,
         device=device,
         precision=precision,
-        ready=lambda url: typer.echo(f"Serving {run} at {url} (Ctrl-C ends it)."),
+        ready=lambda url: typer.echo(f"Serving {run} at {url}{elsewhere} (Ctrl-C ends it)."),
     )

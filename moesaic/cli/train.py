@@ -12,8 +12,9 @@ def train(
     config: Annotated[
         str,
         typer.Argument(
+            metavar="CONFIG",
             help="A preset name, a YAML file (docs/guides/configuration.md), or RUN or RUN@step: that run's config, "
-            "starting from its weights."
+            "starting from its weights.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")],
@@ -31,16 +32,16 @@ def train(
 
     Example: moesaic train pr-moe-tiny-8-16 --data shards/ --output runs/first --set tokens=2e6
     """
-    from moesaic.config.load import load_train_config, text_assignment
+    from moesaic.config.load import load_train_config, with_options
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
     from moesaic.train.loop import Trainer
     from moesaic.train.loop import train as run_training
 
     log_to_stderr()
-    settings = [text_assignment("data.path", data)] if data is not None else []
+    settings = with_options(assignments or [], {"data.path": ("--data", data)})
     source = _own_config(output, config) or config if resume else config
-    resolved = load_train_config(source, [*settings, *(assignments or [])])
+    resolved = load_train_config(source, settings)
     if as_json:
         result = run_training(resolved, output, device=device, resume=resume)
         typer.echo(

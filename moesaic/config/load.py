@@ -1,5 +1,6 @@
 """From files, preset names and --set to validated configs. YAML in, YAML out."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,15 @@ def read_values(source: str | Path) -> dict[str, Any]:
             f"folder, is required; "
             f"{nearest(str(source), preset_names())}"
         )
+    values = _read_mapping(path, example=f"`preset: {preset_names()[-1]}`")
+    if "preset" in values:
+        name = values.pop("preset")
+        return merge(preset(str(name)), values)
+    return values
+
+
+def _read_mapping(path: Path, *, example: str) -> dict[str, Any]:
+    """Return what a YAML file holds. Raises: ConfigError for what is no YAML file of keys and values."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -61,14 +71,8 @@ def read_values(source: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; a readable file is required; check it.") from None
     if not isinstance(values, dict):
         held = "is empty" if values is None else f"holds {type(values).__name__}"
-        raise ConfigError(
-            f"{path} {held}; a mapping of keys to values is required; write for example `preset: {preset_names()[-1]}`."
-        )
-    values = merge(values, {})
-    if "preset" in values:
-        name = values.pop("preset")
-        return merge(preset(str(name)), values)
-    return values
+        raise ConfigError(f"{path} {held}; a mapping of keys to values is required; write for example {example}.")
+    return merge(values, {})
 
 
 def parse_assignment(assignment: str) -> tuple[list[str], Any]:
@@ -95,6 +99,31 @@ def text_assignment(key: str, text: str | Path) -> str:
     """Return the `a.b=value` that sets a key to this very text, a path for example."""
     value = yaml.safe_dump(str(text), default_style='"', width=math.inf).strip()
     return f"{key}={value}"
+
+
+def with_options(assignments: Sequence[str], options: Mapping[str, tuple[str, Any]]) -> list[str]:
+    """Return assignments with those that options of a command stand for: {"server.host": ("--host", value or None)}.
+
+    Raises: ConfigError where --set says something else than such an option.
+    """
+    given = {key: (name, value) for key, (name, value) in options.items() if value is not None}
+    for assignment in assignments:
+        keys, value = parse_assignment(assignment)
+        for name, wanted in (each for key, each in given.items() if key.split(".") == keys):
+            same = Path(str(value)) == wanted if isinstance(wanted, Path) else value == wanted
+            if not same:
+                raise ConfigError(
+                    f"{name} {wanted} and --set {assignment} were both given; they stand for the same key, which has "
+                    f"one value; leave one of them out."
+                )
+    # Last: --set may have replaced the whole section.
+    return [
+        *assignments,
+        *(
+            text_assignment(key, value) if isinstance(value, str | Path) else f"{key}={json.dumps(value)}"
+            for key, (_, value) in given.items()
+        ),
+    ]
 
 
 def apply_assignments(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -175,8 +204,30 @@ def load_model_config(source: str | Path, assignments: Sequence[str] = ()) -> Mo
 
 def load_serve_config(source: str | Path | None = None, assignments: Sequence[str] = ()) -> ServeConfig:
     """Return the validated settings of an engine and a server: a YAML file's, or the defaults, then the assignments."""
-    values = {} if source is None else read_values(Path(source))
+    values = {} if source is None else _read_serving(Path(source))
     return ServeConfig.from_dict(apply_assignments(values, assignments))
+
+
+def _read_serving(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} is no file; a YAML file with the sections of a server ({', '.join(ServeConfig.model_fields)}) is "
+            f"required; check the path, or leave it out for the defaults."
+        )
+    values = _read_mapping(path, example="`server: {port: 8080}`")
+    unknown = [key for key in values if key not in ServeConfig.model_fields]
+    if unknown:
+        is_training = {"model", "preset"} & set(unknown)
+        raise ConfigError(
+            f"{path} has the keys {', '.join(unknown)}; a file for serving has the sections "
+            f"{', '.join(ServeConfig.model_fields)}; "
+            + (
+                "this is a training's: a run brings its own, so leave --config out, or name a file of these sections."
+                if is_training
+                else nearest(unknown[0], list(ServeConfig.model_fields))
+            )
+        )
+    return values
 
 
 def write_config(config: Config, path: Path) -> None:

@@ -20,7 +20,7 @@ from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, Family, harmless_keys
 from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
-from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, require_gguf
+from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, beyond_gguf, require_gguf
 from moesaic.convert.gguf_tokenizer import tokenizer_metadata
 from moesaic.convert.keys import Inexpressible, write_config_keys
 from moesaic.convert.parity import Certificate, Change, TensorAccount, certify
@@ -28,7 +28,7 @@ from moesaic.convert.rewriting import Rewriting, rewritings
 from moesaic.convert.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from moesaic.convert.tensors import Piece, TensorRule, foreign_shape, foreign_tensors, own_tensors, pieces_of
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import ConfigError, ConversionError
+from moesaic.errors import ConfigError, ConversionError, InstallationError
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.model.load import load_run_config
 
@@ -90,7 +90,7 @@ def export_run(
     classes for transformers (moesaic.hf). "gguf": a folder with model.gguf. dtype: fp32, bf16 or fp16, None as stored.
     force: keep a result whose check failed.
 
-    Raises: ConversionError, ConfigError, CheckpointError; nothing is left behind then.
+    Raises: ConversionError, ConfigError, CheckpointError, InstallationError; nothing is left behind then.
     """
     tune_allocator()  # a tensor's memory is the next one's, without the page faults of fresh memory
     output = Path(output)
@@ -109,6 +109,8 @@ def export_run(
     config = load_run_config(folder).model
     tokenizer = Tokenizer.load(folder)
     choice = _choose_gguf(config) if format == "gguf" else _choose_folder(config)
+    if choice.family == OWN_NAME:
+        _require_own_classes(run)
     foreign = foreign_tensors(pieces_of(choice.rewriting.config, choice.rules))
     with folder_in_progress(output) as target:
         with checked_file(info, "model") as path, TensorReader(path) as reader:
@@ -157,6 +159,18 @@ def _choose_folder(config: ModelConfig) -> _Choice:
     return _Choice(OWN_NAME, {}, Rewriting(config, {}, frozenset()), OWN_TENSORS)
 
 
+def _require_own_classes(run: str | Path) -> None:
+    """Raises: InstallationError without transformers, which writes and reads our classes' config."""
+    try:
+        import moesaic.hf  # noqa: F401
+    except InstallationError as error:
+        raise InstallationError(
+            f"{run} can only be written for the classes of moesaic.hf, since no family of transformers' own describes "
+            f"its model ({str(error).partition(';')[0]}); transformers 5.0 or later is required for them; install it "
+            f"with `pip install 'moesaic[huggingface]'`."
+        ) from None
+
+
 def _with_names(family: Family, keys: Mapping[str, Any]) -> dict[str, Any]:
     return {"architectures": [family.architecture], "model_type": family.name, **keys}
 
@@ -168,13 +182,14 @@ def _choose_gguf(config: ModelConfig) -> _Choice:
             try:
                 keys = write_config_keys(family.keys, rewriting.config, frozenset())
             except Inexpressible as error:
-                reasons[family.name] = str(error)
+                reasons.setdefault(family.name, str(error))  # of the model itself, which comes first
                 continue
             return _Choice(family.name, keys, rewriting, family.tensors)
     nearest = min(reasons, key=lambda name: (_is_moe(name) != bool(config.moe_layers), len(reasons[name])))
     raise ConversionError(
-        f"no GGUF architecture known here describes this model; the nearest, {nearest}, has no {reasons[nearest]}; "
-        f"export to Hugging Face's layout."
+        f"--format gguf was asked for a model with {' and '.join(beyond_gguf(config)) or reasons[nearest]}; no GGUF "
+        f"architecture known here has that (the nearest is {nearest.removeprefix('gguf ')}); export it to Hugging "
+        f"Face's layout (--format huggingface)."
     )
 
 

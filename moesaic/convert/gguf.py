@@ -206,6 +206,28 @@ GGUF_FAMILIES = (
 )
 
 
+def beyond_gguf(config: ModelConfig) -> list[str]:
+    """Return what of a model's experts no family of GGUF_FAMILIES has a place for, in words."""
+    experts = [layer for layer in config.layers if layer.is_moe]
+    if not experts:
+        return []
+    found = []
+    if len(experts) < config.num_layers:
+        found.append(f"{config.num_layers - len(experts)} of {config.num_layers} layers without experts")
+    if kinds := sorted({layer.residual for layer in experts if layer.residual}):
+        found.append(f"a residual MLP beside the experts (moe.residual = {kinds[0]})")
+    for what, sizes in (
+        ("num_experts", [layer.num_experts for layer in experts]),
+        ("top_k", [layer.top_k for layer in experts]),
+        ("intermediate_size", [layer.expert_intermediate_size for layer in experts]),
+    ):
+        if len(set(sizes)) > 1:
+            found.append(f"another {what} from layer to layer ({', '.join(map(str, dict.fromkeys(sizes)))})")
+    if not all(layer.router.renormalize for layer in experts):
+        found.append("routing weights that do not sum to 1 (moe.router.renormalize = false)")
+    return found
+
+
 @dataclass
 class GgufFile:
     """A GGUF file as a source of tensors; quantised ones come as fp32.

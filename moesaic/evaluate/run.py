@@ -14,7 +14,7 @@ from moesaic.errors import ConfigError
 from moesaic.evaluate.batched import BatchedScorer
 from moesaic.evaluate.domains import DomainUsage, domains_to_json, measure_domains, read_labelled
 from moesaic.evaluate.scorer import Scorer
-from moesaic.evaluate.tasks.registry import SEED, load_task, resolve_names
+from moesaic.evaluate.tasks.registry import SEED, check_records, load_task, resolve_names
 from moesaic.model.load import LoadedModel
 from moesaic.report.evaluation_plots import write_domains
 from moesaic.report.evaluations import TaskResult, write_json, write_result, write_samples
@@ -24,7 +24,10 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How tasks are run; tasks: their names, comma-separated. data None: records come from the hub."""
+    """How tasks are run; tasks: their names, comma-separated. data None: records come from the hub.
+
+    Raises: ConfigError for settings that cannot be, DataError for a folder without the records of all tasks.
+    """
 
     tasks: str
     data: Path | None = None
@@ -42,7 +45,9 @@ class TaskSettings:
             raise ConfigError(
                 f"limit ({self.limit}) is less than 1; at least one record must be run; raise or omit it."
             )
-        resolve_names(self.tasks)
+        names = resolve_names(self.tasks)
+        if self.data is not None:
+            check_records(names, self.data)
 
 
 def run_folder(loaded: LoadedModel) -> Path:
@@ -69,8 +74,12 @@ def run_tasks(
     from moesaic.evaluate.harness import HarnessModel, run_task
 
     results = []
-    for name in resolve_names(settings.tasks):
-        task = load_task(name, data=settings.data, shots=settings.shots, seed=settings.seed)
+    # All of them first: hours may lie between the first and one whose records are missing or odd.
+    tasks = [
+        load_task(name, data=settings.data, shots=settings.shots, seed=settings.seed)
+        for name in resolve_names(settings.tasks)
+    ]
+    for task in tasks:
 
         def show(stage: str, share: float, name: str = task.name) -> None:
             if progress is not None:

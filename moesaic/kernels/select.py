@@ -39,7 +39,7 @@ class Selection:
 
 
 def cpu_kernels() -> Selection:
-    """Return what CPU tensors are computed with; the first call may compile for some seconds.
+    """Return what CPU tensors are computed with; the first call may compile for a minute.
 
     Raises: DeviceError when MOESAIC_KERNELS asks for what this machine cannot do.
     """

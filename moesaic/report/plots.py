@@ -332,7 +332,10 @@ def _tokens_axis(axes: Axes, tokens: np.ndarray, *, label: bool = True) -> None:
 def _raw_and_smooth(axes: Axes, tokens: np.ndarray, values: np.ndarray) -> None:
     values = np.where(np.isfinite(values), values, np.nan)
     axes.plot(tokens, values, color=BLUE, alpha=0.25, linewidth=0.8, marker=_marker(values))
-    axes.plot(tokens, smoothed(values), color=BLUE, linewidth=1.8)
+    # Where values have ended, as a teacher's that has fallen silent, the mean of the last ones does not go on.
+    known = np.flatnonzero(np.isfinite(values))
+    inside = slice(known[0], known[-1] + 1) if len(known) else slice(0)
+    axes.plot(tokens[inside], smoothed(values)[inside], color=BLUE, linewidth=1.8)
 
 
 def _marker(points: Sequence[object] | np.ndarray) -> str:

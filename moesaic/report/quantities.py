@@ -28,3 +28,8 @@ def duration(seconds: float) -> str:
 def percent(share: float) -> str:
     """Return a share of one as 12.5 %, with two digits when it is tiny (0.0021 %), so that it is not read as none."""
     return f"{share * 100:.1f} %" if share >= 0.0005 or share == 0 else f"{share * 100:.2g} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 thread`, `2 threads`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -92,7 +92,9 @@ def _finish_shares(axes: Axes, title: str, limits: set[float]) -> None:
     if high / low < 20:  # a decade at least, so that there are numbers to read
         middle = math.sqrt(low * high)
         axes.set_xlim(middle / 4.5, middle * 4.5)
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high / low < 10**2.5 else (1.0,)  # what the panel's width has room for
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))

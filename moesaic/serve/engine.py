@@ -117,7 +117,12 @@ class Engine:
                 "kv_precision is 'fp32' and the model computes in bf16; its keys and values have no more digits than "
                 "that; set it to 'auto', 'bf16' or 'int8'."
             )
-        longest = min(model.config.max_positions, config.max_length or model.config.max_positions)
+        longest = config.max_length or model.config.max_positions
+        if longest > model.config.max_positions:
+            raise ConfigError(
+                f"max_length ({longest}) is more than the model's max_positions ({model.config.max_positions}); a text "
+                f"ends where its positions do; lower engine.max_length, or leave it at null for all of them."
+            )
         num_blocks = _count_blocks(model, draft_model, config, longest)
         self.max_length = min(longest, num_blocks * config.block_size)
         self.is_batch_invariant = model.runs_in_one_call

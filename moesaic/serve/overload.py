@@ -21,7 +21,8 @@ def split_memory(
 
     Raises: ConfigError where there is no room for one block of each.
     """
-    others = config.replace(speculation=None)
+    longest = config.max_length and min(config.max_length, student.config.max_positions)
+    others = config.replace(speculation=None, max_length=longest)  # what is too long for it waits for the model
     sizes = bytes_of_block(model, draft_model, config), bytes_of_block(student, None, others)
     budget = kv_budget_bytes(model, config)
     count = budget // sum(sizes)

@@ -332,6 +332,22 @@ def test_an_address_has_to_be_one(url: str) -> None:
         bench_serving(Endpoint(url=url), WORKLOAD)
 
 
+def test_requests_that_no_try_would_get_through_are_told_before_the_first(run: Run) -> None:
+    def server(length: Any) -> FakeServer:
+        models = httpx.Response(200, json={"data": [{"id": "other"}, {"id": "tiny", "max_model_len": length}]})
+        return FakeServer(lambda number, body: steady(body), models=models)
+
+    workload = Workload(prompt_tokens=(9, 9), output_tokens=(6, 6), num_requests=3, concurrency=1)
+    for fits in (15, None, "15"):
+        assert len(run(server(fits), workload, model="tiny").completed) == 3
+    short = server(14)
+    with pytest.raises(
+        ConfigError, match=r"^3 of 3 requests are too long: .* up to 15 tokens; .* takes 14; lower --prom"
+    ):
+        run(short, workload, model="tiny")
+    assert short.bodies == []
+
+
 def test_an_address_may_end_with_the_version() -> None:
     for url in ("http://x:1/v1", "http://x:1/v1/", "http://x:1", "http://x:1/"):
         assert Endpoint(url=url).base == "http://x:1"

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,28 @@ def test_for_people_it_says_what_was_found_and_where_it_is(cli: Any, run: Path, 
     shown = cli("convert", "import", tmp_path / "out" / "model.gguf", tmp_path / "back")
     assert shown.status == 0 and f"Next: moesaic generate {tmp_path / 'back'} --prompt" in shown.out
     assert "Traceback" not in shown.err
+
+
+@pytest.mark.usefixtures("short")
+def test_a_model_that_only_our_classes_describe_is_loaded_by_the_lines_that_are_printed(
+    cli: Any, trained_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out [1]"
+    shown = cli("convert", "export", trained_run, out)
+    assert shown.status == 0 and f"Written to {out}, as moesaic. In Python:" in shown.out
+    code = "\n".join(line.strip() for line in shown.out.splitlines()[-2:])
+    assert code.startswith("from moesaic.hf import")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["model"].config.model_type == "moesaic"
+
+
+@pytest.mark.usefixtures("short")
+def test_what_is_in_brackets_is_printed(cli: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    shown = cli("convert", "export", run, tmp_path / "out [1]")
+    assert shown.status == 0 and f"Written to {tmp_path / 'out [1]'}, as llama." in shown.out
+    assert "pip install 'moesaic[huggingface]'" in " ".join(shown.out.split())
 
 
 @pytest.mark.usefixtures("short")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -12,8 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from moesaic.cli import doctor as doctor_module
-from moesaic.cli.doctor import _find_problems, _render, examine
+from moesaic.cli.doctor import _find_problems, _print, examine
 from moesaic.cli.main import app
+from moesaic.errors import DeviceError
 from moesaic.kernels import limits as limits_module
 from moesaic.kernels import select
 from moesaic.kernels.cpu import build as build_module
@@ -71,12 +73,53 @@ def healthy() -> dict[str, Any]:
     }
 
 
-def text_of(findings: dict[str, Any]) -> str:
+def text_of(findings: dict[str, Any], *, width: int = 200) -> str:
     from rich.console import Console
 
-    console = Console(width=200, record=True, file=StringIO())
-    console.print(_render(findings))
+    console = Console(width=width, record=True, file=StringIO(), markup=False)
+    _print(findings, console)
     return console.export_text()
+
+
+def test_commands_are_whole_lines_in_a_narrow_terminal_and_stand_once() -> None:
+    python = f"/home/{'long' * 20}/bin/python"
+    extras = [
+        {"name": name, "packages": [name], "missing": [name], "command": f"{python} -m pip install -e '/src[{name}]'"}
+        for name in ("wandb", "gguf")
+    ]
+    problem = {"problem": "torch cannot be imported", "remedy": f"{python} -m pip install torch", "is_fatal": True}
+    lines = text_of({**healthy(), "extras": extras, "problems": [problem]}, width=80).splitlines()
+    assert [line for line in lines if "pip install" in line] == [
+        f"  {python} -m pip install -e '/src[NAME]'", f"  -> {python} -m pip install torch"
+    ]  # fmt: skip
+
+
+def test_one_is_no_plural() -> None:
+    findings = healthy()
+    findings["torch"]["threads"] = findings["cpu"]["cores"] = 1
+    text = text_of(findings)
+    assert "CPU build, 1 thread\n" in "\n".join(line.rstrip() for line in text.splitlines()) and "1 core," in text
+    assert "1 threads" not in text and "1 cores" not in text
+
+
+@pytest.mark.parametrize("command", [["doctor", "--build"], ["bench", "limits"], ["bench", "moe-layer"]])
+def test_a_command_says_that_it_compiles_before_it_does(
+    command: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stop(words: list[str]) -> None:
+        raise DeviceError("no")
+
+    def measure(*_: object, **__: object) -> None:
+        build_module.build("avx2", folder=tmp_path)
+
+    monkeypatch.setattr(build_module, "_run", stop)
+    monkeypatch.setattr(build_module, "find_compiler", lambda: ["true"])
+    monkeypatch.setattr(doctor_module, "_build", measure)
+    monkeypatch.setattr(limits_module, "measure_limits", measure)
+    monkeypatch.setattr("moesaic.bench.moe_layer.bench_moe_layer", measure)
+    result = cli(*command)
+    assert result.status == 2
+    assert re.match(r"compiling the CPU kernels for avx2: \d+ files, once, about a minute\n", result.err), result.err
 
 
 def test_the_findings_are_complete_and_json() -> None:
@@ -253,7 +296,7 @@ def test_a_healthy_machine_has_no_problem() -> None:
     text = text_of(findings)
     assert "Nothing needs attention" in text
     assert "Some [Xeon]" in text, "brackets are not markup"
-    assert "pip install 'moesaic[wandb]'" in text
+    assert "pip install 'moesaic[NAME]'" in text and "missing: wandb" in text
 
 
 @pytest.mark.parametrize(
@@ -262,7 +305,7 @@ def test_a_healthy_machine_has_no_problem() -> None:
         ("torch", {"is_usable": False, "error": "libgomp.so.1"}, "libgomp.so.1", "pip install", True),
         ("torch", {"build": "CUDA 12.8"}, "sees no GPU", "nvidia-smi", False),
         ("torch", {"threads": 8}, "8 threads on 2", "OMP_NUM_THREADS=2", False),
-        ("torch", {"threads": 1}, "1 threads of 2", "unset OMP_NUM_THREADS", False),
+        ("torch", {"threads": 1}, "1 thread of 2", "unset OMP_NUM_THREADS", False),
         ("cpu", {"has_bf16": False}, "no instructions for bf16", "precision=fp32", False),
         ("memory", {"available_bytes": 1 << 30}, "1.1 GB", "close other programs", False),
         ("memory", {"limit_bytes": 2 << 30}, "2.1 GB", "container", False),

@@ -109,6 +109,18 @@ def test_tasks_are_run_kept_drawn_and_told(cli: Any, own_run: Path, records: Pat
     assert row.count("±") == 2 and len(read_results(own_run)) == 2
 
 
+def test_nothing_is_computed_before_every_task_is_known_to_have_records(
+    cli: Any, own_run: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = cli("evaluate", own_run, "--tasks", "piqa,lambada,boolq", "--tasks-data", records, "--device", "cpu")
+    assert found.status == 2 and "has no records for lambada, boolq;" in found.err and "--tasks piqa)" in found.err
+    # What is only found out when records are read stops it before the first task too.
+    (records / "boolq_validation.jsonl").write_text('{"odd": 1}\n', encoding="utf-8")
+    found = cli("evaluate", own_run, "--tasks", "piqa,boolq", "--tasks-data", records, "--device", "cpu")
+    assert found.status == 2 and "boolq_validation.jsonl" in found.err
+    assert read_results(own_run) == []
+
+
 def test_domains_are_measured_kept_and_drawn(cli: Any, own_run: Path, labelled: Path) -> None:
     command = ["evaluate", own_run, "--domains", labelled, "--domain-field", "topic", "--domain-documents", 3]
     shown = cli(*command).out

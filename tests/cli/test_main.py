@@ -1,9 +1,9 @@
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
-import typer
 from rich.text import Text
 
 from moesaic import __version__
@@ -15,6 +15,24 @@ def test_the_help_of_every_verb_shows_an_example(cli: Any, verb: str) -> None:
     result = cli(verb, "--help")
     assert result.status == 0
     assert f"Example: moesaic {verb}" in result.out
+
+
+def commands(group: Any) -> list[Any]:
+    inner = getattr(group, "commands", {})
+    return [group] if not inner else [each for command in inner.values() for each in commands(command)]
+
+
+def test_helps_are_printed_whole_and_arguments_in_capitals() -> None:
+    from typer.main import get_command
+
+    for command in commands(get_command(app)):
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            # Brackets that rich would take for its own are escaped.
+            assert Text.from_markup(text).plain == text.replace("\\[", "["), (command.name, text)
+            assert not re.search(r"\s\.$", text), (command.name, text)
+            if parameter.param_type_name == "argument":
+                assert re.fullmatch("[A-Z_]+", parameter.metavar or ""), (command.name, parameter.name)
 
 
 def test_help_and_version(cli: Any) -> None:
@@ -47,14 +65,3 @@ def test_an_interrupt_before_anything_is_running_ends_with_its_status(
 def test_python_m_moesaic_is_the_command() -> None:
     result = subprocess.run([sys.executable, "-m", "moesaic", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"moesaic {__version__}\n"
-
-
-def test_no_default_is_lost_in_the_help() -> None:
-    """Rich takes what stands in brackets for a style, and shows nothing, unless it is escaped."""
-    commands = [typer.main.get_command(app)]
-    for command in commands:
-        commands += getattr(command, "commands", {}).values()
-        for parameter in command.params:
-            text = getattr(parameter, "help", None) or ""
-            assert Text.from_markup(text).plain == text.replace("\\[", "["), (command.name, parameter.name)
-    assert len(commands) > len(VERBS)

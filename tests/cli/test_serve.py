@@ -24,14 +24,15 @@ def test_it_serves_and_a_signal_lets_what_runs_finish(trained_run: Path) -> None
     draft = f"engine.speculation={{method: model, model: {trained_run}}}"  # it drafts for itself
     helper = f"overload={{model: {trained_run}, max_texts: 1}}"
     settings = ["--set", "server.served_model_name=served", "--set", "engine.max_sequences=2", "--set", draft]
-    settings += ["--set", helper, "--precision", "int8"]
+    settings += ["--set", helper, "--precision", "int8", "--host", "0.0.0.0"]
     process = subprocess.Popen(
         [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None
-    found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-    assert found, process.communicate()
+    said = process.stdout.readline()
+    found = re.search(r"http://127\.0\.0\.1:\d+", said)  # an address that a browser can go to
+    assert found and f"{found[0]} and this machine's other addresses (Ctrl-C" in said, process.communicate()
     both = {"prompt": ["x", "y"], "max_tokens": 1}  # the second finds the model at work, and is the other's
     answered = httpx.post(f"{found[0]}/v1/completions", json=both, timeout=60).json()
     assert answered["model"] == trained_run.name
@@ -75,7 +76,8 @@ def test_a_mistake_ends_with_what_to_do(cli: Any, trained_run: Path, tmp_path: P
             ([tmp_path / "none", "--port", "0"], "CheckpointError"),
             ([trained_run, "--set", "server.prot=1"], "did you mean port"),
             ([trained_run, "--set", "server.allowed_origins=[example.org]"], "allowed_origins has 'example.org'"),
-            ([trained_run, "--config", tmp_path / "none.yaml"], "neither a preset nor a file"),
+            ([trained_run, "--config", tmp_path / "none.yaml"], "none.yaml is no file; a YAML file with the sections"),
+            ([trained_run, "--host", "::1", "--set", "server.host=127.0.0.1"], "--host ::1 and --set server.host=127"),
             ([trained_run, "--set", "server.api_key_file=none"], "api_key_file (none) cannot be read"),
         ):
             result = cli("serve", *arguments)

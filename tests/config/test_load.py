@@ -16,6 +16,7 @@ from moesaic.config.load import (
     read_values,
     split_run,
     text_assignment,
+    with_options,
     write_config,
 )
 from moesaic.config.presets import preset, preset_names
@@ -279,3 +280,44 @@ def test_an_at_is_the_paths_own_where_it_is_there_else_it_parts_off_the_step(tmp
 )
 def test_an_assignment_of_a_text_sets_this_very_text(text: str) -> None:
     assert parse_assignment(text_assignment("a.b", text)) == (["a", "b"], text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "sever: {port: 1}\n",
+            "has the keys sever; a file for serving has the sections engine, server, overload; did y",
+        ),
+        ("preset: dense-tiny\n", "has the keys preset; .*; this is a training's: a run brings its own"),
+        ("model: {}\ndata: {}\ntokens: 1\nseed: 3\n", "has the keys model, data, tokens, seed; a file for serving"),
+        ("[1]\n", "holds list; .*`server: {port: 8080}`"),
+        ("", "is empty; "),
+        (None, "serve.yaml is no file; a YAML file with the sections of a server .engine, server, overload.*; check"),
+    ],
+)
+def test_a_file_that_is_none_for_serving_is_told_what_one_is(text: str | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_serve_config(file)
+    message = str(caught.value)
+    assert message.count(";") == 2 and "\n" not in message and "dense" not in message
+
+
+def test_options_that_stand_for_a_key_may_repeat_a_set_and_not_contradict_it() -> None:
+    host = {"server.host": ("--host", "127.0.0.1"), "server.port": ("--port", None)}
+    assert with_options(["engine.block_size=16"], host) == ["engine.block_size=16", 'server.host="127.0.0.1"']
+    assert load_serve_config(assignments=with_options(["server.host=127.0.0.1"], host)).server.host == "127.0.0.1"
+    # A section that --set replaces does not take the option with it.
+    config = load_serve_config(assignments=with_options(["server={port: 81}"], host))
+    assert (config.server.host, config.server.port) == ("127.0.0.1", 81)
+    with pytest.raises(
+        ConfigError, match=r"^--host 127.0.0.1 and --set server.host=0.0.0.0 were both given; .*; leave"
+    ):
+        with_options(["server.port=1", "server.host=0.0.0.0"], host)
+    data = {"data.path": ("--data", Path("shards"))}
+    assert with_options(["data.path=shards/"], data)[-1] == 'data.path="shards"'
+    with pytest.raises(ConfigError, match=r"--data shards and --set data.path=others were both given"):
+        with_options(["data.path=others"], data)

@@ -1,6 +1,7 @@
 """An exported model is what transformers computes with; what came in goes out again bit for bit."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from moesaic.convert.importer import import_model
 from moesaic.convert.keys import differences
 from moesaic.convert.opened import open_model
 from moesaic.convert.parity import verify_models
-from moesaic.errors import CheckpointError, ConfigError, ConversionError
+from moesaic.errors import CheckpointError, ConfigError, ConversionError, InstallationError
 from moesaic.model.load import load_run
 
 Converted = Any  # conftest's
@@ -208,13 +209,28 @@ def test_a_factor_is_in_the_experts_and_rounded_once(
         assert torch.equal(torch.stack(down), product.to(down[0].dtype))
 
 
+def test_what_only_our_classes_describe_needs_transformers(
+    own_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "moesaic.hf", raising=False)
+    run = own_run("pyramid")
+    with pytest.raises(InstallationError, match="no family of transformers' own describes") as caught:
+        export_run(run, tmp_path / "out")
+    assert str(caught.value).startswith(f"{run} can only be written for the classes of moesaic.hf")
+    assert "pip install 'moesaic[huggingface]'" in str(caught.value) and str(caught.value).count(";") == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(own_run: MakeRun, tmp_path: Path) -> None:
     run, out = own_run("pyramid"), tmp_path / "out"
     with pytest.raises(ConfigError, match=r"format \('pickle'\) is not known; one of huggingface, gguf is required"):
         export_run(run, out, format="pickle")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"dtype \('int3'\) is not known; one of fp32, bf16, fp16"):
         export_run(run, out, dtype="int3")
-    with pytest.raises(ConversionError, match=r"no GGUF architecture known here describes this model; .*layout"):
+    with pytest.raises(
+        ConversionError, match=r"a residual MLP .* and another num_experts .*; no GGUF architecture .*layout"
+    ):
         export_run(run, out, format="gguf")
     with pytest.raises(ConfigError, match=r"exists; what is converted needs a folder of its own"):
         export_run(run, run)

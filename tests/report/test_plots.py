@@ -57,6 +57,11 @@ def test_what_an_objective_reports_is_drawn(
     assert imread(tmp_path / "plots" / "objective.png")[..., :3].std() > 0.01
     figure = objective_figure(records)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["cross-entropy", "forward kl", "alpha"]
+    # The mean ends with the divergence, not a record behind it.
+    last = min(num_records, 8)
+    for line in figure.axes[1].lines:
+        x, y = line.get_data()
+        assert max(np.asarray(x)[np.isfinite(y)]) == records[last - 1].tokens
 
 
 def test_large_pyramid_is_drawn(make_run: Callable[..., Path]) -> None:

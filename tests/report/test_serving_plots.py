@@ -1,6 +1,7 @@
 """A server's answers are drawn, several runs beside one another, whatever became of them."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +83,22 @@ def test_an_answer_of_one_token_is_no_failure() -> None:
 )
 def test_little_can_be_drawn_too(tmp_path: Path, results: list[ServingResult]) -> None:
     assert write_serving_plot(tmp_path / "serving.png", results).is_file()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-2, 1e-4])
+def test_the_names_of_ticks_do_not_touch(factor: float) -> None:
+    """However many decades the times span: those of a second run are so many times shorter."""
+    slow, fast = run_of("slow", seed=0, count=40), run_of("fast", seed=1, count=40)
+
+    def shorter(request: RequestResult) -> RequestResult:
+        chunks = tuple(request.sent_seconds + (each - request.sent_seconds) * factor for each in request.chunk_seconds)
+        return replace(request, chunk_seconds=chunks)
+
+    figure = serving_figure([slow, replace(fast, requests=tuple(map(shorter, fast.requests)))])
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        low, high = axes.get_xlim()
+        ticks = axes.xaxis.get_major_ticks()
+        boxes = [tick.label1.get_window_extent() for tick in ticks if low <= tick.get_loc() <= high]
+        assert len(boxes) >= 2
+        assert all(right.x0 - left.x1 > 4 for left, right in pairwise(boxes))

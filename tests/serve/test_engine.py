@@ -318,6 +318,16 @@ def test_a_text_ends_where_the_positions_do(make_model: Make, tokenizer: Tokeniz
     assert len(run_one(small, [3] * 60, GREEDY.replace(max_tokens=30)).ids) == 4
 
 
+def test_more_positions_than_the_model_has_are_refused(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model()
+    positions = model.config.max_positions
+    assert Engine(model, tokenizer, EngineConfig(max_length=positions)).max_length == positions
+    with pytest.raises(
+        ConfigError, match=rf"^max_length \({positions + 1}\) is more than .* \({positions}\); .*; lower"
+    ):
+        Engine(model, tokenizer, EngineConfig(max_length=positions + 1))
+
+
 def test_aborting_frees_at_once_and_tells_so(make_model: Make, tokenizer: Tokenizer) -> None:
     engine = Engine(make_model(), tokenizer, EngineConfig(max_sequences=2))
     ids = [engine.add_request([index] * 40, GREEDY.replace(n=2)) for index in range(3)]

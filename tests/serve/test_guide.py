@@ -60,3 +60,18 @@ def test_the_python_example_runs(
     Trainer(config, Path("runs/first"), device="cpu", resume=False, display=None).run()
     exec(code, {})
     assert capsys.readouterr().out
+
+
+def test_the_pages_of_the_engine_run_one_behind_another(
+    make_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pytest.importorskip("xgrammar", reason="xgrammar compiles grammars (extra `structured`)")
+    plain, with_grammar = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text("utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    config = make_config("pr-moe", steps=4, model={"max_positions": 96, "dropout": 0.0})
+    Trainer(config, Path("runs/first"), device="cpu", resume=False, display=None).run()
+    names: dict[str, Any] = {}
+    exec(plain, names)
+    assert capsys.readouterr().out
+    exec(with_grammar, names)
+    assert capsys.readouterr().out in ("yes", "no")

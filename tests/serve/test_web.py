@@ -416,6 +416,21 @@ def test_a_model_without_a_chat_template_continues_text(
     assert server.bodies[-1][1]["prompt"] == "Once\n" + "".join(server.tokens) + "\nThen"
 
 
+@pytest.mark.parametrize("has_template", [True, False])
+def test_where_less_fits_than_the_settings_allow_that_is_asked_for(
+    server: FakeServer, open_page: Any, expect: Any, has_template: bool
+) -> None:
+    server.has_chat_template = has_template
+    server.failure_code = "context_length_exceeded"
+    server.failure = (400, "max_tokens is 256; behind a prompt of 9 tokens at most 151 fit into 160; lower it.", {})
+    page = open_page()
+    is_ready(page)
+    send(page)
+    expect(finished(page)).to_have_count(1)
+    (path, first), (again, second) = server.bodies
+    assert path == again and second == {**first, "max_tokens": 151}
+
+
 def test_settings_are_sent_and_wrong_ones_are_not(server: FakeServer, open_page: Any, expect: Any) -> None:
     page = open_page()
     is_ready(page)

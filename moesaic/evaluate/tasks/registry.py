@@ -5,7 +5,7 @@ lm_eval and datasets are imported when a task is loaded.
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -66,6 +66,35 @@ def resolve_names(given: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def check_records(names: Sequence[str], data: Path) -> None:
+    """Raise DataError, with all of them, where a folder has no records for some of the package's tasks."""
+    if not data.is_dir():
+        raise DataError(
+            f"{data} is not a folder; --tasks-data takes the folder with the tasks' records; check the path, or leave "
+            f"it out to have them from the hub."
+        )
+    sources = {name: _read_packaged(name)["source"] for name in names if Path(name).suffix not in _OWN_SUFFIXES}
+    missing = {name: source for name, source in sources.items() if find_file(data, source["files"]) is None}
+    if not missing:
+        return
+    sought = ", ".join(" or ".join(source["files"]) for source in missing.values())
+    there = ",".join(name for name in names if name not in missing)
+    has_hub = all("hub" in source for source in missing.values())
+    them, are = ("them", "are") if len(missing) > 1 else ("it", "is")
+    raise DataError(
+        f"{data} has no records for {', '.join(missing)}; {sought}, with one of the endings {', '.join(ENDINGS)}, "
+        f"{are} required; put {them} there"
+        + (f", or run those that are there (--tasks {there})" if there else "")
+        + (f", or leave --tasks-data out to have {them} from the hub" if has_hub else "")
+        + "."
+    )
+
+
+def _read_packaged(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(files(_PACKAGE).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    return config
+
+
 def load_task(name: str, *, data: Path | None, shots: int, seed: int) -> Task:
     """Load a task with its records, from a folder of data or, where data is None, from the hub.
 
@@ -91,7 +120,7 @@ def _load_packaged(name: str, data: Path | None, shots: int) -> tuple[Any, str]:
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    config = yaml.safe_load(files(_PACKAGE).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    config = _read_packaged(name)
     source = config.pop("source")
     if shots and not config.pop("takes_shots", True):
         raise ConfigError(
@@ -117,18 +146,9 @@ def _load_packaged(name: str, data: Path | None, shots: int) -> tuple[Any, str]:
 
 
 def _local_records(name: str, source: Mapping[str, Any], data: Path, shots: int) -> tuple[dict[str, list[Record]], str]:
-    if not data.is_dir():
-        raise DataError(
-            f"{data} is not a folder; --tasks-data takes the folder with the tasks' records; check the path, or leave "
-            f"it out to have them from the hub."
-        )
+    check_records([name], data)
     path = find_file(data, source["files"])
-    if path is None:
-        raise DataError(
-            f"{data} has no records for {name}; {source['files'][0]} with one of the endings {', '.join(ENDINGS)} is "
-            f"required (also looked for: {', '.join(source['files'][1:]) or 'nothing else'}); put the file there, or "
-            f"leave --tasks-data out to have it from the hub."
-        )
+    assert path is not None, f"{data} has just had one of {source['files']}"
     form = source["records"]
     splits = {"test": convert_records(form, read_records(path), place=str(path))}
     few_path = find_file(data, source.get("few_shot_files", [])) if shots else None

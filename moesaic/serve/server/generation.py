@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
@@ -84,6 +85,7 @@ async def _understand(served: Served, body: CompletionBody | ChatBody) -> Job:
 async def _understand_completion(served: Served, body: CompletionBody) -> Job:
     sampling = body.sampling()
     prompts = await read_prompts(served, body.prompt, param="prompt", has_answer=sampling.max_tokens > 0)
+    _check_room(served, body.max_tokens, max(map(len, prompts)), param="max_tokens")
     echoes: tuple[str, ...] = ()
     if body.echo:
         given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
@@ -105,6 +107,13 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
             "chat_template.jinja beside the run's tokenizer.json.",
             code="no_chat_template",
         )
+    if tools and not re.search(r"\btools\b", served.tokenizer.chat_template):
+        raise refusal(
+            "tools were given and the model's chat template shows none to the model, which would not know of them; a "
+            "template that has `tools` is required; leave them out, or say in a message what may be called.",
+            param="tools",
+            code="no_tools_in_template",
+        )
 
     def encode() -> tuple[int, ...]:
         text = render_chat(served.tokenizer, messages, tools=tools)
@@ -122,6 +131,8 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
 
     prompt = await asyncio.to_thread(encode)
     _check_length(served, prompt, param="messages", has_answer=True)
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    _check_room(served, getattr(body, name), len(prompt), param=name)
     sampling = body.sampling(room=served.max_length - len(prompt))
     return _check_job(served, Job(
         kind="chat", prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
@@ -199,6 +210,18 @@ def _check_length(served: Served, prompt: Sequence[int], *, param: str, has_answ
     if len(prompt) > limit:
         raise refusal(
             f"{param} has {len(prompt)} tokens; at most {limit} are taken; shorten it.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def _check_room(served: Served, asked: int | None, prompt_tokens: int, *, param: str) -> None:
+    """Raises: ApiError where more tokens were asked for than fit; where nothing was said, a default is what fits."""
+    room = served.max_length - prompt_tokens
+    if asked is not None and asked > room:
+        raise refusal(
+            f"{param} is {asked}; behind a prompt of {prompt_tokens} tokens at most {room} fit into the "
+            f"{served.max_length} positions of a text here; lower it, leave it out, or shorten the prompt.",
             param=param,
             code="context_length_exceeded",
         )

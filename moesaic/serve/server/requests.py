@@ -230,8 +230,17 @@ class CompletionBody(GenerationBody):
     unsupported: ClassVar[dict[str, str]] = {
         "suffix": "text is only continued here, not filled in",
         "best_of": "every text that is made is returned here; n says how many",
+        "response_format": "it is a chat's key; for a completion `grammar` says what the text has to match",
+        "messages": "it is a chat's key; a completion has a prompt, and chats go to /v1/chat/completions",
+        "max_completion_tokens": "it is a chat's key; a completion's is max_tokens",
+        "top_logprobs": "it is a chat's key; in a completion logprobs is the number",
+        "tools": "it is a chat's key; a completion has no template that would show them to the model",
+        "tool_choice": "it is a chat's key; a completion has no tools",
     }
-    idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",), "best_of": (1,)}
+    idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "suffix": ("",), "best_of": (1,), "response_format": ({"type": "text"},), "tools": ([],),
+        "tool_choice": ("none", "auto"),
+    }  # fmt: skip
 
     prompt: Prompt
     echo: bool | None = None

@@ -208,6 +208,7 @@ def _grammars_of(loaded: LoadedModel, config: ServerConfig) -> GrammarCompiler |
 
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # no browser goes to "every address"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -201,7 +201,7 @@ export class Chat {
     ]);
     messages.push({ role: "user", content: exchange.user });
     const plain = { ...body, prompt: messages.map((message) => message.content).join("\n") };
-    if (this.hasTemplate === false) events = this.#api.stream("v1/completions", plain, signal);
+    if (this.hasTemplate === false) events = this.#fitting("v1/completions", plain, signal);
     else events = this.#chatEvents({ ...body, messages }, plain, signal);
     for await (const event of events) {
       if (event.usage) figures.tokens = event.usage.completion_tokens;
@@ -221,13 +221,25 @@ export class Chat {
   /** The chat's events; where the server says only now that the model has no template, those of a plain completion. */
   async *#chatEvents(body, plain, signal) {
     try {
-      yield* this.#api.stream("v1/chat/completions", body, signal);
+      yield* this.#fitting("v1/chat/completions", body, signal);
     } catch (error) {
       const isTemplate = error instanceof ApiError && error.status >= 400 && /template/i.test(error.message);
       if (!isTemplate || this.hasTemplate) throw error;
       this.hasTemplate = false;
       this.#refresh();
-      yield* this.#api.stream("v1/completions", plain, signal);
+      yield* this.#fitting("v1/completions", plain, signal);
+    }
+  }
+
+  /** Stream an answer; where the conversation leaves less room than the settings' most tokens, that much. */
+  async *#fitting(path, body, signal) {
+    try {
+      yield* this.#api.stream(path, body, signal);
+    } catch (error) {
+      const isTooLong = error instanceof ApiError && error.code === "context_length_exceeded";
+      const room = isTooLong && /at most (\d+) fit/.exec(error.message);
+      if (!room) throw error;
+      yield* this.#api.stream(path, { ...body, max_tokens: Number(room[1]) }, signal);
     }
   }
 

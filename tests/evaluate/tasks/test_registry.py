@@ -10,7 +10,7 @@ import yaml
 from moesaic.errors import ConfigError, DataError
 from moesaic.evaluate.tasks import registry
 from moesaic.evaluate.tasks.records import FORMS
-from moesaic.evaluate.tasks.registry import PAPER_TASKS, load_task, resolve_names, task_names
+from moesaic.evaluate.tasks.registry import PAPER_TASKS, check_records, load_task, resolve_names, task_names
 
 pytest.importorskip("lm_eval", reason="lm_eval runs the tasks (extra `evaluate`)")
 
@@ -94,8 +94,26 @@ def test_the_hub_is_asked_for_the_same_records(monkeypatch: pytest.MonkeyPatch) 
         load_task("blimp", data=None, shots=0, seed=0)
 
 
+def test_tasks_without_records_are_named_together_with_those_that_have_some(tmp_path: Path) -> None:
+    write_lines(tmp_path / "piqa_valid.jsonl", PIQA)
+    write_lines(tmp_path / "webqs_test.jsonl", PIQA)
+    (tmp_path / "RACE" / "test" / "high").mkdir(parents=True)
+    with pytest.raises(DataError) as caught:
+        check_records(resolve_names("paper,own.yaml"), tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path} has no records for lambada, boolq, triviaqa; lambada_openai_test or lambada_test, boolq_validation"
+        f", triviaqa_wikipedia_nocontext_validation or triviaqa_validation, with one of the endings .jsonl, .jsonl.gz, "
+        f".json, .parquet, .txt, are required; put them there, or run those that are there "
+        f"(--tasks piqa,race_h,webqs,own.yaml), or leave "
+        f"--tasks-data out to have them from the hub."
+    )
+    check_records(["piqa", "race_h", "own.yaml"], tmp_path)
+    with pytest.raises(DataError, match=r"for blimp; .* is required; put it there\.$"):  # the hub has none either
+        check_records(["blimp"], tmp_path)
+
+
 def test_missing_records_and_impossible_shots_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no records for boolq; boolq_validation with .*; put the file there"):
+    with pytest.raises(DataError, match=r"has no records for boolq; boolq_validation, with .*; put it there, or leave"):
         load_task("boolq", data=tmp_path, shots=0, seed=0)
     with pytest.raises(DataError, match=r"absent is not a folder; .*; check the path"):
         load_task("boolq", data=tmp_path / "absent", shots=0, seed=0)

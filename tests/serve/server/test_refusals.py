@@ -7,7 +7,13 @@ import httpx
 import openai
 import pytest
 
-from .conftest import Live
+from moesaic.config.serve import ServerConfig
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.serve.async_engine import AsyncEngine
+from moesaic.serve.server.app import create_app
+
+from ..fake_engine import FakeEngine
+from .conftest import Live, live
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "x"}]
@@ -23,6 +29,30 @@ def check_error(response: httpx.Response, status: int, param: str | None, words:
     assert error["message"].count(";") >= 2 and error["message"].endswith((".", "?"))
     assert error["param"] == param, error
     assert error["type"]
+
+
+@pytest.mark.parametrize("values", [{"max_tokens": 10}, {}, {"max_tokens": None}])
+def test_what_fits_is_made_and_a_default_is_what_fits(real: Live, values: dict[str, Any]) -> None:
+    body = {"prompt": [1] * 150, "ignore_eos": True, **values}
+    answer = httpx.post(f"{real.url}{COMPLETION}", json=body, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 10 and answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, chat_tokenizer: Tokenizer) -> None:
+    values = json.loads(chat_tokenizer.companions["tokenizer_config.json"])
+    values["chat_template"] = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    blind = Tokenizer(chat_tokenizer.json_text, companions={"tokenizer_config.json": json.dumps(values)})
+    app = create_app(
+        AsyncEngine(fake), blind, ServerConfig(), name="fake", max_length=fake.max_length, max_embedded_tokens=64
+    )
+    tool = {"type": "function", "function": {"name": "f"}}
+    with live(app) as running:
+        for tools, choice, status in (([tool], None, 400), ([tool], "none", 200), ([], "auto", 200), (None, None, 200)):
+            body = {"messages": USER, "max_tokens": 2, "tools": tools, "tool_choice": choice}
+            response = httpx.post(f"{running.url}{CHAT}", json=body, timeout=30)
+            assert response.status_code == status, response.text
+            if status == 400:
+                check_error(response, 400, "tools", "a template that has `tools` is required")
 
 
 @pytest.mark.parametrize(
@@ -45,6 +75,12 @@ def check_error(response: httpx.Response, status: int, param: str | None, words:
         (COMPLETION, {"prompt": "x", "logprobs": 21}, "logprobs", "less than or equal to 20"),
         (COMPLETION, {"prompt": "x", "best_of": 3}, "best_of", "n says how many"),
         (COMPLETION, {"prompt": "x", "suffix": "y"}, "suffix", "only continued"),
+        (COMPLETION, {"prompt": "x", "response_format": {"type": "json_object"}}, "response_format",
+         "it is a chat's key; for a completion `grammar`"),
+        (COMPLETION, {"messages": USER}, "messages", "chats go to /v1/chat/completions"),
+        (COMPLETION, {"prompt": "x", "max_completion_tokens": 3}, "max_completion_tokens", "a completion's is max_tok"),
+        (COMPLETION, {"prompt": "x", "top_logprobs": 3}, "top_logprobs", "logprobs is the number"),
+        (COMPLETION, {"prompt": "x", "tools": [{}]}, "tools", "it is a chat's key"),
         (COMPLETION, {"prompt": "x", "stop": ["a"] * 17}, "stop", "17 texts"),
         (COMPLETION, {"prompt": "x", "stop": ""}, None, "stop text is empty"),
         (COMPLETION, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "without stream"),
@@ -69,6 +105,10 @@ def check_error(response: httpx.Response, status: int, param: str | None, words:
         (COMPLETION, {"prompt": [1] * 160}, "prompt", "at most 159"),
         (COMPLETION, {"prompt": [1] * 161, "max_tokens": 0, "echo": True}, "prompt", "at most 160"),
         (COMPLETION, {"prompt": "one two " * 900}, "prompt", "at most 159"),
+        (COMPLETION, {"prompt": [1] * 150, "max_tokens": 11}, "max_tokens", "of 150 tokens at most 10 fit into"),
+        (COMPLETION, {"prompt": [[1], [1] * 155], "max_tokens": 6}, "max_tokens", "of 155 tokens at most 5 fit"),
+        (CHAT, {"messages": USER, "max_tokens": 160}, "max_tokens", "positions of a text here; lower it, leave it out"),
+        (CHAT, {"messages": USER, "max_completion_tokens": 10**9}, "max_completion_tokens", "1000000000; behind"),
         (COMPLETION, {"prompt": [[1]] * 20_000}, "prompt", "20000 entries; at most 16384"),
         (COMPLETION, {"prompt": ["x", "y"], "n": int("9" * 4000)}, "n", "less than"),
         (COMPLETION, {"prompt": "x", "repetition_penalty": 1e-300}, "repetition_penalty", "greater than"),
@@ -157,7 +197,8 @@ def test_what_means_nothing_is_accepted(real: Live) -> None:
     }  # fmt: skip
     response = httpx.post(f"{real.url}{CHAT}", json={"messages": USER, "max_tokens": 2, **extra})
     assert response.status_code == 200, response.text
-    body = {"prompt": "x", "max_tokens": 2, "best_of": 1, "suffix": "", "stream_options": None}
+    body = {"prompt": "x", "max_tokens": 2, "best_of": 1, "suffix": "", "stream_options": None,
+            "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"}  # fmt: skip
     assert httpx.post(f"{real.url}{COMPLETION}", json=body).status_code == 200
 
 
