@@ -30,6 +30,6 @@ def test_progress_names_a_run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
     console = Console(force_terminal=True, width=120, record=True)
     monkeypatch.setattr(progress, "open_console", lambda *, stderr: console)
-    with progress.shown_progress() as show:
+    with progress.shown_progress(kept="nothing is") as show:
         show("runs/a [bold]: lambada", 0.5)
     assert "runs/a [bold]: lambada" in console.export_text()
