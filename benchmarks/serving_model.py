@@ -56,7 +56,7 @@ def build(num_layers: int, name: str) -> Any:
         }
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
-    model = Transformer(config, compute_dtype=torch.bfloat16)
+    model = Transformer.uninitialized(config, compute_dtype=torch.bfloat16)
     torch.set_default_dtype(torch.float32)
     model.initialize(SEED)
 

@@ -64,6 +64,13 @@ class MoELayer(nn.Module):
         # None: all experts are on this device, and one operation gathers, computes and combines.
         self.dispatcher: Dispatcher | None = None
 
+    def reset_parameters(self) -> None:
+        """Draw router and experts anew, from torch's global generator: for a layer made on the meta device."""
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+        if self.output_scale is not None:
+            nn.init.ones_(self.output_scale)
+
     def forward(
         self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, replay: RoutingDecision | None = None
     ) -> tuple[Tensor, MoEStatistics]:

@@ -161,7 +161,7 @@ class Trainer:
             with_documents=config.data.document_mask,
         )
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.model = Transformer(config.model, compute_dtype=dtype).to(self.device)
+        self.model = Transformer.uninitialized(config.model, compute_dtype=dtype).to(self.device)
         self.model.activation_checkpointing = config.activation_checkpointing
         if self.initial is None:
             self.model.initialize(config.seed)
