@@ -131,7 +131,7 @@ def make_run(run: Path, num_layers: int) -> None:
     run.mkdir(parents=True)
     Tokenizer(make_tokenizer()).save(run)
     torch.set_default_dtype(torch.bfloat16)
-    model = Transformer(config.model, compute_dtype=torch.bfloat16)
+    model = Transformer.uninitialized(config.model, compute_dtype=torch.bfloat16)
     torch.set_default_dtype(torch.float32)
     state = dict(model.initialize(0).state_dict())
     save_checkpoint(run, 1, model=state, optimizer={}, metadata={"validation_loss": 1.0})

@@ -56,7 +56,7 @@ def build(num_layers: int, name: str) -> Any:
         }
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
-    model = Transformer(config, compute_dtype=torch.bfloat16)
+    model = Transformer.uninitialized(config, compute_dtype=torch.bfloat16)
     torch.set_default_dtype(torch.float32)
     model.initialize(SEED)
 
@@ -121,7 +121,9 @@ def prepare_files(folder: Path, *, num_layers: int, formats: Sequence[str], with
     for name in formats:
         output = folder / f"run-{name}"
         if not output.is_dir():
-            quantize_run(run, output, experts=name, rest=name, text=text, limit_tokens=256, force=True)
+            quantize_run(
+                run, output, experts=name, rest=name, calibrate="none", text=text, limit_tokens=256, force=True
+            )
     if with_gguf and not gguf.is_dir():
         export_run(run, gguf, format="gguf", dtype="bf16")
 

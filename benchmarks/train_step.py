@@ -44,7 +44,7 @@ def moesaic_step(kind: str):
         if kind == "dense"
         else MoEConfig(num_experts=EXPERTS, top_k=TOP_K, intermediate_size=EXPERT_INTERMEDIATE),
     )
-    model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0)
+    model = Transformer.uninitialized(config, compute_dtype=torch.bfloat16).initialize(0)
     model.train()
     optimizers = Optimizers(model, OptimizerConfig())
     tokens = torch.randint(0, SHAPE["vocab"], (SHAPE["batch"], SHAPE["sequence"] + 1))

@@ -12,9 +12,15 @@ __version__ = "0.1.0"
 # sub-package would replace it.
 _PUBLIC = {
     "ModelConfig": "moesaic.config.model",
+    "MoEConfig": "moesaic.config.model",
+    "FeedForwardConfig": "moesaic.config.model",
+    "RouterConfig": "moesaic.config.model",
+    "CapacityConfig": "moesaic.config.model",
     "TrainConfig": "moesaic.config.train",
     "load_train_config": "moesaic.config.load",
     "prepare": "moesaic.data.prepare",
+    "MoELayer": "moesaic.moe.layer",
+    "balance_loss": "moesaic.moe.balance",
     "Transformer": "moesaic.model.transformer",
     "generate": "moesaic.model.generate",
     "Trainer": "moesaic.train.loop",

@@ -82,7 +82,7 @@ def quantize(
     Example: moesaic convert quantize runs/first runs/first-int4 --experts int4 --group-size 32
     """
 
-    from moesaic.convert.quantize import quantize_run, resolve_calibration
+    from moesaic.convert.quantize import quantize_run
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
@@ -93,7 +93,7 @@ def quantize(
             experts=experts,  # type: ignore[arg-type]  # checked there
             rest=rest,  # type: ignore[arg-type]
             group_size=group_size,
-            calibrate=resolve_calibration(calibrate, run, is_int4="int4" in (experts, rest)),
+            calibrate=calibrate,
             calibration_tokens=calibration_tokens,
             text=text,
             text_field=text_field,

@@ -29,7 +29,7 @@ class _ConfigMeta(ModelMetaclass):
         try:
             return ModelMetaclass.__call__(cls, *args, **values)
         except ValidationError as error:
-            raise ConfigError(_explain(cls, error, "")) from None
+            raise ConfigError(_explain(cls, error, "", from_file=False)) from None
 
 
 class Config(BaseModel, metaclass=_ConfigMeta):
@@ -53,7 +53,7 @@ class Config(BaseModel, metaclass=_ConfigMeta):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ConfigError(_explain(cls, error, path)) from None
+            raise ConfigError(_explain(cls, error, path, from_file=True)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-able values; `from_dict` makes an equal config of them."""
@@ -92,23 +92,27 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(sorted(known))}."
 
 
-def _explain(root: type[BaseModel], error: ValidationError, prefix: str) -> str:
-    """One line per mistaken key: what it is, what is required, what to do."""
+def _explain(root: type[BaseModel], error: ValidationError, prefix: str, *, from_file: bool) -> str:
+    """One line per mistaken key: what it is, what is required, what to do.
+
+    from_file: the values were read, and not passed to the class as arguments.
+    """
     items = error.errors(include_url=False)
     # A derived value (default None on a key that must not be null) is missing only because its source is wrong.
     named = [item for item in items if not _is_underived(root, item)] or items
     groups: dict[tuple[str, ...], list[Any]] = {}
     for item in named:
         groups.setdefault(_fields_on(root, item["loc"]), []).append(item)
-    return "\n".join(_explain_key(root, fields, group, prefix) for fields, group in groups.items())
+    return "\n".join(_explain_key(root, fields, group, prefix, from_file) for fields, group in groups.items())
 
 
-def _explain_key(root: type[BaseModel], fields: tuple[str, ...], items: list[Any], prefix: str) -> str:
+def _explain_key(root: type[BaseModel], fields: tuple[str, ...], items: list[Any], prefix: str, from_file: bool) -> str:
     owner = _owner(root, fields)
     path = ".".join([prefix, *fields] if prefix else fields) or root.__name__
     first = items[0]
+    place = f"it in the YAML file or with --set {path}=VALUE" if from_file else f"{owner.__name__}({fields[-1]}=VALUE)"
     if first["type"] == "missing":
-        return f"{path} is missing; {owner.__name__} requires it; set it in the YAML file or with --set {path}=VALUE."
+        return f"{path} is missing; {owner.__name__} requires it; {'set' if from_file else 'give'} {place}."
     if first["type"] == "extra_forbidden":
         return (
             f"{path} is not a key of {owner.__name__}; its keys are fixed so that no setting is silently ignored; "
@@ -119,7 +123,7 @@ def _explain_key(root: type[BaseModel], fields: tuple[str, ...], items: list[Any
     field = owner.model_fields.get(fields[-1]) if fields else None
     if field is not None and type(None) in get_args(field.annotation):
         required += " or null"
-    return f"{path} ({_shown(first['input'])}): {required}; change it in the YAML file or with --set {path}=VALUE."
+    return f"{path} ({_shown(first['input'])}): {required}; {'change' if from_file else 'give'} {place}."
 
 
 def _required(item: Any) -> str:

@@ -188,7 +188,7 @@ class FeedForwardConfig(Config):
     `intermediate_size` is the dense MLP's (0 where there is none); `num_experts` is 0 for a dense layer.
     """
 
-    intermediate_size: int = Field(ge=0)
+    intermediate_size: int = Field(default=0, ge=0)
     num_experts: int = Field(default=0, ge=0)
     top_k: int = Field(default=0, ge=0)
     expert_intermediate_size: int = Field(default=0, ge=0)
@@ -196,6 +196,41 @@ class FeedForwardConfig(Config):
     output_scale: bool = False
     router: RouterConfig = RouterConfig()
     capacity: CapacityConfig = CapacityConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "FeedForwardConfig":
+        if not self.is_moe:
+            return self
+        num_experts, top_k, router = self.num_experts, self.top_k, self.router
+        for name in ("top_k", "expert_intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} ({getattr(self, name)}) of a layer with {num_experts} experts is less than 1; at least 1 "
+                    f"is required; give it."
+                )
+        if top_k > num_experts:
+            raise ConfigError(
+                f"moe.top_k ({top_k}) is more than num_experts ({num_experts}); a token chooses distinct experts; use "
+                f"top_k <= {num_experts}."
+            )
+        if top_k == 1 and router.renormalize:
+            raise ConfigError(
+                "moe.router.renormalize with top_k = 1 makes every routing weight 1, which cuts the router's gradient; "
+                "a router needs a gradient to learn; use renormalize = false or top_k >= 2."
+            )
+        if router.num_groups > 1 and num_experts % router.num_groups:
+            raise ConfigError(
+                f"num_experts ({num_experts}) is not a multiple of moe.router.num_groups ({router.num_groups}); groups "
+                f"are of equal size; use "
+                f"{num_experts - num_experts % router.num_groups or router.num_groups} experts or another num_groups."
+            )
+        available = num_experts // router.num_groups * router.top_groups
+        if top_k > available:
+            raise ConfigError(
+                f"moe.top_k ({top_k}) is more than the {available} experts of moe.router.top_groups "
+                f"({router.top_groups}) groups; a token chooses inside its groups; raise top_groups or lower top_k."
+            )
+        return self
 
     @property
     def is_moe(self) -> bool:
@@ -359,30 +394,6 @@ class ModelConfig(Config):
                 )
             return chosen
 
-        num_experts, top_k = pick("num_experts", moe.num_experts), pick("top_k", moe.top_k)
-        router = moe.router
-        if top_k > num_experts:
-            raise ConfigError(
-                f"moe.top_k ({top_k}) is more than num_experts ({num_experts}) of layer {index}; a token chooses "
-                f"distinct experts; use top_k <= {num_experts}."
-            )
-        if top_k == 1 and router.renormalize:
-            raise ConfigError(
-                "moe.router.renormalize with top_k = 1 makes every routing weight 1, which cuts the router's gradient; "
-                "a router needs a gradient to learn; use renormalize = false or top_k >= 2."
-            )
-        if router.num_groups > 1 and num_experts % router.num_groups:
-            raise ConfigError(
-                f"num_experts ({num_experts}) of layer {index} is not a multiple of moe.router.num_groups "
-                f"({router.num_groups}); groups are of equal size; use "
-                f"{num_experts - num_experts % router.num_groups or router.num_groups} experts or another num_groups."
-            )
-        available = num_experts // router.num_groups * router.top_groups
-        if top_k > available:
-            raise ConfigError(
-                f"moe.top_k ({top_k}) is more than the {available} experts of moe.router.top_groups "
-                f"({router.top_groups}) groups; a token chooses inside its groups; raise top_groups or lower top_k."
-            )
         expert_size = self.intermediate_size if moe.intermediate_size is None else moe.intermediate_size
         residual_size = moe.residual_intermediate_size or self.intermediate_size
         if moe.residual is None and moe.residual_intermediate_size is not None:
@@ -392,12 +403,12 @@ class ModelConfig(Config):
             )
         return FeedForwardConfig(
             intermediate_size=residual_size if moe.residual else 0,
-            num_experts=num_experts,
-            top_k=top_k,
+            num_experts=pick("num_experts", moe.num_experts),
+            top_k=pick("top_k", moe.top_k),
             expert_intermediate_size=pick("intermediate_size", expert_size),
             residual=moe.residual,
             output_scale=moe.output_scale,
-            router=router,
+            router=moe.router,
             capacity=moe.capacity,
         )
 

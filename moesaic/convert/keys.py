@@ -478,7 +478,8 @@ def read_config(rules: Sequence[KeyRule], keys: Keys, harmless: frozenset[str]) 
 
 def in_a_file(error: ConfigError) -> str:
     """Return an error of ours about values that were not read from YAML, with what to do about it there."""
-    return re.sub(r"(change|set) it in the YAML file or with --set \S+=VALUE", "mend the file", str(error))
+    remedy = r"(change|set) it in the YAML file or with --set \S+=VALUE|give \w+\(\w+=VALUE\)"
+    return re.sub(remedy, "mend the file", str(error))
 
 
 def write_config_keys(rules: Sequence[KeyRule], config: ModelConfig, harmless: frozenset[str]) -> dict[str, Any]:

@@ -227,7 +227,7 @@ class _ReadBack(_Ours):
 
     def __init__(self, path: Path, change: Change) -> None:
         with open_model(path) as opened:
-            self._model = Transformer(opened.config).eval()
+            self._model = Transformer.uninitialized(opened.config).eval()
             state = self._model.state_dict()
             for name, pieces in opened.pieces.items():
                 rows = state[name].view(-1, *state[name].shape[-1:]) if state[name].dim() > 1 else state[name].view(-1)

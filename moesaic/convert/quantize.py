@@ -118,9 +118,9 @@ def quantize_run(
     """Write the run that RUN or RUN@step names to a new folder, quantised, and return what that cost.
 
     experts None: int8 where there are experts. group_size None: 64 where something becomes int4. calibrate: text or
-    prepared shards (their training split) to calibrate on; None rounds to nearest. text None: the validation split of
-    the run's own shards. text_field None: `text`, of what has fields. on_progress hears of stages and of the share of
-    each that is done.
+    prepared shards (their training split) to calibrate on; "none" rounds to nearest; None: the run's own shards where
+    something becomes int4 and they are there, else "none". text None: the validation split of the run's own shards.
+    text_field None: `text`, of what has fields. on_progress hears of stages and of the share of each that is done.
 
     Raises: ConversionError when perplexity ratio or KL exceed their limits and force is not given; ConfigError,
     CheckpointError, DataError. In every case nothing is left behind.
@@ -133,6 +133,7 @@ def quantize_run(
     plan = _plan(path, info, config, experts=experts, rest=rest, group_size=group_size)
     check_is_new(output)
     text = _own_shards(config, "--text") if text is None else text
+    calibrate = resolve_calibration(calibrate, config, is_int4="int4" in (plan.experts, plan.rest))
     if text_field is not None and all(each is None or _is_shards(each) for each in (text, calibrate)):
         raise ConfigError(
             f"text_field ({text_field}) is given and no text to read it from; shards have no fields; name a text with "
@@ -196,14 +197,13 @@ def quantize_run(
     return report
 
 
-def resolve_calibration(given: str | None, run: str | Path, *, is_int4: bool) -> str | None:
+def resolve_calibration(given: str | Path | None, config: TrainConfig, *, is_int4: bool) -> str | Path | None:
     """Return the calibration text that is meant: the one given, None for "none", and where none is given the run's own
     shards if something becomes int4 and they are there."""
     if given is not None:
         return None if given == "none" else given
     if not is_int4:
         return None
-    config = load_run_config(resolve_checkpoint(run).path.parent.parent)
     path = config.data.path
     if _has_own_shards(config):
         logger.info("Calibrating on %s, which the run was trained on; --calibrate names another text.", path)

@@ -359,7 +359,8 @@ def _logit_difference(
     tokens = torch.tensor([tokenizer.encode(PROMPT)[: model.max_positions]])
     logits = []
     for config, info in ((training.model, dense), (model, new)):
-        loaded = Transformer(config, compute_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        compute_dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        loaded = Transformer.uninitialized(config, compute_dtype=compute_dtype)
         copy_weights(loaded, info)
         loaded.eval()
         logits.append(loaded.logits(loaded(tokens).hidden))

@@ -50,8 +50,8 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MoesaicConfig) -> None:
         """Raises: ConfigError for a config whose attributes contradict one another."""
         super().__init__(config)
-        self.model = Transformer(config.transformer_config())
-        self.post_init()
+        self.model = Transformer.uninitialized(config.transformer_config())
+        self.post_init()  # draws the weights that from_pretrained has no values for
 
     @classmethod
     def from_run(

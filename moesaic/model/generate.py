@@ -1,6 +1,7 @@
 """Naive generation, one sequence at a time: the oracle that any serving engine has to equal."""
 
 from collections.abc import Collection, Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -100,6 +101,27 @@ def choose_token(
     return int(order[torch.multinomial(probabilities, 1, generator=random)])
 
 
+def check_token_ids(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raises: GenerationError for a prompt that is not a sequence of token ids below vocab_size, at least one."""
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
+    for given in (token for token in prompt if not isinstance(token, Integral)) if is_list else (prompt,):
+        shown = repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."
+        raise GenerationError(
+            f"the prompt {'holds' if is_list else 'is'} {shown} ({type(given).__name__}); a list of token ids is "
+            f"required; encode a text by tokenizer.encode(text), and give an array or a tensor as .tolist()."
+        )
+    if not prompt:
+        raise GenerationError(
+            "the prompt is empty; generation requires one token; give a text, or the end-of-text token."
+        )
+    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise GenerationError(
+            f"the prompt holds token id {wrong}; ids from 0 to {vocab_size - 1} are required; use the run's own "
+            f"tokenizer."
+        )
+
+
 def _check(
     model: Transformer,
     prompt: Sequence[int],
@@ -109,16 +131,7 @@ def _check(
     top_p: float | None,
 ) -> None:
     config = model.config
-    if not prompt:
-        raise GenerationError(
-            "the prompt is empty; generation requires one token; give a text, or the end-of-text token."
-        )
-    wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
-    if wrong:
-        raise GenerationError(
-            f"the prompt holds token id {wrong[0]}; ids from 0 to {config.vocab_size - 1} are required; use the run's "
-            f"own tokenizer."
-        )
+    check_token_ids(prompt, config.vocab_size)
     if max_new_tokens < 1:
         raise GenerationError(f"max_new_tokens ({max_new_tokens}) must be at least 1; ask for one token or more.")
     length = len(prompt) + max_new_tokens

@@ -21,7 +21,9 @@ class Linear(nn.Linear):
         self.packed: PackedWeight | None = None
 
     def reset_parameters(self) -> None:
-        """Leave the weight undrawn, as Transformer.initialize draws all of them."""
+        """Draw the weight as nn.Linear does, from torch's global generator; the bias is 0."""
+        bound = max(self.in_features, 1) ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

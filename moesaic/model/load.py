@@ -84,7 +84,7 @@ def load_run(
     if is_quantized(info) or wanted == "int8" or (pack and has_kernels):
         model = _load_packed(config, info, target, rounds=wanted == "int8", policy=packed_file)
     else:
-        model = Transformer(config.model, compute_dtype=dtype)
+        model = Transformer.uninitialized(config.model, compute_dtype=dtype)
         copy_weights(model, info)
         model.to(target).eval()
     return LoadedModel(model, Tokenizer.load(run_folder), config, info, target)

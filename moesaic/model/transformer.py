@@ -87,6 +87,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Parameters are fp32 (the master weights); matrix work runs in `compute_dtype`.
 
+    It begins with weights drawn from torch's global generator; `initialize(seed)` draws them again, repeatably.
+
     model/pack.py makes it one that can only infer: `packed_head` is the language model head, and the embedding too if
     they are tied; `decode_part` says what a pass in one call needs to know of it, None if there is no such pass for its
     attention; `reads_ahead` is set where it lies in a mapped file larger than the memory (kernels/decode.py).
@@ -115,6 +117,24 @@ class Transformer(nn.Module):
         self.packed_head = self.decode_part = None
         self.reads_ahead = False
         self._plan: DecodePlan | None = None
+        if (
+            not self.embedding.is_meta
+        ):  # where normal_ draws nothing, and loads torch's compiler: seconds of every start
+            self.initialize()
+
+    @classmethod
+    def uninitialized(cls, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> "Transformer":
+        """Return a model whose weights mean nothing yet, for a caller that fills every one of them.
+
+        Drawing them first would take a large model longer than reading them.
+        """
+        device = torch.get_default_device()
+        with torch.device("meta"):
+            model = cls(config, compute_dtype=compute_dtype)
+        if device.type == "meta":
+            return model
+        # As to_empty does, whose empty_like loads sympy for a tensor of the meta device: half a second of every start.
+        return model._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=device))
 
     @property
     def device(self) -> torch.device:
@@ -134,13 +154,13 @@ class Transformer(nn.Module):
         return super().train(mode)
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> "Transformer":
+    def initialize(self, seed: int | None = None) -> "Transformer":
         """Draw every weight; each expert, and the residual MLP beside them, gets its own draw. Returns self.
 
-        Normal with init_std; matrices that write into the residual stream are scaled by 1/sqrt(2 * num_layers), as in
-        GPT-2. Biases start at 0, norms and the factors on experts' outputs at 1.
+        seed None: from torch's global generator. Normal with init_std; matrices that write into the residual stream are
+        scaled by 1/sqrt(2 * num_layers), as in GPT-2. Biases start at 0, norms and the experts' output factors at 1.
         """
-        generator = torch.Generator(device=self.embedding.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(device=self.embedding.device).manual_seed(seed)
         std = self.config.init_std
         output_std = std / (2 * self.config.num_layers) ** 0.5
 

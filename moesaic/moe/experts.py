@@ -29,6 +29,16 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(num_experts, inner)) if has_bias else None)
         self.register_parameter("down_bias", nn.Parameter(torch.zeros(num_experts, hidden_size)) if has_bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every expert on its own, as nn.Linear is, from torch's global generator; biases are 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("_bias"):
+                nn.init.zeros_(parameter)
+            else:
+                bound = parameter.shape[2] ** -0.5
+                nn.init.uniform_(parameter, -bound, bound)
 
     def weights(self) -> ExpertWeights:
         up, up_bias = (self.gate_up_proj, self.gate_up_bias) if self.is_gated else (self.up_proj, self.up_bias)

@@ -1,11 +1,13 @@
 """The MoE layer: router -> dispatcher -> experts -> combine. Knows no attention and no process group."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.config.model import FeedForwardConfig
+from moesaic.config.model import Activation, FeedForwardConfig
+from moesaic.errors import ConfigError
 from moesaic.moe.dispatch import Dispatcher, DispatchPlan, expert_capacity, plan_dispatch
 from moesaic.moe.experts import Experts
 from moesaic.moe.router import Router, Routing, finish_weights
@@ -48,12 +50,26 @@ class MoEStatistics:
 
 
 class MoELayer(nn.Module):
-    """A layer of experts as one FeedForwardConfig describes it, without its residual MLP."""
+    """A layer of experts as one FeedForwardConfig describes it, without its residual MLP.
+
+    Raises: ConfigError for a config without experts, and for an activation that is not known.
+    """
 
     output_scale: Tensor | None  # () fp32
 
     def __init__(self, hidden_size: int, config: FeedForwardConfig, *, activation: str, has_bias: bool) -> None:
         super().__init__()
+        if not config.is_moe:
+            raise ConfigError(
+                "num_experts (0) of a MoELayer's config is that of a dense layer; at least one expert is required; "
+                "give num_experts, or take the config of one of ModelConfig.moe_layers."
+            )
+        if activation not in get_args(Activation):
+            raise ConfigError(
+                f"activation ({activation!r}) is not known; one of {', '.join(get_args(Activation))} is required; use "
+                f"one of them."
+            )
+        self.hidden_size = hidden_size
         self.config = config
         self.router = Router(hidden_size, config.num_experts, top_k=config.top_k, config=config.router)
         self.experts = Experts(
@@ -64,14 +80,26 @@ class MoELayer(nn.Module):
         # None: all experts are on this device, and one operation gathers, computes and combines.
         self.dispatcher: Dispatcher | None = None
 
+    def reset_parameters(self) -> None:
+        """Draw router and experts anew, from torch's global generator: for a layer made on the meta device."""
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+        if self.output_scale is not None:
+            nn.init.ones_(self.output_scale)
+
     def forward(
         self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, replay: RoutingDecision | None = None
     ) -> tuple[Tensor, MoEStatistics]:
-        """Return the output (T, H) for x (T, H), and the statistics.
+        """Return the output (..., H) for x (..., H), and the statistics of its T tokens.
 
-        valid (T,) bool: False for padding, which reaches no expert and no statistic. seed: for noise and random
+        valid (...) bool: False for padding, which reaches no expert and no statistic. seed: for noise and random
         dropping in training. replay: an earlier pass's decision, taken instead of a new one.
+
+        Raises: ConfigError for an x or a mask of another shape or kind.
         """
+        self._check(x, valid)
+        shape, x = x.shape, x.reshape(-1, self.hidden_size)  # (T, H)
+        valid = None if valid is None else valid.reshape(-1)
         expert_ids = None if replay is None else replay.expert_ids
         routing = self.router(x, valid=valid, seed=mix_seeds(seed, 0), expert_ids=expert_ids)
         plan = self._plan(routing, valid, mix_seeds(seed, 1)) if replay is None else replay.plan
@@ -94,7 +122,20 @@ class MoELayer(nn.Module):
             decision=RoutingDecision(routing.expert_ids, plan),
             routes=None if self.training else Routes(routing.expert_ids, weights.detach()),
         )
-        return out, statistics
+        return out.view(shape), statistics
+
+    def _check(self, x: Tensor, valid: Tensor | None) -> None:
+        if x.dim() < 2 or x.shape[-1] != self.hidden_size or not x.is_floating_point():
+            raise ConfigError(
+                f"x of shape {tuple(x.shape)} and {x.dtype} was given to a MoELayer; (..., {self.hidden_size}) of "
+                f"floating point, a row for each token, is required; make the layer with x's last size, or reshape x."
+            )
+        if valid is not None and (valid.shape != x.shape[:-1] or valid.dtype is not torch.bool):
+            raise ConfigError(
+                f"valid of shape {tuple(valid.shape)} and {valid.dtype} was given with x {tuple(x.shape)}; "
+                f"{tuple(x.shape[:-1])} of torch.bool, True for each token that is not padding, is required; reshape "
+                f"it, or use mask.bool()."
+            )
 
     def _plan(self, routing: Routing, valid: Tensor | None, seed: int) -> DispatchPlan:
         expert_ids, num_experts = routing.expert_ids, self.config.num_experts

@@ -44,6 +44,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         bias = torch.zeros(num_experts) if config.score_correction_bias else None
         self.register_buffer("score_correction_bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as nn.Linear is, from torch's global generator; the correction bias is 0."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.score_correction_bias is not None:
+            nn.init.zeros_(self.score_correction_bias)
 
     def forward(
         self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, expert_ids: Tensor | None = None

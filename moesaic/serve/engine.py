@@ -20,6 +20,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels.decode import Decoded
 from moesaic.kernels.limits import available_memory_bytes
+from moesaic.model.generate import check_token_ids
 from moesaic.model.transformer import Transformer
 from moesaic.serve.depth import DepthChooser
 from moesaic.serve.detokenizer import Detokenizer
@@ -361,15 +362,7 @@ class Engine:
         return found
 
     def _check_prompt(self, prompt: Sequence_[int], sampling: Sampling) -> None:
-        vocab_size = self.model_config.vocab_size
-        if not prompt:
-            raise GenerationError("the prompt is empty; one token is required; give a text, or the end-of-text token.")
-        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
-        if wrong is not None:
-            raise GenerationError(
-                f"the prompt holds token id {wrong}; ids from 0 to {vocab_size - 1} are required; use the model's own "
-                f"tokenizer."
-            )
+        check_token_ids(prompt, self.model_config.vocab_size)
         room = self.max_length - (sampling.max_tokens > 0)
         if len(prompt) > room:
             raise GenerationError(

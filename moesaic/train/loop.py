@@ -179,7 +179,7 @@ class Trainer:
         check_memory(config, self.device)
         if (parameters := count_parameters(config.model).total) >= _MANY_PARAMETERS:
             logger.info("Making a model of %s parameters, which takes a while.", short_number(parameters))
-        self.model = Transformer(config.model, compute_dtype=dtype).to(self.device)
+        self.model = Transformer.uninitialized(config.model, compute_dtype=dtype).to(self.device)
         self.model.activation_checkpointing = config.activation_checkpointing
         if self.initial is None:
             self.model.initialize(config.seed)

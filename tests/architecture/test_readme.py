@@ -1,4 +1,5 @@
-"""Every command of the README is executed, in order, in one folder; and links between our documents lead somewhere.
+"""What our documents show is executed: every command of the README in one folder, every Python block of every document
+in that document's own. And links between them lead somewhere.
 
 How a command is executed depends on its first word (`translate`): moesaic's own are run as they stand, with the
 quickstart shortened by its own flag; make targets are checked with `make -n`, pip's extras against pyproject.toml.
@@ -8,13 +9,19 @@ A block that cannot be run here says so, with its reason, in an HTML comment bef
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from moesaic.config.load import write_config
+from moesaic.config.train import TrainConfig
+from moesaic.report.serving import RequestResult, ServingResult, write_serving
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -38,11 +45,20 @@ class Step:
 
 def bash_blocks(text: str) -> list[str]:
     """Return the bash blocks that are to be executed."""
-    blocks = []
-    for match in _FENCE.finditer(text):
-        if match.group(1) in ("bash", "sh", "shell", "console") and not _NOT_EXECUTED.search(text[: match.start()]):
-            blocks.append(match.group(2))
-    return blocks
+    return _blocks(text, ("bash", "sh", "shell", "console"))
+
+
+def python_blocks(text: str) -> list[str]:
+    """Return the Python blocks that are to be executed."""
+    return _blocks(text, ("python", "py"))
+
+
+def _blocks(text: str, languages: tuple[str, ...]) -> list[str]:
+    return [
+        match.group(2)
+        for match in _FENCE.finditer(text)
+        if match.group(1) in languages and not _NOT_EXECUTED.search(text[: match.start()])
+    ]
 
 
 def commands_of(block: str) -> list[str]:
@@ -180,6 +196,8 @@ def test_blocks_are_found_and_a_reason_is_needed_to_leave_one_out() -> None:
         ["ls runs"],
     ]
     assert len(bash_blocks(EXAMPLE.replace(": it needs eight GPUs", ":"))) == 3
+    assert python_blocks(EXAMPLE) == ['print("not a command")\n']
+    assert python_blocks(EXAMPLE.replace("```python", "<!-- not executed: it is an example -->\n```python")) == []
 
 
 @pytest.mark.parametrize(
@@ -208,6 +226,78 @@ def test_a_command_is_translated(command: str, executed: list[str]) -> None:
 def test_an_extra_that_does_not_exist_is_found() -> None:
     with pytest.raises(AssertionError, match="nonsense"):
         translate("pip install 'moesaic[quickstart,nonsense]'")
+
+
+# Their blocks are executed with what these tests say of the outcome.
+EXECUTED_BY = {
+    "docs/guides/configuration.md": "tests/config/test_guide.py",
+    "docs/guides/distill.md": "tests/distill/test_guide.py",
+    "docs/guides/serve.md": "tests/serve/test_guide.py",
+    "docs/guides/transformers.md": "tests/hf/test_guide.py",
+}
+# What would take minutes, and what is executed in its place.
+SHORTENED = {
+    '"pr-moe-tiny-8-16"': '"tiny.yaml"',
+    "tokens=2e6": "tokens=256",
+    "tokens=20e6": "tokens=256",
+    '["embedded"]': '["text.txt"]',
+}
+
+
+def lay_out(document: str, make_config: Callable[..., TrainConfig]) -> None:
+    """Make what a document's Python blocks start from, in the current folder."""
+    from moesaic.train.loop import train
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "max_positions": 128, "dropout": 0.0}
+    if document in ("README.md", "docs/guides/train.md"):
+        config = make_config("pr-moe", model={"vocab_size": 4096})
+        shutil.copytree(config.data.path, "data/mine")
+        shutil.copy(ROOT / "docs" / "architecture.md", "text.txt")
+        write_config(config, Path("tiny.yaml"))
+    elif document in ("docs/guides/quantize.md", "docs/serving.md"):
+        train(make_config("pr-moe", steps=4, model=sizes), "runs/first")
+    elif document == "docs/guides/upcycle.md":
+        train(make_config(steps=4, model=sizes), "runs/dense")
+    elif document == "docs/guides/convert.md":
+        pytest.importorskip("transformers", reason="logits are compared with transformers' (extra `huggingface`)")
+        from moesaic.convert.exporter import export_run
+
+        train(make_config(steps=4, model={**sizes, "qk_norm": "head"}), "runs/small")
+        Path("downloads").mkdir()
+        export_run("runs/small", "downloads/Qwen3-0.6B")
+    elif document == "docs/guides/bench-serve.md":
+        request = RequestResult(
+            due_seconds=0.0, sent_seconds=0.0, end_seconds=0.5, chunk_seconds=(0.2, 0.3, 0.4), asked_prompt_tokens=9,
+            asked_output_tokens=3, prompt_tokens=9, output_tokens=3,
+        )  # fmt: skip
+        for name in ("ours", "theirs"):
+            result = ServingResult(
+                name=name, url="http://test", model="tiny", created="2026-01-01T00:00:00+00:00", workload={},
+                ttft_limit_seconds=2.0, tpot_limit_seconds=0.1, requests=(request,),
+            )  # fmt: skip
+            write_serving(Path(f"{name}.json"), result)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [path.relative_to(ROOT).as_posix() for path in DOCUMENTS if python_blocks(path.read_text(encoding="utf-8"))],
+)
+def test_the_python_blocks_of_a_document_run_in_their_order(
+    document: str, make_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if document in EXECUTED_BY:
+        test = (ROOT / EXECUTED_BY[document]).read_text(encoding="utf-8")
+        assert f'"{Path(document).name}"' in test and "exec(" in test, f"{EXECUTED_BY[document]} executes no block"
+        return
+    monkeypatch.chdir(tmp_path)
+    # It could not be taken back in this process.
+    monkeypatch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
+    lay_out(document, make_config)
+    names: dict[str, object] = {}
+    for block in python_blocks((ROOT / document).read_text(encoding="utf-8")):
+        for shown, executed in SHORTENED.items():
+            block = block.replace(shown, executed)
+        exec(compile(block, document, "exec"), names)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -6,7 +6,7 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from moesaic.config.model import CapacityConfig, ModelConfig, MoEConfig, RouterConfig
+from moesaic.config.model import CapacityConfig, FeedForwardConfig, ModelConfig, MoEConfig, RouterConfig
 from moesaic.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from moesaic.errors import ConfigError
 
@@ -54,6 +54,16 @@ def test_every_mistake_is_reported_at_once_and_only_the_mistakes() -> None:
     assert "hidden_size ('wide'): an integer is required" in text
     assert "num_layers (0)" in text
     assert "head_dim" not in text and "num_kv_heads" not in text, "derived values are not the mistake"
+
+
+def test_the_remedy_is_where_the_values_come_from() -> None:
+    values = {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "moe": {"top_k": 1}}
+    with pytest.raises(ConfigError, match=r"set it in the YAML file or with --set model\.moe\.num_experts=VALUE\.$"):
+        ModelConfig.from_dict(values, path="model")
+    with pytest.raises(ConfigError, match=r"moe\.num_experts is missing; .*; give MoEConfig\(num_experts=VALUE\)\.$"):
+        ModelConfig(**values)
+    with pytest.raises(ConfigError, match=r"top_k \(-1\): .*; give FeedForwardConfig\(top_k=VALUE\)\.$"):
+        FeedForwardConfig(num_experts=4, top_k=-1)
 
 
 def test_a_value_of_the_wrong_kind_says_what_is_allowed() -> None:

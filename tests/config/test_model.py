@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.config.model import CapacityConfig, ModelConfig, MoEConfig, RouterConfig
+from moesaic.config.model import CapacityConfig, FeedForwardConfig, ModelConfig, MoEConfig, RouterConfig
 from moesaic.errors import ConfigError
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 24, "num_layers": 6, "num_heads": 4}
@@ -150,3 +150,19 @@ def test_the_same_settings_are_accepted_where_they_have_an_effect() -> None:
     model(positions="learned", head_dim=5)
     MoEConfig(num_experts=4, layers=(1,))
     model({"num_experts": 8, "top_k": 2, "router": {"renormalize": True, "num_groups": 4, "top_groups": 1}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": 0}, r"top_k \(0\) of a layer with 4 experts is less than 1; .*; give it"),
+        ({"expert_intermediate_size": 0}, r"expert_intermediate_size \(0\) of a layer with 4 experts"),
+        ({"top_k": 5}, r"top_k \(5\) is more than num_experts \(4\); .*; use top_k <= 4"),
+        ({"top_k": 1, "router": RouterConfig(renormalize=True)}, "makes every routing weight 1"),
+        ({"router": RouterConfig(num_groups=3)}, r"num_experts \(4\) is not a multiple of moe.router.num_groups \(3\)"),
+        ({"router": RouterConfig(num_groups=4)}, r"more than the 1 experts of moe.router.top_groups \(1\) groups"),
+    ],
+)
+def test_a_layer_of_ones_own_is_checked_too(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FeedForwardConfig(**{"num_experts": 4, "top_k": 2, "expert_intermediate_size": 8, **values})

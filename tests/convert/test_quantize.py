@@ -31,7 +31,8 @@ FORMATS = [("int8", "int8"), ("int4", "int8"), ("int4", "int4"), ("int8", "bf16"
 
 
 def quantize(run: Path, output: Path, **options: Any) -> QuantizationReport:
-    values: dict[str, Any] = {"limit_tokens": 200, "force": True, **options}
+    """To the nearest, unless the options say otherwise."""
+    values: dict[str, Any] = {"limit_tokens": 200, "force": True, "calibrate": "none", **options}
     if "int4" in (values.get("experts"), values.get("rest")):
         values.setdefault("group_size", 32)
     return quantize_run(run, output, **values)
@@ -241,7 +242,7 @@ def test_a_text_must_be_there(make_run: Any, tmp_path: Path, tiny_data: Path) ->
     (tmp_path / "text.txt").write_text("The Licensor shall not be liable. " * 30)
     report = quantize(run, tmp_path / "out", text=tmp_path / "text.txt")
     assert report.text.endswith("text.txt")
-    assert resolve_calibration(None, run, is_int4=True) is None
+    assert resolve_calibration(None, load_run_config(run), is_int4=True) is None
 
 
 def test_a_run_without_data_has_no_text_of_its_own(
@@ -257,10 +258,19 @@ def test_a_run_without_data_has_no_text_of_its_own(
 
 def test_which_text_calibrates(make_run: Any, tiny_data: Path) -> None:
     run = make_run("moe")
-    assert resolve_calibration(None, run, is_int4=True) == str(tiny_data)
-    assert resolve_calibration(None, run, is_int4=False) is None
-    assert resolve_calibration("none", run, is_int4=True) is None
-    assert resolve_calibration("a.txt", run, is_int4=False) == "a.txt"
+    assert resolve_calibration(None, load_run_config(run), is_int4=True) == str(tiny_data)
+    assert resolve_calibration(None, load_run_config(run), is_int4=False) is None
+    assert resolve_calibration("none", load_run_config(run), is_int4=True) is None
+    assert resolve_calibration("a.txt", load_run_config(run), is_int4=False) == "a.txt"
+
+
+def test_the_function_calibrates_as_the_command_does(make_run: Any, tmp_path: Path, tiny_data: Path) -> None:
+    run, options = make_run("moe"), {"limit_tokens": 100, "force": True}
+    report = quantize_run(run, tmp_path / "int4", experts="int4", group_size=32, calibration_tokens=320, **options)
+    assert (report.calibration, report.calibration_tokens) == (str(tiny_data), 320)
+    assert quantize_run(run, tmp_path / "int8", **options).calibration is None
+    nearest = quantize_run(run, tmp_path / "nearest", experts="int4", group_size=32, calibrate="none", **options)
+    assert (nearest.calibration, nearest.calibration_tokens) == (None, 0)
 
 
 def test_calibration_is_spread_over_the_whole_text(make_run: Any, tmp_path: Path, tiny_data: Path) -> None:
@@ -316,7 +326,7 @@ def test_weights_that_are_not_finite_are_refused(
     state["blocks.1.feed_forward.moe.experts.down_proj"][2, 3, 4] = float("inf")
     save_checkpoint(run, 8, model=state, optimizer={}, metadata={})
     with pytest.raises(CheckpointError, match=r"experts.down_proj holds numbers that are not finite; .*; use another"):
-        quantize(f"{run}@8", out, experts="int4", calibrate=tiny_data if calibrate else None)  # type: ignore[arg-type]
+        quantize(f"{run}@8", out, experts="int4", calibrate=tiny_data if calibrate else "none")  # type: ignore[arg-type]
     assert not out.parent.exists()
 
 

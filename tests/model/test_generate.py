@@ -154,6 +154,7 @@ def test_of_equal_logits_top_k_leaves_exactly_k_the_first_ones() -> None:
         ([], {}, r"prompt is empty; .*; "),
         ([64], {}, r"token id 64; ids from 0 to 63 .*; use the run's"),
         ([-1], {}, r"token id -1; "),
+        ("a text", {}, r"the prompt is 'a text' \(str\); a list of token ids is required; encode a text by"),
         (PROMPT, {"max_new_tokens": 0}, r"max_new_tokens \(0\) must be at least 1; "),
         (PROMPT, {"max_new_tokens": 20}, r"5 tokens and 20 new ones are 25 positions; the model has 24; shorten"),
         ([1] * 24, {}, r"24 tokens and 1 new ones"),

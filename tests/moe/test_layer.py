@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config.model import CapacityConfig, FeedForwardConfig, RouterConfig
+from moesaic.errors import ConfigError
 from moesaic.kernels.grouped_mlp import ExpertWeights
 from moesaic.kernels.reference import moe as reference
 from moesaic.moe.balance import balance_loss
@@ -366,3 +367,39 @@ def test_equals_the_one_hot_einsum_of_2022() -> None:
     got = torch.autograd.grad(out.square().sum(), leaves)
     for mine, theirs in zip(got, torch.autograd.grad(wanted.square().sum(), leaves), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, HIDDEN), (2, 3, HIDDEN), (2, 1, 3, HIDDEN), (0, HIDDEN), (2, 0, HIDDEN)])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_any_shape_of_tokens_is_their_rows(shape: tuple[int, ...], is_padded: bool) -> None:
+    layer, x = make_layer(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    valid = torch.arange(x[..., 0].numel()).view(shape[:-1]) % 3 > 0 if is_padded else None
+    out, statistics = layer(x, valid=valid)
+    wanted, wanted_statistics = layer(x.reshape(-1, HIDDEN), valid=None if valid is None else valid.flatten())
+    assert out.shape == shape and torch.equal(out.view(-1, HIDDEN), wanted)
+    assert torch.equal(statistics.tokens_per_expert, wanted_statistics.tokens_per_expert)
+    transposed = x.transpose(0, -2).contiguous().transpose(0, -2)
+    assert torch.equal(layer(transposed, valid=valid)[0], out)
+
+
+@pytest.mark.parametrize(
+    ("x", "valid", "message"),
+    [
+        (torch.zeros(3, 5), None, r"x of shape \(3, 5\) .*; \(\.\.\., 24\) of floating point, .* is required; make"),
+        (torch.zeros(HIDDEN), None, r"x of shape \(24,\)"),
+        (torch.zeros(3, HIDDEN, dtype=torch.int64), None, "torch.int64 was given"),
+        (torch.zeros(3, HIDDEN), torch.ones(2, dtype=torch.bool), r"valid of shape \(2,\) .*; \(3,\) of torch.bool"),
+        (torch.zeros(2, 3, HIDDEN), torch.ones(6, dtype=torch.bool), r"valid of shape \(6,\) .*; \(2, 3\)"),
+        (torch.zeros(3, HIDDEN), torch.ones(3), r"and torch.float32 was given .*mask.bool\(\)"),
+    ],
+)
+def test_what_it_cannot_take_is_refused(x: Tensor, valid: Tensor | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_layer()(x, valid=valid)
+
+
+def test_a_layer_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_experts \(0\) .* is that of a dense layer; .*; give num_experts"):
+        MoELayer(HIDDEN, FeedForwardConfig(intermediate_size=8), activation="gelu", has_bias=False)
+    with pytest.raises(ConfigError, match=r"activation \('relu'\) is not known; one of gelu, gelu_tanh, swiglu"):
+        make_layer(activation="relu")

@@ -416,6 +416,12 @@ def test_what_can_never_be_served_is_refused_and_changes_nothing(make_model: Mak
     taken = engine.add_request([1], GREEDY, request_id="mine")
     for prompt, sampling, error, words in (
         ([], GREEDY, GenerationError, "empty"),
+        ("a text", GREEDY, GenerationError, r"the prompt is 'a text' \(str\); .* tokenizer.encode\(text\)"),
+        (["a", "b"], GREEDY, GenerationError, r"the prompt holds 'a' \(str\)"),
+        ([1, 2.0], GREEDY, GenerationError, r"holds 2.0 \(float\)"),
+        ([1, None], GREEDY, GenerationError, r"holds None \(NoneType\)"),
+        (None, GREEDY, GenerationError, r"the prompt is None"),
+        (torch.tensor([1, 2]), GREEDY, GenerationError, r"is tensor\(\[1, 2\]\) \(Tensor\); .*; .* as .tolist\(\)"),
         ([1, VOCAB_SIZE], GREEDY, GenerationError, f"token id {VOCAB_SIZE}"),
         ([1] * 32, GREEDY, GenerationError, "at most 31"),
         ([1], GREEDY.replace(logit_bias={VOCAB_SIZE: 1.0}), ConfigError, "logit_bias"),
@@ -485,6 +491,8 @@ def test_embeddings_are_means_of_hidden_states(make_model: Make, tokenizer: Toke
         torch.testing.assert_close(vector, mean / mean.norm(), atol=1e-5, rtol=1e-4)
     with pytest.raises(GenerationError, match="empty"):
         engine.embed([[]])
+    with pytest.raises(GenerationError, match=r"the prompt is 'a text' \(str\)"):
+        engine.embed(["a text"])
 
 
 REPEATING = [1, 2, 3, 4, 5, 6] * 8
