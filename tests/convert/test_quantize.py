@@ -251,7 +251,7 @@ def test_a_run_without_data_has_no_text_of_its_own(
     """Nor is a manifest.json of the current folder one."""
     run = make_run("moe", data={"path": "", "sequence_length": 32})
     monkeypatch.chdir(tiny_data)
-    assert resolve_calibration(None, run, is_int4=True) is None
+    assert resolve_calibration(None, load_run_config(run), is_int4=True) is None
     with pytest.raises(DataError, match=r"no text is given and the run has no data of its own; .*; name one with --t"):
         quantize(run, tmp_path / "out")
 
