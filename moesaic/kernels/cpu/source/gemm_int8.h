@@ -180,6 +180,13 @@ struct Ahead {
     size_t step, group_step = 0;
     int turn = -1;
     const char* then = nullptr;
+
+    static void fetch(const char* line) { moesaic::fetch(line); }
+};
+
+// As Ahead, but into the first-level cache: many rows are 3 (bf16) to 10 % (4 bits) faster so on Zen 4.
+struct NearAhead : Ahead {
+    static void fetch(const char* line) { _mm_prefetch(line, _MM_HINT_T0); }
 };
 constexpr size_t kAheadBytes = 8192;
 
@@ -227,9 +234,9 @@ constexpr int kIntegerRows = 1, kRowsWithTotals = 1;
 // C[R][32] (+)= R rows times the activation blocks [first, last) of the panel, whose groups are of G values of K.
 // Loops over sums are unrolled by order: sums that a loop indexes live in memory, at half the speed. Rows without totals
 // in registers come in one pass only, so they never accumulate.
-template <int Bits, int G, int R>
+template <int Bits, int G, int R, typename Reads>
 inline void integer_rows(const IntegerPanel& panel, int first, int last, const char* a, size_t stride, float* c,
-                         bool accumulate, Ahead ahead) {
+                         bool accumulate, Reads ahead) {
     constexpr int V = kPanel / W;
     constexpr size_t kStepBytes = Bits == 8 ? 128 : 64;
     constexpr size_t kScaleBytes = Bits == 8 ? 0 : 2 * kPanel;
@@ -256,7 +263,7 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
             const bf16* group_scales = reinterpret_cast<const bf16*>(weights);
             weights += kScaleBytes;
             if (Bits == 4) {
-                fetch(ahead.from);
+                ahead.fetch(ahead.from);
                 ahead.from += ahead.group_step;
             }
             Vi acc[kChains][R][V];
@@ -279,8 +286,8 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
                     Vi columns[V];
                     load_weights<Bits>(weights + size_t(chain) * kStepBytes, columns);
                     const char* line = ahead.from + size_t(chain) * ahead.step;
-                    fetch(line);
-                    if (Bits == 8) fetch(line + 64);
+                    ahead.fetch(line);
+                    if (Bits == 8) ahead.fetch(line + 64);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const Vi activations = broadcast_dword(row + r * stride + 4 * (s + chain));
@@ -330,9 +337,9 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
         }
 }
 
-template <int Bits, int G, int R>
+template <int Bits, int G, int R, typename Reads>
 inline void integer_rows_of(int rows, const IntegerPanel& panel, int first, int last, const char* a, size_t stride,
-                            float* c, bool accumulate, Ahead ahead) {
+                            float* c, bool accumulate, Reads ahead) {
     if constexpr (R > 0) {
         if (rows == R)
             integer_rows<Bits, G, R>(panel, first, last, a, stride, c, accumulate, ahead);
@@ -499,7 +506,8 @@ inline void integer_product(const IntegerPanel& panel, int rows, const char* a, 
         return;
     }
 #endif
-    constexpr int kDeep = 8;  // activation blocks whose weights stay in the first-level cache while all rows pass
+    // Activation blocks whose weights, 16 KiB, stay in the first-level cache while all rows pass.
+    constexpr int kDeep = Bits == 8 ? 4 : 8;
     const int blocks = (panel.depth + kActivationBlock - 1) / kActivationBlock;
     const int parts = rows <= kIntegerRows ? 1 : (rows + kRowsWithTotals - 1) / kRowsWithTotals;
     const int pass = parts > 1 ? kDeep : blocks;
@@ -515,8 +523,14 @@ inline void integer_product(const IntegerPanel& panel, int rows, const char* a, 
                                             scale_bytes)
                           : ahead_of_itself(panel.data, blocks, block_bytes, step_bytes, next.panel, scale_bytes);
             if (last == blocks) next.prefetch_lines(part, parts);
-            integer_rows_of<Bits, G, kIntegerRows>(end - row, panel, first, last, a + row * stride, stride,
-                                                   c + row * kPanel, first > 0, ahead);
+            const auto multiply = [&](const auto& reads) {
+                integer_rows_of<Bits, G, kIntegerRows>(end - row, panel, first, last, a + row * stride, stride,
+                                                       c + row * kPanel, first > 0, reads);
+            };
+            if (parts <= (Bits == 8 ? 4 : 1))
+                multiply(ahead);
+            else
+                multiply(NearAhead{ahead});
             if (last == blocks) done(row, end);
         }
     }

@@ -106,9 +106,9 @@ struct StoreRounded {
 constexpr int kAheadPairs = 64;  // pairs of K between two looks at where to read ahead
 
 // As gemm_rows of gemm_bf16.h, the same sums in the same order, reading ahead.
-template <int R, typename Out>
+template <int R, typename Out, typename Reads>
 inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
-                      Ahead ahead) {
+                      Reads ahead) {
     constexpr int V = kPanel / W;
     Vf acc[R][V];
     for (int r = 0; r < R; ++r)
@@ -124,8 +124,8 @@ inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, O
         for (int p = first; p < last; ++p) {
             Vi columns[V];
             for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * kPanel + v * W);
-            fetch(ahead.from);
-            fetch(ahead.from + 64);
+            ahead.fetch(ahead.from);
+            ahead.fetch(ahead.from + 64);
             ahead.from += ahead.step;
             for (int r = 0; r < R; ++r) {
                 const Vi row = broadcast_dword(third[r / 3] + r % 3 * lda);
@@ -137,9 +137,9 @@ inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, O
     for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
 
-template <int R, typename Out>
+template <int R, typename Out, typename Reads>
 inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
-                         Ahead ahead) {
+                         Reads ahead) {
     if constexpr (R > 0) {
         if (rows == R)
             bf16_rows<R>(pairs, a, lda, b, out, accumulate, ahead);
@@ -189,14 +189,22 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
                           : ahead_of_itself(panel, (pairs + kAheadPairs - 1) / kAheadPairs,
                                             size_t(kAheadPairs) * kPanel * 4, kPanel * 4, next.panel);
             if (first + here == pairs) next.prefetch_lines(part, parts);
-            const bf16* from = left + size_t(row) * lda + 2 * first;
-            const uint32_t* by = weights + size_t(first) * kPanel;
-            if (rounded && first + here == pairs) {
-                bf16_rows_of<kPackedRows>(end - row, here, from, lda, by, rounded->rows_further(row), first > 0, ahead);
-                continue;
-            }
-            bf16_rows_of<kPackedRows>(end - row, here, from, lda, by, StoreFp32<kPanel>{c + row * kPanel, kPanel},
-                                      first > 0, ahead);
+            const bool is_rounded = rounded && first + here == pairs;
+            const auto multiply = [&](const auto& reads) {
+                const bf16* from = left + size_t(row) * lda + 2 * first;
+                const uint32_t* by = weights + size_t(first) * kPanel;
+                if (is_rounded)
+                    bf16_rows_of<kPackedRows>(end - row, here, from, lda, by, rounded->rows_further(row), first > 0,
+                                              reads);
+                else
+                    bf16_rows_of<kPackedRows>(end - row, here, from, lda, by,
+                                              StoreFp32<kPanel>{c + row * kPanel, kPanel}, first > 0, reads);
+            };
+            if (rows > 2 && parts <= 2)
+                multiply(ahead);
+            else
+                multiply(NearAhead{ahead});
+            if (is_rounded) continue;
 #endif
             if (first + here == pairs) done(row, end);
         }
