@@ -231,6 +231,14 @@ constexpr int kIntegerRows = 8, kRowsWithTotals = 6;
 constexpr int kIntegerRows = 1, kRowsWithTotals = 1;
 #endif
 
+// One or two rows of 8 bits leave every second line to the processor's own prefetcher where there are no tiles: 4 to 10 %
+// faster on Zen 4, 20 to 35 % slower of more rows, as of bf16.
+#if defined(MOESAIC_TILES)
+constexpr bool kFetchesEveryLine = true;
+#else
+constexpr bool kFetchesEveryLine = false;
+#endif
+
 // C[R][32] (+)= R rows times the activation blocks [first, last) of the panel, whose groups are of G values of K.
 // Loops over sums are unrolled by order: sums that a loop indexes live in memory, at half the speed. Rows without totals
 // in registers come in one pass only, so they never accumulate.
@@ -287,7 +295,7 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
                     load_weights<Bits>(weights + size_t(chain) * kStepBytes, columns);
                     const char* line = ahead.from + size_t(chain) * ahead.step;
                     ahead.fetch(line);
-                    if (Bits == 8) ahead.fetch(line + 64);
+                    if (Bits == 8 && (R > 2 || kFetchesEveryLine)) ahead.fetch(line + 64);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const Vi activations = broadcast_dword(row + r * stride + 4 * (s + chain));
