@@ -1,4 +1,4 @@
-"""What the folders that we write promise: one process at a time writes one, and its files are replaced whole."""
+"""Folders that we write: how one is named, one process at a time writes it, and its files are replaced whole."""
 
 import os
 import weakref
@@ -33,6 +33,12 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def split_run(source: str | Path) -> tuple[Path, str]:
+    """Return the folder and the step, "" for none, that RUN or RUN@step names. A path may hold an @ of its own."""
+    name, separator, step = str(source).rpartition("@")
+    return (Path(name), step) if separator and not Path(source).exists() else (Path(source), "")
 
 
 def write_whole(path: Path, text: str) -> None:

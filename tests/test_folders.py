@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.errors import FolderInUseError
-from moesaic.folders import FolderLock, write_whole
+from moesaic.folders import FolderLock, split_run, write_whole
 
 fcntl = pytest.importorskip("fcntl", reason="no locks of the system")
 
@@ -128,3 +128,12 @@ def test_a_system_without_locks_still_writes(
     with caplog.at_level("WARNING", "moesaic"), FolderLock(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
     assert ("cannot be locked" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_at_is_the_paths_own_where_it_is_there_else_it_parts_off_the_step(tmp_path: Path, is_there: bool) -> None:
+    source = tmp_path / "a@b@7"
+    if is_there:
+        source.mkdir()
+    assert split_run(source) == ((source, "") if is_there else (tmp_path / "a@b", "7"))
+    assert split_run(tmp_path) == (tmp_path, "")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from moesaic.errors import CheckpointError
-from moesaic.folders import sync
+from moesaic.folders import split_run, sync
 from moesaic.logs import logger
 
 if TYPE_CHECKING:  # listing a run's checkpoints needs no torch
@@ -238,12 +238,9 @@ def resolve_checkpoint(run: str | Path) -> CheckpointInfo:
 
     Raises: CheckpointError when there is no such run or step.
     """
-    name, step_text = str(run), ""
-    if not Path(run).exists():  # a path may hold an @ of its own
-        name, _, step_text = str(run).rpartition("@") if "@" in str(run) else (name, "", "")
-    folder = Path(name)
+    folder, step_text = split_run(run)
     if step_text and not step_text.isdigit():
-        raise CheckpointError(f"{run}: {step_text!r} is not a step; RUN@step takes a number; for example {name}@100.")
+        raise CheckpointError(f"{run}: {step_text!r} is not a step; RUN@step takes a number; for example {folder}@100.")
     infos = list_checkpoints(folder)
     if not folder.exists():
         raise CheckpointError(

@@ -40,7 +40,7 @@ def inspect(
 
     Example: moesaic inspect pr-moe-350m-32-64 --context 1024
     """
-    from moesaic.config.load import split_run
+    from moesaic.folders import split_run
 
     folder, _ = split_run(source)
     if folder.is_dir():
@@ -74,8 +74,9 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
     # Brings in torch: the rules of which checkpoint is meant, and what a manifest is, stand there and only there.
     from moesaic.checkpoint.quantized import describe_quantization, is_quantized
     from moesaic.checkpoint.store import best_checkpoint, list_checkpoints, resolve_checkpoint
-    from moesaic.config.load import load_train_config, split_run
+    from moesaic.config.load import load_train_config
     from moesaic.errors import ConfigError
+    from moesaic.folders import split_run
     from moesaic.report.model_summary import render_model
     from moesaic.report.summary import summarize
     from moesaic.report.terminal import render_run

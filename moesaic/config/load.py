@@ -15,7 +15,7 @@ from moesaic.config.presets import preset, preset_names
 from moesaic.config.serve import ServeConfig
 from moesaic.config.train import TrainConfig
 from moesaic.errors import ConfigError
-from moesaic.folders import write_whole
+from moesaic.folders import split_run, write_whole
 
 
 class _Loader(yaml.SafeLoader):
@@ -183,12 +183,6 @@ def run_folder_of(source: str | Path) -> Path | None:
         return None
     folder, _ = split_run(source)
     return folder if (folder / "config.yaml").is_file() else None
-
-
-def split_run(source: str | Path) -> tuple[Path, str]:
-    """Return the folder and the step, "" for none, that RUN or RUN@step names. A path may hold an @ of its own."""
-    name, separator, step = str(source).rpartition("@")
-    return (Path(name), step) if separator and not Path(source).exists() else (Path(source), "")
 
 
 def load_model_config(source: str | Path, assignments: Sequence[str] = ()) -> ModelConfig:

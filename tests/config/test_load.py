@@ -14,7 +14,6 @@ from moesaic.config.load import (
     merge,
     parse_assignment,
     read_values,
-    split_run,
     text_assignment,
     with_options,
     write_config,
@@ -250,15 +249,6 @@ def test_a_serve_config_is_a_file_and_assignments(tmp_path: Path) -> None:
 def test_a_serve_config_that_cannot_work_is_refused(assignment: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_serve_config(assignments=[assignment])
-
-
-@pytest.mark.parametrize("is_there", [True, False])
-def test_an_at_is_the_paths_own_where_it_is_there_else_it_parts_off_the_step(tmp_path: Path, is_there: bool) -> None:
-    source = tmp_path / "a@b@7"
-    if is_there:
-        source.mkdir()
-    assert split_run(source) == ((source, "") if is_there else (tmp_path / "a@b", "7"))
-    assert split_run(tmp_path) == (tmp_path, "")
 
 
 @pytest.mark.parametrize(
