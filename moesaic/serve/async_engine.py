@@ -21,6 +21,10 @@ from moesaic.serve.outputs import EngineStats, RequestOutput
 
 # So many failed steps in a row, and the engine is said to be broken.
 _FAILURES_TO_BREAK = 3
+# Steps whose outputs the event loop has not taken yet. An engine further ahead would only bury it: it takes all that
+# has come before it gets to anybody's answer, and meanwhile more comes. It waits for a loop that stands still so long.
+_MOST_UNDELIVERED = 16
+_DELIVERY_SECONDS = 1.0
 
 _Result = TypeVar("_Result")
 
@@ -124,6 +128,8 @@ class AsyncEngine:
         self._embeddings: deque[Callable[[], None]] = deque()  # which take long: one between two steps
         self._is_stopping = False
         self._failure: str | None = None
+        self._delivery = threading.Condition()
+        self._num_undelivered = 0
         # The thread's side: the texts that go on of every request that the engine has.
         self._open: dict[str, set[int]] = {}
         self._num_failures = 0
@@ -299,6 +305,9 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         """On the event loop: give outputs to those who wait for them."""
+        with self._delivery:
+            self._num_undelivered -= 1
+            self._delivery.notify()
         for output in outputs:
             running = self._by_id.get(output.request_id)
             if running is None:
@@ -338,6 +347,8 @@ class AsyncEngine:
         return self._engine.has_work and bool(self._open or not self._num_failures)
 
     def _step(self) -> None:
+        with self._delivery:
+            self._delivery.wait_for(lambda: self._num_undelivered < _MOST_UNDELIVERED, _DELIVERY_SECONDS)
         try:
             outputs = self._engine.step()
         except Exception as error:  # whatever it is, the others' next requests are to be served
@@ -371,6 +382,8 @@ class AsyncEngine:
 
     def _post(self, outputs: Sequence[RequestOutput]) -> None:
         assert self._loop is not None
+        with self._delivery:
+            self._num_undelivered += 1
         self._loop.call_soon_threadsafe(self._deliver, outputs)
 
 

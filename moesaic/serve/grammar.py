@@ -16,6 +16,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,11 @@ class GrammarCompiler:
 
         Raises: InstallationError without xgrammar.
         """
-        try:
-            import xgrammar  # noqa: F401
-        except ImportError as error:
+        if find_spec("xgrammar") is None:  # its import brings transformers in, which a start would wait for
             raise InstallationError(
-                f"a grammar was asked for and xgrammar cannot be imported ({error}); structured output stands on it; "
-                f"install it with `pip install 'moesaic[structured]'`."
-            ) from None
+                "a grammar was asked for and xgrammar is not installed; structured output stands on it; install it "
+                "with `pip install 'moesaic[structured]'`."
+            )
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._max_bytes, self._timeout_seconds = max_bytes, timeout_seconds
         self._stop_ids = sorted(token_id for token_id in tokenizer.stop_ids if token_id < vocab_size)
@@ -150,6 +149,7 @@ class GrammarCompiler:
             self._vocabulary = Vocabulary(self._tokens, self._vocab_size, self._stop_ids)
         if self._trial is None or not self._trial.is_alive:
             self._trial = _Trial(self._tokens, self._vocab_size, self._stop_ids)
+            import xgrammar  # noqa: F401  # while that process does the same
         return self._trial
 
     def _check(self, grammar: Grammar) -> None:

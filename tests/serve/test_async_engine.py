@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
+from moesaic.serve import async_engine
 from moesaic.serve.async_engine import AsyncEngine, EngineStoppedError
 from moesaic.serve.outputs import RequestOutput
 
@@ -242,6 +244,20 @@ def test_those_who_wait_for_embeddings_are_told_when_it_stops() -> None:
         assert (await asyncio.wait_for(task, 10))[-1].finish_reason == "abort"
 
     asyncio.run(main())
+
+
+def test_the_engine_does_not_run_far_ahead_of_the_event_loop() -> None:
+    async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
+        outputs = engine.generate([1, 2, 3], ENDLESS)
+        await anext(outputs)
+        before = fake.num_steps
+        time.sleep(0.3)  # the loop takes nothing; the fake engine makes some 100,000 steps a second
+        assert fake.num_steps - before <= async_engine._MOST_UNDELIVERED + 1
+        for _ in range(100):
+            await anext(outputs)
+        await outputs.aclose()
+
+    run(test)
 
 
 def test_an_id_that_is_in_use_is_refused_and_its_owner_goes_on() -> None:
