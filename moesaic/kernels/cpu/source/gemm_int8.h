@@ -231,14 +231,6 @@ constexpr int kIntegerRows = 8, kRowsWithTotals = 6;
 constexpr int kIntegerRows = 1, kRowsWithTotals = 1;
 #endif
 
-// One or two rows of 8 bits leave every second line to the processor's own prefetcher where there are no tiles: 4 to 10 %
-// faster on Zen 4, 20 to 35 % slower of more rows, as of bf16.
-#if defined(MOESAIC_TILES)
-constexpr bool kFetchesEveryLine = true;
-#else
-constexpr bool kFetchesEveryLine = false;
-#endif
-
 // C[R][32] (+)= R rows times the activation blocks [first, last) of the panel, whose groups are of G values of K.
 // Loops over sums are unrolled by order: sums that a loop indexes live in memory, at half the speed. Rows without totals
 // in registers come in one pass only, so they never accumulate.
@@ -252,6 +244,9 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
     // The sums of one row alone would wait for each other: 4 bits ran at 60 % of the speed.
     constexpr int kChains = R == 1 && W == 16 ? 2 : 1;
     constexpr bool kHasTotals = R <= kRowsWithTotals;
+    // One or two rows of 8 bits leave every second line to the processor's own prefetcher: 4 to 10 % faster on Zen 4,
+    // but 20 to 35 % slower of more rows, and of bf16. With tiles it has not been tried.
+    constexpr bool kFetchesEveryLine = R > 2 || kHasTiles;
     const uint8_t* weights = panel.data + size_t(first) * kGroups * (kSteps * kStepBytes + kScaleBytes);
     Vf total[R][V];
 #pragma GCC unroll 8
@@ -295,7 +290,7 @@ inline void integer_rows(const IntegerPanel& panel, int first, int last, const c
                     load_weights<Bits>(weights + size_t(chain) * kStepBytes, columns);
                     const char* line = ahead.from + size_t(chain) * ahead.step;
                     ahead.fetch(line);
-                    if (Bits == 8 && (R > 2 || kFetchesEveryLine)) ahead.fetch(line + 64);
+                    if (Bits == 8 && kFetchesEveryLine) ahead.fetch(line + 64);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const Vi activations = broadcast_dword(row + r * stride + 4 * (s + chain));
@@ -535,7 +530,7 @@ inline void integer_product(const IntegerPanel& panel, int rows, const char* a, 
                 integer_rows_of<Bits, G, kIntegerRows>(end - row, panel, first, last, a + row * stride, stride,
                                                        c + row * kPanel, first > 0, reads);
             };
-            if (parts <= (Bits == 8 ? 4 : 1))
+            if (kHasTiles || parts <= (Bits == 8 ? 4 : 1))
                 multiply(ahead);
             else
                 multiply(NearAhead{ahead});

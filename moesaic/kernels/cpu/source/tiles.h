@@ -12,6 +12,12 @@
 
 namespace moesaic {
 
+#if defined(MOESAIC_TILES)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+
 // What is streamed from memory is fetched into the second-level cache: first-level ones of 32 KiB and 8 ways (Zen 4) lose
 // it again (int8 weights up to 25 % slower), tiles take int4 weights up to 25 % faster from there, and Zen 5 knows no
 // difference.
