@@ -149,7 +149,13 @@ class GrammarCompiler:
             self._vocabulary = Vocabulary(self._tokens, self._vocab_size, self._stop_ids)
         if self._trial is None or not self._trial.is_alive:
             self._trial = _Trial(self._tokens, self._vocab_size, self._stop_ids)
-            import xgrammar  # noqa: F401  # while that process does the same
+            try:
+                import xgrammar  # noqa: F401  # while that process does the same
+            except ImportError as error:
+                raise InstallationError(
+                    f"xgrammar is installed and cannot be imported ({error}); structured output stands on it; install "
+                    f"it anew with `pip install --force-reinstall 'moesaic[structured]'`."
+                ) from None
         return self._trial
 
     def _check(self, grammar: Grammar) -> None:

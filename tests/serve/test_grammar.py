@@ -434,6 +434,20 @@ def test_without_xgrammar_the_error_says_how_to_install_it(
         GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE)
 
 
+def test_a_compiler_imports_xgrammar_with_its_first_grammar_and_says_where_that_fails(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "xgrammar", raising=False)
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE)
+    assert "xgrammar" not in sys.modules  # a server's start would wait for it
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    try:
+        with pytest.raises(InstallationError, match="cannot be imported"):
+            compiler.compile(Grammar(kind="regex", text="yes|no"))
+    finally:
+        compiler.close()
+
+
 def test_a_grammar_that_takes_for_ever_or_crashes_is_refused_and_others_go_on(
     compiler: GrammarCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
