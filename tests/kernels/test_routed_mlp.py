@@ -103,6 +103,9 @@ def test_equals_the_loop(kernels: str, activation: str, has_bias: bool) -> None:
         (97, 1, 1, 96, 32),
         (40, 3, 1, 640, 96),  # few rows, whose gradient takes several panels at once, and not all of them
         (1100, 1, 1, 544, 32),  # more rows than one task takes; panels that do not stay in a cache
+        (130, 1, 1, 2048, 32),  # rows 4 KiB apart, which are copied
+        (130, 1, 1, 32, 2048),
+        (500, 1, 1, 32, 32),  # two pieces of unequal length
     ],
 )
 def test_awkward_sizes(kernels: str, tokens: int, experts: int, top_k: int, hidden: int, inner: int) -> None:

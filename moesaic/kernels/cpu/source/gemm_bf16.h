@@ -21,6 +21,10 @@ constexpr int kPairBlock = 1;
 constexpr int kWholeRows = 48;  // 12 and 6 divide it
 #endif
 
+// Rows 4 KiB apart share one set of the first-level cache, of 8 or 12 ways: a step's rows push each other out. Tiles load
+// every line once.
+inline bool share_cache_sets(size_t bytes_apart) { return !kHasTiles && bytes_apart % 4096 == 0; }
+
 inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Width fp32 sums to bf16 in memory, past the caches where the address allows.
@@ -184,10 +188,10 @@ inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t*
         gemm_tiles<1>(rows, pairs, a, lda, b + 32, ldb, c + 32, ldc, accumulate, blocks, a_block, NothingAhead{});
 }
 
-// C[rows][columns] = A[rows][2 * pairs] * the panels that begin at b, rounded to bf16 and written past the caches: two
-// lines of a row at a time, which memory takes at 43 GB/s; one line of each of 32 rows at 25.
-inline void gemm_streamed(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, int64_t columns, bf16* c,
-                          size_t ldc) {
+// C[rows][columns] = A * the panels that begin at b, rounded to bf16 and written past the caches: two lines of a row at a
+// time, which memory takes at 43 GB/s; one line of each of 32 rows at 25. A is row after row, lda dwords apart.
+inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, const uint32_t* b, int64_t columns,
+                          bf16* c, size_t ldc) {
     constexpr int kColumns = 2 * kPanel;
     alignas(64) float sums[kRowBlock * kColumns];
     // Panels that do not stay in the cache are read once for all rows.
@@ -198,8 +202,8 @@ inline void gemm_streamed(int rows, int pairs, const bf16* a, size_t lda, const 
                 const int here = rows - row < kRowBlock ? rows - row : kRowBlock;
                 const int wide = columns - first < kColumns ? kPanel : kColumns;
                 for (int column = 0; column < wide; column += kPanel)
-                    gemm<kPanel>(here, pairs, a + row * lda, lda, b + (first + column) * pairs, kPanel, sums + column,
-                                 kColumns, false);
+                    gemm<kPanel>(here, pairs, reinterpret_cast<const bf16*>(a + row * lda), 2 * lda,
+                                 b + (first + column) * pairs, kPanel, sums + column, kColumns, false);
                 for (int r = 0; r < here; ++r)
                     for (int column = 0; column < wide; column += kPanel) {
                         Vf line[kPanel / W];
@@ -246,9 +250,38 @@ struct StreamBf16 {
     StreamBf16 rows_further(int rows) const { return {c + rows * ldc, ldc}; }
 };
 
-template <int R, int Width, bool Prefetch, typename Out>
-inline void gemm_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, Out out, bool accumulate,
-                      int blocks, size_t a_block, ptrdiff_t next) {
+// The left operand, row after row.
+template <bool Prefetch>
+struct RowMajor {
+    const bf16* a;
+    size_t lda;
+    size_t block;    // from one block of K to the next
+    ptrdiff_t next;  // to the rows that are brought nearer
+
+    Vi pair(int r, int p) const { return broadcast_dword(a + r * lda + 2 * p); }
+    template <int R>
+    void read_ahead(int p) const {
+        if constexpr (Prefetch)
+            for (int r = 0; r < R; ++r) fetch(a + next + r * lda + 2 * p);
+    }
+    RowMajor rows_further(int rows) const { return {a + rows * lda, lda, block, next}; }
+    void go_on() { a += block; }
+};
+
+// Pair after pair of K, each with all rows.
+struct PairMajor {
+    const uint32_t* a;
+    size_t lda;
+
+    Vi pair(int r, int p) const { return broadcast_dword(a + p * lda + r); }
+    template <int R>
+    void read_ahead(int) const {}
+    PairMajor rows_further(int rows) const { return {a + rows, lda}; }
+    void go_on() {}
+};
+
+template <int R, int Width, typename Left, typename Out>
+inline void gemm_rows(int pairs, Left left, const uint32_t* b, size_t ldb, Out out, bool accumulate, int blocks) {
     constexpr int V = Width / W;
     Vf acc[R][V];
     for (int r = 0; r < R; ++r)
@@ -256,45 +289,43 @@ inline void gemm_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, s
     for (int block = 0; block < blocks; ++block) {
         for (int line = 0; line < pairs; line += 16) {
             const int end = pairs - line < 16 ? pairs : line + 16;
-            if constexpr (Prefetch)
-                for (int r = 0; r < R; ++r) fetch(a + next + r * lda + 2 * line);
+            left.template read_ahead<R>(line);
 #pragma GCC unroll 2
             for (int p = line; p < end; ++p) {
                 Vi columns[V];
                 for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * ldb + v * W);
                 for (int r = 0; r < R; ++r) {
-                    const Vi row = broadcast_dword(a + r * lda + 2 * p);
+                    const Vi row = left.pair(r, p);
                     for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
                 }
             }
         }
-        a += a_block;
+        left.go_on();
         b += size_t(pairs) * ldb;
     }
     for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
 
-template <int R, int Width, bool Prefetch, typename Out>
-inline void gemm_remainder(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, Out out,
-                           bool accumulate, int blocks, size_t a_block, ptrdiff_t next) {
+template <int R, int Width, typename Left, typename Out>
+inline void gemm_remainder(int rows, int pairs, Left left, const uint32_t* b, size_t ldb, Out out, bool accumulate,
+                           int blocks) {
     if constexpr (R > 0) {
         if (rows == R)
-            gemm_rows<R, Width, Prefetch>(pairs, a, lda, b, ldb, out, accumulate, blocks, a_block, next);
+            gemm_rows<R, Width>(pairs, left, b, ldb, out, accumulate, blocks);
         else
-            gemm_remainder<R - 1, Width, Prefetch>(rows, pairs, a, lda, b, ldb, out, accumulate, blocks, a_block, next);
+            gemm_remainder<R - 1, Width>(rows, pairs, left, b, ldb, out, accumulate, blocks);
     }
 }
 
-template <int Width, bool Prefetch, typename Out>
-inline void gemm_into(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, Out out,
-                      bool accumulate, int blocks, size_t a_block, ptrdiff_t next) {
+template <int Width, typename Left, typename Out>
+inline void gemm_into(int rows, int pairs, Left left, const uint32_t* b, size_t ldb, Out out, bool accumulate = false,
+                      int blocks = 1) {
     constexpr int R = row_block<Width>();
     int row = 0;
     for (; row + R <= rows; row += R)
-        gemm_rows<R, Width, Prefetch>(pairs, a + row * lda, lda, b, ldb, out.rows_further(row), accumulate, blocks,
-                                      a_block, next);
-    gemm_remainder<R - 1, Width, Prefetch>(rows - row, pairs, a + row * lda, lda, b, ldb, out.rows_further(row),
-                                           accumulate, blocks, a_block, next);
+        gemm_rows<R, Width>(pairs, left.rows_further(row), b, ldb, out.rows_further(row), accumulate, blocks);
+    gemm_remainder<R - 1, Width>(rows - row, pairs, left.rows_further(row), b, ldb, out.rows_further(row), accumulate,
+                                 blocks);
 }
 
 // C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
@@ -305,21 +336,21 @@ inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t*
                  bool accumulate, int blocks = 1, size_t a_block = 0, const bf16* next = nullptr) {
     const StoreFp32<Width> out{c, ldc};
     if (next)
-        gemm_into<Width, true>(rows, pairs, a, lda, b, ldb, out, accumulate, blocks, a_block, next - a);
+        gemm_into<Width>(rows, pairs, RowMajor<true>{a, lda, a_block, next - a}, b, ldb, out, accumulate, blocks);
     else
-        gemm_into<Width, false>(rows, pairs, a, lda, b, ldb, out, accumulate, blocks, a_block, 0);
+        gemm_into<Width>(rows, pairs, RowMajor<false>{a, lda, a_block, 0}, b, ldb, out, accumulate, blocks);
 }
 
-// C[rows][columns] = A[rows][2 * pairs] * the panels that begin at b, rounded to bf16 and written past the caches.
-inline void gemm_streamed(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, int64_t columns, bf16* c,
-                          size_t ldc) {
+// C[rows][columns] = A * the panels that begin at b, rounded to bf16 and written past the caches. A is pair after pair,
+// lda dwords apart.
+inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, const uint32_t* b, int64_t columns,
+                          bf16* c, size_t ldc) {
     // Whole rows at a time while all panels stay in the cache, since memory is written fastest in long pieces.
     const int step = int64_t(pairs) * columns <= (1 << 17) ? kRowBlock : rows;
     for (int row = 0; row < rows; row += step)
         for (int64_t column = 0; column < columns; column += kPanel)
-            gemm_into<kPanel, true>(rows - row < step ? rows - row : step, pairs, a + row * lda, lda, b + column * pairs,
-                                    kPanel, StreamBf16<kPanel>{c + row * ldc + column, ldc}, false, 1, 0,
-                                    ptrdiff_t(kRowBlock * lda));
+            gemm_into<kPanel>(rows - row < step ? rows - row : step, pairs, PairMajor{a + row, lda}, b + column * pairs,
+                              kPanel, StreamBf16<kPanel>{c + row * ldc + column, ldc});
 }
 
 #endif

@@ -43,11 +43,11 @@ MoeTrainingScratch prepare(const MoeTraining& m, bool backward) {
     if (m.combines()) carver.add(s.row_weights, m.rows);
     if (m.routes > 1) carver.add(s.sums, m.rows * m.hidden);
     if (backward) {
-        carver.add(s.gradients, rows * m.hidden);
-        carver.add(s.gradients_turned, rows / 2 * m.hidden);
+        carver.add(s.gradients, rows * training::row_stride(m.hidden));
+        carver.add(s.contracted_gradients, rows / 2 * m.hidden);
         carver.add(s.tokens_paired, rows / 2 * m.hidden);
         carver.add(s.grad_pre, rows * m.pre_width());
-        carver.add(s.grad_pre_turned, rows / 2 * m.pre_width());
+        carver.add(s.contracted_grad_pre, rows / 2 * m.pre_width());
         carver.add(s.hidden_paired, rows / 2 * m.inner);
         if (m.combines()) carver.add(s.partial_weights, training::chunks(m.inner, training::kChunk) * m.rows);
     } else {

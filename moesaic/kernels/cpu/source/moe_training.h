@@ -58,6 +58,7 @@ namespace training {
 constexpr int kChunk = 96;          // rows or columns that one product works on: whole row blocks and panels everywhere
 constexpr int kGradXColumns = 128;  // columns of the up weights packed at once for the gradient of the rows
 constexpr int kAhead = 16;          // rows of weights fetched before they are packed: pieces of rows are no stream
+constexpr size_t kFewestUses = 3;   // products with the same rows of weights that make up for a copy of them
 constexpr int64_t kGroupRows = 2048;
 
 // A matrix of an expert's rows and F columns, cut into chunks of 96 columns, each chunk's rows one after the other: what a
@@ -76,6 +77,25 @@ inline ChunkedRows<T> chunked_rows(T* expert, int64_t rows, int64_t first, int c
     const int64_t halves = gated ? 2 : 1;
     return {expert + rows * first * halves, columns * halves, columns};
 }
+
+// An expert's rows as the left operand of a weight's gradient, which is contracted over them: pairs of rows, for a chunk of
+// 96 columns pair after pair; with tiles, which take rows, column after column.
+struct ContractedRows {
+    uint32_t* chunk;
+    size_t ld;  // dwords from one column, or pair, to the next
+
+    ContractedRows(uint32_t* expert, int64_t pairs, int64_t first, int columns)
+        : chunk(expert + first * pairs), ld(size_t(kHasTiles ? pairs : columns)) {}
+    // Where pair p begins.
+    uint32_t* pair(int64_t p) const { return chunk + (kHasTiles ? p : p * int64_t(ld)); }
+    // Bring pairs p .. p + count here, which lie one after the other elsewhere.
+    void copy(int64_t p, int count, int columns, const uint32_t* from, size_t ld_from) const {
+        if constexpr (kHasTiles)
+            transpose_dwords(count, columns, from, ld_from, pair(p), ld);
+        else
+            for (int i = 0; i < count; ++i) std::memcpy(pair(p + i), from + i * ld_from, columns * sizeof(uint32_t));
+    }
+};
 
 // Lanes of rows that share one packed panel in the forward pass.
 struct LaneBlock {
@@ -136,10 +156,13 @@ inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
         group.rows += rows.padded;
         start += count;
         size_t block = 0;
-        for (int64_t first = 0; first < count; first += kPieceRows) {
+        // All of one length, since a short one at the end leaves a thread without work.
+        const int64_t parts = std::max<int64_t>(1, (count + kPieceRows - 1) / kPieceRows);
+        const int64_t most = (count + parts * kChunk - 1) / (parts * kChunk) * kChunk;
+        for (int64_t first = 0; first < count; first += most) {
             const size_t begin = block;
-            while (block < rows.blocks.size() && rows.blocks[block].first < first + kPieceRows) ++block;
-            const int64_t here = std::min(kPieceRows, rows.padded - first);
+            while (block < rows.blocks.size() && rows.blocks[block].first < first + most) ++block;
+            const int64_t here = std::min(most, rows.padded - first);
             group.pieces.push_back({int(group.experts.size()), first, here, begin, block - begin});
             group.longest = std::max(group.longest, here);
         }
@@ -156,26 +179,44 @@ inline void find_row_weights(const MoeTraining& m, int64_t token, float* row_wei
     }
 }
 
+// How far apart rows of `width` numbers lie where we choose it.
+inline int64_t row_stride(int64_t width) { return share_cache_sets(width * sizeof(bf16)) ? width + kPanel : width; }
+
+// A chunk's rows of weights as a product's left operand.
+struct WeightRows {
+    const bf16* first;
+    size_t ld;
+
+    // As they lie, or where that would slow `uses` products down, in a copy of rows * row_stride(width).
+    WeightRows(const bf16* weights, int rows, int64_t width, size_t uses, bf16* copy) : first(weights), ld(width) {
+        if (row_stride(width) == width || uses < kFewestUses) return;
+        first = copy;
+        ld = size_t(row_stride(width));
+        for (int r = 0; r < rows; ++r) std::memcpy(copy + r * ld, weights + r * width, width * sizeof(bf16));
+    }
+};
+
 // is_first: of the blocks that use these weights, which are not in the cache yet.
 template <int Width>
 inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
-                     bool is_first, const uint32_t* tokens, uint32_t* hidden, uint32_t* pairs) {
+                     const WeightRows& weights, const WeightRows& up_weights, bool is_first, const uint32_t* tokens,
+                     uint32_t* hidden, uint32_t* pairs) {
     const int64_t h = m.hidden, f = m.inner, e = rows.expert;
     alignas(64) float gate[kChunk * Width], up[kChunk * Width];
-    const bf16* weights = m.up + e * m.pre_width() * h + first * h;
     const uint32_t* panel = tokens + block.offset * (h / 2);
     const bf16* bias = m.up_bias ? m.up_bias + e * m.pre_width() + first : nullptr;
-    const bf16* up_weights = m.gated() ? weights + f * h : weights;
 #if defined(MOESAIC_TILES)
     // While one half of a chunk is multiplied, the other, or the next chunk's first one, is on its way.
-    const bf16* following = first + kChunk < f ? weights + kChunk * h : nullptr;
-    const bf16 *after_gate = m.gated() ? up_weights : following, *after_up = following;
+    const bf16* following = first + kChunk < f ? weights.first + kChunk * h : nullptr;
+    const bf16 *after_gate = m.gated() ? up_weights.first : following, *after_up = following;
 #else
-    const bf16 *after_gate = weights + row_block<Width>() * h, *after_up = up_weights + row_block<Width>() * h;
+    const bf16* after_gate = weights.first + row_block<Width>() * weights.ld;
+    const bf16* after_up = up_weights.first + row_block<Width>() * up_weights.ld;
 #endif
-    gemm<Width>(count, int(h / 2), weights, h, panel, Width, gate, Width, false, 1, 0, is_first ? after_gate : nullptr);
+    gemm<Width>(count, int(h / 2), weights.first, weights.ld, panel, Width, gate, Width, false, 1, 0,
+                is_first ? after_gate : nullptr);
     if (m.gated())
-        gemm<Width>(count, int(h / 2), up_weights, h, panel, Width, up, Width, false, 1, 0,
+        gemm<Width>(count, int(h / 2), up_weights.first, up_weights.ld, panel, Width, up, Width, false, 1, 0,
                     is_first ? after_up : nullptr);
     uint32_t* hidden_rows = hidden + block.offset * (f / 2) + first / 2 * Width;
     for (int r = 0; r < count; r += 2) {
@@ -213,12 +254,12 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
 
 template <int Width>
 inline void down_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
-                       bool is_first, const uint32_t* hidden, const float* row_weights, float* sums) {
+                       const WeightRows& weights, bool is_first, const uint32_t* hidden, const float* row_weights,
+                       float* sums) {
     const int64_t h = m.hidden, f = m.inner, e = rows.expert;
     alignas(64) float y[kChunk * Width], turned[Width * kChunk];
-    const bf16* weights = m.down + (e * h + first) * f;
-    gemm<Width>(count, int(f / 2), weights, f, hidden + block.offset * (f / 2), Width, y, Width, false, 1, 0,
-                is_first ? weights + row_block<Width>() * f : nullptr);
+    gemm<Width>(count, int(f / 2), weights.first, weights.ld, hidden + block.offset * (f / 2), Width, y, Width, false, 1,
+                0, is_first ? weights.first + row_block<Width>() * weights.ld : nullptr);
     transpose_dwords(count, block.valid, reinterpret_cast<uint32_t*>(y), Width, reinterpret_cast<uint32_t*>(turned),
                      kChunk);
     const bf16* bias = m.down_bias ? m.down_bias + e * h + first : nullptr;
@@ -297,13 +338,13 @@ struct MoeTrainingScratch {
     uint32_t* tokens = nullptr;
     uint32_t* hidden = nullptr;
     // Backward, of the largest group.
-    bf16* gradients = nullptr;             // (rows, H): row-major
-    uint32_t* gradients_turned = nullptr;  // per expert (H, rows / 2)
-    uint32_t* tokens_paired = nullptr;     // per expert panels (H / 32, rows / 2, 32)
-    bf16* grad_pre = nullptr;              // (rows, F or 2F)
-    uint32_t* grad_pre_turned = nullptr;   // per expert (F or 2F, rows / 2)
-    uint32_t* hidden_paired = nullptr;     // per expert panels (F / 32, rows / 2, 32)
-    float* partial_weights = nullptr;      // (chunks of F, N): parts of the routing weights' gradient
+    bf16* gradients = nullptr;                 // (rows, row_stride(H))
+    uint32_t* contracted_gradients = nullptr;  // per expert and chunk of H: ContractedRows
+    uint32_t* tokens_paired = nullptr;         // per expert panels (H / 32, rows / 2, 32)
+    bf16* grad_pre = nullptr;                  // (rows, F or 2F)
+    uint32_t* contracted_grad_pre = nullptr;   // per expert and chunk of F or of each half of 2F
+    uint32_t* hidden_paired = nullptr;         // per expert panels (F / 32, rows / 2, 32)
+    float* partial_weights = nullptr;          // (chunks of F, N): parts of the routing weights' gradient
 };
 
 inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrainingScratch& s) {
@@ -344,10 +385,18 @@ inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrai
             const int64_t first = i % up_chunks * kChunk;
             const int count = int(std::min<int64_t>(kChunk, f - first));
             alignas(64) uint32_t pairs[kChunk * 48];
+            static thread_local Scratch copies;
+            bf16* copy = copies.get<bf16>(2 * kChunk * size_t(row_stride(h)));
+            const bf16* from = m.up + (rows.expert * m.pre_width() + first) * h;
+            const WeightRows weights(from, count, h, piece.blocks, copy);
+            const WeightRows up_weights = m.gated() ? WeightRows(from + f * h, count, h, piece.blocks,
+                                                                 copy + kChunk * row_stride(h))
+                                                    : weights;
             for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
                 const LaneBlock& block = rows.blocks[b];
                 with_width(block.width, [&](auto width) {
-                    up_block<width>(m, rows, block, first, count, b == piece.block, s.tokens, s.hidden, pairs);
+                    up_block<width>(m, rows, block, first, count, weights, up_weights, b == piece.block, s.tokens,
+                                    s.hidden, pairs);
                 });
             }
         });
@@ -356,10 +405,14 @@ inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrai
             const ExpertRows& rows = group.experts[piece.expert];
             const int64_t first = i % down_chunks * kChunk;
             const int count = int(std::min<int64_t>(kChunk, h - first));
+            static thread_local Scratch copies;
+            const WeightRows weights(m.down + (rows.expert * h + first) * f, count, f, piece.blocks,
+                                     copies.get<bf16>(kChunk * size_t(row_stride(f))));
             for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
                 const LaneBlock& block = rows.blocks[b];
                 with_width(block.width, [&](auto width) {
-                    down_block<width>(m, rows, block, first, count, b == piece.block, s.hidden, s.row_weights, s.sums);
+                    down_block<width>(m, rows, block, first, count, weights, b == piece.block, s.hidden,
+                                      s.row_weights, s.sums);
                 });
             }
         });
@@ -382,7 +435,7 @@ inline void prepare_rows(const MoeTraining& m, const ExpertRows& rows, int64_t f
         Vf weight[2];
         for (int side = 0; side < 2; ++side) {
             const int64_t local = 2 * (first_pair + p) + side, row = rows.start + local;
-            bf16* copy = s.gradients + (rows.row_offset + local) * h;
+            bf16* copy = s.gradients + (rows.row_offset + local) * row_stride(h);
             if (local < rows.count) {
                 const int64_t token = m.combines() ? m.token_ids[row] : row;
                 x[side] = m.x + token * h;
@@ -402,19 +455,23 @@ inline void prepare_rows(const MoeTraining& m, const ExpertRows& rows, int64_t f
         for (int64_t c = 0; c < h; c += kPanel)
             interleave_rows(kPanel, x[0] + c, x[1] + c, panels + (c / kPanel * pairs + first_pair + p) * kPanel);
     }
-    transpose_dwords(count, int(h), weighted, h, s.gradients_turned + rows.row_offset / 2 * h + first_pair, pairs);
+    for (int64_t c = 0; c < h; c += kChunk) {
+        const int columns = int(std::min<int64_t>(kChunk, h - c));
+        const ContractedRows contracted(s.contracted_gradients + rows.row_offset / 2 * h, pairs, c, columns);
+        contracted.copy(first_pair, count, columns, weighted + c, h);
+    }
 }
 
 // The gradient of the pre-activation for 96 columns of F: grad_hidden = grad_out * down, then through the activation.
 inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const Piece& piece, int64_t chunk,
                              const MoeTrainingScratch& s) {
     const int64_t first = chunk * kChunk, end = piece.first + piece.count;
-    const int64_t h = m.hidden, f = m.inner, width = m.pre_width(), pairs = rows.padded / 2;
+    const int64_t h = m.hidden, f = m.inner, width = m.pre_width(), pairs = rows.padded / 2, apart = row_stride(h);
     const int columns = int(std::min<int64_t>(kChunk, f - first)), panels = columns / kPanel;
     static thread_local Scratch buffer;
     uint32_t* packed = buffer.get<uint32_t>(h / 2 * kChunk + 2 * kChunk * kChunk);
     float* grad_hidden = reinterpret_cast<float*>(packed + h / 2 * kChunk);
-    uint32_t* paired = packed + h / 2 * kChunk + kChunk * kChunk;  // (2, 48, 96)
+    uint32_t* paired = packed + h / 2 * kChunk + kChunk * kChunk;  // (2, 48, 96), with tiles
     for (int64_t p = 0; p < h / 2; ++p) {
         const bf16* even = m.down + (rows.expert * h + 2 * p) * f + first;
         for (int j = 0; j < panels; ++j) {
@@ -427,11 +484,13 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
     const bf16* down_bias = m.down_bias ? m.down_bias + rows.expert * h : nullptr;
     const auto pre = chunked_rows<const bf16>(m.pre + rows.start * width, rows.count, first, columns, m.gated());
     const auto grad_pre = chunked_rows(s.grad_pre + rows.row_offset * width, rows.padded, first, columns, m.gated());
+    uint32_t* contracted = s.contracted_grad_pre + rows.row_offset / 2 * width;
+    const ContractedRows gate_rows(contracted, pairs, first, columns), up_rows(contracted, pairs, f + first, columns);
     for (int64_t row = piece.first; row < end; row += kChunk) {
         const int count = int(std::min<int64_t>(kChunk, end - row));
-        const bf16* gradients = s.gradients + (rows.row_offset + row) * h;
+        const bf16* gradients = s.gradients + (rows.row_offset + row) * apart;
         for (int j = 0; j < panels; ++j)
-            gemm_panel(count, int(h / 2), gradients, h, packed + j * (h / 2) * kPanel, kPanel,
+            gemm_panel(count, int(h / 2), gradients, size_t(apart), packed + j * (h / 2) * kPanel, kPanel,
                        grad_hidden + j * kPanel, kChunk, false);
         for (int r = 0; r < count; r += 2) {
             const int64_t local = row + r;
@@ -439,6 +498,8 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
             Vf dot[2] = {zero(), zero()}, weight[2];
             for (int side = 0; side < 2; ++side)
                 weight[side] = set1(m.combines() && exists[side] ? s.row_weights[rows.start + local + side] : 1.0f);
+            uint32_t* gate_to = kHasTiles ? paired + r / 2 * kChunk : gate_rows.pair(local / 2);
+            uint32_t* up_to = kHasTiles ? paired + (kChunk / 2 + r / 2) * kChunk : up_rows.pair(local / 2);
             for (int c = 0; c < columns; c += W) {
                 Vf hidden[2], grad_gate[2], grad_up[2];
                 for (int side = 0; side < 2; ++side) {
@@ -467,11 +528,11 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
                 bf16 *even = grad_pre.row(local) + c, *odd = grad_pre.row(local + 1) + c;
                 store_bf16(even, grad_gate[0]);
                 store_bf16(odd, grad_gate[1]);
-                storei(paired + r / 2 * kChunk + c, interleave_bf16(grad_gate[0], grad_gate[1]));
+                storei(gate_to + c, interleave_bf16(grad_gate[0], grad_gate[1]));
                 if (m.gated()) {
                     store_bf16(even + grad_pre.half, grad_up[0]);
                     store_bf16(odd + grad_pre.half, grad_up[1]);
-                    storei(paired + (kChunk / 2 + r / 2) * kChunk + c, interleave_bf16(grad_up[0], grad_up[1]));
+                    storei(up_to + c, interleave_bf16(grad_up[0], grad_up[1]));
                 }
                 uint32_t* hidden_panel = s.hidden_paired + rows.row_offset / 2 * f +
                                          ((first + c) / kPanel * pairs + local / 2) * kPanel + c % kPanel;
@@ -484,16 +545,17 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
                 if (chunk == 0 && down_bias) {
                     Vf bias_dot = zero();
                     for (int64_t c = 0; c < h; c += W)
-                        bias_dot = fma(load_bf16(down_bias + c), load_bf16(gradients + (r + side) * h + c), bias_dot);
+                        bias_dot = fma(load_bf16(down_bias + c), load_bf16(gradients + (r + side) * apart + c),
+                                       bias_dot);
                     part += sum(bias_dot);
                 }
                 s.partial_weights[chunk * m.rows + rows.start + local + side] = part;
             }
         }
-        uint32_t* turned = s.grad_pre_turned + rows.row_offset / 2 * width + first * pairs + row / 2;
-        transpose_dwords(count / 2, columns, paired, kChunk, turned, pairs);
-        if (m.gated())
-            transpose_dwords(count / 2, columns, paired + kChunk / 2 * kChunk, kChunk, turned + f * pairs, pairs);
+        if constexpr (kHasTiles) {
+            gate_rows.copy(row / 2, count / 2, columns, paired, kChunk);
+            if (m.gated()) up_rows.copy(row / 2, count / 2, columns, paired + kChunk / 2 * kChunk, kChunk);
+        }
     }
 }
 
@@ -551,23 +613,21 @@ inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, const P
     }
 }
 
-// Rows first .. first + count of a weight's gradient (.., columns): turned (rows of the weight, pairs) * paired panels.
-inline void weight_gradient_rows(const uint32_t* turned, const uint32_t* paired, int64_t pairs, int64_t first, int count,
-                                 int64_t columns, bf16* grad) {
-    gemm_streamed(count, int(pairs), reinterpret_cast<const bf16*>(turned + first * pairs), 2 * pairs, paired, columns,
-                  grad + first * columns, columns);
-}
-
-// Gradients of a bias: the sums over an expert's rows of a turned matrix.
-inline void bias_gradient_rows(const uint32_t* turned, int64_t pairs, int64_t first, int count, bf16* grad) {
-    for (int r = 0; r < count; ++r) {
-        const bf16* row = reinterpret_cast<const bf16*>(turned + (first + r) * pairs);
-        Vf total = zero();
-        int64_t n = 0;
-        for (; n + W <= 2 * pairs; n += W) total = add(total, load_bf16(row + n));
-        float value = sum(total);
-        for (; n < 2 * pairs; ++n) value += bf16_to_float(row[n]);
-        grad[first + r] = float_to_bf16(value);
+// A bias's gradient for one chunk: the sums over an expert's rows.
+inline void bias_gradient_rows(const ContractedRows& rows, int64_t pairs, int columns, bf16* grad) {
+    const Vi ones = set1i(0x3f803f80);  // the sum of a pair is its product with two ones
+    if constexpr (kHasTiles) {
+        for (int c = 0; c < columns; ++c) {
+            Vf total = zero();
+            for (int64_t p = 0; p < pairs; p += W) total = dot_bf16(total, loadi(rows.chunk + c * rows.ld + p), ones);
+            grad[c] = float_to_bf16(sum(total));
+        }
+    } else {
+        for (int c = 0; c < columns; c += W) {
+            Vf total = zero();
+            for (int64_t p = 0; p < pairs; ++p) total = dot_bf16(total, loadi(rows.pair(p) + c), ones);
+            store_bf16(grad + c, total);
+        }
     }
 }
 
@@ -599,7 +659,7 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
         int64_t x_columns = kGradXColumns;
         while (x_columns < 512 && x_columns < h && group.longest * x_columns <= 256 * kGradXColumns) x_columns *= 2;
         const int64_t x_tasks = m.grad_x ? pieces * chunks(h, x_columns) : 0;
-        const int64_t up_tasks = chunks(width, kChunk), down_tasks = chunks(h, kChunk);
+        const int64_t up_tasks = width / f * hidden_chunks, down_tasks = chunks(h, kChunk);
         const int64_t weight_tasks = up_tasks + down_tasks;
         team.tasks(x_tasks + experts * weight_tasks, [&](long i) {
             if (i < x_tasks) {
@@ -610,20 +670,22 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
             const ExpertRows& rows = group.experts[(i - x_tasks) / weight_tasks];
             const int64_t e = rows.expert, pairs = rows.padded / 2, task = (i - x_tasks) % weight_tasks;
             const bool is_up = task < up_tasks;
-            const int64_t first = (is_up ? task : task - up_tasks) * kChunk;
-            const int count = int(std::min<int64_t>(kChunk, (is_up ? width : h) - first));
+            const int64_t half = is_up ? task / hidden_chunks * f : 0, end = is_up ? half + f : h;
+            const int64_t first = half + (is_up ? task % hidden_chunks : task - up_tasks) * kChunk;
+            const int count = int(std::min<int64_t>(kChunk, end - first));
             bf16* grad = is_up ? m.grad_up + e * width * h : m.grad_down + e * h * f;
             bf16* grad_bias = is_up ? m.grad_up_bias : m.grad_down_bias;
             const int64_t columns = is_up ? h : f;
-            const uint32_t* turned = is_up ? s.grad_pre_turned + rows.row_offset / 2 * width
-                                           : s.gradients_turned + rows.row_offset / 2 * h;
+            uint32_t* contracted = is_up ? s.contracted_grad_pre + rows.row_offset / 2 * width
+                                         : s.contracted_gradients + rows.row_offset / 2 * h;
             const uint32_t* paired =
                 is_up ? s.tokens_paired + rows.row_offset / 2 * h : s.hidden_paired + rows.row_offset / 2 * f;
+            const ContractedRows left(contracted, pairs, first, count);
             if (rows.count)
-                weight_gradient_rows(turned, paired, pairs, first, count, columns, grad);
+                gemm_streamed(count, int(pairs), left.chunk, left.ld, paired, columns, grad + first * columns, columns);
             else
                 clear_row(grad + first * columns, count * columns);
-            if (grad_bias) bias_gradient_rows(turned, pairs, first, count, grad_bias + e * (is_up ? width : h));
+            if (grad_bias) bias_gradient_rows(left, pairs, count, grad_bias + e * (is_up ? width : h) + first);
         });
     }
     if (!m.combines()) return;

@@ -71,13 +71,6 @@ constexpr size_t kRowsCache = size_t(1) << 20;
 constexpr size_t kRowsCache = size_t(512) << 10;
 #endif
 
-// Rows 4 KiB apart share one set of the first-level cache, of 8 or 12 ways: a step's rows push each other out.
-#if defined(MOESAIC_TILES)
-inline bool share_cache_sets(size_t) { return false; }
-#else
-inline bool share_cache_sets(size_t stride) { return stride % 4096 == 0; }
-#endif
-
 // What becomes of a row's last sums: as bf16 where they belong, plus the bias.
 struct StoreRounded {
     const float* c;     // the sums so far, [rows][32]
