@@ -12,9 +12,9 @@ GrammarKind = Literal["json_schema", "regex", "ebnf", "json_object"]
 
 
 class Grammar(Config):
-    """What the text has to match. json_object: any JSON object, `text` is empty then."""
+    """What the text has to match. json_object: any JSON object, `text` is empty then. tool_calls: see tool_calls.py."""
 
-    kind: GrammarKind
+    kind: GrammarKind | Literal["tool_calls"]
     text: str = Field(default="", description="the JSON schema, the regular expression or the grammar")
 
 

@@ -179,7 +179,10 @@ class GrammarCompiler:
         elif not text.strip():
             raise ConfigError(f"the {name} is empty; one is required; write it, or ask for no grammar.")
         if grammar.kind == "json_schema":
-            _check_schema(text)
+            _check_schema(_read_schema(text), name)
+        if grammar.kind == "tool_calls":
+            for function, schema in json.loads(text)["functions"].items():
+                _check_schema(schema, f"JSON schema of the tool {_shown(function)}")
 
 
 class CompiledGrammar:
@@ -392,7 +395,12 @@ def _plain(error: str) -> str:
 
 
 def _name(grammar: Grammar) -> str:
-    names = {"json_schema": "JSON schema", "regex": "regular expression", "ebnf": "grammar"}
+    names = {
+        "json_schema": "JSON schema",
+        "regex": "regular expression",
+        "ebnf": "grammar",
+        "tool_calls": "grammar of the tools' calls",
+    }
     return names.get(grammar.kind, grammar.kind)
 
 
@@ -401,7 +409,7 @@ def _shown(text: str, length: int = 60, *, quoted: bool = True) -> str:
     return repr(short) if quoted else short
 
 
-def _check_schema(text: str) -> None:
+def _read_schema(text: str) -> dict[str, Any]:
     try:
         schema = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -411,16 +419,20 @@ def _check_schema(text: str) -> None:
         ) from None
     if not isinstance(schema, dict):
         raise ConfigError(f"the JSON schema is {_shown(text)}; an object with keywords is required; write one.")
+    return schema
+
+
+def _check_schema(schema: dict[str, Any], name: str) -> None:
     if _depth(schema) > _MAX_DEPTH:
         raise ConfigError(
-            f"the JSON schema is nested more than {_MAX_DEPTH} deep; at most that is allowed; flatten it, or name "
+            f"the {name} is nested more than {_MAX_DEPTH} deep; at most that is allowed; flatten it, or name "
             f"parts of it in $defs and use $ref."
         )
     for where, each in _subschemas(schema, ""):
         found = _unkept(each)
         if found:
             raise ConfigError(
-                f"the JSON schema uses {_shown(', '.join(found), 200, quoted=False)} at "
+                f"the {name} uses {_shown(', '.join(found), 200, quoted=False)} at "
                 f"{_shown(where, 100, quoted=False) or 'its top'}; only what can be kept token by token is taken, and "
                 f"a $ref within the schema; leave it out and check the finished text."
             )

@@ -57,9 +57,26 @@ def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> Any:
         return compiler.compile_regex(text)
     if kind == "ebnf":
         return compiler.compile_grammar(text)
+    if kind == "tool_calls":
+        return compiler.compile_structural_tag(_tool_calls(**json.loads(text)))
     schema = '{"type": "object"}' if kind == "json_object" else text
     # Not its strict mode: there an object without listed properties is always empty.
     return compiler.compile_json_schema(schema, strict_mode=False, max_whitespace_cnt=_WHITESPACE)
+
+
+def _tool_calls(functions: dict[str, Any], is_single: bool) -> dict[str, Any]:
+    """Return xgrammar's description of calls in the form that tool_calls.py reads."""
+    tags = [
+        {
+            "type": "tag",
+            "begin": f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ',
+            "content": {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": _WHITESPACE},
+            "end": "}\n</tool_call>",
+        }
+        for name, schema in functions.items()
+    ]
+    calls = {"type": "tags_with_separator", "tags": tags, "separator": "\n", "at_least_one": True}
+    return {"type": "structural_tag", "format": {**calls, "stop_after_first": is_single}}
 
 
 def _walk(compiled: Any, vocab_size: int, stop_ids: list[int], seed: int) -> bool:

@@ -19,6 +19,7 @@ from moesaic.errors import ConfigError, GenerationError, InstallationError
 from moesaic.serve import grammar as grammar_module
 from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.sampler import RequestError, SamplingState, sample
+from moesaic.serve.server.tool_calls import ToolCallReader, calls_grammar
 
 pytest.importorskip("xgrammar", reason="structured output needs the extra `structured`")
 
@@ -99,6 +100,21 @@ def test_text_under_a_schema_is_valid(compiler: GrammarCompiler, tokenizer: Toke
 def test_json_object_gives_an_object(compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int) -> None:
     matcher = compiler.compile(Grammar(kind="json_object")).matcher()
     assert isinstance(json.loads(write(matcher, tokenizer, seed)), dict)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_text_of_calls_is_calls_and_nothing_else(compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int) -> None:
+    """As the reader of calls finds them; a name may hold what JSON escapes."""
+    functions = {'né"w': {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]},
+                 "none": {"type": "object", "properties": {}}}  # fmt: skip
+    for is_single in (True, False):
+        text = write(compiler.compile(calls_grammar(functions, is_single=is_single)).matcher(), tokenizer, seed)
+        said, calls = ToolCallReader().take(text, is_last=True)
+        assert calls and not said.strip() and (len(calls) == 1 or not is_single)
+        for call in calls:
+            arguments = json.loads(call.arguments)
+            assert arguments == {} if call.name == "none" else isinstance(arguments.pop("n"), int) and not arguments
+            assert call.name in functions
 
 
 @pytest.mark.parametrize("pattern", [r"(yes|no) ?é{1,3}", r"[a-c]{2,5}@[0-9]+\.com", r"日本", r"[^a-z]{3}"])
@@ -256,6 +272,11 @@ def nested(depth: int) -> str:
         ("json_schema", '{"type": "string", "pattern": "%s"}' % ("[" * 60_000), "one that xgrammar compiles"),
         ("json_schema", r'{"type": "string", "pattern": "a[\"b"}', "one that xgrammar compiles"),
         ("json_object", "{}", "it takes none"),
+        (
+            "tool_calls",
+            '{"functions": {"f": {"properties": {"n": {"multipleOf": 2}}}}, "is_single": true}',
+            "the JSON schema of the tool 'f' uses multipleOf at /properties/n",
+        ),
         ("regex", " ", "the regular expression is empty"),
         ("regex", "(a", "parenthesis is not closed; one that xgrammar compiles"),
         ("regex", "(?=a)b", "Lookahead is not supported"),
@@ -307,7 +328,7 @@ def test_whatever_stands_in_a_keywords_place_is_taken_or_refused_with_a_reason()
     num_taken = 0
     for text in texts:
         try:
-            grammar_module._check_schema(text)
+            grammar_module._check_schema(grammar_module._read_schema(text), "JSON schema")
             num_taken += 1
         except ConfigError as error:
             assert str(error).count(";") >= 2 and len(str(error)) < 600, text

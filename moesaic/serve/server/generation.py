@@ -115,6 +115,14 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
             code="no_tools_in_template",
         )
 
+    if body.must_call and not ToolCallReader.understands(served.tokenizer):
+        raise refusal(
+            "tool_choice asks for a call, and the model's chat template does not say that calls are written in "
+            "<tool_call> tags; the form is required, so that it can be kept; send auto, and find the call in the text.",
+            param="tool_choice",
+            code="no_tool_calls_in_template",
+        )
+
     def encode() -> tuple[int, ...]:
         text = render_chat(served.tokenizer, messages, tools=tools)
         try:

@@ -22,7 +22,7 @@ from pydantic import (
 
 from moesaic.config.serve import Grammar, GrammarKind, Sampling
 from moesaic.serve.server.errors import ApiError, explain_values, refusal, unknown_key
-from moesaic.serve.server.tool_calls import read_object
+from moesaic.serve.server.tool_calls import calls_grammar, read_object
 
 # As OpenAI's: more likeliest tokens, and more biases, than anybody reads or writes.
 MAX_TOP_LOGPROBS = 20
@@ -34,6 +34,9 @@ _MAX_STOP_CHARS = 4096  # together
 _MAX_PARTS = 16_384
 # What OpenAI's completions take where nothing is said.
 _DEFAULT_COMPLETION_TOKENS = 16
+_WHOLE_SCHEMAS = frozenset(
+    {"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
+)  # which take no type beside them
 
 
 def _check_prompt(value: Any, info: ValidationInfo) -> Any:
@@ -274,8 +277,8 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     harmless = (
-        "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key",
-        "prompt_cache_retention", "safety_identifier", "prediction",
+        "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+        "safety_identifier", "prediction",
     )  # fmt: skip
     unsupported: ClassVar[dict[str, str]] = {
         "audio": "only text is made here",
@@ -298,7 +301,8 @@ class ChatBody(GenerationBody):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_limit)] = None
-    tool_choice: Literal["none", "auto"] | dict[str, Any] | str | None = None
+    tool_choice: dict[str, Any] | str | None = None
+    parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
         """Raise ApiError for what can never be met, before anything is computed for it."""
@@ -325,14 +329,19 @@ class ChatBody(GenerationBody):
                 "top_logprobs was given without logprobs; it needs them; set logprobs to true, or leave it out.",
                 param="top_logprobs",
             )
-        grammar = self._response_grammar()
-        if grammar is not None:
-            if "grammar" in values:
-                raise refusal(
-                    "response_format and grammar were both given; a text can match one of them; leave one out.",
-                    param="grammar",
-                )
-            values["grammar"] = grammar
+        wanted = {
+            "response_format": self._response_grammar(),
+            "tool_choice": self._forced_calls(),
+            "grammar": values.get("grammar"),
+        }
+        given = [name for name, grammar in wanted.items() if grammar is not None]
+        if len(given) > 1:
+            raise refusal(
+                f"{given[0]} and {given[1]} were both given; a text can match one of them; leave one out.",
+                param=given[1],
+            )
+        if given:
+            values["grammar"] = wanted[given[0]]
         return _sampling(values)
 
     def template_messages(self) -> list[dict[str, Any]]:
@@ -351,11 +360,62 @@ class ChatBody(GenerationBody):
         ]
 
     def template_tools(self) -> list[dict[str, Any]] | None:
-        if self.tool_choice is not None and self.tool_choice not in ("none", "auto"):
-            raise refusal(
-                "tool_choice asks for a certain tool; the model decides here; send auto or none.", param="tool_choice"
-            )
         return None if self.tool_choice == "none" else self.tools or None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be calls of tools."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    def _forced_calls(self) -> Grammar | None:
+        if not self.must_call:
+            return None
+        choice, functions = self.tool_choice, self._functions()
+        if choice == "required":
+            if not functions:
+                raise refusal(
+                    "tool_choice is required and there are no tools; at least one is required; send tools.",
+                    param="tool_choice",
+                )
+            return calls_grammar(functions, is_single=self.parallel_tool_calls is False)
+        function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str):
+            raise refusal(
+                f"tool_choice is {json.dumps(choice)[:60]}; none, auto, required or "
+                f'{{"type": "function", "function": {{"name": ...}}}} is required; send one of them.',
+                param="tool_choice",
+            )
+        if name not in functions:
+            raise refusal(
+                f"tool_choice names {name[:60]!r}, which is none of the tools "
+                f"({', '.join(functions)[:200] or 'there are none'}); one of them is required; send its name.",
+                param="tool_choice",
+            )
+        return calls_grammar({name: functions[name]}, is_single=True)
+
+    def _functions(self) -> dict[str, dict[str, Any]]:
+        """Return each tool's schema of its arguments. One that has none takes none."""
+        schemas = {}
+        for place, tool in enumerate(self.tools or ()):
+            function = tool.get("function") if tool.get("type") == "function" else None
+            name = function.get("name") if isinstance(function, dict) else None
+            if not isinstance(function, dict) or not isinstance(name, str):
+                raise refusal(
+                    f"tools.{place} is {json.dumps(tool)[:60]}; for a call that is asked for, "
+                    f'{{"type": "function", "function": {{"name": ..., "parameters": ...}}}} is required; send that.',
+                    param=f"tools.{place}",
+                )
+            schema = function.get("parameters")
+            schema = {"type": "object", "properties": {}} if schema is None else schema
+            if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+                raise refusal(
+                    f"the parameters of {name[:60]!r} are {json.dumps(schema)[:60]}; the JSON schema of an object is "
+                    f"required; send one, or leave them out.",
+                    param=f"tools.{place}.function.parameters",
+                )
+            schemas[name] = schema if schema.keys() & _WHOLE_SCHEMAS else {"type": "object", **schema}
+        return schemas
 
     def _response_grammar(self) -> Grammar | None:
         wanted = self.response_format

@@ -6,11 +6,13 @@ between <tool_call> and </tool_call>.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pydantic_core
 
+from moesaic.config.serve import Grammar
 from moesaic.data.tokenizer import Tokenizer
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
@@ -23,6 +25,14 @@ class ToolCall:
 
     name: str
     arguments: str
+
+
+def calls_grammar(functions: Mapping[str, Mapping[str, Any]], *, is_single: bool) -> Grammar:
+    """Return the grammar of a text that is one call, or at least one, and nothing else.
+
+    functions: by name, the JSON schema of the arguments.
+    """
+    return Grammar(kind="tool_calls", text=json.dumps({"functions": functions, "is_single": is_single}))
 
 
 class ToolCallReader:

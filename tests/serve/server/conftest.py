@@ -44,7 +44,7 @@ MODEL: dict[str, Any] = {
     "moe": {"num_experts": [4, 8], "layers": [1, 2], "top_k": 2, "residual": "sum"},
 }
 TEMPLATE = (
-    "{% if tools %}[tools]{{ tools | tojson }}<tool_call>\n{% endif %}"
+    "{% if tools %}[tools]{{ tools | map(attribute='function.name') | join }}<tool_call>\n{% endif %}"
     "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('nobody speaks') }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}"
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -482,6 +482,58 @@ def test_calls_of_tools_are_told_from_the_text(client: openai.OpenAI) -> None:
     assert "<tool_call>" in (without.message.content or "")
 
 
+DIGIT = {"type": "object", "properties": {"n": {"enum": [3, 5]}}, "required": ["n"]}
+FORCED: list[Any] = [*TOOLS, {"type": "function", "function": {"name": "g", "parameters": DIGIT}}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", {"f", "g"}),
+        ({"type": "function", "function": {"name": "f"}}, {"f"}),
+        ({"type": "function", "function": {"name": "g"}}, {"g"}),
+    ],
+)
+def test_a_call_that_is_asked_for_is_made(client: openai.OpenAI, choice: Any, names: set[str]) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": FORCED,
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+    }
+    for seed in range(3):
+        (choice,) = client.chat.completions.create(**asked, seed=seed).choices
+        assert choice.finish_reason == "tool_calls" and choice.message.content is None
+        (call,) = choice.message.tool_calls or ()
+        assert call.type == "function" and call.function.name in names
+        assert json.loads(call.function.arguments) in ([{}] if call.function.name == "f" else [{"n": 3}, {"n": 5}])
+
+
+def test_several_calls_may_be_made_where_one_is_required(client: openai.OpenAI) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": TOOLS,
+        "tool_choice": "required",
+    }
+    lengths = {
+        parallel: max(
+            len(
+                client.chat.completions.create(**asked, seed=seed, parallel_tool_calls=parallel)
+                .choices[0]
+                .message.tool_calls
+                or ()
+            )
+            for seed in range(8)
+        )
+        for parallel in (True, False)
+    }
+    assert lengths[True] > 1 == lengths[False]
+
+
 def test_earlier_calls_reach_the_template_as_objects(client: openai.OpenAI, chat_tokenizer: Tokenizer) -> None:
     def prompt_tokens(arguments: Any) -> int:
         calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}]

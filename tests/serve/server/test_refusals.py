@@ -38,6 +38,25 @@ def test_what_fits_is_made_and_a_default_is_what_fits(real: Live, values: dict[s
     assert answer["usage"]["completion_tokens"] == 10 and answer["choices"][0]["finish_reason"] == "length"
 
 
+F = {"type": "function", "function": {"name": "f"}}
+
+
+def test_a_call_in_an_unknown_form_cannot_be_asked_for(fake: FakeEngine, chat_tokenizer: Tokenizer) -> None:
+    values = json.loads(chat_tokenizer.companions["tokenizer_config.json"])
+    values["chat_template"] = values["chat_template"].replace("<tool_call>", "[TOOL_CALLS]")
+    other = Tokenizer(chat_tokenizer.json_text, companions={"tokenizer_config.json": json.dumps(values)})
+    app = create_app(
+        AsyncEngine(fake), other, ServerConfig(), name="fake", max_length=fake.max_length, max_embedded_tokens=64
+    )
+    with live(app) as running:
+        for choice, status in (("required", 400), ("auto", 200)):
+            body = {"messages": USER, "max_tokens": 2, "tools": [F], "tool_choice": choice}
+            response = httpx.post(f"{running.url}{CHAT}", json=body, timeout=30)
+            assert response.status_code == status, response.text
+            if status == 400:
+                check_error(response, 400, "tool_choice", "does not say that calls are written")
+
+
 def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, chat_tokenizer: Tokenizer) -> None:
     values = json.loads(chat_tokenizer.companions["tokenizer_config.json"])
     values["chat_template"] = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -45,9 +64,8 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
     app = create_app(
         AsyncEngine(fake), blind, ServerConfig(), name="fake", max_length=fake.max_length, max_embedded_tokens=64
     )
-    tool = {"type": "function", "function": {"name": "f"}}
     with live(app) as running:
-        for tools, choice, status in (([tool], None, 400), ([tool], "none", 200), ([], "auto", 200), (None, None, 200)):
+        for tools, choice, status in (([F], None, 400), ([F], "none", 200), ([], "auto", 200), (None, None, 200)):
             body = {"messages": USER, "max_tokens": 2, "tools": tools, "tool_choice": choice}
             response = httpx.post(f"{running.url}{CHAT}", json=body, timeout=30)
             assert response.status_code == status, response.text
@@ -124,7 +142,17 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string or"),
         (CHAT, {"messages": USER, "max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "differ"),
         (CHAT, {"messages": USER, "top_logprobs": 3}, "top_logprobs", "without logprobs"),
-        (CHAT, {"messages": USER, "tool_choice": "required"}, "tool_choice", "the model decides"),
+        (CHAT, {"messages": USER, "tool_choice": "required"}, "tool_choice", "there are no tools"),
+        (CHAT, {"messages": USER, "tools": [F], "tool_choice": "perhaps"}, "tool_choice", "none, auto, required or"),
+        (CHAT, {"messages": USER, "tools": [F], "tool_choice": {"type": "function"}}, "tool_choice", '"name": ...'),
+        (CHAT, {"messages": USER, "tools": [F], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+         "tool_choice", "'g', which is none of the tools (f); one"),
+        (CHAT, {"messages": USER, "tools": [{"type": "function"}], "tool_choice": "required"}, "tools.0",
+         '"name": ..., "parameters"'),
+        (CHAT, {"messages": USER, "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}],
+                "tool_choice": "required"}, "tools.0.function.parameters", "schema of an object"),
+        (CHAT, {"messages": USER, "tools": [F], "tool_choice": "required", "response_format": {"type": "json_object"}},
+         "tool_choice", "response_format and tool_choice were both given"),
         (CHAT, {"messages": USER, "modalities": ["audio"]}, "modalities", "only text"),
         (CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format", "without a schema"),
         (CHAT, {"messages": USER, "response_format": {"type": "json_object"}, "grammar": {"kind": "json_object"}},
