@@ -44,11 +44,10 @@ class EngineWithStudent:
         """max_texts: while so many texts of the engine run or wait, new requests are the student's."""
         assert max_texts >= 1, max_texts
         self._engine, self._student, self._max_texts = engine, student, max_texts
-        self._kept: list[RequestOutput] = []  # outputs of the model's step behind which the student's failed
 
     @property
     def has_work(self) -> bool:
-        return bool(self._kept) or self._engine.has_work or self._student.has_work
+        return self._engine.has_work or self._student.has_work
 
     def add_request(
         self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
@@ -66,15 +65,10 @@ class EngineWithStudent:
         return self._engine.abort(request_id) or self._student.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Step each engine that has work; the student's outputs say so.
-
-        Where the student's step fails, the model's outputs come with the next call that does not.
-        """
-        if self._engine.has_work:
-            self._kept += self._engine.step()
+        """Step each engine that has work; the student's outputs say so."""
+        outputs = self._engine.step() if self._engine.has_work else []
         if self._student.has_work:
-            self._kept += [replace(output, is_by_student=True) for output in self._student.step()]
-        outputs, self._kept = self._kept, []
+            outputs = outputs + [replace(output, is_by_student=True) for output in self._student.step()]
         return outputs
 
     def stats(self) -> EngineStats:
