@@ -105,7 +105,8 @@ def test_equals_the_loop(kernels: str, activation: str, has_bias: bool) -> None:
         (1100, 1, 1, 544, 32),  # more rows than one task takes; panels that do not stay in a cache
         (130, 1, 1, 2048, 32),  # rows 4 KiB apart, which are copied
         (130, 1, 1, 32, 2048),
-        (500, 1, 1, 32, 32),  # two pieces of unequal length
+        (500, 1, 1, 32, 32),  # two pieces, one with tiles
+        (1921, 1, 1, 32, 32),  # five pieces, whose rows are no whole chunks
     ],
 )
 def test_awkward_sizes(kernels: str, tokens: int, experts: int, top_k: int, hidden: int, inner: int) -> None:
@@ -177,9 +178,9 @@ needs_kernels = pytest.mark.skipif(not SUPPORTED, reason="the C++ kernels need a
 @needs_kernels
 @pytest.mark.parametrize("threads", [2, 3])
 def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
-    weights = weights_of("swiglu", True, hidden=64, inner=96, experts=5)
-    plan = plan_dispatch(choose(200, 5, 2), 5)
-    x, routing_weights = leaf(200, 64, seed=0), weigh(200, 2).requires_grad_()
+    weights = weights_of("swiglu", True, hidden=64, inner=2048, experts=2)  # rows that are copied
+    plan = plan_dispatch(choose(700, 2, 2), 2)  # two pieces of each expert
+    x, routing_weights = leaf(700, 64, seed=0), weigh(700, 2).requires_grad_()
     leaves = [x, routing_weights, *leaves_of(weights)]
 
     def results() -> list[Tensor]:

@@ -1,10 +1,11 @@
 // Products of bf16 matrices with fp32 sums: C (M, N) = A (M, K) B (K, N).
 //
-// One form for every instruction set. A is row-major with K contiguous. B is packed in panels of 32 columns: a panel is
-// [K/2][32] dwords, dword (p, n) = B[2p][n] in its low half and B[2p+1][n] in its high half, which is a vector of
-// AVX-512's dot product and a row of AMX's B tile alike. K is a multiple of 2 * kPairBlock (pad both sides with zeros), so
-// that no kernel has a remainder in K; M is any number. The terms of a sum are added in the order of K, by blocks of 32 of
-// them on AMX, whatever M and N are.
+// One form for every instruction set. A is row-major with K contiguous (in gemm_streamed without tiles pair after pair of
+// K, as rows come that are contracted over). B is packed in panels of 32 columns: a panel is [K/2][32] dwords, dword
+// (p, n) = B[2p][n] in its low half and B[2p+1][n] in its high half, which is a vector of AVX-512's dot product and a row
+// of AMX's B tile alike. K is a multiple of 2 * kPairBlock (pad both sides with zeros), so that no kernel has a remainder
+// in K; M is any number. The terms of a sum are added in the order of K, by blocks of 32 of them on AMX, whatever M and N
+// are.
 #pragma once
 
 #include "simd.h"
@@ -254,7 +255,7 @@ struct StreamBf16 {
 template <bool Prefetch>
 struct RowMajor {
     const bf16* a;
-    size_t lda;
+    size_t lda;      // in elements
     size_t block;    // from one block of K to the next
     ptrdiff_t next;  // to the rows that are brought nearer
 
@@ -268,10 +269,10 @@ struct RowMajor {
     void go_on() { a += block; }
 };
 
-// Pair after pair of K, each with all rows.
+// Pair after pair of K, each with all rows, in one block.
 struct PairMajor {
     const uint32_t* a;
-    size_t lda;
+    size_t lda;  // in dwords
 
     Vi pair(int r, int p) const { return broadcast_dword(a + p * lda + r); }
     template <int R>

@@ -117,7 +117,7 @@ struct ExpertRows {
 struct Piece {
     int expert;             // of the group
     int64_t first, count;   // rows within the expert, padding included
-    size_t block, blocks;   // the lane blocks that hold them
+    size_t block, blocks;   // the lane blocks that begin in them
 };
 
 struct Group {
@@ -156,10 +156,10 @@ inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
         group.rows += rows.padded;
         start += count;
         size_t block = 0;
-        // All of one length, since a short one at the end leaves a thread without work.
-        const int64_t parts = std::max<int64_t>(1, (count + kPieceRows - 1) / kPieceRows);
-        const int64_t most = (count + parts * kChunk - 1) / (parts * kChunk) * kChunk;
-        for (int64_t first = 0; first < count; first += most) {
+        // As equal as whole chunks allow, since a short one at the end leaves a thread without work.
+        const int64_t parts = (count + kPieceRows - 1) / kPieceRows, steps = (count + kChunk - 1) / kChunk;
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t first = steps * part / parts * kChunk, most = steps * (part + 1) / parts * kChunk - first;
             const size_t begin = block;
             while (block < rows.blocks.size() && rows.blocks[block].first < first + most) ++block;
             const int64_t here = std::min(most, rows.padded - first);
@@ -179,24 +179,24 @@ inline void find_row_weights(const MoeTraining& m, int64_t token, float* row_wei
     }
 }
 
-// How far apart rows of `width` numbers lie where we choose it.
+// Elements from one row of `width` bf16 numbers to the next, where we choose it.
 inline int64_t row_stride(int64_t width) { return share_cache_sets(width * sizeof(bf16)) ? width + kPanel : width; }
 
 // A chunk's rows of weights as a product's left operand.
 struct WeightRows {
-    const bf16* first;
+    const bf16* rows;
     size_t ld;
 
-    // As they lie, or where that would slow `uses` products down, in a copy of rows * row_stride(width).
-    WeightRows(const bf16* weights, int rows, int64_t width, size_t uses, bf16* copy) : first(weights), ld(width) {
+    // As they lie, or where that would slow `uses` products down, in a copy of count * row_stride(width) numbers.
+    WeightRows(const bf16* weights, int count, int64_t width, size_t uses, bf16* copy) : rows(weights), ld(width) {
         if (row_stride(width) == width || uses < kFewestUses) return;
-        first = copy;
+        rows = copy;
         ld = size_t(row_stride(width));
-        for (int r = 0; r < rows; ++r) std::memcpy(copy + r * ld, weights + r * width, width * sizeof(bf16));
+        for (int r = 0; r < count; ++r) std::memcpy(copy + r * ld, weights + r * width, width * sizeof(bf16));
     }
 };
 
-// is_first: of the blocks that use these weights, which are not in the cache yet.
+// is_first: of the blocks that use these weights, which may not be in the cache yet.
 template <int Width>
 inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
                      const WeightRows& weights, const WeightRows& up_weights, bool is_first, const uint32_t* tokens,
@@ -207,16 +207,16 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
     const bf16* bias = m.up_bias ? m.up_bias + e * m.pre_width() + first : nullptr;
 #if defined(MOESAIC_TILES)
     // While one half of a chunk is multiplied, the other, or the next chunk's first one, is on its way.
-    const bf16* following = first + kChunk < f ? weights.first + kChunk * h : nullptr;
-    const bf16 *after_gate = m.gated() ? up_weights.first : following, *after_up = following;
+    const bf16* following = first + kChunk < f ? weights.rows + kChunk * h : nullptr;
+    const bf16 *after_gate = m.gated() ? up_weights.rows : following, *after_up = following;
 #else
-    const bf16* after_gate = weights.first + row_block<Width>() * weights.ld;
-    const bf16* after_up = up_weights.first + row_block<Width>() * up_weights.ld;
+    const bf16* after_gate = weights.rows + row_block<Width>() * weights.ld;
+    const bf16* after_up = up_weights.rows + row_block<Width>() * up_weights.ld;
 #endif
-    gemm<Width>(count, int(h / 2), weights.first, weights.ld, panel, Width, gate, Width, false, 1, 0,
+    gemm<Width>(count, int(h / 2), weights.rows, weights.ld, panel, Width, gate, Width, false, 1, 0,
                 is_first ? after_gate : nullptr);
     if (m.gated())
-        gemm<Width>(count, int(h / 2), up_weights.first, up_weights.ld, panel, Width, up, Width, false, 1, 0,
+        gemm<Width>(count, int(h / 2), up_weights.rows, up_weights.ld, panel, Width, up, Width, false, 1, 0,
                     is_first ? after_up : nullptr);
     uint32_t* hidden_rows = hidden + block.offset * (f / 2) + first / 2 * Width;
     for (int r = 0; r < count; r += 2) {
@@ -258,8 +258,8 @@ inline void down_block(const MoeTraining& m, const ExpertRows& rows, const LaneB
                        float* sums) {
     const int64_t h = m.hidden, f = m.inner, e = rows.expert;
     alignas(64) float y[kChunk * Width], turned[Width * kChunk];
-    gemm<Width>(count, int(f / 2), weights.first, weights.ld, hidden + block.offset * (f / 2), Width, y, Width, false, 1,
-                0, is_first ? weights.first + row_block<Width>() * weights.ld : nullptr);
+    gemm<Width>(count, int(f / 2), weights.rows, weights.ld, hidden + block.offset * (f / 2), Width, y, Width, false, 1,
+                0, is_first ? weights.rows + row_block<Width>() * weights.ld : nullptr);
     transpose_dwords(count, block.valid, reinterpret_cast<uint32_t*>(y), Width, reinterpret_cast<uint32_t*>(turned),
                      kChunk);
     const bf16* bias = m.down_bias ? m.down_bias + e * h + first : nullptr;
@@ -422,7 +422,7 @@ inline void moe_training_forward(Team& team, const MoeTraining& m, const MoeTrai
 
 namespace training {
 
-// Sixteen pairs of an expert's rows: gathered gradients, the same weighted and turned, and the inputs in pairs.
+// Sixteen pairs of an expert's rows: gathered gradients, the same weighted as ContractedRows, and the inputs in pairs.
 inline void prepare_rows(const MoeTraining& m, const ExpertRows& rows, int64_t first_pair, const MoeTrainingScratch& s) {
     const int64_t h = m.hidden, pairs = rows.padded / 2;
     const int count = int(std::min<int64_t>(16, pairs - first_pair));
@@ -466,7 +466,7 @@ inline void prepare_rows(const MoeTraining& m, const ExpertRows& rows, int64_t f
 inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const Piece& piece, int64_t chunk,
                              const MoeTrainingScratch& s) {
     const int64_t first = chunk * kChunk, end = piece.first + piece.count;
-    const int64_t h = m.hidden, f = m.inner, width = m.pre_width(), pairs = rows.padded / 2, apart = row_stride(h);
+    const int64_t h = m.hidden, f = m.inner, width = m.pre_width(), pairs = rows.padded / 2, stride = row_stride(h);
     const int columns = int(std::min<int64_t>(kChunk, f - first)), panels = columns / kPanel;
     static thread_local Scratch buffer;
     uint32_t* packed = buffer.get<uint32_t>(h / 2 * kChunk + 2 * kChunk * kChunk);
@@ -488,9 +488,9 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
     const ContractedRows gate_rows(contracted, pairs, first, columns), up_rows(contracted, pairs, f + first, columns);
     for (int64_t row = piece.first; row < end; row += kChunk) {
         const int count = int(std::min<int64_t>(kChunk, end - row));
-        const bf16* gradients = s.gradients + (rows.row_offset + row) * apart;
+        const bf16* gradients = s.gradients + (rows.row_offset + row) * stride;
         for (int j = 0; j < panels; ++j)
-            gemm_panel(count, int(h / 2), gradients, size_t(apart), packed + j * (h / 2) * kPanel, kPanel,
+            gemm_panel(count, int(h / 2), gradients, size_t(stride), packed + j * (h / 2) * kPanel, kPanel,
                        grad_hidden + j * kPanel, kChunk, false);
         for (int r = 0; r < count; r += 2) {
             const int64_t local = row + r;
@@ -545,7 +545,7 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
                 if (chunk == 0 && down_bias) {
                     Vf bias_dot = zero();
                     for (int64_t c = 0; c < h; c += W)
-                        bias_dot = fma(load_bf16(down_bias + c), load_bf16(gradients + (r + side) * apart + c),
+                        bias_dot = fma(load_bf16(down_bias + c), load_bf16(gradients + (r + side) * stride + c),
                                        bias_dot);
                     part += sum(bias_dot);
                 }
@@ -614,18 +614,18 @@ inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, const P
 }
 
 // A bias's gradient for one chunk: the sums over an expert's rows.
-inline void bias_gradient_rows(const ContractedRows& rows, int64_t pairs, int columns, bf16* grad) {
+inline void bias_gradient(const ContractedRows& left, int64_t pairs, int columns, bf16* grad) {
     const Vi ones = set1i(0x3f803f80);  // the sum of a pair is its product with two ones
     if constexpr (kHasTiles) {
         for (int c = 0; c < columns; ++c) {
             Vf total = zero();
-            for (int64_t p = 0; p < pairs; p += W) total = dot_bf16(total, loadi(rows.chunk + c * rows.ld + p), ones);
+            for (int64_t p = 0; p < pairs; p += W) total = dot_bf16(total, loadi(left.chunk + c * left.ld + p), ones);
             grad[c] = float_to_bf16(sum(total));
         }
     } else {
         for (int c = 0; c < columns; c += W) {
             Vf total = zero();
-            for (int64_t p = 0; p < pairs; ++p) total = dot_bf16(total, loadi(rows.pair(p) + c), ones);
+            for (int64_t p = 0; p < pairs; ++p) total = dot_bf16(total, loadi(left.pair(p) + c), ones);
             store_bf16(grad + c, total);
         }
     }
@@ -685,7 +685,7 @@ inline void moe_training_backward(Team& team, const MoeTraining& m, const MoeTra
                 gemm_streamed(count, int(pairs), left.chunk, left.ld, paired, columns, grad + first * columns, columns);
             else
                 clear_row(grad + first * columns, count * columns);
-            if (grad_bias) bias_gradient_rows(left, pairs, count, grad_bias + e * (is_up ? width : h) + first);
+            if (grad_bias) bias_gradient(left, pairs, count, grad_bias + e * (is_up ? width : h) + first);
         });
     }
     if (!m.combines()) return;
