@@ -26,7 +26,11 @@ class Sampling(Config):
     """
 
     max_tokens: int = Field(default=256, ge=0, description="at most so many new tokens; 0 scores the prompt only")
-    min_tokens: int = Field(default=0, ge=0, description="before so many tokens nothing ends a text but max_tokens")
+    min_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="before so many tokens nothing ends a text but max_tokens, or a grammar that has no more",
+    )
     temperature: float = Field(default=1.0, ge=0)
     top_k: int | None = Field(default=None, ge=1, description="among so many likeliest tokens")
     top_p: float = Field(default=1.0, gt=0, le=1, description="among the fewest that reach this probability")

@@ -56,6 +56,10 @@ _NEED_A_TYPE = (
 # One that is not closed is refused by xgrammar; here it goes to the end, or looking for it would take for ever.
 _ESCAPE_OR_CLASS = re.compile(r"(\\.)|\[(?:\\.|[^\]\\])*\]?", re.DOTALL)
 _BREAKS_A_STRING = re.compile(r'"|\\\\|\\x(?:22|5c)|\\u\{?0*(?:22|5c)\}?', re.IGNORECASE)
+_ESCAPE = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_NAMED_CLASS = re.compile(
+    r"\[:\^?(?:alnum|alpha|ascii|blank|cntrl|digit|graph|lower|print|punct|space|upper|word|xdigit):\]"
+)
 _MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _SCHEMAS = frozenset(
     {"items", "additionalItems", "prefixItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems",
@@ -178,6 +182,11 @@ class GrammarCompiler:
                 )
         elif not text.strip():
             raise ConfigError(f"the {name} is empty; one is required; write it, or ask for no grammar.")
+        if grammar.kind in ("regex", "ebnf") and (found := _read_otherwise(text, is_regex=grammar.kind == "regex")):
+            raise ConfigError(
+                f"the {name} {_shown(text)} holds {found}, which would be read as something else; only what is kept as "
+                f"written is taken; write it otherwise."
+            )
         if grammar.kind == "json_schema":
             _check_schema(_read_schema(text), name)
         if grammar.kind == "tool_calls":
@@ -466,12 +475,25 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
         found += [f"required {_shown(each)}, which is not in properties" if isinstance(each, str)
                   else f"required {_shown(json.dumps(each), quoted=False)}, which is no name"
                   for each in required if not isinstance(each, str) or each not in properties]  # fmt: skip
+    patterns = [schema["pattern"]] if "pattern" in schema else []
+    patterns += schema["patternProperties"] if isinstance(schema.get("patternProperties"), dict) else []
+    found += filter(None, (_read_otherwise(str(pattern), is_regex=True) for pattern in patterns))
     if "pattern" in schema:
         if schema.keys() & {"minLength", "maxLength", "format"}:
             found.append("pattern together with a length or a format")
         if _BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(schema["pattern"]))):
             found.append("a pattern with a quotation mark or a backslash")
     return found
+
+
+def _read_otherwise(text: str, *, is_regex: bool) -> str | None:
+    """Return what of a regular expression or a grammar xgrammar 0.2.8 reads otherwise, and without a warning."""
+    for escape in _ESCAPE.finditer(text):
+        code = int(escape[1] or escape[2] or "0", 16)
+        if code > sys.maxunicode or 0xD800 <= code < 0xE000:
+            return f"{escape[0]}, no character"
+    named = _NAMED_CLASS.search(text) if is_regex else None
+    return None if named is None else f"{named[0]}, a class by its name"
 
 
 def _types(value: Any) -> set[str]:

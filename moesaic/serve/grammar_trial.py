@@ -6,8 +6,10 @@ program imports nothing of moesaic, and speaks JSON, a line each way.
 """
 
 import json
+import os
 import random
 import sys
+import tempfile
 from functools import cached_property
 from typing import Any
 
@@ -88,12 +90,28 @@ def _walk(compiled: Any, vocab_size: int, stop_ids: list[int], seed: int) -> boo
     bits = xgrammar.allocate_token_bitmask(1, vocab_size)
     for step in range(_WALK_TOKENS):
         matcher.fill_next_token_bitmask(bits)
-        ids = np.flatnonzero(np.unpackbits(bits.numpy()[0].view(np.uint8), bitorder="little"))
+        ids = np.flatnonzero(np.unpackbits(bits.numpy()[0].view(np.uint8), count=vocab_size, bitorder="little"))
         going_on = np.setdiff1d(ids, stop_ids, assume_unique=True)
         if len(going_on) == 0:
             return len(ids) > 0 or step > 0
         matcher.accept_token(int(source.choice(going_on)))
     return True
+
+
+class _Warnings:
+    """What xgrammar prints beside its results: what it has read otherwise than it was written, an anchor say."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # for as long as the process lives
+        os.dup2(self._file.fileno(), 2)
+
+    def take(self) -> str | None:
+        """Return the first one since the last call."""
+        self._file.seek(0)
+        lines = self._file.read(4096).decode("utf-8", "replace").splitlines()
+        self._file.seek(0)
+        self._file.truncate()
+        return next((line.partition("Warning: ")[2] for line in lines if "Warning: " in line), None)
 
 
 def _limit_memory() -> None:
@@ -123,13 +141,17 @@ def main() -> None:
     compile_grammar(vocabulary, "json_object", "")  # what it takes to begin is not the first grammar's time
     compile_grammar(vocabulary, "regex", "a")
     _limit_memory()
+    warnings = _Warnings()
     _answer(None)
     for line in sys.stdin:
         request = json.loads(line)
+        warnings.take()
         error = None
         try:
             compiled = compile_grammar(vocabulary, request["kind"], request["text"])
-            if not all(_walk(compiled, vocab_size, stop_ids, seed) for seed in range(_WALKS)):
+            if (error := warnings.take()) is None and not all(
+                _walk(compiled, vocab_size, stop_ids, seed) for seed in range(_WALKS)
+            ):
                 error = "no text of this tokenizer's tokens matches it"
         except (RuntimeError, MemoryError, ValueError) as failure:
             error = str(failure) or type(failure).__name__

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,12 +76,19 @@ class _StrictRequest(Request):
     """A request whose body is JSON as the standard has it: no NaN, no lone surrogates, no endless nesting."""
 
     async def json(self) -> Any:
+        body = await self.body()
+        collects = gc.isenabled()
+        gc.disable()  # or it looks through a million new lists again and again: seconds, for everybody
         try:
-            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+            return pydantic_core.from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise refusal(
-                f"the body is not JSON ({error}); a JSON object in UTF-8 is required; mend it.", code="invalid_json"
+                f"the body is not JSON ({error}); a JSON object in UTF-8 is required; mend it.",
+                code="invalid_json",
             ) from None
+        finally:
+            if collects:
+                gc.enable()
 
 
 class _StrictRoute(APIRoute):
@@ -256,7 +264,11 @@ def _add_tokens(router: APIRouter, served: Served) -> None:
         async def work() -> Response:
             text = body.prompt
             async with _place_for(served, len(text)):
-                ids = await encode(tokenizer, text, add_special_tokens=body.add_special_tokens) if text else ()
+                ids = (
+                    await encode(tokenizer, text, add_special_tokens=body.add_special_tokens is not False)
+                    if text
+                    else ()
+                )
             return json_response({"tokens": list(ids), "count": len(ids), "max_model_len": served.max_length})
 
         return await while_connected(request, work(), deadline=deadline_of(served, request))

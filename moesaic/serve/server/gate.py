@@ -14,6 +14,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,6 +33,7 @@ _OPEN_PREFIX = "/static/"
 # What pages and orchestrators ask every second: no line of the log unless something is wrong.
 _POLLED_PATHS = frozenset({"/health", "/ready", "/metrics", "/v1/stats", "/v1/experts"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_DISCARDED_BYTES, _DISCARD_SECONDS = 64 << 20, 5.0
 _SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -195,6 +197,7 @@ class WholeBody:
         """Return the body, None where the client left before its end. Raises: ApiError 413, 408."""
         claimed = Headers(scope=scope).get("content-length", "0")
         if claimed.isdigit() and len(claimed) < 20 and int(claimed) > self._max_bytes:
+            await self._discard(receive)
             raise self._too_large(int(claimed))
         pieces, size = [], 0
         try:
@@ -206,6 +209,7 @@ class WholeBody:
                     piece = message.get("body", b"")
                     size += len(piece)
                     if size > self._max_bytes:
+                        await self._discard(receive)
                         raise self._too_large(size)
                     pieces.append(piece)
                     if not message.get("more_body", False):
@@ -217,6 +221,17 @@ class WholeBody:
                 code="timeout",
                 headers={"Connection": "close"},
             ) from None
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read what is still being sent, up to a measure: a client that cannot send it may not see the answer."""
+        left = _DISCARDED_BYTES
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_SECONDS):
+                while left > 0:
+                    message = await receive()
+                    if not message.get("more_body", False):  # a disconnect too
+                        return
+                    left -= len(message["body"])
 
     def _too_large(self, size: int) -> ApiError:
         return ApiError(

@@ -508,7 +508,7 @@ async def while_connected(request: Request, work: Awaitable[_Result], *, deadlin
 def _too_long() -> ApiError:
     return ApiError(
         504,
-        "the answer took longer than the server allows a request; it was ended; ask for fewer tokens, or stream them.",
+        "the answer took longer than the server allows a request; it was ended; ask for fewer tokens.",
         code="timeout",
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,6 +28,9 @@ from moesaic.serve.server.generation import Served, Student
 
 # Answers that are ended at the drain's end have so long to be sent.
 _FAREWELL_SECONDS = 5
+# Open files beside one for each request: idle connections, the model's files, and more.
+_SPARE_FILES = 4096
+_REPORT_SECONDS = 10.0
 
 
 def serve(
@@ -51,6 +54,7 @@ def serve(
     with ExitStack() as stack:
         # Before the model, which may take long to load.
         listener = stack.enter_context(listen(config.server.host, config.server.port))
+        allow_connections(config.server)
         _warn_if_open(config.server, has_keys=bool(keys))
         loaded = load_run(run, device=device, precision=precision, packed_file="write")
         grammars = _grammars_of(loaded, config.server)
@@ -109,12 +113,26 @@ class DrainingServer(uvicorn.Server):
         self._served, self._listener, self._ready = served, listener, ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._next_report = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self._report)
         if self.started:
             self._ready(_url(self._listener))
+
+    def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what the event loop has to say: of connections that it cannot take, which come by thousands, one line."""
+        if "socket.accept()" not in context.get("message", ""):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._next_report:
+            self._next_report = loop.time() + _REPORT_SECONDS
+            logger.warning(
+                "connections cannot be taken (%s); they wait until others close; allow the process more open files "
+                "(ulimit -n), or put a proxy before it that limits them.",
+                context.get("exception"),
+            )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets=sockets)
@@ -150,6 +168,27 @@ class DrainingServer(uvicorn.Server):
             )
             await self._served.engine.stop()
         self.should_exit = True
+
+
+def allow_connections(config: ServerConfig) -> None:
+    """Raise the process's limit of open files, of which each connection is one, to what the config lets in."""
+    try:
+        import resource
+    except ImportError:  # no such limit on this system
+        return
+    wanted = config.max_concurrent_requests + config.max_queued_requests + _SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        logger.warning(
+            "the process may open %d files, each connection is one, and server.max_concurrent_requests and "
+            "max_queued_requests let %d in; raise the limit (ulimit -Hn), or lower them.",
+            allowed,
+            config.max_concurrent_requests + config.max_queued_requests,
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:

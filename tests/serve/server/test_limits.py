@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import http.client
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ import openai
 import pytest
 from torch import Tensor
 
+from moesaic.config.serve import ServerConfig
 from moesaic.errors import ConfigError
 from moesaic.logs import JsonFormatter, logger
 from moesaic.serve.sampler import NotFiniteError
@@ -142,6 +144,44 @@ def test_a_large_body_is_refused_while_it_arrives(serve_fake: Serve) -> None:
             chunked = httpx.post(f"{running.url}/v1/completions", content=pieces(), headers=headers)
             assert chunked.status_code == 413
         assert complete(running).status_code == 200
+
+
+def test_the_refusal_of_a_large_body_reaches_who_sends_all_of_it_first(serve_fake: Serve) -> None:
+    with serve_fake(max_body_bytes=1000) as running:
+        for _ in range(3):
+            connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=30)
+            connection.request("POST", "/v1/completions", b" " * 3_000_000, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            assert response.status == 413
+            assert json.loads(response.read())["error"]["code"] == "body_too_large"
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"), [(1024, 65_536, 5376), (1024, 2048, 2048), (10_000, 65_536, None), (-1, -1, None)]
+)
+def test_as_many_files_may_be_open_as_requests_are_let_in(
+    soft: int, hard: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource", reason="limits of a process are Unix's")
+    asked: list[tuple[int, tuple[int, int]]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: asked.append((which, limits)))
+    with log_lines() as lines:
+        run.allow_connections(ServerConfig())  # 256 and 1,024 waiting
+    assert asked == ([] if expected is None else [(resource.RLIMIT_NOFILE, (expected, hard))])
+    assert ["ulimit -Hn" in line for line in lines] == ([True] if expected == 2048 else [])
+
+
+def test_connections_that_cannot_be_taken_are_one_line(serve_fake: Serve) -> None:
+    with serve_fake() as running, log_lines() as lines:
+        loop = running.server._loop
+        assert loop is not None
+        context = {"message": "socket.accept() out of system resource", "exception": OSError(24, "Too many open files")}
+        for _ in range(100):
+            loop.call_soon_threadsafe(loop.call_exception_handler, context)
+        assert complete(running).status_code == 200
+    assert sum("connections cannot be taken" in line and "Too many open files" in line for line in lines) == 1
 
 
 def test_long_texts_to_tokenize_wait_for_a_place_and_short_ones_do_not(serve_fake: Serve, fake: FakeEngine) -> None:

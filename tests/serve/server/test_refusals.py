@@ -228,6 +228,14 @@ def test_what_means_nothing_is_accepted(real: Live) -> None:
     body = {"prompt": "x", "max_tokens": 2, "best_of": 1, "suffix": "", "stream_options": None,
             "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"}  # fmt: skip
     assert httpx.post(f"{real.url}{COMPLETION}", json=body).status_code == 200
+    nulls: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"messages": USER, "max_tokens": 1, "stream": True, "stream_options": {"include_usage": None}}),
+        ("/v1/embeddings", {"input": "x", "encoding_format": None}),
+        ("/tokenize", {"prompt": "x", "add_special_tokens": None}),
+    ]
+    for path, each in nulls:
+        response = httpx.post(f"{real.url}{path}", json=each)
+        assert response.status_code == 200 and "usage" not in response.text.replace('"usage":{', ""), response.text
 
 
 def test_the_client_raises_its_own_errors(real: Live) -> None:
