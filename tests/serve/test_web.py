@@ -382,8 +382,16 @@ def test_a_key_is_asked_for_and_kept_only_when_told(server: FakeServer, open_pag
     expect(page.locator("#status")).to_have_text("needs an API key")
     send(page, "Please")
     expect(page.get_by_label("API key")).to_be_focused()
-    expect(page.locator("#key-message")).to_contain_text("requires one")
-    page.keyboard.type("secret")
+    expect(page.locator("#key-message")).to_contain_text("with an API key only")
+    page.keyboard.type("sécret")  # which no header can carry
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-message")).to_contain_text("ASCII only")
+    expect(page.get_by_label("API key")).to_be_focused()
+    page.get_by_label("API key").fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-message")).to_contain_text("does not take this key")
+    expect(page.locator("#status")).to_have_text("wrong API key")
+    page.get_by_label("API key").fill("secret")
     page.keyboard.press("Enter")
     expect(page.locator(".answer")).to_have_text("".join(server.tokens))
     expect(page.locator("#model")).to_have_text("tiny")
@@ -429,6 +437,11 @@ def test_where_less_fits_than_the_settings_allow_that_is_asked_for(
     expect(finished(page)).to_have_count(1)
     (path, first), (again, second) = server.bodies
     assert path == again and second == {**first, "max_tokens": 151}
+    expect(finished(page)).not_to_contain_text("conversation is full")
+    server.failure = (400, "max_tokens is 256; behind a prompt of 30 tokens at most 2 fit into 160; lower it.", {})
+    server.finish_reason = "length"
+    send(page)
+    expect(finished(page).last).to_contain_text("cut where the conversation is full")
 
 
 def test_settings_are_sent_and_wrong_ones_are_not(server: FakeServer, open_page: Any, expect: Any) -> None:
@@ -452,6 +465,8 @@ def test_settings_are_sent_and_wrong_ones_are_not(server: FakeServer, open_page:
     expect(page.get_by_label("Temperature")).to_be_focused()
     expect(page.get_by_label("Message")).to_have_value("Kept")
     assert len(server.bodies) == 2
+    page.get_by_label("Temperature").fill("1")
+    expect(page.locator("#settings-message")).to_be_empty()
 
 
 @pytest.mark.parametrize("way", ["hover", "focus"])
@@ -787,9 +802,11 @@ def test_a_server_that_went_away_is_noticed_and_found_again(server: FakeServer, 
     server.key = "lost"
     expect(page.locator("#status")).to_have_text("needs an API key")
     expect(page.get_by_role("status")).to_have_text("The server: needs an API key.")
+    expect(page.locator("#load-page")).to_have_class("stale")
     server.key = None
     expect(page.locator("#status")).to_have_text("3 running, 1 waiting")
     expect(page.get_by_role("status")).to_have_text("The server is ready.")
+    expect(page.locator("#load-page")).to_have_class("")
     server.stats = lambda: {**plain(), "num_running": 0, "num_waiting": 0}  # type: ignore[method-assign]
     expect(page.locator("#status")).to_have_text("idle")
     # Spoken are changes of state only.

@@ -60,6 +60,7 @@ export class Chat {
   #showToken;
   #exchanges = [];
   #running = null;
+  #isLowered = false; // the running answer has less room than the settings' most tokens
   #pinned = null;
   #hovered = null;
   #list = byId("messages");
@@ -72,7 +73,7 @@ export class Chat {
 
   /**
    * settings() returns what a request takes from the form, or null where a field is wrong (and says so itself);
-   * askForKey(message) lets the user give a key; wantsExperts() says whether to ask for the tokens' experts;
+   * askForKey() lets the user give a key; wantsExperts() says whether to ask for the tokens' experts;
    * showToken(detail, isFollowing) shows them.
    */
   constructor({ api, settings, askForKey, wantsExperts, showToken }) {
@@ -171,6 +172,7 @@ export class Chat {
     answer.node.dataset.streaming = "";
     const began = performance.now();
     const figures = { first: null, tokens: 0, seconds: 0, finish: null };
+    this.#isLowered = false;
     try {
       await this.#receive(exchange, settings, controller.signal, figures, began);
     } catch (error) {
@@ -209,6 +211,7 @@ export class Chat {
       if (!choice) continue;
       const text = choice.delta?.content ?? choice.text ?? "";
       const tokens = choice.experts ?? [];
+      if (!event.usage) figures.tokens += tokens.length; // told at the end; one that is stopped has none
       if (text || tokens.length) figures.first ??= (performance.now() - began) / 1000;
       answer.add(text, tokens);
       if (!this.#hovered && !this.#pinned && answer.last) this.#showToken(answer.tokens.get(answer.last), true);
@@ -239,6 +242,7 @@ export class Chat {
       const isTooLong = error instanceof ApiError && error.code === "context_length_exceeded";
       const room = isTooLong && /at most (\d+) fit/.exec(error.message);
       if (!room) throw error;
+      this.#isLowered = true;
       yield* this.#api.stream(path, { ...body, max_tokens: Number(room[1]) }, signal);
     }
   }
@@ -250,6 +254,7 @@ export class Chat {
     if (tokens > 1 && seconds > first) parts.push(`${formatValue((tokens - 1) / (seconds - first), "tokens/s")}`);
     if (first !== null) parts.push(`first after ${first.toFixed(2)} s`);
     if (finish === "user") parts.push("stopped");
+    else if (finish === "length" && this.#isLowered) parts.push("cut where the conversation is full; Clear begins a new one");
     else if (FINISHED[finish]) parts.push(FINISHED[finish]);
     foot.textContent = parts.join(" · ");
     if (!answer.text && !failure) foot.prepend(finish === "user" ? "" : "The model ended at once. ");
@@ -263,12 +268,12 @@ export class Chat {
       element(
         "div",
         { class: "failure", role: "alert" },
-        element("p", {}, failure.message + wait + hint),
+        element("p", {}, isKey ? "It was not sent: the server wants an API key." : failure.message + wait + hint),
         element("button", { type: "button", onclick: () => this.#retry(exchange) }, "Try again"),
       ),
     );
     this.#scroll();
-    if (isKey) this.#askForKey(failure.message);
+    if (isKey) this.#askForKey();
   }
 
   #refresh() {

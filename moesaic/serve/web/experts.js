@@ -167,7 +167,7 @@ export class ExpertsPanel {
     const stops = Array.from({ length: 17 }, (_, i) => `rgb(${colors[Math.round(first + (i / 16) * (255 - first))]})`);
     byId("legend-bar").style.background = `linear-gradient(to right, ${stops.join(", ")})`;
     const most = this.#detail ? this.#greatestWeight().toFixed(2) : "1";
-    const ticks = isToken ? ["0", `weight ${most}`] : ["0", "1 × mean", "2 ×", `${LOAD_LIMIT} × or more`];
+    const ticks = isToken ? ["0", `weight ${most}`] : ["0", "1 × mean", "2 ×", `≥ ${LOAD_LIMIT} ×`];
     const labels = ticks.map((text) => element("span", {}, text));
     for (const [place, label] of labels.entries()) label.style.left = `${(100 * place) / (labels.length - 1)}%`;
     byId("legend-ticks").replaceChildren(...labels);

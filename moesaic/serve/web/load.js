@@ -20,7 +20,7 @@ function totalsOf(stats) {
     ["Requests finished", count(stats.num_finished)],
     ["Tokens generated", count(stats.num_generated_tokens)],
     ["Prompt tokens", count(stats.num_prompt_tokens)],
-    ["Last step", `${formatValue(stats.step_seconds, "s")}, ${count(stats.step_tokens)} tokens`],
+    ["Last step", `${formatValue(stats.step_seconds, "s")}, ${count(stats.step_tokens)} token${stats.step_tokens === 1 ? "" : "s"}`],
     ["Preemptions", count(stats.num_preemptions)],
   ];
   if (stats.num_drafted_tokens) {

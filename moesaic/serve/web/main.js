@@ -20,15 +20,18 @@ let model = null;
 function setStatus(text, state) {
   const status = byId("status");
   status.textContent = text;
+  byId("load-page").classList.toggle("stale", state !== "ready");
   if (status.dataset.state === state) return;
   // Spoken when the state changes, not whenever another request runs.
   status.dataset.state = state;
   byId("status-spoken").textContent = state === "ready" ? "The server is ready." : `The server: ${text}.`;
 }
 
-function askForKey(message) {
+function askForKey() {
   byId("settings").open = true;
-  byId("key-message").textContent = message;
+  byId("key-message").textContent = api.key
+    ? "The server does not take this key."
+    : "The server takes requests with an API key only.";
   byId("key").focus();
 }
 
@@ -82,17 +85,21 @@ async function look() {
     return true;
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
-    if (error.status === 401) setStatus("needs an API key", "key");
+    if (error.status === 401) setStatus(api.key ? "wrong API key" : "needs an API key", "key");
     else setStatus(error.status ? `error ${error.status}` : "no answer", "away");
     byId("status").title = error.message;
     return false;
   }
 }
 
+/** Take the key of the form; return whether it is one that a request can carry. */
 function useKey() {
-  api.key = byId("key").value.trim();
+  const key = byId("key").value.trim();
+  const isKey = /^[!-~]*$/.test(key);
+  api.key = isKey ? key : "";
   remember("sessionStorage", KEY, byId("keep-key").checked && api.key ? api.key : null);
-  byId("key-message").textContent = "";
+  byId("key-message").textContent = isKey ? "" : "Keys have letters, digits and signs of ASCII only, and no spaces.";
+  return isKey;
 }
 
 api.key = recall("sessionStorage", KEY) ?? "";
@@ -100,11 +107,12 @@ byId("key").value = api.key;
 byId("keep-key").checked = api.key !== "";
 byId("key").addEventListener("change", useKey);
 byId("keep-key").addEventListener("change", useKey);
+byId("settings").addEventListener("input", () => (byId("settings-message").textContent = ""));
 const lookAgain = poll(look, POLL_SECONDS);
 
 byId("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  useKey();
+  if (!useKey()) return;
   byId("composer-text").focus();
   await lookAgain();
   chat.retryAfterKey();
