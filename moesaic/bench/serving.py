@@ -182,6 +182,11 @@ async def _first_model(http: "httpx.AsyncClient", endpoint: Endpoint) -> str:
     except (httpx.HTTPStatusError, ValueError, KeyError, IndexError, TypeError):
         model = None
     if not isinstance(model, str):
+        if response.status_code == 401 and endpoint.api_key is not None:
+            raise ConfigError(
+                f"{endpoint.base} does not take the key of --api-key-file; one of the server's keys is required; check "
+                f"the file's first key."
+            )
         raise ConfigError(
             f"{endpoint.base}/v1/models answers with status {response.status_code}, {_shortened(response.text)!r}; a "
             f"list of models is required to know which one to ask for; name it with --model, and a key, if it needs "

@@ -152,7 +152,8 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed.")] = 600.0,
     model: Annotated[str | None, typer.Option(help="\\[default: the first that the server lists]")] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", metavar="FILE", help="A file with the server's key.")
+        Path | None,
+        typer.Option("--api-key-file", metavar="FILE", help="A file with the server's key, as the server reads it."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="What plots call this run. \\[default: the model]")] = None,
     output: Annotated[
@@ -167,7 +168,7 @@ def serve(
 
     Prompts are random token ids; answers are as long as asked for. It ends with status 1 where no request succeeded.
 
-    Example: moesaic bench serve http://127.0.0.1:8000 --prompt-tokens 128-1024 --output-tokens 64 --rate 2
+    Example: moesaic bench serve http://127.0.0.1:8000 --prompt-tokens 128-768 --output-tokens 64 --rate 2
     """
     from dataclasses import asdict
 
@@ -218,16 +219,17 @@ def serve(
 
 
 def _read_key(path: Path) -> str:
-    """Return the first line of a file."""
+    """Return the first key of a file as the server's: one a line, # first in it: a comment."""
     try:
-        lines = path.read_text(encoding="ascii").split()
+        lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines() if not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--api-key-file {path} cannot be read ({error}); a file with a key is required; name one."
         ) from None
-    if not lines:
-        raise ConfigError(f"--api-key-file {path} is empty; a file with a key is required; name another.")
-    return lines[0]
+    key = next((line for line in lines if line), None)
+    if key is None:
+        raise ConfigError(f"--api-key-file {path} holds no key; a file with one is required; name another.")
+    return key
 
 
 def _check_can_be_written(path: Path | None) -> None:

@@ -189,6 +189,12 @@ def _checkpoint_table(
 
 def _origin(info: "CheckpointInfo") -> str | None:
     """Return what a run was made of, where that was not training."""
+    from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
+    from moesaic.report.model_summary import describe_bytes
+
+    if is_quantized(info):
+        source, kinds = info.metadata[KEY].get("source"), describe_quantization(info)
+        return f"quantised from {source}, step {info.step}: {kinds}, {describe_bytes(_size(info))} (above in bf16)"
     imported, upcycled = info.metadata.get("imported"), info.metadata.get("upcycled")
     if imported:
         return f"imported from {imported.get('path')} ({imported.get('family')})"

@@ -9,7 +9,7 @@ import typer
 def serve(
     run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="A YAML file with the sections engine and server.")
+        Path | None, typer.Option("--config", "-c", help="A YAML file with the sections engine, server and overload.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="The address to listen on; the same as --set server.host=.")] = None,
     port: Annotated[int | None, typer.Option(help="0: any that is free; the same as --set server.port=.")] = None,

@@ -94,7 +94,7 @@ def write_report(path: Path, teacher: Stage, student: Stage, *, data_folder: Pat
                 Commands(
                     (
                         f"moesaic train pr-moe-tiny-8-16 --data {data_folder} --output runs/longer --set tokens=12e6",
-                        f"moesaic distill {teacher.run_folder} runs/student --set tokens=3e6",
+                        f"moesaic distill {teacher.run_folder} runs/longer-student --set tokens=3e6",
                         f"moesaic evaluate {teacher.run_folder} --text {data_folder}",
                         f'moesaic generate {student.run_folder} --prompt "Peace and commerce"',
                     )

@@ -105,7 +105,8 @@ class ExpertLoad:
         if read is not None and self._last_look[1] is not None:
             self._recent_used = self._recent_used * _KEPT + self._bytes_used - used
             self._recent_read = self._recent_read * _KEPT + self._last_look[1] - read
-            self._hit_rate = max(0.0, 1.0 - self._recent_read / self._recent_used)
+            # Rounded: what else the process reads is no miss.
+            self._hit_rate = round(max(0.0, 1.0 - self._recent_read / self._recent_used), 6)
 
     def layers(self) -> tuple[LayerLoad, ...]:
         self._count()

@@ -17,7 +17,9 @@ _MEMORY_BYTES = 2 << 30
 _STACK_BYTES = 4 << 20  # less than other threads have, so what fits here fits there
 _WALKS, _WALK_TOKENS = 3, 48
 _CONTROL = frozenset(range(32)) - frozenset(b"\r\n")
-_WHITESPACE = 32  # at most so much in a row between the parts of JSON; a model may go on with it for ever
+# At most so much in a row between the parts of JSON: a weak model takes all that it may have, and with 32 line ends for
+# each part an answer did not come to its end.
+_WHITESPACE = 1
 
 
 class Vocabulary:

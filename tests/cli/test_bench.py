@@ -127,7 +127,7 @@ SERVE = ("bench", "serve", "http://127.0.0.1:8000", "--prompt-tokens", "4-8", "-
 def test_a_server_is_a_table_a_file_and_a_plot(cli: Any, served: list[dict[str, Any]], tmp_path: Path) -> None:
     from moesaic.report.serving import read_serving
 
-    (tmp_path / "key").write_text("secret\n")
+    (tmp_path / "key").write_text("# the server's\n\nsecret\nother\n")
     output, plot = tmp_path / "new" / "a.json", tmp_path / "new" / "a.png"
     result = cli(*SERVE, "--rate", 2, "--api-key-file", tmp_path / "key", "--output", output, "--plot", plot)
     assert result.status == 0, result.err

@@ -86,7 +86,8 @@ def test_what_comes_out_is_a_run_for_every_verb_but_train(cli: Any, wide_run: Pa
     (checkpoint,) = inspected["checkpoints"]
     assert checkpoint["quantization"] == "experts int4, rest int4" and checkpoint["step"] == 3
     assert checkpoint["bytes"] < json.loads(cli("inspect", wide_run, "--json").out)["checkpoints"][0]["bytes"] / 3
-    assert "experts int4, rest int4" in cli("inspect", out).out
+    shown = " ".join(cli("inspect", out).out.split())
+    assert f"quantised from {wide_run}, step 3: experts int4, rest int4" in shown and "not trained here" in shown
     report = json.loads((out / REPORT_NAME).read_text())
     evaluated = json.loads(cli("evaluate", out, "--text", report["text"], "--json").out)
     assert evaluated["loss"] == report["quantized"]["loss"]

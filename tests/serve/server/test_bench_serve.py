@@ -35,6 +35,8 @@ def test_a_key_that_is_needed_is_asked_for(real_app: Callable[..., FastAPI]) -> 
     with live(real_app(keys=("secret",))) as running:
         with pytest.raises(ConfigError, match="--api-key-file"):
             bench_serving(Endpoint(url=running.url), WORKLOAD)
+        with pytest.raises(ConfigError, match="does not take the key of --api-key-file"):
+            bench_serving(Endpoint(url=running.url, api_key="other"), WORKLOAD)
         with pytest.raises(ConfigError, match="status 401"):
             bench_serving(Endpoint(url=running.url, model="tiny"), WORKLOAD)
         assert bench_serving(Endpoint(url=running.url, api_key="secret"), WORKLOAD).summary().errors == {}
