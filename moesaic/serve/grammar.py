@@ -190,7 +190,13 @@ class GrammarCompiler:
         if grammar.kind == "json_schema":
             _check_schema(_read_schema(text), name)
         if grammar.kind == "tool_calls":
-            for function, schema in json.loads(text)["functions"].items():
+            try:
+                functions = dict(json.loads(text)["functions"])
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise ConfigError(
+                    f"the {name} is {_shown(text)}; what tool_calls.calls_grammar makes is required; let it make it."
+                ) from None
+            for function, schema in functions.items():
                 _check_schema(schema, f"JSON schema of the tool {_shown(function)}")
 
 

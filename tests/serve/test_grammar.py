@@ -272,6 +272,7 @@ def nested(depth: int) -> str:
         ("json_schema", '{"type": "string", "pattern": "%s"}' % ("[" * 60_000), "one that xgrammar compiles"),
         ("json_schema", r'{"type": "string", "pattern": "a[\"b"}', "one that xgrammar compiles"),
         ("json_object", "{}", "it takes none"),
+        ("tool_calls", "[1]", "what tool_calls.calls_grammar makes is required"),
         (
             "tool_calls",
             '{"functions": {"f": {"properties": {"n": {"multipleOf": 2}}}}, "is_single": true}',
