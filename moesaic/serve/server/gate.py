@@ -33,6 +33,7 @@ _OPEN_PREFIX = "/static/"
 # What pages and orchestrators ask every second: no line of the log unless something is wrong.
 _POLLED_PATHS = frozenset({"/health", "/ready", "/metrics", "/v1/stats", "/v1/experts"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# What is read of a body that is too large, so that its sender gets to the answer.
 _DISCARDED_BYTES, _DISCARD_SECONDS = 64 << 20, 5.0
 _SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

@@ -2,7 +2,7 @@
 
 import { ApiError } from "./api.js";
 import { formatValue } from "./chart.js";
-import { byId, element } from "./dom.js";
+import { byId, element, plural } from "./dom.js";
 import { TokenAligner } from "./tokens.js";
 
 const FINISHED = {
@@ -11,12 +11,9 @@ const FINISHED = {
   abort: "stopped by the server",
   error: "ended by an error of the server",
 };
+const FULL = "cut where the conversation is full; Clear begins a new one";
 // Spoken in whole sentences: word by word would never stop talking.
 const SENTENCE = /^[\s\S]*[.!?:;\n]\s/;
-
-function plural(count, word) {
-  return `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
-}
 
 /** One answer on the page: its text, cut into tokens where they are known. */
 class Answer {
@@ -211,7 +208,7 @@ export class Chat {
       if (!choice) continue;
       const text = choice.delta?.content ?? choice.text ?? "";
       const tokens = choice.experts ?? [];
-      if (!event.usage) figures.tokens += tokens.length; // told at the end; one that is stopped has none
+      if (!event.usage) figures.tokens += tokens.length; // the last event counts them; it may never come
       if (text || tokens.length) figures.first ??= (performance.now() - began) / 1000;
       answer.add(text, tokens);
       if (!this.#hovered && !this.#pinned && answer.last) this.#showToken(answer.tokens.get(answer.last), true);
@@ -254,7 +251,7 @@ export class Chat {
     if (tokens > 1 && seconds > first) parts.push(`${formatValue((tokens - 1) / (seconds - first), "tokens/s")}`);
     if (first !== null) parts.push(`first after ${first.toFixed(2)} s`);
     if (finish === "user") parts.push("stopped");
-    else if (finish === "length" && this.#isLowered) parts.push("cut where the conversation is full; Clear begins a new one");
+    else if (finish === "length" && this.#isLowered) parts.push(FULL);
     else if (FINISHED[finish]) parts.push(FINISHED[finish]);
     foot.textContent = parts.join(" · ");
     if (!answer.text && !failure) foot.prepend(finish === "user" ? "" : "The model ended at once. ");

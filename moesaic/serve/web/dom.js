@@ -29,3 +29,8 @@ export function byId(id) {
   if (!found) throw new Error(`index.html has no element #${id}`);
   return found;
 }
+
+/** Return for example "1 token" and "2,000 tokens". */
+export function plural(count, word) {
+  return `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+}

@@ -1,7 +1,7 @@
 // The load page: figures of now, and charts of the last minutes.
 
 import { formatValue, LineChart } from "./chart.js";
-import { byId, element } from "./dom.js";
+import { byId, element, plural } from "./dom.js";
 import { CHARTS, History, SPAN } from "./history.js";
 
 function duration(seconds) {
@@ -20,7 +20,7 @@ function totalsOf(stats) {
     ["Requests finished", count(stats.num_finished)],
     ["Tokens generated", count(stats.num_generated_tokens)],
     ["Prompt tokens", count(stats.num_prompt_tokens)],
-    ["Last step", `${formatValue(stats.step_seconds, "s")}, ${count(stats.step_tokens)} token${stats.step_tokens === 1 ? "" : "s"}`],
+    ["Last step", `${formatValue(stats.step_seconds, "s")}, ${plural(stats.step_tokens, "token")}`],
     ["Preemptions", count(stats.num_preemptions)],
   ];
   if (stats.num_drafted_tokens) {
