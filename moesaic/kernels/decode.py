@@ -15,8 +15,11 @@ from torch import Tensor
 
 from moesaic.errors import GenerationError
 from moesaic.kernels.cpu.build import Library
+from moesaic.kernels.latent_attention import LatentStorage
 from moesaic.kernels.packed import HUGE_PAGE_BYTES, PackedMlp, PackedWeight, zeros_on_huge_pages
 from moesaic.kernels.paged_attention import KVStorage, PagedBatch
+
+Storage = KVStorage | LatentStorage
 
 _SCORINGS = ("softmax", "sigmoid")
 _MIXES = ("sum", "softmax", "sigmoid")
@@ -46,11 +49,12 @@ class RouterPart:
 
 @dataclass(frozen=True)
 class LayerPart:
-    """One layer. mlp: the dense MLP, or the residual one beside the experts.
+    """One layer. mlp: the dense MLP, or the residual one beside the experts. latent: of latent attention.
 
-    Shapes: qkv ((A + 2 KV) * D, H), rows of queries, keys, values; o_proj (H, A * D); mix (2, H) or (1, H) where
-    residual_mix is not "sum"; biases fp32 or None; q_norm and k_norm fp32 or None, both (D,) for each head, or (A * D,)
-    and (KV * D,) for all heads together.
+    Shapes: qkv ((A + 2 KV) * D, H), rows of queries, keys, values, or as LatentPart says; o_proj (H, A * D), or
+    (H, A * C); mix (2, H) or (1, H) where residual_mix is not "sum"; biases fp32 or None; q_norm and k_norm fp32 or
+    None, both (D,) for each head, or (A * D,) and (KV * D,) for all heads together; of latent attention (Q,), or None,
+    and (R,).
     """
 
     attention_norm: NormPart
@@ -67,12 +71,31 @@ class LayerPart:
     residual_mix: str
     mix: PackedWeight | None
     mix_bias: Tensor | None
+    latent: "LatentPart | None" = None
+
+
+@dataclass(frozen=True)
+class LatentPart:
+    """What latent attention multiplies by.
+
+    LayerPart.qkv has the rows of all queries (A * D), or of the vector that they are made of (Q), and behind them those
+    of the latent (R) and the key that all heads share (P).
+
+    Shapes: q_up (A * D, Q) or None; key_up (A, R, N) and value_up (A, C, R), N and C a head's channels of keys beside
+    the shared one and of values.
+    """
+
+    q_up: PackedWeight | None
+    key_up: PackedWeight
+    value_up: PackedWeight
+    rope_dim: int
+    norm_epsilon: float
 
 
 @dataclass(frozen=True)
 class ModelPart:
     """A packed model. Shapes: embedding (V, H) bf16, or packed where it is lm_head too; position_embedding
-    (max_positions, H) bf16, or cosines and sines (max_positions, D/2) fp32.
+    (max_positions, H) bf16, or cosines and sines (max_positions, D/2) fp32, with latent attention (max_positions, P/2).
     """
 
     layers: tuple[LayerPart, ...]
@@ -138,14 +161,16 @@ _Guesses = _structure("ExpertGuesses", share=_D, num_passes=_I)
 _Layer = _structure(
     "DecodeLayer",
     attention_norm=_Norm, feed_forward_norm=_Norm, qkv_proj=_P, qkv_bias=_P, q_norm=_P, k_norm=_P, norms_all_heads=_I,
-    o_proj=_P, o_bias=_P, mlp=_P, experts=_P, num_experts=_I, top_k=_I, router=_P, correction_bias=_P, scoring=_I,
-    num_groups=_I, top_groups=_I, renormalize=_I, router_scale=_D, mix=_I, mix_weight=_P, mix_bias=_P,
+    q_up=_P, key_up=_P, value_up=_P, o_proj=_P, o_bias=_P, mlp=_P, experts=_P, num_experts=_I, top_k=_I, router=_P,
+    correction_bias=_P, scoring=_I, num_groups=_I, top_groups=_I, renormalize=_I, router_scale=_D, mix=_I,
+    mix_weight=_P, mix_bias=_P,
 )  # fmt: skip
 _Model = _structure(
     "DecodeModel",
     num_layers=_I, hidden_size=_I, vocab_size=_I, max_positions=_I, num_heads=_I, num_kv_heads=_I, head_dim=_I,
     norm_epsilon=_D, attention_scale=_D, layers=_P, tied_embedding=_P, embedding=_P, position_embedding=_P,
-    cosines=_P, sines=_P, final_norm=_Norm, head=_P, guesses=_P,
+    cosines=_P, sines=_P, final_norm=_Norm, head=_P, guesses=_P, kv_rank=_I, query_rank=_I, nope_dim=_I, rope_dim=_I,
+    value_dim=_I, latent_epsilon=_D,
 )  # fmt: skip
 
 
@@ -202,6 +227,7 @@ class DecodePlan:
             None if is_tied else _address(model.embedding),
             _address(model.position_embedding), _address(cosines), _address(sines), _fill_norm(model.final_norm),
             _address(model.head), ctypes.addressof(self._guesses) if self.reads_ahead else None,
+            *_latent_sizes(model.layers[0].latent),
         )  # fmt: skip
 
     @cached_property
@@ -219,6 +245,9 @@ class DecodePlan:
         work = 0
         for layer in self.model.layers:
             work += layer.qkv.shape.numel() + layer.o_proj.shape.numel()
+            if layer.latent is not None:
+                others = (layer.latent.q_up, layer.latent.key_up, layer.latent.value_up)
+                work += sum(weight.shape.numel() for weight in others if weight is not None)
             work += 0 if layer.mlp is None else 3 * layer.mlp.down.shape.numel()
             if layer.experts is not None and layer.router is not None:
                 work += 3 * layer.router.top_k * layer.experts.down.in_size * layer.experts.down.out_size
@@ -228,7 +257,7 @@ class DecodePlan:
     def _top_k(self) -> tuple[int, ...]:
         return tuple(layer.router.top_k for layer in self.model.layers if layer.router is not None)
 
-    def run(self, tokens: Tensor, storage: KVStorage, batch: PagedBatch, rows: Tensor | None = None) -> Decoded:
+    def run(self, tokens: Tensor, storage: Storage, batch: PagedBatch, rows: Tensor | None = None) -> Decoded:
         """Take the new tokens (T,) int64 of a batch into the storage and return their hidden states.
 
         rows (R,) int64, strictly rising: the tokens whose logits are wanted; None for none.
@@ -238,7 +267,8 @@ class DecodePlan:
         model, count = self.model, tokens.shape[0]
         assert tokens.dim() == 1 and tokens.dtype == torch.int64, (tokens.shape, tokens.dtype)
         assert len(storage.layers) == len(model.layers), (len(storage.layers), len(model.layers))
-        assert storage.layers[0].keys.dtype in (torch.bfloat16, torch.int8), storage.layers[0].keys.dtype
+        assert isinstance(storage, LatentStorage) == (model.layers[0].latent is not None), type(storage)
+        assert storage.dtype in (torch.bfloat16, torch.int8), storage.dtype
         tokens = tokens.contiguous()
         hidden = torch.empty(count, model.hidden_size, dtype=torch.bfloat16)
         routes = count * sum(self._top_k)
@@ -262,12 +292,20 @@ class DecodePlan:
         return Decoded(hidden, expert_ids, routing_weights, self._top_k, logits)
 
 
+def _latent_sizes(latent: LatentPart | None) -> tuple[int, int, int, int, int, float]:
+    if latent is None:
+        return 0, 0, 0, 0, 0, 0.0
+    query_rank = 0 if latent.q_up is None else latent.q_up.in_size
+    key_up, value_up = latent.key_up, latent.value_up
+    return key_up.out_size, query_rank, key_up.in_size, latent.rope_dim, value_up.out_size, latent.norm_epsilon
+
+
 def _fill_norm(norm: NormPart) -> ctypes.Structure:
     return _Norm(_address(norm.weight), _address(norm.bias))
 
 
 def _fill_layer(layer: LayerPart, panels: Tensor | None, *, head_dim: int) -> ctypes.Structure:
-    router = layer.router
+    router, latent = layer.router, layer.latent
     return _Layer(
         attention_norm=_fill_norm(layer.attention_norm),
         feed_forward_norm=_fill_norm(layer.feed_forward_norm),
@@ -276,6 +314,9 @@ def _fill_layer(layer: LayerPart, panels: Tensor | None, *, head_dim: int) -> ct
         q_norm=_address(layer.q_norm),
         k_norm=_address(layer.k_norm),
         norms_all_heads=layer.q_norm is not None and layer.q_norm.numel() != head_dim,
+        q_up=None if latent is None else _address(latent.q_up),
+        key_up=None if latent is None else _address(latent.key_up),
+        value_up=None if latent is None else _address(latent.value_up),
         o_proj=_address(layer.o_proj),
         o_bias=_address(layer.o_bias),
         mlp=_address(layer.mlp),

@@ -2,27 +2,39 @@
 
 The vector is the latent that keys and values are products of, and behind it one key that all heads share and that knows
 its position. Queries are brought into that space by the caller, so that all heads are queries of one key/value head.
-Blocks, tables and batches are those of paged_attention.py; everything here is PyTorch's operations.
+Blocks, tables and batches are those of paged_attention.py.
+
+On the CPU, for a bf16 cache, one C++ call takes all sequences; a token's result depends on nothing else in the batch.
+Everything else is PyTorch's operations on the same storage: the definition.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.kernels.paged_attention import PagedBatch
+from moesaic.kernels import select
+from moesaic.kernels.packed import zeros_on_huge_pages
+from moesaic.kernels.paged_attention import PANEL, PagedBatch, check_block_size
 
-# Scores (fp32) that exist at once: a long prompt is taken in chunks.
+# Scores (fp32) that exist at once in the definition: a long prompt is taken in chunks.
 _SCORES = 1 << 23
 
 
 @dataclass(frozen=True)
 class LatentBlocks:
-    """One layer's blocks. Shapes: latents (blocks, block_size, R + P), a token's latent (R) and its shared key (P)."""
+    """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_latent.h).
+
+    Shapes: latents (blocks, block_size / 32, W/2, 32, 2), pairs of channels of 32 positions; W is R + P rounded up to
+    32, the channels a token's latent (R), its shared key (P), and zeros.
+    """
 
     latents: Tensor
     rank: int
+    key_dim: int
 
     @property
     def num_blocks(self) -> int:
@@ -30,7 +42,22 @@ class LatentBlocks:
 
     @property
     def block_size(self) -> int:
-        return self.latents.shape[1]
+        return self.latents.shape[1] * PANEL
+
+    @property
+    def dim(self) -> int:
+        """R + P."""
+        return self.rank + self.key_dim
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return 2 * self.latents.shape[2]
+
+    @cached_property
+    def arguments(self) -> tuple[int, int, int, int]:
+        """Address and sizes, as the kernels take them."""
+        return self.latents.data_ptr(), self.num_blocks, self.dim, self.block_size
 
 
 @dataclass(frozen=True)
@@ -39,40 +66,68 @@ class LatentStorage:
 
     layers: tuple[LatentBlocks, ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].latents.dtype
+
+    @cached_property
+    def arguments(self) -> Tensor:
+        """(layers, 8) int64: every layer's, as the pass in one call takes them: keys of one head, and no values."""
+        rows = []
+        for layer in self.layers:
+            address, num_blocks, dim, block_size = layer.arguments
+            rows.append((address, 0, 0, 0, num_blocks, 1, dim, block_size))
+        return torch.tensor(rows)
+
 
 def allocate_latent_blocks(
-    num_blocks: int, rank: int, key_dim: int, *, block_size: int, dtype: torch.dtype, device: torch.device
-) -> LatentBlocks:
-    """Return empty blocks of one layer for latents of `rank` numbers and shared keys of `key_dim`.
+    num_layers: int,
+    num_blocks: int,
+    rank: int,
+    key_dim: int,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LatentStorage:
+    """Return empty blocks of every layer for latents of `rank` numbers and shared keys of `key_dim`.
 
-    Raises: ConfigError for a dtype that is not a floating-point one.
+    Raises: ConfigError for a block_size that is no multiple of 32, or a dtype that is not a floating-point one.
     """
+    check_block_size(block_size)
     if not dtype.is_floating_point:
         raise ConfigError(
             f"a cache of {str(dtype).removeprefix('torch.')} is asked for; the vectors of latent attention are small "
             f"already and are kept in a floating-point dtype; use bf16."
         )
-    return LatentBlocks(torch.zeros(num_blocks, block_size, rank + key_dim, dtype=dtype, device=device), rank)
+    width = -(-(rank + key_dim) // PANEL) * PANEL
+    shape = (num_layers, num_blocks, block_size // PANEL, width // 2, PANEL, 2)
+    count = num_layers * num_blocks * block_size * width
+    # One piece for all layers, as of keys and values.
+    memory = zeros_on_huge_pages(count * dtype.itemsize, device).view(dtype).view(shape)
+    return LatentStorage(tuple(LatentBlocks(layer, rank, key_dim) for layer in memory))
 
 
 def write_latents(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -> None:
-    """Put the new tokens' latents and shared keys (T, R + P) into their blocks."""
-    assert latents.shape == (int(batch.starts[-1]), blocks.latents.shape[2]), (latents.shape, blocks.latents.shape)
-    sequences = torch.arange(batch.lengths.shape[0]).repeat_interleave(batch.starts.diff())
-    positions = batch.positions
-    block = batch.block_tables[sequences, positions // blocks.block_size].long()
-    assert bool(((block >= 0) & (block < blocks.num_blocks)).all()), (batch, blocks.num_blocks)
-    places = (block * blocks.block_size + positions % blocks.block_size).to(blocks.latents.device)
-    blocks.latents.view(-1, blocks.latents.shape[2])[places] = latents.to(blocks.latents.dtype)
+    """Put the new tokens' latents and shared keys (T, R + P), of the cache's dtype, into their blocks."""
+    assert latents.shape == (int(batch.starts[-1]), blocks.dim), (latents.shape, blocks.dim, batch.starts)
+    library = _library(latents, blocks)
+    if library is None:
+        _write_reference(latents, blocks, batch)
+        return
+    latents = latents if latents.stride(1) == 1 else latents.contiguous()
+    failed = library.function("moesaic_latent_write", "pii" + "piii" + "pppii")(
+        latents.data_ptr(), latents.stride(0), latents.shape[0], *blocks.arguments, *batch.arguments
+    )
+    assert not failed, (batch, blocks.num_blocks)
 
 
 def read_latents(blocks: LatentBlocks, table: Tensor, length: int) -> Tensor:
-    """Return the vectors (L, R + P) of a sequence's first `length` positions: a view where its blocks are in a row."""
-    used = table[: -(-length // blocks.block_size)]
-    first, count = int(used[0]), used.shape[0]
-    is_run = torch.equal(used, torch.arange(first, first + count, dtype=used.dtype))
-    whole = blocks.latents[first : first + count] if is_run else blocks.latents[used.to(blocks.latents.device)]
-    return whole.flatten(0, 1)[:length]
+    """Return the vectors (L, R + P) of a sequence's first `length` positions."""
+    used = table[: -(-length // blocks.block_size)].long().to(blocks.latents.device)
+    # (n, P, W/2, 32, 2) -> (n, P, 32, W/2, 2)
+    vectors = blocks.latents[used].transpose(2, 3).flatten(0, 2).flatten(1)
+    return vectors[:length, : blocks.dim]
 
 
 def latent_attention(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, *, scale: float) -> Tensor:
@@ -82,9 +137,47 @@ def latent_attention(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, *, 
 
     Shapes: query (T, A, R + P).
     """
-    num_tokens, num_heads, width = query.shape
+    num_tokens, num_heads, dim = query.shape
+    assert dim == blocks.dim and num_tokens == int(batch.starts[-1]), (query.shape, blocks.dim, batch.starts)
+    assert not (query.requires_grad and torch.is_grad_enabled()), "it is for inference: it has no gradient"
+    assert scale > 0, scale
+    library = _library(query, blocks)
+    if library is None:
+        return _attention_reference(query, blocks, batch, scale)
+    query = F.pad(query, (0, blocks.width - dim)).contiguous()
+    channels = -(-blocks.rank // PANEL) * PANEL
+    out = torch.empty(num_tokens, num_heads, channels, dtype=torch.bfloat16)
+    failed = library.function("moesaic_latent_attention", "ppiiif" + "piii" + "pppii")(
+        query.data_ptr(), out.data_ptr(), num_tokens, num_heads, blocks.rank, scale, *blocks.arguments,
+        *batch.arguments,
+    )  # fmt: skip
+    assert not failed, (batch, blocks.num_blocks)
+    return out[..., : blocks.rank]
+
+
+def _library(x: Tensor, blocks: LatentBlocks) -> select.Library | None:
+    if x.device.type != "cpu" or x.dtype is not torch.bfloat16 or blocks.latents.dtype is not torch.bfloat16:
+        return None
+    return select.cpu_library()
+
+
+def _write_reference(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -> None:
+    size, device = blocks.block_size, blocks.latents.device
+    sequences = torch.arange(batch.lengths.shape[0]).repeat_interleave(batch.starts.diff())
+    positions = batch.positions
+    block = batch.block_tables[sequences, positions // size].long()
+    assert bool(((block >= 0) & (block < blocks.num_blocks)).all()), (batch, blocks.num_blocks)
+    block, inside = block.to(device), (positions % size).to(device)
+    panel, place = inside // PANEL, inside % PANEL
+    padded = F.pad(latents, (0, blocks.width - blocks.dim)).unflatten(1, (-1, 2))  # (T, W/2, 2)
+    fresh = place == 0  # what no position has written yet is multiplied by a weight of 0: it must be finite
+    blocks.latents[block[fresh], panel[fresh]] = 0
+    blocks.latents[block, panel, :, place] = padded.to(blocks.latents.dtype)
+
+
+def _attention_reference(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, scale: float) -> Tensor:
+    num_tokens, num_heads, _ = query.shape
     starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
-    assert width == blocks.latents.shape[2] and num_tokens == starts[-1], (query.shape, blocks.latents.shape, starts)
     out = query.new_empty(num_tokens, num_heads, blocks.rank)
     for sequence, length in enumerate(lengths):
         first, last = starts[sequence], starts[sequence + 1]

@@ -261,6 +261,14 @@ def unpack_weight(weight: PackedWeight, matrix: int = 0) -> Tensor | QuantizedWe
     return QuantizedWeight(values, weight.scales[matrix, place], 8, None)
 
 
+def unpack_stack(weight: PackedWeight) -> Tensor:
+    """Return all matrices (E, N, K) of a stack in bf16 as they were before packing."""
+    assert weight.format == "bf16" and weight.num_matrices is not None and not weight.is_gated, weight.shape
+    panels = weight.data.view(torch.int32).view(weight.num_matrices, weight.num_panels, -1, _PANEL)
+    rows = panels.transpose(2, 3).flatten(1, 2)[:, : weight.out_size].contiguous()
+    return rows.view(torch.bfloat16)[..., : weight.in_size]
+
+
 def packed_linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -291,6 +299,29 @@ def packed_linear(
             out_dtype == torch.bfloat16,
         )
     return out
+
+
+def packed_heads(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Return (T, A, N) in x's dtype: every row of x (T, A, K) times the transposed matrix of its head.
+
+    weight: (A, N, K) in bf16; x is rounded to bf16, sums are fp32.
+    """
+    tokens, num_heads, in_size = x.shape
+    _check_no_gradient(x)
+    assert weight.shape == (num_heads, weight.out_size, in_size), (x.shape, weight.shape)
+    assert weight.format == "bf16" and not weight.is_gated, (weight.format, weight.is_gated)
+    _check_dtypes(x.dtype)
+    library = select.cpu_library() if x.device.type == "cpu" else None
+    if library is None:
+        return torch.stack([_linear(x[:, head], weight, head, None) for head in range(num_heads)], 1).to(x.dtype)
+    rows = x.to(torch.bfloat16)
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    out = torch.empty(tokens, num_heads, weight.out_size, dtype=torch.bfloat16)
+    library.function("moesaic_packed_heads", "piipiip")(
+        ctypes.addressof(weight.struct), num_heads, tokens, rows.data_ptr(), rows.stride(0), rows.stride(1),
+        out.data_ptr(),
+    )  # fmt: skip
+    return out.to(x.dtype)
 
 
 def packed_rows(weight: PackedWeight, ids: Tensor) -> Tensor:

@@ -71,6 +71,10 @@ class KVStorage:
 
     layers: tuple[KVBlocks, ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].keys.dtype
+
     @cached_property
     def arguments(self) -> Tensor:
         """(layers, 8) int64: every layer's."""
@@ -127,11 +131,7 @@ def allocate_blocks(
 
     Raises: ConfigError for a block_size that is no multiple of 32.
     """
-    if block_size < PANEL or block_size % PANEL:
-        raise ConfigError(
-            f"block_size ({block_size}) must be a multiple of {PANEL}, the positions that a kernel reads at once; use "
-            f"{max(PANEL, block_size // PANEL * PANEL)}."
-        )
+    check_block_size(block_size)
     panels, width = block_size // PANEL, -(-head_dim // PANEL) * PANEL
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "keys": (dtype, (num_blocks, num_kv_heads, panels, width // 2, PANEL, 2)),
@@ -155,6 +155,15 @@ def allocate_blocks(
             )
         )
     return KVStorage(tuple(layers))
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises: ConfigError for a block_size that is no multiple of 32."""
+    if block_size < PANEL or block_size % PANEL:
+        raise ConfigError(
+            f"block_size ({block_size}) must be a multiple of {PANEL}, the positions that a kernel reads at once; use "
+            f"{max(PANEL, block_size // PANEL * PANEL)}."
+        )
 
 
 def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) -> None:

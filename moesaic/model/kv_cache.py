@@ -36,14 +36,10 @@ def allocate_storage(
     """
     latent = config.latent_attention
     if latent is not None:
-        return LatentStorage(
-            tuple(
-                allocate_latent_blocks(
-                    num_blocks, latent.kv_rank, latent.rope_head_dim, block_size=block_size, dtype=dtype, device=device
-                )
-                for _ in range(config.num_layers)
-            )
-        )
+        return allocate_latent_blocks(
+            config.num_layers, num_blocks, latent.kv_rank, latent.rope_head_dim, block_size=block_size, dtype=dtype,
+            device=device,
+        )  # fmt: skip
     return allocate_blocks(
         config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size=block_size, dtype=dtype,
         device=device,

@@ -2,7 +2,8 @@
 
 With a cache, which holds that vector and one rotary key, the products are moved to the other side: a query is brought
 into the small vectors' space, and their weighed mean out of it, so that no head's keys and values exist. A prompt is
-cheaper with them. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+cheaper with them, which a packed model forgoes: in it a token's result does not depend on how its prompt is cut.
+Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from moesaic.config.model import ModelConfig
 from moesaic.kernels.attention import causal_attention
 from moesaic.kernels.latent_attention import LatentStorage, latent_attention, write_latents
+from moesaic.kernels.packed import PackedWeight, packed_heads, unpack_stack
 from moesaic.kernels.paged_attention import PagedBatch
 from moesaic.model.kv_cache import CacheStep
 from moesaic.model.linear import Linear
@@ -27,11 +29,12 @@ class LatentAttention(nn.Module):
     rows for the rotary key; kv_down_norm (R,); kv_up_proj (A * (N + C), R), a head's rows [key, value];
     o_proj (H, A * C).
 
-    Packed for inference, kv_up is in the place of kv_up_proj: its keys' rows (A, N, R) and its values' (A, C, R) as
-    plain bf16, since they are multiplied from both sides.
+    Packed for inference, in_proj (A * (N + P) + R + P, H) or (Q + R + P, H) has the rows of q_proj or q_down_proj and
+    of kv_down_proj; up is in the place of kv_up_proj: of keys (A, R, N) and of values (A, C, R), in bf16.
     """
 
-    kv_up: tuple[Tensor, Tensor] | None
+    in_proj: Linear
+    up: tuple[PackedWeight, PackedWeight] | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class LatentAttention(nn.Module):
         self.kv_down_proj = Linear(hidden_size, self.rank + self.rope_dim, has_bias=False)
         self.kv_down_norm = RmsNorm(self.rank, epsilon=latent.norm_epsilon)
         self.kv_up_proj = Linear(self.rank, config.num_heads * (self.nope_dim + self.value_dim), has_bias=False)
-        self.kv_up = None
+        self.up = None
         self.o_proj = Linear(config.num_heads * self.value_dim, hidden_size, has_bias=False)
 
     @property
@@ -79,9 +82,14 @@ class LatentAttention(nn.Module):
         the earlier positions, and takes these as `layer`'s; B is 1, S all its new tokens.
         """
         assert rotary is not None, "latent attention has rotary positions"
-        query = self.q_up_proj(self.q_down_norm(self.q_down_proj(x))) if self.has_query_rank else self.q_proj(x)
+        if self.up is None:
+            query = self.q_down_proj(x) if self.has_query_rank else self.q_proj(x)
+            latent, key = self.kv_down_proj(x).split([self.rank, self.rope_dim], 2)
+        else:
+            query, latent, key = self.in_proj(x).tensor_split([-self.rank - self.rope_dim, -self.rope_dim], 2)
+        if self.has_query_rank:
+            query = self.q_up_proj(self.q_down_norm(query))
         nope, rope = query.unflatten(2, (self.num_heads, -1)).split([self.nope_dim, self.rope_dim], 3)
-        latent, key = self.kv_down_proj(x).split([self.rank, self.rope_dim], 2)
         latent = self.kv_down_norm(latent)  # (B, S, R)
         rope, key = rotate(rope, *rotary), rotate(key[:, :, None], *rotary)  # (B, S, A, P) and (B, S, 1, P)
         if cache is None:
@@ -115,6 +123,11 @@ class LatentAttention(nn.Module):
         if not others:
             return out
         rows, rest = _only(others, batch, starts)
+        if self.up is not None:
+            inwards, outwards = self.up
+            queries = torch.cat([packed_heads(nope[rows], inwards), rope[rows]], 2)
+            out[rows] = packed_heads(latent_attention(queries, blocks, rest, scale=self.scale), outwards)
+            return out
         key_up, value_up = self.up_matrices(nope.dtype)
         # A head at a time: (A, T, N) by (A, N, R) into the latents' space, (A, T, R) by (A, R, C) out of it.
         absorbed = torch.bmm(nope[rows].transpose(0, 1), key_up).transpose(0, 1)
@@ -124,19 +137,19 @@ class LatentAttention(nn.Module):
 
     def _keys_and_values(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Every head's keys (B, S, A, N) and values (B, S, A, C) for latents (B, S, R)."""
-        if self.kv_up is None:
+        if self.up is None:
             heads = self.kv_up_proj(latent).unflatten(2, (self.num_heads, -1))
             keys, values = heads.split([self.nope_dim, self.value_dim], 3)
-        else:
-            keys, values = (
-                F.linear(latent, weight.flatten(0, 1)).unflatten(2, (self.num_heads, -1)) for weight in self.kv_up
-            )
+            return keys, values
+        key_up, value_up = (unpack_stack(weight).to(latent.dtype) for weight in self.up)
+        keys, values = (
+            F.linear(latent, weight.flatten(0, 1)).unflatten(2, (self.num_heads, -1))
+            for weight in (key_up.transpose(1, 2), value_up)
+        )
         return keys, values
 
     def up_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The matrices (A, N, R) and (A, C, R) that make keys and values of a latent."""
-        if self.kv_up is not None:
-            return self.kv_up
         layer = self.kv_up_proj
         if type(layer) is Linear:
             weight: Tensor = layer.weight.to(dtype)
@@ -146,12 +159,12 @@ class LatentAttention(nn.Module):
         return key_up, value_up
 
     def _is_cheaper_expanded(self, new: int, length: int) -> bool:
-        """Whether a sequence of only new tokens is better served by every head's own keys and values.
+        """Whether a sequence of only new tokens is served by every head's own keys and values; never by a packed model.
 
         They take N + P + C products for a head and pair of positions instead of 2 R + P. To make them takes R * (N + C)
         for a head and position, and so does bringing a query into the latents' space and the mean out of it.
         """
-        return new == length > 0 and self.nope_dim + self.value_dim < 2 * self.rank
+        return self.up is None and new == length > 0 and self.nope_dim + self.value_dim < 2 * self.rank
 
 
 def _only(sequences: list[int], batch: PagedBatch, starts: list[int]) -> tuple[Tensor | slice, PagedBatch]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moesaic.checkpoint.quantized import Scheme
 from moesaic.config.model import ModelConfig
 from moesaic.errors import ConfigError
-from moesaic.kernels.decode import LayerPart, ModelPart, NormPart, RouterPart
+from moesaic.kernels.decode import LatentPart, LayerPart, ModelPart, NormPart, RouterPart
 from moesaic.kernels.packed import PackedMlp, PackedWeight, pack_mlp, pack_weight
 from moesaic.kernels.quantized import QuantizedWeight, dequantize
 from moesaic.model.attention import Attention
@@ -115,11 +115,9 @@ def _pack_matrices(model: Transformer, weights: "_Weights") -> None:
 
 
 def _describe(model: Transformer) -> None:
-    """Say what the pass in one call needs to know, if it knows the model's attention."""
-    layers = [_describe_layer(block) for block in model.blocks if isinstance(block, Block)]
-    known = tuple(layer for layer in layers if layer is not None)
-    if len(known) == len(layers):
-        model.decode_part = _model_part(model, known)
+    """Say what the pass in one call needs to know."""
+    layers = tuple(_describe_layer(block) for block in model.blocks if isinstance(block, Block))
+    model.decode_part = _model_part(model, layers)
 
 
 def _visit(model: Transformer, visit: Callable[[str, Tensor], Tensor]) -> None:
@@ -150,9 +148,9 @@ def _visit(model: Transformer, visit: Callable[[str, Tensor], Tensor]) -> None:
             module.packed = matrix(f"{place}packed", module.packed)
         elif isinstance(module, Mlp | Experts) and module.packed is not None:
             module.packed = mlp(f"{place}packed", module.packed)
-        elif isinstance(module, LatentAttention) and module.kv_up is not None:
-            keys, values = module.kv_up
-            module.kv_up = visit(f"{place}kv_up.keys", keys), visit(f"{place}kv_up.values", values)
+        elif isinstance(module, LatentAttention) and module.up is not None:
+            keys, values = module.up
+            module.up = matrix(f"{place}key_up", keys), matrix(f"{place}value_up", values)
     assert model.packed_head is not None
     model.packed_head = matrix("head.packed", model.packed_head)
 
@@ -260,19 +258,21 @@ def _pack_attention(attention: Attention, weights: _Weights, prefix: str) -> Non
 
 
 def _pack_latent_attention(attention: LatentAttention, weights: _Weights, prefix: str) -> None:
-    for name in (name for names in attention.inputs_shared for name in names):
-        weight = weights.take(f"{prefix}.{name}.weight")
-        layer = attention.get_submodule(name)
-        assert isinstance(layer, Linear)
-        if name != "kv_up_proj":
-            layer.pack(weight)
-            continue
-        whole = dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
-        layer.weight = nn.Parameter(whole, requires_grad=False)
-        keys, values = attention.up_matrices(torch.bfloat16)
-        # Apart: half as fast as this, or worse, where the rows of a head's keys and values alternate.
-        attention.kv_up = (keys.contiguous(), values.contiguous())
-        del attention.kv_up_proj
+    up = weights.take(f"{prefix}.kv_up_proj.weight")
+    attention.kv_up_proj.weight = nn.Parameter(
+        dequantize(up) if isinstance(up, QuantizedWeight) else up, requires_grad=False
+    )
+    keys, values = attention.up_matrices(torch.bfloat16)
+    attention.up = pack_weight(keys.transpose(1, 2)), pack_weight(values)
+    del attention.kv_up_proj
+    downwards = ("q_down_proj" if attention.has_query_rank else "q_proj", "kv_down_proj")
+    attention.in_proj = Linear(0, 0, has_bias=False)
+    attention.in_proj.pack(weights.stack(*(f"{prefix}.{name}.weight" for name in downwards)))
+    for name in downwards:
+        delattr(attention, name)
+    if attention.has_query_rank:
+        attention.q_up_proj.pack(weights.take(f"{prefix}.q_up_proj.weight"))
+    attention.o_proj.pack(weights.take(f"{prefix}.o_proj.weight"))
 
 
 def _pack_feed_forward(feed_forward: FeedForward, weights: _Weights, prefix: str) -> None:
@@ -321,27 +321,34 @@ def _fp32(x: Tensor) -> Tensor:
     return x.detach().float().contiguous()
 
 
-def _describe_layer(block: Block) -> LayerPart | None:
-    """What the pass in one call needs to know of a layer that is packed; None for attention that it does not know."""
+def _describe_layer(block: Block) -> LayerPart:
+    """What the pass in one call needs to know of a layer that is packed."""
     attention, feed_forward = block.attention, block.feed_forward
-    if isinstance(attention, LatentAttention):
-        return None
 
     def packed(layer: Linear | None) -> tuple[PackedWeight | None, Tensor | None]:
         if layer is None:
             return None, None
         return layer.packed, None if layer.bias is None else _fp32(layer.bias)
 
+    joined: Linear | None
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
+    latent: LatentPart | None = None
+    if isinstance(attention, LatentAttention):
+        joined, latent = attention.in_proj, _latent_part(attention)
+        q_norm, k_norm = attention.q_down_norm if attention.has_query_rank else None, attention.kv_down_norm
+    else:
+        joined, q_norm, k_norm = attention.qkv_proj, attention.q_norm, attention.k_norm
     (qkv, qkv_bias), (o_proj, o_bias), (mix, mix_bias) = (
-        packed(layer) for layer in (attention.qkv_proj, attention.o_proj, feed_forward.mix)
+        packed(layer) for layer in (joined, attention.o_proj, feed_forward.mix)
     )
     assert qkv is not None and o_proj is not None
     return LayerPart(
         attention_norm=_norm_part(block.attention_norm),
         qkv=qkv,
         qkv_bias=qkv_bias,
-        q_norm=None if attention.q_norm is None else _fp32(attention.q_norm.weight),
-        k_norm=None if attention.k_norm is None else _fp32(attention.k_norm.weight),
+        q_norm=None if q_norm is None else _fp32(q_norm.weight),
+        k_norm=None if k_norm is None else _fp32(k_norm.weight),
         o_proj=o_proj,
         o_bias=o_bias,
         feed_forward_norm=_norm_part(block.feed_forward_norm),
@@ -351,7 +358,14 @@ def _describe_layer(block: Block) -> LayerPart | None:
         residual_mix=feed_forward.residual or "sum",
         mix=mix,
         mix_bias=mix_bias,
+        latent=latent,
     )
+
+
+def _latent_part(attention: LatentAttention) -> LatentPart:
+    assert attention.up is not None
+    q_up = attention.q_up_proj.packed if attention.has_query_rank else None
+    return LatentPart(q_up, *attention.up, attention.rope_dim, attention.kv_down_norm.epsilon)
 
 
 def _router_part(moe: MoELayer) -> RouterPart:

@@ -13,7 +13,6 @@ from moesaic.errors import TrainingError
 from moesaic.kernels import select
 from moesaic.kernels.decode import Decoded, DecodePlan, ModelPart
 from moesaic.kernels.packed import PackedWeight, packed_linear, packed_rows, unpack_weight
-from moesaic.kernels.paged_attention import KVStorage
 from moesaic.kernels.quantized import QuantizedWeight, dequantize
 from moesaic.model.attention import Attention
 from moesaic.model.feed_forward import FeedForward
@@ -90,8 +89,8 @@ class Transformer(nn.Module):
     It begins with weights drawn from torch's global generator; `initialize(seed)` draws them again, repeatably.
 
     model/pack.py makes it one that can only infer: `packed_head` is the language model head, and the embedding too if
-    they are tied; `decode_part` says what a pass in one call needs to know of it, None if there is no such pass for its
-    attention; `reads_ahead` is set where it lies in a mapped file larger than the memory (kernels/decode.py).
+    they are tied; `decode_part` says what a pass in one call needs to know of it; `reads_ahead` is set where it lies in
+    a mapped file larger than the memory (kernels/decode.py).
     """
 
     embedding: Tensor
@@ -223,7 +222,6 @@ class Transformer(nn.Module):
         """All new tokens end to end, whatever sequences they belong to."""
         plan = self._usable_plan() if valid is None else None
         if plan is not None:
-            assert isinstance(step.storage, KVStorage), type(step.storage)
             hidden = plan.run(tokens.flatten(), step.storage, step.batch).hidden
             return ModelOutput(hidden.view(*tokens.shape, -1), ())
         positions = step.batch.positions.to(tokens.device)
@@ -256,7 +254,6 @@ class Transformer(nn.Module):
         assert not self.training
         plan = self._usable_plan()
         if plan is not None:
-            assert isinstance(step.storage, KVStorage), type(step.storage)
             return plan.run(tokens, step.storage, step.batch, rows)
         with torch.no_grad():
             return self._infer_by_layers(tokens, step, rows)

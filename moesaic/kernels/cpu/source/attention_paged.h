@@ -548,10 +548,11 @@ inline void write_rows(const AttentionCall& call, const AttentionItem& item, int
     }
 }
 
-// One row of a split: scores to exp(scale * (score - largest)) as bf16, times value_scales where they are given. Scores
+// One row of a split: scores to exp(scale * (score - largest)), which write(position, vector, next vector) takes. Scores
 // from visible on are nobody's.
-inline void split_softmax(float* scores, bf16* probabilities, int visible, int count, float scale,
-                          const float* value_scales, float* total, float* largest) {
+template <typename Write>
+inline void split_softmax(float* scores, int visible, int count, float scale, float* total, float* largest,
+                          Write&& write) {
     for (int i = visible; i < count; ++i) scores[i] = -INFINITY;
     Vf highest[2] = {set1(-INFINITY), set1(-INFINITY)};
     for (int i = 0; i < count; i += 2 * W)
@@ -560,14 +561,14 @@ inline void split_softmax(float* scores, bf16* probabilities, int visible, int c
     *largest = maximum(max(highest[0], highest[1]));
     const Vf top = set1(*largest), factor = set1(scale * 1.44269504088896341f);
     Vf sums[2] = {zero(), zero()};
-    for (int i = 0; i < count; i += 2 * W)
+    for (int i = 0; i < count; i += 2 * W) {
+        Vf e[2];
         for (int half = 0; half < 2; ++half) {
-            const int at = i + half * W;
-            Vf e = exp2_of_negative(mul(sub(load(scores + at), top), factor));
-            sums[half] = add(sums[half], e);
-            if (value_scales) e = mul(e, load(value_scales + at));
-            store_bf16(probabilities + at, e);
+            e[half] = exp2_of_negative(mul(sub(load(scores + i + half * W), top), factor));
+            sums[half] = add(sums[half], e[half]);
         }
+        write(i, e[0], e[1]);
+    }
     *total = sum(add(sums[0], sums[1]));
 }
 
@@ -775,8 +776,15 @@ class ItemWork {
                 state.totals[row] = 0.0f, state.largest[row] = -INFINITY;
                 continue;
             }
-            split_softmax(scores_ + at, probabilities_ + at, visible, count, call_.scale,
-                          is_quantized_ ? value_scales_ : nullptr, state.totals + row, state.largest + row);
+            split_softmax(scores_ + at, visible, count, call_.scale, state.totals + row, state.largest + row,
+                          [&](int i, Vf first, Vf second) {
+                              if (is_quantized_) {
+                                  first = mul(first, load(value_scales_ + i));
+                                  second = mul(second, load(value_scales_ + i + W));
+                              }
+                              store_bf16(probabilities_ + at + i, first);
+                              store_bf16(probabilities_ + at + i + W, second);
+                          });
         }
     }
 

@@ -32,7 +32,7 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
     static thread_local Scratch workspace, places;
     DecodeCall call{model,      static_cast<const PagedCache*>(caches), {starts, lengths, tables, num_sequences, table_width},
                     tokens,     num_tokens,      hidden, expert_ids,
-                    routing_weights, rows,       num_rows, logits, {},
+                    routing_weights, rows,       num_rows, logits, {}, {},
                     nullptr,    should_guess(*model, num_tokens)};
     if (!is_valid(call.batch, call.caches[0], num_tokens)) return 1;
     auto* positions = places.get<int32_t>(size_t(num_tokens));
@@ -46,10 +46,15 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
     for (int64_t i = 0; i < num_rows; ++i)
         if (rows[i] < (i ? rows[i - 1] + 1 : 0) || rows[i] >= num_tokens) return 1;
     call.positions = positions;
-    call.plan = plan_paged(call.batch, call.caches[0], model->num_heads);
+    // Of latents, so many rows of queries at a time that what stands between the products stays in a cache.
+    constexpr int64_t kRowsAtOnce = 8192;
+    if (model->has_latents())
+        call.latent_plan = plan_latent(call.batch, call.caches[0], model->num_heads, model->kv_rank, kRowsAtOnce);
+    else
+        call.plan = plan_paged(call.batch, call.caches[0], model->num_heads);
     const size_t bytes = DecodeWorkspace(call, nullptr).bytes;
     const DecodeWorkspace work(call, workspace.get<char>(bytes));
-    const double attention = call.plan.work * double(model->num_layers);
+    const double attention = (call.plan.work + call.latent_plan.work) * double(model->num_layers);
     const double head = 2.0 * double(model->vocab_size * model->hidden_size) * double(num_rows);
     run_team(work_per_token * double(num_tokens) + attention + head, [&](Team& team) { decode(team, call, work); });
     if (model->guesses) ++model->guesses->num_passes;

@@ -5,7 +5,7 @@
 // operations called one by one round it.
 #pragma once
 
-#include "attention_paged.h"
+#include "attention_latent.h"
 #include "expert_reader.h"
 #include "moe_inference.h"
 #include "norm.h"
@@ -24,11 +24,16 @@ struct NormWeights {
 // All members are of 8 bytes: Python fills these structs. Pointers to what a layer does not have are null.
 struct DecodeLayer {
     NormWeights attention_norm, feed_forward_norm;
-    const Packed* qkv_proj;  // rows of all query heads, key heads, value heads
+    // Rows of all query heads, key heads, value heads; with latents, of all query heads or the vector that they are made
+    // of, the latent, and the key that all heads share.
+    const Packed* qkv_proj;
     const float* qkv_bias;
-    const float* q_norm;
+    const float* q_norm;  // with latents: of the vector that queries are made of, and of the latent
     const float* k_norm;
     int64_t norms_all_heads;  // whether they norm all heads of a token as one row, or each head
+    const Packed* q_up;      // with latents; null where queries are in qkv_proj
+    const Packed* key_up;    // (A, R, N), from a query to the latents' space
+    const Packed* value_up;  // (A, C, R), out of it
     const Packed* o_proj;
     const float* o_bias;
     const PackedMlp* mlp;      // the dense MLP, or the residual one beside the experts
@@ -66,8 +71,17 @@ struct DecodeModel {
     NormWeights final_norm;
     const Packed* head;      // (V, H)
     ExpertGuesses* guesses;  // where its experts lie in a mapped file that does not fit into memory, else null
+    // Latent attention: its ranks (0: keys and values of their own; queries made in one step) and a head's channels.
+    int64_t kv_rank, query_rank, nope_dim, rope_dim, value_dim;
+    double latent_epsilon;
 
-    int64_t qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+    bool has_latents() const { return kv_rank > 0; }
+    int64_t query_size() const { return num_heads * head_dim; }
+    int64_t attended_size() const { return num_heads * (has_latents() ? value_dim : head_dim); }
+    int64_t qkv_size() const {
+        if (has_latents()) return (query_rank ? query_rank : query_size()) + kv_rank + rope_dim;
+        return (num_heads + 2 * num_kv_heads) * head_dim;
+    }
 };
 
 struct DecodeCall {
@@ -83,6 +97,7 @@ struct DecodeCall {
     int64_t num_rows;
     float* logits;  // (R, V)
     PagedPlan plan;
+    LatentPlan latent_plan;    // instead of it
     const int32_t* positions;  // (T)
     bool guesses_experts;      // decided once: the team goes one way
 
@@ -102,6 +117,7 @@ struct DecodeWorkspace {
     int64_t* own_ids;
 
     bf16 *qkv, *attended, *out;
+    bf16 *query, *latent_query, *means;  // with latents; the last two of a part of the tokens
     float *coefficients, *residual_weights, *partials, *guessed_weights, *router_parts;
     int64_t* guessed_ids;
     char* operation;
@@ -128,10 +144,18 @@ struct DecodeWorkspace {
                                                       call.num_tokens, model.layers[i].num_experts, model.hidden_size)));
         out = reinterpret_cast<bf16*>(take(tokens * hidden * sizeof(bf16)));
         qkv = reinterpret_cast<bf16*>(take(tokens * size_t(model.qkv_size()) * sizeof(bf16)));
-        attended = reinterpret_cast<bf16*>(take(tokens * size_t(model.num_heads * model.head_dim) * sizeof(bf16)));
+        attended = reinterpret_cast<bf16*>(take(tokens * size_t(model.attended_size()) * sizeof(bf16)));
+        if (model.has_latents()) {
+            const size_t rows = size_t(call.latent_plan.most_tokens * model.num_heads);
+            const size_t channels = size_t(round_up(int(model.kv_rank), kPanel));
+            query = reinterpret_cast<bf16*>(take(tokens * size_t(model.query_rank ? model.query_size() : 0) * sizeof(bf16)));
+            latent_query = reinterpret_cast<bf16*>(take(rows * size_t(call.caches[0].width()) * sizeof(bf16)));
+            means = reinterpret_cast<bf16*>(take(rows * channels * sizeof(bf16)));
+        }
         coefficients = reinterpret_cast<float*>(take(2 * tokens * sizeof(float)));
         residual_weights = reinterpret_cast<float*>(take(tokens * sizeof(float)));
-        partials = reinterpret_cast<float*>(take(call.plan.partial_floats * sizeof(float)));
+        partials = reinterpret_cast<float*>(
+            take(std::max(call.plan.partial_floats, call.latent_plan.partial_floats) * sizeof(float)));
         router_parts = reinterpret_cast<float*>(take(size_t(most_parts) * sizeof(float)));
         const int64_t most_routes = call.guesses_experts ? call.most_routes() : 0;
         guessed_ids = reinterpret_cast<int64_t*>(take(size_t(most_routes) * sizeof(int64_t)));
@@ -142,6 +166,7 @@ struct DecodeWorkspace {
             const DecodeLayer& layer = model.layers[i];
             at_least(packed_linear_workspace(*layer.qkv_proj, call.num_tokens));
             at_least(packed_linear_workspace(*layer.o_proj, call.num_tokens));
+            if (layer.q_up) at_least(packed_linear_workspace(*layer.q_up, call.num_tokens));
             if (layer.mix_weight) at_least(packed_linear_workspace(*layer.mix_weight, call.num_tokens));
             at_least(packed_moe_workspace(moe_call(call, layer)));
         }
@@ -213,14 +238,14 @@ inline void embed_token(const DecodeCall& call, int64_t token, bf16* x) {
         store_row(x + i, add(load_row(x + i, size - i), load_row(position + i, size - i)), size - i);
 }
 
-inline void rms_norm_in_place(const DecodeModel& model, const float* weight, int64_t size, bf16* row) {
+inline void rms_norm_in_place(double epsilon, const float* weight, int64_t size, bf16* row) {
     float inverse;
-    norm_row<bf16, false>({row, true, 1, size, weight, nullptr, float(model.norm_epsilon), row, nullptr, &inverse}, 0);
+    norm_row<bf16, false>({row, true, 1, size, weight, nullptr, float(epsilon), row, nullptr, &inverse}, 0);
 }
 
 // Norm, if there is one, and rotation, if positions are rotary, of one head of one token, in place.
 inline void place_head(const DecodeModel& model, const float* norm_weight, int64_t position, bf16* head) {
-    if (norm_weight) rms_norm_in_place(model, norm_weight, model.head_dim, head);
+    if (norm_weight) rms_norm_in_place(model.norm_epsilon, norm_weight, model.head_dim, head);
     const int64_t half = model.head_dim / 2;
     if (model.cosines)
         rotate_head<bf16>(head, model.cosines + position * half, model.sines + position * half, 1.0f, half, head);
@@ -237,8 +262,8 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
     if (norms_all)
         team.tasks(long(call.num_tokens), [&](long token) {
             bf16* row = work.qkv + token * width;
-            rms_norm_in_place(model, layer.q_norm, model.num_heads * dim, row);
-            rms_norm_in_place(model, layer.k_norm, kv_heads * dim, row + model.num_heads * dim);
+            rms_norm_in_place(model.norm_epsilon, layer.q_norm, model.num_heads * dim, row);
+            rms_norm_in_place(model.norm_epsilon, layer.k_norm, kv_heads * dim, row + model.num_heads * dim);
         });
     const float *q_norm = norms_all ? nullptr : layer.q_norm, *k_norm = norms_all ? nullptr : layer.k_norm;
     // A task takes the queries of the heads that share a key/value head along with it.
@@ -260,6 +285,77 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
                            float(model.attention_scale), cache, call.batch, &call.plan, work.partials});
     packed_linear(team, {*layer.o_proj, call.num_tokens, work.attended, model.num_heads * dim, 1, layer.o_bias,
                          work.out, model.hidden_size, 1, work.operation});
+}
+
+// Every head's keys and values as products of one cached vector, the products moved to the side of the queries.
+inline void decode_latent_attention(Team& team, const DecodeCall& call, const DecodeLayer& layer,
+                                    const PagedCache& cache, const DecodeWorkspace& work) {
+    const DecodeModel& model = *call.model;
+    const int64_t tokens = call.num_tokens, heads = model.num_heads, rank = model.kv_rank, half = model.rope_dim / 2;
+    const int64_t width = model.qkv_size(), vector = width - rank - model.rope_dim;  // where a token's begins
+    packed_linear(team, {*layer.qkv_proj, tokens, work.normed, model.hidden_size, 1, nullptr, work.qkv, width, 1,
+                         work.operation});
+    const auto rotated = [&](const bf16* x, int64_t token, bf16* out) {
+        const int64_t at = call.positions[token] * half;
+        rotate_head<bf16>(x, model.cosines + at, model.sines + at, 1.0f, half, out);
+    };
+    const auto write = [&](long i) {
+        const WriteItem& item = call.latent_plan.writes[size_t(i)];
+        bf16* first = work.qkv + item.first_token * width + vector;
+        for (int token = 0; token < item.count; ++token) {
+            bf16* row = first + token * width;
+            rms_norm_in_place(model.latent_epsilon, layer.k_norm, rank, row);
+            rotated(row + rank, item.first_token + token, row + rank);
+        }
+        write_latent_panel(cache, item, first, width, attention_scratch());
+    };
+    long writes = long(call.latent_plan.writes.size());
+    const bf16* query = work.qkv;
+    int64_t query_stride = width;
+    if (layer.q_up) {
+        team.tasks(writes + long(tokens), [&](long i) {
+            if (i < writes)
+                write(i);
+            else
+                rms_norm_in_place(model.latent_epsilon, layer.q_norm, model.query_rank, work.qkv + (i - writes) * width);
+        });
+        writes = 0;
+        query = work.query, query_stride = model.query_size();
+        packed_linear(team, {*layer.q_up, tokens, work.qkv, width, 1, nullptr, work.query, query_stride, 1,
+                             work.operation});
+    }
+    const int64_t query_width = cache.width(), channels = round_up(int(rank), kPanel);
+    for (const LatentPart& part : call.latent_plan.parts) {
+        const int64_t here = part.last_token - part.first_token;
+        const bf16* own = query + part.first_token * query_stride;
+        const PackedHeads inwards({*layer.key_up, heads, here, own, query_stride, model.head_dim, work.latent_query,
+                                   heads * query_width, query_width},
+                                  team.size());
+        team.tasks(writes + inwards.count(), [&](long i) {
+            if (i < writes) {
+                write(i);
+                return;
+            }
+            inwards.run(i - writes, [&](int64_t head, int64_t first, int64_t last) {
+                for (int64_t token = first; token < last; ++token) {
+                    bf16* row = work.latent_query + (token * heads + head) * query_width;
+                    rotated(own + token * query_stride + head * model.head_dim + model.nope_dim,
+                            part.first_token + token, row + rank);
+                    std::fill(row + cache.head_dim, row + query_width, bf16(0));
+                }
+            });
+        });
+        writes = 0;
+        latent_attention(team, {work.latent_query, work.means, heads, rank, float(model.attention_scale), cache,
+                                call.batch, &part, work.partials});
+        const PackedHeads outwards({*layer.value_up, heads, here, work.means, heads * channels, channels,
+                                    work.attended + part.first_token * model.attended_size(), model.attended_size(),
+                                    model.value_dim},
+                                   team.size());
+        team.tasks(outwards.count(), [&](long i) { outwards.run(i); });
+    }
+    packed_linear(team, {*layer.o_proj, tokens, work.attended, model.attended_size(), 1, layer.o_bias, work.out,
+                         model.hidden_size, 1, work.operation});
 }
 
 inline RouteArguments route_arguments(const DecodeCall& call, const DecodeLayer& layer, const bf16* x,
@@ -413,7 +509,10 @@ inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& sh
     int64_t routes = 0;
     for (int64_t i = 0; i < model.num_layers; ++i) {
         const DecodeLayer& layer = model.layers[i];
-        decode_attention(team, call, layer, call.caches[i], work);
+        if (model.has_latents())
+            decode_latent_attention(team, call, layer, call.caches[i], work);
+        else
+            decode_attention(team, call, layer, call.caches[i], work);
         rows([&](int64_t first, int64_t last) {
             add_and_norm(model, layer.feed_forward_norm, first, last, work.out, work.x, work.normed, work);
         });

@@ -15,6 +15,21 @@ MOESAIC_EXPORT int64_t moesaic_packed_linear(const moesaic::Packed* weight, int6
     return 0;
 }
 
+// x (rows, num_heads, K) with strides in elements, out (rows, num_heads, N).
+MOESAIC_EXPORT int64_t moesaic_packed_heads(const moesaic::Packed* weight, int64_t num_heads, int64_t rows,
+                                            const moesaic::bf16* x, int64_t x_stride, int64_t x_head_stride,
+                                            moesaic::bf16* out) {
+    using namespace moesaic;
+    const int64_t size = weight->columns;
+    const HeadsCall call{*weight, num_heads, rows, x, x_stride, x_head_stride, out, num_heads * size, size};
+    const double work = 2.0 * double(rows) * double(num_heads) * double(size) * double(weight->depth);
+    run_team(work, [&](Team& team) {
+        const PackedHeads heads(call, team.size());
+        team.tasks(heads.count(), [&](long task) { heads.run(task); });
+    });
+    return 0;
+}
+
 // 1 when an id names no row.
 MOESAIC_EXPORT int64_t moesaic_packed_rows(const moesaic::Packed* weight, int64_t count, const int64_t* ids,
                                            moesaic::bf16* out) {

@@ -359,6 +359,70 @@ inline void packed_linear(Team& team, const LinearCall& call) {
     });
 }
 
+// y (T, heads, N): every row of x (T, heads, K) times the bf16 matrix (N, K) of its head. Strides in elements.
+struct HeadsCall {
+    Packed weight;  // a matrix for each head
+    int64_t num_heads;
+    int64_t rows;  // T
+    const bf16* x;
+    int64_t x_stride, x_head_stride;
+    bf16* out;
+    int64_t out_stride, out_head_stride;
+};
+
+// Such products cut into tasks, which may stand among others of a phase.
+class PackedHeads {
+  public:
+    PackedHeads(const HeadsCall& call, int threads) : call_(call) {
+        const int most = rows_at_once(call.weight.row_bytes());
+        row_parts_ = int((call.rows + most - 1) / most);
+        const int64_t whole = std::max<int64_t>(1, call.num_heads * row_parts_);
+        columns_ = int(std::clamp<int64_t>((4 * threads + whole - 1) / whole, 1, call.weight.panels()));
+    }
+
+    long count() const { return long(call_.num_heads) * row_parts_ * columns_; }
+
+    // before(head, first row, last row) is called for each rows of a head once.
+    template <typename Before>
+    void run(long task, Before&& before) const {
+        const Packed& weight = call_.weight;
+        const int column = int(task % columns_), part = int(task / columns_ % row_parts_);
+        const int64_t head = task / columns_ / row_parts_;
+        const int64_t first = call_.rows * part / row_parts_, last = call_.rows * (part + 1) / row_parts_;
+        const int rows = int(last - first);
+        if (column == 0) before(head, first, last);
+        static thread_local Scratch sums, copies;
+        const size_t row_bytes = weight.row_bytes();
+        char* a = copies.get<char>(size_t(rows) * row_bytes);
+        for (int r = 0; r < rows; ++r)
+            prepare_row(weight, call_.x + (first + r) * call_.x_stride + head * call_.x_head_stride,
+                        a + size_t(r) * row_bytes);
+        float* c = sums.get<float>(size_t(rows + kPackedRows) * kPanel);
+        bf16* out = call_.out + first * call_.out_stride + head * call_.out_head_stride;
+        const int panels = weight.panels(), end = panels * (column + 1) / columns_;
+        for (int index = panels * column / columns_; index < end; ++index) {
+            bf16* place = out + index * kPanel;
+            const StoreRounded rounded{c, nullptr, place, size_t(call_.out_stride), false};
+            const Next next{index + 1 < end ? weight.panel(head, index + 1) : nullptr, reinterpret_cast<char*>(place),
+                            size_t(call_.out_stride) * sizeof(bf16), rows};
+            packed_product(
+                weight, head, index, rows, a, row_bytes, c, next,
+                [&](int from, int to) {
+                    write_panel(c + from * kPanel, to - from, index, weight.columns, nullptr,
+                                out + from * call_.out_stride, size_t(call_.out_stride));
+                },
+                (index + 1) * kPanel <= weight.columns ? &rounded : nullptr);
+        }
+    }
+    void run(long task) const {
+        run(task, [](int64_t, int64_t, int64_t) {});
+    }
+
+  private:
+    HeadsCall call_;
+    int row_parts_, columns_;
+};
+
 // Row `row` of the matrix (N, K), in bf16: an embedding.
 inline void packed_row(const Packed& weight, int64_t row, bf16* out) {
     const uint8_t* panel = weight.panel(0, row / kPanel);

@@ -74,6 +74,13 @@ inline Vi shift_left(Vi a) {
     return {_mm512_slli_epi32(a.v, N)};
 }
 inline Vf as_float(Vi a) { return {_mm512_castsi512_ps(a.v)}; }
+// Of every dword pair, the low (high) word of a as the low word, that of b as the high one.
+inline Vi low_words(Vi a, Vi b) {
+    return {_mm512_mask_blend_epi16(0xaaaaaaaau, a.v, _mm512_slli_epi32(b.v, 16))};
+}
+inline Vi high_words(Vi a, Vi b) {
+    return {_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a.v, 16), b.v)};
+}
 inline Vi as_int(Vf a) { return {_mm512_castps_si512(a.v)}; }
 // x 2^n, for whole n from -125 to 128.
 inline Vf times_power_of_2(Vf x, Vf n) { return {_mm512_scalef_ps(x.v, n.v)}; }
@@ -170,6 +177,8 @@ inline Vi shift_left(Vi a) {
     return {_mm256_slli_epi32(a.v, N)};
 }
 inline Vf as_float(Vi a) { return {_mm256_castsi256_ps(a.v)}; }
+inline Vi low_words(Vi a, Vi b) { return {_mm256_blend_epi16(a.v, _mm256_slli_epi32(b.v, 16), 0xaa)}; }
+inline Vi high_words(Vi a, Vi b) { return {_mm256_blend_epi16(_mm256_srli_epi32(a.v, 16), b.v, 0xaa)}; }
 inline Vi as_int(Vf a) { return {_mm256_castps_si256(a.v)}; }
 inline Vf times_power_of_2(Vf x, Vf n) {
     // In two steps, since 2^128 is no number.

@@ -1,0 +1,349 @@
+// Latent attention over blocks, for serving: every head's keys and values are one vector per token, which is cached once.
+//
+// A block holds the vectors of block_size positions (a multiple of 32) of one layer, in the panels that attention_paged.h
+// has for keys: [block][block_size / 32][width / 2][32] pairs of channels, a column is a position. The first `rank`
+// channels are the latent, which are the values too; behind them is the key that all heads share.
+//
+// Scores are products with panels as they are. For the values the same panels are turned in the first-level cache to
+// rows of one channel, a few of them at a time, and multiplied by the probabilities as columns: the sums stand [channel]
+// [row]. A row, a query and one of its heads, is worked on in splits of 256 positions whose results are merged in rising
+// order, whoever had them: what it gives depends on nothing else in the call (as in attention_paged.h, but for infinite
+// values).
+#pragma once
+
+#include <algorithm>
+
+#include "attention_paged.h"
+
+namespace moesaic {
+
+constexpr int kLatentRows = 64;      // (query, head) of a task
+constexpr int kLatentChannels = 32;  // turned at a time: 16 KiB
+constexpr int kSplitPairs = kSplit / 2;
+#if defined(MOESAIC_TILES)
+constexpr int kRowStep = kPanel;  // rows are padded to it
+#else
+constexpr int kRowStep = 16;
+#endif
+
+struct LatentItem {
+    int sequence, first_row, rows, first_split, num_splits;
+    int64_t partial;  // where the results of its splits wait to be merged, else -1
+};
+
+// What is worked on together: tokens [first_token, last_token) of the call.
+struct LatentPart {
+    int first_token, last_token;
+    std::vector<LatentItem> items, merges;
+};
+
+// What a batch is cut into; the same for every layer.
+struct LatentPlan {
+    std::vector<WriteItem> writes;
+    std::vector<LatentPart> parts;
+    int64_t most_tokens = 0;  // of a part
+    size_t partial_floats = 0;
+    double work = 0;
+};
+
+// Of an item's split: sums [rank padded to 32][rows padded], totals, largest.
+inline int padded_rows(int rows) { return round_up(rows, kRowStep); }
+inline size_t latent_state_floats(int rows, int channels) { return size_t(padded_rows(rows)) * size_t(channels + 2); }
+
+// `cache.head_dim` is that of the vectors. A part has as many tokens as `most_rows` of queries and heads.
+inline LatentPlan plan_latent(const PagedBatch& batch, const PagedCache& cache, int64_t num_heads, int64_t rank,
+                              int64_t most_rows) {
+    LatentPlan plan;
+    plan.writes = plan_writes(batch, cache);
+    const int heads = int(num_heads), channels = round_up(int(rank), kPanel), tokens = batch.starts[batch.num_sequences];
+    const int step = int(std::max<int64_t>(1, most_rows / heads));
+    const int threads = omp_get_max_threads();
+    for (int first = 0; first < tokens; first += step) {
+        LatentPart part{first, std::min(first + step, tokens), {}, {}};
+        plan.most_tokens = std::max<int64_t>(plan.most_tokens, part.last_token - first);
+        int64_t whole = 0;  // rows times splits
+        for (int s = 0; s < batch.num_sequences; ++s) {
+            const int begin = std::max(batch.starts[s], first), end = std::min(batch.starts[s + 1], part.last_token);
+            if (begin >= end) continue;
+            const int past = batch.lengths[s] - batch.starts[s + 1];  // what a token's index lacks to its position
+            // The last rows see the most: they go first, so that the short ones fill the end.
+            const int first_row = (begin - batch.starts[s]) * heads, last_row = (end - batch.starts[s]) * heads;
+            for (int row = first_row + (last_row - first_row - 1) / kLatentRows * kLatentRows; row >= first_row;
+                 row -= kLatentRows) {
+                const int here = std::min(kLatentRows, last_row - row);
+                const int seen = past + batch.starts[s] + (row + here - 1) / heads + 1;
+                const int splits = (seen + kSplit - 1) / kSplit;
+                part.items.push_back({s, row, here, 0, splits, -1});
+                whole += int64_t(here) * splits;
+                plan.work += 4.0 * here * double(seen) * cache.width();
+            }
+        }
+        // What one thread alone would be busy with while the others wait is shared out, a split each.
+        std::vector<LatentItem> items;
+        size_t floats = 0;
+        for (const LatentItem& item : part.items) {
+            if (item.num_splits == 1 || int64_t(item.rows) * item.num_splits * 4 * threads <= whole) {
+                items.push_back(item);
+                continue;
+            }
+            const size_t each = latent_state_floats(item.rows, channels);
+            part.merges.push_back(item);
+            part.merges.back().partial = int64_t(floats);
+            for (int split = 0; split < item.num_splits; ++split, floats += each)
+                items.push_back({item.sequence, item.first_row, item.rows, split, 1, int64_t(floats)});
+        }
+        std::stable_sort(items.begin(), items.end(), [](const LatentItem& a, const LatentItem& b) {
+            return int64_t(a.rows) * a.num_splits > int64_t(b.rows) * b.num_splits;
+        });
+        part.items = std::move(items);
+        plan.partial_floats = std::max(plan.partial_floats, floats);
+        plan.parts.push_back(std::move(part));
+    }
+    return plan;
+}
+
+struct LatentCall {
+    const bf16* query;  // (tokens of the part, num_heads, width), zeros behind rank + key
+    bf16* out;          // (tokens of the part, num_heads, rank), rounded up to 32 channels
+    int64_t num_heads, rank;
+    float scale;
+    PagedCache cache;
+    PagedBatch batch;
+    const LatentPart* part;
+    float* partials;  // of the plan
+
+    int channels() const { return round_up(int(rank), kPanel); }
+    // Where a row stands among those of the part.
+    int64_t flat_row(const LatentItem& item) const {
+        return (batch.starts[item.sequence] - part->first_token) * num_heads + item.first_row;
+    }
+};
+
+// Put vectors (count, head_dim), rows `stride` elements apart, into their places of one panel.
+inline void write_latent_panel(const PagedCache& cache, const WriteItem& item, const bf16* vectors, int64_t stride,
+                               Scratch& scratch) {
+    const int width = cache.width(), dim = int(cache.head_dim);
+    auto* panel = reinterpret_cast<uint32_t*>(static_cast<bf16*>(cache.keys) +
+                                              cache.panel_offset(item.block, 0, item.panel));
+    // What no position has written yet is multiplied by a probability of 0, so it must be finite.
+    if (item.offset == 0) std::memset(panel, 0, size_t(width) * kPanel * sizeof(bf16));
+    if (dim != width || stride % 2 || reinterpret_cast<uintptr_t>(vectors) % 4) {
+        auto* padded = scratch.get<bf16>(size_t(kPanel) * width);
+        std::memset(padded, 0, size_t(kPanel) * width * sizeof(bf16));
+        for (int i = 0; i < item.count; ++i)
+            std::memcpy(padded + i * width, vectors + i * stride, size_t(dim) * sizeof(bf16));
+        vectors = padded, stride = width;
+    }
+    transpose_dwords(item.count, width / 2, reinterpret_cast<const uint32_t*>(vectors), size_t(stride / 2),
+                     panel + item.offset, kPanel);
+}
+
+// Pairs of channels of the 32 positions of a panel to rows of one channel, pairs of positions W apart.
+inline void turn_channels(int channels, const uint32_t* panel, uint32_t* to, size_t ld) {
+    for (int channel = 0; channel < channels; channel += 2, panel += kPanel)
+        for (int half = 0; half < kPanel; half += 2 * W) {
+            const Vi first = loadi(panel + half), second = loadi(panel + half + W);
+            uint32_t* even = to + size_t(channel) * ld + half / 2;
+            storei(even, low_words(first, second));
+            storei(even + ld, high_words(first, second));
+        }
+}
+
+#if !defined(MOESAIC_TILES)
+
+// C[R][V W] = A[R][pairs] B[pairs][V W], rows of A and of B lda and ldb dwords apart, of C ldc floats.
+template <int R, int V>
+inline void multiply_turned(int pairs, const uint32_t* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
+                            size_t ldc) {
+    Vf acc[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] = zero();
+    for (int p = 0; p < pairs; ++p) {
+        Vi columns[V];
+        for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * ldb + v * W);
+        for (int r = 0; r < R; ++r) {
+            const Vi row = broadcast_dword(a + r * lda + p);
+            for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
+}
+
+template <int R, int V>
+inline void multiply_all_turned(int pairs, const uint32_t* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
+                                size_t ldc) {
+    for (int row = 0; row < kLatentChannels; row += R)
+        multiply_turned<R, V>(pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc);
+}
+
+#endif
+
+// sums[32 channels][rows] = turned[32 channels][pairs of positions] times probabilities[pairs][rows], `rows` padded.
+inline void multiply_latents(int rows, int pairs, const uint32_t* turned, size_t ld, const uint32_t* probabilities,
+                             float* sums) {
+#if defined(MOESAIC_TILES)
+    for (int row = 0; row < rows; row += kPanel)
+        gemm_panel(kLatentChannels, pairs, reinterpret_cast<const bf16*>(turned), 2 * ld, probabilities + row,
+                   size_t(rows), sums + row, size_t(rows), false);
+#elif defined(__AVX512F__)
+    // Enough sums of their own to hide a product's latency.
+    if (rows == 16)
+        multiply_all_turned<16, 1>(pairs, turned, ld, probabilities, size_t(rows), sums, size_t(rows));
+    else if (rows == 32)
+        multiply_all_turned<8, 2>(pairs, turned, ld, probabilities, size_t(rows), sums, size_t(rows));
+    else if (rows == 48)
+        multiply_all_turned<8, 3>(pairs, turned, ld, probabilities, size_t(rows), sums, size_t(rows));
+    else
+        multiply_all_turned<4, 4>(pairs, turned, ld, probabilities, size_t(rows), sums, size_t(rows));
+#else
+    for (int row = 0; row < rows; row += 2 * W)
+        multiply_all_turned<4, 2>(pairs, turned, ld, probabilities + row, size_t(rows), sums + row, size_t(rows));
+#endif
+}
+
+// The running softmax of an item's rows: as AttentionState, sums [channels][rows padded].
+struct LatentState {
+    float *sums, *totals, *largest;
+
+    LatentState(float* floats, int rows, int channels)
+        : sums(floats), totals(floats + size_t(rows) * channels), largest(totals + rows) {}
+};
+
+// By what the sums of some rows so far, and those of the next split, go into those of both; `to` takes the others.
+inline void merge_totals(int rows, LatentState to, LatentState from, float scale, float* keep, float* take) {
+    for (int row = 0; row < rows; row += W) {
+        const Vf before = load(to.largest + row), other = load(from.largest + row), largest = max(before, other);
+        store(keep + row, exp(mul(sub(before, largest), set1(scale))));
+        store(take + row, exp(mul(sub(other, largest), set1(scale))));
+        store(to.largest + row, largest);
+    }
+    for (int row = 0; row < rows; ++row) {
+        if (from.totals[row] == 0.0f) keep[row] = 1.0f, take[row] = 0.0f;
+        if (to.totals[row] == 0.0f) keep[row] = 0.0f;
+        to.totals[row] = std::fmaf(from.totals[row], take[row], to.totals[row] * keep[row]);
+    }
+}
+
+// whole = whole * keep + part * take, of `channels` channels.
+inline void merge_sums(int channels, int rows, const float* keep, const float* take, const float* part, float* whole) {
+    for (int channel = 0; channel < channels; ++channel, part += rows, whole += rows)
+        for (int row = 0; row < rows; row += W)
+            store(whole + row, fma(load(part + row), load(take + row), mul(load(whole + row), load(keep + row))));
+}
+
+// The weighed means of an item's rows, rounded, to where they belong; `pairs` has room for [channels / 2][rows].
+inline void write_means(const LatentCall& call, const LatentItem& item, LatentState state, int rows, uint32_t* pairs) {
+    const int channels = call.channels();
+    for (int channel = 0; channel < channels; channel += 2)
+        for (int row = 0; row < rows; row += W) {
+            const Vf total = load(state.totals + row);
+            const float* sums = state.sums + size_t(channel) * rows + row;
+            storei(pairs + size_t(channel / 2) * rows + row,
+                   interleave_bf16(div(load(sums), total), div(load(sums + rows), total)));
+        }
+    auto* out = reinterpret_cast<uint32_t*>(call.out + call.flat_row(item) * channels);
+    for (int row = 0; row < item.rows; row += W)
+        transpose_dwords(channels / 2, std::min(W, item.rows - row), pairs + row, size_t(rows),
+                         out + size_t(row) * (channels / 2), size_t(channels / 2));
+}
+
+// A thread at work on one item.
+inline void attend_item(const LatentCall& call, const LatentItem& item) {
+    const PagedCache& cache = call.cache;
+    const int width = cache.width(), channels = call.channels(), rows = padded_rows(item.rows);
+    const size_t state_floats = latent_state_floats(item.rows, channels);
+    const bool is_partial = item.partial >= 0;
+    float* scores = attention_scratch().get<float>(size_t(item.rows) * (kSplit + kSplitPairs) + 2 * kLatentRows +
+                                                   size_t(kSplitPairs) * rows + kLatentChannels * (kSplitPairs + rows) +
+                                                   2 * state_floats + size_t(channels / 2) * rows + 16 * 16);
+    float* next = scores;
+    auto take = [&](size_t floats) {
+        float* here = next;
+        next += (floats + 15) / 16 * 16;
+        return here;
+    };
+    take(size_t(item.rows) * kSplit);
+    auto* by_row = reinterpret_cast<uint32_t*>(take(size_t(item.rows) * kSplitPairs));  // probabilities
+    auto* by_pair = reinterpret_cast<uint32_t*>(take(size_t(kSplitPairs) * rows));      // likewise
+    auto* turned = reinterpret_cast<uint32_t*>(take(kLatentChannels * kSplitPairs));
+    float *sums = take(size_t(kLatentChannels) * rows), *keep = take(kLatentRows), *taken = take(kLatentRows);
+    LatentState part(take(state_floats), rows, channels), whole(take(state_floats), rows, channels);
+    if (is_partial) whole = LatentState(call.partials + item.partial, rows, channels);
+    auto* means = reinterpret_cast<uint32_t*>(take(size_t(channels / 2) * rows));
+
+    const PagedBatch& batch = call.batch;
+    const int queries = batch.starts[item.sequence + 1] - batch.starts[item.sequence];
+    const int past = batch.lengths[item.sequence] - queries, heads = int(call.num_heads);
+    const int seen = past + (item.first_row + item.rows - 1) / heads + 1;
+    const bf16* query = call.query + call.flat_row(item) * width;
+    const int32_t* table = batch.tables + item.sequence * batch.table_width;
+    for (int split = item.first_split; split < item.first_split + item.num_splits; ++split) {
+        const int start = split * kSplit;
+        HeadPanels panels{(std::min(seen, start + kSplit) - start + kPanel - 1) / kPanel, {}};
+        for (int p = 0; p < panels.count + HeadPanels::kAhead; ++p) {
+            const int position = std::min(start + p * kPanel, (seen - 1) / kPanel * kPanel);
+            const int inside = int(position % cache.block_size) / kPanel;
+            panels.at[p] = reinterpret_cast<const uint32_t*>(
+                static_cast<const bf16*>(cache.keys) + cache.panel_offset(table[position / cache.block_size], 0, inside));
+        }
+        multiply_keys(item.rows, width, query, panels, scores);
+        const int count = panels.count * kPanel, pairs = count / 2;
+        for (int row = 0; row < item.rows; ++row) {
+            const int visible = std::min(past + (item.first_row + row) / heads + 1 - start, count);
+            uint32_t* to = by_row + size_t(row) * kSplitPairs;
+            if (visible <= 0) {
+                std::memset(to, 0, size_t(pairs) * sizeof(uint32_t));
+                part.totals[row] = 0.0f, part.largest[row] = -INFINITY;
+                continue;
+            }
+            split_softmax(scores + size_t(row) * kSplit, visible, count, call.scale, part.totals + row,
+                          part.largest + row,
+                          [&](int at, Vf first, Vf second) { storei(to + at / 2, interleave_bf16(first, second)); });
+        }
+        for (int row = item.rows; row < rows; ++row) part.totals[row] = 0.0f, part.largest[row] = -INFINITY;
+        transpose_dwords(item.rows, pairs, by_row, kSplitPairs, by_pair, size_t(rows));
+        for (int row = item.rows; row < rows; ++row)
+            for (int pair = 0; pair < pairs; ++pair) by_pair[size_t(pair) * rows + row] = 0;
+        const bool is_first = split == item.first_split;
+        if (is_first) {
+            std::memcpy(whole.totals, part.totals, size_t(rows) * sizeof(float));
+            std::memcpy(whole.largest, part.largest, size_t(rows) * sizeof(float));
+        } else {
+            merge_totals(rows, whole, part, call.scale, keep, taken);
+        }
+        for (int channel = 0; channel < channels; channel += kLatentChannels) {
+            for (int p = 0; p < panels.count; ++p)
+                turn_channels(kLatentChannels, panels.at[p] + channel / 2 * kPanel, turned + p * kPanelPairs,
+                              kSplitPairs);
+            float* to = whole.sums + size_t(channel) * rows;
+            multiply_latents(rows, pairs, turned, kSplitPairs, by_pair, is_first ? to : sums);
+            if (!is_first) merge_sums(kLatentChannels, rows, keep, taken, sums, to);
+        }
+    }
+    if (!is_partial) write_means(call, item, whole, rows, means);
+}
+
+inline void merge_latent_splits(const LatentCall& call, const LatentItem& item) {
+    const int channels = call.channels(), rows = padded_rows(item.rows);
+    float* keep = attention_scratch().get<float>(2 * kLatentRows + size_t(channels / 2) * rows);
+    float *taken = keep + kLatentRows, *floats = call.partials + item.partial;
+    const LatentState whole(floats, rows, channels);
+    for (int split = 1; split < item.num_splits; ++split) {
+        floats += latent_state_floats(item.rows, channels);
+        const LatentState part(floats, rows, channels);
+        merge_totals(rows, whole, part, call.scale, keep, taken);
+        merge_sums(channels, rows, keep, taken, part.sums, whole.sums);
+    }
+    write_means(call, item, whole, rows, reinterpret_cast<uint32_t*>(taken + kLatentRows));
+}
+
+// The rows of one part; what the batch's own tokens add to the cache is there already.
+inline void latent_attention(Team& team, const LatentCall& call) {
+    const LatentPart& part = *call.part;
+    team.tasks(long(part.items.size()), [&](long i) { attend_item(call, part.items[size_t(i)]); });
+    if (part.merges.empty()) return;
+    team.tasks(long(part.merges.size()), [&](long i) { merge_latent_splits(call, part.merges[size_t(i)]); });
+}
+
+}  // namespace moesaic
