@@ -191,6 +191,10 @@ def test_the_originals_are_gone(family: str) -> None:
         if "residual" in moe:
             moe["residual_intermediate_size"] = 128
         sizes["moe"] = moe
+    if "latent_attention" in FAMILIES[family]:
+        sizes["latent_attention"] = dict.fromkeys(
+            ("query_rank", "kv_rank", "nope_head_dim", "rope_head_dim", "value_head_dim"), 32
+        )
     model = build(family, **sizes)
     packed_numbers = sum(weight.numel() for name, weight in matrices(model).items() if "mix" not in name)
     own_embeddings = [] if model.lm_head is None else [model.embedding]

@@ -98,9 +98,8 @@ def prompts(count: int, *, longest: int = 70, seed: int = 0) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("family", "form"),
-    # In bf16 latent attention rounds otherwise in chunks: PyTorch's products depend on how many rows they have.
     [*((family, "fp32") for family in FAMILIES)]
-    + [(family, form) for family in ("dense", "mixtral", "pr-moe") for form in ("packed-bf16", "packed-int8")],
+    + [(family, form) for family in FAMILIES for form in ("packed-bf16", "packed-int8")],
 )
 def test_greedy_tokens_are_those_of_naive_generation(
     family: str, form: str, make_model: Make, tokenizer: Tokenizer
@@ -126,7 +125,7 @@ SAMPLINGS = [
 
 @needs_kernels
 @pytest.mark.parametrize("form", ["packed-bf16", "packed-int8", "packed-int4"])
-@pytest.mark.parametrize("family", ["dense", "mixtral", "pr-moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_request_gives_the_same_alone_and_whatever_else_runs(
     family: str, form: str, make_model: Make, tokenizer: Tokenizer
 ) -> None:
@@ -164,7 +163,7 @@ def test_a_request_gives_the_same_alone_and_whatever_else_runs(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the same code on a GPU needs one")
-@pytest.mark.parametrize("family", ["dense", "mixtral", "pr-moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu_it_gives_the_processors_tokens(family: str, make_model: Make, tokenizer: Tokenizer) -> None:
     model = make_model(family)
     on_gpu = Engine(deepcopy(model).to("cuda"), tokenizer, EngineConfig(max_batch_tokens=24))

@@ -102,7 +102,8 @@ def test_every_request_ends_once_with_its_own_tokens_and_leaves_nothing_behind(
 ) -> None:
     rng = random.Random(f"{seed} {draft}")
     monkeypatch.setattr(DepthChooser, "choose", lambda self, count: rng.randrange(self.max_depth + 1))
-    model = make_model(rng.choice(("dense", "mixtral", "pr-moe")), "packed-int8")
+    family = rng.choice(("dense", "mixtral", "pr-moe", "latent"))
+    model = make_model(family, "packed-int8")
     num_blocks = rng.randrange(2, 7)
     draft_model = rng.choice((model, make_model("dense", "packed-int8", seed=1))) if draft == "model" else None
     each = sum(
@@ -116,7 +117,7 @@ def test_every_request_ends_once_with_its_own_tokens_and_leaves_nothing_behind(
         max_batch_tokens=rng.choice((1, 5, 33, 200)),
         prefix_caching=rng.random() < 0.7,
         block_size=_BLOCK_SIZE,
-        kv_precision=rng.choice(("bf16", "int8")),
+        kv_precision="bf16" if family == "latent" else rng.choice(("bf16", "int8")),
     )
     speculation = {
         None: None,
