@@ -313,7 +313,8 @@ def packed_heads(x: Tensor, weight: PackedWeight) -> Tensor:
     _check_dtypes(x.dtype)
     library = select.cpu_library() if x.device.type == "cpu" else None
     if library is None:
-        return torch.stack([_linear(x[:, head], weight, head, None) for head in range(num_heads)], 1).to(x.dtype)
+        rows = x.to(torch.bfloat16).float().transpose(0, 1)
+        return torch.bmm(rows, unpack_stack(weight).float().transpose(1, 2)).transpose(0, 1).to(x.dtype)
     rows = x.to(torch.bfloat16)
     rows = rows if rows.stride(2) == 1 else rows.contiguous()
     out = torch.empty(tokens, num_heads, weight.out_size, dtype=torch.bfloat16)

@@ -228,7 +228,7 @@ def test_the_head_can_be_had_as_a_matrix(family: str) -> None:
     assert torch.equal(pack_transformer(model).output_weight(), before)
 
 
-def test_only_attention_that_one_call_knows_has_a_pass_in_one_call() -> None:
+def test_every_packed_model_has_a_pass_in_one_call() -> None:
     for family in FAMILIES:
         model = build(family)
         assert not model.is_packed and model.decode_part is None

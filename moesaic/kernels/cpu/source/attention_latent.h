@@ -20,6 +20,7 @@ namespace moesaic {
 constexpr int kLatentRows = 64;      // (query, head) of a task
 constexpr int kLatentChannels = 32;  // turned at a time: 16 KiB
 constexpr int kSplitPairs = kSplit / 2;
+constexpr size_t kMostPartialFloats = size_t(1) << 26;  // that wait to be merged: 256 MiB
 #if defined(MOESAIC_TILES)
 constexpr int kRowStep = kPanel;  // rows are padded to it
 #else
@@ -78,15 +79,18 @@ inline LatentPlan plan_latent(const PagedBatch& batch, const PagedCache& cache, 
                 plan.work += 4.0 * here * double(seen) * cache.width();
             }
         }
-        // What one thread alone would be busy with while the others wait is shared out, a split each.
+        // What one thread alone would be busy with while the others wait is shared out, a split each, as far as the
+        // results have room.
+        const bool are_few = int64_t(part.items.size()) < 4 * threads;
         std::vector<LatentItem> items;
         size_t floats = 0;
         for (const LatentItem& item : part.items) {
-            if (item.num_splits == 1 || int64_t(item.rows) * item.num_splits * 4 * threads <= whole) {
+            const size_t each = latent_state_floats(item.rows, channels);
+            if (!are_few || item.num_splits == 1 || int64_t(item.rows) * item.num_splits * 4 * threads <= whole ||
+                floats + each * size_t(item.num_splits) > kMostPartialFloats) {
                 items.push_back(item);
                 continue;
             }
-            const size_t each = latent_state_floats(item.rows, channels);
             part.merges.push_back(item);
             part.merges.back().partial = int64_t(floats);
             for (int split = 0; split < item.num_splits; ++split, floats += each)
