@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from measure import TUNED_ALLOCATOR, machine, print_table
+from serving_model import pack, tokenizer_json
 
 VOCAB_SIZE, HIDDEN, HEADS, LAYERS, DENSE, EXPERTS, TOP_K, EXPERT, SHARED = (
     32_000,
@@ -31,7 +32,7 @@ VOCAB_SIZE, HIDDEN, HEADS, LAYERS, DENSE, EXPERTS, TOP_K, EXPERT, SHARED = (
     2816,
 )
 LATENT = {"kv_rank": 512, "nope_head_dim": 128, "rope_head_dim": 64, "value_head_dim": 128}
-GROUP_SIZE, STEPS, ROUNDS = 64, 32, 3
+STEPS, ROUNDS = 32, 3
 
 
 def build(form: str) -> Any:
@@ -39,8 +40,6 @@ def build(form: str) -> Any:
     import torch
 
     from moesaic.config.model import ModelConfig
-    from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
-    from moesaic.model.pack import pack_transformer
     from moesaic.model.transformer import Transformer
 
     config = ModelConfig.from_dict(
@@ -58,20 +57,7 @@ def build(form: str) -> Any:
     torch.set_default_dtype(torch.float32)
     model.initialize(0)
 
-    def quantize(weight: torch.Tensor) -> QuantizedWeight:
-        bits, group_size = (8, None) if form == "int8" else (4, GROUP_SIZE)
-        if weight.dim() == 2:
-            return quantize_weight(weight.detach(), bits=bits, group_size=group_size)
-        parts = [quantize(each) for each in weight]
-        values, scales = torch.stack([part.values for part in parts]), torch.stack([part.scales for part in parts])
-        return QuantizedWeight(values, scales, bits, group_size)
-
-    quantized = {
-        name: quantize(parameter)
-        for name, parameter in model.named_parameters()
-        if form != "bf16" and parameter.dim() > 1 and name != "embedding" and not name.endswith("router.weight")
-    }
-    return pack_transformer(model, quantized)
+    return pack(model, form)
 
 
 def prompts(batch: int, length: int) -> list[list[int]]:
@@ -81,8 +67,6 @@ def prompts(batch: int, length: int) -> list[list[int]]:
 
 def time_engine(model: Any, batch: int, length: int) -> tuple[list[float], list[float], float]:
     """Return seconds of prompts and of steps, and the bytes of experts that a step used."""
-    from serving_model import tokenizer_json
-
     from moesaic.config.serve import EngineConfig, Sampling
     from moesaic.data.tokenizer import Tokenizer
     from moesaic.serve.engine import Engine

@@ -44,8 +44,6 @@ def build(num_layers: int, name: str) -> Any:
     import torch
 
     from moesaic.config.model import ModelConfig
-    from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
-    from moesaic.model.pack import pack_transformer
     from moesaic.model.transformer import Transformer
 
     config = ModelConfig.from_dict(
@@ -59,6 +57,16 @@ def build(num_layers: int, name: str) -> Any:
     model = Transformer.uninitialized(config, compute_dtype=torch.bfloat16)
     torch.set_default_dtype(torch.float32)
     model.initialize(SEED)
+
+    return pack(model, name)
+
+
+def pack(model: Any, name: str) -> Any:
+    """Return a model packed as bf16, int8 or int4, but its embedding and routers."""
+    import torch
+
+    from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
+    from moesaic.model.pack import pack_transformer
 
     def quantize(weight: torch.Tensor) -> QuantizedWeight:
         bits, group_size = (8, None) if name == "int8" else (4, GROUP_SIZE)
