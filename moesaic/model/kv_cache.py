@@ -13,10 +13,9 @@ from torch import Tensor
 
 from moesaic.config.model import ModelConfig
 from moesaic.errors import GenerationError
-from moesaic.kernels.latent_attention import LatentStorage, allocate_latent_blocks
-from moesaic.kernels.paged_attention import KVStorage, PagedBatch, allocate_blocks
-
-Storage = KVStorage | LatentStorage
+from moesaic.kernels.decode import Storage
+from moesaic.kernels.latent_attention import allocate_latent_blocks
+from moesaic.kernels.paged_attention import PagedBatch, allocate_blocks
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,10 @@ class LatentAttention(nn.Module):
         assert isinstance(cache.storage, LatentStorage), type(cache.storage)
         blocks, batch = cache.storage.layers[layer], cache.batch
         write_latents(torch.cat([latent, key[:, 0]], 1), blocks, batch)
+        if self.up is not None:
+            inwards, outwards = self.up
+            queries = torch.cat([packed_heads(nope, inwards), rope], 2)
+            return packed_heads(latent_attention(queries, blocks, batch, scale=self.scale), outwards)
         out = nope.new_empty(*nope.shape[:2], self.value_dim)
         starts, others = batch.starts.tolist(), []
         for sequence, length in enumerate(batch.lengths.tolist()):
@@ -123,11 +127,6 @@ class LatentAttention(nn.Module):
         if not others:
             return out
         rows, rest = _only(others, batch, starts)
-        if self.up is not None:
-            inwards, outwards = self.up
-            queries = torch.cat([packed_heads(nope[rows], inwards), rope[rows]], 2)
-            out[rows] = packed_heads(latent_attention(queries, blocks, rest, scale=self.scale), outwards)
-            return out
         key_up, value_up = self.up_matrices(nope.dtype)
         # A head at a time: (A, T, N) by (A, N, R) into the latents' space, (A, T, R) by (A, R, C) out of it.
         absorbed = torch.bmm(nope[rows].transpose(0, 1), key_up).transpose(0, 1)
@@ -159,12 +158,12 @@ class LatentAttention(nn.Module):
         return key_up, value_up
 
     def _is_cheaper_expanded(self, new: int, length: int) -> bool:
-        """Whether a sequence of only new tokens is served by every head's own keys and values; never by a packed model.
+        """Whether a sequence of only new tokens is better served by every head's own keys and values.
 
         They take N + P + C products for a head and pair of positions instead of 2 R + P. To make them takes R * (N + C)
         for a head and position, and so does bringing a query into the latents' space and the mean out of it.
         """
-        return self.up is None and new == length > 0 and self.nope_dim + self.value_dim < 2 * self.rank
+        return new == length > 0 and self.nope_dim + self.value_dim < 2 * self.rank
 
 
 def _only(sequences: list[int], batch: PagedBatch, starts: list[int]) -> tuple[Tensor | slice, PagedBatch]:
