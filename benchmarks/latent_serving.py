@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from measure import TUNED_ALLOCATOR, machine, print_table
+from measure import TUNED_ALLOCATOR, bandwidth_probe, machine, print_table
 from serving_model import pack, tokenizer_json
 
 VOCAB_SIZE, HIDDEN, HEADS, LAYERS, DENSE, EXPERTS, TOP_K, EXPERT, SHARED = (
@@ -150,21 +150,9 @@ def main() -> None:
 
     import torch
 
-    from moesaic.kernels.limits import streamed_buffer
-    from moesaic.kernels.select import cpu_kernels, cpu_library
+    from moesaic.kernels.select import cpu_kernels
 
-    library, buffer, rows = cpu_library(), streamed_buffer("cpu"), []
-    assert library is not None, "this is a measurement of the C++ kernels"
-    read = library.function("moesaic_limit_read", "pi")
-
-    def bandwidth() -> float:
-        def once() -> float:
-            started = time.perf_counter()
-            read(buffer.data_ptr(), buffer.nbytes)
-            return buffer.nbytes / (time.perf_counter() - started)
-
-        return max(once() for _ in range(3))
-
+    bandwidth, rows = bandwidth_probe(), []
     print(f"{machine()}; kernels: {cpu_kernels().name}")
     for form in arguments.formats:
         with torch.inference_mode():

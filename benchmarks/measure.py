@@ -43,6 +43,23 @@ def paired_ratio(times: dict[str, list[float]], name: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
 
 
+def bandwidth_probe() -> Callable[[], float]:
+    """Return a function that measures the bytes a second that memory is read at now, the best of three passes."""
+    from moesaic.kernels.limits import streamed_buffer
+    from moesaic.kernels.select import cpu_library
+
+    library, buffer = cpu_library(), streamed_buffer("cpu")
+    assert library is not None, "this is a measurement of the C++ kernels"
+    read = library.function("moesaic_limit_read", "pi")
+
+    def once() -> float:
+        started = time.perf_counter()
+        read(buffer.data_ptr(), buffer.nbytes)
+        return buffer.nbytes / (time.perf_counter() - started)
+
+    return lambda: max(once() for _ in range(3))
+
+
 def machine() -> str:
     import torch
 

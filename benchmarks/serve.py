@@ -38,7 +38,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from measure import TUNED_ALLOCATOR, machine, print_table
+from measure import TUNED_ALLOCATOR, bandwidth_probe, machine, print_table
 from serving_model import (
     EXPERTS,
     HEAD_DIM,
@@ -144,8 +144,7 @@ def engine_part(arguments: argparse.Namespace) -> None:
 
     from moesaic.bench.share import bound
     from moesaic.data.tokenizer import Tokenizer
-    from moesaic.kernels.limits import measure_limits, streamed_buffer
-    from moesaic.kernels.select import cpu_library
+    from moesaic.kernels.limits import measure_limits
 
     limits = measure_limits(device="cpu", seconds=arguments.limits_seconds, reuse=False)
     print(machine())
@@ -154,18 +153,7 @@ def engine_part(arguments: argparse.Namespace) -> None:
         f"limits: reads {limits.bandwidth_bytes_per_second / 1e9:.1f} GB/s at best, bf16 {rates[0] / 1e12:.2f} "
         f"TFLOP/s, int8 {rates[1] / 1e12:.2f} TOP/s; kernels: {limits.kernels}"
     )
-    library, buffer = cpu_library(), streamed_buffer("cpu")
-    assert library is not None, "this is a measurement of the C++ kernels"
-    read = library.function("moesaic_limit_read", "pi")
-
-    def bandwidth() -> float:
-        def once() -> float:
-            started = time.perf_counter()
-            read(buffer.data_ptr(), buffer.nbytes)
-            return buffer.nbytes / (time.perf_counter() - started)
-
-        return max(once() for _ in range(3))
-
+    bandwidth = bandwidth_probe()
     tokenizer, rows = Tokenizer(tokenizer_json()), []
     for name in arguments.formats:
         with torch.inference_mode():
