@@ -114,6 +114,24 @@ def test_awkward_sizes(kernels: str, tokens: int, experts: int, top_k: int, hidd
     compare(weights, plan_dispatch(choose(tokens, experts, top_k), experts), tokens)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "hidden", "inner"),
+    [
+        (200, 8, 96, 416),  # tasks of two chunks of the hidden columns, the last of one third
+        (150, 4, 64, 416),  # of one
+        (70, 1, 64, 416),  # of a third, two of which are of no first chunk
+        (40, 1, 2048, 224),  # weights of a task that are too much to be brought nearer beforehand
+    ],
+)
+def test_every_width_of_a_task(
+    kernels: str, tokens: int, experts: int, hidden: int, inner: int, activation: str
+) -> None:
+    weights = weights_of(activation, True, hidden=hidden, inner=inner, experts=experts)
+    top_k = min(2, experts)
+    compare(weights, plan_dispatch(choose(tokens, experts, top_k), experts), tokens)
+
+
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_dropped_routes_and_padding(kernels: str, top_k: int) -> None:
     weights = weights_of("swiglu", True, hidden=64, inner=32, experts=4)

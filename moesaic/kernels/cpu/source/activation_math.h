@@ -33,6 +33,7 @@ inline Vf gelu_tanh(Vf x) {
     return mul(mul(set1(0.5f), x), add(set1(1.0f), hyperbolic_tangent(inner)));
 }
 inline Vf silu(Vf x) { return mul(x, sigmoid(x)); }
+inline Vf quick_silu(Vf x) { return mul(x, quick_sigmoid(x)); }
 
 // An activation's value and derivative at the same point.
 struct WithDerivative {
@@ -55,6 +56,12 @@ inline WithDerivative gelu_tanh_with_derivative(Vf x) {
 }
 inline WithDerivative silu_with_derivative(Vf x) {
     const Vf s = sigmoid(x);
+    const Vf value = mul(x, s);
+    return {value, fma(value, sub(set1(1.0f), s), s)};
+}
+
+inline WithDerivative quick_silu_with_derivative(Vf x) {
+    const Vf s = quick_sigmoid(x);
     const Vf value = mul(x, s);
     return {value, fma(value, sub(set1(1.0f), s), s)};
 }

@@ -1,12 +1,14 @@
 // Products of bf16 matrices with fp32 sums: C (M, N) = A (M, K) B (K, N).
 //
-// One form for every instruction set. A is row-major with K contiguous (in gemm_streamed without tiles pair after pair of
-// K, as rows come that are contracted over). B is packed in panels of 32 columns: a panel is [K/2][32] dwords, dword
-// (p, n) = B[2p][n] in its low half and B[2p+1][n] in its high half, which is a vector of AVX-512's dot product and a row
-// of AMX's B tile alike. K is a multiple of 2 * kPairBlock (pad both sides with zeros), so that no kernel has a remainder
-// in K; M is any number. The terms of a sum are added in the order of K, by blocks of 32 of them on AMX, whatever M and N
-// are.
+// One form for every instruction set. A is row-major with K contiguous (in gemm_streamed without tiles pair after pair
+// of K, as rows come that are contracted over). B is packed in panels of 32 columns: a panel is [K/2][32] dwords, dword
+// (p, n) = B[2p][n] in its low half and B[2p+1][n] in its high half, which is a vector of AVX-512's dot product and a
+// row of AMX's B tile alike. K is a multiple of 2 * kPairBlock (pad both sides with zeros), so that no kernel has a
+// remainder in K; M is any number. The terms of a sum are added in the order of K, by blocks of 32 of them on AMX,
+// whatever M and N are.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 #include "tiles.h"
@@ -22,8 +24,8 @@ constexpr int kPairBlock = 1;
 constexpr int kWholeRows = 48;  // 12 and 6 divide it
 #endif
 
-// Rows 4 KiB apart share one set of the first-level cache, of 8 or 12 ways: a step's rows push each other out. Tiles load
-// every line once.
+// Rows 4 KiB apart share one set of the first-level cache, of 8 or 12 ways: a step's rows push each other out. Tiles
+// load every line once.
 inline bool share_cache_sets(size_t bytes_apart) { return !kHasTiles && bytes_apart % 4096 == 0; }
 
 inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -100,75 +102,102 @@ struct RowsAhead {
     }
 };
 
+// The operand of a product that the next product has too, and that is to stay in the first-level cache: the other one
+// goes past it. Both would push each other out, and a block's tiles would all come from the second level, at two thirds
+// of the rate.
+enum class Stays { kRows, kPanel };
+
+// Sums of a block in tiles 0 to 3 += 16 rows from `top` and 16 from `bottom` times one or two tiles of columns. Calls
+// beside(p, quarter) four times for every 32 terms: what other work it does runs while the tiles are multiplied.
+template <Stays stays, int Columns, bool kBottom, typename Beside>
+inline void multiply_tiles(const bf16* top, const bf16* bottom, size_t lda, const uint32_t* b, size_t ldb, int pairs,
+                           Beside&& beside) {
+    const size_t stride_a = lda * 2, stride_b = ldb * 4;
+    for (int p = 0; p < pairs; p += 16) {
+        beside(p, 0);
+        if constexpr (stays == Stays::kRows) {
+            tile_load(4, top + 2 * p, stride_a);
+            beside(p, 1);
+            tile_load_once(6, b + p * ldb, stride_b);
+        } else {
+            tile_load_once(4, top + 2 * p, stride_a);
+            beside(p, 1);
+            tile_load(6, b + p * ldb, stride_b);
+        }
+        tile_dot_bf16(0, 4, 6);
+        beside(p, 2);
+        if constexpr (Columns == 2) {
+            if constexpr (stays == Stays::kRows)
+                tile_load_once(7, b + p * ldb + 16, stride_b);
+            else
+                tile_load(7, b + p * ldb + 16, stride_b);
+            tile_dot_bf16(1, 4, 7);
+        }
+        beside(p, 3);
+        if constexpr (kBottom) {
+            if constexpr (stays == Stays::kRows)
+                tile_load(5, bottom + 2 * p, stride_a);
+            else
+                tile_load_once(5, bottom + 2 * p, stride_a);
+            tile_dot_bf16(2, 5, 6);
+            if constexpr (Columns == 2) tile_dot_bf16(3, 5, 7);
+        }
+    }
+}
+
+// Tiles 0 to 3 as a block of sums.
+template <int Columns, bool kBottom>
+inline void load_sums(const float* c, size_t ldc) {
+    const size_t stride = ldc * 4;
+    tile_load(0, c, stride);
+    if constexpr (Columns == 2) tile_load(1, c + 16, stride);
+    if constexpr (kBottom) {
+        tile_load(2, c + 16 * ldc, stride);
+        if constexpr (Columns == 2) tile_load(3, c + 16 * ldc + 16, stride);
+    }
+}
+template <int Columns, bool kBottom>
+inline void clear_sums() {
+    tile_zero(0);
+    if constexpr (Columns == 2) tile_zero(1);
+    if constexpr (kBottom) {
+        tile_zero(2);
+        if constexpr (Columns == 2) tile_zero(3);
+    }
+}
+template <int Columns, bool kBottom>
+inline void store_sums(float* c, size_t ldc) {
+    const size_t stride = ldc * 4;
+    tile_store(0, c, stride);
+    if constexpr (Columns == 2) tile_store(1, c + 16, stride);
+    if constexpr (kBottom) {
+        tile_store(2, c + 16 * ldc, stride);
+        if constexpr (Columns == 2) tile_store(3, c + 16 * ldc + 16, stride);
+    }
+}
+
 // One or two tiles of columns; see gemm.
-template <int Columns, typename Fetch>
+template <int Columns, Stays stays, typename Fetch>
 inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
                        size_t ldc, bool accumulate, int blocks, size_t a_block, Fetch ahead) {
-    const size_t stride_a = lda * 2, stride_b = ldb * 4, stride_c = ldc * 4;
+    auto multiply = [&](int row, auto has_bottom) {
+        constexpr bool kBottom = decltype(has_bottom)::value;
+        const bf16* top = a + size_t(row) * lda;
+        float* sums = c + size_t(row) * ldc;
+        accumulate ? load_sums<Columns, kBottom>(sums, ldc) : clear_sums<Columns, kBottom>();
+        for (int block = 0; block < blocks; ++block) {
+            const size_t from = block * a_block;
+            multiply_tiles<stays, Columns, kBottom>(
+                top + from, top + from + 16 * lda, lda, b + size_t(block) * pairs * ldb, ldb, pairs,
+                [&](int p, int quarter) { ahead.quarter(row, from + 2 * p, quarter); });
+        }
+        store_sums<Columns, kBottom>(sums, ldc);
+    };
     for (int row = 0; row < rows; row += 32) {
         const int here = rows - row < 32 ? rows - row : 32;
         const int top = here < 16 ? here : 16, bottom = here - top;
         configure_tiles(top, bottom);
-        const bf16* top_a = a + size_t(row) * lda;
-        float* top_c = c + size_t(row) * ldc;
-        float* bottom_c = top_c + 16 * ldc;
-        if (accumulate) {
-            tile_load(0, top_c, stride_c);
-            if constexpr (Columns == 2) tile_load(1, top_c + 16, stride_c);
-            if (bottom) {
-                tile_load(2, bottom_c, stride_c);
-                if constexpr (Columns == 2) tile_load(3, bottom_c + 16, stride_c);
-            }
-        } else {
-            tile_zero(0);
-            if constexpr (Columns == 2) tile_zero(1);
-            if (bottom) {
-                tile_zero(2);
-                if constexpr (Columns == 2) tile_zero(3);
-            }
-        }
-        for (int block = 0; block < blocks; ++block) {
-            const bf16* block_a = top_a + block * a_block;
-            const uint32_t* block_b = b + size_t(block) * pairs * ldb;
-            if (bottom) {
-                for (int p = 0; p < pairs; p += 16) {
-                    ahead.quarter(row, block * a_block + 2 * p, 0);
-                    tile_load(4, block_a + 2 * p, stride_a);
-                    ahead.quarter(row, block * a_block + 2 * p, 1);
-                    tile_load(6, block_b + p * ldb, stride_b);
-                    tile_dot_bf16(0, 4, 6);
-                    ahead.quarter(row, block * a_block + 2 * p, 2);
-                    if constexpr (Columns == 2) {
-                        tile_load(7, block_b + p * ldb + 16, stride_b);
-                        tile_dot_bf16(1, 4, 7);
-                    }
-                    ahead.quarter(row, block * a_block + 2 * p, 3);
-                    tile_load(5, block_a + 16 * lda + 2 * p, stride_a);
-                    tile_dot_bf16(2, 5, 6);
-                    if constexpr (Columns == 2) tile_dot_bf16(3, 5, 7);
-                }
-            } else {
-                for (int p = 0; p < pairs; p += 16) {
-                    ahead.quarter(row, block * a_block + 2 * p, 0);
-                    tile_load(4, block_a + 2 * p, stride_a);
-                    ahead.quarter(row, block * a_block + 2 * p, 1);
-                    tile_load(6, block_b + p * ldb, stride_b);
-                    tile_dot_bf16(0, 4, 6);
-                    ahead.quarter(row, block * a_block + 2 * p, 2);
-                    if constexpr (Columns == 2) {
-                        tile_load(7, block_b + p * ldb + 16, stride_b);
-                        tile_dot_bf16(1, 4, 7);
-                    }
-                    ahead.quarter(row, block * a_block + 2 * p, 3);
-                }
-            }
-        }
-        if (bottom) {
-            tile_store(2, bottom_c, stride_c);
-            if constexpr (Columns == 2) tile_store(3, bottom_c + 16, stride_c);
-        }
-        tile_store(0, top_c, stride_c);
-        if constexpr (Columns == 2) tile_store(1, top_c + 16, stride_c);
+        bottom ? multiply(row, std::true_type{}) : multiply(row, std::false_type{});
     }
 }
 
@@ -178,40 +207,118 @@ inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uin
 template <int Width>
 inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
                  bool accumulate, int blocks = 1, size_t a_block = 0, const bf16* next = nullptr) {
-    auto with = [&](auto ahead) {
-        if constexpr (Width >= 32)
-            gemm_tiles<2>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, blocks, a_block, ahead);
-        if constexpr (Width == 16)
-            gemm_tiles<1>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, blocks, a_block, ahead);
+    // A panel stays while several steps of rows pass, and few rows while panels do.
+    auto multiply = [&](auto columns, const uint32_t* panel, float* to, auto ahead) {
+        constexpr int kColumns = decltype(columns)::value;
+        rows > kRowBlock ? gemm_tiles<kColumns, Stays::kPanel>(rows, pairs, a, lda, panel, ldb, to, ldc, accumulate,
+                                                               blocks, a_block, ahead)
+                         : gemm_tiles<kColumns, Stays::kRows>(rows, pairs, a, lda, panel, ldb, to, ldc, accumulate,
+                                                              blocks, a_block, ahead);
     };
-    next ? with(RowsAhead{next, lda}) : with(NothingAhead{});
-    if constexpr (Width == 48)
-        gemm_tiles<1>(rows, pairs, a, lda, b + 32, ldb, c + 32, ldc, accumulate, blocks, a_block, NothingAhead{});
+    constexpr std::integral_constant<int, Width == 16 ? 1 : 2> first;
+    next ? multiply(first, b, c, RowsAhead{next, lda}) : multiply(first, b, c, NothingAhead{});
+    if constexpr (Width == 48) multiply(std::integral_constant<int, 1>{}, b + 32, c + 32, NothingAhead{});
 }
 
-// C[rows][columns] = A * the panels that begin at b, rounded to bf16 and written past the caches: two lines of a row at a
-// time, which memory takes at 43 GB/s; one line of each of 32 rows at 25. A is row after row, lda dwords apart.
+// Equal parts of other work, done between the tile instructions of a product.
+template <typename Part>
+struct Beside {
+    Part part;
+    int parts, calls;  // calls: how often the product calls
+    int done = 0, due = 0;
+
+    Beside(Part what, int count, int times) : part(what), parts(count), calls(times) {}
+    void call() {
+        for (due += parts; due >= calls; due -= calls) part(done++);
+    }
+};
+
+// Pieces of memory, `pitch` bytes apart, brought into the second-level cache bit by bit, by as many calls, before they
+// are needed; more than its share of the cache is not.
+class BroughtNearer {
+  public:
+    BroughtNearer(const void* from, int64_t bytes, int64_t pitch, int64_t pieces, int64_t calls)
+        : piece_(static_cast<const char*>(from)), bytes_(bytes), pitch_(pitch), pieces_(pieces) {
+        if (!fits(bytes * pieces) || bytes <= 0 || calls <= 0) pieces_ = 0;
+        if (pieces_ > 0) rate_ = unsigned(std::min<int64_t>((bytes * pieces * 4 + calls - 1) / calls, 1 << 14));
+    }
+    BroughtNearer(const void* from, int64_t bytes, int64_t calls) : BroughtNearer(from, bytes, 0, 1, calls) {}
+    static bool fits(int64_t bytes) { return bytes <= kMostBytes; }
+    void operator()() {
+        for (due_ += rate_; due_ >= 256 && pieces_ > 0; due_ -= 256) {
+            fetch(piece_ + at_);
+            if ((at_ += 64) < bytes_) continue;
+            at_ = 0;
+            piece_ += pitch_;
+            --pieces_;
+        }
+    }
+
+  private:
+    static constexpr int64_t kMostBytes = 5 << 17;
+    const char* piece_;
+    int64_t bytes_, pitch_, pieces_, at_ = 0;
+    unsigned rate_ = 0, due_ = 0;  // lines for every call, in 256ths
+};
+
+// C[rows][columns] = A * the panels that begin at b, rounded to bf16 and written past the caches: two lines of a row at
+// a time, which memory takes at 43 GB/s; one line of each of 32 rows at 25. A is row after row, lda dwords apart; rows
+// are a multiple of 32.
 inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, const uint32_t* b, int64_t columns,
                           bf16* c, size_t ldc) {
-    constexpr int kColumns = 2 * kPanel;
-    alignas(64) float sums[kRowBlock * kColumns];
-    // Panels that do not stay in the cache are read once for all rows.
-    const int step = int64_t(pairs) * columns <= (1 << 18) ? kRowBlock : rows;
-    for (int from = 0; from < rows; from += step)
-        for (int64_t first = 0; first < columns; first += kColumns)
-            for (int row = from; row < rows && row < from + step; row += kRowBlock) {
-                const int here = rows - row < kRowBlock ? rows - row : kRowBlock;
-                const int wide = columns - first < kColumns ? kPanel : kColumns;
-                for (int column = 0; column < wide; column += kPanel)
-                    gemm<kPanel>(here, pairs, reinterpret_cast<const bf16*>(a + row * lda), 2 * lda,
-                                 b + (first + column) * pairs, kPanel, sums + column, kColumns, false);
-                for (int r = 0; r < here; ++r)
-                    for (int column = 0; column < wide; column += kPanel) {
-                        Vf line[kPanel / W];
-                        for (int v = 0; v < kPanel / W; ++v) line[v] = load(sums + r * kColumns + column + v * W);
-                        stream_bf16<kPanel>(c + (row + r) * ldc + first + column, line);
-                    }
+    alignas(64) float sums[2][kRowBlock * kPanel];
+    int lines = 0;       // of a row of what waits to be written: one block of sums, or two side by side
+    bf16* to = nullptr;  // where
+    auto write = [&](int row) {
+        for (int side = 0; side < lines; ++side) {
+            Vf line[kPanel / W];
+            for (int v = 0; v < kPanel / W; ++v) line[v] = load(sums[side] + row * kPanel + v * W);
+            stream_bf16<kPanel>(to + row * ldc + side * kPanel, line);
+        }
+    };
+    const int calls = pairs / 16 * 2;
+    configure_tiles(16, 16);
+    auto block = [&](int row, int64_t column, int side, BroughtNearer& next, auto stays) {
+        Beside writing(write, lines ? kRowBlock : 0, calls);
+        const bf16* top = reinterpret_cast<const bf16*>(a + row * lda);
+        clear_sums<2, true>();
+        multiply_tiles<decltype(stays)::value, 2, true>(top, top + 32 * lda, 2 * lda, b + column * pairs, kPanel, pairs,
+                                                        [&](int, int quarter) {
+                                                            if (quarter % 2 == 0) return;
+                                                            writing.call();
+                                                            next();
+                                                        });
+        lines = 0;
+        store_sums<2, true>(sums[side], kPanel);
+    };
+    auto wait = [&](int row, int64_t column, int count) {
+        lines = count;
+        to = c + row * ldc + column;
+    };
+    using Rows = std::integral_constant<Stays, Stays::kRows>;
+    using Panel = std::integral_constant<Stays, Stays::kPanel>;
+    if (int64_t(pairs) * columns <= (1 << 18)) {
+        for (int row = 0; row < rows; row += kRowBlock) {
+            BroughtNearer next(a + (row + kRowBlock) * lda, row + kRowBlock < rows ? int64_t(kRowBlock * lda * 4) : 0,
+                               columns / kPanel * calls);
+            for (int64_t column = 0; column < columns; column += 2 * kPanel) {
+                const int sides = columns - column > kPanel ? 2 : 1;
+                for (int side = 0; side < sides; ++side) block(row, column + side * kPanel, side, next, Rows{});
+                wait(row, column, sides);
             }
+        }
+    } else {
+        // Panels that do not stay in the cache are read once for all rows.
+        for (int64_t column = 0; column < columns; column += kPanel) {
+            BroughtNearer next(b + (column + kPanel) * pairs,
+                               column + kPanel < columns ? int64_t(pairs) * kPanel * 4 : 0, rows / kRowBlock * calls);
+            for (int row = 0; row < rows; row += kRowBlock) {
+                block(row, column, 0, next, Panel{});
+                wait(row, column, 1);
+            }
+        }
+    }
+    for (int row = 0; row < kRowBlock; ++row) write(row);
 }
 
 #else
@@ -361,8 +468,8 @@ inline void gemm_panel(int rows, int pairs, const bf16* a, size_t lda, const uin
                        size_t ldc, bool accumulate, const char* ahead = nullptr) {
 #if defined(MOESAIC_TILES)
     if (ahead) {
-        gemm_tiles<2>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, 1, 0,
-                      StreamAhead{ahead, kPairBlock * kPanel * 4});
+        gemm_tiles<2, Stays::kRows>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, 1, 0,
+                                    StreamAhead{ahead, kPairBlock * kPanel * 4});
         return;
     }
 #else

@@ -426,10 +426,10 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
             ahead.quarter(0, 0, 0);
             tile_load(4, row + k, stride);
             ahead.quarter(0, 0, 1);
-            tile_load(6, weights + size_t(k) * kPanel, 128);
+            tile_load_once(6, weights + size_t(k) * kPanel, 128);
             tile_dot_s8u8(0, 4, 6);
             ahead.quarter(0, 0, 2);
-            tile_load(7, weights + size_t(k) * kPanel + 64, 128);
+            tile_load_once(7, weights + size_t(k) * kPanel + 64, 128);
             tile_dot_s8u8(1, 4, 7);
             ahead.quarter(0, 0, 3);
             if (bottom) {

@@ -53,16 +53,18 @@ int64_t count_operations(int64_t rounds, int64_t operations_per_round, Step&& st
 // All four tiles of sums, as a product of 32 rows and 32 columns uses them.
 template <typename Dot>
 void tile_rounds(int64_t rounds, Dot&& dot) {
-    alignas(64) static constexpr uint8_t zeros[16 * 64] = {};
+    // Not zeros: with numbers as they come, tiles take a fifth longer. 0.75 as bf16, 63 as int8.
+    alignas(64) uint8_t numbers[16 * 64];
+    std::memset(numbers, 0x3f, sizeof numbers);
     configure_tiles(16, 16);
     tile_zero(0);
     tile_zero(1);
     tile_zero(2);
     tile_zero(3);
-    tile_load(4, zeros, 64);
-    tile_load(5, zeros, 64);
-    tile_load(6, zeros, 64);
-    tile_load(7, zeros, 64);
+    tile_load(4, numbers, 64);
+    tile_load(5, numbers, 64);
+    tile_load(6, numbers, 64);
+    tile_load(7, numbers, 64);
     for (int64_t round = 0; round < rounds; ++round) dot();
 }
 

@@ -34,22 +34,25 @@ double work(const MoeTraining& m) { return 6.0 * double(m.rows) * double(m.hidde
 MoeTrainingScratch prepare(const MoeTraining& m, bool backward) {
     MoeTrainingScratch s;
     s.groups = training::make_groups(m, omp_get_max_threads());
-    int64_t lanes = 0, rows = 0;
+    int64_t lanes = 0, rows = 0, contracted = 0;
     for (const auto& group : s.groups) {
         lanes = std::max(lanes, group.lanes);
         rows = std::max(rows, group.rows);
+        contracted = std::max(contracted, group.contracted);
     }
     Carver carver;
     if (m.combines()) carver.add(s.row_weights, m.rows);
     if (m.routes > 1) carver.add(s.sums, m.rows * m.hidden);
     if (backward) {
         carver.add(s.gradients, rows * training::row_stride(m.hidden));
-        carver.add(s.contracted_gradients, rows / 2 * m.hidden);
+        carver.add(s.contracted_gradients, contracted * m.hidden);
         carver.add(s.tokens_paired, rows / 2 * m.hidden);
         carver.add(s.grad_pre, rows * m.pre_width());
-        carver.add(s.contracted_grad_pre, rows / 2 * m.pre_width());
-        carver.add(s.hidden_paired, rows / 2 * m.inner);
-        if (m.combines()) carver.add(s.partial_weights, training::chunks(m.inner, training::kChunk) * m.rows);
+        if (!kHasTiles) {
+            carver.add(s.contracted_grad_pre, rows / 2 * m.pre_width());
+            carver.add(s.hidden_paired, rows / 2 * m.inner);
+        }
+        if (m.combines()) carver.add(s.partial_weights, training::parts_of_weights(m.inner) * m.rows);
     } else {
         carver.add(s.tokens, lanes * m.hidden / 2);
         carver.add(s.hidden, lanes * m.inner / 2);

@@ -147,7 +147,8 @@ inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const u
 template <typename Done>
 inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
                          const Next& next, Done&& done, [[maybe_unused]] const StoreRounded* rounded = nullptr) {
-    constexpr int kDeep = 1024;  // pairs of K whose weights stay in the second-level cache while all rows pass
+    // Pairs of K whose weights stay in the second-level cache while all rows pass.
+    constexpr int kDeep = 1024;
     const bf16* left = reinterpret_cast<const bf16*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
     const int pairs = padded_depth / 2, lda = int(stride / 2);
@@ -173,8 +174,15 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
                 ahead.bring_lines(next.lines + size_t(line) * next.stride, next.stride,
                                   next.count * (part + 1) / parts - line, here / kPairBlock);
             }
-            gemm_tiles<2>(end - row, here, left + size_t(row) * lda + 2 * first, lda, weights + size_t(first) * kPanel,
-                          kPanel, c + row * kPanel, kPanel, first > 0, 1, 0, ahead);
+            const auto multiply = [&](auto stays) {
+                gemm_tiles<2, decltype(stays)::value>(end - row, here, left + size_t(row) * lda + 2 * first, lda,
+                                                      weights + size_t(first) * kPanel, kPanel, c + row * kPanel, kPanel,
+                                                      first > 0, 1, 0, ahead);
+            };
+            if (parts == 1)
+                multiply(std::integral_constant<Stays, Stays::kRows>{});
+            else
+                multiply(std::integral_constant<Stays, Stays::kPanel>{});
 #else
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
             const Ahead ahead =

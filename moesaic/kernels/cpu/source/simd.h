@@ -105,10 +105,23 @@ inline __m256i to_bf16(Vf x) {
 #endif
 }
 inline void store_bf16(bf16* p, Vf x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
-// Dword i of the result holds even[i] in its low half and odd[i] in its high half.
-inline Vi interleave_bf16(Vf even, Vf odd) {
-    __m512i low = _mm512_cvtepu16_epi32(to_bf16(even)), high = _mm512_cvtepu16_epi32(to_bf16(odd));
-    return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+// Two rows rounded to bf16, the first in the low half.
+inline Vi to_bf16_rows(Vf even, Vf odd) {
+#if defined(__AVX512BF16__)
+    return {(__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v)};
+#else
+    return {_mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(even)), to_bf16(odd), 1)};
+#endif
+}
+inline void store_rows(bf16* even, bf16* odd, Vi rows) {
+    _mm256_storeu_si256((__m256i*)even, _mm512_castsi512_si256(rows.v));
+    _mm256_storeu_si256((__m256i*)odd, _mm512_extracti64x4_epi64(rows.v, 1));
+}
+// Dword i of the result holds element i of the first row in its low half and that of the second in its high half.
+inline Vi interleave(Vi rows) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return {_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), rows.v)};
 }
 // acc[i] += a.low * b.low + a.high * b.high of every dword.
 inline Vf dot_bf16(Vf acc, Vi a, Vi b) {
@@ -206,8 +219,16 @@ inline void store_bf16(bf16* p, Vf x) {
     _mm_storeu_si128((__m128i*)p,
                      _mm_packus_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1)));
 }
-inline Vi interleave_bf16(Vf even, Vf odd) {
-    return {_mm256_or_si256(to_bf16(even), _mm256_slli_epi32(to_bf16(odd), 16))};
+inline Vi to_bf16_rows(Vf even, Vf odd) {
+    return {_mm256_permute4x64_epi64(_mm256_packus_epi32(to_bf16(even), to_bf16(odd)), 0xd8)};
+}
+inline void store_rows(bf16* even, bf16* odd, Vi rows) {
+    _mm_storeu_si128((__m128i*)even, _mm256_castsi256_si128(rows.v));
+    _mm_storeu_si128((__m128i*)odd, _mm256_extracti128_si256(rows.v, 1));
+}
+inline Vi interleave(Vi rows) {
+    const __m128i even = _mm256_castsi256_si128(rows.v), odd = _mm256_extracti128_si256(rows.v, 1);
+    return {_mm256_set_m128i(_mm_unpackhi_epi16(even, odd), _mm_unpacklo_epi16(even, odd))};
 }
 inline Vf dot_bf16(Vf acc, Vi a, Vi b) {
     const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
@@ -231,6 +252,8 @@ inline void stream(void* p, Vi x) { _mm256_stream_si256((__m256i*)p, x.v); }
 #else
 #error "these kernels need AVX2 or AVX-512"
 #endif
+
+inline Vi interleave_bf16(Vf even, Vf odd) { return interleave(to_bf16_rows(even, odd)); }
 
 // e^x, error below 1.5 units in the last place; NaN stays NaN, overflow gives infinity, underflow 0.
 inline Vf exp(Vf x) {
@@ -264,6 +287,20 @@ inline Vf exp2_of_negative(Vf x) {
     p = fma(p, r, set1(6.9314697758e-1f));
     p = fma(p, r, set1(1.0f));
     return as_float(addi(as_int(p), shift_left<23>(as_int(shifted))));
+}
+
+// Error below 4e-7, for what is rounded to bf16: half of the work, but not the same bits on every instruction set.
+inline Vf quick_sigmoid(Vf x) {
+    const Vf one = set1(1.0f);
+    const Vf e = exp2_of_negative(mul(abs(x), set1(-1.44269504088896341f)));
+    const Vf d = add(one, e);
+#if defined(__AVX512F__)
+    const Vf estimate = {_mm512_rcp14_ps(d.v)};
+    const Vf s = mul(estimate, sub(set1(2.0f), mul(d, estimate)));
+#else
+    const Vf s = div(one, d);
+#endif
+    return select_less(x, zero(), mul(e, s), s);
 }
 
 inline Vf sigmoid(Vf x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }

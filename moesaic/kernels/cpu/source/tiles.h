@@ -62,6 +62,7 @@ inline void tile_load(int tile, const void* from, size_t stride) {
     for (int row = 0; row < emulated.shape.rows[tile]; ++row)
         std::memcpy(emulated.data[tile][row], static_cast<const char*>(from) + row * stride, 64);
 }
+inline void tile_load_once(int tile, const void* from, size_t stride) { tile_load(tile, from, stride); }
 inline void tile_store(int tile, void* to, size_t stride) {
     for (int row = 0; row < emulated.shape.rows[tile]; ++row)
         std::memcpy(static_cast<char*>(to) + row * stride, emulated.data[tile][row], 64);
@@ -98,6 +99,11 @@ inline void release_tiles() { asm volatile("tilerelease" : :); }
 #define tile_zero(tile) asm volatile("tilezero %%tmm" #tile : :)
 #define tile_load(tile, from, stride)                            \
     asm volatile("tileloadd (%0,%1,1), %%tmm" #tile              \
+                 :                                               \
+                 : "r"(static_cast<const void*>(from)), "r"(ptrdiff_t(stride)) \
+                 : "memory")
+#define tile_load_once(tile, from, stride)                       \
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile            \
                  :                                               \
                  : "r"(static_cast<const void*>(from)), "r"(ptrdiff_t(stride)) \
                  : "memory")
