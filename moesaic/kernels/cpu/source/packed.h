@@ -147,13 +147,14 @@ inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const u
 template <typename Done>
 inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
                          const Next& next, Done&& done, [[maybe_unused]] const StoreRounded* rounded = nullptr) {
-    // Pairs of K whose weights stay in the second-level cache while all rows pass.
-    constexpr int kDeep = 1024;
+    // Pairs of K whose weights stay in the second-level cache while all rows pass; with tiles and so many rows that the
+    // sums' way back and forth does not count, in the first-level one.
+    constexpr int kDeep = 1024, kNear = 256, kRowsForNear = 160;
     const bf16* left = reinterpret_cast<const bf16*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
     const int pairs = padded_depth / 2, lda = int(stride / 2);
     const int step = kPackedRows;
-    const int pass = rows > step ? kDeep : pairs;
+    const int pass = rows <= step ? pairs : kHasTiles && rows > kRowsForNear ? kNear : kDeep;
     const int parts = (rows + step - 1) / step;
     for (int first = 0; first < pairs; first += pass) {
         const int here = pairs - first < pass ? pairs - first : pass;
