@@ -141,7 +141,7 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(choice: str, format: 
 @pytest.mark.parametrize("format", FORMATS)
 def test_many_rows_and_deep_sums_go_by_blocks(format: str) -> None:
     # More rows than are worked on at once, and more of K than stays in a cache.
-    for n, k, rows in [(64, 4480, 130), (320, 128, 900), (64, 1120, 200)]:
+    for n, k, rows in [(64, 4480, 130), (320, 128, 900), (64, 1152, 200)]:
         weight = weight_of(format, n, k)
         x = numbers(rows, k, seed=7)
         y = one(x, pack_weight(weight))
