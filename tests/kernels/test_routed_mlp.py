@@ -118,10 +118,10 @@ def test_awkward_sizes(kernels: str, tokens: int, experts: int, top_k: int, hidd
 @pytest.mark.parametrize(
     ("tokens", "experts", "hidden", "inner"),
     [
-        (200, 8, 96, 416),  # tasks of two chunks of the hidden columns, the last of one third
-        (150, 4, 64, 416),  # of one
+        (200, 8, 96, 416),  # with tiles, on one thread: tasks of two chunks of the hidden columns, the last of a third
+        (150, 2, 64, 416),  # of one chunk
         (70, 1, 64, 416),  # of a third, two of which are of no first chunk
-        (40, 1, 2048, 224),  # weights of a task that are too much to be brought nearer beforehand
+        (40, 1, 2048, 224),  # weights of a task that are too much to be brought nearer beforehand, with both halves
     ],
 )
 def test_every_width_of_a_task(

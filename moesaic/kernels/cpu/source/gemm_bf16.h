@@ -8,6 +8,7 @@
 // whatever M and N are.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "simd.h"

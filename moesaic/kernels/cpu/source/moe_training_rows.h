@@ -100,7 +100,7 @@ struct ContractedRows {
 struct LaneBlock {
     int first;       // row within the expert
     int valid;       // rows; the lanes beyond hold zeros
-    int width;       // 16, 32 or 48
+    int width;       // 16, 32 or, without tiles, 48
     int64_t offset;  // lanes before it in the group
 };
 
@@ -250,9 +250,9 @@ struct MoeTrainingScratch {
     uint32_t* contracted_gradients = nullptr;  // per expert and chunk of H: ContractedRows
     uint32_t* tokens_paired = nullptr;         // per expert panels (H / 32, rows / 2, 32)
     bf16* grad_pre = nullptr;                  // (rows, F or 2F)
-    uint32_t* contracted_grad_pre = nullptr;   // per expert and chunk of F or of each half of 2F
-    uint32_t* hidden_paired = nullptr;         // per expert panels (F / 32, rows / 2, 32)
-    float* partial_weights = nullptr;          // (chunks of F, N): parts of the routing weights' gradient
+    uint32_t* contracted_grad_pre = nullptr;   // without tiles: per expert and chunk of F or of each half of 2F
+    uint32_t* hidden_paired = nullptr;         // without tiles: per expert panels (F / 32, rows / 2, 32)
+    float* partial_weights = nullptr;          // (parts_of_weights, N): parts of the routing weights' gradient
 };
 
 }  // namespace moesaic

@@ -1,8 +1,8 @@
-// The experts of one MoE layer in training on a machine with tiles, where a core multiplies 16 times as fast as it
-// adds: what surrounds a product costs as much as the product, and as much again is lost where operands come from a
-// cache too far away. So the vector units work on one block of sums while the tiles make the next, and in the backward
-// pass one task takes a chunk of F from the gradient of the hidden state to the gradients of its weights, so that what
-// it writes on the way stays in its core's second-level cache.
+// The phases of an MoE layer's training on a machine with tiles, where a core multiplies 16 times as fast as it adds: what
+// surrounds a product costs as much as the product, and as much again is lost where operands come from a cache too far
+// away. So the vector units work on one block of sums while the tiles make the next, and in the backward pass one task
+// takes a chunk of F from the gradient of the hidden state to the gradients of its weights: what it writes on the way
+// stays in its core's second-level cache while an expert has some thousand rows or fewer.
 #pragma once
 
 #include "moe_training_rows.h"
@@ -195,7 +195,7 @@ inline void bias_gradient(const uint32_t* left, size_t ld, int64_t pairs, int ro
     }
 }
 
-// What a task of the backward pass keeps in its core's cache.
+// What a task of the backward pass keeps to itself.
 struct GradientScratch {
     uint32_t* down;        // the chunk's columns of the down weights: panels (columns / 32, H / 2, 32)
     uint32_t* hidden;      // panels (columns / 32, pairs, 32)
@@ -482,7 +482,7 @@ inline void grad_x_piece(const MoeTraining& m, const ExpertRows& rows, const Pie
         };
         for (int block = 0; block < blocks; ++block) {
             const auto chunk = chunk_at(0);
-            // The next rows are as far in either chunk, which may differ in width.
+            // Of two whole chunks; a narrower one comes as it is read.
             BroughtNearer next(chunk.row(row + (block + 1) * kBlock), kBlock * chunk.stride * 2,
                                rows.padded * chunk.stride * 2, block + 1 < blocks ? wide / kChunk : 0,
                                panels * (all_pairs / 16) * 2);

@@ -77,16 +77,16 @@ inline void tile_dot_bf16(int c, int a, int b) {
                 for (int half = 0; half < 2; ++half)
                     sums[m][n] += bf16_to_float(left[m][2 * p + half]) * bf16_to_float(right[p][2 * n + half]);
 }
-// Signed bytes of A times unsigned bytes of B, summed in int32.
+// Signed bytes of A times unsigned bytes of B, summed in int32, which wrap.
 inline void tile_dot_s8u8(int c, int a, int b) {
-    auto* sums = reinterpret_cast<int32_t(*)[16]>(emulated.data[c]);
+    auto* sums = reinterpret_cast<uint32_t(*)[16]>(emulated.data[c]);
     auto* left = reinterpret_cast<int8_t(*)[64]>(emulated.data[a]);
     auto* right = reinterpret_cast<uint8_t(*)[64]>(emulated.data[b]);
     for (int m = 0; m < emulated.shape.rows[c]; ++m)
         for (int p = 0; p < 16; ++p)
             for (int n = 0; n < 16; ++n)
                 for (int part = 0; part < 4; ++part)
-                    sums[m][n] += int32_t(left[m][4 * p + part]) * int32_t(right[p][4 * n + part]);
+                    sums[m][n] += uint32_t(int32_t(left[m][4 * p + part]) * int32_t(right[p][4 * n + part]));
 }
 
 #else
