@@ -62,7 +62,7 @@ constexpr int row_block() {
 // 32 terms is to bring. All at once, the lines would fill the buffers that its own loads need: weights came from memory
 // at 55 to 65 % of its rate.
 struct NothingAhead {
-    void quarter(int, size_t, int) {}
+    void quarter() {}
 };
 
 // `step` bytes for every block, up to `end`, and behind that what begins at `then`; and cache lines `stride` bytes
@@ -81,7 +81,7 @@ struct StreamAhead {
         stride = apart;
         rate = unsigned((lines * 64 + blocks - 1) / blocks);
     }
-    void quarter(int, size_t, int) {
+    void quarter() {
         until += step / 4;
         if (from == end) {
             until = then + (until - from);
@@ -89,17 +89,6 @@ struct StreamAhead {
         }
         for (; from < until; from += 64) fetch(from);
         for (due += rate; due >= 256; due -= 256, line += stride) fetch(line);
-    }
-};
-
-// Rows of A that this or another product reads later: of every row here, the one as far behind `next`.
-struct RowsAhead {
-    const bf16* next;
-    size_t lda;
-
-    void quarter(int row, size_t column, int quarter) {
-        const bf16* from = next + size_t(row + 8 * quarter) * lda + column;
-        for (int r = 0; r < 8; ++r) fetch(from + r * lda);
     }
 };
 
@@ -180,18 +169,14 @@ inline void store_sums(float* c, size_t ldc) {
 // One or two tiles of columns; see gemm.
 template <int Columns, Stays stays, typename Fetch>
 inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                       size_t ldc, bool accumulate, int blocks, size_t a_block, Fetch ahead) {
+                       size_t ldc, bool accumulate, Fetch ahead) {
     auto multiply = [&](int row, auto has_bottom) {
         constexpr bool kBottom = decltype(has_bottom)::value;
         const bf16* top = a + size_t(row) * lda;
         float* sums = c + size_t(row) * ldc;
         accumulate ? load_sums<Columns, kBottom>(sums, ldc) : clear_sums<Columns, kBottom>();
-        for (int block = 0; block < blocks; ++block) {
-            const size_t from = block * a_block;
-            multiply_tiles<stays, Columns, kBottom>(
-                top + from, top + from + 16 * lda, lda, b + size_t(block) * pairs * ldb, ldb, pairs,
-                [&](int p, int quarter) { ahead.quarter(row, from + 2 * p, quarter); });
-        }
+        multiply_tiles<stays, Columns, kBottom>(top, top + 16 * lda, lda, b, ldb, pairs,
+                                                [&](int, int) { ahead.quarter(); });
         store_sums<Columns, kBottom>(sums, ldc);
     };
     for (int row = 0; row < rows; row += 32) {
@@ -202,23 +187,15 @@ inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uin
     }
 }
 
-// C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
-// With blocks > 1, K is that many times 2 * pairs: A goes on a_block elements further for each, B where it stopped.
-// With `next`, the rows that begin there, lda apart as well, are brought nearer meanwhile.
+// C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16 or 32; lda in elements, ldb in dwords, ldc in floats.
 template <int Width>
 inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
-                 bool accumulate, int blocks = 1, size_t a_block = 0, const bf16* next = nullptr) {
+                 bool accumulate) {
+    static_assert(Width == 16 || Width == 32);
     // A panel stays while several steps of rows pass, and few rows while panels do.
-    auto multiply = [&](auto columns, const uint32_t* panel, float* to, auto ahead) {
-        constexpr int kColumns = decltype(columns)::value;
-        rows > kRowBlock ? gemm_tiles<kColumns, Stays::kPanel>(rows, pairs, a, lda, panel, ldb, to, ldc, accumulate,
-                                                               blocks, a_block, ahead)
-                         : gemm_tiles<kColumns, Stays::kRows>(rows, pairs, a, lda, panel, ldb, to, ldc, accumulate,
-                                                              blocks, a_block, ahead);
-    };
-    constexpr std::integral_constant<int, Width == 16 ? 1 : 2> first;
-    next ? multiply(first, b, c, RowsAhead{next, lda}) : multiply(first, b, c, NothingAhead{});
-    if constexpr (Width == 48) multiply(std::integral_constant<int, 1>{}, b + 32, c + 32, NothingAhead{});
+    rows > kRowBlock
+        ? gemm_tiles<Width / 16, Stays::kPanel>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, NothingAhead{})
+        : gemm_tiles<Width / 16, Stays::kRows>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, NothingAhead{});
 }
 
 // Equal parts of other work, done between the tile instructions of a product.
@@ -469,7 +446,7 @@ inline void gemm_panel(int rows, int pairs, const bf16* a, size_t lda, const uin
                        size_t ldc, bool accumulate, const char* ahead = nullptr) {
 #if defined(MOESAIC_TILES)
     if (ahead) {
-        gemm_tiles<2, Stays::kRows>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, 1, 0,
+        gemm_tiles<2, Stays::kRows>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate,
                                     StreamAhead{ahead, kPairBlock * kPanel * 4});
         return;
     }

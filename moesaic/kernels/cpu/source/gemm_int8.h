@@ -423,15 +423,15 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
             tile_zero(3);
         }
         for (int k = 0; k < here; k += 64) {
-            ahead.quarter(0, 0, 0);
+            ahead.quarter();
             tile_load(4, row + k, stride);
-            ahead.quarter(0, 0, 1);
+            ahead.quarter();
             tile_load_once(6, weights + size_t(k) * kPanel, 128);
             tile_dot_s8u8(0, 4, 6);
-            ahead.quarter(0, 0, 2);
+            ahead.quarter();
             tile_load_once(7, weights + size_t(k) * kPanel + 64, 128);
             tile_dot_s8u8(1, 4, 7);
-            ahead.quarter(0, 0, 3);
+            ahead.quarter();
             if (bottom) {
                 tile_load(5, row + 16 * stride + k, stride);
                 tile_dot_s8u8(2, 5, 6);

@@ -106,7 +106,6 @@ struct LaneBlock {
 
 struct ExpertRows {
     int64_t expert, start, count;  // rows start .. start + count of all N
-    int64_t lane_offset;           // lanes of the group before it
     int64_t row_offset;            // rows of the group before it, each expert rounded up to whole pair blocks
     int64_t padded;                // count rounded up to whole pair blocks
     int64_t contracted_offset;     // pairs of the group before it as ContractedRows
@@ -143,7 +142,7 @@ inline std::vector<Group> make_groups(const MoeTraining& m, int threads) {
         if (groups.empty() || groups.back().rows >= wanted) groups.emplace_back();
         Group& group = groups.back();
         const int64_t count = m.tokens_per_expert[e];
-        ExpertRows rows{e, start, count, group.lanes, group.rows, 0, group.contracted, {}};
+        ExpertRows rows{e, start, count, group.rows, 0, group.contracted, {}};
         rows.padded = (count + 2 * kPairBlock - 1) / (2 * kPairBlock) * (2 * kPairBlock);
         group.contracted += kHasTiles ? contracted_pairs(rows.padded) : rows.padded / 2;
         for (int64_t first = 0; first < count;) {

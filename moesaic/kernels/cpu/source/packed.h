@@ -178,7 +178,7 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
             const auto multiply = [&](auto stays) {
                 gemm_tiles<2, decltype(stays)::value>(end - row, here, left + size_t(row) * lda + 2 * first, lda,
                                                       weights + size_t(first) * kPanel, kPanel, c + row * kPanel, kPanel,
-                                                      first > 0, 1, 0, ahead);
+                                                      first > 0, ahead);
             };
             if (parts == 1)
                 multiply(std::integral_constant<Stays, Stays::kRows>{});
