@@ -34,6 +34,8 @@ _CUDA_SIZES = (1024, 2048, 4096, 8192)
 # What part of the time torch gets for reading memory, bf16, fp32 and int8 products, and our own C++ for the same.
 _TORCH_SHARES = (0.15, 0.30, 0.20, 0.10)
 _NATIVE_SHARES = (0.10, 0.05, 0.05, 0.05)
+# Counts the ways in which the rates have been measured: those of an earlier one do not stand beside these.
+_METHOD = 2
 # Below this share of the processor's time a measurement says more about the other programs than about the machine.
 _UNDISTURBED_SHARE = 0.8
 _SMALLEST_BUFFER_BYTES = 512 << 20
@@ -124,7 +126,7 @@ def measure_limits(
 
     _check_device(device)
     identity = _identity(device)
-    path = (folder or cache_folder()) / f"limits-{_digest(identity)}.json"
+    path = (folder or cache_folder()) / f"limits-{_digest(identity | {'method': _METHOD})}.json"
     earlier = _read(path, identity)
     if earlier is not None and reuse:
         return earlier

@@ -155,6 +155,16 @@ def test_a_second_call_reads_what_the_first_measured(tmp_path: Path, fake: list[
     assert [json.loads(path.read_text()) for path in tmp_path.iterdir()] == [asdict(first)]
 
 
+def test_rates_measured_in_another_way_do_not_count(
+    tmp_path: Path, fake: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake[:] = [3e9, 2e9]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(limits, "_METHOD", limits._METHOD - 1)
+        assert quick(tmp_path).bf16_flops_per_second == 3e9
+    assert quick(tmp_path).bf16_flops_per_second == 2e9
+
+
 def test_measuring_again_keeps_the_better_rate(tmp_path: Path, fake: list[float]) -> None:
     fake[:] = [2e9, 1e9, 3e9]
     assert quick(tmp_path).bf16_flops_per_second == 2e9
