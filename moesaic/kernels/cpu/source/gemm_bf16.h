@@ -65,16 +65,11 @@ struct NothingAhead {
     void quarter() {}
 };
 
-// `step` bytes for every block, up to `end`, and behind that what begins at `then`; and cache lines `stride` bytes
-// apart, `rate` 256ths of one for every quarter.
-struct StreamAhead {
-    const char* from;
-    size_t step;
-    const char *end = nullptr, *then = nullptr;
+// Cache lines `stride` bytes apart, `rate` 256ths of one for every quarter.
+struct LinesAhead {
     const char* line = nullptr;
     size_t stride = 0;
     unsigned rate = 0, due = 0;
-    const char* until = from;
 
     void bring_lines(const char* first, size_t apart, int64_t lines, int blocks) {
         line = first;
@@ -82,13 +77,62 @@ struct StreamAhead {
         rate = unsigned((lines * 64 + blocks - 1) / blocks);
     }
     void quarter() {
+        for (due += rate; due >= 256; due -= 256, line += stride) fetch(line);
+    }
+};
+
+// `step` bytes for every block, up to `end`, and behind that what begins at `then`; and lines.
+struct StreamAhead : LinesAhead {
+    const char* from;
+    size_t step;
+    const char *end = nullptr, *then = nullptr;
+    const char* until = from;
+
+    StreamAhead(const char* at, size_t bytes, const char* last = nullptr, const char* following = nullptr)
+        : from(at), step((bytes + 3) / 4 * 4), end(last), then(following) {}
+    void quarter() {
         until += step / 4;
         if (from == end) {
             until = then + (until - from);
             from = then;
         }
         for (; from < until; from += 64) fetch(from);
-        for (due += rate; due >= 256; due -= 256, line += stride) fetch(line);
+        LinesAhead::quarter();
+    }
+};
+
+// One of `parts` shares of `bytes` of memory, within `blocks` blocks, a line of each of its 4-KiB pages in turn; and
+// lines. The processor's own prefetcher follows every page and is ahead of each, so that a line is there almost at once
+// and does not hold a buffer for as long as memory takes: products of 128 rows beside it take 12.8 us a panel; one page
+// after the other, 17.5.
+struct PagesAhead : LinesAhead {
+    const char* at;
+    ptrdiff_t apart, back;
+    int pages, page, left;
+    unsigned line_rate, line_due = 0;
+
+    PagesAhead(const char* from, size_t bytes, int part, int parts, int blocks) {
+        constexpr size_t kPage = 4096;
+        pages = bytes ? int((bytes + kPage - 1) / kPage) : 1;
+        const int lines = int((bytes + 64 * size_t(pages) - 1) / (64 * size_t(pages))), all = lines * pages;
+        const int first = int(int64_t(all) * part / parts);
+        left = int(int64_t(all) * (part + 1) / parts) - first;
+        page = first % pages;
+        apart = ptrdiff_t(lines) * 64;
+        back = pages * apart - 64;
+        at = from + first / pages * 64 + page * apart;
+        line_rate = unsigned((left * 64 + blocks - 1) / blocks);
+    }
+    void quarter() {
+        for (line_due += line_rate; line_due >= 256 && left > 0; line_due -= 256, --left) {
+            fetch(at);
+            at += apart;
+            if (++page == pages) {
+                page = 0;
+                at -= back;
+            }
+        }
+        LinesAhead::quarter();
     }
 };
 
@@ -447,7 +491,7 @@ inline void gemm_panel(int rows, int pairs, const bf16* a, size_t lda, const uin
 #if defined(MOESAIC_TILES)
     if (ahead) {
         gemm_tiles<2, Stays::kRows>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate,
-                                    StreamAhead{ahead, kPairBlock * kPanel * 4});
+                                    StreamAhead(ahead, kPairBlock * kPanel * 4));
         return;
     }
 #else

@@ -147,14 +147,13 @@ inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const u
 template <typename Done>
 inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
                          const Next& next, Done&& done, [[maybe_unused]] const StoreRounded* rounded = nullptr) {
-    // Pairs of K whose weights stay in the second-level cache while all rows pass; with tiles and so many rows that the
-    // sums' way back and forth does not count, in the first-level one.
-    constexpr int kDeep = 1024, kNear = 256, kRowsForNear = 160;
+    // Pairs of K whose weights stay in a cache while all rows pass: the second-level one, with tiles the first-level one.
+    constexpr int kStaying = kHasTiles ? 256 : 1024;
     const bf16* left = reinterpret_cast<const bf16*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
     const int pairs = padded_depth / 2, lda = int(stride / 2);
     const int step = kPackedRows;
-    const int pass = rows <= step ? pairs : kHasTiles && rows > kRowsForNear ? kNear : kDeep;
+    const int pass = rows <= step ? pairs : kStaying;
     const int parts = (rows + step - 1) / step;
     for (int first = 0; first < pairs; first += pass) {
         const int here = pairs - first < pass ? pairs - first : pass;
@@ -162,28 +161,30 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
         for (int part = 0; part < parts; ++part) {
 #if defined(MOESAIC_TILES)
             const int row = part * step, end = row + step < rows ? row + step : rows;
-            // One step reads ahead in its own panel; of several each brings its share of the next one.
-            const char* from = reinterpret_cast<const char*>(parts > 1 && next.panel ? next.panel : panel) + begin;
-            StreamAhead ahead{from + length / parts * part / 64 * 64, (16 * kPanel * 4 / size_t(parts) + 3) / 4 * 4};
-            if (parts == 1) {
-                const char* following = reinterpret_cast<const char*>(next.panel);
-                ahead = {from + std::min(kAheadBytes, length), 16 * kPanel * 4, following ? from + length : nullptr,
-                         following};
-            }
-            if (first + here == pairs) {
-                const int64_t line = next.count * part / parts;
-                ahead.bring_lines(next.lines + size_t(line) * next.stride, next.stride,
-                                  next.count * (part + 1) / parts - line, here / kPairBlock);
-            }
-            const auto multiply = [&](auto stays) {
+            const auto multiply = [&](auto ahead, auto stays) {
+                if (first + here == pairs) {
+                    const int64_t line = next.count * part / parts;
+                    ahead.bring_lines(next.lines + size_t(line) * next.stride, next.stride,
+                                      next.count * (part + 1) / parts - line, here / kPairBlock);
+                }
                 gemm_tiles<2, decltype(stays)::value>(end - row, here, left + size_t(row) * lda + 2 * first, lda,
                                                       weights + size_t(first) * kPanel, kPanel, c + row * kPanel, kPanel,
                                                       first > 0, ahead);
             };
-            if (parts == 1)
-                multiply(std::integral_constant<Stays, Stays::kRows>{});
-            else
-                multiply(std::integral_constant<Stays, Stays::kPanel>{});
+            // One step reads ahead in its own panel; of several each brings its share of the weights that stay next.
+            const char *own = reinterpret_cast<const char*>(panel) + begin,
+                       *following = reinterpret_cast<const char*>(next.panel);
+            if (parts == 1) {
+                multiply(StreamAhead(own + std::min(kAheadBytes, length), 16 * kPanel * 4,
+                                     following ? own + length : nullptr, following),
+                         std::integral_constant<Stays, Stays::kRows>{});
+            } else {
+                const int behind = first + here;
+                const size_t bytes =
+                    size_t(std::min(behind < pairs ? pairs - behind : following ? pairs : 0, pass)) * kPanel * 4;
+                multiply(PagesAhead(behind < pairs ? own + length : following, bytes, part, parts, here / kPairBlock),
+                         std::integral_constant<Stays, Stays::kPanel>{});
+            }
 #else
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
             const Ahead ahead =
