@@ -221,6 +221,19 @@ struct Next {
         const int64_t end = count * (part + 1) / parts;
         for (int64_t i = count * part / parts; i < end; ++i) _mm_prefetch(lines + size_t(i) * stride, _MM_HINT_T0);
     }
+#if defined(MOESAIC_TILES)
+    // What a product by tiles, one of `parts` steps of rows on terms [first, first + here) of `terms`, brings nearer bit by
+    // bit: of lines that follow each other its share; of lines far apart, which are written when sums are complete, its
+    // rows' in the last pass.
+    LinesAhead lines_ahead(int part, int parts, int first, int here, int terms, int blocks) const {
+        const bool is_shared = stride == 64;
+        if (!is_shared && first + here < terms) return {};
+        const int64_t begin = is_shared ? int64_t(first) * parts + int64_t(here) * part : part;
+        const int64_t end = begin + (is_shared ? here : 1), all = int64_t(is_shared ? terms : 1) * parts;
+        const int64_t line = count * begin / all;
+        return {lines + size_t(line) * stride, stride, count * end / all - line, blocks};
+    }
+#endif
 };
 
 // Rows that one step works on: their int32 sums are in registers, with 2 vectors of weights and 1 of activations, and
@@ -398,9 +411,9 @@ inline void finish_group(const IntegerPanel& panel, int g, const int32_t* dots, 
 
 // As integer_rows for up to 32 rows; `bytes` is the panel, unpacked where it has 4 bits. A group's dot products are
 // scaled and added up while the tiles work on the next one.
-template <int Bits>
+template <int Bits, Stays stays, typename Fetch>
 inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int first, int last, int rows, const char* a,
-                          size_t stride, float* c, StreamAhead& ahead) {
+                          size_t stride, float* c, Fetch ahead) {
     alignas(64) int32_t dots[2][32 * kPanel];
     const int top = rows < 16 ? rows : 16, bottom = rows - top;
     const int tile_depth = panel.group < 64 ? 64 : panel.group;
@@ -423,17 +436,30 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
             tile_zero(3);
         }
         for (int k = 0; k < here; k += 64) {
+            const uint8_t* columns = weights + size_t(k) * kPanel;
             ahead.quarter();
-            tile_load(4, row + k, stride);
-            ahead.quarter();
-            tile_load_once(6, weights + size_t(k) * kPanel, 128);
+            if constexpr (stays == Stays::kRows) {
+                tile_load(4, row + k, stride);
+                ahead.quarter();
+                tile_load_once(6, columns, 128);
+            } else {
+                tile_load_once(4, row + k, stride);
+                ahead.quarter();
+                tile_load(6, columns, 128);
+            }
             tile_dot_s8u8(0, 4, 6);
             ahead.quarter();
-            tile_load_once(7, weights + size_t(k) * kPanel + 64, 128);
+            if constexpr (stays == Stays::kRows)
+                tile_load_once(7, columns + 64, 128);
+            else
+                tile_load(7, columns + 64, 128);
             tile_dot_s8u8(1, 4, 7);
             ahead.quarter();
             if (bottom) {
-                tile_load(5, row + 16 * stride + k, stride);
+                if constexpr (stays == Stays::kRows)
+                    tile_load(5, row + 16 * stride + k, stride);
+                else
+                    tile_load_once(5, row + 16 * stride + k, stride);
                 tile_dot_s8u8(2, 5, 6);
                 tile_dot_s8u8(3, 5, 7);
             }
@@ -456,40 +482,51 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
             }
 }
 
-// As integer_product; a pass over K is one whose weights stay in the second-level cache while all rows pass.
+// As integer_product; a pass over K is one whose weights stay in the first-level cache while all rows pass.
 template <int Bits, typename Done>
 inline void integer_tiles_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
                                   const Next& next, Done&& done) {
     static thread_local Scratch scratch;
-    const int groups = (panel.depth + panel.group - 1) / panel.group, pass = 4096 / panel.group;
+    constexpr size_t kStaying = 32 << 10;
     const int tile_depth = panel.group < 64 ? 64 : panel.group, parts = (rows + 31) / 32;
+    const int groups = (panel.depth + panel.group - 1) / panel.group, pass = parts == 1 ? groups : int(kStaying) / kPanel / tile_depth;
+    const int passes = (groups + pass - 1) / pass;
     const uint8_t* bytes = panel.data;
     if (Bits == 4) {
         uint8_t* unpacked = scratch.get<uint8_t>(size_t(groups) * tile_depth * kPanel);
         unpack_for_tiles(panel, unpacked);
         bytes = unpacked;
     }
-    // One step on 8 bits reads ahead in its own panel; of several, and on 4 bits, each brings its share of the next one.
-    const int steps = Bits == 8 ? panel.depth / 64 : groups * tile_depth / 64;
     const size_t size = Bits == 8 ? size_t(panel.depth) * kPanel
                                   : size_t(groups) * (2 * kPanel + size_t(panel.group) * kPanel / 2);
-    const char* from = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
-    StreamAhead ahead{from, (size / size_t(steps * parts) + 3) / 4 * 4};
-    if (parts == 1 && Bits == 8) {
-        const char* own = reinterpret_cast<const char*>(panel.data);
-        ahead = {own + std::min(kAheadBytes, size), 64 * kPanel, next.panel ? own + size : nullptr, from};
-    }
+    const char *own = reinterpret_cast<const char*>(panel.data), *following = reinterpret_cast<const char*>(next.panel);
+    Streams streams(following, following ? size : 0);
     for (int first = 0; first < groups; first += pass) {
-        const int last = first + pass < groups ? first + pass : groups;
+        const int last = first + pass < groups ? first + pass : groups, blocks = (last - first) * tile_depth / 64;
+        // One step of rows on 8 bits reads ahead in its own panel; several bring what stays next, and on 4 bits, which are
+        // used unpacked, bit by bit the next panel.
+        const size_t behind = std::min(size, size_t(last) * kActivationBlock * kPanel);
+        if (Bits == 8)
+            streams = behind < size ? Streams(own + behind, std::min(size - behind, kStaying))
+                                    : Streams(following, following ? std::min(size, kStaying) : 0);
         for (int part = 0; part < parts; ++part) {
             const int row = part * 32, end = row + 32 < rows ? row + 32 : rows;
-            if (last == groups) {
-                const int64_t line = next.count * part / parts;
-                ahead.bring_lines(next.lines + size_t(line) * next.stride, next.stride,
-                                  next.count * (part + 1) / parts - line, (last - first) * tile_depth / 64);
-            }
-            integer_tiles<Bits>(panel, bytes, first, last, end - row, a + row * stride, stride, c + row * kPanel,
-                                ahead);
+            const LinesAhead lines = next.lines_ahead(part, parts, first, last - first, groups, blocks);
+            const auto multiply = [&](auto stays, const auto& ahead) {
+                integer_tiles<Bits, decltype(stays)::value>(panel, bytes, first, last, end - row, a + row * stride, stride,
+                                                            c + row * kPanel, ahead);
+            };
+            using Rows = std::integral_constant<Stays, Stays::kRows>;
+            using Panel = std::integral_constant<Stays, Stays::kPanel>;
+            if (Bits == 8 && parts == 1)
+                multiply(Rows{}, StreamAndLinesAhead{StreamAhead(own + std::min(kAheadBytes, size), 64 * kPanel,
+                                                                 following ? own + size : nullptr, following),
+                                                     lines});
+            else
+                streams.ahead(Bits == 8 ? part : first / pass * parts + part, Bits == 8 ? parts : passes * parts, blocks,
+                              lines, [&](const auto& ahead) {
+                                  parts == 1 ? multiply(Rows{}, ahead) : multiply(Panel{}, ahead);
+                              });
             if (last == groups) done(row, end);
         }
     }

@@ -286,7 +286,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
 
     const int panels = experts.down.panels();
     // Sums that stay in the second-level cache.
-    const int64_t fit = std::max<int64_t>(1, int64_t(kRowsCache) / (tokens * kPanel * 4));
+    const int64_t fit = std::max<int64_t>(1, int64_t(kSumsCache) / (tokens * kPanel * 4));
     const Slices slices{panels, team.size(), int(std::min<int64_t>(fit, panels))};
     team.tasks(slices.count(), [&](long task) {
         const int begin = slices.begin(int(task)), end = slices.begin(int(task) + 1), ld = (end - begin) * kPanel;

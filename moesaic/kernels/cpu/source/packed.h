@@ -64,11 +64,11 @@ constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 448
 #else
 constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 192;
 #endif
-// Of the second-level cache, for rows: half of the 2 MiB that processors with tiles have.
+// Of the second-level cache, for rows or for sums: processors with tiles have 2 MiB.
 #if defined(MOESAIC_TILES)
-constexpr size_t kRowsCache = size_t(1) << 20;
+constexpr size_t kRowsCache = size_t(1536) << 10, kSumsCache = size_t(1024) << 10;
 #else
-constexpr size_t kRowsCache = size_t(512) << 10;
+constexpr size_t kRowsCache = size_t(512) << 10, kSumsCache = kRowsCache;
 #endif
 
 // What becomes of a row's last sums: as bf16 where they belong, plus the bias.
@@ -158,33 +158,32 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
     for (int first = 0; first < pairs; first += pass) {
         const int here = pairs - first < pass ? pairs - first : pass;
         const size_t begin = size_t(first) * kPanel * 4, length = size_t(here) * kPanel * 4;
+#if defined(MOESAIC_TILES)
+        // One step reads ahead in its own panel; several bring what stays next.
+        const int behind = first + here, blocks = here / kPairBlock;
+        const char *own = reinterpret_cast<const char*>(panel) + begin,
+                   *following = reinterpret_cast<const char*>(next.panel);
+        Streams streams(behind < pairs ? own + length : following,
+                        size_t(std::min(behind < pairs ? pairs - behind : following ? pairs : 0, pass)) * kPanel * 4);
+#endif
         for (int part = 0; part < parts; ++part) {
 #if defined(MOESAIC_TILES)
             const int row = part * step, end = row + step < rows ? row + step : rows;
-            const auto multiply = [&](auto ahead, auto stays) {
-                if (first + here == pairs) {
-                    const int64_t line = next.count * part / parts;
-                    ahead.bring_lines(next.lines + size_t(line) * next.stride, next.stride,
-                                      next.count * (part + 1) / parts - line, here / kPairBlock);
-                }
+            const LinesAhead lines = next.lines_ahead(part, parts, first, here, pairs, blocks);
+            const auto multiply = [&](auto stays, const auto& ahead) {
                 gemm_tiles<2, decltype(stays)::value>(end - row, here, left + size_t(row) * lda + 2 * first, lda,
                                                       weights + size_t(first) * kPanel, kPanel, c + row * kPanel, kPanel,
                                                       first > 0, ahead);
             };
-            // One step reads ahead in its own panel; of several each brings its share of the weights that stay next.
-            const char *own = reinterpret_cast<const char*>(panel) + begin,
-                       *following = reinterpret_cast<const char*>(next.panel);
-            if (parts == 1) {
-                multiply(StreamAhead(own + std::min(kAheadBytes, length), 16 * kPanel * 4,
-                                     following ? own + length : nullptr, following),
-                         std::integral_constant<Stays, Stays::kRows>{});
-            } else {
-                const int behind = first + here;
-                const size_t bytes =
-                    size_t(std::min(behind < pairs ? pairs - behind : following ? pairs : 0, pass)) * kPanel * 4;
-                multiply(PagesAhead(behind < pairs ? own + length : following, bytes, part, parts, here / kPairBlock),
-                         std::integral_constant<Stays, Stays::kPanel>{});
-            }
+            if (parts == 1)
+                multiply(std::integral_constant<Stays, Stays::kRows>{},
+                         StreamAndLinesAhead{StreamAhead(own + std::min(kAheadBytes, length), 16 * kPanel * 4,
+                                                         following ? own + length : nullptr, following),
+                                             lines});
+            else
+                streams.ahead(part, parts, blocks, lines, [&](const auto& ahead) {
+                    multiply(std::integral_constant<Stays, Stays::kPanel>{}, ahead);
+                });
 #else
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
             const Ahead ahead =
