@@ -179,7 +179,8 @@ enum class Stays { kRows, kPanel };
 // beside(p, quarter) four times for every 32 terms: what other work it does runs while the tiles are multiplied.
 template <Stays stays, int Columns, bool kBottom, typename Beside>
 inline void multiply_tiles(const bf16* top, const bf16* bottom, size_t lda, const uint32_t* b, size_t ldb, int pairs,
-                           Beside&& beside) {
+                           Beside what) {
+    Beside beside = what;
     const size_t stride_a = lda * 2, stride_b = ldb * 4;
     for (int p = 0; p < pairs; p += 16) {
         beside(p, 0);
@@ -254,7 +255,7 @@ inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uin
         float* sums = c + size_t(row) * ldc;
         accumulate ? load_sums<Columns, kBottom>(sums, ldc) : clear_sums<Columns, kBottom>();
         multiply_tiles<stays, Columns, kBottom>(top, top + 16 * lda, lda, b, ldb, pairs,
-                                                [&](int, int) { ahead.quarter(); });
+                                                [ahead](int, int) mutable { ahead.quarter(); });
         store_sums<Columns, kBottom>(sums, ldc);
     };
     for (int row = 0; row < rows; row += 32) {

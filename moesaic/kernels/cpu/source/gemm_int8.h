@@ -413,7 +413,8 @@ inline void finish_group(const IntegerPanel& panel, int g, const int32_t* dots, 
 // scaled and added up while the tiles work on the next one.
 template <int Bits, Stays stays, typename Fetch>
 inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int first, int last, int rows, const char* a,
-                          size_t stride, float* c, Fetch ahead) {
+                          size_t stride, float* c, const Fetch& reads) {
+    Fetch ahead = reads;
     alignas(64) int32_t dots[2][32 * kPanel];
     const int top = rows < 16 ? rows : 16, bottom = rows - top;
     const int tile_depth = panel.group < 64 ? 64 : panel.group;
@@ -482,15 +483,16 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
             }
 }
 
-// As integer_product; a pass over K is one whose weights stay in the first-level cache while all rows pass.
+// As integer_product; of 8 bits a pass over K is one whose weights stay in the first-level cache while all rows pass. On
+// 4 bits that gains nothing.
 template <int Bits, typename Done>
 inline void integer_tiles_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
                                   const Next& next, Done&& done) {
     static thread_local Scratch scratch;
     constexpr size_t kStaying = 32 << 10;
     const int tile_depth = panel.group < 64 ? 64 : panel.group, parts = (rows + 31) / 32;
-    const int groups = (panel.depth + panel.group - 1) / panel.group, pass = parts == 1 ? groups : int(kStaying) / kPanel / tile_depth;
-    const int passes = (groups + pass - 1) / pass;
+    const int groups = (panel.depth + panel.group - 1) / panel.group;
+    const int pass = Bits == 4 || parts == 1 ? groups : int(kStaying) / kPanel / tile_depth;
     const uint8_t* bytes = panel.data;
     if (Bits == 4) {
         uint8_t* unpacked = scratch.get<uint8_t>(size_t(groups) * tile_depth * kPanel);
@@ -523,10 +525,9 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
                                                                  following ? own + size : nullptr, following),
                                                      lines});
             else
-                streams.ahead(Bits == 8 ? part : first / pass * parts + part, Bits == 8 ? parts : passes * parts, blocks,
-                              lines, [&](const auto& ahead) {
-                                  parts == 1 ? multiply(Rows{}, ahead) : multiply(Panel{}, ahead);
-                              });
+                streams.ahead(part, parts, blocks, lines, [&](const auto& ahead) {
+                    multiply(std::conditional_t<Bits == 4, Rows, Panel>{}, ahead);
+                });
             if (last == groups) done(row, end);
         }
     }
