@@ -84,18 +84,20 @@ struct StreamAhead {
     }
 };
 
-// Cache lines `stride` bytes apart, about `count` of them within `blocks` blocks: as many in every quarter, since a
-// branch that is mispredicted holds the tiles up.
+// `count` cache lines, `stride` bytes apart, within `blocks` blocks: as many in every quarter until all are brought, since
+// a branch that is mispredicted holds the tiles up.
 struct LinesAhead {
     const char* line = nullptr;
     ptrdiff_t stride = 0;
-    int each = 0;
+    int each = 0, left = 0;
 
     LinesAhead() = default;
     LinesAhead(const char* from, size_t apart, int64_t count, int blocks)
-        : line(from), stride(ptrdiff_t(apart)), each(int((count + 4 * blocks - 1) / (4 * blocks))) {}
+        : line(from), stride(ptrdiff_t(apart)), each(int((count + 4 * blocks - 1) / (4 * blocks))), left(int(count)) {}
     void quarter() {
+        if (left <= 0) return;
         for (int i = 0; i < each; ++i, line += stride) fetch(line);
+        left -= each;
     }
 };
 
