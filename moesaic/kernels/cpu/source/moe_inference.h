@@ -155,7 +155,7 @@ inline void sort_routes(const MoeCall& call, int64_t first_token, int64_t tokens
 
     int count = 0, task = 0, longest = 0;
     auto add_runs = [&](int64_t expert, int64_t first, int64_t rows, const PackedMlp& mlp) {
-        const int most = rows_at_once(mlp.up.row_bytes());
+        const int most = rows_at_once(mlp.up.row_bytes(), kExpertRowsCache);
         const int parts = int((rows + most - 1) / most);
         for (int part = 0; part < parts; ++part) {
             const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
@@ -286,7 +286,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
 
     const int panels = experts.down.panels();
     // Sums that stay in the second-level cache.
-    const int64_t fit = std::max<int64_t>(1, int64_t(kSumsCache) / (tokens * kPanel * 4));
+    const int64_t fit = std::max<int64_t>(1, int64_t(kRowsCache) / (tokens * kPanel * 4));
     const Slices slices{panels, team.size(), int(std::min<int64_t>(fit, panels))};
     team.tasks(slices.count(), [&](long task) {
         const int begin = slices.begin(int(task)), end = slices.begin(int(task) + 1), ld = (end - begin) * kPanel;
@@ -296,7 +296,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         auto add_product = [&](const PackedMlp& mlp, int64_t matrix, int64_t first, int64_t count, int64_t total,
                                const char* rows, const uint8_t* following, auto&& token_of, auto&& weight_of) {
             const size_t stride = mlp.down.row_bytes();
-            const int most = rows_at_once(stride);
+            const int most = rows_at_once(stride, kExpertRowsCache);
             const int parts = int((count + most - 1) / most);
             for (int part = 0; part < parts; ++part) {
                 const int64_t from = first + count * part / parts, to = first + count * (part + 1) / parts;

@@ -64,11 +64,13 @@ constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 448
 #else
 constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 192;
 #endif
-// Of the second-level cache, for rows or for sums: processors with tiles have 2 MiB.
+// Of the second-level cache, for rows or for sums: half of the 2 MiB that processors with tiles have. An expert's rows
+// may take more: its weights come from memory once more for every run of them, those of a linear layer often from the
+// third-level cache.
 #if defined(MOESAIC_TILES)
-constexpr size_t kRowsCache = size_t(1536) << 10, kSumsCache = size_t(1024) << 10;
+constexpr size_t kRowsCache = size_t(1024) << 10, kExpertRowsCache = size_t(1536) << 10;
 #else
-constexpr size_t kRowsCache = size_t(512) << 10, kSumsCache = kRowsCache;
+constexpr size_t kRowsCache = size_t(512) << 10, kExpertRowsCache = kRowsCache;
 #endif
 
 // What becomes of a row's last sums: as bf16 where they belong, plus the bias.
@@ -242,8 +244,8 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
 }
 
 // As many rows as stay in the second-level cache beside a panel, in whole steps.
-inline int rows_at_once(size_t row_bytes) {
-    const int fit = int(std::min(kRowsCache / row_bytes, size_t(kMostRows)));
+inline int rows_at_once(size_t row_bytes, size_t cache = kRowsCache) {
+    const int fit = int(std::min(cache / row_bytes, size_t(kMostRows)));
     return std::max(kFewestRows, fit / kFewestRows * kFewestRows);
 }
 
