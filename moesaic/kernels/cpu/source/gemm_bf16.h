@@ -135,7 +135,7 @@ struct StreamsAndLinesAhead {
 
 // Memory that several products in turn bring nearer, in streams of 4 KiB. The processor's own prefetcher follows each and
 // is ahead of it, so that a line is there almost at once and does not hold a buffer for as long as memory takes: products
-// of 128 rows beside 32 KiB take 12.8 us a panel; with one stream 17.5.
+// of 128 rows with a panel's 128 KiB beside them take 13.4 us; with one stream 17.5.
 class Streams {
   public:
     Streams(const char* from, size_t bytes)
@@ -182,7 +182,7 @@ enum class Stays { kRows, kPanel };
 template <Stays stays, int Columns, bool kBottom, typename Beside>
 inline void multiply_tiles(const bf16* top, const bf16* bottom, size_t lda, const uint32_t* b, size_t ldb, int pairs,
                            Beside what) {
-    Beside beside = what;
+    Beside beside = what;  // of its own, so that what it counts is in registers
     const size_t stride_a = lda * 2, stride_b = ldb * 4;
     for (int p = 0; p < pairs; p += 16) {
         beside(p, 0);
