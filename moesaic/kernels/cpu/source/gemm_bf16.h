@@ -17,6 +17,7 @@
 namespace moesaic {
 
 constexpr int kPanel = 32;  // columns of a panel
+constexpr size_t kStayingBytes = 32 << 10;  // of a panel, that stay in the first-level cache while all rows pass
 #if defined(MOESAIC_TILES)
 constexpr int kPairBlock = 16;  // pairs of K are a multiple of this
 constexpr int kWholeRows = 64;  // rows in whole steps of every kernel: tiles take 32, and another shape for fewer
@@ -183,33 +184,22 @@ template <Stays stays, int Columns, bool kBottom, typename Beside>
 inline void multiply_tiles(const bf16* top, const bf16* bottom, size_t lda, const uint32_t* b, size_t ldb, int pairs,
                            Beside what) {
     Beside beside = what;  // of its own, so that what it counts is in registers
+    constexpr bool kRowsStay = stays == Stays::kRows;
     const size_t stride_a = lda * 2, stride_b = ldb * 4;
     for (int p = 0; p < pairs; p += 16) {
         beside(p, 0);
-        if constexpr (stays == Stays::kRows) {
-            tile_load(4, top + 2 * p, stride_a);
-            beside(p, 1);
-            tile_load_once(6, b + p * ldb, stride_b);
-        } else {
-            tile_load_once(4, top + 2 * p, stride_a);
-            beside(p, 1);
-            tile_load(6, b + p * ldb, stride_b);
-        }
+        tile_load_stays(kRowsStay, 4, top + 2 * p, stride_a);
+        beside(p, 1);
+        tile_load_stays(!kRowsStay, 6, b + p * ldb, stride_b);
         tile_dot_bf16(0, 4, 6);
         beside(p, 2);
         if constexpr (Columns == 2) {
-            if constexpr (stays == Stays::kRows)
-                tile_load_once(7, b + p * ldb + 16, stride_b);
-            else
-                tile_load(7, b + p * ldb + 16, stride_b);
+            tile_load_stays(!kRowsStay, 7, b + p * ldb + 16, stride_b);
             tile_dot_bf16(1, 4, 7);
         }
         beside(p, 3);
         if constexpr (kBottom) {
-            if constexpr (stays == Stays::kRows)
-                tile_load(5, bottom + 2 * p, stride_a);
-            else
-                tile_load_once(5, bottom + 2 * p, stride_a);
+            tile_load_stays(kRowsStay, 5, bottom + 2 * p, stride_a);
             tile_dot_bf16(2, 5, 6);
             if constexpr (Columns == 2) tile_dot_bf16(3, 5, 7);
         }

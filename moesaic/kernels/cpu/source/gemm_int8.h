@@ -414,7 +414,8 @@ inline void finish_group(const IntegerPanel& panel, int g, const int32_t* dots, 
 template <int Bits, Stays stays, typename Fetch>
 inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int first, int last, int rows, const char* a,
                           size_t stride, float* c, const Fetch& reads) {
-    Fetch ahead = reads;
+    constexpr bool kRowsStay = stays == Stays::kRows;
+    Fetch ahead = reads;  // of its own, so that what it counts is in registers
     alignas(64) int32_t dots[2][32 * kPanel];
     const int top = rows < 16 ? rows : 16, bottom = rows - top;
     const int tile_depth = panel.group < 64 ? 64 : panel.group;
@@ -439,28 +440,16 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
         for (int k = 0; k < here; k += 64) {
             const uint8_t* columns = weights + size_t(k) * kPanel;
             ahead.quarter();
-            if constexpr (stays == Stays::kRows) {
-                tile_load(4, row + k, stride);
-                ahead.quarter();
-                tile_load_once(6, columns, 128);
-            } else {
-                tile_load_once(4, row + k, stride);
-                ahead.quarter();
-                tile_load(6, columns, 128);
-            }
+            tile_load_stays(kRowsStay, 4, row + k, stride);
+            ahead.quarter();
+            tile_load_stays(!kRowsStay, 6, columns, 128);
             tile_dot_s8u8(0, 4, 6);
             ahead.quarter();
-            if constexpr (stays == Stays::kRows)
-                tile_load_once(7, columns + 64, 128);
-            else
-                tile_load(7, columns + 64, 128);
+            tile_load_stays(!kRowsStay, 7, columns + 64, 128);
             tile_dot_s8u8(1, 4, 7);
             ahead.quarter();
             if (bottom) {
-                if constexpr (stays == Stays::kRows)
-                    tile_load(5, row + 16 * stride + k, stride);
-                else
-                    tile_load_once(5, row + 16 * stride + k, stride);
+                tile_load_stays(kRowsStay, 5, row + 16 * stride + k, stride);
                 tile_dot_s8u8(2, 5, 6);
                 tile_dot_s8u8(3, 5, 7);
             }
@@ -489,10 +478,9 @@ template <int Bits, typename Done>
 inline void integer_tiles_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
                                   const Next& next, Done&& done) {
     static thread_local Scratch scratch;
-    constexpr size_t kStaying = 32 << 10;
     const int tile_depth = panel.group < 64 ? 64 : panel.group, parts = (rows + 31) / 32;
     const int groups = (panel.depth + panel.group - 1) / panel.group;
-    const int pass = Bits == 4 || parts == 1 ? groups : int(kStaying) / kPanel / tile_depth;
+    const int pass = Bits == 4 || parts == 1 ? groups : int(kStayingBytes) / kPanel / tile_depth;
     const uint8_t* bytes = panel.data;
     if (Bits == 4) {
         uint8_t* unpacked = scratch.get<uint8_t>(size_t(groups) * tile_depth * kPanel);
@@ -509,8 +497,8 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
         // used unpacked, bit by bit the next panel.
         const size_t behind = std::min(size, size_t(last) * kActivationBlock * kPanel);
         if (Bits == 8)
-            streams = behind < size ? Streams(own + behind, std::min(size - behind, kStaying))
-                                    : Streams(following, following ? std::min(size, kStaying) : 0);
+            streams = behind < size ? Streams(own + behind, std::min(size - behind, kStayingBytes))
+                                    : Streams(following, following ? std::min(size, kStayingBytes) : 0);
         for (int part = 0; part < parts; ++part) {
             const int row = part * 32, end = row + 32 < rows ? row + 32 : rows;
             const LinesAhead lines = next.lines_ahead(part, parts, first, last - first, groups, blocks);

@@ -150,7 +150,7 @@ template <typename Done>
 inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
                          const Next& next, Done&& done, [[maybe_unused]] const StoreRounded* rounded = nullptr) {
     // Pairs of K whose weights stay in a cache while all rows pass: the second-level one, with tiles the first-level one.
-    constexpr int kStaying = kHasTiles ? 256 : 1024;
+    constexpr int kStaying = kHasTiles ? int(kStayingBytes) / (kPanel * 4) : 1024;
     const bf16* left = reinterpret_cast<const bf16*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
     const int pairs = padded_depth / 2, lda = int(stride / 2);

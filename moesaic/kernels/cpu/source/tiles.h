@@ -117,6 +117,15 @@ inline void release_tiles() { asm volatile("tilerelease" : :); }
 
 #endif
 
+// The operand that stays in the first-level cache, or the one that goes past it.
+#define tile_load_stays(stays, tile, from, stride) \
+    do {                                           \
+        if constexpr (stays)                       \
+            tile_load(tile, from, stride);         \
+        else                                       \
+            tile_load_once(tile, from, stride);    \
+    } while (0)
+
 // Rows of the upper and lower tiles of A and C; loading a shape clears all tiles, and costs nothing when it is the same.
 inline thread_local int tile_rows = -1;
 inline void configure_tiles(int top, int bottom) {
