@@ -490,15 +490,12 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
     const size_t size = Bits == 8 ? size_t(panel.depth) * kPanel
                                   : size_t(groups) * (2 * kPanel + size_t(panel.group) * kPanel / 2);
     const char *own = reinterpret_cast<const char*>(panel.data), *following = reinterpret_cast<const char*>(next.panel);
-    Streams streams(following, following ? size : 0);
     for (int first = 0; first < groups; first += pass) {
         const int last = first + pass < groups ? first + pass : groups, blocks = (last - first) * tile_depth / 64;
-        // One step of rows on 8 bits reads ahead in its own panel; several bring what stays next, and on 4 bits, which are
-        // used unpacked, bit by bit the next panel.
+        // Several steps of rows on 8 bits bring what stays next.
         const size_t behind = std::min(size, size_t(last) * kActivationBlock * kPanel);
-        if (Bits == 8)
-            streams = behind < size ? Streams(own + behind, std::min(size - behind, kStayingBytes))
-                                    : Streams(following, following ? std::min(size, kStayingBytes) : 0);
+        Streams streams(behind < size ? own + behind : following,
+                        std::min(behind < size ? size - behind : following ? size : 0, kStayingBytes));
         for (int part = 0; part < parts; ++part) {
             const int row = part * 32, end = row + 32 < rows ? row + 32 : rows;
             const LinesAhead lines = next.lines_ahead(part, parts, first, last - first, groups, blocks);
@@ -508,14 +505,18 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
             };
             using Rows = std::integral_constant<Stays, Stays::kRows>;
             using Panel = std::integral_constant<Stays, Stays::kPanel>;
-            if (Bits == 8 && parts == 1)
+            if constexpr (Bits == 4) {
+                // 4 bits are used unpacked, and each step brings its share of the next panel.
+                const char* share = (following ? following : own) + size / size_t(parts) * size_t(part) / 64 * 64;
+                multiply(Rows{}, StreamAndLinesAhead{StreamAhead(share, size / size_t(parts * blocks)), lines});
+            } else if (parts == 1) {
+                // One step reads ahead in its own panel.
                 multiply(Rows{}, StreamAndLinesAhead{StreamAhead(own + std::min(kAheadBytes, size), 64 * kPanel,
                                                                  following ? own + size : nullptr, following),
                                                      lines});
-            else
-                streams.ahead(part, parts, blocks, lines, [&](const auto& ahead) {
-                    multiply(std::conditional_t<Bits == 4, Rows, Panel>{}, ahead);
-                });
+            } else {
+                streams.ahead(part, parts, blocks, lines, [&](const auto& ahead) { multiply(Panel{}, ahead); });
+            }
             if (last == groups) done(row, end);
         }
     }
