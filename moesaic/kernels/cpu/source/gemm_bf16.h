@@ -63,7 +63,7 @@ constexpr int row_block() {
 // 32 terms is to bring. All at once, the lines would fill the buffers that its own loads need: weights came from memory
 // at 55 to 65 % of its rate.
 struct NothingAhead {
-    void quarter() {}
+    MOESAIC_INLINE void quarter() {}
 };
 
 // `step` bytes for every block, up to `end`, and behind that what begins at `then`.
@@ -75,7 +75,7 @@ struct StreamAhead {
 
     StreamAhead(const char* at, size_t bytes, const char* last = nullptr, const char* following = nullptr)
         : from(at), step((bytes + 3) / 4 * 4), end(last), then(following) {}
-    void quarter() {
+    MOESAIC_INLINE void quarter() {
         until += step / 4;
         if (from == end) {
             until = then + (until - from);
@@ -95,7 +95,7 @@ struct LinesAhead {
     LinesAhead() = default;
     LinesAhead(const char* from, size_t apart, int64_t count, int blocks)
         : line(from), stride(ptrdiff_t(apart)), each(int((count + 4 * blocks - 1) / (4 * blocks))), left(int(count)) {}
-    void quarter() {
+    MOESAIC_INLINE void quarter() {
         if (left <= 0) return;
         for (int i = 0; i < each; ++i, line += stride) fetch(line);
         left -= each;
@@ -106,7 +106,7 @@ struct LinesAhead {
 struct StreamAndLinesAhead {
     StreamAhead stream;
     LinesAhead lines;
-    void quarter() {
+    MOESAIC_INLINE void quarter() {
         stream.quarter();
         lines.quarter();
     }
@@ -119,7 +119,7 @@ struct StreamsAndLinesAhead {
     ptrdiff_t pitch;
     int streams, stream;
     LinesAhead lines;
-    void quarter() {
+    MOESAIC_INLINE void quarter() {
         constexpr int kAtOnce = kEach < 4 ? kEach : 4;
         for (int done = 0; done < kEach; done += kAtOnce) {
             for (int i = 0; i < kAtOnce; ++i) fetch(at + i * pitch);
@@ -173,6 +173,15 @@ class Streams {
     int64_t pitch_, lines_, brought_ = 0;
 };
 
+// The rows of one of several steps of up to 32: as many in each, the last beginning with some of those before it, since a
+// change of the tiles' shape takes as long as several products.
+struct RowBlock {
+    int size, row, first;  // rows; the first one; the first one that no step before has
+
+    RowBlock(int rows, int steps, int step)
+        : size((rows + steps - 1) / steps), row(std::min(step * size, rows - size)), first(step * size) {}
+};
+
 // The operand of a product that the next product has too, and that is to stay in the first-level cache: the other one
 // goes past it. Both would push each other out, and a block's tiles would all come from the second level, at two thirds
 // of the rate.
@@ -181,8 +190,8 @@ enum class Stays { kRows, kPanel };
 // Sums of a block in tiles 0 to 3 += 16 rows from `top` and 16 from `bottom` times one or two tiles of columns. Calls
 // beside(p, quarter) four times for every 32 terms: what other work it does runs while the tiles are multiplied.
 template <Stays stays, int Columns, bool kBottom, typename Beside>
-inline void multiply_tiles(const bf16* top, const bf16* bottom, size_t lda, const uint32_t* b, size_t ldb, int pairs,
-                           Beside what) {
+MOESAIC_INLINE void multiply_tiles(const bf16* top, const bf16* bottom, size_t lda, const uint32_t* b, size_t ldb,
+                                   int pairs, Beside what) {
     Beside beside = what;  // of its own, so that what it counts is in registers
     constexpr bool kRowsStay = stays == Stays::kRows;
     const size_t stride_a = lda * 2, stride_b = ldb * 4;

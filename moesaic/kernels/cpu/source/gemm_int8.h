@@ -497,11 +497,13 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
         Streams streams(behind < size ? own + behind : following,
                         std::min(behind < size ? size - behind : following ? size : 0, kStayingBytes));
         for (int part = 0; part < parts; ++part) {
-            const int row = part * 32, end = row + 32 < rows ? row + 32 : rows;
+            const RowBlock block(rows, parts, part);
+            const int row = block.row;
+            float* sums = c + part * kRowBlock * kPanel;
             const LinesAhead lines = next.lines_ahead(part, parts, first, last - first, groups, blocks);
             const auto multiply = [&](auto stays, const auto& ahead) {
-                integer_tiles<Bits, decltype(stays)::value>(panel, bytes, first, last, end - row, a + row * stride, stride,
-                                                            c + row * kPanel, ahead);
+                integer_tiles<Bits, decltype(stays)::value>(panel, bytes, first, last, block.size, a + row * stride,
+                                                            stride, sums, ahead);
             };
             using Rows = std::integral_constant<Stays, Stays::kRows>;
             using Panel = std::integral_constant<Stays, Stays::kPanel>;
@@ -517,15 +519,15 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
             } else {
                 streams.ahead(part, parts, blocks, lines, [&](const auto& ahead) { multiply(Panel{}, ahead); });
             }
-            if (last == groups) done(row, end);
+            if (last == groups) done(block.first, row + block.size, sums + (block.first - row) * kPanel);
         }
     }
 }
 
 #endif
 
-// C[rows][32] = rows of quantised activations times the panel; done(first, last) is called as soon as those rows of C
-// are complete, while they are in the first-level cache.
+// Rows of quantised activations times the panel; done(first, last, sums) is called as soon as those rows' sums, 32 of
+// each, are complete, while they are in the first-level cache. c: room for the sums of all steps of rows.
 template <int Bits, int G, typename Done>
 inline void integer_product(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
                             const Next& next, Done&& done) {
@@ -561,7 +563,7 @@ inline void integer_product(const IntegerPanel& panel, int rows, const char* a, 
                 multiply(ahead);
             else
                 multiply(NearAhead{ahead});
-            if (last == blocks) done(row, end);
+            if (last == blocks) done(row, end, c + row * kPanel);
         }
     }
 }

@@ -101,26 +101,42 @@ struct MoeWorkspace {
 
 inline size_t packed_moe_workspace(const MoeCall& call) { return MoeWorkspace(call, nullptr).bytes; }
 
-// The hidden columns of one panel, from its sums c[rows][32], into hidden[rows][128].
-inline void activate_panel(const PackedMlp& mlp, const float* c, int rows, const float* bias, float* hidden) {
-    for (int v = 0; v < mlp.hidden_of_panel(); v += W) {
-        const Vf first_bias = bias ? load(bias + v) : zero();
-        const Vf second_bias = bias && mlp.activation == kSwiglu ? load(bias + kPanel / 2 + v) : zero();
-        for (int r = 0; r < rows; ++r) {
-            Vf x = load(c + r * kPanel + v);
-            if (bias) x = add(x, first_bias);
-            Vf y;
-            if (mlp.activation == kSwiglu) {
-                Vf up = load(c + r * kPanel + kPanel / 2 + v);
-                if (bias) up = add(up, second_bias);
-                y = mul(silu(x), up);
-            } else {
-                y = activate(x, mlp.activation);
-            }
-            store(hidden + r * kActivationBlock + v, y);
+// The hidden columns of one panel, from a row's sums of the up product.
+struct ActivateRow {
+    int64_t activation = kSwiglu;
+    const float* bias = nullptr;  // of the panel's columns
+    float* hidden = nullptr;      // [rows][128]
+
+    MOESAIC_INLINE void operator()(int row, const float* sums) const {
+        float* to = hidden + row * kActivationBlock;
+        const auto sum = [&](int v) { return bias ? add(load(sums + v), load(bias + v)) : load(sums + v); };
+        if (activation == kSwiglu)
+            for (int v = 0; v < kPanel / 2; v += W) store(to + v, mul(silu(sum(v)), sum(kPanel / 2 + v)));
+        else
+            for (int v = 0; v < kPanel; v += W) store(to + v, activate(sum(v), activation));
+    }
+};
+
+// Adds a row's sums of the down product, times its coefficient, to its token's.
+struct AddRow {
+    const int32_t* token_ids = nullptr;  // of the rows; null: they are the tokens from `first` on
+    const float* weights = nullptr;      // coefficients of the rows; null: 1
+    int64_t first = 0;
+    const float* bias = nullptr;  // of the panel's columns
+    int64_t columns = 0;          // that are left
+    float* out = nullptr;         // [tokens][ld], the panel's first column
+    int64_t ld = 0;
+
+    MOESAIC_INLINE void operator()(int row, const float* sums) const {
+        const Vf weight = set1(weights ? weights[row] : 1.0f);
+        float* to = out + (token_ids ? token_ids[row] : first + row) * ld;
+        for (int v = 0; v < kPanel; v += W) {
+            Vf y = load(sums + v);
+            if (bias && columns > v) y = add(y, load_row(bias + v, columns - v));
+            store(to + v, add(load(to + v), mul(weight, y)));
         }
     }
-}
+};
 
 // Columns [128 chunk, 128 chunk + 128) of a hidden row into its prepared form for the second product.
 inline void prepare_hidden(const Packed& down, int chunk, const float* hidden, char* to) {
@@ -205,6 +221,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     static thread_local Scratch sums_buffer, hidden_buffer, rows_buffer, out_buffer;
     float* c = sums_buffer.get<float>(size_t(kMostRows) * kPanel);
     float* hidden = hidden_buffer.get<float>(size_t(kMostRows) * kActivationBlock);
+    Waiting<ActivateRow> activating;
     int held = -1;
     const char* a = nullptr;
     const int num_runs = work.num_runs[0], num_tasks = work.num_runs[1];
@@ -257,10 +274,10 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             const uint8_t* next = p + 1 < end     ? mlp.up.panel(matrix, p + 1)
                                   : has_following ? first_panel(task + 1)
                                                   : nullptr;
-            packed_product(mlp.up, matrix, p, run.rows, a, stride, c, {next}, [&](int first, int last) {
-                activate_panel(mlp, c + first * kPanel, last - first, bias, to + first * kActivationBlock);
-            });
+            packed_product(mlp.up, matrix, p, run.rows, a, stride, c, {next}, ActivateRow{mlp.activation, bias, to},
+                           activating);
         }
+        activating.all();
         // What lies behind the last hidden column must not count, whatever it came out as.
         const int64_t left = mlp.intermediate - int64_t(chunk) * kActivationBlock;
         const int valid = int(std::min<int64_t>(left, kActivationBlock));
@@ -292,9 +309,11 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const int begin = slices.begin(int(task)), end = slices.begin(int(task) + 1), ld = (end - begin) * kPanel;
         float* out = out_buffer.get<float>(size_t(tokens) * ld);
         std::fill(out, out + size_t(tokens) * ld, 0.0f);
+        Waiting<AddRow> adding;
         // Rows [first, first + count) of the total ones, by one matrix; `following`: the weights that come after them.
         auto add_product = [&](const PackedMlp& mlp, int64_t matrix, int64_t first, int64_t count, int64_t total,
-                               const char* rows, const uint8_t* following, auto&& token_of, auto&& weight_of) {
+                               const char* rows, const uint8_t* following, const int32_t* token_ids,
+                               const float* weights) {
             const size_t stride = mlp.down.row_bytes();
             const int most = rows_at_once(stride, kExpertRowsCache);
             const int parts = int((count + most - 1) / most);
@@ -308,21 +327,12 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
                     const int64_t ahead = std::min(to - from, total - to);
                     next.lines = rows + (size_t(to) + size_t(ahead) * (p - begin) / (end - begin)) * stride;
                     next.count = ahead * int64_t(stride) / (64 * (end - begin));
-                    const float* bias = mlp.down_bias ? mlp.down_bias + matrix * mlp.down.columns : nullptr;
-                    packed_product(
-                        mlp.down, matrix, p, int(to - from), rows + size_t(from) * stride, stride, c, next,
-                        [&](int first, int last) {
-                            for (int v = 0; v < kPanel; v += W) {
-                                const int64_t column = int64_t(p) * kPanel + v, left = mlp.down.columns - column;
-                                const Vf shift = bias && left > 0 ? load_row(bias + column, left) : zero();
-                                for (int row = first; row < last; ++row) {
-                                    Vf y = load(c + row * kPanel + v);
-                                    if (bias) y = add(y, shift);
-                                    float* place = out + size_t(token_of(from + row)) * ld + (p - begin) * kPanel + v;
-                                    store(place, add(load(place), mul(set1(weight_of(from + row)), y)));
-                                }
-                            }
-                        });
+                    const int64_t column = int64_t(p) * kPanel;
+                    const float* bias = mlp.down_bias ? mlp.down_bias + matrix * mlp.down.columns + column : nullptr;
+                    const AddRow add_row{token_ids ? token_ids + from : nullptr, weights ? weights + from : nullptr, from,
+                                         bias, mlp.down.columns - column, out + (p - begin) * kPanel, ld};
+                    packed_product(mlp.down, matrix, p, int(to - from), rows + size_t(from) * stride, stride, c, next,
+                                   add_row, adding);
                 }
             }
         };
@@ -335,16 +345,14 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             const uint8_t* next = following < call.num_experts ? experts.down.panel(following, begin)
                                   : call.residual              ? call.residual->down.panel(0, begin)
                                                                : nullptr;
-            add_product(
-                experts, expert, work.starts[expert], work.starts[expert + 1] - work.starts[expert],
-                work.starts[call.num_experts], work.hidden, next,
-                [&](int64_t row) { return work.token_ids[row]; }, [&](int64_t row) { return work.weights[row]; });
+            add_product(experts, expert, work.starts[expert], work.starts[expert + 1] - work.starts[expert],
+                        work.starts[call.num_experts], work.hidden, next, work.token_ids, work.weights);
             expert = following;
         }
         if (call.residual)
-            add_product(
-                *call.residual, 0, 0, tokens, tokens, work.residual_hidden, nullptr, [](int64_t row) { return row; },
-                [&](int64_t row) { return call.residual_weights ? call.residual_weights[first_token + row] : 1.0f; });
+            add_product(*call.residual, 0, 0, tokens, tokens, work.residual_hidden, nullptr, nullptr,
+                        call.residual_weights ? call.residual_weights + first_token : nullptr);
+        adding.all();
         with_element_type(call.out_is_bf16, [&](auto kind) {
             using T = decltype(kind);
             T* to = static_cast<T*>(call.out) + first_token * hidden_size;

@@ -42,7 +42,8 @@ bool integer_products_are_right(int rows) {
     constexpr int kDepth = 256, kGroup = Bits == 8 ? kActivationBlock : 32;
     const QuantizedRow row(kDepth);
     std::vector<char> a(rows * row.bytes());
-    std::vector<float> x(kDepth), c(size_t(rows) * kPanel), ones(kPanel, 1.0f);
+    std::vector<float> x(kDepth), c(size_t(rows) * kPanel), room(size_t(rows + 32) * kPanel),
+        ones(kPanel, 1.0f);
     const auto activation = [](int r, int k) { return k % kActivationBlock == 0 ? 127 : (r * 31 + k * 97) % 255 - 127; };
     const auto weight = [](int k, int n) { return Bits == 8 ? (k * 67 + n * 131) % 256 : (k * 5 + n * 3) % 16; };
     for (int r = 0; r < rows; ++r) {
@@ -63,7 +64,10 @@ bool integer_products_are_right(int rows) {
         }
     }
     const IntegerPanel described{panel.data(), ones.data(), kDepth, kGroup, row.tails()};
-    integer_product<Bits, kGroup>(described, rows, a.data(), row.bytes(), c.data(), Next{}, [](int, int) {});
+    integer_product<Bits, kGroup>(described, rows, a.data(), row.bytes(), room.data(), Next{},
+                                 [&](int first, int last, const float* sums) {
+                                     std::copy(sums, sums + (last - first) * kPanel, c.data() + first * kPanel);
+                                 });
     leave_tiles();
     for (int r = 0; r < rows; ++r)
         for (int n = 0; n < kPanel; ++n) {

@@ -12,6 +12,9 @@
 #include <cstdint>
 #include <cstring>
 
+// For what runs between tile instructions: what it counts is in registers only where it is part of their loop.
+#define MOESAIC_INLINE inline __attribute__((always_inline))
+
 namespace moesaic {
 
 using bf16 = uint16_t;
