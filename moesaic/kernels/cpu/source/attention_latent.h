@@ -293,17 +293,18 @@ inline void attend_item(const LatentCall& call, const LatentItem& item) {
         }
         multiply_keys(item.rows, width, query, panels, scores);
         const int count = panels.count * kPanel, pairs = count / 2;
+        const auto visible = [&](int row) {
+            return std::min(past + (item.first_row + row) / heads + 1 - start, count);
+        };
         for (int row = 0; row < item.rows; ++row) {
-            const int visible = std::min(past + (item.first_row + row) / heads + 1 - start, count);
+            const int here = visible(row);
+            part.largest[row] = here > 0 ? largest_score(scores + size_t(row) * kSplit, here) : -INFINITY;
+        }
+        for (int row = 0; row < item.rows; ++row) {
             uint32_t* to = by_row + size_t(row) * kSplitPairs;
-            if (visible <= 0) {
-                std::memset(to, 0, size_t(pairs) * sizeof(uint32_t));
-                part.totals[row] = 0.0f, part.largest[row] = -INFINITY;
-                continue;
-            }
-            split_softmax(scores + size_t(row) * kSplit, visible, count, call.scale, part.totals + row,
-                          part.largest + row,
-                          [&](int at, Vf first, Vf second) { storei(to + at / 2, interleave_bf16(first, second)); });
+            part.totals[row] = exponentials(
+                scores + size_t(row) * kSplit, visible(row), count, call.scale, part.largest[row],
+                [&](int at, Vf first, Vf second) { storei(to + at / 2, interleave_bf16(first, second)); });
         }
         for (int row = item.rows; row < rows; ++row) part.totals[row] = 0.0f, part.largest[row] = -INFINITY;
         transpose_dwords(item.rows, pairs, by_row, kSplitPairs, by_pair, size_t(rows));

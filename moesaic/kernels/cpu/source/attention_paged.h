@@ -256,6 +256,60 @@ struct HeadPanels {
     const uint32_t* at[kSplitPanels + kAhead];
 };
 
+#if defined(MOESAIC_TILES)
+
+// As multiply_keys, of 64 channels and whole blocks of 16 rows: a panel's keys stay in tiles while all rows pass.
+inline void multiply_keys_by_tiles(int rows, const bf16* queries, const HeadPanels& keys, float* scores) {
+    constexpr int kWidth = 64;
+    configure_tiles(16, 16);
+    for (int p = 0; p < keys.count; ++p) {
+        const uint32_t *first = keys.at[p], *second = first + 16 * kPanel;  // of 32 channels each
+        tile_load(4, first, kPanel * 4);
+        tile_load(5, first + 16, kPanel * 4);
+        tile_load(6, second, kPanel * 4);
+        tile_load(7, second + 16, kPanel * 4);
+        for (int row = 0; row < rows; row += 16) {
+            const bf16* a = queries + row * kWidth;
+            float* to = scores + row * kSplit + p * kPanel;
+            tile_zero(0);
+            tile_zero(1);
+            tile_load(2, a, kWidth * 2);
+            tile_dot_bf16(0, 2, 4);
+            tile_dot_bf16(1, 2, 5);
+            tile_load(3, a + 32, kWidth * 2);
+            tile_dot_bf16(0, 3, 6);
+            tile_dot_bf16(1, 3, 7);
+            tile_store(0, to, kSplit * 4);
+            tile_store(1, to + 16, kSplit * 4);
+        }
+    }
+}
+
+// As multiply_values, of 32 channels and up to 32 rows: sums stay in tiles while all values pass.
+template <bool kBottom>
+inline void multiply_values_by_tiles(int width, const bf16* probabilities, const HeadPanels& values, int chunk,
+                                     float* sums) {
+    constexpr size_t kRow = kSplit * sizeof(bf16), kColumns = kPanel * 4;
+    clear_sums<2, kBottom>();
+    for (int i = 0; i < values.count; ++i) {
+        const bf16* a = probabilities + i * kPanel;
+        const uint32_t* b = values.at[i] + chunk * kPanelPairs;
+        tile_load_once(4, a, kRow);
+        tile_load(6, b, kColumns);
+        tile_dot_bf16(0, 4, 6);
+        tile_load(7, b + 16, kColumns);
+        tile_dot_bf16(1, 4, 7);
+        if constexpr (kBottom) {
+            tile_load_once(5, a + 16 * kSplit, kRow);
+            tile_dot_bf16(2, 5, 6);
+            tile_dot_bf16(3, 5, 7);
+        }
+    }
+    store_sums<2, kBottom>(sums + chunk, size_t(width));
+}
+
+#endif
+
 // scores[rows][256], the first 32 * keys.count of each row: queries[rows][width] times keys.
 inline void multiply_keys(int rows, int width, const bf16* queries, const HeadPanels& keys, float* scores) {
 #if defined(__AVX512F__) && !defined(MOESAIC_TILES)
@@ -269,15 +323,20 @@ inline void multiply_keys(int rows, int width, const bf16* queries, const HeadPa
             multiply_panels<2>(rows, 1, width / 2, queries, size_t(width), here, here, here + 4, here + 4, c, kSplit);
     }
 #else
-    for (int p = 0; p < keys.count; ++p)
-        gemm_panel(rows, width / 2, queries, size_t(width), keys.at[p], kPanel, scores + p * kPanel, kSplit, false);
+    int row = 0;
+#if defined(MOESAIC_TILES)
+    if (width == 64) multiply_keys_by_tiles(row = rows / 16 * 16, queries, keys, scores);
+#endif
+    for (int p = 0; row < rows && p < keys.count; ++p)
+        gemm_panel(rows - row, width / 2, queries + size_t(row) * width, size_t(width), keys.at[p], kPanel,
+                   scores + row * kSplit + p * kPanel, kSplit, false);
 #endif
 }
 
 // sums[rows][width] = probabilities[rows][256] times values.
 inline void multiply_values(int rows, int width, const bf16* probabilities, const HeadPanels& values, float* sums) {
-    constexpr int kChunk = kPanel * kPanelPairs;
 #if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+    constexpr int kChunk = kPanel * kPanelPairs;
     const uint32_t *left[kSplitPanels + HeadPanels::kAhead], *right[kSplitPanels + HeadPanels::kAhead];
     for (int chunk = 0; chunk < width; chunk += 2 * kPanel) {
         const int offset = chunk * kPanelPairs;
@@ -292,10 +351,24 @@ inline void multiply_values(int rows, int width, const bf16* probabilities, cons
             multiply_panels<2>(rows, values.count, kPanelPairs, probabilities, kSplit, left, left, left + 2, left + 2,
                                sums + chunk, size_t(width));
     }
+#elif defined(MOESAIC_TILES)
+    // A chunk's values stay in the first-level cache while all rows pass.
+    const int steps = (rows + 31) / 32;
+    for (int chunk = 0; chunk < width; chunk += kPanel)
+        for (int step = 0; step < steps; ++step) {
+            const RowBlock block(rows, steps, step);
+            const bf16* a = probabilities + block.row * kSplit;
+            float* c = sums + size_t(block.row) * width;
+            configure_tiles(std::min(block.size, 16), std::max(block.size - 16, 0));
+            if (block.size > 16)
+                multiply_values_by_tiles<true>(width, a, values, chunk, c);
+            else
+                multiply_values_by_tiles<false>(width, a, values, chunk, c);
+        }
 #else
     for (int i = 0; i < values.count; ++i)
         for (int chunk = 0; chunk < width; chunk += kPanel)
-            gemm_panel(rows, kPanelPairs, probabilities + i * kPanel, kSplit, values.at[i] + chunk / kPanel * kChunk,
+            gemm_panel(rows, kPanelPairs, probabilities + i * kPanel, kSplit, values.at[i] + chunk * kPanelPairs,
                        kPanel, sums + chunk, size_t(width), i > 0);
 #endif
 }
@@ -431,7 +504,7 @@ inline void write_kv_panel(const PagedCache& cache, const WriteItem& item, int64
     const int width = cache.width(), dim = int(cache.head_dim);
     const size_t at = cache.panel_offset(item.block, head, item.panel);
     const size_t scales_at = cache.scale_offset(item.block, head, item.panel);
-    if (item.offset == 0) {
+    if (item.offset == 0 && item.count < kPanel) {
         // What no position has written yet is multiplied by a probability of 0, so it must be finite.
         std::memset(static_cast<char*>(cache.values) + at * (cache.is_quantized() ? 1 : 2), 0,
                     size_t(width) * kPanel * (cache.is_quantized() ? 1 : 2));
@@ -515,9 +588,9 @@ inline void merge_row(const AttentionState& to, const AttentionState& from, int 
     const float before = to.largest[row], other = from.largest[row];
     const float largest = before > other ? before : other;
     float factors[W];
-    store(factors, exp(set1((before - largest) * scale)));
+    store(factors, exp2_of_negative(set1((before - largest) * (scale * 1.44269504088896341f))));
     const float keep = to.totals[row] == 0.0f ? 0.0f : factors[0];
-    store(factors, exp(set1((other - largest) * scale)));
+    store(factors, exp2_of_negative(set1((other - largest) * (scale * 1.44269504088896341f))));
     const float take = factors[0];
     float* sums = to.sums + size_t(row) * width;
     const float* more = from.sums + size_t(row) * width;
@@ -540,28 +613,36 @@ inline void write_rows(const AttentionCall& call, const AttentionItem& item, int
         const int flat = item.first_row + row;
         bf16* out = call.out + (call.batch.starts[item.sequence] + flat / group) * call.out_stride +
                     (head * group + flat % group) * dim;
-        const Vf total = set1(state.totals[row]);
+        const float share = 1.0f / state.totals[row];
         const float* sums = state.sums + size_t(row) * width;
         int i = 0;
-        for (; i + W <= dim; i += W) store_bf16(out + i, div(load(sums + i), total));
-        for (; i < dim; ++i) out[i] = float_to_bf16(sums[i] / state.totals[row]);
+        for (; i + W <= dim; i += W) store_bf16(out + i, mul(load(sums + i), set1(share)));
+        for (; i < dim; ++i) out[i] = float_to_bf16(sums[i] * share);
     }
 }
 
-// One row of a split: scores to exp(scale * (score - largest)), which write(position, vector, next vector) takes. Scores
-// from visible on are nobody's.
+// The largest of a row's first `visible` scores, at least one; NaN has no part in it. The scores behind them, to a
+// multiple of 32, become -infinity.
+inline float largest_score(float* scores, int visible) {
+    alignas(64) static constexpr float kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Vf none = set1(-INFINITY);
+    for (int i = visible / W * W; i % kPanel || i < visible; i += W)
+        store(scores + i, select_less(load(kLanes), set1(float(visible - i)), load(scores + i), none));
+    Vf highest[2] = {none, none};
+    for (int i = 0; i < visible; i += 2 * W)
+        for (int half = 0; half < 2; ++half) highest[half] = max(load(scores + i + half * W), highest[half]);
+    return maximum(max(highest[0], highest[1]));
+}
+
+// exp(scale * (score - largest)) of those scores, which write(position, vector, next vector) takes, and zeros up to
+// `count`, a multiple of 32. Returns their sum. Where one loop over the rows looks for the largest scores and another one
+// does this, no row waits for the one before: a third faster.
 template <typename Write>
-inline void split_softmax(float* scores, int visible, int count, float scale, float* total, float* largest,
-                          Write&& write) {
-    for (int i = visible; i < count; ++i) scores[i] = -INFINITY;
-    Vf highest[2] = {set1(-INFINITY), set1(-INFINITY)};
-    for (int i = 0; i < count; i += 2 * W)
-        for (int half = 0; half < 2; ++half)
-            highest[half] = max(load(scores + i + half * W), highest[half]);  // NaN has no part in it
-    *largest = maximum(max(highest[0], highest[1]));
-    const Vf top = set1(*largest), factor = set1(scale * 1.44269504088896341f);
+inline float exponentials(const float* scores, int visible, int count, float scale, float largest, Write&& write) {
+    const Vf top = set1(largest), factor = set1(scale * 1.44269504088896341f);
     Vf sums[2] = {zero(), zero()};
-    for (int i = 0; i < count; i += 2 * W) {
+    int i = 0;
+    for (; i < visible; i += 2 * W) {
         Vf e[2];
         for (int half = 0; half < 2; ++half) {
             e[half] = exp2_of_negative(mul(sub(load(scores + i + half * W), top), factor));
@@ -569,7 +650,8 @@ inline void split_softmax(float* scores, int visible, int count, float scale, fl
         }
         write(i, e[0], e[1]);
     }
-    *total = sum(add(sums[0], sums[1]));
+    for (; i < count; i += 2 * W) write(i, zero(), zero());
+    return sum(add(sums[0], sums[1]));
 }
 
 // Positions that the last row of an item sees.
@@ -684,14 +766,16 @@ class ItemWork {
         past_ = batch.lengths[item_.sequence] - (batch.starts[item_.sequence + 1] - first_query);
         for (int head = 0; head < heads_; ++head) {
             if (item_.num_splits > 1) clear_state(whole(head), rows_, width_);
+            const bf16* from = call_.query + (first_query + item_.first_row / group_) * call_.query_stride +
+                               (item_.first_head + head) * group_ * dim;
+            int member = item_.first_row % group_;
             for (int row = 0; row < rows_; ++row) {
-                const int flat = item_.first_row + row;
-                const int64_t query_head = (item_.first_head + head) * group_ + flat % group_;
-                const bf16* from = call_.query + (first_query + flat / group_) * call_.query_stride + query_head * dim;
+                const bf16* own = from + member * dim;
                 bf16* to = queries_ + (head * rows_ + row) * width_;
                 int i = 0;
-                for (; i + 2 * W <= dim; i += 2 * W) storei(to + i, loadi(from + i));
-                for (; i < width_; ++i) to[i] = i < dim ? from[i] : bf16(0);
+                for (; i + 2 * W <= dim; i += 2 * W) storei(to + i, loadi(own + i));
+                for (; i < width_; ++i) to[i] = i < dim ? own[i] : bf16(0);
+                if (++member == group_) member = 0, from += call_.query_stride;
             }
         }
     }
@@ -767,24 +851,24 @@ class ItemWork {
             std::memcpy(value_scales_ + p * kPanel, cache_.value_scales + list_.places[p * heads_ + head].scales,
                         kPanel * sizeof(float));
         const AttentionState state = part(head);
+        const int count = panels_ * kPanel;
+        const auto visible = [&](int row) {
+            return std::min(past_ + (item_.first_row + row) / group_ + 1 - start_, count);
+        };
         for (int row = 0; row < rows_; ++row) {
-            const int count = panels_ * kPanel;
-            const int visible = std::min(past_ + (item_.first_row + row) / group_ + 1 - start_, count);
+            const int seen = visible(row);
+            state.largest[row] = seen > 0 ? largest_score(scores_ + score_place(head, row), seen) : -INFINITY;
+        }
+        for (int row = 0; row < rows_; ++row) {
             const size_t at = score_place(head, row);
-            if (visible <= 0) {
-                std::memset(probabilities_ + at, 0, size_t(count) * sizeof(bf16));
-                state.totals[row] = 0.0f, state.largest[row] = -INFINITY;
-                continue;
-            }
-            split_softmax(scores_ + at, visible, count, call_.scale, state.totals + row, state.largest + row,
-                          [&](int i, Vf first, Vf second) {
-                              if (is_quantized_) {
-                                  first = mul(first, load(value_scales_ + i));
-                                  second = mul(second, load(value_scales_ + i + W));
-                              }
-                              store_bf16(probabilities_ + at + i, first);
-                              store_bf16(probabilities_ + at + i + W, second);
-                          });
+            state.totals[row] = exponentials(
+                scores_ + at, visible(row), count, call_.scale, state.largest[row], [&](int i, Vf first, Vf second) {
+                    if (is_quantized_) {
+                        first = mul(first, load(value_scales_ + i));
+                        second = mul(second, load(value_scales_ + i + W));
+                    }
+                    storei(probabilities_ + at + i, to_bf16_rows(first, second));
+                });
         }
     }
 

@@ -266,20 +266,25 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
             rms_norm_in_place(model.norm_epsilon, layer.k_norm, kv_heads * dim, row + model.num_heads * dim);
         });
     const float *q_norm = norms_all ? nullptr : layer.q_norm, *k_norm = norms_all ? nullptr : layer.k_norm;
-    // A task takes the queries of the heads that share a key/value head along with it.
-    team.tasks(long(call.plan.writes.size()) * kv_heads, [&](long i) {
-        const WriteItem& item = call.plan.writes[size_t(i / kv_heads)];
-        const int64_t head = i % kv_heads;
+    // A task takes the queries of the heads that share a key/value head along with it, and where there are tasks enough
+    // whole tokens, which is one stream.
+    const long writes = long(call.plan.writes.size());
+    const int64_t heads = writes >= 4 * team.size() ? kv_heads : 1;
+    team.tasks(writes * (kv_heads / heads), [&](long i) {
+        const WriteItem& item = call.plan.writes[size_t(i / (kv_heads / heads))];
+        const int64_t first_head = i % (kv_heads / heads) * heads, last_head = first_head + heads;
         bf16* first = work.qkv + item.first_token * width;
         for (int64_t token = 0; token < item.count; ++token) {
             const int64_t position = call.positions[item.first_token + token];
             bf16* row = first + token * width;
-            for (int64_t query = head * group; query < (head + 1) * group; ++query)
+            for (int64_t query = first_head * group; query < last_head * group; ++query)
                 place_head(model, q_norm, position, row + query * dim);
-            place_head(model, k_norm, position, row + (model.num_heads + head) * dim);
+            for (int64_t head = first_head; head < last_head; ++head)
+                place_head(model, k_norm, position, row + (model.num_heads + head) * dim);
         }
-        write_kv_panel(cache, item, head, first + (model.num_heads + head) * dim, width,
-                       first + (model.num_heads + kv_heads + head) * dim, width, attention_scratch());
+        for (int64_t head = first_head; head < last_head; ++head)
+            write_kv_panel(cache, item, head, first + (model.num_heads + head) * dim, width,
+                           first + (model.num_heads + kv_heads + head) * dim, width, attention_scratch());
     });
     paged_attention(team, {work.qkv, width, work.attended, model.num_heads * dim, model.num_heads,
                            float(model.attention_scale), cache, call.batch, &call.plan, work.partials});
