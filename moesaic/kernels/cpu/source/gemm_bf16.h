@@ -134,6 +134,36 @@ struct StreamsAndLinesAhead {
     }
 };
 
+// What one product reads ahead in its own panel, and then in the `following` one: lines of four pages of 4 KiB in turn,
+// the next 16 KiB (Streams says why): 31.4 GB/s on two cores that read 29 one line after the other.
+struct PagesAhead {
+    static constexpr size_t kPage = 4096, kPages = 4;
+    const char *at, *end, *following;
+    int left = int(kPage / 64);  // lines of each page
+    LinesAhead lines;
+
+    static bool suits(size_t panel_bytes) { return panel_bytes % (kPages * kPage) == 0; }
+    PagesAhead(const char* panel, size_t bytes, const char* next, const LinesAhead& other)
+        : at(panel), end(panel + bytes), following(next ? next : panel), lines(other) {
+        go_on();
+    }
+    void go_on() {
+        at += kPages * kPage;
+        if (at == end) at = following;
+    }
+    MOESAIC_INLINE void quarter() {
+        for (int line = 0; line < 2; ++line, at += 64)
+            for (size_t page = 0; page < kPages; ++page) fetch(at + page * kPage);
+        left -= 2;
+        if (left == 0) {
+            left = int(kPage / 64);
+            at -= kPage;
+            go_on();
+        }
+        lines.quarter();
+    }
+};
+
 // Memory that several products in turn bring nearer, in streams of 4 KiB. The processor's own prefetcher follows each and
 // is ahead of it, so that a line is there almost at once and does not hold a buffer for as long as memory takes: products
 // of 128 rows with a panel's 128 KiB beside them take 13.4 us; with one stream 17.5.

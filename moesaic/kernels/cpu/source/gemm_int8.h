@@ -511,6 +511,8 @@ inline void integer_tiles_product(const IntegerPanel& panel, int rows, const cha
                 // 4 bits are used unpacked, and each step brings its share of the next panel.
                 const char* share = (following ? following : own) + size / size_t(parts) * size_t(part) / 64 * 64;
                 multiply(Rows{}, StreamAndLinesAhead{StreamAhead(share, size / size_t(parts * blocks)), lines});
+            } else if (parts == 1 && PagesAhead::suits(size)) {
+                multiply(Rows{}, PagesAhead(own, size, following, lines));
             } else if (parts == 1) {
                 // One step reads ahead in its own panel.
                 multiply(Rows{}, StreamAndLinesAhead{StreamAhead(own + std::min(kAheadBytes, size), 64 * kPanel,

@@ -258,7 +258,9 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
                                                        weights + size_t(first) * kPanel, first > 0 ? sums : nullptr, to,
                                                        ahead, waiting);
             };
-            if (parts == 1)
+            if (parts == 1 && rows > 1 && PagesAhead::suits(length))
+                multiply(std::integral_constant<Stays, Stays::kRows>{}, PagesAhead(own, length, following, lines));
+            else if (parts == 1)
                 multiply(std::integral_constant<Stays, Stays::kRows>{},
                          StreamAndLinesAhead{StreamAhead(own + std::min(kAheadBytes, length), 16 * kPanel * 4,
                                                          following ? own + length : nullptr, following),
