@@ -138,6 +138,24 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(choice: str, format: 
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("choice", CHOICES[:-1])
+@pytest.mark.parametrize("k", (32, 96, 2048, 2112, 4480))
+@pytest.mark.parametrize("scale", (1.0, 1e-20, 1e19))
+def test_one_and_two_rows_have_the_bits_of_many(choice: str, k: int, scale: float) -> None:
+    # One and two go by other instructions than many where there are tiles. Small ones have subnormal products, large
+    # ones overflow.
+    weight = (numbers(40, k, seed=11) * scale).bfloat16()
+    x = (numbers(33, k, seed=12) * scale).bfloat16()
+    x[0, :4] = torch.tensor([1e-39, -1e-40, 0.0, -0.0])
+    packed = pack_weight(weight)
+    with select.forced(choice):
+        many = one(x, packed, out_dtype=torch.float32)
+        ones = torch.cat([one(row, packed, out_dtype=torch.float32) for row in x.split(1)])
+        twos = torch.cat([one(rows, packed, out_dtype=torch.float32) for rows in x.split(2)])
+    assert same_bits(ones, many) and same_bits(twos, many)
+    assert many.isfinite().all() == (scale < 1e19)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_many_rows_and_deep_sums_go_by_blocks(format: str) -> None:
     # More rows than are worked on at once, and more of K than stays in a cache.

@@ -36,6 +36,25 @@ bool products_are_right(int rows, int k) {
     return true;
 }
 
+#if defined(MOESAIC_TILES)
+// One and two rows by vectors have the bits that they have by tiles, with sums that are not exact, and subnormal ones.
+bool vectors_are_tiles(int rows, int k, int exponent) {
+    const auto number = [exponent](int i) {
+        const uint32_t bits = uint32_t(i + 1) * 2654435761u >> 16;
+        return bf16((bits & 0x807f) | uint32_t(exponent + int(bits >> 8) % 8) << 7);
+    };
+    std::vector<bf16> a(size_t(rows) * k);
+    std::vector<uint32_t> panel(size_t(k) / 2 * kPanel);
+    for (size_t i = 0; i < a.size(); ++i) a[i] = number(int(i));
+    for (size_t i = 0; i < panel.size(); ++i) panel[i] = number(int(2 * i) + 7) | uint32_t(number(int(2 * i) + 8)) << 16;
+    std::vector<float> by_tiles(size_t(rows) * kPanel), by_vectors(by_tiles);
+    gemm<kPanel>(rows, k / 2, a.data(), k, panel.data(), kPanel, by_tiles.data(), kPanel, false);
+    leave_tiles();
+    multiply_by_vectors(rows, k / 2, a.data(), k, panel.data(), by_vectors.data());
+    return std::memcmp(by_tiles.data(), by_vectors.data(), by_tiles.size() * sizeof(float)) == 0;
+}
+#endif
+
 // Bytes at the ends of their range, where 16-bit sums would saturate; scales of 1, so that the result is the sum itself.
 template <int Bits>
 bool integer_products_are_right(int rows) {
@@ -134,5 +153,11 @@ MOESAIC_EXPORT int64_t moesaic_self_test() {
     if (!team_does_each_task_once()) return 4;
     for (int rows : {1, 3, 5, 8, 20, 33})
         if (!integer_products_are_right<8>(rows) || !integer_products_are_right<4>(rows)) return 5;
+#if defined(MOESAIC_TILES)
+    for (int rows = 1; rows <= kVectorRows; ++rows)
+        for (int k : {32, 96, 2176})
+            for (int exponent : {0, 56, 120})
+                if (!vectors_are_tiles(rows, k, exponent)) return 6;
+#endif
     return 0;
 }

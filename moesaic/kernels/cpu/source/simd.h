@@ -19,6 +19,18 @@ namespace moesaic {
 
 using bf16 = uint16_t;
 
+// While it lives, subnormal operands and results are zeros, as they always are to tiles.
+class FlushedSubnormals {
+  public:
+    FlushedSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    FlushedSubnormals(const FlushedSubnormals&) = delete;
+    FlushedSubnormals& operator=(const FlushedSubnormals&) = delete;
+    ~FlushedSubnormals() { _mm_setcsr(before_); }
+
+  private:
+    unsigned before_;
+};
+
 inline float bf16_to_float(bf16 x) {
     uint32_t bits = uint32_t(x) << 16;
     float out;
@@ -72,6 +84,7 @@ inline Vf round(Vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_
 inline Vi to_int(Vf a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline Vf to_float(Vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Vi addi(Vi a, Vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Vi andi(Vi a, Vi b) { return {_mm512_and_si512(a.v, b.v)}; }
 template <int N>
 inline Vi shift_left(Vi a) {
     return {_mm512_slli_epi32(a.v, N)};
@@ -188,6 +201,7 @@ inline Vf round(Vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT |
 inline Vi to_int(Vf a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline Vf to_float(Vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Vi addi(Vi a, Vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Vi andi(Vi a, Vi b) { return {_mm256_and_si256(a.v, b.v)}; }
 template <int N>
 inline Vi shift_left(Vi a) {
     return {_mm256_slli_epi32(a.v, N)};
@@ -255,6 +269,10 @@ inline void stream(void* p, Vi x) { _mm256_stream_si256((__m256i*)p, x.v); }
 #else
 #error "these kernels need AVX2 or AVX-512"
 #endif
+
+// The bf16 numbers in the low and in the high half of every dword.
+inline Vf low_bf16(Vi x) { return as_float(shift_left<16>(x)); }
+inline Vf high_bf16(Vi x) { return as_float(andi(x, set1i(int32_t(0xffff0000u)))); }
 
 inline Vi interleave_bf16(Vf even, Vf odd) { return interleave(to_bf16_rows(even, odd)); }
 

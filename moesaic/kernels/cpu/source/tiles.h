@@ -67,15 +67,21 @@ inline void tile_store(int tile, void* to, size_t stride) {
     for (int row = 0; row < emulated.shape.rows[tile]; ++row)
         std::memcpy(static_cast<char*>(to) + row * stride, emulated.data[tile][row], 64);
 }
+// The sums of even and of odd terms apart, as the instruction adds them.
 inline void tile_dot_bf16(int c, int a, int b) {
     auto* sums = reinterpret_cast<float(*)[16]>(emulated.data[c]);
     auto* left = reinterpret_cast<bf16(*)[32]>(emulated.data[a]);
     auto* right = reinterpret_cast<bf16(*)[32]>(emulated.data[b]);
-    for (int m = 0; m < emulated.shape.rows[c]; ++m)
+    const FlushedSubnormals flushed;
+    for (int m = 0; m < emulated.shape.rows[c]; ++m) {
+        float terms[2][16] = {};
         for (int p = 0; p < 16; ++p)
             for (int n = 0; n < 16; ++n)
                 for (int half = 0; half < 2; ++half)
-                    sums[m][n] += bf16_to_float(left[m][2 * p + half]) * bf16_to_float(right[p][2 * n + half]);
+                    terms[half][n] = std::fma(bf16_to_float(left[m][2 * p + half]),
+                                              bf16_to_float(right[p][2 * n + half]), terms[half][n]);
+        for (int n = 0; n < 16; ++n) sums[m][n] += terms[0][n] + terms[1][n];
+    }
 }
 // Signed bytes of A times unsigned bytes of B, summed in int32, which wrap.
 inline void tile_dot_s8u8(int c, int a, int b) {
