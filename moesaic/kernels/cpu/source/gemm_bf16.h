@@ -307,7 +307,7 @@ constexpr int kVectorPairs = 1024;  // of K multiplied at once
 template <int R, int kPlaces>
 MOESAIC_INLINE void vector_blocks(int blocks, int apart, const bf16* a, size_t lda, const uint32_t* b,
                                   float* const (&sums)[kPlaces]) {
-    constexpr int V = kPanel / W, kTurn = 4 / R;  // pairs of one place
+    constexpr int V = kPanel / W, kTurn = 2;  // pairs of one place before the other has its turn
     for (int block = 0; block < blocks; ++block) {
         Vf even[kPlaces][R][V], odd[kPlaces][R][V];
         for (int place = 0; place < kPlaces; ++place)
