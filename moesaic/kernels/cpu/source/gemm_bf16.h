@@ -298,7 +298,7 @@ inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uin
 }
 
 // Rows that vectors multiply with a panel faster than tiles, which load 16 lines at once: plain loads from two places in
-// turn come at 30 to 34 GB/s on two cores, tiles' at 28 to 29. With three rows vectors are no faster.
+// turn come at 29 to 34 GB/s on two cores, tiles' at 28 to 29. With three rows vectors are no faster.
 constexpr int kVectorRows = 2;
 constexpr int kVectorPairs = 1024;  // of K multiplied at once
 
