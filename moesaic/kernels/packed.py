@@ -543,7 +543,9 @@ def _write_panels(rows: Tensor, out: Tensor) -> None:
 
 def empty_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
     """Return uint8 memory that the kernel backs with huge pages where it can: fewer of its tables to walk."""
-    data = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    data = torch.empty(num_bytes + 4096, dtype=torch.uint8, device=device)
+    start = -data.data_ptr() % 4096
+    data = data[start : start + num_bytes]
     _advise_huge_pages(data)
     return data
 

@@ -190,14 +190,21 @@ struct NearAhead : Ahead {
 };
 constexpr size_t kAheadBytes = 8192;
 
-// For one pass over `blocks` blocks of a panel: ahead of itself, and at its end into what follows, if anything does.
+// Few rows of 8 bits: within the same page on machines with tiles, where the processor's own prefetcher then runs ahead of
+// both: 33 to 35 GB/s on two cores that read 30 with 8 KiB ahead, 32 with 4.
+constexpr size_t kNearBytes = kHasTiles ? 3072 : kAheadBytes;
+
+// For one pass over `blocks` blocks of a panel: `distance` bytes ahead of itself, and at its end in what follows, if anything
+// does.
 inline Ahead ahead_of_itself(const uint8_t* panel, int blocks, size_t block_bytes, size_t step, const uint8_t* next,
-                             size_t group_step = 0) {
-    const int distance = int((kAheadBytes + block_bytes - 1) / block_bytes);
+                             size_t group_step = 0, size_t distance = kAheadBytes) {
+    const int turn = blocks - int((distance + block_bytes - 1) / block_bytes);
     const char* own = reinterpret_cast<const char*>(panel);
     const char* following = next ? reinterpret_cast<const char*>(next) : own;
-    if (distance >= blocks) return {following, step, group_step};
-    return {own + size_t(distance) * block_bytes, step, group_step, blocks - distance, following};
+    if (turn <= 0) return {following, step, group_step};
+    // The last lines before block `turn` ends are left to the processor where what follows does not lie behind the panel.
+    const size_t behind = size_t(blocks - turn) * block_bytes - distance;
+    return {own + distance, step, group_step, turn, following - behind};
 }
 
 // For one of several passes over `length` bytes of a panel: its share of the same bytes of the next one.
@@ -555,7 +562,8 @@ inline void integer_product(const IntegerPanel& panel, int rows, const char* a, 
             const Ahead ahead =
                 parts > 1 ? ahead_of_share(next.panel ? next.panel : panel.data, begin, length, part, parts, step_bytes,
                                             scale_bytes)
-                          : ahead_of_itself(panel.data, blocks, block_bytes, step_bytes, next.panel, scale_bytes);
+                          : ahead_of_itself(panel.data, blocks, block_bytes, step_bytes, next.panel, scale_bytes,
+                                            Bits == 8 ? kNearBytes : kAheadBytes);
             if (last == blocks) next.prefetch_lines(part, parts);
             const auto multiply = [&](const auto& reads) {
                 integer_rows_of<Bits, G, kIntegerRows>(end - row, panel, first, last, a + row * stride, stride,
