@@ -378,6 +378,8 @@ struct PanelReads {
     const char* const* at;
     const char* const* ahead;  // null: nothing is brought nearer
     size_t offset;             // bytes into each
+    size_t bytes;              // of each
+    int index;                 // of the first one among all that are read in turn
 };
 
 // Rows of one head after the other: head i's begin i * step elements behind the first one's, rows are ld apart.
@@ -436,6 +438,26 @@ inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf1
 
 #else
 
+#if defined(MOESAIC_TILES)
+
+// What a product reads ahead of the next four panels, lines of each in turn (Streams says why); four panels' products
+// bring them all.
+struct PanelsAhead {
+    static constexpr int kPanels = 4;
+    const char* const* panels;
+    size_t at;  // bytes into each
+
+    PanelsAhead(const PanelReads& reads, int panel, size_t place)
+        : panels(reads.at + panel + kPanels - (reads.index + panel) % kPanels),
+          at((size_t((reads.index + panel) % kPanels) * reads.bytes + place) / kPanels) {}
+    MOESAIC_INLINE void quarter() {
+        for (int line = 0; line < 2; ++line, at += 64)
+            for (int i = 0; i < kPanels; ++i) fetch(panels[i] + at);
+    }
+};
+
+#endif
+
 template <int N>
 inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf16> a, PanelReads reads,
                               HeadRows<float> c, bool accumulate) {
@@ -445,6 +467,13 @@ inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf1
             const uint32_t* panel = reinterpret_cast<const uint32_t*>(reads.at[head] + place);
             const bf16* left = a.first + head * a.step;
             float* sums = c.first + head * c.step + i * kPanel;
+#if defined(MOESAIC_TILES)
+            if (reads.ahead) {
+                gemm_tiles<2, Stays::kRows>(rows, pairs, left, a.ld, panel, kPanel, sums, c.ld, accumulate,
+                                            PanelsAhead(reads, head, place));
+                continue;
+            }
+#endif
             gemm_panel(rows, pairs, left, a.ld, panel, kPanel, sums, c.ld, accumulate,
                        reads.ahead ? reads.ahead[head] + place : nullptr);
         }
@@ -679,7 +708,8 @@ inline PanelPlace panel_place(const AttentionCall& call, const AttentionItem& it
 // The panels of a split in the order in which they are read: keys by position and head, values likewise, and the first
 // ones of what is read after them.
 struct SplitPanels {
-    static constexpr int kAhead = 2;  // panels between reading ahead and reading
+    static constexpr int kNear = 2;                   // panels between reading ahead and reading
+    static constexpr int kAhead = kHasTiles ? 7 : 2;  // panels behind the last one that are read ahead
     PanelPlace places[kSplitPanels * kAttentionRows];
     const char* at[2 * kSplitPanels * kAttentionRows + kAhead];
 
@@ -785,17 +815,18 @@ class ItemWork {
     template <typename Body>
     void by_panel(int first, Body&& body) {
         for (int p = 0; p < panels_; ++p) {
-            const char* const* at = list_.at + first + p * heads_;
-            const char* const* ahead = at + SplitPanels::kAhead;
+            const int index = first + p * heads_;
+            const char* const* at = list_.at + index;
+            const char* const* ahead = at + SplitPanels::kNear;
             if (!is_quantized_) {
-                body(p, 0, heads_, PanelReads{at, ahead, 0});
+                body(p, 0, heads_, PanelReads{at, ahead, 0, panel_pairs_ * 4, index});
                 continue;
             }
             const char* own = reinterpret_cast<const char*>(expanded_);
             for (int head = 0; head < heads_; ++head) {
                 expand_pairs(int(panel_pairs_), reinterpret_cast<const uint16_t*>(at[head]),
                              reinterpret_cast<const uint16_t*>(ahead[head]), expanded_);
-                body(p, head, 1, PanelReads{&own, nullptr, 0});
+                body(p, head, 1, PanelReads{&own, nullptr, 0, panel_pairs_ * 4, index + head});
             }
         }
     }

@@ -617,15 +617,7 @@ inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, co
 // C[rows][32] (+)= A[rows][2 * pairs] * panel. What stands at `ahead`, as long as the panel, will be read soon.
 inline void gemm_panel(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
                        size_t ldc, bool accumulate, const char* ahead = nullptr) {
-#if defined(MOESAIC_TILES)
-    if (ahead) {
-        gemm_tiles<2, Stays::kRows>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate,
-                                    StreamAhead(ahead, kPairBlock * kPanel * 4));
-        return;
-    }
-#else
     for (int line = 0; ahead && line < pairs * kPanel * 4; line += 64) fetch(ahead + line);
-#endif
     gemm<kPanel>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
 }
 
