@@ -1,6 +1,7 @@
 """Packed weights: linear layers equal their definition, integer ones to the bit, on every instruction set."""
 
 import hashlib
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,14 @@ def test_memory_for_huge_pages_is_of_the_kind_that_gets_them(make: Callable[[int
     # Zeros are backed where they are used, so there may be more of them than memory, where the system lets anybody.
     if make is zeros_on_huge_pages and Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2":
         assert "nr" in flags["here"]
+
+
+@pytest.mark.parametrize("make", [empty_on_huge_pages, zeros_on_huge_pages])
+@pytest.mark.parametrize("size", [1, 4095, 5 << 20])
+def test_memory_for_huge_pages_begins_at_a_page(make: Callable[[int, torch.device], Tensor], size: int) -> None:
+    kept = [make(size, torch.device("cpu")) for _ in range(3)]
+    assert [data.data_ptr() % mmap.PAGESIZE for data in kept] == [0, 0, 0]
+    assert all(data.shape == (size,) for data in kept)
 
 
 def test_zeros_are_zeros_and_can_be_written() -> None:

@@ -202,7 +202,7 @@ inline Ahead ahead_of_itself(const uint8_t* panel, int blocks, size_t block_byte
     const char* own = reinterpret_cast<const char*>(panel);
     const char* following = next ? reinterpret_cast<const char*>(next) : own;
     if (turn <= 0) return {following, step, group_step};
-    // The last lines before block `turn` ends are left to the processor where what follows does not lie behind the panel.
+    // Where what follows does not lie behind the panel, the panel's last lines are left to the processor.
     const size_t behind = size_t(blocks - turn) * block_bytes - distance;
     return {own + distance, step, group_step, turn, following - behind};
 }
