@@ -480,9 +480,9 @@ inline void integer_tiles(const IntegerPanel& panel, const uint8_t* bytes, int f
             }
 }
 
-// As integer_tiles for up to 32 rows of a panel of 4 bits in groups of 64 or 128, which is unpacked 64 values of K before
-// its tiles take it, into a few pieces that stay in the first-level cache: a whole panel unpacked first took 1.2 to 1.7
-// times as long.
+// As integer_tiles for up to 32 rows of a panel of 4 bits in groups of 64 or 128. It is unpacked between the tile
+// instructions, 64 values of K at a time, into a few pieces that stay in the first-level cache: a whole panel unpacked
+// first took 1.2 to 1.7 times as long.
 template <bool kBottom>
 [[gnu::noinline]] void nibble_tiles(const IntegerPanel& panel, int rows, const char* a, size_t stride, float* c,
                                     const char* following, LinesAhead lines) {
