@@ -282,7 +282,7 @@ def test_memory_for_huge_pages_is_of_the_kind_that_gets_them(make: Callable[[int
 
 
 @pytest.mark.parametrize("make", [empty_on_huge_pages, zeros_on_huge_pages])
-@pytest.mark.parametrize("size", [1, 4095, 5 << 20])
+@pytest.mark.parametrize("size", [256 << 10, (5 << 20) + 1])
 def test_memory_for_huge_pages_begins_at_a_page(make: Callable[[int, torch.device], Tensor], size: int) -> None:
     kept = [make(size, torch.device("cpu")) for _ in range(3)]
     assert [data.data_ptr() % mmap.PAGESIZE for data in kept] == [0, 0, 0]
