@@ -374,6 +374,13 @@ inline void integer_rows_of(int rows, const IntegerPanel& panel, int first, int 
 
 #if defined(MOESAIC_TILES)
 
+// Four values of K and 32 columns of 4 bits as bytes for tiles, 128 of them.
+inline void unpack_line(const uint8_t* from, uint8_t* to) {
+    Vi columns[kPanel / W];
+    load_weights<4>(from, columns);
+    for (int v = 0; v < kPanel / W; ++v) storei(to + v * W * 4, columns[v]);
+}
+
 // A 4-bit panel as bytes for tiles: [groups][64 or 128 values of K / 4][32][4]. A group of 32 is followed by as many
 // zeros, so that a tile never mixes two groups.
 inline void unpack_for_tiles(const IntegerPanel& panel, uint8_t* to) {
@@ -381,11 +388,7 @@ inline void unpack_for_tiles(const IntegerPanel& panel, uint8_t* to) {
     const uint8_t* from = panel.data;
     for (int g = 0; g < groups; ++g) {
         from += 2 * kPanel;
-        for (int s = 0; s < steps; ++s, from += 64, to += 128) {
-            Vi columns[kPanel / W];
-            load_weights<4>(from, columns);
-            for (int v = 0; v < kPanel / W; ++v) storei(to + v * W * 4, columns[v]);
-        }
+        for (int s = 0; s < steps; ++s, from += 64, to += 128) unpack_line(from, to);
         if (steps < 16) {
             std::memset(to, 0, size_t(16 - steps) * 128);
             to += size_t(16 - steps) * 128;
@@ -497,11 +500,6 @@ template <bool kBottom>
     const auto packed = [&](int step) {
         return panel.data + size_t(step / of_group) * group_bytes + scales + size_t(step % of_group) * kLines * 64;
     };
-    const auto unpack = [](const uint8_t* line, uint8_t* to) {
-        Vi columns[kPanel / W];
-        load_weights<4>(line, columns);
-        for (int v = 0; v < kPanel / W; ++v) storei(to + v * W * 4, columns[v]);
-    };
     const auto finish = [&](int g) {
         if (g == 0)
             finish_group<4, true>(panel, g, dots[g % 2], rows, a, stride, c);
@@ -509,7 +507,7 @@ template <bool kBottom>
             finish_group<4, false>(panel, g, dots[g % 2], rows, a, stride, c);
     };
     for (int step = 0; step < std::min(kLead, steps); ++step)
-        for (int i = 0; i < kLines; ++i) unpack(packed(step) + 64 * i, pieces[step] + 128 * i);
+        for (int i = 0; i < kLines; ++i) unpack_line(packed(step) + 64 * i, pieces[step] + 128 * i);
     for (int step = 0; step < steps; ++step) {
         const uint8_t *columns = pieces[step % kPieces], *from = packed(std::min(step + kLead, steps - 1));
         uint8_t* to = pieces[(step + kLead) % kPieces];
@@ -519,7 +517,7 @@ template <bool kBottom>
         const auto quarter = [&](int index) {
             for (int i = index * kLines / 4; i < (index + 1) * kLines / 4; ++i) {
                 fetch(ahead + 64 * i);
-                unpack(from + 64 * i, to + 128 * i);
+                unpack_line(from + 64 * i, to + 128 * i);
             }
             lines.quarter();
         };
