@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from moesaic.kernels.quantized import QuantizedWeight
 
 KEY = "quantization"
+# Of what the integers stand for. 1, without a word in the manifest: the matrix as it is; 2: rotated.
+FORMAT = 2
 VALUES, SCALES = ".values", ".scales"
 
 
@@ -45,14 +47,15 @@ def describe_quantization(info: CheckpointInfo) -> str:
 def quantization_record(schemes: dict[str, Scheme], *, experts: str | None, rest: str) -> dict[str, Any]:
     """Return what the manifest's metadata says under KEY; experts None: the model has none."""
     matrices = {name: {"bits": each.bits, "group_size": each.group_size} for name, each in schemes.items()}
-    return {"experts": experts, "rest": rest, "matrices": matrices}
+    return {"format": FORMAT, "experts": experts, "rest": rest, "matrices": matrices}
 
 
 def quantization_schemes(info: CheckpointInfo) -> dict[str, Scheme]:
     """Return how each quantised matrix of a checkpoint is stored; none for one that is not quantised.
 
-    Raises: CheckpointError for a manifest that does not say it.
+    Raises: CheckpointError for a manifest that does not say it, and for integers of another format.
     """
+    _check_format(info)
     try:
         matrices = info.metadata.get(KEY, {}).get("matrices", {})
         return {name: Scheme(int(each["bits"]), each["group_size"]) for name, each in matrices.items()}
@@ -66,10 +69,11 @@ def quantization_schemes(info: CheckpointInfo) -> dict[str, Scheme]:
 def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[str, QuantizedWeight]":
     """Take the quantised matrices out of a checkpoint's tensors and return them by the name of the whole matrix.
 
-    Raises: CheckpointError when the tensors are not as the manifest says.
+    Raises: CheckpointError when the tensors are not as the manifest says, or of another format.
     """
     from moesaic.kernels.quantized import QuantizedWeight
 
+    _check_format(info)
     weights = {}
     for name, record in info.metadata.get(KEY, {}).get("matrices", {}).items():
         try:
@@ -81,3 +85,14 @@ def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[
                 f"of the format that the manifest names are required; quantise the run again."
             ) from None
     return weights
+
+
+def _check_format(info: CheckpointInfo) -> None:
+    record = info.metadata.get(KEY)
+    if not isinstance(record, dict) or record.get("format", 1) == FORMAT:
+        return
+    source = record.get("source") or "the run that it was made from"
+    raise CheckpointError(
+        f"{info.path} holds integers of format {record.get('format', 1)}, of another version of moesaic; "
+        f"format {FORMAT} is required; quantise {source} again."
+    )

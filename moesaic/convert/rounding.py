@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moesaic.kernels.quantized import QuantizedWeight, pack_nibbles
+from moesaic.kernels.quantized import QuantizedWeight, pack_nibbles, rotate, rotate_weight
 
 # Columns whose errors are taken back in the rest of the matrix by one product.
 _BLOCK = 128
@@ -49,9 +49,9 @@ def searched_scales(grouped: Tensor, importance: Tensor | None = None) -> Tensor
 def feedback_factor(second_moments: Tensor) -> Tensor:
     """Return the upper triangular (K, K) fp32 factor that round_with_feedback needs of X^T X (K, K), in fp64.
 
-    Inputs that are always 0 have no say in anything.
+    It is that of the inputs as they meet the weight: rotated. Rotated inputs that are always 0 have no say in anything.
     """
-    moments = second_moments.double().clone()
+    moments = rotate(rotate(second_moments.double()).t()).clone()
     diagonal = moments.diagonal()
     diagonal[diagonal == 0] = 1.0
     mean = diagonal.mean()
@@ -67,12 +67,12 @@ def feedback_factor(second_moments: Tensor) -> Tensor:
 
 
 def round_with_feedback(weight: Tensor, factor: Tensor, *, bits: int, group_size: int | None) -> QuantizedWeight:
-    """Round a weight (N, K) column by column, each one's error taken back in the later ones.
+    """Rotate a weight (N, K) and round it column by column, each one's error taken back in the later ones.
 
     factor: of the second moments of the inputs, from feedback_factor. 4 bits: a group's scales are searched when its
     turn comes, with the errors before it already in its weights.
     """
-    columns = weight.float().t().clone(memory_format=torch.contiguous_format)  # (K, N), changed as we go
+    columns = rotate_weight(weight).t().clone(memory_format=torch.contiguous_format)  # (K, N), changed as we go
     num_columns = columns.shape[0]
     group = num_columns if group_size is None else group_size
     values = torch.empty_like(columns)

@@ -29,7 +29,7 @@ from moesaic.kernels.quantized import QuantizedWeight, dequantize, pack_nibbles,
 PackedFormat = Literal["bf16", "int8", "int4"]
 
 # Of the layout below. Files of packed weights name it: raise it with every change of what pack_weight or pack_mlp give.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 _PANEL = 32
 _FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4")
@@ -275,7 +275,7 @@ def packed_linear(
 ) -> Tensor:
     """Return (M, N): x (M, K) fp32 or bf16 times the weight transposed, plus bias (N,) in fp32; in x's dtype if None.
 
-    A bf16 weight multiplies x rounded to bf16, an integer one x quantised by token and block of 128 columns.
+    A bf16 weight multiplies x rounded to bf16, an integer one x rotated and quantised by token.
     """
     out_dtype = out_dtype or x.dtype
     _check_no_gradient(x, bias)
@@ -362,8 +362,7 @@ def packed_moe(
     order, plus residual_weight * residual(x), summed in fp32.
 
     Shapes: x (T, H) fp32 or bf16; expert_ids (T, K) int64, negative for no route; routing_weights (T, K) fp32;
-    residual_weights (T,) fp32, None for 1. Pre-activations and activations are fp32; they are rounded or quantised as
-    packed_linear does before the second product.
+    residual_weights (T,) fp32, None for 1. Pre-activations and activations are fp32, hidden rows are rounded to bf16.
     """
     assert experts.up.num_matrices is not None, experts.up.shape
     return _moe(x, expert_ids, routing_weights, experts, experts.up.num_matrices, residual, residual_weights)
@@ -451,7 +450,7 @@ def _mlp(x: Tensor, mlp: PackedMlp, expert: int) -> Tensor:
         kept = order < mlp.up.out_size
         up_bias = torch.empty(mlp.up.out_size, device=x.device)
         up_bias[order[kept]] = mlp.up_bias[expert, kept]
-    hidden = activate(_linear(x, mlp.up, expert, up_bias), mlp.activation)
+    hidden = activate(_linear(x, mlp.up, expert, up_bias), mlp.activation).to(torch.bfloat16)
     return _linear(hidden, mlp.down, expert, None if mlp.down_bias is None else mlp.down_bias[expert])
 
 

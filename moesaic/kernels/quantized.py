@@ -1,10 +1,13 @@
 """Matrices of 8-bit and 4-bit integers: their format, and what a product with one gives, to the bit.
 
-Weights are quantised once, by row or by group of columns; activations at every product, by token and block of 128
-columns. Each dot product inside a block is an exact integer, and blocks are added in rising order with one fp32
-rounding a step, so a result depends neither on the batch nor on the path that computed it. These functions are that
-definition; the packed C++ kernels must give the same bits. How scales are chosen better than by round-to-nearest is
-convert/'s business.
+Weights are quantised once, by row or by group of columns; activations at every product, by token. Both are rotated
+before: their columns are multiplied by a Hadamard matrix, which leaves a product as it is and spreads what single
+columns have of large numbers over many, so that one scale for a whole token costs less than one for every 128 columns
+without it. Dot products inside a scale are exact integers, and what follows is a fixed order of fp32 roundings, so a
+result depends neither on the batch nor on the path that computed it. These functions are that definition; the packed
+C++ kernels must give the same bits. How scales are chosen better than by round-to-nearest is convert/'s business.
+
+Source of the rotation: Ashkboos et al., QuaRot (arXiv 2404.00456); its online form, here at every product.
 """
 
 from dataclasses import dataclass
@@ -12,16 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Columns of an activation that share a scale. Integer dot products over so many stay below 2**24, exact in fp32 too.
-ACTIVATION_BLOCK = 128
 GROUP_SIZES = (32, 64, 128)
-# A block whose largest magnitude is below this counts as zero: 127 divided by it would leave fp32.
+# A row whose largest magnitude is below this counts as zero: 127 divided by it would leave fp32.
 SMALLEST_AMAX = 2.0**-120
+# Columns whose dot product of 8 bits stays in int32.
+MAX_COLUMNS = 1 << 17
+# Columns whose dot product of 8 bits stays below 2**24, exact in fp32 in any order.
+_EXACT_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix (N, K), or a stack (..., N, K), of integers and their scales.
+    """A matrix (N, K), or a stack (..., N, K), of integers and their scales: of the matrix rotated, and divided by the
+    size of the rotation, which is exact.
 
     bits 8: values (..., N, K) int8 in -127..127; scales (..., N) fp32, one per output channel; group_size None.
     bits 4: values (..., N, K/2) uint8, column 2j in the low nibble and 2j+1 in the high one, each stored as its value
@@ -40,6 +46,7 @@ class QuantizedWeight:
             assert self.group_size is None, self.group_size
             assert values.dtype == torch.int8 and scales.dtype == torch.float32, (values.dtype, scales.dtype)
             assert values.dim() >= 2 and scales.shape == values.shape[:-1], (values.shape, scales.shape)
+            assert values.shape[-1] <= MAX_COLUMNS, values.shape
         else:
             assert self.group_size in GROUP_SIZES, self.group_size
             assert values.dtype == torch.uint8 and scales.dtype == torch.bfloat16, (values.dtype, scales.dtype)
@@ -59,45 +66,79 @@ class QuantizedWeight:
         return self.values.nbytes + self.scales.nbytes
 
 
+def rotation_size(columns: int) -> int:
+    """Return how many columns are rotated together: the largest power of two that divides their number."""
+    return columns & -columns
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Return x (..., K) in fp32 (fp64 for fp64), every block of rotation_size(K) columns times the Hadamard matrix H
+    of that size, of elements 1 and -1.
+
+    H = [[1]], then [[H, H], [H, -H]], so H^2 = size * I. The definition's order of roundings: sums and differences of
+    columns 1 apart, then 2, 4 and so on.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    size = rotation_size(x.shape[-1])
+    if size == 1 or x.is_meta:
+        return x
+    # A copy, with a row for each column: every step reads long rows.
+    current = x.reshape(-1, size).t().clone(memory_format=torch.contiguous_format)
+    following = torch.empty_like(current)
+    apart = 1
+    while apart < size:
+        pairs, results = (each.view(size // (2 * apart), 2, apart, -1) for each in (current, following))
+        torch.add(pairs[:, 0], pairs[:, 1], out=results[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=results[:, 1])
+        current, following = following, current
+        apart *= 2
+    return current.t().contiguous().view(x.shape)
+
+
+def rotate_weight(weight: Tensor) -> Tensor:
+    """Return weight (..., N, K) as it is rounded: rotated, and divided by the size of the rotation."""
+    return rotate(weight) / rotation_size(weight.shape[-1])
+
+
 def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None) -> QuantizedWeight:
-    """Round a finite weight (..., N, K) to the nearest values of evenly spaced levels.
+    """Rotate a finite weight (..., N, K) and round it to the nearest values of evenly spaced levels.
 
     8 bits: the row's largest magnitude becomes 127. 4 bits: the number of largest magnitude of each group becomes -8,
     which makes the scale negative where that number is positive; so the group uses all 16 levels.
     """
-    weight = weight.float()
+    rotated = rotate_weight(weight)
     if bits == 8:
-        return round_to_scales(weight, weight.abs().amax(-1) / 127.0, bits=8)
+        return round_to_scales(rotated, rotated.abs().amax(-1) / 127.0, bits=8)
     assert group_size is not None, "4-bit weights need a group_size"
-    grouped = weight.unflatten(-1, (-1, group_size))  # (..., N, K/G, G)
+    grouped = rotated.unflatten(-1, (-1, group_size))  # (..., N, K/G, G)
     extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    return round_to_scales(weight, (extreme / -8.0).to(torch.bfloat16), bits=4, group_size=group_size)
+    return round_to_scales(rotated, (extreme / -8.0).to(torch.bfloat16), bits=4, group_size=group_size)
 
 
-def round_to_scales(weight: Tensor, scales: Tensor, *, bits: int, group_size: int | None = None) -> QuantizedWeight:
-    """Return the weight (..., N, K) in whole multiples of given scales, clamped to what the bits hold.
+def round_to_scales(rotated: Tensor, scales: Tensor, *, bits: int, group_size: int | None = None) -> QuantizedWeight:
+    """Return a rotated weight (..., N, K) in whole multiples of given scales, clamped to what the bits hold.
 
     A scale of 0 gives values of 0.
     """
     divisor = torch.where(scales == 0, 1.0, scales.float())[..., None]
     if bits == 8:
-        values = (weight.float() / divisor).round_().clamp_(-127, 127)
+        values = (rotated.float() / divisor).round_().clamp_(-127, 127)
         return QuantizedWeight(values.to(torch.int8), scales.float(), 8, None)
     assert group_size is not None, "4-bit weights need a group_size"
-    grouped = weight.float().unflatten(-1, (-1, group_size))
+    grouped = rotated.float().unflatten(-1, (-1, group_size))
     values = (grouped / divisor).round_().clamp_(-8, 7).flatten(-2)
     return QuantizedWeight(pack_nibbles(values), scales.to(torch.bfloat16), 4, group_size)
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
-    """Return the matrix (..., N, K) in fp32."""
+    """Return the matrix (..., N, K) in fp32, rotated back."""
     if weight.values.is_meta:  # its products are Python that loads torch's compiler first: a second
         return torch.empty(weight.shape, device="meta")
     if weight.bits == 8:
-        return weight.values.float() * weight.scales[..., None]
+        return rotate(weight.values.float() * weight.scales[..., None])
     assert weight.group_size is not None
     grouped = unpack_nibbles(weight.values).float().unflatten(-1, (-1, weight.group_size))
-    return (grouped * weight.scales.float()[..., None]).flatten(-2)
+    return rotate((grouped * weight.scales.float()[..., None]).flatten(-2))
 
 
 def pack_nibbles(values: Tensor) -> Tensor:
@@ -112,45 +153,43 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values (M, K) int8 and scales (M, ceil(K/128)) fp32 of x (M, K) fp32 or bf16.
+    """Return values (M, K) int8 and scales (M,) fp32 of x (M, K) fp32 or bf16, rotated.
 
-    Per token and block of 128 columns: amax = max |x|, scale = amax / 127, value = x * (127 / amax) rounded half to
-    even, all in fp32. A block with an amax below 2**-120 becomes zeros with scale 0; one that holds an infinity or a
-    NaN becomes zeros with scale NaN, which reaches the product.
+    Per token: amax = max |rotated x|, scale = amax / 127, value = rotated x * (127 / amax) rounded half to even, all in
+    fp32. A row with an amax below 2**-120 becomes zeros with scale 0; one with an infinity or a NaN becomes zeros with
+    scale NaN, which reaches the product.
     """
     assert x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16), (x.shape, x.dtype)
-    rows, columns = x.shape
-    blocks = -(-columns // ACTIVATION_BLOCK)
-    padded = torch.nn.functional.pad(x.float(), (0, blocks * ACTIVATION_BLOCK - columns))
-    blocked = padded.view(rows, blocks, ACTIVATION_BLOCK)
-    amax = blocked.abs().amax(-1)  # (M, blocks); a NaN among the numbers is the maximum
+    rotated = rotate(x)
+    amax = rotated.abs().amax(-1)  # (M,); a NaN among the numbers is the maximum
     is_finite, is_zero = amax.isfinite(), amax < SMALLEST_AMAX
     scales = torch.where(is_zero, 0.0, torch.where(is_finite, amax / 127.0, torch.nan))
     # One division: `127.0 / tensor` would be the rounded reciprocal times 127.
     factor = torch.full_like(amax, 127.0) / torch.where(is_finite & ~is_zero, amax, 1.0)
-    values = (blocked * factor[..., None]).round_()
-    values = torch.where((is_finite & ~is_zero)[..., None], values, 0.0)
-    return values.to(torch.int8).flatten(1)[:, :columns].contiguous(), scales
+    values = (rotated * factor[:, None]).round_()
+    values = torch.where((is_finite & ~is_zero)[:, None], values, 0.0)
+    return values.to(torch.int8), scales
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """Return (M, N) fp32, x (M, K) times a weight (N, K) transposed: the definition that kernels must meet to the bit.
 
-    8 bits: y = (sum over blocks b, rising, of dot_b * activation_scale[m, b]) * weight_scale[n].
-    4 bits: y = sum over groups g, rising, of dot_g * (activation_scale[m, block of g] * weight_scale[n, g]).
+    8 bits: y = (dot * activation_scale[m]) * weight_scale[n], dot over all columns and rounded to fp32 once.
+    4 bits: y = (sum over groups g, rising, of dot_g * weight_scale[n, g]) * activation_scale[m].
     Dot products are exact int32; every product and sum written here is one fp32 rounding, none are fused.
     """
     assert weight.values.dim() == 2 and x.shape[1] == weight.shape[1], (x.shape, weight.shape)
     values, scales = quantize_activations(x)
     numbers = values.float()
     matrix = (weight.values if weight.bits == 8 else unpack_nibbles(weight.values)).float()
-    group = ACTIVATION_BLOCK if weight.group_size is None else weight.group_size
+    if weight.bits == 8:
+        dot = torch.zeros(x.shape[0], matrix.shape[0], dtype=torch.int32, device=x.device)
+        for part, own in zip(numbers.split(_EXACT_COLUMNS, 1), matrix.split(_EXACT_COLUMNS, 1), strict=True):
+            dot += (part @ own.t()).to(torch.int32)
+        return dot.float() * scales[:, None] * weight.scales
+    assert weight.group_size is not None
     total = numbers.new_zeros(x.shape[0], matrix.shape[0])
-    for index, start in enumerate(range(0, matrix.shape[1], group)):
-        columns = slice(start, start + group)
-        dot = numbers[:, columns] @ matrix[:, columns].t()  # exact in fp32: below 2**24 in any order
-        scale = scales[:, start // ACTIVATION_BLOCK, None]
-        if weight.bits == 4:
-            scale = scale * weight.scales[:, index].float()
-        total += dot * scale
-    return total * weight.scales if weight.bits == 8 else total
+    for index, start in enumerate(range(0, matrix.shape[1], weight.group_size)):
+        columns = slice(start, start + weight.group_size)
+        total += (numbers[:, columns] @ matrix[:, columns].t()) * weight.scales[:, index].float()
+    return total * scales[:, None]

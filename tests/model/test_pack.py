@@ -141,7 +141,7 @@ def test_quantised_weights_take_the_place_of_those_they_are_named_after(kernels:
         twin.get_parameter(name).copy_(dequantize(weight))
     wanted = twin.logits(twin(inputs).hidden)
     packed = pack_transformer(model, quantized)
-    # 8-bit activations by blocks of 128: about 0.5 % of noise at each product.
+    # 8-bit activations: about 0.5 % of noise at each product.
     close(packed.logits(packed(inputs).hidden), wanted, 0.06)
     close(cached_logits(packed, inputs, [9] + [1] * 11), wanted, 0.06)
 

@@ -120,7 +120,7 @@ struct StreamsAndLinesAhead {
     int streams, stream;
     LinesAhead lines;
     MOESAIC_INLINE void quarter() {
-        constexpr int kAtOnce = kEach < 4 ? kEach : 4;
+        constexpr int kAtOnce = kEach < 2 ? kEach : 2;
         for (int done = 0; done < kEach; done += kAtOnce) {
             for (int i = 0; i < kAtOnce; ++i) fetch(at + i * pitch);
             stream += kAtOnce;
@@ -170,7 +170,7 @@ struct PagesAhead {
 class Streams {
   public:
     Streams(const char* from, size_t bytes)
-        : from_(from), streams_(std::max(4, int((bytes + 16383) / 16384 * 4))),
+        : from_(from), streams_(bytes % 8192 == 0 && bytes > 0 ? int(bytes / 4096) : std::max(4, int((bytes + 16383) / 16384 * 4))),
           pitch_((int64_t(bytes) + streams_ * 64 - 1) / (streams_ * 64) * 64), lines_(pitch_ / 64 * streams_) {}
 
     // Calls body(what to read ahead) for the product that brings its share, the last one up to `share` of `shares`, within
@@ -218,8 +218,9 @@ struct RowBlock {
 enum class Stays { kRows, kPanel };
 
 // Sums of a block in tiles 0 to 3 += 16 rows from `top` and 16 from `bottom` times one or two tiles of columns. Calls
-// beside(p, quarter) four times for every 32 terms: what other work it does runs while the tiles are multiplied.
-template <Stays stays, int Columns, bool kBottom, typename Beside>
+// beside(p, quarter) four times for every 16 pairs: what other work it does runs while the tiles are multiplied. With
+// kBytes a pair of terms is four terms of 8 bits, signed in rows and unsigned in columns, and sums are int32.
+template <Stays stays, int Columns, bool kBottom, bool kBytes = false, typename Beside>
 MOESAIC_INLINE void multiply_tiles(const bf16* top, const bf16* bottom, size_t lda, const uint32_t* b, size_t ldb,
                                    int pairs, Beside what) {
     Beside beside = what;  // of its own, so that what it counts is in registers
@@ -230,17 +231,17 @@ MOESAIC_INLINE void multiply_tiles(const bf16* top, const bf16* bottom, size_t l
         tile_load_stays(kRowsStay, 4, top + 2 * p, stride_a);
         beside(p, 1);
         tile_load_stays(!kRowsStay, 6, b + p * ldb, stride_b);
-        tile_dot_bf16(0, 4, 6);
+        tile_dot(kBytes, 0, 4, 6);
         beside(p, 2);
         if constexpr (Columns == 2) {
             tile_load_stays(!kRowsStay, 7, b + p * ldb + 16, stride_b);
-            tile_dot_bf16(1, 4, 7);
+            tile_dot(kBytes, 1, 4, 7);
         }
         beside(p, 3);
         if constexpr (kBottom) {
             tile_load_stays(kRowsStay, 5, bottom + 2 * p, stride_a);
-            tile_dot_bf16(2, 5, 6);
-            if constexpr (Columns == 2) tile_dot_bf16(3, 5, 7);
+            tile_dot(kBytes, 2, 5, 6);
+            if constexpr (Columns == 2) tile_dot(kBytes, 3, 5, 7);
         }
     }
 }

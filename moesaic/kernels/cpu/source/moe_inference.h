@@ -1,16 +1,21 @@
 // A layer of experts for inference: every expert's MLP on its tokens and their weighted sum, in one call.
 //
-// Two products and one barrier between them. The first makes an expert's hidden rows, 128 columns at a time, which go
-// from the sums through the activation into the second product's own format while they are in the first-level cache.
+// Two products and a barrier between them. The first makes an expert's hidden rows, 128 columns at a time, which go from
+// the sums through the activation to bf16 while they are in the first-level cache. Where the second product is of
+// integers, whole rows of them are then brought into its format, by who made them or, where several did, behind a barrier.
 // The second is cut by output columns: one thread adds up all experts' share of a column in rising order of the
 // experts, so nothing is scattered, and a token's result depends neither on the other tokens nor on the threads. The
 // residual MLP (or shared expert) is one more expert, of all tokens, with a coefficient of its own.
 #pragma once
 
+#include <vector>
+
 #include "activation_math.h"
 #include "packed.h"
 
 namespace moesaic {
+
+constexpr int kHiddenColumns = 128;  // of a task of the first product
 
 // One MLP, or a stack of them. For SwiGLU a panel of `up` is 16 columns of the gate and the same 16 of up.
 struct PackedMlp {
@@ -21,7 +26,10 @@ struct PackedMlp {
     int64_t intermediate;  // F
 
     int hidden_of_panel() const { return activation == kSwiglu ? kPanel / 2 : kPanel; }
-    int chunks() const { return int((intermediate + kActivationBlock - 1) / kActivationBlock); }
+    int chunks() const { return int((intermediate + kHiddenColumns - 1) / kHiddenColumns); }
+    // A row of hidden columns in bf16: as the down product takes it, if that is of bf16.
+    int activated_columns() const { return round_up(int(intermediate), kPanel); }
+    size_t activated_bytes() const { return Packed::odd_lines(size_t(activated_columns()) * sizeof(bf16)); }
 };
 
 struct MoeCall {
@@ -65,6 +73,8 @@ struct MoeWorkspace {
     char* residual_rows;
     char* hidden;         // (routes) prepared rows of the second product
     char* residual_hidden;
+    char* activated;      // (routes) what those are made of, rows of bf16: where the product is of bf16, the same
+    char* residual_activated;
     size_t bytes, own_bytes = 0;
 
     // Sizes alone, where there is no memory yet.
@@ -87,7 +97,7 @@ struct MoeWorkspace {
         rows = up.is_integer() ? take(tokens * up.row_bytes()) : nullptr;
         residual_rows = nullptr;
         if (call.residual && call.residual->up.is_integer())
-            residual_rows = rows ? rows : take(tokens * call.residual->up.row_bytes());
+            residual_rows = call.residual->up.format == up.format ? rows : take(tokens * call.residual->up.row_bytes());
         if (call.is_private()) {
             own_bytes = used;
             used = 0;
@@ -95,6 +105,11 @@ struct MoeWorkspace {
         }
         hidden = take(routes * call.experts.down.row_bytes());
         residual_hidden = call.residual ? take(tokens * call.residual->down.row_bytes()) : nullptr;
+        const auto take_activated = [&](const PackedMlp& mlp, size_t count, char* prepared) {
+            return mlp.down.is_integer() ? take(count * mlp.activated_bytes()) : prepared;
+        };
+        activated = take_activated(call.experts, routes, hidden);
+        residual_activated = call.residual ? take_activated(*call.residual, tokens, residual_hidden) : nullptr;
         bytes = used;
     }
 };
@@ -105,15 +120,16 @@ inline size_t packed_moe_workspace(const MoeCall& call) { return MoeWorkspace(ca
 struct ActivateRow {
     int64_t activation = kSwiglu;
     const float* bias = nullptr;  // of the panel's columns
-    float* hidden = nullptr;      // [rows][128]
+    char* hidden = nullptr;       // the panel's first column of row 0, in bf16
+    size_t stride = 0;            // in bytes
 
     MOESAIC_INLINE void operator()(int row, const float* sums) const {
-        float* to = hidden + row * kActivationBlock;
+        bf16* to = reinterpret_cast<bf16*>(hidden + size_t(row) * stride);
         const auto sum = [&](int v) { return bias ? add(load(sums + v), load(bias + v)) : load(sums + v); };
         if (activation == kSwiglu)
-            for (int v = 0; v < kPanel / 2; v += W) store(to + v, mul(silu(sum(v)), sum(kPanel / 2 + v)));
+            for (int v = 0; v < kPanel / 2; v += W) store_bf16(to + v, mul(silu(sum(v)), sum(kPanel / 2 + v)));
         else
-            for (int v = 0; v < kPanel; v += W) store(to + v, activate(sum(v), activation));
+            for (int v = 0; v < kPanel; v += W) store_bf16(to + v, activate(sum(v), activation));
     }
 };
 
@@ -137,19 +153,6 @@ struct AddRow {
         }
     }
 };
-
-// Columns [128 chunk, 128 chunk + 128) of a hidden row into its prepared form for the second product.
-inline void prepare_hidden(const Packed& down, int chunk, const float* hidden, char* to) {
-    const int start = chunk * kActivationBlock;
-    if (down.is_integer()) {
-        const QuantizedRow row(down.depth);
-        quantize_block(hidden, reinterpret_cast<int8_t*>(to) + start,
-                       reinterpret_cast<BlockTail*>(to + row.tails()) + chunk);
-        return;
-    }
-    const int count = std::min(down.padded_depth() - start, kActivationBlock);
-    for (int i = 0; i < count; i += W) store_bf16(reinterpret_cast<bf16*>(to) + start + i, load(hidden + i));
-}
 
 // Tokens [first_token, first_token + tokens) sorted by expert (stable), and the runs of the first product.
 inline void sort_routes(const MoeCall& call, int64_t first_token, int64_t tokens, const MoeWorkspace& work) {
@@ -201,8 +204,6 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
 
     const int64_t chunk_tokens = 8;
     const bool has_rows = work.rows || work.residual_rows;
-    const Packed& row_format = work.rows || !call.residual ? experts.up : call.residual->up;
-    char* prepared = work.rows ? work.rows : work.residual_rows;
     const long row_tasks = has_rows ? long((tokens + chunk_tokens - 1) / chunk_tokens) : 0;
     auto begin = [&](long task) {
         if (task == 0) {
@@ -210,20 +211,23 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             return;
         }
         const int64_t first = (task - 1) * chunk_tokens, last = std::min(first + chunk_tokens, tokens);
-        for (int64_t token = first; token < last; ++token)
-            prepare(row_format, token, prepared + size_t(token) * row_format.row_bytes());
+        for (int64_t token = first; token < last; ++token) {
+            if (work.rows) prepare(experts.up, token, work.rows + size_t(token) * experts.up.row_bytes());
+            if (work.residual_rows && work.residual_rows != work.rows)
+                prepare(call.residual->up, token, work.residual_rows + size_t(token) * call.residual->up.row_bytes());
+        }
     };
     if (call.is_private())
         for (long task = 0; task < 1 + row_tasks; ++task) begin(task);
     else
         team.tasks(1 + row_tasks, begin);
 
-    static thread_local Scratch sums_buffer, hidden_buffer, rows_buffer, out_buffer;
+    static thread_local Scratch sums_buffer, activated_buffer, rows_buffer, out_buffer;
     float* c = sums_buffer.get<float>(size_t(kMostRows) * kPanel);
-    float* hidden = hidden_buffer.get<float>(size_t(kMostRows) * kActivationBlock);
     Waiting<ActivateRow> activating;
     int held = -1;
     const char* a = nullptr;
+    char* activated = nullptr;  // of the run that is held: its rows of hidden columns, whole ones or a task's
     const int num_runs = work.num_runs[0], num_tasks = work.num_runs[1];
     auto run_of = [&](int task) {
         return int(std::upper_bound(work.runs, work.runs + num_runs, task,
@@ -238,15 +242,37 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const MoeRun& run = work.runs[run_of(task)];
         const PackedMlp& mlp = mlp_of(run);
         return mlp.up.panel(run.expert == call.num_experts ? 0 : run.expert,
-                            (task - run.first_task) * (kActivationBlock / mlp.hidden_of_panel()));
+                            (task - run.first_task) * (kHiddenColumns / mlp.hidden_of_panel()));
     };
-    auto do_task = [&](int task, bool has_following) {
+    const auto hidden_rows = [&](const MoeRun& run) {
+        char* all = run.expert == call.num_experts ? work.residual_hidden : work.hidden;
+        return all + size_t(run.first) * mlp_of(run).down.row_bytes();
+    };
+    // Rows [first, last) of a run.
+    const auto quantize = [&](const MoeRun& run, const char* from, int first, int last, char* to) {
+        const Packed& down = mlp_of(run).down;
+        const size_t from_bytes = mlp_of(run).activated_bytes(), to_bytes = down.row_bytes();
+        for (int row = first; row < last; ++row)
+            prepare_row(down, reinterpret_cast<const bf16*>(from + size_t(row) * from_bytes), to + size_t(row) * to_bytes);
+    };
+    const auto global_rows = [&](const MoeRun& run) {
+        char* all = run.expert == call.num_experts ? work.residual_activated : work.activated;
+        return all + size_t(run.first) * mlp_of(run).activated_bytes();
+    };
+    // Task `task` of those in [first, last), which are done in order by this thread.
+    auto do_task = [&](int task, int first, int last) {
         const int index = run_of(task);
         const MoeRun run = work.runs[index];
         const bool is_residual = run.expert == call.num_experts;
         const PackedMlp& mlp = mlp_of(run);
         const size_t stride = mlp.up.row_bytes();
         const char* source = is_residual ? work.residual_rows : work.rows;
+        const int chunk = task - run.first_task;
+        // Rows that this thread makes whole are quantised by it too, while its second-level cache has them.
+        const bool is_whole =
+            mlp.down.is_integer() && run.first_task >= first && run.first_task + mlp.chunks() <= last;
+        const size_t activated_stride =
+            is_whole ? mlp.activated_bytes() : Packed::odd_lines(kHiddenColumns * sizeof(bf16));
         if (held != index) {
             held = index;
             if (source && (is_residual || run.rows == 1)) {
@@ -262,31 +288,40 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
                         prepare(mlp.up, token, to);
                 }
             }
+            activated = activated_buffer.get<char>(size_t(run.rows) * activated_stride);
         }
-        const int chunk = task - run.first_task;
         const int64_t matrix = is_residual ? 0 : run.expert;
-        const int per_chunk = kActivationBlock / mlp.hidden_of_panel();
+        const int per_chunk = kHiddenColumns / mlp.hidden_of_panel();
         const int begin = chunk * per_chunk, end = std::min(begin + per_chunk, mlp.up.panels());
         for (int p = begin; p < end; ++p) {
             const float* bias =
                 mlp.up_bias ? mlp.up_bias + (matrix * mlp.up.panels() + p) * int64_t(kPanel) : nullptr;
-            float* to = hidden + (p - begin) * mlp.hidden_of_panel();
-            const uint8_t* next = p + 1 < end     ? mlp.up.panel(matrix, p + 1)
-                                  : has_following ? first_panel(task + 1)
-                                                  : nullptr;
-            packed_product(mlp.up, matrix, p, run.rows, a, stride, c, {next}, ActivateRow{mlp.activation, bias, to},
-                           activating);
+            char* to = activated + size_t(is_whole ? p : p - begin) * mlp.hidden_of_panel() * sizeof(bf16);
+            const uint8_t* next = p + 1 < end       ? mlp.up.panel(matrix, p + 1)
+                                  : task + 1 < last ? first_panel(task + 1)
+                                                    : nullptr;
+            packed_product(mlp.up, matrix, p, run.rows, a, stride, c, {next},
+                           ActivateRow{mlp.activation, bias, to, activated_stride}, activating);
         }
+        const bool is_end = chunk + 1 == mlp.chunks();
+        if (is_whole && !is_end) return;
         activating.all();
         // What lies behind the last hidden column must not count, whatever it came out as.
-        const int64_t left = mlp.intermediate - int64_t(chunk) * kActivationBlock;
-        const int valid = int(std::min<int64_t>(left, kActivationBlock));
-        const size_t hidden_stride = mlp.down.row_bytes();
-        char* to = (is_residual ? work.residual_hidden : work.hidden) + size_t(run.first) * hidden_stride;
-        for (int r = 0; r < run.rows; ++r, to += hidden_stride) {
-            float* row = hidden + r * kActivationBlock;
-            std::fill(row + valid, row + kActivationBlock, 0.0f);
-            prepare_hidden(mlp.down, chunk, row, to);
+        const int start = is_whole ? 0 : chunk * kHiddenColumns, columns = mlp.activated_columns() - start;
+        for (int r = 0; is_end && columns > mlp.intermediate - start && r < run.rows; ++r) {
+            bf16* row = reinterpret_cast<bf16*>(activated + size_t(r) * activated_stride);
+            std::fill(row + (mlp.intermediate - start), row + columns, bf16(0));
+        }
+        if (is_whole) {
+            quantize(run, activated, 0, run.rows, hidden_rows(run));
+            return;
+        }
+        // All of a task's columns at once: a line that other threads have read lately takes long to be written.
+        char* to = global_rows(run) + size_t(start) * sizeof(bf16);
+        for (int r = 0; r < run.rows; ++r, to += mlp.activated_bytes()) {
+            const bf16* row = reinterpret_cast<const bf16*>(activated + size_t(r) * activated_stride);
+            for (int i = 0; i < std::min(columns, kHiddenColumns); i += 2 * W)
+                storei(reinterpret_cast<bf16*>(to) + i, loadi(row + i));
         }
     };
     // Few rows take as long as their weights take to come: long streams. Many take as long as they are, so no thread
@@ -297,9 +332,49 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
                                                       : 8;
     const Slices up_slices{num_tasks, team.size(), longest};
     team.tasks(up_slices.count(), [&](long slice) {
-        const int begin = up_slices.begin(int(slice)), end = up_slices.begin(int(slice) + 1);
-        for (int task = begin; task < end; ++task) do_task(task, task + 1 < end);
+        const int first = up_slices.begin(int(slice)), last = up_slices.begin(int(slice) + 1);
+        for (int task = first; task < last; ++task) do_task(task, first, last);
     });
+    // Rows that several slices made. Few of them every member quantises for itself.
+    static thread_local std::vector<int> split;
+    split.clear();
+    for (int slice = up_slices.count() - 1; slice > 0; --slice) {
+        const int begin = up_slices.begin(slice), index = run_of(begin);
+        if (work.runs[index].first_task < begin && mlp_of(work.runs[index]).down.is_integer() &&
+            (split.empty() || split.back() != index))
+            split.push_back(index);
+    }
+    const bool are_own = work.num_runs[2] <= kFewRows;
+    char* own = nullptr;
+    if (are_own) {
+        size_t bytes = 0;
+        for (const int index : split) bytes += size_t(work.runs[index].rows) * mlp_of(work.runs[index]).down.row_bytes();
+        own = activated_buffer.get<char>(bytes);
+        char* to = own;
+        for (const int index : split) {
+            const MoeRun& run = work.runs[index];
+            quantize(run, global_rows(run), 0, run.rows, to);
+            to += size_t(run.rows) * mlp_of(run).down.row_bytes();
+        }
+    } else if (!split.empty()) {
+        team.tasks(long(split.size()) * team.size(), [&](long task) {
+            const MoeRun& run = work.runs[split[size_t(task / team.size())]];
+            const int part = int(task % team.size());
+            quantize(run, global_rows(run), run.rows * part / team.size(), run.rows * (part + 1) / team.size(),
+                     hidden_rows(run));
+        });
+    }
+    // The hidden rows of an expert, or of the residual.
+    const auto rows_of = [&](int64_t expert) {
+        const char* from = own;
+        for (const int index : split) {
+            const MoeRun& run = work.runs[index];
+            if (are_own && run.expert == expert) return from;
+            from += size_t(run.rows) * mlp_of(run).down.row_bytes();
+        }
+        if (expert == call.num_experts) return static_cast<const char*>(work.residual_hidden);
+        return static_cast<const char*>(work.hidden) + size_t(work.starts[expert]) * experts.down.row_bytes();
+    };
 
     const int panels = experts.down.panels();
     // Sums that stay in the second-level cache.
@@ -310,7 +385,8 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         float* out = out_buffer.get<float>(size_t(tokens) * ld);
         std::fill(out, out + size_t(tokens) * ld, 0.0f);
         Waiting<AddRow> adding;
-        // Rows [first, first + count) of the total ones, by one matrix; `following`: the weights that come after them.
+        // Rows [first, first + count) of the total ones, by one matrix; `rows`: the first of them; `following`: the weights
+        // that come after them.
         auto add_product = [&](const PackedMlp& mlp, int64_t matrix, int64_t first, int64_t count, int64_t total,
                                const char* rows, const uint8_t* following, const int32_t* token_ids,
                                const float* weights) {
@@ -325,14 +401,14 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
                         next.panel = mlp.down.panel(matrix, p + 1 < end ? p + 1 : begin);
                     // The rows that follow come from the third-level cache or from memory.
                     const int64_t ahead = std::min(to - from, total - to);
-                    next.lines = rows + (size_t(to) + size_t(ahead) * (p - begin) / (end - begin)) * stride;
+                    next.lines = rows + (size_t(to - first) + size_t(ahead) * (p - begin) / (end - begin)) * stride;
                     next.count = ahead * int64_t(stride) / (64 * (end - begin));
                     const int64_t column = int64_t(p) * kPanel;
                     const float* bias = mlp.down_bias ? mlp.down_bias + matrix * mlp.down.columns + column : nullptr;
                     const AddRow add_row{token_ids ? token_ids + from : nullptr, weights ? weights + from : nullptr, from,
                                          bias, mlp.down.columns - column, out + (p - begin) * kPanel, ld};
-                    packed_product(mlp.down, matrix, p, int(to - from), rows + size_t(from) * stride, stride, c, next,
-                                   add_row, adding);
+                    packed_product(mlp.down, matrix, p, int(to - from), rows + size_t(from - first) * stride, stride, c,
+                                   next, add_row, adding);
                 }
             }
         };
@@ -346,11 +422,11 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
                                   : call.residual              ? call.residual->down.panel(0, begin)
                                                                : nullptr;
             add_product(experts, expert, work.starts[expert], work.starts[expert + 1] - work.starts[expert],
-                        work.starts[call.num_experts], work.hidden, next, work.token_ids, work.weights);
+                        work.starts[call.num_experts], rows_of(expert), next, work.token_ids, work.weights);
             expert = following;
         }
         if (call.residual)
-            add_product(*call.residual, 0, 0, tokens, tokens, work.residual_hidden, nullptr, nullptr,
+            add_product(*call.residual, 0, 0, tokens, tokens, rows_of(call.num_experts), nullptr, nullptr,
                         call.residual_weights ? call.residual_weights + first_token : nullptr);
         adding.all();
         with_element_type(call.out_is_bf16, [&](auto kind) {

@@ -37,15 +37,16 @@ struct Packed {
     bool is_integer() const { return format != kPackedBf16; }
     // Bytes of a prepared row, an odd number of cache lines: an even one has rows share the places of few cache sets.
     size_t row_bytes() const {
-        const size_t needed = is_integer() ? QuantizedRow(depth).bytes() : size_t(padded_depth()) * 2;
-        return ((needed + 63) / 64 | 1) * 64;
+        return odd_lines(is_integer() ? quantized_row().bytes() : size_t(padded_depth()) * 2);
     }
+    static size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+    QuantizedRow quantized_row() const { return {depth, format == kPackedInt4}; }
 };
 
 template <typename T>
 inline void prepare_row(const Packed& weight, const T* x, char* to) {
     if (weight.is_integer()) {
-        quantize_row(x, weight.depth, to);
+        quantize_row(weight.quantized_row(), x, weight.depth, to);
         return;
     }
     bf16* row = reinterpret_cast<bf16*>(to);
@@ -150,39 +151,54 @@ inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const u
 
 #endif
 
-// Rows of complete sums that each(row, 32 sums) is called for, one after the other.
+// Rows of complete sums that each(row, 32 sums) is called for, one after the other. Those of products of 8 bits are int32
+// still, and have scales.
 template <typename Each>
 struct CompleteRows {
     Each each;
     const float* sums = nullptr;
     int row = 0, last = 0;
+    SumScales scales;
 
+    bool are_bytes() const { return scales.tails; }
+    template <bool kBytes>
     MOESAIC_INLINE void one() {
         if (row >= last) return;
-        each(row++, sums);
+        if constexpr (kBytes) {
+            alignas(64) float scaled[kPanel];
+            scales.scale(row, sums, scaled);
+            each(row++, scaled);
+        } else {
+            each(row++, sums);
+        }
         sums += kPanel;
     }
     void all() {
-        while (row < last) one();
+        if (are_bytes())
+            while (row < last) one<true>();
+        else
+            while (row < last) one<false>();
     }
 };
 
-// The rows that a product has completed last. Those of bf16 tiles wait for the next product, which calls each() between
-// its tile instructions: tiles take long to be stored and read again, and vectors work beside them. (Integer products,
-// which scale sums beside their tiles as it is, take longer so: 1,024 tokens of experts 45 ms instead of 37.)
+// The rows that a product has completed last. Those of tiles wait for the next product of their kind, which calls each()
+// between its tile instructions: tiles take long to be stored and read again, and vectors work beside them. (Products of
+// 4 bits, which scale sums beside their tiles as it is, have no room for that.)
 template <typename Each>
 class Waiting {
   public:
     void all() { rows_.all(); }
-    void put(const Each& each, int first, int last, const float* sums) {
+    void put(const Each& each, int first, int last, const float* sums, const SumScales& scales = {}) {
         all();
-        rows_ = {each, sums, first, last};
+        rows_ = {each, sums, first, last, scales};
     }
 #if defined(MOESAIC_TILES)
     // Sums of rows that do not wait.
     float* place() { return places_[turn_ ^= 1]; }
-    // Takes the rows, to be called for by whoever takes them.
+    // Takes the rows, to be called for by whoever takes them, who works with terms of this kind.
+    template <bool kBytes>
     CompleteRows<Each> take() {
+        if (rows_.are_bytes() != kBytes) all();
         const CompleteRows<Each> rows = rows_;
         rows_.row = rows_.last;
         return rows;
@@ -200,72 +216,62 @@ class Waiting {
 #if defined(MOESAIC_TILES)
 
 // Up to 32 rows times a panel by tiles: sums that begin with those of `from`, or with zero where that is null, go to
-// `to`. Meanwhile `ahead` is read ahead, and rows that wait are done.
-template <Stays stays, typename Fetch, typename Each>
+// `to`. Meanwhile `ahead` is read ahead, and rows that wait are done. A pair is two terms, or with kBytes four.
+template <bool kBytes, Stays stays, typename Fetch, typename Each>
 inline void block_by_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, const float* from,
                            float* to, Fetch ahead, Waiting<Each>& waiting) {
     const int top = rows < 16 ? rows : 16, bottom = rows - top;
-    if (pairs / kPairBlock * 2 < kRowBlock) waiting.all();  // a row for every other quarter would not be all of them
     configure_tiles(top, bottom);
-    const auto multiply = [&](auto has_bottom) {
+    const auto multiply = [&](auto has_bottom, auto every) {
         constexpr bool kBottom = decltype(has_bottom)::value;
+        constexpr int kEvery = decltype(every)::value;  // quarters for every row that waits
+        if (pairs / kPairBlock * 4 / kEvery < kRowBlock) waiting.all();
         from ? load_sums<2, kBottom>(from, kPanel) : clear_sums<2, kBottom>();
-        multiply_tiles<stays, 2, kBottom>(a, a + 16 * lda, lda, b, kPanel, pairs,
-                                          [ahead, complete = waiting.take()](int, int quarter) mutable {
-                                              ahead.quarter();
-                                              if (quarter % 2) complete.one();
-                                          });
+        multiply_tiles<stays, 2, kBottom, kBytes>(
+            a, a + 16 * lda, lda, b, kPanel, pairs,
+            [ahead, complete = waiting.template take<kBytes>()](int, int quarter) mutable {
+                ahead.quarter();
+                if (quarter % kEvery == kEvery - 1) complete.template one<kBytes>();
+            });
         store_sums<2, kBottom>(to, kPanel);
     };
-    bottom ? multiply(std::true_type{}) : multiply(std::false_type{});
+    using One = std::integral_constant<int, 1>;
+    using Two = std::integral_constant<int, 2>;
+    if (kBytes && pairs / kPairBlock * 2 < kRowBlock)
+        bottom ? multiply(std::true_type{}, One{}) : multiply(std::false_type{}, One{});
+    else
+        bottom ? multiply(std::true_type{}, Two{}) : multiply(std::false_type{}, Two{});
 }
 
-#endif
-
-// As packed_product. With `rounded` (whose c is C), results go there from registers, but on AMX.
-template <typename Each>
-inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
-                         const Next& next, const Each& each, Waiting<Each>& waiting,
-                         [[maybe_unused]] const StoreRounded* rounded) {
-    // Pairs of K whose weights stay in a cache while all rows pass: the second-level one, with tiles the first-level one.
-    constexpr int kStaying = kHasTiles ? int(kStayingBytes) / (kPanel * 4) : 1024;
+// Rows times a panel by tiles: of bf16, or of 8 bits, whose sums are int32 and have `scales`.
+template <bool kBytes, typename Each>
+inline void tiles_product(const uint8_t* panel, int pairs, int rows, const char* a, size_t stride, float* c,
+                          const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
+    // Pairs of K whose weights stay in the first-level cache while all rows pass.
+    constexpr int kStaying = int(kStayingBytes) / (kPanel * 4);
     const bf16* left = reinterpret_cast<const bf16*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
-    const int pairs = padded_depth / 2, lda = int(stride / 2);
-#if defined(MOESAIC_TILES)
-    if (rows <= kVectorRows) {
-        float* sums = waiting.place();
-        multiply_by_vectors(rows, pairs, left, size_t(lda), weights, sums);
-        waiting.put(each, 0, rows, sums);
-        waiting.all();
-        return;
-    }
-#endif
-    const int step = kPackedRows;
-    const int pass = rows <= step ? pairs : kStaying;
-    const int parts = (rows + step - 1) / step;
+    const int lda = int(stride / 2), parts = (rows + kRowBlock - 1) / kRowBlock;
+    const int pass = parts == 1 ? pairs : kStaying;
     for (int first = 0; first < pairs; first += pass) {
         const int here = pairs - first < pass ? pairs - first : pass;
         const bool is_last = first + here == pairs;
         const size_t begin = size_t(first) * kPanel * 4, length = size_t(here) * kPanel * 4;
-#if defined(MOESAIC_TILES)
         // One step reads ahead in its own panel; several bring what stays next.
         const int behind = first + here, blocks = here / kPairBlock;
         const char *own = reinterpret_cast<const char*>(panel) + begin,
                    *following = reinterpret_cast<const char*>(next.panel);
         Streams streams(behind < pairs ? own + length : following,
                         size_t(std::min(behind < pairs ? pairs - behind : following ? pairs : 0, pass)) * kPanel * 4);
-#endif
         for (int part = 0; part < parts; ++part) {
-#if defined(MOESAIC_TILES)
             const RowBlock block(rows, parts, part);
             const int row = block.row;
             const LinesAhead lines = next.lines_ahead(part, parts, first, here, pairs, blocks);
             float *sums = c + part * kRowBlock * kPanel, *to = is_last ? waiting.place() : sums;
             const auto multiply = [&](auto stays, const auto& ahead) {
-                block_by_tiles<decltype(stays)::value>(block.size, here, left + size_t(row) * lda + 2 * first, lda,
-                                                       weights + size_t(first) * kPanel, first > 0 ? sums : nullptr, to,
-                                                       ahead, waiting);
+                block_by_tiles<kBytes, decltype(stays)::value>(block.size, here, left + size_t(row) * lda + 2 * first, lda,
+                                                               weights + size_t(first) * kPanel,
+                                                               first > 0 ? sums : nullptr, to, ahead, waiting);
             };
             if (parts == 1 && PagesAhead::suits(length))
                 multiply(std::integral_constant<Stays, Stays::kRows>{}, PagesAhead(own, length, following, lines));
@@ -278,15 +284,47 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
                 streams.ahead(part, parts, blocks, lines, [&](const auto& ahead) {
                     multiply(std::integral_constant<Stays, Stays::kPanel>{}, ahead);
                 });
-            if (is_last) waiting.put(each, block.first, row + block.size, to + (block.first - row) * kPanel);
+            if (is_last) waiting.put(each, block.first, row + block.size, to + (block.first - row) * kPanel, scales);
+        }
+    }
+}
+
+#endif
+
+// As packed_product. With `rounded` (whose c is C), results go there from registers, but on AMX.
+template <typename Each>
+inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
+                         const Next& next, const Each& each, Waiting<Each>& waiting,
+                         [[maybe_unused]] const StoreRounded* rounded) {
+    const int pairs = padded_depth / 2;
+#if defined(MOESAIC_TILES)
+    if (rows > kVectorRows) {
+        tiles_product<false>(panel, pairs, rows, a, stride, c, next, {}, each, waiting);
+        return;
+    }
+    float* sums = waiting.place();
+    multiply_by_vectors(rows, pairs, reinterpret_cast<const bf16*>(a), stride / 2,
+                        reinterpret_cast<const uint32_t*>(panel), sums);
+    waiting.put(each, 0, rows, sums);
+    waiting.all();
 #else
+    // Pairs of K whose weights stay in the second-level cache while all rows pass.
+    constexpr int kStaying = 1024;
+    const bf16* left = reinterpret_cast<const bf16*>(a);
+    const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
+    const int lda = int(stride / 2), parts = (rows + kPackedRows - 1) / kPackedRows;
+    const int pass = parts == 1 ? pairs : kStaying;
+    for (int first = 0; first < pairs; first += pass) {
+        const int here = pairs - first < pass ? pairs - first : pass;
+        const bool is_last = first + here == pairs, is_rounded = rounded && is_last;
+        const size_t begin = size_t(first) * kPanel * 4, length = size_t(here) * kPanel * 4;
+        for (int part = 0; part < parts; ++part) {
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
             const Ahead ahead =
                 parts > 1 ? ahead_of_share(next.panel ? next.panel : panel, begin, length, part, parts, kPanel * 4)
                           : ahead_of_itself(panel, (pairs + kAheadPairs - 1) / kAheadPairs,
                                             size_t(kAheadPairs) * kPanel * 4, kPanel * 4, next.panel);
             if (is_last) next.prefetch_lines(part, parts);
-            const bool is_rounded = rounded && is_last;
             const auto multiply = [&](const auto& reads) {
                 const bf16* from = left + size_t(row) * lda + 2 * first;
                 const uint32_t* by = weights + size_t(first) * kPanel;
@@ -304,9 +342,26 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
             if (!is_last || is_rounded) continue;
             waiting.put(each, row, end, c + row * kPanel);
             waiting.all();
-#endif
         }
     }
+#endif
+}
+
+// As packed_product.
+template <typename Each>
+inline void int8_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
+                         const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
+#if defined(MOESAIC_TILES)
+    // Fewer rows leave tiles mostly empty; integers are exact either way.
+    if (rows > 4) {
+        tiles_product<true>(panel, padded_depth / 4, rows, a, stride, c, next, scales, each, waiting);
+        return;
+    }
+#endif
+    byte_product(panel, padded_depth, rows, a, stride, c, next, [&](int first, int last) {
+        waiting.put(each, first, last, c + first * kPanel, scales);
+        waiting.all();
+    });
 }
 
 // Prepared rows times a panel, summed in fp32. each(row, its 32 sums) is called for every row, now or, for those that
@@ -321,26 +376,26 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
         bf16_product(data, weight.padded_depth(), rows, a, stride, c, next, each, waiting, rounded);
         return;
     }
+    const QuantizedRow row = weight.quantized_row();
+    if (weight.format == kPackedInt8) {
+        const float* scales = weight.scales + (matrix * weight.panels() + index) * kPanel;
+        // They are read at the panel's end, and would be missed there.
+        for (int v = 0; v < kPanel; v += 16) _mm_prefetch(reinterpret_cast<const char*>(scales + v), _MM_HINT_T0);
+        int8_product(data, weight.padded_depth(), rows, a, stride, c, next, {a + row.tail(), stride, scales}, each,
+                     waiting);
+        return;
+    }
     const auto done = [&](int first, int last, const float* sums) {
         waiting.put(each, first, last, sums);
         waiting.all();
     };
-    const QuantizedRow row(weight.depth);
-    IntegerPanel panel{data, nullptr, weight.padded_depth(), kActivationBlock, row.tails()};
-    if (weight.format == kPackedInt8) {
-        panel.scales = weight.scales + (matrix * weight.panels() + index) * kPanel;
-        // They are read at the panel's end, and would be missed there.
-        for (int v = 0; v < kPanel; v += 16) _mm_prefetch(reinterpret_cast<const char*>(panel.scales + v), _MM_HINT_T0);
-        integer_product<8, kActivationBlock>(panel, rows, a, stride, c, next, done);
-        return;
-    }
-    panel.group = int(weight.group);
+    const NibblePanel panel{data, int(weight.depth), int(weight.group), row};
     if (weight.group == 32)
-        integer_product<4, 32>(panel, rows, a, stride, c, next, done);
+        nibble_product<32>(panel, rows, a, stride, c, next, done);
     else if (weight.group == 64)
-        integer_product<4, 64>(panel, rows, a, stride, c, next, done);
+        nibble_product<64>(panel, rows, a, stride, c, next, done);
     else
-        integer_product<4, 128>(panel, rows, a, stride, c, next, done);
+        nibble_product<128>(panel, rows, a, stride, c, next, done);
 }
 
 // As many rows as stay in the second-level cache beside a panel, in whole steps.
@@ -554,10 +609,15 @@ inline void packed_row(const Packed& weight, int64_t row, bf16* out) {
     if (weight.format == kPackedBf16) {
         for (int64_t k = 0; k < weight.depth; ++k)
             std::memcpy(out + k, panel + (k / 2 * kPanel + column) * 4 + k % 2 * 2, 2);
-    } else if (weight.format == kPackedInt8) {
+        return;
+    }
+    static thread_local Scratch scratch;
+    float* numbers = scratch.get<float>(2 * size_t(weight.depth + W));
+    float* rotated = numbers + weight.depth + W;
+    if (weight.format == kPackedInt8) {
         const float scale = weight.scales[row];
         for (int64_t k = 0; k < weight.depth; ++k)
-            out[k] = float_to_bf16(float(int(panel[(k / 4 * kPanel + column) * 4 + k % 4]) - 128) * scale);
+            numbers[k] = float(int(panel[(k / 4 * kPanel + column) * 4 + k % 4]) - 128) * scale;
     } else {
         const size_t group_bytes = 2 * kPanel + size_t(weight.group) * kPanel / 2;
         for (int64_t k = 0; k < weight.depth; ++k) {
@@ -567,9 +627,11 @@ inline void packed_row(const Packed& weight, int64_t row, bf16* out) {
             bf16 scale;
             std::memcpy(&scale, group + column * 2, 2);
             const int value = (column < 16 ? both & 15 : both >> 4) - 8;
-            out[k] = float_to_bf16(float(value) * bf16_to_float(scale));
+            numbers[k] = float(value) * bf16_to_float(scale);
         }
     }
+    rotate(numbers, weight.depth, rotated);
+    for (int64_t k = 0; k < weight.depth; k += W) store_row(out + k, load(rotated + k), weight.depth - k);
 }
 
 }  // namespace moesaic

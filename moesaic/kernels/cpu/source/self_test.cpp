@@ -1,9 +1,7 @@
 // The check that every loaded library passes before it is used: the building blocks against plain loops.
 
 #include "export.h"
-#include "gemm_bf16.h"
-#include "gemm_int8.h"
-#include "parallel.h"
+#include "packed.h"
 #include "transpose.h"
 
 #include <vector>
@@ -55,21 +53,37 @@ bool vectors_are_tiles(int rows, int k, int exponent) {
 }
 #endif
 
+struct CopyRow {
+    float* c = nullptr;
+    void operator()(int row, const float* sums) const { std::copy(sums, sums + kPanel, c + row * kPanel); }
+};
+
 // Bytes at the ends of their range, where 16-bit sums would saturate; scales of 1, so that the result is the sum itself.
 template <int Bits>
 bool integer_products_are_right(int rows) {
-    constexpr int kDepth = 256, kGroup = Bits == 8 ? kActivationBlock : 32;
-    const QuantizedRow row(kDepth);
-    std::vector<char> a(rows * row.bytes());
-    std::vector<float> x(kDepth), c(size_t(rows) * kPanel), room(size_t(rows + 32) * kPanel),
-        ones(kPanel, 1.0f);
-    const auto activation = [](int r, int k) { return k % kActivationBlock == 0 ? 127 : (r * 31 + k * 97) % 255 - 127; };
+    constexpr int kDepth = 256, kGroup = 32, kBytes = Bits == 8 ? kDepth * kPanel : kDepth / kGroup * (kPanel * 2 + 512);
+    const QuantizedRow row(kDepth, Bits == 4);
+    const size_t stride = (row.bytes() + 63) / 64 * 64;
+    std::vector<char> a(rows * stride);
+    std::vector<float> c(size_t(rows) * kPanel), room(size_t(rows + 32) * kPanel), ones(kPanel, 1.0f);
+    const auto activation = [](int r, int k) { return (r * 31 + k * 97) % 255 - 127; };
     const auto weight = [](int k, int n) { return Bits == 8 ? (k * 67 + n * 131) % 256 : (k * 5 + n * 3) % 16; };
     for (int r = 0; r < rows; ++r) {
-        for (int k = 0; k < kDepth; ++k) x[k] = float(activation(r, k));
-        quantize_row(x.data(), kDepth, a.data() + r * row.bytes());
+        char* to = a.data() + r * stride;
+        RowTail tail{1.0f, 0};
+        for (int k = 0; k < kDepth; ++k) {
+            to[k] = char(activation(r, k));
+            tail.start -= 128 * activation(r, k);
+        }
+        std::memcpy(to + row.tail(), &tail, sizeof tail);
+        for (int group = 0; Bits == 4 && group < kDepth / kGroup; ++group) {
+            int32_t start = 0;
+            for (int k = group * kGroup; k < (group + 1) * kGroup; ++k) start -= 8 * activation(r, k);
+            const int place = group / 4 * QuantizedRow::kStarts + QuantizedRow::start_of(kGroup, group % 4);
+            std::memcpy(to + row.starts() + place * 4, &start, 4);
+        }
     }
-    std::vector<uint8_t> panel(Bits == 8 ? kDepth * kPanel : kDepth / kGroup * (kPanel * 2 + kGroup * kPanel / 2));
+    std::vector<uint8_t> panel(kBytes);
     for (int k = 0; k < kDepth; ++k) {
         uint8_t* group = panel.data() + k / kGroup * (kPanel * 2 + kGroup * kPanel / 2);
         for (int n = 0; n < kPanel; ++n) {
@@ -82,11 +96,11 @@ bool integer_products_are_right(int rows) {
             }
         }
     }
-    const IntegerPanel described{panel.data(), ones.data(), kDepth, kGroup, row.tails()};
-    integer_product<Bits, kGroup>(described, rows, a.data(), row.bytes(), room.data(), Next{},
-                                 [&](int first, int last, const float* sums) {
-                                     std::copy(sums, sums + (last - first) * kPanel, c.data() + first * kPanel);
-                                 });
+    const CopyRow copy{c.data()};
+    Waiting<CopyRow> waiting;
+    const Packed packed{Bits == 8 ? kPackedInt8 : kPackedInt4, kPanel, kDepth, kGroup, panel.data(), ones.data()};
+    packed_product(packed, 0, 0, rows, a.data(), stride, room.data(), Next{}, copy, waiting);
+    waiting.all();
     leave_tiles();
     for (int r = 0; r < rows; ++r)
         for (int n = 0; n < kPanel; ++n) {
@@ -94,6 +108,22 @@ bool integer_products_are_right(int rows) {
             for (int k = 0; k < kDepth; ++k) sum += (weight(k, n) - (Bits == 8 ? 128 : 8)) * activation(r, k);
             if (c[r * kPanel + n] != float(sum)) return false;
         }
+    return true;
+}
+
+// The Hadamard matrix, whose elements are 1 or -1 by the parity of the bits that row and column share.
+bool rotation_is_right(int64_t depth) {
+    const size_t count = size_t(depth);
+    std::vector<float> x(count), y(count + W);
+    for (int64_t k = 0; k < depth; ++k) x[size_t(k)] = sample(int(k));
+    rotate(x.data(), depth, y.data());
+    const int64_t size = rotation_size(depth);
+    for (int64_t k = 0; k < depth; ++k) {
+        float sum = 0;
+        for (int64_t i = 0; i < size; ++i)
+            sum += x[size_t(k / size * size + i)] * (__builtin_parityll((k % size) & i) ? -1.0f : 1.0f);
+        if (y[size_t(k)] != sum) return false;
+    }
     return true;
 }
 
@@ -153,6 +183,8 @@ MOESAIC_EXPORT int64_t moesaic_self_test() {
     if (!team_does_each_task_once()) return 4;
     for (int rows : {1, 3, 5, 8, 20, 33})
         if (!integer_products_are_right<8>(rows) || !integer_products_are_right<4>(rows)) return 5;
+    for (int64_t depth : {1, 6, 20, 24, 48, 96, 128, 192, 512, 768, 1024, 2048, 4096, 8192})
+        if (!rotation_is_right(depth)) return 7;
 #if defined(MOESAIC_TILES)
     for (int rows = 1; rows <= kVectorRows; ++rows)
         for (int k : {32, 96, 2176})

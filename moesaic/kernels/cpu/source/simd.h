@@ -90,6 +90,15 @@ inline Vi shift_left(Vi a) {
     return {_mm512_slli_epi32(a.v, N)};
 }
 inline Vf as_float(Vi a) { return {_mm512_castsi512_ps(a.v)}; }
+inline Vi xor_bits(Vi a, Vi b) { return {_mm512_xor_si512(a.v, b.v)}; }
+// Lane i of the result is lane i ^ N.
+template <int N>
+inline Vf swap_lanes(Vf a) {
+    if constexpr (N == 1) return {_mm512_permute_ps(a.v, 0xb1)};
+    if constexpr (N == 2) return {_mm512_permute_ps(a.v, 0x4e)};
+    if constexpr (N == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+    if constexpr (N == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
+}
 // Of every dword pair, the low (high) word of a as the low word, that of b as the high one.
 inline Vi low_words(Vi a, Vi b) {
     return {_mm512_mask_blend_epi16(0xaaaaaaaau, a.v, _mm512_slli_epi32(b.v, 16))};
@@ -207,6 +216,13 @@ inline Vi shift_left(Vi a) {
     return {_mm256_slli_epi32(a.v, N)};
 }
 inline Vf as_float(Vi a) { return {_mm256_castsi256_ps(a.v)}; }
+inline Vi xor_bits(Vi a, Vi b) { return {_mm256_xor_si256(a.v, b.v)}; }
+template <int N>
+inline Vf swap_lanes(Vf a) {
+    if constexpr (N == 1) return {_mm256_permute_ps(a.v, 0xb1)};
+    if constexpr (N == 2) return {_mm256_permute_ps(a.v, 0x4e)};
+    if constexpr (N == 4) return {_mm256_permute2f128_ps(a.v, a.v, 1)};
+}
 inline Vi low_words(Vi a, Vi b) { return {_mm256_blend_epi16(a.v, _mm256_slli_epi32(b.v, 16), 0xaa)}; }
 inline Vi high_words(Vi a, Vi b) { return {_mm256_blend_epi16(_mm256_srli_epi32(a.v, 16), b.v, 0xaa)}; }
 inline Vi as_int(Vf a) { return {_mm256_castps_si256(a.v)}; }

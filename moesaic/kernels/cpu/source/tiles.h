@@ -132,6 +132,15 @@ inline void release_tiles() { asm volatile("tilerelease" : :); }
             tile_load_once(tile, from, stride);    \
     } while (0)
 
+// Terms of 8 bits, or of bf16.
+#define tile_dot(is_bytes, c, a, b)   \
+    do {                              \
+        if constexpr (is_bytes)       \
+            tile_dot_s8u8(c, a, b);   \
+        else                          \
+            tile_dot_bf16(c, a, b);   \
+    } while (0)
+
 // Rows of the upper and lower tiles of A and C; loading a shape clears all tiles, and costs nothing when it is the same.
 inline thread_local int tile_rows = -1;
 inline void configure_tiles(int top, int bottom) {

@@ -1,0 +1,241 @@
+// Rows of activations, rotated and rounded to 8 bits as kernels/quantized.py defines it, to the bit.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "elements.h"
+#include "parallel.h"
+
+namespace moesaic {
+
+// Columns that are rotated together: the largest power of two that divides K.
+inline int64_t rotation_size(int64_t depth) { return depth & -depth; }
+
+template <int H>
+constexpr float sign(int lane) {
+    return lane & H ? -1.0f : 1.0f;
+}
+// Lane i: the sum with lane i ^ H, or in the upper one of the two the lower minus itself.
+template <int H>
+inline Vf lane_butterfly(Vf x) {
+    alignas(64) static constexpr float kSigns[16] = {
+        sign<H>(0), sign<H>(1), sign<H>(2),  sign<H>(3),  sign<H>(4),  sign<H>(5),  sign<H>(6),  sign<H>(7),
+        sign<H>(8), sign<H>(9), sign<H>(10), sign<H>(11), sign<H>(12), sign<H>(13), sign<H>(14), sign<H>(15)};
+    return fma(x, load(kSigns), swap_lanes<H>(x));  // one rounding, that of the sum
+}
+
+// The butterflies of vectors 1, 2, 4 .. apart.
+template <int N>
+inline void vector_butterflies(Vf (&x)[N]) {
+#pragma GCC unroll 4
+    for (int h = 1; h < N; h *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i)
+            if (!(i & h)) {
+                const Vf a = x[i], b = x[i + h];
+                x[i] = add(a, b);
+                x[i + h] = sub(a, b);
+            }
+}
+
+// Size neighbouring numbers, at most what registers hold; load(i) is vector i of them.
+template <int Size, typename Load>
+inline void rotate_neighbours(float* x, Load&& load) {
+    constexpr int N = Size < W ? 1 : Size / W;
+    Vf v[N];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+        v[i] = load(i);
+        if constexpr (Size > 1) v[i] = lane_butterfly<1>(v[i]);
+        if constexpr (Size > 2) v[i] = lane_butterfly<2>(v[i]);
+        if constexpr (Size > 4) v[i] = lane_butterfly<4>(v[i]);
+        if constexpr (Size > 8 && W > 8) v[i] = lane_butterfly<8>(v[i]);
+    }
+    vector_butterflies(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) store(x + i * W, v[i]);
+}
+
+// Rows of N numbers `apart`, of `size` numbers in all.
+template <int N>
+inline void rotate_apart(float* x, int64_t apart, int64_t size) {
+    for (int64_t first = 0; first < size; first += N * apart)
+        for (int64_t j = 0; j < apart; j += W) {
+            Vf v[N];
+#pragma GCC unroll 8
+            for (int i = 0; i < N; ++i) v[i] = load(x + first + i * apart + j);
+            vector_butterflies(v);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; ++i) store(x + first + i * apart + j, v[i]);
+        }
+}
+
+// Blocks of `size` numbers, or where that is more than registers hold, of as many as they do.
+template <int Most, typename T>
+inline void rotate_blocks(const T* x, int64_t depth, int64_t size, float* to) {
+    if (size < Most) {
+        if constexpr (Most > 1) rotate_blocks<Most / 2>(x, depth, size, to);
+        return;
+    }
+    for (int64_t k = 0; k < depth; k += std::max(Most, W))
+        rotate_neighbours<Most>(to + k, [&](int i) {
+            if constexpr (Most >= W) return load_values(x + k + i * W);
+            return load_row(x + k, depth - k);
+        });
+}
+
+// `depth` numbers x times the Hadamard matrix of rotation_size, block by block, to fp32; there is room for whole vectors.
+template <typename T>
+inline void rotate(const T* x, int64_t depth, float* to) {
+    constexpr int kMost = W == 16 ? 256 : 64;
+    const int64_t size = rotation_size(depth);
+    rotate_blocks<kMost>(x, depth, size, to);
+    for (int64_t apart = kMost; apart < size;) {
+        const int64_t left = size / apart;
+        if (left >= 8) {
+            rotate_apart<8>(to, apart, depth);
+            apart *= 8;
+        } else if (left == 4) {
+            rotate_apart<4>(to, apart, depth);
+            apart *= 4;
+        } else {
+            rotate_apart<2>(to, apart, depth);
+            apart *= 2;
+        }
+    }
+}
+
+// A row of K activations as integer weights multiply it: bytes, zero up to a whole block of 128, and behind them what
+// takes the weights' offset off again. An offset of 128 adds 128 times the sum of the row to every sum; `start` is minus
+// that. For 4 bits, whose offset is 8, every group of K has a start of its own: of each 128 columns those of the 4
+// groups of 32, the 2 of 64 and the one of 128.
+struct RowTail {
+    float scale;
+    int32_t start;
+};
+struct QuantizedRow {
+    static constexpr int kBlock = 128, kStarts = 7;
+    int blocks;
+    bool has_groups;
+
+    QuantizedRow(int64_t depth, bool with_groups) : blocks(int((depth + kBlock - 1) / kBlock)), has_groups(with_groups) {}
+    size_t tail() const { return size_t(blocks) * kBlock; }
+    size_t starts() const { return tail() + sizeof(RowTail); }
+    size_t bytes() const { return starts() + (has_groups ? size_t(blocks) * kStarts * 4 : 0); }
+
+    // Of group `part` of a block, behind starts().
+    static constexpr int start_of(int group, int part) { return (group == 32 ? 0 : group == 64 ? 4 : 6) + part; }
+};
+
+#if defined(__AVX512F__)
+
+inline Vf largest_magnitude(Vf a, Vf b) {  // of bits, so that NaN is above all
+    return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v),
+                                                 _mm512_castps_si512(_mm512_abs_ps(b.v))))};
+}
+inline int32_t largest_bits(Vf x) { return _mm512_reduce_max_epi32(_mm512_castps_si512(x.v)); }
+
+// 32 numbers times the factor, rounded, and their sum.
+inline int32_t round_to_bytes(const float* x, Vf factor, int8_t* to) {
+    const __m512i low = to_int(mul(load(x), factor)).v, high = to_int(mul(load(x + 16), factor)).v;
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(low));
+    _mm_storeu_si128((__m128i*)(to + 16), _mm512_cvtepi32_epi8(high));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+}
+// 128 numbers likewise; their sums are added to those in `total`, whichever lane.
+inline Vi round_to_bytes(const float* x, Vf factor, int8_t* to, Vi total) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int half = 0; half < 128; half += 64) {
+        __m512i v[4];
+        for (int i = 0; i < 4; ++i) v[i] = to_int(mul(load(x + half + 16 * i), factor)).v;
+        const __m512i bytes =
+            _mm512_permutexvar_epi32(order, _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3])));
+        _mm512_storeu_si512(to + half, bytes);
+        total.v = _mm512_dpbusd_epi32(total.v, _mm512_set1_epi8(1), bytes);
+    }
+    return total;
+}
+inline int32_t sum_lanes(Vi x) { return _mm512_reduce_add_epi32(x.v); }
+
+#else
+
+inline Vf largest_magnitude(Vf a, Vf b) {
+    return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(abs(b).v)))};
+}
+inline int32_t sum_lanes(Vi x) {
+    int32_t lanes[W], total = 0;
+    storei(lanes, x);
+    for (int32_t lane : lanes) total += lane;
+    return total;
+}
+inline int32_t largest_bits(Vf x) {
+    int32_t lanes[W];
+    store(reinterpret_cast<float*>(lanes), x);
+    return *std::max_element(lanes, lanes + W);
+}
+inline int32_t round_to_bytes(const float* x, Vf factor, int8_t* to) {
+    Vi total = set1i(0);
+    for (int i = 0; i < 32; i += W) {
+        const Vi rounded = to_int(mul(load(x + i), factor));
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded.v), _mm256_extracti128_si256(rounded.v, 1));
+        _mm_storel_epi64((__m128i*)(to + i), _mm_packs_epi16(words, words));
+        total = addi(total, rounded);
+    }
+    return sum_lanes(total);
+}
+inline Vi round_to_bytes(const float* x, Vf factor, int8_t* to, Vi total) {
+    int32_t sum = 0;
+    for (int i = 0; i < 128; i += 32) sum += round_to_bytes(x + i, factor, to + i);
+    int32_t lanes[W] = {sum};
+    return addi(total, loadi(lanes));
+}
+
+#endif
+
+// A row of `depth` fp32 or bf16 numbers.
+template <typename T>
+inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, char* to) {
+    static thread_local Scratch scratch;
+    constexpr int kBlock = QuantizedRow::kBlock;
+    const int64_t padded = int64_t(row.blocks) * kBlock;
+    float* numbers = scratch.get<float>(size_t(padded));
+    rotate(x, depth, numbers);
+    std::fill(numbers + depth, numbers + padded, 0.0f);
+    Vf largest = zero();
+    for (int64_t k = 0; k < padded; k += W) largest = largest_magnitude(largest, load(numbers + k));
+    const int32_t bits = largest_bits(largest);
+    const bool is_finite = bits < 0x7f800000;
+    constexpr int32_t kSmallest = (127 - 120) << 23;  // 2^-120: 127 divided by less would leave fp32
+    if (!is_finite || bits < kSmallest) {
+        std::memset(to, 0, row.bytes());
+        const RowTail tail{is_finite ? 0.0f : NAN, 0};
+        std::memcpy(to + row.tail(), &tail, sizeof tail);
+        return;
+    }
+    float amax;
+    std::memcpy(&amax, &bits, 4);
+    const Vf factor = set1(127.0f / amax);
+    int8_t* values = reinterpret_cast<int8_t*>(to);
+    RowTail tail{amax / 127.0f, 0};
+    if (row.has_groups) {
+        char* starts = to + row.starts();
+        for (int64_t block = 0; block < padded; block += kBlock) {
+            int32_t own[4];
+            for (int part = 0; part < 4; ++part)
+                own[part] = -8 * round_to_bytes(numbers + block + part * 32, factor, values + block + part * 32);
+            const int32_t first = own[0] + own[1], second = own[2] + own[3];
+            const int32_t all[QuantizedRow::kStarts] = {own[0], own[1], own[2], own[3], first, second, first + second};
+            std::memcpy(starts, all, sizeof all);
+            starts += sizeof all;
+        }
+    } else {
+        Vi total = set1i(0);
+        for (int64_t block = 0; block < padded; block += kBlock)
+            total = round_to_bytes(numbers + block, factor, values + block, total);
+        tail.start = -128 * sum_lanes(total);
+    }
+    std::memcpy(to + row.tail(), &tail, sizeof tail);
+}
+
+}  // namespace moesaic
