@@ -229,7 +229,7 @@ inline void block_by_tiles(int rows, int pairs, const bf16* a, size_t lda, const
         from ? load_sums<2, kBottom>(from, kPanel) : clear_sums<2, kBottom>();
         multiply_tiles<stays, 2, kBottom, kBytes>(
             a, a + 16 * lda, lda, b, kPanel, pairs,
-            [ahead, complete = waiting.template take<kBytes>()](int, int quarter) mutable {
+            [ahead, complete = waiting.template take<kBytes>()](int, int quarter) mutable __attribute__((always_inline)) {
                 ahead.quarter();
                 if (quarter % kEvery == kEvery - 1) complete.template one<kBytes>();
             });
