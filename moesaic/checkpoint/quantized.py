@@ -1,7 +1,8 @@
 """How a checkpoint says that it is quantised, and how a quantised matrix is named in it.
 
 A matrix NAME is stored as NAME.values and NAME.scales (kernels/quantized.py says what these hold); the manifest's
-metadata has `quantization`, with the bits and the group size of every such matrix. All other tensors are as ever.
+metadata has `quantization`, with the format of the integers, and the bits and the group size of every such matrix. All
+other tensors are as ever.
 """
 
 from dataclasses import dataclass

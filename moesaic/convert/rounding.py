@@ -49,7 +49,7 @@ def searched_scales(grouped: Tensor, importance: Tensor | None = None) -> Tensor
 def feedback_factor(second_moments: Tensor) -> Tensor:
     """Return the upper triangular (K, K) fp32 factor that round_with_feedback needs of X^T X (K, K), in fp64.
 
-    It is that of the inputs as they meet the weight: rotated. Rotated inputs that are always 0 have no say in anything.
+    It is that of the inputs as they meet the weight: rotated. A column of those that is always 0 has no say.
     """
     moments = rotate(rotate(second_moments.double()).t()).clone()
     diagonal = moments.diagonal()

@@ -104,7 +104,7 @@ def test_the_model_computes_with_the_rounded_weights(make_run: Any, tmp_path: Pa
         before = original.logits(original(tokens).hidden)
     # By token: where one's experts are nearly level, the noise of 8 bits may choose another.
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert error.median() < 0.04 and (error > 0.1).float().mean() < 0.2
+    assert error.median() < 0.04 and (error > 0.1).float().mean() < 0.2 and error.max() < 1
     if model != "dense":  # int4 changes more than activations of 8 bits and bf16 do
         assert error.median() < 0.7 * ((found - before).norm(dim=-1) / before.norm(dim=-1)).median()
     assert len(generate(loaded.model, [5, 6, 7], max_new_tokens=8)) == 8

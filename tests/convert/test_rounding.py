@@ -42,7 +42,7 @@ def test_feedback_loses_less_of_the_product_than_rounding_to_nearest(
     assert with_feedback.shape == nearest.shape and torch.equal(weight, draw(48, columns))
     ratio = output_error(weight, with_feedback, inputs) / output_error(weight, nearest, inputs)
     assert ratio < 0.95
-    unseen = correlated(500, columns).flip(1)  # inputs of another kind gain nothing, and lose no multiple either
+    unseen = correlated(500, columns).flip(1)  # inputs of another kind gain nothing, and lose some
     assert output_error(weight, with_feedback, unseen) < 2.5 * output_error(weight, nearest, unseen)
 
 

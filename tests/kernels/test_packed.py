@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weig
 SUPPORTED = select.supported_instruction_sets()
 CHOICES = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else []), "reference"]
 FORMATS = ("bf16", "int8", "int4-32", "int4-64", "int4-128")
-# N that no panel divides, K of one group, of several activation blocks, and of a part of one.
+# N that no panel divides, K of one group, of several blocks of the kernels' loops, and of a part of one.
 SIZES = [(40, 128), (32, 256), (7, 384), (96, 640)]
 
 
@@ -95,6 +96,38 @@ def test_integer_weights_equal_their_definition_to_the_bit(choice: str, format: 
             x = numbers(rows, k, seed=rows) * torch.logspace(-3, 3, rows)[:, None]
             with select.forced(choice):
                 assert same_bits(one(x, packed), quantized_linear(x, weight)), (n, k, rows)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("format", ["int8", "int4-64"])
+def test_a_rotation_of_every_size_rounds_in_the_same_order(choice: str, format: str) -> None:
+    """Registers hold 64 or 256 of the columns that are rotated together; more take further steps of 2, 4 and 8."""
+    sizes = (64, 192, 512, 768, 1024, 2048, 4096, 8192)
+    for k in sizes if format == "int4-64" else (4, 16, 24, 48, *sizes):
+        weight, x = weight_of(format, 33, k), numbers(6, k, seed=k) * torch.logspace(-4, 4, k)
+        assert isinstance(weight, QuantizedWeight)
+        packed = pack_weight(weight)
+        with select.forced(choice):
+            for rows in (x, x.bfloat16().float()):
+                assert same_bits(one(rows, packed), quantized_linear(rows, weight)), k
+            bits = one(x.bfloat16(), packed, out_dtype=torch.float32)
+        assert same_bits(bits, quantized_linear(x.bfloat16(), weight)), k
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_sums_of_8_bits_beyond_24_bits_and_offsets_beyond_32(choice: str) -> None:
+    for k in (4097, 70_001):  # odd numbers, which are not rotated
+        values = torch.full((33, k), 127, dtype=torch.int8)
+        values[1] = -127
+        values[2, ::3] = 5
+        weight = QuantizedWeight(values, torch.full((33,), 0.5), 8, None)
+        x = torch.full((37, k), 127.0)
+        x[1::2, 7] = -126.0
+        with select.forced(choice):
+            for rows in (1, 6, 37):
+                y = one(x[:rows], pack_weight(weight))
+                assert same_bits(y, quantized_linear(x[:rows], weight)), (k, rows)
+                assert y[0, 0] == float(np.float32(127 * 127 * k)) / 2 == -y[0, 1]
 
 
 @pytest.mark.parametrize("choice", CHOICES)

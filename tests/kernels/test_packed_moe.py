@@ -15,7 +15,7 @@ CHOICES = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else []), "reference"]
 FORMATS = ("bf16", "int8", "int4-32")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 # Largest error of a token over its output's size, against fp32 weights of the same values: bf16 rounds x and hidden
-# (1 in 512), integers quantise them (1 in 254 of a block's largest number, which is three times the typical one).
+# (1 in 512), integers quantise them (1 in 254 of a row's largest number, which is three times the typical one).
 TOLERANCE = {"bf16": 1e-2, "int8": 4e-2, "int4-32": 4e-2}
 
 
@@ -84,7 +84,7 @@ def by_token(
 
 
 def layer(format: str, activation: str = "swiglu", *, experts: int | None = 5, has_bias: bool = False) -> Mlp:
-    # F is no multiple of a panel for bf16 and int8, and one block and a part of the next in all.
+    # F is no multiple of a panel for bf16 and int8, and the 128 columns of a task and a part of the next in all.
     inner = 160 if format.startswith("int4") else 136
     return Mlp(format, activation, hidden=96, inner=inner, experts=experts, has_bias=has_bias, seed=20)
 
@@ -220,6 +220,20 @@ def test_a_dense_mlp_and_mixed_formats(choice: str) -> None:
     torch.testing.assert_close(dense, reference.mlp(x, residual.weights, 0), atol=2e-2, rtol=4e-3)
     torch.testing.assert_close(both, alone + dense, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(other, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(("format", "beside"), [("int8", "int4-32"), ("int4-32", "int8"), ("int8", "bf16")])
+def test_experts_and_a_residual_of_other_formats(choice: str, format: str, beside: str) -> None:
+    experts, residual = layer(format), layer(beside, experts=None)
+    for tokens in (1, 9, 90):
+        x = numbers(tokens, 96, seed=7)
+        expert_ids, routing_weights = routes(tokens, 5, 2)
+        with select.forced(choice):
+            both = packed_moe(x, expert_ids, routing_weights, experts.packed, residual=residual.packed)
+            alone = packed_moe(x, expert_ids, routing_weights, experts.packed)
+            dense = packed_mlp(x, residual.packed)
+        torch.testing.assert_close(both, alone + dense, atol=2e-6, rtol=1e-6)
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -50,7 +50,7 @@ def test_a_rotation_is_a_hadamard_matrix_for_every_block_of_columns(columns: int
 def test_a_rotation_adds_neighbours_first() -> None:
     """The order of roundings is part of the definition: 1e8 swallows a 3 that comes alone and not the sum of two."""
     assert rotate(torch.tensor([[1e8, 0.0, 3.0, 3.0]]))[0, 0] == 1e8 + 8
-    assert rotate(torch.tensor([[1e8, 3.0, 3.0, 0.0]]))[0, 0] == 1e8
+    assert rotate(torch.tensor([[1e8, 3.0, 0.0, 3.0]]))[0, 0] == 1e8
 
 
 def test_a_rotation_leaves_a_product_as_it_is_and_spreads_large_columns() -> None:

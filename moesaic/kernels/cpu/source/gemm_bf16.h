@@ -112,7 +112,7 @@ struct StreamAndLinesAhead {
     }
 };
 
-// Lines, and of streams in turn, as many as a multiple of 4, kEach lines for every quarter.
+// Lines, and of streams in turn, an even number of them, kEach lines for every quarter.
 template <int kEach>
 struct StreamsAndLinesAhead {
     const char* at;

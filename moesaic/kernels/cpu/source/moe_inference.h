@@ -338,15 +338,16 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     // Rows that several slices made. Few of them every member quantises for itself.
     static thread_local std::vector<int> split;
     split.clear();
-    for (int slice = up_slices.count() - 1; slice > 0; --slice) {
-        const int begin = up_slices.begin(slice), index = run_of(begin);
-        if (work.runs[index].first_task < begin && mlp_of(work.runs[index]).down.is_integer() &&
-            (split.empty() || split.back() != index))
-            split.push_back(index);
-    }
+    if (experts.down.is_integer() || (call.residual && call.residual->down.is_integer()))
+        up_slices.each_border([&](int task) {
+            const int index = run_of(task);
+            if (work.runs[index].first_task < task && mlp_of(work.runs[index]).down.is_integer() &&
+                (split.empty() || split.back() != index))
+                split.push_back(index);
+        });
     const bool are_own = work.num_runs[2] <= kFewRows;
     char* own = nullptr;
-    if (are_own) {
+    if (are_own && !split.empty()) {
         size_t bytes = 0;
         for (const int index : split) bytes += size_t(work.runs[index].rows) * mlp_of(work.runs[index]).down.row_bytes();
         own = activated_buffer.get<char>(bytes);
@@ -366,11 +367,13 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     }
     // The hidden rows of an expert, or of the residual.
     const auto rows_of = [&](int64_t expert) {
-        const char* from = own;
-        for (const int index : split) {
-            const MoeRun& run = work.runs[index];
-            if (are_own && run.expert == expert) return from;
-            from += size_t(run.rows) * mlp_of(run).down.row_bytes();
+        if (are_own) {
+            const char* from = own;
+            for (const int index : split) {
+                const MoeRun& run = work.runs[index];
+                if (run.expert == expert) return from;
+                from += size_t(run.rows) * mlp_of(run).down.row_bytes();
+            }
         }
         if (expert == call.num_experts) return static_cast<const char*>(work.residual_hidden);
         return static_cast<const char*>(work.hidden) + size_t(work.starts[expert]) * experts.down.row_bytes();

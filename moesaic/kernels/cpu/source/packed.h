@@ -631,7 +631,7 @@ inline void packed_row(const Packed& weight, int64_t row, bf16* out) {
         }
     }
     rotate(numbers, weight.depth, rotated);
-    for (int64_t k = 0; k < weight.depth; k += W) store_row(out + k, load(rotated + k), weight.depth - k);
+    for (int64_t k = 0; k < weight.depth; ++k) out[k] = float_to_bf16(rotated[k]);
 }
 
 }  // namespace moesaic

@@ -120,6 +120,15 @@ struct Slices {
         for (int i = at / most; i < index && at < panels; ++i) at += width(panels - at);
         return at;
     }
+    // Calls body(the first panel of a slice) for all slices but the first, in order.
+    template <typename Body>
+    void each_border(Body&& body) const {
+        const int full = std::max(0, panels / most - threads);
+        for (int at = full > 0 ? most : width(panels), index = 1; at < panels; ++index) {
+            body(at);
+            at += index < full ? most : width(panels - at);
+        }
+    }
     int count() const {
         int count = std::max(0, panels / most - threads);
         for (int at = begin(count); at < panels; ++count) at += width(panels - at);

@@ -60,31 +60,24 @@ struct CopyRow {
 
 // Bytes at the ends of their range, where 16-bit sums would saturate; scales of 1, so that the result is the sum itself.
 template <int Bits>
-bool integer_products_are_right(int rows) {
-    constexpr int kDepth = 256, kGroup = 32, kBytes = Bits == 8 ? kDepth * kPanel : kDepth / kGroup * (kPanel * 2 + 512);
-    const QuantizedRow row(kDepth, Bits == 4);
+bool integer_products_are_right(int rows, int depth) {
+    constexpr int kGroup = 32;
+    const int bytes = Bits == 8 ? depth * kPanel : depth / kGroup * (kPanel * 2 + 512);
+    const QuantizedRow row(depth, Bits == 4);
     const size_t stride = (row.bytes() + 63) / 64 * 64;
     std::vector<char> a(rows * stride);
     std::vector<float> c(size_t(rows) * kPanel), room(size_t(rows + 32) * kPanel), ones(kPanel, 1.0f);
-    const auto activation = [](int r, int k) { return (r * 31 + k * 97) % 255 - 127; };
+    const auto activation = [](int r, int k) { return k % 128 == 0 ? 127 : (r * 31 + k * 97) % 255 - 127; };
     const auto weight = [](int k, int n) { return Bits == 8 ? (k * 67 + n * 131) % 256 : (k * 5 + n * 3) % 16; };
     for (int r = 0; r < rows; ++r) {
-        char* to = a.data() + r * stride;
-        RowTail tail{1.0f, 0};
-        for (int k = 0; k < kDepth; ++k) {
-            to[k] = char(activation(r, k));
-            tail.start -= 128 * activation(r, k);
-        }
-        std::memcpy(to + row.tail(), &tail, sizeof tail);
-        for (int group = 0; Bits == 4 && group < kDepth / kGroup; ++group) {
-            int32_t start = 0;
-            for (int k = group * kGroup; k < (group + 1) * kGroup; ++k) start -= 8 * activation(r, k);
-            const int place = group / 4 * QuantizedRow::kStarts + QuantizedRow::start_of(kGroup, group % 4);
-            std::memcpy(to + row.starts() + place * 4, &start, 4);
-        }
+        // What is rotated to whole numbers of which 127 is the largest, so that rounding gives them back.
+        std::vector<float> x(static_cast<size_t>(depth)), rotated(x);
+        for (int k = 0; k < depth; ++k) x[size_t(k)] = float(activation(r, k)) / float(rotation_size(depth));
+        rotate(x.data(), depth, rotated.data());
+        quantize_row(row, rotated.data(), depth, a.data() + r * stride);
     }
-    std::vector<uint8_t> panel(kBytes);
-    for (int k = 0; k < kDepth; ++k) {
+    std::vector<uint8_t> panel(static_cast<size_t>(bytes));
+    for (int k = 0; k < depth; ++k) {
         uint8_t* group = panel.data() + k / kGroup * (kPanel * 2 + kGroup * kPanel / 2);
         for (int n = 0; n < kPanel; ++n) {
             if (Bits == 8) {
@@ -98,14 +91,14 @@ bool integer_products_are_right(int rows) {
     }
     const CopyRow copy{c.data()};
     Waiting<CopyRow> waiting;
-    const Packed packed{Bits == 8 ? kPackedInt8 : kPackedInt4, kPanel, kDepth, kGroup, panel.data(), ones.data()};
+    const Packed packed{Bits == 8 ? kPackedInt8 : kPackedInt4, kPanel, depth, kGroup, panel.data(), ones.data()};
     packed_product(packed, 0, 0, rows, a.data(), stride, room.data(), Next{}, copy, waiting);
     waiting.all();
     leave_tiles();
     for (int r = 0; r < rows; ++r)
         for (int n = 0; n < kPanel; ++n) {
             int sum = 0;
-            for (int k = 0; k < kDepth; ++k) sum += (weight(k, n) - (Bits == 8 ? 128 : 8)) * activation(r, k);
+            for (int k = 0; k < depth; ++k) sum += (weight(k, n) - (Bits == 8 ? 128 : 8)) * activation(r, k);
             if (c[r * kPanel + n] != float(sum)) return false;
         }
     return true;
@@ -182,7 +175,8 @@ MOESAIC_EXPORT int64_t moesaic_self_test() {
     if (!exponential_is_right()) return 3;
     if (!team_does_each_task_once()) return 4;
     for (int rows : {1, 3, 5, 8, 20, 33})
-        if (!integer_products_are_right<8>(rows) || !integer_products_are_right<4>(rows)) return 5;
+        for (int depth : {256, 1280})
+            if (!integer_products_are_right<8>(rows, depth) || !integer_products_are_right<4>(rows, depth)) return 5;
     for (int64_t depth : {1, 6, 20, 24, 48, 96, 128, 192, 512, 768, 1024, 2048, 4096, 8192})
         if (!rotation_is_right(depth)) return 7;
 #if defined(MOESAIC_TILES)

@@ -90,7 +90,6 @@ inline Vi shift_left(Vi a) {
     return {_mm512_slli_epi32(a.v, N)};
 }
 inline Vf as_float(Vi a) { return {_mm512_castsi512_ps(a.v)}; }
-inline Vi xor_bits(Vi a, Vi b) { return {_mm512_xor_si512(a.v, b.v)}; }
 // Lane i of the result is lane i ^ N.
 template <int N>
 inline Vf swap_lanes(Vf a) {
@@ -216,7 +215,6 @@ inline Vi shift_left(Vi a) {
     return {_mm256_slli_epi32(a.v, N)};
 }
 inline Vf as_float(Vi a) { return {_mm256_castsi256_ps(a.v)}; }
-inline Vi xor_bits(Vi a, Vi b) { return {_mm256_xor_si256(a.v, b.v)}; }
 template <int N>
 inline Vf swap_lanes(Vf a) {
     if constexpr (N == 1) return {_mm256_permute_ps(a.v, 0xb1)};
