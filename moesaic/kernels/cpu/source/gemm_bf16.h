@@ -170,7 +170,7 @@ struct PagesAhead {
 class Streams {
   public:
     Streams(const char* from, size_t bytes)
-        : from_(from), streams_(bytes % 8192 == 0 && bytes > 0 ? int(bytes / 4096) : std::max(4, int((bytes + 16383) / 16384 * 4))),
+        : from_(from), streams_(streams_of(bytes)),
           pitch_((int64_t(bytes) + streams_ * 64 - 1) / (streams_ * 64) * 64), lines_(pitch_ / 64 * streams_) {}
 
     // Calls body(what to read ahead) for the product that brings its share, the last one up to `share` of `shares`, within
@@ -198,6 +198,13 @@ class Streams {
     }
 
   private:
+    // Whole pages where there is an even number of them: in a shorter stream the processor's prefetcher has hardly begun.
+    static int streams_of(size_t bytes) {
+        constexpr size_t kPage = 4096;
+        if (bytes > 0 && bytes % (2 * kPage) == 0) return int(bytes / kPage);
+        return std::max(4, int((bytes + 4 * kPage - 1) / (4 * kPage) * 4));
+    }
+
     const char* from_;
     int streams_;
     int64_t pitch_, lines_, brought_ = 0;

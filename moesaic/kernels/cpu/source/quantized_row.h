@@ -149,8 +149,8 @@ inline Vi round_to_bytes(const float* x, Vf factor, int8_t* to, Vi total) {
     for (int half = 0; half < 128; half += 64) {
         __m512i v[4];
         for (int i = 0; i < 4; ++i) v[i] = to_int(mul(load(x + half + 16 * i), factor)).v;
-        const __m512i bytes =
-            _mm512_permutexvar_epi32(order, _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3])));
+        const __m512i words[2] = {_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3])};
+        const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(words[0], words[1]));
         _mm512_storeu_si512(to + half, bytes);
         total.v = _mm512_dpbusd_epi32(total.v, _mm512_set1_epi8(1), bytes);
     }
