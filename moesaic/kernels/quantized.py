@@ -22,6 +22,8 @@ SMALLEST_AMAX = 2.0**-120
 MAX_COLUMNS = 1 << 17
 # Columns whose dot product of 8 bits stays below 2**24, exact in fp32 in any order.
 _EXACT_COLUMNS = 1024
+# Numbers that stay in a cache from step to step of a rotation.
+_ROTATED_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,23 @@ def rotate(x: Tensor) -> Tensor:
     size = rotation_size(x.shape[-1])
     if size == 1 or x.is_meta:
         return x
-    # A copy, with a row for each column: every step reads long rows.
-    current = x.reshape(-1, size).t().clone(memory_format=torch.contiguous_format)
-    following = torch.empty_like(current)
-    apart = 1
-    while apart < size:
-        pairs, results = (each.view(size // (2 * apart), 2, apart, -1) for each in (current, following))
-        torch.add(pairs[:, 0], pairs[:, 1], out=results[:, 0])
-        torch.sub(pairs[:, 0], pairs[:, 1], out=results[:, 1])
-        current, following = following, current
-        apart *= 2
-    return current.t().contiguous().view(x.shape)
+    rows = x.reshape(-1, size)
+    rotated = torch.empty_like(rows)
+    rows_at_once = max(1, _ROTATED_AT_ONCE // size)
+    for part, result in zip(rows.split(rows_at_once), rotated.split(rows_at_once), strict=True):
+        # A copy, with a row for each column: every step reads long rows.
+        current = part.t().clone(memory_format=torch.contiguous_format)
+        following = torch.empty_like(current)
+        apart = 1
+        while apart < size:
+            shape = (size // (2 * apart), 2, apart, part.shape[0])
+            pairs, results = current.view(shape), following.view(shape)
+            torch.add(pairs[:, 0], pairs[:, 1], out=results[:, 0])
+            torch.sub(pairs[:, 0], pairs[:, 1], out=results[:, 1])
+            current, following = following, current
+            apart *= 2
+        result.copy_(current.t())
+    return rotated.view(x.shape)
 
 
 def rotate_weight(weight: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ def test_a_rotation_is_a_hadamard_matrix_for_every_block_of_columns(columns: int
     assert torch.equal(rotate(x.bfloat16()), rotate(x.bfloat16().float()))
     assert torch.allclose(rotate(rotate_weight(x)), x, atol=1e-6) and rotate(x.double()).dtype == torch.float64
     assert torch.equal(rotate(x)[1, 2], rotate(x[1, 2:3])[0])  # a row does not depend on the others
+    assert rotate(x[:0]).shape == (0, 5, columns)
+    many = draw(2**19 // columns + 3, columns)  # more than are rotated at a time
+    assert torch.equal(rotate(many)[-5:], rotate(many[-5:]))
 
 
 def test_a_rotation_adds_neighbours_first() -> None:
