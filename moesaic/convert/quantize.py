@@ -30,7 +30,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, ConversionError, DataError
 from moesaic.evaluate.perplexity import Comparison, Perplexity, compare, record_reference, text_windows
 from moesaic.evaluate.text import read_documents
-from moesaic.kernels.quantized import GROUP_SIZES, quantize_weight
+from moesaic.kernels.quantized import GROUP_SIZES, MAX_COLUMNS, quantize_weight
 from moesaic.logs import logger
 from moesaic.model.load import load_run, load_run_config
 
@@ -375,6 +375,10 @@ def _plan(
                 )
             schemes[name] = Scheme(4, group_size)
         elif format_ == "int8":
+            if shapes[name][-1] > MAX_COLUMNS:
+                raise ConfigError(
+                    f"{name} has {shapes[name][-1]} columns; sums of int8 take at most {MAX_COLUMNS}; use bf16 or int4."
+                )
             schemes[name] = Scheme(8, None)
     # A bf16 model casts its embeddings to bf16 before every use, so nothing is lost; the router, norms and mix compute
     # in fp32.

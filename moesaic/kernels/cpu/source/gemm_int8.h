@@ -13,7 +13,7 @@
 
 namespace moesaic {
 
-constexpr int kActivationBlock = QuantizedRow::kBlock;
+constexpr int kActivationBlock = QuantizedRow::kBlock;  // columns of a row in one step of the loops over K
 
 #if defined(__AVX512F__)
 
