@@ -103,6 +103,19 @@ def test_equals_attention_over_whole_sequences(kernels: str, heads: tuple[int, i
     torch.testing.assert_close(case.attend().float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
 
 
+@pytest.mark.parametrize("heads", [(10, 2, 64), (5, 1, 96), (9, 1, 16)])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_chunks_that_begin_in_a_later_split(
+    kernels: str, heads: tuple[int, int, int], cache_dtype: torch.dtype
+) -> None:
+    # The first chunk's rows see part of the second split or none of the third, the second chunk's end with the split.
+    lengths, new = ([530, 512], [70, 19]) if kernels != "amx-emulated" else ([290, 256], [50, 19])
+    case = Case(lengths, new, heads, cache_dtype=cache_dtype).fill()
+    read = [read_kv(case.blocks, case.batch.block_tables[s], n) for s, n in enumerate(case.lengths)]
+    wanted = case.expected([keys for keys, _ in read], [values for _, values in read])
+    torch.testing.assert_close(case.attend().float(), wanted, rtol=8e-3, atol=8e-3)
+
+
 def test_a_scale_of_its_own(kernels: str) -> None:
     case = Case(*RAGGED, (8, 2, 64)).fill()
     out = paged_attention(case.query, case.blocks, case.batch, scale=0.05)

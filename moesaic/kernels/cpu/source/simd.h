@@ -84,7 +84,10 @@ inline Vf round(Vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_
 inline Vi to_int(Vf a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline Vf to_float(Vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Vi addi(Vi a, Vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Vi subi(Vi a, Vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Vi andi(Vi a, Vi b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Vi ori(Vi a, Vi b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline bool any_negative(Vi x) { return _mm512_movepi32_mask(x.v) != 0; }
 template <int N>
 inline Vi shift_left(Vi a) {
     return {_mm512_slli_epi32(a.v, N)};
@@ -209,7 +212,10 @@ inline Vf round(Vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT |
 inline Vi to_int(Vf a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline Vf to_float(Vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Vi addi(Vi a, Vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Vi subi(Vi a, Vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline Vi andi(Vi a, Vi b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Vi ori(Vi a, Vi b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline bool any_negative(Vi x) { return _mm256_movemask_ps(_mm256_castsi256_ps(x.v)) != 0; }
 template <int N>
 inline Vi shift_left(Vi a) {
     return {_mm256_slli_epi32(a.v, N)};
