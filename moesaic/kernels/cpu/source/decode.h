@@ -210,19 +210,28 @@ struct DecodeWorkspace {
     size_t own_bytes_;
 };
 
-// x (+= added, rounded), and normed = norm(x), for rows [first, last).
+// x (+= added, rounded), and normed = norm(x), for rows [first, last). Rows of a prompt come from the third-level cache:
+// each is asked for while the one before is worked on.
 inline void add_and_norm(const DecodeModel& model, const NormWeights& weights, int64_t first, int64_t last,
                          const bf16* added, bf16* x, bf16* normed, const DecodeWorkspace& work) {
     const int64_t size = model.hidden_size;
-    if (added)
-        for (int64_t i = first * size; i < last * size; i += W) {
-            const int64_t left = last * size - i;
-            store_row(x + i, add(load_row(x + i, left), load_row(added + i, left)), left);
-        }
     NormArguments norm{x, true, last, size, weights.weight, weights.bias, float(model.norm_epsilon), normed,
                        weights.bias ? work.mean : nullptr, work.inverse};
-    for (int64_t row = first; row < last; ++row)
+    for (int64_t row = first; row < last; ++row) {
+        if (added) {
+            bf16* own = x + row * size;
+            const bf16* more = added + row * size;
+            const int64_t next = row + 1 < last ? size : 0;
+            for (int64_t i = 0; i < size; i += W) {
+                if (i % (2 * W) == 0) {
+                    _mm_prefetch(reinterpret_cast<const char*>(own + next + i), _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(more + next + i), _MM_HINT_T0);
+                }
+                store_row(own + i, add(load_row(own + i, size - i), load_row(more + i, size - i)), size - i);
+            }
+        }
         weights.bias ? norm_row<bf16, true>(norm, row) : norm_row<bf16, false>(norm, row);
+    }
 }
 
 inline void embed_token(const DecodeCall& call, int64_t token, bf16* x) {
@@ -498,13 +507,15 @@ inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& sh
     const bool is_private = call.is_private();
     DecodeWorkspace work = shared;
     if (is_private) work.use_own_of(call, team.member());
-    constexpr int64_t kRows = 4;  // of a task
-    const long row_tasks = long((call.num_tokens + kRows - 1) / kRows);
+    const int64_t rows_each = std::clamp(call.num_tokens / (8 * team.size()), int64_t(4), int64_t(16));
+    const long row_tasks = long((call.num_tokens + rows_each - 1) / rows_each);
     auto rows = [&](auto&& body) {
         if (is_private)
             body(0, call.num_tokens);
         else
-            team.tasks(row_tasks, [&](long task) { body(task * kRows, std::min((task + 1) * kRows, call.num_tokens)); });
+            team.tasks(row_tasks, [&](long task) {
+                body(task * rows_each, std::min((task + 1) * rows_each, call.num_tokens));
+            });
     };
     rows([&](int64_t first, int64_t last) {
         for (int64_t token = first; token < last; ++token)
