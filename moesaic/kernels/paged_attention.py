@@ -27,7 +27,7 @@ PANEL = 32
 
 @dataclass(frozen=True)
 class KVBlocks:
-    """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_paged.h).
+    """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_blocks.h).
 
     Shapes, with P = block_size / 32 panels and W = head_dim rounded up to 32: keys (blocks, KV, P, W/2, 32, 2), pairs
     of channels of 32 positions; values (blocks, KV, P, W/32, 16, 32, 2), pairs of positions of 32 channels; key_scales,

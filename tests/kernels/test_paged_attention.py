@@ -103,17 +103,28 @@ def test_equals_attention_over_whole_sequences(kernels: str, heads: tuple[int, i
     torch.testing.assert_close(case.attend().float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
 
 
+# Chunks in a later split than the first, whose rows see part of one, none of one, or all of it; several heads of two
+# blocks of rows a task; rows left over that are few.
+CHUNKS = [([530, 512], [70, 19]), ([600, 300], [5, 6]), ([530, 290], [13, 26])]
+
+
 @pytest.mark.parametrize("heads", [(10, 2, 64), (5, 1, 96), (9, 1, 16)])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("lengths", "new"), CHUNKS)
 def test_chunks_that_begin_in_a_later_split(
-    kernels: str, heads: tuple[int, int, int], cache_dtype: torch.dtype
+    kernels: str, heads: tuple[int, int, int], cache_dtype: torch.dtype, lengths: list[int], new: list[int]
 ) -> None:
-    # The first chunk's rows see part of the second split or none of the third, the second chunk's end with the split.
-    lengths, new = ([530, 512], [70, 19]) if kernels != "amx-emulated" else ([290, 256], [50, 19])
-    case = Case(lengths, new, heads, cache_dtype=cache_dtype).fill()
+    block_size = 96 if cache_dtype == torch.int8 else 32
+    before = torch.get_num_threads()
+    case = Case(lengths, new, heads, cache_dtype=cache_dtype, block_size=block_size).fill()
     read = [read_kv(case.blocks, case.batch.block_tables[s], n) for s, n in enumerate(case.lengths)]
     wanted = case.expected([keys for keys, _ in read], [values for _, values in read])
-    torch.testing.assert_close(case.attend().float(), wanted, rtol=8e-3, atol=8e-3)
+    try:
+        for threads in (1, 3):  # how many heads a task has depends on them
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(case.attend().float(), wanted, rtol=8e-3, atol=8e-3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_scale_of_its_own(kernels: str) -> None:
@@ -153,14 +164,15 @@ def test_int8_stores_what_its_definition_says_and_attends_to_that(kernels: str, 
     torch.testing.assert_close(case.attend().float(), wanted, rtol=8e-3, atol=8e-3)
 
 
+@pytest.mark.parametrize("heads", [(4, 2, 32), (5, 1, 96), (3, 1, 160)])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_a_token_gives_the_same_bits_alone_in_chunks_and_with_any_threads(
-    kernels: str, cache_dtype: torch.dtype
+    kernels: str, cache_dtype: torch.dtype, heads: tuple[int, int, int]
 ) -> None:
     if kernels == "reference":
         pytest.skip("PyTorch's products depend on their sizes")
     length = 600 if kernels != "amx-emulated" else 290
-    together = Case([length, 40], [length, 1], (4, 2, 32), cache_dtype=cache_dtype).fill()
+    together = Case([length, 40], [length, 1], heads, cache_dtype=cache_dtype).fill()
     whole = together.attend()[:length]
     queries = together.query[:length]
     blocks, table = together.blocks, together.batch.block_tables[:1].clone()
@@ -186,8 +198,9 @@ def test_rows_may_be_slices_of_a_fused_projection(kernels: str) -> None:
     torch.testing.assert_close(out.float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
 
 
-def test_scores_of_any_size(kernels: str) -> None:
-    case = Case([280], [2], (2, 1, 32))
+@pytest.mark.parametrize("new", [2, 40])
+def test_scores_of_any_size(kernels: str, new: int) -> None:
+    case = Case([280], [new], (2, 1, 32))
     case.keys[0][5] *= 1e3  # one key takes all, of either sign
     case.query *= 1e3
     case.fill()
@@ -206,6 +219,25 @@ def test_nan_and_infinity_reach_those_who_see_them_and_nobody_else(kernels: str)
     assert torch.equal(out[:30], wanted[:30])
     assert not out[40 + 10 :, 1, 4].isfinite().any()
     assert torch.equal(out[40:, 1, :4], wanted[40:, 1, :4])
+
+
+@pytest.mark.parametrize("new", [3, 40])
+def test_keys_that_are_not_finite_in_a_later_split(kernels: str, new: int) -> None:
+    case = Case([300], [new], (2, 2, 32))
+    case.keys[0][298, 0, 3] = float("nan")
+    case.keys[0][297, 1, 3] = float("inf")
+    case.query[:, 1, 3] = torch.where(torch.arange(new) % 2 == 0, 1.0, -1.0)
+    case.fill()
+    out = case.attend().float()
+    query, key, value = (x.float().transpose(0, 1) for x in (case.query, case.keys[0], case.values[0]))
+    unseen = torch.ones(new, 300, dtype=torch.bool).triu_(300 - new + 1)
+    weights = (query @ key.mT / 32**0.5).masked_fill(unseen, float("-inf")).softmax(-1)
+    wanted = (weights @ value).transpose(0, 1)
+    assert out[-2:, 0].isnan().all() and out[:-2, 0].isfinite().all()
+    # A score of infinity is NaN among its exponentials, one of -infinity a weight of 0.
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert out[:, 1].isnan().any() and out[-3:, 1].isfinite().any()
+    torch.testing.assert_close(out, wanted, rtol=8e-3, atol=8e-3, equal_nan=True)
 
 
 def test_an_infinite_key_is_nan_in_int8(kernels: str) -> None:

@@ -370,10 +370,10 @@ inline float largest_score(float* scores, int visible) {
     return maximum(max(highest[0], highest[1]));
 }
 
-// Exponentials of a row's scores: exp(scale * (score - largest)), to a part in 10^5, since they are rounded to bf16, and
-// their sum. 2^x from x as a number of 2^-23: its upper bits are the result's exponent, and its lower ones a number from 1
-// to 2 that a polynomial takes to the result's mantissa. Half of that is integer work, which the processor does while
-// tiles are in use, when only one unit of two takes floating-point vectors.
+// Exponentials of a row's scores, exp(scale * (score - largest)), to a part in 10^5, since they are rounded to bf16, and
+// their sum. 2^x from x as a whole number of 2^-23: its upper bits are the result's exponent, and its lower ones a number
+// from 1 to 2 that a polynomial takes to the result's mantissa. That is 9 floating-point operations instead of 13: while
+// tiles are in use, one unit of two takes them, and both take the integer ones.
 struct ScoreExponentials {
     Vf top, factor;
     Vf sums[2];
@@ -404,8 +404,8 @@ struct ScoreExponentials {
     float total() const { return any_negative(seen) ? NAN : sum(add(sums[0], sums[1])); }
 };
 
-// Of those scores, which write(position, vector, next vector) takes, and zeros up to `count`, a multiple of 32. Returns
-// their sum. Where one loop over the rows looks for the largest scores and another one does this, no row waits for the one
+// Exponentials of a row's first `visible` scores, which write(position, vector, next vector) takes, and zeros up to
+// `count`, a multiple of 32. Returns their sum. Where one loop over the rows looks for the largest scores and another one does this, no row waits for the one
 // before: a third faster.
 template <typename Write>
 inline float exponentials(const float* scores, int visible, int count, float scale, float largest, Write&& write) {

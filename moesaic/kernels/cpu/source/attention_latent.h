@@ -1,6 +1,6 @@
 // Latent attention over blocks, for serving: every head's keys and values are one vector per token, which is cached once.
 //
-// A block holds the vectors of block_size positions (a multiple of 32) of one layer, in the panels that attention_paged.h
+// A block holds the vectors of block_size positions (a multiple of 32) of one layer, in the panels that attention_blocks.h
 // has for keys: [block][block_size / 32][width / 2][32] pairs of channels, a column is a position. The first `rank`
 // channels are the latent, which are the values too; behind them is the key that all heads share.
 //

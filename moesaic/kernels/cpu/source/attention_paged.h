@@ -3,8 +3,8 @@
 // All query heads of a key/value head go over its keys together, and where they are few, as in a decode, several
 // key/value heads take turns: their panels of the same positions lie behind one another, so that one thread reads one
 // stream. A row's positions are worked on in splits of 256 whose results are merged in rising order, the same way whether
-// one thread or many had them: what a row gives depends on nothing else in the call, but that an infinite value in a
-// position it does not see may reach it as 0 times infinity.
+// one thread or many had them: what a row gives depends on nothing else in the call, but that a value that is not finite
+// may reach rows that do not see its position, as 0 times infinity.
 #pragma once
 
 #include "attention_tiles.h"
@@ -142,7 +142,7 @@ struct HeadRows {
     size_t ld, step;
 };
 
-constexpr int kFewAttentionRows = 6;
+constexpr int kFewAttentionRows = 6;  // all heads of a panel are multiplied in turn
 
 #if defined(__AVX512F__) && !defined(MOESAIC_TILES)
 
@@ -270,8 +270,8 @@ struct SplitPanels {
     }
 };
 
-// A thread at work on one item, where there are tiles on one of few rows. scores and probabilities are
-// [heads][rows][256], queries [heads][rows][width].
+// A thread at work on one item; with tiles, on one of up to kFewAttentionRows rows, since ManyRows has the others. scores
+// and probabilities are [heads][rows][256], queries [heads][rows][width].
 class ItemWork {
   public:
     ItemWork(const AttentionCall& call, const AttentionItem& item)

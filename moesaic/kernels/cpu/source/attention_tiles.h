@@ -61,7 +61,7 @@ class ManyRows {
                 finish(finished, state);
             }
             if (has_keys) multiply_by_keys(panels(multiplied), scores_[stage & 1], beside);
-            while (weighing.row < weighing.rows) weighing.take_piece();
+            while (weighing.row < weighing.rows) weighing.take_piece();  // a single block's, which no product is beside
         }
     }
 
@@ -99,8 +99,12 @@ class ManyRows {
                     reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(from) + place.offset);
             } else {
                 uint32_t* to = expanded_[are_values] + size_t(p) * panel_pairs_;
-                const auto* pairs = reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(from) + place.offset);
-                expand_pairs(int(panel_pairs_), pairs, pairs, to);
+                const auto pairs_at = [&](size_t offset) {
+                    return reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(from) + offset);
+                };
+                const int next = block.start() + std::min(p + 1, panels(block) - 1) * kPanel;
+                expand_pairs(int(panel_pairs_), pairs_at(place.offset),
+                             pairs_at(panel_place(call_, item_, next, block.head).offset), to);
                 panels_[are_values][p] = to;
             }
         }
@@ -150,12 +154,13 @@ class ManyRows {
         }
         int pieces() const { return rows * (count_ / kPanel); }
         MOESAIC_INLINE void take_piece() {
-            Vf e[2];
-            exponentials_.take(load(scores_ + at_), load(scores_ + at_ + W), e);
-            if constexpr (kQuantized)
-                for (int i = 0; i < 2; ++i) e[i] = mul(e[i], load(work_->scales_[1] + at_ + i * W));
-            storei(reinterpret_cast<bf16*>(scores_) + at_, to_bf16_rows(e[0], e[1]));
-            at_ += kPanel;
+            for (const int end = at_ + kPanel; at_ < end; at_ += 2 * W) {
+                Vf e[2];
+                exponentials_.take(load(scores_ + at_), load(scores_ + at_ + W), e);
+                if constexpr (kQuantized)
+                    for (int i = 0; i < 2; ++i) e[i] = mul(e[i], load(work_->scales_[1] + at_ + i * W));
+                storei(reinterpret_cast<bf16*>(scores_) + at_, to_bf16_rows(e[0], e[1]));
+            }
             if (at_ < count_) return;
             state_.totals[row] = exponentials_.total();
             scores_ += kSplit;
@@ -163,7 +168,8 @@ class ManyRows {
         }
 
       private:
-        // Of the next row, which waits for nothing then. What it does not see becomes -infinity.
+        // Of the row `next` rows further: a row's is looked for before the exponentials of the one in front of it, which
+        // so wait for nothing. What the row does not see becomes -infinity.
         MOESAIC_INLINE void look_for_largest(int next) {
             float* scores = scores_ + next * kSplit;
             const int visible = std::max(visible_[row + next], 0);

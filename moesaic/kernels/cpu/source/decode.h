@@ -221,11 +221,10 @@ inline void add_and_norm(const DecodeModel& model, const NormWeights& weights, i
         if (added) {
             bf16* own = x + row * size;
             const bf16* more = added + row * size;
-            const int64_t next = row + 1 < last ? size : 0;
             for (int64_t i = 0; i < size; i += W) {
-                if (i % (2 * W) == 0) {
-                    _mm_prefetch(reinterpret_cast<const char*>(own + next + i), _MM_HINT_T0);
-                    _mm_prefetch(reinterpret_cast<const char*>(more + next + i), _MM_HINT_T0);
+                if (i % 32 == 0 && row + 1 < last) {
+                    _mm_prefetch(reinterpret_cast<const char*>(own + size + i), _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(more + size + i), _MM_HINT_T0);
                 }
                 store_row(own + i, add(load_row(own + i, size - i), load_row(more + i, size - i)), size - i);
             }

@@ -1,5 +1,6 @@
 // The check that every loaded library passes before it is used: the building blocks against plain loops.
 
+#include "attention_blocks.h"
 #include "export.h"
 #include "packed.h"
 #include "transpose.h"
@@ -146,6 +147,26 @@ bool exponential_is_right() {
     return values[0] == 0.0f;
 }
 
+bool score_exponentials_are_right() {
+    const float scale = 0.125f, largest = 40.0f;
+    Vf out[2];
+    for (float x = 0.0f; x < 640.0f; x += 0.0137f) {
+        ScoreExponentials row(scale, largest);
+        row.take(set1(largest - x), set1(-INFINITY), out);
+        float values[2][W];
+        for (int i = 0; i < 2; ++i) store(values[i], out[i]);
+        const double wanted = std::exp(double(scale) * -x);
+        if (std::abs(values[0][0] - wanted) > 1.0e-5 * wanted || values[1][0] != 0.0f) return false;
+        if (std::abs(row.total() - W * wanted) > 1.0e-5 * W * wanted) return false;
+    }
+    for (const float x : {NAN, INFINITY}) {
+        ScoreExponentials row(scale, x == INFINITY ? x : largest);
+        row.take(set1(largest), set1(x), out);
+        if (row.total() == row.total()) return false;
+    }
+    return true;
+}
+
 bool team_does_each_task_once() {
     std::vector<int> done(1000, 0);
     run_team(1e9, [&](Team& team) {
@@ -172,7 +193,7 @@ MOESAIC_EXPORT int64_t moesaic_self_test() {
     for (int rows : {1, 5, 16, 40})
         for (int columns : {1, 16, 23})
             if (!transposition_is_right(rows, columns)) return 2;
-    if (!exponential_is_right()) return 3;
+    if (!exponential_is_right() || !score_exponentials_are_right()) return 3;
     if (!team_does_each_task_once()) return 4;
     for (int rows : {1, 3, 5, 8, 20, 33})
         for (int depth : {256, 1280})
