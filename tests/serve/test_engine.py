@@ -689,7 +689,7 @@ def test_a_request_whose_grammar_is_slow_or_leaves_nothing_ends_and_others_go_on
         texts = [each for (owner, _), each in got.items() if owner == request_id]
         assert len(texts) == {forbidden: 2, stopping: 1, slow: 3}[request_id]
         for each in texts:
-            assert each.finish_reason == "error" and each.is_refused and message in str(each.message)
+            assert each.finish_reason == "error" and each.is_refused and message in str(each.message), each
     # A second, and 4 ms a token: of all three texts together.
     assert 50 < sum(len(got[slow, index].ids) for index in range(3)) < 70
     # Where the states of its texts alone take too long, it does not begin.
