@@ -405,8 +405,8 @@ struct ScoreExponentials {
 };
 
 // Exponentials of a row's first `visible` scores, which write(position, vector, next vector) takes, and zeros up to
-// `count`, a multiple of 32. Returns their sum. Where one loop over the rows looks for the largest scores and another one does this, no row waits for the one
-// before: a third faster.
+// `count`, a multiple of 32. Returns their sum. Where one loop over the rows looks for the largest scores and another one
+// does this, no row waits for the one before: a third faster.
 template <typename Write>
 inline float exponentials(const float* scores, int visible, int count, float scale, float largest, Write&& write) {
     ScoreExponentials row(scale, largest);
