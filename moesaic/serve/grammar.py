@@ -139,7 +139,7 @@ class GrammarCompiler:
                     f"and follows within {self._timeout_seconds:g} s is required; mend or simplify it."
                 )
             inner = compile_grammar(self._vocabulary, grammar.kind, grammar.text)
-            compiled = CompiledGrammar(inner, self._vocab_size)
+            compiled = CompiledGrammar(inner, self._vocab_size, self._stop_ids)
             with self._cache_lock:
                 self._cache[grammar] = compiled
                 while len(self._cache) > _CACHED:
@@ -203,9 +203,9 @@ class GrammarCompiler:
 class CompiledGrammar:
     """A grammar that texts can be made to match, any number of them."""
 
-    def __init__(self, compiled: Any, vocab_size: int) -> None:
-        """Hold what xgrammar compiled."""
-        self._compiled, self._vocab_size = compiled, vocab_size
+    def __init__(self, compiled: Any, vocab_size: int, stop_ids: Collection[int]) -> None:
+        """Hold what xgrammar compiled. stop_ids: what ends a text where nothing else is said."""
+        self._compiled, self._vocab_size, self._stop_ids = compiled, vocab_size, stop_ids
 
     def matcher(self, *, stop_ids: Collection[int] | None = None, budget: "Budget | None" = None) -> "Matcher":
         """Return the state of a new text.
@@ -218,11 +218,11 @@ class CompiledGrammar:
         import xgrammar
 
         budget = budget or Budget()
+        own = self._stop_ids if stop_ids is None else stop_ids
+        stop_ids = sorted(token_id for token_id in own if token_id < self._vocab_size)
         with budget.spend():
-            inner = xgrammar.GrammarMatcher(
-                self._compiled, override_stop_tokens=None if stop_ids is None else sorted(stop_ids)
-            )
-        return Matcher(inner, self._vocab_size, budget)
+            inner = xgrammar.GrammarMatcher(self._compiled, override_stop_tokens=stop_ids)
+        return Matcher(inner, self._vocab_size, stop_ids, budget)
 
 
 class Budget:
@@ -267,11 +267,12 @@ class Budget:
 class Matcher:
     """How far one text has come in its grammar."""
 
-    def __init__(self, inner: Any, vocab_size: int, budget: Budget) -> None:
+    def __init__(self, inner: Any, vocab_size: int, stop_ids: list[int], budget: Budget) -> None:
         """Begin a text; CompiledGrammar.matcher does."""
         import xgrammar
 
         self._inner, self._vocab_size, self._budget = inner, vocab_size, budget
+        self._stop_ids = np.array(stop_ids, dtype=np.int64)
         self._bits = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._mask: Mask | None = None
         self._num_tokens = 0
@@ -297,6 +298,8 @@ class Matcher:
             with self._budget.spend():
                 self._inner.fill_next_token_bitmask(self._bits)
             bits = np.unpackbits(self._bits.numpy()[0].view(np.uint8), count=self._vocab_size, bitorder="little")
+            if not self.is_complete:  # xgrammar 0.2.9 allows those that the text could go on with, and then ends it
+                bits[self._stop_ids] = 0
             self._mask = bits.view(np.bool_)
         return self._mask
 
@@ -308,6 +311,8 @@ class Matcher:
         if not 0 <= token_id < self._vocab_size or self.is_finished:
             return False
         if self._mask is not None and not self._mask[token_id]:
+            return False
+        if token_id in self._stop_ids and not self.is_complete:
             return False
         with self._budget.spend():
             is_accepted = bool(self._inner.accept_token(token_id))

@@ -223,6 +223,19 @@ def test_other_tokens_may_end_it(compiler: GrammarCompiler, tokenizer: Tokenizer
     assert matcher.accept(end) and matcher.is_finished
 
 
+def test_a_token_that_ends_a_text_is_none_of_it(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    y, no = (tokenizer.encode(letter)[0] for letter in "yn")
+    grammar = compiler.compile(Grammar(kind="regex", text="(y|n)y*"))
+    for asks_first in (False, True):
+        matcher = grammar.matcher(stop_ids=[y, VOCAB_SIZE])
+        if asks_first:
+            assert np.flatnonzero(matcher.mask()).tolist() == [no]
+        assert not matcher.accept(y) and not matcher.is_finished
+        assert matcher.accept(no) and not matcher.is_finished
+        assert np.flatnonzero(matcher.mask()).tolist() == [y]
+        assert matcher.accept(y) and matcher.is_finished
+
+
 def test_texts_of_one_grammar_are_apart_and_it_is_compiled_once(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
