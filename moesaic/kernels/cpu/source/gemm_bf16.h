@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "expanded.h"
 #include "simd.h"
 #include "tiles.h"
 
@@ -488,7 +489,7 @@ constexpr int row_block() {
 #if defined(__AVX512F__)
     return Width == 48 ? 8 : 12;  // 24 of 32 registers hold sums
 #else
-    return Width == 48 ? 1 : 64 / Width;  // 8 of 16 (at 48 columns 6), since halves of B take two registers each
+    return 6;
 #endif
 }
 constexpr int kRowBlock = row_block<kPanel>();
@@ -525,12 +526,21 @@ struct RowMajor {
     size_t block;    // from one block of K to the next
     ptrdiff_t next;  // to the rows that are brought nearer
 
-    Vi pair(int r, int p) const { return broadcast_dword(a + r * lda + 2 * p); }
     template <int R>
     void read_ahead(int p) const {
         if constexpr (Prefetch)
             for (int r = 0; r < R; ++r) fetch(a + next + r * lda + 2 * p);
     }
+#if defined(__AVX512F__)
+    Vi pair(int r, int p) const { return broadcast_dword(a + r * lda + 2 * p); }
+#else
+    using Expanded = RowsExpanded;
+    template <int R>
+    void expand(int first, int pairs, float* to) const {
+        for (int p = first; p < first + pairs; p += 16) read_ahead<R>(p);
+        for (int r = 0; r < R; ++r) expand_row<Bf16Terms>(pairs, a + r * lda + 2 * first, to + r * kExpandedRow);
+    }
+#endif
     RowMajor rows_further(int rows) const { return {a + rows * lda, lda, block, next}; }
     void go_on() { a += block; }
 };
@@ -540,12 +550,26 @@ struct PairMajor {
     const uint32_t* a;
     size_t lda;  // in dwords
 
+#if defined(__AVX512F__)
     Vi pair(int r, int p) const { return broadcast_dword(a + p * lda + r); }
     template <int R>
     void read_ahead(int) const {}
+#else
+    using Expanded = DwordsExpanded;
+    template <int R>
+    void expand(int first, int pairs, float* to) const {
+        static_assert(R <= W);
+        for (int p = 0; p < pairs; ++p) {
+            const float* rows = reinterpret_cast<const float*>(a + (first + p) * lda);
+            Bf16Terms::expand(as_int(load_first(rows, R)), to + p * 2 * W);
+        }
+    }
+#endif
     PairMajor rows_further(int rows) const { return {a + rows, lda}; }
     void go_on() {}
 };
+
+#if defined(__AVX512F__)
 
 template <int R, int Width, typename Left, typename Out>
 inline void gemm_rows(int pairs, Left left, const uint32_t* b, size_t ldb, Out out, bool accumulate, int blocks) {
@@ -572,6 +596,41 @@ inline void gemm_rows(int pairs, Left left, const uint32_t* b, size_t ldb, Out o
     }
     for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
+
+#else
+
+// R rows' sums [R][Width] before and after a product.
+template <int R, int Width, typename Out>
+inline void load_sums(const Out& out, bool accumulate, float* sums) {
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < Width / W; ++v)
+            store(sums + r * Width + v * W, accumulate ? out.load_sum(r, v) : zero());
+}
+template <int R, int Width, typename Out>
+inline void finish_sums(const Out& out, const float* sums) {
+    for (int r = 0; r < R; ++r) {
+        Vf row[Width / W];
+        for (int v = 0; v < Width / W; ++v) row[v] = load(sums + r * Width + v * W);
+        out.finish(r, row);
+    }
+}
+
+template <int R, int Width, typename Left, typename Out>
+inline void gemm_rows(int pairs, Left left, const uint32_t* b, size_t ldb, Out out, bool accumulate, int blocks) {
+    alignas(64) float x[std::max(R * kExpandedRow, kExpandedDwords * 2 * W)], sums[R * Width];
+    NothingRead nothing;
+    load_sums<R, Width>(out, accumulate, sums);
+    for (int block = 0; block < blocks; ++block, left.go_on(), b += size_t(pairs) * ldb)
+        for (int first = 0; first < pairs; first += kExpandedDwords) {
+            const int here = std::min(kExpandedDwords, pairs - first);
+            left.template expand<R>(first, here, x);
+            multiply_columns<R, Width, Bf16Terms, typename Left::Expanded>(
+                here, x, reinterpret_cast<const char*>(b + first * ldb), ldb * 4, sums, Width, nothing);
+        }
+    finish_sums<R, Width>(out, sums);
+}
+
+#endif
 
 template <int R, int Width, typename Left, typename Out>
 inline void gemm_remainder(int rows, int pairs, Left left, const uint32_t* b, size_t ldb, Out out, bool accumulate,

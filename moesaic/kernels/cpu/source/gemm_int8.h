@@ -41,30 +41,12 @@ inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
 
 template <int Bits>
 inline void load_weights(const uint8_t* p, Vi* columns) {
-    if constexpr (Bits == 8) {
-        for (int v = 0; v < 4; ++v) columns[v] = loadi(p + 32 * v);
-    } else {
-        const __m256i low = _mm256_set1_epi8(15);
-        for (int v = 0; v < 2; ++v) {
-            const __m256i both = _mm256_loadu_si256((const __m256i*)(p + 32 * v));
-            columns[v] = {_mm256_and_si256(both, low)};
-            columns[v + 2] = {_mm256_and_si256(_mm256_srli_epi16(both, 4), low)};
-        }
-    }
-}
-template <int Bits>
-inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
-    if constexpr (Bits == 4) {
-        // Two products of at most 15 * 128 do not saturate 16 bits.
-        const __m256i pairs = _mm256_maddubs_epi16(weights.v, activations.v);
-        return {_mm256_add_epi32(sums.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
-    } else {
-        // Two products of bytes would: even and odd bytes apart, in 16 bits.
-        const __m256i even = _mm256_madd_epi16(_mm256_and_si256(weights.v, _mm256_set1_epi16(255)),
-                                               _mm256_srai_epi16(_mm256_slli_epi16(activations.v, 8), 8));
-        const __m256i odd =
-            _mm256_madd_epi16(_mm256_srli_epi16(weights.v, 8), _mm256_srai_epi16(activations.v, 8));
-        return {_mm256_add_epi32(sums.v, _mm256_add_epi32(even, odd))};
+    static_assert(Bits == 4);
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int v = 0; v < 2; ++v) {
+        const __m256i both = _mm256_loadu_si256((const __m256i*)(p + 32 * v));
+        columns[v] = {_mm256_and_si256(both, low)};
+        columns[v + 2] = {_mm256_and_si256(_mm256_srli_epi16(both, 4), low)};
     }
 }
 
@@ -118,6 +100,31 @@ constexpr size_t kAheadBytes = 8192;
 // Few rows of 8 bits: within the same page on machines with tiles, where the processor's own prefetcher then runs ahead of
 // both: 33 to 35 GB/s on two cores that read 30 with 8 KiB ahead, 32 with 4.
 constexpr size_t kNearBytes = kHasTiles ? 3072 : kAheadBytes;
+
+#if !defined(__AVX512F__)
+// Reads ahead line by line, of a panel that has kLines of them for every step.
+template <int kLines, typename Reads>
+struct LinesOf {
+    Reads ahead;
+
+    void line() {
+        ahead.fetch(ahead.from);
+        ahead.from += ahead.step / kLines;
+    }
+    // Calls pass(first, count) for runs of `dwords` dwords that can be expanded at once, none across where the reading
+    // turns, which is said in blocks of `block` dwords.
+    template <typename Pass>
+    void passes(int dwords, int block, Pass&& pass) {
+        const int turn = ahead.turn * block;
+        for (int first = 0, here; first < dwords; first += here) {
+            here = std::min(kExpandedDwords, dwords - first);
+            if (first == turn) ahead.from = ahead.then;
+            if (first < turn) here = std::min(here, turn - first);
+            pass(first, here);
+        }
+    }
+};
+#endif
 
 // For one pass over `blocks` blocks of a panel: `distance` bytes ahead of itself, and at its end in what follows, if anything
 // does.
@@ -173,8 +180,10 @@ struct Next {
 #if defined(__AVX512F__)
 constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6;
 #else
-constexpr int kByteRows = 1, kNibbleRows = 1, kRowsWithTotals = 1;
+constexpr int kByteRows = 6, kNibbleRows = 4, kRowsWithTotals = 4;
 #endif
+
+#if defined(__AVX512F__)
 
 // The int32 sums of R rows times the activation blocks [first, last) of a panel of 8 bits, [R][32], which begin with those
 // in c or with 0. Loops over sums are unrolled by order: sums that a loop indexes live in memory, at half the speed.
@@ -232,6 +241,27 @@ template <int R, typename Reads>
         }
 }
 
+#else
+
+template <int R, typename Reads>
+[[gnu::noinline]] void byte_rows(const uint8_t* panel, int depth, int first, int last, const char* a, size_t stride,
+                                 float* c, bool accumulate, Reads ahead) {
+    alignas(64) float x[R * kExpandedRow];
+    const int begin = first * kActivationBlock, end = std::min(last * kActivationBlock, depth);
+    const char* weights = reinterpret_cast<const char*>(panel) + size_t(begin) * kPanel;
+    for (int n = 0; !accumulate && n < R * kPanel; n += W) storei(c + n, set1i(0));
+    if (ahead.turn >= 0) ahead.turn -= first;
+    LinesOf<2, Reads> lines{ahead};
+    lines.passes((end - begin) / 4, kActivationBlock / 4, [&](int dword, int here) {
+        for (int r = 0; r < R; ++r)
+            expand_row<ByteTerms>(here, a + r * stride + begin + 4 * dword, x + r * kExpandedRow);
+        multiply_columns<R, kPanel, ByteTerms, RowsExpanded>(here, x, weights + size_t(dword) * kPanel * 4, kPanel * 4, c,
+                                                             kPanel, lines);
+    });
+}
+
+#endif
+
 template <int R, typename Reads>
 inline void byte_rows_of(int rows, const uint8_t* panel, int depth, int first, int last, const char* a, size_t stride,
                          float* c, bool accumulate, Reads ahead) {
@@ -277,6 +307,7 @@ inline void byte_product(const uint8_t* panel, int depth, int rows, const char* 
 
 // C[R][32] = R rows times a panel of 4 bits in groups of G. Functions of their own: inlined together they were a tenth
 // slower. With more than kRowsWithTotals rows the totals are in memory.
+#if defined(__AVX512F__)
 template <int G, int R, typename Reads>
 [[gnu::noinline]] void nibble_rows(const NibblePanel& panel, int first, int last, const char* a, size_t stride, float* c,
                                    bool accumulate, Reads ahead) {
@@ -364,6 +395,98 @@ template <int G, int R, typename Reads>
         }
     }
 }
+
+#else
+// Products of a signed byte of a row and a nibble of a panel, two of every word summed in 16 bits.
+struct NibbleTerms {
+    static Vi multiply(Vi sums, Vi row, Vi columns) {
+        __m256i products;
+        asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sums.v), "=&x"(products) : "x"(columns.v), "x"(row.v));
+        return sums;
+    }
+};
+
+// 32-bit sums of R rows += their products with 32 values of K and `Vectors` vectors of bytes, one after the other the sums
+// of their low and of their high nibbles. 16 bits hold those of 8 steps, each of two products of at most 15 * 128.
+template <int R, int Vectors, typename Reads>
+MOESAIC_INLINE void add_nibbles(const uint8_t* weights, const char* row, size_t stride, Vi (&sums)[R][2 * Vectors],
+                                Reads& reads) {
+    Vi low = set1i(0x0f0f0f0f), words[R][2 * Vectors];
+    asm("" : "+x"(low.v));  // in a register
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * Vectors; ++v) words[r][v] = set1i(0);
+    for (int s = 0; s < 8; ++s, weights += 2 * kPanel, row += 4) {
+        reads.line();
+#pragma GCC unroll 2
+        for (int v = 0; v < Vectors; ++v) {
+            const Vi both = loadi(weights + v * W * 4), first = andi(both, low),
+                     second = andi({_mm256_srli_epi16(both.v, 4)}, low);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const Vi terms = broadcast_dword(row + r * stride);
+                words[r][2 * v] = NibbleTerms::multiply(words[r][2 * v], terms, first);
+                words[r][2 * v + 1] = NibbleTerms::multiply(words[r][2 * v + 1], terms, second);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * Vectors; ++v)
+            sums[r][v] = addi(sums[r][v], {_mm256_madd_epi16(words[r][v].v, _mm256_set1_epi16(1))});
+}
+
+template <int G, int R, typename Reads>
+[[gnu::noinline]] void nibble_rows(const NibblePanel& panel, int first, int last, const char* a, size_t stride, float* c,
+                                   bool accumulate, Reads ahead) {
+    constexpr int kVectors = R == 1 ? 2 : 1, kGroups = kActivationBlock / G, kWords = 32;
+    const uint8_t* weights = panel.data + size_t(first) * kGroups * panel.group_bytes();
+    for (int n = 0; !accumulate && n < R * kPanel; n += W) store(c + n, zero());
+    const char* start = a + panel.row.starts() + size_t(first) * QuantizedRow::kStarts * 4;
+    const char* row = a + size_t(first) * kActivationBlock;
+    LinesOf<1, Reads> lines{ahead};
+    NothingRead nothing;
+    for (int block = first; block < last; ++block, start += QuantizedRow::kStarts * 4) {
+        const int here = std::min(kActivationBlock, panel.depth - block * kActivationBlock) / G;
+        if (block == ahead.turn) lines.ahead.from = ahead.then;
+        for (int part = 0; part < kGroups && part < here; ++part, row += G, weights += panel.group_bytes()) {
+            lines.ahead.fetch(lines.ahead.from);
+            lines.ahead.from += ahead.group_step;
+            const bf16* scales = reinterpret_cast<const bf16*>(weights);
+            const auto multiply = [&](int column, auto& reads) {
+                Vi sums[R][2 * kVectors];
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                    for (int v = 0; v < 2 * kVectors; ++v)
+                        sums[r][v] = broadcast_dword(start + r * stride + 4 * QuantizedRow::start_of(G, part));
+#pragma GCC unroll 1
+                for (int k = 0; k < G; k += kWords)
+                    add_nibbles<R, kVectors>(weights + 2 * kPanel + k * kPanel / 2 + column * 4, row + k, stride, sums,
+                                             reads);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                    for (int v = 0; v < 2 * kVectors; ++v) {
+                        const int n = column + v / 2 * W + v % 2 * kPanel / 2;
+                        float* place = c + r * kPanel + n;
+                        store(place, add(load(place), mul(to_float(sums[r][v]), load_bf16(scales + n))));
+                    }
+            };
+            // Half of the columns at a time, but for one row; the lines of both are read ahead with the first half.
+            multiply(0, lines);
+            if constexpr (kVectors * W < kPanel / 2) multiply(W, nothing);
+        }
+    }
+    if (last * kActivationBlock < panel.depth) return;
+    for (int r = 0; r < R; ++r) {
+        const Vf scale = as_float(broadcast_dword(a + r * stride + panel.row.tail() + offsetof(RowTail, scale)));
+        for (int n = 0; n < kPanel; n += W) store(c + r * kPanel + n, mul(load(c + r * kPanel + n), scale));
+    }
+}
+#endif
 
 template <int G, int R, typename Reads>
 inline void nibble_rows_of(int rows, const NibblePanel& panel, int first, int last, const char* a, size_t stride,

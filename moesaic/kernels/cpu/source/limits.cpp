@@ -1,6 +1,7 @@
 // What this machine can do at most with the instructions that the kernels use: reading memory, and sums of products whose
 // operands never leave the registers or tiles. kernels/limits.py takes the time.
 
+#include "expanded.h"
 #include "export.h"
 #include "parallel.h"
 #include "simd.h"
@@ -108,7 +109,7 @@ inline Vi dot_int8(Vi acc, Vi a, Vi b) {
 #if defined(__AVX512F__)
     return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)};
 #else
-    return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v))};
+    return ByteTerms::multiply(acc, a, b);
 #endif
 }
 

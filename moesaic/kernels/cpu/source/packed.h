@@ -107,6 +107,7 @@ struct StoreRounded {
 constexpr int kAheadPairs = 64;  // pairs of K between two looks at where to read ahead
 
 // As gemm_rows of gemm_bf16.h, the same sums in the same order, reading ahead.
+#if defined(__AVX512F__)
 template <int R, typename Out, typename Reads>
 inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
                       Reads ahead) {
@@ -137,6 +138,21 @@ inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, O
     }
     for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
+#else
+template <int R, typename Out, typename Reads>
+inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
+                      Reads ahead) {
+    alignas(64) float x[R * kExpandedRow], sums[R * kPanel];
+    load_sums<R, kPanel>(out, accumulate, sums);
+    LinesOf<2, Reads> lines{ahead};
+    lines.passes(pairs, kAheadPairs, [&](int first, int here) {
+        for (int r = 0; r < R; ++r) expand_row<Bf16Terms>(here, a + r * lda + 2 * first, x + r * kExpandedRow);
+        multiply_columns<R, kPanel, Bf16Terms, RowsExpanded>(here, x, reinterpret_cast<const char*>(b + first * kPanel),
+                                                             kPanel * 4, sums, kPanel, lines);
+    });
+    finish_sums<R, kPanel>(out, sums);
+}
+#endif
 
 template <int R, typename Out, typename Reads>
 inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
