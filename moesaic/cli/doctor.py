@@ -385,7 +385,8 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
             else "see what `moesaic doctor --build` says",
         )
     # Elsewhere than on Linux the processor's flags are not known well enough to say this.
-    if not findings["cuda"] and not cpu["has_bf16"] and sys.platform.startswith("linux"):
+    has_library = kernels and kernels["library"]
+    if not findings["cuda"] and not cpu["has_bf16"] and not has_library and sys.platform.startswith("linux"):
         add(
             f"{cpu['model']} has no instructions for bf16, so bf16 products may be slower than fp32 ones",
             "compare the rates of `moesaic doctor --measure`, and train with --set precision=fp32 where fp32 is faster",

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.checkpoint.quantized import Scheme
 from moesaic.config.model import ModelConfig
 from moesaic.convert.rounding import feedback_factor, round_with_feedback
+from moesaic.kernels import products
 from moesaic.kernels.activation import activate
 from moesaic.kernels.quantized import QuantizedWeight, dequantize
 from moesaic.model.feed_forward import Mlp
@@ -183,7 +183,7 @@ def _experts(moe: MoELayer, prefix: str, schemes: Mapping[str, Scheme], x: Tenso
         weights.up[expert].copy_(dequantize(up))
         yield prefix + up_name, up
         bias = None if weights.up_bias is None else weights.up_bias[expert].to(x.dtype)
-        hidden = activate(F.linear(tokens, weights.up[expert].to(x.dtype), bias), weights.activation)
+        hidden = activate(products.linear(tokens, weights.up[expert].to(x.dtype), bias), weights.activation)
         down = _round(weights.down[expert], feedback_factor(_moments([hidden * shares])), schemes[f"{prefix}down_proj"])
         weights.down[expert].copy_(dequantize(down))
         yield f"{prefix}down_proj", down

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.config.distill import Divergence
+from moesaic.kernels import products
 from moesaic.kernels.distillation import teach
 
 _CHUNK_ELEMENTS = 1 << 22  # of logits: 16 MiB in fp32, of which some five exist at a time
@@ -86,7 +87,7 @@ class _Distillation(torch.autograd.Function):
         for start in range(0, num_tokens, size):
             rows = slice(start, min(start + size, num_tokens))
             x = hidden[rows]
-            logits = F.linear(x, weight)  # (t, V)
+            logits = products.linear(x, weight)  # (t, V)
             if isinstance(teacher, TeacherTopK):
                 taught = _as_logits(logits, teacher.ids[rows], teacher.log_probs[rows], temperature)
             else:
@@ -100,8 +101,8 @@ class _Distillation(torch.autograd.Function):
                 )
             sums[0] += losses.sum()
             sums[1] += distance.sum()
-            torch.mm(gradient, weight, out=grad_hidden[rows])
-            grad_weight += torch.mm(gradient.t(), x)
+            products.mm(gradient, weight, out=grad_hidden[rows])
+            grad_weight += products.mm(gradient.t(), x)
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
         cross_entropy, distance = (sums / count).unbind()

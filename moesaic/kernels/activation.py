@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.kernels import select
+from moesaic.kernels import products, select
 
 # In this order in source/activation_math.h.
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
@@ -100,21 +100,21 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx, x, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def]
-        pre = F.linear(x, up, up_bias)
+        pre = products.linear(x, up, up_bias)
         ctx.save_for_backward(x, pre, up, down)
         ctx.activation = activation
         ctx.has_bias = up_bias is not None
-        return F.linear(activate(pre, activation), down, down_bias)
+        return products.linear(activate(pre, activation), down, down_bias)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors
         grad = grad.contiguous()
-        hidden, grad_pre = activate_and_backward(grad @ down, pre, ctx.activation)
-        grad_down = grad.t() @ hidden
-        grad_up = grad_pre.t() @ x
-        grad_x = grad_pre @ up if ctx.needs_input_grad[0] else None
+        hidden, grad_pre = activate_and_backward(products.mm(grad, down), pre, ctx.activation)
+        grad_down = products.mm(grad.t(), hidden)
+        grad_up = products.mm(grad_pre.t(), x)
+        grad_x = products.mm(grad_pre, up) if ctx.needs_input_grad[0] else None
         if not ctx.has_bias:
             return grad_x, grad_up, None, grad_down, None, None
         return grad_x, grad_up, grad_pre.sum(0), grad_down, grad.sum(0), None

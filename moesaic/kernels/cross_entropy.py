@@ -9,7 +9,7 @@ oracle is F.cross_entropy.
 import torch
 from torch import Tensor
 
-from moesaic.kernels import select
+from moesaic.kernels import products, select
 
 _CHUNK_ELEMENTS = 1 << 22  # of logits: 8 MiB in bf16, and as fp32 probabilities still within a shared cache
 # With fewer tokens, adding a large vocabulary's weight gradient once more per chunk costs more than the chunk.
@@ -158,7 +158,7 @@ class _Workspace:
         exact even where p_target underflows, and no second exponential pass.
         """
         logits, probabilities = self._logits[: x.shape[0]], self._probabilities[: x.shape[0]]
-        torch.mm(x, weight.t(), out=logits)
+        products.mm(x, weight.t(), out=logits)
         torch.softmax(logits, -1, dtype=torch.float32, out=probabilities)
         chosen = logits.gather(1, _classes(targets)[:, None])[:, 0].float()
         losses = logits.amax(-1).float() - chosen - probabilities.amax(-1).log()
@@ -173,12 +173,12 @@ class _KernelWorkspace:
 
     def losses(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = self._logits[: x.shape[0]]
-        torch.mm(x, weight.t(), out=logits)
+        products.mm(x, weight.t(), out=logits)
         return torch.ops.moesaic.cross_entropy(logits, targets, False)
 
     def losses_and_gradient(self, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._logits[: x.shape[0]]
-        torch.mm(x, weight.t(), out=logits)
+        products.mm(x, weight.t(), out=logits)
         return torch.ops.moesaic.cross_entropy(logits, targets, True), logits
 
 
@@ -210,8 +210,8 @@ def _by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
         x, target = hidden[start:end], targets[start:end]
         losses, grad_logits = workspace.losses_and_gradient(x, weight, target)
         total += losses.sum()
-        torch.mm(grad_logits, weight, out=grad_hidden[start:end])
-        grad_weight += torch.mm(grad_logits.t(), x, out=product)
+        products.mm(grad_logits, weight, out=grad_hidden[start:end])
+        grad_weight += products.mm(grad_logits.t(), x, out=product)
     return total, grad_hidden, grad_weight
 
 

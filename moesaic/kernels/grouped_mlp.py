@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.kernels import products
 from moesaic.kernels.activation import activate, activate_and_backward
 from moesaic.kernels.cpu import moe_training
 
@@ -99,10 +100,7 @@ def _runs(tokens_per_expert: list[int]) -> list[_Run]:
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+    products.mm(x, weight.t(), bias=bias, out=out)
 
 
 def _panels(runs: list[_Run]) -> list[list[_Run]]:
@@ -163,15 +161,17 @@ class _GroupedMlp(torch.autograd.Function):
             grad_hidden = grad.new_empty(last - first, down.shape[2])
             for run in panel:
                 expert, start, end = run.expert, run.start, run.rounded
-                torch.mm(grad[start:end], down[expert], out=grad_hidden[start - first : end - first])
+                products.mm(grad[start:end], down[expert], out=grad_hidden[start - first : end - first])
             hidden, grad_pre = activate_and_backward(grad_hidden, pre[first:last], ctx.activation)
             for run in panel:
                 expert, start, end = run.expert, run.start, run.end
                 rows = slice(start - first, end - first)
-                torch.mm(grad[start:end].t(), hidden[rows], out=grad_down[expert])
-                torch.mm(grad_pre[rows].t(), x[start:end], out=grad_up[expert])
+                products.mm(grad[start:end].t(), hidden[rows], out=grad_down[expert])
+                products.mm(grad_pre[rows].t(), x[start:end], out=grad_up[expert])
                 if grad_x is not None:
-                    torch.mm(grad_pre[start - first : run.rounded - first], up[expert], out=grad_x[start : run.rounded])
+                    products.mm(
+                        grad_pre[start - first : run.rounded - first], up[expert], out=grad_x[start : run.rounded]
+                    )
                 if grad_up_bias is not None and grad_down_bias is not None:
                     torch.sum(grad_pre[rows], 0, out=grad_up_bias[expert])
                     torch.sum(grad[start:end], 0, out=grad_down_bias[expert])

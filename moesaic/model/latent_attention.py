@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.config.model import ModelConfig
+from moesaic.kernels import products
 from moesaic.kernels.attention import causal_attention
 from moesaic.kernels.latent_attention import LatentStorage, latent_attention, write_latents
 from moesaic.kernels.packed import PackedWeight, packed_heads, unpack_stack
@@ -142,7 +143,7 @@ class LatentAttention(nn.Module):
             return keys, values
         key_up, value_up = (unpack_stack(weight).to(latent.dtype) for weight in self.up)
         keys, values = (
-            F.linear(latent, weight.flatten(0, 1)).unflatten(2, (self.num_heads, -1))
+            products.linear(latent, weight.flatten(0, 1)).unflatten(2, (self.num_heads, -1))
             for weight in (key_up.transpose(1, 2), value_up)
         )
         return keys, values

@@ -1,8 +1,8 @@
 """A linear layer whose fp32 master weight is cast to the dtype of what flows through it, or packed for inference."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.kernels import products
 from moesaic.kernels.packed import PackedWeight, pack_weight, packed_linear
 from moesaic.kernels.quantized import QuantizedWeight
 
@@ -30,7 +30,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return packed_linear(x.flatten(0, -2), self.packed, self.bias).unflatten(0, x.shape[:-1])
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return products.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def pack(self, weight: Tensor | QuantizedWeight) -> None:
         """Put weight (out, in), packed, in the place of the layer's own."""

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.errors import TrainingError
-from moesaic.kernels import select
+from moesaic.kernels import products, select
 from moesaic.kernels.decode import Decoded, DecodePlan, ModelPart
 from moesaic.kernels.packed import PackedWeight, packed_linear, packed_rows, unpack_weight
 from moesaic.kernels.quantized import QuantizedWeight, dequantize
@@ -342,4 +342,4 @@ class Transformer(nn.Module):
         if self.packed_head is not None:
             flat = hidden.reshape(-1, hidden.shape[-1])
             return packed_linear(flat, self.packed_head, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
-        return F.linear(hidden, self.output_weight()).float()
+        return products.linear(hidden, self.output_weight()).float()

@@ -6,18 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config.train import OptimizerConfig
+from moesaic.kernels import products
 
 # Coefficients of the quintic Newton-Schulz iteration (Keller Jordan, 2024): steep at 0, roughly 1 on (0, 1].
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
-    """Return, for matrices (..., M, N), approximately U V^T of each one's singular value decomposition, in bf16.
+    """Return, for matrices (..., M, N), approximately U V^T of each one's singular value decomposition.
 
+    In bf16, or fp32 on processors whose bf16 products are slower.
     One batched product per step for all of them: a layer's stacked experts are one call.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = matrices.to(torch.bfloat16)
+    is_widened = products.is_widened(matrices.device, torch.bfloat16)
+    x = matrices.to(torch.float32 if is_widened else torch.bfloat16)
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT

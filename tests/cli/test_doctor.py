@@ -306,7 +306,6 @@ def test_a_healthy_machine_has_no_problem() -> None:
         ("torch", {"build": "CUDA 12.8"}, "sees no GPU", "nvidia-smi", False),
         ("torch", {"threads": 8}, "8 threads on 2", "OMP_NUM_THREADS=2", False),
         ("torch", {"threads": 1}, "1 thread of 2", "unset OMP_NUM_THREADS", False),
-        ("cpu", {"has_bf16": False}, "no instructions for bf16", "precision=fp32", False),
         ("memory", {"available_bytes": 1 << 30}, "1.1 GB", "close other programs", False),
         ("memory", {"limit_bytes": 2 << 30}, "2.1 GB", "container", False),
         ("allocator", {"is_tuned": False, "explanation": "left as you set it"}, "left as you set it", "unset", False),
@@ -332,6 +331,17 @@ def test_each_problem_is_named_with_what_to_do(
     assert remedy in found["remedy"]
     assert found["is_fatal"] is is_fatal
     assert remedy in text_of(findings)
+
+
+def test_without_bf16_instructions_torch_alone_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_module.sys, "platform", "linux")
+    monkeypatch.setenv("MOESAIC_KERNELS", "reference")
+    findings = healthy()
+    findings["cpu"]["has_bf16"] = False
+    assert _find_problems(findings) == [], "the C++ kernels multiply bf16 as fast as fp32"
+    findings["cpu_kernels"]["library"] = None
+    (found,) = _find_problems(findings)
+    assert "no instructions for bf16" in found["problem"] and "precision=fp32" in found["remedy"]
 
 
 def test_elsewhere_than_on_glibc_an_untuned_allocator_is_no_problem() -> None:

@@ -1,0 +1,72 @@
+"""Products through fp32, which processors without bf16 products take, against the same in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.kernels import products
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["widened", "as torch does"])
+def is_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(products, "_HAS_BF16_PRODUCTS", request.param)
+    native: bool = request.param
+    return native
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == torch.bfloat16 and actual.shape == expected.shape
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=2**-7, atol=0.01)
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(5, 7, 3), (1, 64, 33), (130, 1, 16)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_are_those_of_fp64_rounded(rows: int, inner: int, columns: int, has_bias: bool) -> None:
+    a, b = draw(rows, inner).bfloat16(), draw(columns, inner).bfloat16().t()  # b is not contiguous
+    bias = draw(columns).bfloat16() if has_bias else None
+    expected = a.double() @ b.double() + (0 if bias is None else bias.double())
+    close(products.mm(a, b, bias=bias), expected)
+    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    assert products.mm(a, b, bias=bias, out=out).data_ptr() == out.data_ptr()
+    close(out, expected)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6), (0, 6)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_and_its_gradients(shape: tuple[int, ...], has_bias: bool) -> None:
+    x, weight = draw(*shape).bfloat16().requires_grad_(), draw(5, 6).bfloat16().requires_grad_()
+    bias = draw(5).bfloat16().requires_grad_() if has_bias else None
+    wide = [each.detach().double().requires_grad_() for each in (x, weight, bias) if each is not None]
+    y, expected = products.linear(x, weight, bias), torch.nn.functional.linear(*wide)
+    close(y, expected.detach())
+    grad = draw(*y.shape, 1)[..., 0].bfloat16()
+    y.backward(grad)
+    expected.backward(grad.double())
+    for each, reference in zip((x, weight, bias), wide, strict=False):
+        assert each is not None and each.grad is not None and reference.grad is not None
+        close(each.grad, reference.grad)
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    x, weight = draw(3, 6).bfloat16(), draw(5, 6).bfloat16().requires_grad_()
+    products.linear(x, weight).sum().backward()
+    assert weight.grad is not None and x.grad is None
+
+
+def test_autocast_casts_as_it_does_for_torch(is_native: bool) -> None:
+    x, weight = draw(3, 6), draw(5, 6).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = products.linear(x, weight)
+    close(y.detach(), x.double() @ weight.detach().double().t())
+    y.sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+
+
+def test_fp32_is_left_to_torch() -> None:
+    x, weight = draw(3, 6), draw(5, 6)
+    assert torch.equal(products.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert torch.equal(products.mm(x, weight.t()), torch.mm(x, weight.t()))
