@@ -388,8 +388,8 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
     has_library = kernels and kernels["library"]
     if not findings["cuda"] and not cpu["has_bf16"] and not has_library and sys.platform.startswith("linux"):
         add(
-            f"{cpu['model']} has no instructions for bf16, so bf16 products may be slower than fp32 ones",
-            "compare the rates of `moesaic doctor --measure`, and train with --set precision=fp32 where fp32 is faster",
+            f"{cpu['model']} has no instructions for bf16, so training in bf16 may be slower than in fp32",
+            "time a short run of either, and train with --set precision=fp32 where that is faster",
         )
     room = min(value for value in (memory["available_bytes"], memory["limit_bytes"], 1 << 62) if value is not None)
     if room < _QUICKSTART_BYTES:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.kernels import products
 from moesaic.kernels.select import cpu_library
 
 _HEAD_DIM_MULTIPLE = 16
@@ -55,6 +56,9 @@ def _attend(
     if dropout == 0.0 and _has_kernel(query, key, value):
         return torch.ops.moesaic.causal_attention(query, key, value, documents, scale)[0]
     mask = None if documents is None else document_mask(documents)
+    is_widened = products.is_widened(query.device, query.dtype)
+    if is_widened:
+        query, key, value = query.float(), key.float(), value.float()
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -65,7 +69,7 @@ def _attend(
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).bfloat16() if is_widened else out.transpose(1, 2)
 
 
 def document_mask(documents: Tensor) -> Tensor:

@@ -288,6 +288,7 @@ def _better(first: dict[str, float | None], second: dict[str, float | None]) -> 
 def _measure(device: str, seconds: float) -> _Measurement:
     import torch
 
+    from moesaic.kernels import products
     from moesaic.kernels.select import cpu_library
 
     bandwidth, bf16, fp32, int8 = (seconds * share for share in _TORCH_SHARES)
@@ -300,8 +301,11 @@ def _measure(device: str, seconds: float) -> _Measurement:
     }
     library = None if device.startswith("cuda") else cpu_library()
     by_kernels = {} if library is None else _measure_kernels(library, buffer, seconds)
-    # On processors without instructions for them torch's bf16 and int8 products run on one thread.
-    on_all_threads = [by_torch["bandwidth_bytes_per_second"], by_torch["fp32_flops_per_second"], *by_kernels.values()]
+    on_all_threads = by_torch.copy()
+    if products.is_widened(
+        torch.device(device), torch.bfloat16
+    ):  # where torch's bf16 and int8 products take one thread
+        del on_all_threads["bf16_flops_per_second"], on_all_threads["int8_operations_per_second"]
     return _Measurement(
         rates={
             **{
@@ -311,7 +315,7 @@ def _measure(device: str, seconds: float) -> _Measurement:
             **{f"torch_{name}": rate.per_second for name, rate in by_torch.items()},
         },
         buffer_bytes=buffer.nbytes,
-        processor_share=min(rate.processor_share for rate in on_all_threads),
+        processor_share=min(rate.processor_share for rate in (*on_all_threads.values(), *by_kernels.values())),
     )
 
 

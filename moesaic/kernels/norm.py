@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.kernels import select
+from moesaic.kernels import products, select
 
 _LAYER_NORM_SIZE = 1 << 18  # below it PyTorch's LayerNorm is done before an operator of ours has begun
 
@@ -62,7 +62,7 @@ class _RmsNorm(torch.autograd.Function):
             grad, x, [size], torch.zeros_like(inverse), inverse, weight, torch.zeros_like(weight), [True, True, False]
         )
         # LayerNorm's kernel subtracted inverse * mean(grad * weight) from every element of a row.
-        mean = (grad.view(-1, size) @ weight.to(grad.dtype)).view(inverse.shape).float().div_(size)
+        mean = products.mm(grad.view(-1, size), weight.to(grad.dtype)[:, None]).view(inverse.shape).float().div_(size)
         return grad_x.add_((mean * inverse).to(grad_x.dtype)), grad_weight, None
 
 

@@ -1,7 +1,7 @@
 """Products of matrices as torch does them, but of bf16 through fp32 on processors where torch has no bf16 products.
 
-Without AVX-512 and instructions for bf16, torch multiplies bf16 at 2 to 30 % of the rate of fp32 (on two Zen 3 cores).
-Widened operands, products of fp32 and a rounding at the end are the same sums.
+Those are processors for which oneDNN has none (x86 with AVX2 alone): on two Zen 3 cores torch multiplies bf16 at 2 to
+30 % of the rate of fp32. Operands are widened, which is exact, sums are fp32 as elsewhere, and results are rounded.
 """
 
 import torch
@@ -9,22 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Whether oneDNN, which multiplies bf16 matrices for torch on CPUs, does so here.
-_HAS_BF16_PRODUCTS: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_HAS_BF16_PRODUCTS: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return a (M, K) times b (K, N), plus bias (N,), all of one dtype, as torch.addmm does; no gradient."""
     if not is_widened(a.device, a.dtype):
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-    wide_a, wide_b = a.float(), b.float()
-    product = torch.mm(wide_a, wide_b) if bias is None else torch.addmm(bias.float(), wide_a, wide_b)
+    _check_dtypes(a, b, bias)
+    with torch.autocast("cpu", enabled=False):  # which would cast the operands back
+        wide_a, wide_b = a.float(), b.float()
+        product = torch.mm(wide_a, wide_b) if bias is None else torch.addmm(bias.float(), wide_a, wide_b)
     return product.to(a.dtype) if out is None else out.copy_(product)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x (..., K) times weight (N, K) transposed, plus bias (N,), as F.linear does."""
-    autocast = torch.is_autocast_enabled("cpu") and x.is_floating_point()
-    if not is_widened(x.device, torch.get_autocast_dtype("cpu") if autocast else x.dtype):
+    is_cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    if not is_widened(x.device, torch.get_autocast_dtype("cpu") if is_cast else x.dtype):
         return F.linear(x, weight, bias)
     y: Tensor = _WidenedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -35,23 +37,30 @@ def is_widened(device: torch.device, dtype: torch.dtype) -> bool:
     return not _HAS_BF16_PRODUCTS and dtype == torch.bfloat16 and device.type == "cpu"
 
 
+def _check_dtypes(first: Tensor, *others: Tensor | None) -> None:
+    """What torch refuses is refused here too."""
+    dtypes = {each.dtype for each in (first, *others) if each is not None}
+    assert dtypes == {torch.bfloat16}, dtypes
+
+
 class _WidenedLinear(torch.autograd.Function):
-    """x (M, K), weight (N, K), bias (N,) or None, all bf16 and kept as such; every product in fp32."""
+    """x (M, K), weight (N, K), bias (N,) or None, all bf16 and kept as such where a gradient needs it."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight)
+        _check_dtypes(x, weight, bias)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        grad = grad.float()
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        wide, needs_bias = grad.float(), ctx.needs_input_grad[2]
         return (
-            torch.mm(grad, weight.float()).to(x.dtype) if needs_x else None,
-            torch.mm(grad.t(), x.float()).to(weight.dtype) if needs_weight else None,
-            grad.sum(0).to(x.dtype) if needs_bias else None,
+            None if weight is None else torch.mm(wide, weight.float()).to(grad.dtype),
+            None if x is None else torch.mm(wide.t(), x.float()).to(grad.dtype),
+            wide.sum(0).to(grad.dtype) if needs_bias else None,
         )

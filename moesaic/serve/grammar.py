@@ -221,7 +221,7 @@ class CompiledGrammar:
         own = self._stop_ids if stop_ids is None else stop_ids
         stop_ids = sorted(token_id for token_id in own if token_id < self._vocab_size)
         with budget.spend():
-            inner = xgrammar.GrammarMatcher(self._compiled, override_stop_tokens=stop_ids)
+            inner = xgrammar.GrammarMatcher(self._compiled, override_stop_tokens=stop_ids or None)
         return Matcher(inner, self._vocab_size, stop_ids, budget)
 
 

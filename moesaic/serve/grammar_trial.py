@@ -95,7 +95,7 @@ def _walk(compiled: Any, vocab_size: int, stop_ids: list[int], seed: int) -> boo
         ids = np.flatnonzero(np.unpackbits(bits.numpy()[0].view(np.uint8), count=vocab_size, bitorder="little"))
         going_on = np.setdiff1d(ids, stop_ids, assume_unique=True)
         if len(going_on) == 0:
-            return len(ids) > 0 or step > 0
+            return step > 0 or bool(matcher.is_completed())
         matcher.accept_token(int(source.choice(going_on)))
     return True
 

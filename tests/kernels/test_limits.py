@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moesaic.errors import DeviceError
-from moesaic.kernels import limits, select
+from moesaic.kernels import limits, products, select
 from moesaic.kernels.limits import Limits, available_memory_bytes, cache_folder, describe_cpu, measure_limits
 
 BEST = (
@@ -244,6 +244,24 @@ def test_a_disturbed_measurement_is_not_kept(
         assert quick(tmp_path).bf16_flops_per_second == 3e9, "the better of two tries"
     assert "busy" in caplog.text and "doctor --measure" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("has_products", [False, True])
+def test_products_on_one_thread_are_no_sign_of_other_programs(
+    has_products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rate(share: float) -> limits._Rate:
+        return limits._Rate(1e9, share)
+
+    monkeypatch.setattr(products, "_HAS_BF16_PRODUCTS", has_products)
+    monkeypatch.setattr(limits, "streamed_buffer", lambda device: torch.ones(4))
+    monkeypatch.setattr(limits, "_measure_sum", lambda buffer, seconds: rate(0.9))
+    monkeypatch.setattr(limits, "_measure_byte_products", lambda device, *, seconds: rate(0.4))
+    monkeypatch.setattr(
+        limits, "_measure_products", lambda device, dtype, *, seconds: rate(0.5 if dtype == torch.bfloat16 else 0.95)
+    )
+    monkeypatch.setattr(limits, "_measure_kernels", lambda library, buffer, seconds: {})
+    assert limits._measure("cpu", 1.0).processor_share == (0.4 if has_products else 0.9)
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:99", ""])

@@ -51,22 +51,48 @@ def test_linear_and_its_gradients(shape: tuple[int, ...], has_bias: bool) -> Non
         close(each.grad, reference.grad)
 
 
-def test_what_needs_no_gradient_gets_none() -> None:
-    x, weight = draw(3, 6).bfloat16(), draw(5, 6).bfloat16().requires_grad_()
-    products.linear(x, weight).sum().backward()
-    assert weight.grad is not None and x.grad is None
+@pytest.mark.parametrize(("has_x", "has_weight"), [(True, False), (False, True)])
+def test_what_needs_no_gradient_gets_none_and_is_not_kept(has_x: bool, has_weight: bool) -> None:
+    x, weight = draw(3, 6).bfloat16().requires_grad_(has_x), draw(5, 6).bfloat16().requires_grad_(has_weight)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = products.linear(x, weight)
+    assert sum(each.numel() for each in kept) == (weight if has_x else x).numel()
+    y.sum().backward()
+    assert (x.grad is not None, weight.grad is not None) == (has_x, has_weight)
 
 
-def test_autocast_casts_as_it_does_for_torch(is_native: bool) -> None:
+def test_only_bf16_is_widened_and_only_where_it_must_be(is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied: list[torch.dtype] = []
+    multiply = torch.mm
+
+    def watched(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+        multiplied.append(a.dtype)
+        return multiply(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x, weight = draw(3, 6).to(dtype), draw(5, 6).to(dtype).requires_grad_()
+        y = products.linear(x, weight)
+        is_widened = dtype == torch.bfloat16 and not is_native
+        assert ("_WidenedLinear" in str(y.grad_fn.next_functions)) is is_widened, dtype
+        products.mm(x, weight.detach().t())
+    assert multiplied == [torch.bfloat16 if is_native else torch.float32, torch.float32, torch.float64]
+
+
+def test_dtypes_do_not_mix() -> None:
+    x, weight = draw(3, 6).bfloat16(), draw(5, 6)
+    with pytest.raises((RuntimeError, AssertionError)):
+        products.linear(x, weight)
+    with pytest.raises((RuntimeError, AssertionError)):
+        products.mm(x, weight.t())
+
+
+def test_autocast_casts_as_it_does_for_torch() -> None:
     x, weight = draw(3, 6), draw(5, 6).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = products.linear(x, weight)
+        assert products.linear(x.double(), weight.double()).dtype == torch.float64
     close(y.detach(), x.double() @ weight.detach().double().t())
     y.sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
-
-
-def test_fp32_is_left_to_torch() -> None:
-    x, weight = draw(3, 6), draw(5, 6)
-    assert torch.equal(products.linear(x, weight), torch.nn.functional.linear(x, weight))
-    assert torch.equal(products.mm(x, weight.t()), torch.mm(x, weight.t()))

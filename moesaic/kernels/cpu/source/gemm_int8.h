@@ -175,8 +175,9 @@ struct Next {
 #endif
 };
 
-// Rows that one step by vectors works on: their int32 sums are in registers, with 2 vectors of weights and 1 of
-// activations, and in products of 4 bits of up to kRowsWithTotals the fp32 sums too.
+// Rows that one step by vectors works on. With AVX-512 their int32 sums are in registers, with 2 vectors of weights and 1
+// of activations, and in products of 4 bits of up to kRowsWithTotals the fp32 sums too; without, expanded.h and
+// add_nibbles have their own.
 #if defined(__AVX512F__)
 constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6;
 #else
@@ -250,8 +251,7 @@ template <int R, typename Reads>
     const int begin = first * kActivationBlock, end = std::min(last * kActivationBlock, depth);
     const char* weights = reinterpret_cast<const char*>(panel) + size_t(begin) * kPanel;
     for (int n = 0; !accumulate && n < R * kPanel; n += W) storei(c + n, set1i(0));
-    if (ahead.turn >= 0) ahead.turn -= first;
-    LinesOf<2, Reads> lines{ahead};
+    LinesOf<2, Reads> lines{ahead};  // turns in a pass over all blocks only
     lines.passes((end - begin) / 4, kActivationBlock / 4, [&](int dword, int here) {
         for (int r = 0; r < R; ++r)
             expand_row<ByteTerms>(here, a + r * stride + begin + 4 * dword, x + r * kExpandedRow);
@@ -306,7 +306,7 @@ inline void byte_product(const uint8_t* panel, int depth, int rows, const char* 
 }
 
 // C[R][32] = R rows times a panel of 4 bits in groups of G. Functions of their own: inlined together they were a tenth
-// slower. With more than kRowsWithTotals rows the totals are in memory.
+// slower. With more than kRowsWithTotals rows the totals are in memory, without AVX-512 always.
 #if defined(__AVX512F__)
 template <int G, int R, typename Reads>
 [[gnu::noinline]] void nibble_rows(const NibblePanel& panel, int first, int last, const char* a, size_t stride, float* c,
@@ -411,13 +411,15 @@ struct NibbleTerms {
 template <int R, int Vectors, typename Reads>
 MOESAIC_INLINE void add_nibbles(const uint8_t* weights, const char* row, size_t stride, Vi (&sums)[R][2 * Vectors],
                                 Reads& reads) {
+    constexpr int kSteps = 8;
+    static_assert(kSteps * 2 * 15 * 128 < 1 << 15);
     Vi low = set1i(0x0f0f0f0f), words[R][2 * Vectors];
     asm("" : "+x"(low.v));  // in a register
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < 2 * Vectors; ++v) words[r][v] = set1i(0);
-    for (int s = 0; s < 8; ++s, weights += 2 * kPanel, row += 4) {
+    for (int s = 0; s < kSteps; ++s, weights += 2 * kPanel, row += 4) {
         reads.line();
 #pragma GCC unroll 2
         for (int v = 0; v < Vectors; ++v) {
@@ -725,8 +727,8 @@ inline void nibble_product(const NibblePanel& panel, int rows, const char* a, si
         return;
     }
 #endif
-    // Activation blocks whose weights, 16 KiB, stay in the first-level cache while all rows pass. Rows without totals in
-    // registers come in one pass.
+    // Activation blocks whose weights, 16 KiB, stay in the first-level cache while all rows pass. A single step of rows
+    // comes in one pass.
     constexpr int kDeep = 8;
     const int blocks = (panel.depth + kActivationBlock - 1) / kActivationBlock;
     const int parts = rows <= kNibbleRows ? 1 : (rows + kRowsWithTotals - 1) / kRowsWithTotals;

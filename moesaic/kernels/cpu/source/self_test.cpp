@@ -187,7 +187,7 @@ MOESAIC_EXPORT int64_t moesaic_self_test() {
         for (int k : {32, 96}) {
             if (!products_are_right<16>(rows, k) || !products_are_right<32>(rows, k)) return 1;
 #if !defined(MOESAIC_TILES)
-            if (!products_are_right<48>(rows, k)) return 1;
+            if (!products_are_right<48>(rows, k) || !products_are_right<32>(rows, k + 194)) return 1;
 #endif
         }
     for (int rows : {1, 5, 16, 40})
