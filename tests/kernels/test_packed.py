@@ -71,6 +71,19 @@ def test_unpacking_gives_back_what_was_packed(format: str, interleave_gate: bool
             assert torch.equal(back.scales, weight.scales) and back.group_size == weight.group_size
 
 
+@pytest.mark.skipif("avx2" not in SUPPORTED, reason="no AVX2 here")
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 50])
+def test_without_dot_products_bf16_is_summed_in_the_order_of_k(rows: int) -> None:
+    x, weight = (numbers(n, 320, seed=n).bfloat16() for n in (rows, 40))
+    # Products of two bf16 numbers are exact in fp32, so that only additions round.
+    expected, wide = np.zeros((rows, 40), dtype=np.float32), weight.float().numpy().T
+    for column, terms in zip(x.float().numpy().T, wide, strict=True):
+        expected += np.outer(column, terms)
+    with select.forced("avx2"):
+        result = packed_linear(x, pack_weight(weight), out_dtype=torch.float32)
+    assert np.array_equal(result.numpy(), expected)
+
+
 def test_a_stack_is_its_matrices() -> None:
     dense = numbers(3, 40, 128, seed=2)
     for weight in (dense.bfloat16(), quantize_weight(dense, bits=8), quantize_weight(dense, bits=4, group_size=32)):
