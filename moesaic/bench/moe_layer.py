@@ -1,7 +1,7 @@
 """How long one MoE layer takes here, against a dense MLP of the same active FLOPs and against the machine's limit.
 
 The layer is the one that models use: router, experts and, where asked for, the residual MLP. The dense MLP is
-PyTorch's, in bf16, in the same run and in turn with it.
+PyTorch's, in bf16 (fp32 where torch has no bf16 products), in the same run and in turn with it.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from moesaic.bench.share import Rate, Work, bound, operations_per_second
 from moesaic.bench.turns import time_in_turn
 from moesaic.config.model import ModelConfig, MoEConfig
 from moesaic.errors import ConfigError
+from moesaic.kernels import products
 from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import Limits, measure_limits
 from moesaic.kernels.packed import PackedMlp, pack_mlp
@@ -198,20 +199,22 @@ def _layer(case: MoELayerCase, device: torch.device) -> FeedForward:
 
 
 class _DenseMlp(nn.Module):
-    """A SwiGLU MLP as anybody writes it."""
+    """A SwiGLU MLP as anybody writes it: in bf16, or fp32 on processors for which torch has no bf16 products."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, device: torch.device) -> None:
         super().__init__()
+        self.dtype = torch.float32 if products.is_widened(device, torch.bfloat16) else torch.bfloat16
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16, device=device)
+            return nn.Linear(inputs, outputs, bias=False, dtype=self.dtype, device=device)
 
         self.gate = linear(hidden_size, intermediate_size)
         self.up = linear(hidden_size, intermediate_size)
         self.down = linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        wide = x.to(self.dtype)
+        return self.down(F.silu(self.gate(wide)) * self.up(wide)).to(x.dtype)
 
 
 def _training(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
