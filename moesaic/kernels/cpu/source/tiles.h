@@ -67,20 +67,28 @@ inline void tile_store(int tile, void* to, size_t stride) {
     for (int row = 0; row < emulated.shape.rows[tile]; ++row)
         std::memcpy(static_cast<char*>(to) + row * stride, emulated.data[tile][row], 64);
 }
-// The sums of even and of odd terms apart, as the instruction adds them.
+// The sums of even and of odd terms apart, as the instruction adds them. By vectors, or tests under sanitizers would take
+// an hour.
 inline void tile_dot_bf16(int c, int a, int b) {
-    auto* sums = reinterpret_cast<float(*)[16]>(emulated.data[c]);
-    auto* left = reinterpret_cast<bf16(*)[32]>(emulated.data[a]);
-    auto* right = reinterpret_cast<bf16(*)[32]>(emulated.data[b]);
+    constexpr int V = 16 / W;
+    EmulatedTiles& tiles = emulated;
     const FlushedSubnormals flushed;
-    for (int m = 0; m < emulated.shape.rows[c]; ++m) {
-        float terms[2][16] = {};
-        for (int p = 0; p < 16; ++p)
-            for (int n = 0; n < 16; ++n)
-                for (int half = 0; half < 2; ++half)
-                    terms[half][n] = std::fma(bf16_to_float(left[m][2 * p + half]),
-                                              bf16_to_float(right[p][2 * n + half]), terms[half][n]);
-        for (int n = 0; n < 16; ++n) sums[m][n] += terms[0][n] + terms[1][n];
+    for (int m = 0; m < tiles.shape.rows[c]; ++m) {
+        Vf even[V], odd[V];
+        for (int v = 0; v < V; ++v) even[v] = odd[v] = zero();
+        for (int p = 0; p < 16; ++p) {
+            const Vi row = broadcast_dword(tiles.data[a][m] + 4 * p);
+            const Vf even_term = low_bf16(row), odd_term = high_bf16(row);
+            for (int v = 0; v < V; ++v) {
+                const Vi columns = loadi(tiles.data[b][p] + v * W * 4);
+                even[v] = fma(even_term, low_bf16(columns), even[v]);
+                odd[v] = fma(odd_term, high_bf16(columns), odd[v]);
+            }
+        }
+        for (int v = 0; v < V; ++v) {
+            float* sums = reinterpret_cast<float*>(tiles.data[c][m]) + v * W;
+            store(sums, add(load(sums), add(even[v], odd[v])));
+        }
     }
 }
 // Signed bytes of A times unsigned bytes of B, summed in int32, which wrap.
