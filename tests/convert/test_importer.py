@@ -82,7 +82,7 @@ def test_both_name_the_same_tokens_in_bf16(
     """Wherever rounding cannot change them.
 
     What bf16 costs is measured on transformers itself: the root mean square of the difference of its bf16 logits from
-    its fp32 ones of the same weights. Where its likeliest token leads by eight times that, ours names the same, and
+    its fp32 ones of the same weights. Where the likeliest token of these leads by eight times that, ours names it, and
     ours rounds no more than one and a half times as much, packed or not. A router that is almost undecided may choose
     another expert for a rounded input, so tokens count up to the first that any of the models sends elsewhere.
     """
@@ -98,7 +98,7 @@ def test_both_name_the_same_tokens_in_bf16(
             for dtype in (torch.bfloat16, torch.float32)
         )
     )
-    best = rounded.topk(2, -1)
+    best = exact.topk(2, -1)
     for pack in (False, True):
         model = load_run(run, device="cpu", pack=pack).model
         assert model.compute_dtype is torch.bfloat16
