@@ -302,9 +302,8 @@ def _measure(device: str, seconds: float) -> _Measurement:
     library = None if device.startswith("cuda") else cpu_library()
     by_kernels = {} if library is None else _measure_kernels(library, buffer, seconds)
     on_all_threads = by_torch.copy()
-    if products.is_widened(
-        torch.device(device), torch.bfloat16
-    ):  # where torch's bf16 and int8 products take one thread
+    # Where torch has no bf16 products worth the name, those and its products of bytes take one thread.
+    if products.is_widened(torch.device(device), torch.bfloat16):
         del on_all_threads["bf16_flops_per_second"], on_all_threads["int8_operations_per_second"]
     return _Measurement(
         rates={

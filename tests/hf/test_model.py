@@ -204,7 +204,7 @@ def test_a_run_gives_the_model_and_the_tokenizer(make_config: Callable[..., Trai
     ids = loaded.tokenizer.encode("Licensed under")
     with torch.no_grad():
         wanted = loaded.model.logits(loaded.model(torch.tensor([ids])).hidden)
-        # Without a cache, as the other: attention over one may round otherwise.
+        # Without a cache, as the other.
         assert torch.equal(model(torch.tensor([ids]), use_cache=False).logits, wanted)
     masters = MoesaicForCausalLM.from_run(run, dtype=torch.float32, device="cpu")
     own, other = loaded.model.state_dict(), masters.model.state_dict()

@@ -31,7 +31,7 @@ struct Bf16Terms {
     }
     static Sum read(const float* from) { return load(from); }
     static void write(float* to, Sum sums) { store(to, sums); }
-    static Vi high_mask() { return set1i(int32_t(0xffff0000u)); }
+    static Vi mask() { return set1i(int32_t(0xffff0000u)); }
     static Vi even(Vi columns, Vi) { return as_int(low_bf16(columns)); }
     static Vi odd(Vi columns, Vi mask) { return andi(columns, mask); }
     static Sum multiply(Sum sums, Vi row, Vi columns) {
@@ -49,7 +49,7 @@ struct ByteTerms {
     }
     static Sum read(const float* from) { return loadi(from); }
     static void write(float* to, Sum sums) { storei(to, sums); }
-    static Vi high_mask() { return set1i(0x00ff00ff); }
+    static Vi mask() { return set1i(0x00ff00ff); }
     static Vi even(Vi columns, Vi mask) { return andi(columns, mask); }
     static Vi odd(Vi columns, Vi) { return {_mm256_srli_epi16(columns.v, 8)}; }
     static Sum multiply(Sum sums, Vi row, Vi columns) {
@@ -96,7 +96,7 @@ template <int R, int V, typename Terms, typename Place, typename Reads>
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[r][v] = Terms::read(sums + r * ld + v * W);
-    Vi mask = Terms::high_mask();
+    Vi mask = Terms::mask();
     asm("" : "+x"(mask.v));  // in a register
     const auto row = [&](int r, int odd) __attribute__((always_inline)) {
         return broadcast_dword(x + r * Place::kRow + odd * W);

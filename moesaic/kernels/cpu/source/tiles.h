@@ -67,8 +67,8 @@ inline void tile_store(int tile, void* to, size_t stride) {
     for (int row = 0; row < emulated.shape.rows[tile]; ++row)
         std::memcpy(static_cast<char*>(to) + row * stride, emulated.data[tile][row], 64);
 }
-// The sums of even and of odd terms apart, as the instruction adds them. By vectors, or tests under sanitizers would take
-// an hour.
+// The sums of even and of odd terms apart, as the instruction adds them; by vectors, since tests under sanitizers wait for
+// it.
 inline void tile_dot_bf16(int c, int a, int b) {
     constexpr int V = 16 / W;
     EmulatedTiles& tiles = emulated;
