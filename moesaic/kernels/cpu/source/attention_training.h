@@ -45,6 +45,11 @@ struct AttentionShape {
     int blocks() const { return (length + kBlock - 1) / kBlock; }
     int padded_length() const { return blocks() * kBlock; }
     int padded_dim() const { return round_up(dim, kPanel); }
+    // Numbers from one row of a transposed matrix (padded dim, padded length) to the next.
+    size_t transposed_row() const {
+        return kExpandsRows ? spread_rows(size_t(padded_length()) * sizeof(RowNumber)) / sizeof(RowNumber)
+                            : size_t(padded_length() + kRowPadding);
+    }
     size_t block_elements() const { return size_t(padded_length()) * padded_dim(); }
     long pairs() const { return long(batch) * kv_heads; }
     float scale() const { return float(factor); }
@@ -155,17 +160,22 @@ inline Visibility visibility_of(const AttentionShape& shape, const Documents& al
 }
 
 // Rows of one head of one sequence, as to (32, padded dim), zero beyond the sequence and the head.
-inline void copy_block(const AttentionShape& shape, const Heads& from, int batch, int head, int block, bf16* to) {
+template <typename T>
+inline void copy_block(const AttentionShape& shape, const Heads& from, int batch, int head, int block, T* to) {
     const int padded = shape.padded_dim(), rows = std::min(kBlock, shape.length - block * kBlock);
     const bf16* row = from.data + batch * from.batch + head * from.head + int64_t(block) * kBlock * from.row;
     for (int r = 0; r < kBlock; ++r, row += from.row, to += padded) {
         if (r >= rows) {
-            std::memset(to, 0, size_t(padded) * sizeof(bf16));
+            std::memset(to, 0, size_t(padded) * sizeof(T));
             continue;
         }
-        for (int d = 0; d < shape.dim; d += 16)
-            _mm256_storeu_si256((__m256i*)(to + d), _mm256_loadu_si256((const __m256i*)(row + d)));
-        if (padded > shape.dim) std::memset(to + shape.dim, 0, size_t(padded - shape.dim) * sizeof(bf16));
+        for (int d = 0; d < shape.dim; d += 16) {
+            if constexpr (std::is_same_v<T, bf16>)
+                _mm256_storeu_si256((__m256i*)(to + d), _mm256_loadu_si256((const __m256i*)(row + d)));
+            else
+                for (int half = 0; half < 16; half += W) store(to + d + half, load_bf16(row + d + half));
+        }
+        if (padded > shape.dim) std::memset(to + shape.dim, 0, size_t(padded - shape.dim) * sizeof(T));
     }
 }
 
@@ -226,20 +236,30 @@ inline void interleave_block(const bf16* block, int padded_dim, uint32_t* panels
                             panels + d / kPanel * panel_dwords + p * kPanel);
 }
 
-// (32, padded dim) -> 32 columns of (padded dim, row_length): the operand A that is the transposed matrix.
-inline void transpose_block_to_rows(const bf16* block, int padded_dim, bf16* to, int row_length, uint32_t* work) {
+// (32, padded dim) -> 32 columns of (padded dim, row_length): the operand A that is the transposed matrix. work: room for
+// as many numbers, and for as many again.
+inline void transpose_block_to_rows(const bf16* block, int padded_dim, RowNumber* to, size_t row_length, uint32_t* work) {
     for (int p = 0; p < kBlock / 2; ++p)
         interleave_rows(padded_dim, block + 2 * p * padded_dim, block + (2 * p + 1) * padded_dim,
                         work + p * padded_dim);
-    transpose_dwords(kBlock / 2, padded_dim, work, padded_dim, reinterpret_cast<uint32_t*>(to), row_length / 2);
+    if constexpr (std::is_same_v<RowNumber, bf16>) {
+        transpose_dwords(kBlock / 2, padded_dim, work, padded_dim, reinterpret_cast<uint32_t*>(to), row_length / 2);
+        return;
+    }
+    uint32_t* turned = work + kBlock / 2 * padded_dim;
+    transpose_dwords(kBlock / 2, padded_dim, work, padded_dim, turned, kBlock / 2);
+    const bf16* rows = reinterpret_cast<const bf16*>(turned);
+    for (int d = 0; d < padded_dim; ++d)
+        for (int i = 0; i < kBlock; i += W) store_number(to + d * row_length + i, load_bf16(rows + d * kBlock + i));
 }
 
-// C (rows, 32) (+)= A B by 32 rows at a time: 12 + 12 + 8 where 64 rows at once would leave 4, which are too few sums
-// in flight to keep the multipliers busy.
-inline void product(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, float* c, size_t ldc,
+// C (rows, 32) (+)= A B, where rows are not expanded by 32 of them at a time: 12 + 12 + 8 where 64 rows at once would leave
+// 4, which are too few sums in flight to keep the multipliers busy.
+inline void product(int rows, int pairs, const RowNumber* a, size_t lda, const uint32_t* b, float* c, size_t ldc,
                     bool accumulate) {
-    for (int row = 0; row < rows; row += kBlock)
-        gemm_panel(kBlock, pairs, a + row * lda, lda, b, kPanel, c + row * ldc, ldc, accumulate);
+    const int step = kExpandsRows ? rows : kBlock;
+    for (int row = 0; row < rows; row += step)
+        gemm<kPanel>(step, pairs, a + row * lda, lda, b, kPanel, c + row * ldc, ldc, accumulate);
 }
 
 // Sums of a block, transposed (padded dim, 32), times factors of the queries -> rows of (B, S, heads, D).
@@ -275,12 +295,12 @@ struct ForwardArguments {
 };
 
 struct ForwardPair {
-    bf16* keys;      // (padded length, padded dim)
-    bf16* values_t;  // (padded dim, padded length + kRowPadding)
+    RowNumber* keys;      // (padded length, padded dim)
+    RowNumber* values_t;  // (padded dim, transposed_row)
 
     ForwardPair(Pieces& pieces, const AttentionShape& shape)
-        : keys(pieces.take<bf16>(shape.block_elements())),
-          values_t(pieces.take<bf16>(size_t(shape.padded_length() + kRowPadding) * shape.padded_dim())) {}
+        : keys(pieces.take<RowNumber>(shape.block_elements())),
+          values_t(pieces.take<RowNumber>(shape.transposed_row() * shape.padded_dim())) {}
 };
 
 struct ForwardWork {
@@ -296,7 +316,7 @@ struct ForwardWork {
 
     ForwardWork(Pieces& pieces, const AttentionShape& shape)
         : block(pieces.take<bf16>(size_t(kBlock) * shape.padded_dim())),
-          dwords(pieces.take<uint32_t>(size_t(kBlock) / 2 * shape.padded_dim())),
+          dwords(pieces.take<uint32_t>(size_t(kBlock) * shape.padded_dim())),
           queries(pieces.take<uint32_t>(size_t(kForwardQueries) * shape.padded_dim() / 2 * kPanel)),
           scores(pieces.take<float>(size_t(kForwardKeys) * kBlock * kBlock)),
           probabilities(pieces.take<uint32_t>(size_t(kForwardKeys) * kBlock / 2 * kBlock)),
@@ -312,7 +332,7 @@ inline void pack_forward(const ForwardArguments& arguments, long pair, int block
     const int batch = int(pair / shape.kv_heads), head = int(pair % shape.kv_heads), padded = shape.padded_dim();
     copy_block(shape, arguments.key, batch, head, block, to.keys + size_t(block) * kBlock * padded);
     copy_block(shape, arguments.value, batch, head, block, work.block);
-    transpose_block_to_rows(work.block, padded, to.values_t + block * kBlock, shape.padded_length() + kRowPadding,
+    transpose_block_to_rows(work.block, padded, to.values_t + block * kBlock, shape.transposed_row(),
                             work.dwords);
 }
 
@@ -384,7 +404,7 @@ inline void forward_queries(const ForwardArguments& arguments, long pair, int me
                     work.scores, kBlock, false);
             softmax_step(visibility, block, from, rows, scale, !has_sums[i], work.scores, work.probabilities,
                          work.maxima + i * kBlock, work.totals + i * kBlock, work.sums + i * block_sums, padded);
-            product(padded, rows / 2, packed.values_t + from * kBlock, shape.padded_length() + kRowPadding,
+            product(padded, rows / 2, packed.values_t + from * kBlock, shape.transposed_row(),
                     work.probabilities, work.sums + i * block_sums, kBlock, has_sums[i]);
             has_sums[i] = true;
         }
@@ -472,16 +492,16 @@ struct BackwardArguments {
 };
 
 struct BackwardPair {
-    bf16* keys;  // (padded length, padded dim)
-    bf16* values;
-    bf16* keys_t;      // (padded dim, padded length + kRowPadding)
+    RowNumber* keys;  // (padded length, padded dim)
+    RowNumber* values;
+    RowNumber* keys_t;  // (padded dim, transposed_row)
     float* grad_keys;  // (padded length, padded dim)
     float* grad_values;
 
     BackwardPair(Pieces& pieces, const AttentionShape& shape)
-        : keys(pieces.take<bf16>(shape.block_elements())),
-          values(pieces.take<bf16>(shape.block_elements())),
-          keys_t(pieces.take<bf16>(size_t(shape.padded_length() + kRowPadding) * shape.padded_dim())),
+        : keys(pieces.take<RowNumber>(shape.block_elements())),
+          values(pieces.take<RowNumber>(shape.block_elements())),
+          keys_t(pieces.take<RowNumber>(shape.transposed_row() * shape.padded_dim())),
           grad_keys(pieces.take<float>(shape.block_elements())),
           grad_values(pieces.take<float>(shape.block_elements())) {}
 };
@@ -512,18 +532,18 @@ struct BackwardWork {
     uint32_t* dwords;
     float* scores;        // (32, 32)
     float* grads;         // (32, 32)
-    bf16* probabilities;  // (kBackwardKeys * 32, kProbabilityRow)
-    bf16* grad_scores;
+    RowNumber* probabilities;  // (kBackwardKeys * 32, kProbabilityRow)
+    RowNumber* grad_scores;
     uint32_t* grad_score_panels;  // [kBackwardQueries][kBackwardKeys * 16][32]
     float* turned;                // (32, padded dim)
 
     BackwardWork(Pieces& pieces, const AttentionShape& shape)
         : block(pieces.take<bf16>(size_t(kBlock) * shape.padded_dim())),
-          dwords(pieces.take<uint32_t>(size_t(kBlock) / 2 * shape.padded_dim())),
+          dwords(pieces.take<uint32_t>(size_t(kBlock) * shape.padded_dim())),
           scores(pieces.take<float>(kBlock * kBlock)),
           grads(pieces.take<float>(kBlock * kBlock)),
-          probabilities(pieces.take<bf16>(size_t(kBackwardKeys) * kBlock * kProbabilityRow)),
-          grad_scores(pieces.take<bf16>(size_t(kBackwardKeys) * kBlock * kProbabilityRow)),
+          probabilities(pieces.take<RowNumber>(size_t(kBackwardKeys) * kBlock * kProbabilityRow)),
+          grad_scores(pieces.take<RowNumber>(size_t(kBackwardKeys) * kBlock * kProbabilityRow)),
           grad_score_panels(pieces.take<uint32_t>(size_t(kBackwardQueries) * kBackwardKeys * kBlock / 2 * kBlock)),
           turned(pieces.take<float>(size_t(kBlock) * shape.padded_dim())) {}
 };
@@ -534,8 +554,9 @@ inline void pack_backward_pair(const BackwardArguments& arguments, long pair, in
     const int batch = int(pair / shape.kv_heads), head = int(pair % shape.kv_heads), padded = shape.padded_dim();
     const size_t first = size_t(block) * kBlock * padded;
     copy_block(shape, arguments.key, batch, head, block, to.keys + first);
+    copy_block(shape, arguments.key, batch, head, block, work.block);
     copy_block(shape, arguments.value, batch, head, block, to.values + first);
-    transpose_block_to_rows(to.keys + first, padded, to.keys_t + block * kBlock, shape.padded_length() + kRowPadding,
+    transpose_block_to_rows(work.block, padded, to.keys_t + block * kBlock, shape.transposed_row(),
                             work.dwords);
     std::memset(to.grad_keys + first, 0, size_t(kBlock) * padded * sizeof(float));
     std::memset(to.grad_values + first, 0, size_t(kBlock) * padded * sizeof(float));
@@ -572,8 +593,8 @@ inline void pack_backward_head(const BackwardArguments& arguments, long pair, in
 // pairs of keys.
 template <bool kMasked>
 inline void backward_block(const Visibility& visibility, int query_block, int key_block, Vf scale,
-                           const BackwardHead& head, const float* scores, const float* grads, bf16* probabilities,
-                           bf16* grad_scores, uint32_t* grad_score_panel) {
+                           const BackwardHead& head, const float* scores, const float* grads,
+                           RowNumber* probabilities, RowNumber* grad_scores, uint32_t* grad_score_panel) {
     for (int column = 0; column < kBlock; column += W) {
         const int query = query_block * kBlock + column;
         const Sight sight(visibility, query);
@@ -588,8 +609,8 @@ inline void backward_block(const Visibility& visibility, int query_block, int ke
                     probability = sight.keep(key, probability, zero());
                     grad[half] = sight.keep(key, grad[half], zero());
                 }
-                store_bf16(probabilities + r * kProbabilityRow + column, probability);
-                store_bf16(grad_scores + r * kProbabilityRow + column, grad[half]);
+                store_number(probabilities + r * kProbabilityRow + column, probability);
+                store_number(grad_scores + r * kProbabilityRow + column, grad[half]);
             }
             storei(grad_score_panel + p * kBlock + column, interleave_bf16(grad[0], grad[1]));
         }
@@ -656,7 +677,7 @@ inline void backward_step(const BackwardArguments& arguments, const Visibility& 
     for (int block = queries; block < end; ++block) {
         const int q = block - queries, pairs = (to[q] - from[q]) * kBlock / 2;
         if (pairs > 0)
-            product(padded, pairs, pair.keys_t + from[q] * kBlock, shape.padded_length() + kRowPadding,
+            product(padded, pairs, pair.keys_t + from[q] * kBlock, shape.transposed_row(),
                     work.grad_score_panels + q * score_panel + (from[q] - first) * (kBlock / 2) * kBlock,
                     head.grad_query + size_t(block) * padded * kBlock, kBlock, true);
     }

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "expanded.h"
+#include "parallel.h"
 #include "simd.h"
 #include "tiles.h"
 
@@ -26,6 +27,18 @@ constexpr int kWholeRows = 64;  // rows in whole steps of every kernel: tiles ta
 constexpr int kPairBlock = 1;
 constexpr int kWholeRows = 48;  // 12 and 6 divide it
 #endif
+
+// A number of rows that are made to be left operands: bf16, or where products expand it the same number in fp32.
+using RowNumber = std::conditional_t<kExpandsRows, float, bf16>;
+inline void store_number(bf16* to, Vf x) { store_bf16(to, x); }
+#if !defined(__AVX512F__)
+inline void store_number(float* to, Vf x) { storei(to, {_mm256_slli_epi32(to_bf16(x), 16)}); }
+#endif
+
+struct LeftRows {
+    const RowNumber* rows;
+    size_t ld;
+};
 
 // Rows 4 KiB apart share one set of the first-level cache, of 8 or 12 ways: a step's rows push each other out. Tiles
 // load every line once.
@@ -494,6 +507,8 @@ constexpr int row_block() {
 }
 constexpr int kRowBlock = row_block<kPanel>();
 
+#if defined(__AVX512F__)
+
 // What becomes of a row's sums: stored as fp32.
 template <int Width>
 struct StoreFp32 {
@@ -531,16 +546,7 @@ struct RowMajor {
         if constexpr (Prefetch)
             for (int r = 0; r < R; ++r) fetch(a + next + r * lda + 2 * p);
     }
-#if defined(__AVX512F__)
     Vi pair(int r, int p) const { return broadcast_dword(a + r * lda + 2 * p); }
-#else
-    using Expanded = RowsExpanded;
-    template <int R>
-    void expand(int first, int pairs, float* to) const {
-        for (int p = first; p < first + pairs; p += 16) read_ahead<R>(p);
-        for (int r = 0; r < R; ++r) expand_row<Bf16Terms>(pairs, a + r * lda + 2 * first, to + r * kExpandedRow);
-    }
-#endif
     RowMajor rows_further(int rows) const { return {a + rows * lda, lda, block, next}; }
     void go_on() { a += block; }
 };
@@ -550,26 +556,12 @@ struct PairMajor {
     const uint32_t* a;
     size_t lda;  // in dwords
 
-#if defined(__AVX512F__)
-    Vi pair(int r, int p) const { return broadcast_dword(a + p * lda + r); }
     template <int R>
     void read_ahead(int) const {}
-#else
-    using Expanded = DwordsExpanded;
-    template <int R>
-    void expand(int first, int pairs, float* to) const {
-        static_assert(R <= W);
-        for (int p = 0; p < pairs; ++p) {
-            const float* rows = reinterpret_cast<const float*>(a + (first + p) * lda);
-            Bf16Terms::expand(as_int(load_first(rows, R)), to + p * 2 * W);
-        }
-    }
-#endif
+    Vi pair(int r, int p) const { return broadcast_dword(a + p * lda + r); }
     PairMajor rows_further(int rows) const { return {a + rows, lda}; }
     void go_on() {}
 };
-
-#if defined(__AVX512F__)
 
 template <int R, int Width, typename Left, typename Out>
 inline void gemm_rows(int pairs, Left left, const uint32_t* b, size_t ldb, Out out, bool accumulate, int blocks) {
@@ -597,41 +589,6 @@ inline void gemm_rows(int pairs, Left left, const uint32_t* b, size_t ldb, Out o
     for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
 
-#else
-
-// R rows' sums [R][Width] before and after a product.
-template <int R, int Width, typename Out>
-inline void load_sums(const Out& out, bool accumulate, float* sums) {
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < Width / W; ++v)
-            store(sums + r * Width + v * W, accumulate ? out.load_sum(r, v) : zero());
-}
-template <int R, int Width, typename Out>
-inline void finish_sums(const Out& out, const float* sums) {
-    for (int r = 0; r < R; ++r) {
-        Vf row[Width / W];
-        for (int v = 0; v < Width / W; ++v) row[v] = load(sums + r * Width + v * W);
-        out.finish(r, row);
-    }
-}
-
-template <int R, int Width, typename Left, typename Out>
-inline void gemm_rows(int pairs, Left left, const uint32_t* b, size_t ldb, Out out, bool accumulate, int blocks) {
-    alignas(64) float x[std::max(R * kExpandedRow, kExpandedDwords * 2 * W)], sums[R * Width];
-    NothingRead nothing;
-    load_sums<R, Width>(out, accumulate, sums);
-    for (int block = 0; block < blocks; ++block, left.go_on(), b += size_t(pairs) * ldb)
-        for (int first = 0; first < pairs; first += kExpandedDwords) {
-            const int here = std::min(kExpandedDwords, pairs - first);
-            left.template expand<R>(first, here, x);
-            multiply_columns<R, Width, Bf16Terms, typename Left::Expanded>(
-                here, x, reinterpret_cast<const char*>(b + first * ldb), ldb * 4, sums, Width, nothing);
-        }
-    finish_sums<R, Width>(out, sums);
-}
-
-#endif
-
 template <int R, int Width, typename Left, typename Out>
 inline void gemm_remainder(int rows, int pairs, Left left, const uint32_t* b, size_t ldb, Out out, bool accumulate,
                            int blocks) {
@@ -655,16 +612,25 @@ inline void gemm_into(int rows, int pairs, Left left, const uint32_t* b, size_t 
 }
 
 // C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
-// With blocks > 1, K is that many times 2 * pairs: A goes on a_block elements further for each, B where it stopped.
-// With `next`, the rows that begin there, lda apart as well, are brought nearer meanwhile.
+// With `next`, the rows that begin there, lda apart as well, are brought nearer meanwhile. With blocks > 1, K is that many
+// times 2 * pairs: A goes on a_block elements further for each, B where it stopped.
 template <int Width>
 inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
-                 bool accumulate, int blocks = 1, size_t a_block = 0, const bf16* next = nullptr) {
+                 bool accumulate, const bf16* next = nullptr, int blocks = 1, size_t a_block = 0) {
     const StoreFp32<Width> out{c, ldc};
     if (next)
         gemm_into<Width>(rows, pairs, RowMajor<true>{a, lda, a_block, next - a}, b, ldb, out, accumulate, blocks);
     else
         gemm_into<Width>(rows, pairs, RowMajor<false>{a, lda, a_block, 0}, b, ldb, out, accumulate, blocks);
+}
+
+// C[rows][panels * 32] (+)= A * panels, each panel_dwords after the one before; the rest as above.
+inline void gemm_panels(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t panel_dwords, int panels,
+                        float* c, size_t ldc, bool accumulate, int blocks = 1, size_t a_block = 0,
+                        const bf16* next = nullptr) {
+    for (int j = 0; j < panels; ++j)
+        gemm<kPanel>(rows, pairs, a, lda, b + j * panel_dwords, kPanel, c + j * kPanel, ldc, accumulate,
+                     j == 0 ? next : nullptr, blocks, a_block);
 }
 
 // C[rows][columns] = A * the panels that begin at b, rounded to bf16 and written past the caches. A is pair after pair,
@@ -679,6 +645,134 @@ inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, co
                               kPanel, StreamBf16<kPanel>{c + row * ldc + column, ldc});
 }
 
+#else
+
+constexpr int kTogether = 8 * kRowBlock;  // rows that pass a piece of a panel one step after the other
+
+// As multiply_columns, for the number of rows that there is.
+template <int R, int Width, typename Place>
+inline void multiply_up_to(int rows, int dwords, const float* x, size_t ldx, const uint32_t* b, size_t ldb, float* sums,
+                           size_t ld, bool accumulate) {
+    if constexpr (R > 0) {
+        NothingRead nothing;
+        if (rows == R)
+            multiply_columns<R, Width, Bf16Terms, Place>(dwords, x, ldx, reinterpret_cast<const char*>(b), ldb * 4, sums, ld,
+                                                         accumulate, nothing);
+        else
+            multiply_up_to<R - 1, Width, Place>(rows, dwords, x, ldx, b, ldb, sums, ld, accumulate);
+    }
+}
+
+// C[rows][Width] (+)= A[rows][2 * pairs] * B, of rows that are expanded; lda in floats, the rest as below.
+template <int Width>
+inline void gemm(int rows, int pairs, const float* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
+                 bool accumulate) {
+    const int steps = (rows + kRowBlock - 1) / kRowBlock;
+    for (int first = 0; first < pairs; first += kExpandedDwords)
+        for (int step = 0; step < steps; ++step) {
+            const int row = rows * step / steps, end = rows * (step + 1) / steps;  // equal ones, or 32 would leave 2
+            multiply_up_to<kRowBlock, Width, RowsExpanded<Bf16Terms>>(
+                end - row, std::min(kExpandedDwords, pairs - first), a + row * lda + 2 * first, lda, b + first * ldb, ldb,
+                c + row * ldc, ldc, accumulate || first > 0);
+        }
+}
+
+// Rows of a left operand for several products: expanded once for all of them.
+inline LeftRows left_rows(const bf16* rows, size_t ld, int count, int64_t width, Scratch& scratch) {
+    const size_t apart = spread_rows(size_t(width) * sizeof(float)) / sizeof(float);
+    float* to = scratch.get<float>(size_t(count) * apart);
+    for (int r = 0; r < count; ++r) expand_row<Bf16Terms>(int(width / 2), rows + r * ld, to + r * apart);
+    return {to, apart};
+}
+
+// Calls body(row, count, first pair, pairs, x, floats between its rows) with expanded pieces of A, in the order of K, and
+// fetches the rows that begin at `next` meanwhile.
+template <typename Body>
+inline void for_expanded(int rows, int pairs, const bf16* a, size_t lda, const bf16* next, Body&& body) {
+    alignas(64) float x[kTogether * kPieceRow];
+    for (int row = 0; row < rows; row += kTogether) {
+        const int count = std::min(kTogether, rows - row);
+        for (int first = 0; first < pairs; first += kExpandedDwords) {
+            const int here = std::min(kExpandedDwords, pairs - first);
+            for (int r = 0; r < count; ++r) {
+                const size_t at = size_t(row + r) * lda + 2 * first;
+                for (int p = 0; next && p < here; p += 16) fetch(next + at + 2 * p);
+                expand_row<Bf16Terms>(here, a + at, x + r * kPieceRow);
+            }
+            body(row, count, first, here, x, kPieceRow);
+        }
+    }
+}
+
+// C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
+// With `next`, the rows that begin there, lda apart as well, are brought nearer meanwhile.
+template <int Width>
+inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
+                 bool accumulate, const bf16* next = nullptr) {
+    for_expanded(rows, pairs, a, lda, next, [&](int row, int count, int first, int here, const float* x, size_t ldx) {
+        gemm<Width>(count, here, x, ldx, b + first * ldb, ldb, c + row * ldc, ldc, accumulate || first > 0);
+    });
+}
+
+// C[rows][panels * 32] (+)= A * panels, each panel_dwords after the one before. With blocks > 1, K is that many times
+// 2 * pairs: A goes on a_block elements further for each, B where it stopped.
+inline void gemm_panels(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t panel_dwords, int panels,
+                        float* c, size_t ldc, bool accumulate, int blocks = 1, size_t a_block = 0,
+                        const bf16* next = nullptr) {
+    for (int block = 0; block < blocks; ++block, a += a_block, b += size_t(pairs) * kPanel)
+        for_expanded(rows, pairs, a, lda, block == 0 ? next : nullptr,
+                     [&](int row, int count, int first, int here, const float* x, size_t ldx) {
+                         for (int j = 0; j < panels; ++j)
+                             gemm<kPanel>(count, here, x, ldx, b + j * panel_dwords + first * kPanel, kPanel,
+                                          c + row * ldc + j * kPanel, ldc, accumulate || block > 0 || first > 0);
+                     });
+}
+
+// C[rows][columns] = A * the panels that begin at b, rounded to bf16 and written past the caches. A is pair after pair,
+// lda dwords apart. Each row is expanded once for all panels, as many rows together as stay in the second-level cache.
+inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, const uint32_t* b, int64_t columns,
+                          bf16* c, size_t ldc) {
+    constexpr size_t kExpandedBytes = 128 << 10;
+    constexpr int R = kRowBlock;
+    static_assert(R <= W);
+    const size_t step_floats = size_t(pairs) * 2 * W;
+    const int most = int(std::max<size_t>(1, kExpandedBytes / (step_floats * sizeof(float)))) * R;
+    const int together = std::min(most, kTogether);
+    static thread_local Scratch scratch;
+    float* x = scratch.get<float>(size_t(together / R) * step_floats);
+    alignas(64) float sums[kTogether * kPanel];
+    for (int row = 0; row < rows; row += together) {
+        const int here = std::min(together, rows - row);
+        for (int r = 0; r < here; r += R)
+            for (int p = 0; p < pairs; ++p) {
+                const float* terms = reinterpret_cast<const float*>(a + p * lda + row + r);
+                const Vi both = as_int(load_first(terms, std::min(R, here - r)));
+                store(x + r / R * step_floats + p * 2 * W, low_bf16(both));
+                store(x + r / R * step_floats + p * 2 * W + W, high_bf16(both));
+            }
+        for (int64_t column = 0; column < columns; column += kPanel) {
+            for (int first = 0; first < pairs; first += kExpandedDwords)
+                for (int r = 0; r < here; r += R)
+                    multiply_up_to<R, kPanel, DwordsExpanded>(
+                        std::min(R, here - r), std::min(kExpandedDwords, pairs - first),
+                        x + r / R * step_floats + first * 2 * W, 0, b + column * pairs + first * kPanel, kPanel,
+                        sums + r * kPanel, kPanel, first > 0);
+            for (int r = 0; r < here; ++r) {
+                Vf line[kPanel / W];
+                for (int v = 0; v < kPanel / W; ++v) line[v] = load(sums + r * kPanel + v * W);
+                stream_bf16<kPanel>(c + (row + r) * ldc + column, line);
+            }
+        }
+    }
+}
+
+#endif
+
+#endif
+
+#if defined(__AVX512F__) || defined(MOESAIC_TILES)
+// Rows of a left operand for several products: as they lie.
+inline LeftRows left_rows(const bf16* rows, size_t ld, int, int64_t, Scratch&) { return {rows, ld}; }
 #endif
 
 // C[rows][32] (+)= A[rows][2 * pairs] * panel. What stands at `ahead`, as long as the panel, will be read soon.

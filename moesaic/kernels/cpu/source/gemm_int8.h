@@ -111,8 +111,8 @@ struct LinesOf {
         ahead.fetch(ahead.from);
         ahead.from += ahead.step / kLines;
     }
-    // Calls pass(first, count) for runs of `dwords` dwords that can be expanded at once, none across where the reading
-    // turns, which is said in blocks of `block` dwords.
+    // Calls pass(first, count) for runs of up to kExpandedDwords of `dwords` dwords, none across where the reading turns,
+    // which is said in blocks of `block` dwords.
     template <typename Pass>
     void passes(int dwords, int block, Pass&& pass) {
         const int turn = ahead.turn * block;
@@ -247,16 +247,22 @@ template <int R, typename Reads>
 template <int R, typename Reads>
 [[gnu::noinline]] void byte_rows(const uint8_t* panel, int depth, int first, int last, const char* a, size_t stride,
                                  float* c, bool accumulate, Reads ahead) {
-    alignas(64) float x[R * kExpandedRow];
     const int begin = first * kActivationBlock, end = std::min(last * kActivationBlock, depth);
     const char* weights = reinterpret_cast<const char*>(panel) + size_t(begin) * kPanel;
-    for (int n = 0; !accumulate && n < R * kPanel; n += W) storei(c + n, set1i(0));
     LinesOf<2, Reads> lines{ahead};  // turns in a pass over all blocks only
     lines.passes((end - begin) / 4, kActivationBlock / 4, [&](int dword, int here) {
-        for (int r = 0; r < R; ++r)
-            expand_row<ByteTerms>(here, a + r * stride + begin + 4 * dword, x + r * kExpandedRow);
-        multiply_columns<R, kPanel, ByteTerms, RowsExpanded>(here, x, weights + size_t(dword) * kPanel * 4, kPanel * 4, c,
-                                                             kPanel, lines);
+        const auto multiply = [&](const float* x, size_t ldx) {
+            multiply_columns<R, kPanel, ByteTerms, RowsExpanded<ByteTerms>>(
+                here, x, ldx, weights + size_t(dword) * kPanel * 4, kPanel * 4, c, kPanel, accumulate || dword > 0, lines);
+        };
+        const char* rows = a + (begin + 4 * dword) * (kExpandsRows ? 2 : 1);
+        if constexpr (kExpandsRows) {
+            multiply(reinterpret_cast<const float*>(rows), stride / sizeof(float));
+        } else {
+            alignas(64) float x[R * kPieceRow];
+            for (int r = 0; r < R; ++r) expand_row<ByteTerms>(here, rows + r * stride, x + r * kPieceRow);
+            multiply(x, kPieceRow);
+        }
     });
 }
 

@@ -105,9 +105,10 @@ inline void linear_cross_entropy(Team& team, const LinearCrossEntropy& a, const 
             alignas(64) float logits[kChunk * 32];
             const int64_t row = chunk * kChunk;
             const int count = int(std::min<int64_t>(kChunk, vocabulary - row));
+            thread_local Scratch own;
+            const LeftRows left = left_rows(a.weight + row * size, size_t(size), count, size, own);
             for (int64_t block = 0; block < blocks; ++block) {
-                gemm<32>(count, int(size / 2), a.weight + row * size, size_t(size), s.lanes + block * 16 * size, 32,
-                         logits, 32, false);
+                gemm<32>(count, int(size / 2), left.rows, left.ld, s.lanes + block * 16 * size, 32, logits, 32, false);
                 for (int64_t lane = block * 32; lane < block * 32 + 32; ++lane) {
                     const int64_t target = target_of(lane) - row;
                     if (uint64_t(target) < uint64_t(count)) s.at_target[lane] = logits[target * 32 + lane % 32];
@@ -181,12 +182,16 @@ inline void linear_cross_entropy(Team& team, const LinearCrossEntropy& a, const 
             const int64_t column = task % columns * kChunk, start = task / columns * kBlocks;
             const int count = int(std::min<int64_t>(kChunk, size - column));
             const int64_t end = std::min(start + kBlocks, blocks);
-            for (int64_t v = 0; v < vocabulary; v += LinearCrossEntropy::kDepth)
+            thread_local Scratch rows;
+            for (int64_t v = 0; v < vocabulary; v += LinearCrossEntropy::kDepth) {
+                const int64_t depth = std::min(LinearCrossEntropy::kDepth, vocabulary - v);
+                const LeftRows left = left_rows(s.weight_turned + column * turned_stride + v, size_t(turned_stride), count,
+                                                depth, rows);
                 for (int64_t block = start; block < end; ++block)
-                    gemm<32>(count, int(std::min(LinearCrossEntropy::kDepth, vocabulary - v) / 2),
-                             s.weight_turned + column * turned_stride + v, size_t(turned_stride),
+                    gemm<32>(count, int(depth / 2), left.rows, left.ld,
                              s.gradient_pairs + (block * (vocabulary / 2) + v / 2) * 32, 32,
                              sums + (block - start) * kChunk * 32, 32, v > 0);
+            }
             for (int64_t block = start; block < end; ++block) {
                 transpose_dwords(count, 32, reinterpret_cast<uint32_t*>(sums + (block - start) * kChunk * 32), 32,
                                  reinterpret_cast<uint32_t*>(turned), kChunk);
@@ -199,11 +204,17 @@ inline void linear_cross_entropy(Team& team, const LinearCrossEntropy& a, const 
         team.tasks(chunks, [&](long chunk) {
             const int64_t row = chunk * kChunk;
             const int count = int(std::min<int64_t>(kChunk, vocabulary - row));
-            for (int64_t column = 0; column < size; column += 32)
-                for (int64_t token = 0; token < blocks * 32; token += LinearCrossEntropy::kDepth)
-                    gemm<32>(count, int(std::min(LinearCrossEntropy::kDepth, blocks * 32 - token) / 2),
-                             s.rows + row * stride + token, size_t(stride), s.pairs + (column * group + token * 32) / 2,
-                             32, a.grad_weight + row * size + column, size_t(size), first + token > 0);
+            thread_local Scratch own;
+            // All terms of some columns at a time, or where rows are expanded some terms of all columns.
+            const int64_t columns_at_once = kExpandsRows ? size : 32;
+            for (int64_t start = 0; start < size; start += columns_at_once)
+                for (int64_t token = 0; token < blocks * 32; token += LinearCrossEntropy::kDepth) {
+                    const int64_t depth = std::min(LinearCrossEntropy::kDepth, blocks * 32 - token);
+                    const LeftRows left = left_rows(s.rows + row * stride + token, size_t(stride), count, depth, own);
+                    for (int64_t column = start; column < start + columns_at_once; column += 32)
+                        gemm<32>(count, int(depth / 2), left.rows, left.ld, s.pairs + (column * group + token * 32) / 2, 32,
+                                 a.grad_weight + row * size + column, size_t(size), first + token > 0);
+                }
         });
     }
 }

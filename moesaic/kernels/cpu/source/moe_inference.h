@@ -106,7 +106,7 @@ struct MoeWorkspace {
         hidden = take(routes * call.experts.down.row_bytes());
         residual_hidden = call.residual ? take(tokens * call.residual->down.row_bytes()) : nullptr;
         const auto take_activated = [&](const PackedMlp& mlp, size_t count, char* prepared) {
-            return mlp.down.is_integer() ? take(count * mlp.activated_bytes()) : prepared;
+            return mlp.down.changes_rows() ? take(count * mlp.activated_bytes()) : prepared;
         };
         activated = take_activated(call.experts, routes, hidden);
         residual_activated = call.residual ? take_activated(*call.residual, tokens, residual_hidden) : nullptr;
@@ -270,7 +270,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const int chunk = task - run.first_task;
         // Rows that this thread makes whole are quantised by it too, while its second-level cache has them.
         const bool is_whole =
-            mlp.down.is_integer() && run.first_task >= first && run.first_task + mlp.chunks() <= last;
+            mlp.down.changes_rows() && run.first_task >= first && run.first_task + mlp.chunks() <= last;
         const size_t activated_stride =
             is_whole ? mlp.activated_bytes() : Packed::odd_lines(kHiddenColumns * sizeof(bf16));
         if (held != index) {
@@ -338,10 +338,10 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     // Rows that several slices made. Few of them every member quantises for itself.
     static thread_local std::vector<int> split;
     split.clear();
-    if (experts.down.is_integer() || (call.residual && call.residual->down.is_integer()))
+    if (experts.down.changes_rows() || (call.residual && call.residual->down.changes_rows()))
         up_slices.each_border([&](int task) {
             const int index = run_of(task);
-            if (work.runs[index].first_task < task && mlp_of(work.runs[index]).down.is_integer() &&
+            if (work.runs[index].first_task < task && mlp_of(work.runs[index]).down.changes_rows() &&
                 (split.empty() || split.back() != index))
                 split.push_back(index);
         });

@@ -12,38 +12,45 @@ namespace moesaic {
 namespace training {
 
 constexpr int64_t kGradXColumns = 128;  // columns of the up weights packed at once for the gradient of the rows
-constexpr size_t kFewestUses = 3;       // products with the same rows of weights that make up for a copy of them
+// Products with the same rows of weights that make up for a copy of them.
+constexpr size_t kFewestUses = 3;
 
-// A chunk's rows of weights as a product's left operand.
-struct WeightRows {
-    const bf16* rows;
-    size_t ld;
-
-    // As they lie, or where that would slow `uses` products down, in a copy of count * row_stride(width) numbers.
-    WeightRows(const bf16* weights, int count, int64_t width, size_t uses, bf16* copy) : rows(weights), ld(width) {
-        if (row_stride(width) == width || uses < kFewestUses) return;
-        rows = copy;
-        ld = size_t(row_stride(width));
-        for (int r = 0; r < count; ++r) std::memcpy(copy + r * ld, weights + r * width, width * sizeof(bf16));
+// A chunk's rows of weights as the left operand of `uses` products.
+inline LeftRows weight_rows(const bf16* weights, int count, int64_t width, [[maybe_unused]] size_t uses,
+                            Scratch& scratch) {
+#if defined(__AVX512F__)
+    const int64_t stride = row_stride(width);
+    if (stride != width && uses >= kFewestUses) {
+        bf16* copy = scratch.get<bf16>(size_t(count) * stride);
+        for (int r = 0; r < count; ++r) std::memcpy(copy + r * stride, weights + r * width, width * sizeof(bf16));
+        return {copy, size_t(stride)};
     }
-};
+#endif
+    return left_rows(weights, size_t(width), count, width, scratch);
+}
 
-// is_first: of the blocks that use these weights, which may not be in the cache yet.
+// c[count][Width] = rows of weights times a panel. is_first: of the products with them, which may not be in the cache yet.
+template <int Width>
+inline void multiply_weights(const LeftRows& weights, int count, int64_t width, const uint32_t* panel, float* c,
+                             [[maybe_unused]] bool is_first) {
+#if defined(__AVX512F__)
+    gemm<Width>(count, int(width / 2), weights.rows, weights.ld, panel, Width, c, Width, false,
+                is_first ? weights.rows + row_block<Width>() * weights.ld : nullptr);
+#else
+    gemm<Width>(count, int(width / 2), weights.rows, weights.ld, panel, Width, c, Width, false);
+#endif
+}
+
 template <int Width>
 inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
-                     const WeightRows& weights, const WeightRows& up_weights, bool is_first, const uint32_t* tokens,
+                     const LeftRows& weights, const LeftRows& up_weights, bool is_first, const uint32_t* tokens,
                      uint32_t* hidden, uint32_t* pairs) {
     const int64_t h = m.hidden, f = m.inner, e = rows.expert;
     alignas(64) float gate[kChunk * Width], up[kChunk * Width];
     const uint32_t* panel = tokens + block.offset * (h / 2);
     const bf16* bias = m.up_bias ? m.up_bias + e * m.pre_width() + first : nullptr;
-    const bf16* after_gate = weights.rows + row_block<Width>() * weights.ld;
-    const bf16* after_up = up_weights.rows + row_block<Width>() * up_weights.ld;
-    gemm<Width>(count, int(h / 2), weights.rows, weights.ld, panel, Width, gate, Width, false, 1, 0,
-                is_first ? after_gate : nullptr);
-    if (m.gated())
-        gemm<Width>(count, int(h / 2), up_weights.rows, up_weights.ld, panel, Width, up, Width, false, 1, 0,
-                    is_first ? after_up : nullptr);
+    multiply_weights<Width>(weights, count, h, panel, gate, is_first);
+    if (m.gated()) multiply_weights<Width>(up_weights, count, h, panel, up, is_first);
     uint32_t* hidden_rows = hidden + block.offset * (f / 2) + first / 2 * Width;
     for (int r = 0; r < count; r += 2) {
         for (int lane = 0; lane < Width; lane += W) {
@@ -80,12 +87,11 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
 
 template <int Width>
 inline void down_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
-                       const WeightRows& weights, bool is_first, const uint32_t* hidden, const float* row_weights,
+                       const LeftRows& weights, bool is_first, const uint32_t* hidden, const float* row_weights,
                        float* sums) {
     const int64_t f = m.inner;
     alignas(64) float y[kChunk * Width], turned[Width * kChunk];
-    gemm<Width>(count, int(f / 2), weights.rows, weights.ld, hidden + block.offset * (f / 2), Width, y, Width, false, 1,
-                0, is_first ? weights.rows + row_block<Width>() * weights.ld : nullptr);
+    multiply_weights<Width>(weights, count, f, hidden + block.offset * (f / 2), y, is_first);
     transpose_dwords(count, block.valid, reinterpret_cast<uint32_t*>(y), Width, reinterpret_cast<uint32_t*>(turned),
                      kChunk);
     finish_down(m, rows, block, first, count, turned, kChunk, row_weights, sums);
@@ -111,12 +117,10 @@ inline void multiply_up(Team& team, const MoeTraining& m, const Group& group, co
         const int64_t first = i % up_chunks * kChunk;
         const int count = int(std::min<int64_t>(kChunk, f - first));
         alignas(64) uint32_t pairs[kChunk * 48];
-        static thread_local Scratch copies;
-        bf16* copy = copies.get<bf16>(2 * kChunk * size_t(row_stride(h)));
+        static thread_local Scratch copies, up_copies;
         const bf16* from = m.up + (rows.expert * m.pre_width() + first) * h;
-        const WeightRows weights(from, count, h, piece.blocks, copy);
-        const WeightRows up_weights =
-            m.gated() ? WeightRows(from + f * h, count, h, piece.blocks, copy + kChunk * row_stride(h)) : weights;
+        const LeftRows weights = weight_rows(from, count, h, piece.blocks, copies);
+        const LeftRows up_weights = m.gated() ? weight_rows(from + f * h, count, h, piece.blocks, up_copies) : weights;
         for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
             const LaneBlock& block = rows.blocks[b];
             with_width(block.width, [&](auto width) {
@@ -136,8 +140,7 @@ inline void multiply_down(Team& team, const MoeTraining& m, const Group& group, 
         const int64_t first = i % down_chunks * kChunk;
         const int count = int(std::min<int64_t>(kChunk, h - first));
         static thread_local Scratch copies;
-        const WeightRows weights(m.down + (rows.expert * h + first) * f, count, f, piece.blocks,
-                                 copies.get<bf16>(kChunk * size_t(row_stride(f))));
+        const LeftRows weights = weight_rows(m.down + (rows.expert * h + first) * f, count, f, piece.blocks, copies);
         for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
             const LaneBlock& block = rows.blocks[b];
             with_width(block.width, [&](auto width) {
@@ -174,9 +177,8 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
     for (int64_t row = piece.first; row < end; row += kChunk) {
         const int count = int(std::min<int64_t>(kChunk, end - row));
         const bf16* gradients = s.gradients + (rows.row_offset + row) * stride;
-        for (int j = 0; j < panels; ++j)
-            gemm_panel(count, int(h / 2), gradients, size_t(stride), packed + j * (h / 2) * kPanel, kPanel,
-                       grad_hidden + j * kPanel, kChunk, false);
+        gemm_panels(count, int(h / 2), gradients, size_t(stride), packed, size_t(h / 2) * kPanel, panels, grad_hidden,
+                    kChunk, false);
         for (int r = 0; r < count; r += 2) {
             const int64_t local = row + r;
             const bool exists[2] = {local < rows.count, local + 1 < rows.count};
@@ -275,11 +277,9 @@ inline void grad_x_columns(const MoeTraining& m, const ExpertRows& rows, const P
         const auto grad_pre =
             chunked_rows<const bf16>(s.grad_pre + rows.row_offset * width, rows.padded, start, wide, m.gated());
         for (int r = 0; r < count; r += kChunk)
-            for (int j = 0; j < panels; ++j)
-                gemm<kPanel>(std::min(kChunk, count - r), pairs, grad_pre.row(row + r), grad_pre.stride,
-                             packed + j * whole * pairs * kPanel, kPanel, sums + r * most + j * kPanel, most, start > 0,
-                             int(whole), rows.padded * grad_pre.stride,
-                             j == 0 ? grad_pre.row(row + r + kRowBlock) : nullptr);
+            gemm_panels(std::min(kChunk, count - r), pairs, grad_pre.row(row + r), grad_pre.stride, packed,
+                        size_t(whole) * pairs * kPanel, panels, sums + r * most, most, start > 0, int(whole),
+                        rows.padded * grad_pre.stride, grad_pre.row(row + r + kRowBlock));
         start += whole * wide;
     }
     for (int r = 0; r < count; ++r) {

@@ -35,9 +35,12 @@ struct Packed {
         return data + size_t(matrix * panels() + index) * panel_bytes();
     }
     bool is_integer() const { return format != kPackedBf16; }
+    // Whether a prepared row is something else than its numbers in bf16.
+    bool changes_rows() const { return is_integer() || kExpandsRows; }
     // Bytes of a prepared row, an odd number of cache lines: an even one has rows share the places of few cache sets.
     size_t row_bytes() const {
-        return odd_lines(is_integer() ? quantized_row().bytes() : size_t(padded_depth()) * 2);
+        const size_t bytes = is_integer() ? quantized_row().bytes() : size_t(padded_depth()) * sizeof(RowNumber);
+        return kExpandsRows ? spread_rows(bytes) : odd_lines(bytes);
     }
     static size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
     QuantizedRow quantized_row() const { return {depth, format == kPackedInt4}; }
@@ -49,15 +52,15 @@ inline void prepare_row(const Packed& weight, const T* x, char* to) {
         quantize_row(weight.quantized_row(), x, weight.depth, to);
         return;
     }
-    bf16* row = reinterpret_cast<bf16*>(to);
+    RowNumber* row = reinterpret_cast<RowNumber*>(to);
     const int padded = weight.padded_depth();
-    if constexpr (std::is_same_v<T, bf16>) {
+    if constexpr (std::is_same_v<T, bf16> && std::is_same_v<RowNumber, bf16>) {
         std::memcpy(row, x, size_t(weight.depth) * sizeof(bf16));
         std::fill(row + weight.depth, row + padded, bf16(0));
     } else {
         for (int k = 0; k < padded; k += W) {
             const int64_t left = weight.depth - k;
-            store_bf16(row + k, left > 0 ? load_row(x + k, left) : zero());
+            store_number(row + k, left > 0 ? load_row(x + k, left) : zero());
         }
     }
 }
@@ -139,24 +142,21 @@ inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, O
     for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
 #else
-template <int R, typename Out, typename Reads>
-inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
-                      Reads ahead) {
-    alignas(64) float x[R * kExpandedRow], sums[R * kPanel];
-    load_sums<R, kPanel>(out, accumulate, sums);
+// c[R][32] (+)= R rows times a panel, reading ahead.
+template <int R, typename Reads>
+inline void bf16_rows(int pairs, const float* a, size_t lda, const uint32_t* b, float* c, bool accumulate, Reads ahead) {
     LinesOf<2, Reads> lines{ahead};
     lines.passes(pairs, kAheadPairs, [&](int first, int here) {
-        for (int r = 0; r < R; ++r) expand_row<Bf16Terms>(here, a + r * lda + 2 * first, x + r * kExpandedRow);
-        multiply_columns<R, kPanel, Bf16Terms, RowsExpanded>(here, x, reinterpret_cast<const char*>(b + first * kPanel),
-                                                             kPanel * 4, sums, kPanel, lines);
+        multiply_columns<R, kPanel, Bf16Terms, RowsExpanded<Bf16Terms>>(
+            here, a + 2 * first, lda, reinterpret_cast<const char*>(b + first * kPanel), kPanel * 4, c, kPanel,
+            accumulate || first > 0, lines);
     });
-    finish_sums<R, kPanel>(out, sums);
 }
 #endif
 
 template <int R, typename Out, typename Reads>
-inline void bf16_rows_of(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
-                         Reads ahead) {
+inline void bf16_rows_of(int rows, int pairs, const RowNumber* a, size_t lda, const uint32_t* b, Out out,
+                         bool accumulate, Reads ahead) {
     if constexpr (R > 0) {
         if (rows == R)
             bf16_rows<R>(pairs, a, lda, b, out, accumulate, ahead);
@@ -326,9 +326,9 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
 #else
     // Pairs of K whose weights stay in the second-level cache while all rows pass.
     constexpr int kStaying = 1024;
-    const bf16* left = reinterpret_cast<const bf16*>(a);
+    const RowNumber* left = reinterpret_cast<const RowNumber*>(a);
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
-    const int lda = int(stride / 2), parts = (rows + kPackedRows - 1) / kPackedRows;
+    const int lda = int(stride / sizeof(RowNumber)), parts = (rows + kPackedRows - 1) / kPackedRows;
     const int pass = parts == 1 ? pairs : kStaying;
     for (int first = 0; first < pairs; first += pass) {
         const int here = pairs - first < pass ? pairs - first : pass;
@@ -342,14 +342,23 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
                                             size_t(kAheadPairs) * kPanel * 4, kPanel * 4, next.panel);
             if (is_last) next.prefetch_lines(part, parts);
             const auto multiply = [&](const auto& reads) {
-                const bf16* from = left + size_t(row) * lda + 2 * first;
+                const RowNumber* from = left + size_t(row) * lda + 2 * first;
                 const uint32_t* by = weights + size_t(first) * kPanel;
+#if defined(__AVX512F__)
                 if (is_rounded)
                     bf16_rows_of<kPackedRows>(end - row, here, from, lda, by, rounded->rows_further(row), first > 0,
                                               reads);
                 else
                     bf16_rows_of<kPackedRows>(end - row, here, from, lda, by,
                                               StoreFp32<kPanel>{c + row * kPanel, kPanel}, first > 0, reads);
+#else
+                bf16_rows_of<kPackedRows>(end - row, here, from, lda, by, c + row * kPanel, first > 0, reads);
+                for (int r = row; is_rounded && r < end; ++r) {
+                    Vf sums[kPanel / W];
+                    for (int v = 0; v < kPanel / W; ++v) sums[v] = load(c + r * kPanel + v * W);
+                    rounded->finish(r, sums);
+                }
+#endif
             };
             if (rows > 2 && parts <= 2)
                 multiply(ahead);
@@ -494,7 +503,7 @@ inline void packed_linear(Team& team, const LinearCall& call) {
     // Tiles take rows of the second-level cache a fifth faster where they are an odd number of lines apart.
     const size_t x_bytes = size_t(call.x_stride) * sizeof(bf16);
     const bool is_even = kHasTiles && call.rows > kPackedRows && x_bytes % 128 != 64;
-    const bool is_direct = !weight.is_integer() && call.x_is_bf16 && weight.depth % 32 == 0 &&
+    const bool is_direct = !weight.changes_rows() && call.x_is_bf16 && weight.depth % 32 == 0 &&
                            !share_cache_sets(x_bytes) && !is_even;
     const int step = weight.is_integer() ? kRowBlock : kPackedRows;
     const int most = rows_at_once(row_bytes), panels = weight.panels();

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "elements.h"
+#include "expanded.h"
 #include "parallel.h"
 
 namespace moesaic {
@@ -120,7 +121,9 @@ struct QuantizedRow {
     bool has_groups;
 
     QuantizedRow(int64_t depth, bool with_groups) : blocks(int((depth + kBlock - 1) / kBlock)), has_groups(with_groups) {}
-    size_t tail() const { return size_t(blocks) * kBlock; }
+    // Products of nibbles take bytes everywhere.
+    bool is_expanded() const { return kExpandsRows && !has_groups; }
+    size_t tail() const { return size_t(blocks) * kBlock * (is_expanded() ? 2 : 1); }
     size_t starts() const { return tail() + sizeof(RowTail); }
     size_t bytes() const { return starts() + (has_groups ? size_t(blocks) * kStarts * 4 : 0); }
 
@@ -231,8 +234,17 @@ inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, cha
         }
     } else {
         Vi total = set1i(0);
-        for (int64_t block = 0; block < padded; block += kBlock)
+        for (int64_t block = 0; block < padded; block += kBlock) {
+#if !defined(__AVX512F__)
+            if (row.is_expanded()) {
+                int8_t bytes[kBlock];
+                total = round_to_bytes(numbers + block, factor, bytes, total);
+                expand_row<ByteTerms>(kBlock / 4, bytes, reinterpret_cast<float*>(values + 2 * block));
+                continue;
+            }
+#endif
             total = round_to_bytes(numbers + block, factor, values + block, total);
+        }
         tail.start = -128 * sum_lanes(total);
     }
     std::memcpy(to + row.tail(), &tail, sizeof tail);
