@@ -656,7 +656,7 @@ inline void multiply_up_to(int rows, int dwords, const float* x, size_t ldx, con
     if constexpr (R > 0) {
         NothingRead nothing;
         if (rows == R)
-            multiply_columns<R, Width, Bf16Terms, Place>(dwords, x, ldx, reinterpret_cast<const char*>(b), ldb * 4, sums, ld,
+            multiply_columns<R, Width, Place>(dwords, x, ldx, reinterpret_cast<const char*>(b), ldb * 4, sums, ld,
                                                          accumulate, nothing);
         else
             multiply_up_to<R - 1, Width, Place>(rows, dwords, x, ldx, b, ldb, sums, ld, accumulate);
@@ -671,7 +671,7 @@ inline void gemm(int rows, int pairs, const float* a, size_t lda, const uint32_t
     for (int first = 0; first < pairs; first += kExpandedDwords)
         for (int step = 0; step < steps; ++step) {
             const int row = rows * step / steps, end = rows * (step + 1) / steps;  // equal ones, or 32 would leave 2
-            multiply_up_to<kRowBlock, Width, RowsExpanded<Bf16Terms>>(
+            multiply_up_to<kRowBlock, Width, RowsExpanded>(
                 end - row, std::min(kExpandedDwords, pairs - first), a + row * lda + 2 * first, lda, b + first * ldb, ldb,
                 c + row * ldc, ldc, accumulate || first > 0);
         }
@@ -681,7 +681,7 @@ inline void gemm(int rows, int pairs, const float* a, size_t lda, const uint32_t
 inline LeftRows left_rows(const bf16* rows, size_t ld, int count, int64_t width, Scratch& scratch) {
     const size_t apart = spread_rows(size_t(width) * sizeof(float)) / sizeof(float);
     float* to = scratch.get<float>(size_t(count) * apart);
-    for (int r = 0; r < count; ++r) expand_row<Bf16Terms>(int(width / 2), rows + r * ld, to + r * apart);
+    for (int r = 0; r < count; ++r) expand_row(int(width / 2), rows + r * ld, to + r * apart);
     return {to, apart};
 }
 
@@ -697,7 +697,7 @@ inline void for_expanded(int rows, int pairs, const bf16* a, size_t lda, const b
             for (int r = 0; r < count; ++r) {
                 const size_t at = size_t(row + r) * lda + 2 * first;
                 for (int p = 0; next && p < here; p += 16) fetch(next + at + 2 * p);
-                expand_row<Bf16Terms>(here, a + at, x + r * kPieceRow);
+                expand_row(here, a + at, x + r * kPieceRow);
             }
             body(row, count, first, here, x, kPieceRow);
         }

@@ -175,13 +175,14 @@ struct Next {
 #endif
 };
 
-// Rows that one step by vectors works on. With AVX-512 their int32 sums are in registers, with 2 vectors of weights and 1
+// Rows that one step by vectors works on, and of 8 bits up to kFewByteRows also where there are tiles (AVX2's vectors take
+// weights without their offset, which tiles multiply). With AVX-512 their int32 sums are in registers, with 2 vectors of weights and 1
 // of activations, and in products of 4 bits of up to kRowsWithTotals the fp32 sums too; without, expanded.h and
 // add_nibbles have their own.
 #if defined(__AVX512F__)
-constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6;
+constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4;
 #else
-constexpr int kByteRows = 6, kNibbleRows = 4, kRowsWithTotals = 4;
+constexpr int kByteRows = 5, kNibbleRows = 4, kRowsWithTotals = 4, kFewByteRows = 0;
 #endif
 
 #if defined(__AVX512F__)
@@ -244,25 +245,76 @@ template <int R, typename Reads>
 
 #else
 
+// Signed bytes of a panel for products in 16 bits: of the magnitudes, unsigned, and the row's bytes with the weights' signs.
+// Two of them fit, since a row's bytes are at least -127: 2 * 128 * 127.
+struct SignedWeights {
+    Vi values, magnitudes;
+
+    static SignedWeights at(const char* panel, Vi offset) {
+        const __m256i values = _mm256_xor_si256(loadi(panel).v, offset.v);
+        return {{values}, {_mm256_abs_epi8(values)}};
+    }
+    // sums += the four products of every dword.
+    void add_to(Vi& sums, Vi row, Vi ones) const {
+        __m256i products;
+        asm("vpsignb %3, %2, %1\n\tvpmaddubsw %1, %4, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+            : "+x"(sums.v), "=&x"(products)
+            : "x"(row.v), "x"(values.v), "x"(magnitudes.v), "xm"(ones.v));
+    }
+};
+
+// sums[R][V vectors], 32 apart, (+)= R rows, `stride` apart, times V vectors of a panel's columns. reads.line() is called
+// for every cache line of the panel.
+template <int R, int V, typename Reads>
+[[gnu::noinline]] void multiply_bytes(int dwords, const char* row, size_t stride, const char* panel, float* sums,
+                                      bool accumulate, Reads& outside) {
+    Reads reads = outside;  // of its own, so that what it counts is in registers
+    const Vi offset = set1i(int32_t(0x80808080)), ones = set1i(0x00010001);
+    Vi acc[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? loadi(sums + r * kPanel + v * W) : set1i(0);
+    for (int i = 0; i < dwords; ++i, row += 4, panel += 4 * kPanel) {
+        for (int line = 0; line < V * W * 4; line += 64) reads.line();
+        if constexpr (V > 2) {  // few rows: their bytes stay in registers
+            Vi terms[R];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) terms[r] = broadcast_dword(row + r * stride);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                const SignedWeights columns = SignedWeights::at(panel + v * W * 4, offset);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) columns.add_to(acc[r][v], terms[r], ones);
+            }
+        } else {
+            const SignedWeights left = SignedWeights::at(panel, offset), right = SignedWeights::at(panel + W * 4, offset);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const Vi terms = broadcast_dword(row + r * stride);
+                left.add_to(acc[r][0], terms, ones);
+                right.add_to(acc[r][1], terms, ones);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) storei(sums + r * kPanel + v * W, acc[r][v]);
+    outside = reads;
+}
+
 template <int R, typename Reads>
-[[gnu::noinline]] void byte_rows(const uint8_t* panel, int depth, int first, int last, const char* a, size_t stride,
-                                 float* c, bool accumulate, Reads ahead) {
+inline void byte_rows(const uint8_t* panel, int depth, int first, int last, const char* a, size_t stride, float* c,
+                      bool accumulate, Reads ahead) {
+    constexpr int V = R <= 2 ? 4 : 2;  // up to 10 of 16 registers hold sums
     const int begin = first * kActivationBlock, end = std::min(last * kActivationBlock, depth);
     const char* weights = reinterpret_cast<const char*>(panel) + size_t(begin) * kPanel;
     LinesOf<2, Reads> lines{ahead};  // turns in a pass over all blocks only
     lines.passes((end - begin) / 4, kActivationBlock / 4, [&](int dword, int here) {
-        const auto multiply = [&](const float* x, size_t ldx) {
-            multiply_columns<R, kPanel, ByteTerms, RowsExpanded<ByteTerms>>(
-                here, x, ldx, weights + size_t(dword) * kPanel * 4, kPanel * 4, c, kPanel, accumulate || dword > 0, lines);
-        };
-        const char* rows = a + (begin + 4 * dword) * (kExpandsRows ? 2 : 1);
-        if constexpr (kExpandsRows) {
-            multiply(reinterpret_cast<const float*>(rows), stride / sizeof(float));
-        } else {
-            alignas(64) float x[R * kPieceRow];
-            for (int r = 0; r < R; ++r) expand_row<ByteTerms>(here, rows + r * stride, x + r * kPieceRow);
-            multiply(x, kPieceRow);
-        }
+        for (int column = 0; column < kPanel; column += V * W)
+            multiply_bytes<R, V>(here, a + begin + 4 * dword, stride, weights + (dword * kPanel + column) * 4, c + column,
+                                 accumulate || dword > 0, lines);
     });
 }
 

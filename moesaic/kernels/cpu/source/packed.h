@@ -147,7 +147,7 @@ template <int R, typename Reads>
 inline void bf16_rows(int pairs, const float* a, size_t lda, const uint32_t* b, float* c, bool accumulate, Reads ahead) {
     LinesOf<2, Reads> lines{ahead};
     lines.passes(pairs, kAheadPairs, [&](int first, int here) {
-        multiply_columns<R, kPanel, Bf16Terms, RowsExpanded<Bf16Terms>>(
+        multiply_columns<R, kPanel, RowsExpanded>(
             here, a + 2 * first, lda, reinterpret_cast<const char*>(b + first * kPanel), kPanel * 4, c, kPanel,
             accumulate || first > 0, lines);
     });
@@ -378,7 +378,7 @@ inline void int8_product(const uint8_t* panel, int padded_depth, int rows, const
                          const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
 #if defined(MOESAIC_TILES)
     // Fewer rows leave tiles mostly empty; integers are exact either way.
-    if (rows > 4) {
+    if (rows > kFewByteRows) {
         tiles_product<true>(panel, padded_depth / 4, rows, a, stride, c, next, scales, each, waiting);
         return;
     }

@@ -5,8 +5,8 @@
 #include <type_traits>
 
 #include "elements.h"
-#include "expanded.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace moesaic {
 
@@ -107,6 +107,14 @@ inline void rotate(const T* x, int64_t depth, float* to) {
     }
 }
 
+// Whether products of 8 bits multiply the weights with their offset. Those of AVX2 alone take it off first, so that two
+// products fit 16 bits.
+#if defined(__AVX512F__) || defined(MOESAIC_TILES)
+constexpr bool kMultipliesOffset = true;
+#else
+constexpr bool kMultipliesOffset = false;
+#endif
+
 // A row of K activations as integer weights multiply it: bytes, zero up to a whole block of 128, and behind them what
 // takes the weights' offset off again. An offset of 128 adds 128 times the sum of the row to every sum; `start` is minus
 // that. For 4 bits, whose offset is 8, every group of K has a start of its own: of each 128 columns those of the 4
@@ -121,9 +129,7 @@ struct QuantizedRow {
     bool has_groups;
 
     QuantizedRow(int64_t depth, bool with_groups) : blocks(int((depth + kBlock - 1) / kBlock)), has_groups(with_groups) {}
-    // Products of nibbles take bytes everywhere.
-    bool is_expanded() const { return kExpandsRows && !has_groups; }
-    size_t tail() const { return size_t(blocks) * kBlock * (is_expanded() ? 2 : 1); }
+    size_t tail() const { return size_t(blocks) * kBlock; }
     size_t starts() const { return tail() + sizeof(RowTail); }
     size_t bytes() const { return starts() + (has_groups ? size_t(blocks) * kStarts * 4 : 0); }
 
@@ -234,18 +240,9 @@ inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, cha
         }
     } else {
         Vi total = set1i(0);
-        for (int64_t block = 0; block < padded; block += kBlock) {
-#if !defined(__AVX512F__)
-            if (row.is_expanded()) {
-                int8_t bytes[kBlock];
-                total = round_to_bytes(numbers + block, factor, bytes, total);
-                expand_row<ByteTerms>(kBlock / 4, bytes, reinterpret_cast<float*>(values + 2 * block));
-                continue;
-            }
-#endif
+        for (int64_t block = 0; block < padded; block += kBlock)
             total = round_to_bytes(numbers + block, factor, values + block, total);
-        }
-        tail.start = -128 * sum_lanes(total);
+        tail.start = kMultipliesOffset ? -128 * sum_lanes(total) : 0;
     }
     std::memcpy(to + row.tail(), &tail, sizeof tail);
 }
