@@ -133,9 +133,11 @@ def test_sums_of_8_bits_beyond_24_bits_and_offsets_beyond_32(choice: str) -> Non
         values = torch.full((33, k), 127, dtype=torch.int8)
         values[1] = -127
         values[2, ::3] = 5
+        values[3] = -128
         weight = QuantizedWeight(values, torch.full((33,), 0.5), 8, None)
         x = torch.full((37, k), 127.0)
         x[1::2, 7] = -126.0
+        x[2::4] = -127.0
         with select.forced(choice):
             for rows in (1, 6, 37):
                 y = one(x[:rows], pack_weight(weight))

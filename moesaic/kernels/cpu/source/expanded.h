@@ -53,10 +53,25 @@ struct NothingRead {
     void line() {}
 };
 
+// sums += a row's term times columns. One piece of assembly: a term that the compiler fetched earlier would take a register
+// that holds sums, and of intrinsics GCC 12 keeps some sums in memory as well, at half the speed.
+MOESAIC_INLINE void add_products(Vf (&sums)[2], const float& term, const Vf (&columns)[2]) {
+    __m256 all;
+    asm("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
+        : "+&x"(sums[0].v), "+&x"(sums[1].v), "=&x"(all)
+        : "m"(term), "x"(columns[0].v), "x"(columns[1].v));
+}
+MOESAIC_INLINE void add_products(Vf (&sums)[4], const float& term, const Vf (&columns)[4]) {
+    __m256 all;
+    asm("vbroadcastss %5, %4\n\tvfmadd231ps %6, %4, %0\n\tvfmadd231ps %7, %4, %1\n\t"
+        "vfmadd231ps %8, %4, %2\n\tvfmadd231ps %9, %4, %3"
+        : "+&x"(sums[0].v), "+&x"(sums[1].v), "+&x"(sums[2].v), "+&x"(sums[3].v), "=&x"(all)
+        : "m"(term), "x"(columns[0].v), "x"(columns[1].v), "x"(columns[2].v), "x"(columns[3].v));
+}
+
 // sums[R][V vectors], ld floats apart, (+)= R expanded rows, ldx apart, times V vectors of columns, rows of the panel
 // row_bytes apart; the terms of a sum are added in the order of K. reads.line() is called for every cache line of the panel.
-// A function of its own, or not all sums would be in registers. Nor are products intrinsics: GCC 12 would keep some sums in
-// memory, at half the speed.
+// A function of its own, or not all sums would be in registers.
 template <int R, int V, typename Place, typename Reads>
 [[gnu::noinline]] void multiply_expanded(int dwords, const float* x, size_t ldx, const char* panel, size_t row_bytes,
                                          float* sums, size_t ld, bool accumulate, Reads& outside) {
@@ -89,10 +104,7 @@ template <int R, int V, typename Place, typename Reads>
             }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vi term = broadcast_dword(third[r / 3] + r % 3 * apart + odd * Place::kOdd);
-#pragma GCC unroll 4
-                for (int v = 0; v < V; ++v)
-                    asm("vfmadd231ps %2, %1, %0" : "+x"(acc[r][v].v) : "x"(term.v), "x"(columns[v].v));
+                add_products(acc[r], third[r / 3][r % 3 * apart + odd * Place::kOdd], columns);
             }
         }
 #pragma GCC unroll 8

@@ -182,7 +182,7 @@ struct Next {
 #if defined(__AVX512F__)
 constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4;
 #else
-constexpr int kByteRows = 5, kNibbleRows = 4, kRowsWithTotals = 4, kFewByteRows = 0;
+constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0;
 #endif
 
 #if defined(__AVX512F__)
