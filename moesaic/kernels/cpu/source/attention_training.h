@@ -237,20 +237,20 @@ inline void interleave_block(const bf16* block, int padded_dim, uint32_t* panels
 }
 
 // (32, padded dim) -> 32 columns of (padded dim, row_length): the operand A that is the transposed matrix. work: room for
-// as many numbers, and for as many again.
+// as many numbers, and where rows are expanded for as many again.
 inline void transpose_block_to_rows(const bf16* block, int padded_dim, RowNumber* to, size_t row_length, uint32_t* work) {
     for (int p = 0; p < kBlock / 2; ++p)
         interleave_rows(padded_dim, block + 2 * p * padded_dim, block + (2 * p + 1) * padded_dim,
                         work + p * padded_dim);
     if constexpr (std::is_same_v<RowNumber, bf16>) {
         transpose_dwords(kBlock / 2, padded_dim, work, padded_dim, reinterpret_cast<uint32_t*>(to), row_length / 2);
-        return;
+    } else {
+        uint32_t* turned = work + kBlock / 2 * padded_dim;
+        transpose_dwords(kBlock / 2, padded_dim, work, padded_dim, turned, kBlock / 2);
+        const bf16* rows = reinterpret_cast<const bf16*>(turned);
+        for (int d = 0; d < padded_dim; ++d)
+            for (int i = 0; i < kBlock; i += W) store_number(to + d * row_length + i, load_bf16(rows + d * kBlock + i));
     }
-    uint32_t* turned = work + kBlock / 2 * padded_dim;
-    transpose_dwords(kBlock / 2, padded_dim, work, padded_dim, turned, kBlock / 2);
-    const bf16* rows = reinterpret_cast<const bf16*>(turned);
-    for (int d = 0; d < padded_dim; ++d)
-        for (int i = 0; i < kBlock; i += W) store_number(to + d * row_length + i, load_bf16(rows + d * kBlock + i));
 }
 
 // C (rows, 32) (+)= A B, where rows are not expanded by 32 of them at a time: 12 + 12 + 8 where 64 rows at once would leave
@@ -316,7 +316,7 @@ struct ForwardWork {
 
     ForwardWork(Pieces& pieces, const AttentionShape& shape)
         : block(pieces.take<bf16>(size_t(kBlock) * shape.padded_dim())),
-          dwords(pieces.take<uint32_t>(size_t(kBlock) * shape.padded_dim())),
+          dwords(pieces.take<uint32_t>(size_t(kBlock) / (kExpandsRows ? 1 : 2) * shape.padded_dim())),
           queries(pieces.take<uint32_t>(size_t(kForwardQueries) * shape.padded_dim() / 2 * kPanel)),
           scores(pieces.take<float>(size_t(kForwardKeys) * kBlock * kBlock)),
           probabilities(pieces.take<uint32_t>(size_t(kForwardKeys) * kBlock / 2 * kBlock)),
@@ -539,7 +539,7 @@ struct BackwardWork {
 
     BackwardWork(Pieces& pieces, const AttentionShape& shape)
         : block(pieces.take<bf16>(size_t(kBlock) * shape.padded_dim())),
-          dwords(pieces.take<uint32_t>(size_t(kBlock) * shape.padded_dim())),
+          dwords(pieces.take<uint32_t>(size_t(kBlock) / (kExpandsRows ? 1 : 2) * shape.padded_dim())),
           scores(pieces.take<float>(kBlock * kBlock)),
           grads(pieces.take<float>(kBlock * kBlock)),
           probabilities(pieces.take<RowNumber>(size_t(kBackwardKeys) * kBlock * kProbabilityRow)),
@@ -554,10 +554,13 @@ inline void pack_backward_pair(const BackwardArguments& arguments, long pair, in
     const int batch = int(pair / shape.kv_heads), head = int(pair % shape.kv_heads), padded = shape.padded_dim();
     const size_t first = size_t(block) * kBlock * padded;
     copy_block(shape, arguments.key, batch, head, block, to.keys + first);
-    copy_block(shape, arguments.key, batch, head, block, work.block);
     copy_block(shape, arguments.value, batch, head, block, to.values + first);
-    transpose_block_to_rows(work.block, padded, to.keys_t + block * kBlock, shape.transposed_row(),
-                            work.dwords);
+    const bf16* keys = reinterpret_cast<const bf16*>(to.keys + first);
+    if constexpr (kExpandsRows) {
+        copy_block(shape, arguments.key, batch, head, block, work.block);
+        keys = work.block;
+    }
+    transpose_block_to_rows(keys, padded, to.keys_t + block * kBlock, shape.transposed_row(), work.dwords);
     std::memset(to.grad_keys + first, 0, size_t(kBlock) * padded * sizeof(float));
     std::memset(to.grad_values + first, 0, size_t(kBlock) * padded * sizeof(float));
 }

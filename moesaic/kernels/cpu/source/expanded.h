@@ -10,22 +10,23 @@
 
 namespace moesaic {
 
-// Whether rows of activations are expanded when they are prepared for products. Tiles, emulated ones too, take them as they
-// are.
-#if defined(__AVX512F__) || defined(MOESAIC_TILES)
-constexpr bool kExpandsRows = false;
-#else
+// Whether rows that are made for products are made expanded. Tiles, emulated ones too, take them as they are.
+#if !defined(__AVX512F__) && !defined(MOESAIC_TILES)
+#define MOESAIC_EXPANDS_ROWS 1
 constexpr bool kExpandsRows = true;
+#else
+constexpr bool kExpandsRows = false;
 #endif
 
-// Bytes from one row to the next, of rows of which six multiply a piece of a panel together: 11 cache lines more than a
-// multiple of 16. The pieces of rows an odd number of lines apart, which may be one more than 64, meet in few sets of the
-// first-level cache and push the panel out of it: bf16 at 83 % of the peak instead of 93.
+// Bytes from one row to the next, of rows of which six multiply a panel together, 16 lines of each at a time: 11 cache
+// lines more than a multiple of 16. Those of rows an odd number of lines apart, which may be one more than 64, lie in 21
+// of 64 sets of the first-level cache and push the panel out of it: bf16 at 83 % of the peak instead of 93.
 constexpr size_t spread_rows(size_t bytes) { return ((bytes + 63) / 64 + 4) / 16 * 16 * 64 + 11 * 64; }
 
 #if !defined(__AVX512F__)
 
-// Dwords of K that all rows multiply in turn: 16 KiB of a panel, which stay in the first-level cache.
+// Dwords of K that a step of rows multiplies at a time: 16 KiB of a panel, which stay in the first-level cache while both
+// halves of its columns are multiplied, and where all rows take them in turn, for all of them.
 constexpr int kExpandedDwords = 128;
 // Floats from one row of a piece of that many to the next.
 constexpr size_t kPieceRow = 2 * kExpandedDwords + 16;

@@ -35,6 +35,7 @@ inline void store_number(bf16* to, Vf x) { store_bf16(to, x); }
 inline void store_number(float* to, Vf x) { storei(to, {_mm256_slli_epi32(to_bf16(x), 16)}); }
 #endif
 
+// Rows as the left operand of several products, ld numbers apart.
 struct LeftRows {
     const RowNumber* rows;
     size_t ld;
@@ -657,7 +658,7 @@ inline void multiply_up_to(int rows, int dwords, const float* x, size_t ldx, con
         NothingRead nothing;
         if (rows == R)
             multiply_columns<R, Width, Place>(dwords, x, ldx, reinterpret_cast<const char*>(b), ldb * 4, sums, ld,
-                                                         accumulate, nothing);
+                                              accumulate, nothing);
         else
             multiply_up_to<R - 1, Width, Place>(rows, dwords, x, ldx, b, ldb, sums, ld, accumulate);
     }
@@ -705,17 +706,17 @@ inline void for_expanded(int rows, int pairs, const bf16* a, size_t lda, const b
 }
 
 // C[rows][Width] (+)= A[rows][2 * pairs] * B; Width 16, 32 or 48; lda in elements, ldb in dwords, ldc in floats.
-// With `next`, the rows that begin there, lda apart as well, are brought nearer meanwhile.
 template <int Width>
 inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
-                 bool accumulate, const bf16* next = nullptr) {
-    for_expanded(rows, pairs, a, lda, next, [&](int row, int count, int first, int here, const float* x, size_t ldx) {
+                 bool accumulate) {
+    for_expanded(rows, pairs, a, lda, nullptr, [&](int row, int count, int first, int here, const float* x, size_t ldx) {
         gemm<Width>(count, here, x, ldx, b + first * ldb, ldb, c + row * ldc, ldc, accumulate || first > 0);
     });
 }
 
 // C[rows][panels * 32] (+)= A * panels, each panel_dwords after the one before. With blocks > 1, K is that many times
-// 2 * pairs: A goes on a_block elements further for each, B where it stopped.
+// 2 * pairs: A goes on a_block elements further for each, B where it stopped. With `next`, the rows that begin there, lda
+// apart as well, are brought nearer meanwhile.
 inline void gemm_panels(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t panel_dwords, int panels,
                         float* c, size_t ldc, bool accumulate, int blocks = 1, size_t a_block = 0,
                         const bf16* next = nullptr) {
@@ -729,38 +730,45 @@ inline void gemm_panels(int rows, int pairs, const bf16* a, size_t lda, const ui
 }
 
 // C[rows][columns] = A * the panels that begin at b, rounded to bf16 and written past the caches. A is pair after pair,
-// lda dwords apart. Each row is expanded once for all panels, as many rows together as stay in the second-level cache.
+// lda dwords apart. Rows are expanded once for all panels, as many together as stay in the second-level cache; of long K a
+// slice at a time, whose sums wait, or the panels, which no cache holds then, would be read for every six rows.
 inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, const uint32_t* b, int64_t columns,
                           bf16* c, size_t ldc) {
-    constexpr size_t kExpandedBytes = 128 << 10;
-    constexpr int R = kRowBlock;
+    constexpr int kSlicePairs = 512, kExpandedBytes = 128 << 10, R = kRowBlock;
     static_assert(R <= W);
-    const size_t step_floats = size_t(pairs) * 2 * W;
-    const int most = int(std::max<size_t>(1, kExpandedBytes / (step_floats * sizeof(float)))) * R;
-    const int together = std::min(most, kTogether);
-    static thread_local Scratch scratch;
-    float* x = scratch.get<float>(size_t(together / R) * step_floats);
-    alignas(64) float sums[kTogether * kPanel];
+    const int slice = std::min(pairs, kSlicePairs);
+    const size_t step_floats = size_t(slice) * 2 * W;
+    const int together = std::min(int(kExpandedBytes / (step_floats * sizeof(float))) * R, kTogether);
+    static thread_local Scratch expanded, waiting;
+    float* x = expanded.get<float>(size_t(together / R) * step_floats);
+    // Sums of a row from one panel to the next: their own places only where they wait for the next slice.
+    const size_t ld = pairs > slice ? size_t(columns) : kPanel;
+    float* sums = waiting.get<float>(size_t(together) * ld);
     for (int row = 0; row < rows; row += together) {
         const int here = std::min(together, rows - row);
-        for (int r = 0; r < here; r += R)
-            for (int p = 0; p < pairs; ++p) {
-                const float* terms = reinterpret_cast<const float*>(a + p * lda + row + r);
-                const Vi both = as_int(load_first(terms, std::min(R, here - r)));
-                store(x + r / R * step_floats + p * 2 * W, low_bf16(both));
-                store(x + r / R * step_floats + p * 2 * W + W, high_bf16(both));
-            }
-        for (int64_t column = 0; column < columns; column += kPanel) {
-            for (int first = 0; first < pairs; first += kExpandedDwords)
-                for (int r = 0; r < here; r += R)
-                    multiply_up_to<R, kPanel, DwordsExpanded>(
-                        std::min(R, here - r), std::min(kExpandedDwords, pairs - first),
-                        x + r / R * step_floats + first * 2 * W, 0, b + column * pairs + first * kPanel, kPanel,
-                        sums + r * kPanel, kPanel, first > 0);
-            for (int r = 0; r < here; ++r) {
-                Vf line[kPanel / W];
-                for (int v = 0; v < kPanel / W; ++v) line[v] = load(sums + r * kPanel + v * W);
-                stream_bf16<kPanel>(c + (row + r) * ldc + column, line);
+        for (int start = 0; start < pairs; start += slice) {
+            const int end = std::min(start + slice, pairs);
+            for (int r = 0; r < here; r += R)
+                for (int p = start; p < end; ++p) {
+                    const float* terms = reinterpret_cast<const float*>(a + p * lda + row + r);
+                    const Vi both = as_int(load_first(terms, std::min(R, here - r)));
+                    float* to = x + r / R * step_floats + (p - start) * 2 * W;
+                    store(to, low_bf16(both));
+                    store(to + W, high_bf16(both));
+                }
+            for (int64_t column = 0; column < columns; column += kPanel) {
+                float* place = pairs > slice ? sums + column : sums;
+                for (int first = start; first < end; first += kExpandedDwords)
+                    for (int r = 0; r < here; r += R)
+                        multiply_up_to<R, kPanel, DwordsExpanded>(
+                            std::min(R, here - r), std::min(kExpandedDwords, end - first),
+                            x + r / R * step_floats + (first - start) * 2 * W, 0, b + column * pairs + first * kPanel,
+                            kPanel, place + r * ld, ld, first > 0);
+                for (int r = 0; end == pairs && r < here; ++r) {
+                    Vf line[kPanel / W];
+                    for (int v = 0; v < kPanel / W; ++v) line[v] = load(place + r * ld + v * W);
+                    stream_bf16<kPanel>(c + (row + r) * ldc + column, line);
+                }
             }
         }
     }
@@ -770,7 +778,7 @@ inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, co
 
 #endif
 
-#if defined(__AVX512F__) || defined(MOESAIC_TILES)
+#if !defined(MOESAIC_EXPANDS_ROWS)
 // Rows of a left operand for several products: as they lie.
 inline LeftRows left_rows(const bf16* rows, size_t ld, int, int64_t, Scratch&) { return {rows, ld}; }
 #endif

@@ -2,7 +2,8 @@
 //
 // kernels/quantized.py is the definition, to the bit, on every instruction set and for every number of rows. Weights
 // are unsigned bytes (value + 128, or a nibble, value + 8) in panels of 32 columns, activations signed bytes; what the
-// offset adds to a dot product is the offset times the sum of the activations, which is known from quantising them.
+// offset adds to a dot product is the offset times the sum of the activations, which is known from quantising them. (AVX2
+// alone takes the offset of 8 bits off the weights instead.)
 //
 // A panel of 8 bits is [K/4][32][4 bytes], K padded to 64. One of 4 bits is, for each group of K, its 32 scales in bf16
 // and then [group/4][16][4 bytes], each byte with column n in the low nibble and column n + 16 in the high one.
@@ -175,10 +176,10 @@ struct Next {
 #endif
 };
 
-// Rows that one step by vectors works on, and of 8 bits up to kFewByteRows also where there are tiles (AVX2's vectors take
-// weights without their offset, which tiles multiply). With AVX-512 their int32 sums are in registers, with 2 vectors of weights and 1
-// of activations, and in products of 4 bits of up to kRowsWithTotals the fp32 sums too; without, expanded.h and
-// add_nibbles have their own.
+// Rows that one step by vectors works on. With AVX-512 their int32 sums are in registers, with 2 vectors of weights and 1
+// of activations, and in products of 4 bits of up to kRowsWithTotals the fp32 sums too; without, multiply_bytes and
+// add_nibbles have their own. Up to kFewByteRows rows of 8 bits go by vectors where there are tiles: none by AVX2's, which
+// take off the weights the offset that tiles multiply and rows make up for.
 #if defined(__AVX512F__)
 constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4;
 #else
@@ -455,14 +456,12 @@ template <int G, int R, typename Reads>
 }
 
 #else
-// Products of a signed byte of a row and a nibble of a panel, two of every word summed in 16 bits.
-struct NibbleTerms {
-    static Vi multiply(Vi sums, Vi row, Vi columns) {
-        __m256i products;
-        asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sums.v), "=&x"(products) : "x"(columns.v), "x"(row.v));
-        return sums;
-    }
-};
+// Sums of 16 bits += the products of signed bytes of a row and nibbles of a panel, two for every word.
+inline Vi add_nibble_products(Vi sums, Vi row, Vi columns) {
+    __m256i products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sums.v), "=&x"(products) : "x"(columns.v), "x"(row.v));
+    return sums;
+}
 
 // 32-bit sums of R rows += their products with 32 values of K and `Vectors` vectors of bytes, one after the other the sums
 // of their low and of their high nibbles. 16 bits hold those of 8 steps, each of two products of at most 15 * 128.
@@ -472,7 +471,7 @@ MOESAIC_INLINE void add_nibbles(const uint8_t* weights, const char* row, size_t 
     constexpr int kSteps = 8;
     static_assert(kSteps * 2 * 15 * 128 < 1 << 15);
     Vi low = set1i(0x0f0f0f0f), words[R][2 * Vectors];
-    asm("" : "+x"(low.v));  // in a register
+    asm("" : "+x"(low.v));  // made once
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -486,8 +485,8 @@ MOESAIC_INLINE void add_nibbles(const uint8_t* weights, const char* row, size_t 
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const Vi terms = broadcast_dword(row + r * stride);
-                words[r][2 * v] = NibbleTerms::multiply(words[r][2 * v], terms, first);
-                words[r][2 * v + 1] = NibbleTerms::multiply(words[r][2 * v + 1], terms, second);
+                words[r][2 * v] = add_nibble_products(words[r][2 * v], terms, first);
+                words[r][2 * v + 1] = add_nibble_products(words[r][2 * v + 1], terms, second);
             }
         }
     }

@@ -1,8 +1,8 @@
 // A layer of experts for inference: every expert's MLP on its tokens and their weighted sum, in one call.
 //
 // Two products and a barrier between them. The first makes an expert's hidden rows, 128 columns at a time, which go from
-// the sums through the activation to bf16 while they are in the first-level cache. Where the second product is of
-// integers, whole rows of them are then brought into its format, by who made them or, where several did, behind a barrier.
+// the sums through the activation to bf16 while they are in the first-level cache. Where the second product takes rows of
+// another form, whole rows of them are then brought into it, by who made them or, where several did, behind a barrier.
 // The second is cut by output columns: one thread adds up all experts' share of a column in rising order of the
 // experts, so nothing is scattered, and a token's result depends neither on the other tokens nor on the threads. The
 // residual MLP (or shared expert) is one more expert, of all tokens, with a coefficient of its own.
@@ -27,7 +27,7 @@ struct PackedMlp {
 
     int hidden_of_panel() const { return activation == kSwiglu ? kPanel / 2 : kPanel; }
     int chunks() const { return int((intermediate + kHiddenColumns - 1) / kHiddenColumns); }
-    // A row of hidden columns in bf16: as the down product takes it, if that is of bf16.
+    // A row of hidden columns in bf16: as the down product takes it, if that does not change rows.
     int activated_columns() const { return round_up(int(intermediate), kPanel); }
     size_t activated_bytes() const { return Packed::odd_lines(size_t(activated_columns()) * sizeof(bf16)); }
 };
@@ -73,7 +73,7 @@ struct MoeWorkspace {
     char* residual_rows;
     char* hidden;         // (routes) prepared rows of the second product
     char* residual_hidden;
-    char* activated;      // (routes) what those are made of, rows of bf16: where the product is of bf16, the same
+    char* activated;      // (routes) what those are made of, rows of bf16; the same, where rows are not changed
     char* residual_activated;
     size_t bytes, own_bytes = 0;
 
@@ -249,7 +249,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         return all + size_t(run.first) * mlp_of(run).down.row_bytes();
     };
     // Rows [first, last) of a run.
-    const auto quantize = [&](const MoeRun& run, const char* from, int first, int last, char* to) {
+    const auto prepare_rows = [&](const MoeRun& run, const char* from, int first, int last, char* to) {
         const Packed& down = mlp_of(run).down;
         const size_t from_bytes = mlp_of(run).activated_bytes(), to_bytes = down.row_bytes();
         for (int row = first; row < last; ++row)
@@ -268,7 +268,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const size_t stride = mlp.up.row_bytes();
         const char* source = is_residual ? work.residual_rows : work.rows;
         const int chunk = task - run.first_task;
-        // Rows that this thread makes whole are quantised by it too, while its second-level cache has them.
+        // Rows that this thread makes whole are prepared by it too, while its second-level cache has them.
         const bool is_whole =
             mlp.down.changes_rows() && run.first_task >= first && run.first_task + mlp.chunks() <= last;
         const size_t activated_stride =
@@ -313,7 +313,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             std::fill(row + (mlp.intermediate - start), row + columns, bf16(0));
         }
         if (is_whole) {
-            quantize(run, activated, 0, run.rows, hidden_rows(run));
+            prepare_rows(run, activated, 0, run.rows, hidden_rows(run));
             return;
         }
         // All of a task's columns at once: a line that other threads have read lately takes long to be written.
@@ -335,7 +335,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const int first = up_slices.begin(int(slice)), last = up_slices.begin(int(slice) + 1);
         for (int task = first; task < last; ++task) do_task(task, first, last);
     });
-    // Rows that several slices made. Few of them every member quantises for itself.
+    // Rows that several slices made. Few of them every member prepares for itself.
     static thread_local std::vector<int> split;
     split.clear();
     if (experts.down.changes_rows() || (call.residual && call.residual->down.changes_rows()))
@@ -354,14 +354,14 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         char* to = own;
         for (const int index : split) {
             const MoeRun& run = work.runs[index];
-            quantize(run, global_rows(run), 0, run.rows, to);
+            prepare_rows(run, global_rows(run), 0, run.rows, to);
             to += size_t(run.rows) * mlp_of(run).down.row_bytes();
         }
     } else if (!split.empty()) {
         team.tasks(long(split.size()) * team.size(), [&](long task) {
             const MoeRun& run = work.runs[split[size_t(task / team.size())]];
             const int part = int(task % team.size());
-            quantize(run, global_rows(run), run.rows * part / team.size(), run.rows * (part + 1) / team.size(),
+            prepare_rows(run, global_rows(run), run.rows * part / team.size(), run.rows * (part + 1) / team.size(),
                      hidden_rows(run));
         });
     }

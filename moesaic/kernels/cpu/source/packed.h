@@ -307,7 +307,7 @@ inline void tiles_product(const uint8_t* panel, int pairs, int rows, const char*
 
 #endif
 
-// As packed_product. With `rounded` (whose c is C), results go there from registers, but on AMX.
+// As packed_product. With `rounded` (whose c is C), results go there at once, but on AMX.
 template <typename Each>
 inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
                          const Next& next, const Each& each, Waiting<Each>& waiting,
@@ -390,8 +390,8 @@ inline void int8_product(const uint8_t* panel, int padded_depth, int rows, const
 }
 
 // Prepared rows times a panel, summed in fp32. each(row, its 32 sums) is called for every row, now or, for those that
-// wait, by the next product or waiting.all(); not where the product brings the results to where `rounded` says from
-// registers. c: room for the sums of all steps of rows.
+// wait, by the next product or waiting.all(); not where the product brings the results to where `rounded` says itself.
+// c: room for the sums of all steps of rows.
 template <typename Each>
 inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, int rows, const char* a, size_t stride,
                            float* c, const Next& next, const Each& each, Waiting<Each>& waiting,
@@ -443,8 +443,8 @@ struct LinearCall {
     char* workspace;  // packed_linear_workspace bytes, aligned to 64
 };
 
-// Rows are prepared once for everybody, but for few ones, and for bf16 ones, which are used as they are or copied block
-// by block.
+// Rows are prepared once for everybody, but for few ones, and for bf16 ones, which every thread uses as they are or
+// prepares block by block.
 inline size_t packed_linear_workspace(const Packed& weight, int64_t rows) {
     return weight.is_integer() && !are_private(rows) ? size_t(rows) * weight.row_bytes() : 0;
 }

@@ -6,7 +6,7 @@
 
 #include "elements.h"
 #include "parallel.h"
-#include "tiles.h"
+#include "expanded.h"
 
 namespace moesaic {
 
@@ -109,11 +109,7 @@ inline void rotate(const T* x, int64_t depth, float* to) {
 
 // Whether products of 8 bits multiply the weights with their offset. Those of AVX2 alone take it off first, so that two
 // products fit 16 bits.
-#if defined(__AVX512F__) || defined(MOESAIC_TILES)
-constexpr bool kMultipliesOffset = true;
-#else
-constexpr bool kMultipliesOffset = false;
-#endif
+constexpr bool kMultipliesOffset = !kExpandsRows;
 
 // A row of K activations as integer weights multiply it: bytes, zero up to a whole block of 128, and behind them what
 // takes the weights' offset off again. An offset of 128 adds 128 times the sum of the row to every sum; `start` is minus
