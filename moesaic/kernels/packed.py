@@ -194,21 +194,22 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = Fal
     order = _panel_order(out_size, interleave_gate).to(device)
     matrix_bytes = len(order) * _row_bytes(format, in_size, group_size)
     count = 1 if num_matrices is None else num_matrices
-    data = empty_on_huge_pages(count * matrix_bytes, device).view(count, matrix_bytes)
+    data = empty_on_huge_pages(count * matrix_bytes, device)
     scales = torch.empty(count, len(order), device=device) if format == "int8" else None
-    for index in range(0 if device.type == "meta" else count):
-        if isinstance(weight, Tensor):
-            _pack_bf16(weight if num_matrices is None else weight[index], order, data[index])
-            continue
-        values = weight.values if num_matrices is None else weight.values[index]
-        row_scales = weight.scales if num_matrices is None else weight.scales[index]
-        if scales is not None:
-            _pack_int8(values, order, data[index])
-            scales[index] = _take_rows(row_scales, order, 0)
-        else:
-            assert group_size is not None
-            _pack_int4(values, row_scales, order, group_size, data[index])
-    return PackedWeight(format, out_size, in_size, num_matrices, group_size, interleave_gate, data.view(-1), scales)
+    packed = PackedWeight(format, out_size, in_size, num_matrices, group_size, interleave_gate, data, scales)
+    if device.type == "meta" or not data.numel():
+        return packed
+    if scales is not None:
+        assert isinstance(weight, QuantizedWeight)
+        for own, row_scales in zip(scales, weight.scales.reshape(count, out_size), strict=True):
+            own.copy_(_take_rows(row_scales, order, 0))
+    library = select.cpu_library() if device.type == "cpu" else None
+    if library is not None:
+        _pack_natively(library, weight, packed)
+    else:
+        for index, out in enumerate(data.view(count, matrix_bytes)):
+            _pack_matrix(weight, None if num_matrices is None else index, order, out)
+    return packed
 
 
 def pack_mlp(
@@ -509,6 +510,35 @@ def _take_rows(rows: Tensor, order: Tensor, fill: int) -> Tensor:
     """Return rows[order], with rows of `fill` where order says padding."""
     padding = torch.full((1, *rows.shape[1:]), fill, dtype=rows.dtype, device=rows.device)
     return torch.cat([rows, padding])[order]
+
+
+def _pack_matrix(weight: Tensor | QuantizedWeight, index: int | None, order: Tensor, out: Tensor) -> None:
+    """index: of a stack's matrix."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor if index is None else tensor[index]
+
+    if isinstance(weight, Tensor):
+        _pack_bf16(own(weight), order, out)
+    elif weight.group_size is None:
+        _pack_int8(own(weight.values), order, out)
+    else:
+        _pack_int4(own(weight.values), own(weight.scales), order, weight.group_size, out)
+
+
+def _pack_natively(library: select.Library, weight: Tensor | QuantizedWeight, packed: PackedWeight) -> None:
+    """Fill packed.data."""
+    scales = None
+    if isinstance(weight, Tensor):
+        numbers = weight.detach()
+        numbers = (numbers if numbers.dtype == torch.float32 else numbers.to(torch.bfloat16)).contiguous()
+    else:
+        numbers = weight.values.contiguous()
+        scales = weight.scales.contiguous() if weight.bits == 4 else None
+    library.function("moesaic_pack_weight", "piipipi")(
+        ctypes.addressof(packed.struct), packed.num_matrices or 1, packed.out_size, numbers.data_ptr(),
+        numbers.dtype == torch.float32, None if scales is None else scales.data_ptr(), packed.is_gated,
+    )  # fmt: skip
 
 
 def _pack_bf16(matrix: Tensor, order: Tensor, out: Tensor) -> None:

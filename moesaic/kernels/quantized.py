@@ -5,15 +5,19 @@ before: their columns are multiplied by a Hadamard matrix, which leaves a produc
 columns have of large numbers over many, so that one scale for a whole token costs less than one for every 128 columns
 without it. Dot products inside a scale are exact integers, and what follows is a fixed order of fp32 roundings, so a
 result depends neither on the batch nor on the path that computed it. These functions are that definition; the packed
-C++ kernels must give the same bits. How scales are chosen better than by round-to-nearest is convert/'s business.
+C++ kernels must give the same bits, and so must those that rotate and round weights. How scales are chosen better than
+by round-to-nearest is convert/'s business.
 
 Source of the rotation: Ashkboos et al., QuaRot (arXiv 2404.00456); its online form, here at every product.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moesaic.kernels import select
 
 GROUP_SIZES = (32, 64, 128)
 # A row whose largest magnitude is below this counts as zero: 127 divided by it would leave fp32.
@@ -105,7 +109,25 @@ def rotate(x: Tensor) -> Tensor:
 
 def rotate_weight(weight: Tensor) -> Tensor:
     """Return weight (..., N, K) as it is rounded: rotated, and divided by the size of the rotation."""
-    return rotate(weight) / rotation_size(weight.shape[-1])
+    return _rotated(weight, 1.0 / rotation_size(weight.shape[-1]))
+
+
+def _rotated(x: Tensor, scale: float) -> Tensor:
+    """Return rotate(x) times a power of two, by the C++ kernels where they are in use."""
+    library = _library_for(x)
+    if library is None:
+        return rotate(x) * scale
+    x = x.contiguous()
+    rotated = torch.empty(x.shape, dtype=torch.float32)
+    library.function("moesaic_rotate_rows", "piiifp")(
+        x.data_ptr(), x.dtype == torch.bfloat16, math.prod(x.shape[:-1]), x.shape[-1], scale, rotated.data_ptr()
+    )
+    return rotated
+
+
+def _library_for(x: Tensor) -> select.Library | None:
+    has_kernel = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
+    return select.cpu_library() if has_kernel else None
 
 
 def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None) -> QuantizedWeight:
@@ -114,13 +136,35 @@ def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None)
     8 bits: the row's largest magnitude becomes 127. 4 bits: the number of largest magnitude of each group becomes -8,
     which makes the scale negative where that number is positive; so the group uses all 16 levels.
     """
+    assert bits == 8 or group_size is not None, "4-bit weights need a group_size"
+    library = _library_for(weight)
+    if library is not None:
+        return _quantize_natively(library, weight.detach().contiguous(), bits=bits, group_size=group_size)
     rotated = rotate_weight(weight)
     if bits == 8:
         return round_to_scales(rotated, rotated.abs().amax(-1) / 127.0, bits=8)
-    assert group_size is not None, "4-bit weights need a group_size"
+    assert group_size is not None
     grouped = rotated.unflatten(-1, (-1, group_size))  # (..., N, K/G, G)
     extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return round_to_scales(rotated, (extreme / -8.0).to(torch.bfloat16), bits=4, group_size=group_size)
+
+
+def _quantize_natively(
+    library: select.Library, weight: Tensor, *, bits: int, group_size: int | None
+) -> QuantizedWeight:
+    *rows, columns = weight.shape
+    if group_size is None:
+        values = torch.empty(weight.shape, dtype=torch.int8)
+        scales = torch.empty(rows)
+    else:
+        assert columns % group_size == 0, (weight.shape, group_size)
+        values = torch.empty(*rows, columns // 2, dtype=torch.uint8)
+        scales = torch.empty(*rows, columns // group_size, dtype=torch.bfloat16)
+    library.function("moesaic_quantize_weight", "piiiipp")(
+        weight.data_ptr(), weight.dtype == torch.bfloat16, math.prod(rows), columns, group_size or 0,
+        values.data_ptr(), scales.data_ptr(),
+    )  # fmt: skip
+    return QuantizedWeight(values, scales, bits, group_size)
 
 
 def round_to_scales(rotated: Tensor, scales: Tensor, *, bits: int, group_size: int | None = None) -> QuantizedWeight:
@@ -143,10 +187,10 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
     if weight.values.is_meta:  # its products are Python that loads torch's compiler first: a second
         return torch.empty(weight.shape, device="meta")
     if weight.bits == 8:
-        return rotate(weight.values.float() * weight.scales[..., None])
+        return _rotated(weight.values.float() * weight.scales[..., None], 1.0)
     assert weight.group_size is not None
     grouped = unpack_nibbles(weight.values).float().unflatten(-1, (-1, weight.group_size))
-    return rotate((grouped * weight.scales.float()[..., None]).flatten(-2))
+    return _rotated((grouped * weight.scales.float()[..., None]).flatten(-2), 1.0)
 
 
 def pack_nibbles(values: Tensor) -> Tensor:

@@ -71,6 +71,26 @@ def test_unpacking_gives_back_what_was_packed(format: str, interleave_gate: bool
             assert torch.equal(back.scales, weight.scales) and back.group_size == weight.group_size
 
 
+@pytest.mark.parametrize("interleave_gate", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_kernels_pack_to_the_same_bytes(compiled_kernels: str, format: str, interleave_gate: bool) -> None:
+    for shape in [(40, 128), (2, 96, 256), (3, 66, 384), (34, 1920), (1, 2, 128), (0, 32, 128)]:
+        dense = numbers(*shape, seed=sum(shape))
+        if format == "bf16":
+            sources = [dense, dense.bfloat16(), dense.half(), dense.transpose(-1, -2), dense[..., :-3], dense[..., :1]]
+        else:
+            bits, group_size = (8, None) if format == "int8" else (4, int(format.split("-")[1]))
+            sources = [quantize_weight(dense, bits=bits, group_size=group_size)]
+            if bits == 8:
+                sources.append(quantize_weight(dense[..., :-3], bits=8))
+        for source in sources:
+            packed = pack_weight(source, interleave_gate=interleave_gate and source.shape[-2] % 2 == 0)
+            with select.forced("reference"):
+                plain = pack_weight(source, interleave_gate=packed.is_gated)
+            assert torch.equal(packed.data, plain.data), (shape, source.shape)
+            assert packed.scales is plain.scales or torch.equal(packed.scales, plain.scales), shape
+
+
 @pytest.mark.skipif("avx2" not in SUPPORTED, reason="no AVX2 here")
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 50])
 def test_without_dot_products_bf16_is_summed_in_the_order_of_k(rows: int) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moesaic.kernels import select
 from moesaic.kernels.quantized import (
     MAX_COLUMNS,
     QuantizedWeight,
@@ -138,6 +139,38 @@ def test_activations_that_are_tiny_zero_or_not_finite() -> None:
     values, scales = quantize_activations(x)
     assert values[:5].eq(0).all() and values[5].eq(127).all()
     assert scales[[0, 4]].eq(0).all() and scales[1:4].isnan().all() and scales[5] > 0
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """Rotations of every size, more rows than a task has, and numbers whose rounding is not ordinary."""
+    shapes = [(1, 1), (3, 33), (37, 96), (5, 384), (2, 3, 300), (2, 17, 2048), (1, 4480), (0, 64), (2, 0, 64)]
+    found = {str(shape): draw(*shape, seed=len(shape)) for shape in shapes}
+    found["in bf16"] = draw(21, 640, seed=5).bfloat16()
+    found["turned"] = draw(128, 40, seed=6).t()
+    found["zeros"] = torch.zeros(3, 128)
+    alike = draw(6, 256, seed=7).sign()
+    found["of one magnitude"] = rotate(alike) * 0.5  # rotated, a group's extremes are all alike
+    found["tiny"] = draw(4, 128, seed=8) * 1e-40
+    found["huge"] = draw(4, 128, seed=9) * 1e35
+    return found
+
+
+@pytest.mark.parametrize("name", weights())
+def test_kernels_round_weights_to_the_same_bits(compiled_kernels: str, name: str) -> None:
+    weight = weights()[name]
+    with select.forced("reference"):
+        expected = rotate_weight(weight)
+    assert torch.equal(rotate_weight(weight), expected)
+    for bits, group_size in FORMATS:
+        if bits == 4 and weight.shape[-1] % group_size:
+            continue
+        with select.forced("reference"):
+            plain = quantize_weight(weight, bits=bits, group_size=group_size)
+            dense = dequantize(plain)
+        quantized = quantize_weight(weight, bits=bits, group_size=group_size)
+        assert torch.equal(quantized.values, plain.values), (bits, group_size)
+        assert torch.equal(quantized.scales, plain.scales), (bits, group_size)
+        assert torch.equal(dequantize(quantized), dense), (bits, group_size)
 
 
 def by_hand(x: torch.Tensor, weight: QuantizedWeight) -> np.ndarray:

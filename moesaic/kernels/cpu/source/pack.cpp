@@ -1,0 +1,42 @@
+// Rounding and packing weights, for Python.
+
+#include "pack.h"
+
+#include "export.h"
+
+using namespace moesaic;
+
+// Every row of x (rows, depth), rotated, times a scale: out (rows, depth) in fp32.
+MOESAIC_EXPORT int64_t moesaic_rotate_rows(const void* x, int64_t is_bf16, int64_t rows, int64_t depth, float scale,
+                                           float* out) {
+    const WeightRows weight{x, is_bf16 != 0, rows, depth};
+    run_team(16.0 * double(rows) * double(depth), [&](Team& team) { rotate_rows(team, weight, scale, out); });
+    return 0;
+}
+
+// scales are fp32 (rows) for 8 bits (group 0), else bf16 (rows, depth / group).
+MOESAIC_EXPORT int64_t moesaic_quantize_weight(const void* x, int64_t is_bf16, int64_t rows, int64_t depth, int64_t group,
+                                               void* values, void* scales) {
+    const WeightRows weight{x, is_bf16 != 0, rows, depth};
+    run_team(32.0 * double(rows) * double(depth), [&](Team& team) {
+        if (group)
+            quantize_to_nibbles(team, weight, group, static_cast<uint8_t*>(values), static_cast<bf16*>(scales));
+        else
+            quantize_to_bytes(team, weight, static_cast<int8_t*>(values), static_cast<float*>(scales));
+    });
+    return 0;
+}
+
+// `count` matrices (rows, depth) into panels at packed->data.
+MOESAIC_EXPORT int64_t moesaic_pack_weight(const Packed* packed, int64_t count, int64_t rows, const void* numbers,
+                                           int64_t is_fp32, const bf16* scales, int64_t is_gated) {
+    const Unpacked weight{static_cast<const char*>(numbers), is_fp32 != 0, scales, is_gated != 0};
+    const int64_t panels = count * packed->panels();
+    run_team(8.0 * double(panels) * kPanel * double(packed->depth), [&](Team& team) {
+        team.tasks(long(panels), [&](long index) {
+            pack_panel(*packed, rows, weight, index,
+                       const_cast<uint8_t*>(packed->data) + size_t(index) * packed->panel_bytes());
+        });
+    });
+    return 0;
+}

@@ -1,0 +1,191 @@
+// Weights on their way into the packed form: rounded to 8 or 4 bits, and brought into panels. kernels/quantized.py and
+// kernels/packed.py are the definitions, to the bit.
+#pragma once
+
+#include <algorithm>
+
+#include "elements.h"
+#include "packed.h"
+#include "parallel.h"
+#include "quantized_row.h"
+#include "transpose.h"
+
+namespace moesaic {
+
+// `rows` rows (rows, depth), one after the other.
+struct WeightRows {
+    const void* numbers;
+    bool is_bf16;
+    int64_t rows, depth;
+};
+
+// A row times the Hadamard matrix and a scale, a power of two, to fp32; there is room for whole vectors, with zeros behind
+// the row.
+inline void rotated_row(const WeightRows& weight, int64_t row, float scale, float* to) {
+    const int64_t depth = weight.depth;
+    with_element_type(weight.is_bf16, [&](auto kind) {
+        using T = decltype(kind);
+        rotate(static_cast<const T*>(weight.numbers) + row * depth, depth, to);
+    });
+    for (int64_t k = 0; k < depth; k += W) store(to + k, mul(load(to + k), set1(scale)));
+    std::fill(to + depth, to + (depth + W - 1) / W * W, 0.0f);
+}
+
+constexpr int64_t kRowsOfTask = 16;
+
+// Calls each(row, room for its numbers) for every row.
+template <typename Each>
+inline void for_weight_rows(Team& team, const WeightRows& weight, Each&& each) {
+    static thread_local Scratch scratch;
+    float* numbers = scratch.get<float>(size_t(weight.depth + W));
+    team.tasks(long((weight.rows + kRowsOfTask - 1) / kRowsOfTask), [&](long task) {
+        const int64_t first = task * kRowsOfTask, last = std::min(first + kRowsOfTask, weight.rows);
+        for (int64_t row = first; row < last; ++row) each(row, numbers);
+    });
+}
+
+// out (rows, depth): every row rotated, times scale.
+inline void rotate_rows(Team& team, const WeightRows& weight, float scale, float* out) {
+    for_weight_rows(team, weight, [&](int64_t row, float* numbers) {
+        rotated_row(weight, row, scale, numbers);
+        std::memcpy(out + row * weight.depth, numbers, size_t(weight.depth) * sizeof(float));
+    });
+}
+
+// Numbers in whole multiples of a scale (of 1 where it is 0), clamped, in place.
+inline void round_to_scale(float* numbers, int64_t count, float scale, float lowest, float highest) {
+    const Vf divisor = set1(scale == 0.0f ? 1.0f : scale), low = set1(lowest), high = set1(highest);
+    for (int64_t k = 0; k < count; k += W)
+        store(numbers + k, round(min(max(div(load(numbers + k), divisor), low), high)));
+}
+
+// values (rows, depth) and a scale for each row: the largest magnitude becomes 127.
+inline void quantize_to_bytes(Team& team, const WeightRows& weight, int8_t* values, float* scales) {
+    const float by_size = 1.0f / float(rotation_size(weight.depth));
+    for_weight_rows(team, weight, [&](int64_t row, float* numbers) {
+        rotated_row(weight, row, by_size, numbers);
+        Vf largest = zero();
+        for (int64_t k = 0; k < weight.depth; k += W) largest = largest_magnitude(largest, load(numbers + k));
+        const int32_t bits = largest_bits(largest);
+        float amax;
+        std::memcpy(&amax, &bits, 4);
+        scales[row] = amax / 127.0f;
+        round_to_scale(numbers, weight.depth, scales[row], -127.0f, 127.0f);
+        int8_t* to = values + row * weight.depth;
+        for (int64_t k = 0; k < weight.depth; ++k) to[k] = int8_t(numbers[k]);
+    });
+}
+
+// values (rows, depth / 2) of two nibbles, the first in the low one, and bf16 scales (rows, depth / group): a group's
+// number of largest magnitude, the first of them, becomes -8.
+inline void quantize_to_nibbles(Team& team, const WeightRows& weight, int64_t group, uint8_t* values, bf16* scales) {
+    const float by_size = 1.0f / float(rotation_size(weight.depth));
+    for_weight_rows(team, weight, [&](int64_t row, float* numbers) {
+        rotated_row(weight, row, by_size, numbers);
+        bf16* own = scales + row * (weight.depth / group);
+        for (int64_t first = 0; first < weight.depth; first += group, ++own) {
+            float* of_group = numbers + first;
+            Vf largest = zero();
+            for (int64_t k = 0; k < group; k += W) largest = largest_magnitude(largest, load(of_group + k));
+            const int32_t bits = largest_bits(largest);
+            float amax;
+            std::memcpy(&amax, &bits, 4);
+            const float* extreme = std::find_if(of_group, of_group + group - 1, [&](float x) { return std::fabs(x) == amax; });
+            *own = float_to_bf16(*extreme / -8.0f);
+            round_to_scale(of_group, group, bf16_to_float(*own), -8.0f, 7.0f);
+        }
+        uint8_t* to = values + row * (weight.depth / 2);
+        for (int64_t k = 0; k < weight.depth; k += 2)
+            to[k / 2] = uint8_t((int(numbers[k]) + 8) | (int(numbers[k + 1]) + 8) << 4);
+    });
+}
+
+// A stack of matrices (count, rows, depth) as it is before packing: bf16 or fp32 numbers, signed bytes, or two nibbles a
+// byte with bf16 scales (count, rows, depth / group).
+struct Unpacked {
+    const char* numbers;
+    bool is_fp32;
+    const bf16* scales;
+    bool is_gated;  // the rows are [gate, up]: 16 of the one and 16 of the other in turn
+
+    // The row of a matrix that is row `index` of a panel, -1 for none.
+    int64_t row(int64_t rows, int64_t panel, int index) const {
+        if (!is_gated) {
+            const int64_t row = panel * kPanel + index;
+            return row < rows ? row : -1;
+        }
+        const int64_t row = panel * (kPanel / 2) + index % (kPanel / 2);
+        return row < rows / 2 ? row + (index < kPanel / 2 ? 0 : rows / 2) : -1;
+    }
+};
+
+// Nibbles of two rows as bytes (depth), those of the first one low.
+inline void merge_nibbles(const uint8_t* low, const uint8_t* high, int64_t depth, uint8_t* to) {
+    for (int64_t k = 0; k < depth / 2; ++k) {
+        to[2 * k] = uint8_t((low[k] & 15) | (high[k] & 15) << 4);
+        to[2 * k + 1] = uint8_t(low[k] >> 4 | (high[k] & 0xf0));
+    }
+}
+
+// Panel `index` of all those of a stack. `packed` says how a matrix of it is laid out.
+inline void pack_panel(const Packed& packed, int64_t rows, const Unpacked& weight, int64_t index, uint8_t* to) {
+    static thread_local Scratch scratch;
+    const int64_t panels = packed.panels(), matrix = index / panels, panel = index % panels;
+    const int64_t depth = packed.depth, padded = packed.padded_depth();
+    const bool is_nibbles = packed.format == kPackedInt4;
+    const int64_t row_bytes = packed.format == kPackedBf16 ? depth * (weight.is_fp32 ? 4 : 2)
+                              : is_nibbles                 ? depth / 2
+                                                           : depth;
+    const char* own = weight.numbers + matrix * rows * row_bytes;
+    const auto source = [&](int n) {
+        const int64_t row = weight.row(rows, panel, n);
+        return row < 0 ? nullptr : own + row * row_bytes;
+    };
+    uint32_t* dwords = reinterpret_cast<uint32_t*>(to);
+    if (packed.format == kPackedBf16) {
+        bf16* copies = scratch.get<bf16>(size_t(kPanel * padded));
+        for (int n = 0; n < kPanel; ++n) {
+            bf16* copy = copies + n * padded;
+            const char* from = source(n);
+            std::fill(copy + (from ? depth : 0), copy + padded, bf16(0));
+            if (from && weight.is_fp32)
+                for (int64_t k = 0; k < depth; k += W)
+                    store_row(copy + k, load_row(reinterpret_cast<const float*>(from) + k, depth - k), depth - k);
+            else if (from)
+                std::memcpy(copy, from, size_t(row_bytes));
+        }
+        transpose_dwords(kPanel, int(padded / 2), reinterpret_cast<uint32_t*>(copies), size_t(padded / 2), dwords, kPanel);
+    } else if (!is_nibbles) {
+        uint8_t* copies = scratch.get<uint8_t>(size_t(kPanel * padded));
+        for (int n = 0; n < kPanel; ++n) {
+            uint8_t* copy = copies + n * padded;
+            const char* from = source(n);
+            std::fill(copy + (from ? depth : 0), copy + padded, uint8_t(128));
+            for (int64_t k = 0; from && k < depth; ++k) copy[k] = uint8_t(from[k]) ^ 128;
+        }
+        transpose_dwords(kPanel, int(padded / 4), reinterpret_cast<uint32_t*>(copies), size_t(padded / 4), dwords, kPanel);
+    } else {
+        constexpr int kHalf = kPanel / 2;
+        uint8_t* copies = scratch.get<uint8_t>(size_t(kHalf * depth + depth / 2));
+        uint8_t* none = copies + kHalf * depth;  // a row of zeros
+        std::fill(none, none + depth / 2, uint8_t(0x88));
+        const auto nibbles = [&](int n) {
+            const char* from = source(n);
+            return from ? reinterpret_cast<const uint8_t*>(from) : none;
+        };
+        for (int n = 0; n < kHalf; ++n) merge_nibbles(nibbles(n), nibbles(n + kHalf), depth, copies + n * depth);
+        const int64_t groups = depth / packed.group;
+        for (int64_t g = 0; g < groups; ++g, to += 2 * kPanel + packed.group * kHalf) {
+            bf16 scales[kPanel];
+            for (int n = 0; n < kPanel; ++n) {
+                const int64_t row = weight.row(rows, panel, n);
+                scales[n] = row < 0 ? bf16(0) : weight.scales[(matrix * rows + row) * groups + g];
+            }
+            std::memcpy(to, scales, sizeof scales);
+            transpose_dwords(kHalf, int(packed.group / 4), reinterpret_cast<uint32_t*>(copies + g * packed.group),
+                             size_t(depth / 4), reinterpret_cast<uint32_t*>(to + 2 * kPanel), kHalf);
+        }
+    }
+}
+
+}  // namespace moesaic
