@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from io import RawIOBase
@@ -60,14 +60,17 @@ def mapped_size(layout: Mapping[str, Tensor]) -> int:
     return sum(-(-tensor.nbytes // PAGE_BYTES) * PAGE_BYTES for tensor in layout.values()) + PAGE_BYTES
 
 
-def write_mapped(file: RawIOBase, tensors: Mapping[str, Tensor], *, key: str) -> None:
+def write_mapped(
+    file: RawIOBase, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], *, key: str
+) -> None:
     """Write tensors into a new file that is open for writing, from its first byte on.
 
-    key: what the file was made of; open_mapped wants to see the same. Raises: OSError.
+    layout: their names, shapes and dtypes, in the order in which they come; on the meta device, say. key: what the file
+    was made of; open_mapped wants to see the same. Raises: OSError, and what making the tensors raises.
     """
     header: dict[str, Any] = {"__metadata__": {"key": key, "tensors": "", "header": ""}}
     place = 0
-    for name, tensor in tensors.items():
+    for name, tensor in layout.items():
         assert not name.startswith(_PADDING), name
         end = place + tensor.nbytes
         header[name] = {
@@ -77,11 +80,12 @@ def write_mapped(file: RawIOBase, tensors: Mapping[str, Tensor], *, key: str) ->
         if place > end:
             gap = {"dtype": "U8", "shape": [place - end], "data_offsets": [end, place]}
             header[f"{_PADDING}{len(header)}"] = gap
-    digests = dict.fromkeys(tensors, "0" * 64)
+    digests = dict.fromkeys(layout, "0" * 64)
     size = len(_encode(header, digests))
     blocks = _Blocks(file)
     blocks.write(bytes(size))  # the header comes last: a file that was not finished has none
-    for name, tensor in tensors.items():
+    for (name, wanted), (given, tensor) in zip(layout.items(), tensors, strict=True):
+        assert (given, tensor.shape, tensor.dtype) == (name, wanted.shape, wanted.dtype), (given, name, tensor.shape)
         data = _bytes_of(tensor)
         blocks.write(data)
         blocks.write(bytes(-len(data) % PAGE_BYTES))

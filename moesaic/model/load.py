@@ -1,6 +1,6 @@
 """From a run folder to a model that computes: config, tokenizer and a checkpoint's weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,8 +24,8 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.kernels import select
 from moesaic.kernels.device import select_device
-from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
-from moesaic.model.pack import pack_transformer, packed_shapes, packed_shell
+from moesaic.kernels.quantized import QuantizedWeight
+from moesaic.model.pack import pack_transformer, packed_parts, packed_shapes, packed_shell
 from moesaic.model.packed_file import PackedFile, PackedFilePolicy, load_packed
 from moesaic.model.transformer import Transformer
 
@@ -96,7 +96,10 @@ def _load_packed(
     """rounds: to int8 first."""
 
     def pack() -> Transformer:
-        return _pack_checkpoint(config, info, device, rounds=rounds)
+        return pack_transformer(*_open_checkpoint(config, info, device), rounds=rounds)
+
+    def parts() -> Iterator[tuple[str, Tensor]]:
+        return packed_parts(*_open_checkpoint(config, info, device), rounds=rounds)
 
     if device.type != "cpu":
         return pack()
@@ -109,13 +112,16 @@ def _load_packed(
         shell = packed_shell(config.model, schemes)
     except (ConfigError, AssertionError):
         return pack()  # the manifest names what cannot be, which is said where the weights are read
-    return load_packed(PackedFile.of(info, config.model, precision=precision), shell, pack, policy=policy)
+    return load_packed(PackedFile.of(info, config.model, precision=precision), shell, pack, parts, policy=policy)
 
 
-def _pack_checkpoint(config: TrainConfig, info: CheckpointInfo, device: torch.device, *, rounds: bool) -> Transformer:
-    """Matrices go straight from their stored dtype, or their quantised form, into the packed layout.
+def _open_checkpoint(
+    config: TrainConfig, info: CheckpointInfo, device: torch.device
+) -> tuple[Transformer, dict[str, QuantizedWeight]]:
+    """Return an unpacked model on the file's tensors, and the quantised matrices that replace its own.
 
-    fp32 copies of them never exist.
+    Matrices go straight from their stored dtype, or their quantised form, into the packed layout: fp32 copies of them
+    never exist.
     """
     tensors = load_tensors(info, "model", device=str(device))
     weights = take_quantized(tensors, info)
@@ -123,15 +129,11 @@ def _pack_checkpoint(config: TrainConfig, info: CheckpointInfo, device: torch.de
         model = Transformer(config.model, compute_dtype=torch.bfloat16)
     _check_fit(model.state_dict(), {**tensors, **weights}, info)
     for name, tensor in tensors.items():
-        # Biases, norms, scales and routers compute in fp32; what packs matrices knows fp32 and bf16.
-        if tensor.dim() < 2 or tensor.dtype is torch.float16 or name.endswith("router.weight"):
+        # Biases, norms, scales and routers compute in fp32.
+        if tensor.dim() < 2 or name.endswith("router.weight"):
             tensors[name] = tensor.float()
-    if rounds:
-        for name in packed_shapes(model):
-            weights[name] = quantize_weight(tensors.pop(name), bits=8)
     model.load_state_dict(tensors, strict=False, assign=True)
-    tensors.clear()  # so that each original goes as soon as it is packed
-    return pack_transformer(model, weights)
+    return model, weights
 
 
 def load_run_config(run_folder: str | Path) -> TrainConfig:

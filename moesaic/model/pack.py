@@ -3,10 +3,11 @@ master weight.
 
 A packed model infers as before, layer by layer or, with a cache, in one call for all layers, and can do nothing else:
 it has no parameters left to train or to move to another device. What it holds can be kept as it is (packed_tensors) and
-put into the packed shell of a model of the same config (fill_packed), which is how it is loaded without packing.
+put into the packed shell of a model of the same config (fill_packed), which is how it is loaded without packing. For a
+model that does not fit into memory they come one block after the other (packed_parts).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from moesaic.config.model import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels.decode import LatentPart, LayerPart, ModelPart, NormPart, RouterPart
 from moesaic.kernels.packed import PackedMlp, PackedWeight, pack_mlp, pack_weight
-from moesaic.kernels.quantized import QuantizedWeight, dequantize
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
 from moesaic.model.attention import Attention
 from moesaic.model.feed_forward import FeedForward, Mlp
 from moesaic.model.latent_attention import LatentAttention
@@ -30,19 +31,47 @@ from moesaic.moe.layer import MoELayer
 
 
 @torch.no_grad()
-def pack_transformer(model: Transformer, quantized: Mapping[str, QuantizedWeight] | None = None) -> Transformer:
+def pack_transformer(
+    model: Transformer, quantized: Mapping[str, QuantizedWeight] | None = None, *, rounds: bool = False
+) -> Transformer:
     """Pack every matrix of the model in place and return it, in evaluation mode and computing in bf16.
 
-    quantized: matrices that replace the model's own, by their names in model.state_dict(). Each original is freed
-    before the next is packed. Router, norms and biases stay as they are; an embedding of its own becomes bf16.
+    quantized: matrices that replace the model's own, by their names in model.state_dict(). rounds: the others become
+    int8. Each original is freed before the next is packed. Router, norms and biases stay as they are; an embedding of
+    its own becomes bf16.
 
     Raises: ConfigError for a name or a shape that the model does not have, or for parts of one matrix that are not of
     one format.
     """
-    assert not model.is_packed, "this model is packed already"
-    _pack_matrices(model, _Weights(model, dict(quantized or {})))
+    _pack_matrices(model, _Weights(model, dict(quantized or {}), rounds=rounds))
     _describe(model)
     return model
+
+
+@torch.no_grad()
+def packed_parts(
+    model: Transformer, quantized: Mapping[str, QuantizedWeight] | None = None, *, rounds: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what pack_transformer and then packed_tensors would give, in the same order, with one packed block in
+    memory at a time. The model is of no use afterwards.
+
+    Raises: ConfigError as pack_transformer, a name or a shape before anything is yielded.
+    """
+    weights = _Weights(model, dict(quantized or {}), rounds=rounds)
+    head = _pack_embeddings(model, weights)
+    found = _Found()
+    _visit_module("", model, found.visit)
+    yield from found.taken()
+    for index in range(len(model.blocks)):
+        _pack_block(model.blocks[index], weights, f"blocks.{index}")
+        for name, module in model.blocks[index].named_modules(prefix=f"blocks.{index}"):
+            _visit_module(name, module, found.visit)
+        model.blocks[index] = nn.Identity()
+        del module
+        yield from found.taken()
+    _visit_module("final_norm", model.final_norm, found.visit)
+    _visit_matrix("head.packed", pack_weight(head), found.visit)
+    yield from found.taken()
 
 
 @torch.no_grad()
@@ -67,13 +96,8 @@ def packed_tensors(model: Transformer) -> dict[str, Tensor]:
     Matrices are PLACE.packed.data (uint8) and, with 8 bits, PLACE.packed.scales.
     """
     assert model.is_packed, "this model is not packed"
-    found: dict[str, Tensor] = {}
-
-    def collect(name: str, tensor: Tensor) -> Tensor:
-        found[name] = tensor.detach()
-        return tensor
-
-    _visit(model, collect)
+    found = _Found()
+    _visit(model, found.visit)
     return found
 
 
@@ -93,16 +117,18 @@ def fill_packed(shell: Transformer, tensors: Mapping[str, Tensor]) -> Transforme
 
 
 def _pack_matrices(model: Transformer, weights: "_Weights") -> None:
+    head = _pack_embeddings(model, weights)
     for index, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        prefix = f"blocks.{index}"
-        if isinstance(block.attention, LatentAttention):
-            _pack_latent_attention(block.attention, weights, f"{prefix}.attention")
-        else:
-            _pack_attention(block.attention, weights, f"{prefix}.attention")
-        _pack_feed_forward(block.feed_forward, weights, f"{prefix}.feed_forward")
+        _pack_block(block, weights, f"blocks.{index}")
+    model.packed_head = pack_weight(head)
+    model.compute_dtype = torch.bfloat16
+    model.eval()
+
+
+def _pack_embeddings(model: Transformer, weights: "_Weights") -> Tensor | QuantizedWeight:
+    """Bring what stands outside the blocks into its form, and return the head as it is before packing."""
     is_tied = model.lm_head is None
-    model.packed_head = pack_weight(weights.take("embedding" if is_tied else "lm_head"))
+    head = weights.take("embedding" if is_tied else "lm_head")
     model.lm_head = None
     if is_tied:
         del model.embedding
@@ -110,8 +136,16 @@ def _pack_matrices(model: Transformer, weights: "_Weights") -> None:
         model.embedding = nn.Parameter(model.embedding.to(torch.bfloat16), requires_grad=False)
     if model.position_embedding is not None:
         model.position_embedding = nn.Parameter(model.position_embedding.to(torch.bfloat16), requires_grad=False)
-    model.compute_dtype = torch.bfloat16
-    model.eval()
+    return head
+
+
+def _pack_block(block: nn.Module, weights: "_Weights", prefix: str) -> None:
+    assert isinstance(block, Block)
+    if isinstance(block.attention, LatentAttention):
+        _pack_latent_attention(block.attention, weights, f"{prefix}.attention")
+    else:
+        _pack_attention(block.attention, weights, f"{prefix}.attention")
+    _pack_feed_forward(block.feed_forward, weights, f"{prefix}.feed_forward")
 
 
 def _describe(model: Transformer) -> None:
@@ -120,39 +154,63 @@ def _describe(model: Transformer) -> None:
     model.decode_part = _model_part(model, layers)
 
 
-def _visit(model: Transformer, visit: Callable[[str, Tensor], Tensor]) -> None:
-    """Call visit(place, tensor) for every tensor of a packed model and put what it returns in the tensor's place."""
+# Called with the place of a tensor and the tensor; returns what shall stand there.
+_Visitor = Callable[[str, Tensor], Tensor]
 
-    def matrix(place: str, weight: PackedWeight) -> PackedWeight:
-        data = visit(f"{place}.data", weight.data)
-        scales = None if weight.scales is None else visit(f"{place}.scales", weight.scales)
-        return weight if data is weight.data else replace(weight, data=data, scales=scales)
 
-    def maybe(place: str, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else visit(place, tensor)
-
-    def mlp(place: str, packed: PackedMlp) -> PackedMlp:
-        up, down = matrix(f"{place}.up", packed.up), matrix(f"{place}.down", packed.down)
-        up_bias, down_bias = maybe(f"{place}.up_bias", packed.up_bias), maybe(f"{place}.down_bias", packed.down_bias)
-        return packed if up is packed.up else replace(packed, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
-
+def _visit(model: Transformer, visit: _Visitor) -> None:
+    """Visit every tensor of a packed model."""
     for prefix, module in model.named_modules():
-        place = f"{prefix}." if prefix else ""
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            tensor = visit(place + name, parameter)
-            if tensor is not parameter:
-                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, visit(place + name, buffer))
-        if isinstance(module, Linear) and module.packed is not None:
-            module.packed = matrix(f"{place}packed", module.packed)
-        elif isinstance(module, Mlp | Experts) and module.packed is not None:
-            module.packed = mlp(f"{place}packed", module.packed)
-        elif isinstance(module, LatentAttention) and module.up is not None:
-            keys, values = module.up
-            module.up = matrix(f"{place}key_up", keys), matrix(f"{place}value_up", values)
+        _visit_module(prefix, module, visit)
     assert model.packed_head is not None
-    model.packed_head = matrix("head.packed", model.packed_head)
+    model.packed_head = _visit_matrix("head.packed", model.packed_head, visit)
+
+
+def _visit_module(prefix: str, module: nn.Module, visit: _Visitor) -> None:
+    """Visit the tensors of a module of a packed model, without those of the modules in it."""
+    place = f"{prefix}." if prefix else ""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        tensor = visit(place + name, parameter)
+        if tensor is not parameter:
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, visit(place + name, buffer))
+    if isinstance(module, Linear) and module.packed is not None:
+        module.packed = _visit_matrix(f"{place}packed", module.packed, visit)
+    elif isinstance(module, Mlp | Experts) and module.packed is not None:
+        module.packed = _visit_mlp(f"{place}packed", module.packed, visit)
+    elif isinstance(module, LatentAttention) and module.up is not None:
+        keys, values = module.up
+        module.up = _visit_matrix(f"{place}key_up", keys, visit), _visit_matrix(f"{place}value_up", values, visit)
+
+
+def _visit_matrix(place: str, weight: PackedWeight, visit: _Visitor) -> PackedWeight:
+    data = visit(f"{place}.data", weight.data)
+    scales = None if weight.scales is None else visit(f"{place}.scales", weight.scales)
+    return weight if data is weight.data else replace(weight, data=data, scales=scales)
+
+
+def _visit_mlp(place: str, packed: PackedMlp, visit: _Visitor) -> PackedMlp:
+    up, down = _visit_matrix(f"{place}.up", packed.up, visit), _visit_matrix(f"{place}.down", packed.down, visit)
+    up_bias, down_bias = (
+        None if bias is None else visit(f"{place}.{name}", bias)
+        for name, bias in (("up_bias", packed.up_bias), ("down_bias", packed.down_bias))
+    )
+    return packed if up is packed.up else replace(packed, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
+
+
+class _Found(dict[str, Tensor]):
+    """What a visit came by."""
+
+    def visit(self, name: str, tensor: Tensor) -> Tensor:
+        self[name] = tensor.detach()
+        return tensor
+
+    def taken(self) -> Iterator[tuple[str, Tensor]]:
+        """Give all, each of which is kept no longer."""
+        while self:
+            name = next(iter(self))
+            yield name, self.pop(name)
 
 
 def _empty_quantized(shape: tuple[int, ...], scheme: Scheme) -> QuantizedWeight:
@@ -199,10 +257,11 @@ def packed_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 
 class _Weights:
-    """The model's matrices by name, the quantised one where there is one."""
+    """The model's matrices by name, the quantised one where there is one; rounds: the others rounded to int8."""
 
-    def __init__(self, model: Transformer, quantized: dict[str, QuantizedWeight]) -> None:
-        self._model, self._quantized = model, quantized
+    def __init__(self, model: Transformer, quantized: dict[str, QuantizedWeight], *, rounds: bool = False) -> None:
+        assert not model.is_packed, "this model is packed already"
+        self._model, self._quantized, self._rounds = model, quantized, rounds
         shapes = packed_shapes(model)
         for name, weight in quantized.items():
             if shapes.get(name) != tuple(weight.shape):
@@ -213,7 +272,11 @@ class _Weights:
                 )
 
     def take(self, name: str) -> Tensor | QuantizedWeight:
-        return self._quantized.pop(name, None) or self._model.get_parameter(name).detach()
+        if (given := self._quantized.pop(name, None)) is not None:
+            return given
+        weight = self._model.get_parameter(name).detach()
+        weight = weight.float() if weight.dtype is torch.float16 else weight
+        return quantize_weight(weight, bits=8) if self._rounds else weight
 
     def stack(self, *names: str) -> Tensor | QuantizedWeight:
         """Several matrices (N, K) with one behind the other's rows."""

@@ -31,7 +31,8 @@ from moesaic.logs import logger
 from moesaic.model.pack import fill_packed, packed_tensors
 from moesaic.model.transformer import Transformer
 
-# write: map the file, and write it where there is none; read: map it where there is one; off: neither.
+# write: map the file, and write it where there is none; read: map it where there is one, and write one only where the
+# model does not fit into memory; off: neither.
 PackedFilePolicy = Literal["write", "read", "off"]
 # A smaller model is packed in a second or two, and not worth a file.
 SMALLEST_BYTES = 64 << 20
@@ -68,41 +69,47 @@ def load_packed(
     file: PackedFile,
     shell: Transformer,
     pack: Callable[[], Transformer],
+    parts: Callable[[], Iterator[tuple[str, Tensor]]],
     *,
     policy: PackedFilePolicy,
 ) -> Transformer:
-    """Return the shell filled from the file, or what pack() gives, which is kept if policy says so.
+    """Return the shell filled from the file, which is written from parts() if policy says so, or what pack() gives.
 
-    Several processes that want to write at once wait for the first, and map what it wrote.
+    What does not fit into memory runs from a file or not at all, so one is written then unless policy is "off". Several
+    processes that want to write at once wait for the first, and map what it wrote.
     """
     wanted = packed_tensors(shell)
-    if policy == "off" or mapped_size(wanted) < SMALLEST_BYTES:
+    size = mapped_size(wanted)
+    if policy == "off" or size < SMALLEST_BYTES:
         return pack()
     for place in file.places:
         if (tensors := _open(place, file.key, wanted)) is not None:
             return _filled(shell, tensors)
-    packed: Transformer | None = None
-    for place in file.places if policy == "write" else ():
+    room = available_memory_bytes()
+    for place in file.places if policy == "write" or size > room else ():
         try:
             with _turn_to_write(place) as writing:
                 tensors = _open(place, file.key, wanted)
                 if tensors is None:
-                    _check_space(place.parent, mapped_size(wanted))
+                    _check_space(place.parent, size)
                     logger.info(
                         "Packing the weights, and keeping them in %s (%.1f GB), so that the next start takes seconds.",
-                        place, mapped_size(wanted) / 1e9,
+                        place, size / 1e9,
                     )  # fmt: skip
-                    packed = packed or pack()
-                    _write(writing, place, packed_tensors(packed), file.key)
+                    _write(writing, place, wanted, parts(), file.key)
                     tensors = _open(place, file.key, wanted)
             _forget_old(file.places[-1].parent)
             if tensors is not None:
-                packed = None
                 give_back_freed_memory()
                 return _filled(shell, tensors)
         except OSError as error:
             logger.warning("Packed weights cannot be kept in %s: %s.", place.parent, error.strerror or error)
-    return packed or pack()
+    if size > room:
+        logger.warning(
+            "Packing the weights in memory, where they take %.1f GB and %.1f GB are free; make room for their file.",
+            size / 1e9, room / 1e9,
+        )  # fmt: skip
+    return pack()
 
 
 def _filled(shell: Transformer, tensors: dict[str, Tensor]) -> Transformer:
@@ -132,12 +139,14 @@ def _is_alike(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and one.shape == other.shape and one.dtype == other.dtype
 
 
-def _write(writing: FileIO, place: Path, tensors: dict[str, Tensor], key: str) -> None:
+def _write(
+    writing: FileIO, place: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], key: str
+) -> None:
     """Write the file under its temporary name, read it back, and give it its own. Raises: OSError."""
     temporary = _temporary(place)
     writing.truncate(0)
     try:
-        write_mapped(writing, tensors, key=key)
+        write_mapped(writing, layout, tensors, key=key)
         os.fsync(writing.fileno())
         open_mapped(temporary, key=key).check()
         temporary.replace(place)

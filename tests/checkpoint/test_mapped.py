@@ -31,7 +31,7 @@ def tensors() -> dict[str, Tensor]:
 
 def write(path: Path, values: dict[str, Tensor], key: str = "key") -> Path:
     with path.open("wb", buffering=0) as file:
-        write_mapped(file, values, key=key)
+        write_mapped(file, values, iter(values.items()), key=key)
     return path
 
 
@@ -131,7 +131,7 @@ def test_a_file_whose_end_was_never_written_is_refused(path: Path) -> None:
             return self.file.write(data)  # type: ignore[attr-defined]
 
     with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-        write_mapped(Dies(file, 9 << 20), tensors(), key="key")  # type: ignore[arg-type]
+        write_mapped(Dies(file, 9 << 20), tensors(), tensors().items(), key="key")  # type: ignore[arg-type]
     assert path.stat().st_size == 8 << 20
     with pytest.raises(CheckpointError, match="hold no header"):
         open_mapped(path, key="key")

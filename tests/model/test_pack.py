@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from moesaic.kernels.packed import PackedMlp, PackedWeight
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
 from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
-from moesaic.model.pack import fill_packed, pack_transformer, packed_shell, packed_tensors
+from moesaic.model.pack import fill_packed, pack_transformer, packed_parts, packed_shell, packed_tensors
 from moesaic.model.transformer import Transformer
 
 KERNELS = ["reference", *select.supported_instruction_sets()]
@@ -270,6 +271,23 @@ def test_packing_twice_is_a_mistake() -> None:
     for family in ("dense, gpt-like", "moe, latent attention"):
         with pytest.raises(AssertionError, match="packed already"):
             pack_transformer(pack_transformer(build(family)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_part_by_part_it_is_the_same_with_one_block_at_a_time(family: str, bits: int) -> None:
+    model = build(family)
+    quantized = {name: quantize_weight(each.detach(), bits=8) for name, each in matrices(model).items()}
+    expected = packed_tensors(pack_transformer(build(family), quantized if bits == 8 else None))
+    blocks = [weakref.ref(block) for block in model.blocks]
+    names = iter(expected)
+    for name, tensor in packed_parts(model, rounds=bits == 8):
+        assert name == next(names) and torch.equal(tensor, expected[name]), name
+        kept = [index for index, block in enumerate(blocks) if block() is not None]
+        now = int(name.split(".")[1]) if name.startswith("blocks.") else 0 if "embedding" in name else len(blocks)
+        assert kept == list(range(now + name.startswith("blocks."), len(blocks))), name
+    assert next(names, None) is None
 
 
 @torch.no_grad()

@@ -157,9 +157,11 @@ def test_without_room_on_the_disk_the_run_loads_all_the_same(
 
     monkeypatch.setattr(packed_file, "write_mapped", full)
     calls = []
-    monkeypatch.setattr("moesaic.model.load.pack_transformer", lambda *a: calls.append(0) or pack_transformer(*a))
+    monkeypatch.setattr(
+        "moesaic.model.load.pack_transformer", lambda *a, **k: calls.append(0) or pack_transformer(*a, **k)
+    )
     loaded = load_run(run, precision="int8", packed_file="write")
-    assert torch.equal(logits(loaded), wanted) and len(calls) == 1  # packed once for both places
+    assert torch.equal(logits(loaded), wanted) and len(calls) == 1
     assert not list(cache.iterdir()) and not [p for p in file_of(run).parent.iterdir() if "packed" in p.name]
 
 
@@ -221,3 +223,18 @@ def test_a_model_larger_than_the_memory_reads_its_experts_ahead(run: Path, monke
     assert not load_run(run, precision="int8", packed_file="write").model.reads_ahead
     monkeypatch.setattr(packed_file, "available_memory_bytes", lambda: 1)
     assert load_run(run, precision="int8", packed_file="read").model.reads_ahead
+
+
+def test_a_model_larger_than_the_memory_is_never_packed_in_it(
+    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = logits(load_run(run, precision="int8"))
+    monkeypatch.setattr(packed_file, "available_memory_bytes", lambda: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("moesaic.model.load.pack_transformer", lambda *_, **__: pytest.fail("packed in memory"))
+        loaded = load_run(run, precision="int8", packed_file="read")
+        assert is_mapped(loaded) and torch.equal(logits(loaded), wanted)
+    file_of(run, "packed-int8.safetensors").unlink()
+    monkeypatch.setattr(packed_file, "_SPARE_BYTES", 1 << 60)
+    assert torch.equal(logits(load_run(run, precision="int8")), wanted)
+    assert "Packing the weights in memory" in caplog.text and "make room for their file" in caplog.text
