@@ -146,13 +146,21 @@ def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> "di
 
     Raises: CheckpointError for a missing, truncated or corrupt file.
     """
+    with checked_tensors(info, name, device=device) as tensors:
+        return tensors
+
+
+@contextmanager
+def checked_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> "Iterator[dict[str, Tensor]]":
+    """Give the tensors of one of the checkpoint's files, as checked_file gives its path."""
     from safetensors.torch import load_file
 
-    path = check_file(info, name)
-    try:
-        return load_file(path, device=device)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; use another step.") from None
+    with checked_file(info, name) as path:
+        try:
+            tensors = load_file(path, device=device)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; use another step.") from None
+        yield tensors
 
 
 def check_file(info: CheckpointInfo, name: str) -> Path:

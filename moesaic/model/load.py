@@ -17,7 +17,7 @@ from moesaic.checkpoint.quantized import (
     quantization_schemes,
     take_quantized,
 )
-from moesaic.checkpoint.store import CheckpointInfo, check_file, load_tensors, resolve_checkpoint
+from moesaic.checkpoint.store import CheckpointInfo, check_file, checked_tensors, resolve_checkpoint
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
@@ -96,10 +96,12 @@ def _load_packed(
     """rounds: to int8 first."""
 
     def pack() -> Transformer:
-        return pack_transformer(*_open_checkpoint(config, info, device), rounds=rounds)
+        with checked_tensors(info, "model", device=str(device)) as tensors:
+            return pack_transformer(*_unpacked(config, info, tensors), rounds=rounds)
 
     def parts() -> Iterator[tuple[str, Tensor]]:
-        return packed_parts(*_open_checkpoint(config, info, device), rounds=rounds)
+        with checked_tensors(info, "model", device=str(device)) as tensors:
+            yield from packed_parts(*_unpacked(config, info, tensors), rounds=rounds)
 
     if device.type != "cpu":
         return pack()
@@ -115,15 +117,14 @@ def _load_packed(
     return load_packed(PackedFile.of(info, config.model, precision=precision), shell, pack, parts, policy=policy)
 
 
-def _open_checkpoint(
-    config: TrainConfig, info: CheckpointInfo, device: torch.device
+def _unpacked(
+    config: TrainConfig, info: CheckpointInfo, tensors: dict[str, Tensor]
 ) -> tuple[Transformer, dict[str, QuantizedWeight]]:
-    """Return an unpacked model on the file's tensors, and the quantised matrices that replace its own.
+    """Return an unpacked model on a file's tensors, which are taken, and the quantised matrices that replace its own.
 
     Matrices go straight from their stored dtype, or their quantised form, into the packed layout: fp32 copies of them
     never exist.
     """
-    tensors = load_tensors(info, "model", device=str(device))
     weights = take_quantized(tensors, info)
     with torch.device("meta"):
         model = Transformer(config.model, compute_dtype=torch.bfloat16)
@@ -133,6 +134,7 @@ def _open_checkpoint(
         if tensor.dim() < 2 or name.endswith("router.weight"):
             tensors[name] = tensor.float()
     model.load_state_dict(tensors, strict=False, assign=True)
+    tensors.clear()  # so that each goes as soon as it is packed
     return model, weights
 
 

@@ -142,19 +142,25 @@ def _is_alike(one: Tensor | None, other: Tensor | None) -> bool:
 def _write(
     writing: FileIO, place: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], key: str
 ) -> None:
-    """Write the file under its temporary name, read it back, and give it its own. Raises: OSError."""
+    """Write the file under its temporary name, read it back, and give it its own.
+
+    Raises: OSError, and what making the tensors raises.
+    """
     temporary = _temporary(place)
     writing.truncate(0)
     try:
         write_mapped(writing, layout, tensors, key=key)
         os.fsync(writing.fileno())
-        open_mapped(temporary, key=key).check()
+        try:
+            open_mapped(temporary, key=key).check()
+        except CheckpointError as error:
+            raise OSError(str(error)) from None
         temporary.replace(place)
-    except (OSError, CheckpointError) as error:
+    except BaseException:
         with suppress(OSError):
             writing.truncate(0)  # whoever waits for it finds it empty and tries as well
             temporary.unlink()
-        raise error if isinstance(error, OSError) else OSError(str(error)) from None
+        raise
 
 
 def _temporary(place: Path) -> Path:

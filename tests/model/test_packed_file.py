@@ -219,6 +219,17 @@ def test_a_truncated_checkpoint_is_found_when_it_is_packed(run: Path) -> None:
         load_run(run, precision="int8", packed_file="off")
 
 
+def test_of_a_corrupt_checkpoint_no_file_is_left(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = file_of(run, "model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    for policy in ("write", "off"):
+        with pytest.raises(CheckpointError, match="does not have the SHA-256"):
+            load_run(run, precision="int8", packed_file=policy)  # type: ignore[arg-type]
+    assert not [path for path in weights.parent.iterdir() if "packed" in path.name] and not caplog.records
+
+
 def test_a_model_larger_than_the_memory_reads_its_experts_ahead(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not load_run(run, precision="int8", packed_file="write").model.reads_ahead
     monkeypatch.setattr(packed_file, "available_memory_bytes", lambda: 1)
