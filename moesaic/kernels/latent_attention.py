@@ -166,7 +166,7 @@ def _write_reference(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -
     sequences = torch.arange(batch.lengths.shape[0]).repeat_interleave(batch.starts.diff())
     positions = batch.positions
     block = batch.block_tables[sequences, positions // size].long()
-    assert bool(((block >= 0) & (block < blocks.num_blocks)).all()), (batch, blocks.num_blocks)
+    assert bool(((block >= 0) & (block < blocks.num_blocks)).all()) and batch.is_inside, (batch, blocks.num_blocks)
     block, inside = block.to(device), (positions % size).to(device)
     panel, place = inside // PANEL, inside % PANEL
     padded = F.pad(latents, (0, blocks.width - blocks.dim)).unflatten(1, (-1, 2))  # (T, W/2, 2)
@@ -177,6 +177,7 @@ def _write_reference(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -
 
 def _attention_reference(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, scale: float) -> Tensor:
     num_tokens, num_heads, _ = query.shape
+    assert batch.is_inside, (batch, blocks.num_blocks)
     starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
     out = query.new_empty(num_tokens, num_heads, blocks.rank)
     for sequence, length in enumerate(lengths):

@@ -333,14 +333,19 @@ def packed_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     assert ids.dim() == 1 and ids.dtype == torch.int64, (ids.shape, ids.dtype)
     library = select.cpu_library() if ids.device.type == "cpu" else None
     if library is None:
+        assert bool(((ids >= 0) & (ids < weight.out_size)).all()), _not_rows(ids, weight)
         return _dense(weight, 0).to(torch.bfloat16)[ids]
     ids = ids.contiguous()
     out = torch.empty(len(ids), weight.in_size, dtype=torch.bfloat16)
     failed = library.function("moesaic_packed_rows", "pipp")(
         ctypes.addressof(weight.struct), len(ids), ids.data_ptr(), out.data_ptr()
     )
-    assert not failed, f"ids ({int(ids.min())} to {int(ids.max())}) must be rows of a matrix with {weight.out_size}"
+    assert not failed, _not_rows(ids, weight)
     return out
+
+
+def _not_rows(ids: Tensor, weight: PackedWeight) -> str:
+    return f"ids ({int(ids.min())} to {int(ids.max())}) must be rows of a matrix with {weight.out_size}"
 
 
 def packed_mlp(x: Tensor, mlp: PackedMlp) -> Tensor:
@@ -417,8 +422,12 @@ def _moe(
         None,
     )
     failed = library.function("moesaic_packed_moe", "p")(ctypes.addressof(call))
-    assert not failed, f"expert_ids (up to {int(expert_ids.max())}) must be below num_experts ({num_experts})"
+    assert not failed, _not_experts(expert_ids, num_experts)
     return out
+
+
+def _not_experts(expert_ids: Tensor, num_experts: int) -> str:
+    return f"expert_ids (up to {int(expert_ids.max())}) must be below num_experts ({num_experts})"
 
 
 def _moe_by_expert(
@@ -431,6 +440,7 @@ def _moe_by_expert(
     residual_weights: Tensor | None,
 ) -> Tensor:
     """The same with PyTorch's operations, expert by expert: the definition."""
+    assert bool((expert_ids < num_experts).all()), _not_experts(expert_ids, num_experts)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in range(num_experts):
         tokens, choices = (expert_ids == expert).nonzero(as_tuple=True)

@@ -108,6 +108,11 @@ class PagedBatch:
         first = self.lengths - new - self.starts[:-1]  # what a token's index lacks to its position
         return torch.arange(int(self.starts[-1])) + first.repeat_interleave(new)
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether no sequence has more new tokens than positions; the kernels see to it themselves."""
+        return bool((self.starts.diff() <= self.lengths).all())
+
     @cached_property
     def arguments(self) -> tuple[int, ...]:
         """Addresses and sizes, as the kernels take them."""
@@ -248,7 +253,7 @@ def _write_reference(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedB
     size, device = blocks.block_size, blocks.keys.device
     sequences = torch.arange(batch.lengths.shape[0]).repeat_interleave(batch.starts.diff())
     positions = batch.positions
-    assert positions.shape[0] == key.shape[0], _misfit(batch, blocks, key.shape[0])
+    assert positions.shape[0] == key.shape[0] and batch.is_inside, _misfit(batch, blocks, key.shape[0])
     block = batch.block_tables[sequences, positions // size].long().to(device)
     assert bool(((block >= 0) & (block < blocks.num_blocks)).all()), _misfit(batch, blocks, key.shape[0])
     inside = (positions % size).to(device)
@@ -282,7 +287,7 @@ def _attention_reference(query: Tensor, blocks: KVBlocks, batch: PagedBatch, sca
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     group = query.shape[1] // blocks.num_kv_heads
     starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
-    assert starts[-1] == query.shape[0], _misfit(batch, blocks, query.shape[0])
+    assert starts[-1] == query.shape[0] and batch.is_inside, _misfit(batch, blocks, query.shape[0])
     for sequence, length in enumerate(lengths):
         first, last = starts[sequence], starts[sequence + 1]
         new = last - first

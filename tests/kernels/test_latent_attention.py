@@ -183,3 +183,13 @@ def test_positions_without_a_block_are_refused(kernels: str, dtype: torch.dtype)
     batch = PagedBatch(*(torch.tensor(each, dtype=torch.int32) for each in ([0, 1], [33], [[0, 99]])))
     with pytest.raises(AssertionError):
         write_latents(torch.zeros(1, RANK + KEY_DIM, dtype=dtype), blocks, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_new_tokens_than_positions_are_refused(kernels: str, dtype: torch.dtype) -> None:
+    blocks, _ = filled([each.to(dtype) for each in sequences()], NEW, rank=RANK, dtype=dtype)
+    batch = PagedBatch(*(torch.tensor(each, dtype=torch.int32) for each in ([0, 3], [2], [[0]])))
+    with pytest.raises(AssertionError):
+        write_latents(torch.zeros(3, RANK + KEY_DIM, dtype=dtype), blocks, batch)
+    with pytest.raises(AssertionError):
+        latent_attention(torch.zeros(3, 2, RANK + KEY_DIM, dtype=dtype), blocks, batch, scale=1.0)

@@ -310,8 +310,14 @@ def test_wrong_shapes_are_refused() -> None:
         packed_linear(numbers(3, 128, seed=1).double(), packed)
     with pytest.raises(AssertionError, match="no gradient"):
         packed_linear(numbers(3, 128, seed=1), packed, numbers(40, seed=1).requires_grad_())
-    with pytest.raises(AssertionError, match="rows of a matrix"):
-        packed_rows(packed, torch.tensor([40]))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("wrong", [-1, 40])
+def test_rows_that_do_not_exist_are_refused(choice: str, wrong: int) -> None:
+    packed = pack_weight(numbers(40, 128, seed=12))
+    with select.forced(choice), pytest.raises(AssertionError, match="rows of a matrix"):
+        packed_rows(packed, torch.tensor([3, wrong]))
 
 
 def test_the_layout_is_what_its_version_says() -> None:

@@ -236,11 +236,17 @@ def test_experts_and_a_residual_of_other_formats(choice: str, format: str, besid
         torch.testing.assert_close(both, alone + dense, atol=2e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+def test_experts_that_do_not_exist_are_refused(choice: str) -> None:
+    expert_ids, routing_weights = routes(4, 5, 2)
+    expert_ids[2, 1] = 5
+    with select.forced(choice), pytest.raises(AssertionError, match="below num_experts"):
+        packed_moe(numbers(4, 96, seed=1), expert_ids, routing_weights, layer("bf16").packed)
+
+
 def test_wrong_arguments_are_refused() -> None:
     experts = layer("bf16").packed
     x, (expert_ids, routing_weights) = numbers(4, 96, seed=1), routes(4, 5, 2)
-    with pytest.raises(AssertionError, match="below num_experts"):
-        packed_moe(x, expert_ids + 4, routing_weights, experts)
     with pytest.raises(AssertionError):
         packed_moe(x[:, :64], expert_ids, routing_weights, experts)
     with pytest.raises(AssertionError):

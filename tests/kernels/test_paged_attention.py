@@ -1,6 +1,7 @@
 """Attention over blocks equals attention over the whole sequence, whoever else is in the call and however it is cut."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -261,6 +262,15 @@ def test_positions_without_a_block_are_refused(kernels: str, wrong: str) -> None
     }  # fmt: skip
     with pytest.raises((AssertionError, IndexError)):
         write_kv(case.keys[0][:3], case.values[0][:3], case.blocks, PagedBatch(**{**values, **changes[wrong]}))
+
+
+def test_more_new_tokens_than_positions_are_refused(kernels: str) -> None:
+    case = Case([40], [3], (2, 1, 32)).fill()
+    batch = replace(case.batch, lengths=torch.tensor([2], dtype=torch.int32))
+    with pytest.raises(AssertionError):
+        write_kv(case.keys[0][:3], case.values[0][:3], case.blocks, batch)
+    with pytest.raises(AssertionError):
+        paged_attention(case.query, case.blocks, batch)
 
 
 def test_inputs_that_would_be_misread_are_refused(kernels: str) -> None:
