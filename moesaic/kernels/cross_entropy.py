@@ -19,9 +19,10 @@ _MIN_CHUNK_TOKENS = 512
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """Return the cross-entropy of softmax(hidden @ weight^T) at targets, fp32: the mean, or one per token for "none".
 
-    Shapes: hidden (T, H) and weight (V, H) of one dtype; targets (T,) int64, -100 where there is nothing to predict
-    (outside the mean, 0 in "none"; a mean over nothing is 0). Only "mean" has a gradient.
+    Shapes: hidden (T, H) and weight (V, H) of one dtype, which autocast sees to; targets (T,) int64, -100 where there
+    is nothing to predict (outside the mean, 0 in "none"; a mean over nothing is 0). Only "mean" has a gradient.
     """
+    hidden, weight = products.autocast(hidden), products.autocast(weight)
     assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     if reduction == "none":
         return _forward(hidden.detach(), weight.detach(), targets)
@@ -217,7 +218,6 @@ def _by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
         count = _count(targets)
         if _is_fused(hidden, weight):
@@ -230,7 +230,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / count

@@ -28,8 +28,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is_cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     if not is_widened(x.device, torch.get_autocast_dtype("cpu") if is_cast else x.dtype):
         return F.linear(x, weight, bias)
+    x, weight, bias = autocast(x), autocast(weight), None if bias is None else autocast(bias)
     y: Tensor = _WidenedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return x as autocast, where it is on, gives it to an operation of ours on the CPU: in bf16, unless it is fp64.
+
+    Called outside of a torch.autograd.Function the cast is in the graph, so that a gradient's gradient goes through it.
+    """
+    is_cast = torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype != torch.float64
+    return x.to(torch.bfloat16) if is_cast else x
 
 
 def is_widened(device: torch.device, dtype: torch.dtype) -> bool:

@@ -134,6 +134,29 @@ def test_targets_of_another_length_or_type_are_refused(targets: torch.Tensor) ->
             linear_cross_entropy(hidden, weight, targets, reduction=reduction)
 
 
+@pytest.mark.parametrize("vocab_size", [64, 63])
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_autocast_casts_with_and_without_a_gradient(dtypes: tuple[str, str], vocab_size: int) -> None:
+    operands = (normal(6, 32, seed=0), normal(vocab_size, 32, seed=1))
+    hidden, weight = (x.to(getattr(torch, dtype)).requires_grad_() for x, dtype in zip(operands, dtypes, strict=True))
+    targets = targets_of(6).remainder(vocab_size)
+    wanted = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+        with torch.no_grad():
+            assert torch.equal(linear_cross_entropy(hidden, weight, targets), wanted)
+        each = linear_cross_entropy(hidden, weight, targets, reduction="none")
+        double = linear_cross_entropy(hidden.double(), weight.double(), targets)
+    assert torch.equal(loss, wanted)
+    torch.testing.assert_close(each.mean(), wanted.detach())
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(wanted, (hidden, weight)), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    exact = F.cross_entropy(hidden.double() @ weight.double().t(), targets)
+    torch.testing.assert_close(double.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_the_weight_gradient_of_many_chunks_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed in bf16, 512 chunks would lose most of the later ones."""
     hidden = normal(512, HIDDEN, seed=0).to(torch.bfloat16)

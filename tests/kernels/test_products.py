@@ -1,5 +1,7 @@
 """Products through fp32, which processors without bf16 products take, against the same in fp64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -96,3 +98,16 @@ def test_autocast_casts_as_it_does_for_torch() -> None:
     close(y.detach(), x.double() @ weight.detach().double().t())
     y.sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
+
+
+def test_a_gradients_gradient_under_autocast_is_that_of_torch() -> None:
+    x, weight = draw(3, 6).requires_grad_(), draw(5, 6).requires_grad_()
+
+    def penalised(linear: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear(x, weight).float().square().sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(loss + grad.square().sum(), (x, weight))
+
+    for mine, theirs in zip(penalised(products.linear), penalised(torch.nn.functional.linear), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2**-6, atol=0.1)

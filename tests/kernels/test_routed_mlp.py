@@ -292,6 +292,22 @@ def test_autocast_computes_in_bf16() -> None:
 
 
 @needs_kernels
+def test_autocast_leaves_double_precision_alone() -> None:
+    weights = weights_of("swiglu", True, hidden=64, inner=32, experts=4).to(torch.float64)
+    plan, routing_weights = plan_dispatch(choose(40, 4, 1), 4), weigh(40, 1)
+    x = leaf(40, 64, seed=0).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, rows = run(x, weights, plan, routing_weights), grouped_mlp(x, torch.tensor([40, 0, 0, 0]), weights)
+    assert out.dtype == rows.dtype == torch.float64
+    torch.testing.assert_close(out, oracle(x, weights, plan, routing_weights))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(AssertionError, match="float64"):
+        torch.ops.moesaic.routed_mlp(
+            x, plan.tokens_per_expert, plan.token_ids, plan.slots, routing_weights, weights.up, weights.up_bias,
+            weights.down, weights.down_bias, weights.activation,
+        )  # fmt: skip
+
+
+@needs_kernels
 def test_checkpointing_recomputes_the_same() -> None:
     from torch.utils.checkpoint import checkpoint
 

@@ -9,6 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from moesaic.kernels import products
 from moesaic.kernels.activation import ACTIVATIONS
 from moesaic.kernels.select import cpu_library
 
@@ -48,12 +49,12 @@ class _Call(ctypes.Structure):
 
 def applies(x: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether the operator takes these: bf16 (or under autocast to it) on the CPU, sizes that are multiples of 32."""
-    is_bf16 = x.dtype == up.dtype == down.dtype == torch.bfloat16
-    if torch.is_autocast_enabled("cpu"):
-        is_bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16
+    is_cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    # Autocast leaves fp64 alone.
+    taken = (torch.bfloat16, torch.float16, torch.float32) if is_cast else (torch.bfloat16,)
     return (
         x.device.type == "cpu"
-        and is_bf16
+        and all(tensor.dtype in taken for tensor in (x, up, down))
         and x.shape[1] % _SIZE_MULTIPLE == down.shape[2] % _SIZE_MULTIPLE == 0
         and cpu_library() is not None
     )
@@ -197,13 +198,12 @@ _AUTOCAST = torch.library.Library("moesaic", "FRAGMENT")
 def _autocast(*arguments):  # type: ignore[no-untyped-def]
     """Under autocast everything that is multiplied is bf16; the routing weights stay fp32."""
     schema = torch.ops.moesaic.routed_mlp.default._schema
+    cast = [
+        products.autocast(value) if argument.name in _MATRICES and value is not None else value
+        for argument, value in zip(schema.arguments, arguments, strict=True)
+    ]
     with torch.autocast("cpu", enabled=False):
-        return torch.ops.moesaic.routed_mlp(
-            *(
-                value.to(torch.bfloat16) if argument.name in _MATRICES and value is not None else value
-                for argument, value in zip(schema.arguments, arguments, strict=True)
-            )
-        )
+        return torch.ops.moesaic.routed_mlp(*cast)
 
 
 _AUTOCAST.impl("routed_mlp", _autocast, "AutocastCPU")
