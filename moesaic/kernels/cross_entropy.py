@@ -23,6 +23,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, red
     is nothing to predict (outside the mean, 0 in "none"; a mean over nothing is 0). Only "mean" has a gradient.
     """
     hidden, weight = products.autocast(hidden), products.autocast(weight)
+    _check_operands(hidden, weight)
     assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     if reduction == "none":
         return _forward(hidden.detach(), weight.detach(), targets)
@@ -30,6 +31,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, red
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, targets)
     return _forward(hidden, weight, targets).sum() / _count(targets)
+
+
+def _check_operands(hidden: Tensor, weight: Tensor) -> None:
+    assert hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
+    assert weight.shape[0] > 0, f"weight {tuple(weight.shape)} has no classes"
+    assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
 
 
 def _count(targets: Tensor) -> Tensor:
@@ -60,6 +67,7 @@ def _is_fused(hidden: Tensor, weight: Tensor) -> bool:
         _has_kernel(hidden)
         and hidden.dtype == weight.dtype == torch.bfloat16
         and hidden.shape[1] % 32 == weight.shape[0] % 32 == 0
+        and hidden.shape[1] > 0
     )
 
 
@@ -76,7 +84,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor, wants_gradient: bool) -> Ten
     """The (t,) losses of logits (t, V) at targets; with wants_gradient their gradient takes the place of the logits."""
     library = select.cpu_library()
     assert library is not None, "this operator exists in C++ only, and there is no CPU library"
-    assert logits.is_contiguous(), logits.stride()
+    assert logits.dim() == 2 and logits.is_contiguous(), (logits.shape, logits.stride())
+    assert logits.dtype in (torch.bfloat16, torch.float32), logits.dtype
+    assert targets.shape == logits.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     targets = targets.contiguous()
     losses = torch.empty(logits.shape[0])
     wrong = library.function("moesaic_cross_entropy", "pipiipi")(
@@ -103,6 +113,10 @@ def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool
     """The (T,) losses; with wants_gradient the gradients of their sum, (T, H) bf16 and (V, H) fp32, else empty ones."""
     library = select.cpu_library()
     assert library is not None, "this operator exists in C++ only, and there is no CPU library"
+    _check_operands(hidden, weight)
+    assert hidden.shape[1] > 0 and hidden.shape[1] % 32 == weight.shape[0] % 32 == 0, (hidden.shape, weight.shape)
+    assert hidden.dtype == torch.bfloat16, hidden.dtype
+    assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
     losses = torch.empty(hidden.shape[0])
     grad_hidden = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)

@@ -134,6 +134,50 @@ def test_targets_of_another_length_or_type_are_refused(targets: torch.Tensor) ->
             linear_cross_entropy(hidden, weight, targets, reduction=reduction)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "weight"),
+    [((6, 32), (64, 64)), ((6, 64), (64, 32)), ((6, 32, 64), (64, 64)), ((6, 32), (32,)), ((6, 32), (0, 32))],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_that_do_not_fit_are_refused(
+    kernels: str, hidden: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """The kernel would read and write past the ends, or divide by a vocabulary of 0."""
+    operands = torch.ones(hidden, dtype=dtype), torch.ones(weight, dtype=dtype).requires_grad_()
+    targets = torch.full((6,), 3)
+    for reduction in ("mean", "none"):
+        with pytest.raises(AssertionError):
+            linear_cross_entropy(*operands, targets, reduction=reduction)
+    if kernels != "reference":
+        with pytest.raises(AssertionError):
+            torch.ops.moesaic.linear_cross_entropy(*operands, targets, False)
+
+
+def test_what_the_operator_cannot_take_is_refused(compiled_kernels: str) -> None:
+    hidden, weight = torch.ones(6, 32, dtype=torch.bfloat16), torch.ones(64, 32, dtype=torch.bfloat16)
+    targets = torch.full((6,), 3)
+    for wrong in (
+        (hidden, weight[:63], targets),
+        (hidden[:, :0], weight[:, :0], targets),
+        (hidden.float(), weight.float(), targets),
+        (hidden, weight, targets[:5]),
+        (hidden, weight, targets.int()),
+    ):
+        with pytest.raises(AssertionError):
+            torch.ops.moesaic.linear_cross_entropy(*wrong, True)
+    for logits, classes in ((hidden, targets[:5]), (hidden.double(), targets), (hidden, targets.int())):
+        with pytest.raises(AssertionError):
+            torch.ops.moesaic.cross_entropy(logits, classes, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_channels_every_class_is_as_likely(dtype: torch.dtype) -> None:
+    hidden, weight = torch.ones(6, 0, dtype=dtype), torch.ones(64, 0, dtype=dtype)
+    for requires_grad in (False, True):
+        loss = linear_cross_entropy(hidden.requires_grad_(requires_grad), weight, torch.full((6,), 3))
+        torch.testing.assert_close(loss.detach(), torch.tensor(64.0).log(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("vocab_size", [64, 63])
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_autocast_casts_with_and_without_a_gradient(dtypes: tuple[str, str], vocab_size: int) -> None:
