@@ -201,6 +201,19 @@ def test_autocast_casts_with_and_without_a_gradient(dtypes: tuple[str, str], voc
     torch.testing.assert_close(double.double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("vocab_size", [64, 63])
+def test_a_mean_divides_bf16_gradients_by_the_number_of_tokens_itself(vocab_size: int) -> None:
+    """1/37 rounded to bf16 is 0.1 % more: every gradient was."""
+    hidden = normal(37, 32, seed=0).bfloat16().requires_grad_()
+    weight = normal(vocab_size, 32, seed=1).bfloat16()
+    targets = targets_of(37, share_ignored=0.0).remainder(vocab_size)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    (total,) = torch.autograd.grad(loss * 37, hidden, retain_graph=True)
+    (mean,) = torch.autograd.grad(loss, hidden)
+    assert mean.dtype == torch.bfloat16
+    assert (mean.double().norm() * 37 / total.double().norm()).item() == pytest.approx(1.0, abs=2e-4)
+
+
 def test_the_weight_gradient_of_many_chunks_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed in bf16, 512 chunks would lose most of the later ones."""
     hidden = normal(512, HIDDEN, seed=0).to(torch.bfloat16)
