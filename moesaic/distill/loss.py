@@ -18,6 +18,7 @@ from torch import Tensor
 from moesaic.config.distill import Divergence
 from moesaic.kernels import products
 from moesaic.kernels.distillation import teach
+from moesaic.kernels.gradient import once_differentiable
 
 _CHUNK_ELEMENTS = 1 << 22  # of logits: 16 MiB in fp32, of which some five exist at a time
 # With fewer tokens, adding a large vocabulary's weight gradient once more per chunk costs more than the chunk.
@@ -110,6 +111,7 @@ class _Distillation(torch.autograd.Function):
         return cross_entropy + alpha * temperature**2 * distance, cross_entropy, distance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / count

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import products, select
+from moesaic.kernels.gradient import once_differentiable
 
 # In this order in source/activation_math.h.
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
@@ -107,6 +108,7 @@ class _Mlp(torch.autograd.Function):
         return products.linear(activate(pre, activation), down, down_bias)
 
     @staticmethod
+    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors

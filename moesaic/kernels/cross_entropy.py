@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import products, select
+from moesaic.kernels.gradient import once_differentiable
 
 _CHUNK_ELEMENTS = 1 << 22  # of logits: 8 MiB in bf16, and as fp32 probabilities still within a shared cache
 # With fewer tokens, adding a large vocabulary's weight gradient once more per chunk costs more than the chunk.
@@ -244,6 +245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / count

@@ -15,6 +15,7 @@ from torch import Tensor
 from moesaic.kernels import products
 from moesaic.kernels.activation import activate, activate_and_backward
 from moesaic.kernels.cpu import moe_training
+from moesaic.kernels.gradient import once_differentiable
 
 _PANEL_ROWS = 512
 _ROW_MULTIPLE = 8
@@ -147,6 +148,7 @@ class _GroupedMlp(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors

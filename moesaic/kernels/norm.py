@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import products, select
+from moesaic.kernels.gradient import once_differentiable
 
 _LAYER_NORM_SIZE = 1 << 18  # below it PyTorch's LayerNorm is done before an operator of ours has begun
 
@@ -54,6 +55,7 @@ class _RmsNorm(torch.autograd.Function):
         return torch.mul(normed, weight, out=torch.empty_like(x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, inverse, weight = ctx.saved_tensors
         size = x.shape[-1]

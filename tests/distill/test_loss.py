@@ -102,6 +102,16 @@ def test_equal_models_have_no_divergence_and_only_the_cross_entropys_gradient(di
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_gradients_gradient_is_refused() -> None:
+    hidden, weight, targets, teacher = draw(5, 8, 16)
+    teachers = TeacherLogits(lambda a, b: teacher[a:b])
+    loss = distillation_loss(
+        hidden.requires_grad_(), weight, targets, teachers, alpha=1.0, temperature=1.0, divergence="forward_kl"
+    )
+    with pytest.raises(RuntimeError, match=r"_Distillation\.backward is once_differentiable"):
+        torch.autograd.grad(loss.total, hidden, create_graph=True)
+
+
 def test_a_mean_divides_bf16_gradients_by_the_number_of_tokens_itself() -> None:
     """1/37 rounded to bf16 is 0.1 % more: every gradient was."""
     hidden, weight, targets, teacher = draw(37, 32, 64, dtype=torch.bfloat16)

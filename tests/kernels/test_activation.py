@@ -79,6 +79,12 @@ def test_mlp_equals_the_plain_one(activation: str, has_bias: bool, num_tokens: i
         assert relative_error(mine, theirs) < tolerance
 
 
+def test_a_gradients_gradient_is_refused() -> None:
+    x, up, down = leaf(3, 8, seed=0), leaf(16, 8, seed=1), leaf(8, 16, seed=2)
+    with pytest.raises(RuntimeError, match=r"create_graph=True was given, but _Mlp\.backward is once_differentiable"):
+        torch.autograd.grad(mlp(x, up, None, down, None, "gelu").sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("num_rows", "size"), [(0, 8), (1, 1), (3, 40), (37, 71)])
 def test_bf16_is_the_definition_rounded_once(kernels: str, activation: str, num_rows: int, size: int) -> None:

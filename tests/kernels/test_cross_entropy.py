@@ -214,6 +214,13 @@ def test_a_mean_divides_bf16_gradients_by_the_number_of_tokens_itself(vocab_size
     assert (mean.double().norm() * 37 / total.double().norm()).item() == pytest.approx(1.0, abs=2e-4)
 
 
+def test_a_gradients_gradient_is_refused() -> None:
+    hidden, weight = normal(9, HIDDEN, seed=0).requires_grad_(), normal(VOCAB, HIDDEN, seed=1)
+    loss = linear_cross_entropy(hidden, weight, targets_of(9))
+    with pytest.raises(RuntimeError, match=r"_LinearCrossEntropy\.backward is once_differentiable"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 def test_the_weight_gradient_of_many_chunks_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed in bf16, 512 chunks would lose most of the later ones."""
     hidden = normal(512, HIDDEN, seed=0).to(torch.bfloat16)

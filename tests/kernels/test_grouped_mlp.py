@@ -121,3 +121,10 @@ def test_shapes_and_dtypes_are_checked_at_the_door() -> None:
         grouped_mlp(torch.zeros(4, 24), torch.tensor([3, 0, 0, 0, 0]), weights)
     with pytest.raises(AssertionError):
         grouped_mlp(torch.zeros(4, 24, dtype=torch.bfloat16), torch.tensor([4, 0, 0, 0, 0]), weights)
+
+
+def test_a_gradients_gradient_is_refused() -> None:
+    counts, weights = COUNTS["odd"], weights_of("swiglu", True)
+    x = leaf(sum(counts), 24, seed=0)
+    with pytest.raises(RuntimeError, match=r"_GroupedMlp\.backward is once_differentiable"):
+        torch.autograd.grad(grouped_mlp(x, torch.tensor(counts), weights).sum(), x, create_graph=True)

@@ -84,6 +84,13 @@ def test_rms_norm_of_a_row_of_zeros_is_zero_with_a_finite_gradient() -> None:
     torch.testing.assert_close(grad, torch.full((2, 8), EPSILON**-0.5))
 
 
+def test_a_gradients_gradient_is_refused() -> None:
+    x, weight = normal(3, 8, seed=0).requires_grad_(), torch.ones(8)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+        (grad,) = torch.autograd.grad(rms_norm(x, weight, EPSILON).sum(), x, create_graph=True)
+        torch.autograd.grad(grad.square().sum(), x)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("size", [8, 70])
 def test_non_finite_rows_stay_non_finite(bad: float, size: int) -> None:
