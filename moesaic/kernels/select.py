@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from moesaic.errors import DeviceError
 from moesaic.kernels.cpu.build import (
     EMULATED_TILES,
@@ -47,8 +49,17 @@ def cpu_kernels() -> Selection:
 
 
 def cpu_library() -> Library | None:
-    """Return the C++ kernels, or None where PyTorch's operations are used."""
-    return cpu_kernels().library
+    """Return the C++ kernels, or None where PyTorch's operations are used.
+
+    Raises: RuntimeError inside forward-mode differentiation: they have no tangents, and torch would take them for 0.
+    """
+    library = cpu_kernels().library
+    if library is not None and torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "forward-mode differentiation (torch.func.jvp, dual_level) was asked of moesaic's kernels, which have "
+            "gradients but no tangents; reverse mode is required; use torch.autograd.grad or backward()."
+        )
+    return library
 
 
 # All that torch.compiler.assume_constant_result does, which would load torch's compiler, sympy and triton first: 0.9 s

@@ -91,6 +91,15 @@ def test_a_gradients_gradient_is_refused() -> None:
         torch.autograd.grad(grad.square().sum(), x)
 
 
+def test_forward_mode_is_refused(compiled_kernels: str) -> None:
+    x, weight = normal(3, 8, seed=0), torch.ones(8)
+    with pytest.raises(RuntimeError, match=r"forward-mode differentiation .* reverse mode is required"):
+        torch.func.jvp(lambda x: rms_norm(x, weight, EPSILON), (x,), (torch.ones(3, 8),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode differentiation"):
+        rms_norm(torch.autograd.forward_ad.make_dual(x, torch.ones(3, 8)), weight, EPSILON)
+    assert rms_norm(x, weight, EPSILON).isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("size", [8, 70])
 def test_non_finite_rows_stay_non_finite(bad: float, size: int) -> None:
