@@ -54,7 +54,7 @@ def cpu_library() -> Library | None:
     Raises: RuntimeError inside forward-mode differentiation: they have no tangents, and torch would take them for 0.
     """
     library = cpu_kernels().library
-    if library is not None and torch.autograd.forward_ad._current_level >= 0:
+    if library is not None and getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
         raise RuntimeError(
             "forward-mode differentiation (torch.func.jvp, dual_level) was asked of moesaic's kernels, which have "
             "gradients but no tangents; reverse mode is required; use torch.autograd.grad or backward()."
