@@ -1,7 +1,7 @@
 """Causal attention for training and for passes without a cache.
 
 For bf16 on the CPU the training one is a C++ kernel (source/attention_training.h) behind two torch operators; it saves
-its arguments, its result and one number per query and head. Anything else (other types and devices, dropout, odd head
+its arguments, its result and two numbers per query and head. Anything else (other types and devices, dropout, odd head
 dimensions, no kernels) is PyTorch's scaled_dot_product_attention, which is also the oracle of the tests.
 """
 
@@ -115,14 +115,15 @@ def _strides(operands: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_int64]":
 def _causal_attention(
     query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output (B, S, A, D) and, for the backward pass, (B, A, S): log2 of the sum of a query's weights."""
+    """Return the output (B, S, A, D) and, for the backward pass, (B, A, 2, S): a query's largest score, and log2 of the
+    sum of its weights where that of the largest score is 1."""
     library = cpu_library()
     assert library is not None
     operands = _operands(query, key, value)
     numbers = None if documents is None else documents.to(torch.int64).contiguous()
     batch, length, heads, _ = query.shape
     out = query.new_empty(query.shape)
-    log_sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+    normalizers = query.new_empty(batch, heads, 2, length, dtype=torch.float32)
     library.function("moesaic_attention_forward", "pdppppppp")(
         _sizes(query, key),
         scale,
@@ -130,15 +131,15 @@ def _causal_attention(
         *(tensor.data_ptr() for tensor in operands),
         None if numbers is None else numbers.data_ptr(),
         out.data_ptr(),
-        log_sums.data_ptr(),
+        normalizers.data_ptr(),
     )
-    return out, log_sums
+    return out, normalizers
 
 
 @_causal_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty(batch, heads, 2, length, dtype=torch.float32)
 
 
 @torch.library.custom_op("moesaic::causal_attention_backward", mutates_args=(), device_types="cpu")
@@ -148,7 +149,7 @@ def _causal_attention_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    log_sums: Tensor,
+    normalizers: Tensor,
     documents: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +157,7 @@ def _causal_attention_backward(
     assert library is not None
     operands = _operands(query, key, value, out, grad)
     numbers = None if documents is None else documents.to(torch.int64).contiguous()
-    log_sums = log_sums.contiguous()
+    normalizers = normalizers.contiguous()
     grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
     library.function("moesaic_attention_backward", "pdppppppppppp")(
         _sizes(query, key),
@@ -164,7 +165,7 @@ def _causal_attention_backward(
         _strides(operands),
         *(tensor.data_ptr() for tensor in operands),
         None if numbers is None else numbers.data_ptr(),
-        log_sums.data_ptr(),
+        normalizers.data_ptr(),
         *(tensor.data_ptr() for tensor in grads),
     )
     return grads[0], grads[1], grads[2]
@@ -177,7 +178,7 @@ def _(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    log_sums: Tensor,
+    normalizers: Tensor,
     documents: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,8 +192,8 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    query, key, value, out, log_sums, documents = ctx.saved_tensors
-    grads = torch.ops.moesaic.causal_attention_backward(grad, query, key, value, out, log_sums, documents, ctx.scale)
+    query, key, value, out, normalizers, documents = ctx.saved_tensors
+    grads = torch.ops.moesaic.causal_attention_backward(grad, query, key, value, out, normalizers, documents, ctx.scale)
     return *grads, None, None
 
 

@@ -227,6 +227,30 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("exponent", [11, 16, 32, 48])
+def test_gradients_stay_right_however_large_the_scores(compiled_kernels: str, exponent: int) -> None:
+    """Scores up to 2^95, many of a query's equal and the others far below."""
+    size, dim = 2.0**exponent, 16
+    which = torch.randint(0, dim, (2, 70, 4), generator=torch.Generator().manual_seed(1))
+    query = F.one_hot(which, dim) * size * 1.25
+    key = torch.where(normal(2, 70, 2, dim, seed=2) < 0.8, -size, size * 1.75)
+    leaves = tuple(leaf.bfloat16().requires_grad_() for leaf in (query, key, normal(2, 70, 2, dim, seed=3)))
+    grad = normal(2, 70, 4, dim, seed=9).bfloat16()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """PyTorch's own keeps one number per query, in which such scores leave no room for how many are the largest."""
+        key, value = key.repeat_interleave(2, 2), value.repeat_interleave(2, 2)
+        scores = torch.einsum("bsad,btad->bast", query, key) / dim**0.5
+        is_hidden = torch.ones(70, 70, dtype=torch.bool).triu(1)
+        return torch.einsum("bast,btad->bsad", scores.masked_fill(is_hidden, -torch.inf).softmax(-1), value)
+
+    got = values_and_gradients(causal_attention, leaves, grad)
+    wanted = values_and_gradients(attend, tuple(leaf.detach().float().requires_grad_() for leaf in leaves), grad)
+    for name, mine, theirs in zip(("out", "query", "key", "value"), got, wanted, strict=True):
+        assert relative_error(mine, theirs) < TOLERANCE, name
+
+
+@needs_kernels
 @pytest.mark.parametrize("documents", ["none", "packed"])
 def test_is_an_ordinary_operator(documents: str) -> None:
     leaves, numbers = inputs(40, 4, 2, 16), documents_of(documents, 40)
@@ -234,14 +258,14 @@ def test_is_an_ordinary_operator(documents: str) -> None:
     # Tracing with dynamic shapes takes seconds; once is enough.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, (*leaves, numbers, 0.2), test_utils=checks[: 4 if documents == "packed" else 3])
-    out, log_sums = operator(*leaves, numbers, 0.2)
-    saved = (*(leaf.detach() for leaf in leaves), out.detach(), log_sums, numbers, 0.2)
+    out, normalizers = operator(*leaves, numbers, 0.2)
+    saved = (*(leaf.detach() for leaf in leaves), out.detach(), normalizers, numbers, 0.2)
     backward = torch.ops.moesaic.causal_attention_backward
     torch.library.opcheck(backward, (torch.ones_like(out), *saved), test_utils=checks[:3])
 
 
 @needs_kernels
-def test_saves_its_arguments_its_result_and_one_number_per_query_and_head() -> None:
+def test_saves_its_arguments_its_result_and_two_numbers_per_query_and_head() -> None:
     leaves = inputs(64, 4, 2, 32)
     saved: list[Tensor] = []
 
@@ -252,7 +276,7 @@ def test_saves_its_arguments_its_result_and_one_number_per_query_and_head() -> N
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = causal_attention(*leaves)
     num_bytes = {tensor.data_ptr(): tensor.nbytes for tensor in saved}
-    assert sum(num_bytes.values()) == sum(leaf.nbytes for leaf in leaves) + out.nbytes + 2 * 64 * 4 * 4
+    assert sum(num_bytes.values()) == sum(leaf.nbytes for leaf in leaves) + out.nbytes + 2 * 4 * 2 * 64 * 4
 
 
 @needs_kernels

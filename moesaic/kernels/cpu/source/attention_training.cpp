@@ -50,7 +50,7 @@ void run(const AttentionShape& shape, const int64_t* numbers, size_t (*shared_by
 // sizes: batch, length, heads, kv_heads, dim (a multiple of 16); scale: on the scores; strides: three each of query, key and value.
 MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, double scale, const int64_t* strides,
                                                  const void* query, const void* key, const void* value,
-                                                 const int64_t* documents, void* out, float* log_sums) {
+                                                 const int64_t* documents, void* out, float* normalizers) {
     using namespace moesaic;
     const AttentionShape shape = shape_of(sizes, scale);
     run(shape, documents, forward_shared_bytes, [&](Team& team, const Documents& ranked, void* shared) {
@@ -60,7 +60,7 @@ MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, double sc
                                          heads(value, strides + 6),
                                          ranked,
                                          static_cast<bf16*>(out),
-                                         log_sums};
+                                         normalizers};
         attention_forward(team, arguments, shared);
     });
     return 0;
@@ -70,7 +70,7 @@ MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, double sc
 MOESAIC_EXPORT int64_t moesaic_attention_backward(const int64_t* sizes, double scale, const int64_t* strides,
                                                   const void* query, const void* key, const void* value,
                                                   const void* out, const void* grad, const int64_t* documents,
-                                                  const float* log_sums, void* grad_query, void* grad_key,
+                                                  const float* normalizers, void* grad_query, void* grad_key,
                                                   void* grad_value) {
     using namespace moesaic;
     const AttentionShape shape = shape_of(sizes, scale);
@@ -82,7 +82,7 @@ MOESAIC_EXPORT int64_t moesaic_attention_backward(const int64_t* sizes, double s
                                           heads(out, strides + 9),
                                           heads(grad, strides + 12),
                                           ranked,
-                                          log_sums,
+                                          normalizers,
                                           static_cast<bf16*>(grad_query),
                                           static_cast<bf16*>(grad_key),
                                           static_cast<bf16*>(grad_value)};

@@ -290,8 +290,10 @@ struct ForwardArguments {
     AttentionShape shape;
     Heads query, key, value;
     Documents documents;
-    bf16* out;        // (B, S, A, D)
-    float* log_sums;  // (B, A, S): log2 of the sum of 2^(score * scale_log2) over the keys seen
+    bf16* out;  // (B, S, A, D)
+    // (B, A, 2, S): the largest score, and log2 of the sum of 2^((score - largest) * scale_log2), over the keys seen. One
+    // number, their sum, would lose the second part where the first is large.
+    float* normalizers;
 };
 
 struct ForwardPair {
@@ -358,11 +360,12 @@ inline void softmax_step(const Visibility& visibility, int query_block, int firs
             for (int i = 0; i < 4; ++i) highest[i] = max(highest[i], load(here + (r + i) * kBlock));
         const Vf after = max(max(highest[0], highest[1]), max(highest[2], highest[3]));
         store(maxima + column, after);
-        const Vf offset = sub(zero(), mul(after, scale));
+        // First the difference, which is exact near the largest score: half a unit in the last place of after * scale
+        // would be whole powers of two where scores are large.
         Vf even_sum = zero(), odd_sum = zero();
         for (int p = 0; p < rows / 2; ++p) {
-            const Vf even = exp2_of_negative(fma(load(here + 2 * p * kBlock), scale, offset));
-            const Vf odd = exp2_of_negative(fma(load(here + (2 * p + 1) * kBlock), scale, offset));
+            const Vf even = exp2_of_negative(mul(sub(load(here + 2 * p * kBlock), after), scale));
+            const Vf odd = exp2_of_negative(mul(sub(load(here + (2 * p + 1) * kBlock), after), scale));
             even_sum = add(even_sum, even);
             odd_sum = add(odd_sum, odd);
             storei(probabilities + p * kBlock + column, interleave_bf16(even, odd));
@@ -412,12 +415,15 @@ inline void forward_queries(const ForwardArguments& arguments, long pair, int me
     const size_t row_stride = size_t(shape.heads) * shape.dim;
     for (int block = first; block < last; ++block) {
         const int i = block - first, rows = std::min(kBlock, shape.length - block * kBlock);
-        float* log_sums = arguments.log_sums + (size_t(batch) * shape.heads + head) * shape.length + block * kBlock;
+        float* largest =
+            arguments.normalizers + (size_t(batch) * shape.heads + head) * 2 * shape.length + block * kBlock;
+        float* log_sums = largest + shape.length;
         float factors[kBlock];
         for (int r = 0; r < rows; ++r) {
             const float total = work.totals[i * kBlock + r];
             factors[r] = 1.0f / total;
-            log_sums[r] = work.maxima[i * kBlock + r] * shape.scale_log2() + std::log2(total);
+            largest[r] = work.maxima[i * kBlock + r];
+            log_sums[r] = std::log2(total);
         }
         bf16* out = arguments.out + (size_t(batch) * shape.length + block * kBlock) * row_stride + head * shape.dim;
         store_transposed(shape, work.sums + i * block_sums, factors, rows, work.turned, out, row_stride);
@@ -485,9 +491,9 @@ struct BackwardArguments {
     AttentionShape shape;
     Heads query, key, value, out, grad;
     Documents documents;
-    const float* log_sums;  // (B, A, S), the forward pass's
-    bf16* grad_query;       // (B, S, A, D)
-    bf16* grad_key;         // (B, S, KV, D)
+    const float* normalizers;  // (B, A, 2, S), the forward pass's
+    bf16* grad_query;          // (B, S, A, D)
+    bf16* grad_key;            // (B, S, KV, D)
     bf16* grad_value;
 };
 
@@ -511,7 +517,8 @@ struct BackwardHead {
     uint32_t* grad_panels;
     uint32_t* query_rows;  // [padded dim / 32][padded length / 2][32]
     uint32_t* grad_rows;
-    float* log_sums;  // (padded length)
+    float* maxima;  // (padded length)
+    float* log_sums;
     float* deltas;
     float* grad_query;  // [blocks] (padded dim, 32)
 
@@ -520,6 +527,7 @@ struct BackwardHead {
           grad_panels(pieces.take<uint32_t>(shape.block_elements() / 2)),
           query_rows(pieces.take<uint32_t>(shape.block_elements() / 2)),
           grad_rows(pieces.take<uint32_t>(shape.block_elements() / 2)),
+          maxima(pieces.take<float>(shape.padded_length())),
           log_sums(pieces.take<float>(shape.padded_length())),
           deltas(pieces.take<float>(shape.padded_length())),
           grad_query(pieces.take<float>(shape.block_elements())) {}
@@ -580,13 +588,16 @@ inline void pack_backward_head(const BackwardArguments& arguments, long pair, in
     interleave_block(work.block, padded, to.grad_rows + first_row, row_panel);
     const bf16* out = arguments.out.data + batch * arguments.out.batch + head * arguments.out.head +
                       int64_t(block) * kBlock * arguments.out.row;
-    const float* log_sums = arguments.log_sums + (size_t(batch) * shape.heads + head) * shape.length + block * kBlock;
+    const float* largest =
+        arguments.normalizers + (size_t(batch) * shape.heads + head) * 2 * shape.length + block * kBlock;
+    const float* log_sums = largest + shape.length;
     for (int r = 0; r < kBlock; ++r) {
         Vf delta = zero();
         if (r < rows)
             for (int d = 0; d < shape.dim; d += W)
                 delta = fma(load_bf16(out + r * arguments.out.row + d), load_bf16(work.block + r * padded + d), delta);
         to.deltas[block * kBlock + r] = sum(delta);
+        to.maxima[block * kBlock + r] = r < rows ? largest[r] : 0.0f;
         to.log_sums[block * kBlock + r] = r < rows ? log_sums[r] : 0.0f;
     }
     std::memset(to.grad_query + size_t(block) * padded * kBlock, 0, size_t(kBlock) * padded * sizeof(float));
@@ -601,12 +612,14 @@ inline void backward_block(const Visibility& visibility, int query_block, int ke
     for (int column = 0; column < kBlock; column += W) {
         const int query = query_block * kBlock + column;
         const Sight sight(visibility, query);
-        const Vf offset = sub(zero(), load(head.log_sums + query)), delta = load(head.deltas + query);
+        const Vf largest = load(head.maxima + query), delta = load(head.deltas + query);
+        const Vf offset = sub(zero(), load(head.log_sums + query));
         for (int p = 0; p < kBlock / 2; ++p) {
             Vf grad[2];
             for (int half = 0; half < 2; ++half) {
                 const int r = 2 * p + half, key = key_block * kBlock + r;
-                Vf probability = exp2_of_negative(fma(load(scores + r * kBlock + column), scale, offset));
+                const Vf score = load(scores + r * kBlock + column);
+                Vf probability = exp2_of_negative(fma(sub(score, largest), scale, offset));
                 grad[half] = mul(probability, sub(load(grads + r * kBlock + column), delta));
                 if constexpr (kMasked) {
                     probability = sight.keep(key, probability, zero());
