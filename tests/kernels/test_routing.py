@@ -192,6 +192,47 @@ def test_a_non_finite_token_spoils_itself_and_the_means_alone(compiled_kernels: 
     torch.testing.assert_close(got.mean_probabilities, wanted.mean_probabilities, equal_nan=True)
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("num_experts", [1, 7, 8, 33])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_z_loss_of_logits_that_are_not_finite(
+    compiled_kernels: str, bad: float, num_experts: int, scoring: str
+) -> None:
+    """All of a token's, one of them, and one beside an infinite one; vectors full and padded."""
+    router = make_router(1, num_experts, top_k=1, scoring=scoring)
+    for where, other in ((slice(None), 0.0), (0, 0.0), (-1, 0.0), (-1, float("inf")), (0, float("-inf"))):
+        with torch.no_grad():
+            router.weight.fill_(0.5)
+            router.weight[num_experts // 2] = other
+            router.weight[where] = bad
+        got = router(torch.ones(3, 1)).z
+        with select.forced("reference"):
+            wanted = router(torch.ones(3, 1)).z
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf")])
+def test_an_infinite_logit_has_the_definition_s_gradient(compiled_kernels: str, bad: float) -> None:
+    """A sigmoid is flat there. Without a z-loss nothing else sees the logit."""
+    router = make_router(1, 12, top_k=2, scoring="sigmoid")
+    x = torch.tensor([[0.5], [3e38]]).requires_grad_()
+    with torch.no_grad():
+        router.weight.abs_().mul_(1 if bad > 0 else -1)
+        router.weight[3] = bad
+
+    def gradient() -> Tensor:
+        routed = router(x)
+        objective = (routed.routing_weights * normal(2, 2, seed=2)).sum()
+        objective = objective + (routed.mean_probabilities * normal(12, seed=3)).sum()
+        return torch.autograd.grad(objective, router.weight)[0]
+
+    got = gradient()
+    with select.forced("reference"):
+        wanted = gradient()
+    assert wanted.isfinite().all()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_a_choice_made_before_is_taken_again(compiled_kernels: str) -> None:
     router = make_router(24, 12, top_k=2)
     x = normal(60, 24, seed=4).requires_grad_()

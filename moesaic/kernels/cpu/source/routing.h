@@ -170,7 +170,10 @@ struct RowExponentials {
 inline RowExponentials exponentials_of(const float* logits, int padded, float* exponentials) {
     Vf top = load(logits);
     for (int i = W; i < padded; i += W) top = max(top, load(logits + i));
-    const float maximum_here = maximum(top);
+    float maximum_here = maximum(top);
+    // A comparison with the padding, or with another logit, may have lost a NaN.
+    if (std::isinf(maximum_here) && std::any_of(logits, logits + padded, [](float x) { return x != x; }))
+        maximum_here = NAN;
     Vf total = zero();
     for (int i = 0; i < padded; i += W) {
         const Vf value = exp(sub(load(logits + i), set1(maximum_here)));
@@ -420,7 +423,8 @@ inline void grad_logits_row(const RouteBackwardArguments& a, int64_t token, floa
     std::copy_n(a.logits + token * experts, experts, values);
     std::fill(values + experts, values + padded, -INFINITY);
     const RowExponentials row = exponentials_of(values, padded, p);
-    const float for_z = counts ? a.grad_z * 2.0f * row.log_sum() * share : 0.0f;
+    const bool has_z = counts && a.grad_z != 0.0f;
+    const float for_z = has_z ? a.grad_z * 2.0f * row.log_sum() * share : 0.0f;
     const float for_mean = counts ? share : 0.0f;
     float* out = a.grad_logits + token * experts;
     const int64_t* chosen = a.expert_ids + token * a.top_k;
@@ -466,7 +470,9 @@ inline void grad_logits_row(const RouteBackwardArguments& a, int64_t token, floa
             const Vf score = load(values + i);
             const Vf grad = mul(sub(grad_mean(i), dot), set1(inverse));
             const Vf slope = mul(score, sub(set1(1.0f), score));
-            store(values + i, fma(load(p + i), set1(for_z), mul(grad, slope)));
+            // Of an infinite logit p is NaN, which only the z-loss has to do with.
+            const Vf of_mean = mul(grad, slope);
+            store(values + i, has_z ? fma(load(p + i), set1(for_z), of_mean) : of_mean);
         }
         if (grad_chosen)
             for (int64_t k = 0; k < a.top_k; ++k) values[chosen[k]] += of_chosen[k];
