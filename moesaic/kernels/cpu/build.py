@@ -57,14 +57,20 @@ EMULATED_TILES = "amx-emulated"
 
 @dataclass(frozen=True)
 class Library:
-    """A loaded set of kernels."""
+    """A loaded set of kernels; num_threads is torch.get_num_threads."""
 
     instruction_set: str
     path: Path
     handle: ctypes.CDLL
+    num_threads: Callable[[], int]
 
     def function(self, name: str, signature: str) -> Callable[..., int]:
-        """Return an exported function taking what signature says: p pointer, i int64, f float, d double."""
+        """Return an exported function taking what signature says: p pointer, i int64, f float, d double.
+
+        It is to be called on the thread that asked for it.
+        """
+        # OpenMP counts for each thread apart, and torch tells it of torch.set_num_threads when a thread first asks.
+        self.num_threads()
         return _function(self.handle, name, signature)
 
 
@@ -179,7 +185,7 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
             f"the CPU kernels {path} cannot be loaded ({error}); delete that file, so that they are compiled again, or "
             "go on with MOESAIC_KERNELS=reference."
         ) from error
-    library = Library(instruction_set, path, handle)
+    library = Library(instruction_set, path, handle, torch.get_num_threads)
     if failed := library.function("moesaic_self_test", "")():
         raise DeviceError(
             f"the CPU kernels for {instruction_set} fail their self-test (step {failed}) on this machine; right "
