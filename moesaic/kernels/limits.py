@@ -174,15 +174,23 @@ def describe_cpu() -> Cpu:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what moesaic may keep between runs and can make anew: the platform's user cache."""
-    home = Path.home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return base / "moesaic"
+    """Return the folder for what moesaic may keep between runs and can make anew: the platform's user cache.
+
+    Raises: DeviceError when nothing names one.
+    """
+    variable, in_home = {
+        "win32": ("LOCALAPPDATA", "AppData/Local"),
+        "darwin": (None, "Library/Caches"),
+    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
+    if variable is not None and (named := os.environ.get(variable)):
+        return Path(named) / "moesaic"
+    try:
+        return Path.home() / in_home / "moesaic"
+    except RuntimeError as error:
+        raise DeviceError(
+            "this user has no home folder, where moesaic keeps what it compiles and measures; one that can be "
+            f"written is required; name it with {variable or 'HOME'}."
+        ) from error
 
 
 def _check_device(device: str) -> None:

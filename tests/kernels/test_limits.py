@@ -286,6 +286,19 @@ def test_the_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert cache_folder() == tmp_path / ".cache" / "moesaic"
 
 
+def test_without_a_home_the_cache_folder_has_to_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(limits.sys, "platform", "linux")
+    monkeypatch.setattr(limits.Path, "home", no_home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "moesaic"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(DeviceError, match=r"no home folder.*name it with XDG_CACHE_HOME"):
+        cache_folder()
+
+
 INTEL = """processor\t: 0
 model name\t: Some Xeon
 physical id\t: 0
