@@ -106,7 +106,7 @@ def test_one_is_no_plural() -> None:
 def test_a_command_says_that_it_compiles_before_it_does(
     command: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def stop(words: list[str]) -> None:
+    def stop(words: list[str], output: Path) -> None:
         raise DeviceError("no")
 
     def measure(*_: object, **__: object) -> None:

@@ -1,5 +1,6 @@
 """Which kernels are used, why, and what is said where they cannot be had."""
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -125,6 +126,19 @@ def test_a_failing_compiler_is_quoted_and_pytorch_used(
 
 
 @needs_kernels
+@pytest.mark.parametrize("script", ["", 'case "$*" in *-shared*) ;; *) for last; do :; done; echo > "$last";; esac\n'])
+def test_a_compiler_that_writes_nothing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
+    """No object files, or these and no library."""
+    compiler = tmp_path / "empty-c++"
+    compiler.write_text("#!/bin/sh\n" + script)
+    compiler.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # where the script leaves a file when it is asked for its version
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(DeviceError, match=r"without a file .*empty-c.*is required; name one with CXX"):
+        build.build(SUPPORTED[0], folder=tmp_path)
+
+
+@needs_kernels
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy() -> None:
@@ -132,9 +146,9 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy() -> None:
         build.build(SUPPORTED[0], folder=Path("/proc/nothing"))
 
 
-@needs_kernels
-@needs_compiler
-def test_the_cache_is_used_and_old_files_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def one_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder of kernels that compile in a moment, one() is 7."""
     source = tmp_path / "source"
     source.mkdir()
     shutil.copy(Path(build.__file__).parent / "source" / "export.h", source)
@@ -142,17 +156,53 @@ def test_the_cache_is_used_and_old_files_go(monkeypatch: pytest.MonkeyPatch, tmp
     text = '#include "export.h"\n#include "value.h"\nMOESAIC_EXPORT long one() { return VALUE; }\n'
     (source / "one.cpp").write_text(text)
     monkeypatch.setattr(build, "_SOURCE", source)
+    return source
+
+
+@needs_kernels
+@needs_compiler
+def test_the_cache_is_used_and_old_files_go(one_source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     folder.mkdir()
-    old = folder / "avx2-0123.so"
-    old.write_bytes(b"")
-    os.utime(old, (time.time() - 1e8,) * 2)
+    old = [folder / name for name in ("avx2-0123.so", "avx2-0123.sha256", "tmpold0123", "tmpnew4567")]
+    for path in old[:2]:
+        path.write_bytes(b"")
+    for path, days in zip(old, (1000, 1000, 2, 0.5), strict=True):
+        if path.name.startswith("tmp"):  # of a build that was killed
+            path.mkdir()
+            (path / "one.o").write_bytes(b"part")
+        os.utime(path, (time.time() - days * 86400,) * 2)
     first = build.build(SUPPORTED[0], folder=tmp_path)
-    assert not old.exists()
+    assert [path.exists() for path in old] == [False, False, False, True]
     written = first.stat().st_mtime_ns
     assert build.build(SUPPORTED[0], folder=tmp_path) == first and first.stat().st_mtime_ns == written
-    (source / "unused.h").write_text("#define OTHER 1\n")
+    (one_source / "unused.h").write_text("#define OTHER 1\n")
     assert build.build(SUPPORTED[0], folder=tmp_path) == first
-    (source / "value.h").write_text("#define VALUE 8\n")
+    (one_source / "value.h").write_text("#define VALUE 8\n")
     second = build.build(SUPPORTED[0], folder=tmp_path)
     assert second != first and first.exists()
+
+
+@needs_kernels
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut", "zeros", "empty", "no checksum", "no text"])
+def test_a_damaged_library_is_compiled_again(
+    one_source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    library = build.build(SUPPORTED[0], folder=tmp_path)
+    whole = library.read_bytes()
+    checksum, (compiled,) = library.with_suffix(".sha256"), library.parent.glob("*.o")
+    if damage == "no checksum":
+        checksum.unlink()
+    elif damage == "no text":
+        checksum.write_bytes(b"\xff")
+    else:
+        kept = {"cut": len(whole) // 2, "zeros": 4096, "empty": 0}[damage]
+        library.write_bytes(whole[:kept] + bytes(len(whole) - kept if damage == "zeros" else 0))
+    compiled.write_bytes(b"")  # as the loss of power that cut one file would
+    with caplog.at_level("WARNING", "moesaic"):
+        again = build.build(SUPPORTED[0], folder=tmp_path)
+    assert again == library and ctypes.CDLL(str(again)).one() == 7
+    assert "compiling it again" in caplog.text
+    written = again.stat().st_mtime_ns
+    assert build.build(SUPPORTED[0], folder=tmp_path).stat().st_mtime_ns == written

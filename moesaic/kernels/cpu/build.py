@@ -42,7 +42,8 @@ _FLAGS = (
     "-Wextra",
 )
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c", "-mavx2")
-_KEPT_DAYS = 60
+_KEPT_DAYS, _SCRATCH_KEPT_DAYS = 60, 1
+_CHECKSUM = ".sha256"  # the suffix of the file beside a library that says what it was when it was written
 _COMPILERS = ("c++", "g++", "clang++")
 
 # What /proc/cpuinfo must name for an instruction set, the best first.
@@ -121,9 +122,9 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
     keys = {source: _digest(common + _with_headers(source)) for source in sources}
     folder = (folder or cache_folder()) / "kernels"
     library = folder / f"{instruction_set}-{_digest(''.join(keys.values()).encode())}.so"
-    if library.exists():
-        return library
     try:
+        if _is_whole(library):
+            return library
         folder.mkdir(parents=True, exist_ok=True)
         return _compile(library, keys, instruction_set, [*compiler, *flags], openmp)
     except OSError as error:
@@ -140,27 +141,50 @@ def _compile(
     """Compile the sources that have no object file under their key yet, and link library; at most once at a time."""
     folder = library.parent
     with _alone(folder / f"{instruction_set}.lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
-        if library.exists():  # another process has built it while this one waited
+        if _is_whole(library):  # another process has built it while this one waited
             return library
+        objects = {source: folder / f"{source.stem}-{instruction_set}-{key}.o" for source, key in keys.items()}
+        if library.exists():
+            logger.warning(f"{library} is not what was written there; compiling it again")
+            for compiled in objects.values():  # what spoilt it may have spoilt them
+                compiled.unlink(missing_ok=True)
         # Some 80 s of one core's time (AMD EPYC, g++ 12), shared by the cores there are.
         logger.info(f"compiling the CPU kernels for {instruction_set}: {len(keys)} files, once, about a minute")
 
         def compile_one(source: Path) -> Path:
-            compiled = folder / f"{source.stem}-{instruction_set}-{keys[source]}.o"
+            compiled = objects[source]
             if not compiled.exists():
                 part = Path(scratch) / compiled.name
-                _run([*command, "-c", str(source), "-o", str(part)])
-                part.replace(compiled)
+                _run([*command, "-c", str(source)], part)
+                _move(part, compiled)
             return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, keys))
+            inputs = list(pool.map(compile_one, keys))
         linked = Path(scratch) / library.name
         link = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-lgomp"]
-        _run([*command, "-shared", *map(str, objects), *link, "-o", str(linked)])
-        linked.replace(library)  # whole or not at all
+        _run([*command, "-shared", *map(str, inputs), *link], linked)
+        checksum = linked.with_suffix(_CHECKSUM)
+        checksum.write_text(_digest(linked.read_bytes()))
+        _move(checksum, library.with_suffix(_CHECKSUM))
+        _move(linked, library)
         _forget_old(folder)
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether library is there and is what was written: code that is cut off ends the process by a signal."""
+    try:
+        return library.with_suffix(_CHECKSUM).read_text() == _digest(library.read_bytes())
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
+def _move(part: Path, path: Path) -> None:
+    """Put part in its place, whole or not at all, even if the machine loses power."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
@@ -245,8 +269,19 @@ def openmp_library() -> Path | None:
     return None
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], output: Path) -> None:
+    """Let the compiler write output.
+
+    Raises: DeviceError when it does not.
+    """
+    command = [*command, "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not done.returncode and not output.exists():
+        raise DeviceError(
+            f"compiling the CPU kernels ended without an error and without a file ({' '.join(command)}); a C++17 "
+            "compiler that writes what -o names is required; name one with CXX (g++ 11 or later), or go on with "
+            "MOESAIC_KERNELS=reference."
+        )
     if done.returncode:
         raise DeviceError(
             f"compiling the CPU kernels failed ({' '.join(command)}):\n{done.stderr[-4000:]}\nA C++17 compiler with "
@@ -255,12 +290,19 @@ def _run(command: list[str]) -> None:
 
 
 def _forget_old(folder: Path) -> None:
-    """Delete what other versions of moesaic left long ago; a library in use keeps working without its file."""
-    oldest = time.time() - _KEPT_DAYS * 86400
-    for path in [*folder.glob("*.o"), *folder.glob("*.so"), *folder.glob("*.passed")]:
+    """Delete what other versions of moesaic left long ago, and what builds that were killed left behind.
+
+    A library in use keeps working without its file.
+    """
+    now = time.time()
+    for path in (path for suffix in ("o", "so", "passed", "sha256") for path in folder.glob(f"*.{suffix}")):
         with suppress(FileNotFoundError):  # another process did the same
-            if path.stat().st_mtime < oldest:
+            if path.stat().st_mtime < now - _KEPT_DAYS * 86400:
                 path.unlink()
+    for path in folder.glob("tmp*/"):  # tempfile's names
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < now - _SCRATCH_KEPT_DAYS * 86400:
+                shutil.rmtree(path)
 
 
 def _with_headers(source: Path) -> bytes:
