@@ -267,8 +267,14 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Any] | None = None
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether it is an assistant's that calls tools, and then may say nothing."""
+        calls = (self.model_extra or {}).get("tool_calls")
+        return self.role == "assistant" and isinstance(calls, list) and bool(calls)
 
 
 class ChatBody(GenerationBody):
@@ -343,7 +349,10 @@ class ChatBody(GenerationBody):
         return _sampling(values)
 
     def template_messages(self) -> list[dict[str, Any]]:
-        """Return the messages as a template takes them: each content one text, or null."""
+        """Return the messages as a template takes them: each content one text, or null beside calls of tools.
+
+        developer is the later name of system, and the one that templates know.
+        """
         if not self.messages:
             raise refusal(
                 "messages is empty; at least one message is required; send what the user says.", param="messages"
@@ -351,8 +360,8 @@ class ChatBody(GenerationBody):
         return [
             {
                 **_read_arguments(message.model_extra or {}),
-                "role": message.role,
-                "content": _text_of(message.content, place),
+                "role": "system" if message.role == "developer" else message.role,
+                "content": _text_of(message, place),
             }
             for place, message in enumerate(self.messages)
         ]
@@ -498,7 +507,15 @@ def _read_arguments(extra: dict[str, Any]) -> dict[str, Any]:
     return {**extra, "tool_calls": read}
 
 
-def _text_of(content: str | list[Any] | None, place: int) -> str | None:
+def _text_of(message: Message, place: int) -> str | None:
+    content = message.content
+    if content is None and not message.has_calls:
+        raise refusal(
+            f"messages.{place}.content is missing; every message needs one but an assistant's with tool_calls; send a "
+            f"text, which may be empty.",
+            param=f"messages.{place}.content",
+            code="missing_key",
+        )
     if not isinstance(content, list):
         return content
     texts = []

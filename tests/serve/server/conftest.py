@@ -45,7 +45,7 @@ MODEL: dict[str, Any] = {
 }
 TEMPLATE = (
     "{% if tools %}[tools]{{ tools | map(attribute='function.name') | join }}<tool_call>\n{% endif %}"
-    "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('nobody speaks') }}{% endif %}"
+    "{% for m in messages %}{% if m.name == 'nobody' %}{{ raise_exception('nobody speaks') }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}"
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )

@@ -203,6 +203,10 @@ def test_a_chat_is_its_template(client: openai.OpenAI, real: Live) -> None:
     assert done.object == "chat.completion" and choice.message.role == "assistant"
     assert choice.message.content == plain.choices[0].text and done.usage and plain.usage
     assert done.usage.prompt_tokens == plain.usage.prompt_tokens
+    later: Any = {"role": "developer", "content": "Be brief."}  # which templates know as system
+    renamed = client.chat.completions.create(model="tiny", messages=[later, messages[1]], **GREEDY)
+    assert renamed.usage and renamed.usage.prompt_tokens == plain.usage.prompt_tokens
+    assert renamed.choices[0].message.content == choice.message.content
     tools: list[Any] = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
     with_tools = client.chat.completions.create(model="tiny", messages=messages, tools=tools, **GREEDY)
     without = client.chat.completions.create(model="tiny", messages=messages, tools=tools, tool_choice="none", **GREEDY)

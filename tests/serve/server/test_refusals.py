@@ -136,8 +136,16 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         (COMPLETION, {"prompt": "x", "model": "gpt-x"}, "model", "'gpt-x' is not served here"),
         (CHAT, {"messages": []}, "messages", "messages is empty"),
         (CHAT, {"messages": [{"content": "x"}]}, "messages.0.role", "is missing"),
-        (CHAT, {"messages": [{"role": 1}] * 10_000}, "messages.0.role", "valid string"),
-        (CHAT, {"messages": [{"role": "nobody", "content": ""}]}, None, "nobody speaks"),
+        (CHAT, {"messages": [{"role": 1}] * 10_000}, "messages.0.role", "'system', 'developer', 'user', 'assistant' or"),
+        (CHAT, {"messages": [*USER, {"role": "User", "content": "x"}]}, "messages.1.role", "role is 'User'; it must be"),
+        (CHAT, {"messages": [{"role": "", "content": "x"}]}, "messages.0.role", "or 'tool'"),
+        (CHAT, {"messages": [{"role": "function", "content": "x"}]}, "messages.0.role", "or 'tool'"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "messages.0.content is missing"),
+        (CHAT, {"messages": [*USER, {"role": "user", "content": None}]}, "messages.1.content", "an assistant's with to"),
+        (CHAT, {"messages": [{"role": "user", "tool_calls": [{}]}]}, "messages.0.content", "is missing"),
+        (CHAT, {"messages": [{"role": "assistant", "content": None}]}, "messages.0.content", "is missing"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": []}]}, "messages.0.content", "is missing"),
+        (CHAT, {"messages": [{"role": "user", "name": "nobody", "content": ""}]}, None, "nobody speaks"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "image_url"),
         (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string or"),
         (CHAT, {"messages": USER, "max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "differ"),
@@ -203,8 +211,12 @@ def test_a_body_without_its_type_is_refused(real: Live, headers: dict[str, str])
 
 
 def test_an_error_does_not_send_back_all_that_was_sent(real: Live) -> None:
-    messages = [{"role": "nobody", "content": ""}, *({"role": "r" * 1000, "content": ""} for _ in range(100))]
-    for body in ({"messages": messages}, {"messages": USER, "stop_token_ids": [2**31 - 1] * 1000}):
+    many = [{"role": "user", "name": "nobody", "content": ""}] * 1000
+    for body in (
+        {"messages": many},
+        {"messages": [{"role": "r" * 10_000, "content": ""}]},
+        {"messages": USER, "stop_token_ids": [2**31 - 1] * 1000},
+    ):
         response = httpx.post(f"{real.url}{CHAT}", json=body)
         assert response.status_code == 400 and len(response.text) < 4000
 
