@@ -6,6 +6,7 @@ values are Sampling's own (config/serve.py).
 """
 
 import json
+import re
 from collections.abc import Mapping, Sized
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -36,6 +37,7 @@ _MAX_STOP_CHARS = 4096  # together
 _MAX_PARTS = 16_384
 # What OpenAI's completions take where nothing is said.
 _DEFAULT_COMPLETION_TOKENS = 16
+_FUNCTION_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # as OpenAI's
 _WHOLE_SCHEMAS = frozenset(
     {"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 )  # which take no type beside them
@@ -310,6 +312,7 @@ class ChatBody(GenerationBody):
 
     def check(self) -> None:
         """Raise ApiError for what can never be met, before anything is computed for it."""
+        self.functions()
         self.sampling(room=1)
         self.template_messages()
         self.template_tools()
@@ -377,7 +380,7 @@ class ChatBody(GenerationBody):
     def _forced_calls(self) -> Grammar | None:
         if not self.must_call:
             return None
-        choice, functions = self.tool_choice, self._functions()
+        choice, functions = self.tool_choice, self.functions()
         if choice == "required":
             if not functions:
                 raise refusal(
@@ -401,25 +404,41 @@ class ChatBody(GenerationBody):
             )
         return calls_grammar({name: functions[name]}, is_single=True)
 
-    def _functions(self) -> dict[str, dict[str, Any]]:
-        """Return each tool's schema of its arguments. One that has none takes none."""
+    def functions(self) -> dict[str, dict[str, Any]]:
+        """Return each tool's schema of its arguments. One that has none takes none. Raises: ApiError."""
         schemas = {}
         for place, tool in enumerate(self.tools or ()):
             function = tool.get("function") if tool.get("type") == "function" else None
             name = function.get("name") if isinstance(function, dict) else None
             if not isinstance(function, dict) or not isinstance(name, str):
                 raise refusal(
-                    f"tools.{place} is {json.dumps(tool)[:60]}; for a call that is asked for, "
+                    f"tools.{place} is {json.dumps(tool)[:60]}; "
                     f'{{"type": "function", "function": {{"name": ..., "parameters": ...}}}} is required; send that.',
                     param=f"tools.{place}",
+                    code="invalid_value",
+                )
+            if not _FUNCTION_NAME.fullmatch(name):
+                raise refusal(
+                    f"tools.{place}.function.name is {json.dumps(name)[:60]}; 1 to 64 letters, digits, _ and - are "
+                    f"required; rename it.",
+                    param=f"tools.{place}.function.name",
+                    code="invalid_value",
+                )
+            if name in schemas:
+                raise refusal(
+                    f"tools.{place} is a second tool of the name {name!r}; each needs its own, since calls give no "
+                    f"more than it; rename it, or leave it out.",
+                    param=f"tools.{place}.function.name",
+                    code="invalid_value",
                 )
             schema = function.get("parameters")
             schema = {"type": "object", "properties": {}} if schema is None else schema
             if not isinstance(schema, dict) or schema.get("type", "object") != "object":
                 raise refusal(
-                    f"the parameters of {name[:60]!r} are {json.dumps(schema)[:60]}; the JSON schema of an object is "
+                    f"the parameters of {name!r} are {json.dumps(schema)[:60]}; the JSON schema of an object is "
                     f"required; send one, or leave them out.",
                     param=f"tools.{place}.function.parameters",
+                    code="invalid_value",
                 )
             schemas[name] = schema if schema.keys() & _WHOLE_SCHEMAS else {"type": "object", **schema}
         return schemas
