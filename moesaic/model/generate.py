@@ -50,7 +50,7 @@ def stream(
     stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
     """As generate, yielding each token id as it comes."""
-    _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
+    _check(model, prompt, max_new_tokens, temperature, top_k, top_p, seed)
     return _stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids))
 
 
@@ -129,6 +129,7 @@ def _check(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    seed: int,
 ) -> None:
     config = model.config
     check_token_ids(prompt, config.vocab_size)
@@ -149,3 +150,5 @@ def _check(
             f"temperature={temperature}, top_k={top_k}, top_p={top_p}; a finite temperature >= 0, top_k >= 1 and "
             f"0 < top_p <= 1 are required; change the one that is not."
         )
+    if not -(2**63) <= seed < 2**63:
+        raise GenerationError(f"the seed is {seed}; -2**63 to 2**63 - 1 is required; choose another.")
