@@ -2,13 +2,29 @@
 
 import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import DataError, InstallationError
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 # Stands at the end of a last message that is to be continued; no text holds it.
 _END_OF_LAST = "\ufdd0"
+
+
+class _Refused(Exception):
+    """What a template says by raise_exception."""
+
+
+def check_chat_template(tokenizer: Tokenizer) -> None:
+    """Compile the chat template of a tokenizer that has one.
+
+    Raises: DataError where that is impossible, or the template is empty; InstallationError.
+    """
+    if tokenizer.chat_template is not None:
+        _compile(tokenizer)
 
 
 def render_chat(
@@ -23,32 +39,10 @@ def render_chat(
     tools: JSON descriptions of functions, for templates that show them to the model. add_generation_prompt: the text
     ends where the assistant begins to speak; otherwise it ends within the last message, which is to be continued.
 
-    Raises: DataError where the tokenizer has no template, or it refuses the conversation; InstallationError.
+    Raises: DataError where the tokenizer has no template, or a broken one, or it refuses the conversation;
+    InstallationError.
     """
-    try:
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise InstallationError(
-            f"a chat template was asked for and jinja2 cannot be imported ({error}); templates are Jinja; install it "
-            f"with `pip install 'moesaic[serve]'`, or 'moesaic[evaluate]'."
-        ) from None
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template; one in tokenizer_config.json or chat_template.jinja is required; put "
-            "it beside tokenizer.json in the run folder, or leave the chat out."
-        )
-
-    def refuse(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.datetime.now().strftime(pattern)
-
-    # The file is a user's: nothing in it reaches Python's objects or changes them.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
+    template = _compile(tokenizer)
     given = [dict(message) for message in messages]
     if not add_generation_prompt:
         given[-1]["content"] += _END_OF_LAST
@@ -59,12 +53,59 @@ def render_chat(
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
+    roles = ", ".join(str(message.get("role", "?"))[:40] for message in given[:20])
     try:
-        text = environment.from_string(tokenizer.chat_template).render(values)
-    except Exception as error:  # a template is a program: besides its own errors it may raise any of Python's
-        roles = ", ".join(str(message.get("role", "?"))[:40] for message in given[:20])
+        text = template.render(values)
+    except _Refused as refused:
         raise DataError(
-            f"the chat template cannot make a text of {len(given)} messages with the roles {roles} ({error}); it takes "
-            f"the conversations that its model was trained on; leave out a system message, or let the roles take turns."
+            f"the chat template refuses {len(given)} messages with the roles {roles} ({refused}); it takes the "
+            f"conversations that its model was trained on; leave out a system message, or let the roles take turns."
+        ) from None
+    except Exception as error:  # a template is a program: besides its own errors it may raise any of Python's
+        raise DataError(
+            f"the chat template fails on {len(given)} messages with the roles {roles} ({type(error).__name__}: "
+            f"{error}); messages as it reads them are required; look for what it does with them in "
+            f"{tokenizer.chat_template_file}, and mend them, or it."
         ) from None
     return text if add_generation_prompt else text.rpartition(_END_OF_LAST)[0]
+
+
+def _compile(tokenizer: Tokenizer) -> "Template":
+    try:
+        from jinja2 import TemplateSyntaxError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise InstallationError(
+            f"a chat template was asked for and jinja2 cannot be imported ({error}); templates are Jinja; install it "
+            f"with `pip install 'moesaic[serve]'`, or 'moesaic[evaluate]'."
+        ) from None
+    source = tokenizer.chat_template
+    if source is None:
+        raise DataError(
+            "the tokenizer has no chat template; one in tokenizer_config.json or chat_template.jinja is required; put "
+            "it beside tokenizer.json in the run folder, or leave the chat out."
+        )
+
+    def refuse(message: str) -> NoReturn:
+        raise _Refused(message)
+
+    def strftime_now(pattern: str) -> str:
+        return datetime.datetime.now().strftime(pattern)
+
+    # The file is a user's: nothing in it reaches Python's objects or changes them.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
+    try:
+        template = environment.from_string(source)
+        reason = None if source.strip() else "it is empty"
+    except TemplateSyntaxError as error:
+        reason = f"line {error.lineno}: {error.message}"
+    except Exception as error:  # what Python's compiler raises, for what is nested too deeply say
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        raise DataError(
+            f"the chat template in {tokenizer.chat_template_file} cannot be used ({reason}); a Jinja template is "
+            f"required; mend it, or remove it to do without chats."
+        )
+    return template

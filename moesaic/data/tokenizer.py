@@ -25,13 +25,14 @@ DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_SAMPLE_BYTES = 32 * 2**20
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"
 GENERATION_NAME = "generation_config.json"
 # What tells other tools, and a chat, more of a tokenizer than its vocabulary.
 COMPANION_NAMES = (
     CONFIG_NAME,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_NAME,
     GENERATION_NAME,
 )
 _MAX_COMPANION_BYTES = 16 << 20
@@ -298,8 +299,13 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The Jinja template that makes one text of a conversation, None where there is none."""
-        file = self._companions.get("chat_template.jinja")
+        file = self._companions.get(TEMPLATE_NAME)
         return file if file is not None else self._configured("chat_template")
+
+    @property
+    def chat_template_file(self) -> str:
+        """The name of the file that holds the template."""
+        return TEMPLATE_NAME if TEMPLATE_NAME in self._companions else CONFIG_NAME
 
     @property
     def fingerprint(self) -> str:

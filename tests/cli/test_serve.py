@@ -85,6 +85,14 @@ def test_a_mistake_ends_with_what_to_do(cli: Any, trained_run: Path, tmp_path: P
             assert "Traceback" not in result.err and result.out == ""
 
 
+def test_a_broken_chat_template_is_told_at_the_start(cli: Any, trained_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "chat_template.jinja").write_text("{% for m in messages %}")
+    result = cli("serve", run, "--port", "0", "--device", "cpu")
+    assert result.status == 2 and f"{run}: the chat template in chat_template.jinja cannot be used" in result.err
+    assert result.err.count(";") >= 2 and "Traceback" not in result.err
+
+
 def test_a_draft_of_another_tokenizer_is_refused(cli: Any, trained_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(trained_run, other)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moesaic.data.chat import render_chat
+from moesaic.data.chat import check_chat_template, render_chat
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import DataError
 
@@ -37,16 +37,41 @@ def test_a_template_has_messages_special_tokens_and_whether_to_prompt() -> None:
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
-        "{{ raise_exception('roles take turns') }}",
-        "{% for m in messages %}",
         "{{ messages[0].content + 1 }}",
         "{{ 1 / 0 }}",
         "{{ messages | tojson(indent='x' * 3, a=1) }}",
     ],
 )
-def test_a_template_that_reaches_out_or_refuses_is_an_error(template: str) -> None:
-    with pytest.raises(DataError, match=r"cannot make a text of 1 messages with the roles user .*; .*; leave out"):
-        render_chat(with_template(template), [USER])
+def test_a_template_that_reaches_out_or_fails_is_an_error(template: str) -> None:
+    tokenizer = with_template(template)
+    check_chat_template(tokenizer)
+    with pytest.raises(DataError, match=r"fails on 1 messages with the roles user \(\w+: .*; .*tokenizer_config\.json"):
+        render_chat(tokenizer, [USER])
+
+
+def test_a_template_that_refuses_says_why() -> None:
+    tokenizer = with_template("{{ raise_exception('roles take turns') }}")
+    with pytest.raises(DataError, match=r"refuses 1 messages with the roles user \(roles take turns\); .*; leave out"):
+        render_chat(tokenizer, [USER])
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("a\n{% for %}", "line 2: Expected an expression"),
+        ("{% for m in messages %}", "line 1: Unexpected end of template"),
+        ("{{ messages | nope }}", "line 1: No filter named 'nope'"),
+        (" \n", "it is empty"),
+    ],
+)
+def test_a_broken_template_is_known_before_a_conversation(template: str, reason: str) -> None:
+    tokenizer = with_template(template)
+    other = Tokenizer(tokenizer.json_text, companions={"chat_template.jinja": template})
+    for each, name in ((tokenizer, "tokenizer_config.json"), (other, "chat_template.jinja")):
+        for call in (lambda each=each: check_chat_template(each), lambda each=each: render_chat(each, [USER])):
+            with pytest.raises(DataError, match=rf"in {name} cannot be used \({reason}.*\); .*; mend it"):
+                call()
+    check_chat_template(Tokenizer(tokenizer.json_text))
 
 
 def test_a_template_has_the_tools_and_all_of_a_message() -> None:

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from moesaic.config.serve import Grammar, Sampling, ServerConfig
 from moesaic.data.chat import render_chat
 from moesaic.data.tokenizer import SHORT_CHARS, Tokenizer
+from moesaic.errors import DataError
 from moesaic.serve.async_engine import AsyncEngine, Generation, PlacedOutput
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.outputs import RequestOutput
@@ -76,7 +77,7 @@ class Job:
 
 
 async def _understand(served: Served, body: CompletionBody | ChatBody) -> Job:
-    """Raises: ApiError and DataError for what cannot be met."""
+    """Raises: ApiError for what cannot be met."""
     if isinstance(body, CompletionBody):
         return await _understand_completion(served, body)
     return await _understand_chat(served, body)
@@ -124,9 +125,11 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
         )
 
     def encode() -> tuple[int, ...]:
-        text = render_chat(served.tokenizer, messages, tools=tools)
         try:
+            text = render_chat(served.tokenizer, messages, tools=tools)
             text.encode()
+        except DataError as error:
+            raise refusal(str(error), param="messages", code="refused_by_template") from None
         except UnicodeEncodeError as error:
             raise refusal(
                 f"the chat template makes a text with the lone surrogate {text[error.start]!r} of these messages; "

@@ -14,7 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from moesaic.config.serve import EngineConfig, ServeConfig, ServerConfig
-from moesaic.errors import ConfigError, InstallationError
+from moesaic.data.chat import check_chat_template
+from moesaic.errors import ConfigError, DataError, InstallationError
 from moesaic.logs import logger
 from moesaic.model.load import LoadedModel, load_run
 from moesaic.model.transformer import Transformer
@@ -48,7 +49,7 @@ def serve(
     ready: called with the URL when requests are taken.
 
     Raises: ConfigError for an address that cannot be had, for keys, and for settings that the model cannot meet; what
-    load_run raises.
+    load_run raises; DataError for a chat template that no conversation gets through.
     """
     keys = read_keys(config.server.api_key_file)
     with ExitStack() as stack:
@@ -57,6 +58,7 @@ def serve(
         allow_connections(config.server)
         _warn_if_open(config.server, has_keys=bool(keys))
         loaded = load_run(run, device=device, precision=precision, packed_file="write")
+        _check_template(loaded)
         grammars = _grammars_of(loaded, config.server)
         if grammars is not None:
             stack.callback(grammars.close)
@@ -227,6 +229,13 @@ def _load_beside(key: str, run: str, loaded: LoadedModel, *, device: str) -> Loa
             f"{loaded.config.model.vocab_size}; the same is required; choose a student of the model."
         )
     return other
+
+
+def _check_template(loaded: LoadedModel) -> None:
+    try:
+        check_chat_template(loaded.tokenizer)
+    except DataError as error:
+        raise DataError(f"{loaded.info.path.parent.parent}: {error}") from None
 
 
 def _grammars_of(loaded: LoadedModel, config: ServerConfig) -> GrammarCompiler | None:
