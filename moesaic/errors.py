@@ -9,7 +9,11 @@ class MoesaicError(Exception):
 
 
 class ConfigError(MoesaicError):
-    """A configuration value, or a combination of values, that cannot work."""
+    """A configuration value, or a combination of values, that cannot work. key: the one to blame, where it is known."""
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class DataError(MoesaicError):

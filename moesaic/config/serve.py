@@ -60,14 +60,16 @@ class Sampling(Config):
     def _check(self) -> "Sampling":
         if self.min_tokens > self.max_tokens:
             raise ConfigError(
-                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); it must not be; lower it."
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); it must not be; lower it.",
+                key="min_tokens",
             )
         if any(not text for text in self.stop):
-            raise ConfigError("a stop text is empty; it would end every text at once; leave it out.")
+            raise ConfigError("a stop text is empty; it would end every text at once; leave it out.", key="stop")
         if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
             raise ConfigError(
                 f"logit_bias goes from {min(self.logit_bias.values())} to {max(self.logit_bias.values())}; -100 to "
-                f"100 is allowed; -100 already forbids a token."
+                f"100 is allowed; -100 already forbids a token.",
+                key="logit_bias",
             )
         return self
 

@@ -75,7 +75,8 @@ class SamplingState:
             if wrong:
                 raise ConfigError(
                     f"{name} names token id {wrong[0]}; ids from 0 to {vocab_size - 1} are required; use the ids of "
-                    f"this model's own tokenizer."
+                    f"this model's own tokenizer.",
+                    key=name,
                 )
         self._bias_ids = np.array(ids, dtype=np.int64)
         bias = np.array([sampling.logit_bias[token] for token in ids], dtype=np.float32)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from moesaic.config.base import nearest
-from moesaic.errors import InstallationError, MoesaicError
+from moesaic.errors import ConfigError, InstallationError, MoesaicError
 from moesaic.serve.async_engine import EngineStoppedError
 from moesaic.serve.sampler import NotFiniteError, RequestError
 from moesaic.serve.server.log_fields import log_fields
@@ -76,6 +76,8 @@ def as_api_error(error: Exception) -> ApiError | None:
         return refusal(str(error), code="cannot_be_met")
     if isinstance(error, NotFiniteError):
         return ApiError(500, str(error), code="engine_error")
+    if isinstance(error, ConfigError):
+        return refusal(str(error), param=error.key, code="invalid_value")
     if isinstance(error, MoesaicError):
         return refusal(str(error))
     if isinstance(error, RequestValidationError):
@@ -108,9 +110,10 @@ def explain(errors: Sequence[Any], *, names: Mapping[str, str] | None = None) ->
             code="invalid_body",
         )
     if not location:
+        given = first.get("input")
         return refusal(
-            f"the body is {_shown(first.get('input'))}; a JSON object is required, as application/json; send one with "
-            f"the header Content-Type: application/json.",
+            f"the body is {'missing' if given is None else _shown(given)}; a JSON object is required, as "
+            f"application/json; send one with the header Content-Type: application/json.",
             code="invalid_body",
         )
     # Of a value of several allowed kinds there is one finding for each, below a common path.
@@ -139,12 +142,16 @@ def explain_values(error: ValidationError, *, names: Mapping[str, str]) -> ApiEr
     return explain(error.errors(include_url=False), names=names)
 
 
-def unknown_key(key: str, known: Sequence[str], *, where: str) -> ApiError:
-    """Return the error of a key that there is not, with the nearest that there are."""
+def unknown_key(key: str, known: Sequence[str], *, inside: str) -> ApiError:
+    """Return the error of a key that there is not, with the nearest that there are.
+
+    inside: the path of the object that has it, empty for the body.
+    """
+    shown = key[:_MAX_SHOWN_CHARS]
     return refusal(
-        f"{_shown(key)} is not a key of {where}; keys are fixed so that none is silently ignored; "
-        f"{nearest(key[:_MAX_SHOWN_CHARS], list(known))}",
-        param=key[:_MAX_SHOWN_CHARS],
+        f"{_shown(key)} is not a key of {inside or 'this request'}; keys are fixed so that none is silently ignored; "
+        f"{nearest(shown, list(known))}",
+        param=f"{inside}.{shown}" if inside else shown,
         code="unknown_key",
     )
 
@@ -165,5 +172,5 @@ def _required(message: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 3]}..."

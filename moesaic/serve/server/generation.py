@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from moesaic.config.serve import Grammar, Sampling, ServerConfig
 from moesaic.data.chat import render_chat
 from moesaic.data.tokenizer import SHORT_CHARS, Tokenizer
-from moesaic.errors import DataError
+from moesaic.errors import ConfigError, DataError
 from moesaic.serve.async_engine import AsyncEngine, Generation, PlacedOutput
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.outputs import RequestOutput
@@ -259,7 +259,7 @@ async def answer(served: Served, request: Request, body: CompletionBody | ChatBo
             job = await _understand(served, body)
             name = f"{'cmpl' if job.kind == 'completion' else 'chatcmpl'}-{secrets.token_hex(12)}"
             if job.sampling.grammar is not None:
-                await _compile(served, job.sampling.grammar)
+                await _compile(served, job.sampling.grammar, param=body.grammar_key)
             generation = await served.engine.submit(job.prompts, job.sampling, request_id=name, priority=job.priority)
             await stack.enter_async_context(generation)
             return _Answer(served, job, name, generation, arrival, request)
@@ -275,16 +275,20 @@ async def answer(served: Served, request: Request, body: CompletionBody | ChatBo
     raise AssertionError("unreachable: the stack swallows nothing")
 
 
-async def _compile(served: Served, grammar: Grammar) -> None:
-    """Have a grammar compiled beside the engine, which then finds it. Raises: ApiError, ConfigError."""
+async def _compile(served: Served, grammar: Grammar, *, param: str) -> None:
+    """Have a grammar compiled beside the engine, which then finds it. Raises: ApiError, InstallationError."""
     if served.grammars is None:
         raise refusal(
             "a grammar or a JSON format was asked for and this server compiles none; xgrammar is required; leave it "
             "out, or have `pip install 'moesaic[structured]'` run where the server is.",
+            param=param,
             code="not_installed",
         )
     if served.grammars.find(grammar) is None:
-        await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
+        try:
+            await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
+        except ConfigError as error:
+            raise refusal(str(error), param=param, code="invalid_value") from None
 
 
 def deadline_of(served: Served, request: Request) -> float:

@@ -89,10 +89,12 @@ Prompt = Annotated[str | list[str] | list[int] | list[list[int]], WrapValidator(
 
 
 class Body(BaseModel):
-    """The base of bodies and of the objects in them: strict about types and keys."""
+    """The base of bodies and of the objects in them: strict about types and keys; null is the same as no key."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    # Where it stands in a request, empty for the whole body.
+    path: ClassVar[str] = ""
     # Keys that change nothing about the answer's tokens, and keys that would (with why not).
     harmless: ClassVar[tuple[str, ...]] = ()
     unsupported: ClassVar[dict[str, str]] = {}
@@ -108,11 +110,12 @@ class Body(BaseModel):
         kept = {}
         for key, value in values.items():
             if key in known:
-                kept[key] = value
+                if value is not None:
+                    kept[key] = value
             elif key in cls.harmless:
                 continue
             elif key not in cls.unsupported:
-                raise unknown_key(key, sorted({*known, *cls.harmless}), where="this request")
+                raise unknown_key(key, sorted({*known, *cls.harmless}), inside=cls.path)
             elif value is not None and value not in cls.idle_values.get(key, ()):
                 raise refusal(
                     f"{key} was given; {cls.unsupported[key]}; leave it out.", param=key, code="unsupported_key"
@@ -123,6 +126,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """include_usage: a last event with the counts of tokens."""
 
+    path = "stream_options"
     harmless = ("include_obfuscation", "continuous_usage_stats")
 
     include_usage: bool | None = None
@@ -131,6 +135,7 @@ class StreamOptions(Body):
 class JsonSchema(Body):
     """A schema that the answer has to match."""
 
+    path = "response_format.json_schema"
     harmless = ("name", "description", "strict")
 
     value: dict[str, Any] = Field(alias="schema")
@@ -139,12 +144,16 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     """text: anything; json_object: any JSON object; json_schema: one that matches a schema."""
 
+    path = "response_format"
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class GrammarBody(Body):
     """An extension: what the text has to match."""
+
+    path = "grammar"
 
     kind: GrammarKind
     text: str | None = None
@@ -191,6 +200,11 @@ class GenerationBody(Body):
                 param="stream_options",
             )
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def grammar_key(self) -> str:
+        """Which key says what the text has to match, where one does."""
+        return "grammar"
 
     def common_values(self) -> dict[str, Any]:
         """Return what was given of the keys that both kinds of request have, by Sampling's names."""
@@ -317,6 +331,12 @@ class ChatBody(GenerationBody):
         self.template_messages()
         self.template_tools()
         _ = self.streams_usage
+
+    @property
+    def grammar_key(self) -> str:
+        if self.response_format is not None and self.response_format.type != "text":
+            return "response_format"
+        return "tools" if self.must_call else "grammar"
 
     def sampling(self, *, room: int) -> Sampling:
         """room: tokens that fit behind the prompt, which are what an answer may have where nothing is said."""

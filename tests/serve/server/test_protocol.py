@@ -313,6 +313,16 @@ def test_a_text_matches_what_it_has_to(client: openai.OpenAI, real: Live) -> Non
     for bad in ({"kind": "regex", "text": "(("}, {"kind": "json_schema", "text": "{"}, {"kind": "ebnf", "text": "x"}):
         response = httpx.post(f"{real.url}/v1/completions", json={"prompt": "x", "grammar": bad}, timeout=60)
         assert response.status_code == 400 and response.json()["error"]["message"].count(";") >= 2
+        assert response.json()["error"]["param"] == "grammar"
+    schema = {"$ref": "#/none"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for key, values in (
+        ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
+        ("tools", {"tools": [tool], "tool_choice": "required"}),
+    ):
+        body = {"messages": [{"role": "user", "content": "x"}], **values}
+        response = httpx.post(f"{real.url}/v1/chat/completions", json=body, timeout=60)
+        assert response.status_code == 400 and response.json()["error"]["param"] == key, response.text
 
 
 def test_a_grammar_that_cannot_be_followed_is_the_requests_mistake(
