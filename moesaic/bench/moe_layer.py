@@ -50,8 +50,23 @@ class MoELayerCase:
         """MLPs of intermediate_size that every token passes through."""
         return self.top_k + int(self.has_residual)
 
+    def config(self) -> ModelConfig:
+        """Return the config of a model of the one layer. Raises: ConfigError for sizes that no layer has."""
+        return ModelConfig(
+            vocab_size=1,
+            hidden_size=self.hidden_size,
+            num_layers=1,
+            num_heads=1,
+            head_dim=2,
+            intermediate_size=self.intermediate_size,
+            moe=MoEConfig(
+                num_experts=self.num_experts, top_k=self.top_k, residual="sum" if self.has_residual else None
+            ),
+        )
+
     def check(self) -> None:
         """Raises: ConfigError for what cannot be run."""
+        self.config()
         if self.has_backward and self.dtype != "bf16":
             raise ConfigError(
                 f"a backward pass was asked for with dtype {self.dtype}; quantised weights have no gradient; use "
@@ -179,15 +194,7 @@ def _mlp_bytes(case: MoELayerCase) -> float:
 
 
 def _layer(case: MoELayerCase, device: torch.device) -> FeedForward:
-    config = ModelConfig(
-        vocab_size=1,
-        hidden_size=case.hidden_size,
-        num_layers=1,
-        num_heads=1,
-        head_dim=2,
-        intermediate_size=case.intermediate_size,
-        moe=MoEConfig(num_experts=case.num_experts, top_k=case.top_k, residual="sum" if case.has_residual else None),
-    )
+    config = case.config()
     layer = FeedForward(config, config.layers[0]).to(device)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=_WEIGHT_STD)

@@ -81,9 +81,11 @@ def test_what_the_machine_does_not_have_is_refused(cli: Any) -> None:
 
 
 @pytest.mark.parametrize("flags", [("--dtype", "int8", "--backward"), ("--top-k", 5)])
-def test_a_mistake_is_told(cli: Any, flags: tuple[object, ...]) -> None:
+def test_a_mistake_is_told_before_anything_is_measured(
+    cli: Any, quick: list[dict[str, Any]], flags: tuple[object, ...]
+) -> None:
     result = cli(*LAYER, *flags)
-    assert result.status == 2
+    assert result.status == 2 and quick == []
     assert "ConfigError" in result.err
 
 
