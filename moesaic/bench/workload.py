@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.errors import ConfigError, DataError
+from moesaic.logs import logger
 
 # Tokens of a block of a trace that says which prompts begin alike.
 BLOCK_TOKENS = 512
@@ -176,7 +177,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
 
     CSV with a header: TIMESTAMP, ContextTokens, GeneratedTokens (Azure), or prompt_tokens, output_tokens, or
     num_prefill_tokens, num_decode_tokens; JSON lines: timestamp (milliseconds), input_length, output_length, hash_ids
-    (Mooncake; a block of 512 tokens each). A length of 0 counts as 1, the least that can be asked for.
+    (Mooncake; a block of 512 tokens each). A length may be 0.
 
     Raises: DataError for a file that cannot be read as one of them, with the line.
     """
@@ -284,7 +285,7 @@ def _count(value: Any, name: str, *, where: str) -> int:
         count = None
     if type(count) is not int or not 0 <= count <= _MOST_TOKENS:
         raise DataError(f"{where} has {name} {str(value)[:40]!r}; a number of tokens is required; mend the line.")
-    return max(1, count)
+    return count
 
 
 def _moment(text: str, *, where: str) -> float:
@@ -310,6 +311,15 @@ def _first(trace: Sequence[TraceRequest], workload: Workload) -> Sequence[TraceR
 
 def _scaled(trace: Sequence[TraceRequest], workload: Workload) -> list[TraceRequest]:
     scale = workload.scale_lengths or 1.0
+    num_empty = sum(not each.prompt_tokens or not each.output_tokens for each in trace)
+    if num_empty:
+        logger.warning(
+            "%d of the first %d requests of %s have a length of 0; each of them asks for 1 token instead, the least "
+            "that there is.",
+            num_empty,
+            len(trace),
+            workload.trace,
+        )
 
     def length(tokens: int, most: int | None) -> int:
         scaled = max(1, round(tokens * scale))

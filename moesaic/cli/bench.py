@@ -174,8 +174,10 @@ def serve(
 
     from moesaic.bench.serving import Endpoint, bench_serving
     from moesaic.bench.workload import Workload, parse_range
+    from moesaic.logs import log_to_stderr
     from moesaic.report.serving import write_serving
 
+    log_to_stderr()
     workload = Workload(
         trace=trace,
         prompt_tokens=None if prompt_tokens is None else parse_range(prompt_tokens, name="--prompt-tokens"),

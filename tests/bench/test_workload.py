@@ -50,7 +50,7 @@ def test_every_format_is_known_by_its_content(trace: Any) -> None:
     first, second, third = read_trace(trace(AZURE))
     assert [(each.prompt_tokens, each.output_tokens) for each in (first, second, third)] == [
         (374, 44),
-        (12, 1),
+        (12, 0),
         (879, 55),
     ]
     assert first.time_seconds is not None and second.time_seconds is not None and third.time_seconds is not None
@@ -58,7 +58,7 @@ def test_every_format_is_known_by_its_content(trace: Any) -> None:
     assert third.time_seconds - first.time_seconds == pytest.approx(3.5)
     assert read_trace(trace(SHAREGPT)) == [
         TraceRequest(prompt_tokens=34, output_tokens=259),
-        TraceRequest(prompt_tokens=1, output_tokens=73),
+        TraceRequest(prompt_tokens=0, output_tokens=73),
     ]
     assert read_trace(trace(ARXIV)) == [TraceRequest(prompt_tokens=3772, output_tokens=54)]
     assert read_trace(trace("\n\n" + MOONCAKE)) == [
@@ -164,6 +164,16 @@ def test_lengths_are_scaled_and_then_cut(trace: Any) -> None:
         (3, 1),
         (100, 12),
     ]
+
+
+def test_lengths_of_0_become_1_and_their_number_is_told(trace: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", logger="moesaic")
+    workload = Workload(trace=trace(SHAREGPT), concurrency=1)
+    assert [each.prompt_tokens for each in plan_requests(workload)] == [34, 1]
+    assert "1 of the first 2 requests" in caplog.text and caplog.text.count(";") >= 1
+    caplog.clear()
+    plan_requests(replace(workload, num_requests=1))
+    assert not caplog.records
 
 
 def test_lengths_are_drawn_from_their_ranges() -> None:
