@@ -247,7 +247,7 @@ def resolve_checkpoint(run: str | Path) -> CheckpointInfo:
     Raises: CheckpointError when there is no such run or step.
     """
     folder, step_text = split_run(run)
-    if step_text and not step_text.isdigit():
+    if folder != Path(run) and not step_text.isdigit():
         raise CheckpointError(f"{run}: {step_text!r} is not a step; RUN@step takes a number; for example {folder}@100.")
     infos = list_checkpoints(folder)
     if not folder.exists():

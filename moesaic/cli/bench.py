@@ -194,6 +194,10 @@ def serve(
     key = None if api_key_file is None else _read_key(api_key_file)
     for path in (output, plot):
         _check_can_be_written(path)
+    if plot is not None:
+        from moesaic.report.drawing import check_figure_path
+
+        check_figure_path(plot)
     with shown_progress(kept="nothing was written") as show:
         result = bench_serving(
             Endpoint(url=url, model=model, api_key=key, timeout_seconds=timeout),

@@ -148,6 +148,10 @@ def evaluate(
         raise ConfigError(
             "--samples was given with --no-keep; samples are kept beside the results; leave one of them out."
         )
+    if plot is not None:
+        from moesaic.report.drawing import check_figure_path
+
+        check_figure_path(plot)
     settings = None
     if tasks is not None:
         settings = TaskSettings(tasks, data=tasks_data, shots=shots, limit=limit, use_chat=chat)

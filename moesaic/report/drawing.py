@@ -11,6 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from moesaic.errors import ConfigError
+
 INK, FAINT_INK, GRID = "#1f2933", "#5f6c7b", "#e3e7ec"
 BLUE, ORANGE, RED = "#1f5fa8", "#d9731a", "#c0282d"
 
@@ -51,6 +53,15 @@ def set_title(axes: Axes, title: str, note: str = "", *, size: float = 12) -> No
     axes.set_title(title, loc="left", color=INK, fontsize=size, fontweight="bold")
     if note:
         axes.set_title(note, loc="right", color=FAINT_INK, fontsize=size - 2.5)
+
+
+def check_figure_path(path: Path) -> None:
+    """Raise ConfigError for a path that says that its picture is anything but a PNG."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(
+            f"a plot was asked for as {path}, which ends in {path.suffix or 'nothing'}; plots are PNGs; let the name "
+            f"end in .png."
+        )
 
 
 def write_figure(figure: Figure, path: Path) -> Path:

@@ -537,7 +537,7 @@ def _count_blocks(model: Transformer, draft_model: Transformer | None, config: E
         return max(1, min(useful, budget // each))
     if budget < each:
         raise ConfigError(
-            f"kv_cache_bytes ({config.kv_cache_bytes}) is less than one block of {config.block_size} positions of this "
-            f"model takes ({each}); room for one is required; raise it."
+            f"kv_cache_bytes ({config.kv_cache_bytes}) is less than what one block of {config.block_size} positions of "
+            f"this model takes ({each}); room for one is required; raise it."
         )
     return min(useful, budget // each)

@@ -28,8 +28,8 @@ def split_memory(
     count = budget // sum(sizes)
     if not count:
         raise ConfigError(
-            f"kv_cache_bytes ({budget}) is less than one block of {config.block_size} positions of the model takes "
-            f"({sizes[0]}) and one of the student that helps out ({sizes[1]}); room for both is required; raise it."
+            f"kv_cache_bytes ({budget}) is less than what one block of {config.block_size} positions of the model "
+            f"takes ({sizes[0]}) and one of the student that helps out ({sizes[1]}); both need room; raise it."
         )
     return config.replace(kv_cache_bytes=count * sizes[0]), others.replace(kv_cache_bytes=count * sizes[1])
 

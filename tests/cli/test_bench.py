@@ -163,6 +163,8 @@ def test_no_answer_at_all_is_a_failure(cli: Any, served: list[dict[str, Any]]) -
         (("--rate", 1, "--api-key-file", "none"), "--api-key-file none cannot be read"),
         (("--rate", 1, "--output", "/"), "/ cannot be written"),
         (("--rate", 1, "--plot", "/dev/null/a.png"), "cannot be written"),
+        (("--rate", 1, "--plot", "p.xyz"), "p.xyz, which ends in .xyz; plots are PNGs; let the name end in .png"),
+        (("--rate", 1, "--plot", "plot"), "which ends in nothing"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_sent(

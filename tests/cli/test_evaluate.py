@@ -152,6 +152,7 @@ def test_domains_are_measured_kept_and_drawn(cli: Any, own_run: Path, labelled: 
         (["{run}", "--tasks", "piqa", "--shots", "-1"], "ConfigError: shots (-1)"),
         (["{run}", "--tasks", "piqa", "--samples", "--no-keep"], "ConfigError: --samples was given with --no-keep"),
         (["{run}", "--tasks", "piqa", "--tasks-data", "{run}"], "DataError: {run} has no records for piqa"),
+        (["{run}", "--tasks", "piqa", "--plot", "a.xyz"], "ConfigError: a plot was asked for as a.xyz"),
         (["{run}", "--domains", "absent.jsonl"], "DataError: absent.jsonl does not exist"),
     ],
 )

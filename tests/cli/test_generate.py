@@ -88,6 +88,7 @@ def test_an_empty_prompt_starts_a_document(cli: Any, trained_run: Path) -> None:
             "GenerationError: the seed is",
         ),
         (["{run}@77", "--prompt", "a"], "CheckpointError: "),
+        (["{run}@", "--prompt", "a"], "@: '' is not a step; RUN@step takes a number"),
         (["{run}-none", "--prompt", "a"], "CheckpointError: "),
         (["{run}", "--prompt", "a", "--device", "tpu"], "DeviceError: "),
     ],

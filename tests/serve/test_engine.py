@@ -432,7 +432,7 @@ def test_what_can_never_be_served_is_refused_and_changes_nothing(make_model: Mak
         engine.add_request([1], GREEDY, request_id="mine")
     assert set(finish(engine)) == {(taken, 0)}
     run_one(engine, [1] * 32, Sampling(max_tokens=0))
-    with pytest.raises(ConfigError, match="kv_cache_bytes"):
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes \(100\) is less than what one block of 32 "):
         Engine(make_model(), tokenizer, EngineConfig(kv_cache_bytes=100))
 
 
