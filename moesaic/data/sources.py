@@ -7,6 +7,7 @@ fixed order, each of which yields its documents again and again in the same orde
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ _KINDS: dict[str, Kind] = {
 _COMPRESSIBLE: tuple[Kind, ...] = ("text", "jsonl")
 _DATASETS_REMEDY = "install them with `pip install 'moesaic[datasets]'`."
 _PARQUET_ROWS = 256
+# Anything else is a path, and not looked for on the network.
+_DATASET_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.+)?")
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,10 @@ def _open_source(source: str | Path) -> list[Leaf]:
                 f"rename it."
             )
         return [_file_leaf(given, path.name, path, kind)]
-    if isinstance(source, Path) or given.startswith((".", "/", "~")) or _kind(path) is not None:
+    if isinstance(source, Path) or _kind(path) is not None or not _DATASET_NAME.fullmatch(given):
         raise DataError(
-            f"{given} does not exist; a file, a folder, {EMBEDDED!r} or a dataset's name is required; check the path."
+            f"{given} does not exist; a file, a folder, {EMBEDDED!r} or a dataset's name (owner/name or "
+            f"owner/name:configuration) is required; check the path."
         )
     return [Leaf(given, given, "hub_dataset", None, 0, 0)]
 

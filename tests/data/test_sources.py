@@ -122,8 +122,14 @@ def test_a_name_that_is_neither_path_nor_dataset_says_so(monkeypatch: pytest.Mon
         raise ConnectionError("no network\nlong story")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"'corpuss' is neither .* \(no network\)"):
-        read("corpuss")
+    with pytest.raises(DataError, match=r"'owner/corpuss' is neither .* \(no network\)"):
+        read("owner/corpuss")
+
+
+@pytest.mark.parametrize("source", ["corpuss", "a/b/c", "-/b", "a/", "~/b", "../b", "/b", "a:b"])
+def test_what_is_no_name_of_a_dataset_is_a_path_that_is_missing(source: str) -> None:
+    with pytest.raises(DataError, match="does not exist; a file, a folder, 'embedded' or a dataset's name"):
+        open_sources([source])
 
 
 @pytest.mark.parametrize("missing", ["datasets", "pyarrow"])
