@@ -198,7 +198,8 @@ class WholeBody:
         """Return the body, None where the client left before its end. Raises: ApiError 413, 408."""
         claimed = Headers(scope=scope).get("content-length", "0")
         if claimed.isdigit() and len(claimed) < 20 and int(claimed) > self._max_bytes:
-            await self._discard(receive)
+            if int(claimed) <= _DISCARDED_BYTES:  # more would not be read to its end anyway
+                await self._discard(receive)
             raise self._too_large(int(claimed))
         pieces, size = [], 0
         try:

@@ -558,14 +558,22 @@ def _text_of(message: Message, place: int) -> str | None:
     if not isinstance(content, list):
         return content
     texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+    for number, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise refusal(
                 f"messages.{place}.content has a part of type {str(kind)[:40]!r}; the models here read text only; "
                 f'send parts as {{"type": "text", "text": "..."}}.',
                 param=f"messages.{place}.content",
                 code="unsupported_content",
+            )
+        if not isinstance(part.get("text"), str):
+            where = f"messages.{place}.content.{number}.text"
+            raise refusal(
+                f"{where} is {'no text' if 'text' in part else 'missing'}; a part of type text is required to hold "
+                f'one; send parts as {{"type": "text", "text": "..."}}.',
+                param=where,
+                code="invalid_value" if "text" in part else "missing_key",
             )
         texts.append(part["text"])
     return "\n".join(texts)

@@ -157,6 +157,18 @@ def test_the_refusal_of_a_large_body_reaches_who_sends_all_of_it_first(serve_fak
             connection.close()
 
 
+def test_a_claim_of_more_than_would_be_read_is_refused_at_once(
+    serve_fake: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesaic.serve.server.gate._DISCARD_SECONDS", 600.0)
+    with serve_fake() as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n"
+            connection.sendall(head.encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "expected"), [(1024, 65_536, 5376), (1024, 2048, 2048), (10_000, 65_536, None), (-1, -1, None)]
 )
