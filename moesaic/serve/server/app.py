@@ -29,7 +29,7 @@ from moesaic.serve.async_engine import AsyncEngine
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.server.admission import Admission
 from moesaic.serve.server.answers import TokenTexts
-from moesaic.serve.server.errors import ApiError, answer_error, json_response, refusal
+from moesaic.serve.server.errors import ApiError, answer_error, json_response, json_text, refusal
 from moesaic.serve.server.gate import ApiKeys, Journal, LocalNames, WholeBody, is_local
 from moesaic.serve.server.generation import (
     Served,
@@ -42,8 +42,17 @@ from moesaic.serve.server.generation import (
     while_connected,
 )
 from moesaic.serve.server.metrics import Metrics, describe_experts
-from moesaic.serve.server.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from moesaic.serve.server.requests import (
+    MAX_EMBEDDED_TEXTS,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    TokenizeBody,
+)
 
+# Texts embedded between two steps of those that are generated: each is a pass of its own, however short.
+_EMBEDDED_TOGETHER = 16
 WEB_FOLDER = Path(__file__).resolve().parents[1] / "web"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -219,10 +228,9 @@ def _add_generation(router: APIRouter, served: Served) -> None:
 
 
 async def _embed(served: Served, body: EmbeddingBody) -> Response:
-    vectors: list[list[float]] = []
-    encoded: list[str] = []
+    entries: list[str] = []
     async with served.admission.enter():
-        prompts = await read_prompts(served, body.input, param="input")
+        prompts = await read_prompts(served, body.input, param="input", limit=MAX_EMBEDDED_TEXTS)
         for some in _batches(prompts, served.max_embedded_tokens):  # texts that are generated step between them
             found = await served.engine.embed(some)  # (n, H)
             if body.dimensions not in (None, found.shape[1]):
@@ -230,22 +238,22 @@ async def _embed(served: Served, body: EmbeddingBody) -> Response:
                     f"dimensions is {body.dimensions}; the model's vectors have {found.shape[1]}; leave it out.",
                     param="dimensions",
                 )
-            if body.encoding_format == "base64":
-                encoded += [base64.b64encode(each.tobytes()).decode() for each in found.numpy().astype("<f4")]
-            else:
-                vectors += found.tolist()
-    values = encoded or vectors
-    data = [{"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(values)]
+            for vector in found.numpy().astype("<f4"):
+                is_short = body.encoding_format == "base64"
+                value = base64.b64encode(vector.tobytes()).decode() if is_short else vector.tolist()
+                entries.append(json_text({"object": "embedding", "index": len(entries), "embedding": value}))
+                await asyncio.sleep(0)  # thousands of numbers took their time: others come between
     count = sum(len(prompt) for prompt in prompts)
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    return json_response({"object": "list", "data": data, "model": served.name, "usage": usage})
+    rest = json_text({"model": served.name, "usage": {"prompt_tokens": count, "total_tokens": count}})
+    text = f'{{"object":"list","data":[{",".join(entries)}],{rest[1:]}'
+    return Response(text, media_type="application/json")
 
 
 def _batches(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:
     batches: list[list[Sequence[int]]] = []
     size = max_tokens
     for prompt in prompts:
-        if size + len(prompt) > max_tokens:
+        if size + len(prompt) > max_tokens or len(batches[-1]) == _EMBEDDED_TOGETHER:
             batches.append([])
             size = 0
         batches[-1].append(prompt)

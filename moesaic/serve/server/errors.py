@@ -58,10 +58,16 @@ def error_response(error: ApiError) -> Response:
     return json_response(body, status=error.status_code, headers=error.headers)
 
 
-def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_text(value: Any) -> str:
     """Return JSON in ASCII: what a client sent may come back in an error, and need not be valid Unicode."""
-    text = json.dumps(body, separators=(",", ":"), allow_nan=False)
-    return Response(text, status_code=status, media_type="application/json", headers=dict(headers) if headers else None)
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an answer of JSON."""
+    return Response(
+        json_text(body), status_code=status, media_type="application/json", headers=dict(headers) if headers else None
+    )
 
 
 def as_api_error(error: Exception) -> ApiError | None:

@@ -85,7 +85,8 @@ async def _understand(served: Served, body: CompletionBody | ChatBody) -> Job:
 
 async def _understand_completion(served: Served, body: CompletionBody) -> Job:
     sampling = body.sampling()
-    prompts = await read_prompts(served, body.prompt, param="prompt", has_answer=sampling.max_tokens > 0)
+    limit = served.config.max_texts_per_request
+    prompts = await read_prompts(served, body.prompt, param="prompt", limit=limit, has_answer=sampling.max_tokens > 0)
     _check_room(served, body.max_tokens, max(map(len, prompts)), param="max_tokens")
     echoes: tuple[str, ...] = ()
     if body.echo:
@@ -165,13 +166,14 @@ def _check_job(served: Served, job: Job) -> Job:
 
 
 async def read_prompts(
-    served: Served, prompt: Prompt, *, param: str, has_answer: bool = False
+    served: Served, prompt: Prompt, *, param: str, limit: int, has_answer: bool = False
 ) -> tuple[tuple[int, ...], ...]:
-    """Return the token ids of one or several prompts, each a text or ids; has_answer: tokens are to follow.
+    """Return the token ids of one or several prompts, each a text or ids.
+
+    limit: at most so many prompts. has_answer: tokens are to follow.
 
     Raises: ApiError.
     """
-    limit = served.config.max_texts_per_request
     is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
     several = cast("Sequence[str | Sequence[int]]", [prompt] if is_one else prompt)
     if not several or any(not isinstance(each, str) and not each for each in several):
@@ -191,6 +193,7 @@ async def read_prompts(
         if not isinstance(each, str):
             check_ids(served.tokenizer, found, param=param)
         ids.append(found)
+        await asyncio.sleep(0)  # what others wait for comes between many short texts
     return tuple(ids)
 
 

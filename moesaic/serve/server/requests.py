@@ -35,6 +35,8 @@ _MAX_STOP_CHARS = 4096  # together
 # Prompts of a request and messages of a chat, before the server's own limits are looked at: a list of a million takes
 # seconds to understand, and meanwhile nobody else gets a token.
 _MAX_PARTS = 16_384
+# Texts to embed: as OpenAI's. They are computed a few at a time, so that many make nobody wait but who sent them.
+MAX_EMBEDDED_TEXTS = 2048
 # What OpenAI's completions take where nothing is said.
 _DEFAULT_COMPLETION_TOKENS = 16
 _FUNCTION_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # as OpenAI's

@@ -378,6 +378,19 @@ def test_embeddings_are_of_unit_length_in_both_forms(client: openai.OpenAI, real
     assert struct.unpack("<32f", base64.b64decode(raw["embedding"])) == pytest.approx(floats[2]["embedding"], abs=1e-6)
 
 
+def test_many_texts_are_embedded_at_once_and_others_come_between(real: Live) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, real, "/v1/embeddings", {"input": [[1 + n % 199] for n in range(200)]})
+        while not real.app.state.served.admission.num_inside and not asked.done():
+            time.sleep(0.001)
+        post(real, "/v1/completions", {"prompt": "x", "max_tokens": 1})
+        is_between = not asked.done()
+        found = asked.result(60)
+    assert is_between
+    assert [each["index"] for each in found["data"]] == list(range(200)) and found["usage"]["prompt_tokens"] == 200
+    assert found["data"][0]["embedding"] == pytest.approx(found["data"][199]["embedding"], abs=1e-6)
+
+
 def test_many_clients_some_of_whom_leave_or_err_lose_nothing(real: Live) -> None:
     prompts = [f"{PROMPT} {word}" for word in ("is", "free", "and", "strong", "x")]
     expected = {

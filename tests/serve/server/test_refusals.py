@@ -192,6 +192,7 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
          "response_format", "json_object and has a json_schema"),
         ("/v1/embeddings", {"input": "x", "dimensions": 3}, "dimensions", "have 32"),
         ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format", "'base64'"),
+        ("/v1/embeddings", {"input": ["x"] * 2049}, "input", "2049 texts; at most 2048"),
         ("/v1/embeddings", {"input": [[1], [320]]}, "input", "token id 320"),
         ("/tokenize", {"prompt": 3}, "prompt", "valid string"),
         ("/detokenize", {"tokens": [320]}, "tokens", "token id 320"),
