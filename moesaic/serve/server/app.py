@@ -197,8 +197,12 @@ def create_app(
 
 
 def check_model(served: Served, model: str | None) -> None:
-    """Raise ApiError 404 where a request names another model than the one that is served."""
-    if model is not None and model != served.name:
+    """Raise ApiError 404 where a request names another model than the one that is served.
+
+    The name of the student that helps out, which answers bear, is another name of it: who answers is chosen here.
+    """
+    names = (served.name,) if served.student is None else (served.name, served.student.name)
+    if model is not None and model not in names:
         raise ApiError(
             404,
             f"the model {model[:60]!r} is not served here; {served.name!r} is; ask for that one.",

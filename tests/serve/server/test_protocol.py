@@ -68,6 +68,12 @@ def test_a_student_that_helps_out_is_named(real_app: Callable[..., FastAPI], run
         assert layers[1] == {config.num_layers - 1} and layers[0] != layers[1]
         streamed = list(client.completions.create(prompt=[PROMPT, "x"], stream=True, **ask))
         assert streamed[-1].model == "student"
+        # Who asks by an answer's name is answered as ever.
+        again = client.completions.create(prompt=PROMPT, **{**ask, "model": both.model})
+        assert again.model == "tiny" and again.choices[0].text == alone.choices[0].text
+        assert client.models.retrieve("student").id == "tiny" == client.models.list().data[0].id
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(prompt=PROMPT, **{**ask, "model": "students"})
 
 
 def test_a_prompt_is_a_text_or_ids_or_several_of_either(client: openai.OpenAI, chat_tokenizer: Tokenizer) -> None:
