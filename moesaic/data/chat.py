@@ -1,6 +1,8 @@
 """From a conversation to one text, by the Jinja template that comes with a tokenizer."""
 
 import datetime
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -8,7 +10,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import DataError, InstallationError
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment, Template
 
 # Stands at the end of a last message that is to be continued; no text holds it.
 _END_OF_LAST = "\ufdd0"
@@ -71,33 +73,23 @@ def render_chat(
 
 
 def _compile(tokenizer: Tokenizer) -> "Template":
-    try:
-        from jinja2 import TemplateSyntaxError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise InstallationError(
-            f"a chat template was asked for and jinja2 cannot be imported ({error}); templates are Jinja; install it "
-            f"with `pip install 'moesaic[serve]'`, or 'moesaic[evaluate]'."
-        ) from None
     source = tokenizer.chat_template
     if source is None:
         raise DataError(
             "the tokenizer has no chat template; one in tokenizer_config.json or chat_template.jinja is required; put "
             "it beside tokenizer.json in the run folder, or leave the chat out."
         )
-
-    def refuse(message: str) -> NoReturn:
-        raise _Refused(message)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.datetime.now().strftime(pattern)
-
-    # The file is a user's: nothing in it reaches Python's objects or changes them.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
     try:
-        template = environment.from_string(source)
+        environment = _environment()
+    except ImportError as error:
+        raise InstallationError(
+            f"a chat template was asked for and jinja2 cannot be imported ({error}); templates are Jinja; install it "
+            f"with `pip install 'moesaic[serve]'`, or 'moesaic[evaluate]'."
+        ) from None
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        template = _template(environment, source)
         reason = None if source.strip() else "it is empty"
     except TemplateSyntaxError as error:
         reason = f"line {error.lineno}: {error.message}"
@@ -109,3 +101,51 @@ def _compile(tokenizer: Tokenizer) -> "Template":
             f"required; mend it, or remove it to do without chats."
         )
     return template
+
+
+@functools.lru_cache(maxsize=8)  # compiling one takes some milliseconds, and a server renders one for every chat
+def _template(environment: "Environment", source: str) -> "Template":
+    return environment.from_string(source)
+
+
+@functools.cache
+def _environment() -> "Environment":
+    """Return what templates are written for: transformers' environment, by its contract. Raises: ImportError."""
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks an assistant's words for training; here they are words like others."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    # The file is a user's: nothing in it reaches Python's objects or changes them.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _refuse(message: str) -> NoReturn:
+    raise _Refused(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own is for pages: it sorts keys and escapes quotes and angle brackets, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

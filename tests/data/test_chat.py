@@ -39,7 +39,7 @@ def test_a_template_has_messages_special_tokens_and_whether_to_prompt() -> None:
         "{{ messages.append(1) }}",
         "{{ messages[0].content + 1 }}",
         "{{ 1 / 0 }}",
-        "{{ messages | tojson(indent='x' * 3, a=1) }}",
+        "{{ messages | tojson(a=1) }}",
     ],
 )
 def test_a_template_that_reaches_out_or_fails_is_an_error(template: str) -> None:
@@ -81,5 +81,39 @@ def test_a_template_has_the_tools_and_all_of_a_message() -> None:
     )
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": {"at": None}}]}
     messages = [USER, call]
-    assert render_chat(tokenizer, messages) == 'userassistant[{"arguments": {"at": null}, "name": "look"}]'
+    assert render_chat(tokenizer, messages) == 'userassistant[{"name": "look", "arguments": {"at": null}}]'
     assert render_chat(tokenizer, [USER], tools=[{"name": "look"}, {"name": "go"}]) == "look,go|user"
+
+
+def test_templates_render_as_in_transformers() -> None:
+    """What templates of real models use: JSON as it is, in its order, marks for training, loops that are left early."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
+    template = (
+        "{% for tool in tools %}{{ tool | tojson }}\n{{ tool.function.parameters | tojson(indent=2) }}\n{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
+        "<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% for call in m.tool_calls %}{{ call.function | tojson(separators=(',', ':')) }}{% break %}{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+        "{{ strftime_now('%Y') }}{% if add_generation_prompt %}{{ bos_token }}<assistant>{% endif %}"
+    )
+    parameters = {
+        "type": "object",
+        "properties": {"where": {"type": "string", "description": "it's <b>caf\u00e9</b> & so"}},
+    }
+    tools = [{"type": "function", "function": {"name": "look", "description": "z", "parameters": parameters}}]
+    call = {"function": {"name": "look", "arguments": {"where": "l'\u00e9t\u00e9", "at": [1, None]}}}
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "  What's <up>?\n"},
+        {"role": "assistant", "content": "", "tool_calls": [call, call]},
+        {"role": "tool", "content": "nothing"},
+    ]
+    ours = with_template(template)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=transformers.convert_slow_tokenizer.Tokenizer.from_str(ours.json_text), chat_template=template
+    )
+    theirs.bos_token = "<|endoftext|>"
+    named = json.dumps({"bos_token": "<|endoftext|>", "chat_template": template})
+    ours = Tokenizer(ours.json_text, companions={"tokenizer_config.json": named})
+    expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert render_chat(ours, messages, tools=tools) == expected
