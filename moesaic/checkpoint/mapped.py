@@ -84,17 +84,26 @@ def write_mapped(
     size = len(_encode(header, digests))
     blocks = _Blocks(file)
     blocks.write(bytes(size))  # the header comes last: a file that was not finished has none
-    for (name, wanted), (given, tensor) in zip(layout.items(), tensors, strict=True):
-        assert (given, tensor.shape, tensor.dtype) == (name, wanted.shape, wanted.dtype), (given, name, tensor.shape)
-        data = _bytes_of(tensor)
-        blocks.write(data)
-        blocks.write(bytes(-len(data) % PAGE_BYTES))
-        digests[name] = hashlib.sha256(data).hexdigest()
+    source = iter(tensors)
+    for name, wanted in layout.items():
+        digests[name] = _write_next(blocks, source, name, wanted)
+    another = next(source, None)
+    assert another is None, another
     blocks.finish()
     file.seek(0)
     text = _encode(header, digests)
     assert len(text) == size, (len(text), size)
     _write_all(file, text)
+
+
+def _write_next(blocks: "_Blocks", tensors: Iterator[tuple[str, Tensor]], name: str, wanted: Tensor) -> str:
+    """Write the next tensor, which is kept no longer, and return its SHA-256."""
+    given, tensor = next(tensors)
+    assert (given, tensor.shape, tensor.dtype) == (name, wanted.shape, wanted.dtype), (given, name, tensor.shape)
+    data = _bytes_of(tensor)
+    blocks.write(data)
+    blocks.write(bytes(-len(data) % PAGE_BYTES))
+    return hashlib.sha256(data).hexdigest()
 
 
 def open_mapped(path: Path, *, key: str) -> MappedFile:

@@ -140,7 +140,9 @@ class ServerConfig(Config):
     max_prompt_tokens: int | None = Field(
         default=None, ge=1, description="longer prompts are refused; null: as long as the engine takes"
     )
-    max_texts_per_request: int = Field(default=128, ge=1, description="prompts of one request times its n")
+    max_texts_per_request: int = Field(
+        default=128, ge=1, description="prompts of one request times its n; embeddings aside"
+    )
     max_grammar_bytes: int = Field(default=64_000, ge=1, description="longer grammars and schemas are refused")
     grammar_timeout_seconds: float = Field(default=2.0, gt=0, description="a grammar that takes longer is refused")
     max_concurrent_requests: int = Field(default=256, ge=1, description="requests that are worked on; others wait")

@@ -123,7 +123,8 @@ def quantize_run(
     text_field None: `text`, of what has fields. on_progress hears of stages and of the share of each that is done.
 
     Raises: ConversionError when perplexity ratio or KL exceed their limits and force is not given; ConfigError,
-    CheckpointError, DataError. In every case nothing is left behind.
+    CheckpointError, DataError. In every case nothing is left behind, but for the packed weights of a run larger than
+    memory, beside it.
     """
     info = resolve_checkpoint(run)
     source_folder = info.path.parent.parent

@@ -114,7 +114,8 @@ def _open_source(source: str | Path) -> list[Leaf]:
                 f"rename it."
             )
         return [_file_leaf(given, path.name, path, kind)]
-    if isinstance(source, Path) or _kind(path) is not None or not _DATASET_NAME.fullmatch(given):
+    is_path = isinstance(source, Path) or _kind(path) is not None or Path(*path.parts[:1]).is_dir()
+    if is_path or not _DATASET_NAME.fullmatch(given):
         raise DataError(
             f"{given} does not exist; a file, a folder, {EMBEDDED!r} or a dataset's name (owner/name or "
             f"owner/name:configuration) is required; check the path."

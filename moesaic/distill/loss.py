@@ -67,10 +67,11 @@ def distillation_loss(
     temperature: float,
     divergence: Divergence,
 ) -> DistillationLoss:
-    """Return the loss of a student with hidden states (T, H) and output matrix (V, H) of one dtype.
+    """Return the loss of a student with hidden states (T, H) and output matrix (V, H) of one dtype (autocast casts).
 
     targets (T,) int64, -100 where there is nothing to predict: outside every mean. A mean over nothing is 0.
     """
+    hidden, weight = products.autocast(hidden), products.autocast(weight)
     assert isinstance(teacher, TeacherLogits) or divergence == "forward_kl", divergence
     values = _Distillation.apply(hidden, weight, targets, teacher, alpha, temperature, divergence)
     return DistillationLoss(*values)

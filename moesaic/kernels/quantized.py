@@ -136,7 +136,7 @@ def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None)
     8 bits: the row's largest magnitude becomes 127. 4 bits: the number of largest magnitude of each group becomes -8,
     which makes the scale negative where that number is positive; so the group uses all 16 levels.
     """
-    assert bits == 8 or group_size is not None, "4-bit weights need a group_size"
+    assert (bits, group_size) == (8, None) or (bits == 4 and group_size in GROUP_SIZES), (bits, group_size)
     library = _library_for(weight)
     if library is not None:
         return _quantize_natively(library, weight.detach().contiguous(), bits=bits, group_size=group_size)

@@ -150,5 +150,5 @@ def _check(
             f"temperature={temperature}, top_k={top_k}, top_p={top_p}; a finite temperature >= 0, top_k >= 1 and "
             f"0 < top_p <= 1 are required; change the one that is not."
         )
-    if not -(2**63) <= seed < 2**63:
-        raise GenerationError(f"the seed is {seed}; -2**63 to 2**63 - 1 is required; choose another.")
+    if not -(2**63) <= seed < 2**64:
+        raise GenerationError(f"the seed is {seed}; -2**63 to 2**64 - 1 is required; choose another.")

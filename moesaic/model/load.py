@@ -58,7 +58,8 @@ def load_run(
     trained; int8 rounds every matrix to the nearest, and packs.
 
     packed_file: of a model that is packed on the CPU (model/packed_file.py): "read" maps the file of packed weights
-    that an earlier start has left, "write" leaves one, "off" does neither and packs.
+    that an earlier start has left, "write" leaves one, "off" does neither and packs. A model that does not fit into
+    memory has one written by "read" too.
 
     Raises: CheckpointError for a run, step or file that is missing or corrupt, and for a quantised run with pack=False
     or a precision; DeviceError.

@@ -61,6 +61,8 @@ def packed_parts(
     head = _pack_embeddings(model, weights)
     found = _Found()
     _visit_module("", model, found.visit)
+    for name, _ in list(model.named_parameters(recurse=False)):
+        delattr(model, name)
     yield from found.taken()
     for index in range(len(model.blocks)):
         _pack_block(model.blocks[index], weights, f"blocks.{index}")

@@ -23,7 +23,7 @@ from moesaic.checkpoint.mapped import mapped_size, open_mapped, write_mapped
 from moesaic.checkpoint.quantized import KEY as QUANTIZATION
 from moesaic.checkpoint.store import CheckpointInfo
 from moesaic.config.model import ModelConfig
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, DeviceError
 from moesaic.kernels.allocator import give_back_freed_memory
 from moesaic.kernels.limits import available_memory_bytes, cache_folder
 from moesaic.kernels.packed import LAYOUT_VERSION
@@ -61,8 +61,11 @@ class PackedFile:
             "model": config.to_dict(),
         }
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        in_cache = cache_folder() / "packed" / f"{key[:32]}.safetensors"
-        return cls((info.path / f"packed-{precision}.safetensors", in_cache), key)
+        beside = info.path / f"packed-{precision}.safetensors"
+        try:
+            return cls((beside, cache_folder() / "packed" / f"{key[:32]}.safetensors"), key)
+        except DeviceError:  # a user without a home folder has no cache
+            return cls((beside,), key)
 
 
 def load_packed(
@@ -91,6 +94,7 @@ def load_packed(
             with _turn_to_write(place) as writing:
                 tensors = _open(place, file.key, wanted)
                 if tensors is None:
+                    writing.truncate(0)  # what a killed writer left
                     _check_space(place.parent, size)
                     logger.info(
                         "Packing the weights, and keeping them in %s (%.1f GB), so that the next start takes seconds.",
@@ -98,7 +102,8 @@ def load_packed(
                     )  # fmt: skip
                     _write(writing, place, wanted, parts(), file.key)
                     tensors = _open(place, file.key, wanted)
-            _forget_old(file.places[-1].parent)
+            for in_cache in file.places[1:]:
+                _forget_old(in_cache.parent)
             if tensors is not None:
                 give_back_freed_memory()
                 return _filled(shell, tensors)
@@ -147,7 +152,6 @@ def _write(
     Raises: OSError, and what making the tensors raises.
     """
     temporary = _temporary(place)
-    writing.truncate(0)
     try:
         write_mapped(writing, layout, tensors, key=key)
         os.fsync(writing.fileno())

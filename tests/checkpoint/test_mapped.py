@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,22 @@ def test_tensors_come_back_bit_for_bit_each_on_a_page(path: Path) -> None:
     mapped.check()
     assert abs(path.stat().st_size - mapped_size(tensors())) <= 2 * PAGE_BYTES
     assert open_mapped(write(path.with_name("none"), {}), key="key").tensors == {}
+
+
+def test_one_tensor_is_kept_at_a_time(tmp_path: Path) -> None:
+    written: list[weakref.ref[Tensor]] = []
+
+    def made_in_turn() -> Iterator[tuple[str, Tensor]]:
+        for name in tensors():
+            assert all(each() is None for each in written), name
+            tensor = tensors()[name].clone()
+            written.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        write_mapped(file, tensors(), made_in_turn(), key="key")
+    assert len(written) == len(tensors())
 
 
 def test_other_readers_of_safetensors_know_the_file(path: Path) -> None:

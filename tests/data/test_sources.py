@@ -132,6 +132,13 @@ def test_what_is_no_name_of_a_dataset_is_a_path_that_is_missing(source: str) -> 
         open_sources([source])
 
 
+def test_a_name_in_a_folder_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpora").mkdir()
+    with pytest.raises(DataError, match="corpora/corpuss does not exist"):
+        open_sources(["corpora/corpuss"])
+
+
 @pytest.mark.parametrize("missing", ["datasets", "pyarrow"])
 def test_without_the_extra_the_command_that_brings_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str

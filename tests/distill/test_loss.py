@@ -112,6 +112,19 @@ def test_a_gradients_gradient_is_refused() -> None:
         torch.autograd.grad(loss.total, hidden, create_graph=True)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_autocast_sees_to_the_dtype(divergence: Divergence) -> None:
+    hidden, weight, targets, teacher = draw(6, 32, 64)
+    options = {"alpha": 1.0, "temperature": 1.0, "divergence": divergence}
+    teachers = TeacherLogits(lambda a, b: teacher[a:b])
+    expected = distillation_loss(hidden.bfloat16(), weight.bfloat16(), targets, teachers, **options)
+    hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = distillation_loss(hidden, weight, targets, teachers, **options)
+    assert torch.equal(loss.total.detach(), expected.total)
+    assert all(each.dtype is torch.float32 for each in gradients(loss.total, hidden, weight))
+
+
 def test_a_mean_divides_bf16_gradients_by_the_number_of_tokens_itself() -> None:
     """1/37 rounded to bf16 is 0.1 % more: every gradient was."""
     hidden, weight, targets, teacher = draw(37, 32, 64, dtype=torch.bfloat16)

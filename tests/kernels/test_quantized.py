@@ -240,6 +240,12 @@ def test_what_is_not_finite_reaches_the_product() -> None:
     assert out[0].isfinite().all() and out[1].isnan().all()
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, None), (4, 8), (2, 32)])
+def test_formats_that_there_are_not_are_refused(kernels: str, bits: int, group_size: int | None) -> None:
+    with pytest.raises(AssertionError, match=str(bits)):
+        quantize_weight(draw(2, 128), bits=bits, group_size=group_size)
+
+
 def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
     good = quantize_weight(draw(4, 64), bits=4, group_size=32)
     for values, scales, bits, group_size in (

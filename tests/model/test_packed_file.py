@@ -15,7 +15,7 @@ from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
 from moesaic.convert.quantize import quantize_run
 from moesaic.data.shards import ShardSet
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, DeviceError
 from moesaic.kernels import select
 from moesaic.model import packed_file
 from moesaic.model.kv_cache import BatchCache
@@ -194,12 +194,28 @@ print([float(each.double().sum()) for each in packed_file.packed_tensors(model).
     assert [path.name for path in file_of(run).parent.glob("*packed*")] == ["packed-int8.safetensors"]
 
 
-def test_what_a_killed_writer_left_is_taken_over(run: Path) -> None:
+def test_what_a_killed_writer_left_is_taken_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = file_of(run, "packed-int8.safetensors")
     left = path.with_name(f".writing-{path.name}")
     left.write_bytes(b"half of it" * 100_000)
+    check = packed_file._check_space
+
+    def without_what_is_left(folder: Path, size: int) -> None:
+        assert not left.stat().st_size  # it does not count as room that is taken
+        check(folder, size)
+
+    monkeypatch.setattr(packed_file, "_check_space", without_what_is_left)
     assert is_mapped(load_run(run, precision="int8", packed_file="write"))
     assert path.exists() and not left.exists()
+
+
+def test_without_a_cache_folder_there_is_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise DeviceError("this user has no home folder")
+
+    monkeypatch.setattr(packed_file, "cache_folder", none)
+    assert not is_mapped(load_run(run, precision="int8", packed_file="off"))
+    assert is_mapped(load_run(run, precision="int8", packed_file="write"))
 
 
 def test_a_quantised_run_has_one_too(run: Path, tmp_path: Path) -> None:

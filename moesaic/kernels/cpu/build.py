@@ -296,11 +296,11 @@ def _forget_old(folder: Path) -> None:
     """
     now = time.time()
     for path in (path for suffix in ("o", "so", "passed", "sha256") for path in folder.glob(f"*.{suffix}")):
-        with suppress(FileNotFoundError):  # another process did the same
+        with suppress(OSError):  # another process did the same, or they are another user's
             if path.stat().st_mtime < now - _KEPT_DAYS * 86400:
                 path.unlink()
     for path in folder.glob("tmp*/"):  # tempfile's names
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if path.stat().st_mtime < now - _SCRATCH_KEPT_DAYS * 86400:
                 shutil.rmtree(path)
 

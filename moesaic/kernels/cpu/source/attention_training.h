@@ -52,6 +52,10 @@ struct AttentionShape {
     }
     size_t block_elements() const { return size_t(padded_length()) * padded_dim(); }
     long pairs() const { return long(batch) * kv_heads; }
+    // Where a block's largest scores are in (B, A, 2, S); `length` further on are its log-sums.
+    size_t first_normalizer(int64_t batch_index, int head, int block) const {
+        return (size_t(batch_index) * heads + head) * 2 * length + size_t(block) * kBlock;
+    }
     float scale() const { return float(factor); }
     float scale_log2() const { return float(1.44269504088896341 * factor); }
 };
@@ -415,8 +419,7 @@ inline void forward_queries(const ForwardArguments& arguments, long pair, int me
     const size_t row_stride = size_t(shape.heads) * shape.dim;
     for (int block = first; block < last; ++block) {
         const int i = block - first, rows = std::min(kBlock, shape.length - block * kBlock);
-        float* largest =
-            arguments.normalizers + (size_t(batch) * shape.heads + head) * 2 * shape.length + block * kBlock;
+        float* largest = arguments.normalizers + shape.first_normalizer(batch, head, block);
         float* log_sums = largest + shape.length;
         float factors[kBlock];
         for (int r = 0; r < rows; ++r) {
@@ -588,8 +591,7 @@ inline void pack_backward_head(const BackwardArguments& arguments, long pair, in
     interleave_block(work.block, padded, to.grad_rows + first_row, row_panel);
     const bf16* out = arguments.out.data + batch * arguments.out.batch + head * arguments.out.head +
                       int64_t(block) * kBlock * arguments.out.row;
-    const float* largest =
-        arguments.normalizers + (size_t(batch) * shape.heads + head) * 2 * shape.length + block * kBlock;
+    const float* largest = arguments.normalizers + shape.first_normalizer(batch, head, block);
     const float* log_sums = largest + shape.length;
     for (int r = 0; r < kBlock; ++r) {
         Vf delta = zero();

@@ -64,12 +64,7 @@ inline void quantize_to_bytes(Team& team, const WeightRows& weight, int8_t* valu
     const float by_size = 1.0f / float(rotation_size(weight.depth));
     for_weight_rows(team, weight, [&](int64_t row, float* numbers) {
         rotated_row(weight, row, by_size, numbers);
-        Vf largest = zero();
-        for (int64_t k = 0; k < weight.depth; k += W) largest = largest_magnitude(largest, load(numbers + k));
-        const int32_t bits = largest_bits(largest);
-        float amax;
-        std::memcpy(&amax, &bits, 4);
-        scales[row] = amax / 127.0f;
+        scales[row] = largest_of(numbers, weight.depth) / 127.0f;
         round_to_scale(numbers, weight.depth, scales[row], -127.0f, 127.0f);
         int8_t* to = values + row * weight.depth;
         for (int64_t k = 0; k < weight.depth; ++k) to[k] = int8_t(numbers[k]);
@@ -85,11 +80,7 @@ inline void quantize_to_nibbles(Team& team, const WeightRows& weight, int64_t gr
         bf16* own = scales + row * (weight.depth / group);
         for (int64_t first = 0; first < weight.depth; first += group, ++own) {
             float* of_group = numbers + first;
-            Vf largest = zero();
-            for (int64_t k = 0; k < group; k += W) largest = largest_magnitude(largest, load(of_group + k));
-            const int32_t bits = largest_bits(largest);
-            float amax;
-            std::memcpy(&amax, &bits, 4);
+            const float amax = largest_of(of_group, group);
             const float* extreme = std::find_if(of_group, of_group + group - 1, [&](float x) { return std::fabs(x) == amax; });
             *own = float_to_bf16(*extreme / -8.0f);
             round_to_scale(of_group, group, bf16_to_float(*own), -8.0f, 7.0f);
@@ -148,9 +139,9 @@ inline void pack_panel(const Packed& packed, int64_t rows, const Unpacked& weigh
             bf16* copy = copies + n * padded;
             const char* from = source(n);
             std::fill(copy + (from ? depth : 0), copy + padded, bf16(0));
-            if (from && weight.is_fp32)
-                for (int64_t k = 0; k < depth; k += W)
-                    store_row(copy + k, load_row(reinterpret_cast<const float*>(from) + k, depth - k), depth - k);
+            if (from && weight.is_fp32)  // not by vectors: AVX-512's conversion makes subnormal numbers 0
+                std::transform(reinterpret_cast<const float*>(from), reinterpret_cast<const float*>(from) + depth, copy,
+                               float_to_bf16);
             else if (from)
                 std::memcpy(copy, from, size_t(row_bytes));
         }

@@ -198,6 +198,16 @@ inline Vi round_to_bytes(const float* x, Vf factor, int8_t* to, Vi total) {
 
 #endif
 
+// The largest magnitude of numbers in whole vectors; NaN where there is one.
+inline float largest_of(const float* numbers, int64_t count) {
+    Vf largest = zero();
+    for (int64_t k = 0; k < count; k += W) largest = largest_magnitude(largest, load(numbers + k));
+    const int32_t bits = largest_bits(largest);
+    float amax;
+    std::memcpy(&amax, &bits, 4);
+    return amax;
+}
+
 // A row of `depth` fp32 or bf16 numbers.
 template <typename T>
 inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, char* to) {
@@ -207,19 +217,15 @@ inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, cha
     float* numbers = scratch.get<float>(size_t(padded));
     rotate(x, depth, numbers);
     std::fill(numbers + depth, numbers + padded, 0.0f);
-    Vf largest = zero();
-    for (int64_t k = 0; k < padded; k += W) largest = largest_magnitude(largest, load(numbers + k));
-    const int32_t bits = largest_bits(largest);
-    const bool is_finite = bits < 0x7f800000;
-    constexpr int32_t kSmallest = (127 - 120) << 23;  // 2^-120: 127 divided by less would leave fp32
-    if (!is_finite || bits < kSmallest) {
+    const float amax = largest_of(numbers, padded);
+    const bool is_finite = std::isfinite(amax);
+    constexpr float kSmallest = 0x1p-120f;  // 127 divided by less would leave fp32
+    if (!(is_finite && amax >= kSmallest)) {
         std::memset(to, 0, row.bytes());
         const RowTail tail{is_finite ? 0.0f : NAN, 0};
         std::memcpy(to + row.tail(), &tail, sizeof tail);
         return;
     }
-    float amax;
-    std::memcpy(&amax, &bits, 4);
     const Vf factor = set1(127.0f / amax);
     int8_t* values = reinterpret_cast<int8_t*>(to);
     RowTail tail{amax / 127.0f, 0};
