@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 
 from moesaic.data.chat import check_chat_template, render_chat
 from moesaic.data.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ def test_templates_render_as_in_transformers() -> None:
     ]
     ours = with_template(template)
     theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=transformers.convert_slow_tokenizer.Tokenizer.from_str(ours.json_text), chat_template=template
+        tokenizer_object=tokenizers.Tokenizer.from_str(ours.json_text), chat_template=template
     )
     theirs.bos_token = "<|endoftext|>"
     named = json.dumps({"bos_token": "<|endoftext|>", "chat_template": template})
