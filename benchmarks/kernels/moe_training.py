@@ -5,6 +5,7 @@ factor 1.0: it drops tokens, so it never does more than the ideal work), transfo
 experts (dropless, as ours), Tutel's layer with its SwiGLU experts (capacity factor 1.0, as DeepSpeed; not on PyPI: in a
 clone of microsoft/tutel, NO_CUDA=1 pip install --no-build-isolation --no-deps .), and a dense SwiGLU MLP of the same
 active FLOPs as the yardstick: 2048 wide per expert of a token, and per residual MLP. All in one process, in turn.
+Where torch has no bf16 products (AVX2 alone) the others' weights and activations are fp32, which is faster there.
 "kept MB": what autograd holds between forward and backward, weights left out. The limit is max(FLOPs / peak, bytes of
 weights read twice and of their gradients / bandwidth).
 Run: python benchmarks/kernels/moe_training.py [--cases 4096,8,1 4096,32,1,residual] [--repeats 9]
@@ -15,6 +16,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -58,13 +60,16 @@ def main() -> None:
     from torch import nn
 
     from moesaic.config.model import ModelConfig, MoEConfig
+    from moesaic.kernels import products
     from moesaic.kernels.limits import measure_limits
     from moesaic.kernels.select import cpu_kernels
     from moesaic.model.feed_forward import FeedForward
 
     torch.manual_seed(0)
     limits = measure_limits(device="cpu")
-    print(machine())
+    is_widened = products.is_widened(torch.device("cpu"), torch.bfloat16)
+    peers_dtype = torch.float32 if is_widened else torch.bfloat16
+    print(f"{machine()}; the others in {peers_dtype}")
     peak, bandwidth = limits.bf16_flops_per_second / 1e12, limits.bandwidth_bytes_per_second / 1e9
     print(f"kernels: {cpu_kernels().name}; peak bf16 product {peak:.2f} TFLOP/s, reading {bandwidth:.0f} GB/s")
 
@@ -110,7 +115,7 @@ def main() -> None:
         module = nn.ModuleList([block, *([SwiGlu()] if case.is_residual else [])])
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.02)
-        module.to(torch.bfloat16).train()
+        module.to(peers_dtype).train()
 
         def call(x: torch.Tensor) -> torch.Tensor:
             out = block(x[None])
@@ -140,7 +145,7 @@ def main() -> None:
             use_residual=case.is_residual,
         )
         layer.set_deepspeed_parallelism()
-        layer.to(torch.bfloat16).train()
+        layer.to(peers_dtype).train()
         return layer, lambda x: layer(x)[0]
 
     def tutel_layer(case: Case) -> tuple[nn.Module, object]:
@@ -157,7 +162,7 @@ def main() -> None:
                 "hidden_size_per_expert": INTERMEDIATE,
             },
         )
-        module = nn.ModuleList([layer, *([SwiGlu()] if case.is_residual else [])]).to(torch.bfloat16).train()
+        module = nn.ModuleList([layer, *([SwiGlu()] if case.is_residual else [])]).to(peers_dtype).train()
 
         def call(x: torch.Tensor) -> torch.Tensor:
             routed = layer(x[None])[0]
@@ -184,7 +189,7 @@ def main() -> None:
     for text in arguments.cases:
         case = Case.parse(text)
         built = {"moesaic": ours(case)}
-        dense = SwiGlu(INTERMEDIATE * case.active).to(torch.bfloat16)
+        dense = SwiGlu(INTERMEDIATE * case.active).to(peers_dtype)
         built["dense MLP"] = (dense, dense)
         for name, build in (
             ("transformers grouped_mm", transformers_block),
@@ -197,18 +202,20 @@ def main() -> None:
                 print(
                     f"{name}: not installed ({error}); see this script's first lines, pip install 'moesaic[benchmarks]'"
                 )
-        x = torch.randn(case.tokens, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-        grad = torch.randn(case.tokens, HIDDEN, dtype=torch.bfloat16)
-
-        def step(module: nn.Module, call) -> None:
-            module.zero_grad(set_to_none=True)
-            x.grad = None  # noqa: B023
-            call(x).backward(grad)  # noqa: B023
-
-        candidates = {
-            name: (lambda module=module, call=call: step(module, call)) for name, (module, call) in built.items()
+        tokens, grad = torch.randn(2, case.tokens, HIDDEN).unbind()
+        inputs = {
+            name: tokens.to(torch.bfloat16 if name == "moesaic" else peers_dtype).requires_grad_() for name in built
         }
-        kept = {name: kept_bytes(module, call, x) for name, (module, call) in built.items()}
+        grads = {name: grad.to(x.dtype) for name, x in inputs.items()}
+
+        def step(name: str) -> None:
+            (module, call), x = built[name], inputs[name]  # noqa: B023, F821
+            module.zero_grad(set_to_none=True)
+            x.grad = None
+            call(x).backward(grads[name])  # noqa: B023
+
+        candidates = {name: partial(step, name) for name in built}
+        kept = {name: kept_bytes(module, call, inputs[name]) for name, (module, call) in built.items()}
         times = time_in_turn(candidates, repeats=arguments.repeats)
         matrices = 3 * HIDDEN * INTERMEDIATE
         flops = 3 * 2 * matrices * case.active * case.tokens  # forward and twice as much backward
