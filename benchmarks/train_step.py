@@ -3,8 +3,9 @@
 Two small language models, 6 layers, hidden 256, 4 heads, vocabulary 4096, untied, 16 sequences of 512 tokens, fp32
 weights, bf16 matrix work, fused AdamW, gradient clipping: dense (SwiGLU of 1024, 8.4 M parameters) and MoE (12 experts
 of 512, top-2: 8.4 M active of 32 M). Peers: transformers' Llama, and its Mixtral with grouped_mm experts, eager and
-compiled. Each contender is a process of its own, run in turn; moesaic sets its own allocator, the others get the tuned
-one (and the default one too with --default-allocator). Peak memory is the process's largest resident size.
+compiled; where torch has no bf16 products (AVX2 alone) theirs are in fp32, which is faster there. Each contender is a
+process of its own, run in turn; moesaic sets its own allocator, the others get the tuned one (and the default one too
+with --default-allocator). Peak memory is the process's largest resident size.
 Run: python benchmarks/train_step.py [--model dense moe] [--rounds 3] [--compiled]
 """
 
@@ -63,6 +64,8 @@ def transformers_step(kind: str, *, is_compiled: bool):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+    from moesaic.kernels import products
+
     common = {
         "vocab_size": SHAPE["vocab"],
         "hidden_size": SHAPE["hidden"],
@@ -90,9 +93,10 @@ def transformers_step(kind: str, *, is_compiled: bool):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(0, SHAPE["vocab"], (SHAPE["batch"], SHAPE["sequence"]))
     call = torch.compile(model) if is_compiled else model
+    has_bf16 = not products.is_widened(torch.device("cpu"), torch.bfloat16)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16):
             loss = call(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
