@@ -96,7 +96,7 @@ class TrainConfig(Config):
     micro_batch_size: int = Field(default=None, ge=1, description="sequences per forward pass; null: batch_size")  # type: ignore[assignment]
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="of matrix work; master weights are fp32")
     activation_checkpointing: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     log_every_steps: int = Field(default=10, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

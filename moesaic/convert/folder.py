@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moesaic.errors import ConfigError, ConversionError
+from moesaic.folders import FolderLock
 
 
 def check_is_new(output: Path) -> None:
@@ -31,22 +32,34 @@ def check_is_outside(output: Path, source: Path) -> None:
 
 @contextmanager
 def folder_in_progress(output: Path) -> Iterator[Path]:
-    """Give a folder to write, which becomes `output` at the end, or goes away with whatever went wrong."""
+    """Give a folder to write, which becomes `output` at the end, or goes away with whatever went wrong.
+
+    Raises: FolderInUseError where another process is making the same; ConversionError where it cannot be written.
+    """
     temporary = output.with_name(f".writing-{output.name}")
     made = [parent for parent in output.parents if not parent.exists()]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(output)
+        with FolderLock(temporary):  # which follows the folder to its new name
+            try:
+                _clear(temporary)  # of a process that was killed
+                yield temporary
+                temporary.rename(output)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise ConversionError(
             f"{output} could not be written: {error}; a folder with room for what is converted is required; free some "
             f"space, or name another."
         ) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         for parent in made if not output.exists() else ():
             with suppress(OSError):  # another process has put something there
                 parent.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    for each in folder.iterdir():
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        else:
+            each.unlink()

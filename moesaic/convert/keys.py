@@ -197,12 +197,15 @@ class HeadDim:
 
 @dataclass(frozen=True)
 class FullAttention:
-    """Sliding windows: read where they have no effect, refused where they have. flag: the key that turns them on."""
+    """Sliding windows: read where they have no effect, refused where they have.
+
+    flag: the key that turns them on, in families whose window is 4,096 positions where none is said.
+    """
 
     flag: str | None = None
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        window = keys.take("sliding_window", default=None)
+        window = keys.take("sliding_window", default=None if self.flag is None else 4096)
         is_on = True if self.flag is None else keys.take(self.flag, default=False)
         kinds = keys.take("layer_types", default=None) or ()
         keys.take("max_window_layers", default=None)

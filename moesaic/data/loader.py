@@ -47,7 +47,8 @@ class Batch:
 class TrainLoader:
     """Training batches: each epoch is a seeded permutation of all sequences, cut at an offset of its own.
 
-    With fixed windows the offset is 0 in every epoch, so that sequence i starts at token i * sequence_length.
+    With fixed windows the offset is 0 in every epoch, so that sequence i starts at token i * sequence_length, and only
+    what is left behind the last whole one is not read.
     """
 
     def __init__(
@@ -72,10 +73,13 @@ class TrainLoader:
         self._seed = seed
         self._end_of_text_id = end_of_text_id
         self._with_documents = with_documents
-        # One sequence less than fits, so that every epoch has the same number and can start at any offset.
-        self._num_sequences = max(1, stream.num_tokens // sequence_length - 1)
-        largest = min(sequence_length - 1, stream.num_tokens - 1 - self._num_sequences * sequence_length)
-        self._max_offset = 0 if fixed_windows else largest
+        self._has_fixed_windows = fixed_windows
+        if fixed_windows:
+            self._num_sequences, self._max_offset = (stream.num_tokens - 1) // sequence_length, 0
+        else:
+            # One sequence less than fits, so that every epoch has the same number and can start at any offset.
+            self._num_sequences = max(1, stream.num_tokens // sequence_length - 1)
+            self._max_offset = min(sequence_length - 1, stream.num_tokens - 1 - self._num_sequences * sequence_length)
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -112,13 +116,14 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order of the data depends on; a checkpoint keeps it (the step is the trainer's)."""
-        return {
+        state = {
             "seed": self._seed,
             "sequence_length": self._sequence_length,
             "batch_size": self._batch_size,
             "num_tokens": self._stream.num_tokens,
             "data_fingerprint": self._stream.fingerprint,
         }
+        return {**state, "fixed_windows": self._num_sequences} if self._has_fixed_windows else state
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise TrainingError unless a run with this state goes on to the batches it would have seen unbroken."""

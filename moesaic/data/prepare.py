@@ -163,11 +163,11 @@ def prepare(
     input_fingerprint = _input_fingerprint(leaves, settings, given_tokenizer)
     folder = Path(output)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
     except OSError as error:
         raise DataError(f"{folder} cannot be made ({error.strerror}); a folder is required; choose another.") from None
     report = _Reporter(on_progress)
-    with FolderLock(folder):
+    with lock:
         if (folder / MANIFEST_NAME).is_file():
             manifest = read_manifest(folder)
             if manifest.input_fingerprint != input_fingerprint:
@@ -180,8 +180,8 @@ def prepare(
             return _prepare_folder(folder, given, leaves, settings, given_tokenizer, workers, input_fingerprint, report)
         except OSError as error:
             raise DataError(
-                f"{error.filename or folder}: {error.strerror}; shards must be written whole; free space or mend the "
-                f"cause, and run the same command again: it continues where it stopped."
+                f"{error.filename or folder}: {error.strerror or error}; shards must be written whole; free space or "
+                f"mend the cause, and run the same command again: it continues where it stopped."
             ) from error
 
 

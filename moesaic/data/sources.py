@@ -182,8 +182,10 @@ def _open_binary(leaf: Leaf) -> tuple[IO[bytes], IO[bytes]]:
     return raw, raw
 
 
-def _unreadable_gzip(leaf: Leaf, error: Exception) -> DataError:
-    return DataError(f"{_label(leaf)} cannot be unpacked ({error}); a whole gzip file is required; fetch it again.")
+def _unreadable(leaf: Leaf, error: Exception) -> DataError:
+    if _label(leaf).endswith(".gz"):
+        return DataError(f"{_label(leaf)} cannot be unpacked ({error}); a whole gzip file is required; fetch it again.")
+    return DataError(f"{_label(leaf)} cannot be read ({error}); a whole file is required; fetch it again.")
 
 
 def _text_documents(leaf: Leaf) -> Iterator[Document]:
@@ -199,7 +201,7 @@ def _text_documents(leaf: Leaf) -> Iterator[Document]:
                     f"UTF-8 is required; convert it, for example with iconv -f latin1 -t utf-8."
                 ) from None
             except (EOFError, OSError, zlib.error) as error:
-                raise _unreadable_gzip(leaf, error) from None
+                raise _unreadable(leaf, error) from None
             progress = min(1.0, raw.tell() / max(1, leaf.size_bytes))
             if len(rest) <= MAX_DOCUMENT_CHARS:
                 if rest:
@@ -218,7 +220,7 @@ def _jsonl_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
             try:
                 line = content.readline()
             except (EOFError, OSError, zlib.error) as error:
-                raise _unreadable_gzip(leaf, error) from None
+                raise _unreadable(leaf, error) from None
             if not line:
                 return
             number += 1
@@ -237,18 +239,29 @@ def _jsonl_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
 
 def _parquet_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise DataError(f"{_label(leaf)} is parquet; pyarrow and datasets read it; {_DATASETS_REMEDY}") from None
     try:
         file = parquet.ParquetFile(_path(leaf), buffer_size=2**20)
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise DataError(f"{_label(leaf)} is not a whole parquet file ({error}); fetch it again.") from None
     with file:
         _require_field(text_field, list(file.schema_arrow.names), _label(leaf))
         total, row = file.metadata.num_rows, 0
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+        batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field])
+        while True:
+            try:
+                batch = next(batches, None)
+                texts = None if batch is None else batch.column(0).to_pylist()
+            except (ArrowException, OSError, UnicodeDecodeError) as error:
+                raise DataError(
+                    f"{_label(leaf)} cannot be read beyond row {row} ({error}); a whole parquet file with UTF-8 text "
+                    f"is required; fetch it again."
+                ) from None
+            if texts is None:
+                return
+            for text in texts:
                 row += 1
                 yield Document(_text(text, text_field, f"{_label(leaf)}, row {row},"), row / total)
 

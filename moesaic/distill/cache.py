@@ -32,7 +32,7 @@ from moesaic.folders import FolderLock, sync, write_whole
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
-FORMAT = 1
+FORMAT = 2  # 1 had a window less of each text
 DEFAULT_TOP_K = 64
 # Small enough to lose little when killed, large enough for the number of files.
 _SHARD_BYTES = 1 << 27
@@ -295,7 +295,9 @@ def compress(log_p: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     vocab_size = log_p.shape[1]
     top, ids = log_p.topk(top_k, -1)
     rest = torch.logsumexp(log_p.scatter(1, ids, -math.inf), -1, keepdim=True)  # -inf where all are in the top
-    log_probs = torch.cat([top, rest], -1).to(torch.float16)
+    both = torch.cat([top, rest], -1)
+    # At a very low temperature they go beyond fp16, which would store an infinity.
+    log_probs = both.where(both.isneginf(), both.clamp_min(torch.finfo(torch.float16).min)).to(torch.float16)
     stored = normalized(log_probs)
     others = stored[:, -1:] - math.log(max(vocab_size - top_k, 1))
     meant = others.expand_as(log_p).scatter(1, ids, stored[:, :-1])

@@ -6,6 +6,7 @@ What is drawn of it is report/evaluation_plots.py's business.
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def read_labelled(
                     ids = (tokenizer.first_id, *tokenizer.encode(text))[:most_tokens]
                     documents.append(LabelledDocument(domain, ids))
                     counts[domain] = counts.get(domain, 0) + 1
-    except (OSError, EOFError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read ({error}); one JSON object a line, in UTF-8, is required; fetch it again."
         ) from None

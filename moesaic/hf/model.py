@@ -65,9 +65,10 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         Raises: CheckpointError for a run that is missing, corrupt or quantised; DeviceError.
         """
         loaded = load_run(run, device=device, pack=False)
-        end = loaded.tokenizer.end_of_text_id
+        end, stops = loaded.tokenizer.end_of_text_id, sorted(loaded.tokenizer.stop_ids)
         with torch.device("meta"):
-            model = cls(MoesaicConfig(loaded.config.model, eos_token_id=end, pad_token_id=end))
+            eos = stops if len(stops) > 1 else end
+            model = cls(MoesaicConfig(loaded.config.model, eos_token_id=eos, pad_token_id=end))
         model.model.load_state_dict(loaded.model.state_dict(), assign=True)
         dtype = dtype or loaded.model.compute_dtype
         for module in model.modules():

@@ -320,6 +320,8 @@ class Trainer:
                 if last_saved != self.step:
                     self._save(must_succeed=True)
         self._plot()
+        if stopped_by is None and loss is not None:
+            self._check_end(loss)
         return TrainResult(self.run_folder, self.step, self.tokens, loss, self.validation_loss, stopped_by)
 
     def _skip(self, result: "StepResult", in_a_row: int) -> None:
@@ -332,6 +334,16 @@ class Trainer:
                 f"the last {in_a_row} steps had no finite gradient; training requires finite losses and would meet the "
                 f"same steps again if resumed ({self._describe_last()}); start a new run with a lower "
                 f"schedule.learning_rate or precision=fp32, or look at the data around step {self.step}."
+            )
+
+    def _check_end(self, loss: float) -> None:
+        """Raise TrainingError where all steps are done and the model gives no numbers."""
+        name, value = ("loss", loss) if self.validation_loss is None else ("validation loss", self.validation_loss)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the run ended at step {self.step} with a {name} of {value}, {self.skipped_steps} steps skipped; a "
+                f"finite one is required; start a new run with a lower schedule.learning_rate or "
+                f"optimizer.weight_decay, or precision=fp32."
             )
 
     def _describe_last(self) -> str:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.convert.folder import check_is_new, folder_in_progress
-from moesaic.errors import ConfigError, ConversionError
+from moesaic.errors import ConfigError, ConversionError, FolderInUseError
 
 
 def test_the_folder_takes_its_name_when_all_of_it_is_written(tmp_path: Path) -> None:
@@ -34,3 +34,19 @@ def test_whatever_goes_wrong_leaves_nothing(tmp_path: Path, error: BaseException
     with pytest.raises(raised), folder_in_progress(tmp_path / "there" / "made" / "out"):
         raise error
     assert not list((tmp_path / "there").iterdir())
+
+
+def test_one_process_at_a_time_makes_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with folder_in_progress(out) as folder:
+        (folder / "file").touch()
+        message = r"writing-out is being written by process \d+; .*; wait"
+        with pytest.raises(FolderInUseError, match=message), folder_in_progress(out):
+            raise AssertionError
+        assert (folder / "file").exists()
+    assert [path.name for path in out.iterdir()] == ["file"]
+    # Two that began one after the other: the first to end has its folder, the second says so.
+    with pytest.raises(ConversionError, match="out could not be written"), folder_in_progress(out) as folder:
+        (folder / "other").touch()
+    assert [path.name for path in out.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

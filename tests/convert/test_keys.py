@@ -190,6 +190,11 @@ def test_scalings_of_positions_that_are_not_ours(
         ("mixtral", {"sliding_window": 16}, "sliding_window is 16; attention over all positions is required"),
         ("mixtral", {"sliding_window": "16"}, "sliding_window"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": REMOVED, "max_position_embeddings": 8192},
+            "sliding_window is 4096; attention over all positions is required",
+        ),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_window"),
         ("qwen2", {"layer_types": 3}, "impossible kind"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; None is required"),

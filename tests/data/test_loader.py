@@ -31,8 +31,22 @@ def make_stream(folder: Path, num_tokens: int, *, fingerprint: str = "f", vocab_
     )
 
 
-def make_loader(stream: TokenStream, *, sequence_length: int = 8, batch_size: int = 4, seed: int = 0) -> TrainLoader:
-    return TrainLoader(stream, sequence_length=sequence_length, batch_size=batch_size, seed=seed, end_of_text_id=END)
+def make_loader(
+    stream: TokenStream,
+    *,
+    sequence_length: int = 8,
+    batch_size: int = 4,
+    seed: int = 0,
+    fixed_windows: bool = False,
+) -> TrainLoader:
+    return TrainLoader(
+        stream,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        end_of_text_id=END,
+        fixed_windows=fixed_windows,
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097])
@@ -123,6 +137,21 @@ def test_an_epoch_sees_every_sequence_once_whatever_the_sizes(tmp_path: Path, nu
         assert own == list(range(own[0], own[0] + 8 * per_epoch, 8))
         assert 0 <= own[0] < 8 and own[-1] + 9 <= num_tokens
     assert num_tokens - per_epoch * 8 <= 16
+
+
+@pytest.mark.parametrize("num_tokens", [9, 16, 17, 24, 25, 1000, 1007])
+def test_fixed_windows_read_every_whole_window(tmp_path: Path, num_tokens: int) -> None:
+    loader = make_loader(make_stream(tmp_path, num_tokens), batch_size=1, fixed_windows=True)
+    starts = sorted(loader.batch(step).inputs[0, 0].item() for step in range(loader.sequences_per_epoch))
+    assert starts == list(range(0, num_tokens - 8, 8))
+
+
+def test_a_run_with_other_windows_is_not_gone_on_with(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, 100)
+    moving, fixed = make_loader(stream), make_loader(stream, fixed_windows=True)
+    fixed.check_state(fixed.state_dict())
+    with pytest.raises(TrainingError, match=r"fixed_windows was None and is 12"):
+        fixed.check_state(moving.state_dict())
 
 
 def test_epochs_differ_in_order_and_in_where_sequences_begin(tmp_path: Path) -> None:

@@ -322,6 +322,13 @@ def test_a_full_disk_is_said_and_the_run_continues_later(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_a_source_that_fails_leaves_no_folder_and_its_own_message(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2, is not JSON"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("fraction", [0.0001, 0.02, 0.9999])
 def test_two_documents_are_enough_for_both_splits(

@@ -204,6 +204,32 @@ def test_missing_sources_are_named(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_parquet_that_is_damaged_or_no_utf8_is_named_with_its_row(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["first", "second", "a text that is to be found " * 20])
+    whole = path.read_bytes()
+    place = whole.index(b"a text that is")
+    path.write_bytes(whole[:place] + bytes([0xFF] * 9) + whole[place + 9 :])  # the page's compression or its text
+    with pytest.raises(
+        DataError, match=r"a\.parquet cannot be read beyond row \d .*; .* UTF-8 text is required; fetch"
+    ):
+        read(path)
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    binary = pyarrow.array([b"fine", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.utf8())
+    parquet.write_table(pyarrow.table({"text": binary}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet cannot be read beyond row 0 .*; fetch"):
+        read(tmp_path / "b.parquet")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file whose reading fails is required (Linux)")
+def test_a_file_whose_reading_fails_is_no_broken_gzip(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).symlink_to("/proc/self/mem")
+        with pytest.raises(DataError, match=rf"{name} cannot be read .*; a whole file is required"):
+            read(tmp_path / name)
+
+
 def test_parquet_without_the_field_lists_what_it_has(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.parquet has no field 'body'.*id, text"):
         read(write_parquet(tmp_path / "a.parquet", ["x"]), text_field="body")

@@ -115,6 +115,15 @@ def test_the_reported_loss_is_the_divergence_that_an_even_student_misses(top_k: 
     assert (rest >= -1e-5).all() and (lost > -1e-6).all()
 
 
+@pytest.mark.parametrize("top_k", [3, 33])
+def test_what_is_beyond_fp16_is_stored_as_its_least_number(top_k: int) -> None:
+    logits = torch.randn(20, 33, generator=torch.Generator().manual_seed(1)) * 1e6
+    ids, stored, lost = compress(torch.log_softmax(logits, -1), top_k)
+    assert torch.isfinite(lost).all() and lost.abs().max() < 1e-3
+    assert torch.isfinite(stored[:, :-1]).all()
+    assert (normalized(stored)[:, 0] == 0).all() and torch.equal(ids[:, 0], logits.argmax(-1))
+
+
 def test_students_of_any_seed_batch_and_epoch_read_one_cache(
     cached: Callable[..., TrainConfig], student: Student, tmp_path: Path
 ) -> None:

@@ -152,6 +152,11 @@ def test_text_that_is_not_labelled_is_refused(tiny_data: Path, tmp_path: Path) -
         path.write_text(content, encoding="utf-8")
         with pytest.raises(DataError, match=message):
             read_labelled(path, tokenizer, label_field="topic")
+    damaged = bytearray(gzip.compress(b'{"text": "x", "topic": "law"}\n' * 1000))
+    damaged[20:30] = b"\xff" * 10
+    (tmp_path / "b.jsonl.gz").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"cannot be read \(.*Error -3.*; fetch it again"):
+        read_labelled(tmp_path / "b.jsonl.gz", tokenizer, label_field="topic")
 
 
 def test_a_model_without_experts_is_refused() -> None:

@@ -1,5 +1,6 @@
 """A transformers model of ours computes what its Transformer does, loss and gradients included, and survives files."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,12 @@ def test_a_run_gives_the_model_and_the_tokenizer(make_config: Callable[..., Trai
     assert new[0, len(ids) :].tolist()[: len(wanted_ids)] == wanted_ids
     with pytest.raises(CheckpointError):
         MoesaicForCausalLM.from_run(tmp_path / "nowhere")
+
+    settings = run / "generation_config.json"  # as an import writes the ends of a chat model
+    settings.write_text(json.dumps({"eos_token_id": [end, 7]}))
+    chat = MoesaicForCausalLM.from_run(run, device="cpu")
+    assert chat.config.eos_token_id == chat.generation_config.eos_token_id == sorted([end, 7])
+    assert chat.config.pad_token_id == end
 
 
 def test_refuses_what_it_cannot_serve(make: Make) -> None:

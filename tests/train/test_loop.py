@@ -381,6 +381,13 @@ def test_gradients_that_stay_bad_stop_the_run_and_name_the_last_checkpoint(
         with_bad_gradients(before_any, tmp_path / "other", lambda step: True, Display()).run()
 
 
+def test_a_short_run_that_ends_without_numbers_is_an_error(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=4, schedule={"learning_rate": 1e39, "warmup_tokens": 0})
+    message = r"ended at step 4 with a validation loss of nan, 3 steps skipped; .*; start a new run"
+    with pytest.raises(TrainingError, match=message):
+        Trainer(config, tmp_path, device="cpu", resume=False, display=None).run()
+
+
 def test_the_run_folder_says_what_was_trained(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("pr-moe")
     train(config, tmp_path / "run")

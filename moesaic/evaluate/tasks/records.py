@@ -63,7 +63,7 @@ def read_records(path: Path) -> Iterator[Record]:
                 for row in lines:
                     if row.strip():
                         yield _object(json.loads(row), path)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read ({error}); JSON objects in UTF-8, one a line in a .jsonl file, are required; "
             f"fetch it again."

@@ -156,6 +156,7 @@ def test_records_of_another_form_are_refused_with_their_place(form: str, raw: An
         ("a.jsonl", b"\xff\xfe\n", r"cannot be read"),
         ("a.jsonl.gz", b"no gzip", r"cannot be read"),
         ("a.json", b"[1]", r"holds int where"),
+        ("a.jsonl", b"[" * 100_000, r"cannot be read .*; fetch it again"),
     ],
 )
 def test_files_that_hold_no_records_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
