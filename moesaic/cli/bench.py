@@ -214,12 +214,14 @@ def serve(
         _print_json({**values, "summary": asdict(result.summary())})
     else:
         _print_serving(result)
-    if output is not None:
-        write_serving(output, result)
-    if plot is not None:
-        from moesaic.report.serving_plots import write_serving_plot
+    try:
+        if output is not None:
+            write_serving(output, result)
+    finally:  # what can be kept of a long measurement is
+        if plot is not None:
+            from moesaic.report.serving_plots import write_serving_plot
 
-        write_serving_plot(plot, [result])
+            write_serving_plot(plot, [result])
     if not result.completed:
         raise typer.Exit(1)
 
@@ -245,6 +247,10 @@ def _check_can_be_written(path: Path | None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         reason = "it is a folder" if path.is_dir() else None
+        if reason is None:
+            probe = path.with_name(f".{path.name}.partial")
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
     if reason is not None:

@@ -5,6 +5,7 @@ Each parses, calls moesaic.convert and prints.
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,7 +51,7 @@ def import_(
     log_to_stderr()
     with shown_progress(kept="nothing was written") as show:
         certificate = import_model(path, run, tokenizer=tokenizer, force=force, on_progress=show)
-    _print(certificate, as_json, f"Written to {run}. Next: moesaic generate {run} --prompt '...'")
+    _print(certificate, as_json, f"Written to {run}. Next: moesaic generate {quote(str(run))} --prompt '...'")
 
 
 def export_(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -108,7 +109,7 @@ def quantize(
         return
     console = open_console()
     console.print(_tables(report))
-    console.print(f"Written to {output}. Next: moesaic generate {output} --prompt '...'", soft_wrap=True)
+    console.print(f"Written to {output}. Next: moesaic generate {quote(str(output))} --prompt '...'", soft_wrap=True)
 
 
 def _tables(report: "QuantizationReport") -> "Group":

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -83,7 +84,9 @@ def upcycle(
         return
     console = open_console()
     console.print(_tables(report))
-    console.print(f"Written to {output}. Next: moesaic train {output} --data DIR --output NEW", soft_wrap=True)
+    console.print(
+        f"Written to {output}. Next: moesaic train {quote(str(output))} --data DIR --output NEW", soft_wrap=True
+    )
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -175,7 +175,9 @@ def _print(report: "DistillationReport") -> None:
             add(f"{name} ({score.metric})", score.value, student.tasks[name].value, lambda x: f"{x:.4g}")
     console = open_console()
     console.print(table)
-    summary = f"The student's perplexity is {1 / report.perplexity_retention:.3f} times the teacher's"
+    kept = report.perplexity_retention
+    times = f"{1 / kept:.3f}" if kept else "more than 1e300"
+    summary = f"The student's perplexity is {times} times the teacher's"
     if report.task_retention is not None:
         summary += f"; it keeps {report.task_retention:.1%} of its mean task score"
     console.print(f"{summary}.", soft_wrap=True, highlight=False)

@@ -3,6 +3,8 @@
 Nothing here or at the top of a verb's file imports torch, so that `moesaic --help` is instant.
 """
 
+import errno
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -57,7 +59,10 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; a caller's mistake prints its message and exits with status 2."""
+    """Run the command line; a caller's mistake prints its message and exits with status 2.
+
+    Where standard output has no room left, a full disk say, the status is 1.
+    """
     # Both before torch is loaded and allocates anything.
     spin_briefly()
     tune_allocator()
@@ -66,3 +71,10 @@ def main(arguments: list[str] | None = None) -> Any:
     except MoesaicError as error:
         typer.secho(f"{type(error).__name__}: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is left in its buffer has no place either)
+        message = f"what was printed is not whole ({error.strerror}); room for it is required; free some space."
+        typer.secho(message, err=True, fg=typer.colors.RED)
+        sys.exit(1)

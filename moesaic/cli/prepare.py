@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,7 +79,9 @@ def prepare(
         return
     console = open_console()
     console.print(_summary(manifest))
-    console.print(f"Written to {output}. Next: moesaic train CONFIG --data {output} --output RUN", soft_wrap=True)
+    console.print(
+        f"Written to {output}. Next: moesaic train CONFIG --data {quote(str(output))} --output RUN", soft_wrap=True
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -67,7 +68,8 @@ def train(
         loss = "" if result.validation_loss is None else f"; validation loss {result.validation_loss:.4f}"
         typer.echo(f"Trained {result.tokens:,} tokens{loss}.")
     typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
-    typer.echo(f"Next: moesaic inspect {result.run_folder}   moesaic generate {result.run_folder} --prompt '...'")
+    run = quote(str(result.run_folder))
+    typer.echo(f"Next: moesaic inspect {run}   moesaic generate {run} --prompt '...'")
 
 
 def _own_config(output: Path, config: str) -> Path | None:

@@ -73,7 +73,8 @@ class DistillationReport:
     @property
     def perplexity_retention(self) -> float:
         """The teacher's perplexity over the student's: 1 where nothing is lost."""
-        return math.exp(self.teacher.validation_loss - self.student.validation_loss)
+        gain = self.teacher.validation_loss - self.student.validation_loss
+        return math.exp(gain) if gain < 700 else gain * math.inf  # NaN stays NaN
 
     @property
     def task_retention(self) -> float | None:

@@ -59,7 +59,7 @@ def summarize(metrics: Metrics) -> RunSummary | None:
         return None
     last, recent = metrics.train[-1], metrics.train[-RECENT:]
     evaluations = [record for record in metrics.evaluation if math.isfinite(record.loss)]
-    best = min(evaluations, key=lambda record: record.loss, default=None)
+    best = min(evaluations, key=lambda record: (record.loss, -record.step), default=None)
     shares = [record.share_of_peak for record in recent if record.share_of_peak is not None]
     experts = [record.moe for record in recent if record.moe is not None]
     return RunSummary(

@@ -90,13 +90,11 @@ class TrainingDisplay:
         if self._live is None:
             self._print(plain_line(record, self._total_tokens, seconds_left=self._seconds_left()))
 
-    def evaluation(self, record: EvaluationRecord) -> None:
-        """Show a new validation loss."""
-        is_best = record.loss < self._best_loss
-        self._evaluation = record
-        self._best_loss = min(self._best_loss, record.loss)
+    def evaluation(self, record: EvaluationRecord, *, best_loss: float) -> None:
+        """Show a new validation loss; best_loss: the run's lowest, this one counted."""
+        self._evaluation, self._best_loss = record, best_loss
         if self._live is None:
-            best = " (best so far)" if is_best else f" (best {self._best_loss:.4f})"
+            best = " (best so far)" if record.loss == best_loss else f" (best {best_loss:.4f})"
             self._print(f"step {record.step} | validation loss {record.loss:.4f}{best}")
 
     def message(self, text: str) -> None:

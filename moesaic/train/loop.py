@@ -40,7 +40,7 @@ from moesaic.plan.cost import count_parameters, training_flops_per_token
 from moesaic.report.expert_load import ExpertWatch
 from moesaic.report.plots import write_plots
 from moesaic.report.quantities import short_number
-from moesaic.report.records import EvaluationRecord, ExpertRecord, TrainRecord
+from moesaic.report.records import METRICS_FILE, EvaluationRecord, ExpertRecord, TrainRecord, read_metrics
 from moesaic.train.initial import InitialRun
 from moesaic.train.interrupt import StopRequest
 from moesaic.train.loss import Losses, language_model_loss
@@ -64,7 +64,7 @@ class Display(Protocol):
 
     def update(self, record: TrainRecord) -> None: ...
 
-    def evaluation(self, record: EvaluationRecord) -> None: ...
+    def evaluation(self, record: EvaluationRecord, *, best_loss: float) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -134,6 +134,7 @@ class Trainer:
         self.skipped_steps = 0
         self.seconds = 0.0
         self.validation_loss: float | None = None
+        self.best_loss = math.inf  # the lowest validation loss
         self.evaluated_step = 0  # whose validation_loss is
         self.objective = objective or NextToken()
         self._lock = self._hold_folder()
@@ -381,6 +382,8 @@ class Trainer:
     def _evaluate(self) -> None:
         self.validation_loss = validation_loss(self.model, self.validation, device=self.device)
         self.evaluated_step = self.step
+        if self.validation_loss < self.best_loss:  # which NaN is not
+            self.best_loss = self.validation_loss
         record = EvaluationRecord(
             step=self.step,
             tokens=self.tokens,
@@ -390,7 +393,7 @@ class Trainer:
         )
         self._metrics.evaluation(record)
         if self.display is not None:
-            self.display.evaluation(record)
+            self.display.evaluation(record, best_loss=self.best_loss)
         self.objective.evaluated(self)
 
     def _plot(self) -> None:
@@ -533,6 +536,15 @@ class Trainer:
         load_model_state(self.model, model, info)
         self.optimizers.load_named_state(optimizer)
         self.step = info.step
+        if self.config.total_steps < self.step:
+            raise ConfigError(
+                f"tokens is {self.config.tokens:,}, and {self.run_folder} has been trained on {self.tokens:,} already; "
+                f"at least these are required to resume it; give --set tokens=N as it was started with, or more."
+            )
+        if (self.run_folder / METRICS_FILE).exists():
+            evaluations = read_metrics(self.run_folder, most_records=64).evaluation
+            earlier = (each.loss for each in evaluations if each.step <= self.step)
+            self.best_loss = min(filter(math.isfinite, earlier), default=math.inf)
         self.skipped_steps = int(info.metadata["skipped_steps"])
         self.seconds = float(info.metadata["seconds"])
         self.validation_loss, self.evaluated_step = info.validation_loss, info.step

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from moesaic.cli import bench as bench_module
+from moesaic.errors import DataError
 from moesaic.kernels.limits import Limits
 
 LIMITS = Limits(
@@ -141,6 +142,18 @@ def test_a_server_is_a_table_a_file_and_a_plot(cli: Any, served: list[dict[str, 
     assert (asked["workload"].rate, asked["endpoint"].api_key, asked["num_warmup"]) == (2.0, "secret", 2)
 
 
+def test_a_plot_is_kept_where_the_file_cannot_be(
+    cli: Any, served: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, result: Any) -> Path:
+        raise DataError("no room; some is required; free it.")
+
+    monkeypatch.setattr("moesaic.report.serving.write_serving", full)
+    result = cli(*SERVE, "--rate", 2, "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    assert result.status == 2 and "no room" in result.err
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_servers_figures_are_json(cli: Any, served: list[dict[str, Any]]) -> None:
     result = cli(*SERVE, "--concurrency", 3, "--json", "--ttft-limit", 0.5, "--name", "ours")
     assert result.status == 0, result.err
@@ -163,6 +176,7 @@ def test_no_answer_at_all_is_a_failure(cli: Any, served: list[dict[str, Any]]) -
         (("--rate", 1, "--api-key-file", "none"), "--api-key-file none cannot be read"),
         (("--rate", 1, "--output", "/"), "/ cannot be written"),
         (("--rate", 1, "--plot", "/dev/null/a.png"), "cannot be written"),
+        (("--rate", 1, "--output", "/proc/a.json"), "/proc/a.json cannot be written"),
         (("--rate", 1, "--plot", "p.xyz"), "p.xyz, which ends in .xyz; plots are PNGs; let the name end in .png"),
         (("--rate", 1, "--plot", "plot"), "which ends in nothing"),
     ],

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +61,15 @@ def test_an_interrupt_before_anything_is_running_ends_with_its_status(
     monkeypatch.setattr("moesaic.config.load.read_values", interrupted)
     result = cli("train", "dense-tiny", "--output", "unused")
     assert result.status != 0 and "Traceback" not in result.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device without room is required (Linux)")
+def test_a_full_disk_behind_standard_output_is_told_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "moesaic", "--version"]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("what was printed is not whole (No space left") and result.stderr.count("\n") == 1
 
 
 def test_python_m_moesaic_is_the_command() -> None:

@@ -130,6 +130,8 @@ def test_retention_is_of_the_means_as_the_papers_is() -> None:
     assert DistillationReport(side({"a": 0.0}), side({"a": 1.0}), "staged", 1, 1, 1).task_retention is None
     broken = DistillationReport(side({}), side({}, math.nan), "staged", 1, 1, 1).to_json()
     assert broken["student"]["validation_loss"] is None and broken["perplexity_retention"] is None
+    assert DistillationReport(side({}, 1000.0), side({}, 1.0), "staged", 1, 1, 1).perplexity_retention == math.inf
+    assert DistillationReport(side({}, 1.0), side({}, 1000.0), "staged", 1, 1, 1).perplexity_retention == 0
 
 
 def test_a_teacher_that_is_gone_costs_the_report_alone(

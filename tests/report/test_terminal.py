@@ -42,14 +42,16 @@ def test_without_a_terminal_there_is_one_plain_line_per_record(make_record: Call
     with TrainingDisplay(409_600, console=console) as display:
         for step in (1, 2):
             display.update(make_record(step, experts=(4, 8)))
-        display.evaluation(EvaluationRecord(step=2, tokens=8192, seconds=1.0, loss=4.0, sequences=8))
+        display.evaluation(EvaluationRecord(step=2, tokens=8192, seconds=1.0, loss=4.0, sequences=8), best_loss=4.0)
+        display.evaluation(EvaluationRecord(step=2, tokens=8192, seconds=1.0, loss=4.0, sequences=8), best_loss=3.5)
         display.message("a [b] c")
     lines = printed(console).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[0].startswith("step 1 | 4.1K of 410K tokens (1.0%) | loss 7.9")
     assert "max/mean load 1." in lines[0] and "dropped 0.5%" in lines[0] and "31% of peak" in lines[0]
     assert lines[2] == "step 2 | validation loss 4.0000 (best so far)"
-    assert lines[3] == "a [b] c"
+    assert lines[3] == "step 2 | validation loss 4.0000 (best 3.5000)"
+    assert lines[4] == "a [b] c"
     assert printed(console).isascii()
 
 
@@ -81,7 +83,7 @@ def test_the_block_fits_the_terminal_and_shows_everything(
     console = live_console(*size)
     with TrainingDisplay(40_960, console=console, title="runs/[x]") as display:
         display.update(make_record(4, experts=experts))
-        display.evaluation(EvaluationRecord(step=4, tokens=8192, seconds=1.0, loss=4.0, sequences=8))
+        display.evaluation(EvaluationRecord(step=4, tokens=8192, seconds=1.0, loss=4.0, sequences=8), best_loss=4.0)
         lines = console.render_lines(display._render(), pad=False)
     assert len(lines) <= size[1]
     text = "\n".join("".join(segment.text for segment in line) for line in lines)

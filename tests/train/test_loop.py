@@ -40,7 +40,7 @@ class Display:
         if record.step == self._step:
             self._action()
 
-    def evaluation(self, record: EvaluationRecord) -> None: ...
+    def evaluation(self, record: EvaluationRecord, *, best_loss: float) -> None: ...
 
     def message(self, text: str) -> None:
         self.messages.append(text)
@@ -507,6 +507,30 @@ def test_resuming_with_other_data_is_refused_and_changes_nothing(make_config: Ma
     with pytest.raises(TrainingError, match=r"not the one this run was trained on .*; .*; give the original"):
         train(other, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_resuming_to_fewer_tokens_than_it_has_is_refused_and_changes_nothing(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(steps=8)
+    train(config, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    message = r"tokens is 320, and .*run has been trained on 512 already; .*; give --set tokens=N"
+    with pytest.raises(ConfigError, match=message):
+        train(config.replace(tokens=5 * 64), tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before
+    assert train(config, tmp_path / "run", resume=True).step == 8
+
+
+def test_the_best_validation_loss_is_the_runs_and_not_the_processes(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=8, evaluation={"every_tokens": 64})
+    train(config, tmp_path / "run")
+    lowest = min(record.loss for record in read_metrics(tmp_path / "run").evaluation)
+    trainer = Trainer(config.replace(tokens=9 * 64), tmp_path / "run", device="cpu", resume=True, display=None)
+    assert trainer.best_loss == lowest
+    trainer.run()
+    last = read_metrics(tmp_path / "run").evaluation[-1].loss
+    assert trainer.best_loss == min(lowest, last)
 
 
 def test_data_that_changed_in_its_place_is_refused_and_changes_nothing(

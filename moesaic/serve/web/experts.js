@@ -143,6 +143,7 @@ export class ExpertsPanel {
     const routes = this.#routesOf(layer.layer);
     const most = this.#greatestWeight();
     for (const [place, expert] of (routes?.expert_ids ?? []).entries()) {
+      if (expert >= layer.num_experts) continue; // of the model that was served before
       values[expert] = LEAST_WEIGHT_COLOR + (1 - LEAST_WEIGHT_COLOR) * (routes.weights[place] / most);
     }
     return { label: String(layer.layer), values, hot: NONE, dead: NONE, measure: null };
@@ -156,7 +157,9 @@ export class ExpertsPanel {
   #chosenCells() {
     if (this.#isFollowing) return [];
     return this.#layers.flatMap((layer, row) =>
-      (this.#routesOf(layer.layer)?.expert_ids ?? []).map((expert) => ({ row, expert })),
+      (this.#routesOf(layer.layer)?.expert_ids ?? [])
+        .filter((expert) => expert < layer.num_experts)
+        .map((expert) => ({ row, expert })),
     );
   }
 

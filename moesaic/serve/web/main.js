@@ -64,6 +64,7 @@ const chat = new Chat({
 async function learnModel() {
   const { data } = await api.get("v1/models");
   const [first] = data;
+  if (model !== null) experts.setToken(null); // it was another model's
   model = first.id;
   if (typeof first.has_chat_template === "boolean") chat.hasTemplate = first.has_chat_template;
   byId("model").textContent = model;
