@@ -6,6 +6,7 @@ vocabularies are not read: their models come with a tokenizer.json too.
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import tokenizers
@@ -48,6 +49,11 @@ def _normalizer(name: str) -> normalizers.Normalizer | None:
 
 def _ignores_merges(name: str) -> bool:
     """Llama 3 takes a word that is a token as that token, whatever the merges make of it."""
+    return name == "llama-bpe"
+
+
+def _begins(name: str) -> bool:
+    """Whether llama.cpp puts the begin token before a text where the file does not say."""
     return name == "llama-bpe"
 
 
@@ -103,7 +109,46 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     found = sorted({each for each in ends if isinstance(each, int) and 0 <= each < len(tokens)})
     if len(found) > 1:
         companions[GENERATION_NAME] = json.dumps({"eos_token_id": found}) + "\n"
-    return Tokenizer(inner.to_str(), companions=companions)
+    values = json.loads(inner.to_str())
+    values["post_processor"] = _template(metadata, name, {index: token for token, index in vocabulary.items()}, where)
+    return Tokenizer(json.dumps(values, ensure_ascii=False), companions=companions)
+
+
+def _template(metadata: Mapping[str, Any], name: str, tokens: Mapping[int, str], where: str) -> dict[str, Any] | None:
+    """Return the post-processor that puts a file's begin and end tokens around a text, None where it puts none.
+
+    As JSON, because the library's class reads a meaning into a token's `$` and `:`.
+    """
+    around: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
+    for role, found in around.items():
+        is_added = metadata.get(f"tokenizer.ggml.add_{role}_token", role == "bos" and _begins(name))
+        if is_added is False:
+            continue
+        index = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if is_added is not True or not isinstance(index, int) or index not in tokens:
+            raise DataError(
+                f"{where} puts its {role} token around a text (add_{role}_token is {is_added!r}), and {role}_token_id "
+                f"is {index!r}; the id of a token is required; give the model's tokenizer.json with --tokenizer."
+            )
+        found.append((tokens[index], index))
+    if not any(around.values()):
+        return None
+    before, behind = around["bos"], around["eos"]
+
+    def sequence(letter: str, type_id: int) -> list[dict[str, Any]]:
+        first, last = (
+            [{"SpecialToken": {"id": token, "type_id": type_id}} for token, _ in each] for each in (before, behind)
+        )
+        return [*first, {"Sequence": {"id": letter, "type_id": type_id}}, *last]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": sequence("A", 0),
+        "pair": [*sequence("A", 0), *sequence("B", 1)],
+        "special_tokens": {
+            token: {"id": token, "ids": [index], "tokens": [token]} for token, index in (*before, *behind)
+        },
+    }
 
 
 def _of(tokens: list[str], types: list[int], wanted: int) -> list[tuple[str, int]]:
@@ -113,7 +158,8 @@ def _of(tokens: list[str], types: list[int], wanted: int) -> list[tuple[str, int
 def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """Return the metadata that describes a tokenizer for a model with vocab_size embeddings.
 
-    Raises: ConversionError for anything but byte-level BPE with a pre-tokenizer that has a name.
+    Raises: ConversionError for anything but byte-level BPE with a pre-tokenizer that has a name, and for what else of a
+    tokenizer has no place there.
     """
     # As the library spells it, defaults and all.
     values = json.loads(tokenizers.Tokenizer.from_str(tokenizer.json_text).to_str())
@@ -145,7 +191,6 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.eos_token_id": tokenizer.end_of_text_id,
     }
     configured = json.loads(tokenizer.companions.get(CONFIG_NAME, "{}"))
@@ -154,11 +199,27 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         name = name.get("content") if isinstance(name, dict) else name
         if name in tokens:
             metadata[f"tokenizer.ggml.{role}_token_id"] = tokens.index(name)
+    metadata |= _added(tokenizer, metadata)
     others = sorted(tokenizer.stop_ids - {metadata["tokenizer.ggml.eos_token_id"]})
     metadata |= {f"tokenizer.ggml.{role}_token_id": index for role, index in zip(_OTHER_ENDS, others, strict=False)}
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata
+
+
+def _added(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys for what the tokenizer's post-processor puts around a text."""
+    plain, marked = (tokenizer.encode_prompt("a", add_special_tokens=each) for each in (False, True))
+    bos, eos = (metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos"))
+    before, behind = marked[:1] if bos is None else [bos], [eos]
+    for has_bos, has_eos in product((False, True), repeat=2):
+        if before * has_bos + plain + behind * has_eos == marked:
+            found = {"tokenizer.ggml.add_bos_token": has_bos, "tokenizer.ggml.add_eos_token": has_eos}
+            return {**found, "tokenizer.ggml.bos_token_id": before[0]} if has_bos else found
+    raise ConversionError(
+        f"the tokenizer's post-processor makes {' '.join(map(tokenizer.token, marked))!r} of 'a'; GGUF has a place for "
+        f"one bos_token before a text and one eos_token behind it; export to Hugging Face's layout."
+    )
 
 
 def _name_of(values: Mapping[str, Any]) -> str:

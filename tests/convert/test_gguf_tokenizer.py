@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from moesaic.convert.gguf_tokenizer import read_tokenizer, tokenizer_metadata
 from moesaic.data.tokenizer import Tokenizer
@@ -84,6 +84,104 @@ def test_there_and_back_gives_the_same_tokens(kind: str) -> None:
     assert {*read_tokenizer(metadata, "").companions} >= {"tokenizer_config.json", "generation_config.json"}
     again = tokenizer_metadata(back, given.vocab_size + 9)
     assert again == metadata
+
+
+def around(template: str) -> tokenizers.processors.PostProcessor:
+    """Of the tokens 0 to 2 of make()."""
+    names = ["<|endoftext|>", "<|im_end|>", "<|eom|>"]
+    return processors.TemplateProcessing(
+        single=template,
+        pair="$A $B",
+        special_tokens=[(each, index) for index, each in enumerate(names)],
+    )
+
+
+# The template, and what the file is to say of the begin and the end.
+TEMPLATES = {
+    "$A": (False, False),
+    "<|endoftext|> $A": (True, False),
+    "$A <|im_end|>": (False, True),
+    "<|endoftext|> $A <|im_end|>": (True, True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_begin_and_end_go_there_and_back(kind: str, template: str) -> None:
+    # As Llama 3 has it, whose other part changes no token.
+    both = processors.Sequence([processors.ByteLevel(trim_offsets=False), around(template)])
+    given = Tokenizer(make(kind, post_processor=both).to_str(), companions=COMPANIONS)
+    metadata = tokenizer_metadata(given, 400)
+    said = [metadata[f"tokenizer.ggml.{name}"] for name in ("add_bos_token", "add_eos_token")]
+    assert said == list(TEMPLATES[template])
+    assert [metadata[f"tokenizer.ggml.{role}_token_id"] for role in ("bos", "eos")] == [0, 1]
+    back = read_tokenizer(metadata, "a file")
+    for text in TEXTS:
+        for marks in (False, True):
+            prompts = [each.encode_prompt(text, add_special_tokens=marks) for each in (given, back)]
+            assert prompts[0] == prompts[1], text
+    assert back.first_id == given.first_id == 0
+    assert tokenizer_metadata(back, 400) == metadata
+
+
+def test_a_begin_token_without_a_name_in_the_companions_becomes_the_bos_token() -> None:
+    given = Tokenizer(make("llama-bpe", post_processor=around("<|eom|> $A")).to_str())
+    metadata = tokenizer_metadata(given, 400)
+    assert metadata["tokenizer.ggml.bos_token_id"] == 2
+    back = read_tokenizer(metadata, "a file")
+    assert back.first_id == given.first_id == 2
+    assert back.encode_prompt("the fox", add_special_tokens=True)[0] == 2
+
+
+def test_where_a_file_does_not_say_the_begin_token_is_added_as_llama_cpp_does() -> None:
+    for kind in KINDS:
+        metadata = tokenizer_metadata(Tokenizer(make(kind).to_str(), companions=COMPANIONS), 400)
+        for name in ("add_bos_token", "add_eos_token"):
+            del metadata[f"tokenizer.ggml.{name}"]
+        back = read_tokenizer(metadata, "a file")
+        added = [0] if kind == "llama-bpe" else []
+        assert back.encode_prompt("the fox", add_special_tokens=True) == added + back.encode("the fox")
+
+
+def test_a_begin_token_may_be_called_anything() -> None:
+    inner = make("gpt-2")
+    inner.add_special_tokens(["$A", "x:1"])
+    given = Tokenizer(inner.to_str(), companions={"tokenizer_config.json": '{"bos_token": "$A", "eos_token": "x:1"}'})
+    added = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    back = read_tokenizer(tokenizer_metadata(given, 400) | added, "a file")
+    begin, end = given.vocab_size - 2, given.vocab_size - 1
+    assert back.encode_prompt("the fox", add_special_tokens=True) == [begin, *back.encode("the fox"), end]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["<|eom|> $A", "<|endoftext|> <|endoftext|> $A", "<|im_end|> $A", "$A <|endoftext|>", "$A <|eom|>"],
+)
+def test_templates_that_the_format_cannot_say_are_refused(template: str) -> None:
+    given = Tokenizer(make("gpt-2", post_processor=around(template)).to_str(), companions=COMPANIONS)
+    with pytest.raises(ConversionError, match="GGUF has a place for one bos_token before a text and") as caught:
+        tokenizer_metadata(given, 400)
+    assert str(caught.value).count(";") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bos_token_id": None}, r"puts its bos token .*add_bos_token is True.*, and bos_token_id is None; the id of"),
+        ({"bos_token_id": 399}, "bos_token_id is 399"),  # only fills the file up
+        ({"bos_token_id": -1}, "bos_token_id is -1"),
+        ({"bos_token_id": "x"}, "bos_token_id is 'x'"),
+        ({"bos_token_id": [1]}, r"bos_token_id is \[1\]"),
+        ({"add_bos_token": "yes"}, "add_bos_token is 'yes'"),
+        ({"add_eos_token": True, "eos_token_id": 10**9}, "puts its eos token .* eos_token_id is 1000000000"),
+    ],
+)
+def test_a_file_that_adds_a_token_it_does_not_have_is_refused(changes: dict[str, Any], message: str) -> None:
+    given = Tokenizer(make("gpt-2", post_processor=around("<|endoftext|> $A")).to_str(), companions=COMPANIONS)
+    changed = {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    with pytest.raises(DataError, match=message) as caught:
+        read_tokenizer(tokenizer_metadata(given, 400) | changed, "a file")
+    assert str(caught.value).count(";") == 2
 
 
 def test_the_kinds_differ_on_these_texts() -> None:
