@@ -53,14 +53,14 @@ class GgufRope:
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         theta = keys.check("rope.freq_base", keys.take("rope.freq_base", default=10_000.0), "rope_theta")
         put(ours, "rope_theta", _shortest(theta))
-        kind, factor = keys.take("rope.scaling.type", default="none"), keys.take("rope.scaling.factor", default=None)
-        old = keys.take("rope.scale_linear", default=None)  # before there were kinds
-        kind, factor = ("linear", old) if old is not None and kind == "none" else (kind, factor)
-        if kind == "linear" and factor is not None:
+        # As llama.cpp reads them: a factor without a type is linear, and the old key is for files without a factor.
+        kind, old = keys.take("rope.scaling.type", default="linear"), keys.take("rope.scale_linear", default=None)
+        factor = keys.take("rope.scaling.factor", default=old)
+        if kind == "linear" and factor is not None and factor != 0:  # 0 stands for no scaling there
             keys.check("rope.scaling.factor", factor, "rope_scaling.factor")
             if factor != 1:
                 put(ours, "rope_scaling", {"kind": "linear", "factor": _shortest(factor)})
-        elif kind != "none":
+        elif kind not in ("linear", "none"):
             raise keys.refuse("rope.scaling.type", kind, "none or linear is required")
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:

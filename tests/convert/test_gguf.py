@@ -291,6 +291,9 @@ ONES = np.ones(24, np.float32)
         ({"llama.rope.freq_base": 0.0}, "rope.freq_base is 0.0"),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "rope.scaling.type is 'yarn'; none"),
         ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5"),
+        ({"llama.rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5"),
+        ({"llama.rope.scaling.factor": "x"}, "rope.scaling.factor is 'x'"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn'; none"),
         ({"llama.attention.sliding_window": 16}, "not understood: attention.sliding_window"),
         ({"llama.logit_scale": 2.0}, "not understood: logit_scale"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer of kind 'llama'"),
@@ -310,14 +313,30 @@ def test_files_of_models_that_cannot_be_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["odd.gguf"]
 
 
-def test_linear_scaling_of_old_and_new_files_is_read(exported: Path, tmp_path: Path) -> None:
-    for name, changes in {
-        "old": {"llama.rope.scale_linear": 2.0},
-        "new": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
-    }.items():
-        import_model(rewritten(exported, tmp_path / f"{name}.gguf", **changes), tmp_path / name)
-        scaling = load_run_config(tmp_path / name).model.rope_scaling
-        assert scaling is not None and (scaling.kind, scaling.factor) == ("linear", 2.0)
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({"scale_linear": 2.0}, 2.0),
+        ({"scaling.type": "linear", "scaling.factor": 2.0}, 2.0),
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling.type": "linear", "scale_linear": 2.0}, 2.0),
+        ({"scaling.type": "none", "scaling.factor": 4.0, "scale_linear": 2.0}, None),
+        ({"scaling.type": "linear"}, None),
+        ({"scaling.factor": 1.0}, None),
+        ({"scaling.factor": 0.0, "scale_linear": 2.0}, None),
+    ],
+)
+def test_scaling_is_read_as_llama_cpp_reads_it(
+    changes: dict[str, Any], factor: float | None, exported: Path, tmp_path: Path
+) -> None:
+    changes = {f"llama.rope.{name}": value for name, value in changes.items()}
+    certificate = import_model(rewritten(exported, tmp_path / "scaled.gguf", **changes), tmp_path / "run")
+    scaling = load_run_config(tmp_path / "run").model.rope_scaling
+    assert (None if scaling is None else (scaling.kind, scaling.factor)) == (factor and ("linear", factor))
+    # Transformers, which reads no scaling out of these files, is no judge where there is some.
+    assert certificate.failure is None
+    assert certificate.judge == ("transformers" if factor is None else "moesaic")
 
 
 def smollm2() -> Path:
