@@ -168,18 +168,19 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         raise ConversionError(
             f"the tokenizer is {model.get('type')}; GGUF needs byte-level BPE here; export to Hugging Face's layout."
         )
-    tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [_UNUSED] * vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConversionError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size} embeddings; each token needs "
             f"one; use the model's own tokenizer."
         )
+    ids = dict(model["vocab"]) | {each["content"]: each["id"] for each in values.get("added_tokens", [])}
+    tokens, types = [_filler(index, ids) for index in range(vocab_size)], [_UNUSED] * vocab_size
     for token, index in model["vocab"].items():
         tokens[index], types[index] = token, _NORMAL
     for each in values.get("added_tokens", []):
         tokens[each["id"]] = each["content"]
         types[each["id"]] = _CONTROL if each["special"] else _USER_DEFINED
-        if not each["special"] and (each["single_word"] or each["lstrip"] or each["rstrip"]):
+        if each["single_word"] or each["lstrip"] or each["rstrip"]:
             raise ConversionError(
                 f"the tokenizer's token {each['content']!r} takes the spaces around it, or only whole words; GGUF has "
                 f"no place for that; export to Hugging Face's layout."
@@ -193,18 +194,31 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.eos_token_id": tokenizer.end_of_text_id,
     }
-    configured = json.loads(tokenizer.companions.get(CONFIG_NAME, "{}"))
+    names = tokenizer.special_names
     for key, role in (("eos_token", "eos"), ("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        name = configured.get(key)
-        name = name.get("content") if isinstance(name, dict) else name
-        if name in tokens:
-            metadata[f"tokenizer.ggml.{role}_token_id"] = tokens.index(name)
+        if names.get(key) in ids:
+            metadata[f"tokenizer.ggml.{role}_token_id"] = ids[names[key]]
     metadata |= _added(tokenizer, metadata)
     others = sorted(tokenizer.stop_ids - {metadata["tokenizer.ggml.eos_token_id"]})
+    if len(others) > len(_OTHER_ENDS):
+        ends = ", ".join(tokens[each] for each in sorted(tokenizer.stop_ids))
+        raise ConversionError(
+            f"the tokenizer's files name {1 + len(others)} tokens that end a text ({ends}); GGUF has a place for "
+            f"{1 + len(_OTHER_ENDS)} (eos, {', '.join(_OTHER_ENDS)}); take some out of {GENERATION_NAME}, or export to "
+            f"Hugging Face's layout."
+        )
     metadata |= {f"tokenizer.ggml.{role}_token_id": index for role, index in zip(_OTHER_ENDS, others, strict=False)}
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata
+
+
+def _filler(index: int, taken: Mapping[str, int]) -> str:
+    """Return the name of an id without a token; llama.cpp does not read a file with one name twice."""
+    name = f"[PAD{index}]"
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _added(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def without(kind: str, path: str, value: Any) -> str:
 
 def with_token(**flags: bool) -> str:
     inner = make("gpt-2")
-    inner.add_tokens([AddedToken("<odd>", **flags)])
+    inner.add_tokens([AddedToken("<odd>", normalized=False, **flags)])
     return inner.to_str()
 
 
@@ -250,12 +250,45 @@ def with_token(**flags: bool) -> str:
         (without("gpt-2", "decoder", None), "have no name in GGUF"),
         (with_token(lstrip=True), "'<odd>' takes the spaces around it"),
         (with_token(single_word=True), "'<odd>' takes the spaces around it"),
+        (with_token(special=True, lstrip=True), "'<odd>' takes the spaces around it"),
+        (with_token(special=True, rstrip=True), "'<odd>' takes the spaces around it"),
+        (with_token(special=True, single_word=True), "'<odd>' takes the spaces around it"),
     ],
 )
 def test_what_has_no_place_in_the_format_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConversionError, match=message) as caught:
         tokenizer_metadata(Tokenizer(text), 400)
     assert str(caught.value).count(";") >= 2
+
+
+def test_ids_without_a_token_get_names_that_no_token_has() -> None:
+    inner = make("gpt-2")
+    inner.add_special_tokens(["[PAD399]", "[PAD399]_"])
+    inner.add_tokens(["[PAD340]", f"[PAD{inner.get_vocab_size() + 2}]"])
+    given = Tokenizer(inner.to_str(), companions={"tokenizer_config.json": '{"pad_token": "[PAD350]"}'})
+    metadata = tokenizer_metadata(given, 400)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert len(set(tokens)) == len(tokens) == 400 and tokens[399] == "[PAD399]__"
+    # A name that the files give to nothing is nothing's still.
+    assert "tokenizer.ggml.padding_token_id" not in metadata
+    text = "the [PAD340] fox [PAD399] [PAD399]_"
+    back = read_tokenizer(metadata, "a file")
+    first, other = (each.encode_prompt(text, add_special_tokens=False) for each in (given, back))
+    assert first == other
+    assert back.vocab_size == given.vocab_size
+
+
+def test_more_ends_than_the_format_has_keys_are_refused() -> None:
+    text = make("gpt-2").to_str()
+    for ids in ([1], [1, 2], [2, 1, 0]):
+        given = Tokenizer(text, companions={"generation_config.json": json.dumps({"eos_token_id": ids})})
+        assert read_tokenizer(tokenizer_metadata(given, 400), "a file").stop_ids == given.stop_ids == {0, *ids}
+    given = Tokenizer(text, companions={"generation_config.json": json.dumps({"eos_token_id": [1, 2, 300]})})
+    with pytest.raises(
+        ConversionError, match=r"name 4 tokens .* \(<\|endoftext\|>, .*; GGUF has a place for 3 \(eos"
+    ) as caught:
+        tokenizer_metadata(given, 400)
+    assert str(caught.value).count(";") == 2
 
 
 def test_more_tokens_than_embeddings_are_refused() -> None:
