@@ -136,6 +136,7 @@ def export_run(
             Path(str(run)) if "@" in str(run) else folder,
             target / _GGUF_NAME if format == "gguf" else target,
             family=choice.family, account=account, change=Change(cast, choice.rewriting.scales),
+            tokenizer=tokenizer if format == "gguf" else None,  # a folder has its files as they are
             on_progress=on_progress, named=output,
         )  # fmt: skip
         certificate.require(force=force)

@@ -11,7 +11,7 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,7 +115,8 @@ class Certificate:
 
     dtype: what weights were cast to; a source that is cast is compared as cast. judge: who computed the foreign side,
     transformers or, of a GGUF file that it does not read and of weights that are compared as cast, moesaic itself.
-    not_compared: why there is no comparison.
+    not_compared: why there is no comparison. tokenizer: what the result's tokenizer, where it was written in other
+    words, does otherwise than the source's.
     """
 
     source: str
@@ -127,10 +128,13 @@ class Certificate:
     comparison: Comparison | None
     judge: str | None
     not_compared: str | None
+    tokenizer: str | None = None
 
     @property
     def failure(self) -> str | None:
         """What is wrong, None where nothing is."""
+        if self.tokenizer is not None:
+            return self.tokenizer
         if self.weights is not None and self.weights.failure is not None:
             return self.weights.failure
         found = self.comparison
@@ -282,17 +286,22 @@ def certify(
     family: str,
     change: Change | None = None,
     account: TensorAccount | None = None,
+    tokenizer: Tokenizer | None = None,
     named: Path | None = None,
     on_progress: Any = lambda stage, share: None,
 ) -> Certificate:
     """Compare two models (run folders, Hugging Face folders, GGUF files).
 
-    change: what the conversion did to the weights beside moving them. named: where the result will be.
+    change: what the conversion did to the weights beside moving them. tokenizer: what the result's is held against,
+    where it was written in other words. named: where the result will be.
     """
     changes = (change or Change(), Change())
-    return _certify(
+    certificate = _certify(
         (source, result), changes, family=family, account=account, weights=None, named=named, on_progress=on_progress
     )
+    if tokenizer is None:
+        return certificate
+    return replace(certificate, tokenizer=_other_tokens(tokenizer, _tokenizer(result)))
 
 
 def _certify(
@@ -460,6 +469,23 @@ def _tokenizer(path: Path) -> Tokenizer:
         with open_model(path) as opened:
             return opened.source.tokenizer()
     return Tokenizer.load(resolve_checkpoint(path).path.parent.parent)
+
+
+def _other_tokens(wanted: Tokenizer, found: Tokenizer) -> str | None:
+    """Return what a tokenizer does otherwise than is wanted, None where it does the same."""
+    for text in PROMPTS:
+        for marks in (False, True):
+            due, made = (each.encode_prompt(text, add_special_tokens=marks) for each in (wanted, found))
+            if due != made:
+                return (
+                    f"its tokenizer makes {len(made)} tokens ({str(made[:3])[1:-1]}, ...) of {text[:20]!r}..., not "
+                    f"{len(due)} ({str(due[:3])[1:-1]}, ...)"
+                )
+    if wanted.stop_ids != found.stop_ids:
+        return f"its tokenizer ends a text at {sorted(found.stop_ids)}, not {sorted(wanted.stop_ids)}"
+    if wanted.first_id != found.first_id:
+        return f"its tokenizer begins a text with {found.first_id}, not {wanted.first_id}"
+    return None
 
 
 def _obstacle(*paths: Path) -> str | None:

@@ -11,13 +11,15 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch import Tensor
 
 from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
-from moesaic.convert import parity
+from moesaic.convert import exporter, parity
 from moesaic.convert.exporter import export_run
 from moesaic.convert.gguf import GgufFile
+from moesaic.convert.gguf_tokenizer import tokenizer_metadata
 from moesaic.convert.importer import import_model
 from moesaic.convert.keys import differences
 from moesaic.data.tokenizer import Tokenizer
@@ -337,6 +339,60 @@ def test_scaling_is_read_as_llama_cpp_reads_it(
     # Transformers, which reads no scaling out of these files, is no judge where there is some.
     assert certificate.failure is None
     assert certificate.judge == ("transformers" if factor is None else "moesaic")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda given: {"tokens": [{"e": "h", "h": "e"}.get(each, each) for each in given["tokens"]]},
+            r"its tokenizer makes ([0-9]+) tokens .* of 'The history of the l'..., not \1 ",
+        ),
+        (
+            lambda _: {"add_bos_token": True, "bos_token_id": 5},
+            r"its tokenizer makes [0-9]+ tokens \(5, .* of 'The history of the l'..., not [0-9]+ \(",
+        ),
+        (lambda _: {"eom_token_id": 5}, r"its tokenizer ends a text at \[0, 5, 256\], not \[0, 256\]"),
+    ],
+)
+def test_an_export_whose_tokenizer_reads_back_otherwise_is_not_kept(
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    message: str,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write(*arguments: Any) -> dict[str, Any]:
+        metadata = tokenizer_metadata(*arguments)
+        changes = change({name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()})
+        return metadata | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+
+    monkeypatch.setattr(exporter, "tokenizer_metadata", write)
+    run = exported.parents[1] / "run"
+    with pytest.raises(ConversionError, match=message):
+        export_run(run, tmp_path / "out", format="gguf")
+    assert not (tmp_path / "out").exists()
+    certificate = export_run(run, tmp_path / "out", format="gguf", force=True)
+    assert certificate.tokenizer is not None and certificate.failure == certificate.tokenizer
+    assert json.loads((tmp_path / "out" / "parity.json").read_text())["tokenizer"] == certificate.tokenizer
+
+
+def test_the_begin_token_of_a_run_is_the_one_of_its_file(exported: Path, tmp_path: Path) -> None:
+    """And of what is made of it again: llama.cpp and a run begin a prompt in the same way."""
+    shutil.copytree(exported.parents[1] / "run", tmp_path / "run")
+    tokenizer = Tokenizer.load(tmp_path / "run")
+    end, inner = tokenizer.end_of_text, tokenizers.Tokenizer.from_str(tokenizer.json_text)
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{end} $A", pair=f"{end} $A $B", special_tokens=[(end, tokenizer.end_of_text_id)]
+    )
+    given = Tokenizer(inner.to_str(), companions=tokenizer.companions)
+    given.save(tmp_path / "run")
+    assert export_run(tmp_path / "run", tmp_path / "out", format="gguf").failure is None
+    metadata = GgufFile(tmp_path / "out" / "model.gguf").metadata
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+    import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
+    back = Tokenizer.load(tmp_path / "back")
+    assert back.encode_prompt("the fox", add_special_tokens=True) == [back.first_id, *given.encode("the fox")]
 
 
 def smollm2() -> Path:
