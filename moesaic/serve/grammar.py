@@ -41,7 +41,7 @@ _TRIAL = Path(__file__).with_name("grammar_trial.py")
 # What xgrammar would pass over in silence, so that a text could break the schema it was promised to keep.
 _UNENFORCED = frozenset(
     {"not", "if", "then", "else", "contains", "minContains", "maxContains", "multipleOf", "dependentRequired",
-     "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"}
+     "dependentSchemas", "dependencies", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"}
 )  # fmt: skip
 # What may stand beside keywords that xgrammar takes alone.
 _ANNOTATIONS = frozenset(
@@ -486,6 +486,7 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
         found += [f"required {_shown(each)}, which is not in properties" if isinstance(each, str)
                   else f"required {_shown(json.dumps(each), quoted=False)}, which is no name"
                   for each in required if not isinstance(each, str) or each not in properties]  # fmt: skip
+    found += _unkept_names(schema)
     patterns = [schema["pattern"]] if "pattern" in schema else []
     patterns += schema["patternProperties"] if isinstance(schema.get("patternProperties"), dict) else []
     found += filter(None, (_read_otherwise(str(pattern), is_regex=True) for pattern in patterns))
@@ -494,6 +495,31 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
             found.append("pattern together with a length or a format")
         if _BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(schema["pattern"]))):
             found.append("a pattern with a quotation mark or a backslash")
+    return found
+
+
+def _unkept_names(schema: dict[str, Any]) -> list[str]:
+    """Return what of one schema xgrammar 0.2.9 would not hold an object's names to.
+
+    A listed name is held to properties alone, and with names listed no other is to a pattern; one of several patterns
+    is enough; names of propertyNames may be there whatever else is forbidden. A name that is not listed may come again,
+    and counts each time.
+    """
+    found = []
+    patterns, is_closed = schema.get("patternProperties"), schema.get("additionalProperties") is False
+    if patterns and schema.get("properties"):
+        found.append("patternProperties beside properties")
+    if isinstance(patterns, dict) and len(patterns) > 1:
+        found.append("patternProperties of several")
+    if "propertyNames" in schema:
+        found += [f"propertyNames beside {key}" for key in ("properties", "patternProperties") if schema.get(key)]
+        if is_closed:
+            found.append("propertyNames beside additionalProperties that are false")
+    least, required = schema.get("minProperties"), schema.get("required")
+    count = len({each for each in required if isinstance(each, str)}) if isinstance(required, list) else 0
+    may_repeat = not is_closed or bool(patterns) or "propertyNames" in schema
+    if isinstance(least, int | float) and least > max(1, count) and may_repeat:
+        found.append("minProperties above 1 where names may come again")
     return found
 
 
