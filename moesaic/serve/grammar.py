@@ -48,10 +48,16 @@ _ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "$defs", "definitions", "$schema", "$id", "$comment", "deprecated",
      "readOnly", "writeOnly", "discriminator"}
 )  # fmt: skip
+# Keywords that say nothing to xgrammar without a type, and others that give it one.
 _NEED_A_TYPE = (
-    (frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}), frozenset({"integer", "number"})),
-    (frozenset({"minLength", "maxLength", "pattern", "format"}), frozenset({"string"})),
-)
+    (frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}), frozenset({"integer", "number"}),
+     frozenset[str]()),
+    (frozenset({"minLength", "maxLength", "pattern", "format"}), frozenset({"string"}), frozenset[str]()),
+    (frozenset({"patternProperties", "propertyNames", "minProperties", "maxProperties"}), frozenset({"object"}),
+     frozenset({"properties", "additionalProperties"})),
+    (frozenset({"minItems", "maxItems"}), frozenset({"array"}),
+     frozenset({"items", "prefixItems", "unevaluatedItems"})),
+)  # fmt: skip
 # A pattern's own characters go into the JSON string as they are; its classes leave these two out.
 # One that is not closed is refused by xgrammar; here it goes to the end, or looking for it would take for ever.
 _ESCAPE_OR_CLASS = re.compile(r"(\\.)|\[(?:\\.|[^\]\\])*\]?", re.DOTALL)
@@ -478,8 +484,8 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
         choices = schema["enum"] if isinstance(schema.get("enum"), list) else []
         choices = [*choices, *([schema["const"]] if "const" in schema else [])]
         found += [f"{_shown(json.dumps(each))} that is no {named}" for each in choices if not _types(each) & types]
-    for keys, needed in _NEED_A_TYPE:
-        if (used := sorted(keys & schema.keys())) and not types & needed:
+    for keys, needed, giving in _NEED_A_TYPE:
+        if (used := sorted(keys & schema.keys())) and not (types & needed or (not types and giving & schema.keys())):
             found.append(f"{', '.join(used)} without type {' or '.join(sorted(needed))}")
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if isinstance(properties, dict) and isinstance(required, list):
