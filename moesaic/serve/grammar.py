@@ -194,7 +194,7 @@ class GrammarCompiler:
                 f"written is taken; write it otherwise."
             )
         if grammar.kind == "json_schema":
-            _check_schema(_read_schema(text), name)
+            _check_schema(_read_schema(text, name), name)
         if grammar.kind == "tool_calls":
             try:
                 functions = dict(json.loads(text)["functions"])
@@ -203,7 +203,8 @@ class GrammarCompiler:
                     f"the {name} is {_shown(text)}; what tool_calls.calls_grammar makes is required; let it make it."
                 ) from None
             for function, schema in functions.items():
-                _check_schema(schema, f"JSON schema of the tool {_shown(function)}")
+                of_tool = f"JSON schema of the tool {_shown(function)}"
+                _check_schema(_read_schema(json.dumps(schema), of_tool), of_tool)
 
 
 class CompiledGrammar:
@@ -435,16 +436,15 @@ def _shown(text: str, length: int = 60, *, quoted: bool = True) -> str:
     return repr(short) if quoted else short
 
 
-def _read_schema(text: str) -> dict[str, Any]:
+def _read_schema(text: str, name: str) -> dict[str, Any]:
     try:
         schema = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"the JSON schema {_shown(text)} cannot be read as JSON ({error}); an object with keywords is required; "
-            f"mend it."
+            f"the {name} {_shown(text)} cannot be read as JSON ({error}); an object with keywords is required; mend it."
         ) from None
     if not isinstance(schema, dict):
-        raise ConfigError(f"the JSON schema is {_shown(text)}; an object with keywords is required; write one.")
+        raise ConfigError(f"the {name} is {_shown(text)}; an object with keywords is required; write one.")
     return schema
 
 

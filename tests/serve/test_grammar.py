@@ -365,6 +365,17 @@ def nested(depth: int) -> str:
             '{"functions": {"f": {"properties": {"n": {"multipleOf": 2}}}}, "is_single": true}',
             "the JSON schema of the tool 'f' uses multipleOf at /properties/n",
         ),
+        (
+            "tool_calls",
+            '{"functions": {"f": {"properties": {"n": {"const": 1e999}}}}, "is_single": true}',
+            "the JSON schema of the tool 'f' .*Infinity is no JSON number",
+        ),
+        (
+            "tool_calls",
+            '{"functions": {"f": {"properties": {"n": {"type": "number", "minimum": 1e999}}}}, "is_single": true}',
+            "the JSON schema of the tool 'f' .*Infinity is no JSON number",
+        ),
+        ("tool_calls", '{"functions": {"f": 5}, "is_single": true}', "the tool 'f' is '5'; an object with keywords"),
         ("regex", " ", "the regular expression is empty"),
         ("regex", "(a", "parenthesis is not closed; one that xgrammar compiles"),
         ("regex", "(?=a)b", "Lookahead is not supported"),
@@ -426,7 +437,7 @@ def test_whatever_stands_in_a_keywords_place_is_taken_or_refused_with_a_reason()
     num_taken = 0
     for text in texts:
         try:
-            grammar_module._check_schema(grammar_module._read_schema(text), "JSON schema")
+            grammar_module._check_schema(grammar_module._read_schema(text, "JSON schema"), "JSON schema")
             num_taken += 1
         except ConfigError as error:
             assert str(error).count(";") >= 2 and len(str(error)) < 600, text
