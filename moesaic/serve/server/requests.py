@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sized
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import unquote
 
 from pydantic import (
     BaseModel,
@@ -455,14 +456,16 @@ class ChatBody(GenerationBody):
                 )
             schema = function.get("parameters")
             schema = {"type": "object", "properties": {}} if schema is None else schema
-            if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+            if isinstance(schema, dict) and not schema.keys() & _WHOLE_SCHEMAS:
+                schema = {"type": "object", **schema}
+            if not isinstance(schema, dict) or not _allows_only_objects(schema):
                 raise refusal(
                     f"the parameters of {name!r} are {json.dumps(schema)[:60]}; the JSON schema of an object is "
                     f"required; send one, or leave them out.",
                     param=f"tools.{place}.function.parameters",
                     code="invalid_value",
                 )
-            schemas[name] = schema if schema.keys() & _WHOLE_SCHEMAS else {"type": "object", **schema}
+            schemas[name] = schema
         return schemas
 
     def _response_grammar(self) -> Grammar | None:
@@ -517,6 +520,54 @@ def _sampling(values: dict[str, Any]) -> Sampling:
         return Sampling.model_validate(values)  # whose errors name a request's keys, not a file's
     except ValidationError as error:
         raise explain_values(error, names={"ignore_end_of_text": "ignore_eos"}) from None
+
+
+def _allows_only_objects(schema: dict[str, Any]) -> bool:
+    """Whether a value under a schema has to be an object, as xgrammar reads it.
+
+    What xgrammar does not take at all, keywords beside a $ref or one out of the schema say, is not for here to refuse.
+    """
+    pending: list[Any] = [schema]
+    seen = set[int]()  # a $ref may lead back
+    while pending:
+        each = pending.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if not isinstance(each, dict):
+            return False
+        if "type" in each:
+            if each["type"] != "object":
+                return False
+        elif each.keys() & {"properties", "additionalProperties"}:
+            continue  # which xgrammar takes for an object's
+        elif "$ref" in each:
+            pending += _found(schema, each["$ref"])
+        elif several := [each[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(each.get(key), list)]:
+            pending += several[0]
+        elif "const" in each or isinstance(each.get("enum"), list):
+            choices = [each["const"]] if "const" in each else each["enum"]
+            if not all(isinstance(choice, dict) for choice in choices):
+                return False
+        else:
+            return False
+    return True
+
+
+def _found(schema: dict[str, Any], reference: Any) -> list[Any]:
+    """Return the part of a schema that a $ref names, none where it is not there."""
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        return []
+    found: Any = schema
+    for part in reference.split("/")[1:]:
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and key in found:
+            found = found[key]
+        elif isinstance(found, list) and key.isdecimal() and len(key) < 9 and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return []
+    return [found]
 
 
 def _read_biases(biases: Mapping[str, float]) -> dict[int, float]:

@@ -561,6 +561,32 @@ def test_a_call_that_is_asked_for_is_made(client: openai.OpenAI, choice: Any, na
         assert json.loads(call.function.arguments) in ([{}] if call.function.name == "f" else [{"n": 3}, {"n": 5}])
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"maxProperties": 0},
+        {"description": "nothing", "additionalProperties": False},
+        {"properties": {"n": {"const": 3}}},
+        {"const": {"n": 3}},
+        {"enum": [{"n": 3}, {}]},
+        {"anyOf": [DIGIT, {"properties": {"n": {"const": 3}}}, {"additionalProperties": False}]},
+        {"$ref": "#/$defs/d", "$defs": {"d": {"allOf": [DIGIT]}}},
+        {"anyOf": [DIGIT, {"$ref": "#"}]},
+    ],
+    ids=json.dumps,
+)
+def test_a_schema_of_objects_may_be_written_in_many_ways(client: openai.OpenAI, schema: dict[str, Any]) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    (choice,) = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "x"}], tools=tools, tool_choice="required", seed=0,
+        parallel_tool_calls=False,
+    ).choices  # fmt: skip
+    (call,) = choice.message.tool_calls or ()
+    assert choice.finish_reason == "tool_calls" and call.type == "function"
+    assert json.loads(call.function.arguments).get("n", 3) in (3, 5)
+
+
 def test_several_calls_may_be_made_where_one_is_required(client: openai.OpenAI) -> None:
     pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
     asked: dict[str, Any] = {

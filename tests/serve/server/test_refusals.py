@@ -205,6 +205,30 @@ def test_a_bad_request_is_told_what_to_do(real: Live, path: str, body: Any, para
 
 
 @pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": ["object", "null"]},
+        {"const": 5},
+        {"enum": [{"a": 1}, None]},
+        {"anyOf": [{"type": "object"}, {"type": "null"}]},
+        {"oneOf": [{"properties": {}}, {}]},
+        {"anyOf": [{"type": "object"}, {"required": []}]},
+        {"allOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": True}},
+        {"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}},
+        {"$ref": "#/$defs/x~1%20y/1", "$defs": {"x/ y": [{"type": "object"}, {"const": None}]}},
+        {"anyOf": [{"$ref": "#"}, {"$ref": "#/$defs/x"}], "$defs": {"x": {"anyOf": [{"$ref": "#"}, {"const": 5}]}}},
+    ],
+    ids=json.dumps,
+)
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_arguments_that_may_be_no_object_are_refused(real: Live, schema: Any, choice: str) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    body = {"messages": USER, "max_tokens": 2, "tools": [tool], "tool_choice": choice}
+    response = httpx.post(f"{real.url}{CHAT}", json=body, timeout=30)
+    check_error(response, 400, "tools.0.function.parameters", "the JSON schema of an object is required")
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", "the body is missing; a JSON object"),
