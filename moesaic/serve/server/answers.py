@@ -140,13 +140,9 @@ class Choice:
         return part
 
     def _part_calls(self, reader: ToolCallReader, text: str) -> dict[str, Any]:
-        is_later = reader.has_found
         said, calls = reader.take(text, is_last=self.finish_reason is not None)
-        if reader.has_found:
-            if self.finish_reason == "stop":
-                self.finish_reason = "tool_calls"
-            if (is_later or calls) and not said.strip():
-                said = ""  # line ends around calls
+        if reader.has_found and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
         part: dict[str, Any] = {"text": said}
         if calls:
             part["tool_calls"] = [
@@ -189,7 +185,7 @@ class Choice:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         calls = [call for part in parts for call in part.get("tool_calls", ())]
         if calls:
-            message["content"] = text.strip() or None
+            message["content"] = text or None
             message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
         return self._around({"message": message}, whole)
 

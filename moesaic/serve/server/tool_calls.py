@@ -36,10 +36,14 @@ def calls_grammar(functions: Mapping[str, Mapping[str, Any]], *, is_single: bool
 
 
 class ToolCallReader:
-    """Parts a text, as it comes, into what is said and the calls in it. What is no call stays in the text as it is."""
+    """Parts a text, as it comes, into what is said and the calls in it. What is no call stays in the text as it is.
+
+    But white space before a call is left out, and at the end of a text with calls; however the text is cut into pieces.
+    """
 
     def __init__(self) -> None:
         self.has_found = False
+        self._space = ""  # what stands before what is held, until it is clear what comes behind it
         self._held = ""  # what may be a call, or the beginning of one
         self._begin_scan()
 
@@ -57,7 +61,7 @@ class ToolCallReader:
             if start < 0:
                 kept = 0 if is_last else _length_of_beginning(self._held)
                 start = len(self._held) - kept
-            said, self._held = said + self._held[:start], self._held[start:]
+            said, self._held = said + self._say(self._held[:start]), self._held[start:]
             if not self._held.startswith(_BEGIN):
                 break
             stop = self._scan()
@@ -67,14 +71,23 @@ class ToolCallReader:
             # A model may end behind a call without closing it.
             call = _read_call(self._held[len(_BEGIN) : stop]) if tag in ("", _END) else None
             if call is None:
-                said += _BEGIN
+                said += self._say(_BEGIN)
                 self._held = self._held[len(_BEGIN) :]
             else:
                 calls.append(call)
-                self.has_found = True
+                self.has_found, self._space = True, ""
                 self._held = "" if stop is None else self._held[stop + len(_END) :]
             self._begin_scan()
+        if is_last and not self.has_found:
+            said += self._space
         return said, calls
+
+    def _say(self, text: str) -> str:
+        """Return the text behind the white space before it, without that at its end, which is kept."""
+        end = text.rstrip()
+        said = self._space + end if end else ""
+        self._space = text[len(end) :] if end else self._space + text
+        return said
 
     def _begin_scan(self) -> None:
         self._position, self._is_in_string = len(_BEGIN), False

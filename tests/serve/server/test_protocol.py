@@ -521,7 +521,7 @@ def test_calls_of_tools_are_told_from_the_text(client: openai.OpenAI) -> None:
     assert call.type == "function" and call.function.name == "f" and json.loads(call.function.arguments) == {"é": [1]}
 
     chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True) if chunk.choices]
-    assert "".join(chunk.delta.content or "" for chunk in chunks).strip() == "on it"
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == "on it"
     streamed = [each for chunk in chunks for each in chunk.delta.tool_calls or ()]
     assert [each.index for each in streamed] == [0] and streamed[0].function is not None
     assert streamed[0].function.model_dump() == call.function.model_dump()
