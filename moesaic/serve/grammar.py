@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,6 +66,8 @@ _ESCAPE = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|u([0-9a-fA-F]{4})|.)", re.DOTALL
 _NAMED_CLASS = re.compile(
     r"\[:\^?(?:alnum|alpha|ascii|blank|cntrl|digit|graph|lower|print|punct|space|upper|word|xdigit):\]"
 )
+# What xgrammar 0.2.9 takes and UTF-8 has not: second bytes of a surrogate (ED), and of a character written too long.
+_NO_SECOND_BYTES = {0xED: range(0xA0, 0xC0), 0xE0: range(0x80, 0xA0), 0xF0: range(0x80, 0x90)}
 _MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _SCHEMAS = frozenset(
     {"items", "additionalItems", "prefixItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems",
@@ -100,6 +102,7 @@ class GrammarCompiler:
         self._cache_lock = threading.Lock()
         self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._tokens: list[bytes] = []
+        self._not_behind: dict[int, Mask] = {}  # by a token that ends within a character, what cannot go on with it
         self._vocabulary: Vocabulary | None = None
         self._trial: _Trial | None = None
 
@@ -145,7 +148,7 @@ class GrammarCompiler:
                     f"and follows within {self._timeout_seconds:g} s is required; mend or simplify it."
                 )
             inner = compile_grammar(self._vocabulary, grammar.kind, grammar.text)
-            compiled = CompiledGrammar(inner, self._vocab_size, self._stop_ids)
+            compiled = CompiledGrammar(inner, self._vocab_size, self._stop_ids, self._not_behind)
             with self._cache_lock:
                 self._cache[grammar] = compiled
                 while len(self._cache) > _CACHED:
@@ -156,6 +159,7 @@ class GrammarCompiler:
         if self._vocabulary is None:
             count = min(self._tokenizer.vocab_size, self._vocab_size)
             self._tokens = [self._tokenizer.token_bytes(token_id) for token_id in range(count)]
+            self._not_behind = _not_behind(self._tokens, self._vocab_size)
             self._vocabulary = Vocabulary(self._tokens, self._vocab_size, self._stop_ids)
         if self._trial is None or not self._trial.is_alive:
             self._trial = _Trial(self._tokens, self._vocab_size, self._stop_ids)
@@ -210,9 +214,15 @@ class GrammarCompiler:
 class CompiledGrammar:
     """A grammar that texts can be made to match, any number of them."""
 
-    def __init__(self, compiled: Any, vocab_size: int, stop_ids: Collection[int]) -> None:
-        """Hold what xgrammar compiled. stop_ids: what ends a text where nothing else is said."""
+    def __init__(
+        self, compiled: Any, vocab_size: int, stop_ids: Collection[int], not_behind: Mapping[int, Mask]
+    ) -> None:
+        """Hold what xgrammar compiled.
+
+        stop_ids: what ends a text where nothing else is said. not_behind: tokens that no text has behind a token.
+        """
         self._compiled, self._vocab_size, self._stop_ids = compiled, vocab_size, stop_ids
+        self._not_behind = not_behind
 
     def matcher(self, *, stop_ids: Collection[int] | None = None, budget: "Budget | None" = None) -> "Matcher":
         """Return the state of a new text.
@@ -229,7 +239,7 @@ class CompiledGrammar:
         stop_ids = sorted(token_id for token_id in own if token_id < self._vocab_size)
         with budget.spend():
             inner = xgrammar.GrammarMatcher(self._compiled, override_stop_tokens=stop_ids or None)
-        return Matcher(inner, self._vocab_size, stop_ids, budget)
+        return Matcher(inner, self._vocab_size, stop_ids, budget, self._not_behind)
 
 
 class Budget:
@@ -274,15 +284,18 @@ class Budget:
 class Matcher:
     """How far one text has come in its grammar."""
 
-    def __init__(self, inner: Any, vocab_size: int, stop_ids: list[int], budget: Budget) -> None:
+    def __init__(
+        self, inner: Any, vocab_size: int, stop_ids: list[int], budget: Budget, not_behind: Mapping[int, Mask]
+    ) -> None:
         """Begin a text; CompiledGrammar.matcher does."""
         import xgrammar
 
         self._inner, self._vocab_size, self._budget = inner, vocab_size, budget
+        self._not_behind = not_behind
         self._stop_ids = np.array(stop_ids, dtype=np.int64)
         self._bits = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._mask: Mask | None = None
-        self._num_tokens = 0
+        self._ids: list[int] = []
 
     @property
     def is_complete(self) -> bool:
@@ -307,6 +320,8 @@ class Matcher:
             bits = np.unpackbits(self._bits.numpy()[0].view(np.uint8), count=self._vocab_size, bitorder="little")
             if not self.is_complete:  # xgrammar 0.2.9 allows those that the text could go on with, and then ends it
                 bits[self._stop_ids] = 0
+            if (excluded := self._excluded) is not None:
+                bits[excluded] = 0
             self._mask = bits.view(np.bool_)
         return self._mask
 
@@ -321,21 +336,27 @@ class Matcher:
             return False
         if token_id in self._stop_ids and not self.is_complete:
             return False
+        if (excluded := self._excluded) is not None and excluded[token_id]:
+            return False
         with self._budget.spend():
             is_accepted = bool(self._inner.accept_token(token_id))
             if is_accepted:
                 self._mask = None
-                self._num_tokens += 1
+                self._ids.append(token_id)
                 self._budget.add_token()
         return is_accepted
 
     def rollback(self, count: int) -> None:
         """Take the last count accepted tokens back."""
-        assert 0 <= count <= self._num_tokens, (count, self._num_tokens)
+        assert 0 <= count <= len(self._ids), (count, len(self._ids))
         if count:
             self._inner.rollback(count)
             self._mask = None
-            self._num_tokens -= count
+            del self._ids[-count:]
+
+    @property
+    def _excluded(self) -> Mask | None:
+        return self._not_behind.get(self._ids[-1]) if self._ids else None
 
 
 class _Trial:
@@ -413,6 +434,14 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
                 pipe.close()
             except OSError:
                 continue  # what was still to be written to a process that is no more
+
+
+def _not_behind(tokens: list[bytes], vocab_size: int) -> dict[int, Mask]:
+    """Return, for each token that ends in a character's first byte, those that would make none of it, (V,) bool."""
+    masks = {first: np.zeros(vocab_size, dtype=np.bool_) for first in _NO_SECOND_BYTES}
+    for first, seconds in _NO_SECOND_BYTES.items():
+        masks[first][[token_id for token_id, token in enumerate(tokens) if token and token[0] in seconds]] = True
+    return {token_id: masks[token[-1]] for token_id, token in enumerate(tokens) if token and token[-1] in masks}
 
 
 def _plain(error: str) -> str:

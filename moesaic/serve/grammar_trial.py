@@ -8,6 +8,7 @@ program imports nothing of moesaic, and speaks JSON, a line each way.
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from functools import cached_property
@@ -17,6 +18,8 @@ _MEMORY_BYTES = 2 << 30
 _STACK_BYTES = 4 << 20  # less than other threads have, so what fits here fits there
 _WALKS, _WALK_TOKENS = 3, 48
 _CONTROL = frozenset(range(32)) - frozenset(b"\r\n")
+# What xgrammar 0.2.9 takes for a character and UTF-8 does not: a surrogate, or one written too long.
+_NO_CHARACTER = re.compile(rb"\xed[\xa0-\xbf]|\xe0[\x80-\x9f]|\xf0[\x80-\x8f]")
 # At most so much in a row between the parts of JSON: a weak model takes all that it may have, and with 32 line ends for
 # each part an answer did not come to its end.
 _WHITESPACE = 1
@@ -42,6 +45,7 @@ class Vocabulary:
     def _info(self, tokens: list[bytes]) -> Any:
         import xgrammar
 
+        tokens = [b"" if _NO_CHARACTER.search(token) else token for token in tokens]
         return xgrammar.TokenizerInfo(
             tokens, xgrammar.VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=self._stop_ids,
             add_prefix_space=False,

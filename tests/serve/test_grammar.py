@@ -244,6 +244,34 @@ def test_what_is_not_allowed_is_not_accepted_and_changes_nothing(
     assert np.flatnonzero(matcher.mask()).tolist() == [tokenizer.end_of_text_id]
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "before"),
+    [
+        ("json_object", "", '{"'),
+        ("json_schema", '{"type": "string", "maxLength": 1}', '"'),
+        ("json_schema", '{"type": "string", "pattern": "^[^a]$"}', '"'),
+        ("regex", "[^a]", ""),
+    ],
+)
+def test_no_token_goes_on_with_half_a_character_to_what_utf_8_has_not(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, kind: str, text: str, before: str
+) -> None:
+    ids = {tokenizer.token_bytes(token_id): token_id for token_id in range(tokenizer.vocab_size)}
+    grammar = compiler.compile(Grammar(kind=kind, text=text))
+    for first, seconds in ((0xED, range(0x80, 0xA0)), (0xE0, range(0xA0, 0xC0)), (0xF0, range(0x90, 0xC0))):
+        matcher = grammar.matcher()
+        assert all(map(matcher.accept, tokenizer.encode(before)))
+        for second in range(256):
+            assert matcher.accept(ids[bytes([first])])
+            assert matcher.accept(ids[bytes([second])]) == (second in seconds), (first, second)
+            matcher.rollback(2 if second in seconds else 1)
+        assert matcher.accept(ids[bytes([first])])
+        allowed = {tokenizer.token_bytes(int(each)) for each in np.flatnonzero(matcher.mask())}
+        assert {bytes([each]) for each in seconds} <= allowed and {each[0] for each in allowed} == set(seconds)
+        matcher.rollback(1)
+        assert matcher.mask()[tokenizer.encode("A")[0]]
+
+
 def test_other_tokens_may_end_it(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     (end,) = tokenizer.encode("\n")
     matcher = compiler.compile(Grammar(kind="regex", text="yes")).matcher(stop_ids=[end])
