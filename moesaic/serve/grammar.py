@@ -525,11 +525,10 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
     patterns = [schema["pattern"]] if "pattern" in schema else []
     patterns += schema["patternProperties"] if isinstance(schema.get("patternProperties"), dict) else []
     found += filter(None, (_read_otherwise(str(pattern), is_regex=True) for pattern in patterns))
-    if "pattern" in schema:
-        if schema.keys() & {"minLength", "maxLength", "format"}:
-            found.append("pattern together with a length or a format")
-        if _BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(schema["pattern"]))):
-            found.append("a pattern with a quotation mark or a backslash")
+    if "pattern" in schema and schema.keys() & {"minLength", "maxLength", "format"}:
+        found.append("pattern together with a length or a format")
+    if any(_BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(pattern))) for pattern in patterns):
+        found.append("a pattern with a quotation mark or a backslash")
     return found
 
 

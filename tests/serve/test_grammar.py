@@ -381,6 +381,7 @@ def nested(depth: int) -> str:
             '{"minProperties": 2, "patternProperties": {"^a$": {}}, "additionalProperties": false}',
             "above 1",
         ),
+        ("json_schema", r'{"type": "object", "patternProperties": {"a\"b": {}}}', "a quotation mark or a backslash"),
         ("json_schema", r'{"type": "string", "pattern": "a\\\\b"}', "a quotation mark or a backslash"),
         ("json_schema", r'{"type": "string", "pattern": "a\\x22b"}', "a quotation mark or a backslash"),
         ("json_schema", r'{"type": "string", "pattern": "\\[\"]"}', "a quotation mark or a backslash"),
