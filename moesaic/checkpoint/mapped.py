@@ -122,7 +122,7 @@ def open_mapped(path: Path, *, key: str) -> MappedFile:
             views = dict(_views(header, _map(file, size)[start:]))
             if views.keys() != digests.keys():
                 raise ValueError("its tensors are not those that its header counts")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be mapped ({error}); a whole file, made of these very weights, is required; delete it, so "
             f"that it is made again."

@@ -74,6 +74,8 @@ def save_checkpoint(
         for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / name)
         files = write_manifest(temporary, step, metadata)
+        for name in files:  # safetensors makes them for their owner alone, whatever the umask
+            (temporary / name).chmod((temporary / "manifest.json").stat().st_mode)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)

@@ -1,5 +1,7 @@
 """The progress of a long call on standard error."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,13 +21,37 @@ def ends_on_interrupt(kept: str) -> Iterator[None]:
 
 
 @contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Let what ends a process in silence clear up as Ctrl-C does: a batch system's SIGTERM, a lost terminal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) is signal.SIG_DFL]
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
 def shown_progress(*, kept: str) -> "Iterator[Callable[[str, float], None]]":
-    """Show the stage on standard error, where it does not mix with --json; kept: as ends_on_interrupt takes it."""
+    """Show the stage on standard error, where it does not mix with --json; kept: as ends_on_interrupt takes it.
+
+    SIGTERM and SIGHUP are taken as Ctrl-C is.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=open_console(stderr=True), transient=True)
-    with ends_on_interrupt(kept), bars:
+    with ends_on_interrupt(kept), _signals_as_interrupts(), bars:
         task = bars.add_task("reading", total=None)
 
         def show(stage: str, share: float) -> None:

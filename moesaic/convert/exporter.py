@@ -133,7 +133,7 @@ def export_run(
             or (piece.ours in choice.rewriting.scales and layout[name].dtype is not torch.float32)
         }
         certificate = certify(
-            Path(str(run)) if "@" in str(run) else folder,
+            Path(f"{folder}@{info.step}"),  # the one that was written, while a run in training has others
             target / _GGUF_NAME if format == "gguf" else target,
             family=choice.family, account=account, change=Change(cast, choice.rewriting.scales),
             tokenizer=tokenizer if format == "gguf" else None,  # a folder has its files as they are

@@ -142,12 +142,11 @@ def quantize_run(
         )
     field = text_field or TEXT_FIELD
     tokenizer = Tokenizer.load(source_folder)
+    num_tokens = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
     batches = (
         []
         if calibrate is None
-        else calibration_batches(
-            calibrate, tokenizer, config, num_tokens=calibration_tokens or CALIBRATION_TOKENS, text_field=field
-        )
+        else calibration_batches(calibrate, tokenizer, config, num_tokens=num_tokens, text_field=field)
     )
     if calibrate is None and calibration_tokens is not None:
         raise ConfigError(
@@ -156,7 +155,7 @@ def quantize_run(
         )
 
     on_progress("measuring the run as it is", 0.0)
-    loaded = load_run(run, device="cpu")
+    loaded = load_run(f"{source_folder}@{info.step}", device="cpu")  # a run in training may have a better one by now
     windows = text_windows(loaded, text, limit_tokens=limit_tokens, text_field=field)
     reference = record_reference(loaded.model, windows, device=loaded.device)
     del loaded  # from here on one layer at a time

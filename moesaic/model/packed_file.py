@@ -125,7 +125,10 @@ def _filled(shell: Transformer, tensors: dict[str, Tensor]) -> Transformer:
 
 def _open(place: Path, key: str, wanted: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """Return a file's tensors, None where there is no file or not the one that is wanted."""
-    if not place.exists():
+    try:
+        if not place.exists():
+            return None
+    except OSError:  # in a folder of another user; that nothing can be kept there is said where it is to be written
         return None
     try:
         tensors = open_mapped(place, key=key).tensors

@@ -103,6 +103,17 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert load_tensors(info, "optimizer") == {}
 
 
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        saved = save_checkpoint(tmp_path, 7, model={"a": torch.ones(2)}, optimizer={}, metadata={})
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in saved.path.iterdir()} == dict.fromkeys(
+        ("model.safetensors", "optimizer.safetensors", "manifest.json"), 0o640
+    )
+
+
 def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
     assert save(tmp_path / "a", 1).files == save(tmp_path / "b", 1).files
     assert save(tmp_path / "a", 1).files != save(tmp_path / "b", 2).files

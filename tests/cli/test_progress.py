@@ -1,10 +1,12 @@
 import io
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from moesaic.cli.progress import shown_progress
 from moesaic.logs import log_to_stderr, logger
@@ -20,6 +22,21 @@ def test_a_log_line_goes_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         show("reading", 0.5)
         logger.info("Calibrating on data/mine")
     assert re.search(r"(\n|\x1b\[2K)(\x1b\[\d*m)*Calibrating on data/mine\n", terminal.getvalue())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_a_batch_system_sends_is_taken_as_ctrl_c(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(typer.Exit) as ended, shown_progress(kept="nothing was written"):
+            signal.raise_signal(number)
+            raise AssertionError("no interrupt")
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err.endswith("Stopped; nothing was written.\n")
 
 
 @pytest.mark.parametrize(

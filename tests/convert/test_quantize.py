@@ -257,6 +257,25 @@ def test_a_run_without_data_has_no_text_of_its_own(
         quantize(run, tmp_path / "out")
 
 
+def test_the_checkpoint_that_is_quantised_is_the_one_that_is_measured(
+    make_run: Any, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, measured = make_run("moe"), []
+
+    def load(path: Any, **options: Any) -> Any:
+        measured.append(str(path))
+        return load_run(path, **options)
+
+    monkeypatch.setattr("moesaic.convert.quantize.load_run", load)
+    quantize_run(run, tmp_path / "out", limit_tokens=100, force=True)
+    assert measured[0] == f"{run}@{resolve_checkpoint(run).step}"
+
+
+def test_no_calibration_tokens_are_not_the_usual_number_of_them(make_run: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"calibration_tokens \(0\) is less than a sequence"):
+        quantize_run(make_run("moe"), tmp_path / "out", experts="int4", group_size=32, calibration_tokens=0)
+
+
 def test_which_text_calibrates(make_run: Any, tiny_data: Path) -> None:
     run = make_run("moe")
     assert resolve_calibration(None, load_run_config(run), is_int4=True) == str(tiny_data)

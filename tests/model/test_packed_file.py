@@ -122,6 +122,18 @@ def test_other_weights_and_another_config_have_another_key(run: Path) -> None:
     assert packed_file.PackedFile.of(info, config, precision="bf16").key != one.key
 
 
+def test_a_cache_that_may_not_be_searched_is_no_error(run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exists = Path.exists
+
+    def refused(path: Path, **options: Any) -> bool:
+        if path.is_relative_to(cache) and path != cache:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    assert not is_mapped(load_run(run, precision="int8"))
+
+
 def test_where_the_run_cannot_be_written_it_is_in_the_cache(
     run: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
