@@ -153,7 +153,7 @@ def measure_domains(
         layers.append(
             LayerDomains(layer, own, information_bits(own), float(np.mean(chance)), float(np.quantile(chance, 0.95)))
         )
-    lengths = np.array([len(document.ids) for document in documents])
+    lengths = np.array([min(len(document.ids), model.config.max_positions) for document in documents])
     return DomainUsage(
         domains=domains,
         num_documents=tuple(int(count) for count in np.bincount(labels, minlength=len(domains))),

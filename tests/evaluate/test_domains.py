@@ -68,6 +68,7 @@ def test_routes_are_those_of_each_document_alone() -> None:
     for layer, routes in zip(usage.layers, expected, strict=True):
         assert np.array_equal(layer.routes, routes)
         assert np.allclose(layer.shares.sum(1), 1.0)
+        assert tuple(layer.routes.sum(1)) == tuple(2 * tokens for tokens in usage.num_tokens)  # top-2
     again = measure_domains(model, documents)
     assert [layer.chance_bits for layer in again.layers] == [layer.chance_bits for layer in usage.layers]
 

@@ -459,7 +459,9 @@ class EventStream(Response):
             finally:
                 leaving.cancel()
                 if not sending.done():
-                    log_fields(scope).values["client_left"] = True
+                    fields = log_fields(scope).values
+                    if "error" not in fields:  # else the server ended it, and stops before the end is sent
+                        fields["client_left"] = True
                     sending.cancel()
                 await asyncio.gather(sending, leaving, return_exceptions=True)
             if not sending.cancelled() and (error := sending.exception()) is not None:

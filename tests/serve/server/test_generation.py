@@ -58,6 +58,37 @@ def test_a_stream_that_is_not_read_holds_nothing_beyond_its_end(
     asyncio.run(main())
 
 
+def test_a_stream_that_the_server_ended_is_no_client_that_left() -> None:
+    """As when the server stops at once: connections are closed while the error is on its way."""
+
+    async def events() -> Any:
+        yield b"data: 1\n\n"
+        raise ApiError(503, "it stops; ask again.", code="aborted")
+
+    async def main() -> None:
+        is_closed, num_sent = asyncio.Event(), 0
+
+        async def receive() -> Any:
+            await is_closed.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            nonlocal num_sent
+            num_sent += 1
+            if num_sent == 3:  # the error
+                is_closed.set()
+                await asyncio.Event().wait()
+
+        scope: dict[str, Any] = {"type": "http"}
+        begin_log(scope, "name")
+        stream = EventStream(events(), AsyncExitStack(), deadline=asyncio.get_running_loop().time() + 60)
+        await asyncio.wait_for(stream(scope, receive, send), 20)
+        fields = log_fields(scope).values
+        assert (fields["error"], fields["error_status"]) == ("aborted", 503) and "client_left" not in fields
+
+    asyncio.run(main())
+
+
 def test_a_template_that_makes_no_unicode_is_refused(
     real_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
