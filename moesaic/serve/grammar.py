@@ -62,6 +62,8 @@ _NEED_A_TYPE = (
 # One that is not closed is refused by xgrammar; here it goes to the end, or looking for it would take for ever.
 _ESCAPE_OR_CLASS = re.compile(r"(\\.)|\[(?:\\.|[^\]\\])*\]?", re.DOTALL)
 _BREAKS_A_STRING = re.compile(r'"|\\\\|\\x(?:22|5c)|\\u\{?0*(?:22|5c)\}?', re.IGNORECASE)
+# A character beyond ASCII, escaped or not; what else is escaped is found too, so that its second half is not.
+_BEYOND_ASCII = re.compile(r"\\?([^\x00-\x7f])|\\.", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|u([0-9a-fA-F]{4})|.)", re.DOTALL)
 _NAMED_CLASS = re.compile(
     r"\[:\^?(?:alnum|alpha|ascii|blank|cntrl|digit|graph|lower|print|punct|space|upper|word|xdigit):\]"
@@ -137,7 +139,8 @@ class GrammarCompiler:
         with self._trying:
             if (kept := self.find(grammar)) is not None:  # somebody else's was under way
                 return kept
-            error = self._begin().try_out(grammar, self._timeout_seconds)
+            ours = _with_escaped_patterns(grammar)
+            error = self._begin().try_out(ours, self._timeout_seconds)
             assert self._vocabulary is not None
             if error is not None:
                 if not self._trial or not self._trial.is_alive:
@@ -147,7 +150,7 @@ class GrammarCompiler:
                     f"the {_name(grammar)} {_shown(grammar.text)} cannot be used: {error}; one that xgrammar compiles "
                     f"and follows within {self._timeout_seconds:g} s is required; mend or simplify it."
                 )
-            inner = compile_grammar(self._vocabulary, grammar.kind, grammar.text)
+            inner = compile_grammar(self._vocabulary, ours.kind, ours.text)
             compiled = CompiledGrammar(inner, self._vocab_size, self._stop_ids, self._not_behind)
             with self._cache_lock:
                 self._cache[grammar] = compiled
@@ -565,6 +568,37 @@ def _read_otherwise(text: str, *, is_regex: bool) -> str | None:
             return f"{escape[0]}, no character"
     named = _NAMED_CLASS.search(text) if is_regex else None
     return None if named is None else f"{named[0]}, a class by its name"
+
+
+def _with_escaped_patterns(grammar: Grammar) -> Grammar:
+    """Return a grammar that means the same, with no character beyond ASCII in the patterns of its schemas.
+
+    xgrammar 0.2.9 lets a pattern that holds one match quotation marks, backslashes and line ends in a JSON string.
+    """
+    if grammar.kind not in ("json_schema", "tool_calls"):
+        return grammar
+    values = json.loads(grammar.text)
+    is_changed = False
+    for outermost in (values,) if grammar.kind == "json_schema" else values["functions"].values():
+        for _, schema in _subschemas(outermost, ""):
+            if isinstance(pattern := schema.get("pattern"), str) and (escaped := _escaped(pattern)) != pattern:
+                schema["pattern"], is_changed = escaped, True
+            if isinstance(patterns := schema.get("patternProperties"), dict):
+                renamed = {_escaped(pattern): each for pattern, each in patterns.items()}
+                if renamed.keys() != patterns.keys():
+                    schema["patternProperties"], is_changed = renamed, True
+    return grammar.replace(text=json.dumps(values)) if is_changed else grammar
+
+
+def _escaped(pattern: str) -> str:
+    """Return a pattern with its characters beyond ASCII as escapes."""
+
+    def escape(found: re.Match[str]) -> str:
+        character = found[1]
+        is_half = character is not None and 0xD800 <= ord(character) < 0xE000
+        return found[0] if character is None or is_half else f"\\u{{{ord(character):x}}}"
+
+    return _BEYOND_ASCII.sub(escape, pattern)
 
 
 def _types(value: Any) -> set[str]:
