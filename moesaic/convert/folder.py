@@ -44,8 +44,9 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
                 _clear(temporary)  # of a process that was killed
                 yield temporary
                 temporary.rename(output)
-            finally:
+            except BaseException:  # not after the renaming: the name may be another process's by then
                 shutil.rmtree(temporary, ignore_errors=True)
+                raise
     except OSError as error:
         raise ConversionError(
             f"{output} could not be written: {error}; a folder with room for what is converted is required; free some "
