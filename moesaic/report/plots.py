@@ -76,8 +76,7 @@ def loss_figure(metrics: Metrics) -> Figure:
 
     axes.plot(tokens, losses, color=BLUE, alpha=0.25, linewidth=0.8, marker=_marker(records))
     axes.plot(tokens, smooth, color=BLUE, linewidth=1.8, label=f"training, smoothed (now {smooth[-1]:.3f})")
-    if evaluations:
-        best = min(evaluations, key=lambda record: (record.loss, -record.step))
+    if (best := metrics.best_evaluation) is not None:
         axes.plot(
             [record.tokens for record in evaluations],
             [record.loss for record in evaluations],

@@ -187,6 +187,12 @@ class Metrics:
     evaluation: tuple[EvaluationRecord, ...] = ()
     events: tuple[EventRecord, ...] = ()
 
+    @property
+    def best_evaluation(self) -> EvaluationRecord | None:
+        """The one with the lowest finite loss, the later of equals, as of checkpoints; None where there is none."""
+        finite = [record for record in self.evaluation if math.isfinite(record.loss)]
+        return min(finite, key=lambda record: (record.loss, -record.step), default=None)
+
 
 def to_line(record: Record) -> str:
     """Return the record as one line of metrics.jsonl, newline included."""

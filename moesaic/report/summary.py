@@ -58,8 +58,7 @@ def summarize(metrics: Metrics) -> RunSummary | None:
     if not metrics.train:
         return None
     last, recent = metrics.train[-1], metrics.train[-RECENT:]
-    evaluations = [record for record in metrics.evaluation if math.isfinite(record.loss)]
-    best = min(evaluations, key=lambda record: (record.loss, -record.step), default=None)
+    best = metrics.best_evaluation
     shares = [record.share_of_peak for record in recent if record.share_of_peak is not None]
     experts = [record.moe for record in recent if record.moe is not None]
     return RunSummary(
