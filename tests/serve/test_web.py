@@ -823,7 +823,7 @@ def test_another_model_after_a_restart_is_noticed(server: FakeServer, open_page:
     assert server.bodies[-1][1]["model"] == "other"
 
 
-def test_tokens_of_a_model_that_was_served_before_show_what_the_new_one_has(
+def test_tokens_of_a_model_that_was_served_before_are_not_on_the_new_ones_map(
     server: FakeServer, open_page: Any, expect: Any
 ) -> None:
     page = open_page()
@@ -832,15 +832,17 @@ def test_tokens_of_a_model_that_was_served_before_show_what_the_new_one_has(
     page.get_by_text("This token", exact=True).first.click()
     page.locator(".token").nth(4).hover()
     expect(page.locator("#token-name")).to_have_text("␣Union")
-    old = server.layers_of(4)
+    routes = routes_of(server, 4)
     server.model, server.num_experts = "other", (4, 4)
     expect(page.locator("#model")).to_have_text("other")
     expect(page.locator("#token-name")).not_to_have_text("␣Union")
     page.locator(".token").nth(3).hover()
     page.locator(".token").nth(4).hover()
     expect(page.locator("#token-name")).to_have_text("␣Union")
-    expected = {(row, expert) for row in range(2) for expert in old[row]["expert_ids"] if expert < 4}
-    assert cells_unlike_the_first_color(page, server.num_experts) == expected
+    expect(page.get_by_text("“␣Union” is another model's")).to_be_visible()
+    assert routes_shown(page) == routes
+    assert cells_unlike_the_first_color(page, server.num_experts) == set()
+    assert ringed_cells(page, server.num_experts) == set()
 
 
 def test_a_conversation_that_grew_too_long_says_how_to_go_on(server: FakeServer, open_page: Any, expect: Any) -> None:

@@ -101,8 +101,18 @@ export class ExpertsPanel {
     return [...this.#switch].find((radio) => radio.checked).value === "token";
   }
 
+  /** What the token chose in a layer of the map; null also where another model made it, before a restart. */
   #routesOf(layer) {
-    return this.#detail?.layers.find((routes) => routes.layer === layer) ?? null;
+    return (this.#isOfThisModel && this.#detail.layers.find((routes) => routes.layer === layer)) || null;
+  }
+
+  get #isOfThisModel() {
+    const counts = new Map(this.#layers.map((layer) => [layer.layer, layer.num_experts]));
+    const layers = this.#detail?.layers ?? [];
+    return (
+      layers.length === counts.size &&
+      layers.every((routes) => routes.expert_ids.every((expert) => expert < (counts.get(routes.layer) ?? 0)))
+    );
   }
 
   #refresh() {
@@ -118,7 +128,10 @@ export class ExpertsPanel {
   /** What the line above the map says while no cell is pointed at. */
   #summary() {
     if (!this.#layers.length) return "Waiting for the server…";
-    if (this.#detail && !this.#isFollowing) return `“${visible(this.#detail.token)}”: its experts in every layer`;
+    if (this.#detail && !this.#isFollowing) {
+      const name = `“${visible(this.#detail.token)}”`;
+      return this.#isOfThisModel ? `${name}: its experts in every layer` : `${name} is another model's`;
+    }
     const experts = listed(distinct(this.#layers.map((layer) => layer.num_experts)));
     const chosen = listed(distinct(this.#layers.map((layer) => layer.top_k)));
     const count = this.#layers.length;
@@ -143,7 +156,6 @@ export class ExpertsPanel {
     const routes = this.#routesOf(layer.layer);
     const most = this.#greatestWeight();
     for (const [place, expert] of (routes?.expert_ids ?? []).entries()) {
-      if (expert >= layer.num_experts) continue; // of the model that was served before
       values[expert] = LEAST_WEIGHT_COLOR + (1 - LEAST_WEIGHT_COLOR) * (routes.weights[place] / most);
     }
     return { label: String(layer.layer), values, hot: NONE, dead: NONE, measure: null };
@@ -157,9 +169,7 @@ export class ExpertsPanel {
   #chosenCells() {
     if (this.#isFollowing) return [];
     return this.#layers.flatMap((layer, row) =>
-      (this.#routesOf(layer.layer)?.expert_ids ?? [])
-        .filter((expert) => expert < layer.num_experts)
-        .map((expert) => ({ row, expert })),
+      (this.#routesOf(layer.layer)?.expert_ids ?? []).map((expert) => ({ row, expert })),
     );
   }
 
