@@ -19,8 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.config.load import write_config
+from moesaic.checkpoint.store import resolve_checkpoint
+from moesaic.config.load import load_train_config, write_config
 from moesaic.config.train import TrainConfig
+from moesaic.errors import ConfigError
+from moesaic.quickstart.life import quickstart, quickstart_config
+from moesaic.report.records import read_metrics
 from moesaic.report.serving import RequestResult, ServingResult, write_serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +36,7 @@ _NOT_EXECUTED = re.compile(r"<!-- not executed: *(\S[^>]*?) *-->\s*\Z")
 # What sets up the environment that the tests already run in.
 _SETUP = ("git", "cd", "source", ".", "deactivate")
 _COMMAND_SECONDS = 240
+QUICKSTART = "moesaic quickstart --short"
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def translate(command: str) -> list[Step]:
     if name == "make":
         step = Step(command, f"make -n {shlex.join(words[1:])}", in_repository=True)
         # What follows in the README looks at the run that this makes.
-        return [step, Step(command, "moesaic quickstart --short")] if "quickstart" in words else [step]
+        return [step, Step(command, QUICKSTART)] if "quickstart" in words else [step]
     if name in ("pip", "pip3") or words[1:3] == ["-m", "pip"]:
         check_extras(words)
         return [Step(command, "")]
@@ -102,16 +107,17 @@ def check_extras(words: list[str]) -> None:
             assert named <= known, f"{word} names extras that are not in pyproject.toml: {sorted(named - known)}"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder that looks like a clone, with a home of its own and this interpreter's commands first on the PATH."""
-    clone = tmp_path / "moesaic"
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a clone, with a home of its own and this interpreter's commands beside it."""
+    parent = tmp_path_factory.mktemp("readme")
+    clone = parent / "moesaic"
     clone.mkdir()
     for entry in ROOT.iterdir():
         if not entry.name.startswith(".") and entry.name not in ("runs", "build", "dist"):
             (clone / entry.name).symlink_to(entry)
-    (tmp_path / "home").mkdir()
-    commands = tmp_path / "bin"
+    (parent / "home").mkdir()
+    commands = parent / "bin"
     commands.mkdir()
     for name, module in (("moesaic", "-m moesaic"), ("python", ""), ("python3", "")):
         script = commands / name
@@ -120,45 +126,96 @@ def folder(tmp_path: Path) -> Path:
     return clone
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_every_command_of_the_readme_works(folder: Path) -> None:
+def execute(step: Step, clone: Path) -> str:
+    """Return what a step says, with this interpreter's commands first on the PATH."""
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(clone.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "HOME": str(clone.parent / "home"),
+        # The kernels of this machine are compiled once for all tests.
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
+        "COLUMNS": "300",
+        # Two threads that wait for each other are many times slower than one when something else runs beside the tests.
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", step.executed],
+        cwd=ROOT if step.in_repository else clone,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=_COMMAND_SECONDS,
+        check=False,
+    )
+    assert result.returncode == 0, (
+        f"README.md says `{step.command}`; `{step.executed}` ended with status {result.returncode} and said\n"
+        f"{result.stdout[-4000:]}"
+    )
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def shown(clone: Path) -> dict[str, str]:
+    """What every command of the README says, by what was executed for it; each has ended well."""
     steps = [
         step
         for block in bash_blocks(README.read_text(encoding="utf-8"))
         for command in commands_of(block)
         for step in translate(command)
     ]
-    assert any(step.executed.startswith("moesaic ") for step in steps), "the README shows no command of moesaic's"
-    path = os.pathsep.join([str(folder.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {
-        **os.environ,
-        "PATH": path,
-        "HOME": str(folder.parent / "home"),
-        # The kernels of this machine are compiled once for all tests.
-        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
-        "COLUMNS": "120",
-        # Two threads that wait for each other are many times slower than one when something else runs beside the tests.
-        "OMP_NUM_THREADS": "1",
-    }
-    for step in steps:
-        if not step.executed:
-            continue
-        result = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", step.executed],
-            cwd=ROOT if step.in_repository else folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=_COMMAND_SECONDS,
-            check=False,
-        )
-        assert result.returncode == 0, (
-            f"README.md says `{step.command}`; `{step.executed}` ended with status {result.returncode} and said\n"
-            f"{result.stdout[-4000:]}"
-        )
+    return {step.executed: execute(step, clone) for step in steps if step.executed}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_command_of_the_readme_works(shown: dict[str, str]) -> None:
+    assert any(executed.startswith("moesaic ") for executed in shown), "the README shows no command of moesaic's"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_quickstart_makes_what_it_names_and_once_more_goes_on(
+    shown: dict[str, str], clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone)
+    first = shown[QUICKSTART]
+    run, student = Path("runs/quickstart"), Path("runs/quickstart-student")
+    config = load_train_config(run / "config.yaml")
+    assert config == quickstart_config("runs/quickstart-data", short=True)
+    for folder in (run, student):
+        for name in ("config.yaml", "run.json", "metrics.jsonl", "tokenizer.json"):
+            assert (folder / name).is_file()
+        plots = {path.name for path in (folder / "plots").glob("*.png")}
+        assert {"loss.png", "learning_rate.png", "expert_load.png", "expert_balance.png"} <= plots
+        metrics = read_metrics(folder)
+        assert metrics.train[-1].step == config.total_steps
+        assert metrics.train[-1].loss < metrics.train[0].loss - 0.5
+        loss = resolve_checkpoint(folder).validation_loss
+        assert loss is not None and f"validation loss {loss:.3f}" in first
+    taught = load_train_config(student / "config.yaml")
+    assert taught.distill is not None and taught.distill.schedule == "staged"
+    assert (config.model.num_layers, taught.model.num_layers) == (8, 7)
+    for expected in ("1/5", "5/5", "The teacher writes", "The student writes", "The state of the Union is",
+                     str(run / "plots"), str(run / "report.html"), f"moesaic inspect {run}"):  # fmt: skip
+        assert expected in first
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count('<img src="data:image/png;base64,') == 7
+    assert page.count("The state of the Union is") == 2
+
+    kept = [*run.glob("checkpoints/*/*"), *student.glob("checkpoints/*/*")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    metrics = read_metrics(student)
+    again = execute(Step(QUICKSTART, QUICKSTART), clone)
+    assert again.count("going on with it") == 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert read_metrics(student).train == metrics.train
+    assert (run / "report.html").read_text(encoding="utf-8") == page
+
+    # Without --short it is another run, which must not be mixed with this one.
+    with pytest.raises(ConfigError, match=r"holds another run, .*--short; .*; name another folder"):
+        quickstart(run)
 
 
 EXAMPLE = """Text.

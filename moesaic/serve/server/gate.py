@@ -95,8 +95,11 @@ class Journal:
     def _write(self, scope: Scope, status: int, fields: LogFields) -> None:
         seconds = time.perf_counter() - fields.arrival
         path = scope["path"]
-        # Only known paths become labels: a scan of random ones must not fill the registry.
-        known = path if path in self._known_paths else "other"
+        # Only known paths become labels: a scan of random ones must not fill the registry. What was refused before it
+        # came to its route has its own path alone.
+        known = getattr(scope.get("route"), "path", path)
+        if known not in self._known_paths:
+            known = "other"
         if "client_left" in fields.values or not status:
             status = 499  # as it left, or before its request was whole
         self._metrics.request_ended(known, fields.values.get("error_status", status), seconds)

@@ -492,10 +492,12 @@ def test_experts_and_stats_and_metrics_count_what_was_done(real: Live) -> None:
         assert layer["dead"] == [n for n, count in enumerate(layer["tokens_per_expert"]) if count == 0]
         mean = sum(layer["recent_tokens_per_expert"]) / layer["num_experts"]
         assert layer["hot"] == [n for n, count in enumerate(layer["recent_tokens_per_expert"]) if count > 2 * mean]
+    get("/v1/models/tiny")
     text = get("/metrics")
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values["moesaic_generated_tokens_total"]) == after["num_generated_tokens"]
     assert float(values['moesaic_requests_total{path="/v1/completions",status="200"}']) >= 1
+    assert float(values['moesaic_requests_total{path="/v1/models/{model:path}",status="200"}']) >= 1
     assert 1 <= float(values['moesaic_expert_imbalance{layer="2"}']) <= 8
     for name in ("time_to_first_token", "time_per_output_token", "request", "queue"):
         assert float(values[f"moesaic_{name}_seconds_count"]) >= 1
