@@ -66,11 +66,16 @@ class ScheduleConfig(Config):
         return self
 
 
+# By default, tokens trained on for each that is validated on: a forward pass is a third of a step, so that validation
+# takes less than a tenth of a run however short that is.
+_TRAINED_PER_VALIDATED = 4
+
+
 class EvaluationConfig(Config):
     """The validation loss during training: dropless, no noise, the same sequences every time."""
 
     every_tokens: int | None = Field(
-        default=None, ge=1, description="null: ten times during the run; before every checkpoint in any case"
+        default=None, ge=1, description="null: as the checkpoint's; before every checkpoint in any case"
     )
     sequences: int = Field(default=64, ge=1, description="validation sequences a time, at most what there is")
 
@@ -78,7 +83,12 @@ class EvaluationConfig(Config):
 class CheckpointConfig(Config):
     """When checkpoints are written and which are kept (the last ones, and always the best)."""
 
-    every_tokens: int | None = Field(default=None, ge=1, description="null: ten times during the run")
+    every_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="null: ten times during the run, in a short one less often: a validation reads a quarter of the tokens "
+        "between two at most",
+    )
     keep_last: int = Field(default=2, ge=1)
 
 
@@ -203,5 +213,7 @@ class TrainConfig(Config):
 
     def _steps(self, every_tokens: int | None) -> int:
         if every_tokens is None:
-            return max(1, self.total_steps // 10)
+            validated = self.evaluation.sequences * self.data.sequence_length
+            rarest = -(-_TRAINED_PER_VALIDATED * validated // self.tokens_per_step)
+            return min(self.total_steps, max(1, self.total_steps // 10, rarest))
         return max(1, round(every_tokens / self.tokens_per_step))

@@ -26,9 +26,14 @@ def test_tokens_round_up_to_whole_steps() -> None:
 
 
 def test_intervals_are_at_least_one_step() -> None:
-    config = TrainConfig(**BASE, batch_size=4)
+    config = TrainConfig(**BASE, batch_size=4, evaluation={"sequences": 16})
     assert config.total_steps == 196
     assert config.evaluation_every_steps == config.checkpoint_every_steps == 19
+    # 64 sequences of 128 are 16 steps' tokens: not before 64 steps, and no later than the end.
+    rare = TrainConfig(**BASE, batch_size=4)
+    assert rare.evaluation_every_steps == rare.checkpoint_every_steps == 64
+    once = TrainConfig(**{**BASE, "tokens": 30_000}, batch_size=4)
+    assert once.evaluation_every_steps == once.checkpoint_every_steps == once.total_steps == 59
     short = TrainConfig(**{**BASE, "tokens": 512}, batch_size=4, evaluation={"every_tokens": 1})
     assert short.evaluation_every_steps == short.checkpoint_every_steps == 1
     assert TrainConfig(**BASE, batch_size=4, checkpoint={"every_tokens": 5_120}).checkpoint_every_steps == 10
