@@ -86,8 +86,8 @@ class CheckpointConfig(Config):
     every_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="null: ten times during the run, in a short one less often: a validation reads a quarter of the tokens "
-        "between two at most",
+        description="null: ten times during the run, in a short one less often: a validation reads at most a quarter "
+        "of the tokens between two",
     )
     keep_last: int = Field(default=2, ge=1)
 
