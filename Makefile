@@ -27,7 +27,7 @@ quickstart: $(VENV)/quickstart.stamp
 	$(BIN)/moesaic quickstart $(QUICKSTART_FLAGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

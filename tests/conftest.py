@@ -14,6 +14,7 @@ from moesaic.kernels.threads import spin_briefly
 
 if TYPE_CHECKING:
     from moesaic.data.tokenizer import Tokenizer
+    from moesaic.kernels.limits import Limits
 
 # Before any test loads torch: the suite has to pass beside other work on the machine.
 spin_briefly()
@@ -67,6 +68,12 @@ def pytest_configure(config: pytest.Config) -> None:
         build._try_elsewhere = lambda path: None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker begins one when the others are at their end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_malloc() -> Iterator[None]:
     """Commands that run inside the tests' process leave its malloc alone: what they set could not be taken back."""
@@ -84,6 +91,51 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def limits() -> "Limits":
+    """What a machine could do, of which nothing was measured."""
+    from moesaic.kernels.limits import Limits
+
+    return Limits(
+        device="cpu",
+        name="test",
+        threads=1,
+        torch_version="0",
+        kernels="reference",
+        buffer_bytes=1,
+        bandwidth_bytes_per_second=1e10,
+        bf16_flops_per_second=2e11,
+        fp32_flops_per_second=1e11,
+        int8_operations_per_second=None,
+        torch_bandwidth_bytes_per_second=1e10,
+        torch_bf16_flops_per_second=2e11,
+        torch_fp32_flops_per_second=1e11,
+        torch_int8_operations_per_second=None,
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def training_without_what_takes_seconds(limits: "Limits") -> Iterator[None]:
+    """Training in this process neither measures the machine nor draws, which has tests of its own (`drawing`)."""
+
+    def no_plots(run_folder: Path) -> list[Path]:
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moesaic.train.loop.measure_limits", lambda **_: limits)
+        patch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
+        patch.setattr("moesaic.train.loop.write_plots", no_plots)
+        yield
+
+
+@pytest.fixture
+def drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training draws its plots, as it does for users."""
+    from moesaic.report.plots import write_plots
+
+    monkeypatch.setattr("moesaic.train.loop.write_plots", write_plots)
 
 
 @pytest.fixture(scope="session")

@@ -347,8 +347,6 @@ def test_the_python_blocks_of_a_document_run_in_their_order(
         assert f'"{Path(document).name}"' in test and "exec(" in test, f"{EXECUTED_BY[document]} executes no block"
         return
     monkeypatch.chdir(tmp_path)
-    # It could not be taken back in this process.
-    monkeypatch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
     lay_out(document, make_config)
     names: dict[str, object] = {}
     for block in python_blocks((ROOT / document).read_text(encoding="utf-8")):

@@ -1,5 +1,6 @@
 """The benchmark runs the layer that it says, counts what the layer must move and do, and refuses what cannot be."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,42 +17,28 @@ SMALL = {"tokens": 24, "num_experts": 4, "top_k": 2, "hidden_size": 64, "interme
 
 
 @pytest.fixture
-def limits() -> Limits:
-    return Limits(
-        device="cpu",
-        name="test",
-        threads=1,
-        torch_version="0",
-        kernels="reference",
-        buffer_bytes=1,
-        bandwidth_bytes_per_second=1e10,
-        bf16_flops_per_second=2e11,
-        fp32_flops_per_second=1e11,
-        int8_operations_per_second=4e11,
-        torch_bandwidth_bytes_per_second=1e10,
-        torch_bf16_flops_per_second=2e11,
-        torch_fp32_flops_per_second=1e11,
-        torch_int8_operations_per_second=4e11,
-    )
+def bytes_too(limits: Limits) -> Limits:
+    """Limits of a machine with products of bytes."""
+    return replace(limits, int8_operations_per_second=4e11, torch_int8_operations_per_second=4e11)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "auto"])
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_inference_is_timed_in_every_format(kernels: str, dtype: str, has_residual: bool, limits: Limits) -> None:
+def test_inference_is_timed_in_every_format(kernels: str, dtype: str, has_residual: bool, bytes_too: Limits) -> None:
     case = MoELayerCase(**SMALL, dtype=dtype, has_residual=has_residual)  # type: ignore[arg-type]
     with select.forced(kernels):
-        result = bench_moe_layer(case, seconds=0.0, limits=limits)
-    check(result, limits)
+        result = bench_moe_layer(case, seconds=0.0, limits=bytes_too)
+    check(result, bytes_too)
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_training_is_timed(has_residual: bool, limits: Limits) -> None:
+def test_training_is_timed(has_residual: bool, bytes_too: Limits) -> None:
     check(
         bench_moe_layer(
-            MoELayerCase(**SMALL, has_backward=True, has_residual=has_residual), seconds=0.0, limits=limits
+            MoELayerCase(**SMALL, has_backward=True, has_residual=has_residual), seconds=0.0, limits=bytes_too
         ),
-        limits,
+        bytes_too,
     )
 
 
@@ -132,17 +119,19 @@ def test_quantised_weights_are_counted_with_their_scales() -> None:
         ({"top_k": 5}, r"top_k \(5\) is more than num_experts \(4\)"),
     ],
 )
-def test_what_cannot_be_run_is_refused(changes: dict[str, object], message: str, limits: Limits) -> None:
+def test_what_cannot_be_run_is_refused(changes: dict[str, object], message: str, bytes_too: Limits) -> None:
     with pytest.raises(ConfigError, match=message):
-        bench_moe_layer(MoELayerCase(**{**SMALL, **changes}), seconds=0.0, limits=limits)  # type: ignore[arg-type]
+        bench_moe_layer(MoELayerCase(**{**SMALL, **changes}), seconds=0.0, limits=bytes_too)  # type: ignore[arg-type]
 
 
-def test_limits_are_measured_anew_unless_given(limits: Limits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_limits_are_measured_anew_unless_given(
+    bytes_too: Limits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked: list[dict[str, object]] = []
 
     def measure(**options: object) -> Limits:
         asked.append(options)
-        return limits
+        return bytes_too
 
     monkeypatch.setattr(moe_layer, "measure_limits", measure)
     assert bench_moe_layer(MoELayerCase(**SMALL), seconds=0.0).bandwidth_bytes_per_second == 1e10

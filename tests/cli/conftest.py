@@ -9,7 +9,6 @@ import pytest
 
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
-from moesaic.kernels.limits import Limits
 from moesaic.logs import StderrHandler, logger
 
 
@@ -25,36 +24,12 @@ class Outcome:
 Cli = Callable[..., Outcome]
 
 
-def fixed_limits() -> Limits:
-    return Limits(
-        device="cpu",
-        name="test",
-        threads=1,
-        torch_version="0",
-        kernels="reference",
-        buffer_bytes=1,
-        bandwidth_bytes_per_second=1e10,
-        bf16_flops_per_second=2e11,
-        fp32_flops_per_second=1e11,
-        int8_operations_per_second=None,
-        torch_bandwidth_bytes_per_second=1e10,
-        torch_bf16_flops_per_second=2e11,
-        torch_fp32_flops_per_second=1e11,
-        torch_int8_operations_per_second=None,
-    )
-
-
 @pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
-    """A function that runs `moesaic ARGUMENTS`, on one thread and without measuring the machine."""
-    import torch
-
+def cli(capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """A function that runs `moesaic ARGUMENTS`."""
     from moesaic.cli.main import main
 
-    monkeypatch.setattr("moesaic.train.loop.measure_limits", lambda **_: fixed_limits())
-    monkeypatch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
-    threads, level, handlers = torch.get_num_threads(), logger.level, list(logger.handlers)
-    torch.set_num_threads(1)
+    level, handlers = logger.level, list(logger.handlers)
 
     def run(*arguments: object) -> Outcome:
         status = 0
@@ -68,7 +43,6 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
         return Outcome(status, captured.out, captured.err)
 
     yield run
-    torch.set_num_threads(threads)
     logger.handlers = handlers
     logger.setLevel(level)
 
@@ -88,9 +62,7 @@ def config_file(make_config: Callable[..., TrainConfig], tmp_path: Path) -> Call
 @pytest.fixture(scope="session")
 def trained_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of a few steps of a PR-MoE on the tiny data."""
-    import torch
-
-    from moesaic.train import loop
+    from moesaic.train.loop import train
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     config = TrainConfig.from_dict(
@@ -109,12 +81,5 @@ def trained_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             "batch_size": 4,
         }
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "measure_limits", lambda **_: fixed_limits())
-        patch.setattr(loop, "tune_allocator", lambda: None)
-        patch.setattr(loop, "write_plots", lambda run_folder: [])
-        loop.train(config, folder)
-    torch.set_num_threads(threads)
+    train(config, folder)
     return folder

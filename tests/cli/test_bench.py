@@ -11,32 +11,15 @@ from moesaic.cli import bench as bench_module
 from moesaic.errors import DataError
 from moesaic.kernels.limits import Limits
 
-LIMITS = Limits(
-    device="cpu",
-    name="test",
-    threads=1,
-    torch_version="0",
-    kernels="reference",
-    buffer_bytes=1,
-    bandwidth_bytes_per_second=1e10,
-    bf16_flops_per_second=2e11,
-    fp32_flops_per_second=1e11,
-    int8_operations_per_second=None,
-    torch_bandwidth_bytes_per_second=1e10,
-    torch_bf16_flops_per_second=2e11,
-    torch_fp32_flops_per_second=1e11,
-    torch_int8_operations_per_second=None,
-)
-
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def quick(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """No time spent, nothing measured: returns the options of each measurement asked for."""
     asked: list[dict[str, Any]] = []
 
     def measure(**options: Any) -> Any:
         asked.append(options)
-        return LIMITS
+        return limits
 
     monkeypatch.setattr("moesaic.kernels.limits.measure_limits", measure)
     monkeypatch.setattr("moesaic.bench.moe_layer.measure_limits", measure)

@@ -10,16 +10,12 @@ import pytest
 from moesaic.config.load import load_train_config
 from moesaic.report.records import read_metrics
 
-
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesaic.train.loop.write_plots", lambda run_folder: [])
-
-
 SETTINGS = ["--set", "tokens=512", "--set", "log_every_steps=1", "--set", "evaluation.sequences=4"]
 
 
-def test_a_student_is_trained_shown_and_reported(cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_student_is_trained_shown_and_reported(
+    cli: Any, drawing: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "student"
     result = cli("distill", trained_run, run, "--data", tiny_data, *SETTINGS, "--set", "distill.alpha=0.5")
     assert result.status == 0, result.err
@@ -39,7 +35,7 @@ def test_a_student_is_trained_shown_and_reported(cli: Any, trained_run: Path, ti
 
 
 def test_json_is_the_result_with_its_report_and_resuming_makes_it_again(
-    cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+    cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     teacher, run = tmp_path / "teacher", tmp_path / "student"
     shutil.copytree(trained_run, teacher)
@@ -60,7 +56,7 @@ def test_json_is_the_result_with_its_report_and_resuming_makes_it_again(
 
 
 def test_a_resumed_student_keeps_its_own_config_whatever_its_teacher_has_become(
-    cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+    cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     teacher, run = tmp_path / "teacher \U0001f600", tmp_path / "student"
     shutil.copytree(trained_run, teacher)
@@ -92,7 +88,7 @@ def test_a_resumed_student_keeps_its_own_config_whatever_its_teacher_has_become(
 
 
 def test_a_cache_is_written_once_and_read_by_the_next(
-    cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+    cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
     command = ["--data", tiny_data, "--cache", cache, *SETTINGS]
@@ -107,7 +103,7 @@ def test_a_cache_is_written_once_and_read_by_the_next(
 
 
 def test_a_cache_that_is_gone_is_written_again_when_resuming_while_it_is_needed(
-    cli: Any, no_plots: None, trained_run: Path, tiny_data: Path, tmp_path: Path
+    cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     settings = ["--data", tiny_data, "--cache", cache, "--set", "log_every_steps=1", "--set", "distill.alpha=0.5"]

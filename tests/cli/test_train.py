@@ -19,7 +19,7 @@ ConfigFile = Callable[..., Path]
 
 
 def test_a_run_from_a_file_with_settings_shows_its_progress_and_what_is_next(
-    cli: Any, config_file: ConfigFile, tiny_data: Path, tmp_path: Path
+    cli: Any, drawing: None, config_file: ConfigFile, tiny_data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     path = config_file("pr-moe", data={"path": "nowhere"})

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -314,8 +313,6 @@ def test_sources_that_cannot_be_upcycled_are_refused(make_run: MakeRun, tmp_path
 def test_training_moves_the_factor_first_and_then_the_experts(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
-    monkeypatch.setattr("moesaic.train.loop.measure_limits", lambda **_: SimpleNamespace(fp32_flops_per_second=0))
     run, out = make_run("dense", precision="fp32", model={**GATED["model"], "init_std": 0.05}), tmp_path / "out"
     upcycle_run(run, out, experts=4, residual=True, layers=[1])
     settings = ["tokens=2560", "schedule.learning_rate=3e-3", "optimizer.weight_decay=0"]

@@ -1,4 +1,4 @@
-"""A small teacher, trained once, and configs of its students; training without what takes seconds elsewhere."""
+"""A small teacher, trained once, and configs of its students."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,25 +8,8 @@ import pytest
 
 from moesaic.config.train import TrainConfig
 from moesaic.distill.run import student_config
-from moesaic.kernels.limits import Limits
 from moesaic.train.loop import train
 
-LIMITS = Limits(
-    device="cpu",
-    name="test",
-    threads=1,
-    torch_version="0",
-    kernels="reference",
-    buffer_bytes=1,
-    bandwidth_bytes_per_second=1e10,
-    bf16_flops_per_second=2e11,
-    fp32_flops_per_second=1e11,
-    int8_operations_per_second=None,
-    torch_bandwidth_bytes_per_second=1e10,
-    torch_bf16_flops_per_second=2e11,
-    torch_fp32_flops_per_second=1e11,
-    torch_int8_operations_per_second=None,
-)
 # Dense and MoE layers, a pyramid, a residual MLP.
 TEACHER: dict[str, Any] = {
     "vocab_size": 320,
@@ -40,10 +23,8 @@ TEACHER: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesaic.train.loop.measure_limits", lambda **_: LIMITS)
-    monkeypatch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
-    monkeypatch.setattr("moesaic.train.loop.write_plots", lambda run_folder: [])
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports measure speed once."""
     monkeypatch.setattr("moesaic.distill.report._ROUNDS", 1)
 
 
@@ -62,11 +43,7 @@ def teacher(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "evaluation": {"sequences": 4},
         }
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moesaic.train.loop.measure_limits", lambda **_: LIMITS)
-        patch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
-        patch.setattr("moesaic.train.loop.write_plots", lambda run_folder: [])
-        train(config, folder)
+    train(config, folder)
     return folder
 
 

@@ -68,9 +68,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def prompts() -> list[list[int]]:
-    """Of lengths 1, 5, 32 and 40: one token, and beside and behind a whole block of the cache."""
+    """Of lengths 1, 25, 32 and 40: one token, and before, at and behind the end of a block of the cache."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (1, 5, 32, 40)]
+    return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (1, 25, 32, 40)]
 
 
 @pytest.fixture

@@ -472,7 +472,7 @@ def test_compiles_into_one_graph(attention: dict[str, Any]) -> None:
     """The operators are ordinary ones to torch.compile: no break in the graph, and the same numbers."""
     import torch._dynamo
 
-    values = {"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    values = {"vocab_size": 64, "hidden_size": 64, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}
     config = ModelConfig.from_dict({**values, "moe": {"num_experts": 4, "top_k": 2, "residual": "sum"}, **attention})
     model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0).train()
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
