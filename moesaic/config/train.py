@@ -181,13 +181,13 @@ class TrainConfig(Config):
 
     def may_change_on_resume(self, key: str) -> bool:
         """Whether a resumed run may change a.b: how it reports and saves and how long it trains; no more of a step."""
-        free = ["checkpoint", "log_every_steps", "tokens", "activation_checkpointing", "data.path"]
+        free = ["checkpoint.keep_last", "log_every_steps", "tokens", "activation_checkpointing", "data.path"]
         if self.distill is not None:
             # Where teacher and cache lie; that they are the same, the objective's state says.
             free += ["distill.teacher", "distill.cache"]
-        # Of the automatic schedule, evaluations decide how the training goes on.
+        # Of the automatic schedule, evaluations decide how the training goes on, and each checkpoint comes after one.
         if self.distill is None or self.distill.schedule != "automatic":
-            free.append("evaluation")
+            free += ["evaluation", "checkpoint"]
         return any(key == name or key.startswith(f"{name}.") for name in free)
 
     @property

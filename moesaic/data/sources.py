@@ -263,7 +263,7 @@ def _parquet_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
                 return
             for text in texts:
                 row += 1
-                yield Document(_text(text, text_field, f"{_label(leaf)}, row {row},"), row / total)
+                yield Document(text_of(text, text_field, f"{_label(leaf)}, row {row},"), row / total)
 
 
 def _dataset_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
@@ -317,10 +317,10 @@ def _require_field(text_field: str, names: Sequence[str], place: str) -> None:
 
 def _field(record: dict[str, Any], text_field: str, place: str) -> str:
     _require_field(text_field, list(record), place)
-    return _text(record[text_field], text_field, place)
+    return text_of(record[text_field], text_field, place)
 
 
-def _text(value: Any, text_field: str, place: str) -> str:
+def text_of(value: Any, text_field: str, place: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moesaic.data.sources import TEXT_FIELD, mend_text
+from moesaic.data.sources import TEXT_FIELD, mend_text, text_of
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.model.transformer import Transformer
@@ -100,13 +100,26 @@ def read_labelled(
                 if not line.strip():
                     continue
                 record = json.loads(line)
+                place = f"{path}, line {number}"
+                if not isinstance(record, dict):
+                    raise DataError(
+                        f"{place} is no JSON object; one with a text and a label is required on each line; mend it."
+                    )
                 missing = [field for field in (text_field, label_field) if field not in record]
                 if missing:
                     raise DataError(
-                        f"{path}, line {number} has no {missing[0]!r}; its fields are {', '.join(record)}; name the "
+                        f"{place} has no {missing[0]!r}; its fields are {', '.join(record)}; name the "
                         f"ones that hold text and label with --text-field and --domain-field."
                     )
-                domain, text = (mend_text(str(record[field])) for field in (label_field, text_field))
+                label = record[label_field]
+                if not isinstance(label, str | int):
+                    raise DataError(
+                        f"{place} has {type(label).__name__} in the field {label_field!r}; a name or a whole number is "
+                        f"required; name another field with --domain-field."
+                    )
+                domain, text = mend_text(str(label)), text_of(record[text_field], text_field, place)
+                if not text:
+                    continue
                 if most_documents is None or counts.get(domain, 0) < most_documents:
                     ids = (tokenizer.first_id, *tokenizer.encode(text))[:most_tokens]
                     documents.append(LabelledDocument(domain, ids))

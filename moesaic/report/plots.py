@@ -32,7 +32,7 @@ from moesaic.report.drawing import (
 from moesaic.report.expert_load import ExpertWarning, imbalance, name_unusual
 from moesaic.report.quantities import short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord, read_metrics
-from moesaic.report.summary import finite_mean, smoothed
+from moesaic.report.summary import finite_mean, smoothed, smoothed_losses
 
 # Points of a line and columns of a heat map: more than a plot has pixels for would only cost time.
 _MOST_RECORDS = 2000
@@ -71,7 +71,7 @@ def loss_figure(metrics: Metrics) -> Figure:
     figure, axes = figure_with_axes(9.0, 5.2)
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     losses = np.asarray([record.loss for record in records], dtype=np.float64)
-    smooth = smoothed(losses)
+    smooth = smoothed_losses(metrics)
     evaluations = [record for record in metrics.evaluation if math.isfinite(record.loss)]
 
     axes.plot(tokens, losses, color=BLUE, alpha=0.25, linewidth=0.8, marker=_marker(records))

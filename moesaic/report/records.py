@@ -9,6 +9,7 @@ stays valid JSON for any reader, and `null` keeps its one meaning, "not known".
 
 import json
 import math
+from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -181,11 +182,16 @@ Record = TrainRecord | EvaluationRecord | EventRecord
 
 @dataclass(frozen=True)
 class Metrics:
-    """All records of a run, each kind in the order in which it was written."""
+    """The records of a run, each kind in the order in which it was written.
+
+    losses: of all train records where only some are in `train`, and `places` the places of those among them.
+    """
 
     train: tuple[TrainRecord, ...] = ()
     evaluation: tuple[EvaluationRecord, ...] = ()
     events: tuple[EventRecord, ...] = ()
+    losses: tuple[float, ...] | None = None
+    places: tuple[int, ...] = ()
 
     @property
     def best_evaluation(self) -> EvaluationRecord | None:
@@ -203,7 +209,7 @@ def read_metrics(run_folder: str | Path, *, most_records: int | None = None) -> 
     """Read a run's metrics.jsonl; a last line that was cut off in the middle is left out.
 
     With `most_records`, about that many train records are kept (at most twice as many), evenly over the run, and the
-    last 64 all the same; memory then does not grow with the run. Evaluations and events are always complete.
+    last 64 all the same; memory then grows by a number per record. Losses, evaluations and events are always complete.
 
     Raises: MetricsError when there is no such file, or when a line is not one of our records.
     """
@@ -225,12 +231,16 @@ def read_metrics(run_folder: str | Path, *, most_records: int | None = None) -> 
         except _BadRecord as problem:
             raise _bad_line(path, number, str(problem)) from None
     records = []
-    for number, values in train.kept():
+    kept = train.kept()
+    for _, number, values in kept:
         try:
             records.append(TrainRecord.from_json(values))
         except _BadRecord as problem:
             raise _bad_line(path, number, str(problem)) from None
-    return Metrics(tuple(records), tuple(evaluation), tuple(events))
+    if len(kept) == len(train.losses):
+        return Metrics(tuple(records), tuple(evaluation), tuple(events))
+    places = tuple(place for place, _, _ in kept)
+    return Metrics(tuple(records), tuple(evaluation), tuple(events), tuple(train.losses), places)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
@@ -260,27 +270,29 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
 
 
 class _Thinned:
-    """Train lines, halved whenever there are twice too many, and the most recent ones in full."""
+    """Train lines, halved whenever there are twice too many, and the most recent ones in full; the losses of all."""
 
     def __init__(self, most_records: int | None) -> None:
         assert most_records is None or most_records > 0, f"most_records must be positive: {most_records}"
         self._most = most_records
         self._stride = 1
-        self._count = 0
-        self._lines: list[tuple[int, dict[str, Any]]] = []
-        self._recent: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_RECENT_RECORDS)
+        self.losses = array("d")
+        # (place among the train lines, line number, values)
+        self._lines: list[tuple[int, int, dict[str, Any]]] = []
+        self._recent: deque[tuple[int, int, dict[str, Any]]] = deque(maxlen=_RECENT_RECORDS)
 
     def add(self, number: int, values: dict[str, Any]) -> None:
-        if self._count % self._stride == 0:
-            self._lines.append((number, values))
-        self._count += 1
+        line = (len(self.losses), number, values)
+        self.losses.append(_number("loss", values["loss"]) if "loss" in values else math.nan)
+        if line[0] % self._stride == 0:
+            self._lines.append(line)
         if self._most is not None:
-            self._recent.append((number, values))
+            self._recent.append(line)
             if len(self._lines) > 2 * self._most:
                 self._lines = self._lines[::2]
                 self._stride *= 2
 
-    def kept(self) -> list[tuple[int, dict[str, Any]]]:
+    def kept(self) -> list[tuple[int, int, dict[str, Any]]]:
         if not self._recent:
             return self._lines
         first_recent = self._recent[0][0]

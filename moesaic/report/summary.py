@@ -65,7 +65,7 @@ def summarize(metrics: Metrics) -> RunSummary | None:
         step=last.step,
         tokens=last.tokens,
         seconds=last.seconds,
-        loss=float(smoothed(np.asarray([record.loss for record in metrics.train]))[-1]),
+        loss=float(smoothed_losses(metrics)[-1]),
         validation_loss=metrics.evaluation[-1].loss if metrics.evaluation else None,
         best_validation_loss=best.loss if best else None,
         best_validation_step=best.step if best else None,
@@ -101,6 +101,13 @@ def summarize_layers(experts: Sequence[ExpertRecord]) -> tuple[LayerSummary, ...
             )
         )
     return tuple(summaries)
+
+
+def smoothed_losses(metrics: Metrics) -> np.ndarray:
+    """Return the smoothed training loss at each of metrics.train, from the losses of all records."""
+    if metrics.losses is None:
+        return smoothed(np.asarray([record.loss for record in metrics.train], dtype=np.float64))
+    return smoothed(np.asarray(metrics.losses))[list(metrics.places)]
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

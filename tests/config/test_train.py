@@ -98,7 +98,11 @@ def test_only_what_is_named_may_change_when_resuming() -> None:
     for key in ("seed", "data.sequence_length", "schedule.warmup_tokens", "distill.teacher_precision"):
         assert not plain.may_change_on_resume(key) and not student.may_change_on_resume(key), key
     assert student.may_change_on_resume("distill.teacher") and student.may_change_on_resume("distill.cache")
-    assert not automatic.may_change_on_resume("evaluation.sequences")
+    assert student.may_change_on_resume("checkpoint.every_tokens") and automatic.may_change_on_resume(
+        "checkpoint.keep_last"
+    )
+    for key in ("evaluation.sequences", "checkpoint.every_tokens"):
+        assert not automatic.may_change_on_resume(key), key
 
 
 def test_momentum_at_its_default_is_no_mistake() -> None:

@@ -149,10 +149,15 @@ def test_text_that_is_not_labelled_is_refused(tiny_data: Path, tmp_path: Path) -
         ("[" * 100_000, r"cannot be read .*; fetch it again"),
         ('{"text": ', r"cannot be read .*; fetch it again"),
         ("", r"has 0 domains"),
+        ("[1]\n", r"line 1 is no JSON object; .*; mend it"),
+        ('{"text": "x", "topic": null}\n', r"line 1 has NoneType in the field 'topic'; .*--domain-field"),
+        ('{"text": ["x"], "topic": "law"}\n', r"line 1 has list in the field 'text'; .*--text-field"),
     ):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(DataError, match=message):
             read_labelled(path, tokenizer, label_field="topic")
+    path.write_text('{"text": null, "topic": 1}\n{"text": "x", "topic": 1}\n{"text": "y", "topic": "law"}\n')
+    assert [document.domain for document in read_labelled(path, tokenizer, label_field="topic")] == ["1", "law"]
     damaged = bytearray(gzip.compress(b'{"text": "x", "topic": "law"}\n' * 1000))
     damaged[20:30] = b"\xff" * 10
     (tmp_path / "b.jsonl.gz").write_bytes(damaged)

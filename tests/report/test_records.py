@@ -15,6 +15,7 @@ from moesaic.report.records import (
     read_metrics,
     to_line,
 )
+from moesaic.report.summary import smoothed_losses, summarize
 
 
 def strict_json(line: str) -> dict:
@@ -139,3 +140,14 @@ def test_thinning_bounds_the_records_and_keeps_both_ends(make_run: Callable[...,
     assert len(steps) <= 2 * 50 + 64
     if num_records <= 50:
         assert len(steps) == num_records
+
+
+def test_the_smoothed_loss_is_that_of_all_records_however_few_are_kept(make_run: Callable[..., Path]) -> None:
+    folder = make_run(1000)
+    whole, thinned = read_metrics(folder), read_metrics(folder, most_records=20)
+    assert len(thinned.train) < 200
+    steps = [record.step for record in thinned.train]
+    losses = dict(zip([record.step for record in whole.train], smoothed_losses(whole), strict=True))
+    assert smoothed_losses(thinned).tolist() == [losses[step] for step in steps]
+    summary = summarize(thinned)
+    assert summary is not None and summary.loss == losses[1000]
