@@ -1,9 +1,13 @@
 """`moesaic generate`."""
 
 import json
-from typing import Annotated
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from moesaic.data.tokenizer import Tokenizer
 
 
 def generate(
@@ -48,14 +52,20 @@ def generate(
     )
     if as_json:
         ids = list(tokens)
-        typer.echo(json.dumps({"prompt": prompt, "text": tokenizer.decode(ids), "token_ids": ids}))
+        text = "".join(_pieces(tokenizer, prompt_ids, ids))
+        typer.echo(json.dumps({"prompt": prompt, "text": text, "token_ids": ids}))
         return
     typer.echo(prompt, nl=False)
-    ids, shown = [], ""
+    for piece in _pieces(tokenizer, prompt_ids, tokens):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def _pieces(tokenizer: "Tokenizer", prompt_ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Yield what each token makes certain of the text behind a prompt; special tokens are their names."""
+    from moesaic.serve.detokenizer import Detokenizer
+
+    text = Detokenizer(tokenizer, prompt=prompt_ids)
     for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half of a character: wait for its other bytes
-            typer.echo(text[len(shown) :], nl=False)
-            shown = text
-    typer.echo(tokenizer.decode(ids)[len(shown) :])  # what is left where it ends amid a character
+        yield text.flush() + tokenizer.token(token) if token in tokenizer.special_ids else text.append(token)
+    yield text.flush()  # what is left where it ends amid a character

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models
 
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.generate import generate
@@ -45,6 +47,44 @@ def test_a_character_of_several_tokens_is_printed_once_it_is_whole(
     expected = tokenizer.decode(ids[: len(ids) - cut])
     assert result.out == f"x{expected}\n"
     assert expected.endswith("\ufffd") == bool(cut)
+
+
+def like_llama() -> Tokenizer:
+    """Spaces are `▁`, a text's first one is stripped, and what has no token is bytes."""
+    names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁state", "▁of", "s"]
+    chain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    vocabulary = {name: place for place, name in enumerate(names)}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    inner.decoder = decoders.Sequence(chain)
+    inner.add_special_tokens([AddedToken("</s>", special=True)])
+    return Tokenizer(inner.to_str())
+
+
+@pytest.mark.parametrize(
+    ("new", "text"),
+    [
+        (["▁state", "▁of"], " state of"),
+        (["s", "<0x41>", "<0xFF>", "▁the"], "s\ufffd\ufffd the"),  # bytes are a text together or not at all
+        (["▁of", "<0x41>", "<0xE6>"], " of\ufffd\ufffd"),
+        (["<0xE6>", "<0x97>", "<0xA5>", "s"], "日s"),
+        (["▁the", "<0xE6>", "</s>", "▁state"], " the\ufffd</s> state"),
+    ],
+)
+def test_a_text_goes_on_from_its_prompt_whatever_the_tokenizer(
+    cli: Any, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: list[str], text: str
+) -> None:
+    """A decoder that sees the new tokens alone takes their first space for a text's; what is printed is not taken back.
+
+    Special tokens are shown: whoever looks at what a model says wants to see them.
+    """
+    tokenizer = like_llama()
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "tokenizer_config.json").unlink()
+    tokenizer.save(run)
+    ids = {tokenizer.token(token): token for token in range(tokenizer.vocab_size)}
+    monkeypatch.setattr("moesaic.model.generate.stream", lambda *_, **__: iter([ids[name] for name in new]))
+    assert cli("generate", run, "--prompt", "s").out == f"s{text}\n"
+    assert json.loads(cli("generate", run, "--prompt", "s", "--json").out)["text"] == text
 
 
 @pytest.mark.parametrize("prompt", ["The License", "", "Work<|endoftext|>License"])
