@@ -137,7 +137,7 @@ class Engine:
             prefix_caching=config.prefix_caching,
         )
         self._grammars = grammars
-        self._load = ExpertLoad(model)
+        self._load = ExpertLoad(model, is_alone=draft_model is None)
         self._draft: Draft | None = None
         self._depth: DepthChooser | None = None
         if config.speculation is not None:

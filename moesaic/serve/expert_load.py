@@ -25,10 +25,13 @@ class ExpertLoad:
 
     hit_rate: of the bytes of experts that the last steps used, the share that did not come from the disk; 1 where all
     is in memory, None before anything is known. A model that is mapped from its file and is larger than memory reads
-    its experts when they are chosen (checkpoint/mapped.py); the process reads little else.
+    its experts when they are chosen (checkpoint/mapped.py); the process reads little else, unless it runs another model.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, is_alone: bool = True) -> None:
+        """is_alone: no other model runs in the process; where one does, hit_rate stays None: what it reads from the
+        disk cannot be told from what this one does.
+        """
         config = model.config
         moe = [(index, layer) for index, layer in enumerate(config.layers) if layer.is_moe]
         self.layer_numbers = tuple(index for index, _ in moe)
@@ -43,6 +46,7 @@ class ExpertLoad:
         self._distinct_experts_per_step = 0.0
         self._bytes_used = 0
         self._hit_rate: float | None = None
+        self._is_alone = is_alone
         self._steps_since_look = 0
         self._last_look = (0, disk_bytes_read())
         self._recent_used = self._recent_read = 0.0
@@ -95,7 +99,7 @@ class ExpertLoad:
         self._distinct_experts_per_step = float(np.count_nonzero(used[-1])) / num_layers
         self._bytes_used += int((used @ self._bytes).sum())
         self._steps_since_look += len(steps)
-        if self._steps_since_look >= _STEPS_A_LOOK:
+        if self._is_alone and self._steps_since_look >= _STEPS_A_LOOK:
             self._steps_since_look = 0
             self._look()
 

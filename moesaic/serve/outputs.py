@@ -88,8 +88,8 @@ class EngineStats:
 
     distinct_experts_per_step: of the last step, the mean over MoE layers of how many experts had a token; 0 for a dense
     model. expert_bytes_used: of the experts that had a token, summed over steps. expert_hit_rate: of those of late, the
-    share of bytes that did not have to be read from the disk; None where it is not known. step_seconds: of the last
-    step.
+    share of bytes that did not have to be read from the disk; None where it is not known, as where a draft model or a
+    student reads too. step_seconds: of the last step.
     """
 
     num_running: int

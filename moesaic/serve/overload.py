@@ -72,13 +72,14 @@ class EngineWithStudent:
         return outputs
 
     def stats(self) -> EngineStats:
-        """Return the engine's figures; requests and tokens are those of both."""
+        """Return the engine's figures; requests and tokens are those of both, and who read from the disk is unknown."""
         own, other = self._engine.stats(), self._student.stats()
         counted = (
             "num_running", "num_waiting", "num_steps", "num_prompt_tokens", "num_cached_tokens",
             "num_generated_tokens", "num_preemptions", "num_finished",
         )  # fmt: skip
-        return replace(own, **{name: getattr(own, name) + getattr(other, name) for name in counted})
+        both = {name: getattr(own, name) + getattr(other, name) for name in counted}
+        return replace(own, **both, expert_hit_rate=None)
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """As Engine.embed, always by the model itself."""

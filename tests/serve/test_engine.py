@@ -721,3 +721,17 @@ def test_bytes_of_experts_and_what_the_disk_gave_of_them(
     unknown = Engine(model, tokenizer)
     run_one(unknown, [1], GREEDY.replace(max_tokens=20))
     assert unknown.stats().expert_hit_rate is None
+
+
+def test_what_a_draft_model_reads_from_the_disk_is_no_miss_of_the_models_experts(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_load, "disk_bytes_read", lambda: 1000)
+    model, config = make_model("mixtral", "fp32"), EngineConfig(speculation=SpeculationConfig(method="ngram"))
+    engine = Engine(model, tokenizer, config)
+    run_one(engine, [1], GREEDY.replace(max_tokens=150))
+    assert engine.stats().expert_hit_rate == 1.0
+    config = EngineConfig(speculation=SpeculationConfig(method="model", model="by hand"))
+    engine = Engine(model, tokenizer, config, draft_model=make_model("dense"))
+    run_one(engine, [1], GREEDY.replace(max_tokens=150))
+    assert engine.stats().expert_hit_rate is None and engine.stats().expert_bytes_used > 0

@@ -45,6 +45,7 @@ def test_above_the_limit_new_requests_are_the_students_and_below_it_the_models(
     assert [by_student[each] for each in [*requests, gone]] == [False, False, True, True, True]
     assert [got[each] for each in requests] == [alone["model"]] * 2 + [alone["student"]] * 2
     stats = both.stats()
+    assert stats.expert_hit_rate is None  # the process has read for both
     assert stats.num_generated_tokens == 24 and stats.num_finished == 5 and stats.num_running == 0
 
     both.add_request([1, 2, 3], SAMPLING)
