@@ -327,6 +327,7 @@ class Engine:
             kv_blocks_cached=self._pool.num_cached,
             kv_blocks_total=self._pool.num_blocks,
             num_steps=counts["steps"],
+            num_own_steps=counts["steps"],
             num_prompt_tokens=counts["prompt"],
             num_cached_tokens=counts["cached"],
             num_generated_tokens=counts["generated"],

@@ -89,7 +89,8 @@ class EngineStats:
     distinct_experts_per_step: of the last step, the mean over MoE layers of how many experts had a token; 0 for a dense
     model. expert_bytes_used: of the experts that had a token, summed over steps. expert_hit_rate: of those of late, the
     share of bytes that did not have to be read from the disk; None where it is not known, as where a draft model or a
-    student reads too. step_seconds: of the last step.
+    student reads too. step_seconds: of the last step. num_own_steps: with a student that helps out (overload.py), whose
+    steps, texts, tokens, blocks and bytes count with the model's, the model's alone; its are the last step and layers.
     """
 
     num_running: int
@@ -98,6 +99,7 @@ class EngineStats:
     kv_blocks_cached: int
     kv_blocks_total: int
     num_steps: int
+    num_own_steps: int
     num_prompt_tokens: int
     num_cached_tokens: int
     num_generated_tokens: int

@@ -72,11 +72,12 @@ class EngineWithStudent:
         return outputs
 
     def stats(self) -> EngineStats:
-        """Return the engine's figures; requests and tokens are those of both, and who read from the disk is unknown."""
+        """Return the figures of both together; the last step and the layers are the model's (EngineStats)."""
         own, other = self._engine.stats(), self._student.stats()
         counted = (
-            "num_running", "num_waiting", "num_steps", "num_prompt_tokens", "num_cached_tokens",
-            "num_generated_tokens", "num_preemptions", "num_finished",
+            "num_running", "num_waiting", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "num_steps",
+            "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens", "num_preemptions", "num_finished",
+            "expert_bytes_used",
         )  # fmt: skip
         both = {name: getattr(own, name) + getattr(other, name) for name in counted}
         return replace(own, **both, expert_hit_rate=None)

@@ -66,6 +66,29 @@ def test_what_the_student_cannot_hold_waits_for_the_model(make_model: Make, toke
     assert {long, short} <= ended
 
 
+def test_what_both_did_is_summed_and_the_layers_and_the_last_step_are_the_models(
+    make_model: Make, tokenizer: Tokenizer
+) -> None:
+    model, student = Engine(make_model("mixtral"), tokenizer), Engine(make_model("latent", seed=1), tokenizer)
+    both = EngineWithStudent(model, student, max_texts=1)
+    both.add_request([1, 2, 3], SAMPLING)
+    both.add_request([1] * 40, SAMPLING.replace(max_tokens=50))
+    both.step()
+    own, other, stats = model.stats(), student.stats(), both.stats()
+    assert own.kv_blocks_used and other.kv_blocks_used
+    for name in ("kv_blocks_used", "kv_blocks_total", "num_steps", "num_prompt_tokens"):
+        assert getattr(stats, name) == getattr(own, name) + getattr(other, name)
+    while both.has_work:
+        both.step()
+    own, other, stats = model.stats(), student.stats(), both.stats()
+    assert other.expert_bytes_used > 0 < other.kv_blocks_cached
+    for name in ("kv_blocks_cached", "num_steps", "num_generated_tokens", "expert_bytes_used"):
+        assert getattr(stats, name) == getattr(own, name) + getattr(other, name)
+    for name in ("step_tokens", "step_seconds", "distinct_experts_per_step", "layers"):
+        assert getattr(stats, name) == getattr(own, name)
+    assert stats.num_own_steps == own.num_steps == 6 and stats.num_steps == 56
+
+
 @pytest.mark.parametrize("budget", [1_000_000, 123_457, "auto"])
 @pytest.mark.parametrize("precision", ["auto", "int8"])
 @pytest.mark.parametrize("drafts", [False, True])

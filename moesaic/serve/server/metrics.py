@@ -133,7 +133,7 @@ class _EngineGauges:
 
 def describe_experts(stats: EngineStats) -> dict[str, Any]:
     """Return the load of every layer and expert, with who is hot (of late) and who had no token at all."""
-    return {"layers": [_describe_layer(layer) for layer in stats.layers], "num_steps": stats.num_steps}
+    return {"layers": [_describe_layer(layer) for layer in stats.layers], "num_steps": stats.num_own_steps}
 
 
 def _describe_layer(layer: LayerLoad) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def test_a_student_that_helps_out_is_named(real_app: Callable[..., FastAPI], run
         assert client.models.retrieve("student").id == "tiny" == client.models.list().data[0].id
         with pytest.raises(openai.NotFoundError):
             client.completions.create(prompt=PROMPT, **{**ask, "model": "students"})
+        stats, experts = (httpx.get(f"{served.url}/v1/{path}").json() for path in ("stats", "experts"))
+        assert experts["num_steps"] == stats["num_own_steps"] < stats["num_steps"]  # the layers are the model's
 
 
 def test_a_prompt_is_a_text_or_ids_or_several_of_either(client: openai.OpenAI, chat_tokenizer: Tokenizer) -> None:
