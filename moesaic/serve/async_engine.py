@@ -35,9 +35,9 @@ class StepEngine(Protocol):
     @property
     def has_work(self) -> bool: ...
 
-    def add_request(
-        self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
-    ) -> str: ...
+    def add_requests(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, request_ids: Sequence[str], priority: int = 0
+    ) -> None: ...
 
     def step(self) -> list[RequestOutput]: ...
 
@@ -194,17 +194,8 @@ class AsyncEngine:
         )
 
         def add() -> None:
-            added: list[str] = []
-            try:
-                for each, prompt in zip(ids, prompts, strict=True):
-                    self._engine.add_request(prompt, sampling, request_id=each, priority=priority)
-                    added.append(each)
-                    self._open[each] = set(range(sampling.n))
-            except BaseException:
-                for each in added:
-                    del self._open[each]
-                    self._engine.abort(each)
-                raise
+            self._engine.add_requests(prompts, sampling, request_ids=ids, priority=priority)
+            self._open.update((each, set(range(sampling.n))) for each in ids)
 
         self._refuse_if_closed()
         for each in ids:

@@ -226,6 +226,19 @@ class Engine:
             self._siblings[texts[0].sequence] = texts[1:]
         return request_id
 
+    def add_requests(
+        self, prompts: Sequence_[Sequence_[int]], sampling: Sampling, *, request_ids: Sequence_[str], priority: int = 0
+    ) -> None:
+        """Take several prompts in as add_request does, all or none; raises what it does."""
+        added: list[str] = []
+        try:
+            for request_id, prompt in zip(request_ids, prompts, strict=True):
+                added.append(self.add_request(prompt, sampling, request_id=request_id, priority=priority))
+        except BaseException:
+            for request_id in added:
+                self.abort(request_id)
+            raise
+
     def _matchers(self, sampling: Sampling) -> list[Matcher | None]:
         """One for each text; None without a grammar."""
         if sampling.grammar is None:

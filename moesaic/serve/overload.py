@@ -37,7 +37,8 @@ def split_memory(
 class EngineWithStudent:
     """An engine that hands requests to another one while it has much to do.
 
-    A request stays with the engine that it was given to; both step in turn, in the caller's thread.
+    Requests that come together stay together, with the engine that they were given to; both step in turn, in the
+    caller's thread.
     """
 
     def __init__(self, engine: Engine, student: Engine, *, max_texts: int) -> None:
@@ -49,16 +50,16 @@ class EngineWithStudent:
     def has_work(self) -> bool:
         return self._engine.has_work or self._student.has_work
 
-    def add_request(
-        self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
-    ) -> str:
-        """As Engine.add_request; a prompt that is too long for the student is not given to it."""
+    def add_requests(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, request_ids: Sequence[str], priority: int = 0
+    ) -> None:
+        """As Engine.add_requests, to one engine: not to the student where a prompt is too long for it."""
         is_much = self._engine.num_texts >= self._max_texts
-        fits = len(prompt) + sampling.max_tokens <= self._student.max_length
+        fits = all(len(prompt) + sampling.max_tokens <= self._student.max_length for prompt in prompts)
         engine, other = (self._student, self._engine) if is_much and fits else (self._engine, self._student)
-        if request_id is not None and other.has_request(request_id):
+        if any(other.has_request(each) for each in request_ids):
             engine = other  # which refuses it
-        return engine.add_request(prompt, sampling, request_id=request_id, priority=priority)
+        engine.add_requests(prompts, sampling, request_ids=request_ids, priority=priority)
 
     def abort(self, request_id: str) -> bool:
         """As Engine.abort."""

@@ -24,7 +24,8 @@ def test_it_serves_and_a_signal_lets_what_runs_finish(trained_run: Path) -> None
     draft = f"engine.speculation={{method: model, model: {trained_run}}}"  # it drafts for itself
     helper = f"overload={{model: {trained_run}, max_texts: 1}}"
     settings = ["--set", "server.served_model_name=served", "--set", "engine.max_sequences=2", "--set", draft]
-    settings += ["--set", helper, "--precision", "int8", "--host", "0.0.0.0"]
+    settings += ["--set", helper, "--set", "server.max_texts_per_request=2000"]
+    settings += ["--precision", "int8", "--host", "0.0.0.0"]
     process = subprocess.Popen(
         [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -33,9 +34,13 @@ def test_it_serves_and_a_signal_lets_what_runs_finish(trained_run: Path) -> None
     said = process.stdout.readline()
     found = re.search(r"http://127\.0\.0\.1:\d+", said)  # an address that a browser can go to
     assert found and f"{found[0]} and this machine's other addresses (Ctrl-C" in said, process.communicate()
-    both = {"prompt": ["x", "y"], "max_tokens": 1}  # the second finds the model at work, and is the other's
-    answered = httpx.post(f"{found[0]}/v1/completions", json=both, timeout=60).json()
-    assert answered["model"] == trained_run.name
+    # Seconds of work, of which nobody waits for the end.
+    long = {"prompt": ["x"] * 2000, "max_tokens": 60, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{found[0]}/v1/completions", json=long, timeout=60) as busy:
+        events = busy.iter_lines()
+        assert '"model":"served"' in next(events)
+        answered = httpx.post(f"{found[0]}/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=60).json()
+    assert answered["model"] == trained_run.name  # the model was at work
     body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True, "model": "served"}
     with httpx.stream("POST", f"{found[0]}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()

@@ -41,6 +41,18 @@ class FakeEngine:
         self.running[request_id] = (list(prompt), sampling, 0)
         return request_id
 
+    def add_requests(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, request_ids: Sequence[str], priority: int = 0
+    ) -> None:
+        added = []
+        try:
+            for request_id, prompt in zip(request_ids, prompts, strict=True):
+                added.append(self.add_request(prompt, sampling, request_id=request_id, priority=priority))
+        except GenerationError:
+            for request_id in added:
+                del self.running[request_id]
+            raise
+
     def step(self) -> list[RequestOutput]:
         self.threads.add(threading.get_ident())
         self.go.wait()

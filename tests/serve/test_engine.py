@@ -735,3 +735,13 @@ def test_what_a_draft_model_reads_from_the_disk_is_no_miss_of_the_models_experts
     engine = Engine(model, tokenizer, config, draft_model=make_model("dense"))
     run_one(engine, [1], GREEDY.replace(max_tokens=150))
     assert engine.stats().expert_hit_rate is None and engine.stats().expert_bytes_used > 0
+
+
+def test_several_requests_are_taken_in_all_or_none(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model("mixtral", "fp32"), tokenizer)
+    with pytest.raises(GenerationError, match="at most 191 fit here"):
+        engine.add_requests([[1], [2], [3] * 200], GREEDY, request_ids=["a", "b", "c"])
+    assert engine.num_texts == 0
+    assert {(each.request_id, each.finish_reason) for each in engine.step()} == {("a", "abort"), ("b", "abort")}
+    engine.add_requests([[1], [2]], GREEDY.replace(max_tokens=1), request_ids=["a", "b"])
+    assert {each.request_id for each in engine.step()} == {"a", "b"}

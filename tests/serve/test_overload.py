@@ -1,3 +1,4 @@
+import secrets
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,6 +18,14 @@ Make = Callable[..., Transformer]
 SAMPLING = Sampling(temperature=0.0, max_tokens=6, ignore_end_of_text=True)
 
 
+def add(
+    both: EngineWithStudent, prompt: list[int], *, sampling: Sampling = SAMPLING, request_id: str | None = None
+) -> str:
+    request_id = request_id or secrets.token_hex(8)
+    both.add_requests([prompt], sampling, request_ids=[request_id])
+    return request_id
+
+
 def test_above_the_limit_new_requests_are_the_students_and_below_it_the_models(
     make_model: Make, tokenizer: Tokenizer
 ) -> None:
@@ -32,8 +41,8 @@ def test_above_the_limit_new_requests_are_the_students_and_below_it_the_models(
     assert alone["model"] != alone["student"]
 
     both = EngineWithStudent(Engine(model, tokenizer), Engine(small, tokenizer), max_texts=2)
-    requests = [both.add_request([1, 2, 3], SAMPLING) for _ in range(4)]
-    gone = both.add_request([1, 2, 3], SAMPLING)
+    requests = [add(both, [1, 2, 3]) for _ in range(4)]
+    gone = add(both, [1, 2, 3])
     assert both.stats().num_waiting == 5
     assert both.abort(gone) and not both.abort(gone)
     got: dict[str, list[int]] = {}
@@ -48,17 +57,29 @@ def test_above_the_limit_new_requests_are_the_students_and_below_it_the_models(
     assert stats.expert_hit_rate is None  # the process has read for both
     assert stats.num_generated_tokens == 24 and stats.num_finished == 5 and stats.num_running == 0
 
-    both.add_request([1, 2, 3], SAMPLING)
+    add(both, [1, 2, 3])
     assert all(not output.is_by_student for output in both.step())
+
+
+def test_requests_that_come_together_stay_together(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = Engine(make_model("mixtral"), tokenizer)
+    student = Engine(make_model("dense", seed=1), tokenizer, EngineConfig(max_length=16))
+    both = EngineWithStudent(model, student, max_texts=1)
+    both.add_requests([[1], [2], [3]], SAMPLING.replace(n=2), request_ids=["a", "b", "c"])
+    assert (model.num_texts, student.num_texts) == (6, 0)
+    both.add_requests([[1], [2]], SAMPLING, request_ids=["d", "e"])
+    assert (model.num_texts, student.num_texts) == (6, 2)
+    both.add_requests([[1], [2] * 12], SAMPLING, request_ids=["f", "g"])  # one of them is too long for the student
+    assert (model.num_texts, student.num_texts) == (8, 2)
 
 
 def test_what_the_student_cannot_hold_waits_for_the_model(make_model: Make, tokenizer: Tokenizer) -> None:
     small = Engine(make_model("dense", seed=1), tokenizer, EngineConfig(max_length=16))
     both = EngineWithStudent(Engine(make_model("mixtral"), tokenizer), small, max_texts=1)
-    both.add_request([1], SAMPLING)
-    long = both.add_request([1] * 12, SAMPLING)
+    add(both, [1])
+    long = add(both, [1] * 12)
     assert small.num_texts == 0
-    short = both.add_request([1] * 10, SAMPLING)
+    short = add(both, [1] * 10)
     assert small.num_texts == 1
     ended = set()
     while both.has_work:
@@ -71,8 +92,8 @@ def test_what_both_did_is_summed_and_the_layers_and_the_last_step_are_the_models
 ) -> None:
     model, student = Engine(make_model("mixtral"), tokenizer), Engine(make_model("latent", seed=1), tokenizer)
     both = EngineWithStudent(model, student, max_texts=1)
-    both.add_request([1, 2, 3], SAMPLING)
-    both.add_request([1] * 40, SAMPLING.replace(max_tokens=50))
+    add(both, [1, 2, 3])
+    add(both, [1] * 40, sampling=SAMPLING.replace(max_tokens=50))
     both.step()
     own, other, stats = model.stats(), student.stats(), both.stats()
     assert own.kv_blocks_used and other.kv_blocks_used
@@ -128,13 +149,13 @@ def test_an_id_is_in_use_once_whoever_has_it(make_model: Make, tokenizer: Tokeni
     both = EngineWithStudent(
         Engine(make_model("mixtral"), tokenizer), Engine(make_model("dense", seed=1), tokenizer), max_texts=1
     )
-    both.add_request([1], SAMPLING, request_id="model's")
-    both.add_request([1], SAMPLING, request_id="student's")
+    add(both, [1], request_id="model's")
+    add(both, [1], request_id="student's")
     for name in ("model's", "student's"):
         with pytest.raises(ConfigError, match="in use"):
-            both.add_request([2], SAMPLING, request_id=name)
+            add(both, [2], request_id=name)
     both.abort("model's")
     with pytest.raises(ConfigError, match="in use"):  # there is room at the model, and the id is the student's
-        both.add_request([2], SAMPLING, request_id="student's")
+        add(both, [2], request_id="student's")
     both.step()
-    both.add_request([2], SAMPLING, request_id="model's")
+    add(both, [2], request_id="model's")

@@ -20,6 +20,7 @@ from moesaic.config.model import ModelConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
+from moesaic.serve.engine import Engine
 
 from ..conftest import VOCAB_SIZE
 from .conftest import Live, live
@@ -53,7 +54,9 @@ def test_a_completion_says_what_it_is_and_what_it_took(client: openai.OpenAI, ch
     assert again.choices[0].text == choice.text and again.id != done.id
 
 
-def test_a_student_that_helps_out_is_named(real_app: Callable[..., FastAPI], run_folder: Path) -> None:
+def test_a_student_that_helps_out_is_named(
+    real_app: Callable[..., FastAPI], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load_run(run_folder, device="cpu").config.model
     experts = {"num_experts": 3, "layers": [config.num_layers - 1]}
     values = {**config.to_dict(), "moe": experts, "num_kv_heads": config.num_kv_heads}
@@ -61,13 +64,17 @@ def test_a_student_that_helps_out_is_named(real_app: Callable[..., FastAPI], run
     with live(real_app(student=student)) as served, openai.OpenAI(base_url=f"{served.url}/v1", api_key="x") as client:
         ask = {"model": "tiny", "extra_body": {"return_experts": True}, **GREEDY}
         alone = client.completions.create(prompt=PROMPT, **ask)
-        both = client.completions.create(prompt=[PROMPT, "x"], **ask)  # the second finds the model at work
-        assert (alone.model, both.model) == ("tiny", "student")
-        assert both.choices[0].text == alone.choices[0].text
-        layers = [{layer["layer"] for token in choice.experts for layer in token["layers"]} for choice in both.choices]
-        assert layers[1] == {config.num_layers - 1} and layers[0] != layers[1]
-        streamed = list(client.completions.create(prompt=[PROMPT, "x"], stream=True, **ask))
-        assert streamed[-1].model == "student"
+        together = client.completions.create(prompt=[PROMPT, "x"], n=2, **ask)  # no text of it is another's
+        assert alone.model == together.model == "tiny"
+        assert together.choices[0].text == alone.choices[0].text
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "num_texts", 1)  # the model is at work
+            both = client.completions.create(prompt=[PROMPT, "x"], **ask)
+            streamed = list(client.completions.create(prompt=[PROMPT, "x"], stream=True, **ask))
+        assert {each.model for each in [both, *streamed]} == {"student"}
+        for answer, layers in ((together, {1, 2}), (both, {config.num_layers - 1})):
+            for choice in answer.choices:
+                assert {layer["layer"] for token in choice.experts for layer in token["layers"]} == layers
         # Who asks by an answer's name is answered as ever.
         again = client.completions.create(prompt=PROMPT, **{**ask, "model": both.model})
         assert again.model == "tiny" and again.choices[0].text == alone.choices[0].text
