@@ -256,14 +256,17 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request now; the next step tells so of its unfinished texts. False where there is none of that id."""
-        texts = self._requests.get(request_id)
-        if texts is None:
+        if request_id not in self._requests:
             return False
-        for text in list(texts):
-            self._siblings.pop(text.sequence, None)
-            self._end(text, "abort")
-            self._pending.append(self._output(text, "", ()))
+        self._end_request(request_id, "abort")
         return True
+
+    def end_all(self, message: str) -> list[RequestOutput]:
+        """End every request now, with an error; return what a step would have. For an engine whose step has failed."""
+        for request_id in list(self._requests):
+            self._end_request(request_id, "error", message)
+        outputs, self._pending = self._pending, []
+        return outputs
 
     def step(self) -> list[RequestOutput]:
         """Compute the next tokens of what runs, and return what became of each text that moved; [] where none did."""
@@ -492,6 +495,13 @@ class Engine:
         elif not part.is_last:
             return []
         return [self._output(text, work.piece, tuple(tokens))]
+
+    def _end_request(self, request_id: str, reason: FinishReason, message: str | None = None) -> None:
+        for text in list(self._requests[request_id]):
+            self._siblings.pop(text.sequence, None)
+            text.message = message
+            self._end(text, reason)
+            self._pending.append(self._output(text, "", ()))
 
     def _end(self, text: _Text, reason: FinishReason) -> None:
         """Take a text out of everything; its blocks may be found by others until they are needed."""

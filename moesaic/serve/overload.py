@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moesaic.config.serve import EngineConfig, Sampling
 from moesaic.errors import ConfigError
+from moesaic.logs import logger
 from moesaic.model.transformer import Transformer
 from moesaic.serve.engine import Engine, bytes_of_block, kv_budget_bytes
 from moesaic.serve.outputs import EngineStats, RequestOutput
@@ -66,11 +67,24 @@ class EngineWithStudent:
         return self._engine.abort(request_id) or self._student.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Step each engine that has work; the student's outputs say so."""
+        """Step each engine that has work; the student's outputs say so.
+
+        A student whose step fails ends its own requests with an error; the model's go on.
+        """
         outputs = self._engine.step() if self._engine.has_work else []
         if self._student.has_work:
-            outputs = outputs + [replace(output, is_by_student=True) for output in self._student.step()]
+            outputs = outputs + [replace(output, is_by_student=True) for output in self._step_student()]
         return outputs
+
+    def _step_student(self) -> list[RequestOutput]:
+        try:
+            return self._student.step()
+        except Exception as error:  # whatever it is, what the model has done is to be told
+            logger.exception("a step of the student failed; the %d texts in it are ended.", self._student.num_texts)
+            return self._student.end_all(
+                f"a step of the student that helps out failed ({type(error).__name__}); it is in the server's log; try "
+                f"again"
+            )
 
     def stats(self) -> EngineStats:
         """Return the figures of both together; the last step and the layers are the model's (EngineStats)."""

@@ -9,10 +9,11 @@ from moesaic.config.serve import EngineConfig, Sampling, SpeculationConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError
 from moesaic.kernels import limits
+from moesaic.kernels.decode import Decoded
 from moesaic.model.transformer import Transformer
 from moesaic.serve.engine import Engine
 from moesaic.serve.overload import EngineWithStudent, split_memory
-from moesaic.serve.runner import block_bytes
+from moesaic.serve.runner import Runner, block_bytes
 
 Make = Callable[..., Transformer]
 SAMPLING = Sampling(temperature=0.0, max_tokens=6, ignore_end_of_text=True)
@@ -71,6 +72,43 @@ def test_requests_that_come_together_stay_together(make_model: Make, tokenizer: 
     assert (model.num_texts, student.num_texts) == (6, 2)
     both.add_requests([[1], [2] * 12], SAMPLING, request_ids=["f", "g"])  # one of them is too long for the student
     assert (model.num_texts, student.num_texts) == (8, 2)
+
+
+def test_a_step_of_the_student_that_fails_ends_its_requests_and_none_of_the_models(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = Engine(make_model("latent", seed=1), tokenizer)
+    both = EngineWithStudent(Engine(make_model("mixtral"), tokenizer), student, max_texts=1)
+    own = add(both, [1, 2, 3])
+    ended = add(both, [1], sampling=SAMPLING.replace(max_tokens=1))
+    both.step()
+    others = [add(both, [1, 2, 3], sampling=SAMPLING.replace(n=2)) for _ in range(2)]
+    gone = add(both, [4])
+    both.step()  # one of a request's texts waits no longer for the other's prompt
+    both.abort(gone)
+
+    def fail(self: Runner, *_: object) -> Decoded:
+        if self.model is student._runner.model:
+            raise MemoryError("of the student")
+        return run(self, *_)  # type: ignore[arg-type]
+
+    run = Runner.run
+    with monkeypatch.context() as patch, caplog.at_level("ERROR"):
+        patch.setattr(Runner, "run", fail)
+        outputs = both.step()
+    assert "a step of the student failed; the 4 texts" in caplog.text and "MemoryError: of the student" in caplog.text
+    assert [(output.request_id, len(output.tokens), output.finish_reason) for output in outputs] == [
+        (own, 1, None), (gone, 0, "abort"), *((each, 0, "error") for each in others for _ in range(2)),
+    ]  # fmt: skip
+    assert all("step of the student that helps out failed (MemoryError)" in str(each.message) for each in outputs[2:])
+    assert all(each.is_by_student for each in outputs[1:]) and student.stats().kv_blocks_used == 0
+    # The student is asked again.
+    name = add(both, [1, 2, 3])
+    tokens: dict[str, int] = {}
+    while both.has_work:
+        for output in both.step():
+            tokens[output.request_id] = tokens.get(output.request_id, 0) + len(output.tokens)
+    assert tokens == {own: 3, name: 6} and ended not in tokens
 
 
 def test_what_the_student_cannot_hold_waits_for_the_model(make_model: Make, tokenizer: Tokenizer) -> None:
