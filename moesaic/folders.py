@@ -41,6 +41,11 @@ def split_run(source: str | Path) -> tuple[Path, str]:
     return (Path(name), step) if separator and not Path(source).exists() else (Path(source), "")
 
 
+def run_name(source: str) -> str:
+    """Return what the run that RUN or RUN@step names is called: its folder's name, however the way there is written."""
+    return Path(os.path.abspath(split_run(source)[0])).name
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a file by one with this text: whatever happens, it is the old one or, on the disk, the new one.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.errors import FolderInUseError
-from moesaic.folders import FolderLock, split_run, write_whole
+from moesaic.folders import FolderLock, run_name, split_run, write_whole
 
 fcntl = pytest.importorskip("fcntl", reason="no locks of the system")
 
@@ -137,3 +137,16 @@ def test_an_at_is_the_paths_own_where_it_is_there_else_it_parts_off_the_step(tmp
         source.mkdir()
     assert split_run(source) == ((source, "") if is_there else (tmp_path / "a@b", "7"))
     assert split_run(tmp_path) == (tmp_path, "")
+
+
+def test_a_run_is_called_as_its_folder_however_the_way_there_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "latest").symlink_to(tmp_path / "runs" / "first")
+    monkeypatch.chdir(tmp_path / "runs" / "first")
+    names = {source: run_name(source) for source in (".", "..", "../first/", "../first@80", ".@80", "../../latest")}
+    assert names == {
+        ".": "first", "..": "runs", "../first/": "first", "../first@80": "first", ".@80": "first",
+        "../../latest": "latest",
+    }  # fmt: skip

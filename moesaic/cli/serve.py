@@ -28,8 +28,9 @@ def serve(
 
     Example: moesaic serve runs/first --port 8000 --set engine.max_sequences=16
     """
-    from moesaic.config.load import load_serve_config, run_folder_of, with_options
+    from moesaic.config.load import load_serve_config, with_options
     from moesaic.errors import InstallationError
+    from moesaic.folders import run_name
     from moesaic.logs import log_to_stderr
 
     options = {"server.host": ("--host", host), "server.port": ("--port", port)}
@@ -42,12 +43,11 @@ def serve(
             f"required; install them with `pip install 'moesaic[serve]'`."
         ) from None
     log_to_stderr(as_json=True)
-    folder = run_folder_of(run)
     elsewhere = " and this machine's other addresses" if resolved.server.host in ("0.0.0.0", "::") else ""
     run_server(
         run,
         resolved,
-        name=folder.name if folder is not None and folder.name else run,
+        name=run_name(run),
         device=device,
         precision=precision,
         ready=lambda url: typer.echo(f"Serving {run} at {url}{elsewhere} (Ctrl-C ends it)."),

@@ -82,6 +82,10 @@ def test_a_mistake_ends_with_what_to_do(cli: Any, trained_run: Path, tmp_path: P
             ([trained_run, "--set", "server.prot=1"], "did you mean port"),
             ([trained_run, "--set", "server.allowed_origins=[example.org]"], "allowed_origins has 'example.org'"),
             ([trained_run, "--config", tmp_path / "none.yaml"], "none.yaml is no file; a YAML file with the sections"),
+            (
+                [trained_run, "--set", f"overload={{model: {trained_run}@1, max_texts: 1}}"],
+                f"overload.model ({trained_run}@1) would be called {trained_run.name!r} in answers, as the model",
+            ),
             ([trained_run, "--host", "::1", "--set", "server.host=127.0.0.1"], "--host ::1 and --set server.host=127"),
             ([trained_run, "--set", "server.api_key_file=none"], "api_key_file (none) cannot be read"),
         ):

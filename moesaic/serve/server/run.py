@@ -6,16 +6,16 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import uvicorn
 from fastapi import FastAPI
 
-from moesaic.config.serve import EngineConfig, ServeConfig, ServerConfig
+from moesaic.config.serve import EngineConfig, OverloadConfig, ServeConfig, ServerConfig
 from moesaic.data.chat import check_chat_template
 from moesaic.errors import ConfigError, DataError, InstallationError
+from moesaic.folders import run_name
 from moesaic.logs import logger
 from moesaic.model.load import LoadedModel, load_run
 from moesaic.model.transformer import Transformer
@@ -52,6 +52,8 @@ def serve(
     load_run raises; DataError for a chat template that no conversation gets through.
     """
     keys = read_keys(config.server.api_key_file)
+    name = config.server.served_model_name or name
+    student_name = None if config.overload is None else _student_name(config.overload, name)
     with ExitStack() as stack:
         # Before the model, which may take long to load.
         listener = stack.enter_context(listen(config.server.host, config.server.port))
@@ -64,11 +66,11 @@ def serve(
             stack.callback(grammars.close)
         settings, draft_model = config.engine, _load_draft(config.engine, loaded, device=device)
         helping, student = None, None
-        if config.overload is not None:
+        if config.overload is not None and student_name is not None:
             other = _load_beside("overload.model", config.overload.model, loaded, device=device)
             settings, rest = split_memory(settings, loaded.model, other.model, draft_model=draft_model)
             helping = Engine(other.model, other.tokenizer, rest, grammars=grammars)
-            student = Student(Path(config.overload.model).name, tuple(layer.layer for layer in helping.stats().layers))
+            student = Student(student_name, tuple(layer.layer for layer in helping.stats().layers))
         engine = Engine(loaded.model, loaded.tokenizer, settings, draft_model=draft_model, grammars=grammars)
         driven: StepEngine = engine
         if helping is not None and config.overload is not None:
@@ -77,7 +79,7 @@ def serve(
             AsyncEngine(driven),
             loaded.tokenizer,
             config.server,
-            name=config.server.served_model_name or name,
+            name=name,
             max_length=engine.max_length,
             max_embedded_tokens=config.engine.max_batch_tokens,
             moe_layers=[layer.layer for layer in engine.stats().layers],
@@ -206,6 +208,17 @@ def listen(host: str, port: int) -> socket.socket:
             f"machine and a free port are required; choose another port, or 0 for any."
         ) from None
     return listener
+
+
+def _student_name(config: OverloadConfig, name: str) -> str:
+    """Return what answers call the student; name: what they call the model. Raises: ConfigError where both are one."""
+    student = run_name(config.model)
+    if student == name:
+        raise ConfigError(
+            f"overload.model ({config.model}) would be called {student!r} in answers, as the model that is served; two "
+            f"names are required, since an answer's `model` says who made it; set server.served_model_name to another."
+        )
+    return student
 
 
 def _load_draft(config: EngineConfig, loaded: LoadedModel, *, device: str) -> Transformer | None:
