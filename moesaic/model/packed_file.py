@@ -168,6 +168,9 @@ def _write(
             writing.truncate(0)  # whoever waits for it finds it empty and tries as well
             temporary.unlink()
         raise
+    with suppress(OSError):  # some file systems know no modes
+        # To be cut short in place, by a `cp` over it say, would end every process that has it mapped.
+        os.fchmod(writing.fileno(), os.fstat(writing.fileno()).st_mode & 0o444)
 
 
 def _temporary(place: Path) -> Path:

@@ -1,5 +1,6 @@
 """A model that is kept in a file is the packed model, to the bit; whatever is wrong with the file, the run loads."""
 
+import os
 import logging
 import subprocess
 import sys
@@ -87,6 +88,24 @@ def test_each_precision_has_its_own(run: Path) -> None:
     assert torch.equal(logits(load_run(run)), logits(one))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="file locks")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o444), (0o077, 0o400)])
+def test_nobody_writes_into_what_others_have_mapped(run: Path, umask: int, mode: int) -> None:
+    """To cut it short in place ends them; to make it again, by a new file of its name, does not."""
+    path = file_of(run, "packed-int8.safetensors")
+    before = os.umask(umask)
+    try:
+        first = load_run(run, precision="int8", packed_file="write")
+        assert path.stat().st_mode & 0o777 == mode
+        wanted = logits(first)
+        path.replace(path.with_name("other"))
+        path.write_bytes(b"of another run")
+        assert is_mapped(load_run(run, precision="int8", packed_file="write"))
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode and torch.equal(logits(first), wanted)
+
+
 DAMAGES: dict[str, Any] = {
     "truncated": lambda data: data[:-5000], "foreign": lambda _: b"\x80\x04\x95pickled" * 1000, "empty": lambda _: b"",
 }  # fmt: skip
@@ -96,7 +115,9 @@ DAMAGES: dict[str, Any] = {
 def test_a_file_that_is_not_whole_is_made_again(run: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
     path = file_of(run, "packed-int8.safetensors")
     wanted = logits(load_run(run, precision="int8", packed_file="write"))
-    path.write_bytes(DAMAGES[how](path.read_bytes()))
+    damaged = DAMAGES[how](path.read_bytes())
+    path.unlink()
+    path.write_bytes(damaged)
     loaded = load_run(run, precision="int8")
     assert not is_mapped(loaded) and torch.equal(logits(loaded), wanted)
     passed_over = [each.message for each in caplog.records if "Passing over a file of packed weights" in each.message]
