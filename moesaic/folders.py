@@ -35,6 +35,27 @@ class FolderLock:
         self.release()
 
 
+def is_being_written(folder: Path) -> bool:
+    """Whether a writer holds the lock of a folder; False where the system has no locks, or does not let us look."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
 def split_run(source: str | Path) -> tuple[Path, str]:
     """Return the folder and the step, "" for none, that RUN or RUN@step names. A path may hold an @ of its own."""
     name, separator, step = str(source).rpartition("@")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.errors import FolderInUseError
-from moesaic.folders import FolderLock, run_name, split_run, write_whole
+from moesaic.folders import FolderLock, is_being_written, run_name, split_run, write_whole
 
 fcntl = pytest.importorskip("fcntl", reason="no locks of the system")
 
@@ -50,6 +50,14 @@ def test_it_is_let_go_by_release_by_with_and_with_its_last_reference(tmp_path: P
     with pytest.raises(ValueError, match="inside"), FolderLock(tmp_path):
         raise ValueError("inside")
     FolderLock(tmp_path).release()
+
+
+def test_whether_it_is_held_can_be_seen_without_holding_it(tmp_path: Path) -> None:
+    assert not is_being_written(tmp_path) and not is_being_written(tmp_path / "none")
+    with FolderLock(tmp_path):
+        assert is_being_written(tmp_path) and is_being_written(tmp_path)
+    assert not is_being_written(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_made_for_it_goes_where_nothing_was_written(tmp_path: Path) -> None:

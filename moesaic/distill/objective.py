@@ -44,6 +44,7 @@ class DistillationState:
     """What of a distillation a checkpoint keeps. cache_top_k None: the teacher runs."""
 
     teacher_sha256: str
+    teacher_step: int | None = None
     has_ended: bool = False
     cache_top_k: int | None = None
 
@@ -94,7 +95,11 @@ class Distillation:
             self._state = DistillationState(**start.state)
             if not self._state.needs_teacher(config, start.tokens):
                 return
-        run = TeacherRun.open(distill.teacher, sha256=None if start.state is None else self._state.teacher_sha256)
+        if start.state is None:
+            run = TeacherRun.open(distill.teacher)
+        else:
+            sha256, step = self._state.teacher_sha256, self._state.teacher_step
+            run = TeacherRun.reopen(distill.teacher, start.folder, sha256=sha256, step=step)
         run.check(
             config.model,
             data=config.data.path,
@@ -111,8 +116,8 @@ class Distillation:
         if start.state is not None:
             check_cache_top_k(top_k, self._state.cache_top_k)
         self._state.cache_top_k = top_k
-        self._state.teacher_sha256 = run.sha256
-        self._run = run
+        self._state.teacher_sha256, self._state.teacher_step = run.sha256, run.info.step
+        self._run = run.keep(start.folder)
 
     def initialize(self, model: Transformer) -> None:
         """With init = teacher, copy its layers; which experts stay, a pass over the validation sequences says."""

@@ -7,6 +7,7 @@ evaluate` has kept in the run folders; none is computed here.
 
 import json
 import math
+import shutil
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -16,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.store import CheckpointInfo
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import ValidationLoader
 from moesaic.data.shards import ShardSet
-from moesaic.distill.teacher import TeacherRun
+from moesaic.distill.teacher import KEPT_NAME, TeacherRun
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.evaluate.validation import validation_loss
 from moesaic.folders import write_whole
@@ -110,9 +110,15 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
             f"required; name one."
         )
     student = load_run(folder, device=device)
-    sha256 = student.info.metadata.get("objective", {}).get("teacher_sha256")  # a converted student has none
-    run = TeacherRun.open(config.distill.teacher, sha256=sha256)
-    loaded = {"teacher": load_run(f"{run.folder}@{run.info.step}", device=device), "student": student}
+    state = student.info.metadata.get("objective", {})
+    if "teacher_sha256" in state:
+        run = TeacherRun.reopen(
+            config.distill.teacher, folder, sha256=state["teacher_sha256"], step=state.get("teacher_step")
+        )
+    else:  # of a converted student
+        run = TeacherRun.open(config.distill.teacher)
+    loaded = {"teacher": load_run(run.source, device=device), "student": student}
+    folders = {"teacher": run.folder, "student": folder}
     shards = ShardSet.open(config.data.path)
     positions = min(each.config.model.max_positions for each in loaded.values())
     num_prompt = max(1, min(_PROMPT_TOKENS, positions // 2, shards.validation.num_tokens))
@@ -122,14 +128,14 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
     batches = _validation(config, shards)
     sides = {
         name: Side(
-            run=str(each.info.path.parent.parent),
+            run=str(folders[name]),
             step=each.info.step,
             parameters=(count := count_parameters(each.config.model)).total,
             active_parameters=count.active,
             validation_loss=validation_loss(each.model, batches, device=each.device),
             prefill_seconds=latencies[name][0],
             decode_seconds=latencies[name][1],
-            tasks=_task_scores(each.info),
+            tasks=_task_scores(folders[name], each.info.step),
         )
         for name, each in loaded.items()
     }
@@ -146,12 +152,17 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
 
 
 def try_report(run_folder: str | Path, *, device: str = "auto") -> DistillationReport | None:
-    """Return the report, or None, said in the log, where the checkpoint that taught is no longer there."""
+    """Return a finished student's report, or None, said in the log, where the checkpoint that taught is gone.
+
+    What the student has kept of a teacher that trained is needed no more, and removed.
+    """
     try:
-        return report_distillation(run_folder, device=device)
+        report = report_distillation(run_folder, device=device)
     except CheckpointError as error:
         logger.warning("no report of the distillation: %s", error)
         return None
+    shutil.rmtree(Path(run_folder) / KEPT_NAME, ignore_errors=True)
+    return report
 
 
 def _validation(config: TrainConfig, shards: ShardSet) -> ValidationLoader:
@@ -191,10 +202,10 @@ def _seconds(model: Transformer, tokens: Tensor, cache: BatchCache) -> float:
     return time.perf_counter() - started
 
 
-def _task_scores(info: CheckpointInfo) -> dict[str, TaskScore]:
+def _task_scores(run_folder: Path, step: int) -> dict[str, TaskScore]:
     """Return the first metric of each task that was evaluated at this step."""
     try:
-        results = read_results(info.path.parent.parent, step=info.step)
+        results = read_results(run_folder, step=step)
     except EvaluationError as error:
         logger.warning("no task scores in the report: %s", error)
         return {}

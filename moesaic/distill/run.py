@@ -162,9 +162,11 @@ def write_needed_cache(
             return None
         top_k = state.cache_top_k if top_k is None else top_k
         check_cache_top_k(DEFAULT_TOP_K if top_k is None else top_k, state.cache_top_k)
-        run = TeacherRun.open(config.distill.teacher, sha256=state.teacher_sha256)
-        teacher = f"{run.folder}@{run.info.step}"
-        config = config.replace(distill=config.distill.replace(teacher=teacher))
+        assert resumed is not None
+        run = TeacherRun.reopen(
+            config.distill.teacher, Path(resumed), sha256=state.teacher_sha256, step=state.teacher_step
+        )
+        config = config.replace(distill=config.distill.replace(teacher=run.source))
     return write_cache(folder, config, top_k=top_k, device=device, on_progress=on_progress)
 
 

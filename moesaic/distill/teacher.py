@@ -1,6 +1,11 @@
-"""A student's teacher: the run that it is, whether it fits, and the running model. The cached one is cache.py's."""
+"""A student's teacher: the run that it is, whether it fits, and the running model. The cached one is cache.py's.
 
-from dataclasses import dataclass
+A run that trains deletes old checkpoints. A student of one keeps the checkpoint that teaches it in its own folder,
+STUDENT/teacher, until its report is written.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,50 +13,116 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import describe_quantization, is_quantized
-from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, resolve_checkpoint
+from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, read_info, resolve_checkpoint
+from moesaic.config.load import write_config
 from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import Batch
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.distill.loss import TeacherLogits
 from moesaic.errors import CheckpointError, ConfigError, DataError
+from moesaic.folders import is_being_written, split_run
+from moesaic.logs import logger
 from moesaic.model.load import LoadedModel, load_run, load_run_config
 from moesaic.model.transformer import Transformer
 
 Precision = Literal["bf16", "int8", "fp32"]
+KEPT_NAME = "teacher"
+_WEIGHTS_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class TeacherRun:
-    """The checkpoint that RUN or RUN@step names, its run's config and tokenizer; no weight is read yet."""
+    """The checkpoint that RUN or RUN@step names, its run's config and tokenizer; no weight is read yet.
 
+    folder: the run that was named; the checkpoint may be what a student has kept of it.
+    """
+
+    folder: Path
     info: CheckpointInfo
     config: TrainConfig
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, run: str | Path, *, sha256: str | None = None) -> "TeacherRun":
-        """Open a teacher. sha256: of the weights that it must have; of RUN, its checkpoint that has them, best or not.
-
-        Raises: CheckpointError for a run or step that is not there, or has other weights.
-        """
+    def open(cls, run: str | Path) -> "TeacherRun":
+        """Open a teacher. Raises: CheckpointError for a run or step that is not there."""
         info = resolve_checkpoint(run)
-        folder = info.path.parent.parent
-        if sha256 is not None and _sha256(info) != sha256:
-            others = list_checkpoints(folder) if Path(run).exists() else []  # RUN@step means that one
-            matching = [each for each in others if _sha256(each) == sha256]
-            if not matching:
-                raise CheckpointError(
-                    f"distill.teacher ({run}, sha256 {_sha256(info)[:12]}) is not the one that this run began with "
-                    f"({sha256[:12]}); a student has one teacher to the end; name that run and step, or start a new "
-                    f"run."
-                )
-            info = matching[-1]
-        return cls(info, load_run_config(folder), Tokenizer.load(folder))
+        return cls._of(info.path.parent.parent, info)
+
+    @classmethod
+    def reopen(cls, run: str | Path, student: Path, *, sha256: str, step: int | None) -> "TeacherRun":
+        """Open the teacher that a student began with: of RUN the checkpoint that it was, best or not, or what is kept.
+
+        sha256, step: its weights and its step, as the student's checkpoints have them; step None: they do not say.
+
+        Raises: CheckpointError for a run that is not there, has other weights, or has deleted them.
+        """
+        folder, step_text = split_run(run)
+        kept, there = list_checkpoints(student / KEPT_NAME), list_checkpoints(folder)
+        candidates = [*kept, *there]
+        if step_text and any(str(each.step) == step_text for each in there):
+            candidates = [resolve_checkpoint(run)]  # that one is meant, and no other
+        for info in candidates:
+            if _sha256(info) == sha256:
+                return cls._of(folder, info)
+        if there and not kept and step is not None and step not in (steps := [each.step for each in there]):
+            keep_last = load_run_config(folder).checkpoint.keep_last
+            raise CheckpointError(
+                f"step {step} of the teacher {folder}, with which this student began (sha256 {sha256[:12]}), is gone: "
+                f"that run keeps its best checkpoint and the last {keep_last} (checkpoint.keep_last), now "
+                f"{', '.join(map(str, steps))}; a student has one teacher to the end; name a copy of the run that "
+                f"still has it, or do without: the student works as it is, and `moesaic train {student} --output DIR` "
+                f"trains it on alone."
+            )
+        raise CheckpointError(
+            f"distill.teacher ({run}, sha256 {_sha256(resolve_checkpoint(run))[:12]}) is not the one that this run "
+            f"began with ({sha256[:12]}); a student has one teacher to the end; name that run and step, or start a "
+            f"new run."
+        )
+
+    @classmethod
+    def _of(cls, folder: Path, info: CheckpointInfo) -> "TeacherRun":
+        own = info.path.parent.parent
+        return cls(folder, info, load_run_config(own), Tokenizer.load(own))
+
+    def keep(self, student: Path) -> "TeacherRun":
+        """Return the teacher, of a run that is being trained as what the student's folder keeps of it.
+
+        Its files are linked, which takes no room, or copied where the file systems cannot link.
+
+        Raises: CheckpointError where they cannot be kept.
+        """
+        kept = student / KEPT_NAME
+        for info in list_checkpoints(kept):
+            if _sha256(info) == self.sha256:
+                return replace(self, info=info)
+        if not is_being_written(self.folder):
+            return self
+        shutil.rmtree(kept, ignore_errors=True)
+        checkpoint = kept / self.info.path.parent.name / self.info.path.name
+        try:
+            checkpoint.mkdir(parents=True)
+            write_config(self.config, kept / "config.yaml")
+            self.tokenizer.save(kept)
+            how = _link_or_copy(self.info.path / _WEIGHTS_NAME, checkpoint / _WEIGHTS_NAME)
+            shutil.copyfile(self.info.path / "manifest.json", checkpoint / "manifest.json")
+        except OSError as error:
+            shutil.rmtree(kept, ignore_errors=True)
+            raise CheckpointError(
+                f"the teacher {self.folder} is being trained, and its step {self.info.step} cannot be kept in {kept} "
+                f"({error}); it is needed to the student's end, and that run deletes old checkpoints "
+                f"(checkpoint.keep_last); give the command again, free some space, or wait until the run has ended."
+            ) from None
+        logger.info(
+            "%s is being trained and deletes old checkpoints: %s keeps its step %d (%s) until the report is written.",
+            self.folder, kept, self.info.step, how,
+        )  # fmt: skip
+        return replace(self, info=read_info(checkpoint))
 
     @property
-    def folder(self) -> Path:
-        return self.info.path.parent.parent
+    def source(self) -> str:
+        """RUN@step of where its files lie."""
+        return f"{self.info.path.parent.parent}@{self.info.step}"
 
     @property
     def sha256(self) -> str:
@@ -91,12 +162,23 @@ class TeacherRun:
 
     def load(self, precision: Precision, *, device: str) -> LoadedModel:
         """Load the model, ready to infer. Raises: CheckpointError for a file that is missing or corrupt."""
-        run = f"{self.folder}@{self.info.step}"
-        return load_run(run, device=device, precision=None if is_quantized(self.info) else precision)
+        return load_run(self.source, device=device, precision=None if is_quantized(self.info) else precision)
 
 
 def _sha256(info: CheckpointInfo) -> str:
-    return str(info.files["model.safetensors"]["sha256"])
+    return str(info.files[_WEIGHTS_NAME]["sha256"])
+
+
+def _link_or_copy(source: Path, target: Path) -> str:
+    """Return how it was done. Raises: OSError."""
+    try:
+        target.hardlink_to(source)
+    except FileNotFoundError:  # deleted just now
+        raise
+    except OSError as error:
+        shutil.copyfile(source, target)
+        return f"a copy of {target.stat().st_size:,} bytes, since it cannot be linked: {error.strerror}"
+    return "a link, which takes no room"
 
 
 class LiveTeacher:

@@ -190,7 +190,7 @@ class Trainer:
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
         state = self._resume() if resume else None
-        self.objective.open(RunStart(self.tokens, state, shards, self.device))
+        self.objective.open(RunStart(self.tokens, state, shards, self.device, run_folder))
         if state is None:
             self.objective.initialize(self.model)
         self._write_folder(tokenizer)

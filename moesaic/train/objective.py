@@ -5,6 +5,7 @@ the loop asks and knows nothing of it.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from moesaic.train.loss import Head, next_token_loss
 class RunStart:
     """Where a run stands when its objective is opened: tokens trained on, and the state that its checkpoint kept.
 
+    folder: the run's own, which is locked, and empty where the run begins.
+
     state: None where the run begins.
     """
 
@@ -26,6 +29,7 @@ class RunStart:
     state: dict[str, Any] | None
     shards: ShardSet
     device: torch.device
+    folder: Path
 
 
 class Trials(Protocol):

@@ -1,5 +1,6 @@
 """A student's run: when it hears its teacher, that resuming changes nothing, and that it learns from it."""
 
+import errno
 import json
 import shutil
 import signal
@@ -11,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.checkpoint.store import list_checkpoints
+from moesaic.checkpoint.store import list_checkpoints, resolve_checkpoint
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.prepare import prepare
 from moesaic.distill.cache import write_cache
 from moesaic.distill.objective import Distillation
+from moesaic.distill.report import try_report
 from moesaic.distill.run import distill, make_trainer, student_config
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import CheckpointError, ConfigError, DataError
+from moesaic.folders import FolderLock
 from moesaic.model.load import load_run_config
 from moesaic.report.records import EvaluationRecord, TrainRecord, read_metrics
 from moesaic.train.loop import Trainer, train
@@ -240,6 +243,56 @@ def test_a_student_beyond_its_teacher_needs_it_no_more(student: Student, teacher
     assert distill(config, tmp_path / "late", resume=True).step == 12
     with pytest.raises(CheckpointError, match="does not exist"):
         make(config, tmp_path / "early", resume=True)
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_what_a_run_that_trains_deletes_is_kept_until_the_report_is_written(
+    student: Student,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    can_link: bool,
+) -> None:
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not can_link:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    theirs, run = Path(shutil.copytree(teacher, tmp_path / "teacher")), tmp_path / "run"
+    config = student(f"distill.teacher={theirs}")
+    with FolderLock(theirs), caplog.at_level("INFO", "moesaic"):
+        distill(config, run, display=Stop(3))
+        taught = resolve_checkpoint(theirs)
+        weights = run / "teacher" / "checkpoints" / taught.path.name / "model.safetensors"
+        assert weights.samefile(taught.path / weights.name) == can_link
+        assert f"keeps its step {taught.step} ({'a link' if can_link else 'a copy of'}" in caplog.text
+        shutil.rmtree(taught.path)
+        for teachers in (str(theirs), f"{theirs}@{taught.step}"):
+            make(config.replace(distill=config.distill.replace(teacher=teachers)), run, resume=True)
+        with pytest.raises(CheckpointError, match="is not the one that this run began with"):
+            other = f"{theirs}@{resolve_checkpoint(theirs).step}"
+            make(config.replace(distill=config.distill.replace(teacher=other)), run, resume=True)
+    distill(config, run, resume=True, display=Stop())
+    distill(student(f"distill.teacher={teacher}"), tmp_path / "unbroken", display=Stop())
+    assert_same_run(run, tmp_path / "unbroken")
+    report = try_report(run, device="cpu")
+    assert report is not None and (report.teacher.run, report.teacher.step) == (str(theirs), taught.step)
+    assert not (run / "teacher").exists() and not (tmp_path / "unbroken" / "teacher").exists()
+
+
+def test_a_teacher_that_was_deleted_is_named_and_what_still_works(
+    student: Student, teacher: Path, tmp_path: Path
+) -> None:
+    theirs, run = Path(shutil.copytree(teacher, tmp_path / "teacher")), tmp_path / "run"
+    taught = resolve_checkpoint(theirs)
+    for name in (str(theirs), f"{theirs}@{taught.step}"):
+        config = student(f"distill.teacher={name}")
+        if not run.exists():
+            distill(config, run, display=Stop(3))
+            shutil.rmtree(taught.path)
+        with pytest.raises(CheckpointError, match=rf"step {taught.step} .* is gone: .*keep_last.*`moesaic train {run}"):
+            make(config, run, resume=True)
 
 
 def test_a_student_of_a_cache_never_loads_its_teacher_and_resumes_exactly(

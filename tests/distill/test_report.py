@@ -86,7 +86,9 @@ def test_the_teacher_is_the_checkpoint_that_taught_not_its_runs_best_of_now(
     (run / REPORT_NAME).unlink()
     with caplog.at_level("WARNING", "moesaic"):
         assert try_report(run, device="cpu") is None
-    assert "is not the one that this run began with" in caplog.text and not (run / REPORT_NAME).exists()
+    left = resolve_checkpoint(theirs).step
+    assert f"step {taught.step} of the teacher {theirs}, with which this student began" in caplog.text
+    assert f"the last 2 (checkpoint.keep_last), now {left};" in caplog.text and not (run / REPORT_NAME).exists()
 
 
 def test_kept_task_scores_are_read_and_nothing_else(
