@@ -9,7 +9,7 @@ import torch
 
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, harmless_keys
-from moesaic.convert.gguf import GgufFile, read_gguf_config
+from moesaic.convert.gguf import GGUF_FAMILIES, GgufFile, read_gguf_config
 from moesaic.convert.keys import Keys, in_a_file, read_config
 from moesaic.convert.source import HuggingFaceFolder, Source
 from moesaic.convert.tensors import Piece, TensorRule, check_sources, foreign_tensors, pieces_of
@@ -80,9 +80,11 @@ def _read_folder(source: HuggingFaceFolder) -> tuple[str, ModelConfig, tuple[Ten
             raise ConversionError(f"{where} describes no model that can be: {in_a_file(error)}") from None
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
+        architectures = ", ".join(dict.fromkeys(each.architecture for each in GGUF_FAMILIES))
         raise ConversionError(
-            f"{where} is of model_type {name!r}; one of {', '.join([*FAMILIES, OWN_NAME])} is required; other families "
-            f"have no table yet (convert/families.py)."
+            f"{where} is of model_type {name!r}; one of {', '.join([*FAMILIES, OWN_NAME])} is required, whose keys and "
+            f"tensors are known; take a model of one of these, or a GGUF file of this one where its architecture is "
+            f"one of {architectures}, or add the family's table to moesaic/convert/families.py."
         )
     config = read_config(family.keys, Keys(source.config, where), harmless_keys(family))
     later = [template.split("{later}") for template in family.left_out]

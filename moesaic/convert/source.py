@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, without_doubles
 from moesaic.data.tokenizer import COMPANION_NAMES, GENERATION_NAME, TOKENIZER_NAME, Tokenizer
-from moesaic.errors import ConversionError
+from moesaic.errors import ConversionError, DataError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -77,6 +77,13 @@ class HuggingFaceFolder:
         return self._readers[name].read(name, index)
 
     def tokenizer(self) -> Tokenizer:
+        if not (self.path / TOKENIZER_NAME).is_file():
+            has_other = (self.path / "tokenizer.model").is_file()  # SentencePiece's
+            how = "make it of tokenizer.model with transformers (AutoTokenizer)" if has_other else "fetch it too"
+            raise DataError(
+                f"{self.path} holds no {TOKENIZER_NAME}; the tokenizer that the model was trained with is required; "
+                f"{how}, or name it, or a folder that holds it, with --tokenizer."
+            )
         tokenizer = Tokenizer.load(self.path)
         ends = self.config.get("eos_token_id")
         is_given = all(type(each) is int for each in (ends if isinstance(ends, list) else [ends]))

@@ -91,7 +91,7 @@ class Tokenizer:
         if not file.is_file():
             raise DataError(
                 f"{given} holds no tokenizer; a {TOKENIZER_NAME}, or a folder with one (Hugging Face, prepared or run "
-                f"folder), is required; check the path, or let `moesaic prepare` train a tokenizer."
+                f"folder), is required; check the path, or put the file there."
             )
         try:
             return cls(_read(file), companions=_read_companions(file.parent))

@@ -116,7 +116,11 @@ def test_sizes_are_positive_integers_that_the_tensors_can_have(
         ("deepseek-v3", {"first_k_dense_replace": "1"}, "first_k_dense_replace"),
         ("deepseek-v3", {"routed_scaling_factor": 0}, "routed_scaling_factor"),
         ("deepseek-v3", {"num_key_value_heads": 2}, "num_key_value_heads is 2; 4, as there are heads"),
-        ("llama", {"model_type": "gpt_neox"}, "is of model_type 'gpt_neox'; one of llama, .* is required"),
+        (
+            "llama",
+            {"model_type": "gpt_neox"},
+            "is of model_type 'gpt_neox'; one of llama, .* is required.* a GGUF file .* llama, qwen2, .*families.py",
+        ),
         ("llama", {"model_type": REMOVED}, "is of model_type None"),
         ("llama", {"model_type": ["llama"]}, "is of model_type"),
         ("llama", {"model_type": "moesaic"}, "is None; a mapping"),
