@@ -153,6 +153,30 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
+def _check_grammar(value: Any) -> Any:
+    if isinstance(value, str):
+        shown = json.dumps({"kind": "ebnf", "text": value[:60]})
+        raise refusal(
+            f'grammar is a text; {{"kind": ..., "text": ...}} is required, with the kind regex, ebnf, json_schema or '
+            f"json_object; send {shown}, say.",
+            param="grammar",
+            code="invalid_value",
+        )
+    return value
+
+
+# Other servers' keys for what a text has to match, and the kind of grammar that each is here.
+_GRAMMAR_KINDS = {
+    "guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "regex", "guided_grammar": "ebnf",
+    "structured_outputs": "...", "json_schema": "json_schema", "regex": "regex", "ebnf": "ebnf",
+}  # fmt: skip
+_GRAMMAR_KEYS = {
+    key: f'what the text has to match, `grammar` says ({{"kind": "{kind}", "text": ...}}), for a JSON schema in a chat '
+    f"`response_format` too"
+    for key, kind in _GRAMMAR_KINDS.items()
+}
+
+
 class GrammarBody(Body):
     """An extension: what the text has to match."""
 
@@ -189,7 +213,7 @@ class GenerationBody(Body):
     stop_token_ids: Annotated[list[Count] | None, BeforeValidator(_limit)] = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     return_experts: bool | None = None
-    grammar: GrammarBody | None = None
+    grammar: Annotated[GrammarBody | None, BeforeValidator(_check_grammar)] = None
 
     @property
     def streams(self) -> bool:
@@ -248,6 +272,7 @@ class CompletionBody(GenerationBody):
 
     harmless = ("user", "metadata", "store", "service_tier")
     unsupported: ClassVar[dict[str, str]] = {
+        **_GRAMMAR_KEYS,
         "suffix": "text is only continued here, not filled in",
         "best_of": "every text that is made is returned here; n says how many",
         "response_format": "it is a chat's key; for a completion `grammar` says what the text has to match",
@@ -304,6 +329,7 @@ class ChatBody(GenerationBody):
         "safety_identifier", "prediction",
     )  # fmt: skip
     unsupported: ClassVar[dict[str, str]] = {
+        **_GRAMMAR_KEYS,
         "audio": "only text is made here",
         "modalities": "only text is made here",
         "functions": "it is the old form of tools",
