@@ -4,6 +4,7 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moesaic.data.tokenizer import Tokenizer
@@ -12,6 +13,11 @@ from moesaic.errors import DataError, InstallationError
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
+# What render_chat passes, and what templates call.
+_OWN_NAMES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+    | {"bos_token", "eos_token", "unk_token", "pad_token"}
+)
 # Stands at the end of a last message that is to be continued; no text holds it.
 _END_OF_LAST = "\ufdd0"
 
@@ -29,17 +35,34 @@ def check_chat_template(tokenizer: Tokenizer) -> None:
         _compile(tokenizer)
 
 
+def template_settings(tokenizer: Tokenizer) -> frozenset[str]:
+    """Return the names that a chat template reads beside what render_chat passes: what may be set of it.
+
+    Raises: as render_chat does for the template.
+    """
+    _compile(tokenizer)
+    assert tokenizer.chat_template is not None
+    return _settings_of(_environment(), tokenizer.chat_template)
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a name in a template is for render_chat alone to pass."""
+    return name in _OWN_NAMES
+
+
 def render_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     *,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
     """Return the text of a conversation; each message has a `role` and its `content`, and what else its template reads.
 
-    tools: JSON descriptions of functions, for templates that show them to the model. add_generation_prompt: the text
-    ends where the assistant begins to speak; otherwise it ends within the last message, which is to be continued.
+    settings: values of what else the template reads (template_settings). tools: JSON descriptions of functions, for
+    templates that show them to the model. add_generation_prompt: the text ends where the assistant begins to speak;
+    otherwise it ends within the last message, which is to be continued.
 
     Raises: DataError where the tokenizer has no template, or a broken one, or it refuses the conversation;
     InstallationError.
@@ -49,6 +72,7 @@ def render_chat(
     if not add_generation_prompt:
         given[-1]["content"] += _END_OF_LAST
     values: dict[str, Any] = {
+        **settings,
         **tokenizer.special_names,
         "messages": given,
         "tools": None if tools is None else [dict(tool) for tool in tools],
@@ -106,6 +130,13 @@ def _compile(tokenizer: Tokenizer) -> "Template":
 @functools.lru_cache(maxsize=8)  # compiling one takes some milliseconds, and a server renders one for every chat
 def _template(environment: "Environment", source: str) -> "Template":
     return environment.from_string(source)
+
+
+@functools.lru_cache(maxsize=8)
+def _settings_of(environment: "Environment", source: str) -> frozenset[str]:
+    from jinja2.meta import find_undeclared_variables
+
+    return frozenset(name for name in find_undeclared_variables(environment.parse(source)) if not is_own_name(name))
 
 
 @functools.cache

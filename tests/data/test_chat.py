@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from moesaic.data.chat import check_chat_template, render_chat
+from moesaic.data.chat import check_chat_template, render_chat, template_settings
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import DataError
 
@@ -84,6 +84,18 @@ def test_a_template_has_the_tools_and_all_of_a_message() -> None:
     messages = [USER, call]
     assert render_chat(tokenizer, messages) == 'userassistant[{"name": "look", "arguments": {"at": null}}]'
     assert render_chat(tokenizer, [USER], tools=[{"name": "look"}, {"name": "go"}]) == "look,go|user"
+
+
+def test_a_template_has_settings_of_its_own_and_they_never_replace_what_is_passed() -> None:
+    tokenizer = with_template(
+        "{% set effort = effort | default('high') %}{% macro think() %}{{ effort }}{{ enable_thinking }}{% endmacro %}"
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}{{ loop.index }}{% endfor %}{{ think() }}"
+        "{% if tools or documents or not add_generation_prompt %}{{ raise_exception(strftime_now('%Y')) }}{% endif %}"
+    )
+    assert template_settings(tokenizer) == {"effort", "enable_thinking"}
+    assert render_chat(tokenizer, [USER]) == "user1high"
+    assert render_chat(tokenizer, [USER], settings={"effort": "low", "enable_thinking": False}) == "user1lowFalse"
+    assert render_chat(tokenizer, [USER], settings={"messages": [], "tools": [1], "unread": 1}) == "user1high"
 
 
 def test_templates_render_as_in_transformers() -> None:

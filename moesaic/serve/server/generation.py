@@ -15,7 +15,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from moesaic.config.serve import Grammar, Sampling, ServerConfig
-from moesaic.data.chat import render_chat
+from moesaic.data.chat import is_own_name, render_chat, template_settings
 from moesaic.data.tokenizer import SHORT_CHARS, Tokenizer
 from moesaic.errors import ConfigError, DataError
 from moesaic.serve.async_engine import AsyncEngine, Generation, PlacedOutput
@@ -125,9 +125,15 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
             code="no_tool_calls_in_template",
         )
 
+    settings = body.template_settings()
+    for name in settings:
+        _check_setting(
+            served, name, param="chat_template_kwargs" if name in (body.chat_template_kwargs or {}) else name
+        )
+
     def encode() -> tuple[int, ...]:
         try:
-            text = render_chat(served.tokenizer, messages, tools=tools)
+            text = render_chat(served.tokenizer, messages, tools=tools, settings=settings)
             text.encode()
         except DataError as error:
             raise refusal(str(error), param="messages", code="refused_by_template") from None
@@ -151,6 +157,26 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
         streams_usage=body.streams_usage,
         has_tool_calls=tools is not None and ToolCallReader.understands(served.tokenizer),
     ))  # fmt: skip
+
+
+def _check_setting(served: Served, name: str, *, param: str) -> None:
+    """Raise ApiError unless the chat template reads a name, and the server does not pass it itself."""
+    shown = json.dumps(name)[:60]
+    if is_own_name(name):
+        raise refusal(
+            f"chat_template_kwargs has {shown}, which the server itself passes to the chat template; names of the "
+            f"template's own are required; leave it out.",
+            param=param,
+            code="invalid_value",
+        )
+    known = template_settings(served.tokenizer)
+    if name not in known:
+        raise refusal(
+            f"{shown} would be set for the model's chat template, which does not read it; it reads "
+            f"{', '.join(sorted(known))[:400] or 'no setting at all'}, and none is silently ignored; leave it out.",
+            param=param,
+            code="no_such_setting_in_template",
+        )
 
 
 def _check_job(served: Served, job: Job) -> Job:

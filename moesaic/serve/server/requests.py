@@ -31,6 +31,7 @@ from moesaic.serve.server.tool_calls import calls_grammar, read_object
 # As OpenAI's: more likeliest tokens, and more biases, than anybody reads or writes.
 MAX_TOP_LOGPROBS = 20
 _MAX_ENTRIES = 1024
+_MAX_NESTING = 64  # as of schemas
 _MAX_STOPS = 16
 _MAX_STOP_CHARS = 4096  # together
 # Prompts of a request and messages of a chat, before the server's own limits are looked at: a list of a million takes
@@ -67,6 +68,29 @@ def _check_prompt(value: Any, handler: ValidatorFunctionWrapHandler, info: Valid
 def _limit(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, list | dict) and len(value) > _MAX_ENTRIES:
         raise _too_many(value, info, limit=_MAX_ENTRIES)
+    return value
+
+
+def _limit_nested(value: Any, info: ValidationInfo) -> Any:
+    """Limit the entries of a value and of all that it holds, and how deep they stand in one another."""
+    level, count, depth = [value], 0, 0
+    while level := [each for each in level if isinstance(each, list | dict)]:
+        depth += 1
+        if depth > _MAX_NESTING:
+            raise refusal(
+                f"{info.field_name} is nested more than {_MAX_NESTING} deep; at most that is taken; flatten it.",
+                param=info.field_name,
+                code="invalid_value",
+            )
+        count += sum(map(len, level))
+        if count > _MAX_ENTRIES:
+            raise refusal(
+                f"{info.field_name} has {count} entries or more, those of its values included; at most "
+                f"{_MAX_ENTRIES} are taken; leave some out.",
+                param=info.field_name,
+                code="invalid_value",
+            )
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
     return value
 
 
@@ -281,6 +305,8 @@ class CompletionBody(GenerationBody):
         "top_logprobs": "it is a chat's key; in a completion logprobs is the number",
         "tools": "it is a chat's key; a completion has no template that would show them to the model",
         "tool_choice": "it is a chat's key; a completion has no tools",
+        "chat_template_kwargs": "it is a chat's key; a completion has no template",
+        "reasoning_effort": "it is a chat's key; a completion has no template",
     }
     idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "suffix": ("",), "best_of": (1,), "response_format": ({"type": "text"},), "tools": ([],),
@@ -322,7 +348,10 @@ class Message(BaseModel):
 
 
 class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions.
+
+    Extension of OpenAI's keys: chat_template_kwargs, values of the chat template's own variables.
+    """
 
     harmless = (
         "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention",
@@ -334,7 +363,6 @@ class ChatBody(GenerationBody):
         "modalities": "only text is made here",
         "functions": "it is the old form of tools",
         "function_call": "it is the old form of tool_choice",
-        "reasoning_effort": "the models here know no such setting",
         "verbosity": "the models here know no such setting",
         "web_search_options": "nothing is searched here",
     }
@@ -352,6 +380,8 @@ class ChatBody(GenerationBody):
     tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_limit)] = None
     tool_choice: dict[str, Any] | str | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_limit_nested)] = None
+    reasoning_effort: Literal["low", "medium", "high"] | None = None
 
     def check(self) -> None:
         """Raise ApiError for what can never be met, before anything is computed for it."""
@@ -359,6 +389,7 @@ class ChatBody(GenerationBody):
         self.sampling(room=1)
         self.template_messages()
         self.template_tools()
+        self.template_settings()
         _ = self.streams_usage
 
     @property
@@ -420,6 +451,18 @@ class ChatBody(GenerationBody):
 
     def template_tools(self) -> list[dict[str, Any]] | None:
         return None if self.tool_choice == "none" else self.tools or None
+
+    def template_settings(self) -> dict[str, Any]:
+        """Return what is set of the template's own variables, by their names."""
+        given = self.chat_template_kwargs or {}
+        if self.reasoning_effort is None:
+            return given
+        if "reasoning_effort" in given:
+            raise refusal(
+                "reasoning_effort was given, and again in chat_template_kwargs; it is one setting; leave one out.",
+                param="reasoning_effort",
+            )
+        return {**given, "reasoning_effort": self.reasoning_effort}
 
     @property
     def must_call(self) -> bool:

@@ -48,6 +48,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.name == 'nobody' %}{{ raise_exception('nobody speaks') }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}"
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{{ reasoning_effort }}"
 )
 
 

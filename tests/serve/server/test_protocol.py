@@ -206,6 +206,25 @@ def test_a_prompt_alone_can_be_scored(client: openai.OpenAI) -> None:
     assert len(choice.logprobs.tokens) == done.usage.prompt_tokens and done.usage.completion_tokens == 0
 
 
+@pytest.mark.parametrize(
+    ("values", "end"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "<think></think>"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, ""),
+        ({"chat_template_kwargs": {}, "reasoning_effort": None}, ""),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}, "<think></think>low"),
+        ({"chat_template_kwargs": {"reasoning_effort": "any"}}, "any"),
+    ],
+)
+def test_a_chat_sets_what_its_template_reads(client: openai.OpenAI, values: dict[str, Any], end: str) -> None:
+    messages: list[Any] = [{"role": "user", "content": "one"}]
+    done = client.chat.completions.create(model="tiny", messages=messages, extra_body=values, **GREEDY)
+    prompt = f"[user]one<|endoftext|>[assistant]{end}"
+    plain = client.completions.create(model="tiny", prompt=prompt, **GREEDY)
+    assert done.choices[0].message.content == plain.choices[0].text
+    assert done.usage and plain.usage and done.usage.prompt_tokens == plain.usage.prompt_tokens
+
+
 def test_a_chat_is_its_template(client: openai.OpenAI, real: Live) -> None:
     messages: list[Any] = [
         {"role": "system", "content": "Be brief."},

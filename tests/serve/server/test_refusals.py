@@ -41,6 +41,13 @@ def test_what_fits_is_made_and_a_default_is_what_fits(real: Live, values: dict[s
 F = {"type": "function", "function": {"name": "f"}}
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def test_a_call_in_an_unknown_form_cannot_be_asked_for(fake: FakeEngine, chat_tokenizer: Tokenizer) -> None:
     values = json.loads(chat_tokenizer.companions["tokenizer_config.json"])
     values["chat_template"] = values["chat_template"].replace("<tool_call>", "[TOOL_CALLS]")
@@ -65,6 +72,8 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         AsyncEngine(fake), blind, ServerConfig(), name="fake", max_length=fake.max_length, max_embedded_tokens=64
     )
     with live(app) as running:
+        effort = httpx.post(f"{running.url}{CHAT}", json={"messages": USER, "reasoning_effort": "low"}, timeout=30)
+        check_error(effort, 400, "reasoning_effort", "which does not read it; it reads no setting at all")
         for tools, choice, status in (([F], None, 400), ([F], "none", 200), ([], "auto", 200), (None, None, 200)):
             body = {"messages": USER, "max_tokens": 2, "tools": tools, "tool_choice": choice}
             response = httpx.post(f"{running.url}{CHAT}", json=body, timeout=30)
@@ -189,6 +198,20 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
          "tools.0.function.parameters", "schema of an object"),
         (CHAT, {"messages": USER, "tools": [F], "tool_choice": "required", "response_format": {"type": "json_object"}},
          "tool_choice", "response_format and tool_choice were both given"),
+        *((CHAT, {"messages": USER, "chat_template_kwargs": {name: 1}}, "chat_template_kwargs", "itself passes")
+          for name in ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "raise_exception")),
+        (CHAT, {"messages": USER, "chat_template_kwargs": {"enable_thinkin": False}}, "chat_template_kwargs",
+         "it reads enable_thinking, reasoning_effort, and none is silently ignored"),
+        (CHAT, {"messages": USER, "chat_template_kwargs": [1]}, "chat_template_kwargs", "valid dictionary"),
+        (CHAT, {"messages": USER, "chat_template_kwargs": {"enable_thinking": nested(64)}}, "chat_template_kwargs",
+         "nested more than 64 deep"),
+        (CHAT, {"messages": USER, "chat_template_kwargs": {"enable_thinking": [[0] * 600, [0] * 600]}},
+         "chat_template_kwargs", "1203 entries"),
+        (CHAT, {"messages": USER, "reasoning_effort": "extreme"}, "reasoning_effort", "'low', 'medium' or 'high'"),
+        (CHAT, {"messages": USER, "reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "low"}},
+         "reasoning_effort", "and again in chat_template_kwargs"),
+        (COMPLETION, {"prompt": "x", "chat_template_kwargs": {}}, "chat_template_kwargs", "it is a chat's key"),
+        (COMPLETION, {"prompt": "x", "reasoning_effort": "low"}, "reasoning_effort", "it is a chat's key"),
         (CHAT, {"messages": USER, "modalities": ["audio"]}, "modalities", "only text"),
         (CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format", "without a schema"),
         (CHAT, {"messages": USER, "response_format": {"type": "json_object"}, "grammar": {"kind": "json_object"}},
