@@ -62,10 +62,10 @@ def generate(
 
 
 def _pieces(tokenizer: "Tokenizer", prompt_ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Yield what each token makes certain of the text behind a prompt; special tokens are their names."""
+    """Yield what each token makes certain of the text behind a prompt; special tokens are shown too."""
     from moesaic.serve.detokenizer import Detokenizer
 
     text = Detokenizer(tokenizer, prompt=prompt_ids)
     for token in tokens:
-        yield text.flush() + tokenizer.token(token) if token in tokenizer.special_ids else text.append(token)
+        yield text.flush() + tokenizer.decode([token]) if token in tokenizer.special_ids else text.append(token)
     yield text.flush()  # what is left where it ends amid a character
