@@ -64,7 +64,7 @@ def split_run(source: str | Path) -> tuple[Path, str]:
 
 def run_name(source: str) -> str:
     """Return what the run that RUN or RUN@step names is called: its folder's name, however the way there is written."""
-    return Path(os.path.abspath(split_run(source)[0])).name
+    return Path(os.path.abspath(split_run(source)[0])).name  # noqa: PTH100 - resolve() would follow a link
 
 
 def write_whole(path: Path, text: str) -> None:

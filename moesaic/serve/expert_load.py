@@ -25,7 +25,7 @@ class ExpertLoad:
 
     hit_rate: of the bytes of experts that the last steps used, the share that did not come from the disk; 1 where all
     is in memory, None before anything is known. A model that is mapped from its file and is larger than memory reads
-    its experts when they are chosen (checkpoint/mapped.py); the process reads little else, unless it runs another model.
+    its experts when they are chosen (checkpoint/mapped.py); the process reads little else where it runs no other model.
     """
 
     def __init__(self, model: Transformer, *, is_alone: bool = True) -> None:

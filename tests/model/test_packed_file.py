@@ -1,7 +1,7 @@
 """A model that is kept in a file is the packed model, to the bit; whatever is wrong with the file, the run loads."""
 
-import os
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
