@@ -4,7 +4,7 @@ Here is what all configs share, and how pydantic's findings become three-part er
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -75,12 +75,31 @@ class Config(BaseModel, metaclass=_ConfigMeta):
             )
 
 
-def leaves(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def differing(
+    given: Config,
+    other: Config,
+    *,
+    before: str = "",
+    after: str = "",
+    verb: str = "there",
+    ignore: Callable[[str], bool] = lambda key: False,
+) -> str:
+    """Return the keys that two configs differ in, "" for none: the first five with both values, and dots for more.
+
+    before, after: what stands around each key where it is shown; verb: what stands before the other's value.
+    """
+    now, then = _leaves(given.to_dict()), _leaves(other.to_dict())
+    keys = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+    shown = [f"{before}{key}{after} ({now.get(key)}, {verb} {then.get(key)})" for key in keys if not ignore(key)]
+    return ", ".join([*shown[:5], "..."] if len(shown) > 5 else shown)
+
+
+def _leaves(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Return nested sections as one level of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= leaves(value, f"{path}{key}.")
+            flat |= _leaves(value, f"{path}{key}.")
         else:
             flat[f"{path}{key}"] = value
     return flat

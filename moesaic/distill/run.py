@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moesaic.checkpoint.store import list_checkpoints
-from moesaic.config.base import leaves
+from moesaic.config.base import differing
 from moesaic.config.distill import DistillConfig
 from moesaic.config.load import apply_assignments, load_train_config, merge, read_values, run_folder_of, text_assignment
 from moesaic.config.model import ModelConfig
@@ -126,15 +126,12 @@ def resumed_config(
         given = ModelConfig.from_dict(
             apply_assignments(_values_of(student), assignments).get("model") or {}, path="model"
         )
-        before, now = leaves(model.to_dict()), leaves(given.to_dict())
-        differs += [
-            f"model.{key} of {student} ({now.get(key)}, there {before.get(key)})"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
+        different = differing(given, model, before="model.", after=f" of {student}")
+        if different:
+            differs.append(different)
     if differs:
         raise ConfigError(
-            f"{', '.join(differs[:5])}: not as in {Path(run_folder) / 'config.yaml'}; a resumed student keeps its "
+            f"{', '.join(differs)}: not as in {Path(run_folder) / 'config.yaml'}; a resumed student keeps its "
             f"model; leave the options that make one out, or start a new run in another folder."
         )
     return config

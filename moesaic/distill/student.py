@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moesaic.checkpoint.quantized import describe_quantization, is_quantized
 from moesaic.checkpoint.store import check_file
-from moesaic.config.base import leaves
+from moesaic.config.base import differing
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.data.loader import Batch
 from moesaic.distill.teacher import TeacherRun
@@ -153,16 +153,11 @@ def check_copyable(teacher: TeacherRun, student: ModelConfig, layer_map: Sequenc
             f"teacher copies the weights before they were rounded; name the run that it was made from, or use scratch."
         )
     model = teacher.config.model
-    own, given = leaves(model.to_dict()), leaves(student.to_dict())
-    different = [
-        f"model.{key} ({given.get(key)}, there {own.get(key)})"
-        for key in sorted(own.keys() | given.keys())
-        if own.get(key) != given.get(key) and key.split(".")[0] not in _FREE
-    ]
+    different = differing(student, model, before="model.", ignore=lambda key: key.split(".")[0] in _FREE)
     if different:
         raise ConfigError(
-            f"{', '.join(different[:5])}: not as in the teacher {teacher.folder}; distill.init = teacher copies its "
-            f"matrices, so they must be of one size; leave these settings as they are, or use distill.init = scratch."
+            f"{different}: not as in the teacher {teacher.folder}; distill.init = teacher copies its matrices, so "
+            f"they must be of one size; leave these settings as they are, or use distill.init = scratch."
         )
     if student.positions == "learned" and student.max_positions > model.max_positions:
         raise ConfigError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
 from moesaic.checkpoint.store import CheckpointInfo, resolve_checkpoint
-from moesaic.config.base import leaves
+from moesaic.config.base import differing
 from moesaic.config.model import ModelConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, DataError
@@ -48,18 +48,14 @@ class InitialRun:
                 f"init_from ({run}) is quantised ({describe_quantization(info)}); training requires the weights before "
                 f"they were rounded; name the run that it was made from ({info.metadata[KEY].get('source')})."
             )
-        own, given = leaves(load_run_config(folder).model.to_dict()), leaves(model.to_dict())
         free = (*_OF_TRAINING, "max_positions") if model.positions == "rotary" else _OF_TRAINING
-        different = [
-            f"model.{key} ({given.get(key)}, there {own.get(key)})"
-            for key in sorted(given.keys() | own.keys())
-            if given.get(key) != own.get(key) and not key.startswith(free)
-        ]
+        own = load_run_config(folder).model
+        different = differing(model, own, before="model.", ignore=lambda key: key.startswith(free))
         if different:
             raise ConfigError(
-                f"{', '.join(different[:5])}{', ...' if different[5:] else ''}: not as in {folder / 'config.yaml'}; "
-                f"init_from takes that run's weights, so the model must be the same; leave its settings as they are, "
-                f"or set init_from to null to train from random weights."
+                f"{different}: not as in {folder / 'config.yaml'}; init_from takes that run's weights, so the model "
+                f"must be the same; leave its settings as they are, or set init_from to null to train from random "
+                f"weights."
             )
         theirs = Tokenizer.load(folder)
         if theirs.fingerprint != tokenizer.fingerprint:

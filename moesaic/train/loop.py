@@ -18,7 +18,7 @@ from moesaic.checkpoint.store import (
     save_checkpoint,
     set_aside_after,
 )
-from moesaic.config.base import leaves
+from moesaic.config.base import differing
 from moesaic.config.load import run_folder_of, write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import TrainLoader, ValidationLoader
@@ -491,17 +491,12 @@ class Trainer:
             )
 
     def _check_same_run(self) -> None:
-        before, now = leaves(load_run_config(self.run_folder).to_dict()), leaves(self.config.to_dict())
-        changed = [
-            f"{key} ({now.get(key)}, was {before.get(key)})"
-            for key in sorted(now.keys() | before.keys())
-            if now.get(key) != before.get(key) and not self.config.may_change_on_resume(key)
-        ]
+        before = load_run_config(self.run_folder)
+        changed = differing(self.config, before, verb="was", ignore=self.config.may_change_on_resume)
         if changed:
             raise ConfigError(
-                f"{', '.join(changed[:5])}{', ...' if changed[5:] else ''}: not as in "
-                f"{self.run_folder / 'config.yaml'}; a resumed run must take the same steps; give the settings it was "
-                f"started with, or start a new run in another folder."
+                f"{changed}: not as in {self.run_folder / 'config.yaml'}; a resumed run must take the same steps; give "
+                f"the settings it was started with, or start a new run in another folder."
             )
 
     def _write_folder(self, tokenizer: Tokenizer) -> None:
