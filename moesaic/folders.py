@@ -67,14 +67,19 @@ def run_name(source: str) -> str:
     return Path(os.path.abspath(split_run(source)[0])).name  # noqa: PTH100 - resolve() would follow a link
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by one with this text: whatever happens, it is the old one or, on the disk, the new one.
+def writing_path(path: Path) -> Path:
+    """Return where a file is written before it takes its name; a process that is killed leaves it there."""
+    return path.with_name(f".writing-{path.name}")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file by one with this content: whatever happens, it is the old one or, on the disk, the new one.
 
     Raises: OSError, and then nothing has changed.
     """
-    temporary = path.with_name(f".writing-{path.name}")
+    temporary = writing_path(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(temporary)
         temporary.replace(path)
     except OSError:

@@ -8,6 +8,7 @@ import typer
 from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 from moesaic.errors import ConfigError
+from moesaic.folders import writing_path
 
 if TYPE_CHECKING:
     from moesaic.bench.moe_layer import MoELayerResult
@@ -248,7 +249,7 @@ def _check_can_be_written(path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         reason = "it is a folder" if path.is_dir() else None
         if reason is None:
-            probe = path.with_name(f".{path.name}.partial")
+            probe = writing_path(path)
             probe.touch()
             probe.unlink()
     except OSError as error:

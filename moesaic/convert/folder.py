@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moesaic.errors import ConfigError, ConversionError
-from moesaic.folders import FolderLock
+from moesaic.folders import FolderLock, writing_path
 
 
 def check_is_new(output: Path) -> None:
@@ -36,7 +36,7 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
 
     Raises: FolderInUseError where another process is making the same; ConversionError where it cannot be written.
     """
-    temporary = output.with_name(f".writing-{output.name}")
+    temporary = writing_path(output)
     made = [parent for parent in output.parents if not parent.exists()]
     try:
         with FolderLock(temporary):  # which follows the folder to its new name

@@ -33,7 +33,7 @@ from moesaic.data.shards import (
 from moesaic.data.sources import TEXT_FIELD, Leaf, open_sources
 from moesaic.data.tokenizer import DEFAULT_SAMPLE_BYTES, DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConfigError, DataError
-from moesaic.folders import FolderLock
+from moesaic.folders import FolderLock, write_whole, writing_path
 from moesaic.logs import logger
 
 DEFAULT_SHARD_TOKENS = 2**26
@@ -351,7 +351,7 @@ def _read_progress(folder: Path, input_fingerprint: str) -> _ProgressState | Non
     """Return where to continue, or None in an empty folder."""
     file = folder / PROGRESS_NAME
     if not file.is_file():
-        others = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS_NAME + _PARTIAL)
+        others = sorted(path.name for path in folder.iterdir() if path != writing_path(file))
         if others:
             raise DataError(
                 f"{folder} holds other files ({', '.join(others[:3])}); an empty or new folder is required, so that "
@@ -673,15 +673,4 @@ class _Reporter:
 
 
 def _write_atomically(file: Path, values: dict[str, Any]) -> None:
-    partial = file.with_name(file.name + _PARTIAL)
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(values, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-    handle = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the renames, this one and those of the shards before it
-    finally:
-        os.close(handle)
+    write_whole(file, json.dumps(values, indent=2) + "\n")  # after which the shards' names are on the disk too

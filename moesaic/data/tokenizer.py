@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from moesaic.data.cut import cut_text
 from moesaic.errors import DataError
+from moesaic.folders import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 4096
@@ -334,8 +335,8 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_of_text}
         made = {CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
         for name, text in {**made, **self._companions}.items():
-            _write(file.parent / name, text)
-        _write(file, self._text)
+            write_whole(file.parent / name, text)
+        write_whole(file, self._text)
 
     def _configured(self, key: str) -> str | None:
         """Return a text of tokenizer_config.json; a token may be written as an object with its `content`."""
@@ -440,12 +441,3 @@ def _read(file: Path) -> str:
             f"{file.name} is not UTF-8 text; a file as the tokenizers library and transformers write it is required; "
             f"check the path."
         ) from None
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(text.encode("utf-8"))
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)

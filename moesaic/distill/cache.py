@@ -28,7 +28,7 @@ from moesaic.data.shards import ShardSet, hash_file
 from moesaic.distill.loss import TeacherTopK
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import ConfigError, DataError, MoesaicError
-from moesaic.folders import FolderLock, sync, write_whole
+from moesaic.folders import FolderLock, sync, write_whole, writing_path
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
@@ -214,7 +214,7 @@ class _Writer:
         while first < self._num_windows:
             count = min(self._per_shard, self._num_windows - first)
             name = f"teacher-{len(shards):05d}.safetensors"
-            temporary = self._folder / f".writing-{name}"
+            temporary = writing_path(self._folder / name)
             self._write_shard(temporary, first, count, on_progress)
             sync(temporary)
             temporary.rename(self._folder / name)

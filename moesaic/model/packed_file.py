@@ -24,6 +24,7 @@ from moesaic.checkpoint.quantized import KEY as QUANTIZATION
 from moesaic.checkpoint.store import CheckpointInfo
 from moesaic.config.model import ModelConfig
 from moesaic.errors import CheckpointError, DeviceError
+from moesaic.folders import writing_path
 from moesaic.kernels.allocator import give_back_freed_memory
 from moesaic.kernels.limits import available_memory_bytes, cache_folder
 from moesaic.kernels.packed import LAYOUT_VERSION
@@ -154,7 +155,7 @@ def _write(
 
     Raises: OSError, and what making the tensors raises.
     """
-    temporary = _temporary(place)
+    temporary = writing_path(place)
     try:
         write_mapped(writing, layout, tensors, key=key)
         os.fsync(writing.fileno())
@@ -173,10 +174,6 @@ def _write(
         os.fchmod(writing.fileno(), os.fstat(writing.fileno()).st_mode & 0o444)
 
 
-def _temporary(place: Path) -> Path:
-    return place.with_name(f".writing-{place.name}")
-
-
 @contextmanager
 def _turn_to_write(place: Path) -> Iterator[FileIO]:
     """Give the file to write, under its temporary name, to one process at a time.
@@ -185,7 +182,7 @@ def _turn_to_write(place: Path) -> Iterator[FileIO]:
     process that was killed has left is taken over. Raises: OSError where no file can be written or locked.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(place)
+    temporary = writing_path(place)
     while True:
         writing = FileIO(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         with writing:

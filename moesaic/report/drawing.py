@@ -3,6 +3,7 @@
 What is drawn is in plots.py, comparison.py and evaluation_plots.py.
 """
 
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from moesaic.errors import ConfigError
+from moesaic.folders import write_whole
 
 INK, FAINT_INK, GRID = "#1f2933", "#5f6c7b", "#e3e7ec"
 BLUE, ORANGE, RED = "#1f5fa8", "#d9731a", "#c0282d"
@@ -66,8 +68,8 @@ def check_figure_path(path: Path) -> None:
 
 def write_figure(figure: Figure, path: Path) -> Path:
     """Write a PNG, whole or not at all, and return its path."""
-    partial = path.with_name(f".{path.name}.partial")
+    picture = BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=130, facecolor="white", metadata={"Software": None})
-    partial.replace(path)
+    figure.savefig(picture, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    write_whole(path, picture.getvalue())
     return path

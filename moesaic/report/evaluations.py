@@ -4,7 +4,6 @@ A task's file is named by the task and what makes its result another one (shots,
 that is not the run's). Who computes them is evaluate/; what is drawn of them, evaluation_plots.py.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MoesaicError
+from moesaic.folders import write_whole
 
 FOLDER = "evaluations"
 _KIND = "task"
@@ -152,14 +152,10 @@ def _file(run_folder: Path, step: int, name: str) -> Path:
 
 
 def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise EvaluationError(
             f"{path} cannot be written ({error}); results are kept in the run's folder, which must be writable and "
             f"have room; free some, or print them with --json and --no-keep."

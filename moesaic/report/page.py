@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from moesaic.folders import write_whole
+
 # Two columns of plots on a wide screen, one on a phone; a wide table scrolls in its own frame.
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --faint: #5f6c7b; --line: #e3e7ec; --ground: #ffffff;
@@ -109,9 +111,7 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
         f'<header><h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p></header>\n'
         f"<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, page)
     return path
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from moesaic.errors import DataError
+from moesaic.folders import write_whole
 
 _KIND = "serving"
 
@@ -199,11 +200,9 @@ def write_serving(path: Path, result: ServingResult) -> Path:
 
     Raises: DataError where it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result.to_json(), allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(result.to_json(), allow_nan=False) + "\n")
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error.strerror}); the result is one JSON file; name a file in a folder that "
