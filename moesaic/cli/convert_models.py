@@ -132,12 +132,11 @@ def _print(certificate: "Certificate", as_json: bool, last: str) -> None:
 
 
 def _table(certificate: "Certificate") -> "Table":
-    from rich.table import Table
-
     from moesaic.report.model_summary import describe_bytes
     from moesaic.report.quantities import percent
+    from moesaic.report.tables import plain_table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table = plain_table(show_header=False)
     tensors, weights, found = certificate.tensors, certificate.weights, certificate.comparison
     if tensors is not None:
         left = "; ".join(f"{name}: {reason}" for name, reason in list(tensors.left_out.items())[:3])

@@ -114,17 +114,13 @@ def quantize(
 
 def _tables(report: "QuantizationReport") -> "Group":
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     from moesaic.report.model_summary import describe_bytes
     from moesaic.report.quantities import percent, short_number
+    from moesaic.report.tables import plain_table
 
-    sizes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    sizes.add_column("tensors")
-    sizes.add_column("format")
-    for title in ("parameters", "stored", "in bf16", "now", "of bf16"):
-        sizes.add_column(title, justify="right")
+    sizes = plain_table("tensors", "format", "parameters", "stored", "in bf16", "now", "of bf16", left=2)
     total = [0, 0, 0, 0]
 
     def add(kind: str, format_: str, parameters: int, stored: int, bf16: int, now: int) -> None:
@@ -136,10 +132,7 @@ def _tables(report: "QuantizationReport") -> "Group":
         add(each.kind, each.format, *numbers)
         total = [a + b for a, b in zip(total, numbers, strict=True)]
     add("all", "", *total)
-    quality = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    quality.add_column("")
-    for title in ("before", "quantised", "change"):
-        quality.add_column(title, justify="right")
+    quality = plain_table("", "before", "quantised", "change")
     before, after = report.reference, report.quantized
     quality.add_row(
         "perplexity", f"{before.perplexity:,.3f}", f"{after.perplexity:,.3f}", f"x {report.perplexity_ratio:.4f}"

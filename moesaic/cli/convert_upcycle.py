@@ -103,15 +103,12 @@ def _integers(option: str, text: str) -> list[int]:
 
 def _tables(report: "UpcycleReport") -> "Group":
     from rich.console import Group
-    from rich.table import Table
 
     from moesaic.report.model_summary import describe_bytes, describe_indices
     from moesaic.report.quantities import short_number
+    from moesaic.report.tables import plain_table
 
-    sizes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    sizes.add_column("")
-    for title in ("dense", "upcycled"):
-        sizes.add_column(title, justify="right")
+    sizes = plain_table("", "dense", "upcycled")
     sizes.add_row("parameters", short_number(report.parameters_before), short_number(report.parameters_after))
     sizes.add_row(
         "active per token", short_number(report.active_parameters_before), short_number(report.active_parameters_after)

@@ -151,15 +151,11 @@ def _write_cache(
 
 
 def _print(report: "DistillationReport") -> None:
-    from rich.table import Table
-
     from moesaic.report.quantities import short_number
+    from moesaic.report.tables import plain_table
 
     teacher, student = report.teacher, report.student
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for title in ("teacher", "student", "student / teacher"):
-        table.add_column(title, justify="right")
+    table = plain_table("", "teacher", "student", "student / teacher")
 
     def add(name: str, theirs: float, own: float, show: Callable[[float], str]) -> None:
         table.add_row(name, show(theirs), show(own), f"{own / theirs:.3f}" if theirs else "-")

@@ -1,7 +1,6 @@
 """`moesaic evaluate`: how well runs predict a text, solve tasks, and share domains among their experts."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -239,12 +238,10 @@ def _domains_to_json(run: str, loaded: "LoadedModel", usage: "DomainUsage") -> d
 
 
 def _print_json(as_json: bool, values: dict[str, Any]) -> None:
+    from moesaic.report.json_values import json_values
+
     if as_json:
-        # JSON has no NaN and no infinity.
-        finite = {
-            key: None if isinstance(each, float) and not math.isfinite(each) else each for key, each in values.items()
-        }
-        typer.echo(json.dumps(finite, allow_nan=False))
+        typer.echo(json.dumps(json_values(values), allow_nan=False))
 
 
 def _print_tables(
@@ -252,6 +249,7 @@ def _print_tables(
     results: "Sequence[TaskResult]",
     usages: "Sequence[tuple[str, DomainUsage]]",
 ) -> None:
+    from moesaic.report.tables import plain_table
 
     console = open_console()
     if texts:
@@ -264,7 +262,7 @@ def _print_tables(
             ("documents", lambda result: f"{result.num_documents:,}"),
             ("window, stride", lambda result: f"{result.window}, {result.stride}"),
         ]
-        table = _table(["", *(run for run, _ in texts)], show_header=len(texts) > 1)
+        table = plain_table("", *(run for run, _ in texts), show_header=len(texts) > 1)
         for name, show in rows:
             table.add_row(name, *(show(result) for _, result in texts))
         console.print(table)
@@ -273,13 +271,13 @@ def _print_tables(
 
         names = list(dict.fromkeys(run_name(result) for result in results))
         records = {result.label: result.num_records for result in results}
-        table = _table(["task", "metric", "records", *names], left=2)
+        table = plain_table("task", "metric", "records", *names, left=2)
         for label, metric, cells in comparison(results):
             shown = [_cell(None if each is None else (each.value, each.standard_error)) for each in cells]
             table.add_row(label, metric, f"{records[label]:,}", *shown)
         console.print(table)
     for run, usage in usages:
-        table = _table(["layer", "experts", "bits", "by chance", "up to", "what tells most"])
+        table = plain_table("layer", "experts", "bits", "by chance", "up to", "what tells most")
         for each in usage.layers:
             table.add_row(
                 str(each.layer),
@@ -305,12 +303,3 @@ def _most_own(usage: "DomainUsage", layer: "LayerDomains") -> str:
     relative = layer.shares / layer.shares.mean(0).clip(min=1e-9)
     domain, expert = divmod(int(layer.contributions.argmax()), relative.shape[1])
     return f"{usage.domains[domain]}: expert {expert}, {relative[domain, expert]:.1f} times the mean"
-
-
-def _table(columns: Sequence[str], *, left: int = 1, show_header: bool = True) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=show_header, header_style="bold")
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="left" if place < left else "right", overflow="fold")
-    return table

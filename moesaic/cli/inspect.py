@@ -168,15 +168,11 @@ def _read_metrics(folder: Path, *, last_step: int | None) -> "Metrics":
 def _checkpoint_table(
     checkpoints: "list[CheckpointInfo]", *, best: "CheckpointInfo | None", named: "CheckpointInfo | None"
 ) -> "Table":
-    from rich.table import Table
-
     from moesaic.checkpoint.quantized import describe_quantization, is_quantized
     from moesaic.report.model_summary import describe_bytes
+    from moesaic.report.tables import plain_table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("checkpoint")
-    table.add_column("validation loss", justify="right")
-    table.add_column("size", justify="right")
+    table = plain_table("checkpoint", "validation loss", "size")
     table.add_column()
     for info in checkpoints:
         loss = "" if info.validation_loss is None else f"{info.validation_loss:.4f}"

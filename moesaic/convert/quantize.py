@@ -33,6 +33,7 @@ from moesaic.evaluate.text import read_documents
 from moesaic.kernels.quantized import GROUP_SIZES, MAX_COLUMNS, quantize_weight
 from moesaic.logs import logger
 from moesaic.model.load import load_run, load_run_config
+from moesaic.report.json_values import json_values
 
 REPORT_NAME = "quantization.json"
 # Tokens the report measures and the calibration sees, unless told otherwise: enough for three digits of the ratio, and
@@ -95,7 +96,7 @@ class QuantizationReport:
             "perplexity_ratio": self.perplexity_ratio,
             "kinds": {each.kind: {**asdict(each)} for each in self.kinds},
         }
-        return _finite(values)
+        return dict(json_values(values))
 
 
 def quantize_run(
@@ -477,11 +478,3 @@ def _is_shards(source: str | Path) -> bool:
 def _absence(config: TrainConfig) -> str:
     path = config.data.path
     return f"the run's own data ({path}) is not there" if path else "the run has no data of its own"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

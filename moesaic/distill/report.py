@@ -30,6 +30,7 @@ from moesaic.model.load import load_run, load_run_config
 from moesaic.model.transformer import Transformer
 from moesaic.plan.cost import count_parameters
 from moesaic.report.evaluations import EvaluationError, read_results
+from moesaic.report.json_values import json_values
 
 REPORT_NAME = "distill.json"
 _PROMPT_TOKENS, _NEW_TOKENS = 128, 32
@@ -94,7 +95,7 @@ class DistillationReport:
             "perplexity_retention": self.perplexity_retention,
             "task_retention": self.task_retention,
         }
-        return dict(_finite(values))
+        return dict(json_values(values))
 
 
 def report_distillation(run_folder: str | Path, *, device: str = "auto") -> DistillationReport:
@@ -215,9 +216,3 @@ def _task_scores(run_folder: Path, step: int) -> dict[str, TaskScore]:
         if math.isfinite(metric.value):
             scores[result.label] = TaskScore(name, metric.value, metric.higher_is_better)
     return scores
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ from typing import Any
 
 from moesaic.errors import MoesaicError
 from moesaic.folders import write_whole
+from moesaic.report.json_values import json_values
 
 FOLDER = "evaluations"
 _KIND = "task"
@@ -69,12 +70,7 @@ class TaskResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-able values; what is not finite becomes null."""
-        values = {"kind": _KIND, **asdict(self)}
-        values["metrics"] = {
-            name: {key: _finite_or_none(value) for key, value in metric.items()}
-            for name, metric in values["metrics"].items()
-        }
-        return values
+        return dict(json_values({"kind": _KIND, **asdict(self)}))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TaskResult":
@@ -161,7 +157,3 @@ def _write(path: Path, text: str) -> Path:
             f"have room; free some, or print them with --json and --no-keep."
         ) from None
     return path
-
-
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.report.quantities import short_number
+from moesaic.report.tables import plain_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,7 @@ def _headline(summary: ModelSummary) -> str:
 
 
 def _layer_table(summary: ModelSummary) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = plain_table()
     table.add_column("layers (from 0)")
     table.add_column("feed-forward", overflow="fold")
     table.add_column("parameters", justify="right", no_wrap=True)
@@ -164,7 +165,7 @@ def _layer_table(summary: ModelSummary) -> Table:
 
 def _cost_table(summary: ModelSummary) -> Table:
     batch = f"{summary.micro_batch_size} x {summary.sequence_length:,} tokens"
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table = plain_table(show_header=False)
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.report.expert_load import ExpertWarning, imbalance, load_entropy, name_unusual
+from moesaic.report.json_values import json_values
 from moesaic.report.records import ExpertRecord, Metrics
 
 # Records whose mean stands for "now": single batches scatter too much.
@@ -50,7 +51,7 @@ class RunSummary:
         """Return JSON-able values; what is not finite becomes null, and each warning also carries its sentence."""
         values = asdict(self)
         values["warnings"] = [{**asdict(warning), "message": warning.message} for warning in self.warnings]
-        return _finite_or_null(values)
+        return dict(json_values(values))
 
 
 def summarize(metrics: Metrics) -> RunSummary | None:
@@ -131,13 +132,3 @@ def finite_mean(values: Sequence[float]) -> float:
     """Return the mean of the finite values; NaN when there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def _finite_or_null(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_null(item) for item in value]
-    return value
