@@ -1,11 +1,19 @@
-"""The package's one logger. Library code logs through it; only the command line decides where lines go."""
+"""The package's one logger, and how long work says how far it is. Only the command line decides what is shown."""
 
 import datetime
 import json
 import logging
 import sys
+from collections.abc import Callable
 
 logger = logging.getLogger("moesaic")
+
+# Takes the stage of long work, and the share of it that is done.
+OnProgress = Callable[[str, float], None]
+
+
+def no_progress(stage: str, share: float) -> None:
+    """Tell nobody: the default OnProgress."""
 
 
 class JsonFormatter(logging.Formatter):

@@ -2,12 +2,13 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
 from moesaic.cli.console import open_console
+from moesaic.logs import OnProgress
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def _signals_as_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def shown_progress(*, kept: str) -> "Iterator[Callable[[str, float], None]]":
+def shown_progress(*, kept: str) -> "Iterator[OnProgress]":
     """Show the stage on standard error, where it does not mix with --json; kept: as ends_on_interrupt takes it.
 
     SIGTERM and SIGHUP are taken as Ctrl-C is.

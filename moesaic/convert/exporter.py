@@ -6,7 +6,7 @@ the experts' last matrix. Tensors are read, cast and written one at a time.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,14 +30,13 @@ from moesaic.convert.tensors import Piece, TensorRule, foreign_shape, foreign_te
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError, InstallationError
 from moesaic.kernels.allocator import tune_allocator
+from moesaic.logs import OnProgress, no_progress
 from moesaic.model.load import load_run_config
 
 Format = Literal["huggingface", "gguf"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SHARD_BYTES = 5 * 10**9
 _GGUF_NAME = "model.gguf"
-
-OnProgress = Callable[[str, float], None]
 
 
 class _Weights:
@@ -82,7 +81,7 @@ def export_run(
     format: Format = "huggingface",
     dtype: str | None = None,
     force: bool = False,
-    on_progress: OnProgress = lambda stage, share: None,
+    on_progress: OnProgress = no_progress,
 ) -> Certificate:
     """Write the model that RUN or RUN@step names for other tools, and return what the check found.
 

@@ -4,7 +4,7 @@ Tensors are read, put in our order and written one at a time; the run appears wh
 check (parity.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from moesaic.convert.tensors import own_tensors
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConversionError
 from moesaic.kernels.allocator import tune_allocator
+from moesaic.logs import OnProgress, no_progress
 
 # How an imported model is trained on unless --set says otherwise: what fits beside it in most memories, and a rate that
 # a trained model bears.
@@ -28,8 +29,6 @@ _BATCH_SIZE, _MICRO_BATCH_SIZE = 32, 2
 _LEARNING_RATE = 1e-4
 _TOKENS = 100_000_000
 
-OnProgress = Callable[[str, float], None]
-
 
 def import_model(
     path: str | Path,
@@ -37,7 +36,7 @@ def import_model(
     *,
     tokenizer: str | Path | None = None,
     force: bool = False,
-    on_progress: OnProgress = lambda stage, share: None,
+    on_progress: OnProgress = no_progress,
 ) -> Certificate:
     """Make a run folder of a foreign model (a Hugging Face folder or a GGUF file) and return what its check found.
 

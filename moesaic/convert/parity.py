@@ -27,7 +27,7 @@ from moesaic.convert.weights import WeightComparison, compare_weights
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConversionError
 from moesaic.kernels.limits import available_memory_bytes
-from moesaic.logs import logger
+from moesaic.logs import OnProgress, logger, no_progress
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run, load_run_config
 from moesaic.model.transformer import Transformer
@@ -288,7 +288,7 @@ def certify(
     account: TensorAccount | None = None,
     tokenizer: Tokenizer | None = None,
     named: Path | None = None,
-    on_progress: Any = lambda stage, share: None,
+    on_progress: OnProgress = no_progress,
 ) -> Certificate:
     """Compare two models (run folders, Hugging Face folders, GGUF files).
 
@@ -312,7 +312,7 @@ def _certify(
     account: TensorAccount | None,
     weights: WeightComparison | None,
     named: Path | None,
-    on_progress: Any,
+    on_progress: OnProgress,
 ) -> Certificate:
     comparison, reason = None, _obstacle(*paths)
     if reason is None:
@@ -338,9 +338,7 @@ def _certify(
     )
 
 
-def verify_models(
-    first: str | Path, second: str | Path, *, on_progress: Any = lambda stage, share: None
-) -> Certificate:
+def verify_models(first: str | Path, second: str | Path, *, on_progress: OnProgress = no_progress) -> Certificate:
     """Compare two models: run folders (RUN or RUN@step), Hugging Face folders, GGUF files.
 
     They are the same where their tensors are, or those of one are the other's in a dtype that holds less, and the
@@ -372,7 +370,7 @@ def compare_models(
     second: Path,
     *,
     changes: tuple[Change, Change],
-    on_progress: Any = lambda stage, share: None,
+    on_progress: OnProgress = no_progress,
 ) -> Comparison:
     """Return how two models, changed so, differ on the prompts; only one of them is in memory at a time."""
     vocab_sizes, lengths = zip(*(_measure(path) for path in (first, second)), strict=True)

@@ -6,7 +6,7 @@ and within its limits. How numbers are rounded is rounding.py's business, on whi
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,7 +31,7 @@ from moesaic.errors import CheckpointError, ConfigError, ConversionError, DataEr
 from moesaic.evaluate.perplexity import Comparison, Perplexity, compare, record_reference, text_windows
 from moesaic.evaluate.text import read_documents
 from moesaic.kernels.quantized import GROUP_SIZES, MAX_COLUMNS, quantize_weight
-from moesaic.logs import logger
+from moesaic.logs import OnProgress, logger, no_progress
 from moesaic.model.load import load_run, load_run_config
 from moesaic.report.json_values import json_values
 
@@ -114,7 +114,7 @@ def quantize_run(
     max_perplexity_ratio: float = MAX_PERPLEXITY_RATIO,
     max_kl: float = MAX_KL,
     force: bool = False,
-    on_progress: Callable[[str, float], None] = lambda stage, share: None,
+    on_progress: OnProgress = no_progress,
 ) -> QuantizationReport:
     """Write the run that RUN or RUN@step names to a new folder, quantised, and return what that cost.
 
@@ -396,7 +396,7 @@ def _write_tensors(
     plan: _Plan,
     config: TrainConfig,
     batches: list[Tensor],
-    on_progress: Callable[[str, float], None],
+    on_progress: OnProgress,
 ) -> None:
     with safe_open(source, framework="pt") as file, TensorWriter(target, plan.layout()) as writer:
         if batches:
@@ -418,7 +418,7 @@ def _write_tensors(
             writer.append(name, _checked(name, file.get_tensor(name)).to(plan.kept_dtypes[name]))
 
 
-def _rounded(file: Any, plan: _Plan, on_progress: Callable[[str, float], None]) -> Quantized:
+def _rounded(file: Any, plan: _Plan, on_progress: OnProgress) -> Quantized:
     """Round to nearest, one matrix at a time, and one expert at a time of a stack."""
     for index, (name, scheme) in enumerate(plan.schemes.items()):
         stored = file.get_slice(name)

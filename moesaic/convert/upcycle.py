@@ -7,7 +7,7 @@ Tensors are read, and the experts made, one at a time. Source: Sparse Upcycling 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from moesaic.convert.folder import check_is_new, folder_in_progress
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, ConversionError
 from moesaic.kernels.limits import available_memory_bytes
+from moesaic.logs import OnProgress, no_progress
 from moesaic.model.load import copy_weights, load_run_config
 from moesaic.model.transformer import Transformer
 from moesaic.moe.seeds import generator, mix_seeds
@@ -39,8 +40,6 @@ RESIDUAL_NOISE = 0.01
 # Every other MLP, as in the source.
 DEFAULT_EVERY = 2
 PROMPT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of"
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def upcycle_run(
     granularity: int = 1,
     noise: float | None = None,
     seed: int = 0,
-    on_progress: Progress = lambda stage, share: None,
+    on_progress: OnProgress = no_progress,
 ) -> UpcycleReport:
     """Write a mixture-of-experts run made from the dense one that RUN or RUN@step names to a new folder.
 
@@ -250,7 +249,7 @@ def _write_tensors(
     *,
     noise: float,
     seed: int,
-    on_progress: Progress,
+    on_progress: OnProgress,
 ) -> None:
     with safe_open(source, framework="pt") as file:
         stored = {name: _layout_of(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118

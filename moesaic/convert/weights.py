@@ -18,9 +18,9 @@ from moesaic.convert.opened import open_model
 from moesaic.convert.rewriting import Rewriting, rewritings
 from moesaic.convert.source import is_source
 from moesaic.convert.tensors import own_tensors
+from moesaic.logs import OnProgress, no_progress
 from moesaic.model.load import load_run_config
 
-OnProgress = Callable[[str, float], None]
 # Numbers that are compared at a time: what comparing takes beside the two tensors is some times as many bytes.
 _CHUNK = 1 << 20
 
@@ -69,9 +69,7 @@ class _Tensors:
     parts: Callable[[str], Iterator[Tensor]]
 
 
-def compare_weights(
-    first: Path, second: Path, *, on_progress: OnProgress = lambda stage, share: None
-) -> WeightComparison:
+def compare_weights(first: Path, second: Path, *, on_progress: OnProgress = no_progress) -> WeightComparison:
     """Compare every number of every tensor that both models have; the dtypes may differ."""
     with _tensors(first) as given, _tensors(second) as other_given:
         one, other, scaled = _in_one_form(given, other_given)

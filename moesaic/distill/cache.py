@@ -12,7 +12,7 @@ Written shard by shard: a killed process goes on with the shard that it was at.
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from moesaic.distill.loss import TeacherTopK
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import ConfigError, DataError, MoesaicError
 from moesaic.folders import FolderLock, sync, write_whole, writing_path
+from moesaic.logs import OnProgress, no_progress
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
@@ -42,8 +43,6 @@ _BATCH_TOKENS = 4096
 _SAMPLE_WINDOWS = 32
 # fp32 logits of a chunk: 16 MiB.
 _CHUNK_ELEMENTS = 1 << 22
-
-OnProgress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def write_cache(
     *,
     top_k: int | None = None,
     device: torch.device | None = None,
-    on_progress: OnProgress = lambda stage, share: None,
+    on_progress: OnProgress = no_progress,
 ) -> CacheReport:
     """Write the cache that students of this config read, of every window of the training split, or go on with it.
 

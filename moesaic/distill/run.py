@@ -12,11 +12,12 @@ from moesaic.config.distill import DistillConfig
 from moesaic.config.load import apply_assignments, load_train_config, merge, read_values, run_folder_of, text_assignment
 from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
-from moesaic.distill.cache import DEFAULT_TOP_K, CacheReport, OnProgress, write_cache
+from moesaic.distill.cache import DEFAULT_TOP_K, CacheReport, write_cache
 from moesaic.distill.objective import Distillation, DistillationState, check_cache_top_k
 from moesaic.distill.student import default_map, kept_layers, model_of_layers, student_model, with_experts
 from moesaic.distill.teacher import TeacherRun
 from moesaic.errors import ConfigError
+from moesaic.logs import OnProgress
 from moesaic.train.loop import Display, Trainer, TrainResult
 
 

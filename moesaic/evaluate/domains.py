@@ -7,7 +7,7 @@ What is drawn of it is report/evaluation_plots.py's business.
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from moesaic.data.sources import TEXT_FIELD, mend_text, text_of
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
+from moesaic.logs import OnProgress, no_progress
 from moesaic.model.transformer import Transformer
 
 # Of one document, where the model has more positions.
@@ -142,7 +143,7 @@ def measure_domains(
     documents: Sequence[LabelledDocument],
     *,
     seed: int = 0,
-    progress: Callable[[str, float], None] | None = None,
+    progress: OnProgress = no_progress,
 ) -> DomainUsage:
     """Count where each domain's tokens are routed, and compare it with shuffled labels.
 
@@ -195,7 +196,7 @@ def _by_domain(routes: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], num
 
 
 def _routes_by_document(
-    model: Transformer, documents: Sequence[LabelledDocument], progress: Callable[[str, float], None] | None
+    model: Transformer, documents: Sequence[LabelledDocument], progress: OnProgress
 ) -> list[tuple[int, npt.NDArray[np.int64]]]:
     """Return each MoE layer's number and its routes (documents, experts).
 
@@ -210,8 +211,7 @@ def _routes_by_document(
             tokens = torch.tensor([document.ids[: model.config.max_positions]], device=model.device)
             for place, statistics in enumerate(model(tokens).moe):
                 counts[place][number] = statistics.tokens_per_expert.cpu().numpy()
-            if progress is not None:
-                progress("routing", (number + 1) / len(documents))
+            progress("routing", (number + 1) / len(documents))
     finally:
         model.train(was_training)
     return list(zip(layers, counts, strict=True))

@@ -5,7 +5,7 @@ Which tasks there are is in tasks/; what is kept of their results, and shown, in
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, InstallationError
 from moesaic.evaluate.scorer import Pair, Progress, Prompt, Scorer, score_texts
 from moesaic.evaluate.tasks.registry import SEED, Task, quiet
+from moesaic.logs import OnProgress, no_progress
 from moesaic.report.evaluations import MetricResult
 
 try:
@@ -40,7 +41,7 @@ class HarnessModel(TemplateLM):
     no context stands behind the begin token, or where there is none, behind the end-of-text token.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, *, progress: Callable[[str, float], None] | None = None):
+    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, *, progress: OnProgress = no_progress):
         super().__init__()
         self.scorer, self._tokenizer, self._progress = scorer, tokenizer, progress
         # The choices of a question have one context, which is encoded for each.
@@ -159,9 +160,8 @@ class HarnessModel(TemplateLM):
         ids = new[:-1] if new and new[-1] in self._tokenizer.stop_ids else new
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _stage(self, name: str) -> Progress | None:
-        progress = self._progress
-        return None if progress is None else lambda share: progress(name, share)
+    def _stage(self, name: str) -> Progress:
+        return lambda share: self._progress(name, share)
 
 
 def _stop_strings(settings: dict[str, Any]) -> list[str]:

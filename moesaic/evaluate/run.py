@@ -2,7 +2,6 @@
 
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +14,10 @@ from moesaic.evaluate.batched import BatchedScorer
 from moesaic.evaluate.domains import DomainUsage, domains_to_json, measure_domains, read_labelled
 from moesaic.evaluate.scorer import Scorer
 from moesaic.evaluate.tasks.registry import SEED, check_records, load_task, resolve_names
+from moesaic.logs import OnProgress, no_progress
 from moesaic.model.load import LoadedModel
 from moesaic.report.evaluation_plots import write_domains
 from moesaic.report.evaluations import TaskResult, write_json, write_result, write_samples
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def run_tasks(
     scorer: Scorer | None = None,
     keep: bool = True,
     keep_samples: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress = no_progress,
 ) -> list[TaskResult]:
     """Run tasks on a model, and keep each result in its run's folder as soon as it is there.
 
@@ -82,8 +80,7 @@ def run_tasks(
     for task in tasks:
 
         def show(stage: str, share: float, name: str = task.name) -> None:
-            if progress is not None:
-                progress(f"{run}: {name}, {stage}", share)
+            progress(f"{run}: {name}, {stage}", share)
 
         # A model for each task: what it has encoded is of no use to the next.
         model = HarnessModel(scorer or BatchedScorer(loaded.model), loaded.tokenizer, progress=show)
@@ -132,7 +129,7 @@ def run_domains(
     text_field: str,
     most_documents: int | None,
     keep: bool = True,
-    progress: Progress | None = None,
+    progress: OnProgress = no_progress,
 ) -> DomainUsage:
     """Measure which experts serve which domains of labelled text; keep numbers and heat map in the run's folder.
 
