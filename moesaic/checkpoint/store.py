@@ -45,6 +45,20 @@ class CheckpointInfo:
     files: dict[str, dict[str, Any]]
 
     @property
+    def run_folder(self) -> Path:
+        return self.path.parent.parent
+
+    @property
+    def run_at_step(self) -> str:
+        """RUN@step: this checkpoint, while a run in training has others."""
+        return f"{self.run_folder}@{self.step}"
+
+    @property
+    def model_sha256(self) -> str:
+        """Of the file of the weights: what makes them these, wherever they lie."""
+        return str(self.files["model.safetensors"]["sha256"])
+
+    @property
     def validation_loss(self) -> float | None:
         return self.metadata.get("validation_loss")
 

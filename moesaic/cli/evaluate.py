@@ -114,7 +114,7 @@ def evaluate(
     from moesaic.data.sources import TEXT_FIELD
     from moesaic.evaluate.batched import BatchedScorer
     from moesaic.evaluate.perplexity import measure_perplexity, text_windows
-    from moesaic.evaluate.run import TaskSettings, run_domains, run_folder, run_tasks
+    from moesaic.evaluate.run import TaskSettings, run_domains, run_tasks
     from moesaic.logs import log_to_stderr
     from moesaic.model.load import load_run
     from moesaic.serve.scorer import EngineScorer
@@ -164,7 +164,7 @@ def evaluate(
     with shown_progress(kept=kept) as progress:
         for run in runs:
             loaded = load_run(run, device=device, pack=not fp32, precision="fp32" if fp32 else None)
-            folder = folder or run_folder(loaded)
+            folder = folder or loaded.info.run_folder
             if text is not None:
                 windows = text_windows(
                     loaded, text, window=window, stride=stride, limit_tokens=limit_tokens, apart=documents,

@@ -94,7 +94,6 @@ def export_run(
     tune_allocator()  # a tensor's memory is the next one's, without the page faults of fresh memory
     output = Path(output)
     info = resolve_checkpoint(run)
-    folder = info.path.parent.parent
     for name, value, known in (("format", format, get_args(Format)), ("dtype", dtype, tuple(DTYPES))):
         if value is not None and value not in known:
             raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required; name it.")
@@ -104,9 +103,9 @@ def export_run(
             f"run that it was made from ({info.metadata[KEY].get('source')})."
         )
     check_is_new(output)
-    check_is_outside(output, folder)
-    config = load_run_config(folder).model
-    tokenizer = Tokenizer.load(folder)
+    check_is_outside(output, info.run_folder)
+    config = load_run_config(info.run_folder).model
+    tokenizer = Tokenizer.load(info.run_folder)
     choice = _choose_gguf(config) if format == "gguf" else _choose_folder(config)
     if choice.family == OWN_NAME:
         _require_own_classes(run)
@@ -132,7 +131,7 @@ def export_run(
             or (piece.ours in choice.rewriting.scales and layout[name].dtype is not torch.float32)
         }
         certificate = certify(
-            Path(f"{folder}@{info.step}"),  # the one that was written, while a run in training has others
+            Path(info.run_at_step),
             target / _GGUF_NAME if format == "gguf" else target,
             family=choice.family, account=account, change=Change(cast, choice.rewriting.scales),
             tokenizer=tokenizer if format == "gguf" else None,  # a folder has its files as they are

@@ -458,7 +458,7 @@ def _measure(path: Path) -> tuple[int, int]:
     if is_source(path):
         with open_model(path) as opened:
             return opened.config.vocab_size, opened.config.max_positions
-    config = load_run_config(resolve_checkpoint(path).path.parent.parent).model
+    config = load_run_config(resolve_checkpoint(path).run_folder).model
     return config.vocab_size, config.max_positions
 
 
@@ -466,7 +466,7 @@ def _tokenizer(path: Path) -> Tokenizer:
     if is_source(path):
         with open_model(path) as opened:
             return opened.source.tokenizer()
-    return Tokenizer.load(resolve_checkpoint(path).path.parent.parent)
+    return Tokenizer.load(resolve_checkpoint(path).run_folder)
 
 
 def _other_tokens(wanted: Tokenizer, found: Tokenizer) -> str | None:

@@ -128,8 +128,7 @@ def quantize_run(
     memory, beside it.
     """
     info = resolve_checkpoint(run)
-    source_folder = info.path.parent.parent
-    config = load_run_config(source_folder)
+    config = load_run_config(info.run_folder)
     output = Path(output)
     path = check_file(info, "model")
     plan = _plan(path, info, config, experts=experts, rest=rest, group_size=group_size)
@@ -142,7 +141,7 @@ def quantize_run(
             f"--text or --calibrate, or leave it out."
         )
     field = text_field or TEXT_FIELD
-    tokenizer = Tokenizer.load(source_folder)
+    tokenizer = Tokenizer.load(info.run_folder)
     num_tokens = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
     batches = (
         []
@@ -156,7 +155,7 @@ def quantize_run(
         )
 
     on_progress("measuring the run as it is", 0.0)
-    loaded = load_run(f"{source_folder}@{info.step}", device="cpu")  # a run in training may have a better one by now
+    loaded = load_run(info.run_at_step, device="cpu")
     windows = text_windows(loaded, text, limit_tokens=limit_tokens, text_field=field)
     reference = record_reference(loaded.model, windows, device=loaded.device)
     del loaded  # from here on one layer at a time
@@ -169,7 +168,11 @@ def quantize_run(
         record = quantization_record(plan.schemes, experts=plan.experts, rest=plan.rest)
         metadata = {
             **{key: value for key, value in info.metadata.items() if key in ("tokens", "model")},
-            KEY: {**record, "source": str(source_folder), "calibration": None if calibrate is None else str(calibrate)},
+            KEY: {
+                **record,
+                "source": str(info.run_folder),
+                "calibration": None if calibrate is None else str(calibrate),
+            },
         }
         write_manifest(checkpoint, info.step, metadata)
         write_config(config, folder / "config.yaml")
@@ -179,7 +182,7 @@ def quantize_run(
         quantized = load_run(folder, device="cpu")
         result = compare(quantized.model, reference, windows, device=quantized.device)
         report = QuantizationReport(
-            source=str(source_folder),
+            source=str(info.run_folder),
             source_step=info.step,
             experts=plan.experts,
             rest=plan.rest,

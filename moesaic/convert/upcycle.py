@@ -102,8 +102,7 @@ def upcycle_run(
     the folder cannot be written, or the new model does not compute what it has to. Nothing is left behind then.
     """
     info = resolve_checkpoint(dense)
-    source_folder = info.path.parent.parent
-    training = load_run_config(source_folder)
+    training = load_run_config(info.run_folder)
     _check_dense(info, training.model)
     noise = (RESIDUAL_NOISE if residual else 0.0) if noise is None else noise
     model = _upcycled(
@@ -113,7 +112,7 @@ def upcycle_run(
     output = Path(output)
     check_is_new(output)
     path = check_file(info, "model")
-    tokenizer = Tokenizer.load(source_folder)
+    tokenizer = Tokenizer.load(info.run_folder)
     with folder_in_progress(output) as folder:
         checkpoint = folder / "checkpoints" / f"step-{0:08d}"
         checkpoint.mkdir(parents=True)
@@ -122,7 +121,7 @@ def upcycle_run(
         metadata = {
             "tokens": 0,
             "model": model.to_dict(),
-            "upcycled": {"source": str(source_folder), "step": info.step},
+            "upcycled": {"source": str(info.run_folder), "step": info.step},
         }
         write_manifest(checkpoint, 0, metadata)
         write_config(training.replace(model=model, init_from=None, distill=None), folder / "config.yaml")
@@ -131,7 +130,7 @@ def upcycle_run(
         new = read_info(checkpoint)
         before, after = count_parameters(training.model), count_parameters(model)
         report = UpcycleReport(
-            source=str(source_folder),
+            source=str(info.run_folder),
             source_step=info.step,
             layers=model.moe_layers,
             num_experts=tuple(model.layers[layer].num_experts for layer in model.moe_layers),

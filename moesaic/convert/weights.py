@@ -160,7 +160,7 @@ def _tensors(path: Path) -> Iterator[_Tensors]:
         info = resolve_checkpoint(path)
         with checked_file(info, "model") as file, TensorReader(file) as reader:
             yield _Tensors(
-                load_run_config(info.path.parent.parent).model,
+                load_run_config(info.run_folder).model,
                 {name: each.shape for name, each in reader.layout.items()},
                 lambda name: _parts(reader, name),
             )

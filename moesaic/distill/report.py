@@ -118,7 +118,7 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
         )
     else:  # of a converted student
         run = TeacherRun.open(config.distill.teacher)
-    loaded = {"teacher": load_run(run.source, device=device), "student": student}
+    loaded = {"teacher": load_run(run.info.run_at_step, device=device), "student": student}
     folders = {"teacher": run.folder, "student": folder}
     shards = ShardSet.open(config.data.path)
     positions = min(each.config.model.max_positions for each in loaded.values())

@@ -164,7 +164,7 @@ def write_needed_cache(
         run = TeacherRun.reopen(
             config.distill.teacher, Path(resumed), sha256=state.teacher_sha256, step=state.teacher_step
         )
-        config = config.replace(distill=config.distill.replace(teacher=run.source))
+        config = config.replace(distill=config.distill.replace(teacher=run.info.run_at_step))
     return write_cache(folder, config, top_k=top_k, device=device, on_progress=on_progress)
 
 

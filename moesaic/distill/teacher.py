@@ -47,7 +47,7 @@ class TeacherRun:
     def open(cls, run: str | Path) -> "TeacherRun":
         """Open a teacher. Raises: CheckpointError for a run or step that is not there."""
         info = resolve_checkpoint(run)
-        return cls._of(info.path.parent.parent, info)
+        return cls._of(info.run_folder, info)
 
     @classmethod
     def reopen(cls, run: str | Path, student: Path, *, sha256: str, step: int | None) -> "TeacherRun":
@@ -63,7 +63,7 @@ class TeacherRun:
         if step_text and any(str(each.step) == step_text for each in there):
             candidates = [resolve_checkpoint(run)]  # that one is meant, and no other
         for info in candidates:
-            if _sha256(info) == sha256:
+            if info.model_sha256 == sha256:
                 return cls._of(folder, info)
         if there and not kept and step is not None and step not in (steps := [each.step for each in there]):
             keep_last = load_run_config(folder).checkpoint.keep_last
@@ -75,14 +75,14 @@ class TeacherRun:
                 f"trains it on alone."
             )
         raise CheckpointError(
-            f"distill.teacher ({run}, sha256 {_sha256(resolve_checkpoint(run))[:12]}) is not the one that this run "
+            f"distill.teacher ({run}, sha256 {resolve_checkpoint(run).model_sha256[:12]}) is not the one that this run "
             f"began with ({sha256[:12]}); a student has one teacher to the end; name that run and step, or start a "
             f"new run."
         )
 
     @classmethod
     def _of(cls, folder: Path, info: CheckpointInfo) -> "TeacherRun":
-        own = info.path.parent.parent
+        own = info.run_folder
         return cls(folder, info, load_run_config(own), Tokenizer.load(own))
 
     def keep(self, student: Path) -> "TeacherRun":
@@ -94,7 +94,7 @@ class TeacherRun:
         """
         kept = student / KEPT_NAME
         for info in list_checkpoints(kept):
-            if _sha256(info) == self.sha256:
+            if info.model_sha256 == self.sha256:
                 return replace(self, info=info)
         if not is_being_written(self.folder):
             return self
@@ -120,14 +120,8 @@ class TeacherRun:
         return replace(self, info=read_info(checkpoint))
 
     @property
-    def source(self) -> str:
-        """RUN@step of where its files lie."""
-        return f"{self.info.path.parent.parent}@{self.info.step}"
-
-    @property
     def sha256(self) -> str:
-        """Of the file of the weights: what makes it this teacher, wherever it lies."""
-        return _sha256(self.info)
+        return self.info.model_sha256
 
     def check(self, student: ModelConfig, *, data: str, tokenizer: Tokenizer, sequence_length: int) -> None:
         """Raise DataError or ConfigError unless teacher and student read the same tokens at the same positions."""
@@ -162,11 +156,7 @@ class TeacherRun:
 
     def load(self, precision: Precision, *, device: str) -> LoadedModel:
         """Load the model, ready to infer. Raises: CheckpointError for a file that is missing or corrupt."""
-        return load_run(self.source, device=device, precision=None if is_quantized(self.info) else precision)
-
-
-def _sha256(info: CheckpointInfo) -> str:
-    return str(info.files[_WEIGHTS_NAME]["sha256"])
+        return load_run(self.info.run_at_step, device=device, precision=None if is_quantized(self.info) else precision)
 
 
 def _link_or_copy(source: Path, target: Path) -> str:

@@ -48,11 +48,6 @@ class TaskSettings:
             check_records(names, self.data)
 
 
-def run_folder(loaded: LoadedModel) -> Path:
-    """Return the folder of the run that a model was loaded from."""
-    return loaded.info.path.parent.parent
-
-
 def run_tasks(
     run: str,
     loaded: LoadedModel,
@@ -106,7 +101,7 @@ def run_tasks(
                 "python": platform.python_version(),
             },
             fingerprints={
-                "weights": str(loaded.info.files.get("model.safetensors", {}).get("sha256", "")),
+                "weights": loaded.info.model_sha256,
                 "tokenizer": loaded.tokenizer.fingerprint,
             },
             command=sys.argv,
@@ -114,7 +109,7 @@ def run_tasks(
         results.append(result)
         if keep:
             is_other = loaded.config.precision != "fp32" and loaded.model.compute_dtype is torch.float32
-            path = write_result(run_folder(loaded), result, suffix="-fp32" if is_other else "")
+            path = write_result(loaded.info.run_folder, result, suffix="-fp32" if is_other else "")
             if keep_samples:
                 write_samples(path, scores.samples)
     return results
@@ -141,9 +136,9 @@ def run_domains(
     usage = measure_domains(loaded.model, documents, progress=progress)
     if keep:
         values = {**domains_to_json(usage), "run": run, "step": loaded.info.step, "text": str(path)}
-        write_json(run_folder(loaded), loaded.info.step, "domains", values)
+        write_json(loaded.info.run_folder, loaded.info.step, "domains", values)
         write_domains(
-            run_folder(loaded) / "plots" / "expert_domains.png",
+            loaded.info.run_folder / "plots" / "expert_domains.png",
             domains=usage.domains,
             layers=[each.layer for each in usage.layers],
             shares=[each.shares for each in usage.layers],

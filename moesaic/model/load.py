@@ -66,8 +66,7 @@ def load_run(
     """
     target = select_device(device)
     info = resolve_checkpoint(run)
-    run_folder = info.path.parent.parent
-    config = load_run_config(run_folder)
+    config = load_run_config(info.run_folder)
     wanted = config.precision if precision is None else precision
     dtype = torch.float32 if wanted == "fp32" else torch.bfloat16
     has_kernels = dtype is torch.bfloat16 and target.type == "cpu" and select.cpu_library() is not None
@@ -88,7 +87,7 @@ def load_run(
         model = Transformer.uninitialized(config.model, compute_dtype=dtype)
         copy_weights(model, info)
         model.to(target).eval()
-    return LoadedModel(model, Tokenizer.load(run_folder), config, info, target)
+    return LoadedModel(model, Tokenizer.load(info.run_folder), config, info, target)
 
 
 def _load_packed(

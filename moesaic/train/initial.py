@@ -1,7 +1,6 @@
 """A run whose weights training starts from: what has to agree with it, and its weights. Resuming is not this."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
@@ -42,7 +41,7 @@ class InitialRun:
         model; DataError for another tokenizer.
         """
         info = resolve_checkpoint(run)
-        folder = info.path.parent.parent
+        folder = info.run_folder
         if is_quantized(info):
             raise CheckpointError(
                 f"init_from ({run}) is quantised ({describe_quantization(info)}); training requires the weights before "
@@ -67,10 +66,6 @@ class InitialRun:
             )
         return cls(info, theirs)
 
-    @property
-    def folder(self) -> Path:
-        return self.info.path.parent.parent
-
     def load(self, model: Transformer) -> None:
         """Copy the weights into the model. Raises: CheckpointError when their file is missing or corrupt."""
         copy_weights(model, self.info)
@@ -78,7 +73,7 @@ class InitialRun:
     def record(self) -> dict[str, Any]:
         """What run.json says of it."""
         return {
-            "run": str(self.folder),
+            "run": str(self.info.run_folder),
             "step": self.info.step,
-            "model_sha256": self.info.files["model.safetensors"]["sha256"],
+            "model_sha256": self.info.model_sha256,
         }

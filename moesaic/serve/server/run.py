@@ -248,7 +248,7 @@ def _check_template(loaded: LoadedModel) -> None:
     try:
         check_chat_template(loaded.tokenizer)
     except DataError as error:
-        raise DataError(f"{loaded.info.path.parent.parent}: {error}") from None
+        raise DataError(f"{loaded.info.run_folder}: {error}") from None
 
 
 def _grammars_of(loaded: LoadedModel, config: ServerConfig) -> GrammarCompiler | None:
