@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moesaic.checkpoint.store import CheckpointInfo
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, MoesaicError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,25 @@ def describe_quantization(info: CheckpointInfo) -> str:
     """Return for example "experts int4, rest int8"; only for a quantised checkpoint."""
     record = info.metadata[KEY]
     return f"experts {record['experts']}, rest {record['rest']}" if record["experts"] else str(record["rest"])
+
+
+def require_unquantized(
+    info: CheckpointInfo,
+    why: str,
+    *,
+    named: str | None = None,
+    do: str = "give",
+    error: type[MoesaicError] = CheckpointError,
+) -> None:
+    """Raise an error for a quantised checkpoint where the weights are needed as they were before.
+
+    named: what the message calls it, where that is not its folder; do: what to do with the run that it was made from.
+    """
+    if is_quantized(info):
+        raise error(
+            f"{named or info.path} is quantised ({describe_quantization(info)}); {why}; {do} the run that it was made "
+            f"from ({info.metadata[KEY].get('source')})."
+        )
 
 
 def quantization_record(schemes: dict[str, Scheme], *, experts: str | None, rest: str) -> dict[str, Any]:

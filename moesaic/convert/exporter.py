@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
+from moesaic.checkpoint.quantized import require_unquantized
 from moesaic.checkpoint.store import checked_file, resolve_checkpoint
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.model import ModelConfig
@@ -97,11 +97,7 @@ def export_run(
     for name, value, known in (("format", format, get_args(Format)), ("dtype", dtype, tuple(DTYPES))):
         if value is not None and value not in known:
             raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required; name it.")
-    if is_quantized(info):
-        raise ConversionError(
-            f"{info.path} is quantised ({describe_quantization(info)}); other tools quantise their own way; export the "
-            f"run that it was made from ({info.metadata[KEY].get('source')})."
-        )
+    require_unquantized(info, "other tools quantise their own way", do="export", error=ConversionError)
     check_is_new(output)
     check_is_outside(output, info.run_folder)
     config = load_run_config(info.run_folder).model

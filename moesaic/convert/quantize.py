@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moesaic.checkpoint.quantized import KEY, SCALES, VALUES, Scheme, is_quantized, quantization_record
+from moesaic.checkpoint.quantized import KEY, SCALES, VALUES, Scheme, quantization_record, require_unquantized
 from moesaic.checkpoint.store import CheckpointInfo, check_file, resolve_checkpoint, write_manifest
 from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
 from moesaic.config.load import write_config
@@ -332,11 +332,7 @@ def _plan(
     group_size: int | None,
 ) -> _Plan:
     config = training.model
-    if is_quantized(info):
-        raise ConfigError(
-            f"{info.path} is quantised already; quantising requires the weights as they were trained; give the run "
-            f"that it was made from ({info.metadata[KEY].get('source')})."
-        )
+    require_unquantized(info, "quantising requires the weights as they were trained", error=ConfigError)
     for name, value, known in (("experts", experts, ("int8", "int4")), ("rest", rest, ("int4", "int8", "bf16"))):
         if value is not None and value not in known:
             raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required; use int8.")

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moesaic.checkpoint.quantized import KEY, is_quantized
+from moesaic.checkpoint.quantized import require_unquantized
 from moesaic.checkpoint.store import CheckpointInfo, check_file, read_info, resolve_checkpoint, write_manifest
 from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
 from moesaic.config.load import write_config
@@ -158,11 +158,7 @@ def upcycle_run(
 
 
 def _check_dense(info: CheckpointInfo, config: ModelConfig) -> None:
-    if is_quantized(info):
-        raise ConfigError(
-            f"{info.path} is quantised; upcycling requires the weights as they were trained; give the run that it was "
-            f"made from ({info.metadata[KEY].get('source')})."
-        )
+    require_unquantized(info, "upcycling requires the weights as they were trained", error=ConfigError)
     if config.moe_layers:
         raise ConfigError(
             f"{info.path} has experts already, in layers {', '.join(map(str, config.moe_layers))}; upcycling makes "

@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moesaic.checkpoint.quantized import describe_quantization, is_quantized
+from moesaic.checkpoint.quantized import require_unquantized
 from moesaic.checkpoint.store import check_file
 from moesaic.config.base import differing
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.data.loader import Batch
 from moesaic.distill.teacher import TeacherRun
-from moesaic.errors import CheckpointError, ConfigError
+from moesaic.errors import ConfigError
 from moesaic.model.transformer import Transformer
 
 # What may differ between a student and the teacher whose layers it copies; feed-forward parts are compared by layer.
@@ -147,11 +147,12 @@ def default_map(teacher: ModelConfig, student: ModelConfig) -> tuple[int, ...]:
 
 def check_copyable(teacher: TeacherRun, student: ModelConfig, layer_map: Sequence[int]) -> None:
     """Raise unless a student can start from these layers of a teacher: CheckpointError, ConfigError."""
-    if is_quantized(teacher.info):
-        raise CheckpointError(
-            f"the teacher {teacher.folder} is quantised ({describe_quantization(teacher.info)}); distill.init = "
-            f"teacher copies the weights before they were rounded; name the run that it was made from, or use scratch."
-        )
+    require_unquantized(
+        teacher.info,
+        "distill.init = teacher copies the weights before they were rounded",
+        named=f"the teacher {teacher.folder}",
+        do="use scratch, or name",
+    )
     model = teacher.config.model
     different = differing(student, model, before="model.", ignore=lambda key: key.split(".")[0] in _FREE)
     if different:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.quantized import describe_quantization, is_quantized
+from moesaic.checkpoint.quantized import is_quantized, require_unquantized
 from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, read_info, resolve_checkpoint
 from moesaic.config.load import write_config
 from moesaic.config.model import ModelConfig
@@ -147,12 +147,10 @@ class TeacherRun:
 
     def check_precision(self, precision: Precision) -> None:
         """Raise ConfigError for a precision that a quantised run cannot have."""
-        if is_quantized(self.info) and precision != "bf16":
-            raise ConfigError(
-                f"distill.teacher_precision ({precision}) is asked of {self.folder}, which is quantised "
-                f"({describe_quantization(self.info)}) and has that precision; leave it at bf16, or name the run that "
-                f"it was made from."
-            )
+        if precision != "bf16":
+            named = f"distill.teacher_precision ({precision}) is asked of {self.folder}, which"
+            do = "leave it at bf16, or name"
+            require_unquantized(self.info, "what is rounded stays so", named=named, do=do, error=ConfigError)
 
     def load(self, precision: Precision, *, device: str) -> LoadedModel:
         """Load the model, ready to infer. Raises: CheckpointError for a file that is missing or corrupt."""

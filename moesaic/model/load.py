@@ -9,14 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moesaic.checkpoint.quantized import (
-    KEY,
-    Scheme,
-    describe_quantization,
-    is_quantized,
-    quantization_schemes,
-    take_quantized,
-)
+from moesaic.checkpoint.quantized import Scheme, is_quantized, quantization_schemes, require_unquantized, take_quantized
 from moesaic.checkpoint.store import CheckpointInfo, check_file, checked_tensors, resolve_checkpoint
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
@@ -70,17 +63,11 @@ def load_run(
     wanted = config.precision if precision is None else precision
     dtype = torch.float32 if wanted == "fp32" else torch.bfloat16
     has_kernels = dtype is torch.bfloat16 and target.type == "cpu" and select.cpu_library() is not None
-    if is_quantized(info) and not pack:
-        raise CheckpointError(
-            f"{info.path} is quantised ({describe_quantization(info)}) and was asked for unpacked; a quantised "
-            f"model can only infer; load the run that it was made from ({info.metadata[KEY].get('source')})."
-        )
-    if is_quantized(info) and precision is not None:
-        raise CheckpointError(
-            f"{info.path} is quantised ({describe_quantization(info)}) and was asked for in {precision}; what is "
-            f"rounded stays so; leave the precision out, or load the run that it was made from "
-            f"({info.metadata[KEY].get('source')})."
-        )
+    if not pack:
+        require_unquantized(info, "it was asked for unpacked; a quantised model can only infer", do="load")
+    if precision is not None:
+        why = f"it was asked for in {precision}; what is rounded stays so"
+        require_unquantized(info, why, do="leave the precision out, or load")
     if is_quantized(info) or wanted == "int8" or (pack and has_kernels):
         model = _load_packed(config, info, target, rounds=wanted == "int8", policy=packed_file)
     else:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
+from moesaic.checkpoint.quantized import require_unquantized
 from moesaic.checkpoint.store import CheckpointInfo, resolve_checkpoint
 from moesaic.config.base import differing
 from moesaic.config.model import ModelConfig
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import CheckpointError, ConfigError, DataError
+from moesaic.errors import ConfigError, DataError
 from moesaic.model.load import copy_weights, load_run_config
 from moesaic.model.transformer import Transformer
 
@@ -42,11 +42,8 @@ class InitialRun:
         """
         info = resolve_checkpoint(run)
         folder = info.run_folder
-        if is_quantized(info):
-            raise CheckpointError(
-                f"init_from ({run}) is quantised ({describe_quantization(info)}); training requires the weights before "
-                f"they were rounded; name the run that it was made from ({info.metadata[KEY].get('source')})."
-            )
+        why = "training requires the weights before they were rounded"
+        require_unquantized(info, why, named=f"init_from ({run})", do="name")
         free = (*_OF_TRAINING, "max_positions") if model.positions == "rotary" else _OF_TRAINING
         own = load_run_config(folder).model
         different = differing(model, own, before="model.", ignore=lambda key: key.startswith(free))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.quantized import KEY, describe_quantization, is_quantized
+from moesaic.checkpoint.quantized import require_unquantized
 from moesaic.checkpoint.store import (
     has_checkpoints,
     last_good,
@@ -476,13 +476,9 @@ class Trainer:
 
     def _check_trainable(self) -> None:
         infos = list_checkpoints(self.run_folder)
-        quantized = [info for info in infos if is_quantized(info)]
-        if quantized:
-            raise CheckpointError(
-                f"{self.run_folder} is quantised ({describe_quantization(quantized[-1])}); training requires the "
-                f"weights before they were rounded, and the optimizer's state; resume the run that it was made from "
-                f"({quantized[-1].metadata[KEY].get('source')})."
-            )
+        for info in infos:
+            why = "training requires the weights before they were rounded, and the optimizer's state"
+            require_unquantized(info, why, named=str(self.run_folder), do="resume")
         if infos and not any("optimizer.safetensors" in info.files for info in infos):
             raise CheckpointError(
                 f"{self.run_folder} holds weights and no optimizer's state; resuming requires both, and a run that was "

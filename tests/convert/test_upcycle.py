@@ -294,7 +294,7 @@ def test_sources_that_cannot_be_upcycled_are_refused(make_run: MakeRun, tmp_path
     with pytest.raises(ConfigError, match=r"has experts already, in layers 0, 1; .*; give a dense run"):
         upcycle_run(make_run("moe"), out, experts=4)
     quantize_run(dense, tmp_path / "int8", limit_tokens=100, force=True)
-    with pytest.raises(ConfigError, match=rf"is quantised; .*; give the run that it was made from \({dense}\)"):
+    with pytest.raises(ConfigError, match=rf"is quantised \(.*\); .*; give the run that it was made from \({dense}\)"):
         upcycle_run(tmp_path / "int8", out, experts=4)
     with pytest.raises(ConfigError, match="exists; what is converted needs a folder of its own"):
         upcycle_run(dense, dense, experts=4)
