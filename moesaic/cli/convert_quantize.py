@@ -9,6 +9,7 @@ import typer
 
 from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
+from moesaic.convert.defaults import CALIBRATION_TOKENS, MAX_KL, MAX_PERPLEXITY_RATIO, REPORT_TOKENS
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -47,7 +48,8 @@ def quantize(
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", metavar="N", help="At most so many. \\[default: 65536]")
+        int | None,
+        typer.Option("--calibration-tokens", metavar="N", help=f"At most so many. \\[default: {CALIBRATION_TOKENS}]"),
     ] = None,
     text: Annotated[
         str | None,
@@ -68,11 +70,11 @@ def quantize(
     ] = None,
     limit_tokens: Annotated[
         int, typer.Option("--limit-tokens", metavar="N", help="Measure so many tokens of it at most.")
-    ] = 65_536,
+    ] = REPORT_TOKENS,
     max_perplexity_ratio: Annotated[
         float, typer.Option("--max-perplexity-ratio", help="Refuse when the perplexity grows by more than this factor.")
-    ] = 1.05,
-    max_kl: Annotated[float, typer.Option("--max-kl", help="Refuse when the KL is more than this, in nats.")] = 0.1,
+    ] = MAX_PERPLEXITY_RATIO,
+    max_kl: Annotated[float, typer.Option("--max-kl", help="Refuse when the KL is more than this, in nats.")] = MAX_KL,
     force: Annotated[bool, typer.Option("--force", help="Write it all the same.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
 ) -> None:

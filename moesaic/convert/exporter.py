@@ -6,7 +6,7 @@ the experts' last matrix. Tensors are read, cast and written one at a time.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +26,15 @@ from moesaic.convert.keys import Inexpressible, write_config_keys
 from moesaic.convert.parity import Certificate, Change, TensorAccount, certify
 from moesaic.convert.rewriting import Rewriting, rewritings
 from moesaic.convert.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
-from moesaic.convert.tensors import Piece, TensorRule, foreign_shape, foreign_tensors, own_tensors, pieces_of
+from moesaic.convert.tensors import (
+    Piece,
+    TensorRule,
+    common_dtype,
+    foreign_shape,
+    foreign_tensors,
+    own_tensors,
+    pieces_of,
+)
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError, InstallationError
 from moesaic.kernels.allocator import tune_allocator
@@ -202,7 +210,7 @@ def _write_folder(
     on_progress: OnProgress,
 ) -> dict[str, TensorLayout]:
     layout = {
-        name: TensorLayout(dtype or _common([weights.dtype(piece.ours) for piece in pieces]), foreign_shape(pieces))
+        name: TensorLayout(dtype or common_dtype(weights.dtype(piece.ours) for piece in pieces), foreign_shape(pieces))
         for name, pieces in foreign.items()
     }
     shards = _shards(layout)
@@ -235,10 +243,6 @@ def _write_folder(
     return layout
 
 
-def _common(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
-
-
 def _shards(layout: Mapping[str, TensorLayout]) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
@@ -266,7 +270,7 @@ def _write_gguf(
     for name, pieces in foreign.items():
         shape = foreign_shape(pieces)
         plain = len(shape) < 2 or name.endswith(ROUTER)  # llama.cpp wants them so
-        stored = torch.float32 if plain else dtype or _common([weights.dtype(piece.ours) for piece in pieces])
+        stored = torch.float32 if plain else dtype or common_dtype(weights.dtype(piece.ours) for piece in pieces)
         layout[name] = TensorLayout(stored, shape)
     writer = gguf.GGUFWriter(target / _GGUF_NAME, family.architecture)
     try:

@@ -7,8 +7,6 @@ check (parity.py).
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from moesaic.checkpoint.store import write_manifest
 from moesaic.checkpoint.stream import TensorLayout, TensorWriter
 from moesaic.config.load import write_config
@@ -16,7 +14,7 @@ from moesaic.config.train import DataConfig, ScheduleConfig, TrainConfig
 from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
 from moesaic.convert.opened import OpenedModel, open_model
 from moesaic.convert.parity import Certificate, TensorAccount, certify
-from moesaic.convert.tensors import own_tensors
+from moesaic.convert.tensors import common_dtype, own_tensors
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConversionError
 from moesaic.kernels.allocator import tune_allocator
@@ -97,9 +95,7 @@ def _layout(opened: OpenedModel) -> dict[str, TensorLayout]:
     shapes = own_tensors(opened.config)
     layout = {}
     for name, pieces in opened.pieces.items():
-        dtypes = {opened.source.layout[piece.theirs].dtype for piece in pieces}
-        # Experts of several dtypes: what holds them all.
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        dtype = common_dtype(opened.source.layout[piece.theirs].dtype for piece in pieces)
         layout[name] = TensorLayout(dtype, shapes[name])
     return layout
 

@@ -22,12 +22,14 @@ from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.convert.calibrate import Quantized, calibrated_weights
+from moesaic.convert.defaults import CALIBRATION_TOKENS, MAX_KL, MAX_PERPLEXITY_RATIO, REPORT_TOKENS
 from moesaic.convert.folder import check_is_new, folder_in_progress
+from moesaic.convert.tensors import require_finite
 from moesaic.data.loader import ValidationLoader
 from moesaic.data.shards import MANIFEST_NAME, ShardSet
 from moesaic.data.sources import TEXT_FIELD
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import CheckpointError, ConfigError, ConversionError, DataError
+from moesaic.errors import ConfigError, ConversionError, DataError
 from moesaic.evaluate.perplexity import Comparison, Perplexity, compare, record_reference, text_windows
 from moesaic.evaluate.text import read_documents
 from moesaic.kernels.quantized import GROUP_SIZES, MAX_COLUMNS, quantize_weight
@@ -36,13 +38,6 @@ from moesaic.model.load import load_run, load_run_config
 from moesaic.report.json_values import json_values
 
 REPORT_NAME = "quantization.json"
-# Tokens the report measures and the calibration sees, unless told otherwise: enough for three digits of the ratio, and
-# for every one of 64 experts to see a thousand.
-REPORT_TOKENS = 65_536
-CALIBRATION_TOKENS = 65_536
-MAX_PERPLEXITY_RATIO = 1.05
-MAX_KL = 0.1
-
 ExpertFormat = Literal["int8", "int4"]
 RestFormat = Literal["int4", "int8", "bf16"]
 Kind = Literal["experts", "attention", "mlp", "output", "embedding", "other"]
@@ -333,7 +328,7 @@ def _plan(
 ) -> _Plan:
     config = training.model
     require_unquantized(info, "quantising requires the weights as they were trained", error=ConfigError)
-    for name, value, known in (("experts", experts, ("int8", "int4")), ("rest", rest, ("int4", "int8", "bf16"))):
+    for name, value, known in (("experts", experts, get_args(ExpertFormat)), ("rest", rest, get_args(RestFormat))):
         if value is not None and value not in known:
             raise ConfigError(f"{name} ({value!r}) is not known; one of {', '.join(known)} is required; use int8.")
     if experts is not None and not config.moe_layers:
@@ -403,7 +398,7 @@ def _write_tensors(
             matrices = calibrated_weights(
                 config.model,
                 plan.schemes,
-                lambda name: _checked(name, file.get_tensor(name)),
+                lambda name: require_finite(name, file.get_tensor(name)),
                 batches,
                 compute_dtype=dtype,
                 on_layer=lambda layer: on_progress("quantising", (layer + 1) / config.model.num_layers),
@@ -414,7 +409,7 @@ def _write_tensors(
             writer.append(name + VALUES, quantized.values)
             writer.append(name + SCALES, quantized.scales)
         for name in plan.shapes.keys() - plan.schemes.keys():
-            writer.append(name, _checked(name, file.get_tensor(name)).to(plan.kept_dtypes[name]))
+            writer.append(name, require_finite(name, file.get_tensor(name)).to(plan.kept_dtypes[name]))
 
 
 def _rounded(file: Any, plan: _Plan, on_progress: OnProgress) -> Quantized:
@@ -423,17 +418,9 @@ def _rounded(file: Any, plan: _Plan, on_progress: OnProgress) -> Quantized:
         stored = file.get_slice(name)
         shape = plan.shapes[name]
         for each in range(shape[0]) if len(shape) == 3 else [slice(None)]:
-            matrix = _checked(name, stored[each])
+            matrix = require_finite(name, stored[each])
             yield name, quantize_weight(matrix, bits=scheme.bits, group_size=scheme.group_size)
         on_progress("quantising", (index + 1) / len(plan.schemes))
-
-
-def _checked(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.isfinite().all():
-        raise CheckpointError(
-            f"{name} holds numbers that are not finite; weights that can be rounded are required; use another step."
-        )
-    return tensor
 
 
 def _check_limits(

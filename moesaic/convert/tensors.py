@@ -5,7 +5,7 @@ other. Either way one of our tensors is the rows of some foreign ones, back to b
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moesaic.checkpoint.stream import TensorLayout
 from moesaic.config.model import ModelConfig
-from moesaic.errors import ConversionError
+from moesaic.errors import CheckpointError, ConversionError
 from moesaic.model.transformer import Transformer
 
 RowOrder = Tensor  # (rows,) int64: row i of ours is row order[i] of theirs
@@ -73,6 +73,21 @@ def paired_rows(num_heads: int, head_size: int, *, start: int = 0) -> RowOrder:
     channels = torch.arange(start, head_size)
     head = torch.cat([torch.arange(start), channels[::2], channels[1::2]])
     return (torch.arange(num_heads)[:, None] * head_size + head).flatten()
+
+
+def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the one dtype of several tensors, or what holds them all."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def require_finite(name: str, tensor: Tensor) -> Tensor:
+    """Return a checkpoint's tensor. Raises: CheckpointError where something in it is not finite."""
+    if not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{name} holds numbers that are not finite; finite weights are required; use another step."
+        )
+    return tensor
 
 
 def own_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

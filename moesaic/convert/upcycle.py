@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from moesaic.checkpoint.quantized import require_unquantized
 from moesaic.checkpoint.store import CheckpointInfo, check_file, read_info, resolve_checkpoint, write_manifest
@@ -23,6 +22,7 @@ from moesaic.config.load import write_config
 from moesaic.config.model import ModelConfig, MoEConfig, RouterConfig
 from moesaic.config.train import TrainConfig
 from moesaic.convert.folder import check_is_new, folder_in_progress
+from moesaic.convert.tensors import common_dtype, own_tensors, require_finite
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, ConversionError
 from moesaic.kernels.limits import available_memory_bytes
@@ -262,13 +262,8 @@ def _layout_of(stored: Any) -> TensorLayout:
     return TensorLayout(DTYPES[stored.get_dtype()], tuple(stored.get_shape()))
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
-
-
 def _check_stored(path: Path, stored: Mapping[str, TensorLayout], config: ModelConfig) -> None:
-    expected, found = _shapes(config), {name: each.shape for name, each in stored.items()}
+    expected, found = own_tensors(config), {name: each.shape for name, each in stored.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise CheckpointError(
@@ -280,15 +275,14 @@ def _check_stored(path: Path, stored: Mapping[str, TensorLayout], config: ModelC
 def _layout(stored: Mapping[str, TensorLayout], after: ModelConfig) -> dict[str, TensorLayout]:
     """Return the new model's tensors: copies as they are stored, experts in the dtype of the MLP, the rest fp32."""
     layout = {}
-    for name, shape in _shapes(after).items():
+    for name, shape in own_tensors(after).items():
         dtype = torch.float32
         if name in stored:
             dtype = stored[name].dtype
         elif ".experts." in name:
             prefix, _, own = name.partition("moe.experts.")
             (stack,) = (each for each in _stacks(after) if each.name == own)
-            dtypes = [stored[f"{prefix}mlp.{each}"].dtype for each in stack.sources]
-            dtype = dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+            dtype = common_dtype(stored[f"{prefix}mlp.{each}"].dtype for each in stack.sources)
         layout[name] = TensorLayout(dtype, shape)
     return layout
 
@@ -310,7 +304,8 @@ def _write_experts(
     matrices = 0
     for stack in _stacks(config):
         name = f"{prefix}moe.experts.{stack.name}"
-        tensors = [_checked(f"{prefix}mlp.{each}", file.get_tensor(f"{prefix}mlp.{each}")) for each in stack.sources]
+        sources = [f"{prefix}mlp.{each}" for each in stack.sources]
+        tensors = [require_finite(each, file.get_tensor(each)) for each in sources]
         is_noisy = noise > 0 and tensors[0].dim() == 2
         deviations = [noise * float(each.float().std(correction=0)) if is_noisy else 0.0 for each in tensors]
         for expert in range(settings.num_experts):
@@ -332,14 +327,6 @@ def _write_experts(
     writer.append(f"{prefix}moe.router.weight", router)
     if settings.output_scale:
         writer.append(f"{prefix}moe.output_scale", torch.zeros(()))
-
-
-def _checked(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.isfinite().all():
-        raise CheckpointError(
-            f"{name} holds numbers that are not finite; weights to copy are required; use another step."
-        )
-    return tensor
 
 
 @torch.no_grad()
