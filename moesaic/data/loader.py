@@ -7,12 +7,13 @@ ranks need no agreement: each computes the step's global batch and reads its own
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from moesaic.config.train import TrainConfig
 from moesaic.data.shards import TokenStream, count_documents
 from moesaic.errors import DataError, TrainingError
 
@@ -175,6 +176,17 @@ class ValidationLoader:
         available = (stream.num_tokens - 1) // sequence_length
         self.num_sequences = min(sequences, available)
         self._starts = np.arange(self.num_sequences, dtype=np.int64) * available // self.num_sequences * sequence_length
+
+    @classmethod
+    def of(cls, config: TrainConfig, stream: TokenStream) -> Self:
+        """Return the loader that a run validates with."""
+        return cls(
+            stream,
+            sequence_length=config.data.sequence_length,
+            batch_size=config.micro_batch_size,
+            sequences=config.evaluation.sequences,
+            with_documents=config.data.document_mask,
+        )
 
     def __len__(self) -> int:
         return -(-self.num_sequences // self._batch_size)

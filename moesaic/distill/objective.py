@@ -123,11 +123,12 @@ class Distillation:
         """With init = teacher, copy its layers; which experts stay, a pass over the validation sequences says."""
         if self._distill.init != "teacher":
             return
-        assert self._run is not None
+        assert self._run is not None and self._shards is not None
         layer_map = self._layer_map(self._run)
         loads: dict[int, Tensor] = {}
         if has_fewer_experts(self._run.config.model, self._config.model, layer_map):
-            loads = expert_loads(self._load().model, self._validation(), device=self._device)
+            batches = ValidationLoader.of(self._config, self._shards.validation)
+            loads = expert_loads(self._load().model, batches, device=self._device)
         self._copied = copy_layers(model, self._run, layer_map, loads=loads)
         for layer, copied in enumerate(self._copied):
             if copied.load is not None and copied.experts is not None:
@@ -193,17 +194,6 @@ class Distillation:
 
     def _layer_map(self, run: TeacherRun) -> tuple[int, ...]:
         return self._distill.layer_map or default_map(run.config.model, self._config.model)
-
-    def _validation(self) -> ValidationLoader:
-        assert self._shards is not None
-        config = self._config
-        return ValidationLoader(
-            self._shards.validation,
-            sequence_length=config.data.sequence_length,
-            batch_size=config.micro_batch_size,
-            sequences=config.evaluation.sequences,
-            with_documents=config.data.document_mask,
-        )
 
     def _load(self) -> LoadedModel:
         """Load the teacher when it is first needed, and once."""

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.config.train import TrainConfig
 from moesaic.data.loader import ValidationLoader
 from moesaic.data.shards import ShardSet
 from moesaic.distill.teacher import KEPT_NAME, TeacherRun
@@ -126,7 +125,7 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
     num_new = max(1, min(_NEW_TOKENS, positions - num_prompt))
     prompt = torch.from_numpy(shards.validation.read(0, num_prompt))[None]
     latencies = _latencies({name: each.model for name, each in loaded.items()}, prompt, num_new)
-    batches = _validation(config, shards)
+    batches = ValidationLoader.of(config, shards.validation)
     sides = {
         name: Side(
             run=str(folders[name]),
@@ -164,16 +163,6 @@ def try_report(run_folder: str | Path, *, device: str = "auto") -> DistillationR
         return None
     shutil.rmtree(Path(run_folder) / KEPT_NAME, ignore_errors=True)
     return report
-
-
-def _validation(config: TrainConfig, shards: ShardSet) -> ValidationLoader:
-    return ValidationLoader(
-        shards.validation,
-        sequence_length=config.data.sequence_length,
-        batch_size=config.micro_batch_size,
-        sequences=config.evaluation.sequences,
-        with_documents=config.data.document_mask,
-    )
 
 
 @torch.no_grad()

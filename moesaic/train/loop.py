@@ -169,13 +169,7 @@ class Trainer:
             with_documents=config.data.document_mask,
             fixed_windows=config.data.fixed_windows,
         )
-        self.validation = ValidationLoader(
-            shards.validation,
-            sequence_length=config.data.sequence_length,
-            batch_size=config.micro_batch_size,
-            sequences=config.evaluation.sequences,
-            with_documents=config.data.document_mask,
-        )
+        self.validation = ValidationLoader.of(config, shards.validation)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         check_memory(config, self.device)
         if (parameters := count_parameters(config.model).total) >= _MANY_PARAMETERS:
