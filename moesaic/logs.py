@@ -43,11 +43,11 @@ class StderrHandler(logging.StreamHandler):
         super().emit(record)
 
 
-def log_to_stderr(level: int = logging.INFO, *, as_json: bool = False) -> None:
+def log_to_stderr(*, as_json: bool = False) -> None:
     """Print the package's log lines to standard error, once; used by the command line."""
     if any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
         return
     handler = StderrHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)

@@ -157,12 +157,12 @@ def read_info(path: Path) -> CheckpointInfo:
         ) from None
 
 
-def load_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> "dict[str, Tensor]":
+def load_tensors(info: CheckpointInfo, name: str) -> "dict[str, Tensor]":
     """Return the tensors of one of the checkpoint's files ("model" or "optimizer"), after checking size and hash.
 
     Raises: CheckpointError for a missing, truncated or corrupt file.
     """
-    with checked_tensors(info, name, device=device) as tensors:
+    with checked_tensors(info, name) as tensors:
         return tensors
 
 

@@ -151,14 +151,6 @@ class TokenStream:
         """Return the shard that holds a token."""
         return self._files[int(np.searchsorted(self._ends, position, side="right"))]
 
-    def document_ids(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Return for each token its document's number within the sequence, from 0; an end-of-text token belongs to
-        the document it ends.
-
-        Shapes: tokens (..., S) -> (..., S) int32
-        """
-        return count_documents(tokens, end_of_text_id=self.end_of_text_id)
-
     def _map(self, shard: int) -> npt.NDArray[np.unsignedinteger]:
         if shard in self._maps:
             self._maps.move_to_end(shard)
@@ -172,7 +164,10 @@ class TokenStream:
 
 
 def count_documents(tokens: npt.NDArray[np.int64], *, end_of_text_id: int) -> npt.NDArray[np.int32]:
-    """Number the documents along the last dimension, from 0. Shapes: tokens (..., S) -> (..., S) int32"""
+    """Number the documents along the last dimension, from 0; an end-of-text token belongs to the one that it ends.
+
+    Shapes: tokens (..., S) -> (..., S) int32
+    """
     is_end = tokens == end_of_text_id
     return (np.cumsum(is_end, axis=-1) - is_end).astype(np.int32)
 

@@ -32,7 +32,6 @@ class TaskSettings:
     shots: int = 0
     limit: int | None = None
     use_chat: bool = False
-    seed: int = SEED
 
     def __post_init__(self) -> None:
         if self.shots < 0:
@@ -69,8 +68,7 @@ def run_tasks(
     results = []
     # All of them first: hours may lie between the first and one whose records are missing or odd.
     tasks = [
-        load_task(name, data=settings.data, shots=settings.shots, seed=settings.seed)
-        for name in resolve_names(settings.tasks)
+        load_task(name, data=settings.data, shots=settings.shots, seed=SEED) for name in resolve_names(settings.tasks)
     ]
     for task in tasks:
 
@@ -91,7 +89,7 @@ def run_tasks(
             precision=_precision(loaded),
             uses_chat_template=settings.use_chat,
             records_from=task.records_from,
-            seed=settings.seed,
+            seed=SEED,
             metrics=scores.metrics,
             seconds=scores.seconds,
             versions={

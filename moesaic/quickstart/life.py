@@ -145,7 +145,7 @@ def _evaluate(run_folder: Path, text: Path, *, limit_tokens: int, device: str) -
     return measure_perplexity(loaded.model, windows, device=loaded.device)
 
 
-def _generate(run_folder: Path, *, device: str, max_new_tokens: int = 60) -> tuple[tuple[str, str], ...]:
+def _generate(run_folder: Path, *, device: str) -> tuple[tuple[str, str], ...]:
     """Continue each of PROMPTS with a trained model."""
     loaded = load_run(run_folder, device=device)
     samples = []
@@ -153,7 +153,7 @@ def _generate(run_folder: Path, *, device: str, max_new_tokens: int = 60) -> tup
         ids = generate(
             loaded.model,
             loaded.tokenizer.encode(prompt),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=60,
             temperature=0.7,
             top_p=0.9,
             seed=number,

@@ -92,17 +92,14 @@ def train(
     device: str = "auto",
     resume: bool = False,
     display: Display | None = None,
-    objective: Objective | None = None,
 ) -> TrainResult:
     """Train a model as config says, into run_folder; with resume, go on from its last good checkpoint.
 
-    A resumed run gives, bit for bit on the CPU, what the uninterrupted one would have given. objective: what it learns;
-    None: to predict the next token.
+    A resumed run gives, bit for bit on the CPU, what the uninterrupted one would have given.
 
     Raises: ConfigError, DataError, CheckpointError, TrainingError, DeviceError, each saying what to do.
     """
-    trainer = Trainer(config, Path(run_folder), device=device, resume=resume, display=display, objective=objective)
-    return trainer.run()
+    return Trainer(config, Path(run_folder), device=device, resume=resume, display=display).run()
 
 
 class Trainer:

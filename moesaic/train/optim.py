@@ -10,9 +10,10 @@ from moesaic.kernels import products
 
 # Coefficients of the quintic Newton-Schulz iteration (Keller Jordan, 2024): steep at 0, roughly 1 on (0, 1].
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Return, for matrices (..., M, N), approximately U V^T of each one's singular value decomposition.
 
     In bf16, or fp32 on processors whose bf16 products are slower.
@@ -25,7 +26,7 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     if is_tall:
         x = x.mT
     x = x / x.float().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7).to(x.dtype)
-    for _ in range(steps):
+    for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if is_tall else x

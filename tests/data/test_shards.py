@@ -97,12 +97,6 @@ def test_documents_are_numbered_and_an_end_belongs_to_what_it_ends() -> None:
     assert numbers.dtype == np.int32 and numbers.tolist() == expected
 
 
-def test_the_stream_numbers_with_its_own_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write_folder(tmp_path, tokenizer)
-    end = tokenizer.end_of_text_id
-    assert ShardSet.open(tmp_path).train.document_ids(np.asarray([9, end, 9])).tolist() == [0, 0, 1]
-
-
 def test_the_fingerprint_follows_the_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prints = set()
     for number, sizes in enumerate([(100,), (50, 50), (100,)]):
