@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moesaic.cli.console import open_console
+from moesaic.cli.lists import expert_counts, integers
 from moesaic.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -64,13 +65,13 @@ def upcycle(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    counts = _integers("--experts", experts)
+    counts = expert_counts(experts)
     with shown_progress(kept="nothing was written") as show:
         report = upcycle_run(
             dense,
             output,
-            experts=counts[0] if len(counts) == 1 else counts,
-            layers=None if layers is None else _integers("--layers", layers),
+            experts=counts,
+            layers=None if layers is None else integers("--layers", layers),
             every=every,
             top_k=top_k,
             residual=residual,
@@ -87,18 +88,6 @@ def upcycle(
     console.print(
         f"Written to {output}. Next: moesaic train {quote(str(output))} --data DIR --output NEW", soft_wrap=True
     )
-
-
-def _integers(option: str, text: str) -> list[int]:
-    from moesaic.errors import ConfigError
-
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{option} ({text}) is not a list of integers; one number, or several with commas between, is required; "
-            f"write for example {option} 8,8,16."
-        ) from None
 
 
 def _tables(report: "UpcycleReport") -> "Group":

@@ -1,7 +1,6 @@
 """`moesaic distill`."""
 
 import json
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moesaic.cli.console import open_console
+from moesaic.cli.lists import expert_counts
+from moesaic.cli.training import print_end, print_run, result_values, run_shown
 
 if TYPE_CHECKING:
     from moesaic.config.train import TrainConfig
@@ -88,7 +89,7 @@ def distill(
         settings,
         student=student,
         num_layers=layers,
-        num_experts=None if experts is None else _counts(experts),
+        num_experts=None if experts is None else expert_counts(experts),
         is_dense=dense,
     )
     if config.distill is not None and config.distill.cache is not None:
@@ -100,34 +101,16 @@ def distill(
         )
     display = None if as_json else TrainingDisplay(total_tokens=config.total_tokens, title="distilling")
     trainer = make_trainer(config, output, device=device, resume=resume, display=display)
-    if display is None:
-        result = trainer.run()
-        report = None if result.stopped_by else try_report(output, device=device)
-        typer.echo(
-            json.dumps(
-                {
-                    "run": str(result.run_folder),
-                    "step": result.step,
-                    "tokens": result.tokens,
-                    "loss": _finite(result.loss),
-                    "validation_loss": _finite(result.validation_loss),
-                    "stopped_by": result.stopped_by,
-                    "report": None if report is None else report.to_json(),
-                }
-            )
-        )
+    result = run_shown(trainer, display)
+    if not as_json:
+        print_end(result)
+    report = None if result.stopped_by else try_report(output, device=device)
+    if as_json:
+        typer.echo(json.dumps({**result_values(result), "report": None if report is None else report.to_json()}))
         return
-    with display:  # only now: a mistake found at the start should not leave an empty display behind
-        result = trainer.run()
-    if result.stopped_by:
-        typer.echo(f"Stopped at step {result.step}; go on with the same command and --resume.")
-    else:
-        loss = "" if result.validation_loss is None else f"; validation loss {result.validation_loss:.4f}"
-        typer.echo(f"Trained {result.tokens:,} tokens{loss}.")
-        report = try_report(output, device=device)
-        if report is not None:
-            _print(report)
-    typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
+    if report is not None:
+        _print(report)
+    print_run(result)
 
 
 def _write_cache(
@@ -177,21 +160,3 @@ def _print(report: "DistillationReport") -> None:
     if report.task_retention is not None:
         summary += f"; it keeps {report.task_retention:.1%} of its mean task score"
     console.print(f"{summary}.", soft_wrap=True, highlight=False)
-
-
-def _counts(text: str) -> int | list[int]:
-    from moesaic.errors import ConfigError
-
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"--experts ({text}) is not a list of integers; one number, or several with commas between, is required; "
-            f"write for example --experts 4,4,8."
-        ) from None
-    return counts[0] if len(counts) == 1 else counts
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None

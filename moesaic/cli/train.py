@@ -1,12 +1,13 @@
 """`moesaic train`."""
 
 import json
-import math
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
 import typer
+
+from moesaic.cli.training import print_end, print_run, result_values, run_shown
 
 
 def train(
@@ -37,37 +38,18 @@ def train(
     from moesaic.logs import log_to_stderr
     from moesaic.report.terminal import TrainingDisplay
     from moesaic.train.loop import Trainer
-    from moesaic.train.loop import train as run_training
 
     log_to_stderr()
     settings = with_options(assignments or [], {"data.path": ("--data", data)})
     source = _own_config(output, config) or config if resume else config
     resolved = load_train_config(source, settings)
+    display = None if as_json else TrainingDisplay(total_tokens=resolved.total_tokens)
+    result = run_shown(Trainer(resolved, output, device=device, resume=resume, display=display), display)
     if as_json:
-        result = run_training(resolved, output, device=device, resume=resume)
-        typer.echo(
-            json.dumps(
-                {
-                    "run": str(result.run_folder),
-                    "step": result.step,
-                    "tokens": result.tokens,
-                    "loss": _finite(result.loss),
-                    "validation_loss": _finite(result.validation_loss),
-                    "stopped_by": result.stopped_by,
-                }
-            )
-        )
+        typer.echo(json.dumps(result_values(result)))
         return
-    display = TrainingDisplay(total_tokens=resolved.total_tokens)
-    trainer = Trainer(resolved, output, device=device, resume=resume, display=display)
-    with display:  # only now: a mistake found at the start should not leave an empty display behind
-        result = trainer.run()
-    if result.stopped_by:
-        typer.echo(f"Stopped at step {result.step}; go on with the same command and --resume.")
-    else:
-        loss = "" if result.validation_loss is None else f"; validation loss {result.validation_loss:.4f}"
-        typer.echo(f"Trained {result.tokens:,} tokens{loss}.")
-    typer.echo(f"Run: {result.run_folder}   plots: {result.run_folder / 'plots'}")
+    print_end(result)
+    print_run(result)
     run = quote(str(result.run_folder))
     typer.echo(f"Next: moesaic inspect {run}   moesaic generate {run} --prompt '...'")
 
@@ -84,8 +66,3 @@ def _own_config(output: Path, config: str) -> Path | None:
         return None
     given = Path(config)
     return own if given == output or read_values(own).get("init_from") == str(given) else None
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None
