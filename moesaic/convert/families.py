@@ -168,6 +168,12 @@ _LATENT_KEYS = (
 )
 
 
+def _llama_like(
+    *rules: KeyRule, has_head_dim: bool, epsilon: float = 1e-6, theta: float = 10_000.0
+) -> tuple[KeyRule, ...]:
+    return (*_SIZES, _MLP, _epsilon(epsilon), _KV_HEADS, HeadDim(has_key=has_head_dim), Rope(theta=theta), *rules)
+
+
 def _deepseek(scoring: str, *rules: KeyRule) -> tuple[KeyRule, ...]:
     return (
         *_SIZES,
@@ -195,68 +201,50 @@ FAMILIES: dict[str, Family] = {
         Family(
             "llama",
             "LlamaForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-6),
-                _KV_HEADS,
-                HeadDim(has_key=True),
-                Rope(),
+            _llama_like(
                 Fixed("rope_interleaved", False, is_written=False),
                 _ATTENTION_BIAS,
                 _MLP_BIAS,
+                has_head_dim=True,
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
         ),
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-6),
-                _KV_HEADS,
-                HeadDim(has_key=False),
-                Rope(),
+            _llama_like(
                 FullAttention(flag="use_sliding_window"),
                 Fixed("use_mrope", False, is_written=False),
                 Always("attention_bias", "qkv"),
                 _NO_MLP_BIAS,
+                has_head_dim=False,
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
         ),
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-6),
-                _KV_HEADS,
-                HeadDim(has_key=True),
-                Rope(),
+            _llama_like(
                 FullAttention(flag="use_sliding_window"),
                 Always("qk_norm", "head"),
                 _ATTENTION_BIAS,
                 _NO_MLP_BIAS,
+                has_head_dim=True,
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
         ),
         Family(
             "mixtral",
             "MixtralForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-5),
-                _KV_HEADS,
-                HeadDim(has_key=True),
-                Rope(theta=1e6),
+            _llama_like(
                 FullAttention(),
                 Always("attention_bias", "none"),
                 _NO_MLP_BIAS,
                 *_experts("num_local_experts"),
                 Always("moe.router.renormalize", True),
+                epsilon=1e-5,
+                has_head_dim=True,
+                theta=1e6,
             ),
             (
                 *_MODEL_TENSORS,
@@ -267,32 +255,22 @@ FAMILIES: dict[str, Family] = {
         Family(
             "olmoe",
             "OlmoeForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-5),
-                _KV_HEADS,
-                HeadDim(has_key=False),
-                Rope(),
+            _llama_like(
                 Fixed("clip_qkv", None),
                 Always("qk_norm", "full"),
                 _ATTENTION_BIAS,
                 _NO_MLP_BIAS,
                 *_experts("num_experts", "num_local_experts"),
                 _RENORMALIZE,
+                epsilon=1e-5,
+                has_head_dim=False,
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_moe_tensors("mlp")),
         ),
         Family(
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-6),
-                _KV_HEADS,
-                HeadDim(has_key=False),
-                Rope(),
+            _llama_like(
                 FullAttention(flag="use_sliding_window"),
                 OneOf("qkv_bias", "attention_bias", {True: "qkv", False: "none"}, default=True),
                 _NO_MLP_BIAS,
@@ -302,19 +280,14 @@ FAMILIES: dict[str, Family] = {
                 Always("moe.residual", "sigmoid"),
                 Same("shared_expert_intermediate_size", "moe.residual_intermediate_size"),
                 Places(),
+                has_head_dim=False,
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp")),
         ),
         Family(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-6),
-                _KV_HEADS,
-                HeadDim(has_key=True),
-                Rope(),
+            _llama_like(
                 FullAttention(flag="use_sliding_window"),
                 Always("qk_norm", "head"),
                 _ATTENTION_BIAS,
@@ -323,6 +296,7 @@ FAMILIES: dict[str, Family] = {
                 _EXPERT_SIZE,
                 _RENORMALIZE,
                 Places(),
+                has_head_dim=True,
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp")),
         ),
