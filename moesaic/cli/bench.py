@@ -7,6 +7,7 @@ import typer
 
 from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
+from moesaic.config.api_keys import read_key_file
 from moesaic.errors import ConfigError
 from moesaic.folders import writing_path
 
@@ -192,7 +193,7 @@ def serve(
         vocab_size=vocab_size,
         seed=seed,
     )
-    key = None if api_key_file is None else _read_key(api_key_file)
+    key = None if api_key_file is None else read_key_file(api_key_file, named=f"--api-key-file {api_key_file}")[0]
     for path in (output, plot):
         _check_can_be_written(path)
     if plot is not None:
@@ -225,20 +226,6 @@ def serve(
             write_serving_plot(plot, [result])
     if not result.completed:
         raise typer.Exit(1)
-
-
-def _read_key(path: Path) -> str:
-    """Return the first key of a file as the server's: one a line, # first in it: a comment."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines() if not line.startswith("#")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--api-key-file {path} cannot be read ({error}); a file with a key is required; name one."
-        ) from None
-    key = next((line for line in lines if line), None)
-    if key is None:
-        raise ConfigError(f"--api-key-file {path} holds no key; a file with one is required; name another.")
-    return key
 
 
 def _check_can_be_written(path: Path | None) -> None:

@@ -15,11 +15,11 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moesaic.config.api_keys import checked_keys, read_key_file
 from moesaic.errors import ConfigError
 from moesaic.logs import logger
 from moesaic.serve.server.errors import ApiError, error_response
@@ -252,37 +252,17 @@ def read_keys(file: str | None) -> list[str]:
 
     Raises: ConfigError for a file that cannot be read or holds none, and for a key that no header can carry.
     """
-    keys = []
-    if file is not None:
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"server.api_key_file ({file}) cannot be read ({type(error).__name__}); a text file with one key per "
-                f"line is required; check the path."
-            ) from None
-        keys = [line.strip() for line in lines if not line.startswith("#")]
-        if not any(keys):
-            raise ConfigError(
-                f"server.api_key_file ({file}) holds no key; one per line is required; write one, or leave the file "
-                f"out to serve without keys."
-            )
+    keys = [] if file is None else read_key_file(file, named=f"server.api_key_file ({file})")
     given = os.environ.get(KEYS_VARIABLE)
     if given is not None:
-        named = [key.strip() for key in given.split(",")]
-        if not any(named):
+        named = checked_keys(given.split(","))
+        if not named:
             raise ConfigError(
                 f"{KEYS_VARIABLE} is set and holds no key; comma-separated keys are required; unset it to serve "
                 f"without keys."
             )
         keys += named
-    found = [key for key in keys if key]
-    if any(not re.fullmatch(r"[\x21-\x7e]+", key) for key in found):
-        raise ConfigError(
-            "an API key has a space or a character outside ASCII; printable ASCII is required, as it stands in a "
-            "header; choose another."
-        )
-    return found
+    return keys
 
 
 def is_local(host: str) -> bool:
