@@ -94,7 +94,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def limits() -> "Limits":
+def machine_limits() -> "Limits":
     """What a machine could do, of which nothing was measured."""
     from moesaic.kernels.limits import Limits
 
@@ -117,14 +117,14 @@ def limits() -> "Limits":
 
 
 @pytest.fixture(scope="session", autouse=True)
-def training_without_what_takes_seconds(limits: "Limits") -> Iterator[None]:
+def training_without_what_takes_seconds(machine_limits: "Limits") -> Iterator[None]:
     """Training in this process neither measures the machine nor draws, which has tests of its own (`drawing`)."""
 
     def no_plots(run_folder: Path) -> list[Path]:
         return []
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moesaic.train.loop.measure_limits", lambda **_: limits)
+        patch.setattr("moesaic.train.loop.measure_limits", lambda **_: machine_limits)
         patch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
         patch.setattr("moesaic.train.loop.write_plots", no_plots)
         yield

@@ -17,9 +17,9 @@ SMALL = {"tokens": 24, "num_experts": 4, "top_k": 2, "hidden_size": 64, "interme
 
 
 @pytest.fixture
-def bytes_too(limits: Limits) -> Limits:
+def bytes_too(machine_limits: Limits) -> Limits:
     """Limits of a machine with products of bytes."""
-    return replace(limits, int8_operations_per_second=4e11, torch_int8_operations_per_second=4e11)
+    return replace(machine_limits, int8_operations_per_second=4e11, torch_int8_operations_per_second=4e11)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "auto"])

@@ -13,13 +13,13 @@ from moesaic.kernels.limits import Limits
 
 
 @pytest.fixture(autouse=True)
-def quick(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def quick(machine_limits: Limits, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """No time spent, nothing measured: returns the options of each measurement asked for."""
     asked: list[dict[str, Any]] = []
 
     def measure(**options: Any) -> Any:
         asked.append(options)
-        return limits
+        return machine_limits
 
     monkeypatch.setattr("moesaic.kernels.limits.measure_limits", measure)
     monkeypatch.setattr("moesaic.bench.moe_layer.measure_limits", measure)
