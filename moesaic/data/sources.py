@@ -321,7 +321,7 @@ def _field(record: dict[str, Any], text_field: str, place: str) -> str:
 
 
 def text_of(value: Any, text_field: str, place: str) -> str:
-    """Return a field's text, mended; "" for null. place: of its record, for the error. Raises: DataError for no text."""
+    """Return a field's text, mended; "" for null. place: of the record, for errors. Raises: DataError for no text."""
     if value is None:
         return ""
     if not isinstance(value, str):
