@@ -210,6 +210,22 @@ FAMILIES: dict[str, Family] = {
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
         ),
         Family(
+            "mistral",
+            "MistralForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-6),
+                _KV_HEADS,
+                HeadDim(has_key=True),
+                Rope(),
+                FullAttention(is_usual=True),
+                Always("attention_bias", "none"),
+                _NO_MLP_BIAS,
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
+        ),
+        Family(
             "qwen2",
             "Qwen2ForCausalLM",
             _llama_like(

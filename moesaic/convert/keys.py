@@ -199,13 +199,15 @@ class HeadDim:
 class FullAttention:
     """Sliding windows: read where they have no effect, refused where they have.
 
-    flag: the key that turns them on, in families whose window is 4,096 positions where none is said.
+    flag: the key that turns them on. is_usual: a config that says no window means one of 4,096 positions, as it does
+    wherever there is a flag.
     """
 
     flag: str | None = None
+    is_usual: bool = False
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        window = keys.take("sliding_window", default=None if self.flag is None else 4096)
+        window = keys.take("sliding_window", default=4096 if self.is_usual or self.flag else None)
         is_on = True if self.flag is None else keys.take(self.flag, default=False)
         kinds = keys.take("layer_types", default=None) or ()
         keys.take("max_window_layers", default=None)
@@ -214,7 +216,8 @@ class FullAttention:
         positions = keys.values.get("max_position_embeddings")
         reaches_all = not window or (isinstance(positions, int) and window >= positions)
         if (is_on and not reaches_all) or any(kind != "full_attention" for kind in kinds):
-            raise keys.refuse("sliding_window", window, "attention over all positions is required (null)")
+            required = "attention over all positions is required (null, or no more positions than it)"
+            raise keys.refuse("sliding_window", window, required)
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         return

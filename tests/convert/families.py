@@ -46,6 +46,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaConfig",
         {**BASE, "rope_scaling": {**YARN, "attention_factor": 0.9, "beta_fast": 16.0, "beta_slow": 2.0}},
     ),
+    "mistral": ("MistralConfig", {**BASE, "sliding_window": None, "rms_norm_eps": 1e-5}),
+    "mistral, wide heads, a window over all positions": (
+        "MistralConfig",
+        {**BASE, "head_dim": 10, "sliding_window": 96, "tie_word_embeddings": True, "rope_theta": 1e6},
+    ),
     "qwen2": ("Qwen2Config", BASE),
     "qwen2, tied": ("Qwen2Config", {**BASE, "tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen3": ("Qwen3Config", {**BASE, "head_dim": 8}),
@@ -102,6 +107,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LATENT, "q_lora_rank": None, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
     ),
 }  # fmt: skip
+
+# Name: the family that describes it too, and comes first.
+WRITTEN_AS = {name: "llama" for name in FAMILIES if name.startswith("mistral")}
 
 
 def build(name: str, *, seed: int = 0) -> "transformers.PreTrainedModel":

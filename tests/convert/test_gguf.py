@@ -38,6 +38,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, "llama", "transformers"),
     "llama, wide heads": ("llama", {"head_dim": 10}, "llama", "moesaic"),
     "llama, linear scaling": ("llama, linear rope", {}, "llama", "moesaic"),
+    "mistral": ("mistral", {}, "llama", "transformers"),
     "qwen2, tied": ("qwen2, tied", {}, "qwen2", "transformers"),
     "qwen3": ("qwen3", {}, "qwen3", "moesaic"),
     "mixtral": ("mixtral", {}, "llama", "moesaic"),

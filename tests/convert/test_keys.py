@@ -193,6 +193,13 @@ def test_scalings_of_positions_that_are_not_ours(
         ("llama", {"quantization_config": "awq"}, r"is quantised \(awq\)"),
         ("mixtral", {"sliding_window": 16}, "sliding_window is 16; attention over all positions is required"),
         ("mixtral", {"sliding_window": "16"}, "sliding_window"),
+        ("mistral", {"sliding_window": 95}, r"sliding_window is 95; .* \(null, or no more positions than it\)"),
+        (
+            "mistral",
+            {"sliding_window": REMOVED, "max_position_embeddings": 4097},
+            "sliding_window is 4096; attention over all positions is required",
+        ),
+        ("mistral", {"attention_bias": True}, "not understood: attention_bias"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window"),
         (
             "qwen2",
@@ -224,6 +231,7 @@ def test_what_changes_the_mathematics_is_refused_by_name(
         ("llama", {"head_dim": None, "num_key_value_heads": 2}),
         ("mixtral", {"sliding_window": 4096}),
         ("mixtral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": REMOVED}),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1, "layer_types": None}),
         ("qwen2", {"layer_types": ["full_attention"] * 3}),
         ("qwen2-moe", {"mlp_only_layers": None}),
