@@ -251,6 +251,9 @@ class ModelConfig(Config):
     positions: Literal["learned", "rotary"] = "rotary"
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScalingConfig | None = None
+    rope_head_dim: int | None = Field(
+        default=None, description="channels of a head that are turned, half of them in each half; null: all"
+    )
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = Field(default=1e-5, gt=0)
     qk_norm: QkNorm = Field(
@@ -303,12 +306,18 @@ class ModelConfig(Config):
                 f"head serves the same number of query heads; use num_kv_heads that divides {self.num_heads}."
             )
         if self.positions == "learned":
-            for name in ("rope_theta", "rope_scaling"):
+            for name in ("rope_theta", "rope_scaling", "rope_head_dim"):
                 self._refuse_without_effect(name, name, needs="positions = rotary")
         if self.positions == "rotary" and self.latent_attention is None and self.head_dim % 2:
             raise ConfigError(
                 f"head_dim ({self.head_dim}) is odd; rotary positions turn pairs of channels; use an even head_dim or "
                 f"positions = learned."
+            )
+        part = self.rope_head_dim
+        if part is not None and (part % 2 or not 2 <= part <= self.head_dim):
+            raise ConfigError(
+                f"rope_head_dim ({part}) is not an even number from 2 to head_dim ({self.head_dim}); rotary positions "
+                f"turn pairs of a head's channels; use an even number of its channels, or null for all of them."
             )
         self._check_latent_attention()
         _ = self.layers  # resolves the pattern, or fails here and not at step 900
@@ -322,6 +331,7 @@ class ModelConfig(Config):
             "head_dim": (self.head_dim, latent.nope_head_dim + latent.rope_head_dim),
             "num_kv_heads": (self.num_kv_heads, self.num_heads),
             "positions": (self.positions, "rotary"),
+            "rope_head_dim": (self.rope_head_dim, None),
             "qk_norm": (self.qk_norm, "none"),
             "attention_bias": (self.attention_bias, "none"),
         }
@@ -329,8 +339,8 @@ class ModelConfig(Config):
             if given != required:
                 raise ConfigError(
                     f"{name} ({given}) does not go with latent_attention, whose heads have their own keys of "
-                    f"nope_head_dim + rope_head_dim channels, no biases and no norms of queries and keys; it needs "
-                    f"{required}; use that, or latent_attention = null."
+                    f"nope_head_dim + rope_head_dim channels, both in its section, no biases and no norms of queries "
+                    f"and keys; it needs {required}; use that, or latent_attention = null."
                 )
 
     @property

@@ -1,13 +1,15 @@
 """Rotary positions: pairs (i, i + D/2) of a head's channels turned by position * theta^(-2i/D).
 
-The half-split pairing is the one of Hugging Face's Llama. Frequencies may be scaled for longer sequences than a model
-was trained on, as Hugging Face's models do it. Source: RoFormer (arXiv 2104.09864); RopeScalingConfig names the others.
+The half-split pairing is the one of Hugging Face's Llama. Of a head with only P channels turned, the first P/2 pairs
+are, by position * theta^(-2i/P), and the others stay. Frequencies may be scaled for longer sequences than a model was
+trained on, as Hugging Face's models do it. Source: RoFormer (arXiv 2104.09864); RopeScalingConfig names the others.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moesaic.config.model import ModelConfig, RopeScalingConfig
 from moesaic.kernels import rotary
@@ -17,7 +19,10 @@ def model_rotary(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor
     """Return cosines and sines (S, D/2), fp32, of positions (S,) for the channels that the model's attention turns."""
     latent = config.latent_attention
     dim = config.head_dim if latent is None else latent.rope_head_dim
-    return _turns(positions, dim, theta=config.rope_theta, scaling=config.rope_scaling)
+    turned = config.rope_head_dim or dim
+    cosines, sines = _turns(positions, turned, theta=config.rope_theta, scaling=config.rope_scaling)
+    rest = (0, (dim - turned) // 2)
+    return pad(cosines, rest, value=1.0), pad(sines, rest)
 
 
 def rotary_table(

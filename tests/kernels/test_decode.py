@@ -45,6 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2, "head_dim": 8,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 64},
     },
+    "part of a head": {"num_kv_heads": 2, "rope_head_dim": 4, "qk_norm": "head"},
     "one head, normed as all are": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 10, "qk_norm": "full"},
     "odd sizes": {
         "hidden_size": 50, "head_dim": 7, "num_heads": 3, "positions": "learned", "activation": "gelu_tanh",

@@ -105,6 +105,20 @@ def test_a_model_s_tables_are_those_of_the_channels_that_turn() -> None:
             torch.testing.assert_close(mine, theirs[positions], rtol=0, atol=1e-7)
 
 
+def test_the_rest_of_a_head_that_is_turned_in_part_stays_as_it_is() -> None:
+    """Pairs (i, i + 6) of 12 channels, of which the first two are turned as a head of 4 is, scaled or not."""
+    values = {"vocab_size": 5, "hidden_size": 24, "num_layers": 1, "num_heads": 2, "rope_theta": 300.0}
+    x, positions = normal(2, 17, 3, 12, seed=0), torch.arange(17)
+    for scaling in (None, *SCALINGS.values()):
+        scaled = None if scaling is None else scaling.to_dict()
+        config = ModelConfig.from_dict({**values, "rope_head_dim": 4, "rope_scaling": scaled})
+        out = rotate(x, *model_rotary(config, positions))
+        turned = rotate(x[..., [0, 1, 6, 7]].contiguous(), *rotary_table(17, 4, 300.0, CPU, scaling=scaling))
+        assert torch.equal(out[..., [0, 1, 6, 7]], turned)
+        rest = [2, 3, 4, 5, 8, 9, 10, 11]
+        assert torch.equal(out[..., rest], x[..., rest])
+
+
 def test_position_zero_is_not_turned_and_lengths_stay() -> None:
     x = normal(1, 9, 2, 8, seed=0)
     out = rotate(x, *rotary_table(9, 8, 10_000.0, CPU))
