@@ -22,7 +22,7 @@ from moesaic.convert.keys import (
     Same,
     SharedExperts,
 )
-from moesaic.convert.tensors import RowOrder, TensorRule, paired_rows
+from moesaic.convert.tensors import RowOrder, TensorRule, paired_rows, parted_rows
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,32 @@ def _moe_tensors(
         TensorRule("blocks.{layer}.feed_forward.mlp.{rest}", (f"{_LAYER}.{part}.{shared}.{{rest}}",), layers="moe"),
         TensorRule("blocks.{layer}.feed_forward.mix.weight", (f"{_LAYER}.{part}.{shared}_gate.weight",)),
     )
+
+
+def _parted(config: ModelConfig, num_heads: int) -> RowOrder:
+    return parted_rows(num_heads, config.head_dim, turned=config.rope_head_dim or config.head_dim)
+
+
+def _parted_queries(config: ModelConfig) -> RowOrder:
+    return _parted(config, config.num_heads)
+
+
+def _parted_keys(config: ModelConfig) -> RowOrder:
+    return _parted(config, config.num_kv_heads)
+
+
+def _parted_head(config: ModelConfig) -> RowOrder:
+    return _parted(config, 1)
+
+
+_HEADS, _THEIR_HEADS = "blocks.{layer}.attention", f"{_LAYER}.self_attn"
+_PARTED_TENSORS = (
+    TensorRule(f"{_HEADS}.q_proj.{{rest}}", (f"{_THEIR_HEADS}.q_proj.{{rest}}",), rows=_parted_queries),
+    TensorRule(f"{_HEADS}.k_proj.{{rest}}", (f"{_THEIR_HEADS}.k_proj.{{rest}}",), rows=_parted_keys),
+    TensorRule(f"{_HEADS}.q_norm.weight", (f"{_THEIR_HEADS}.q_norm.weight",), rows=_parted_head),
+    TensorRule(f"{_HEADS}.k_norm.weight", (f"{_THEIR_HEADS}.k_norm.weight",), rows=_parted_head),
+    *_ATTENTION_TENSORS,
+)
 
 
 def _latent_queries(config: ModelConfig) -> RowOrder:
@@ -342,6 +368,33 @@ FAMILIES: dict[str, Family] = {
                 Groups(),
             ),
             (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
+            left_out=("model.layers.{later}.",),
+            left_out_because="multi-token prediction, which is no part of the model itself",
+        ),
+        Family(
+            "glm4_moe",
+            "Glm4MoeForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-5),
+                _KV_HEADS,
+                HeadDim(has_key=True),
+                Rope(turned=0.5),
+                OneOf("attention_bias", "attention_bias", {False: "none", True: "qkv"}, default=False),
+                OneOf("use_qk_norm", "qk_norm", {False: "none", True: "head"}, default=False),
+                _NO_MLP_BIAS,
+                *_experts("n_routed_experts", "num_local_experts"),
+                _EXPERT_SIZE,
+                Always("moe.router.scoring", "sigmoid"),
+                Always("moe.router.score_correction_bias", True),
+                Same("routed_scaling_factor", "moe.router.scale", default=1.0),
+                Same("norm_topk_prob", "moe.router.renormalize", default=True),
+                Groups(),
+                SharedExperts(),
+                PlacesAfter(),
+            ),
+            (*_MODEL_TENSORS, *_PARTED_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
             left_out=("model.layers.{later}.",),
             left_out_because="multi-token prediction, which is no part of the model itself",
         ),

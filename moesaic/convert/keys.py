@@ -227,11 +227,13 @@ class FullAttention:
 class Rope:
     """rope_theta and rope_scaling, or both as rope_parameters. Kinds we have: default, linear, llama3, yarn.
 
-    is_latent: a DeepSeek model, whose mscale_all_dim also enters the softmax scale.
+    is_latent: a DeepSeek model, whose mscale_all_dim also enters the softmax scale. turned: the share of a head's
+    channels that is turned where none is said, in families that have partial_rotary_factor; it comes after head_dim.
     """
 
     theta: float = 10_000.0
     is_latent: bool = False
+    turned: float | None = None
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         theta = keys.take("rope_theta", default=self.theta)
@@ -248,9 +250,7 @@ class Rope:
         found = Keys({**(scaling or {}), **(parameters or {})}, f"{keys.where}: rope_scaling")
         theta = found.take("rope_theta", default=theta)
         put(ours, "rope_theta", keys.check("rope_theta", theta, "rope_theta"))
-        partial = [each.take("partial_rotary_factor", default=1.0) for each in (keys, found)]
-        if any(each not in (1, None) for each in partial):
-            raise keys.refuse("partial_rotary_factor", min(partial), "1.0 is required (all channels are turned)")
+        self._read_share(keys, found, ours)
         kind = found.take("rope_type", "type", default="default")
         if kind == "default":
             found.finish(frozenset())
@@ -273,6 +273,20 @@ class Rope:
         found.finish(frozenset())
         put(ours, "rope_scaling", section)
 
+    def _read_share(self, keys: Keys, found: Keys, ours: dict[str, Any]) -> None:
+        given = [each.take("partial_rotary_factor", default=None) for each in (keys, found)]
+        said = [each for each in given if each is not None] or [self.turned or 1.0]
+        share = said[0]
+        if self.turned is None and said != [1] * len(said):
+            raise keys.refuse("partial_rotary_factor", share, "1.0 is required (all channels are turned)")
+        if said[-1] != share:
+            raise keys.refuse("partial_rotary_factor", said, "one value is required")
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise keys.refuse("partial_rotary_factor", share, "a number above 0, and up to 1, is required")
+        if share != 1:
+            head_dim = ours.get("head_dim") or ours["hidden_size"] // ours["num_heads"]
+            put(ours, "rope_head_dim", int(head_dim * share))  # rounded as theirs is
+
     def _read_yarn(self, found: Keys, section: dict[str, Any], ours: dict[str, Any]) -> None:
         section["beta_fast"] = _checked(found, "beta_fast", found.take("beta_fast", default=None) or 32.0)
         section["beta_slow"] = _checked(found, "beta_slow", found.take("beta_slow", default=None) or 1.0)
@@ -289,6 +303,8 @@ class Rope:
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         theirs["rope_theta"] = config["rope_theta"]
+        if self.turned is not None:
+            theirs["partial_rotary_factor"] = (config["rope_head_dim"] or config["head_dim"]) / config["head_dim"]
         scaling, theirs["rope_scaling"] = config["rope_scaling"], None
         if scaling is None:
             return
@@ -550,6 +566,7 @@ def _function(config: ModelConfig) -> dict[str, Any]:
         for name, value in config.to_dict().items()
         if name not in _TRAINING and name not in ("moe", "intermediate_size")
     }
+    values["rope_head_dim"] = config.rope_head_dim or config.head_dim
     values["attention_scale"] = config.attention_scale or 1 / math.sqrt(config.head_dim)
     for index, layer in enumerate(config.layers):
         values |= {f"{name} of layer {index}": value for name, value in _layer_function(layer).items()}

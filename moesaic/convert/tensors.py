@@ -90,6 +90,16 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def parted_rows(num_heads: int, head_size: int, *, turned: int) -> RowOrder:
+    """Return the order for heads of which the first `turned` channels are turned, in pairs (i, i + turned / 2).
+
+    Ours have half of them in each half of the head.
+    """
+    channels = torch.arange(head_size).split([turned, head_size - turned])
+    head = torch.cat([each.tensor_split(2)[half] for half in range(2) for each in channels])
+    return (torch.arange(num_heads)[:, None] * head_size + head).flatten()
+
+
 def own_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model's tensors by name."""
     with torch.device("meta"):

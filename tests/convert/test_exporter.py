@@ -101,6 +101,13 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
          "latent_attention": {
              "query_rank": 9, "kv_rank": 8, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 7}},
     ),
+    "part of a head, residual sum": (
+        "glm4_moe",
+        {**MODEL, "head_dim": 10, "rope_head_dim": 6, "attention_bias": "qkv",
+         "moe": {**MOE, "layers": [2], "residual": "sum", "residual_intermediate_size": 24,
+                 "router": {"scoring": "sigmoid", "score_correction_bias": True, "scale": 1.5}}},
+    ),
+    "part of a head, softmax": ("moesaic", {**MODEL, "rope_head_dim": 4, "moe": MOE}),
     "plain, not renormalised": ("moesaic", {**MODEL, "moe": MOE}),
     "pyramid": ("moesaic", {**MODEL, "moe": {**MOE, "num_experts": [4, 4, 7], "residual": "sum"}}),
     "pyramid, softmax, scaled": (

@@ -212,6 +212,7 @@ LATENT = {"query_rank": 32, "kv_rank": 32, "nope_head_dim": 20, "rope_head_dim":
         ({"positions": "learned"}, "positions = learned"),
         ({"qk_norm": "full"}, "qk_norm = full"),
         ({"latent_attention": LATENT, "head_dim": 32}, "latent_attention"),
+        ({"rope_head_dim": 8}, r"rope_head_dim = 8 \(not 32\)"),
         ({"attention_scale": 0.5}, "attention_scale = 0.5"),
         ({"rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_positions": 16}}, "rope_scaling.kind = yarn"),
         ({"rope_scaling": {"kind": "llama3", "factor": 2.0, "original_max_positions": 16}}, ".*scaling.kind = llama3"),

@@ -214,6 +214,25 @@ def test_scalings_of_positions_that_are_not_ours(
         ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
         ("deepseek-v3", {"attention_bias": True}, "attention_bias"),
         ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("glm4-moe, as GLM-4.5-Air", {"use_qk_norm": None}, "use_qk_norm is None; False or True is required"),
+        ("glm4-moe, as GLM-4.5-Air", {"hidden_act": "gelu"}, "hidden_act"),
+        ("glm4-moe, as GLM-4.5-Air", {"scoring_func": "softmax"}, "not understood: scoring_func"),
+        *(
+            ("glm4-moe, as GLM-4.5-Air", {"rope_parameters": {"partial_rotary_factor": share}}, message)
+            for share, message in (
+                (0, "partial_rotary_factor is 0; a number above 0, and up to 1, is required"),
+                (1.5, "partial_rotary_factor is 1.5"),
+                ("0.5", "partial_rotary_factor is '0.5'"),
+                ([0.5], r"partial_rotary_factor is \[0.5\]"),
+                (0.4, r"rope_head_dim \(3\) is not an even number from 2 to head_dim \(8\)"),
+                (0.1, r"rope_head_dim \(0\)"),
+            )
+        ),
+        (
+            "glm4-moe, as GLM-4.5-Air",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}, "partial_rotary_factor": 1.0},
+            r"partial_rotary_factor is \[1.0, 0.5\]; one value is required",
+        ),
         ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob"),
     ],
 )
@@ -235,6 +254,8 @@ def test_what_changes_the_mathematics_is_refused_by_name(
         ("qwen2", {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1, "layer_types": None}),
         ("qwen2", {"layer_types": ["full_attention"] * 3}),
         ("qwen2-moe", {"mlp_only_layers": None}),
+        ("glm4-moe, as GLM-4.5-Air", {"partial_rotary_factor": 0.5}),
+        ("glm4-moe, as GLM-4.5-Air", {"rope_parameters": REMOVED}),
         ("deepseek-v3", {"n_group": 3, "num_nextn_predict_layers": 1}),
     ],
 )

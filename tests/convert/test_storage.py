@@ -128,8 +128,9 @@ def test_stored_frequencies_are_left_out_and_listed(saved: Callable[..., Path], 
     assert account.used == account.source - 3
 
 
-def test_multi_token_prediction_is_left_out_and_listed(saved: Callable[..., Path], tmp_path: Path) -> None:
-    source = saved("deepseek-v3")
+@pytest.mark.parametrize("name", ["deepseek-v3", "glm4-moe, as GLM-4.5-Air"])
+def test_multi_token_prediction_is_left_out_and_listed(name: str, saved: Callable[..., Path], tmp_path: Path) -> None:
+    source = saved(name)
     import_model(source, tmp_path / "without")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
