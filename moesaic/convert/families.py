@@ -372,6 +372,38 @@ FAMILIES: dict[str, Family] = {
             left_out_because="multi-token prediction, which is no part of the model itself",
         ),
         Family(
+            "dots1",
+            "Dots1ForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-6),
+                _KV_HEADS,
+                HeadDim(has_key=True),
+                Rope(),
+                FullAttention(is_usual=True),
+                Always("qk_norm", "head"),
+                _ATTENTION_BIAS,
+                _NO_MLP_BIAS,
+                *_experts("n_routed_experts", "num_local_experts"),
+                _EXPERT_SIZE,
+                Always("moe.router.scoring", "sigmoid"),
+                Always("moe.router.score_correction_bias", True),
+                Fixed("scoring_func", "noaux_tc", also=("sigmoid",), is_written=False),  # as published; never read
+                Same("routed_scaling_factor", "moe.router.scale", default=1.0),
+                _RENORMALIZE,
+                Groups(),
+                SharedExperts(),
+                PlacesAfter(),
+            ),
+            (
+                *_MODEL_TENSORS,
+                *_ATTENTION_TENSORS,
+                *_MLP_TENSORS,
+                *_moe_tensors("mlp", shared="shared_experts"),
+            ),
+        ),
+        Family(
             "glm4_moe",
             "Glm4MoeForCausalLM",
             (

@@ -220,7 +220,8 @@ class FullAttention:
             raise keys.refuse("sliding_window", window, required)
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
-        return
+        if self.is_usual:
+            theirs["sliding_window"] = None
 
 
 @dataclass(frozen=True)

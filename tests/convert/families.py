@@ -27,7 +27,7 @@ LATENT = {
     "n_group": 3, "topk_group": 2, "kv_lora_rank": 9, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5,
     "first_k_dense_replace": 1,
 }  # fmt: skip
-GLM = {**BASE, "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 2,
+SIGMOID = {**BASE, "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 2,
        "first_k_dense_replace": 1}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -110,18 +110,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4-moe, as GLM-4.5-Air": (
         "Glm4MoeConfig",
-        {**GLM, "attention_bias": True, "head_dim": 8, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1},
+        {**SIGMOID, "attention_bias": True, "head_dim": 8, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1},
     ),
     "glm4-moe, as GLM-4.5": (
         "Glm4MoeConfig",
-        {**GLM, "attention_bias": True, "head_dim": 12, "use_qk_norm": True, "routed_scaling_factor": 2.5, "n_group": 3,
-         "topk_group": 2, "n_shared_experts": 2},
+        {**SIGMOID, "attention_bias": True, "head_dim": 12, "use_qk_norm": True, "routed_scaling_factor": 2.5,
+         "n_group": 3, "topk_group": 2, "n_shared_experts": 2},
     ),
     "glm4-moe, an odd share, yarn, one key head, not renormalised": (
         "Glm4MoeConfig",
-        {**GLM, "num_key_value_heads": 1, "head_dim": 12, "use_qk_norm": True, "norm_topk_prob": False,
+        {**SIGMOID, "num_key_value_heads": 1, "head_dim": 12, "use_qk_norm": True, "norm_topk_prob": False,
          "rope_parameters": {**YARN, "rope_theta": 500.0, "partial_rotary_factor": 0.35},
          "first_k_dense_replace": 0, "tie_word_embeddings": True},
+    ),
+    "dots1": ("Dots1Config", {**SIGMOID, "n_shared_experts": 2, "norm_topk_prob": True, "sliding_window": None}),
+    "dots1, groups, all layers with experts, biases, wide heads, yarn": (
+        "Dots1Config",
+        {**SIGMOID, "head_dim": 10, "n_group": 3, "topk_group": 2, "n_shared_experts": 1, "first_k_dense_replace": 0,
+         "routed_scaling_factor": 2.5, "attention_bias": True, "rope_scaling": YARN, "tie_word_embeddings": True},
     ),
 }  # fmt: skip
 

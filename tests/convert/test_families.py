@@ -9,7 +9,7 @@ import pytest
 
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, harmless_keys
-from moesaic.convert.keys import Keys, differences, read_config
+from moesaic.convert.keys import Keys, differences, read_config, write_config_keys
 from moesaic.convert.tensors import own_tensors
 from moesaic.errors import ConversionError
 
@@ -105,6 +105,13 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5,
         "rope_theta": 1000000, "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "topk_group": 1,
         "use_qk_norm": False, "vocab_size": 151552}),
+    "dots.llm1": (142_774_381_696, {  # 7,808 of them are the correction biases
+        **USUAL, "model_type": "dots1", "attention_bias": False, "first_k_dense_replace": 1, "hidden_size": 4096,
+        "intermediate_size": 10944, "max_position_embeddings": 32768, "moe_intermediate_size": 1408, "n_group": 1,
+        "n_routed_experts": 128, "n_shared_experts": 2, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts_per_tok": 6, "num_hidden_layers": 62, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000000, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "sliding_window": None,
+        "tie_word_embeddings": False, "topk_group": 1, "vocab_size": 152064}),
 }  # fmt: skip
 
 
@@ -117,6 +124,15 @@ def read(values: dict[str, Any]) -> ModelConfig:
 def test_published_configs_are_understood_to_the_last_parameter(name: str) -> None:
     parameters, values = PUBLISHED[name]
     assert sum(prod(shape) for shape in own_tensors(read(values)).values()) == parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_can_be_written_as_what_they_are(name: str) -> None:
+    values = PUBLISHED[name][1]
+    family = FAMILIES[values["model_type"]]
+    config = read(values)
+    written = write_config_keys(family.keys, config, harmless_keys(family))
+    assert differences(config, read({"model_type": family.name, **written})) == []
 
 
 def test_a_missing_key_means_what_transformers_takes_or_is_asked_for(family: str, families: ModuleType) -> None:
