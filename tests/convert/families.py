@@ -127,7 +127,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1, groups, all layers with experts, biases, wide heads, yarn": (
         "Dots1Config",
         {**SIGMOID, "head_dim": 10, "n_group": 3, "topk_group": 2, "n_shared_experts": 1, "first_k_dense_replace": 0,
-         "routed_scaling_factor": 2.5, "attention_bias": True, "rope_scaling": YARN, "tie_word_embeddings": True},
+         "routed_scaling_factor": 2.5, "attention_bias": True, "rope_scaling": YARN, "tie_word_embeddings": True,
+         "sliding_window": None},
     ),
 }  # fmt: skip
 
