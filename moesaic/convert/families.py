@@ -60,6 +60,7 @@ HARMLESS = frozenset(
         "pretraining_tp",
         "router_jitter_noise",
         "qk_head_dim",
+        "residual_dropout",
         "seq_aux",
         "torch_dtype",
         "transformers.js_config",
@@ -429,6 +430,22 @@ FAMILIES: dict[str, Family] = {
             (*_MODEL_TENSORS, *_PARTED_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
             left_out=("model.layers.{later}.",),
             left_out_because="multi-token prediction, which is no part of the model itself",
+        ),
+        Family(
+            "seed_oss",
+            "SeedOssForCausalLM",
+            (
+                *_SIZES,
+                _MLP,
+                _epsilon(1e-6),
+                _KV_HEADS,
+                HeadDim(has_key=True),
+                Rope(),
+                OneOf("attention_bias", "attention_bias", {True: "qkv", False: "none"}, default=True),
+                Fixed("attention_out_bias", False),
+                _MLP_BIAS,
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
         ),
     )
 }

@@ -130,6 +130,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "routed_scaling_factor": 2.5, "attention_bias": True, "rope_scaling": YARN, "tie_word_embeddings": True,
          "sliding_window": None},
     ),
+    "seed-oss": ("SeedOssConfig", {**BASE, "head_dim": 10, "mlp_bias": True}),
+    "seed-oss, one key head, tied": (
+        "SeedOssConfig",
+        {**BASE, "head_dim": 10, "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_theta": 1e7},
+    ),
 }  # fmt: skip
 
 # Name: the family that describes it too, and comes first.

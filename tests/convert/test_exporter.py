@@ -81,6 +81,7 @@ SURE = {"renormalize": True}
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("llama", MODEL),
     "dense, biases of queries, keys and values": ("qwen2", {**MODEL, "attention_bias": "qkv", "tie_embeddings": False}),
+    "dense, such biases, wide heads": ("seed_oss", {**MODEL, "attention_bias": "qkv", "head_dim": 10}),
     "plain": ("mixtral", {**MODEL, "moe": {**MOE, "intermediate_size": 20, "router": SURE}}),
     "plain, scaled": (
         "mixtral",

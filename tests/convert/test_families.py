@@ -112,6 +112,13 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "num_experts_per_tok": 6, "num_hidden_layers": 62, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
         "rope_theta": 10000000, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "sliding_window": None,
         "tie_word_embeddings": False, "topk_group": 1, "vocab_size": 152064}),
+    "Seed-OSS-36B": (36_151_104_512, {
+        **USUAL, "model_type": "seed_oss", "attention_bias": True, "attention_dropout": 0.1,
+        "attention_out_bias": False, "head_dim": 128, "hidden_size": 5120, "intermediate_size": 27648,
+        "max_position_embeddings": 524288, "mlp_bias": False, "num_attention_heads": 80, "num_hidden_layers": 64,
+        "num_key_value_heads": 8, "residual_dropout": 0.1, "rms_norm_eps": 1e-6,
+        "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0, "tie_word_embeddings": False,
+        "vocab_size": 155136}),
 }  # fmt: skip
 
 

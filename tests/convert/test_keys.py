@@ -214,6 +214,7 @@ def test_scalings_of_positions_that_are_not_ours(
         ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
         ("deepseek-v3", {"attention_bias": True}, "attention_bias"),
         ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("seed-oss", {"attention_out_bias": True}, "attention_out_bias is True; False is required"),
         ("dots1", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ("dots1", {"sliding_window": 16}, "sliding_window is 16; attention over all positions"),
         ("dots1", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, "sliding_window"),
