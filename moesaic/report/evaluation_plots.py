@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from moesaic.report.evaluations import MetricResult, TaskResult, comparison, run
 
 _OCTAVES = 2.0
 _NAMED_BARS = 24
+_LEGEND_CHARS = 36
 
 
 def write_comparison(results: Sequence[TaskResult], path: Path) -> Path:
@@ -42,20 +44,23 @@ def comparison_figure(results: Sequence[TaskResult]) -> Figure:
     shares = [row for row in rows if _is_share(row[2])]
     others = [row for row in rows if not _is_share(row[2])]
     panels = [*([shares] if shares else []), *([row] for row in others)]
-    figure = empty_figure(max(6.5, 1.2 + 0.5 * len(shares) * (len(runs) + 1)), 3.4 * max(1, len(panels)) + 0.6)
+    names = ["\n".join(wrap(run, _LEGEND_CHARS)) for run in runs]  # a path may be longer than the plot is wide
+    legend_width = 0.5 + 0.075 * min(_LEGEND_CHARS, max(map(len, runs), default=0))
+    bars_width = max(5.0, 0.5 * len(shares) * (len(runs) + 1))
+    figure = empty_figure(bars_width + legend_width, 3.4 * max(1, len(panels)) + 0.6)
     colours = colormaps["tab10"](np.arange(max(len(runs), 1)) % 10)
     for axes, panel in zip(figure.subplots(max(1, len(panels)), 1, squeeze=False)[:, 0], panels or [[]], strict=True):
         style_axes(axes)
         axes.grid(False, axis="x")
         width = 0.8 / max(1, len(runs))
         bars = 0
-        for place, run in enumerate(runs):
+        for place in range(len(runs)):
             cells = [(at, row[2][place]) for at, row in enumerate(panel)]
             found = [(at, cell) for at, cell in cells if cell is not None and math.isfinite(cell.value)]
             at = [number + (place - (len(runs) - 1) / 2) * width for number, _ in found]
             heights = [cell.value for _, cell in found]
             errors = [cell.standard_error or 0.0 for _, cell in found]
-            axes.bar(at, heights, width * 0.92, color=colours[place], label=run, yerr=errors, ecolor=FAINT_INK)
+            axes.bar(at, heights, width * 0.92, color=colours[place], label=names[place], yerr=errors, ecolor=FAINT_INK)
             bars += len(found)
             if len(panel) * len(runs) <= _NAMED_BARS:
                 for x, height, error in zip(at, heights, errors, strict=True):

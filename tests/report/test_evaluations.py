@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesaic.report.drawing import write_figure
 from moesaic.report.evaluation_plots import comparison_figure, relative_shares, write_comparison, write_domains
 from moesaic.report.evaluations import (
     EvaluationError,
@@ -123,6 +124,13 @@ def test_the_plot_has_a_bar_for_each_run_and_task_and_a_scale_for_what_is_no_sha
     assert path.read_bytes().startswith(b"\x89PNG")
     unknown = [replace(RESULT, task="lambada", metrics={"perplexity": PERPLEXITY})]
     assert bars(comparison_figure(unknown).axes[0]) == []
+
+
+def test_long_names_of_runs_leave_the_plot_its_place(tmp_path: Path) -> None:
+    long = comparison_figure([replace(RESULT, run="experiments/" * 20 + "a"), RESULT])
+    write_figure(long, tmp_path / "long.png")
+    (axes,) = long.axes
+    assert axes.get_position().width * long.get_figwidth() > 4.5
 
 
 def test_shares_are_relative_to_the_mean_and_experts_in_order_of_their_domain(tmp_path: Path) -> None:
