@@ -239,16 +239,11 @@ FAMILIES: dict[str, Family] = {
         Family(
             "mistral",
             "MistralForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-6),
-                _KV_HEADS,
-                HeadDim(has_key=True),
-                Rope(),
+            _llama_like(
                 FullAttention(is_usual=True),
                 Always("attention_bias", "none"),
                 _NO_MLP_BIAS,
+                has_head_dim=True,
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
         ),
@@ -375,13 +370,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "dots1",
             "Dots1ForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-6),
-                _KV_HEADS,
-                HeadDim(has_key=True),
-                Rope(),
+            _llama_like(
                 FullAttention(is_usual=True),
                 Always("qk_norm", "head"),
                 _ATTENTION_BIAS,
@@ -396,6 +385,7 @@ FAMILIES: dict[str, Family] = {
                 Groups(),
                 SharedExperts(),
                 PlacesAfter(),
+                has_head_dim=True,
             ),
             (
                 *_MODEL_TENSORS,
@@ -434,16 +424,11 @@ FAMILIES: dict[str, Family] = {
         Family(
             "seed_oss",
             "SeedOssForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-6),
-                _KV_HEADS,
-                HeadDim(has_key=True),
-                Rope(),
+            _llama_like(
                 OneOf("attention_bias", "attention_bias", {True: "qkv", False: "none"}, default=True),
                 Fixed("attention_out_bias", False),
                 _MLP_BIAS,
+                has_head_dim=True,
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
         ),
