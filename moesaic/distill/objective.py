@@ -139,7 +139,7 @@ class Distillation:
 
     def head(self, batch: Batch, *, tokens: int) -> Head:
         alpha = self._state.alpha(self._config, tokens)
-        value = torch.tensor(alpha)
+        value = torch.tensor(alpha, dtype=torch.float32)
         if alpha == 0.0:
             self._source = self._loaded = None
 

@@ -272,12 +272,12 @@ class DecodePlan:
         tokens = tokens.contiguous()
         hidden = torch.empty(count, model.hidden_size, dtype=torch.bfloat16)
         routes = count * sum(self._top_k)
-        expert_ids, routing_weights = torch.empty(routes, dtype=torch.int64), torch.empty(routes)
+        expert_ids, routing_weights = torch.empty(routes, dtype=torch.int64), torch.empty(routes, dtype=torch.float32)
         num_rows = 0
         if rows is not None:
             assert rows.dtype is torch.int64 and rows.is_contiguous() and rows.is_cpu, rows
             num_rows = rows.shape[0]
-        logits = torch.empty(num_rows, model.vocab_size)
+        logits = torch.empty(num_rows, model.vocab_size, dtype=torch.float32)
         failed = self.library.function("moesaic_decode", "pdp" + "pppii" + "pippp" + "pip")(
             ctypes.addressof(self._struct), self._work_per_token, storage.arguments.data_ptr(), *batch.arguments,
             tokens.data_ptr(), count, hidden.data_ptr(), expert_ids.data_ptr(), routing_weights.data_ptr(),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import select
+from moesaic.kernels.addresses import RemembersAddresses
 from moesaic.kernels.packed import zeros_on_huge_pages
 from moesaic.kernels.paged_attention import PANEL, PagedBatch, check_block_size
 
@@ -25,7 +26,7 @@ _SCORES = 1 << 23
 
 
 @dataclass(frozen=True)
-class LatentBlocks:
+class LatentBlocks(RemembersAddresses):
     """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_latent.h).
 
     Shapes: latents (blocks, block_size / 32, W/2, 32, 2), pairs of channels of 32 positions; W is R + P rounded up to
@@ -61,7 +62,7 @@ class LatentBlocks:
 
 
 @dataclass(frozen=True)
-class LatentStorage:
+class LatentStorage(RemembersAddresses):
     """The blocks of every layer; a block number means the same positions in all of them."""
 
     layers: tuple[LatentBlocks, ...]

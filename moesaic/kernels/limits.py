@@ -334,7 +334,7 @@ def streamed_buffer(device: str) -> "torch.Tensor":
 
     if device.startswith("cuda"):
         size = min(_LARGEST_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
-        return torch.ones(max(size // 4, 1), device=device)  # (size / 4,) fp32
+        return torch.ones(max(size // 4, 1), dtype=torch.float32, device=device)  # (size / 4,) fp32
     wanted = max(_SMALLEST_BUFFER_BYTES, 4 * _last_level_cache_bytes())
     blocks = min(wanted, _LARGEST_BUFFER_BYTES, available_memory_bytes() // 8) // _READ_BLOCK_BYTES
     pages = zeros_on_huge_pages(max(blocks, 1) * _READ_BLOCK_BYTES, torch.device("cpu"))
@@ -367,7 +367,9 @@ def _measure_products(device: str, dtype: "torch.dtype", *, seconds: float) -> _
         # Making the matrices, one run to warm up and two to time.
         if best and 4 * predicted > end - time.perf_counter():
             break
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # (size, size)
+        left, right = (
+            torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2)
+        )  # (size, size)
         multiply, sums = (torch._int_mm, torch.int32) if dtype == torch.int8 else (torch.mm, dtype)
         call = partial(multiply, left, right, out=torch.empty_like(left, dtype=sums))
         timing = _time(call, device=device, seconds=seconds / (2 * len(sizes)))

@@ -19,6 +19,8 @@ _LAYER_NORM_SIZE = 1 << 18  # below it PyTorch's LayerNorm is done before an ope
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     """Return LayerNorm of x (..., H) in x's dtype; weight and bias (H,) are fp32."""
+    if x.dtype is torch.float64:
+        return F.layer_norm(x, weight.shape, weight.double(), bias.double(), epsilon)
     # In fp32 PyTorch's is as fast as ours, but its gradients depend on the number of threads.
     if x.numel() >= _LAYER_NORM_SIZE and _has_kernel(x, weight):
         return torch.ops.moesaic.norm(x, weight, bias, epsilon)[0]
@@ -29,6 +31,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + epsilon) * weight for x (..., H), in x's dtype; weight (H,) is fp32."""
+    if x.dtype is torch.float64:
+        return F.rms_norm(x, weight.shape, weight.double(), epsilon)
     if x.device.type != "cpu":
         return F.rms_norm(x.float(), weight.shape, weight, epsilon).to(x.dtype)
     if _has_kernel(x, weight):
@@ -83,8 +87,8 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tup
     x, weight = x.contiguous(), weight.contiguous()
     num_rows = x.numel() // max(size, 1)
     y = torch.empty_like(x)
-    inverse = torch.empty(num_rows)
-    mean = torch.empty(0 if bias is None else num_rows)
+    inverse = torch.empty(num_rows, dtype=torch.float32)
+    mean = torch.empty(0 if bias is None else num_rows, dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
     _library().function("moesaic_norm", "piiippfppp")(
         x.data_ptr(),
@@ -119,7 +123,7 @@ def _norm_backward(
     size = x.shape[-1]
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    grad_bias = torch.empty(size if has_bias else 0)
+    grad_bias = torch.empty(size if has_bias else 0, dtype=torch.float32)
     _library().function("moesaic_norm_backward", "ppiiipppppp")(
         grad.data_ptr(),
         x.data_ptr(),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moesaic.kernels import select
 from moesaic.kernels.activation import ACTIVATIONS, activate
+from moesaic.kernels.addresses import RemembersAddresses
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, pack_nibbles, quantized_linear, unpack_nibbles
 
 PackedFormat = Literal["bf16", "int8", "int4"]
@@ -86,7 +87,7 @@ class _MoeStruct(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(RemembersAddresses):
     """A matrix (N, K), or num_matrices of them, packed.
 
     is_gated: the rows are [gate, up] of a SwiGLU MLP, and a panel holds 16 of the gate and the same 16 of up.
@@ -131,7 +132,7 @@ class PackedWeight:
 
 
 @dataclass(frozen=True)
-class PackedMlp:
+class PackedMlp(RemembersAddresses):
     """One MLP, or a stack of E, with packed weights.
 
     Shapes: up (F, H), or (2F, H) gated for swiglu; down (H, F); up_bias fp32 (E, N padded), in the order of up's
@@ -195,7 +196,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = Fal
     matrix_bytes = len(order) * _row_bytes(format, in_size, group_size)
     count = 1 if num_matrices is None else num_matrices
     data = empty_on_huge_pages(count * matrix_bytes, device)
-    scales = torch.empty(count, len(order), device=device) if format == "int8" else None
+    scales = torch.empty(count, len(order), dtype=torch.float32, device=device) if format == "int8" else None
     packed = PackedWeight(format, out_size, in_size, num_matrices, group_size, interleave_gate, data, scales)
     if device.type == "meta" or not data.numel():
         return packed
@@ -459,7 +460,7 @@ def _mlp(x: Tensor, mlp: PackedMlp, expert: int) -> Tensor:
     if mlp.up_bias is not None:
         order = _panel_order(mlp.up.out_size, mlp.up.is_gated).to(x.device)
         kept = order < mlp.up.out_size
-        up_bias = torch.empty(mlp.up.out_size, device=x.device)
+        up_bias = torch.empty(mlp.up.out_size, dtype=torch.float32, device=x.device)
         up_bias[order[kept]] = mlp.up_bias[expert, kept]
     hidden = activate(_linear(x, mlp.up, expert, up_bias), mlp.activation).to(torch.bfloat16)
     return _linear(hidden, mlp.down, expert, None if mlp.down_bias is None else mlp.down_bias[expert])

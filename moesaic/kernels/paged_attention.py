@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import select
+from moesaic.kernels.addresses import RemembersAddresses
 from moesaic.kernels.packed import zeros_on_huge_pages
 from moesaic.kernels.quantized import SMALLEST_AMAX
 
@@ -26,7 +27,7 @@ PANEL = 32
 
 
 @dataclass(frozen=True)
-class KVBlocks:
+class KVBlocks(RemembersAddresses):
     """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_blocks.h).
 
     Shapes, with P = block_size / 32 panels and W = head_dim rounded up to 32: keys (blocks, KV, P, W/2, 32, 2), pairs
@@ -66,7 +67,7 @@ class KVBlocks:
 
 
 @dataclass(frozen=True)
-class KVStorage:
+class KVStorage(RemembersAddresses):
     """The blocks of every layer; a block number means the same positions in all of them."""
 
     layers: tuple[KVBlocks, ...]
@@ -82,7 +83,7 @@ class KVStorage:
 
 
 @dataclass(frozen=True)
-class PagedBatch:
+class PagedBatch(RemembersAddresses):
     """The sequences of one call: tokens starts[s] to starts[s + 1] are the last of lengths[s] positions of sequence s.
 
     Shapes: starts (n + 1,), lengths (n,), block_tables (n, m), all int32 on the CPU and contiguous; a sequence's blocks

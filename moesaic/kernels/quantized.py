@@ -155,7 +155,7 @@ def _quantize_natively(
     *rows, columns = weight.shape
     if group_size is None:
         values = torch.empty(weight.shape, dtype=torch.int8)
-        scales = torch.empty(rows)
+        scales = torch.empty(rows, dtype=torch.float32)
     else:
         assert columns % group_size == 0, (weight.shape, group_size)
         values = torch.empty(*rows, columns // 2, dtype=torch.uint8)
@@ -185,7 +185,7 @@ def round_to_scales(rotated: Tensor, scales: Tensor, *, bits: int, group_size: i
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """Return the matrix (..., N, K) in fp32, rotated back."""
     if weight.values.is_meta:  # its products are Python that loads torch's compiler first: a second
-        return torch.empty(weight.shape, device="meta")
+        return torch.empty(weight.shape, dtype=torch.float32, device="meta")
     if weight.bits == 8:
         return _rotated(weight.values.float() * weight.scales[..., None], 1.0)
     assert weight.group_size is not None

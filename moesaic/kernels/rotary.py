@@ -12,14 +12,13 @@ def can_rotate(x: Tensor) -> bool:
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn x (B, S, A, D) by the rows of fp32 tables (S, D/2): channels i and i + D/2 of a head are a pair.
+    """Turn x (B, S, A, D) by the rows of tables (S, D/2): channels i and i + D/2 of a head are a pair.
 
-    Computed in fp32 and rounded once to x's dtype.
+    Computed in fp32 and rounded once to x's dtype. Mixed precision of fully sharded training hands over rounded tables.
     """
     assert x.dim() == 4 and x.shape[3] % 2 == 0, x.shape
     assert cosines.shape == sines.shape == (x.shape[1], x.shape[3] // 2), (x.shape, cosines.shape, sines.shape)
-    assert cosines.dtype == sines.dtype == torch.float32, (cosines.dtype, sines.dtype)
-    return torch.ops.moesaic.rotate(x, cosines, sines, False)
+    return torch.ops.moesaic.rotate(x, cosines.float(), sines.float(), False)
 
 
 @torch.library.custom_op("moesaic::rotate", mutates_args=(), device_types="cpu")

@@ -116,9 +116,9 @@ def _route(
     x, weight = x.contiguous(), weight.contiguous()
     correction_bias, valid, given_ids = _contiguous(correction_bias), _contiguous(valid), _contiguous(given_ids)
     expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    routing_weights = torch.empty(num_tokens, top_k)
-    logits = torch.empty(num_tokens, num_experts)
-    floats = torch.empty(num_experts + 2)
+    routing_weights = torch.empty(num_tokens, top_k, dtype=torch.float32)
+    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32)
+    floats = torch.empty(num_experts + 2, dtype=torch.float32)
     counts = torch.empty(num_experts + 1, dtype=torch.int64)
     failed = _library().function("moesaic_route", "pipppp" + "i" * 8 + "f" + "p" * 5)(
         x.data_ptr(),

@@ -92,13 +92,9 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 def _turn(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cosines, out=out_first)
-    out_first.addcmul_(second, sines, value=-1)
-    torch.mul(second, cosines, out=out_second)
-    out_second.addcmul_(first, sines)
-    return out
+    # Nothing is written in place: torch.compile confused views of two such results in one graph.
+    turned = torch.addcmul(first * cosines, second, sines, value=-1), torch.addcmul(second * cosines, first, sines)
+    return torch.cat(turned, dim=-1)
 
 
 class _Rotate(torch.autograd.Function):

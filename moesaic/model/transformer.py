@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -234,6 +235,10 @@ class Transformer(nn.Module):
         """Whether a pass with a cache is one call of the C++ kernels, in which no token's result depends on others."""
         return self._usable_plan() is not None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes a plan of its own tensors."""
+        return {**self.__dict__, "_plan": None}
+
     def _usable_plan(self) -> DecodePlan | None:
         # Asked for at every step, so in few operations.
         if self.decode_part is None or not self.final_norm.weight.is_cpu:
@@ -270,7 +275,7 @@ class Transformer(nn.Module):
         return Decoded(
             hidden,
             torch.cat(ids) if ids else tokens.new_empty(0),
-            torch.cat(weights) if weights else torch.empty(0, device=tokens.device),
+            torch.cat(weights) if weights else torch.empty(0, dtype=torch.float32, device=tokens.device),
             tuple(each.expert_ids.shape[1] for each in routes),
             logits,
         )

@@ -147,7 +147,8 @@ class MoELayer(nn.Module):
         if self.config.capacity.drop_policy == "probability":
             priority = routing.routing_weights.detach()
         elif self.config.capacity.drop_policy == "random":
+            device = expert_ids.device
             priority = torch.rand(
-                expert_ids.shape, generator=generator(expert_ids.device, seed), device=expert_ids.device
+                expert_ids.shape, generator=generator(device, seed), dtype=torch.float32, device=device
             )
         return plan_dispatch(expert_ids, num_experts, valid=valid, capacity=capacity, priority=priority)

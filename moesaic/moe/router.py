@@ -84,7 +84,7 @@ class Router(nn.Module):
     def _jitter(self, x: Tensor, seed: int) -> Tensor:
         """Return x times a factor near 1, drawn for every element, in fp32."""
         epsilon = self.config.jitter_epsilon
-        draw = torch.rand(x.shape, generator=generator(x.device, seed), device=x.device)
+        draw = torch.rand(x.shape, generator=generator(x.device, seed), dtype=torch.float32, device=x.device)
         return x.float() * (1 - epsilon + 2 * epsilon * draw)
 
     def _route_in_one_call(self, x: Tensor, valid: Tensor | None, expert_ids: Tensor | None) -> Routing:
@@ -113,7 +113,8 @@ class Router(nn.Module):
     def _choose(self, router_logits: Tensor, scores: Tensor, is_sampled: bool, seed: int) -> Tensor:
         ranking = scores
         if is_sampled:  # argmax of logits plus Gumbel noise is a sample of the softmax
-            draw = torch.rand(scores.shape, generator=generator(scores.device, seed), device=scores.device)
+            device = scores.device
+            draw = torch.rand(scores.shape, generator=generator(device, seed), dtype=torch.float32, device=device)
             ranking = router_logits - torch.log(-torch.log(draw.clamp(1e-20, 1 - 1e-7)))
         if self.score_correction_bias is not None:
             ranking = ranking + self.score_correction_bias
@@ -153,7 +154,7 @@ class Router(nn.Module):
 
         with torch.no_grad():
             entropy = torch.special.entr(probabilities).sum(-1)
-            scale = torch.log(torch.tensor(float(max(num_experts, 2)), device=entropy.device))
+            scale = torch.log(torch.tensor(float(max(num_experts, 2)), dtype=torch.float32, device=entropy.device))
         return Routing(
             expert_ids=expert_ids,
             routing_weights=routing_weights,

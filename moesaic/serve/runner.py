@@ -61,7 +61,7 @@ class Runner:
         """Return the mean (H,) fp32 of a text's final hidden states, with memory of its own for keys and values."""
         model = self.model
         cache = BatchCache(model.config, 1, len(tokens), dtype=self._dtype, device=model.device)
-        total = torch.zeros(model.config.hidden_size)
+        total = torch.zeros(model.config.hidden_size, dtype=torch.float32)
         for start in range(0, len(tokens), chunk):
             part = torch.tensor([list(tokens[start : start + chunk])], device=model.device)
             total += model(part, cache=cache).hidden[0].float().sum(0).cpu()

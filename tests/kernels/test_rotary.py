@@ -51,3 +51,10 @@ def test_the_operator_is_an_ordinary_one() -> None:
     x = normal(2, 5, 3, 8, seed=0).requires_grad_()
     tables = rotary_table(5, 8, 10_000.0, torch.device("cpu"))
     torch.library.opcheck(torch.ops.moesaic.rotate.default, (x, *tables, False))
+
+
+def test_rounded_tables_are_taken_as_they_are() -> None:
+    """Mixed precision of fully sharded training rounds every input of a block."""
+    x, angles = torch.randn(2, 5, 3, 8), torch.rand(5, 4)
+    cosines, sines = angles.cos().bfloat16(), angles.sin().bfloat16()
+    assert torch.equal(rotate(x, cosines, sines), rotate(x, cosines.float(), sines.float()))

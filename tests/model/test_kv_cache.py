@@ -1,5 +1,9 @@
 """A batch's cache keeps every sequence's positions apart, counts them, and refuses more than it was made for."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels.latent_attention import LatentStorage, read_latents, write_latents
 from moesaic.kernels.paged_attention import read_kv, write_kv
 from moesaic.model.kv_cache import BatchCache
+from moesaic.model.transformer import Transformer
 
 
 def make_cache(max_length: int = 70, dtype: torch.dtype = torch.float32) -> BatchCache:
@@ -62,3 +67,29 @@ def test_refuses_more_than_it_was_made_for() -> None:
     with pytest.raises(GenerationError, match="would hold 8 positions; it was made for 5; make it longer"):
         cache.extend(3, 4)
     assert cache.length == 4
+
+
+LATENT = {"latent_attention": {"kv_rank": 5, "nope_head_dim": 4, "rope_head_dim": 2, "value_head_dim": 3}}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("attention", [{}, LATENT])
+def test_a_copy_of_a_used_cache_has_memory_of_its_own(
+    attention: dict[str, object], copied: Callable[[BatchCache], BatchCache]
+) -> None:
+    config = ModelConfig.from_dict({"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 4, **attention})
+    model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0).eval()
+    first, second, third = torch.randint(0, 64, (3, 1, 7), generator=torch.Generator().manual_seed(0))
+
+    def after(*pieces: torch.Tensor, cache: BatchCache | None = None) -> torch.Tensor:
+        cache = BatchCache(config, 1, 40, dtype=torch.bfloat16, device=torch.device("cpu")) if cache is None else cache
+        return torch.cat([model(piece, cache=cache).hidden for piece in pieces], 1)
+
+    with torch.no_grad():
+        cache = BatchCache(config, 1, 40, dtype=torch.bfloat16, device=torch.device("cpu"))
+        model(first, cache=cache)
+        other = copied(cache)
+        model(second, cache=cache)
+        found = after(third, first, cache=other), after(first, cache=cache)
+        assert torch.equal(found[0], after(first, third, first)[:, 7:])
+        assert torch.equal(found[1], after(first, second, first)[:, 14:])

@@ -1,5 +1,7 @@
 """A packed model infers what it did before, at half the memory, and refuses to do anything else."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import weakref
@@ -114,6 +116,14 @@ def test_with_a_cache_it_gives_the_bits_it_gives_without(kernels: str) -> None:
     one = cached_logits(model, inputs, [20])
     for pieces in ([1] * 20, [7, 1, 12]):
         assert torch.equal(cached_logits(model, inputs, pieces), one)
+
+
+@torch.no_grad()
+def test_a_copy_and_one_from_another_process_are_the_same_model(kernels: str) -> None:
+    model, inputs = pack_transformer(build(next(iter(FAMILIES)))), tokens()
+    wanted = cached_logits(model, inputs, [7, 1, 12])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(cached_logits(other, inputs, [7, 1, 12]), wanted)
 
 
 def matrices(model: Transformer) -> dict[str, Tensor]:

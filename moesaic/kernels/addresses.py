@@ -1,0 +1,14 @@
+"""Objects that remember where their tensors lie, as C++ code takes it."""
+
+from functools import cached_property
+from typing import Any
+
+
+class RemembersAddresses:
+    """What it has cached holds addresses of its tensors, and stays behind when it is copied or pickled."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        def is_cached(name: str) -> bool:
+            return isinstance(getattr(type(self), name, None), cached_property)
+
+        return {name: value for name, value in vars(self).items() if not is_cached(name)}
