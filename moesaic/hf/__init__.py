@@ -20,6 +20,7 @@ if int(transformers.__version__.split(".")[0]) < 5:
     )
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moesaic.hf.cache import PagedCache
 from moesaic.hf.config import MoesaicConfig
@@ -29,3 +30,5 @@ __all__ = ["MoesaicConfig", "MoesaicForCausalLM", "PagedCache"]
 
 AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
 AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
+# register leaves the names alone, and Trainer with label smoothing shifts labels for the classes named there only.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoesaicConfig.model_type] = MoesaicForCausalLM.__name__

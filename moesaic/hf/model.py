@@ -1,5 +1,6 @@
 """Our Transformer as a transformers model: forward with masks, labels and caches, and everything of GenerationMixin."""
 
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         labels (B, S): the tokens themselves, -100 where there is nothing to predict; each is predicted from the one
         before it, which must not be padding. The loss is the mean cross-entropy of all labels, however few logits are
         kept; in training, aux_loss is added, which is each MoE layer's balance and z loss times its coefficient.
-        num_items_in_batch: what to divide by in place of the labels here (gradient accumulation).
+        num_items_in_batch: what to divide by in place of the labels here (gradient accumulation). Without labels it
+        means that the caller computes the loss, and in training a warning says that aux_loss is the caller's to add.
         use_cache: None means where no gradient is recorded. A cache holds no gradients.
         logits_to_keep: positions from the end, or which ones; 0 for all. Training needs none of them for its loss.
         past_key_values: the cache, under its earlier name.
@@ -246,6 +248,13 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the loss, if there are labels, and the auxiliary losses, if there are MoE layers."""
         aux_loss = _auxiliary_loss(self.model.config, moe) if moe else None
         if labels is None:
+            if self.training and num_items is not None and self._has_auxiliary_loss():
+                warnings.warn(
+                    "a MoesaicForCausalLM was trained without labels, which Trainer keeps for itself if it has "
+                    "label_smoothing_factor or compute_loss_func; the balance and z losses of its config are then only "
+                    "in the output's aux_loss; add that to the loss in compute_loss_func, or train without smoothing.",
+                    stacklevel=2,
+                )
             return None, aux_loss
         targets = torch.full_like(labels, _IGNORED)
         targets[:, :-1] = labels[:, 1:]
@@ -257,6 +266,10 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         if num_items is not None:
             loss = loss * ((targets != _IGNORED).sum() / num_items)
         return loss, aux_loss
+
+    def _has_auxiliary_loss(self) -> bool:
+        routers = [layer.router for layer in self.model.config.layers if layer.is_moe]
+        return any(router.balance_loss or router.z_loss for router in routers)
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # its other arguments differ by version
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

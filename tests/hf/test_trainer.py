@@ -41,3 +41,22 @@ def test_the_trainer_of_transformers_trains(make: Callable[..., Any], pad: Any, 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
     own, other = model.state_dict(), loaded.state_dict()
     assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_label_smoothing_learns_the_next_token_and_says_what_its_loss_lacks(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    moe = {"num_experts": 4, "every": 2, "router": {"balance_loss": 0.01}}
+    model: MoesaicForCausalLM = make("dense", init_std=0.05, moe=moe)
+    starts = torch.randint(50, (64,), generator=torch.Generator().manual_seed(5)).tolist()
+    dataset: Any = [{"input_ids": ids, "labels": ids} for ids in (list(range(start, start + 20)) for start in starts)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=40, per_device_train_batch_size=4, learning_rate=1e-2,
+        label_smoothing_factor=0.1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="add that to the loss in compute_loss_func"):
+        Trainer(model, arguments, train_dataset=dataset).train()
+    ids = torch.arange(10, 30)[None]
+    predicted = model.eval()(ids).logits.argmax(-1)
+    assert (predicted == ids + 1).float().mean() > 0.8
