@@ -383,7 +383,7 @@ def _put_back(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tenso
     rows = values.reshape(-1, values.shape[-1])
     if places is not None:
         rows = rows.new_zeros(shape.numel(), rows.shape[1]).index_copy(0, places, rows)
-    return rows.view(*shape, -1)
+    return rows.view(*shape, rows.shape[1])
 
 
 def _auxiliary_loss(config: ModelConfig, moe: tuple[MoEStatistics, ...]) -> Tensor:

@@ -41,6 +41,13 @@ def test_logits_are_the_transformers(make: Make, kind: str) -> None:
     assert torch.equal(model(ids, return_dict=False)[-1], wanted)
 
 
+@pytest.mark.parametrize("shape", [(0, 9), (2, 0)])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_no_tokens_give_no_logits(make: Make, kind: str, shape: tuple[int, int], use_cache: bool) -> None:
+    with torch.no_grad():
+        assert make(kind)(tokens(*shape), use_cache=use_cache).logits.shape == (*shape, 97)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_padding_changes_nothing(make: Make, kind: str, prompts: Any, pad: Pad, side: str, use_cache: bool) -> None:
