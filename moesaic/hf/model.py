@@ -29,6 +29,8 @@ from moesaic.moe.router import Router
 # Outputs, and arguments of `generate`, call the cache so; before it was renamed, past_key_values.
 _CACHE = "cache" if "cache" in {field.name for field in fields(MoeCausalLMOutputWithPast)} else "past_key_values"
 _IGNORED = -100  # a label where there is nothing to predict
+_TOKEN_DTYPES = (torch.int64, torch.int32)
+_NOT_KEPT = ("output_attentions", "output_router_logits")  # refused as arguments and in the config
 
 
 class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
@@ -107,7 +109,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises: ConfigError for arguments that this model cannot serve; GenerationError for too many positions.
         """
-        tokens, columns = self._check(input_ids, attention_mask, kwargs)
+        tokens, columns = self._check(input_ids, attention_mask, labels, kwargs)
         cache = past_key_values if cache is None else cache
         self._check_cache(cache, labels, use_cache)
         if use_cache is None:
@@ -138,17 +140,29 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _check(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any]
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None, others: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Return the tokens, and the mask as bool, None if there is no padding."""
         refused = sorted(name for name, value in others.items() if value is not None and value is not False)
         if "cache_position" in refused:  # transformers 5.0 counts columns too
             refused.remove("cache_position")
+        refused += [f"config.{name}" for name in _NOT_KEPT if getattr(self.config, name, False)]
         if refused or input_ids is None:
             raise ConfigError(
                 f"{', '.join(refused) or 'no input_ids'} was given to MoesaicForCausalLM; it takes input_ids, "
                 f"attention_mask, labels, a cache, logits_to_keep and output_hidden_states; positions follow from the "
                 f"mask, and attention weights and router logits are not kept; call it with these alone."
+            )
+        if input_ids.dim() != 2 or input_ids.dtype not in _TOKEN_DTYPES:
+            raise ConfigError(
+                f"input_ids of shape {tuple(input_ids.shape)} and {input_ids.dtype} were given; (batch, length) of "
+                f"int64 or int32 is required; for one sequence, use input_ids[None]."
+            )
+        if labels is not None and (labels.shape != input_ids.shape or labels.dtype not in _TOKEN_DTYPES):
+            raise ConfigError(
+                f"labels of shape {tuple(labels.shape)} and {labels.dtype} were given for input_ids "
+                f"{tuple(input_ids.shape)}; one of int64 or int32 for each token is required; use the tokens "
+                f"themselves, and -100 where there is nothing to predict."
             )
         if attention_mask is None:
             return input_ids, None
@@ -256,7 +270,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
                     stacklevel=2,
                 )
             return None, aux_loss
-        targets = torch.full_like(labels, _IGNORED)
+        targets = torch.full_like(labels, _IGNORED, dtype=torch.int64)
         targets[:, :-1] = labels[:, 1:]
         if columns is not None:
             targets = targets.masked_fill(~columns, _IGNORED)
@@ -281,6 +295,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
             )
         given = model_kwargs.get(_CACHE)
         if given is not None:
+            self._check_cache(given, None, None)
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs[_CACHE] = self._new_cache()

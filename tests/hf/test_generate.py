@@ -82,5 +82,7 @@ def test_refuses_what_the_model_cannot_do(make: Make) -> None:
     model = make()
     with pytest.raises(ConfigError, match="cache_implementation='static' was given"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, cache_implementation="static")
+    with pytest.raises(ConfigError, match="a cache of type tuple was given"):
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, past_key_values=())
     with pytest.raises(GenerationError, match="would have 129 positions; the model has 128"):
         model.generate(torch.ones(1, 120, dtype=torch.int64), max_new_tokens=20, do_sample=False)

@@ -88,6 +88,7 @@ def test_the_loss_and_every_gradient_are_those_of_our_training(make: Make, kind:
     evaluated = model.eval()(ids, labels=ids)
     plain = F.cross_entropy(evaluated.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(evaluated.loss, plain)
+    assert torch.equal(model(ids.int(), labels=ids.int()).loss, evaluated.loss)
 
 
 def test_padded_training_equals_the_sequences_side_by_side(make: Make, prompts: Any, pad: Pad) -> None:
@@ -245,6 +246,19 @@ def test_refuses_what_it_cannot_serve(make: Make) -> None:
     model, ids = make(), tokens(2, 9)
     with pytest.raises(ConfigError, match="output_attentions was given to MoesaicForCausalLM"):
         model(ids, output_attentions=True)
+    for name in ("output_attentions", "output_router_logits"):
+        setattr(model.config, name, True)
+        with pytest.raises(ConfigError, match=f"config.{name} was given to MoesaicForCausalLM"):
+            model(ids)
+        setattr(model.config, name, False)
+    with pytest.raises(ConfigError, match=r"input_ids of shape \(9,\) and torch.int64 .* use input_ids\[None\]"):
+        model(ids[0])
+    with pytest.raises(ConfigError, match="input_ids of shape .* and torch.float32 were given"):
+        model(ids.float())
+    with pytest.raises(ConfigError, match=r"labels of shape \(2, 5\) .* for input_ids \(2, 9\); one of int64"):
+        model(ids, labels=ids[:, :5])
+    with pytest.raises(ConfigError, match="labels of shape .* and torch.float32 were given"):
+        model(ids, labels=ids.float())
     with pytest.raises(ConfigError, match="no input_ids was given"):
         model()
     with pytest.raises(ConfigError, match=r"of shape \(2, 1, 9, 9\).*the mask that the tokenizer returns"):
