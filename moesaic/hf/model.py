@@ -1,6 +1,8 @@
 """Our Transformer as a transformers model: forward with masks, labels and caches, and everything of GenerationMixin."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -236,10 +238,10 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
                 )
             new = mask[:, seen:]
         cache.prepare(new)
-        if bool(new.all()):
-            return None, self.model(tokens.reshape(1, -1), cache=cache)
-        places = new.flatten().nonzero()[:, 0].to(tokens.device)
-        return places, self.model(tokens.flatten()[places][None], cache=cache)
+        places = None if bool(new.all()) else new.flatten().nonzero()[:, 0].to(tokens.device)
+        flat = tokens.flatten() if places is None else tokens.flatten()[places]
+        with _routing_as_evaluated(self.model):
+            return places, self.model(flat[None], cache=cache)
 
     def _draw_seed(self) -> int:
         """Return a seed for this step's noise and dropping, from PyTorch's global generator if there is any."""
@@ -391,6 +393,19 @@ class _BlockInputs:
 
     def _record(self, block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self.values.append(arguments[0])
+
+
+@contextmanager
+def _routing_as_evaluated(model: Transformer) -> Iterator[None]:
+    """Have no token dropped and no noise in routers: `generate` is often called on a model in training mode."""
+    layers = [module for module in model.modules() if isinstance(module, MoELayer | Router) and module.training]
+    for layer in layers:
+        layer.training = False  # not eval(), which also reaches the adapters that may stand in them
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def _put_back(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:

@@ -62,6 +62,16 @@ def test_assisted_generation_equals_greedy(make: Make, prompts: Any) -> None:
         assert torch.equal(model.generate(ids, **settings, **kind), wanted)
 
 
+def test_generates_in_training_mode_without_dropping_or_noise(make: Make, prompts: Any, pad: Pad) -> None:
+    router, capacity = {"noise": "jitter", "jitter_epsilon": 0.3}, {"factor": 0.25, "min_capacity": 1}
+    model = make("dense", moe={"num_experts": 4, "top_k": 2, "router": router, "capacity": capacity})
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    for batch in (pad(prompts), {"input_ids": torch.tensor([prompts[2]])}):
+        wanted = model.eval().generate(**batch, **settings)
+        assert torch.equal(model.train().generate(**batch, **settings), wanted)
+        assert all(module.training for module in model.modules())
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_returned_cache_goes_on(make: Make, prompts: Any, pad: Pad) -> None:
     model, batch = make(), pad(prompts)
