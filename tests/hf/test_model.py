@@ -253,11 +253,11 @@ def test_refuses_what_it_cannot_serve(make: Make) -> None:
         setattr(model.config, name, False)
     with pytest.raises(ConfigError, match=r"input_ids of shape \(9,\) and torch.int64 .* use input_ids\[None\]"):
         model(ids[0])
-    with pytest.raises(ConfigError, match="input_ids of shape .* and torch.float32 were given"):
+    with pytest.raises(ConfigError, match=r"input_ids of shape .* and torch.float32 were given"):
         model(ids.float())
     with pytest.raises(ConfigError, match=r"labels of shape \(2, 5\) .* for input_ids \(2, 9\); one of int64"):
         model(ids, labels=ids[:, :5])
-    with pytest.raises(ConfigError, match="labels of shape .* and torch.float32 were given"):
+    with pytest.raises(ConfigError, match=r"labels of shape .* and torch.float32 were given"):
         model(ids, labels=ids.float())
     with pytest.raises(ConfigError, match="no input_ids was given"):
         model()
