@@ -224,6 +224,8 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         self, tokens: Tensor, columns: Tensor | None, cache: PagedCache
     ) -> tuple[Tensor | None, ModelOutput]:
         """Return the model's output for the valid tokens end to end, and where each comes from."""
+        if not tokens.numel():  # nothing that the cache could take
+            return self._run(tokens, None)
         length = tokens.shape[1]
         new = torch.ones(tokens.shape, dtype=torch.bool)
         if columns is not None:

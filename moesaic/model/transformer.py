@@ -224,11 +224,11 @@ class Transformer(nn.Module):
         plan = self._usable_plan() if valid is None else None
         if plan is not None:
             hidden = plan.run(tokens.flatten(), step.storage, step.batch).hidden
-            return ModelOutput(hidden.view(*tokens.shape, -1), ())
+            return ModelOutput(hidden.view(*tokens.shape, hidden.shape[-1]), ())
         positions = step.batch.positions.to(tokens.device)
         x, rotary = self._embed(tokens.reshape(1, -1), positions, int(step.batch.lengths.max()))
         out = self._run_blocks(x, rotary, None, valid, step, seed, None)
-        return ModelOutput(out.hidden.view(*tokens.shape, -1), out.moe)
+        return ModelOutput(out.hidden.view(*tokens.shape, hidden.shape[-1]), out.moe)
 
     @property
     def runs_in_one_call(self) -> bool:

@@ -69,7 +69,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def prompts() -> list[list[int]]:
     """Of lengths 1, 25, 32 and 40: one token, and before, at and behind the end of a block of the cache."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(4)
     return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (1, 25, 32, 40)]
 
 

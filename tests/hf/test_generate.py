@@ -88,6 +88,7 @@ def test_a_returned_cache_goes_on(make: Make, prompts: Any, pad: Pad) -> None:
     assert torch.equal(model.generate(ids, prefill_chunk_size=7, **settings), wanted)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_refuses_what_the_model_cannot_do(make: Make) -> None:
     model = make()
     with pytest.raises(ConfigError, match="cache_implementation='static' was given"):
