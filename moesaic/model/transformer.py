@@ -228,7 +228,7 @@ class Transformer(nn.Module):
         positions = step.batch.positions.to(tokens.device)
         x, rotary = self._embed(tokens.reshape(1, -1), positions, int(step.batch.lengths.max()))
         out = self._run_blocks(x, rotary, None, valid, step, seed, None)
-        return ModelOutput(out.hidden.view(*tokens.shape, hidden.shape[-1]), out.moe)
+        return ModelOutput(out.hidden.view(*tokens.shape, out.hidden.shape[-1]), out.moe)
 
     @property
     def runs_in_one_call(self) -> bool:
