@@ -469,11 +469,14 @@ def test_a_loss_goes_down() -> None:
 LATENT = {"kv_rank": 24, "nope_head_dim": 12, "rope_head_dim": 4, "value_head_dim": 20}
 
 
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize(
-    "attention",
-    [{"num_kv_heads": 1}, {"latent_attention": LATENT}, {"qk_norm": "full", "attention_scale": 0.3}],
-    ids=["grouped queries", "latent", "full norm"],
+    ("attention", "kernels"),
+    [
+        ({"num_kv_heads": 1}, "auto"),
+        ({"num_kv_heads": 1}, "reference"),
+        ({"latent_attention": LATENT}, "auto"),
+        ({"qk_norm": "full", "attention_scale": 0.3}, "auto"),
+    ],
 )
 def test_compiles_into_one_graph(attention: dict[str, Any], kernels: str) -> None:
     """The operators are ordinary ones to torch.compile: the same numbers, and no break in the graph.
