@@ -66,8 +66,8 @@ class ScheduleConfig(Config):
         return self
 
 
-# By default, tokens trained on for each that is validated on: a forward pass is a third of a step, so that validation
-# takes less than a tenth of a run however short that is.
+# By default, tokens trained on between two validations for each that one reads: a forward pass is a third of a step, so
+# that they take a twelfth of a run's time; the one at the end of a very short run may take more.
 _TRAINED_PER_VALIDATED = 4
 
 
@@ -75,7 +75,7 @@ class EvaluationConfig(Config):
     """The validation loss during training: dropless, no noise, the same sequences every time."""
 
     every_tokens: int | None = Field(
-        default=None, ge=1, description="null: as the checkpoint's; before every checkpoint in any case"
+        default=None, ge=1, description="null: by the same rule as checkpoints; before every checkpoint in any case"
     )
     sequences: int = Field(default=64, ge=1, description="validation sequences a time, at most what there is")
 

@@ -467,8 +467,8 @@ class Trainer:
 
     def _check_trainable(self) -> None:
         infos = list_checkpoints(self.run_folder)
+        why = "training requires the weights before they were rounded, and the optimizer's state"
         for info in infos:
-            why = "training requires the weights before they were rounded, and the optimizer's state"
             require_unquantized(info, why, named=str(self.run_folder), do="resume")
         if infos and not any("optimizer.safetensors" in info.files for info in infos):
             raise CheckpointError(

@@ -20,9 +20,7 @@ from moesaic.train.loss import Head, next_token_loss
 class RunStart:
     """Where a run stands when its objective is opened: tokens trained on, and the state that its checkpoint kept.
 
-    folder: the run's own, which is locked, and empty where the run begins.
-
-    state: None where the run begins.
+    state: None where the run begins. folder: the run's own, which is locked, and empty where the run begins.
     """
 
     tokens: int
