@@ -195,10 +195,11 @@ _LATENT_KEYS = (
 )
 
 
-def _llama_like(
-    *rules: KeyRule, has_head_dim: bool, epsilon: float = 1e-6, theta: float = 10_000.0
-) -> tuple[KeyRule, ...]:
-    return (*_SIZES, _MLP, _epsilon(epsilon), _KV_HEADS, HeadDim(has_key=has_head_dim), Rope(theta=theta), *rules)
+_ROPE = Rope()
+
+
+def _llama_like(*rules: KeyRule, has_head_dim: bool, epsilon: float = 1e-6, rope: Rope = _ROPE) -> tuple[KeyRule, ...]:
+    return (*_SIZES, _MLP, _epsilon(epsilon), _KV_HEADS, HeadDim(has_key=has_head_dim), rope, *rules)
 
 
 def _deepseek(scoring: str, *rules: KeyRule) -> tuple[KeyRule, ...]:
@@ -282,7 +283,7 @@ FAMILIES: dict[str, Family] = {
                 Always("moe.router.renormalize", True),
                 epsilon=1e-5,
                 has_head_dim=True,
-                theta=1e6,
+                rope=Rope(theta=1e6),
             ),
             (
                 *_MODEL_TENSORS,
@@ -397,13 +398,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "glm4_moe",
             "Glm4MoeForCausalLM",
-            (
-                *_SIZES,
-                _MLP,
-                _epsilon(1e-5),
-                _KV_HEADS,
-                HeadDim(has_key=True),
-                Rope(turned=0.5),
+            _llama_like(
                 OneOf("attention_bias", "attention_bias", {False: "none", True: "qkv"}, default=False),
                 OneOf("use_qk_norm", "qk_norm", {False: "none", True: "head"}, default=False),
                 _NO_MLP_BIAS,
@@ -416,6 +411,9 @@ FAMILIES: dict[str, Family] = {
                 Groups(),
                 SharedExperts(),
                 PlacesAfter(),
+                epsilon=1e-5,
+                has_head_dim=True,
+                rope=Rope(turned=0.5),
             ),
             (*_MODEL_TENSORS, *_PARTED_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
             left_out=("model.layers.{later}.",),
