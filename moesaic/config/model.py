@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from moesaic.config.base import Config
 from moesaic.errors import ConfigError
 
-Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+Activation = Literal["gelu", "gelu_tanh", "swiglu", "swiglu_oai"]
 QkNorm = Literal["none", "head", "full"]
 ResidualMix = Literal["sum", "softmax", "sigmoid"]
 
@@ -36,6 +36,7 @@ class RouterConfig(Config):
         default=False, description="balance by a bias on the scores used for the choice, never on the weights"
     )
     score_correction_rate: float = Field(default=1e-3, gt=0)
+    bias: bool = Field(default=False, description="a learned bias on the router's logits")
     balance_loss: float = Field(default=0.01, ge=0, description="coefficient, summed over layers")
     balance_scope: Literal["batch", "global_batch"] = Field(
         default="batch", description="whether f_e counts the micro-batch or the whole step so far"
@@ -263,9 +264,20 @@ class ModelConfig(Config):
     attention_scale: float | None = Field(
         default=None, gt=0, description="on the products of queries and keys; null: 1 / sqrt(head_dim)"
     )
+    attention_sinks: bool = Field(
+        default=False, description="a learned score per head that takes its part of the softmax and has no value"
+    )
+    sliding_window: int | None = Field(
+        default=None, ge=1, description="the positions that a token sees, its own the last of them; null: all up to it"
+    )
+    sliding_layers: tuple[int, ...] | None = Field(
+        default=None, description="the layers with the window, rising, counted from 0; null: all"
+    )
     latent_attention: LatentAttentionConfig | None = None
     mlp_bias: bool = False
-    activation: Activation = "swiglu"
+    activation: Activation = Field(
+        default="swiglu", description="of swiglu_oai, gpt-oss's, gate and up are clamped to 7, and up has 1 added"
+    )
     tie_embeddings: bool = True
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on attention weights and block outputs, training only")
     init_std: float = Field(default=0.02, gt=0)
@@ -320,6 +332,7 @@ class ModelConfig(Config):
                 f"turn pairs of a head's channels; use an even number of its channels, or null for all of them."
             )
         self._check_latent_attention()
+        self._check_sliding_layers()
         _ = self.layers  # resolves the pattern, or fails here and not at step 900
         return self
 
@@ -334,14 +347,39 @@ class ModelConfig(Config):
             "rope_head_dim": (self.rope_head_dim, None),
             "qk_norm": (self.qk_norm, "none"),
             "attention_bias": (self.attention_bias, "none"),
+            "attention_sinks": (self.attention_sinks, False),
+            "sliding_window": (self.sliding_window, None),
         }
         for name, (given, required) in wanted.items():
             if given != required:
                 raise ConfigError(
                     f"{name} ({given}) does not go with latent_attention, whose heads have their own keys of "
-                    f"nope_head_dim + rope_head_dim channels, both in its section, no biases and no norms of queries "
-                    f"and keys; it needs {required}; use that, or latent_attention = null."
+                    f"nope_head_dim + rope_head_dim channels, both in its section, no biases, no norms of queries "
+                    f"and keys, no sinks and no window; it needs {required}; use that, or latent_attention = null."
                 )
+
+    def _check_sliding_layers(self) -> None:
+        layers = self.sliding_layers
+        if layers is None:
+            return
+        if self.sliding_window is None:
+            self._refuse_without_effect("sliding_layers", "sliding_layers", needs="sliding_window (null: no window)")
+        wrong = [index for index in layers if not 0 <= index < self.num_layers]
+        if wrong or list(layers) != sorted(set(layers)) or not layers:
+            rising = sorted({index for index in layers if index not in wrong})
+            raise ConfigError(
+                f"sliding_layers ({list(layers)}) is not a choice of layers; at least one layer from 0 to "
+                f"{self.num_layers - 1}, rising, none twice, is required; use {rising or 'sliding_window = null'}."
+            )
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the positions that a token of layer `layer` sees, itself included; None for all up to it."""
+        return self.sliding_window if self.sliding_layers is None or layer in self.sliding_layers else None
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether an MLP's activation multiplies two products, of a gate and of what it lets through."""
+        return self.activation in ("swiglu", "swiglu_oai")
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

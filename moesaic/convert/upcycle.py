@@ -224,7 +224,7 @@ class _Stack:
 
 
 def _stacks(config: ModelConfig) -> list[_Stack]:
-    up = ("gate_proj", "up_proj") if config.activation == "swiglu" else ("up_proj",)
+    up = ("gate_proj", "up_proj") if config.is_gated else ("up_proj",)
     name = "gate_up" if len(up) == 2 else "up"
     stacks = [
         _Stack(f"{name}_proj", tuple(f"{each}.weight" for each in up), 0),

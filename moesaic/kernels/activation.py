@@ -8,18 +8,37 @@ from moesaic.kernels import products, select
 from moesaic.kernels.gradient import once_differentiable
 
 # In this order in source/activation_math.h.
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "swiglu_oai")
+
+# swiglu_oai, of gpt-oss (its reference implementation, and its model card, arXiv 2508.10925).
+OAI_LIMIT, OAI_SLOPE = 7.0, 1.702
+
+
+def is_gated(activation: str) -> bool:
+    """Whether it multiplies two halves of the pre-activation, [gate, up]."""
+    return activation in ("swiglu", "swiglu_oai")
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:
-    """Return the activation of pre: (N, F) for gelu and gelu_tanh, (N, 2F) as [gate, up] -> (N, F) for swiglu."""
-    assert pre.dim() == 2 and (activation != "swiglu" or pre.shape[1] % 2 == 0), (pre.shape, activation)
+    """Return the activation of pre: (N, F) for gelu and gelu_tanh, (N, 2F) as [gate, up] -> (N, F) for gated ones."""
+    assert pre.dim() == 2 and (not is_gated(activation) or pre.shape[1] % 2 == 0), (pre.shape, activation)
     if _has_kernel(pre, activation):
         return torch.ops.moesaic.activate(pre, activation)
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+    if is_gated(activation):
+        gate, up = pre.chunk(2, dim=-1)
+        return activate_gated(gate, up, activation)
     return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def activate_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Return the activation of gate and up (N, F), which autograd can follow."""
+    if activation == "swiglu":
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
+    return gate * torch.sigmoid(OAI_SLOPE * gate) * (up + 1)
 
 
 def activate_and_backward(grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -36,6 +55,15 @@ def activate_and_backward(grad: Tensor, pre: Tensor, activation: str) -> tuple[T
         activated *= up
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return activated, grad_pre
+    if activation == "swiglu_oai":
+        gate, up = pre.chunk(2, dim=-1)
+        bounded, shifted = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT) + 1
+        share = torch.sigmoid(OAI_SLOPE * bounded)
+        activated = bounded * share
+        slope = share + OAI_SLOPE * activated * (1 - share)
+        grad_gate = (grad * shifted * slope).masked_fill_(gate > OAI_LIMIT, 0.0)
+        grad_up = (grad * activated).masked_fill_(up.abs() > OAI_LIMIT, 0.0)
+        return activated * shifted, torch.cat([grad_gate, grad_up], -1)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return activate(pre, activation), torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
 
@@ -65,7 +93,7 @@ def _call(pre: Tensor, activation: str, activated: Tensor, grad: Tensor | None, 
 
 
 def _empty_activated(pre: Tensor, activation: str) -> Tensor:
-    return pre.new_empty(pre.shape[0], pre.shape[1] // 2 if activation == "swiglu" else pre.shape[1])
+    return pre.new_empty(pre.shape[0], pre.shape[1] // 2 if is_gated(activation) else pre.shape[1])
 
 
 @torch.library.custom_op("moesaic::activate", mutates_args=(), device_types="cpu")
@@ -125,7 +153,7 @@ class _Mlp(torch.autograd.Function):
 def mlp(
     x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str
 ) -> Tensor:
-    """Return the MLP of x (T, H); up is (F, H), or (2F, H) as [gate, up] for swiglu, down (H, F); all of one dtype.
+    """Return the MLP of x (T, H); up is (F, H), or (2F, H) as [gate, up] if gated, down (H, F); all of one dtype.
 
     The activation's output is recomputed in the backward pass: F numbers a token less to keep, for one cheap pass.
     """

@@ -27,38 +27,60 @@ def causal_attention(
     documents: Tensor | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the attention output (B, S, A, C); position s sees positions 0..s, of its own document only if given.
 
-    scale: on the products of queries and keys, None for 1 / sqrt(D).
+    scale: on the products of queries and keys, None for 1 / sqrt(D). window: position s sees the last `window` of them,
+    None for all. sinks: scores that take part in each head's softmax and have no value.
 
     Shapes: query (B, S, A, D); key (B, S, KV, D) and value (B, S, KV, C) with A a multiple of KV, and C often D;
-    documents (B, S) integers.
+    documents (B, S) integers; sinks (A,).
     """
     assert query.shape[:2] == key.shape[:2] == value.shape[:2], (query.shape, key.shape, value.shape)
     assert key.shape[2] == value.shape[2] and query.shape[3] == key.shape[3], (query.shape, key.shape, value.shape)
     assert query.shape[2] % key.shape[2] == 0, (query.shape, key.shape)
     assert documents is None or documents.shape == query.shape[:2], (documents.shape, query.shape)
     assert scale is None or scale > 0, scale
+    assert window is None or window > 0, window
+    assert sinks is None or sinks.shape == query.shape[2:3], (sinks, query.shape)
+    window = None if window is None or window >= query.shape[1] else window
     scale = query.shape[3] ** -0.5 if scale is None else scale
     value_dim = value.shape[3]
     if value_dim != key.shape[3]:
         # Kernels want one width; channels of zeros change no product and give zeros.
         width = -(-max(value_dim, key.shape[3]) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
         query, key, value = (F.pad(part, (0, width - part.shape[3])) for part in (query, key, value))
-        return _attend(query, key, value, documents, dropout, scale)[..., :value_dim]
-    return _attend(query, key, value, documents, dropout, scale)
+        return _attend(query, key, value, documents, dropout, scale, window, sinks)[..., :value_dim]
+    return _attend(query, key, value, documents, dropout, scale, window, sinks)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, dropout: float, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Tensor | None,
+    dropout: float,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    if dropout == 0.0 and _has_kernel(query, key, value):
+    if dropout == 0.0 and window is None and sinks is None and _has_kernel(query, key, value):
         return torch.ops.moesaic.causal_attention(query, key, value, documents, scale)[0]
-    mask = None if documents is None else document_mask(documents)
+    mask = None
+    if documents is not None or window is not None or sinks is not None:
+        mask = attention_mask(query.shape[1], query.device, documents=documents, window=window)
     is_widened = products.is_widened(query.device, query.dtype)
     if is_widened:
         query, key, value = query.float(), key.float(), value.float()
+    if sinks is not None:
+        assert mask is not None
+        # One more key, of zeros, whose score is the mask's.
+        key, value = (F.pad(part, (0, 0, 0, 0, 0, 1)) for part in (key, value))
+        scores = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+        column = sinks.to(query.dtype)[:, None, None].expand(mask.shape[0], -1, mask.shape[2], 1)
+        mask = torch.cat([scores.expand(-1, sinks.shape[0], -1, -1), column], -1)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -72,11 +94,16 @@ def _attend(
     return out.transpose(1, 2).bfloat16() if is_widened else out.transpose(1, 2)
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """Return the (B, 1, S, S) boolean mask that is causal and keeps attention inside documents."""
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril_()
-    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
+def attention_mask(
+    length: int, device: torch.device, *, documents: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Return the (B or 1, 1, S, S) boolean mask of what each position sees, as causal_attention says."""
+    mask = torch.ones(1, length, length, dtype=torch.bool, device=device).tril_()
+    if window is not None:
+        mask = mask.triu_(1 - window)
+    if documents is not None:
+        mask = mask & (documents[:, :, None] == documents[:, None, :])
+    return mask[:, None]
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:

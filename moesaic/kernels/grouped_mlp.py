@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import products
-from moesaic.kernels.activation import activate, activate_and_backward
+from moesaic.kernels.activation import activate, activate_and_backward, activate_gated, is_gated
 from moesaic.kernels.cpu import moe_training
 from moesaic.kernels.gradient import once_differentiable
 
@@ -25,7 +25,7 @@ _ROW_MULTIPLE = 8
 class ExpertWeights:
     """Stacked weights of E experts, all of one dtype.
 
-    Shapes: up (E, F, H), or (E, 2F, H) as [gate, up] for swiglu; down (E, H, F); up_bias (E, F or 2F); down_bias
+    Shapes: up (E, F, H), or (E, 2F, H) as [gate, up] if gated; down (E, H, F); up_bias (E, F or 2F); down_bias
     (E, H).
     """
 
@@ -194,9 +194,9 @@ def _grouped_mlp_cuda(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeigh
         return out + bias.repeat_interleave(tokens_per_expert, dim=0, output_size=rows.shape[0])
 
     hidden = linear(x, weights.up, weights.up_bias)
-    if weights.activation == "swiglu":
+    if is_gated(weights.activation):
         gate, up = hidden.chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
+        hidden = activate_gated(gate, up, weights.activation)
     else:
         hidden = F.gelu(hidden, approximate="tanh" if weights.activation == "gelu_tanh" else "none")
     return linear(hidden, weights.down, weights.down_bias)

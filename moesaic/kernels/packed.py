@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import select
-from moesaic.kernels.activation import ACTIVATIONS, activate
+from moesaic.kernels.activation import ACTIVATIONS, activate, is_gated
 from moesaic.kernels.addresses import RemembersAddresses
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, pack_nibbles, quantized_linear, unpack_nibbles
 
@@ -135,7 +135,7 @@ class PackedWeight(RemembersAddresses):
 class PackedMlp(RemembersAddresses):
     """One MLP, or a stack of E, with packed weights.
 
-    Shapes: up (F, H), or (2F, H) gated for swiglu; down (H, F); up_bias fp32 (E, N padded), in the order of up's
+    Shapes: up (F, H), or (2F, H) if gated; down (H, F); up_bias fp32 (E, N padded), in the order of up's
     panels; down_bias fp32 (E, H). `pack_mlp` makes them.
     """
 
@@ -147,9 +147,11 @@ class PackedMlp(RemembersAddresses):
 
     def __post_init__(self) -> None:
         assert self.activation in ACTIVATIONS, self.activation
-        is_gated = self.activation == "swiglu"
-        assert self.up.is_gated == is_gated and not self.down.is_gated, (self.activation, self.up.is_gated)
-        inner = self.up.out_size // 2 if is_gated else self.up.out_size
+        assert self.up.is_gated == is_gated(self.activation) and not self.down.is_gated, (
+            self.activation,
+            self.up.is_gated,
+        )
+        inner = self.up.out_size // 2 if self.up.is_gated else self.up.out_size
         assert inner == self.down.in_size, (self.up.shape, self.down.shape)
         assert self.up.in_size == self.down.out_size, (self.up.shape, self.down.shape)
         assert self.up.num_matrices == self.down.num_matrices, (self.up.shape, self.down.shape)
@@ -223,19 +225,20 @@ def pack_mlp(
 ) -> PackedMlp:
     """Return an MLP packed, or a stack of them.
 
-    Shapes: up (F, H), or (2F, H) as [gate, up] for swiglu; down (H, F); biases (F or 2F) and (H); all with a leading E
+    Shapes: up (F, H), or (2F, H) as [gate, up] if gated; down (H, F); biases (F or 2F) and (H); all with a leading E
     for a stack.
     """
-    is_gated = activation == "swiglu"
     assert up_bias is None or up_bias.shape == up.shape[:-1], (up_bias.shape, up.shape)
     assert down_bias is None or down_bias.shape == down.shape[:-1], (down_bias.shape, down.shape)
     if up_bias is not None:
-        order = _panel_order(up.shape[-2], is_gated).to(up_bias.device)
+        order = _panel_order(up.shape[-2], is_gated(activation)).to(up_bias.device)
         rows = up_bias.detach().float().reshape(-1, up.shape[-2])
         up_bias = F.pad(rows, (0, 1)).index_select(1, order)  # for padding order says N
     if down_bias is not None:
         down_bias = down_bias.detach().float().reshape(-1, down.shape[-2]).contiguous()
-    return PackedMlp(pack_weight(up, interleave_gate=is_gated), pack_weight(down), up_bias, down_bias, activation)
+    return PackedMlp(
+        pack_weight(up, interleave_gate=is_gated(activation)), pack_weight(down), up_bias, down_bias, activation
+    )
 
 
 def unpack_weight(weight: PackedWeight, matrix: int = 0) -> Tensor | QuantizedWeight:

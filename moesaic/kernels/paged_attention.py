@@ -193,21 +193,31 @@ def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) ->
     assert not failed, _misfit(batch, blocks, key.shape[0])
 
 
-def paged_attention(query: Tensor, blocks: KVBlocks, batch: PagedBatch, *, scale: float | None = None) -> Tensor:
+def paged_attention(
+    query: Tensor,
+    blocks: KVBlocks,
+    batch: PagedBatch,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Return (T, A, D): each token's attention to its sequence up to itself, whose keys and values are in blocks.
 
-    scale: on the products of queries and keys, None for 1 / sqrt(D).
+    scale, window, sinks: as causal_attention has them.
 
-    Shapes: query (T, A, D), A a multiple of KV.
+    Shapes: query (T, A, D), A a multiple of KV; sinks (A,).
     """
     num_tokens, num_heads, head_dim = query.shape
     assert head_dim == blocks.head_dim and num_heads % blocks.num_kv_heads == 0, (query.shape, blocks.keys.shape)
     assert not (query.requires_grad and torch.is_grad_enabled()), "paged attention is for inference: it has no gradient"
     assert scale is None or scale > 0, scale
+    assert window is None or window > 0, window
+    assert sinks is None or sinks.shape == (num_heads,), (sinks, query.shape)
     scale = head_dim**-0.5 if scale is None else scale
     library = _library(query, blocks)
-    if library is None:
-        return _attention_reference(query, blocks, batch, scale)
+    if library is None or window is not None or sinks is not None:
+        return _attention_reference(query, blocks, batch, scale, window, sinks)
     query = _rows(query)
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=torch.bfloat16)
     attend = library.function("moesaic_paged_attention", "pipiif" + "ppppiiii" + "pppii")
@@ -284,7 +294,9 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(is_zero, 0.0, torch.where(finite, largest / 127.0, float("nan")))
 
 
-def _attention_reference(query: Tensor, blocks: KVBlocks, batch: PagedBatch, scale: float) -> Tensor:
+def _attention_reference(
+    query: Tensor, blocks: KVBlocks, batch: PagedBatch, scale: float, window: int | None, sinks: Tensor | None
+) -> Tensor:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     group = query.shape[1] // blocks.num_kv_heads
     starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
@@ -298,7 +310,13 @@ def _attention_reference(query: Tensor, blocks: KVBlocks, batch: PagedBatch, sca
         asked = query[first:last].float().unflatten(1, (-1, group))  # (S, KV, G, D)
         scores = torch.einsum("skgd,lkd->kgsl", asked, keys) * scale
         hidden = torch.ones(new, length, dtype=torch.bool, device=query.device).triu_(length - new + 1)
-        probabilities = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril_(length - new - window)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            column = sinks.float().view(blocks.num_kv_heads, group, 1, 1).expand(-1, -1, new, 1)
+            scores = torch.cat([scores, column], -1)
+        probabilities = torch.softmax(scores, -1)[..., :length]
         attended = torch.einsum("kgsl,lkd->skgd", probabilities, values)
         out[first:last] = attended.flatten(1, 2).to(query.dtype)
     return out

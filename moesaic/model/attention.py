@@ -1,5 +1,6 @@
-"""Multi-head and grouped-query causal attention with optional QK-norm and rotary positions."""
+"""Multi-head and grouped-query causal attention with optional QK-norm, rotary positions, windows and sinks."""
 
+import torch
 from torch import Tensor, nn
 
 from moesaic.config.model import ModelConfig
@@ -13,15 +14,17 @@ from moesaic.model.rotary import rotate
 
 class Attention(nn.Module):
     """Shapes: q_proj (A * D, H), k_proj and v_proj (KV * D, H), o_proj (H, A * D); q_norm and k_norm (D,) for each
-    head, or (A * D,) and (KV * D,) for all together.
+    head, or (A * D,) and (KV * D,) for all together; sinks (A,).
 
     Packed for inference, qkv_proj ((A + 2 KV) * D, H) is in the place of the first three.
     """
 
     qkv_proj: Linear | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, window: int | None = None) -> None:
+        """window: the positions that a token sees, its own the last of them; None for all up to it."""
         super().__init__()
+        self.window = window
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.scale = config.attention_scale
         self.dropout = config.dropout
@@ -33,6 +36,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(
             config.num_heads * config.head_dim, config.hidden_size, has_bias=config.attention_bias == "all"
         )
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.attention_sinks else None
         self.norms_all_heads = config.qk_norm == "full"
         self.q_norm, self.k_norm = (
             None
@@ -68,12 +72,21 @@ class Attention(nn.Module):
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
-            out = causal_attention(query, key, value, documents=documents, dropout=dropout, scale=self.scale)
+            out = causal_attention(
+                query,
+                key,
+                value,
+                documents=documents,
+                dropout=dropout,
+                scale=self.scale,
+                window=self.window,
+                sinks=self.sinks,
+            )
         else:
             assert isinstance(cache.storage, KVStorage), type(cache.storage)
             blocks = cache.storage.layers[layer]
             write_kv(key[0], value[0], blocks, cache.batch)
-            out = paged_attention(query[0], blocks, cache.batch, scale=self.scale)
+            out = paged_attention(query[0], blocks, cache.batch, scale=self.scale, window=self.window, sinks=self.sinks)
         return self.o_proj(out.reshape(batch, length, self.num_heads * self.head_dim))
 
     def _norm(self, norm: RmsNorm, heads: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.config.model import FeedForwardConfig, ModelConfig
-from moesaic.kernels.activation import mlp
+from moesaic.kernels.activation import activate_gated, is_gated, mlp
 from moesaic.kernels.packed import PackedMlp, packed_mlp, packed_moe
 from moesaic.model.linear import Linear
 from moesaic.moe.experts import Experts
@@ -17,12 +17,12 @@ from moesaic.moe.router import finish_weights
 
 
 class Mlp(nn.Module):
-    """Shapes: up_proj (F, H), or gate_proj and up_proj for swiglu; down_proj (H, F); none of them once packed."""
+    """Shapes: up_proj (F, H), or gate_proj and up_proj if gated; down_proj (H, F); none of them once packed."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, has_bias: bool) -> None:
         super().__init__()
         self.activation = activation
-        self.gate_proj = Linear(hidden_size, intermediate_size, has_bias=has_bias) if activation == "swiglu" else None
+        self.gate_proj = Linear(hidden_size, intermediate_size, has_bias=has_bias) if is_gated(activation) else None
         self.up_proj = Linear(hidden_size, intermediate_size, has_bias=has_bias)
         self.down_proj = Linear(intermediate_size, hidden_size, has_bias=has_bias)
         self.packed: PackedMlp | None = None
@@ -53,7 +53,7 @@ class Mlp(nn.Module):
         """The same where an adapter stands in a layer's place."""
         up = self.up_proj(x)
         if self.gate_proj is not None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * up)
+            return self.down_proj(activate_gated(self.gate_proj(x), up, self.activation))
         return self.down_proj(F.gelu(up, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 

@@ -52,10 +52,12 @@ class _Recorded:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, layer: FeedForwardConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: FeedForwardConfig, *, window: int | None = None) -> None:
         super().__init__()
         self.attention_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
-        self.attention = Attention(config) if config.latent_attention is None else LatentAttention(config)
+        self.attention = (
+            Attention(config, window=window) if config.latent_attention is None else LatentAttention(config)
+        )
         self.feed_forward_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
         self.feed_forward = FeedForward(config, layer)
         self.dropout = config.dropout
@@ -109,7 +111,9 @@ class Transformer(nn.Module):
             if config.positions == "learned"
             else None
         )
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, window=config.window_of(index)) for index, layer in enumerate(config.layers)
+        )
         self.final_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
         self.lm_head = (
             None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
@@ -178,8 +182,11 @@ class Transformer(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, Router):
                 draw(module.weight, std)
-                if module.score_correction_bias is not None:
-                    module.score_correction_bias.zero_()
+                for bias in (module.bias, module.score_correction_bias):
+                    if bias is not None:
+                        bias.zero_()
+            elif isinstance(module, Attention) and module.sinks is not None:
+                module.sinks.zero_()
             elif isinstance(module, MoELayer) and module.output_scale is not None:
                 module.output_scale.fill_(1.0)
             elif isinstance(module, Experts):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from moesaic.kernels.activation import is_gated
 from moesaic.kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from moesaic.kernels.packed import PackedMlp
 from moesaic.kernels.routed_mlp import routed_mlp
@@ -12,7 +13,7 @@ from moesaic.moe.dispatch import DispatchPlan
 class Experts(nn.Module):
     """E MLPs.
 
-    Shapes: up_proj (E, F, H), or gate_up_proj (E, 2F, H) as [gate, up] for swiglu; down_proj (E, H, F); biases (E, F or
+    Shapes: up_proj (E, F, H), or gate_up_proj (E, 2F, H) as [gate, up] if gated; down_proj (E, H, F); biases (E, F or
     2F) and (E, H). Packed for inference it has none of them, but `packed`.
     """
 
@@ -21,7 +22,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.is_gated = activation == "swiglu"
+        self.is_gated = is_gated(activation)
         self.packed: PackedMlp | None = None
         inner = 2 * intermediate_size if self.is_gated else intermediate_size
         name = "gate_up" if self.is_gated else "up"

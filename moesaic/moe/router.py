@@ -33,7 +33,7 @@ class Routing:
 
 
 class Router(nn.Module):
-    """A linear layer without bias in fp32, a scoring function, and the choice of top_k experts."""
+    """A linear layer in fp32, a scoring function, and the choice of top_k experts."""
 
     score_correction_bias: Tensor | None
 
@@ -42,14 +42,17 @@ class Router(nn.Module):
         self.top_k = top_k
         self.config = config
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        bias = torch.zeros(num_experts) if config.score_correction_bias else None
-        self.register_buffer("score_correction_bias", bias)
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if config.bias else None
+        correction = torch.zeros(num_experts) if config.score_correction_bias else None
+        self.register_buffer("score_correction_bias", correction)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight as nn.Linear is, from torch's global generator; the correction bias is 0."""
+        """Draw the weight as nn.Linear is, from torch's global generator; biases are 0."""
         bound = self.weight.shape[1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         if self.score_correction_bias is not None:
             nn.init.zeros_(self.score_correction_bias)
 
@@ -63,13 +66,15 @@ class Router(nn.Module):
         """
         noise = self.config.noise if self.training else "none"
         # Without rsample's draw, which is PyTorch's: a replay has to take the path that the first pass took.
-        if noise != "rsample" and routing.can_route(x):
+        if noise != "rsample" and self.bias is None and routing.can_route(x):
             return self._route_in_one_call(self._jitter(x, seed) if noise == "jitter" else x, valid, expert_ids)
         x = x.float()
         if noise == "jitter":
             x = self._jitter(x, seed)
         with torch.autocast(x.device.type, enabled=False):
             router_logits = x @ self.weight.float().t()  # (T, E)
+            if self.bias is not None:
+                router_logits = router_logits + self.bias.float()
         if self.config.scoring == "softmax":
             scores = probabilities = torch.softmax(router_logits, -1)
         else:

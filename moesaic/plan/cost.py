@@ -151,7 +151,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     The backward pass is twice the forward pass; the mean context is (sequence_length + 1) / 2. Recomputation by
     activation checkpointing is not counted: it is no useful work.
     """
-    return 3 * _matrix_flops(config) + 3 * _attention_flops(config, sequence_length + 1) // 2
+    return 3 * _matrix_flops(config) + 3 * _attention_flops(config, sequence_length, is_mean=True)
 
 
 def memory(config: ModelConfig, *, micro_batch_size: int = 1, sequence_length: int | None = None) -> MemoryEstimate:
@@ -198,11 +198,11 @@ def _count_layer(config: ModelConfig, index: int, layer: FeedForwardConfig) -> L
     expert = _mlp(config, layer.expert_intermediate_size) if layer.is_moe else 0
     return LayerParameters(
         index=index,
-        attention=_attention_matrices(config) + _attention_biases(config),
+        attention=_attention_matrices(config) + _attention_biases(config) + _attention_sinks(config),
         norms=2 * _norm(config) + _attention_norms(config),
         dense_mlp=_mlp(config, layer.intermediate_size) if layer.intermediate_size else 0,
         residual_mix=_residual_mix(config, layer),
-        router=layer.num_experts * config.hidden_size + int(layer.output_scale),
+        router=layer.num_experts * (config.hidden_size + int(layer.router.bias)) + int(layer.output_scale),
         experts=layer.num_experts * expert,
         active_experts=layer.top_k * expert,
     )
@@ -252,9 +252,13 @@ def _attention_biases(config: ModelConfig) -> int:
     return {"none": 0, "qkv": qkv, "all": qkv + config.hidden_size}[config.attention_bias]
 
 
+def _attention_sinks(config: ModelConfig) -> int:
+    return config.num_heads if config.attention_sinks else 0
+
+
 def _input_matrices(config: ModelConfig) -> int:
     """How many matrices lead into an MLP's intermediate width: gate and up, or up alone."""
-    return 2 if config.activation == "swiglu" else 1
+    return 2 if config.is_gated else 1
 
 
 def _mlp_matrices(config: ModelConfig, intermediate_size: int) -> int:
@@ -283,10 +287,16 @@ def _matrix_flops(config: ModelConfig) -> int:
     return 2 * multiplied
 
 
-def _attention_flops(config: ModelConfig, context: int) -> int:
+def _attention_flops(config: ModelConfig, context: int, *, is_mean: bool = False) -> int:
+    """is_mean: of the tokens of a sequence that is `context` long, rather than of its last."""
     latent = config.latent_attention
     value_dim = config.head_dim if latent is None else latent.value_head_dim
-    return 2 * config.num_layers * config.num_heads * (config.head_dim + value_dim) * context
+    twice_seen = 0
+    for layer in range(config.num_layers):
+        window = min(config.window_of(layer) or context, context)
+        # Of a sequence's tokens the first `window` see 1, 2, ... positions.
+        twice_seen += window * (2 * context - window + 1) // context if is_mean else 2 * window
+    return config.num_heads * (config.head_dim + value_dim) * twice_seen
 
 
 def _kept_per_token(config: ModelConfig, layer: FeedForwardConfig) -> int:

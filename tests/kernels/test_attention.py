@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moesaic.kernels import attention, select
-from moesaic.kernels.attention import causal_attention, document_mask
+from moesaic.kernels import select
+from moesaic.kernels.attention import attention_mask, causal_attention
 
 LENGTHS = (1, 2, 17, 63, 65, 130)
 # Heads, KV heads, head_dim: padded to 32 (16, 48) or not, one panel, two, and many.
@@ -50,7 +50,9 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=None if documents is None else document_mask(documents),
+        attn_mask=None
+        if documents is None
+        else attention_mask(documents.shape[1], documents.device, documents=documents),
         is_causal=documents is None,
         enable_gqa=True,
     )
@@ -340,4 +342,7 @@ def test_refuses_shapes_that_do_not_fit() -> None:
         causal_attention(key, key, value, documents=torch.zeros(2, 7, dtype=torch.long))
     with pytest.raises(AssertionError, match=r"-1\.0"):
         causal_attention(key, key, value, scale=-1.0)
-    assert attention.document_mask(torch.zeros(1, 3, dtype=torch.long)).sum() == 6
+    with pytest.raises(AssertionError):
+        causal_attention(key, key, value, sinks=torch.zeros(5))
+    with pytest.raises(AssertionError, match="0"):
+        causal_attention(key, key, value, window=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import products
-from moesaic.kernels.activation import ACTIVATIONS
+from moesaic.kernels.activation import ACTIVATIONS, is_gated
 from moesaic.kernels.select import cpu_library
 
 _SIZE_MULTIPLE = 32
@@ -247,7 +247,7 @@ def _call(
     """Return the call's inputs, and the tensors that must live until it has returned."""
     num_tokens, hidden_size = x.shape
     num_experts, _, intermediate_size = down.shape
-    inner = 2 * intermediate_size if activation == "swiglu" else intermediate_size
+    inner = 2 * intermediate_size if is_gated(activation) else intermediate_size
     assert up.shape == (num_experts, inner, hidden_size), (up.shape, down.shape, x.shape)
     assert down.shape[1] == hidden_size and tokens_per_expert.shape == (num_experts,), (down.shape, x.shape)
     assert up_bias is None or up_bias.shape == (num_experts, inner), (up_bias.shape, up.shape)

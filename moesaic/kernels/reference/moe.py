@@ -8,10 +8,14 @@ from moesaic.kernels.grouped_mlp import ExpertWeights
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:
-    """Apply the MLP's activation to (..., F), or to (..., 2F) as [gate, up] for swiglu."""
+    """Apply the MLP's activation to (..., F), or to (..., 2F) as [gate, up] for gated ones."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return F.silu(gate) * up
+    if activation == "swiglu_oai":
+        gate, up = pre.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
