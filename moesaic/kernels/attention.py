@@ -16,6 +16,7 @@ from moesaic.kernels import products
 from moesaic.kernels.select import cpu_library
 
 _HEAD_DIM_MULTIPLE = 16
+_BLOCK = 32  # positions that the kernels take together
 _MAX_HEAD_DIM = 256
 
 
@@ -66,8 +67,8 @@ def _attend(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    if dropout == 0.0 and window is None and sinks is None and _has_kernel(query, key, value):
-        return torch.ops.moesaic.causal_attention(query, key, value, documents, scale)[0]
+    if dropout == 0.0 and _has_kernel(query, key, value):
+        return torch.ops.moesaic.causal_attention(query, key, value, documents, sinks, scale, window)[0]
     mask = None
     if documents is not None or window is not None or sinks is not None:
         mask = attention_mask(query.shape[1], query.device, documents=documents, window=window)
@@ -130,8 +131,13 @@ def _integers(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _sizes(query: Tensor, key: Tensor) -> "ctypes.Array[ctypes.c_int64]":
-    return _integers([*query.shape[:3], key.shape[2], query.shape[3]])
+def _sizes(query: Tensor, key: Tensor, window: int | None) -> "ctypes.Array[ctypes.c_int64]":
+    length = query.shape[1]
+    return _integers([*query.shape[:3], key.shape[2], query.shape[3], length if window is None else window])
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _strides(operands: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_int64]":
@@ -140,7 +146,13 @@ def _strides(operands: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_int64]":
 
 @torch.library.custom_op("moesaic::causal_attention", mutates_args=(), device_types="cpu")
 def _causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, S, A, D) and, for the backward pass, (B, A, 2, S): a query's largest score, and log2 of the
     sum of its weights where that of the largest score is 1."""
@@ -148,15 +160,17 @@ def _causal_attention(
     assert library is not None
     operands = _operands(query, key, value)
     numbers = None if documents is None else documents.to(torch.int64).contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
     batch, length, heads, _ = query.shape
     out = query.new_empty(query.shape)
     normalizers = query.new_empty(batch, heads, 2, length, dtype=torch.float32)
-    library.function("moesaic_attention_forward", "pdppppppp")(
-        _sizes(query, key),
+    library.function("moesaic_attention_forward", "pdpppppppp")(
+        _sizes(query, key, window),
         scale,
         _strides(operands),
         *(tensor.data_ptr() for tensor in operands),
-        None if numbers is None else numbers.data_ptr(),
+        _address(numbers),
+        _address(sinks),
         out.data_ptr(),
         normalizers.data_ptr(),
     )
@@ -164,7 +178,15 @@ def _causal_attention(
 
 
 @_causal_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(batch, heads, 2, length, dtype=torch.float32)
 
@@ -178,24 +200,34 @@ def _causal_attention_backward(
     out: Tensor,
     normalizers: Tensor,
     documents: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and sinks; without sinks the last is empty."""
     library = cpu_library()
     assert library is not None
     operands = _operands(query, key, value, out, grad)
     numbers = None if documents is None else documents.to(torch.int64).contiguous()
     normalizers = normalizers.contiguous()
     grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
-    library.function("moesaic_attention_backward", "pdppppppppppp")(
-        _sizes(query, key),
+    batch, length, heads, _ = query.shape
+    numbers_of_sinks = None if sinks is None else sinks.float().contiguous()
+    sink_parts = torch.empty(batch, heads, -(-length // _BLOCK), dtype=torch.float32) if sinks is not None else None
+    library.function("moesaic_attention_backward", "pdppppppppppppp")(
+        _sizes(query, key, window),
         scale,
         _strides(operands),
         *(tensor.data_ptr() for tensor in operands),
-        None if numbers is None else numbers.data_ptr(),
+        _address(numbers),
         normalizers.data_ptr(),
+        _address(numbers_of_sinks),
         *(tensor.data_ptr() for tensor in grads),
+        _address(sink_parts),
     )
-    return grads[0], grads[1], grads[2]
+    if sinks is None or sink_parts is None:
+        return grads[0], grads[1], grads[2], query.new_empty(0)
+    return grads[0], grads[1], grads[2], sink_parts.sum((0, 2)).to(sinks.dtype)
 
 
 @_causal_attention_backward.register_fake
@@ -207,21 +239,24 @@ def _(
     out: Tensor,
     normalizers: Tensor,
     documents: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_sinks = query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_sinks
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, documents, ctx.scale = inputs
+    query, key, value, documents, sinks, ctx.scale, ctx.window = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, documents)
+    ctx.save_for_backward(query, key, value, *output, documents, sinks)
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    query, key, value, out, normalizers, documents = ctx.saved_tensors
-    grads = torch.ops.moesaic.causal_attention_backward(grad, query, key, value, out, normalizers, documents, ctx.scale)
-    return *grads, None, None
+    saved = ctx.saved_tensors
+    *grads, grad_sinks = torch.ops.moesaic.causal_attention_backward(grad, *saved, ctx.scale, ctx.window)
+    return *grads, None, None if saved[-1] is None else grad_sinks, None, None
 
 
 _causal_attention.register_autograd(_backward, setup_context=_save_for_backward)

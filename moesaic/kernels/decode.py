@@ -54,7 +54,7 @@ class LayerPart:
     Shapes: qkv ((A + 2 KV) * D, H), rows of queries, keys, values, or as LatentPart says; o_proj (H, A * D), or
     (H, A * C); mix (2, H) or (1, H) where residual_mix is not "sum"; biases fp32 or None; q_norm and k_norm fp32 or
     None, both (D,) for each head, or (A * D,) and (KV * D,) for all heads together; of latent attention (Q,), or None,
-    and (R,).
+    and (R,); sinks (A,) fp32. has_window: its tokens see the model's window alone.
     """
 
     attention_norm: NormPart
@@ -62,6 +62,8 @@ class LayerPart:
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
+    sinks: Tensor | None
+    has_window: bool
     o_proj: PackedWeight
     o_bias: Tensor | None
     feed_forward_norm: NormPart
@@ -112,6 +114,7 @@ class ModelPart:
     head_dim: int
     norm_epsilon: float
     attention_scale: float
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -161,14 +164,15 @@ _Guesses = _structure("ExpertGuesses", share=_D, num_passes=_I)
 _Layer = _structure(
     "DecodeLayer",
     attention_norm=_Norm, feed_forward_norm=_Norm, qkv_proj=_P, qkv_bias=_P, q_norm=_P, k_norm=_P, norms_all_heads=_I,
-    q_up=_P, key_up=_P, value_up=_P, o_proj=_P, o_bias=_P, mlp=_P, experts=_P, num_experts=_I, top_k=_I, router=_P,
+    q_up=_P, key_up=_P, value_up=_P, sinks=_P, has_window=_I, o_proj=_P, o_bias=_P, mlp=_P, experts=_P,
+    num_experts=_I, top_k=_I, router=_P,
     correction_bias=_P, scoring=_I, num_groups=_I, top_groups=_I, renormalize=_I, router_scale=_D, mix=_I,
     mix_weight=_P, mix_bias=_P,
 )  # fmt: skip
 _Model = _structure(
     "DecodeModel",
     num_layers=_I, hidden_size=_I, vocab_size=_I, max_positions=_I, num_heads=_I, num_kv_heads=_I, head_dim=_I,
-    norm_epsilon=_D, attention_scale=_D, layers=_P, tied_embedding=_P, embedding=_P, position_embedding=_P,
+    norm_epsilon=_D, attention_scale=_D, window=_I, layers=_P, tied_embedding=_P, embedding=_P, position_embedding=_P,
     cosines=_P, sines=_P, final_norm=_Norm, head=_P, guesses=_P, kv_rank=_I, query_rank=_I, nope_dim=_I, rope_dim=_I,
     value_dim=_I, latent_epsilon=_D,
 )  # fmt: skip
@@ -223,7 +227,7 @@ class DecodePlan:
         return _Model(
             len(model.layers), model.hidden_size, model.vocab_size, model.max_positions, model.num_heads,
             model.num_kv_heads, model.head_dim, model.norm_epsilon, model.attention_scale,
-            ctypes.addressof(self._layers), _address(model.embedding) if is_tied else None,
+            model.window or 0, ctypes.addressof(self._layers), _address(model.embedding) if is_tied else None,
             None if is_tied else _address(model.embedding),
             _address(model.position_embedding), _address(cosines), _address(sines), _fill_norm(model.final_norm),
             _address(model.head), ctypes.addressof(self._guesses) if self.reads_ahead else None,
@@ -317,6 +321,8 @@ def _fill_layer(layer: LayerPart, panels: Tensor | None, *, head_dim: int) -> ct
         q_up=None if latent is None else _address(latent.q_up),
         key_up=None if latent is None else _address(latent.key_up),
         value_up=None if latent is None else _address(latent.value_up),
+        sinks=_address(layer.sinks),
+        has_window=layer.has_window,
         o_proj=_address(layer.o_proj),
         o_bias=_address(layer.o_bias),
         mlp=_address(layer.mlp),

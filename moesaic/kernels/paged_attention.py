@@ -216,13 +216,15 @@ def paged_attention(
     assert sinks is None or sinks.shape == (num_heads,), (sinks, query.shape)
     scale = head_dim**-0.5 if scale is None else scale
     library = _library(query, blocks)
-    if library is None or window is not None or sinks is not None:
+    if library is None:
         return _attention_reference(query, blocks, batch, scale, window, sinks)
     query = _rows(query)
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=torch.bfloat16)
-    attend = library.function("moesaic_paged_attention", "pipiif" + "ppppiiii" + "pppii")
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    attend = library.function("moesaic_paged_attention", "pipiifip" + "ppppiiii" + "pppii")
     failed = attend(
-        query.data_ptr(), query.stride(0), out.data_ptr(), num_tokens, num_heads, scale,
+        query.data_ptr(), query.stride(0), out.data_ptr(), num_tokens, num_heads, scale, window or 0,
+        None if sinks is None else sinks.data_ptr(),
         *blocks.arguments, *batch.arguments,
     )  # fmt: skip
     assert not failed, _misfit(batch, blocks, num_tokens)

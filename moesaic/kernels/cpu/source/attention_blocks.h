@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #include "gemm_bf16.h"
@@ -80,14 +81,26 @@ struct WriteItem {
 
 // Rows of one sequence, a row being a query and one of the heads that share a key/value head; key/value heads; and
 // splits of the sequence's positions. partial: where the first head's results wait to be merged with those of the splits
-// before and after, else -1.
+// before and after, else -1. first_position: of the first panel that one of the rows sees.
 struct AttentionItem {
     int sequence, first_row, rows, first_split, num_splits, first_head, num_heads;
     int64_t partial;
+    int first_position;
+
+    int start_of(int split) const { return std::max(split * kSplit, first_position); }
 };
 
-// What a batch is cut into; the same for every layer.
+constexpr int kNoWindow = std::numeric_limits<int>::max() / 2;
+
+// As Python says it, where 0 is none.
+inline int window_of(int64_t window) { return window ? int(std::min<int64_t>(window, kNoWindow)) : kNoWindow; }
+
+// The panel with the first position that a query at `position` sees.
+inline int first_panel_seen(int position, int window) { return std::max(position - window + 1, 0) / kPanel * kPanel; }
+
+// What a batch is cut into; the same for every layer with the same window.
 struct PagedPlan {
+    int window;                            // the positions that a query sees, its own the last of them
     std::vector<WriteItem> writes;
     std::vector<AttentionItem> many_rows;  // one key/value head each
     std::vector<AttentionItem> few_rows;   // one split each, in the order in which they are best read
@@ -98,14 +111,17 @@ struct PagedPlan {
 
 // Into how many runs of key/value heads the rows of sequences with few of them are cut: into as few as keep all threads
 // busy. A run of half as many heads reads about a tenth slower.
-inline int head_runs(const PagedBatch& batch, int group, int kv_heads) {
+inline int head_runs(const PagedBatch& batch, int group, int kv_heads, int window) {
     const int threads = omp_get_max_threads();
     std::vector<int> lengths;  // of splits, in panels
     for (int s = 0; s < batch.num_sequences; ++s) {
         const int queries = batch.starts[s + 1] - batch.starts[s];
         if (queries == 0 || queries * group > kAttentionRows) continue;
-        for (int at = 0; at < batch.lengths[s]; at += kSplit)
-            lengths.push_back((std::min(kSplit, batch.lengths[s] - at) + kPanel - 1) / kPanel);
+        for (int at = first_panel_seen(batch.lengths[s] - queries, window); at < batch.lengths[s];) {
+            const int end = std::min((at / kSplit + 1) * kSplit, batch.lengths[s]);
+            lengths.push_back((end - at + kPanel - 1) / kPanel);
+            at = end;
+        }
     }
     int best = 1;
     double least = INFINITY, slower = 1;
@@ -143,29 +159,32 @@ inline std::vector<WriteItem> plan_writes(const PagedBatch& batch, const PagedCa
     return writes;
 }
 
-inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, int64_t num_heads) {
+inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, int64_t num_heads, int window) {
     PagedPlan plan;
+    plan.window = window;
     plan.writes = plan_writes(batch, cache);
     const int kv_heads = int(cache.num_kv_heads), group = int(num_heads) / kv_heads;
     const int width = cache.width();
-    const int runs = head_runs(batch, group, kv_heads);
+    const int runs = head_runs(batch, group, kv_heads, window);
     for (int s = 0; s < batch.num_sequences; ++s) {
         const int queries = batch.starts[s + 1] - batch.starts[s], length = batch.lengths[s];
         if (queries == 0) continue;
         const int rows = queries * group;
-        plan.work += 4.0 * rows * cache.num_kv_heads * double(length) * width;
+        plan.work += 4.0 * rows * cache.num_kv_heads * double(std::min(length, window)) * width;
         if (rows <= kAttentionRows) {
             const int heads_each = std::max(1, std::min((kv_heads + runs - 1) / runs, kAttentionRows / rows));
-            const int splits = (length + kSplit - 1) / kSplit;
+            const int start = first_panel_seen(length - queries, window), first_split = start / kSplit;
+            const int splits = (length + kSplit - 1) / kSplit - first_split;
             const int64_t each = int64_t(state_floats(rows, width));
             const int64_t partial = splits == 1 ? -1 : int64_t(plan.partial_floats);
             for (int split = 0; split < splits; ++split)
                 for (int head = 0; head < kv_heads; head += heads_each)
-                    plan.few_rows.push_back({s, 0, rows, split, 1, head, std::min(heads_each, kv_heads - head),
-                                             splits == 1 ? -1 : partial + (split * kv_heads + head) * each});
+                    plan.few_rows.push_back({s, 0, rows, first_split + split, 1, head,
+                                             std::min(heads_each, kv_heads - head),
+                                             splits == 1 ? -1 : partial + (split * kv_heads + head) * each, start});
             if (splits == 1) continue;
             for (int head = 0; head < kv_heads; ++head)
-                plan.merges.push_back({s, 0, rows, 0, splits, head, 1, partial + head * each});
+                plan.merges.push_back({s, 0, rows, first_split, splits, head, 1, partial + head * each, start});
             plan.partial_floats += size_t(splits * each * kv_heads);
             continue;
         }
@@ -173,8 +192,10 @@ inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, in
         for (int row = (rows - 1) / kAttentionRows * kAttentionRows; row >= 0; row -= kAttentionRows) {
             const int here = std::min(kAttentionRows, rows - row);
             const int seen = length - queries + (row + here - 1) / group + 1;
+            const int start = first_panel_seen(length - queries + row / group, window), first_split = start / kSplit;
+            const int splits = (seen + kSplit - 1) / kSplit - first_split;
             for (int head = 0; head < kv_heads; ++head)
-                plan.many_rows.push_back({s, row, here, 0, (seen + kSplit - 1) / kSplit, head, 1, -1});
+                plan.many_rows.push_back({s, row, here, first_split, splits, head, 1, -1, start});
         }
     }
     return plan;
@@ -292,7 +313,8 @@ struct AttentionCall {
     bf16* out;
     int64_t out_stride;
     int64_t num_heads;
-    float scale;  // on the scores, 1 / sqrt(head_dim) for most
+    float scale;         // on the scores, 1 / sqrt(head_dim) for most
+    const float* sinks;  // (num_heads), scores that take part in the softmax, as they are, and have no value; or null
     PagedCache cache;
     PagedBatch batch;
     const PagedPlan* plan;
@@ -348,7 +370,10 @@ inline void write_rows(const AttentionCall& call, const AttentionItem& item, int
                   head * group * dim;
     for (int row = 0; row < item.rows; ++row) {
         bf16* out = token + member * dim;
-        const float share = 1.0f / state.totals[row];
+        float total = state.totals[row];
+        if (call.sinks)
+            total += sink_weight(call.sinks[head * group + member], 1.44269504f * call.scale, state.largest[row]);
+        const float share = 1.0f / total;
         const float* sums = state.sums + size_t(row) * width;
         int i = 0;
         for (; i + W <= dim; i += W) store_bf16(out + i, mul(load(sums + i), set1(share)));
@@ -357,10 +382,11 @@ inline void write_rows(const AttentionCall& call, const AttentionItem& item, int
     }
 }
 
+alignas(64) inline constexpr float kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // The largest of a row's first `visible` scores, at least one; NaN has no part in it. The scores behind them, to a
 // multiple of 32, become -infinity.
 inline float largest_score(float* scores, int visible) {
-    alignas(64) static constexpr float kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Vf none = set1(-INFINITY);
     for (int i = visible / W * W; i % kPanel || i < visible; i += W)
         store(scores + i, select_less(load(kLanes), set1(float(visible - i)), load(scores + i), none));
@@ -368,6 +394,23 @@ inline float largest_score(float* scores, int visible) {
     for (int i = 0; i < visible; i += 2 * W)
         for (int half = 0; half < 2; ++half) highest[half] = max(load(scores + i + half * W), highest[half]);
     return maximum(max(highest[0], highest[1]));
+}
+
+// Of a row's scores of consecutive positions, those that it sees: [first, end). Nothing where end is 0.
+struct Seen {
+    int first, end;
+
+    // position: the row's own, counted from the first score's.
+    Seen(int position, int count, int window) : first(std::max(position - window + 1, 0)), end(std::min(position + 1, count)) {
+        if (first >= end) first = end = 0;
+    }
+    Seen() : Seen(-1, 0, 1) {}
+};
+
+// The scores before the first one that is seen become -infinity.
+inline void hide_before(float* scores, int first) {
+    for (int i = 0; i < first; i += W)
+        store(scores + i, select_less(load(kLanes), set1(float(first - i)), set1(-INFINITY), load(scores + i)));
 }
 
 // Exponentials of a row's scores, exp(scale * (score - largest)), to a part in 10^5, since they are rounded to bf16, and

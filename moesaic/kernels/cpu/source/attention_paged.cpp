@@ -28,9 +28,11 @@ MOESAIC_EXPORT int64_t moesaic_paged_write(const uint16_t* key, int64_t key_stri
     return 0;
 }
 
-// query (T, num_heads, head_dim) bf16, tokens query_stride elements apart; out (T, num_heads, head_dim) bf16.
+// query (T, num_heads, head_dim) bf16, tokens query_stride elements apart; out (T, num_heads, head_dim) bf16. window: the
+// positions that a query sees, 0 for all; sinks (num_heads) or null.
 MOESAIC_EXPORT int64_t moesaic_paged_attention(const uint16_t* query, int64_t query_stride, uint16_t* out,
-                                               int64_t num_tokens, int64_t num_heads, float scale, void* keys,
+                                               int64_t num_tokens, int64_t num_heads, float scale,
+                                               int64_t window, const float* sinks, void* keys,
                                                void* values, float* key_scales, float* value_scales,
                                                int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
                                                int64_t block_size, const int32_t* starts, const int32_t* lengths,
@@ -39,10 +41,10 @@ MOESAIC_EXPORT int64_t moesaic_paged_attention(const uint16_t* query, int64_t qu
     const PagedCache cache{keys, values, key_scales, value_scales, num_blocks, num_kv_heads, head_dim, block_size};
     const PagedBatch batch{starts, lengths, tables, num_sequences, table_width};
     if (!is_valid(batch, cache, num_tokens)) return 1;
-    const PagedPlan plan = plan_paged(batch, cache, num_heads);
+    const PagedPlan plan = plan_paged(batch, cache, num_heads, window_of(window));
     static thread_local Scratch partials;
-    const AttentionCall call{query,     query_stride, out,   num_heads * head_dim, num_heads,
-                             scale,     cache,        batch, &plan,                partials.get<float>(plan.partial_floats + 1)};
+    const AttentionCall call{query, query_stride, out, num_heads * head_dim, num_heads,
+                             scale, sinks, cache, batch, &plan, partials.get<float>(plan.partial_floats + 1)};
     run_team(plan.work, [&](Team& team) { paged_attention(team, call); });
     return 0;
 }

@@ -249,7 +249,7 @@ struct SplitPanels {
         const int count = panels * item.num_heads;
         const size_t head_step = size_t(call.cache.block_size) * call.cache.width();
         for (int p = 0, n = 0; p < panels; ++p) {
-            PanelPlace place = panel_place(call, item, split * kSplit + p * kPanel, 0);
+            PanelPlace place = panel_place(call, item, item.start_of(split) + p * kPanel, 0);
             for (int head = 0; head < item.num_heads; ++head, ++n) {
                 places[n] = place;
                 at[n] = keys + place.offset * size;
@@ -261,7 +261,7 @@ struct SplitPanels {
     }
     void follow_with(const AttentionCall& call, const AttentionItem& next, int split, int count) {
         const size_t size = call.cache.is_quantized() ? 1 : sizeof(bf16);
-        const int start = split * kSplit, seen = positions_seen(call, next);
+        const int start = next.start_of(split), seen = positions_seen(call, next);
         for (int i = 0; i < kAhead; ++i) {
             const int position = std::min(start + i / next.num_heads * kPanel, (seen - 1) / kPanel * kPanel);
             const PanelPlace place = panel_place(call, next, position, i % next.num_heads);
@@ -293,8 +293,8 @@ class ItemWork {
         gather_queries();
         const int seen = positions_seen(call_, item_), last = item_.first_split + item_.num_splits - 1;
         for (int split = item_.first_split; split <= last; ++split) {
-            start_ = split * kSplit;
-            panels_ = (std::min(seen, start_ + kSplit) - start_ + kPanel - 1) / kPanel;
+            start_ = item_.start_of(split);
+            panels_ = (std::min(seen, (split + 1) * kSplit) - start_ + kPanel - 1) / kPanel;
             list_.list(call_, item_, split, panels_);
             if (split < last)
                 list_.follow_with(call_, item_, split + 1, panels_ * heads_);
@@ -415,17 +415,19 @@ class ItemWork {
                         kPanel * sizeof(float));
         const AttentionState state = part(head);
         const int count = panels_ * kPanel;
-        const auto visible = [&](int row) {
-            return std::min(past_ + (item_.first_row + row) / group_ + 1 - start_, count);
+        const auto seen_by = [&](int row) {
+            return Seen(past_ + (item_.first_row + row) / group_ - start_, count, call_.plan->window);
         };
         for (int row = 0; row < rows_; ++row) {
-            const int seen = visible(row);
-            state.largest[row] = seen > 0 ? largest_score(scores_ + score_place(head, row), seen) : -INFINITY;
+            const Seen seen = seen_by(row);
+            float* scores = scores_ + score_place(head, row);
+            hide_before(scores, seen.first);
+            state.largest[row] = seen.end ? largest_score(scores, seen.end) : -INFINITY;
         }
         for (int row = 0; row < rows_; ++row) {
             const size_t at = score_place(head, row);
             state.totals[row] = exponentials(
-                scores_ + at, visible(row), count, call_.scale, state.largest[row], [&](int i, Vf first, Vf second) {
+                scores_ + at, seen_by(row).end, count, call_.scale, state.largest[row], [&](int i, Vf first, Vf second) {
                     if (is_quantized_) {
                         first = mul(first, load(value_scales_ + i));
                         second = mul(second, load(value_scales_ + i + W));

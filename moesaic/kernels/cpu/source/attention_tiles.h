@@ -68,16 +68,15 @@ class ManyRows {
   private:
     static constexpr int kRows = 16;
     struct Block {
-        int split, head, row;
-        int start() const { return split * kSplit; }
+        int split, head, row, start;
     };
 
     Block block_at(int stage) const {
-        const int of_head = stage / blocks_;
-        return {item_.first_split + of_head / item_.num_heads, of_head % item_.num_heads, stage % blocks_ * kRows};
+        const int of_head = stage / blocks_, split = item_.first_split + of_head / item_.num_heads;
+        return {split, of_head % item_.num_heads, stage % blocks_ * kRows, item_.start_of(split)};
     }
     int panels(const Block& block) const {
-        return (std::min(seen_, block.start() + kSplit) - block.start() + kPanel - 1) / kPanel;
+        return (std::min(seen_, (block.split + 1) * kSplit) - block.start + kPanel - 1) / kPanel;
     }
     int rows_of(const Block& block) const { return std::min(item_.rows - block.row, kRows); }
 
@@ -92,7 +91,7 @@ class ManyRows {
     // Where a block's keys or values are: in the cache, or expanded.
     void find_panels(const Block& block, bool are_values) {
         for (int p = 0; p < panels(block); ++p) {
-            const PanelPlace place = panel_place(call_, item_, block.start() + p * kPanel, block.head);
+            const PanelPlace place = panel_place(call_, item_, block.start + p * kPanel, block.head);
             const void* from = are_values ? cache_.values : cache_.keys;
             if constexpr (!kQuantized) {
                 panels_[are_values][p] =
@@ -102,7 +101,7 @@ class ManyRows {
                 const auto pairs_at = [&](size_t offset) {
                     return reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(from) + offset);
                 };
-                const int next = block.start() + std::min(p + 1, panels(block) - 1) * kPanel;
+                const int next = block.start + std::min(p + 1, panels(block) - 1) * kPanel;
                 expand_pairs(int(panel_pairs_), pairs_at(place.offset),
                              pairs_at(panel_place(call_, item_, next, block.head).offset), to);
                 panels_[are_values][p] = to;
@@ -112,7 +111,7 @@ class ManyRows {
 
     void gather_scales(const Block& block) {
         for (int p = 0; p < panels(block); ++p) {
-            const PanelPlace place = panel_place(call_, item_, block.start() + p * kPanel, block.head);
+            const PanelPlace place = panel_place(call_, item_, block.start + p * kPanel, block.head);
             std::memcpy(scales_[0] + p * kPanel, cache_.key_scales + place.scales, kPanel * sizeof(float));
             std::memcpy(scales_[1] + p * kPanel, cache_.value_scales + place.scales, kPanel * sizeof(float));
         }
@@ -144,10 +143,10 @@ class ManyRows {
             state_ = work.state_of(block, stage);
             rows = work.rows_of(block), count_ = work.panels(block) * kPanel;
             const int flat = work.item_.first_row + block.row;
-            int member = flat % work.group_, seen = work.past_ + flat / work.group_ + 1 - block.start();
+            int member = flat % work.group_, position = work.past_ + flat / work.group_ - block.start;
             for (int i = 0; i < rows; ++i) {
-                visible_[i] = std::min(seen, count_);
-                if (++member == work.group_) member = 0, ++seen;
+                seen_[i] = Seen(position, count_, work.call_.plan->window);
+                if (++member == work.group_) member = 0, ++position;
             }
             look_for_largest(0);
             begin_row();
@@ -172,16 +171,17 @@ class ManyRows {
         // so wait for nothing. What the row does not see becomes -infinity.
         MOESAIC_INLINE void look_for_largest(int next) {
             float* scores = scores_ + next * kSplit;
-            const int visible = std::max(visible_[row + next], 0);
+            const auto [first, visible] = seen_[row + next];
             if constexpr (kQuantized)
                 for (int i = 0; i < visible; i += W)
                     store(scores + i, mul(load(scores + i), load(work_->scales_[0] + i)));
-            state_.largest[row + next] = visible > 0 ? largest_score(scores, visible) : -INFINITY;
+            hide_before(scores, first);
+            state_.largest[row + next] = visible ? largest_score(scores, visible) : -INFINITY;
             for (int i = round_up(visible, kPanel); i < count_; i += W) store(scores + i, set1(-INFINITY));
         }
         MOESAIC_INLINE void begin_row() {
             at_ = 0;
-            exponentials_ = ScoreExponentials(work_->call_.scale, visible_[row] > 0 ? state_.largest[row] : 0.0f);
+            exponentials_ = ScoreExponentials(work_->call_.scale, seen_[row].end ? state_.largest[row] : 0.0f);
             if (row + 1 < rows) look_for_largest(1);
         }
 
@@ -190,7 +190,7 @@ class ManyRows {
         AttentionState state_{};
         int at_ = 0, count_ = 0;
         ScoreExponentials exponentials_{};
-        int visible_[kRows] = {};
+        Seen seen_[kRows];
     };
 
     template <typename Beside>

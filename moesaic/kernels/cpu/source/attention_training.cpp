@@ -13,7 +13,7 @@ Heads heads(const void* data, const int64_t* strides) {
 }
 
 AttentionShape shape_of(const int64_t* sizes, double scale) {
-    return {int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[4]), scale};
+    return {int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[4]), scale, int(sizes[5])};
 }
 
 // Runs attention(team, documents, shared) on all threads; numbers (B, S) or null.
@@ -47,10 +47,12 @@ void run(const AttentionShape& shape, const int64_t* numbers, size_t (*shared_by
 }  // namespace
 }  // namespace moesaic
 
-// sizes: batch, length, heads, kv_heads, dim (a multiple of 16); scale: on the scores; strides: three each of query, key and value.
+// sizes: batch, length, heads, kv_heads, dim (a multiple of 16), window (length where there is none); scale: on the
+// scores; strides: three each of query, key and value; sinks (heads) or null.
 MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, double scale, const int64_t* strides,
                                                  const void* query, const void* key, const void* value,
-                                                 const int64_t* documents, void* out, float* normalizers) {
+                                                 const int64_t* documents, const float* sinks, void* out,
+                                                 float* normalizers) {
     using namespace moesaic;
     const AttentionShape shape = shape_of(sizes, scale);
     run(shape, documents, forward_shared_bytes, [&](Team& team, const Documents& ranked, void* shared) {
@@ -59,6 +61,7 @@ MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, double sc
                                          heads(key, strides + 3),
                                          heads(value, strides + 6),
                                          ranked,
+                                         sinks,
                                          static_cast<bf16*>(out),
                                          normalizers};
         attention_forward(team, arguments, shared);
@@ -66,12 +69,12 @@ MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, double sc
     return 0;
 }
 
-// strides: three each of query, key, value, out and grad.
+// strides: three each of query, key, value, out and grad; grad_sinks (batch, heads, length / 32 rounded up) or null.
 MOESAIC_EXPORT int64_t moesaic_attention_backward(const int64_t* sizes, double scale, const int64_t* strides,
                                                   const void* query, const void* key, const void* value,
                                                   const void* out, const void* grad, const int64_t* documents,
-                                                  const float* normalizers, void* grad_query, void* grad_key,
-                                                  void* grad_value) {
+                                                  const float* normalizers, const float* sinks, void* grad_query,
+                                                  void* grad_key, void* grad_value, float* grad_sinks) {
     using namespace moesaic;
     const AttentionShape shape = shape_of(sizes, scale);
     run(shape, documents, backward_shared_bytes, [&](Team& team, const Documents& ranked, void* shared) {
@@ -83,9 +86,11 @@ MOESAIC_EXPORT int64_t moesaic_attention_backward(const int64_t* sizes, double s
                                           heads(grad, strides + 12),
                                           ranked,
                                           normalizers,
+                                          sinks,
                                           static_cast<bf16*>(grad_query),
                                           static_cast<bf16*>(grad_key),
-                                          static_cast<bf16*>(grad_value)};
+                                          static_cast<bf16*>(grad_value),
+                                          grad_sinks};
         attention_backward(team, arguments, shared);
     });
     return 0;

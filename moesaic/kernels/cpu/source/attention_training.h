@@ -40,6 +40,7 @@ struct Heads {
 struct AttentionShape {
     int batch, length, heads, kv_heads, dim;
     double factor;  // on the scores, 1 / sqrt(dim) for most
+    int window;     // the positions that a query sees, its own the last of them
 
     int group() const { return heads / kv_heads; }
     int blocks() const { return (length + kBlock - 1) / kBlock; }
@@ -87,17 +88,18 @@ struct Documents {
 
 struct Visibility {
     Documents documents;
-    int length;
+    int length, window;
 
     // False only where no query of the block sees a key of the other.
     bool may_see(int query_block, int key_block) const {
-        if (key_block > query_block) return false;
+        if (key_block > query_block || (query_block - key_block - 1) * kBlock + 1 >= window) return false;
         return !documents.rank || (documents.low[key_block] <= documents.high[query_block] &&
                                    documents.low[query_block] <= documents.high[key_block]);
     }
     // True only where every query of the block exists and sees every key of the other.
     bool sees_all(int query_block, int key_block) const {
         if (key_block >= query_block || (query_block + 1) * kBlock > length) return false;
+        if ((query_block - key_block + 1) * kBlock > window) return false;
         return !documents.rank || (documents.low[key_block] == documents.high[key_block] &&
                                    documents.low[key_block] == documents.low[query_block] &&
                                    documents.low[query_block] == documents.high[query_block]);
@@ -113,18 +115,23 @@ struct Visibility {
 // What one vector of queries may see.
 struct Sight {
     Vf limit;  // keys below it
+    Vf first;  // and not below this one
     Vf rank;
     const float* ranks;  // of the keys, null without documents
+    bool has_window;
 
-    Sight(const Visibility& visibility, int first_query) : rank(zero()), ranks(visibility.documents.rank) {
+    Sight(const Visibility& visibility, int first_query)
+        : rank(zero()), ranks(visibility.documents.rank), has_window(visibility.window < visibility.length) {
         float limits[W];
         for (int i = 0; i < W; ++i) limits[i] = first_query + i < visibility.length ? float(first_query + i + 1) : 0.0f;
         limit = load(limits);
+        first = sub(limit, set1(float(visibility.window)));
         if (ranks) rank = load(ranks + first_query);
     }
     // x where the key is seen, else other.
     Vf keep(int key, Vf x, Vf other) const {
         x = select_less(set1(float(key)), limit, x, other);
+        if (has_window) x = select_less(set1(float(key)), first, other, x);
         return ranks ? select_less(abs(sub(rank, set1(ranks[key]))), set1(0.5f), x, other) : x;
     }
 };
@@ -155,7 +162,7 @@ inline void rank_documents(Team& team, const AttentionShape& shape, const int64_
 }
 
 inline Visibility visibility_of(const AttentionShape& shape, const Documents& all, int batch) {
-    Visibility visibility{{}, shape.length};
+    Visibility visibility{{}, shape.length, shape.window};
     if (all.rank) {
         const size_t blocks = size_t(batch) * shape.blocks();
         visibility.documents = {all.rank + blocks * kBlock, all.low + blocks, all.high + blocks};
@@ -294,9 +301,10 @@ struct ForwardArguments {
     AttentionShape shape;
     Heads query, key, value;
     Documents documents;
-    bf16* out;  // (B, S, A, D)
-    // (B, A, 2, S): the largest score, and log2 of the sum of 2^((score - largest) * scale_log2), over the keys seen. One
-    // number, their sum, would lose the second part where the first is large.
+    const float* sinks;  // (A), scores that take part in the softmax, as they are, and have no value; or null
+    bf16* out;           // (B, S, A, D)
+    // (B, A, 2, S): the largest score, and log2 of the sum of 2^((score - largest) * scale_log2), over the keys seen, and
+    // of the sink's part. One number, their sum, would lose the second part where the first is large.
     float* normalizers;
 };
 
@@ -423,9 +431,10 @@ inline void forward_queries(const ForwardArguments& arguments, long pair, int me
         float* log_sums = largest + shape.length;
         float factors[kBlock];
         for (int r = 0; r < rows; ++r) {
-            const float total = work.totals[i * kBlock + r];
-            factors[r] = 1.0f / total;
+            float total = work.totals[i * kBlock + r];
             largest[r] = work.maxima[i * kBlock + r];
+            if (arguments.sinks) total += sink_weight(arguments.sinks[head], shape.scale_log2(), largest[r]);
+            factors[r] = 1.0f / total;
             log_sums[r] = std::log2(total);
         }
         bf16* out = arguments.out + (size_t(batch) * shape.length + block * kBlock) * row_stride + head * shape.dim;
@@ -495,9 +504,11 @@ struct BackwardArguments {
     Heads query, key, value, out, grad;
     Documents documents;
     const float* normalizers;  // (B, A, 2, S), the forward pass's
+    const float* sinks;        // (A) or null
     bf16* grad_query;          // (B, S, A, D)
     bf16* grad_key;            // (B, S, KV, D)
     bf16* grad_value;
+    float* grad_sinks;  // (B, A, blocks), to be summed over the first and the last; null without sinks
 };
 
 struct BackwardPair {
@@ -601,6 +612,13 @@ inline void pack_backward_head(const BackwardArguments& arguments, long pair, in
         to.deltas[block * kBlock + r] = sum(delta);
         to.maxima[block * kBlock + r] = r < rows ? largest[r] : 0.0f;
         to.log_sums[block * kBlock + r] = r < rows ? log_sums[r] : 0.0f;
+    }
+    if (arguments.sinks) {
+        float grad_sink = 0.0f;
+        for (int r = 0; r < rows; ++r)
+            grad_sink -= to.deltas[block * kBlock + r] * std::exp2(-log_sums[r]) *
+                         sink_weight(arguments.sinks[head], shape.scale_log2(), largest[r]);
+        arguments.grad_sinks[(size_t(batch) * shape.heads + head) * shape.blocks() + block] = grad_sink;
     }
     std::memset(to.grad_query + size_t(block) * padded * kBlock, 0, size_t(kBlock) * padded * sizeof(float));
 }

@@ -32,7 +32,7 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
     static thread_local Scratch workspace, places;
     DecodeCall call{model,      static_cast<const PagedCache*>(caches), {starts, lengths, tables, num_sequences, table_width},
                     tokens,     num_tokens,      hidden, expert_ids,
-                    routing_weights, rows,       num_rows, logits, {}, {},
+                    routing_weights, rows,       num_rows, logits, {}, {}, {},
                     nullptr,    should_guess(*model, num_tokens)};
     if (!is_valid(call.batch, call.caches[0], num_tokens)) return 1;
     auto* positions = places.get<int32_t>(size_t(num_tokens));
@@ -51,7 +51,9 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
     if (model->has_latents())
         call.latent_plan = plan_latent(call.batch, call.caches[0], model->num_heads, model->kv_rank, kRowsAtOnce);
     else
-        call.plan = plan_paged(call.batch, call.caches[0], model->num_heads);
+        call.plan = plan_paged(call.batch, call.caches[0], model->num_heads, kNoWindow);
+    if (model->window)
+        call.window_plan = plan_paged(call.batch, call.caches[0], model->num_heads, window_of(model->window));
     const size_t bytes = DecodeWorkspace(call, nullptr).bytes;
     const DecodeWorkspace work(call, workspace.get<char>(bytes));
     const double attention = (call.plan.work + call.latent_plan.work) * double(model->num_layers);

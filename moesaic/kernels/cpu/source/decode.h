@@ -34,6 +34,8 @@ struct DecodeLayer {
     const Packed* q_up;      // with latents; null where queries are in qkv_proj
     const Packed* key_up;    // (A, R, N), from a query to the latents' space
     const Packed* value_up;  // (A, C, R), out of it
+    const float* sinks;      // (A)
+    int64_t has_window;      // whether its tokens see the last DecodeModel::window positions alone
     const Packed* o_proj;
     const float* o_bias;
     const PackedMlp* mlp;      // the dense MLP, or the residual one beside the experts
@@ -63,6 +65,7 @@ constexpr int64_t kPassesOfATrial = 16;
 struct DecodeModel {
     int64_t num_layers, hidden_size, vocab_size, max_positions, num_heads, num_kv_heads, head_dim;
     double norm_epsilon, attention_scale;
+    int64_t window;  // 0 where no layer has one
     const DecodeLayer* layers;
     const Packed* tied_embedding;  // else:
     const bf16* embedding;         // (V, H)
@@ -96,8 +99,8 @@ struct DecodeCall {
     const int64_t* rows;     // (R), strictly rising: the tokens whose logits are wanted
     int64_t num_rows;
     float* logits;  // (R, V)
-    PagedPlan plan;
-    LatentPlan latent_plan;    // instead of it
+    PagedPlan plan, window_plan;  // of layers without and with a window
+    LatentPlan latent_plan;       // instead of them
     const int32_t* positions;  // (T)
     bool guesses_experts;      // decided once: the team goes one way
 
@@ -155,7 +158,8 @@ struct DecodeWorkspace {
         coefficients = reinterpret_cast<float*>(take(2 * tokens * sizeof(float)));
         residual_weights = reinterpret_cast<float*>(take(tokens * sizeof(float)));
         partials = reinterpret_cast<float*>(
-            take(std::max(call.plan.partial_floats, call.latent_plan.partial_floats) * sizeof(float)));
+            take(std::max({call.plan.partial_floats, call.window_plan.partial_floats, call.latent_plan.partial_floats}) *
+                 sizeof(float)));
         router_parts = reinterpret_cast<float*>(take(size_t(most_parts) * sizeof(float)));
         const int64_t most_routes = call.guesses_experts ? call.most_routes() : 0;
         guessed_ids = reinterpret_cast<int64_t*>(take(size_t(most_routes) * sizeof(int64_t)));
@@ -276,10 +280,11 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
     const float *q_norm = norms_all ? nullptr : layer.q_norm, *k_norm = norms_all ? nullptr : layer.k_norm;
     // A task takes the queries of the heads that share a key/value head along with it, and where there are tasks enough
     // whole tokens, which is one stream.
-    const long writes = long(call.plan.writes.size());
+    const PagedPlan& plan = layer.has_window ? call.window_plan : call.plan;
+    const long writes = long(plan.writes.size());
     const int64_t heads = writes >= 4 * team.size() ? kv_heads : 1;
     team.tasks(writes * (kv_heads / heads), [&](long i) {
-        const WriteItem& item = call.plan.writes[size_t(i / (kv_heads / heads))];
+        const WriteItem& item = plan.writes[size_t(i / (kv_heads / heads))];
         const int64_t first_head = i % (kv_heads / heads) * heads, last_head = first_head + heads;
         bf16* first = work.qkv + item.first_token * width;
         for (int64_t token = 0; token < item.count; ++token) {
@@ -295,7 +300,7 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
                            first + (model.num_heads + kv_heads + head) * dim, width, attention_scratch());
     });
     paged_attention(team, {work.qkv, width, work.attended, model.num_heads * dim, model.num_heads,
-                           float(model.attention_scale), cache, call.batch, &call.plan, work.partials});
+                           float(model.attention_scale), layer.sinks, cache, call.batch, &plan, work.partials});
     packed_linear(team, {*layer.o_proj, call.num_tokens, work.attended, model.num_heads * dim, 1, layer.o_bias,
                          work.out, model.hidden_size, 1, work.operation});
 }

@@ -346,4 +346,10 @@ inline Vf quick_sigmoid(Vf x) {
 
 inline Vf sigmoid(Vf x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }
 
+// What a sink adds to a sum of weights where that of the largest score is 1; scale: on that score, the exponent's base 2.
+// As much as leaves the sum finite: the others are then nothing beside it.
+inline float sink_weight(float sink, float scale, float largest) {
+    return std::exp2(std::min(1.44269504f * sink - scale * largest, 126.0f));
+}
+
 }  // namespace moesaic
