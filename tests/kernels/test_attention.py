@@ -127,6 +127,80 @@ def test_values_of_another_width_and_a_scale(
         assert relative_error(mine, theirs) < (1e-5 if dtype == torch.float32 else 2 * TOLERANCE)
 
 
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, window: int, sinks: Tensor | None
+) -> Tensor:
+    """The definition, written out: a position sees the last `window` up to its own, a sink takes its share."""
+    length, group = query.shape[1], query.shape[2] // key.shape[2]
+    key, value = (part.repeat_interleave(group, 2) for part in (key, value))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[3] ** -0.5
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = ((distance >= 0) & (distance < window)).expand(query.shape[0], 1, -1, -1)
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    weights = scores.masked_fill(~seen, float("-inf")).exp()
+    total = weights.sum(-1, keepdim=True) + (0.0 if sinks is None else sinks[:, None, None].exp())
+    return torch.einsum("bhqk,bkhd->bqhd", weights / total, value)
+
+
+# Inside a block of 32, exactly one, one and a key more, over many; one that is longer than the sequence.
+@pytest.mark.parametrize("window", [2, 31, 32, 33, 64, 100, 500])
+@pytest.mark.parametrize("documents", ["none", "mixed"])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_windows_and_sinks(kernels: str, window: int, documents: str, has_sinks: bool) -> None:
+    length = 130 if kernels == select.EMULATED_TILES else 300
+    leaves = [*inputs(length, 4, 2, 32, batch=2)]
+    if has_sinks:
+        leaves.append((4 * normal(4, seed=7)).requires_grad_())
+    numbers = documents_of(documents, length)
+    grad = normal(*leaves[0].shape, seed=9).bfloat16()
+    got = values_and_gradients(
+        lambda *x: causal_attention(*x[:3], documents=numbers, window=window, sinks=x[3] if has_sinks else None),
+        leaves,
+        grad,
+    )
+    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    wanted = values_and_gradients(
+        lambda *x: softmax_attention(*x[:3], numbers, window, x[3] if has_sinks else None), wide, grad
+    )
+    for name, mine, theirs in zip(("out", "query", "key", "value", "sinks"), got, wanted, strict=False):
+        assert mine.shape == theirs.shape, name
+        assert relative_error(mine, theirs) < 2 * TOLERANCE, name
+
+
+@pytest.mark.parametrize("sink", [-1e4, -60.0, 60.0, 200.0, 1e4])
+def test_sinks_of_any_size(kernels: str, sink: float) -> None:
+    leaves = [*inputs(40, 2, 2, 16), torch.tensor([sink, 0.0], requires_grad=True)]
+    grad = torch.ones_like(leaves[0])
+    got = values_and_gradients(lambda *x: causal_attention(*x[:3], sinks=x[3]), leaves, grad)
+    assert all(part.isfinite().all() for part in got)
+    without = causal_attention(*leaves[:3]).detach()
+    if sink < 0:  # far below every score
+        torch.testing.assert_close(got[0][:, :, 0], without[:, :, 0], rtol=8e-3, atol=8e-3)
+    else:  # it takes all
+        assert got[0][:, :, 0].abs().max() < 1e-20
+    assert got[4][0].abs() < 1e-6 < got[4][1].abs()
+
+
+@needs_kernels
+def test_windows_and_sinks_under_checkpointing_and_autocast() -> None:
+    query, key, value = inputs(70, 4, 2, 32)
+    sinks = normal(4, seed=7).requires_grad_()
+    leaves, grad = (query, key, value, sinks), normal(*query.shape, seed=9).bfloat16()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        return causal_attention(query, key, value, window=40, sinks=sinks)
+
+    wanted = values_and_gradients(attend, leaves, grad)
+    again = values_and_gradients(lambda *x: checkpoint(attend, *x, use_reentrant=False), leaves, grad)
+    assert all(torch.equal(one, other) for one, other in zip(wanted, again, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = values_and_gradients(attend, leaves, grad)
+    assert cast[4].dtype == torch.float32
+    for one, other in zip(wanted, cast, strict=True):
+        assert relative_error(other, one) < TOLERANCE  # sinks are rounded to bf16
+
+
 def test_without_kernels() -> None:
     with select.forced(select.REFERENCE):
         compare(inputs(33, 4, 2, 16), documents_of("packed", 33), 2 * TOLERANCE)
@@ -256,12 +330,13 @@ def test_gradients_stay_right_however_large_the_scores(compiled_kernels: str, ex
 @pytest.mark.parametrize("documents", ["none", "packed"])
 def test_is_an_ordinary_operator(documents: str) -> None:
     leaves, numbers = inputs(40, 4, 2, 16), documents_of(documents, 40)
+    rest = (numbers, None, 0.2, None) if documents == "none" else (numbers, normal(4, seed=7), 0.2, 20)
     operator = torch.ops.moesaic.causal_attention
     # Tracing with dynamic shapes takes seconds; once is enough.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(operator, (*leaves, numbers, 0.2), test_utils=checks[: 4 if documents == "packed" else 3])
-    out, normalizers = operator(*leaves, numbers, 0.2)
-    saved = (*(leaf.detach() for leaf in leaves), out.detach(), normalizers, numbers, 0.2)
+    torch.library.opcheck(operator, (*leaves, *rest), test_utils=checks[: 4 if documents == "packed" else 3])
+    out, normalizers = operator(*leaves, *rest)
+    saved = (*(leaf.detach() for leaf in leaves), out.detach(), normalizers, *rest)
     backward = torch.ops.moesaic.causal_attention_backward
     torch.library.opcheck(backward, (torch.ones_like(out), *saved), test_utils=checks[:3])
 

@@ -45,6 +45,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2, "head_dim": 8,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 64},
     },
+    "windows and sinks": {
+        "num_layers": 4, "num_kv_heads": 2, "attention_bias": "all", "attention_sinks": True, "sliding_window": 50,
+        "sliding_layers": [0, 2],
+    },
+    "a window on every layer": {"num_kv_heads": 1, "sliding_window": 33},
     "part of a head": {"num_kv_heads": 2, "rope_head_dim": 4, "qk_norm": "head"},
     "one head, normed as all are": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 10, "qk_norm": "full"},
     "odd sizes": {
@@ -138,7 +143,7 @@ def build(family: str, quantize: str = "bf16") -> Transformer:
     model.initialize(0)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.state_dict().items():
-        if name.endswith(("bias", "norm.weight", "output_scale")):
+        if name.endswith(("bias", "norm.weight", "output_scale", "sinks")):
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
     return pack_transformer(model, {} if quantize == "bf16" else quantized(model, quantize))
 

@@ -78,18 +78,24 @@ class Case:
         self.write(self.lengths, self.new)
         return self
 
-    def attend(self) -> Tensor:
-        return paged_attention(self.query, self.blocks, self.batch)
+    def attend(self, **options: Any) -> Tensor:
+        return paged_attention(self.query, self.blocks, self.batch, **options)
 
-    def expected(self, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    def expected(
+        self, keys: list[Tensor], values: list[Tensor], *, window: int = 10_000, sinks: Tensor | None = None
+    ) -> Tensor:
         out = []
         for (first, last), key, value in zip(pairwise(self.batch.starts.tolist()), keys, values, strict=True):
             count, length = last - first, key.shape[0]
-            mask = torch.ones(count, length, dtype=torch.bool).tril_(length - count)
+            mask = torch.ones(count, length, dtype=torch.bool).tril_(length - count).triu_(length - count + 1 - window)
             query = self.query[first:last].float().transpose(0, 1)[None]
             pair = (key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None])
-            attended = F.scaled_dot_product_attention(query, *pair, attn_mask=mask, enable_gqa=True)
-            out.append(attended[0].transpose(0, 1))
+            attended = F.scaled_dot_product_attention(query, *pair, attn_mask=mask, enable_gqa=True)[0]
+            if sinks is not None:  # a share of what the softmax of the others gives
+                heads = pair[0][0].repeat_interleave(query.shape[1] // key.shape[1], 0)
+                scores = (query[0] @ heads.mT * query.shape[3] ** -0.5).masked_fill(~mask, float("-inf"))
+                attended = attended * torch.sigmoid(scores.logsumexp(-1) - sinks[:, None])[..., None]
+            out.append(attended.transpose(0, 1))
         return torch.cat(out)
 
 
@@ -126,6 +132,23 @@ def test_chunks_that_begin_in_a_later_split(
             torch.testing.assert_close(case.attend().float(), wanted, rtol=8e-3, atol=8e-3)
     finally:
         torch.set_num_threads(before)
+
+
+# Inside a panel of 32, one, more, whole splits; longer than all. Rows of a chunk that begin in different splits.
+@pytest.mark.parametrize("window", [1, 20, 32, 40, 256, 300, 9_000])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("lengths", "new"), [RAGGED, *CHUNKS])
+def test_windows_and_sinks(
+    kernels: str, window: int, cache_dtype: torch.dtype, lengths: list[int], new: list[int]
+) -> None:
+    case = Case(lengths, new, (8, 2, 64), cache_dtype=cache_dtype).fill()
+    read = [read_kv(case.blocks, case.batch.block_tables[s], n) for s, n in enumerate(case.lengths)]
+    pairs = [keys for keys, _ in read], [values for _, values in read]
+    sinks = torch.linspace(-6, 6, 8)
+    for given in (None, sinks):
+        wanted = case.expected(*pairs, window=window, sinks=given)
+        got = case.attend(window=window, sinks=given).float()
+        torch.testing.assert_close(got, wanted, rtol=8e-3, atol=8e-3)
 
 
 def test_a_scale_of_its_own(kernels: str) -> None:
@@ -165,16 +188,20 @@ def test_int8_stores_what_its_definition_says_and_attends_to_that(kernels: str, 
     torch.testing.assert_close(case.attend().float(), wanted, rtol=8e-3, atol=8e-3)
 
 
-@pytest.mark.parametrize("heads", [(4, 2, 32), (5, 1, 96), (3, 1, 160)])
+@pytest.mark.parametrize(
+    ("heads", "window"),
+    [((4, 2, 32), None), ((5, 1, 96), None), ((3, 1, 160), None), ((4, 2, 32), 70), ((5, 1, 96), 300)],
+)
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_a_token_gives_the_same_bits_alone_in_chunks_and_with_any_threads(
-    kernels: str, cache_dtype: torch.dtype, heads: tuple[int, int, int]
+    kernels: str, cache_dtype: torch.dtype, heads: tuple[int, int, int], window: int | None
 ) -> None:
     if kernels == "reference":
         pytest.skip("PyTorch's products depend on their sizes")
     length = 600 if kernels != "amx-emulated" else 290
     together = Case([length, 40], [length, 1], heads, cache_dtype=cache_dtype).fill()
-    whole = together.attend()[:length]
+    sinks = None if window is None else torch.linspace(-2, 2, heads[0])
+    whole = together.attend(window=window, sinks=sinks)[:length]
     queries = together.query[:length]
     blocks, table = together.blocks, together.batch.block_tables[:1].clone()
     before = torch.get_num_threads()
@@ -184,7 +211,7 @@ def test_a_token_gives_the_same_bits_alone_in_chunks_and_with_any_threads(
             for first, last in pairwise([0, *cuts, length]):
                 starts = torch.tensor([0, last - first], dtype=torch.int32)
                 batch = PagedBatch(starts, torch.tensor([last], dtype=torch.int32), table)
-                part = paged_attention(queries[first:last], blocks, batch)
+                part = paged_attention(queries[first:last], blocks, batch, window=window, sinks=sinks)
                 assert torch.equal(part, whole[first:last]), (first, last)
     finally:
         torch.set_num_threads(before)
@@ -282,6 +309,10 @@ def test_inputs_that_would_be_misread_are_refused(kernels: str) -> None:
         paged_attention(query.clone().requires_grad_(), case.blocks, case.batch)
     with pytest.raises(AssertionError, match=r"-1\.0"):
         paged_attention(query, case.blocks, case.batch, scale=-1.0)
+    with pytest.raises(AssertionError):
+        paged_attention(query, case.blocks, case.batch, window=0)
+    with pytest.raises(AssertionError):
+        paged_attention(query, case.blocks, case.batch, sinks=torch.zeros(3))
 
 
 def test_a_cache_of_another_type_is_read_as_what_it_is(kernels: str) -> None:
