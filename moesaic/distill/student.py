@@ -24,7 +24,16 @@ from moesaic.errors import ConfigError
 from moesaic.model.transformer import Transformer
 
 # What may differ between a student and the teacher whose layers it copies; feed-forward parts are compared by layer.
-_FREE = ("num_layers", "intermediate_size", "dropout", "init_std", "moe", "max_positions")
+_FREE = (
+    "num_layers",
+    "intermediate_size",
+    "dropout",
+    "init_std",
+    "moe",
+    "max_positions",
+    "sliding_window",
+    "sliding_layers",
+)
 
 
 def student_model(
@@ -36,7 +45,7 @@ def student_model(
 ) -> ModelConfig:
     """Return a student's model: the teacher's with an eighth fewer layers (rounded, at least one), or num_layers.
 
-    MoE layers stand by the teacher's pattern, and have the sizes of its last ones: 10 x 32 + 2 x 64 experts become 8 x
+    MoE layers and windows stand by the teacher's pattern, and the former have the sizes of its last ones: 10 x 32 + 2 x 64 experts become 8 x
     32 + 2 x 64. num_experts: of every MoE layer, or one count for each. is_dense: no experts at all.
 
     Raises: ConfigError for what makes no model, or a deeper one.
@@ -57,7 +66,7 @@ def student_model(
                 f"a student of {count} layers has no MoE layer (moe.every is {moe.every}); it needs one, or none at "
                 f"all; use at least {moe.every} layers, or a dense student."
             )
-        model = teacher.replace(num_layers=count, moe=moe.replace(**changes))
+        model = teacher.replace(num_layers=count, moe=moe.replace(**changes), **_windows(teacher, range(count)))
     return with_experts(model, num_experts=num_experts, is_dense=is_dense)
 
 
@@ -110,8 +119,9 @@ def model_of_layers(teacher: ModelConfig, layer_map: Sequence[int]) -> ModelConf
         return teacher
     layers = [teacher.layers[index] for index in layer_map]
     places = tuple(index for index, layer in enumerate(layers) if layer.is_moe)
+    windows = _windows(teacher, layer_map)
     if teacher.moe is None or not places:
-        return teacher.replace(num_layers=len(layers), moe=None)
+        return teacher.replace(num_layers=len(layers), moe=None, **windows)
     every = teacher.moe.every
     is_pattern = teacher.moe.layers is None and places == tuple(range(every - 1, len(layers), every))
     moe = teacher.moe.replace(
@@ -123,19 +133,33 @@ def model_of_layers(teacher: ModelConfig, layer_map: Sequence[int]) -> ModelConf
         every=every if is_pattern else 1,
         layers=None if is_pattern else places,
     )
-    return teacher.replace(num_layers=len(layers), moe=moe)
+    return teacher.replace(num_layers=len(layers), moe=moe, **windows)
+
+
+def _windows(teacher: ModelConfig, layer_map: Sequence[int]) -> dict[str, Any]:
+    """Return what a model of these layers of the teacher's says of their windows."""
+    if teacher.sliding_layers is None:
+        return {}
+    places = tuple(index for index, source in enumerate(layer_map) if source in teacher.sliding_layers)
+    if not places:
+        return {"sliding_window": None, "sliding_layers": None}
+    return {"sliding_layers": None if len(places) == len(layer_map) else places}
 
 
 def default_map(teacher: ModelConfig, student: ModelConfig) -> tuple[int, ...]:
     """Return for each layer of a student the teacher's that it copies: in order, evenly spread, each of its own kind.
 
-    Raises: ConfigError when there is no such map.
+    With the same window where that can be. Raises: ConfigError when there is no such map.
     """
-    found = _evenly(
-        student.num_layers,
-        teacher.num_layers,
-        lambda own, theirs: _misfit(student.layers[own], teacher.layers[theirs]) is None,
-    )
+
+    def fits(own: int, theirs: int) -> bool:
+        return _misfit(student.layers[own], teacher.layers[theirs]) is None
+
+    def sees_as_much(own: int, theirs: int) -> bool:
+        return fits(own, theirs) and student.window_of(own) == teacher.window_of(theirs)
+
+    count, total = student.num_layers, teacher.num_layers
+    found = _evenly(count, total, sees_as_much) or _evenly(count, total, fits)
     if found is None:
         raise ConfigError(
             f"the student's {student.num_layers} layers ({_describe(student)}) are not, in order, like some of the "

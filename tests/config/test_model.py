@@ -59,6 +59,12 @@ def test_a_pyramid_gives_each_moe_layer_its_own_values() -> None:
     assert [layer.intermediate_size for layer in layers] == [0, 0, 0], "no dense MLP without residual"
 
 
+def test_windows_of_all_layers_and_of_some() -> None:
+    assert [model(None).window_of(layer) for layer in range(2)] == [None, None]
+    assert [model(None, sliding_window=5).window_of(layer) for layer in range(2)] == [5, 5]
+    assert [model(None, sliding_window=5, sliding_layers=[1]).window_of(layer) for layer in range(2)] == [None, 5]
+
+
 def test_a_residual_layer_has_both() -> None:
     layer = model({"num_experts": 4, "residual": "sum"}).layers[0]
     assert (layer.intermediate_size, layer.expert_intermediate_size) == (96, 96)
@@ -74,6 +80,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "part of a head, odd": ({"rope_head_dim": 3}, "rope_head_dim (3)"),
     "more than a head": ({"rope_head_dim": 8}, "rope_head_dim (8)"),
     "part of a head without rotary": ({"positions": "learned", "rope_head_dim": 4}, "rope_head_dim (4)"),
+    "sliding layers without a window": ({"sliding_layers": [0]}, "sliding_layers ((0,))"),
+    "sliding layers out of range": ({"sliding_window": 4, "sliding_layers": [1, 6]}, "sliding_layers ([1, 6])"),
+    "sliding layers that do not rise": ({"sliding_window": 4, "sliding_layers": [2, 1]}, "sliding_layers ([2, 1])"),
+    "no sliding layers": ({"sliding_window": 4, "sliding_layers": []}, "sliding_layers ([])"),
+    "a window on latents": (
+        {
+            "sliding_window": 4,
+            "num_kv_heads": 4,
+            "latent_attention": {"kv_rank": 4, "nope_head_dim": 4, "rope_head_dim": 2, "value_head_dim": 4},
+        },
+        "sliding_window (4)",
+    ),
     "no layer to place": ({"moe": {"num_experts": 4, "every": 7}}, "moe.every (7)"),
     "two placements": ({"moe": {"num_experts": 4, "every": 2, "layers": [1]}}, "moe.every (2)"),
     "layer out of range": ({"moe": {"num_experts": 4, "layers": [1, 6]}}, "moe.layers ([1, 6])"),

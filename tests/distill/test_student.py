@@ -84,6 +84,23 @@ def test_kept_layers_are_in_order_and_have_the_same_sizes_as_the_papers_student(
     assert model_of_layers(teacher, range(24)) == teacher
 
 
+@pytest.mark.parametrize("moe", [{}, {"num_experts": 4}, {"num_experts": 4, "every": 2}])
+def test_layers_keep_their_windows(moe: dict[str, Any]) -> None:
+    teacher = model(8, **moe).replace(sliding_window=16, sliding_layers=(0, 2, 4, 6))
+    student = student_model(teacher)
+    layers = default_map(teacher, student)
+    assert student.num_layers == 7 and len(set(layers)) == 7
+    assert [student.window_of(layer) for layer in range(7)] == [teacher.window_of(layer) for layer in layers]
+    kept = kept_layers(teacher)
+    own = model_of_layers(teacher, kept)
+    assert [own.window_of(layer) for layer in range(7)] == [teacher.window_of(layer) for layer in kept]
+    assert model_of_layers(teacher, (0, 4)).sliding_layers is None
+    assert model_of_layers(teacher, (0, 4)).sliding_window == 16
+    assert model_of_layers(teacher, (1, 3)).sliding_window is None
+    without = student.replace(sliding_window=None, sliding_layers=None)  # it has a map all the same
+    assert len(default_map(teacher, without)) == 7
+
+
 def test_the_default_map_is_in_order_even_and_by_kind() -> None:
     teacher = model(8, num_experts=[4, 4, 8, 8], every=2)
     assert default_map(teacher, teacher) == tuple(range(8))

@@ -45,6 +45,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "residual sum": {"moe": {"num_experts": 4, "layers": [1], "residual": "sum", "residual_intermediate_size": 33}},
     "moe, olmoe-like": {"num_kv_heads": 2, "qk_norm": "full", "moe": {"num_experts": 5, "top_k": 2}},
+    "windows and sinks": {
+        "num_kv_heads": 2, "attention_sinks": True, "sliding_window": 7, "sliding_layers": [0, 2],
+        "attention_bias": "all",
+    },
     "moe, latent attention": {
         "latent_attention": {
             "query_rank": 32, "kv_rank": 32, "nope_head_dim": 12, "rope_head_dim": 4, "value_head_dim": 24,
@@ -66,7 +70,7 @@ def build(family: str, **changes: Any) -> Transformer:
     model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.state_dict().items():
-        if name.endswith(("bias", "norm.weight", "output_scale")):
+        if name.endswith(("bias", "norm.weight", "output_scale", "sinks")):
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
     return model.eval()
 

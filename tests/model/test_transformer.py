@@ -63,6 +63,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_scale": 0.6,
         "rope_scaling": {"kind": "yarn", "factor": 3.0, "original_max_positions": 16},
     },
+    "windows on every second layer, sinks": {
+        "num_kv_heads": 2,
+        "attention_sinks": True,
+        "sliding_window": 7,
+        "sliding_layers": [0, 2],
+    },
     "moe, latent attention": {
         "latent_attention": {
             "query_rank": 20,

@@ -66,7 +66,7 @@ def test_moe_adds_parameters_and_next_to_no_work() -> None:
 
 def shapes_of_mlp(config: ModelConfig, width: int) -> list[tuple[int, ...]]:
     hidden = config.hidden_size
-    inputs = 2 if config.activation == "swiglu" else 1
+    inputs = 2 if config.activation.startswith("swiglu") else 1
     shapes: list[tuple[int, ...]] = [(width, hidden)] * inputs + [(hidden, width)]
     return shapes + ([(width,)] * inputs + [(hidden,)] if config.mlp_bias else [])
 
@@ -92,6 +92,10 @@ def shapes_of_layer(config: ModelConfig, layer: FeedForwardConfig, num_experts: 
         shapes += [(config.head_dim,)] * 2
     if config.qk_norm == "full":
         shapes += [(q,), (kv,)]
+    if config.attention_sinks:
+        shapes += [(config.num_heads,)]
+    if layer.router.bias:
+        shapes += [(layer.num_experts,)]
     if not layer.is_moe or layer.residual:
         shapes += shapes_of_mlp(config, layer.intermediate_size)
     for _ in range(num_experts):
@@ -143,6 +147,15 @@ ODD: dict[str, dict[str, Any]] = {
         },
     },
     "heads normed together": {"num_kv_heads": 2, "head_dim": 10, "qk_norm": "full", "moe": {"num_experts": 3}},
+    # A window whose mean over 33 positions is a whole number.
+    "windows, sinks and a router's bias": {
+        "attention_sinks": True,
+        "sliding_window": 12,
+        "sliding_layers": [0, 2],
+        "activation": "swiglu_oai",
+        "mlp_bias": True,
+        "moe": {"num_experts": 3, "router": {"bias": True}},
+    },
     "latent attention": {
         "latent_attention": {"kv_rank": 9, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 7},
         "moe": {"num_experts": 3, "layers": [1, 2], "residual": "sum", "residual_intermediate_size": 9},
@@ -190,9 +203,10 @@ def test_flops_are_two_per_multiplied_weight_and_the_attention(config: ModelConf
     multiplied = sum(prod(shape) for shape in matrices if len(shape) == 2) + config.vocab_size * config.hidden_size
     latent = config.latent_attention
     values = config.head_dim if latent is None else latent.value_head_dim
-    attention = 2 * config.num_layers * config.num_heads * (config.head_dim + values)
     assert flops_per_token(config, context=0) == 2 * multiplied
-    assert flops_per_token(config, context=17) == 2 * multiplied + 17 * attention
+    seen = sum(min(config.window_of(layer) or 17, 17) for layer in range(config.num_layers))
+    attention = 2 * seen * config.num_heads * (config.head_dim + values)
+    assert flops_per_token(config, context=17) == 2 * multiplied + attention
 
 
 @pytest.mark.parametrize("length", [1, 2, 33])
