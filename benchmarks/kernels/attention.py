@@ -1,20 +1,28 @@
 """How fast is causal attention in training, forward and backward, beside PyTorch's flash attention?
 
-bf16, batch x heads x positions x head_dim; FLOPs of a causal pass are half of a full one: 2 B A S^2 D forward and 5
-backward, so that work above the diagonal counts as waste. Share: of the machine's bf16 peak.
+bf16, batch x heads x positions x head_dim; FLOPs are those of what positions see: of a causal pass half of a full one,
+2 B A S^2 D forward and 5 backward, so that work above the diagonal counts as waste. PyTorch takes a window as a mask.
+Share: of the machine's bf16 peak.
 Run: python benchmarks/kernels/attention.py
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measure import machine, median, paired_ratio, print_table, time_in_turn
 
-# Batch, heads, KV heads, positions, head_dim.
-CASES = ((16, 8, 8, 512, 64), (4, 8, 8, 2048, 64), (1, 16, 16, 2048, 128), (4, 32, 4, 512, 128))
+# Batch, heads, KV heads, positions, head_dim, window.
+CASES = (
+    (16, 8, 8, 512, 64, None),
+    (4, 8, 8, 2048, 64, None),
+    (1, 16, 16, 2048, 128, None),
+    (4, 32, 4, 512, 128, None),
+    (4, 8, 8, 2048, 64, 128),
+)
 
 
 def main() -> None:
@@ -27,7 +35,7 @@ def main() -> None:
     from torch import Tensor
 
     from moesaic.kernels.allocator import tune_allocator
-    from moesaic.kernels.attention import causal_attention
+    from moesaic.kernels.attention import attention_mask, causal_attention
     from moesaic.kernels.limits import measure_limits
     from moesaic.kernels.select import cpu_kernels
 
@@ -35,34 +43,39 @@ def main() -> None:
     peak = measure_limits(device="cpu").bf16_flops_per_second
     print(f"{machine()}, kernels {cpu_kernels().name}, bf16 peak {peak / 1e12:.2f} TFLOP/s")
 
-    def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=query.shape[2] != key.shape[2],
         ).transpose(1, 2)
 
     rows = []
-    for batch, heads, kv_heads, length, dim in CASES:
+    for batch, heads, kv_heads, length, dim, window in CASES:
         torch.manual_seed(0)
+        mask = None if window is None else attention_mask(length, torch.device("cpu"), window=window)
         leaves = [
             torch.randn(batch, length, count, dim, dtype=torch.bfloat16, requires_grad=True)
             for count in (heads, kv_heads, kv_heads)
         ]
         grad = torch.randn(batch, length, heads, dim, dtype=torch.bfloat16)
-        difference = (causal_attention(*leaves) - sdpa(*leaves)).abs().max().item()
+        ours = partial(causal_attention, *leaves, window=window)
+        theirs = partial(sdpa, *leaves, mask)
+        difference = (ours() - theirs()).abs().max().item()
         times = time_in_turn(
             {
-                "ours": lambda: torch.autograd.grad(causal_attention(*leaves), leaves, grad),  # noqa: B023
-                "sdpa": lambda: torch.autograd.grad(sdpa(*leaves), leaves, grad),  # noqa: B023
-                "ours forward": lambda: causal_attention(*leaves),  # noqa: B023
-                "sdpa forward": lambda: sdpa(*leaves),  # noqa: B023
+                "ours": lambda: torch.autograd.grad(ours(), leaves, grad),  # noqa: B023
+                "sdpa": lambda: torch.autograd.grad(theirs(), leaves, grad),  # noqa: B023
+                "ours forward": ours,
+                "sdpa forward": theirs,
             },
             repeats=arguments.repeats,
         )
-        flops = 7 * batch * heads * length**2 * dim
+        most = window or length
+        flops = 7 * batch * heads * most * (2 * length - most) * dim
         seconds = median(times["ours"])
         rows.append(
             {
@@ -71,6 +84,7 @@ def main() -> None:
                 "kv heads": kv_heads,
                 "positions": length,
                 "head_dim": dim,
+                "window": window,
                 "ours ms": seconds * 1e3,
                 "sdpa ms": median(times["sdpa"]) * 1e3,
                 "sdpa / ours": paired_ratio(times, "sdpa", "ours"),
