@@ -139,6 +139,10 @@ def _headline(summary: ModelSummary) -> str:
         heads += f" over latents of {config.latent_attention.kv_rank}"
     elif config.num_kv_heads != config.num_heads:
         heads += f" over {config.num_kv_heads} key/value heads"
+    if config.sliding_window is not None:
+        heads += f" that see {config.sliding_window:,} positions"
+        if config.sliding_layers is not None:
+            heads += f" in layers {describe_indices(config.sliding_layers)}"
     return (
         f"{summary.name}: {short_number(summary.parameters)} parameters, "
         f"{short_number(summary.active_parameters)} active per token\n"

@@ -85,6 +85,13 @@ def test_latent_attention_says_what_its_cache_is_made_of() -> None:
     assert "4 heads of 4 over latents of 5" in rendered(replace(SUMMARY, config=config))
 
 
+def test_a_window_is_said() -> None:
+    config = CONFIG.replace(sliding_window=64)
+    assert "4 heads of 4 over 2 key/value heads that see 64 positions, voc" in rendered(replace(SUMMARY, config=config))
+    config = config.replace(sliding_layers=(0,))
+    assert "that see 64 positions in layers 0, voc" in rendered(replace(SUMMARY, config=config), 200)
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_no_number_is_cut_off_in_a_narrow_terminal(width: int) -> None:
     text = rendered(SUMMARY, width)
