@@ -10,7 +10,6 @@ from moesaic.convert.keys import (
     Always,
     EqualHeads,
     Fixed,
-    FullAttention,
     Groups,
     HeadDim,
     KeyRule,
@@ -21,6 +20,7 @@ from moesaic.convert.keys import (
     Rope,
     Same,
     SharedExperts,
+    SlidingWindow,
 )
 from moesaic.convert.tensors import RowOrder, TensorRule, paired_rows, parted_rows
 
@@ -220,6 +220,14 @@ def _deepseek(scoring: str, *rules: KeyRule) -> tuple[KeyRule, ...]:
     )
 
 
+def _from_bound(layer: int, bound: int) -> bool:
+    return layer >= bound
+
+
+def _every_second(layer: int, bound: int) -> bool:
+    return layer % 2 == 0 and layer < bound
+
+
 # Their `head_dim` is the number of turned channels, which qk_rope_head_dim says already.
 _DEEPSEEK_HARMLESS = frozenset({"head_dim"})
 
@@ -241,7 +249,7 @@ FAMILIES: dict[str, Family] = {
             "mistral",
             "MistralForCausalLM",
             _llama_like(
-                FullAttention(is_usual=True),
+                SlidingWindow(usual=4096),
                 Always("attention_bias", "none"),
                 _NO_MLP_BIAS,
                 has_head_dim=True,
@@ -252,7 +260,7 @@ FAMILIES: dict[str, Family] = {
             "qwen2",
             "Qwen2ForCausalLM",
             _llama_like(
-                FullAttention(flag="use_sliding_window"),
+                SlidingWindow(flag="use_sliding_window", usual=4096, slides=_from_bound, bound=28),
                 Fixed("use_mrope", False, is_written=False),
                 Always("attention_bias", "qkv"),
                 _NO_MLP_BIAS,
@@ -264,7 +272,7 @@ FAMILIES: dict[str, Family] = {
             "qwen3",
             "Qwen3ForCausalLM",
             _llama_like(
-                FullAttention(flag="use_sliding_window"),
+                SlidingWindow(flag="use_sliding_window", usual=4096, slides=_from_bound, bound=28),
                 Always("qk_norm", "head"),
                 _ATTENTION_BIAS,
                 _NO_MLP_BIAS,
@@ -276,7 +284,7 @@ FAMILIES: dict[str, Family] = {
             "mixtral",
             "MixtralForCausalLM",
             _llama_like(
-                FullAttention(),
+                SlidingWindow(),
                 Always("attention_bias", "none"),
                 _NO_MLP_BIAS,
                 *_experts("num_local_experts"),
@@ -310,7 +318,7 @@ FAMILIES: dict[str, Family] = {
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
             _llama_like(
-                FullAttention(flag="use_sliding_window"),
+                SlidingWindow(flag="use_sliding_window", usual=4096, slides=_every_second, bound=28),
                 OneOf("qkv_bias", "attention_bias", {True: "qkv", False: "none"}, default=True),
                 _NO_MLP_BIAS,
                 *_experts("num_experts", "num_local_experts"),
@@ -327,7 +335,7 @@ FAMILIES: dict[str, Family] = {
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
             _llama_like(
-                FullAttention(flag="use_sliding_window"),
+                SlidingWindow(flag="use_sliding_window", usual=4096),
                 Always("qk_norm", "head"),
                 _ATTENTION_BIAS,
                 _NO_MLP_BIAS,
@@ -372,7 +380,7 @@ FAMILIES: dict[str, Family] = {
             "dots1",
             "Dots1ForCausalLM",
             _llama_like(
-                FullAttention(is_usual=True),
+                SlidingWindow(usual=4096, slides=_from_bound, bound=62),
                 Always("qk_norm", "head"),
                 _ATTENTION_BIAS,
                 _NO_MLP_BIAS,

@@ -7,7 +7,7 @@ what was written. The lists themselves are in families.py and gguf.py.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Protocol, get_args, get_origin
@@ -196,32 +196,76 @@ class HeadDim:
 
 
 @dataclass(frozen=True)
-class FullAttention:
-    """Sliding windows: read where they have no effect, refused where they have.
+class SlidingWindow:
+    """sliding_window, the positions that a token sees, and the layers in which it sees no more.
 
-    flag: the key that turns them on. is_usual: a config that says no window means one of 4,096 positions, as it does
-    wherever there is a flag.
+    flag: the key that turns the window on. usual: the window of a config that says none. slides: whether a layer has
+    it, given max_window_layers, where layer_types says nothing; None for families in which all layers have it. bound:
+    max_window_layers of a config that says none, None for families without that key.
     """
 
     flag: str | None = None
-    is_usual: bool = False
+    usual: int | None = None
+    slides: Callable[[int, int], bool] | None = None
+    bound: int | None = None
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        window = keys.take("sliding_window", default=4096 if self.is_usual or self.flag else None)
+        given = keys.take("sliding_window", default=self.usual)
         is_on = True if self.flag is None else keys.take(self.flag, default=False)
-        kinds = keys.take("layer_types", default=None) or ()
-        keys.take("max_window_layers", default=None)
-        if not isinstance(window, int | None):
-            raise keys.refuse("sliding_window", window, "a number of positions, or null, is required")
-        positions = keys.values.get("max_position_embeddings")
-        reaches_all = not window or (isinstance(positions, int) and window >= positions)
-        if (is_on and not reaches_all) or any(kind != "full_attention" for kind in kinds):
-            required = "attention over all positions is required (null, or no more positions than it)"
-            raise keys.refuse("sliding_window", window, required)
+        kinds, bound = keys.take("layer_types", default=None), keys.take("max_window_layers", default=self.bound)
+        if not isinstance(is_on, bool):
+            raise keys.refuse(str(self.flag), is_on, "true or false is required")
+        if not isinstance(given, int | None):
+            raise keys.refuse("sliding_window", given, "a number of positions, or null, is required")
+        given = keys.check("sliding_window", given, "sliding_window") if is_on else None
+        window = None if given is None or given >= ours["max_positions"] else given  # which has no effect
+        count = _count(keys, ours)
+        layers = list(range(count))
+        if kinds is not None:
+            layers = _sliding_layers(keys, kinds, count)
+            if layers and given is None:
+                raise keys.refuse("layer_types", kinds, "a sliding_window that is on is required for sliding_attention")
+        elif window is not None and self.slides is not None:
+            bound = count if self.bound is None else bound
+            if type(bound) is not int:
+                raise keys.refuse("max_window_layers", bound, "a number of layers is required")
+            layers = [layer for layer in layers if self.slides(layer, bound)]
+        if window is not None and self.slides is None and len(layers) < count:
+            required = f"sliding_attention for all layers is required, since sliding_window is {window}"
+            raise keys.refuse("layer_types", kinds, required)
+        if window is not None and layers:
+            put(ours, "sliding_window", window)
+            if len(layers) < count:
+                put(ours, "sliding_layers", layers)
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
-        if self.is_usual:
-            theirs["sliding_window"] = None
+        window, every = config["sliding_window"], range(config["num_layers"])
+        if window is None or window >= config["max_positions"]:
+            if self.flag is None and self.usual is not None:
+                theirs["sliding_window"] = None
+            return
+        layers = list(every) if config["sliding_layers"] is None else list(config["sliding_layers"])
+        theirs["sliding_window"] = window
+        if self.flag is not None:
+            theirs[self.flag] = True
+        if self.slides is None:
+            if len(layers) < len(every):
+                raise Inexpressible("a sliding window in some layers only")
+            return
+        theirs["layer_types"] = ["sliding_attention" if layer in layers else "full_attention" for layer in every]
+        if self.bound is not None:  # for readers that do not know layer_types, where it can say the same
+            for bound in range(len(every) + 1):
+                if layers == [layer for layer in every if self.slides(layer, bound)]:
+                    theirs["max_window_layers"] = bound
+                    break
+
+
+def _sliding_layers(keys: Keys, kinds: Any, count: int) -> list[int]:
+    """Return the layers that layer_types calls sliding."""
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
+        raise keys.refuse("layer_types", kinds, f"{' or '.join(known)} for each of {count} layers is required")
+    return [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
 
 
 @dataclass(frozen=True)
@@ -565,11 +609,14 @@ def _function(config: ModelConfig) -> dict[str, Any]:
     values = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in _TRAINING and name not in ("moe", "intermediate_size")
+        if name not in _TRAINING and name not in ("moe", "intermediate_size", "sliding_window", "sliding_layers")
     }
     values["rope_head_dim"] = config.rope_head_dim or config.head_dim
     values["attention_scale"] = config.attention_scale or 1 / math.sqrt(config.head_dim)
     for index, layer in enumerate(config.layers):
+        window = config.window_of(index)
+        has_effect = window is not None and window < config.max_positions
+        values[f"sliding_window of layer {index}"] = window if has_effect else None
         values |= {f"{name} of layer {index}": value for name, value in _layer_function(layer).items()}
     return values
 

@@ -53,10 +53,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "MistralConfig",
         {**BASE, "head_dim": 10, "sliding_window": 96, "tie_word_embeddings": True, "rope_theta": 1e6},
     ),
+    "mistral, sliding": ("MistralConfig", {**BASE, "sliding_window": 7}),
     "qwen2": ("Qwen2Config", BASE),
+    "qwen2, sliding from layer 1 on": (
+        "Qwen2Config",
+        {**BASE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "qwen2, tied": ("Qwen2Config", {**BASE, "tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen3": ("Qwen3Config", {**BASE, "head_dim": 8}),
+    "qwen3, sliding in one layer": (
+        "Qwen3Config",
+        {**BASE, "head_dim": 8, "use_sliding_window": True, "sliding_window": 2,
+         "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
     "mixtral": ("MixtralConfig", {**BASE, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral, sliding": (
+        "MixtralConfig",
+        {**BASE, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 5},
+    ),
     "olmoe": ("OlmoeConfig", {**BASE, "num_experts": 5, "num_experts_per_tok": 3}),
     "olmoe, renormalised": (
         "OlmoeConfig",
@@ -75,6 +89,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2MoeConfig",
         {**BASE, **EXPERTS, "shared_expert_intermediate_size": 7, "qkv_bias": False, "norm_topk_prob": True},
     ),
+    "qwen2-moe, sliding": (
+        "Qwen2MoeConfig",
+        {**BASE, **EXPERTS, "shared_expert_intermediate_size": 9, "use_sliding_window": True, "sliding_window": 6},
+    ),
     "qwen3-moe": ("Qwen3MoeConfig", {**BASE, **EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
     "qwen3-moe, every second layer": (
         "Qwen3MoeConfig",
@@ -88,6 +106,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe, renormalised, yarn": (
         "Qwen3MoeConfig",
         {**BASE, **EXPERTS, "head_dim": 8, "norm_topk_prob": True, "rope_scaling": YARN},
+    ),
+    "qwen3-moe, sliding": (
+        "Qwen3MoeConfig",
+        {**BASE, **EXPERTS, "head_dim": 8, "use_sliding_window": True, "sliding_window": 9},
     ),
     "deepseek-v2": (
         "DeepseekV2Config",
@@ -130,6 +152,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "routed_scaling_factor": 2.5, "attention_bias": True, "rope_scaling": YARN, "tie_word_embeddings": True,
          "sliding_window": None},
     ),
+    "dots1, sliding from layer 2 on": (
+        "Dots1Config",
+        {**SIGMOID, "n_shared_experts": 1, "sliding_window": 4, "max_window_layers": 2},
+    ),
     "seed-oss": ("SeedOssConfig", {**BASE, "head_dim": 10, "mlp_bias": True}),
     "seed-oss, one key head, tied": (
         "SeedOssConfig",
@@ -138,7 +164,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 # Name: the family that describes it too, and comes first.
-WRITTEN_AS = {name: "llama" for name in FAMILIES if name.startswith("mistral")}
+WRITTEN_AS = {name: "llama" for name in FAMILIES if name.startswith("mistral") and not name.endswith("sliding")}
 
 
 def build(name: str, *, seed: int = 0) -> "transformers.PreTrainedModel":

@@ -26,8 +26,8 @@ MakeRun = Callable[..., Path]
 TOKENS = torch.randint(301, (2, 67), generator=torch.Generator().manual_seed(3))
 # What says nothing of the mathematics, or of the gradients' either.
 NOT_KEPT = {"model_type", "architectures", "dtype", "transformers_version", "use_cache", "attention_dropout"}
-# What sparse layers stand for is written in one way, whichever way it was read.
-ANOTHER_WAY = {"rope_parameters", "decoder_sparse_step", "mlp_only_layers", "eos_token_id"}
+# What sparse and sliding layers stand for is written in one way, whichever way it was read.
+ANOTHER_WAY = {"rope_parameters", "decoder_sparse_step", "mlp_only_layers", "max_window_layers", "eos_token_id"}
 
 
 @torch.no_grad()
@@ -81,6 +81,21 @@ SURE = {"renormalize": True}
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("llama", MODEL),
     "dense, biases of queries, keys and values": ("qwen2", {**MODEL, "attention_bias": "qkv", "tie_embeddings": False}),
+    "dense, sliding": ("mistral", {**MODEL, "sliding_window": 5}),
+    "dense, sliding in all but one layer, such biases": (
+        "qwen2",
+        {**MODEL, "attention_bias": "qkv", "sliding_window": 5, "sliding_layers": [0, 2]},
+    ),
+    "dense, sliding in layers that no family without biases has": (
+        "moesaic",
+        {**MODEL, "sliding_window": 5, "sliding_layers": [0, 2]},
+    ),
+    "plain, sliding": (
+        "mixtral",
+        {**MODEL, "sliding_window": 5, "sliding_layers": [0, 1, 2],
+         "moe": {**MOE, "intermediate_size": 20, "router": SURE}},
+    ),
+    "dense, a window over all positions": ("llama", {**MODEL, "sliding_window": 64, "sliding_layers": [1]}),
     "dense, such biases, wide heads": ("seed_oss", {**MODEL, "attention_bias": "qkv", "head_dim": 10}),
     "plain": ("mixtral", {**MODEL, "moe": {**MOE, "intermediate_size": 20, "router": SURE}}),
     "plain, scaled": (

@@ -16,6 +16,7 @@ from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
 from moesaic.convert import parity
 from moesaic.convert.importer import import_model
 from moesaic.convert.opened import open_model
+from moesaic.model.generate import generate
 from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
 
@@ -66,6 +67,30 @@ def test_the_certificate_of_an_import_says_so(family: str, converted: Callable[[
     assert account.used == account.source == len(open_model(each.source).source.layout) and not account.left_out
     assert account.bytes == sum(tensor.nbytes for tensor in tensors_of(each.run).values())
     assert json.loads((each.run / "parity.json").read_text()) == each.imported.to_json()
+
+
+SLIDING = {
+    "mistral, sliding": 7, "qwen2, sliding from layer 1 on": 8, "qwen3, sliding in one layer": 2, "mixtral, sliding": 5,
+    "qwen2-moe, sliding": 6, "qwen3-moe, sliding": 9, "dots1, sliding from layer 2 on": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_text_that_leaves_the_window_is_continued_as_transformers_does(
+    name: str, converted: Callable[[str], Converted]
+) -> None:
+    """Its cache drops what is behind the window; ours keeps it and does not look."""
+    each, prompt = converted(name), TOKENS[0, :3]
+    model = our_model(each.run, torch.float32)
+    assert model.config.sliding_window == SLIDING[name]
+    theirs = each.theirs.generate(prompt[None], max_new_tokens=40, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert generate(model, prompt.tolist(), max_new_tokens=40) == theirs[0, 3:].tolist()
+    # And the window is seen: without it the same weights say something else.
+    wide = Transformer(model.config.replace(sliding_window=None, sliding_layers=None))
+    wide.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        apart = (wide.logits(wide(TOKENS).hidden) - model.logits(model(TOKENS).hidden)).abs().amax((0, 2)) > 1e-3
+    assert not apart[: SLIDING[name]].any() and apart[SLIDING[name] :].all()
 
 
 def in_bf16(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

@@ -180,6 +180,9 @@ def test_scalings_of_positions_that_are_not_ours(
     refused(changed("llama", rope_parameters=REMOVED, rope_scaling=scaling), message)
 
 
+ON = {"use_sliding_window": True, "sliding_window": 16, "layer_types": REMOVED}
+
+
 @pytest.mark.parametrize(
     ("family", "values", "message"),
     [
@@ -191,23 +194,30 @@ def test_scalings_of_positions_that_are_not_ours(
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is quantised \(gptq\)"),
         ("llama", {"quantization_config": "awq"}, r"is quantised \(awq\)"),
-        ("mixtral", {"sliding_window": 16}, "sliding_window is 16; attention over all positions is required"),
-        ("mixtral", {"sliding_window": "16"}, "sliding_window"),
-        ("mistral", {"sliding_window": 95}, r"sliding_window is 95; .* \(null, or no more positions than it\)"),
+        ("mixtral", {"sliding_window": "16"}, "sliding_window is '16'; a number of positions, or null, is required"),
+        ("mixtral", {"sliding_window": True}, "sliding_window is True; it has to be a valid integer"),
+        ("mixtral", {"sliding_window": [16, 8, 16]}, r"sliding_window is \[16, 8, 16\]; a number of positions"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0; it has to be greater than or equal to 1"),
         (
             "mistral",
-            {"sliding_window": REMOVED, "max_position_embeddings": 4097},
-            "sliding_window is 4096; attention over all positions is required",
+            {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "layer_types is .*; sliding_attention for all layers is required, since sliding_window is 16",
         ),
         ("mistral", {"attention_bias": True}, "not understood: attention_bias"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window"),
         (
             "qwen2",
-            {"use_sliding_window": True, "sliding_window": REMOVED, "max_position_embeddings": 8192},
-            "sliding_window is 4096; attention over all positions is required",
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "layer_types is .*; a sliding_window that is on is required for sliding_attention",
         ),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_window"),
-        ("qwen2", {"layer_types": 3}, "impossible kind"),
+        ("qwen2", {"layer_types": 3}, "layer_types is 3; full_attention or sliding_attention for each of 3 layers"),
+        ("qwen2", {"layer_types": ["full_attention"] * 2}, "layer_types is .* for each of 3 layers"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention", [1]]}, "layer_types is .*chunked_attention"),
+        ("qwen2", {"use_sliding_window": "no"}, "use_sliding_window is 'no'; true or false is required"),
+        (
+            "qwen2",
+            {**ON, "max_window_layers": None},
+            "max_window_layers is None; a number of layers is required",
+        ),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; None is required"),
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func"),
         ("deepseek-v3", {"topk_method": "greedy"}, "topk_method"),
@@ -216,7 +226,6 @@ def test_scalings_of_positions_that_are_not_ours(
         ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method"),
         ("seed-oss", {"attention_out_bias": True}, "attention_out_bias is True; False is required"),
         ("dots1", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
-        ("dots1", {"sliding_window": 16}, "sliding_window is 16; attention over all positions"),
         ("dots1", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, "sliding_window"),
         ("dots1", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("glm4-moe, as GLM-4.5-Air", {"use_qk_norm": None}, "use_qk_norm is None; False or True is required"),
@@ -257,7 +266,14 @@ def test_what_changes_the_mathematics_is_refused_by_name(
         ("mixtral", {"sliding_window": None}),
         ("mistral", {"sliding_window": REMOVED}),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1, "layer_types": None}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "layer_types": REMOVED}),
         ("qwen2", {"layer_types": ["full_attention"] * 3}),
+        ("qwen2", {**ON, "sliding_window": 96, "max_window_layers": 0}),
+        ("qwen2", {**ON, "max_window_layers": REMOVED}),  # 28
+        ("qwen2-moe", {**ON, "max_window_layers": 0}),
+        ("mistral", {"layer_types": ["full_attention"] * 3}),
+        ("dots1", {"sliding_window": 16, "layer_types": ["full_attention"] * 3}),
+        ("dots1", {"sliding_window": 16, "layer_types": REMOVED}),
         ("qwen2-moe", {"mlp_only_layers": None}),
         ("glm4-moe, as GLM-4.5-Air", {"partial_rotary_factor": 0.5}),
         ("glm4-moe, as GLM-4.5-Air", {"rope_parameters": REMOVED}),
@@ -266,4 +282,37 @@ def test_what_changes_the_mathematics_is_refused_by_name(
 )
 def test_what_changes_nothing_is_accepted(family: str, values: dict[str, Any], changed: Changed) -> None:
     with open_model(changed(family, **values)) as opened:
-        assert opened.config.num_layers == 3
+        assert opened.config.num_layers == 3 and opened.config.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "layers"),
+    [
+        ("mistral", {"sliding_window": 16}, None),
+        ("mistral", {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3}, None),
+        ("mistral", {"sliding_window": 16, "max_position_embeddings": 17}, None),
+        ("mixtral", {"sliding_window": 16}, None),
+        ("qwen2", {**ON, "max_window_layers": 0}, None),
+        ("qwen2", {**ON, "max_window_layers": 2}, (2,)),
+        ("qwen3", {**ON, "max_window_layers": 1}, (1, 2)),
+        ("qwen3", {**ON, "max_window_layers": 1, "layer_types": ["sliding_attention", *["full_attention"] * 2]}, (0,)),
+        ("qwen2-moe", {**ON}, (0, 2)),
+        ("qwen2-moe", {**ON, "max_window_layers": 2}, (0,)),
+        ("qwen3-moe", {**ON, "max_window_layers": 2}, None),  # which this class does not read
+        ("dots1", {"sliding_window": 16, "max_window_layers": 1, "layer_types": REMOVED}, (1, 2)),
+    ],
+)
+def test_windows_are_in_the_layers_that_the_class_gives_them_to(
+    family: str, values: dict[str, Any], layers: tuple[int, ...] | None, changed: Changed
+) -> None:
+    with open_model(changed(family, **values)) as opened:
+        assert (opened.config.sliding_window, opened.config.sliding_layers) == (16, layers)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3-moe"])
+def test_a_window_that_no_key_gives_is_of_4096_positions(family: str, changed: Changed) -> None:
+    values = {**ON, "sliding_window": REMOVED, "max_window_layers": 0, "max_position_embeddings": 4097}
+    if family == "mistral":
+        del values["use_sliding_window"]
+    with open_model(changed(family, **values)) as opened:
+        assert (opened.config.sliding_window, opened.config.sliding_layers) == (4096, None)
