@@ -5,6 +5,8 @@ A new family is a table more. How keys are read is keys.py's business, how tenso
 
 from dataclasses import dataclass
 
+import torch
+
 from moesaic.config.model import ModelConfig
 from moesaic.convert.keys import (
     Always,
@@ -27,13 +29,15 @@ from moesaic.convert.tensors import RowOrder, TensorRule, paired_rows, parted_ro
 
 @dataclass(frozen=True)
 class Family:
-    """model_type and architecture as config.json has them. left_out: names of tensors that the model does not use
-    ({later} stands for a layer behind the last), with the reason in `left_out_because`."""
+    """model_type and architecture as config.json has them. harmless: keys that need no rule, beside HARMLESS. left_out:
+    names of tensors that the model does not use ({later} stands for a layer behind the last), with the reason in
+    `left_out_because`."""
 
     name: str
     architecture: str
     keys: tuple[KeyRule, ...]
     tensors: tuple[TensorRule, ...]
+    harmless: frozenset[str] = frozenset()
     left_out: tuple[str, ...] = ()
     left_out_because: str = ""
 
@@ -78,11 +82,11 @@ _SIZES = (
     Same("num_attention_heads", "num_heads"),
     Same("max_position_embeddings", "max_positions"),
     Same("initializer_range", "init_std", default=0.02),
-    OneOf("hidden_act", "activation", {"silu": "swiglu"}, default="silu"),
     Same("tie_word_embeddings", "tie_embeddings", default=False),
     Always("norm", "rmsnorm"),
     Always("positions", "rotary"),
 )
+_SWIGLU = OneOf("hidden_act", "activation", {"silu": "swiglu"}, default="silu")
 _MLP = Same("intermediate_size", "intermediate_size")
 _KV_HEADS = Same("num_key_value_heads", "num_kv_heads", default=None)
 _ATTENTION_BIAS = OneOf("attention_bias", "attention_bias", {False: "none", True: "all"}, default=False)
@@ -94,10 +98,10 @@ def _epsilon(default: float) -> Same:
     return Same("rms_norm_eps", "norm_epsilon", default=default)
 
 
-def _experts(count: str, *aliases: str) -> tuple[KeyRule, ...]:
+def _experts(count: str, *aliases: str, top_k_aliases: tuple[str, ...] = ()) -> tuple[KeyRule, ...]:
     return (
         Same(count, "moe.num_experts", aliases=aliases),
-        Same("num_experts_per_tok", "moe.top_k"),
+        Same("num_experts_per_tok", "moe.top_k", aliases=top_k_aliases),
         Same("router_aux_loss_coef", "moe.router.balance_loss", default=0.001),
     )
 
@@ -131,6 +135,30 @@ def _moe_tensors(
         TensorRule("blocks.{layer}.feed_forward.mlp.{rest}", (f"{_LAYER}.{part}.{shared}.{{rest}}",), layers="moe"),
         TensorRule("blocks.{layer}.feed_forward.mix.weight", (f"{_LAYER}.{part}.{shared}_gate.weight",)),
     )
+
+
+def _interleaved(config: ModelConfig) -> RowOrder:
+    """Gate and up row by row, of ours one after the other."""
+    rows = 2 * config.layers[config.moe_layers[0]].expert_intermediate_size
+    return torch.arange(rows).view(-1, 2).t().flatten()
+
+
+_MOE, _OSS_EXPERTS = "blocks.{layer}.feed_forward.moe", f"{_LAYER}.mlp.experts"
+_OSS_TENSORS = (
+    TensorRule(f"{_MOE}.router.{{rest}}", (f"{_LAYER}.mlp.router.{{rest}}",)),
+    TensorRule(
+        f"{_MOE}.experts.gate_up_proj",
+        (f"{_OSS_EXPERTS}.gate_up_proj",),
+        rows=_interleaved,
+        is_stacked=True,
+        is_transposed=True,
+    ),
+    TensorRule(
+        f"{_MOE}.experts.gate_up_bias", (f"{_OSS_EXPERTS}.gate_up_proj_bias",), rows=_interleaved, is_stacked=True
+    ),
+    TensorRule(f"{_MOE}.experts.down_proj", (f"{_OSS_EXPERTS}.down_proj",), is_stacked=True, is_transposed=True),
+    TensorRule(f"{_MOE}.experts.down_bias", (f"{_OSS_EXPERTS}.down_proj_bias",), is_stacked=True),
+)
 
 
 def _parted(config: ModelConfig, num_heads: int) -> RowOrder:
@@ -198,13 +226,16 @@ _LATENT_KEYS = (
 _ROPE = Rope()
 
 
-def _llama_like(*rules: KeyRule, has_head_dim: bool, epsilon: float = 1e-6, rope: Rope = _ROPE) -> tuple[KeyRule, ...]:
-    return (*_SIZES, _MLP, _epsilon(epsilon), _KV_HEADS, HeadDim(has_key=has_head_dim), rope, *rules)
+def _llama_like(
+    *rules: KeyRule, has_head_dim: bool, epsilon: float = 1e-6, rope: Rope = _ROPE, activation: KeyRule = _SWIGLU
+) -> tuple[KeyRule, ...]:
+    return (*_SIZES, activation, _MLP, _epsilon(epsilon), _KV_HEADS, HeadDim(has_key=has_head_dim), rope, *rules)
 
 
 def _deepseek(scoring: str, *rules: KeyRule) -> tuple[KeyRule, ...]:
     return (
         *_SIZES,
+        _SWIGLU,
         _MLP,
         _epsilon(1e-6),
         *_LATENT_KEYS,
@@ -230,6 +261,15 @@ def _every_second(layer: int, bound: int) -> bool:
 
 # Their `head_dim` is the number of turned channels, which qk_rope_head_dim says already.
 _DEEPSEEK_HARMLESS = frozenset({"head_dim"})
+
+_OSS_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -358,6 +398,7 @@ FAMILIES: dict[str, Family] = {
                 Groups(method=True),
             ),
             (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
+            harmless=_DEEPSEEK_HARMLESS,
         ),
         Family(
             "deepseek_v3",
@@ -373,6 +414,7 @@ FAMILIES: dict[str, Family] = {
                 Groups(),
             ),
             (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
+            harmless=_DEEPSEEK_HARMLESS,
             left_out=("model.layers.{later}.",),
             left_out_because="multi-token prediction, which is no part of the model itself",
         ),
@@ -428,6 +470,28 @@ FAMILIES: dict[str, Family] = {
             left_out_because="multi-token prediction, which is no part of the model itself",
         ),
         Family(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            _llama_like(
+                SlidingWindow(usual=128, slides=_every_second, is_nullable=False),
+                OneOf("attention_bias", "attention_bias", {True: "all", False: "none"}, default=True),
+                Always("attention_sinks", True),
+                Always("mlp_bias", True),
+                Fixed("swiglu_limit", 7.0),
+                Fixed("swiglu_alpha", 1.702, is_written=False),
+                *_experts("num_local_experts", top_k_aliases=("experts_per_token",)),
+                Always("moe.router.renormalize", True),
+                Always("moe.router.bias", True),
+                epsilon=1e-5,
+                has_head_dim=True,
+                rope=Rope(theta=150_000.0, usual=_OSS_YARN),
+                # Their name for it is that of the function that it is like.
+                activation=OneOf("hidden_act", "activation", {"silu": "swiglu_oai"}, default="silu"),
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_OSS_TENSORS),
+            harmless=frozenset({"initial_context_length"}),  # what the scaling of positions says too
+        ),
+        Family(
             "seed_oss",
             "SeedOssForCausalLM",
             _llama_like(
@@ -444,7 +508,7 @@ FAMILIES: dict[str, Family] = {
 
 def harmless_keys(family: Family) -> frozenset[str]:
     """Return the keys of a family's config that need no rule."""
-    return HARMLESS | _DEEPSEEK_HARMLESS if family.name.startswith("deepseek") else HARMLESS
+    return HARMLESS | family.harmless
 
 
 # The layout of our own classes for transformers (moesaic.hf), whose config holds our ModelConfig as it is.

@@ -201,13 +201,15 @@ class SlidingWindow:
 
     flag: the key that turns the window on. usual: the window of a config that says none. slides: whether a layer has
     it, given max_window_layers, where layer_types says nothing; None for families in which all layers have it. bound:
-    max_window_layers of a config that says none, None for families without that key.
+    max_window_layers of a config that says none, None for families without that key. is_nullable: whether the family's
+    class takes null for no window.
     """
 
     flag: str | None = None
     usual: int | None = None
     slides: Callable[[int, int], bool] | None = None
     bound: int | None = None
+    is_nullable: bool = True
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         given = keys.take("sliding_window", default=self.usual)
@@ -242,7 +244,7 @@ class SlidingWindow:
         window, every = config["sliding_window"], range(config["num_layers"])
         if window is None or window >= config["max_positions"]:
             if self.flag is None and self.usual is not None:
-                theirs["sliding_window"] = None
+                theirs["sliding_window"] = None if self.is_nullable else max(self.usual, config["max_positions"])
             return
         layers = list(every) if config["sliding_layers"] is None else list(config["sliding_layers"])
         theirs["sliding_window"] = window
@@ -274,11 +276,13 @@ class Rope:
 
     is_latent: a DeepSeek model, whose mscale_all_dim also enters the softmax scale. turned: the share of a head's
     channels that is turned where none is said, in families that have partial_rotary_factor; it comes after head_dim.
+    usual: the scaling of a config that says none, where the family's class has one.
     """
 
     theta: float = 10_000.0
     is_latent: bool = False
     turned: float | None = None
+    usual: Mapping[str, Any] | None = None
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         theta = keys.take("rope_theta", default=self.theta)
@@ -292,6 +296,8 @@ class Rope:
         for name, given in (("rope_scaling", scaling), ("rope_parameters", parameters)):
             if not isinstance(given, dict | None):
                 raise keys.refuse(name, given, "a section with keys, or null, is required")
+        if not scaling and parameters is None:
+            scaling = self.usual
         found = Keys({**(scaling or {}), **(parameters or {})}, f"{keys.where}: rope_scaling")
         theta = found.take("rope_theta", default=theta)
         put(ours, "rope_theta", keys.check("rope_theta", theta, "rope_theta"))
@@ -350,8 +356,9 @@ class Rope:
         theirs["rope_theta"] = config["rope_theta"]
         if self.turned is not None:
             theirs["partial_rotary_factor"] = (config["rope_head_dim"] or config["head_dim"]) / config["head_dim"]
-        scaling, theirs["rope_scaling"] = config["rope_scaling"], None
+        scaling = config["rope_scaling"]
         if scaling is None:
+            theirs["rope_scaling"] = None if self.usual is None else {"rope_type": "default"}
             return
         kind, factor = scaling["kind"], scaling["factor"]
         written: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -592,7 +599,7 @@ def values_by_path(config: ModelConfig) -> dict[str, Any]:
 
 # What only training sees.
 _TRAINING = frozenset({"dropout", "init_std"})
-_ROUTER = ("scoring", "renormalize", "scale", "num_groups", "top_groups", "score_correction_bias")
+_ROUTER = ("scoring", "renormalize", "scale", "num_groups", "top_groups", "score_correction_bias", "bias")
 
 
 def differences(first: ModelConfig, second: ModelConfig) -> list[str]:

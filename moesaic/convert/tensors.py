@@ -28,7 +28,7 @@ class TensorRule:
 
     {layer} and {rest} stand for what they match; {expert} in theirs for every expert in turn. layers: the rule is for
     these layers only. rows: the order of our rows in theirs. is_stacked: theirs have all experts in one tensor, ours
-    takes from each in turn.
+    takes from each in turn. is_transposed: an expert's matrix is ours transposed; `rows` counts its columns then.
     """
 
     ours: str
@@ -36,33 +36,36 @@ class TensorRule:
     layers: Literal["all", "moe", "dense"] = "all"
     rows: Callable[[ModelConfig], RowOrder] | None = None
     is_stacked: bool = False
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Piece:
     """Rows of one of ours, from `start` on, that are a foreign tensor, or its index-th part.
 
-    shape: of the foreign tensor, or of the part. order: of our rows in theirs, None where it is the same.
+    num_rows: as TensorReader.read_rows counts them. shape: of the foreign tensor, or of the part. order: of our rows in
+    theirs, None where it is the same.
     """
 
     ours: str
     start: int
+    num_rows: int
     theirs: str
     index: int | None
     shape: tuple[int, ...]
     order: RowOrder | None
-
-    @property
-    def num_rows(self) -> int:
-        return prod(self.shape[:-1]) if len(self.shape) > 1 else prod(self.shape)
+    is_transposed: bool = False
 
     def to_ours(self, tensor: Tensor) -> Tensor:
-        return tensor if self.order is None else tensor[self.order]
+        if self.is_transposed:
+            tensor = tensor.t()
+        return (tensor if self.order is None else tensor[self.order]).contiguous()
 
     def to_theirs(self, rows: Tensor) -> Tensor:
+        rows = rows.reshape(self.shape[::-1] if self.is_transposed else self.shape)
         if self.order is not None:
             rows = torch.empty_like(rows).index_copy_(0, self.order, rows)
-        return rows.reshape(self.shape)
+        return rows.t() if self.is_transposed else rows
 
 
 def paired_rows(num_heads: int, head_size: int, *, start: int = 0) -> RowOrder:
@@ -145,14 +148,16 @@ def _cut(
     is_each = rule.is_stacked or "{expert}" in rule.theirs[0]
     inner = shape[1:] if is_each else shape
     part = (inner[0] // len(rule.theirs), *inner[1:]) if len(rule.theirs) > 1 else inner
+    num_rows = prod(part[:-1]) if len(shape) > 1 else prod(part)
     order = None if rule.rows is None else rule.rows(config)
+    theirs_shape = part[::-1] if rule.is_transposed else part
     start = 0
     for expert in range(shape[0]) if is_each else [None]:
         for template in rule.theirs:
             theirs = template.format(expert=expert, **parts)
-            piece = Piece(name, start, theirs, expert if rule.is_stacked else None, part, order)
-            yield piece
-            start += piece.num_rows
+            index = expert if rule.is_stacked else None
+            yield Piece(name, start, num_rows, theirs, index, theirs_shape, order, rule.is_transposed)
+            start += num_rows
 
 
 def foreign_tensors(pieces: Mapping[str, list[Piece]]) -> dict[str, list[Piece]]:

@@ -29,6 +29,7 @@ LATENT = {
 }  # fmt: skip
 SIGMOID = {**BASE, "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 2,
        "first_k_dense_replace": 1}  # fmt: skip
+OSS = {**BASE, "head_dim": 8, "num_local_experts": 5, "num_experts_per_tok": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
@@ -156,6 +157,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Dots1Config",
         {**SIGMOID, "n_shared_experts": 1, "sliding_window": 4, "max_window_layers": 2},
     ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {**OSS, "sliding_window": 8, "rope_parameters": {**YARN, "rope_theta": 500.0, "truncate": False}},
+    ),
+    "gpt-oss, sliding in one layer, no biases of attention, tied, plain rope": (
+        "GptOssConfig",
+        {**OSS, "num_key_value_heads": 4, "attention_bias": False, "tie_word_embeddings": True, "sliding_window": 5,
+         "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "gpt-oss, no window, usual rope": ("GptOssConfig", {**OSS, "intermediate_size": 19, "head_dim": 10}),
     "seed-oss": ("SeedOssConfig", {**BASE, "head_dim": 10, "mlp_bias": True}),
     "seed-oss, one key head, tied": (
         "SeedOssConfig",
@@ -163,6 +175,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+# Those whose experts no packed kernel computes yet.
+UNPACKED = {name for name in FAMILIES if name.startswith("gpt-oss")}
 # Name: the family that describes it too, and comes first.
 WRITTEN_AS = {name: "llama" for name in FAMILIES if name.startswith("mistral") and not name.endswith("sliding")}
 
@@ -180,10 +194,12 @@ def build(name: str, *, seed: int = 0) -> "transformers.PreTrainedModel":
         for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "inv_freq" in tensor_name:
                 continue
-            if "norm" in tensor_name or tensor_name.endswith((".bias", "correction_bias")):
+            if "norm" in tensor_name or tensor_name.endswith(("bias", "sinks")):
                 tensor.add_(torch.randn_like(tensor) * 0.1)
-            elif "gate.weight" in tensor_name:
+            elif tensor_name.endswith(("gate.weight", "router.weight")):
                 tensor.copy_(torch.randn_like(tensor))  # a router that is sure, so that rounding changes no choice
+            elif config_class == "GptOssConfig" and tensor_name.endswith(("gate_up_proj", "down_proj")):
+                tensor.mul_(5 if "gate" in tensor_name else 0.1)  # beyond the limits of their activation
     return model
 
 

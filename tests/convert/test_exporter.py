@@ -77,6 +77,10 @@ MODEL = {
 }  # fmt: skip
 MOE = {"num_experts": 5, "top_k": 2, "intermediate_size": 12}
 SURE = {"renormalize": True}
+AS_OSS: dict[str, Any] = {
+    "attention_sinks": True, "mlp_bias": True, "activation": "swiglu_oai",
+    "moe": {**MOE, "intermediate_size": 20, "router": {**SURE, "bias": True}},
+}  # fmt: skip
 # Name: the family that can describe the model, or our own classes, and the model.
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("llama", MODEL),
@@ -124,6 +128,14 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
          "moe": {**MOE, "layers": [2], "residual": "sum", "residual_intermediate_size": 24,
                  "router": {"scoring": "sigmoid", "score_correction_bias": True, "scale": 1.5}}},
     ),
+    "as gpt-oss": ("gpt_oss", {**MODEL, **AS_OSS, "sliding_window": 5, "sliding_layers": [1, 2]}),
+    "as gpt-oss, no window": ("gpt_oss", {**MODEL, **AS_OSS, "attention_bias": "all", "head_dim": 10}),
+    "as gpt-oss, without sinks": ("moesaic", {**MODEL, **AS_OSS, "attention_sinks": False}),
+    "as gpt-oss, without the router's bias": (
+        "moesaic",
+        {**MODEL, **AS_OSS, "moe": {**AS_OSS["moe"], "router": SURE}},
+    ),
+    "dense with sinks": ("moesaic", {**MODEL, "attention_sinks": True}),
     "part of a head, softmax": ("moesaic", {**MODEL, "rope_head_dim": 4, "moe": MOE}),
     "plain, not renormalised": ("moesaic", {**MODEL, "moe": MOE}),
     "pyramid": ("moesaic", {**MODEL, "moe": {**MOE, "num_experts": [4, 4, 7], "residual": "sum"}}),

@@ -112,6 +112,18 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "num_experts_per_tok": 6, "num_hidden_layers": 62, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
         "rope_theta": 10000000, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "sliding_window": None,
         "tie_word_embeddings": False, "topk_group": 1, "vocab_size": 152064}),
+    **{name: (parameters, {
+        **USUAL, "model_type": "gpt_oss", "attention_bias": True, "eos_token_id": 200002, "experts_per_token": 4,
+        "head_dim": 64, "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2), "max_position_embeddings": 131072,
+        "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": layers, "num_key_value_heads": 8,
+        "num_local_experts": experts, "output_router_logits": False, "pad_token_id": 199999, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+                         "rope_type": "yarn", "truncate": False},
+        "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+        "tie_word_embeddings": False, "vocab_size": 201088})
+        for name, parameters, layers, experts in (
+            ("gpt-oss-20b", 20_914_757_184, 24, 32), ("gpt-oss-120b", 116_829_156_672, 36, 128))},
     "Seed-OSS-36B": (36_151_104_512, {
         **USUAL, "model_type": "seed_oss", "attention_bias": True, "attention_dropout": 0.1,
         "attention_out_bias": False, "head_dim": 128, "hidden_size": 5120, "intermediate_size": 27648,
@@ -186,6 +198,7 @@ def test_what_deepseek_v3_takes_for_missing_groups_is_asked_for() -> None:
          r"rope_scaling and rope_parameters are both given and say something else; .*remove one"),
         ("Llama-3.2-1B", {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
          r"rope_type is 'yarn' and type is 'linear'"),
+        ("gpt-oss-20b", {"experts_per_token": 2}, r"num_experts_per_tok is 4 and experts_per_token is 2"),
         ("Qwen2.5-0.5B", {"use_mrope": True}, r"use_mrope is True; False is required"),
     ],
 )  # fmt: skip

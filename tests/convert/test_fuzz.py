@@ -34,6 +34,11 @@ def mixtral(saved: Callable[..., Path]) -> Path:
     return saved("mixtral", num_hidden_layers=1, hidden_size=16)
 
 
+@pytest.fixture(scope="module")
+def gpt_oss(saved: Callable[..., Path]) -> Path:
+    return saved("gpt-oss", num_hidden_layers=2, layer_types=None, hidden_size=16)
+
+
 @pytest.fixture
 def law(tmp_path: Path, bounded_memory: Callable[[], AbstractContextManager[None]]) -> Callable[[Path], bool]:
     """A function (source) that imports it under the law, and returns whether that succeeded."""
@@ -56,7 +61,7 @@ def law(tmp_path: Path, bounded_memory: Callable[[], AbstractContextManager[None
     return check
 
 
-@pytest.mark.parametrize("family", ["model", "mixtral"])
+@pytest.mark.parametrize("family", ["model", "mixtral", "gpt_oss"])
 def test_configs_with_odd_values(
     family: str, law: Callable[[Path], bool], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -214,6 +214,10 @@ LATENT = {"query_rank": 32, "kv_rank": 32, "nope_head_dim": 20, "rope_head_dim":
         ({"latent_attention": LATENT, "head_dim": 32}, "latent_attention"),
         ({"rope_head_dim": 8}, r"rope_head_dim = 8 \(not 32\)"),
         ({"attention_scale": 0.5}, "attention_scale = 0.5"),
+        ({"sliding_window": 8, "sliding_layers": [1]}, r"sliding_window of layer 1 = 8 \(not None\)"),
+        ({"attention_sinks": True}, r"attention_sinks = True \(not False\)"),
+        ({"activation": "swiglu_oai"}, "activation = swiglu_oai"),
+        ({"moe": {**EXPERTS, "router": {"renormalize": True, "bias": True}}}, "bias of layer 0 = True"),
         ({"rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_positions": 16}}, "rope_scaling.kind = yarn"),
         ({"rope_scaling": {"kind": "llama3", "factor": 2.0, "original_max_positions": 16}}, ".*scaling.kind = llama3"),
     ],
@@ -273,6 +277,10 @@ ONES = np.ones(24, np.float32)
     ("changes", "message"),
     [
         ({"general.architecture": "gemma"}, "of architecture 'gemma'; one of llama, qwen2, qwen3, qwen3moe is"),
+        (
+            {"general.architecture": "gpt-oss", "gpt-oss.expert_count": 32},
+            "of architecture 'gpt-oss' with experts; one of .* is required; import the model's Hugging Face folder",
+        ),
         ({"llama.expert_count": 4}, "has no expert_used_count"),
         ({"llama.block_count": None}, "has no block_count"),
         ({"llama.block_count": 0}, "block_count is 0"),

@@ -224,6 +224,14 @@ ON = {"use_sliding_window": True, "sliding_window": 16, "layer_types": REMOVED}
         ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
         ("deepseek-v3", {"attention_bias": True}, "attention_bias"),
         ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0; 7.0 is required"),
+        ("gpt-oss", {"swiglu_limit": None}, "swiglu_limit is None; 7.0 is required"),
+        ("gpt-oss", {"swiglu_alpha": 1.0}, "swiglu_alpha is 1.0; 1.702 is required"),
+        ("gpt-oss", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; 'silu' is required"),
+        ("gpt-oss", {"attention_bias": "qkv"}, "attention_bias is 'qkv'; True or False is required"),
+        ("gpt-oss", {"sliding_window": None}, "layer_types is .*; a sliding_window that is on is required"),
+        ("gpt-oss", {"layer_types": ["chunked_attention"] * 3}, "layer_types is .*chunked_attention"),
+        ("gpt-oss", {"quantization_config": {"quant_method": "fp8"}}, r"is quantised \(fp8\)"),
         ("seed-oss", {"attention_out_bias": True}, "attention_out_bias is True; False is required"),
         ("dots1", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ("dots1", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, "sliding_window"),
@@ -277,6 +285,10 @@ def test_what_changes_the_mathematics_is_refused_by_name(
         ("qwen2-moe", {"mlp_only_layers": None}),
         ("glm4-moe, as GLM-4.5-Air", {"partial_rotary_factor": 0.5}),
         ("glm4-moe, as GLM-4.5-Air", {"rope_parameters": REMOVED}),
+        ("gpt-oss", {"layer_types": ["full_attention"] * 3, "initial_context_length": 4096, "experts_per_token": 2}),
+        ("gpt-oss", {"layer_types": REMOVED, "sliding_window": 96}),
+        ("gpt-oss", {"layer_types": REMOVED, "sliding_window": None}),
+        ("gpt-oss", {"sliding_window": REMOVED}),  # 128
         ("deepseek-v3", {"n_group": 3, "num_nextn_predict_layers": 1}),
     ],
 )
@@ -300,6 +312,8 @@ def test_what_changes_nothing_is_accepted(family: str, values: dict[str, Any], c
         ("qwen2-moe", {**ON, "max_window_layers": 2}, (0,)),
         ("qwen3-moe", {**ON, "max_window_layers": 2}, None),  # which this class does not read
         ("dots1", {"sliding_window": 16, "max_window_layers": 1, "layer_types": REMOVED}, (1, 2)),
+        ("gpt-oss", {"sliding_window": 16, "layer_types": REMOVED}, (0, 2)),
+        ("gpt-oss", {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3}, None),
     ],
 )
 def test_windows_are_in_the_layers_that_the_class_gives_them_to(
