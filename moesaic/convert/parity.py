@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import moesaic
 from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.checkpoint.stream import TensorReader
+from moesaic.convert import mxfp4
 from moesaic.convert.opened import open_model
-from moesaic.convert.source import is_foreign_run, is_source
+from moesaic.convert.source import CONFIG_NAME, is_foreign_run, is_source, read_json
 from moesaic.convert.weights import WeightComparison, compare_weights
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConversionError
@@ -246,15 +247,18 @@ class _Theirs:
 
     def __init__(self, path: Path) -> None:
         import transformers
+        from transformers.utils.quantization_config import Mxfp4Config
 
         if is_foreign_run(path):
             import moesaic.hf  # noqa: F401  # registers our classes
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+        packed = file is None and read_json(path / CONFIG_NAME).get("quantization_config")  # MXFP4: no other is opened
         with _quiet_transformers(), _their_errors():
             # Its other ways to run experts refuse sizes that are no multiple of 16 bytes.
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, dtype=torch.float32, local_files_only=True, experts_implementation="eager",
                 output_loading_info=True,
+                quantization_config=Mxfp4Config(dequantize=True) if packed else None,
             )  # fmt: skip
         model, info = loaded
         self._model = model.eval()
@@ -513,7 +517,8 @@ def _bytes_needed(path: Path) -> int:
     parameters = 0
     for each in files:
         with TensorReader(each) as reader:
-            parameters += sum(layout.num_bytes // layout.dtype.itemsize for layout in reader.layout.values())
+            for name, layout in reader.layout.items():
+                parameters += math.prod(layout.shape) * (2 if name.endswith(mxfp4.BLOCKS) else 1)
     return stored + 4 * parameters + (1 << 29)
 
 

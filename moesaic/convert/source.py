@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, without_doubles
+from moesaic.convert import mxfp4
 from moesaic.data.tokenizer import COMPANION_NAMES, GENERATION_NAME, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConversionError, DataError
 
@@ -44,7 +45,7 @@ class Source(Protocol):
 
 
 class HuggingFaceFolder:
-    """config.json, safetensors shards with their index, and tokenizer files.
+    """config.json, safetensors shards with their index, and tokenizer files. Matrices in MXFP4 come as bf16.
 
     Raises: ConversionError or CheckpointError for what is missing, broken, double, or leads out of the folder.
     """
@@ -58,23 +59,43 @@ class HuggingFaceFolder:
                 f"{path} holds {ADAPTER_NAME}: an adapter beside a model; the model alone is required; merge the "
                 f"adapter with PEFT (merge_and_unload) and save the result, or remove it."
             )
-        if self.config.get("quantization_config"):
-            method = self.config["quantization_config"]
-            name = method.get("quant_method") if isinstance(method, dict) else method
-            raise ConversionError(
-                f"{path} is quantised ({name}); bf16, fp16 or fp32 weights are required; take the model as it was "
-                f"before, or dequantise it with the tool that made it."
-            )
+        is_packed = self._is_packed()
+        if is_packed:
+            del self.config["quantization_config"]  # understood
         self._stack = ExitStack()
         try:
             self._readers = self._open()
+            layout = {name: reader.layout[name] for name, reader in self._readers.items()}
+            self.layout: Mapping[str, TensorLayout] = mxfp4.plain_layout(layout, str(path)) if is_packed else layout
         except BaseException:
             self._stack.close()
             raise
-        self.layout: Mapping[str, TensorLayout] = {name: reader.layout[name] for name, reader in self._readers.items()}
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        return self._readers[name].read(name, index)
+        if name in self._readers:
+            return self._readers[name].read(name, index)
+        blocks, scales = (self._readers[name + part].read(name + part, index) for part in (mxfp4.BLOCKS, mxfp4.SCALES))
+        return mxfp4.dequantize(blocks, mxfp4.check_scales(scales, f"{self.path}: {name}")).mT
+
+    def _is_packed(self) -> bool:
+        """Whether the config says that matrices are in MXFP4. Raises: ConversionError for what else it may say."""
+        given = self.config.get("quantization_config")
+        if not given:
+            return False
+        name = given.get("quant_method") if isinstance(given, dict) else given
+        if not isinstance(given, dict) or name != "mxfp4":
+            raise ConversionError(
+                f"{self.path} is quantised ({name}); bf16, fp16 or fp32 weights, or gpt-oss's in MXFP4, are required; "
+                f"take the model as it was before, or dequantise it with the tool that made it."
+            )
+        # Which modules are not converted, the tensors say.
+        unknown = sorted(given.keys() - {"quant_method", "modules_to_not_convert"})
+        if unknown:
+            raise ConversionError(
+                f"{self.path}: quantization_config has keys that are not understood: {', '.join(unknown)}; MXFP4 has "
+                f"quant_method and modules_to_not_convert alone; remove what changes nothing."
+            )
+        return True
 
     def tokenizer(self) -> Tokenizer:
         if not (self.path / TOKENIZER_NAME).is_file():

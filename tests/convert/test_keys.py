@@ -231,6 +231,13 @@ ON = {"use_sliding_window": True, "sliding_window": 16, "layer_types": REMOVED}
         ("gpt-oss", {"attention_bias": "qkv"}, "attention_bias is 'qkv'; True or False is required"),
         ("gpt-oss", {"sliding_window": None}, "layer_types is .*; a sliding_window that is on is required"),
         ("gpt-oss", {"layer_types": ["chunked_attention"] * 3}, "layer_types is .*chunked_attention"),
+        ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, "is said to be quantised .* no tensor blocks"),
+        (
+            "gpt-oss",
+            {"quantization_config": {"quant_method": "mxfp4", "group_size": 16}},
+            "quantization_config has keys that are not understood: group_size",
+        ),
+        ("gpt-oss", {"quantization_config": "mxfp4"}, r"is quantised \(mxfp4\); .*or gpt-oss's in MXFP4"),
         ("gpt-oss", {"quantization_config": {"quant_method": "fp8"}}, r"is quantised \(fp8\)"),
         ("seed-oss", {"attention_out_bias": True}, "attention_out_bias is True; False is required"),
         ("dots1", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
