@@ -19,7 +19,7 @@ from moesaic.errors import ConfigError, GenerationError, InstallationError
 from moesaic.serve import grammar as grammar_module
 from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.sampler import RequestError, SamplingState, sample
-from moesaic.serve.server.tool_calls import ToolCallReader, calls_grammar
+from moesaic.serve.server.tool_calls import ToolCall, ToolCallReader, calls_grammar
 
 pytest.importorskip("xgrammar", reason="structured output needs the extra `structured`")
 
@@ -109,8 +109,9 @@ def test_text_of_calls_is_calls_and_nothing_else(compiler: GrammarCompiler, toke
                  "none": {"type": "object", "properties": {}}}  # fmt: skip
     for is_single in (True, False):
         text = write(compiler.compile(calls_grammar(functions, is_single=is_single)).matcher(), tokenizer, seed)
-        said, calls = ToolCallReader().take(text, is_last=True)
-        assert calls and not said.strip() and (len(calls) == 1 or not is_single)
+        found = ToolCallReader().take(text, is_last=True)
+        calls = [each for each in found if isinstance(each, ToolCall)]
+        assert calls == found and (len(calls) == 1 or not is_single)
         for call in calls:
             arguments = json.loads(call.arguments)
             assert arguments == {} if call.name == "none" else isinstance(arguments.pop("n"), int) and not arguments

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.serve.outputs import FinishReason, GeneratedToken, TokenLogprob
-from moesaic.serve.server.tool_calls import ToolCallReader
+from moesaic.serve.server.tool_calls import ToolCall, ToolCallReader
 
 Kind = Literal["completion", "chat"]
 
@@ -125,7 +125,10 @@ class Choice:
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
     ) -> dict[str, Any]:
-        """Return a part: the new text, what was asked for of the new tokens, and why it ends, where it does."""
+        """Return a part: the new text, what was asked for of the new tokens, and why it ends, where it does.
+
+        Where tools may be called, `pieces` has text and calls in their order.
+        """
         self.finish_reason, self.stop_reason = finish_reason, stop_reason
         part: dict[str, Any] = {"text": text}
         if self.tool_calls is not None:
@@ -140,22 +143,26 @@ class Choice:
         return part
 
     def _part_calls(self, reader: ToolCallReader, text: str) -> dict[str, Any]:
-        said, calls = reader.take(text, is_last=self.finish_reason is not None)
+        pieces = [
+            each if isinstance(each, str) else self._describe(each)
+            for each in reader.take(text, is_last=self.finish_reason is not None)
+        ]
         if reader.has_found and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
-        part: dict[str, Any] = {"text": said}
-        if calls:
-            part["tool_calls"] = [
-                {
-                    "index": self._num_calls + number,
-                    "id": f"call_{secrets.token_hex(12)}",
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for number, call in enumerate(calls)
-            ]
-            self._num_calls += len(calls)
+        said = "".join(each for each in pieces if isinstance(each, str))
+        part: dict[str, Any] = {"text": said, "pieces": pieces}
+        if calls := [each for each in pieces if not isinstance(each, str)]:
+            part["tool_calls"] = calls
         return part
+
+    def _describe(self, call: ToolCall) -> dict[str, Any]:
+        self._num_calls += 1
+        return {
+            "index": self._num_calls - 1,
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
 
     def chunk(self, part: Mapping[str, Any], *, is_first: bool) -> dict[str, Any]:
         """Return a part as a stream's choice; is_first: of a chat, which begins with who speaks."""

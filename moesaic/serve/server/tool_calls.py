@@ -52,16 +52,20 @@ class ToolCallReader:
         """Whether a tokenizer's chat template has its model write calls in this form."""
         return tokenizer.chat_template is not None and _BEGIN in tokenizer.chat_template
 
-    def take(self, text: str, *, is_last: bool) -> tuple[str, list[ToolCall]]:
-        """Return what is said for sure by now, and the calls that are complete, given the next piece of the text."""
+    def take(self, text: str, *, is_last: bool) -> list[str | ToolCall]:
+        """Return what is said for sure by now and the calls that are complete, as they stand in the text.
+
+        text: its next piece.
+        """
         self._held += text
-        said, calls = "", list[ToolCall]()
+        found: list[str | ToolCall] = []
         while self._held:
             start = self._held.find(_BEGIN)
             if start < 0:
                 kept = 0 if is_last else _length_of_beginning(self._held)
                 start = len(self._held) - kept
-            said, self._held = said + self._say(self._held[:start]), self._held[start:]
+            found.append(self._say(self._held[:start]))
+            self._held = self._held[start:]
             if not self._held.startswith(_BEGIN):
                 break
             stop = self._scan()
@@ -71,16 +75,16 @@ class ToolCallReader:
             # A model may end behind a call without closing it.
             call = _read_call(self._held[len(_BEGIN) : stop]) if tag in ("", _END) else None
             if call is None:
-                said += self._say(_BEGIN)
+                found.append(self._say(_BEGIN))
                 self._held = self._held[len(_BEGIN) :]
             else:
-                calls.append(call)
+                found.append(call)
                 self.has_found, self._space = True, ""
                 self._held = "" if stop is None else self._held[stop + len(_END) :]
             self._begin_scan()
         if is_last and not self.has_found:
-            said += self._space
-        return said, calls
+            found.append(self._space)
+        return [each for each in found if each]
 
     def _say(self, text: str) -> str:
         """Return the text behind the white space before it, without that at its end, which is kept."""

@@ -13,9 +13,11 @@ def read(pieces: list[str]) -> tuple[str, list[ToolCall]]:
     reader = ToolCallReader()
     said, calls = "", []
     for number, piece in enumerate(pieces):
-        text, found = reader.take(piece, is_last=number == len(pieces) - 1)
-        said += text
-        calls += found
+        for each in reader.take(piece, is_last=number == len(pieces) - 1):
+            if isinstance(each, ToolCall):
+                calls.append(each)
+            else:
+                said += each
     assert reader.has_found is bool(calls)
     return said, calls
 
@@ -80,13 +82,18 @@ def test_what_is_no_call_is_said_as_it_is(text: str, said: str | None, calls: li
         assert read([text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]) == expected
 
 
+def test_text_and_calls_come_in_their_order() -> None:
+    whole = ToolCallReader().take(f"a {ONE}\nb{ONE}{ONE} ", is_last=True)
+    assert whole == ["a", CALL, "\nb", CALL, CALL]
+
+
 def test_text_is_not_held_back_longer_than_a_call_could_begin() -> None:
     reader = ToolCallReader()
-    assert reader.take("a <", is_last=False) == ("a", [])
-    assert reader.take("b <tool_", is_last=False) == (" <b", [])
-    assert reader.take("x \n", is_last=False) == (" <tool_x", [])
-    assert reader.take(" ", is_last=False) == ("", [])
-    assert reader.take("y", is_last=False) == (" \n y", [])
+    assert reader.take("a <", is_last=False) == ["a"]
+    assert reader.take("b <tool_", is_last=False) == [" <b"]
+    assert reader.take("x \n", is_last=False) == [" <tool_x"]
+    assert reader.take(" ", is_last=False) == []
+    assert reader.take("y", is_last=False) == [" \n y"]
 
 
 def test_an_answer_is_the_same_streamed_and_whole_however_it_is_cut(chat_tokenizer: Tokenizer) -> None:
