@@ -26,7 +26,7 @@ from moesaic.serve.server.answers import Choice, Kind, TokenTexts, Usage
 from moesaic.serve.server.errors import ApiError, error_body, json_response, refusal
 from moesaic.serve.server.log_fields import log_fields
 from moesaic.serve.server.metrics import Metrics
-from moesaic.serve.server.requests import ChatBody, CompletionBody, Prompt
+from moesaic.serve.server.requests import CompletionBody, ConversationBody, Prompt
 from moesaic.serve.server.tool_calls import ToolCallReader
 
 _Result = TypeVar("_Result")
@@ -76,11 +76,11 @@ class Job:
     has_tool_calls: bool = False  # to be looked for in the answer
 
 
-async def _understand(served: Served, body: CompletionBody | ChatBody) -> Job:
+async def _understand(served: Served, body: CompletionBody | ConversationBody) -> Job:
     """Raises: ApiError for what cannot be met."""
     if isinstance(body, CompletionBody):
         return await _understand_completion(served, body)
-    return await _understand_chat(served, body)
+    return await _understand_conversation(served, body)
 
 
 async def _understand_completion(served: Served, body: CompletionBody) -> Job:
@@ -101,7 +101,7 @@ async def _understand_completion(served: Served, body: CompletionBody) -> Job:
     ))  # fmt: skip
 
 
-async def _understand_chat(served: Served, body: ChatBody) -> Job:
+async def _understand_conversation(served: Served, body: ConversationBody) -> Job:
     messages, tools = body.template_messages(), body.template_tools()
     if served.tokenizer.chat_template is None:
         raise refusal(
@@ -127,30 +127,28 @@ async def _understand_chat(served: Served, body: ChatBody) -> Job:
 
     settings = body.template_settings()
     for name in settings:
-        _check_setting(
-            served, name, param="chat_template_kwargs" if name in (body.chat_template_kwargs or {}) else name
-        )
+        given = name in (body.chat_template_kwargs or {})
+        _check_setting(served, name, param="chat_template_kwargs" if given else body.effort_key)
 
     def encode() -> tuple[int, ...]:
         try:
             text = render_chat(served.tokenizer, messages, tools=tools, settings=settings)
             text.encode()
         except DataError as error:
-            raise refusal(str(error), param="messages", code="refused_by_template") from None
+            raise refusal(str(error), param=body.messages_key, code="refused_by_template") from None
         except UnicodeEncodeError as error:
             raise refusal(
                 f"the chat template makes a text with the lone surrogate {text[error.start]!r} of these messages; "
                 f"Unicode is required; leave it out.",
-                param="messages",
+                param=body.messages_key,
                 code="invalid_value",
             ) from None
         # The template has put the begin token where it wants it.
         return tuple(served.tokenizer.encode_prompt(text, add_special_tokens=False))
 
     prompt = await asyncio.to_thread(encode)
-    _check_length(served, prompt, param="messages", has_answer=True)
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    _check_room(served, getattr(body, name), len(prompt), param=name)
+    _check_length(served, prompt, param=body.messages_key, has_answer=True)
+    _check_room(served, body.limit, len(prompt), param=body.limit_key)
     sampling = body.sampling(room=served.max_length - len(prompt))
     return _check_job(served, Job(
         kind="chat", prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
@@ -267,7 +265,7 @@ def _check_room(served: Served, asked: int | None, prompt_tokens: int, *, param:
         )
 
 
-async def answer(served: Served, request: Request, body: CompletionBody | ChatBody) -> Response:
+async def answer(served: Served, request: Request, body: CompletionBody | ConversationBody) -> Response:
     """Make the answer of a request: a whole one, or a stream that is under way.
 
     What costs time, encoding its text too, waits for its turn.

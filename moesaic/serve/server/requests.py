@@ -7,6 +7,7 @@ values are Sampling's own (config/serve.py).
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sized
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import unquote
@@ -159,6 +160,9 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+Effort = Literal["low", "medium", "high"]
+
+
 class JsonSchema(Body):
     """A schema that the answer has to match."""
 
@@ -211,17 +215,15 @@ class GrammarBody(Body):
 
 
 class GenerationBody(Body):
-    """What completions and chat have in common; null is the same as leaving a key out.
+    """What all that generates has in common; null is the same as leaving a key out.
 
     Extensions of OpenAI's keys: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids, priority
     (lower comes first), return_experts, grammar.
     """
 
     model: str | None = None
-    max_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: Count | None = None
     stop: Annotated[str | list[str] | None, BeforeValidator(_limit)] = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = None
@@ -258,7 +260,7 @@ class GenerationBody(Body):
         return "grammar"
 
     def common_values(self) -> dict[str, Any]:
-        """Return what was given of the keys that both kinds of request have, by Sampling's names."""
+        """Return what was given of the keys that all kinds of request have, by Sampling's names."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if stop is not None and len(stop) > _MAX_STOPS:
             raise refusal(
@@ -284,7 +286,6 @@ class GenerationBody(Body):
             "stop_token_ids": None if self.stop_token_ids is None else tuple(self.stop_token_ids),
             "ignore_end_of_text": self.ignore_eos,
             "seed": self.seed,
-            "n": self.n,
             "return_experts": self.return_experts,
             "grammar": None if self.grammar is None else Grammar(kind=self.grammar.kind, text=self.grammar.text or ""),
         }
@@ -314,6 +315,8 @@ class CompletionBody(GenerationBody):
     }  # fmt: skip
 
     prompt: Prompt
+    max_tokens: Count | None = None
+    n: Count | None = None
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -325,6 +328,8 @@ class CompletionBody(GenerationBody):
     def sampling(self) -> Sampling:
         values = self.common_values()
         values["max_tokens"] = _DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.n is not None:
+            values["n"] = self.n
         if self.logprobs is not None:
             values["logprobs"] = self.logprobs
             if self.echo:
@@ -347,12 +352,197 @@ class Message(BaseModel):
         return self.role == "assistant" and isinstance(calls, list) and bool(calls)
 
 
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions.
+class ConversationBody(GenerationBody):
+    """What chats and responses have in common: a conversation that the chat template makes a prompt of, and tools.
 
     Extension of OpenAI's keys: chat_template_kwargs, values of the chat template's own variables.
     """
 
+    # What errors call the keys that the two name otherwise.
+    messages_key: ClassVar[str]
+    format_key: ClassVar[str]
+    effort_key: ClassVar[str]
+    # Whether what is said of a function stands in an object of its own, or beside the type.
+    has_nested_functions: ClassVar[bool]
+
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_limit)] = None
+    tool_choice: dict[str, Any] | str | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_limit_nested)] = None
+
+    @property
+    @abstractmethod
+    def limit_key(self) -> str:
+        """Which key says how many tokens the answer may have."""
+
+    @property
+    @abstractmethod
+    def effort(self) -> str | None:
+        """How much the model is to reason, for its template."""
+
+    @abstractmethod
+    def template_messages(self) -> list[dict[str, Any]]:
+        """Return the messages as a template takes them: each content one text, or null beside calls of tools."""
+
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """Return how many likeliest tokens are asked for at each place; None: no log-probabilities."""
+
+    @abstractmethod
+    def format_grammar(self) -> Grammar | None:
+        """Return the grammar of the format that is asked for."""
+
+    def check(self) -> None:
+        """Raise ApiError for what can never be met, before anything is computed for it."""
+        self.functions()
+        self.sampling(room=1)
+        self.template_messages()
+        self.template_tools()
+        self.template_settings()
+        _ = self.streams_usage
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens the answer may have, where it is said."""
+        found: int | None = getattr(self, self.limit_key)
+        return found
+
+    @property
+    def grammar_key(self) -> str:
+        if self.format_grammar() is not None:
+            return self.format_key
+        return "tools" if self.must_call else "grammar"
+
+    def sampling(self, *, room: int) -> Sampling:
+        """room: tokens that fit behind the prompt, which are what an answer may have where nothing is said."""
+        values = self.common_values()
+        values["max_tokens"] = max(room, values.get("min_tokens", 0), 1) if self.limit is None else self.limit
+        values["logprobs"] = self.num_logprobs()
+        wanted = {
+            self.format_key: self.format_grammar(),
+            "tool_choice": self._forced_calls(),
+            "grammar": values.get("grammar"),
+        }
+        given = [name for name, grammar in wanted.items() if grammar is not None]
+        if len(given) > 1:
+            raise refusal(
+                f"{given[0]} and {given[1]} were both given; a text can match one of them; leave one out.",
+                param=given[1],
+            )
+        if given:
+            values["grammar"] = wanted[given[0]]
+        return _sampling(values, max_tokens=self.limit_key)
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """Return the tools as a template takes them."""
+        return None if self.tool_choice == "none" else self.tools or None
+
+    def template_settings(self) -> dict[str, Any]:
+        """Return what is set of the template's own variables, by their names."""
+        given = self.chat_template_kwargs or {}
+        if self.effort is None:
+            return given
+        if "reasoning_effort" in given:
+            raise refusal(
+                f"{self.effort_key} was given, and again in chat_template_kwargs; it is one setting; leave one out.",
+                param=self.effort_key,
+            )
+        return {**given, "reasoning_effort": self.effort}
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be calls of tools."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    def _forced_calls(self) -> Grammar | None:
+        if not self.must_call:
+            return None
+        choice, functions = self.tool_choice, self.functions()
+        if choice == "required":
+            if not functions:
+                raise refusal(
+                    "tool_choice is required and there are no tools; at least one is required; send tools.",
+                    param="tool_choice",
+                )
+            return calls_grammar(functions, is_single=self.parallel_tool_calls is False)
+        name = (self._function_in(choice) or {}).get("name")
+        if not isinstance(name, str):
+            form = self._function_form('"name": ...')
+            raise refusal(
+                f"tool_choice is {json.dumps(choice)[:60]}; none, auto, required or {form} is required; send one of "
+                f"them.",
+                param="tool_choice",
+            )
+        if name not in functions:
+            raise refusal(
+                f"tool_choice names {name[:60]!r}, which is none of the tools "
+                f"({', '.join(functions)[:200] or 'there are none'}); one of them is required; send its name.",
+                param="tool_choice",
+            )
+        return calls_grammar({name: functions[name]}, is_single=True)
+
+    def functions(self) -> dict[str, dict[str, Any]]:
+        """Return each tool's schema of its arguments. One that has none takes none. Raises: ApiError."""
+        schemas = {}
+        for place, tool in enumerate(self.tools or ()):
+            where = f"tools.{place}.function" if self.has_nested_functions else f"tools.{place}"
+            function = self._function_in(tool)
+            name = None if function is None else function.get("name")
+            if function is None or not isinstance(name, str):
+                form = self._function_form('"name": ..., "parameters": ...')
+                raise refusal(
+                    f"tools.{place} is {json.dumps(tool)[:60]}; {form} is required; send that.",
+                    param=f"tools.{place}",
+                    code="invalid_value",
+                )
+            if not _FUNCTION_NAME.fullmatch(name):
+                raise refusal(
+                    f"{where}.name is {json.dumps(name)[:60]}; 1 to 64 letters, digits, _ and - are required; rename "
+                    f"it.",
+                    param=f"{where}.name",
+                    code="invalid_value",
+                )
+            if name in schemas:
+                raise refusal(
+                    f"tools.{place} is a second tool of the name {name!r}; each needs its own, since calls give no "
+                    f"more than it; rename it, or leave it out.",
+                    param=f"{where}.name",
+                    code="invalid_value",
+                )
+            schema = function.get("parameters")
+            schema = {"type": "object", "properties": {}} if schema is None else schema
+            if isinstance(schema, dict) and not schema.keys() & _WHOLE_SCHEMAS:
+                schema = {"type": "object", **schema}
+            if not isinstance(schema, dict) or not _allows_only_objects(schema):
+                raise refusal(
+                    f"the parameters of {name!r} are {json.dumps(schema)[:60]}; the JSON schema of an object is "
+                    f"required; send one, or leave them out.",
+                    param=f"{where}.parameters",
+                    code="invalid_value",
+                )
+            schemas[name] = schema
+        return schemas
+
+    def _function_in(self, value: Any) -> dict[str, Any] | None:
+        """Return what a tool, or a choice of one, says of a function; None where it is of another form."""
+        if not isinstance(value, dict) or value.get("type") != "function":
+            return None
+        found = value.get("function") if self.has_nested_functions else value
+        return found if isinstance(found, dict) else None
+
+    def _function_form(self, keys: str) -> str:
+        inner = f'"function": {{{keys}}}' if self.has_nested_functions else keys
+        return f'{{"type": "function", {inner}}}'
+
+
+class ChatBody(ConversationBody):
+    """POST /v1/chat/completions."""
+
+    messages_key = "messages"
+    format_key = "response_format"
+    effort_key = "reasoning_effort"
+    has_nested_functions = True
     harmless = (
         "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention",
         "safety_identifier", "prediction",
@@ -373,69 +563,33 @@ class ChatBody(GenerationBody):
     }
 
     messages: Annotated[list[Message], FailFast(), BeforeValidator(_limit_messages)]
+    max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
+    n: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_limit)] = None
-    tool_choice: dict[str, Any] | str | None = None
-    parallel_tool_calls: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_limit_nested)] = None
-    reasoning_effort: Literal["low", "medium", "high"] | None = None
-
-    def check(self) -> None:
-        """Raise ApiError for what can never be met, before anything is computed for it."""
-        self.functions()
-        self.sampling(room=1)
-        self.template_messages()
-        self.template_tools()
-        self.template_settings()
-        _ = self.streams_usage
+    reasoning_effort: Effort | None = None
 
     @property
-    def grammar_key(self) -> str:
-        if self.response_format is not None and self.response_format.type != "text":
-            return "response_format"
-        return "tools" if self.must_call else "grammar"
+    def limit_key(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
-    def sampling(self, *, room: int) -> Sampling:
-        """room: tokens that fit behind the prompt, which are what an answer may have where nothing is said."""
-        values = self.common_values()
+    @property
+    def effort(self) -> str | None:
+        return self.reasoning_effort
+
+    def common_values(self) -> dict[str, Any]:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise refusal(
                 f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) differ; they "
                 f"are two names of one thing; send one of them.",
                 param="max_completion_tokens",
             )
-        asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        values["max_tokens"] = max(room, values.get("min_tokens", 0), 1) if asked is None else asked
-        if self.logprobs:
-            values["logprobs"] = self.top_logprobs or 0
-        elif self.top_logprobs is not None:
-            raise refusal(
-                "top_logprobs was given without logprobs; it needs them; set logprobs to true, or leave it out.",
-                param="top_logprobs",
-            )
-        wanted = {
-            "response_format": self._response_grammar(),
-            "tool_choice": self._forced_calls(),
-            "grammar": values.get("grammar"),
-        }
-        given = [name for name, grammar in wanted.items() if grammar is not None]
-        if len(given) > 1:
-            raise refusal(
-                f"{given[0]} and {given[1]} were both given; a text can match one of them; leave one out.",
-                param=given[1],
-            )
-        if given:
-            values["grammar"] = wanted[given[0]]
-        return _sampling(values)
+        values = super().common_values()
+        return values if self.n is None else {**values, "n": self.n}
 
     def template_messages(self) -> list[dict[str, Any]]:
-        """Return the messages as a template takes them: each content one text, or null beside calls of tools.
-
-        developer is the later name of system, and the one that templates know.
-        """
+        # developer is the later name of system, and the one that templates know.
         if not self.messages:
             raise refusal(
                 "messages is empty; at least one message is required; send what the user says.", param="messages"
@@ -449,113 +603,22 @@ class ChatBody(GenerationBody):
             for place, message in enumerate(self.messages)
         ]
 
-    def template_tools(self) -> list[dict[str, Any]] | None:
-        return None if self.tool_choice == "none" else self.tools or None
-
-    def template_settings(self) -> dict[str, Any]:
-        """Return what is set of the template's own variables, by their names."""
-        given = self.chat_template_kwargs or {}
-        if self.reasoning_effort is None:
-            return given
-        if "reasoning_effort" in given:
+    def num_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs is not None:
             raise refusal(
-                "reasoning_effort was given, and again in chat_template_kwargs; it is one setting; leave one out.",
-                param="reasoning_effort",
+                "top_logprobs was given without logprobs; it needs them; set logprobs to true, or leave it out.",
+                param="top_logprobs",
             )
-        return {**given, "reasoning_effort": self.reasoning_effort}
+        return None
 
-    @property
-    def must_call(self) -> bool:
-        """Whether the answer has to be calls of tools."""
-        return self.tool_choice not in (None, "none", "auto")
-
-    def _forced_calls(self) -> Grammar | None:
-        if not self.must_call:
-            return None
-        choice, functions = self.tool_choice, self.functions()
-        if choice == "required":
-            if not functions:
-                raise refusal(
-                    "tool_choice is required and there are no tools; at least one is required; send tools.",
-                    param="tool_choice",
-                )
-            return calls_grammar(functions, is_single=self.parallel_tool_calls is False)
-        function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str):
-            raise refusal(
-                f"tool_choice is {json.dumps(choice)[:60]}; none, auto, required or "
-                f'{{"type": "function", "function": {{"name": ...}}}} is required; send one of them.',
-                param="tool_choice",
-            )
-        if name not in functions:
-            raise refusal(
-                f"tool_choice names {name[:60]!r}, which is none of the tools "
-                f"({', '.join(functions)[:200] or 'there are none'}); one of them is required; send its name.",
-                param="tool_choice",
-            )
-        return calls_grammar({name: functions[name]}, is_single=True)
-
-    def functions(self) -> dict[str, dict[str, Any]]:
-        """Return each tool's schema of its arguments. One that has none takes none. Raises: ApiError."""
-        schemas = {}
-        for place, tool in enumerate(self.tools or ()):
-            function = tool.get("function") if tool.get("type") == "function" else None
-            name = function.get("name") if isinstance(function, dict) else None
-            if not isinstance(function, dict) or not isinstance(name, str):
-                raise refusal(
-                    f"tools.{place} is {json.dumps(tool)[:60]}; "
-                    f'{{"type": "function", "function": {{"name": ..., "parameters": ...}}}} is required; send that.',
-                    param=f"tools.{place}",
-                    code="invalid_value",
-                )
-            if not _FUNCTION_NAME.fullmatch(name):
-                raise refusal(
-                    f"tools.{place}.function.name is {json.dumps(name)[:60]}; 1 to 64 letters, digits, _ and - are "
-                    f"required; rename it.",
-                    param=f"tools.{place}.function.name",
-                    code="invalid_value",
-                )
-            if name in schemas:
-                raise refusal(
-                    f"tools.{place} is a second tool of the name {name!r}; each needs its own, since calls give no "
-                    f"more than it; rename it, or leave it out.",
-                    param=f"tools.{place}.function.name",
-                    code="invalid_value",
-                )
-            schema = function.get("parameters")
-            schema = {"type": "object", "properties": {}} if schema is None else schema
-            if isinstance(schema, dict) and not schema.keys() & _WHOLE_SCHEMAS:
-                schema = {"type": "object", **schema}
-            if not isinstance(schema, dict) or not _allows_only_objects(schema):
-                raise refusal(
-                    f"the parameters of {name!r} are {json.dumps(schema)[:60]}; the JSON schema of an object is "
-                    f"required; send one, or leave them out.",
-                    param=f"tools.{place}.function.parameters",
-                    code="invalid_value",
-                )
-            schemas[name] = schema
-        return schemas
-
-    def _response_grammar(self) -> Grammar | None:
+    def format_grammar(self) -> Grammar | None:
         wanted = self.response_format
-        if wanted is not None and wanted.type != "json_schema" and wanted.json_schema is not None:
-            raise refusal(
-                f"response_format is {wanted.type} and has a json_schema; a schema needs the type json_schema; send "
-                f"that, or leave the schema out.",
-                param="response_format",
-            )
-        if wanted is None or wanted.type == "text":
+        if wanted is None:
             return None
-        if wanted.type == "json_object":
-            return Grammar(kind="json_object")
-        if wanted.json_schema is None:
-            raise refusal(
-                "response_format is json_schema without a schema; response_format.json_schema.schema is required; send "
-                "it, or json_object.",
-                param="response_format",
-            )
-        return Grammar(kind="json_schema", text=json.dumps(wanted.json_schema.value))
+        schema = None if wanted.json_schema is None else wanted.json_schema.value
+        return _format_grammar(wanted.type, schema, key=self.format_key, schema_key="json_schema.schema")
 
 
 class EmbeddingBody(Body):
@@ -584,11 +647,32 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[int], FailFast()]
 
 
-def _sampling(values: dict[str, Any]) -> Sampling:
+def _sampling(values: dict[str, Any], *, max_tokens: str = "max_tokens") -> Sampling:
+    """max_tokens: what the request calls that."""
     try:
         return Sampling.model_validate(values)  # whose errors name a request's keys, not a file's
     except ValidationError as error:
-        raise explain_values(error, names={"ignore_end_of_text": "ignore_eos"}) from None
+        raise explain_values(error, names={"ignore_end_of_text": "ignore_eos", "max_tokens": max_tokens}) from None
+
+
+def _format_grammar(kind: str, schema: dict[str, Any] | None, *, key: str, schema_key: str) -> Grammar | None:
+    """Return the grammar of a format, which a request has under key, and its schema below that."""
+    if kind != "json_schema" and schema is not None:
+        raise refusal(
+            f"{key} is {kind} and has a {schema_key.partition('.')[0]}; a schema needs the type json_schema; send "
+            f"that, or leave the schema out.",
+            param=key,
+        )
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar(kind="json_object")
+    if schema is None:
+        raise refusal(
+            f"{key} is json_schema without a schema; {key}.{schema_key} is required; send it, or json_object.",
+            param=key,
+        )
+    return Grammar(kind="json_schema", text=json.dumps(schema))
 
 
 def _allows_only_objects(schema: dict[str, Any]) -> bool:
