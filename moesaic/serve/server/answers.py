@@ -10,7 +10,8 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.serve.outputs import FinishReason, GeneratedToken, TokenLogprob
 from moesaic.serve.server.tool_calls import ToolCall, ToolCallReader
 
-Kind = Literal["completion", "chat"]
+# A response is made as a chat is (responses.py gives it another form).
+Kind = Literal["completion", "chat", "response"]
 
 # JSON has no infinity; OpenAI writes impossible tokens so.
 _LOWEST_LOGPROB = -9999.0

@@ -50,6 +50,7 @@ from moesaic.serve.server.requests import (
     EmbeddingBody,
     TokenizeBody,
 )
+from moesaic.serve.server.responses import ResponsesBody
 
 # Texts embedded between two steps of those that are generated: each is a pass of its own, however short.
 _EMBEDDED_TOGETHER = 16
@@ -221,6 +222,12 @@ def _add_generation(router: APIRouter, served: Served) -> None:
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         """Answer a conversation, by the model's chat template."""
+        check_model(served, body.model)
+        return await answer(served, request, body)
+
+    @router.post("/v1/responses")
+    async def responses(request: Request, body: ResponsesBody) -> Response:
+        """Answer a conversation as a chat, in the form of OpenAI's Responses API; no state is kept."""
         check_model(served, body.model)
         return await answer(served, request, body)
 

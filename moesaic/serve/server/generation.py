@@ -5,7 +5,8 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -27,9 +28,12 @@ from moesaic.serve.server.errors import ApiError, error_body, json_response, ref
 from moesaic.serve.server.log_fields import log_fields
 from moesaic.serve.server.metrics import Metrics
 from moesaic.serve.server.requests import CompletionBody, ConversationBody, Prompt
+from moesaic.serve.server.responses import Event, ResponsesBody, ResponseWriter
 from moesaic.serve.server.tool_calls import ToolCallReader
 
 _Result = TypeVar("_Result")
+
+_NAMES: dict[Kind, str] = {"completion": "cmpl-", "chat": "chatcmpl-", "response": "resp_"}  # how ids begin
 
 # A client that reads its stream slowly has so long for the last event, at the end of the time for a request.
 _FAREWELL_SECONDS = 5
@@ -151,7 +155,7 @@ async def _understand_conversation(served: Served, body: ConversationBody) -> Jo
     _check_room(served, body.limit, len(prompt), param=body.limit_key)
     sampling = body.sampling(room=served.max_length - len(prompt))
     return _check_job(served, Job(
-        kind="chat", prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
+        kind=body.kind, prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
         streams_usage=body.streams_usage,
         has_tool_calls=tools is not None and ToolCallReader.understands(served.tokenizer),
     ))  # fmt: skip
@@ -284,12 +288,14 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
             served.metrics.waited(queue_seconds)
             log_fields(request.scope).values["queue_seconds"] = round(queue_seconds, 4)
             job = await _understand(served, body)
-            name = f"{'cmpl' if job.kind == 'completion' else 'chatcmpl'}-{secrets.token_hex(12)}"
+            name = f"{_NAMES[job.kind]}{secrets.token_hex(12)}"
             if job.sampling.grammar is not None:
                 await _compile(served, job.sampling.grammar, param=body.grammar_key)
             generation = await served.engine.submit(job.prompts, job.sampling, request_id=name, priority=job.priority)
             await stack.enter_async_context(generation)
-            return _Answer(served, job, name, generation, arrival, request)
+            if isinstance(body, ResponsesBody):
+                return _ItemsAnswer(served, job, name, generation, arrival, request, body=body)
+            return _ChoicesAnswer(served, job, name, generation, arrival, request)
 
         async def finish() -> Response:
             made = await begin()
@@ -298,7 +304,7 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
         if not body.streams:
             return await while_connected(request, finish(), deadline=deadline)
         made = await while_connected(request, begin(), deadline=deadline)
-        return EventStream(made.events(), stack.pop_all(), deadline=deadline)
+        return EventStream(made.events(), stack.pop_all(), deadline=deadline, failure_event=made.failure_event)
     raise AssertionError("unreachable: the stack swallows nothing")
 
 
@@ -333,7 +339,15 @@ class _Clock:
     num_tokens: int = 0
 
 
-class _Answer:
+def _failure_event(error: ApiError) -> bytes:
+    return _event(_body_of(error))
+
+
+def _body_of(error: ApiError) -> dict[str, Any]:
+    return error_body(error.status_code, str(error.detail), param=error.param, code=error.code)
+
+
+class _Answer(ABC):
     """The choices of one answer, fed by the engine."""
 
     def __init__(
@@ -364,38 +378,17 @@ class _Answer:
         self._has_first_token = False
         self._model = served.name
 
+    @abstractmethod
     async def whole(self) -> dict[str, Any]:
         """Return the answer when all its texts have ended."""
-        parts: list[list[dict[str, Any]]] = [[] for _ in self._choices]
-        async for news in self._generation:
-            for placed in news:
-                for choice, part in self._take(placed):
-                    parts[choice.index].append(part)
-        choices = [choice.whole(each) for choice, each in zip(self._choices, parts, strict=True)]
-        usage = self._total_usage().as_dict()
-        kind = "text_completion" if self._job.kind == "completion" else "chat.completion"
-        return {**self._head(kind), "choices": choices, "usage": usage}
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
+    @abstractmethod
+    def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream, those that came together in one piece."""
-        kind = "text_completion" if self._job.kind == "completion" else "chat.completion.chunk"
-        begun = [self._job.kind == "completion"] * len(self._choices)
-        async for news in self._generation:
-            events = []
-            for placed in news:
-                taken = self._take(placed)
-                head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
-                for choice, part in taken:
-                    has_more = any(part.get(key) for key in ("text", "tool_calls", "experts")) or _has_logprobs(part)
-                    if has_more or part.get("finish_reason") is not None:
-                        chunk = choice.chunk(part, is_first=not begun[choice.index])
-                        begun[choice.index] = True
-                        events.append(_event({**head, "choices": [chunk]}))
-            if events:
-                yield b"".join(events)
-        if self._job.streams_usage:
-            yield _event({**self._head(kind), "choices": [], "usage": self._total_usage().as_dict()})
-        yield b"data: [DONE]\n\n"
+
+    def failure_event(self, error: ApiError) -> bytes:
+        """Return a stream's last event, where its answer cannot be finished."""
+        return _failure_event(error)
 
     def _take(self, placed: PlacedOutput) -> list[tuple[Choice, dict[str, Any]]]:
         """Return the parts that an output adds to choices. Raises: ApiError where the engine could not go on."""
@@ -454,6 +447,41 @@ class _Answer:
         }
         return total
 
+
+class _ChoicesAnswer(_Answer):
+    """The answer of a completion or a chat."""
+
+    async def whole(self) -> dict[str, Any]:
+        parts: list[list[dict[str, Any]]] = [[] for _ in self._choices]
+        async for news in self._generation:
+            for placed in news:
+                for choice, part in self._take(placed):
+                    parts[choice.index].append(part)
+        choices = [choice.whole(each) for choice, each in zip(self._choices, parts, strict=True)]
+        usage = self._total_usage().as_dict()
+        kind = "text_completion" if self._job.kind == "completion" else "chat.completion"
+        return {**self._head(kind), "choices": choices, "usage": usage}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        kind = "text_completion" if self._job.kind == "completion" else "chat.completion.chunk"
+        begun = [self._job.kind == "completion"] * len(self._choices)
+        async for news in self._generation:
+            events = []
+            for placed in news:
+                taken = self._take(placed)
+                head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
+                for choice, part in taken:
+                    has_more = any(part.get(key) for key in ("text", "tool_calls", "experts")) or _has_logprobs(part)
+                    if has_more or part.get("finish_reason") is not None:
+                        chunk = choice.chunk(part, is_first=not begun[choice.index])
+                        begun[choice.index] = True
+                        events.append(_event({**head, "choices": [chunk]}))
+            if events:
+                yield b"".join(events)
+        if self._job.streams_usage:
+            yield _event({**self._head(kind), "choices": [], "usage": self._total_usage().as_dict()})
+        yield b"data: [DONE]\n\n"
+
     def _head(self, kind: str) -> dict[str, Any]:
         return {
             "id": self._name,
@@ -464,15 +492,51 @@ class _Answer:
         }
 
 
+class _ItemsAnswer(_Answer):
+    """The answer of /v1/responses: one choice, told in events; the whole answer is what the last of them says."""
+
+    def __init__(self, *args: Any, body: ResponsesBody) -> None:
+        super().__init__(*args)
+        self._writer = ResponseWriter({
+            "id": self._name, "object": "response", "created_at": self._created, "model": self._model,
+            **body.described(self._job.sampling),
+        })  # fmt: skip
+
+    async def whole(self) -> dict[str, Any]:
+        async for _ in self.events():
+            pass
+        return self._writer.response
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        yield _named_events(self._writer.begin())
+        async for news in self._generation:
+            parts = [part for placed in news for _, part in self._take(placed)]
+            if events := [event for part in parts for event in self._writer.take(part)]:
+                yield _named_events(events)
+        yield _named_events(self._writer.end(self._choices[0], model=self._model, usage=self._total_usage()))
+
+    def failure_event(self, error: ApiError) -> bytes:
+        body = _body_of(error)["error"]
+        return _named_events(self._writer.fail(body, is_requests_mistake=error.status_code < 500))
+
+
 class EventStream(Response):
     """Server-sent events while the client listens and the time lasts; then what it holds is let go."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], held: AsyncExitStack, *, deadline: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        held: AsyncExitStack,
+        *,
+        deadline: float,
+        failure_event: Callable[[ApiError], bytes] = _failure_event,
+    ) -> None:
         super().__init__(None, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._held, self._deadline = events, held, deadline
+        self._failure_event = failure_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
@@ -515,8 +579,7 @@ class EventStream(Response):
     async def _send_error(self, scope: Scope, send: Send, error: ApiError) -> None:
         """The status is sent already: an error is the stream's last event."""
         log_fields(scope).values |= {"error": error.code, "error_status": error.status_code}
-        body = error_body(error.status_code, str(error.detail), param=error.param, code=error.code)
-        await send({"type": "http.response.body", "body": _event(body), "more_body": True})
+        await send({"type": "http.response.body", "body": self._failure_event(error), "more_body": True})
 
 
 async def while_connected(request: Request, work: Awaitable[_Result], *, deadline: float) -> _Result:
@@ -556,6 +619,10 @@ async def _disconnected(receive: Receive) -> None:
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
+
+
+def _named_events(events: Sequence[Event]) -> bytes:
+    return b"".join(f"event: {each['type']}\n".encode() + _event(each) for each in events)
 
 
 def _has_logprobs(part: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ _WHOLE_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120)
 _RECENT = 512
 # Where the engine works and durations say something; the others answer at once and would drown these.
-_WORKING_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+_WORKING_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 # An expert is hot above this multiple of its layer's mean.
 _HOT = 2.0
 

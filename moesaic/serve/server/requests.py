@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from moesaic.config.serve import Grammar, GrammarKind, Sampling
+from moesaic.serve.server.answers import Kind
 from moesaic.serve.server.errors import ApiError, explain_values, refusal, unknown_key
 from moesaic.serve.server.tool_calls import calls_grammar, read_object
 
@@ -43,6 +44,7 @@ MAX_EMBEDDED_TEXTS = 2048
 # What OpenAI's completions take where nothing is said.
 _DEFAULT_COMPLETION_TOKENS = 16
 _FUNCTION_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # as OpenAI's
+NO_VERBOSITY = "the models here know no such setting"
 _WHOLE_SCHEMAS = frozenset(
     {"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 )  # which take no type beside them
@@ -66,7 +68,8 @@ def _check_prompt(value: Any, handler: ValidatorFunctionWrapHandler, info: Valid
     return value
 
 
-def _limit(value: Any, info: ValidationInfo) -> Any:
+def limit_entries(value: Any, info: ValidationInfo) -> Any:
+    """Return a value as it is. Raises: ApiError for a list or object of too many entries."""
     if isinstance(value, list | dict) and len(value) > _MAX_ENTRIES:
         raise _too_many(value, info, limit=_MAX_ENTRIES)
     return value
@@ -95,7 +98,8 @@ def _limit_nested(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-def _limit_messages(value: Any, info: ValidationInfo) -> Any:
+def limit_parts(value: Any, info: ValidationInfo) -> Any:
+    """Return a value as it is. Raises: ApiError for a list of more parts than are looked at."""
     if isinstance(value, list) and len(value) > _MAX_PARTS:
         raise _too_many(value, info)
     return value
@@ -198,7 +202,7 @@ _GRAMMAR_KINDS = {
     "guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "regex", "guided_grammar": "ebnf",
     "structured_outputs": "...", "json_schema": "json_schema", "regex": "regex", "ebnf": "ebnf",
 }  # fmt: skip
-_GRAMMAR_KEYS = {
+GRAMMAR_KEYS = {
     key: f'what the text has to match, `grammar` says ({{"kind": "{kind}", "text": ...}}), for a JSON schema in a chat '
     f"`response_format` too"
     for key, kind in _GRAMMAR_KINDS.items()
@@ -224,11 +228,11 @@ class GenerationBody(Body):
     model: str | None = None
     temperature: float | None = None
     top_p: float | None = None
-    stop: Annotated[str | list[str] | None, BeforeValidator(_limit)] = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(limit_entries)] = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_limit)] = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(limit_entries)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: Count | None = None
@@ -236,7 +240,7 @@ class GenerationBody(Body):
     repetition_penalty: float | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Count] | None, BeforeValidator(_limit)] = None
+    stop_token_ids: Annotated[list[Count] | None, BeforeValidator(limit_entries)] = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     return_experts: bool | None = None
     grammar: Annotated[GrammarBody | None, BeforeValidator(_check_grammar)] = None
@@ -297,7 +301,7 @@ class CompletionBody(GenerationBody):
 
     harmless = ("user", "metadata", "store", "service_tier")
     unsupported: ClassVar[dict[str, str]] = {
-        **_GRAMMAR_KEYS,
+        **GRAMMAR_KEYS,
         "suffix": "text is only continued here, not filled in",
         "best_of": "every text that is made is returned here; n says how many",
         "response_format": "it is a chat's key; for a completion `grammar` says what the text has to match",
@@ -358,6 +362,7 @@ class ConversationBody(GenerationBody):
     Extension of OpenAI's keys: chat_template_kwargs, values of the chat template's own variables.
     """
 
+    kind: ClassVar[Kind]
     # What errors call the keys that the two name otherwise.
     messages_key: ClassVar[str]
     format_key: ClassVar[str]
@@ -366,7 +371,7 @@ class ConversationBody(GenerationBody):
     has_nested_functions: ClassVar[bool]
 
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_limit)] = None
+    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(limit_entries)] = None
     tool_choice: dict[str, Any] | str | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_limit_nested)] = None
@@ -539,6 +544,7 @@ class ConversationBody(GenerationBody):
 class ChatBody(ConversationBody):
     """POST /v1/chat/completions."""
 
+    kind = "chat"
     messages_key = "messages"
     format_key = "response_format"
     effort_key = "reasoning_effort"
@@ -548,12 +554,12 @@ class ChatBody(ConversationBody):
         "safety_identifier", "prediction",
     )  # fmt: skip
     unsupported: ClassVar[dict[str, str]] = {
-        **_GRAMMAR_KEYS,
+        **GRAMMAR_KEYS,
         "audio": "only text is made here",
         "modalities": "only text is made here",
         "functions": "it is the old form of tools",
         "function_call": "it is the old form of tool_choice",
-        "verbosity": "the models here know no such setting",
+        "verbosity": NO_VERBOSITY,
         "web_search_options": "nothing is searched here",
     }
     idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -562,7 +568,7 @@ class ChatBody(ConversationBody):
         "function_call": ("auto", "none"),
     }
 
-    messages: Annotated[list[Message], FailFast(), BeforeValidator(_limit_messages)]
+    messages: Annotated[list[Message], FailFast(), BeforeValidator(limit_parts)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Count | None = None
@@ -596,7 +602,7 @@ class ChatBody(ConversationBody):
             )
         return [
             {
-                **_read_arguments(message.model_extra or {}),
+                **read_arguments(message.model_extra or {}),
                 "role": "system" if message.role == "developer" else message.role,
                 "content": _text_of(message, place),
             }
@@ -618,7 +624,7 @@ class ChatBody(ConversationBody):
         if wanted is None:
             return None
         schema = None if wanted.json_schema is None else wanted.json_schema.value
-        return _format_grammar(wanted.type, schema, key=self.format_key, schema_key="json_schema.schema")
+        return format_grammar_of(wanted.type, schema, key=self.format_key, schema_key="json_schema.schema")
 
 
 class EmbeddingBody(Body):
@@ -655,7 +661,7 @@ def _sampling(values: dict[str, Any], *, max_tokens: str = "max_tokens") -> Samp
         raise explain_values(error, names={"ignore_end_of_text": "ignore_eos", "max_tokens": max_tokens}) from None
 
 
-def _format_grammar(kind: str, schema: dict[str, Any] | None, *, key: str, schema_key: str) -> Grammar | None:
+def format_grammar_of(kind: str, schema: dict[str, Any] | None, *, key: str, schema_key: str) -> Grammar | None:
     """Return the grammar of a format, which a request has under key, and its schema below that."""
     if kind != "json_schema" and schema is not None:
         raise refusal(
@@ -736,7 +742,7 @@ def _read_biases(biases: Mapping[str, float]) -> dict[int, float]:
     return found
 
 
-def _read_arguments(extra: dict[str, Any]) -> dict[str, Any]:
+def read_arguments(extra: dict[str, Any]) -> dict[str, Any]:
     """Have earlier calls' arguments as objects, which templates write as JSON, instead of as texts of JSON."""
     calls = extra.get("tool_calls")
     if not isinstance(calls, list):
@@ -761,24 +767,28 @@ def _text_of(message: Message, place: int) -> str | None:
             param=f"messages.{place}.content",
             code="missing_key",
         )
-    if not isinstance(content, list):
+    return None if content is None else join_parts(content, where=f"messages.{place}.content", kinds=("text",))
+
+
+def join_parts(content: str | list[Any], *, where: str, kinds: tuple[str, ...]) -> str:
+    """Return one text of the parts of one. kinds: the types that parts of text have."""
+    if isinstance(content, str):
         return content
+    form = f'send parts as {{"type": "{kinds[0]}", "text": "..."}}'
     texts = []
     for number, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text":
+        if not isinstance(part, dict) or part.get("type") not in kinds:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise refusal(
-                f"messages.{place}.content has a part of type {str(kind)[:40]!r}; the models here read text only; "
-                f'send parts as {{"type": "text", "text": "..."}}.',
-                param=f"messages.{place}.content",
+                f"{where} has a part of type {str(kind)[:40]!r}; the models here read text only; {form}.",
+                param=where,
                 code="unsupported_content",
             )
         if not isinstance(part.get("text"), str):
-            where = f"messages.{place}.content.{number}.text"
+            found = "no text" if "text" in part else "missing"
             raise refusal(
-                f"{where} is {'no text' if 'text' in part else 'missing'}; a part of type text is required to hold "
-                f'one; send parts as {{"type": "text", "text": "..."}}.',
-                param=where,
+                f"{where}.{number}.text is {found}; a part of type {part['type']} is required to hold one; {form}.",
+                param=f"{where}.{number}.text",
                 code="invalid_value" if "text" in part else "missing_key",
             )
         texts.append(part["text"])
