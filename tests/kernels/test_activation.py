@@ -4,13 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.kernels.activation import activate, activate_and_backward, mlp
+from moesaic.kernels.activation import ACTIVATIONS, OAI_LIMIT, activate, activate_and_backward, is_gated, mlp
 from moesaic.kernels.grouped_mlp import ExpertWeights
 from moesaic.kernels.reference import moe as reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int) -> Tensor:
@@ -24,8 +22,8 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_backward_is_the_gradient_of_activate(activation: str) -> None:
-    pre = leaf(7, 10, seed=0).detach().double().requires_grad_()
-    grad = leaf(7, 5 if activation == "swiglu" else 10, seed=1).detach().double()
+    pre = (leaf(7, 10, seed=0).detach().double() * 5).requires_grad_()
+    grad = leaf(7, 5 if is_gated(activation) else 10, seed=1).detach().double()
     out = reference.activate(pre, activation)
     (wanted,) = torch.autograd.grad(out, pre, grad)
     torch.testing.assert_close(activate(pre.detach(), activation), out.detach())
@@ -48,7 +46,7 @@ def test_activate_leaves_its_input_alone(activation: str) -> None:
     pre = leaf(3, 8, seed=0).detach()
     before = pre.clone()
     activate(pre, activation)
-    activate_and_backward(torch.ones(3, 4 if activation == "swiglu" else 8), pre, activation)
+    activate_and_backward(torch.ones(3, 4 if is_gated(activation) else 8), pre, activation)
     assert torch.equal(pre, before)
 
 
@@ -57,9 +55,14 @@ def test_activate_leaves_its_input_alone(activation: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mlp_equals_the_plain_one(activation: str, has_bias: bool, num_tokens: int, dtype: torch.dtype) -> None:
-    inner = 80 if activation == "swiglu" else 40
+    inner = 80 if is_gated(activation) else 40
     x, up, down = leaf(num_tokens, 24, dtype=dtype, seed=0), leaf(inner, 24, seed=1), leaf(24, 40, seed=2)
     biases = (leaf(inner, seed=3), leaf(24, seed=4)) if has_bias else (None, None)
+    if activation == "swiglu_oai":
+        # Whole numbers before the activation, of which bf16 changes none, and so none passes a clamp's edge either.
+        for tensor in (x, up, biases[0]):
+            if tensor is not None:
+                tensor.data.round_()
     leaves = [tensor for tensor in (x, up, down, *biases) if tensor is not None]
 
     def cast(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
@@ -88,7 +91,7 @@ def test_a_gradients_gradient_is_refused() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("num_rows", "size"), [(0, 8), (1, 1), (3, 40), (37, 71)])
 def test_bf16_is_the_definition_rounded_once(kernels: str, activation: str, num_rows: int, size: int) -> None:
-    width = 2 * size if activation == "swiglu" else size
+    width = 2 * size if is_gated(activation) else size
     pre = (leaf(num_rows, width, seed=0).detach() * 4).to(torch.bfloat16)
     grad = leaf(num_rows, size, seed=1).detach().to(torch.bfloat16)
     exact = pre.double().requires_grad_()
@@ -96,15 +99,16 @@ def test_bf16_is_the_definition_rounded_once(kernels: str, activation: str, num_
     (wanted_grad,) = torch.autograd.grad(wanted, exact, grad.double())
     activated, grad_pre = activate_and_backward(grad, pre, activation)
     # One rounding to bf16 is 2^-8 at most; PyTorch's operations round gate, product and gradient in turn.
-    tolerance = 2e-2 if kernels == "reference" or activation == "gelu" else 1.01 * 2**-8
+    is_rounded_thrice = activation != "swiglu_oai" and (kernels == "reference" or activation == "gelu")
+    tolerance = 2e-2 if is_rounded_thrice else 1.01 * 2**-8
     for got, expected in ((activate(pre, activation), wanted), (activated, wanted), (grad_pre, wanted_grad)):
         torch.testing.assert_close(got.double(), expected.detach(), rtol=tolerance, atol=1e-3 * tolerance)
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu", "swiglu_oai"])
 def test_views_and_non_finite_values(compiled_kernels: str, activation: str) -> None:
     pre = leaf(40, 6, dtype=torch.bfloat16, seed=0).detach().t()
-    grad = leaf(20 if activation == "swiglu" else 40, 6, dtype=torch.bfloat16, seed=1).detach().t()
+    grad = leaf(20 if is_gated(activation) else 40, 6, dtype=torch.bfloat16, seed=1).detach().t()
     for got, wanted in zip(
         activate_and_backward(grad, pre, activation),
         activate_and_backward(grad.contiguous(), pre.contiguous(), activation),
@@ -119,9 +123,30 @@ def test_views_and_non_finite_values(compiled_kernels: str, activation: str) -> 
     assert torch.equal(out.isinf(), exact.isinf())
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_clamp_passes_gradients_up_to_its_bounds_and_nothing_beyond(kernels: str, dtype: torch.dtype) -> None:
+    numbers = [-torch.inf, -20.0, -OAI_LIMIT - 0.0625, -OAI_LIMIT, 2.0, OAI_LIMIT, OAI_LIMIT + 0.0625, 20.0, torch.inf]
+    other = torch.full((len(numbers), 1), 2.0)
+    column = torch.tensor(numbers)[:, None]
+    grad = torch.ones(len(numbers), 1, dtype=dtype)
+    activated, of_gate = activate_and_backward(grad, torch.cat([column, other], 1).to(dtype), "swiglu_oai")
+    assert activated.isnan().flatten().tolist() == [number == -torch.inf for number in numbers]
+    assert (of_gate[1:, 0] != 0).tolist() == [number <= OAI_LIMIT for number in numbers[1:]]
+    assert (of_gate[1:, 1] != 0).all()
+    activated, of_up = activate_and_backward(grad, torch.cat([other, column], 1).to(dtype), "swiglu_oai")
+    assert activated.isfinite().all() and (activated[-3:] == activated[-1]).all()
+    assert (of_up[:, 1] != 0).tolist() == [abs(number) <= OAI_LIMIT for number in numbers]
+    assert torch.equal(activate(torch.cat([other, column], 1).to(dtype), "swiglu_oai"), activated)
+    for place in (0, 1):
+        pre = torch.full((1, 2), 2.0, dtype=dtype)
+        pre[0, place] = torch.nan
+        activated, of_nan = activate_and_backward(grad[:1], pre, "swiglu_oai")
+        assert activated.isnan().all() and of_nan[0, 0].isnan()
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu", "swiglu_oai"])
 def test_the_operators_are_ordinary_ones(compiled_kernels: str, activation: str) -> None:
     pre = leaf(3, 8, dtype=torch.bfloat16, seed=0).detach()
-    grad = torch.ones(3, 4 if activation == "swiglu" else 8, dtype=torch.bfloat16)
+    grad = torch.ones(3, 4 if is_gated(activation) else 8, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.moesaic.activate.default, (pre, activation))
     torch.library.opcheck(torch.ops.moesaic.activate_backward.default, (grad, pre, activation))

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import grouped_mlp as kernel
+from moesaic.kernels.activation import ACTIVATIONS, is_gated
 from moesaic.kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from moesaic.kernels.reference import moe as reference
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 COUNTS = {
     "odd": [7, 0, 13, 16, 1],
     "one token": [0, 0, 1, 0, 0],
@@ -18,16 +18,19 @@ COUNTS = {
 }
 
 
-def leaf(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+def leaf(*shape: int, seed: int, is_whole: bool = False) -> Tensor:
+    """is_whole: as is all that comes before swiglu_oai: bf16 changes no such number, and none passes a clamp's edge."""
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (drawn.round() if is_whole else drawn).requires_grad_()
 
 
 def weights_of(activation: str, has_bias: bool, hidden: int = 24, inner: int = 40, experts: int = 5) -> ExpertWeights:
-    outer = 2 * inner if activation == "swiglu" else inner
+    outer = 2 * inner if is_gated(activation) else inner
+    is_whole = activation == "swiglu_oai"
     return ExpertWeights(
-        leaf(experts, outer, hidden, seed=1),
+        leaf(experts, outer, hidden, seed=1, is_whole=is_whole),
         leaf(experts, hidden, inner, seed=2),
-        leaf(experts, outer, seed=3) if has_bias else None,
+        leaf(experts, outer, seed=3, is_whole=is_whole) if has_bias else None,
         leaf(experts, hidden, seed=4) if has_bias else None,
         activation,
     )
@@ -43,7 +46,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def compare(function, counts: list[int], weights: ExpertWeights, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
-    x = leaf(sum(counts), weights.down.shape[1], seed=0)
+    x = leaf(sum(counts), weights.down.shape[1], seed=0, is_whole=weights.activation == "swiglu_oai")
     leaves = [x, *leaves_of(weights)]
     out = function(x.to(dtype), torch.tensor(counts), weights.to(dtype))
     wanted = reference.grouped_mlp(x.to(dtype).double(), counts, weights.to(dtype).to(torch.float64))

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import select
+from moesaic.kernels.activation import ACTIVATIONS, is_gated
 from moesaic.kernels.grouped_mlp import ExpertWeights
 from moesaic.kernels.packed import PackedMlp, pack_mlp, packed_mlp, packed_moe
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
@@ -13,7 +14,6 @@ from moesaic.kernels.reference import moe as reference
 SUPPORTED = select.supported_instruction_sets()
 CHOICES = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else []), "reference"]
 FORMATS = ("bf16", "int8", "int4-32")
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 # Largest error of a token over its output's size, against fp32 weights of the same values: bf16 rounds x and hidden
 # (1 in 512), integers quantise them (1 in 254 of a row's largest number, which is three times the typical one).
 TOLERANCE = {"bf16": 1e-2, "int8": 4e-2, "int4-32": 4e-2}
@@ -47,8 +47,9 @@ class Mlp:
         self, format: str, activation: str, *, hidden: int, inner: int, experts: int | None, has_bias: bool, seed: int
     ) -> None:
         stack = () if experts is None else (experts,)
-        outer = 2 * inner if activation == "swiglu" else inner
-        up = in_format(numbers(*stack, outer, hidden, seed=seed) / hidden**0.5, format)
+        outer = 2 * inner if is_gated(activation) else inner
+        size = 4 if activation == "swiglu_oai" else 1  # so that a tenth of what is clamped lies beyond the clamps
+        up = in_format(numbers(*stack, outer, hidden, seed=seed) * size / hidden**0.5, format)
         down = in_format(numbers(*stack, hidden, inner, seed=seed + 1) / inner**0.5, format)
         up_bias = numbers(*stack, outer, seed=seed + 2) if has_bias else None
         down_bias = numbers(*stack, hidden, seed=seed + 3) if has_bias else None
@@ -133,8 +134,9 @@ def test_kernels_equal_pytorch_up_to_the_exponential(choice: str, format: str) -
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_token_does_not_depend_on_the_others_threads_or_integer_path(format: str) -> None:
-    experts, residual = layer(format), layer(format, experts=None)
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+def test_a_token_does_not_depend_on_the_others_threads_or_integer_path(format: str, activation: str) -> None:
+    experts, residual = layer(format, activation, has_bias=True), layer(format, activation, experts=None)
     tokens = 45
     x = numbers(tokens, 96, seed=3).bfloat16()
     expert_ids, routing_weights = routes(tokens, 5, 3)
@@ -192,8 +194,9 @@ def test_more_tokens_than_one_pass_takes(format: str) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_infinities_and_nan_stay_in_their_token(choice: str, format: str) -> None:
-    experts = layer(format)
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+def test_infinities_and_nan_stay_in_their_token(choice: str, format: str, activation: str) -> None:
+    experts = layer(format, activation)
     x = numbers(6, 96, seed=6)
     expert_ids, routing_weights = routes(6, 5, 2)
     with select.forced(choice):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.kernels.activation import ACTIVATIONS, is_gated
 from moesaic.kernels.cpu import moe_training
 from moesaic.kernels.cpu.build import supported_instruction_sets
 from moesaic.kernels.grouped_mlp import ExpertWeights, grouped_mlp
@@ -15,20 +16,21 @@ from moesaic.kernels.routed_mlp import routed_mlp
 from moesaic.moe.dispatch import DispatchPlan, plan_dispatch
 
 SUPPORTED = supported_instruction_sets()
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 
 
-def leaf(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-    return drawn.bfloat16().requires_grad_()
+def leaf(*shape: int, seed: int, scale: float = 1.0, is_whole: bool = False) -> Tensor:
+    """is_whole: as is all that comes before swiglu_oai: bf16 changes no such number, and none passes a clamp's edge."""
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (drawn.round() if is_whole else drawn * scale).bfloat16().requires_grad_()
 
 
 def weights_of(activation: str, has_bias: bool, hidden: int, inner: int, experts: int) -> ExpertWeights:
-    outer = 2 * inner if activation == "swiglu" else inner
+    outer = 2 * inner if is_gated(activation) else inner
+    is_whole = activation == "swiglu_oai"
     return ExpertWeights(
-        leaf(experts, outer, hidden, seed=1, scale=hidden**-0.5),
+        leaf(experts, outer, hidden, seed=1, scale=hidden**-0.5, is_whole=is_whole),
         leaf(experts, hidden, inner, seed=2, scale=inner**-0.5),
-        leaf(experts, outer, seed=3) if has_bias else None,
+        leaf(experts, outer, seed=3, is_whole=is_whole) if has_bias else None,
         leaf(experts, hidden, seed=4) if has_bias else None,
         activation,
     )
@@ -72,7 +74,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def compare(weights: ExpertWeights, plan: DispatchPlan, tokens: int) -> None:
-    x = leaf(tokens, weights.down.shape[1], seed=0)
+    x = leaf(tokens, weights.down.shape[1], seed=0, is_whole=weights.activation == "swiglu_oai")
     generator = torch.Generator().manual_seed(5)
     routing_weights = torch.rand(plan.slots.shape, generator=generator).requires_grad_()
     grad = torch.randn(x.shape, generator=generator).bfloat16()
@@ -168,8 +170,9 @@ def test_rows_already_sorted(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_bad_values_stay_with_their_token(kernels: str, value: float) -> None:
-    weights = weights_of("swiglu", False, hidden=64, inner=32, experts=4)
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+def test_bad_values_stay_with_their_token(kernels: str, activation: str, value: float) -> None:
+    weights = weights_of(activation, False, hidden=64, inner=32, experts=4)
     x = leaf(40, 64, seed=0).detach()
     plan, routing_weights = plan_dispatch(choose(40, 4, 2), 4), weigh(40, 2)
     clean = run(x, weights, plan, routing_weights)

@@ -35,12 +35,12 @@ def plain_mlp(module: Mlp, x: Tensor) -> Tensor:
 
     pre = linear("up_proj", x)
     if module.gate_proj is not None:
-        return linear("down_proj", F.silu(linear("gate_proj", x)) * pre)
+        pre = torch.cat([linear("gate_proj", x), pre], -1)
     return linear("down_proj", activate(pre, module.activation))
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu", "swiglu_oai"])
 def test_mlp_equals_the_plain_one_with_every_gradient(activation: str, has_bias: bool) -> None:
     module = randomized(Mlp(24, 40, activation=activation, has_bias=has_bias))
     x = tokens().requires_grad_()
@@ -130,7 +130,7 @@ class Adapted(torch.nn.Module):
         return self.layer(x) + x @ self.beside.t()
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "gelu_tanh", "swiglu_oai"])
 @pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
 def test_an_mlp_calls_what_stands_in_the_place_of_a_layer(name: str, activation: str) -> None:
     plain, x = randomized(Mlp(24, 40, activation=activation, has_bias=True)), tokens()

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from moesaic.kernels.activation import is_gated
 from moesaic.kernels.reference import moe as reference
 from moesaic.moe.experts import Experts
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", "swiglu_oai"])
 def test_names_and_shapes(activation: str, has_bias: bool) -> None:
     experts = Experts(24, 40, 5, activation=activation, has_bias=has_bias)
-    name, inner = ("gate_up", 80) if activation == "swiglu" else ("up", 40)
+    name, inner = ("gate_up", 80) if is_gated(activation) else ("up", 40)
     wanted = {f"{name}_proj": (5, inner, 24), "down_proj": (5, 24, 40)}
     if has_bias:
         wanted |= {f"{name}_bias": (5, inner), "down_bias": (5, 24)}
@@ -19,7 +20,7 @@ def test_names_and_shapes(activation: str, has_bias: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu", "swiglu_oai"])
 def test_each_row_goes_through_its_expert_in_its_own_dtype(activation: str, dtype: torch.dtype) -> None:
     experts = Experts(24, 40, 5, activation=activation, has_bias=True)
     generator = torch.Generator().manual_seed(0)

@@ -145,7 +145,7 @@ def compare(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu", "swiglu_oai"])
 def test_dropless(activation: str, has_bias: bool, top_k: int, dtype: torch.dtype) -> None:
     compare(make_layer(top_k=top_k, activation=activation, has_bias=has_bias), tokens(dtype=dtype))
 

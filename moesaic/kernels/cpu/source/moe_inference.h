@@ -17,7 +17,7 @@ namespace moesaic {
 
 constexpr int kHiddenColumns = 128;  // of a task of the first product
 
-// One MLP, or a stack of them. For SwiGLU a panel of `up` is 16 columns of the gate and the same 16 of up.
+// One MLP, or a stack of them. For gated activations a panel of `up` is 16 columns of the gate and the same 16 of up.
 struct PackedMlp {
     Packed up, down;
     const float* up_bias;    // of every column of up's panels, padded; or null
@@ -25,7 +25,7 @@ struct PackedMlp {
     int64_t activation;
     int64_t intermediate;  // F
 
-    int hidden_of_panel() const { return activation == kSwiglu ? kPanel / 2 : kPanel; }
+    int hidden_of_panel() const { return is_gated(activation) ? kPanel / 2 : kPanel; }
     int chunks() const { return int((intermediate + kHiddenColumns - 1) / kHiddenColumns); }
     // A row of hidden columns in bf16: as the down product takes it, if that does not change rows.
     int activated_columns() const { return round_up(int(intermediate), kPanel); }
@@ -127,9 +127,14 @@ struct ActivateRow {
         bf16* to = reinterpret_cast<bf16*>(hidden + size_t(row) * stride);
         const auto sum = [&](int v) { return bias ? add(load(sums + v), load(bias + v)) : load(sums + v); };
         if (activation == kSwiglu)
-            for (int v = 0; v < kPanel / 2; v += W) store_bf16(to + v, mul(silu(sum(v)), sum(kPanel / 2 + v)));
+            for (int v = 0; v < kPanel / 2; v += W)
+                store_bf16(to + v, activate_gated<kSwiglu>(sum(v), sum(kPanel / 2 + v)));
+        else if (activation == kSwigluOai)
+            for (int v = 0; v < kPanel / 2; v += W)
+                store_bf16(to + v, activate_gated<kSwigluOai>(sum(v), sum(kPanel / 2 + v)));
         else
-            for (int v = 0; v < kPanel; v += W) store_bf16(to + v, activate(sum(v), activation));
+            for (int v = 0; v < kPanel; v += W)
+                store_bf16(to + v, activation == kGelu ? gelu(sum(v)) : gelu_tanh(sum(v)));
     }
 };
 

@@ -41,7 +41,7 @@ struct MoeTraining {
     bf16* grad_down;
     bf16* grad_down_bias;
 
-    bool gated() const { return activation == kSwiglu; }
+    bool gated() const { return is_gated(activation); }
     int64_t pre_width() const { return gated() ? 2 * inner : inner; }
     bool combines() const { return routes > 0; }
 };

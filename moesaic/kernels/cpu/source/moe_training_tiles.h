@@ -29,6 +29,7 @@ struct WeightsAhead {
 };
 
 // The up product and the activation of a chunk of F for all rows of a piece.
+template <Activation A>
 class UpChunk {
   public:
     UpChunk(const MoeTraining& m, const ExpertRows& rows, int64_t first, int count, uint32_t* hidden)
@@ -44,7 +45,7 @@ class UpChunk {
     void work(const Piece& piece, const uint32_t* tokens, bool is_near, const bf16* next, int next_count) {
         const int64_t h = m_.hidden;
         const bf16* weights = m_.up + (rows_.expert * m_.pre_width() + first_) * h;
-        BroughtNearer ahead(next, next ? next_count * h * 2 : 0, m_.inner * h * 2, m_.gated() ? 2 : 1,
+        BroughtNearer ahead(next, next ? next_count * h * 2 : 0, m_.inner * h * 2, kGated ? 2 : 1,
                             int64_t(piece.blocks) * (count_ / step_rows()) * (h / 32) * 2);
         for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
             const LaneBlock& block = rows_.blocks[b];
@@ -58,8 +59,10 @@ class UpChunk {
     }
 
   private:
+    static constexpr bool kGated = is_gated(A);
+
     // Rows of F in one block of sums: with a gated activation the same 16 of both halves.
-    int step_rows() const { return m_.gated() ? 16 : 32; }
+    static constexpr int step_rows() { return kGated ? 16 : 32; }
     int parts() const { return waiting_ ? step_rows() / 2 * (waiting_->width / W) : 0; }
 
     template <int Columns>
@@ -67,7 +70,7 @@ class UpChunk {
                   BroughtNearer& next) {
         const int64_t h = m_.hidden, f = m_.inner;
         const bf16* top = weights + row * h;
-        const bf16* bottom = top + (m_.gated() ? f : 16) * h;
+        const bf16* bottom = top + (kGated ? f : 16) * h;
         // The rows behind a chunk are those of the next one.
         const bool ahead = is_far && first_ + row + kWeightsAhead + step_rows() <= f;
         const WeightsAhead fetches{ahead ? top + kWeightsAhead * h : nullptr,
@@ -101,26 +104,25 @@ class UpChunk {
             a[1] = add(a[1], set1(bf16_to_float(bias_[r + 1])));
         }
         storei(pairs, interleave_bf16(a[0], a[1]));
-        if (!m_.gated()) {
-            storei(hidden,
-                   interleave_bf16(moesaic::activate(a[0], m_.activation), moesaic::activate(a[1], m_.activation)));
-            return;
+        if constexpr (kGated) {
+            Vf b[2] = {load(sums + 16 * kBlock), load(sums + 17 * kBlock)};
+            if (bias_) {
+                b[0] = add(b[0], set1(bf16_to_float(bias_[m_.inner + r])));
+                b[1] = add(b[1], set1(bf16_to_float(bias_[m_.inner + r + 1])));
+            }
+            storei(pairs + kHalf, interleave_bf16(b[0], b[1]));
+            storei(hidden, interleave_bf16(activate_gated<A, true>(a[0], b[0]), activate_gated<A, true>(a[1], b[1])));
+        } else {
+            storei(hidden, interleave_bf16(moesaic::activate<A>(a[0]), moesaic::activate<A>(a[1])));
         }
-        Vf b[2] = {load(sums + 16 * kBlock), load(sums + 17 * kBlock)};
-        if (bias_) {
-            b[0] = add(b[0], set1(bf16_to_float(bias_[m_.inner + r])));
-            b[1] = add(b[1], set1(bf16_to_float(bias_[m_.inner + r + 1])));
-        }
-        storei(pairs + kHalf, interleave_bf16(b[0], b[1]));
-        storei(hidden, interleave_bf16(mul(quick_silu(a[0]), b[0]), mul(quick_silu(a[1]), b[1])));
     }
 
     // The pre-activation of the lane block that waits, all of whose rows of F are done: in the layout of ChunkedRows,
     // and in one stream, which memory takes several times as fast as lines here and there.
     void finish() {
-        const auto pre = chunked_rows(m_.pre + rows_.start * m_.pre_width(), rows_.count, first_, count_, m_.gated());
+        const auto pre = chunked_rows(m_.pre + rows_.start * m_.pre_width(), rows_.count, first_, count_, kGated);
         const size_t stride = size_t(pre.stride) / 2;
-        for (int half = 0; half < (m_.gated() ? 2 : 1); ++half)
+        for (int half = 0; half < (kGated ? 2 : 1); ++half)
             transpose_dwords(count_ / 2, waiting_->valid, pairs_[half], waiting_->width, turned_ + half * pre.half / 2,
                              stride);
         char* to = reinterpret_cast<char*>(pre.row(waiting_->first));
@@ -249,7 +251,7 @@ class GradientChunk {
         take(mine_.hidden, size_t(columns_) * size_t(pairs_));
         take(mine_.contracted, 2 * size_t(columns_) * size_t(ld_));
         pack_down();
-        m_.gated() ? rows_to_pre<true>() : rows_to_pre<false>();
+        with_activation(m_.activation, [&](auto activation) { rows_to_pre<activation>(); });
         bf16* grad_up = m_.grad_up + (e * width + first_) * h;
         const uint32_t* gradients = s_.contracted_gradients + rows_.contracted_offset * h;
         for (int half = 0; half < (m_.gated() ? 2 : 1); ++half) {
@@ -300,12 +302,12 @@ class GradientChunk {
     }
 
     // grad_hidden = grad_out * down and through the activation, block by block of rows and columns.
-    template <bool kGated>
+    template <Activation A>
     void rows_to_pre() {
         const int64_t h = m_.hidden;
         const size_t stride = size_t(row_stride(h));
         const bf16* gradients = s_.gradients + rows_.row_offset * int64_t(stride);
-        const int calls = int(h / 32) * 2, halves = kGated ? 2 : 1;
+        const int calls = int(h / 32) * 2, halves = is_gated(A) ? 2 : 1;
         configure_tiles(16, 16);
         for (int64_t row = 0; row < rows_.padded; row += kBlock) {
             BroughtNearer next_rows(gradients + (row + kBlock) * int64_t(stride),
@@ -316,7 +318,7 @@ class GradientChunk {
                 const auto& pre = pre_[chunk_at(c)];
                 const bool is_whole = waiting_.rows == kBlock;
                 Beside epilogue(
-                    [&](int part) { is_whole ? part_to_pre<kGated, true>(part) : part_to_pre<kGated, false>(part); },
+                    [&](int part) { is_whole ? part_to_pre<A, true>(part) : part_to_pre<A, false>(part); },
                     waiting_.rows ? kParts : 0, calls);
                 // What the next rows read of the pre-activation.
                 Beside ahead(
@@ -348,7 +350,7 @@ class GradientChunk {
                             mine_.hidden + c * pairs_ + row / 2 * kPanel};
             }
         }
-        for (int part = 0; part < kParts; ++part) part_to_pre<kGated, false>(part);
+        for (int part = 0; part < kParts; ++part) part_to_pre<A, false>(part);
         finish_block();
     }
 
@@ -356,7 +358,7 @@ class GradientChunk {
     static constexpr int kColumnParts = kBlock / W, kParts = kBlock / 2 * kColumnParts;
 
     // kWhole: all rows of the block exist.
-    template <bool kGated, bool kWhole>
+    template <Activation A, bool kWhole>
     void part_to_pre(int part) {
         const Waiting& w = waiting_;
         const int column = part / (kBlock / 2) * W, r = part % (kBlock / 2) * 2;
@@ -374,14 +376,14 @@ class GradientChunk {
             const Vf raw = load(raw_sums + side * kBlock);
             const Vf grad = w.weights ? mul(raw, set1(w.weights[r + side])) : raw;
             const Vf a = load_bf16(values + side * w.stride);
-            if constexpr (kGated) {
+            if constexpr (is_gated(A)) {
                 const Vf b = load_bf16(values + side * w.stride + w.half);
-                const WithDerivative gate = quick_silu_with_derivative(a);
-                hidden[side] = mul(gate.value, b);
-                grad_gate[side] = mul(mul(grad, b), gate.derivative);
-                grad_up[side] = mul(grad, gate.value);
+                const GatedGradients all = activate_gated_with_gradients<A, true>(a, b, grad);
+                hidden[side] = all.value;
+                grad_gate[side] = all.gate;
+                grad_up[side] = all.up;
             } else {
-                const WithDerivative value = activate_with_derivative(a, m_.activation);
+                const WithDerivative value = activate_with_derivative<A>(a);
                 hidden[side] = value.value;
                 grad_gate[side] = mul(grad, value.derivative);
             }
@@ -393,7 +395,7 @@ class GradientChunk {
         const Vi gate_rows = to_bf16_rows(grad_gate[0], grad_gate[1]);
         store_rows(to, to + w.stride, gate_rows);
         storei(paired, interleave(gate_rows));
-        if constexpr (kGated) {
+        if constexpr (is_gated(A)) {
             const Vi up_rows = to_bf16_rows(grad_up[0], grad_up[1]);
             store_rows(to + w.half, to + w.stride + w.half, up_rows);
             storei(paired + 16 * kBlock, interleave(up_rows));
@@ -529,9 +531,11 @@ inline void multiply_up(Team& team, const MoeTraining& m, const Group& group, co
     neighbouring_tasks(team, long(group.pieces.size()) * up_chunks, [&](long i, bool follows, bool goes_on) {
         const Piece& piece = group.pieces[i / up_chunks];
         const int64_t first = i % up_chunks * kChunk, bytes = count_of(i) * h * m.pre_width() / f * 2;
-        UpChunk(m, group.experts[piece.expert], first, count_of(i), s.hidden)
-            .work(piece, s.tokens, follows && BroughtNearer::fits(bytes), goes_on ? weights_of(i + 1) : nullptr,
-                  goes_on ? count_of(i + 1) : 0);
+        with_activation(m.activation, [&](auto activation) {
+            UpChunk<activation>(m, group.experts[piece.expert], first, count_of(i), s.hidden)
+                .work(piece, s.tokens, follows && BroughtNearer::fits(bytes), goes_on ? weights_of(i + 1) : nullptr,
+                      goes_on ? count_of(i + 1) : 0);
+        });
     });
 }
 

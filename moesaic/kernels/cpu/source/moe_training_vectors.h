@@ -41,7 +41,7 @@ inline void multiply_weights(const LeftRows& weights, int count, int64_t width, 
 #endif
 }
 
-template <int Width>
+template <int Width, Activation A>
 inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlock& block, int64_t first, int count,
                      const LeftRows& weights, const LeftRows& up_weights, bool is_first, const uint32_t* tokens,
                      uint32_t* hidden, uint32_t* pairs) {
@@ -50,7 +50,7 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
     const uint32_t* panel = tokens + block.offset * (h / 2);
     const bf16* bias = m.up_bias ? m.up_bias + e * m.pre_width() + first : nullptr;
     multiply_weights<Width>(weights, count, h, panel, gate, is_first);
-    if (m.gated()) multiply_weights<Width>(up_weights, count, h, panel, up, is_first);
+    if constexpr (is_gated(A)) multiply_weights<Width>(up_weights, count, h, panel, up, is_first);
     uint32_t* hidden_rows = hidden + block.offset * (f / 2) + first / 2 * Width;
     for (int r = 0; r < count; r += 2) {
         for (int lane = 0; lane < Width; lane += W) {
@@ -61,26 +61,26 @@ inline void up_block(const MoeTraining& m, const ExpertRows& rows, const LaneBlo
             }
             storei(pairs + r / 2 * Width + lane, interleave_bf16(a0, a1));
             Vf h0, h1;
-            if (m.gated()) {
+            if constexpr (is_gated(A)) {
                 Vf b0 = load(up + r * Width + lane), b1 = load(up + (r + 1) * Width + lane);
                 if (bias) {
                     b0 = add(b0, set1(bf16_to_float(bias[f + r])));
                     b1 = add(b1, set1(bf16_to_float(bias[f + r + 1])));
                 }
                 storei(pairs + (kChunk / 2 + r / 2) * Width + lane, interleave_bf16(b0, b1));
-                h0 = mul(silu(a0), b0);
-                h1 = mul(silu(a1), b1);
+                h0 = activate_gated<A>(a0, b0);
+                h1 = activate_gated<A>(a1, b1);
             } else {
-                h0 = activate(a0, m.activation);
-                h1 = activate(a1, m.activation);
+                h0 = activate<A>(a0);
+                h1 = activate<A>(a1);
             }
             storei(hidden_rows + r / 2 * Width + lane, interleave_bf16(h0, h1));
         }
     }
-    const auto pre = chunked_rows(m.pre + rows.start * m.pre_width(), rows.count, first, count, m.gated());
+    const auto pre = chunked_rows(m.pre + rows.start * m.pre_width(), rows.count, first, count, is_gated(A));
     uint32_t* target = reinterpret_cast<uint32_t*>(pre.row(block.first));
     transpose_dwords<true>(count / 2, block.valid, pairs, Width, target, pre.stride / 2);
-    if (m.gated())
+    if constexpr (is_gated(A))
         transpose_dwords<true>(count / 2, block.valid, pairs + kChunk / 2 * Width, Width, target + pre.half / 2,
                                pre.stride / 2);
 }
@@ -121,13 +121,15 @@ inline void multiply_up(Team& team, const MoeTraining& m, const Group& group, co
         const bf16* from = m.up + (rows.expert * m.pre_width() + first) * h;
         const LeftRows weights = weight_rows(from, count, h, piece.blocks, copies);
         const LeftRows up_weights = m.gated() ? weight_rows(from + f * h, count, h, piece.blocks, up_copies) : weights;
-        for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
-            const LaneBlock& block = rows.blocks[b];
-            with_width(block.width, [&](auto width) {
-                up_block<width>(m, rows, block, first, count, weights, up_weights, b == piece.block, s.tokens, s.hidden,
-                                pairs);
-            });
-        }
+        with_activation(m.activation, [&](auto activation) {
+            for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
+                const LaneBlock& block = rows.blocks[b];
+                with_width(block.width, [&](auto width) {
+                    up_block<width, activation>(m, rows, block, first, count, weights, up_weights, b == piece.block,
+                                                s.tokens, s.hidden, pairs);
+                });
+            }
+        });
     });
 }
 
@@ -152,6 +154,7 @@ inline void multiply_down(Team& team, const MoeTraining& m, const Group& group, 
 }
 
 // The gradient of the pre-activation for 96 columns of F: grad_hidden = grad_out * down, then through the activation.
+template <Activation A>
 inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const Piece& piece, int64_t chunk,
                              const MoeTrainingScratch& s) {
     const int64_t first = chunk * kChunk, end = piece.first + piece.count;
@@ -170,8 +173,8 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
             interleave_rows(kPanel, even + j * kPanel, even + f + j * kPanel, packed + (j * (h / 2) + p) * kPanel);
     }
     const bf16* down_bias = m.down_bias ? m.down_bias + rows.expert * h : nullptr;
-    const auto pre = chunked_rows<const bf16>(m.pre + rows.start * width, rows.count, first, columns, m.gated());
-    const auto grad_pre = chunked_rows(s.grad_pre + rows.row_offset * width, rows.padded, first, columns, m.gated());
+    const auto pre = chunked_rows<const bf16>(m.pre + rows.start * width, rows.count, first, columns, is_gated(A));
+    const auto grad_pre = chunked_rows(s.grad_pre + rows.row_offset * width, rows.padded, first, columns, is_gated(A));
     uint32_t* contracted = s.contracted_grad_pre + rows.contracted_offset * width;
     const ContractedRows gate_rows(contracted, pairs, first, columns), up_rows(contracted, pairs, f + first, columns);
     for (int64_t row = piece.first; row < end; row += kChunk) {
@@ -198,14 +201,14 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
                     const Vf raw = load(grad_hidden + (r + side) * kChunk + c);
                     const Vf grad = mul(raw, weight[side]);
                     const Vf a = load_bf16(values);
-                    if (m.gated()) {
+                    if constexpr (is_gated(A)) {
                         const Vf b = load_bf16(values + pre.half);
-                        const WithDerivative gate = silu_with_derivative(a);
-                        hidden[side] = mul(gate.value, b);
-                        grad_gate[side] = mul(mul(grad, b), gate.derivative);
-                        grad_up[side] = mul(grad, gate.value);
+                        const GatedGradients all = activate_gated_with_gradients<A>(a, b, grad);
+                        hidden[side] = all.value;
+                        grad_gate[side] = all.gate;
+                        grad_up[side] = all.up;
                     } else {
-                        const WithDerivative value = activate_with_derivative(a, m.activation);
+                        const WithDerivative value = activate_with_derivative<A>(a);
                         hidden[side] = value.value;
                         grad_gate[side] = mul(grad, value.derivative);
                         grad_up[side] = zero();
@@ -216,7 +219,7 @@ inline void grad_pre_columns(const MoeTraining& m, const ExpertRows& rows, const
                 store_bf16(even, grad_gate[0]);
                 store_bf16(odd, grad_gate[1]);
                 storei(gate_to + c, interleave_bf16(grad_gate[0], grad_gate[1]));
-                if (m.gated()) {
+                if (is_gated(A)) {
                     store_bf16(even + grad_pre.half, grad_up[0]);
                     store_bf16(odd + grad_pre.half, grad_up[1]);
                     storei(up_to + c, interleave_bf16(grad_up[0], grad_up[1]));
@@ -310,7 +313,9 @@ inline void find_gradients(Team& team, const MoeTraining& m, const Group& group,
     const long experts = long(group.experts.size()), pieces = long(group.pieces.size());
     team.tasks(pieces * hidden_chunks, [&](long i) {
         const Piece& piece = group.pieces[i / hidden_chunks];
-        grad_pre_columns(m, group.experts[piece.expert], piece, i % hidden_chunks, s);
+        with_activation(m.activation, [&](auto activation) {
+            grad_pre_columns<activation>(m, group.experts[piece.expert], piece, i % hidden_chunks, s);
+        });
     });
     // Few rows take up to 512 columns at once, so that weights are read in long pieces.
     int64_t x_columns = kGradXColumns;
