@@ -35,9 +35,10 @@ class NormPart:
 
 @dataclass(frozen=True)
 class RouterPart:
-    """What moe/router.Router computes in evaluation: weight (E, H) fp32, correction_bias (E,) fp32 or None."""
+    """What moe/router.Router computes in evaluation: weight (E, H), and bias and correction_bias (E,) or None, fp32."""
 
     weight: Tensor
+    bias: Tensor | None
     correction_bias: Tensor | None
     top_k: int
     scoring: str
@@ -165,9 +166,8 @@ _Layer = _structure(
     "DecodeLayer",
     attention_norm=_Norm, feed_forward_norm=_Norm, qkv_proj=_P, qkv_bias=_P, q_norm=_P, k_norm=_P, norms_all_heads=_I,
     q_up=_P, key_up=_P, value_up=_P, sinks=_P, has_window=_I, o_proj=_P, o_bias=_P, mlp=_P, experts=_P,
-    num_experts=_I, top_k=_I, router=_P,
-    correction_bias=_P, scoring=_I, num_groups=_I, top_groups=_I, renormalize=_I, router_scale=_D, mix=_I,
-    mix_weight=_P, mix_bias=_P,
+    num_experts=_I, top_k=_I, router=_P, router_bias=_P, correction_bias=_P, scoring=_I, num_groups=_I, top_groups=_I,
+    renormalize=_I, router_scale=_D, mix=_I, mix_weight=_P, mix_bias=_P,
 )  # fmt: skip
 _Model = _structure(
     "DecodeModel",
@@ -330,6 +330,7 @@ def _fill_layer(layer: LayerPart, panels: Tensor | None, *, head_dim: int) -> ct
         num_experts=0 if router is None else router.weight.shape[0],
         top_k=0 if router is None else router.top_k,
         router=_address(panels),
+        router_bias=None if router is None else _address(router.bias),
         correction_bias=None if router is None else _address(router.correction_bias),
         scoring=0 if router is None else _SCORINGS.index(router.scoring),
         num_groups=1 if router is None else router.num_groups,

@@ -45,6 +45,7 @@ def route(
     *,
     top_k: int,
     scoring: str,
+    bias: Tensor | None = None,
     correction_bias: Tensor | None = None,
     num_groups: int = 1,
     top_groups: int = 1,
@@ -53,22 +54,23 @@ def route(
 ) -> Routed:
     """Route x (T, H), bf16 or fp32, by the router's weight (E, H), fp32; equal scores go to the lower expert.
 
-    correction_bias (E,) fp32 is added to the scores for the choice only; valid (T,) bool, False for tokens that no
-    statistic counts; expert_ids (T, K) int64: an earlier choice, taken instead of a new one. Gradients reach x and
-    weight from routing_weights, mean_probabilities and z.
+    bias (E,) fp32 is added to the logits, correction_bias (E,) fp32 to the scores for the choice only; valid (T,) bool,
+    False for tokens that no statistic counts; expert_ids (T, K) int64: an earlier choice, taken instead of a new one.
+    Gradients reach x, weight and bias from routing_weights, mean_probabilities and z.
     """
     num_experts = weight.shape[0]
     assert x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1], (x.shape, weight.shape)
     assert weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16), (weight.dtype, x.dtype)
     assert 1 <= top_k <= num_experts, (top_k, num_experts)
     assert num_experts % num_groups == 0 and 1 <= top_groups <= num_groups, (num_experts, num_groups, top_groups)
+    assert bias is None or (bias.shape == (num_experts,) and bias.dtype == torch.float32), bias
     assert correction_bias is None or correction_bias.shape == (num_experts,), correction_bias
     assert valid is None or (valid.shape == x.shape[:1] and valid.dtype == torch.bool), (valid, x.shape)
     assert expert_ids is None or expert_ids.shape == (x.shape[0], top_k), (expert_ids, x.shape, top_k)
     if correction_bias is not None:
         correction_bias = correction_bias.detach().float()
     weights, mean_probabilities, z, entropy, chosen, tokens_per_expert, num_tokens, _ = torch.ops.moesaic.route(
-        x, weight, correction_bias, valid, expert_ids, top_k, scoring, num_groups, top_groups
+        x, weight, bias, correction_bias, valid, expert_ids, top_k, scoring, num_groups, top_groups
     )
     return Routed(chosen, weights, tokens_per_expert, mean_probabilities, z, entropy.detach(), num_tokens)
 
@@ -103,6 +105,7 @@ def _library() -> Any:
 def _route(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     correction_bias: Tensor | None,
     valid: Tensor | None,
     given_ids: Tensor | None,
@@ -113,17 +116,18 @@ def _route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of Routed, those in fp32 before those in int64, then the logits (T, E) for the backward pass."""
     num_tokens, num_experts = x.shape[0], weight.shape[0]
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), _contiguous(bias)
     correction_bias, valid, given_ids = _contiguous(correction_bias), _contiguous(valid), _contiguous(given_ids)
     expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
     routing_weights = torch.empty(num_tokens, top_k, dtype=torch.float32)
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32)
     floats = torch.empty(num_experts + 2, dtype=torch.float32)
     counts = torch.empty(num_experts + 1, dtype=torch.int64)
-    failed = _library().function("moesaic_route", "pipppp" + "i" * 8 + "f" + "p" * 5)(
+    failed = _library().function("moesaic_route", "pippppp" + "i" * 8 + "f" + "p" * 5)(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         weight.data_ptr(),
+        _address(bias),
         _address(correction_bias),
         _address(valid),
         _address(given_ids),
@@ -157,7 +161,7 @@ def _route(
 
 
 @_route.register_fake
-def _(x, weight, correction_bias, valid, given_ids, top_k, scoring, num_groups, top_groups):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, correction_bias, valid, given_ids, top_k, scoring, num_groups, top_groups):  # type: ignore[no-untyped-def]
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     return (
         x.new_empty(num_tokens, top_k, dtype=torch.float32),
@@ -183,12 +187,13 @@ def _route_backward(
     valid: Tensor | None,
     num_tokens: Tensor,
     scoring: str,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight."""
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias; the last is empty where there is none."""
     x, weight, valid = x.contiguous(), weight.contiguous(), _contiguous(valid)
     grad_weights, grad_mean = _contiguous(grad_weights), _contiguous(grad_mean)
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    _library().function("moesaic_route_backward", "pipppp" + "i" * 6 + "ppfpp")(
+    grad_x, grad_weight, grad_bias = _route_gradients(x, weight, has_bias)
+    _library().function("moesaic_route_backward", "pipppp" + "i" * 6 + "ppfppp")(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         weight.data_ptr(),
@@ -206,31 +211,34 @@ def _route_backward(
         0.0 if grad_z is None else float(grad_z),
         grad_x.data_ptr(),
         grad_weight.data_ptr(),
+        grad_bias.data_ptr() if has_bias else None,
     )
-    return grad_x, grad_weight
+    return grad_x, grad_weight, grad_bias
 
 
 @_route_backward.register_fake
-def _(grad_weights, grad_mean, grad_z, x, weight, logits, expert_ids, valid, num_tokens, scoring):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(
-        weight, memory_format=torch.contiguous_format
-    )
+def _(grad_weights, grad_mean, grad_z, x, weight, logits, expert_ids, valid, num_tokens, scoring, has_bias):  # type: ignore[no-untyped-def]
+    return _route_gradients(x, weight, has_bias)
+
+
+def _route_gradients(x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0] if has_bias else 0)
 
 
 def _keep_for_route_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, _, valid, _, _, scoring, _, _ = inputs
+    x, weight, bias, _, valid, _, _, scoring, _, _ = inputs
     _, _, _, _, expert_ids, _, num_tokens, logits = output
     ctx.save_for_backward(x, weight, logits, expert_ids, valid, num_tokens)
-    ctx.scoring = scoring
+    ctx.scoring, ctx.has_bias = scoring, bias is not None
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_route(ctx, *grads):  # type: ignore[no-untyped-def]
     x, weight, logits, expert_ids, valid, num_tokens = ctx.saved_tensors
-    grad_x, grad_weight = torch.ops.moesaic.route_backward(
-        *grads[:3], x, weight, logits, expert_ids, valid, num_tokens, ctx.scoring
+    grad_x, grad_weight, grad_bias = torch.ops.moesaic.route_backward(
+        *grads[:3], x, weight, logits, expert_ids, valid, num_tokens, ctx.scoring, ctx.has_bias
     )
-    return grad_x, grad_weight, None, None, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None, None, None, None, None, None
 
 
 _route.register_autograd(_backward_of_route, setup_context=_keep_for_route_backward)

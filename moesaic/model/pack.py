@@ -441,12 +441,13 @@ def _latent_part(attention: LatentAttention) -> LatentPart:
 
 def _router_part(moe: MoELayer) -> RouterPart:
     router = moe.router
-    config, bias = router.config, router.score_correction_bias
+    config, correction = router.config, router.score_correction_bias
     # Multiplied in fp32, as finish_weights does.
     scale = config.scale if moe.output_scale is None else float(moe.output_scale * config.scale)
     return RouterPart(
         weight=_fp32(router.weight),
-        correction_bias=None if bias is None else _fp32(bias),
+        bias=None if router.bias is None else _fp32(router.bias),
+        correction_bias=None if correction is None else _fp32(correction),
         top_k=router.top_k,
         scoring=config.scoring,
         num_groups=config.num_groups,

@@ -66,7 +66,7 @@ class Router(nn.Module):
         """
         noise = self.config.noise if self.training else "none"
         # Without rsample's draw, which is PyTorch's: a replay has to take the path that the first pass took.
-        if noise != "rsample" and self.bias is None and routing.can_route(x):
+        if noise != "rsample" and routing.can_route(x):
             return self._route_in_one_call(self._jitter(x, seed) if noise == "jitter" else x, valid, expert_ids)
         x = x.float()
         if noise == "jitter":
@@ -99,6 +99,7 @@ class Router(nn.Module):
             self.weight.float(),
             top_k=self.top_k,
             scoring=config.scoring,
+            bias=None if self.bias is None else self.bias.float(),
             correction_bias=self.score_correction_bias,
             num_groups=config.num_groups,
             top_groups=config.top_groups,

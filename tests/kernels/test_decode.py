@@ -70,6 +70,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "experts scaled": {
         "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "output_scale": True, "router": {"scale": 1.3}}
     },
+    "gpt-oss": {
+        "num_kv_heads": 2, "attention_bias": "all", "mlp_bias": True, "activation": "swiglu_oai", "init_std": 0.4,
+        "moe": {"num_experts": 9, "top_k": 4, "router": {"renormalize": True, "bias": True}},
+    },
     "deepseek": {
         "moe": {
             "num_experts": 8, "top_k": 2, "residual": "sum",
@@ -192,9 +196,11 @@ def test_equals_the_layers_one_by_one(kernels: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
-@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
-def test_quantised_equals_the_layers_one_by_one(kernels: str, form: str, cache_dtype: torch.dtype) -> None:
-    model = build("mixtral", form)
+@pytest.mark.parametrize(
+    ("family", "cache_dtype"), [("mixtral", torch.bfloat16), ("mixtral", torch.int8), ("gpt-oss", torch.bfloat16)]
+)
+def test_quantised_equals_the_layers_one_by_one(kernels: str, family: str, form: str, cache_dtype: torch.dtype) -> None:
+    model = build(family, form)
     whole, pieces = (run(model, layer_by_layer=each, cache_dtype=cache_dtype) for each in (False, True))
     assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))
 
@@ -294,10 +300,12 @@ def test_guessing_experts_changes_nothing(kernels: str, family: str) -> None:
 
 
 @torch.no_grad()
-def test_guesses_are_right_where_layers_change_nothing(kernels: str) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_guesses_are_right_where_layers_change_nothing(kernels: str, has_bias: bool) -> None:
     shares = []
     for is_still in (True, False):
-        changes = {**SIZES, **FAMILIES["mixtral"], "num_layers": 4}
+        moe = {**FAMILIES["mixtral"]["moe"], "router": {"renormalize": True, "bias": has_bias}}
+        changes = {**SIZES, **FAMILIES["mixtral"], "num_layers": 4, "moe": moe}
         model = Transformer(ModelConfig.from_dict(changes), compute_dtype=torch.bfloat16)
         model.initialize(0)
         for name, parameter in model.named_parameters():
@@ -305,6 +313,8 @@ def test_guesses_are_right_where_layers_change_nothing(kernels: str) -> None:
                 parameter.zero_()
             if name.endswith("router.weight") and is_still:
                 parameter.copy_(model.state_dict()["blocks.0.feed_forward.moe.router.weight"])
+            if name.endswith("router.bias") and is_still:
+                parameter.copy_(torch.linspace(3, 0, len(parameter)))  # without it other experts would be guessed
         pack_transformer(model)
         model.reads_ahead = True
         sequences = Sequences(model.config)

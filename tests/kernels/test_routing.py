@@ -25,6 +25,8 @@ def make_router(hidden_size: int, num_experts: int, *, top_k: int, **config: Any
         router.weight.copy_(normal(num_experts, hidden_size, seed=0) * (2 / hidden_size**0.5))
         if router.score_correction_bias is not None:
             router.score_correction_bias.copy_(normal(num_experts, seed=1) * 0.3)
+        if router.bias is not None:
+            router.bias.copy_(normal(num_experts, seed=6))
     return router
 
 
@@ -49,13 +51,13 @@ CASES: list[dict[str, Any]] = [
     for scoring in ("softmax", "sigmoid")
     for case in (
         {"num_experts": 1, "top_k": 1},
-        {"num_experts": 5, "top_k": 2, "hidden_size": 1},
+        {"num_experts": 5, "top_k": 2, "hidden_size": 1, "bias": True},
         {"num_experts": 12, "top_k": 2, "hidden_size": 300},
         {"num_experts": 16, "top_k": 16},
         {"num_experts": 24, "top_k": 3, "num_groups": 6, "top_groups": 2},
         {"num_experts": 33, "top_k": 1, "score_correction_bias": True},
-        {"num_experts": 40, "top_k": 8, "num_groups": 8, "top_groups": 3, "score_correction_bias": True},
-        {"num_experts": 300, "top_k": 4, "hidden_size": 70},
+        {"num_experts": 40, "top_k": 8, "num_groups": 8, "top_groups": 3, "score_correction_bias": True, "bias": True},
+        {"num_experts": 300, "top_k": 4, "hidden_size": 70, "bias": True},
     )
 ]
 
@@ -78,7 +80,8 @@ def test_equals_the_definition(
     for field in FIELDS:
         torch.testing.assert_close(getattr(got, field), getattr(wanted, field), rtol=1e-5, atol=1e-6)
     tolerance = 2e-5 if dtype == torch.float32 else 1e-2
-    for mine, theirs in zip(gradients(got, [x, router.weight]), gradients(wanted, [x, router.weight]), strict=True):
+    leaves = [x, *router.parameters()]
+    for mine, theirs in zip(gradients(got, leaves), gradients(wanted, leaves), strict=True):
         assert mine.dtype == theirs.dtype
         assert (mine - theirs).norm() <= tolerance * theirs.norm() + 1e-7
 
@@ -98,12 +101,12 @@ def test_views_come_in_as_they_are(compiled_kernels: str) -> None:
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("used", ["routing_weights", "mean_probabilities", "z"])
 def test_each_output_has_its_gradient_alone(compiled_kernels: str, used: str, scoring: str) -> None:
-    router = make_router(24, 12, top_k=2, scoring=scoring)
+    router = make_router(24, 12, top_k=2, scoring=scoring, bias=True)
     x = normal(50, 24, seed=4).requires_grad_()
 
     def gradient() -> tuple[Tensor, ...]:
         value = getattr(router(x), used)
-        return torch.autograd.grad((value * normal(*value.shape, seed=5)).sum(), (x, router.weight))
+        return torch.autograd.grad((value * normal(*value.shape, seed=5)).sum(), (x, *router.parameters()))
 
     got = gradient()
     with select.forced("reference"):
@@ -125,13 +128,13 @@ def test_a_sum_of_scores_that_underflows_has_the_definition_s_gradient(compiled_
 
 
 def test_no_tokens_give_no_gradient(compiled_kernels: str) -> None:
-    router = make_router(24, 12, top_k=2)
+    router = make_router(24, 12, top_k=2, bias=True)
     x = torch.zeros(0, 24, requires_grad=True)
     routed = router(x)
     assert routed.num_tokens == routed.z == routed.entropy == 0
-    grad_x, grad_weight = gradients(routed, [x, router.weight])
+    grad_x, grad_weight, grad_bias = gradients(routed, [x, *router.parameters()])
     assert grad_x.shape == (0, 24)
-    assert torch.count_nonzero(grad_weight) == 0
+    assert torch.count_nonzero(grad_weight) == torch.count_nonzero(grad_bias) == 0
 
 
 def test_a_token_s_result_depends_on_that_token_alone(compiled_kernels: str) -> None:
@@ -145,7 +148,7 @@ def test_a_token_s_result_depends_on_that_token_alone(compiled_kernels: str) -> 
 
 
 def test_results_are_the_same_bits_for_any_number_of_threads(compiled_kernels: str) -> None:
-    router = make_router(128, 40, top_k=2)
+    router = make_router(128, 40, top_k=2, bias=True)
     x = normal(1001, 128, seed=4).to(torch.bfloat16).requires_grad_()
 
     def everything() -> list[Tensor]:
@@ -153,7 +156,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads(compiled_kernels: s
         return [
             routed.expert_ids,
             *(getattr(routed, field) for field in FIELDS),
-            *gradients(routed, [x, router.weight]),
+            *gradients(routed, [x, *router.parameters()]),
         ]
 
     one = everything()
@@ -255,8 +258,8 @@ def test_weights_renormalised_and_scaled_in_the_same_call(compiled_kernels: str)
     x, weight = normal(50, 24, seed=4), normal(12, 24, seed=5)
     expert_ids, weights = torch.empty(50, 3, dtype=torch.int64), torch.empty(50, 3)
     floats, counts = torch.empty(14), torch.empty(13, dtype=torch.int64)
-    library.function("moesaic_route", "pipppp" + "i" * 8 + "f" + "p" * 5)(
-        *(x.data_ptr(), False, weight.data_ptr(), None, None, None, 50, 24, 12, 3, 0, 1, 1, True, 2.5),
+    library.function("moesaic_route", "pippppp" + "i" * 8 + "f" + "p" * 5)(
+        *(x.data_ptr(), False, weight.data_ptr(), *[None] * 4, 50, 24, 12, 3, 0, 1, 1, True, 2.5),
         *(expert_ids.data_ptr(), weights.data_ptr(), None, floats.data_ptr(), counts.data_ptr()),
     )
     chosen = (x @ weight.t()).softmax(-1).topk(3)
@@ -288,11 +291,12 @@ def test_an_expert_out_of_range_is_refused(compiled_kernels: str, wrong: int) ->
         routing.plan_dispatch(expert_ids, 5)
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-def test_the_operators_are_ordinary_ones(compiled_kernels: str, scoring: str) -> None:
+@pytest.mark.parametrize(("scoring", "has_bias"), [("softmax", True), ("sigmoid", False)])
+def test_the_operators_are_ordinary_ones(compiled_kernels: str, scoring: str, has_bias: bool) -> None:
     x, weight = normal(9, 24, seed=4).requires_grad_(), normal(12, 24, seed=5).requires_grad_()
+    bias = normal(12, seed=6).requires_grad_() if has_bias else None
     valid = torch.arange(9) != 4
-    arguments = (x, weight, None, valid, None, 2, scoring, 1, 1)
+    arguments = (x, weight, bias, None, valid, None, 2, scoring, 1, 1)
     torch.library.opcheck(torch.ops.moesaic.route.default, arguments)
     expert_ids = torch.ops.moesaic.route(*arguments)[4]
     torch.library.opcheck(torch.ops.moesaic.plan_dispatch.default, (expert_ids, None, 12, -1))

@@ -37,7 +37,7 @@ LAYER = FeedForwardConfig(
     top_k=2,
     expert_intermediate_size=48,
     output_scale=True,
-    router=RouterConfig(score_correction_bias=True),
+    router=RouterConfig(score_correction_bias=True, bias=True),
 )
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "Linear": lambda: Linear(32, 16, has_bias=True),

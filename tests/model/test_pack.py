@@ -45,9 +45,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "residual sum": {"moe": {"num_experts": 4, "layers": [1], "residual": "sum", "residual_intermediate_size": 33}},
     "moe, olmoe-like": {"num_kv_heads": 2, "qk_norm": "full", "moe": {"num_experts": 5, "top_k": 2}},
-    "windows and sinks": {
+    "moe, gpt-oss-like": {
         "num_kv_heads": 2, "attention_sinks": True, "sliding_window": 7, "sliding_layers": [0, 2],
-        "attention_bias": "all",
+        "attention_bias": "all", "mlp_bias": True, "activation": "swiglu_oai", "tie_embeddings": False,
+        "moe": {"num_experts": 5, "top_k": 2, "router": {"renormalize": True, "bias": True}},
     },
     "moe, latent attention": {
         "latent_attention": {

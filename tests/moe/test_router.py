@@ -15,7 +15,10 @@ NUM_TOKENS, HIDDEN = 37, 24
 
 def router(num_experts: int = 5, top_k: int = 2, seed: int = 0, **config: Any) -> Router:
     module = Router(HIDDEN, num_experts, top_k=top_k, config=RouterConfig(**config))
-    torch.nn.init.normal_(module.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(module.weight, std=0.3, generator=drawn)
+    if module.bias is not None:
+        torch.nn.init.normal_(module.bias, generator=drawn)
     return module
 
 
@@ -25,6 +28,8 @@ def tokens(num_tokens: int = NUM_TOKENS, seed: int = 1) -> Tensor:
 
 def scores_of(module: Router, x: Tensor) -> Tensor:
     logits = x @ module.weight.t()
+    if module.bias is not None:
+        logits = logits + module.bias
     return logits.softmax(-1) if module.config.scoring == "softmax" else logits.sigmoid()
 
 
@@ -50,11 +55,11 @@ def chosen_by_definition(scores: Tensor, bias: Tensor, top_k: int, config: Route
 @pytest.mark.parametrize(
     ("num_experts", "groups"), [(5, (1, 1)), (12, (4, 2)), (12, (3, 1)), (12, (4, 4)), (12, (12, 3)), (3, (1, 1))]
 )
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_biases", [False, True])
 def test_the_choice_and_its_weights(
-    num_experts: int, groups: tuple[int, int], top_k: int, scoring: str, has_bias: bool
+    num_experts: int, groups: tuple[int, int], top_k: int, scoring: str, has_biases: bool
 ) -> None:
-    config = {"num_groups": groups[0], "top_groups": groups[1], "score_correction_bias": has_bias}
+    config = {"num_groups": groups[0], "top_groups": groups[1], "score_correction_bias": has_biases, "bias": has_biases}
     module = router(num_experts, top_k, scoring=scoring, **config)
     bias = torch.zeros(num_experts)
     if module.score_correction_bias is not None:

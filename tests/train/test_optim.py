@@ -22,7 +22,7 @@ MODEL = ModelConfig.from_dict(
         "mlp_bias": True,
         "norm": "layernorm",
         "tie_embeddings": False,
-        "moe": {"output_scale": True, "num_experts": 4, "every": 2, "residual": "softmax"},
+        "moe": {"output_scale": True, "num_experts": 4, "every": 2, "residual": "softmax", "router": {"bias": True}},
     }
 )
 
@@ -66,6 +66,7 @@ def test_every_parameter_is_in_the_group_that_its_kind_asks_for(name: str) -> No
         "blocks.0.attention_norm.bias": ("AdamW", 0.0),
         "blocks.1.feed_forward.mix.weight": ("AdamW", 0.1),
         "blocks.1.feed_forward.moe.router.weight": ("AdamW", 0.01),
+        "blocks.1.feed_forward.moe.router.bias": ("AdamW", 0.0),
         "blocks.1.feed_forward.moe.experts.gate_up_proj": (hidden, 0.1),
         "blocks.1.feed_forward.moe.experts.down_proj": (hidden, 0.1),
         "blocks.1.feed_forward.moe.experts.gate_up_bias": ("AdamW", 0.0),  # (E, 2F), and no matrix all the same

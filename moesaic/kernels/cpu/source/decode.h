@@ -42,6 +42,7 @@ struct DecodeLayer {
     const PackedMlp* experts;
     int64_t num_experts, top_k;
     const float* router;  // as pack_router left it
+    const float* router_bias;
     const float* correction_bias;
     Scoring scoring;
     int64_t num_groups, top_groups, renormalize;
@@ -386,7 +387,8 @@ inline RouteArguments route_arguments(const DecodeCall& call, const DecodeLayer&
     arguments.experts = layer.num_experts;
     arguments.top_k = layer.top_k;
     arguments.panels = layer.router;
-    arguments.bias = layer.correction_bias;
+    arguments.bias = layer.router_bias;
+    arguments.correction_bias = layer.correction_bias;
     arguments.scoring = layer.scoring;
     arguments.groups = layer.num_groups;
     arguments.top_groups = layer.top_groups;

@@ -8,10 +8,11 @@ using namespace moesaic;
 
 // 0, or -1 for a given expert out of range. totals: mean_probabilities (E,), z, entropy as fp32; whole: tokens_per_expert (E,), num_tokens as int64.
 MOESAIC_EXPORT int64_t moesaic_route(const void* x, int64_t is_bf16, const float* weight, const float* bias,
-                                     const uint8_t* valid, const int64_t* given, int64_t tokens, int64_t hidden,
-                                     int64_t experts, int64_t top_k, int64_t scoring, int64_t groups,
-                                     int64_t top_groups, int64_t renormalize, float scale, int64_t* expert_ids,
-                                     float* routing_weights, float* logits, float* totals, int64_t* whole) {
+                                     const float* correction_bias, const uint8_t* valid, const int64_t* given,
+                                     int64_t tokens, int64_t hidden, int64_t experts, int64_t top_k, int64_t scoring,
+                                     int64_t groups, int64_t top_groups, int64_t renormalize, float scale,
+                                     int64_t* expert_ids, float* routing_weights, float* logits, float* totals,
+                                     int64_t* whole) {
     for (int64_t i = 0; given && i < tokens * top_k; ++i)
         if (uint64_t(given[i]) >= uint64_t(experts)) return -1;
     thread_local Scratch shared;
@@ -25,6 +26,7 @@ MOESAIC_EXPORT int64_t moesaic_route(const void* x, int64_t is_bf16, const float
                                    top_k,
                                    scratch,
                                    bias,
+                                   correction_bias,
                                    valid,
                                    given,
                                    Scoring(scoring),
@@ -47,7 +49,7 @@ MOESAIC_EXPORT int64_t moesaic_route_backward(const void* x, int64_t is_bf16, co
                                               int64_t tokens, int64_t hidden, int64_t experts, int64_t top_k,
                                               int64_t scoring, int64_t num_tokens, const float* grad_weights,
                                               const float* grad_mean, float grad_z, void* grad_x,
-                                              float* grad_weight) {
+                                              float* grad_weight, float* grad_bias) {
     thread_local Scratch shared;
     const RouteBackwardArguments arguments{x,
                                            is_bf16 != 0,
@@ -66,7 +68,8 @@ MOESAIC_EXPORT int64_t moesaic_route_backward(const void* x, int64_t is_bf16, co
                                            grad_z,
                                            shared.get<float>(size_t(tokens * experts)),
                                            grad_x,
-                                           grad_weight};
+                                           grad_weight,
+                                           grad_bias};
     run_team(4.0 * double(tokens) * double(hidden) * double(experts),
              [&](Team& team) { route_backward(team, arguments); });
     return 0;

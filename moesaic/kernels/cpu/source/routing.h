@@ -19,10 +19,11 @@ struct RouteArguments {
     const void* x;         // (T, H), bf16 or fp32
     bool is_bf16;
     int64_t tokens, hidden, experts, top_k;
-    const float* panels;   // the router's weight (E, H) as pack_router left it
-    const float* bias;     // (E,), added to the scores for the choice only; null for none
-    const uint8_t* valid;  // (T,), 0 for tokens that no statistic counts; null for none
-    const int64_t* given;  // (T, K), a choice made before; null to choose
+    const float* panels;           // the router's weight (E, H) as pack_router left it
+    const float* bias;             // (E,), added to the logits; null for none
+    const float* correction_bias;  // (E,), added to the scores for the choice only; null for none
+    const uint8_t* valid;          // (T,), 0 for tokens that no statistic counts; null for none
+    const int64_t* given;          // (T, K), a choice made before; null to choose
     Scoring scoring;
     int64_t groups, top_groups;  // experts are chosen from the best top_groups of so many equal groups
     bool renormalize;            // divide the chosen weights by their sum, where no statistic comes in between
@@ -223,8 +224,8 @@ inline void score_row(const RouteArguments& a, const float* logits, float* score
     sums->entropy -= sum(negative_entropy);
 }
 
-// Choose experts for `rows` tokens from `first` on, by their logits (rows, padded); sums may be null. scratch: five times
-// padded floats.
+// Choose experts for `rows` tokens from `first` on, by their logits (rows, padded), to which the bias is added here; sums
+// may be null. scratch: five times padded floats.
 inline void choose_rows(const RouteArguments& a, int64_t first, int rows, float* logits, float* scratch,
                         RouteSums* sums) {
     const int experts = int(a.experts), padded = int(padded_experts(experts)), top_k = int(a.top_k);
@@ -233,9 +234,14 @@ inline void choose_rows(const RouteArguments& a, int64_t first, int rows, float*
     int32_t* keys = reinterpret_cast<int32_t*>(ranking + padded);
     float* group_scores = reinterpret_cast<float*>(keys + padded);
     int32_t* group_keys = reinterpret_cast<int32_t*>(group_scores + padded);
+    const auto add_experts = [&](const float* values, const float* to_all, float* sums_of_both) {
+        for (int i = 0; i < padded; i += W)
+            store(sums_of_both + i, add(load(values + i), load_row(to_all + i, std::max(experts - i, 0))));
+    };
     for (int row = 0; row < rows; ++row) {
         const int64_t token = first + row;
         float* own = logits + row * padded;
+        if (a.bias) add_experts(own, a.bias, own);
         if (a.logits) std::copy_n(own, experts, a.logits + token * experts);
         std::fill(own + experts, own + padded, -INFINITY);
         const bool counts = sums && (!a.valid || a.valid[token]);
@@ -245,9 +251,8 @@ inline void choose_rows(const RouteArguments& a, int64_t first, int rows, float*
             std::copy_n(a.given + token * top_k, top_k, chosen);
         } else {
             const float* by = scores;
-            if (a.bias) {
-                for (int i = 0; i < padded; i += W)
-                    store(ranking + i, add(load(scores + i), load_row(a.bias + i, std::max(experts - i, 0))));
+            if (a.correction_bias) {
+                add_experts(scores, a.correction_bias, ranking);
                 by = ranking;
             }
             fill_keys(by, experts, padded, keys);
@@ -412,6 +417,7 @@ struct RouteBackwardArguments {
     float* grad_logits;  // (T, E), always written
     void* grad_x;        // (T, H) in x's type; null: not wanted
     float* grad_weight;  // (E, H); null: not wanted
+    float* grad_bias;    // (E,); null: not wanted
 };
 
 // scratch: 2 * padded floats.
@@ -480,6 +486,20 @@ inline void grad_logits_row(const RouteBackwardArguments& a, int64_t token, floa
     std::copy_n(values, experts, out);
 }
 
+// The gradient of the bias for the W experts from e on: the sum over all tokens, block by block as the weight's.
+inline void grad_bias_of(const RouteBackwardArguments& a, int64_t e) {
+    const int64_t left = std::min<int64_t>(a.experts - e, W);
+    Vf total = zero();
+    for (int64_t t = 0; t < a.tokens; t += kFp32Depth) {
+        const int64_t end = std::min<int64_t>(t + kFp32Depth, a.tokens);
+        Vf block = zero();
+        for (int64_t token = t; token < end; ++token)
+            block = add(block, load_row(a.grad_logits + token * a.experts + e, left));
+        total = add(total, block);
+    }
+    store_row(a.grad_bias + e, total, left);
+}
+
 template <typename T>
 inline void route_backward_as(Team& team, const RouteBackwardArguments& a) {
     const int hidden = int(a.hidden), experts = int(a.experts);
@@ -505,6 +525,7 @@ inline void route_backward_as(Team& team, const RouteBackwardArguments& a) {
             }
         }
     });
+    if (a.grad_bias) team.tasks(padded / W, [&](long task) { grad_bias_of(a, task * W); });
     if (!a.grad_weight) return;
     const int64_t panels = (hidden + kFp32Columns - 1) / kFp32Columns, blocks = (experts + kRouteRows - 1) / kRouteRows;
     const T* x = static_cast<const T*>(a.x);
