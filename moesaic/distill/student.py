@@ -318,8 +318,9 @@ def _misfit(layer: FeedForwardConfig, source: FeedForwardConfig) -> str | None:
         own, theirs = getattr(layer, name), getattr(source, name)
         if own != theirs:
             return f"its {name} is {own}, there {theirs}"
-    if layer.router.score_correction_bias != source.router.score_correction_bias:
-        return "one has a score_correction_bias and the other none"
+    for name in ("score_correction_bias", "bias"):
+        if getattr(layer.router, name) != getattr(source.router, name):
+            return f"one has a router with {name} and the other none"
     return None
 
 

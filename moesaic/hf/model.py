@@ -351,8 +351,9 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
         elif isinstance(module, Router):
             init.normal_(module.weight, 0.0, std)
-            if module.score_correction_bias is not None:
-                init.zeros_(module.score_correction_bias)
+            for bias in (module.bias, module.score_correction_bias):
+                if bias is not None:
+                    init.zeros_(bias)
         elif isinstance(module, MoELayer) and module.output_scale is not None:
             init.ones_(module.output_scale)
         elif isinstance(module, Experts):

@@ -16,7 +16,11 @@ from moesaic.model.transformer import Transformer
 
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"tie_embeddings": False, "positions": "learned", "mlp_bias": True, "attention_bias": "all"},
-    "moe": {"activation": "swiglu", "moe": {"num_experts": 4, "top_k": 2, "every": 1}, "tie_embeddings": False},
+    "moe": {
+        "activation": "swiglu_oai",
+        "moe": {"num_experts": 4, "top_k": 2, "every": 1, "router": {"bias": True}},
+        "tie_embeddings": False,
+    },
     "latent": {
         "latent_attention": {
             "query_rank": 32,

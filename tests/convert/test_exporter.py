@@ -138,6 +138,11 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "dense with sinks": ("moesaic", {**MODEL, "attention_sinks": True}),
     "part of a head, softmax": ("moesaic", {**MODEL, "rope_head_dim": 4, "moe": MOE}),
     "plain, not renormalised": ("moesaic", {**MODEL, "moe": MOE}),
+    "plain, routers with biases": (
+        "moesaic",
+        {**MODEL, "activation": "swiglu_oai",
+         "moe": {**MOE, "intermediate_size": 20, "router": {**SURE, "bias": True}}},
+    ),
     "pyramid": ("moesaic", {**MODEL, "moe": {**MOE, "num_experts": [4, 4, 7], "residual": "sum"}}),
     "pyramid, softmax, scaled": (
         "moesaic",

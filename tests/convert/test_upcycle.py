@@ -29,7 +29,11 @@ GATED = {
     }
 }  # fmt: skip
 GELU: dict[str, Any] = {}
-KINDS = {"gelu": GELU, "swiglu": GATED, "swiglu, biases": {"model": {**GATED["model"], "mlp_bias": True}}}
+KINDS = {
+    "gelu": GELU,
+    "swiglu": GATED,
+    "swiglu_oai, biases": {"model": {**GATED["model"], "activation": "swiglu_oai", "mlp_bias": True}},
+}
 
 MakeRun = Callable[..., Path]
 

@@ -257,6 +257,7 @@ MISFITS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "another expert size": (("model.moe.intermediate_size=16",), {}, "its expert_intermediate_size is 16, there 32"),
     "no residual": (("model.moe.residual=null",), {}, "its intermediate_size is 0, there 32"),
     "another activation": (("model.activation=gelu",), {}, r"model.activation \(gelu, there swiglu\)"),
+    "no bias of the router": (("model.moe.router.bias=true",), {}, "one has a router with bias and the other none"),
     "experts of a dense layer": (("model.moe.layers=[0, 1, 2, 3]", "model.moe.every=1"), {}, "and that one is dense"),
 }
 

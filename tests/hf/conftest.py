@@ -37,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_experts": [4, 6, 8, 8],
             "top_k": 2,
             "residual": "sigmoid",
-            "router": {"scoring": "sigmoid", "renormalize": True, "score_correction_bias": True},
+            "router": {"scoring": "sigmoid", "renormalize": True, "score_correction_bias": True, "bias": True},
         },
     },
     "latent": {
