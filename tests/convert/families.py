@@ -175,8 +175,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-# Those whose experts no packed kernel computes yet.
-UNPACKED = {name for name in FAMILIES if name.startswith("gpt-oss")}
 # Name: the family that describes it too, and comes first.
 WRITTEN_AS = {name: "llama" for name in FAMILIES if name.startswith("mistral") and not name.endswith("sliding")}
 

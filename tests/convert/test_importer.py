@@ -125,7 +125,7 @@ def test_both_name_the_same_tokens_in_bf16(
         )
     )
     best = exact.topk(2, -1)
-    for pack in (False,) if family in families.UNPACKED else (False, True):
+    for pack in (False, True):
         model = load_run(run, device="cpu", pack=pack).model
         assert model.compute_dtype is torch.bfloat16
         logits, ours = in_bf16(model, lambda model=model: model.logits(model(SHORT).hidden))

@@ -45,10 +45,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2, "head_dim": 8,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 64},
     },
-    "windows and sinks": {
-        "num_layers": 4, "num_kv_heads": 2, "attention_bias": "all", "attention_sinks": True, "sliding_window": 50,
-        "sliding_layers": [0, 2],
-    },
     "a window on every layer": {"num_kv_heads": 1, "sliding_window": 33},
     "part of a head": {"num_kv_heads": 2, "rope_head_dim": 4, "qk_norm": "head"},
     "one head, normed as all are": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 10, "qk_norm": "full"},
@@ -71,7 +67,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "output_scale": True, "router": {"scale": 1.3}}
     },
     "gpt-oss": {
-        "num_kv_heads": 2, "attention_bias": "all", "mlp_bias": True, "activation": "swiglu_oai", "init_std": 0.4,
+        "num_layers": 4, "num_kv_heads": 2, "attention_bias": "all", "mlp_bias": True, "activation": "swiglu_oai",
+        "attention_sinks": True, "sliding_window": 50, "sliding_layers": [0, 2], "init_std": 0.4,
         "moe": {"num_experts": 9, "top_k": 4, "router": {"renormalize": True, "bias": True}},
     },
     "deepseek": {
