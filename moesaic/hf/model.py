@@ -19,6 +19,7 @@ from moesaic.errors import ConfigError, GenerationError
 from moesaic.hf.cache import PagedCache
 from moesaic.hf.config import MoesaicConfig
 from moesaic.kernels.cross_entropy import linear_cross_entropy
+from moesaic.model.attention import Attention
 from moesaic.model.linear import Linear
 from moesaic.model.load import load_run
 from moesaic.model.norm import LayerNorm, RmsNorm
@@ -354,6 +355,8 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
             for bias in (module.bias, module.score_correction_bias):
                 if bias is not None:
                     init.zeros_(bias)
+        elif isinstance(module, Attention) and module.sinks is not None:
+            init.zeros_(module.sinks)
         elif isinstance(module, MoELayer) and module.output_scale is not None:
             init.ones_(module.output_scale)
         elif isinstance(module, Experts):

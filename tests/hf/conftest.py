@@ -33,6 +33,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared expert": {
         **SIZES,
         "tie_embeddings": False,
+        "attention_sinks": True,
+        "sliding_window": 12,
+        "sliding_layers": [0, 2],
         "moe": {
             "num_experts": [4, 6, 8, 8],
             "top_k": 2,
