@@ -1,16 +1,18 @@
 """How every plot looks: figures without pyplot, their axes, colours and titles, and files that appear whole.
 
-What is drawn is in plots.py, comparison.py and evaluation_plots.py.
+What is drawn is in plots.py, comparison.py, evaluation_plots.py and serving_plots.py.
 """
 
 from io import BytesIO
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 
 from moesaic.errors import ConfigError
 from moesaic.folders import write_whole
@@ -67,9 +69,12 @@ def check_figure_path(path: Path) -> None:
 
 
 def write_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG, whole or not at all, and return its path."""
+    """Write a PNG, whole or not at all, and return its path. Texts are drawn as they stand: a $ begins no formula."""
     picture = BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(picture, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with rc_context({"text.parse_math": False}):  # ticks are made while drawing
+        figure.savefig(picture, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     write_whole(path, picture.getvalue())
     return path
