@@ -5,7 +5,7 @@ import weakref
 from pathlib import Path
 from types import TracebackType
 
-from moesaic.errors import FolderInUseError
+from moesaic.errors import ConfigError, FolderInUseError
 from moesaic.logs import logger
 
 
@@ -70,6 +70,24 @@ def run_name(source: str) -> str:
 def writing_path(path: Path) -> Path:
     """Return where a file is written before it takes its name; a process that is killed leaves it there."""
     return path.with_name(f".writing-{path.name}")
+
+
+def check_can_be_written(path: Path) -> None:
+    """Make a file's folder; what takes long should not end with a path that never was one.
+
+    Raises: ConfigError where no file can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reason = "it is a folder" if path.is_dir() else None
+        if reason is None:
+            probe = writing_path(path)
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise ConfigError(f"{path} cannot be written ({reason}); a file's path is required; name another.")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

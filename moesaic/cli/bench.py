@@ -8,8 +8,7 @@ import typer
 from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 from moesaic.config.api_keys import read_key_file
-from moesaic.errors import ConfigError
-from moesaic.folders import writing_path
+from moesaic.folders import check_can_be_written
 
 if TYPE_CHECKING:
     from moesaic.bench.moe_layer import MoELayerResult
@@ -194,8 +193,8 @@ def serve(
         seed=seed,
     )
     key = None if api_key_file is None else read_key_file(api_key_file, named=f"--api-key-file {api_key_file}")[0]
-    for path in (output, plot):
-        _check_can_be_written(path)
+    if output is not None:
+        check_can_be_written(output)
     if plot is not None:
         from moesaic.report.drawing import check_figure_path
 
@@ -226,23 +225,6 @@ def serve(
             write_serving_plot(plot, [result])
     if not result.completed:
         raise typer.Exit(1)
-
-
-def _check_can_be_written(path: Path | None) -> None:
-    """A long measurement should not end with a path that never was one."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        reason = "it is a folder" if path.is_dir() else None
-        if reason is None:
-            probe = writing_path(path)
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
-    if reason is not None:
-        raise ConfigError(f"{path} cannot be written ({reason}); a file's path is required; name another.")
 
 
 def _print_serving(result: "ServingResult") -> None:

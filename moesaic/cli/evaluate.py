@@ -188,15 +188,14 @@ def evaluate(
                 usages.append((run, usage))
                 _print_json(as_json, _domains_to_json(run, loaded, usage))
             del loaded
-    drawn = None
+    if not as_json:
+        _print_tables(texts, results, usages)
     if results and (plot is not None or keep):
         from moesaic.report.evaluation_plots import write_comparison
 
         assert folder is not None
         drawn = write_comparison(results, plot or folder / "plots" / "evaluations.png")
-    if not as_json:
-        _print_tables(texts, results, usages)
-        if drawn is not None:
+        if not as_json:
             typer.echo(f"Drawn in {drawn}")
 
 

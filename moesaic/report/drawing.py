@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 
-from moesaic.errors import ConfigError
-from moesaic.folders import write_whole
+from moesaic.errors import ConfigError, DataError
+from moesaic.folders import check_can_be_written, write_whole
 
 INK, FAINT_INK, GRID = "#1f2933", "#5f6c7b", "#e3e7ec"
 BLUE, ORANGE, RED = "#1f5fa8", "#d9731a", "#c0282d"
@@ -60,21 +60,32 @@ def set_title(axes: Axes, title: str, note: str = "", *, size: float = 12) -> No
 
 
 def check_figure_path(path: Path) -> None:
-    """Raise ConfigError for a path that says that its picture is anything but a PNG."""
+    """Raise ConfigError for a path that says that its picture is anything but a PNG, or that cannot be written."""
     if path.suffix.lower() != ".png":
         raise ConfigError(
             f"a plot was asked for as {path}, which ends in {path.suffix or 'nothing'}; plots are PNGs; let the name "
             f"end in .png."
         )
+    check_can_be_written(path)
 
 
 def write_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG, whole or not at all, and return its path. Texts are drawn as they stand: a $ begins no formula."""
+    """Write a PNG, whole or not at all, and return its path. Texts are drawn as they stand: a $ begins no formula.
+
+    Raises: DataError where it cannot be written.
+    """
     picture = BytesIO()
     FigureCanvasAgg(figure)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     with rc_context({"text.parse_math": False}):  # ticks are made while drawing
         figure.savefig(picture, format="png", dpi=130, facecolor="white", metadata={"Software": None})
-    write_whole(path, picture.getvalue())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, picture.getvalue())
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}); a plot is one PNG; name a file in a folder that can be "
+            f"written to, or free some space."
+        ) from None
     return path

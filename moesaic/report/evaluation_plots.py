@@ -30,7 +30,6 @@ _LEGEND_CHARS = 36
 
 def write_comparison(results: Sequence[TaskResult], path: Path) -> Path:
     """Draw the main metric of every task for every run into a PNG, and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     return write_figure(comparison_figure(results), path)
 
 
@@ -101,7 +100,6 @@ def write_domains(
     shares: of each layer (domains, experts), each expert's share of a domain's routes. Its colour is that over its mean
     over the domains; experts stand in the order of the domain that uses them most.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = min(len(layers), 2)
     rows = math.ceil(len(layers) / columns)
     figure = empty_figure(6.4 * columns + 1.2, (0.9 + 0.22 * len(domains)) * rows + 1.0)

@@ -43,7 +43,7 @@ _LOAD_OCTAVES = 2.5  # the colours span even share / 5.7 to even share * 5.7
 def write_plots(run_folder: str | Path) -> list[Path]:
     """Draw a run's metrics into run_folder/plots and return the files written; a dense model has no expert plots.
 
-    Raises: MetricsError when the run has no readable metrics.
+    Raises: MetricsError when the run has no readable metrics; DataError when a plot cannot be written.
     """
     run_folder = Path(run_folder)
     metrics = read_metrics(run_folder, most_records=_MOST_RECORDS)
@@ -61,7 +61,6 @@ def write_plots(run_folder: str | Path) -> list[Path]:
         figures["expert_load.png"] = expert_load_figure(experts)
         figures["expert_balance.png"] = expert_balance_figure(experts)
     folder = run_folder / "plots"
-    folder.mkdir(exist_ok=True)
     return [write_figure(figure, folder / name) for name, figure in figures.items()]
 
 

@@ -26,7 +26,6 @@ _SHORTEST_SECONDS = 1e-5
 
 def write_serving_plot(path: Path, results: Sequence[ServingResult]) -> Path:
     """Draw runs side by side into a PNG, and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     return write_figure(serving_figure(results), path)
 
 

@@ -391,8 +391,8 @@ class Trainer:
         """Redraw the plots; a full disk costs them, not the run."""
         try:
             write_plots(self.run_folder)
-        except OSError as error:
-            logger.warning("no plots: %s; `moesaic inspect` shows the same.", error)
+        except (OSError, DataError) as error:
+            logger.warning("no plots: %s (`moesaic inspect` shows the same)", error)
 
     def _save(self, *, must_succeed: bool) -> bool:
         """Write a checkpoint; when a periodic one fails (a full disk), say so, train on from memory, return False."""

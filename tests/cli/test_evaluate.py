@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -109,6 +110,19 @@ def test_tasks_are_run_kept_drawn_and_told(cli: Any, own_run: Path, records: Pat
     assert row.count("±") == 2 and len(read_results(own_run)) == 2
 
 
+def test_a_plot_that_cannot_be_written_costs_no_results(
+    cli: Any, trained_run: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moesaic.report.drawing.write_whole", full)
+    command = ["evaluate", trained_run, "--tasks", "piqa", "--tasks-data", records, "--no-keep", "--device", "cpu"]
+    found = cli(*command, "--plot", records / "a.png")
+    assert found.status == 2 and "acc_norm" in found.out
+    assert f"DataError: {records / 'a.png'} cannot be written (No space left on device); " in found.err
+
+
 def test_nothing_is_computed_before_every_task_is_known_to_have_records(
     cli: Any, own_run: Path, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +167,7 @@ def test_domains_are_measured_kept_and_drawn(cli: Any, own_run: Path, labelled: 
         (["{run}", "--tasks", "piqa", "--samples", "--no-keep"], "ConfigError: --samples was given with --no-keep"),
         (["{run}", "--tasks", "piqa", "--tasks-data", "{run}"], "DataError: {run} has no records for piqa"),
         (["{run}", "--tasks", "piqa", "--plot", "a.xyz"], "ConfigError: a plot was asked for as a.xyz"),
+        (["{run}", "--tasks", "piqa", "--plot", "/dev/null/a.png"], "ConfigError: /dev/null/a.png cannot be written"),
         (["{run}", "--domains", "absent.jsonl"], "DataError: absent.jsonl does not exist"),
     ],
 )
