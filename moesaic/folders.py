@@ -79,8 +79,10 @@ def check_can_be_written(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        reason = "it is a folder" if path.is_dir() else None
-        if reason is None:
+        reason = None
+        if path.exists() and not path.is_file():
+            reason = "it is a folder" if path.is_dir() else "it is no regular file, which writing would replace"
+        else:
             probe = writing_path(path)
             probe.touch()
             probe.unlink()

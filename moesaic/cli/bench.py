@@ -8,6 +8,7 @@ import typer
 from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
 from moesaic.config.api_keys import read_key_file
+from moesaic.errors import ConfigError, DataError
 from moesaic.folders import check_can_be_written
 
 if TYPE_CHECKING:
@@ -195,6 +196,10 @@ def serve(
     key = None if api_key_file is None else read_key_file(api_key_file, named=f"--api-key-file {api_key_file}")[0]
     if output is not None:
         check_can_be_written(output)
+        if plot is not None and plot.resolve() == output.resolve():
+            raise ConfigError(
+                f"--output and --plot are both {output}; each is a file of its own; give one of them another name."
+            )
     if plot is not None:
         from moesaic.report.drawing import check_figure_path
 
@@ -215,14 +220,21 @@ def serve(
         _print_json({**values, "summary": asdict(result.summary())})
     else:
         _print_serving(result)
-    try:
-        if output is not None:
+    unwritten: list[str] = []  # what can be kept of a long measurement is
+    if output is not None:
+        try:
             write_serving(output, result)
-    finally:  # what can be kept of a long measurement is
-        if plot is not None:
-            from moesaic.report.serving_plots import write_serving_plot
+        except DataError as error:
+            unwritten.append(str(error))
+    if plot is not None:
+        from moesaic.report.serving_plots import write_serving_plot
 
+        try:
             write_serving_plot(plot, [result])
+        except DataError as error:
+            unwritten.append(str(error))
+    if unwritten:
+        raise DataError("\n".join(unwritten))
     if not result.completed:
         raise typer.Exit(1)
 

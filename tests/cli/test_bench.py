@@ -1,6 +1,8 @@
 """`moesaic bench` prints what was measured, as a table and as JSON, and refuses what cannot be run."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,32 @@ def test_a_plot_is_kept_where_the_file_cannot_be(
     result = cli(*SERVE, "--rate", 2, "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png")
     assert result.status == 2 and "no room" in result.err
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_file_that_cannot_be_written_is_named(
+    cli: Any, served: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: str | bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moesaic.report.serving.write_whole", full)
+    monkeypatch.setattr("moesaic.report.drawing.write_whole", full)
+    result = cli(*SERVE, "--rate", 2, "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    assert result.status == 2 and "1 of 2 completed" in result.out
+    assert f"{tmp_path / 'a.json'} cannot be written" in result.err
+    assert f"{tmp_path / 'a.png'} cannot be written" in result.err
+
+
+def test_a_file_is_neither_both_nor_in_the_place_of_what_is_no_file(
+    cli: Any, served: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    both, pipe = tmp_path / "a.png", tmp_path / "pipe"  # a pipe of our own: a device would be lost if this failed
+    os.mkfifo(pipe)
+    result = cli(*SERVE, "--rate", 2, "--output", both, "--plot", both.parent / "new" / ".." / both.name)
+    assert result.status == 2 and f"--output and --plot are both {both}; " in result.err
+    result = cli(*SERVE, "--rate", 2, "--output", pipe)
+    assert result.status == 2 and f"{pipe} cannot be written (it is no regular file" in result.err
+    assert served == [] and pipe.is_fifo()
 
 
 def test_a_servers_figures_are_json(cli: Any, served: list[dict[str, Any]]) -> None:
