@@ -8,6 +8,7 @@ Every time is the event loop's clock, which is monotonic.
 """
 
 import asyncio
+import codecs
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -310,12 +311,14 @@ class _Answer:
     def chunk_seconds(self, begin: float) -> tuple[float, ...]:
         """Return the times of the chunks that carried tokens.
 
-        A chunk without text may carry tokens (half a character) or none (a server's last word). Where there are more
-        chunks than tokens, those without text carried none.
+        A chunk without text may carry tokens (half a character) or none (a server's last word). As many of them as
+        there are more chunks than tokens carried none, the last ones.
         """
         output_tokens = self.count("completion_tokens")
-        carries_nothing = output_tokens is not None and len(self.times) > output_tokens
-        kept = [time for time, text in zip(self.times, self.has_text, strict=True) if text or not carries_nothing]
+        surplus = 0 if output_tokens is None else max(0, len(self.times) - output_tokens)
+        without_text = [place for place, has_text in enumerate(self.has_text) if not has_text]
+        dropped = set(without_text[::-1][:surplus])
+        kept = [time for place, time in enumerate(self.times) if place not in dropped]
         return tuple(time - begin for time in kept or self.times)
 
 
@@ -381,11 +384,12 @@ class _Client:
                     kind: ErrorKind = "refused" if response.status_code == 429 else "http_error"
                     raise _Failure(kind, f"status {response.status_code}: {text}")
                 has_begun = True
+                is_done = False
                 async for data in _events(response.aiter_bytes()):
-                    if data == b"[DONE]":
-                        answer.is_finished = True
-                    else:
+                    is_done = is_done or data == b"[DONE]"
+                    if not is_done:  # what comes behind is read, so that the connection can be used again
                         answer.take(data, loop.time())
+                answer.is_finished = answer.is_finished or is_done
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise _Failure("broken_stream" if has_begun else "connection", reason) from None
@@ -408,15 +412,31 @@ def _check_counts(answer: _Answer, request: PlannedRequest) -> None:
 
 
 async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the data of a stream's events as soon as its line is whole; comments and other fields are passed over."""
-    rest = b""
+    """Yield the data of a stream's events as soon as each is whole; those without any are passed over.
+
+    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html, section 9.2.6
+    """
+    data: list[bytes] = []
+    async for line in _lines(pieces):
+        if line.startswith(b"data:"):
+            data.append(line[len(b"data:") :].strip())
+        elif not line:
+            if any(data):
+                yield b"\n".join(data)
+            data = []
+    if any(data):  # a stream may end with its last line
+        yield b"\n".join(data)
+
+
+async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield a stream's lines as soon as each is whole, without their ends and the mark that UTF-8 may begin with."""
+    rest, mark = b"", codecs.BOM_UTF8
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
-                yield line[len(b"data:") :].strip()
-    if rest.startswith(b"data:"):
-        yield rest[len(b"data:") :].strip()
+            yield line.removeprefix(mark).removesuffix(b"\r")
+            mark = b""
+    yield rest.removeprefix(mark)
 
 
 def _shortened(text: str) -> str:

@@ -1,6 +1,7 @@
 """A server is driven as planned, its answers are timed, and what fails is counted by how it failed."""
 
 import asyncio
+import codecs
 import json
 import sys
 import threading
@@ -164,6 +165,21 @@ def test_a_chunk_without_text_is_a_token_where_there_are_no_more_chunks_than_tok
     assert only(run(answered_by(script), ONE)).chunk_seconds == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 
+def test_of_chunks_without_text_only_as_many_as_there_are_too_many_are_no_tokens(run: Run) -> None:
+    """Half characters that come, and a last word without a token."""
+
+    def script(body: Body) -> Script:
+        halves: Script = [0.2, event(""), 0.2, event("é"), 0.2, event(""), 0.2, event("é")]
+        return [*halves, 0.2, event("", finish="length"), *last_words(body)]
+
+    assert only(run(answered_by(script), ONE)).chunk_seconds == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+def test_what_comes_behind_the_end_is_no_part_of_the_answer(run: Run) -> None:
+    request = only(run(answered_by(lambda body: [*steady(body), 0.3, event("late"), b"data: nonsense\n\n"]), ONE))
+    assert request.error is None and request.chunk_seconds == pytest.approx([0.5, 0.6, 0.7, 0.8])
+
+
 def test_a_chunk_may_hold_several_tokens(run: Run) -> None:
     def script(body: Body) -> Script:
         return [0.4, event("xx"), 0.3, event("xx", finish="length"), *last_words(body)]
@@ -183,6 +199,17 @@ def test_events_may_be_cut_anywhere_and_have_other_lines_between_them(run: Run, 
         return [stream.rstrip()[place : place + size] for place in range(0, len(stream), size)]
 
     assert only(run(answered_by(script), ONE)).error is None
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_a_stream_may_begin_with_a_mark_and_events_have_no_data_or_lines_of_it(run: Run, size: int) -> None:
+    def script(body: Body) -> Script:
+        parts = [part for part in steady(body) if isinstance(part, bytes)]
+        stream = codecs.BOM_UTF8 + b"".join(parts).replace(b', "', b',\ndata: "') + b"data:\n\n"
+        return [stream[place : place + size] for place in range(0, len(stream), size)]
+
+    request = only(run(FakeServer(lambda _, body: script(body)), ONE))
+    assert request.error is None and len(request.chunk_seconds) == 4
 
 
 @pytest.mark.parametrize(
