@@ -13,9 +13,13 @@ from moesaic.logs import OnProgress
 
 @contextmanager
 def ends_on_interrupt(kept: str) -> Iterator[None]:
-    """Let Ctrl-C end the command with status 130 and a line on standard error that says what it has kept."""
+    """Let Ctrl-C end the command with status 130 and a line on standard error that says what it has kept.
+
+    SIGTERM and SIGHUP are taken as Ctrl-C is.
+    """
     try:
-        yield
+        with _signals_as_interrupts():
+            yield
     except KeyboardInterrupt:
         typer.echo(f"Stopped; {kept}.", err=True)
         raise typer.Exit(130) from None
@@ -44,15 +48,12 @@ def _signals_as_interrupts() -> Iterator[None]:
 
 @contextmanager
 def shown_progress(*, kept: str) -> "Iterator[OnProgress]":
-    """Show the stage on standard error, where it does not mix with --json; kept: as ends_on_interrupt takes it.
-
-    SIGTERM and SIGHUP are taken as Ctrl-C is.
-    """
+    """Show the stage on standard error, where it does not mix with --json; kept: as ends_on_interrupt takes it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=open_console(stderr=True), transient=True)
-    with ends_on_interrupt(kept), _signals_as_interrupts(), bars:
+    with ends_on_interrupt(kept), bars:
         task = bars.add_task("reading", total=None)
 
         def show(stage: str, share: float) -> None:

@@ -2,13 +2,15 @@ import io
 import re
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from moesaic.cli.progress import shown_progress
+from moesaic.cli.progress import ends_on_interrupt, shown_progress
 from moesaic.logs import log_to_stderr, logger
 
 
@@ -25,11 +27,14 @@ def test_a_log_line_goes_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_what_a_batch_system_sends_is_taken_as_ctrl_c(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("ending", [ends_on_interrupt, shown_progress])
+def test_what_a_batch_system_sends_is_taken_as_ctrl_c(
+    ending: Callable[..., AbstractContextManager[Any]], number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(number)
     signal.signal(number, signal.SIG_DFL)
     try:
-        with pytest.raises(typer.Exit) as ended, shown_progress(kept="nothing was written"):
+        with pytest.raises(typer.Exit) as ended, ending(kept="nothing was written"):
             signal.raise_signal(number)
             raise AssertionError("no interrupt")
         assert signal.getsignal(number) is signal.SIG_DFL
