@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from moesaic.report.drawing import empty_figure, set_title, style_axes, write_figure
+from moesaic.report.drawing import add_legend, empty_figure, set_title, style_axes, write_figure
 from moesaic.report.quantities import short_number
 from moesaic.report.records import read_metrics
 
@@ -69,14 +69,14 @@ def comparison_figure(curves: Sequence[Curve], *, title: str = "Validation loss"
                 markeredgecolor="white",
                 markeredgewidth=0.5,
                 linewidth=1.5,
-                label=f"{curve.name} ({curve.losses[-1]:.3f})",
             )
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
         axes.set_xlabel(label)
     if drawn:
         panels[0].set_ylim(*_limits(drawn))
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        names = [f"{curve.name} ({curve.losses[-1]:.3f})" for curve in drawn]
+        add_legend(figure, panels[0].lines, names, loc="outside lower center", ncols=4)
     panels[0].set_ylabel("cross-entropy (nats per token)")
     set_title(panels[0], title)
     set_title(panels[2], "", "last value of each in brackets")

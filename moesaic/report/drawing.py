@@ -3,13 +3,17 @@
 What is drawn is in plots.py, comparison.py, evaluation_plots.py and serving_plots.py.
 """
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
@@ -50,6 +54,15 @@ def style_axes(axes: Axes) -> None:
     axes.tick_params(colors=FAINT_INK, labelsize=9)
     axes.xaxis.label.set_color(FAINT_INK)
     axes.yaxis.label.set_color(FAINT_INK)
+
+
+def add_legend(
+    owner: Axes | Figure, handles: Sequence[Artist | Container], names: Sequence[str], **options: Any
+) -> None:
+    """Write names beside what they name, those too that begin with an underscore, which matplotlib leaves out."""
+    legend = owner.legend(handles, [str(place) for place in range(len(names))], frameon=False, **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
 
 
 def set_title(axes: Axes, title: str, note: str = "", *, size: float = 12) -> None:

@@ -16,6 +16,7 @@ from moesaic.report.drawing import (
     FAINT_INK,
     INK,
     LOAD_COLOURS,
+    add_legend,
     empty_figure,
     set_title,
     style_axes,
@@ -52,15 +53,14 @@ def comparison_figure(results: Sequence[TaskResult]) -> Figure:
         style_axes(axes)
         axes.grid(False, axis="x")
         width = 0.8 / max(1, len(runs))
-        bars = 0
+        bars = []
         for place in range(len(runs)):
             cells = [(at, row[2][place]) for at, row in enumerate(panel)]
             found = [(at, cell) for at, cell in cells if cell is not None and math.isfinite(cell.value)]
             at = [number + (place - (len(runs) - 1) / 2) * width for number, _ in found]
             heights = [cell.value for _, cell in found]
             errors = [cell.standard_error or 0.0 for _, cell in found]
-            axes.bar(at, heights, width * 0.92, color=colours[place], label=names[place], yerr=errors, ecolor=FAINT_INK)
-            bars += len(found)
+            bars.append(axes.bar(at, heights, width * 0.92, color=colours[place], yerr=errors, ecolor=FAINT_INK))
             if len(panel) * len(runs) <= _NAMED_BARS:
                 for x, height, error in zip(at, heights, errors, strict=True):
                     axes.annotate(
@@ -73,8 +73,8 @@ def comparison_figure(results: Sequence[TaskResult]) -> Figure:
             set_title(axes, "Tasks", "share of records; lines: standard error")
         elif panel:
             set_title(axes, panel[0][1], "lower is better" if _is_low(panel[0][2]) else "")
-        if bars:
-            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), labelcolor=INK, fontsize=8.5)
+        if any(bars):
+            add_legend(axes, bars, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), labelcolor=INK, fontsize=8.5)
     return figure
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from moesaic.report.drawing import FAINT_INK, INK, empty_figure, set_title, style_axes, write_figure
+from moesaic.report.drawing import FAINT_INK, INK, add_legend, empty_figure, set_title, style_axes, write_figure
 from moesaic.report.quantities import percent, short_number
 from moesaic.report.serving import ServingResult, tokens_over_time
 
@@ -36,41 +36,40 @@ def serving_figure(results: Sequence[ServingResult]) -> Figure:
     first, each_token, over_time = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
     colours = colormaps["tab10"](np.arange(len(results)) % 10)
     summaries = [result.summary() for result in results]
+    names = []
     for result, summary, colour in zip(results, summaries, colours, strict=True):
         failed = summary.num_requests - summary.num_completed
-        _draw_shares(
-            first, [each.ttft_seconds for each in result.completed], len(result.requests), colour,
-            f"{result.name}: good {percent(summary.goodput_share)}" + (f", {failed} failed" if failed else ""),
-        )  # fmt: skip
+        names.append(f"{result.name}: good {percent(summary.goodput_share)}" + (f", {failed} failed" if failed else ""))
+        _draw_shares(first, [each.ttft_seconds for each in result.completed], len(result.requests), colour)
         # Answers of one token have no time per token behind it: no reason for a curve to end lower.
         tpots = [each.tpot_seconds for each in result.completed]
-        _draw_shares(each_token, tpots, len(result.requests) - tpots.count(None), colour, "")
+        _draw_shares(each_token, tpots, len(result.requests) - tpots.count(None), colour)
+    curves = list(first.lines)  # without those of the limits
     _finish_shares(first, "Time to the first token", {each.ttft_limit_seconds for each in results})
     _finish_shares(each_token, "Time per token behind it", {each.tpot_limit_seconds for each in results})
     if results:
-        first.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=8.5)
+        add_legend(first, curves, names, loc="lower right", labelcolor=INK, fontsize=8.5)
 
     style_axes(over_time)
     longest = max((summary.duration_seconds for summary in summaries), default=0.0)
     bin_seconds = next((each for each in _BIN_SECONDS if each * _BINS >= longest), _BIN_SECONDS[-1])
+    names = []
     for result, summary, colour in zip(results, summaries, colours, strict=True):
         times, rates = tokens_over_time(result, bin_seconds=bin_seconds)
         mean = summary.output_tokens_per_second
-        label = f"{result.name}: {short_number(mean)} tokens/s over {summary.duration_seconds:.0f} s"
-        over_time.plot(times, rates, color=colour, linewidth=1.5, label=label, drawstyle="steps-mid")
+        names.append(f"{result.name}: {short_number(mean)} tokens/s over {summary.duration_seconds:.0f} s")
+        over_time.plot(times, rates, color=colour, linewidth=1.5, drawstyle="steps-mid")
     over_time.set_ylim(0, over_time.get_ylim()[1] * 1.25)  # room for the names
     over_time.set_xlim(left=0)
     over_time.set_xlabel("seconds")
     over_time.set_ylabel("output tokens / s")
     set_title(over_time, "Output tokens", f"of each {bin_seconds:g} s")
     if results:
-        over_time.legend(frameon=False, loc="upper right", labelcolor=INK, fontsize=8.5)
+        add_legend(over_time, over_time.lines, names, loc="upper right", labelcolor=INK, fontsize=8.5)
     return figure
 
 
-def _draw_shares(
-    axes: Axes, seconds: Sequence[float | None], num_requests: int, colour: Sequence[float], label: str
-) -> None:
+def _draw_shares(axes: Axes, seconds: Sequence[float | None], num_requests: int, colour: Sequence[float]) -> None:
     """Draw which share of all requests had at most so many seconds; what failed never gets there."""
     found = np.sort(np.asarray([each for each in seconds if each is not None], dtype=np.float64))
     found = np.maximum(found, _SHORTEST_SECONDS)
@@ -78,7 +77,7 @@ def _draw_shares(
     places, shares = found, np.arange(1, len(found) + 1) / max(1, num_requests)
     if len(found):  # from the axis up
         places, shares = np.concatenate([found[:1], found]), np.concatenate([[0.0], shares])
-    axes.plot(places, shares, color=colour, linewidth=1.8, drawstyle="steps-post", label=label or None)
+    axes.plot(places, shares, color=colour, linewidth=1.8, drawstyle="steps-post")
 
 
 def _finish_shares(axes: Axes, title: str, limits: set[float]) -> None:

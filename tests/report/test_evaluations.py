@@ -126,6 +126,11 @@ def test_the_plot_has_a_bar_for_each_run_and_task_and_a_scale_for_what_is_no_sha
     assert bars(comparison_figure(unknown).axes[0]) == []
 
 
+def test_a_runs_name_may_begin_with_an_underscore() -> None:
+    (axes,) = comparison_figure([replace(RESULT, run="_a"), replace(RESULT, run="_b")]).axes
+    assert [text.get_text()[:2] for text in axes.get_legend().get_texts()] == ["_a", "_b"]
+
+
 def test_long_names_of_runs_leave_the_plot_its_place(tmp_path: Path) -> None:
     long = comparison_figure([replace(RESULT, run="experiments/" * 20 + "a"), RESULT])
     write_figure(long, tmp_path / "long.png")

@@ -62,6 +62,13 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert rates.sum() * (times[1] - times[0]) == pytest.approx(60 * 20)
 
 
+def test_a_name_may_begin_with_an_underscore() -> None:
+    first, _, over_time = serving_figure([run_of("_hidden", seed=0, count=5), run_of("seen", seed=1, count=5)]).axes
+    for axes in (first, over_time):
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert [name.partition(":")[0] for name in names] == ["_hidden", "seen"]
+
+
 def test_an_answer_of_one_token_is_no_failure() -> None:
     run = run_of("ours", seed=0, count=10, failing=2)
     single = run_of("single", seed=0, count=5, output_tokens=1).requests
