@@ -19,7 +19,7 @@ from moesaic.config.model import ModelConfig, MoEConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels import products
 from moesaic.kernels.device import select_device
-from moesaic.kernels.limits import Limits, measure_limits
+from moesaic.kernels.limits import Limits, available_memory_bytes, measure_limits
 from moesaic.kernels.packed import PackedMlp, pack_mlp
 from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
 from moesaic.model.feed_forward import FeedForward
@@ -114,6 +114,7 @@ def bench_moe_layer(case: MoELayerCase, *, seconds: float = 10.0, limits: Limits
     """
     case.check()
     device = select_device(case.device)
+    _check_memory(case, device)
     limits = limits or measure_limits(device=str(device), reuse=False)
     peak = operations_per_second(limits, _rate(case.dtype))
     torch.manual_seed(0)
@@ -176,6 +177,22 @@ def required_work(case: MoELayerCase, *, touched_experts: int) -> Work:
         router_operations *= 3
     operations: dict[Rate, float] = {_rate(case.dtype): mlp_operations, "fp32": router_operations}
     return Work(memory_bytes, operations)
+
+
+def _check_memory(case: MoELayerCase, device: torch.device) -> None:
+    """Raise ConfigError for sizes beyond the memory that is free: what stands at once, at least.
+
+    The weights of both in bf16, tokens and their outputs, and the dense MLP's three products of a call.
+    """
+    weights = 3 * case.hidden_size * case.intermediate_size * (case.num_experts + case.has_residual + case.active_mlps)
+    activations = case.tokens * (2 * case.hidden_size + 3 * case.intermediate_size * case.active_mlps)
+    required, available = 2 * (weights + activations), available_memory_bytes(device)
+    if required > available:
+        raise ConfigError(
+            f"{case.tokens} tokens and {case.num_experts} experts of these sizes take {required / 1e9:,.1f} GB at "
+            f"least; {available / 1e9:,.1f} GB of memory are free; lower --tokens, --experts, --hidden or "
+            f"--intermediate."
+        )
 
 
 def _rate(dtype: Dtype) -> Rate:

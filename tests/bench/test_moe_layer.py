@@ -124,6 +124,15 @@ def test_what_cannot_be_run_is_refused(changes: dict[str, object], message: str,
         bench_moe_layer(MoELayerCase(**{**SMALL, **changes}), seconds=0.0, limits=bytes_too)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("changes", [{"tokens": 10**11}, {"num_experts": 10**9}])
+def test_sizes_beyond_memory_are_refused_before_anything_is_measured(
+    changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe_layer, "measure_limits", None)
+    with pytest.raises(ConfigError, match=r"take [\d,.]+ GB at least; [\d,.]+ GB of memory are free; lower --tokens"):
+        bench_moe_layer(MoELayerCase(**{**SMALL, **changes}))  # type: ignore[arg-type]
+
+
 def test_limits_are_measured_anew_unless_given(
     bytes_too: Limits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
