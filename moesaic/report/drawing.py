@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
@@ -56,10 +54,8 @@ def style_axes(axes: Axes) -> None:
     axes.yaxis.label.set_color(FAINT_INK)
 
 
-def add_legend(
-    owner: Axes | Figure, handles: Sequence[Artist | Container], names: Sequence[str], **options: Any
-) -> None:
-    """Write names beside what they name, those too that begin with an underscore, which matplotlib leaves out."""
+def add_legend(owner: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
+    """Write names beside their lines or bars, also those with a first underscore, which matplotlib leaves out."""
     legend = owner.legend(handles, [str(place) for place in range(len(names))], frameon=False, **options)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)
