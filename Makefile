@@ -11,13 +11,14 @@ BIN := $(VENV)/bin
 # Two pip processes in one environment would spoil each other; the work inside a target still uses every core.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check sanitize bench pilot clean
+.PHONY: help quickstart test check sanitize emulate bench pilot clean
 
 help:
 	@echo "make quickstart   set up, train a small PR-MoE on real text, distil a student, compare them: under ten minutes"
 	@echo "make test         set up and run the tests"
 	@echo "make check        set up and run ruff and mypy"
 	@echo "make sanitize     run the C++ kernels' tests under AddressSanitizer and UBSan (needs g++)"
+	@echo "make emulate      run the C++ kernels' tests on emulated AVX-512 and tiles"
 	@echo "make bench        set up and run every benchmark in turn (deepspeed and transformers are the peers)"
 	@echo "make pilot CORPUS=DIR  the pilot study, some two hours on one core; goes on where it was stopped"
 	@echo "make clean        remove .venv and caches; runs/ stays"
@@ -42,6 +43,12 @@ sanitize: $(VENV)/dev.stamp
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest --sanitize \
 	  --capture=no -k "not reference" tests/kernels \
 	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py
+
+# AVX-512, with its bf16 instructions and without, and tiles beside it, on a machine that has them not: some minutes.
+emulate: $(VENV)/dev.stamp
+	MOESAIC_TEST_EMULATED=avx512-emulated,avx512-bf16-emulated,amx-avx512-emulated $(BIN)/python -m pytest \
+	  --numprocesses auto --maxprocesses 4 --dist loadfile -k "not reference and not amx-emulated" tests/kernels \
+	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py --ignore tests/kernels/test_select.py
 
 # All of them run, whatever fails; benchmarks/ also holds modules that the scripts share.
 bench: $(VENV)/bench.stamp

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 # Before any test loads torch: the suite has to pass beside other work on the machine.
 spin_briefly()
 
+# What `make emulate` tests in place of the machine's kernels, before other modules ask which there are.
+if emulated := os.environ.get("MOESAIC_TEST_EMULATED"):
+    from moesaic.kernels import select
+
+    select.supported_instruction_sets = lambda: emulated.split(",")
+
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 320
 # Unoptimised: it compiles four times as fast, and the tests' sizes are small.
@@ -53,6 +59,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--sanitize",
         action="store_true",
         help="run the C++ kernels under AddressSanitizer and UBSan, whose library `make sanitize` loads beforehand",
+    )
+    parser.addoption(
+        "--emulate", metavar="NAMES", help="run on these emulated sets of kernels in place of the machine's"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from moesaic.errors import DeviceError
 from moesaic.kernels.cpu.build import (
-    EMULATED_TILES,
+    EMULATED,
     INSTRUCTION_SETS,
     Library,
     find_compiler,
@@ -90,11 +90,11 @@ def _select(choice: str) -> Selection:
         return Selection(None, f"{VARIABLE}=reference")
     supported = supported_instruction_sets()
     if choice != "auto":
-        names = [*INSTRUCTION_SETS, EMULATED_TILES]
+        names = [*INSTRUCTION_SETS, *EMULATED]
         if choice not in names:
             known = ", ".join(["auto", REFERENCE, *INSTRUCTION_SETS])
             raise DeviceError(f"{VARIABLE}={choice} is not known; one of {known} is required; use auto.")
-        if choice not in supported and not (choice == EMULATED_TILES and supported):
+        if choice not in supported and not (choice in EMULATED and supported):
             here = ", ".join(supported) or "none that the kernels are written for"
             raise DeviceError(
                 f"{VARIABLE}={choice} was asked for and this processor has {here}; use auto, which takes the best."

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moesaic.kernels import select
 from moesaic.kernels.attention import attention_mask, causal_attention
+from moesaic.kernels.cpu.build import EMULATED_TILES
 
 LENGTHS = (1, 2, 17, 63, 65, 130)
 # Heads, KV heads, head_dim: padded to 32 (16, 48) or not, one panel, two, and many.
@@ -88,7 +89,7 @@ def compare(leaves: Sequence[Tensor], documents: Tensor | None, tolerance: float
 def test_equals_pytorch_in_fp32(
     compiled_kernels: str, length: int, heads: int, kv_heads: int, dim: int, documents: str
 ) -> None:
-    if compiled_kernels == select.EMULATED_TILES and length == 130 and dim > 16:
+    if compiled_kernels == EMULATED_TILES and length == 130 and dim > 16:
         pytest.skip("emulated tiles are slow")
     tolerance = TOLERANCE if length > 2 else 4 * TOLERANCE
     compare(inputs(length, heads, kv_heads, dim), documents_of(documents, length), tolerance)
@@ -148,7 +149,7 @@ def softmax_attention(
 @pytest.mark.parametrize("documents", ["none", "mixed"])
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_windows_and_sinks(kernels: str, window: int, documents: str, has_sinks: bool) -> None:
-    length = 130 if kernels == select.EMULATED_TILES else 300
+    length = 130 if kernels == EMULATED_TILES else 300
     leaves = [*inputs(length, 4, 2, 32, batch=2)]
     if has_sinks:
         leaves.append((4 * normal(4, seed=7)).requires_grad_())

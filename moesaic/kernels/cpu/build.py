@@ -52,8 +52,15 @@ INSTRUCTION_SETS: dict[str, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512_vnni"}),
     "avx2": frozenset({"avx2", "fma"}),
 }
-# Not for users: the tile kernels on a machine without tiles, in plain C++, so that tests reach them.
+# Not for users: what a machine does not have, in plain C++, so that tests reach it. The first are tiles beside the
+# machine's own vectors; the others have vectors of AVX-512 too (emulated_avx512.h), and `make emulate` runs them.
 EMULATED_TILES = "amx-emulated"
+EMULATED: dict[str, tuple[str, ...]] = {
+    EMULATED_TILES: ("-DMOESAIC_EMULATE_TILES",),
+    "avx512-emulated": ("-DMOESAIC_EMULATE_AVX512",),
+    "avx512-bf16-emulated": ("-DMOESAIC_EMULATE_AVX512", "-DMOESAIC_EMULATE_BF16"),
+    "amx-avx512-emulated": ("-DMOESAIC_EMULATE_AVX512", "-DMOESAIC_EMULATE_BF16", "-DMOESAIC_EMULATE_TILES"),
+}
 
 
 @dataclass(frozen=True)
@@ -250,9 +257,12 @@ def _instruction_flags(instruction_set: str) -> list[str]:
         return [*_AVX512, *bf16]
     if instruction_set == "amx":
         return [*_AVX512, *bf16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-    assert instruction_set == EMULATED_TILES, instruction_set
     # For tests alone, which wait longer for its compiler than for what it makes.
-    emulated = ["-O1", "-DMOESAIC_EMULATE_TILES"]
+    emulated = ["-O1", *EMULATED[instruction_set]]
+    if "-DMOESAIC_EMULATE_AVX512" in emulated:
+        # GCC says of every function with such a vector how it would be passed elsewhere.
+        quiet = ["-Wno-psabi", "-Wno-ignored-attributes"]
+        return ["-mavx2", "-mfma", "-mf16c", *quiet, "-include", str(_SOURCE / "emulated_avx512.h"), *emulated]
     # Vectors of 16 numbers on processors without tiles; those that have them test these beside the real ones.
     if "avx512_vnni" in cpu and "amx_tile" not in cpu:
         return [*_AVX512, *bf16, *emulated]

@@ -401,7 +401,8 @@ struct Seen {
     int first, end;
 
     // position: the row's own, counted from the first score's.
-    Seen(int position, int count, int window) : first(std::max(position - window + 1, 0)), end(std::min(position + 1, count)) {
+    Seen(int position, int count, int window)
+        : first(std::max(position - window + 1, 0)), end(std::min(position + 1, count)) {
         if (first >= end) first = end = 0;
     }
     Seen() : Seen(-1, 0, 1) {}

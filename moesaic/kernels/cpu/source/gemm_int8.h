@@ -33,8 +33,12 @@ inline void load_weights(const uint8_t* p, Vi* columns) {
 // sums[i] += the four products of unsigned bytes of weights[i] and signed bytes of activations[i].
 template <int Bits>
 inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
+#if defined(MOESAIC_EMULATE_AVX512)
+    sums.v = _mm512_dpbusd_epi32(sums.v, weights.v, activations.v);
+#else
     // Not the intrinsic: GCC 12 copies and spills its accumulators, at three quarters of the speed.
     asm("vpdpbusd %2, %1, %0" : "+v"(sums.v) : "v"(weights.v), "v"(activations.v));
+#endif
     return sums;
 }
 

@@ -20,8 +20,13 @@ constexpr size_t kReadBlock = 4 << 20;
 constexpr int kStreams = 8;
 
 // The compiler must neither know the value nor drop what was computed.
+#if defined(MOESAIC_EMULATE_AVX512)
+inline void hide(Vf& x) { asm volatile("" : "+m"(x.v)); }
+inline void hide(Vi& x) { asm volatile("" : "+m"(x.v)); }
+#else
 inline void hide(Vf& x) { asm volatile("" : "+x"(x.v)); }
 inline void hide(Vi& x) { asm volatile("" : "+x"(x.v)); }
+#endif
 
 void read_block(const char* from, size_t bytes) {
     Vf sums[kStreams];

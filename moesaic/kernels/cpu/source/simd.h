@@ -1,7 +1,7 @@
 // Vectors of fp32 and the few bf16 operations that the kernels need, for AVX-512 and AVX2.
 //
 // Which instructions exist is decided by the compiler's flags: build.py compiles these sources once for each instruction
-// set that a machine uses. Results of fp32 functions are the same bits on every one of them: only correctly rounded
+// set that a machine uses. Results of functions of one vector are the same bits on every one of them: only correctly rounded
 // operations, fused where fma is written and nowhere else (the build sets -ffp-contract=off).
 #pragma once
 
@@ -233,7 +233,7 @@ inline Vi as_int(Vf a) { return {_mm256_castps_si256(a.v)}; }
 inline Vf times_power_of_2(Vf x, Vf n) {
     // In two steps, since 2^128 is no number.
     const Vf half = as_float(shift_left<23>(addi(to_int(n), set1i(126))));
-    return mul(mul(x, half), set1(2.0f));
+    return mul(mul(x, set1(2.0f)), half);  // this way round: x * half may be subnormal, and lose a bit
 }
 inline Vf select_less(Vf x, Vf y, Vf a, Vf b) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))};

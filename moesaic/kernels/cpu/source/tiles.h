@@ -4,6 +4,10 @@
 // does what the instructions would, so that the kernels' tile paths are tested everywhere.
 #pragma once
 
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+
 #include "simd.h"
 
 #if defined(__AMX_TILE__) || defined(MOESAIC_EMULATE_TILES)
@@ -62,15 +66,39 @@ struct EmulatedTiles {
 };
 inline thread_local EmulatedTiles emulated;
 
-inline void load_tile_shape(const TileShape& shape) { emulated.shape = shape; }
-inline void release_tiles() {}
-inline void tile_zero(int tile) { std::memset(emulated.data[tile], 0, sizeof emulated.data[tile]); }
+// Where the instructions would end the process.
+inline void require(bool is_lawful, const char* what) {
+    if (is_lawful) return;
+    std::fprintf(stderr, "emulated tiles: %s\n", what);
+    std::abort();
+}
+inline void require_tile(int tile) {
+    const TileShape& shape = emulated.shape;
+    require(shape.palette == 1 && shape.rows[tile] > 0 && shape.bytes_per_row[tile] == 64, "a tile without a shape");
+}
+inline void require_product(int c, int a, int b) {
+    for (const int tile : {c, a, b}) require_tile(tile);
+    const auto& rows = emulated.shape.rows;
+    require(rows[c] == rows[a] && rows[b] == 16 && c != a && c != b && a != b, "tiles that do not fit together");
+}
+
+inline void load_tile_shape(const TileShape& shape) {
+    emulated.shape = shape;
+    std::memset(emulated.data, 0, sizeof emulated.data);
+}
+inline void release_tiles() { emulated.shape = TileShape{}; }
+inline void tile_zero(int tile) {
+    require_tile(tile);
+    std::memset(emulated.data[tile], 0, sizeof emulated.data[tile]);
+}
 inline void tile_load(int tile, const void* from, size_t stride) {
+    require_tile(tile);
     for (int row = 0; row < emulated.shape.rows[tile]; ++row)
         std::memcpy(emulated.data[tile][row], static_cast<const char*>(from) + row * stride, 64);
 }
 inline void tile_load_once(int tile, const void* from, size_t stride) { tile_load(tile, from, stride); }
 inline void tile_store(int tile, void* to, size_t stride) {
+    require_tile(tile);
     for (int row = 0; row < emulated.shape.rows[tile]; ++row)
         std::memcpy(static_cast<char*>(to) + row * stride, emulated.data[tile][row], 64);
 }
@@ -78,6 +106,7 @@ inline void tile_store(int tile, void* to, size_t stride) {
 // it.
 inline void tile_dot_bf16(int c, int a, int b) {
     constexpr int V = 16 / W;
+    require_product(c, a, b);
     EmulatedTiles& tiles = emulated;
     const FlushedSubnormals flushed;
     for (int m = 0; m < tiles.shape.rows[c]; ++m) {
@@ -100,6 +129,7 @@ inline void tile_dot_bf16(int c, int a, int b) {
 }
 // Signed bytes of A times unsigned bytes of B, summed in int32, which wrap.
 inline void tile_dot_s8u8(int c, int a, int b) {
+    require_product(c, a, b);
     auto* sums = reinterpret_cast<uint32_t(*)[16]>(emulated.data[c]);
     auto* left = reinterpret_cast<int8_t(*)[64]>(emulated.data[a]);
     auto* right = reinterpret_cast<uint8_t(*)[64]>(emulated.data[b]);
