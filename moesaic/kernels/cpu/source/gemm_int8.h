@@ -100,6 +100,7 @@ struct Ahead {
 struct NearAhead : Ahead {
     static void fetch(const char* line) { _mm_prefetch(line, _MM_HINT_T0); }
 };
+
 // With AVX2 alone (Zen 3) and into the first-level cache: 1.5 KiB ahead streams weights 1 to 8 % faster than 8 KiB into the
 // second-level one; 1 and 2 KiB gain less, 0.5, 4 and 8 KiB nothing, and without reading ahead 8 rows are 10 % slower.
 constexpr size_t kAheadBytes = kExpandsRows ? 1536 : 8192;
@@ -118,6 +119,13 @@ struct LinesOf {
         ahead.fetch(ahead.from);
         ahead.from += ahead.step / kLines;
     }
+    void scales() {
+        ahead.fetch(ahead.from);
+        ahead.from += ahead.group_step;
+    }
+    void at(int block) {
+        if (block == ahead.turn) ahead.from = ahead.then;
+    }
     // Calls pass(first, count) for runs of up to kExpandedDwords of `dwords` dwords, none across where the reading turns,
     // which is said in blocks of `block` dwords.
     template <typename Pass>
@@ -131,6 +139,43 @@ struct LinesOf {
         }
     }
 };
+
+// Reads ahead in several panels at once: the first line of each, then the second of each and so on, scales like weights.
+class PanelsInTurn {
+  public:
+    // `panels` panels, `apart` bytes from one to the next, the first at `start`; the first `line` of the lines are left out.
+    PanelsInTurn(const uint8_t* start, size_t apart, int panels, int line)
+        : from_(reinterpret_cast<const char*>(start) + size_t(line % panels) * apart + size_t(line / panels) * 64),
+          apart_(apart), panels_(panels), panel_(line % panels) {}
+
+    void line() {
+        fetch(from_);
+        from_ += apart_;
+        if (++panel_ < panels_) return;
+        panel_ = 0;
+        from_ -= size_t(panels_) * apart_ - 64;
+    }
+    void scales() { line(); }
+    void at(int) {}
+    template <typename Pass>
+    void passes(int dwords, int, Pass&& pass) {
+        pass(0, dwords);
+    }
+
+  private:
+    const char* from_;
+    size_t apart_;
+    int panels_, panel_;
+};
+
+template <int kLines, typename Reads>
+inline LinesOf<kLines, Reads> lines_of(const Reads& ahead) {
+    return {ahead};
+}
+template <int>
+inline PanelsInTurn lines_of(const PanelsInTurn& ahead) {
+    return ahead;
+}
 #endif
 
 // For one pass over `blocks` blocks of a panel: `distance` bytes ahead of itself, and at its end in what follows, if anything
@@ -317,7 +362,7 @@ inline void byte_rows(const uint8_t* panel, int depth, int first, int last, cons
     constexpr int V = R <= 2 ? 4 : 2;  // up to 10 of 16 registers hold sums
     const int begin = first * kActivationBlock, end = std::min(last * kActivationBlock, depth);
     const char* weights = reinterpret_cast<const char*>(panel) + size_t(begin) * kPanel;
-    LinesOf<2, Reads> lines{ahead};  // turns in a pass over all blocks only
+    auto lines = lines_of<2>(ahead);  // turns in a pass over all blocks only
     lines.passes((end - begin) / 4, kActivationBlock / 4, [&](int dword, int here) {
         for (int column = 0; column < kPanel; column += V * W)
             multiply_bytes<R, V>(here, a + begin + 4 * dword, stride, weights + (dword * kPanel + column) * 4, c + column,
@@ -511,14 +556,13 @@ template <int G, int R, typename Reads>
     for (int n = 0; !accumulate && n < R * kPanel; n += W) store(c + n, zero());
     const char* start = a + panel.row.starts() + size_t(first) * QuantizedRow::kStarts * 4;
     const char* row = a + size_t(first) * kActivationBlock;
-    LinesOf<1, Reads> lines{ahead};
+    auto lines = lines_of<1>(ahead);
     NothingRead nothing;
     for (int block = first; block < last; ++block, start += QuantizedRow::kStarts * 4) {
         const int here = std::min(kActivationBlock, panel.depth - block * kActivationBlock) / G;
-        if (block == ahead.turn) lines.ahead.from = ahead.then;
+        lines.at(block);
         for (int part = 0; part < kGroups && part < here; ++part, row += G, weights += panel.group_bytes()) {
-            lines.ahead.fetch(lines.ahead.from);
-            lines.ahead.from += ahead.group_step;
+            lines.scales();
             const bf16* scales = reinterpret_cast<const bf16*>(weights);
             const auto multiply = [&](int column, auto& reads) {
                 Vi sums[R][2 * kVectors];

@@ -298,16 +298,14 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const int64_t matrix = is_residual ? 0 : run.expert;
         const int per_chunk = kHiddenColumns / mlp.hidden_of_panel();
         const int begin = chunk * per_chunk, end = std::min(begin + per_chunk, mlp.up.panels());
-        for (int p = begin; p < end; ++p) {
-            const float* bias =
-                mlp.up_bias ? mlp.up_bias + (matrix * mlp.up.panels() + p) * int64_t(kPanel) : nullptr;
-            char* to = activated + size_t(is_whole ? p : p - begin) * mlp.hidden_of_panel() * sizeof(bf16);
-            const uint8_t* next = p + 1 < end       ? mlp.up.panel(matrix, p + 1)
-                                  : task + 1 < last ? first_panel(task + 1)
-                                                    : nullptr;
-            packed_product(mlp.up, matrix, p, run.rows, a, stride, c, {next},
-                           ActivateRow{mlp.activation, bias, to, activated_stride}, activating);
-        }
+        packed_panels(mlp.up, matrix, begin, end, run.rows, a, stride, c, task + 1 < last ? first_panel(task + 1) : nullptr,
+                      activating, [&](int p, StoreRounded&) {
+                          const float* bias =
+                              mlp.up_bias ? mlp.up_bias + (matrix * mlp.up.panels() + p) * int64_t(kPanel) : nullptr;
+                          char* to =
+                              activated + size_t(is_whole ? p : p - begin) * mlp.hidden_of_panel() * sizeof(bf16);
+                          return PanelResult<ActivateRow>{{mlp.activation, bias, to, activated_stride}, {}};
+                      });
         const bool is_end = chunk + 1 == mlp.chunks();
         if (is_whole && !is_end) return;
         activating.all();
@@ -403,21 +401,22 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
             const int parts = int((count + most - 1) / most);
             for (int part = 0; part < parts; ++part) {
                 const int64_t from = first + count * part / parts, to = first + count * (part + 1) / parts;
-                for (int p = begin; p < end; ++p) {
-                    Next next{following};
-                    if (p + 1 < end || part + 1 < parts)
-                        next.panel = mlp.down.panel(matrix, p + 1 < end ? p + 1 : begin);
-                    // The rows that follow come from the third-level cache or from memory.
-                    const int64_t ahead = std::min(to - from, total - to);
-                    next.lines = rows + (size_t(to - first) + size_t(ahead) * (p - begin) / (end - begin)) * stride;
-                    next.count = ahead * int64_t(stride) / (64 * (end - begin));
-                    const int64_t column = int64_t(p) * kPanel;
-                    const float* bias = mlp.down_bias ? mlp.down_bias + matrix * mlp.down.columns + column : nullptr;
-                    const AddRow add_row{token_ids ? token_ids + from : nullptr, weights ? weights + from : nullptr, from,
-                                         bias, mlp.down.columns - column, out + (p - begin) * kPanel, ld};
-                    packed_product(mlp.down, matrix, p, int(to - from), rows + size_t(from - first) * stride, stride, c,
-                                   next, add_row, adding);
-                }
+                packed_panels(
+                    mlp.down, matrix, begin, end, int(to - from), rows + size_t(from - first) * stride, stride, c,
+                    part + 1 < parts ? mlp.down.panel(matrix, begin) : following, adding, [&](int p, StoreRounded&) {
+                        // The rows that follow come from the third-level cache or from memory.
+                        Next next;
+                        const int64_t ahead = std::min(to - from, total - to);
+                        next.lines = rows + (size_t(to - first) + size_t(ahead) * (p - begin) / (end - begin)) * stride;
+                        next.count = ahead * int64_t(stride) / (64 * (end - begin));
+                        const int64_t column = int64_t(p) * kPanel;
+                        const float* bias =
+                            mlp.down_bias ? mlp.down_bias + matrix * mlp.down.columns + column : nullptr;
+                        return PanelResult<AddRow>{{token_ids ? token_ids + from : nullptr,
+                                                    weights ? weights + from : nullptr, from, bias,
+                                                    mlp.down.columns - column, out + (p - begin) * kPanel, ld},
+                                                   next};
+                    });
             }
         };
         auto skip_empty = [&](int64_t from) {
