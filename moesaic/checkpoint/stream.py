@@ -111,15 +111,10 @@ class TensorReader:
         part = TensorLayout(layout.dtype, layout.shape[1:])
         return self._read(part.dtype, part.shape, self._starts[name] + index * part.num_bytes)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows (stop - start, last dimension) of a tensor, all its dimensions but the last taken as one.
-
-        Of a vector or a scalar, its elements (stop - start,).
-        """
-        layout = self.layout[name]
-        inner = layout.shape[-1:] if len(layout.shape) > 1 else ()
-        width = TensorLayout(layout.dtype, inner).num_bytes
-        return self._read(layout.dtype, (stop - start, *inner), self._starts[name] + start * width)
+    def read_numbers(self, name: str, start: int, stop: int) -> Tensor:
+        """Return numbers (stop - start,) of a tensor, all its dimensions taken as one."""
+        dtype = self.layout[name].dtype
+        return self._read(dtype, (stop - start,), self._starts[name] + start * dtype.itemsize)
 
     def _read(self, dtype: torch.dtype, shape: tuple[int, ...], place: int) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)

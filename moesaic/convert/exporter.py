@@ -32,7 +32,6 @@ from moesaic.convert.tensors import (
     common_dtype,
     foreign_shape,
     foreign_tensors,
-    own_tensors,
     pieces_of,
 )
 from moesaic.data.tokenizer import Tokenizer
@@ -48,7 +47,7 @@ _GGUF_NAME = "model.gguf"
 
 
 class _Weights:
-    """A run's tensors as a rewriting has them, read some rows at a time."""
+    """A run's tensors as a rewriting has them, read a part at a time."""
 
     def __init__(self, reader: TensorReader, rewriting: Rewriting) -> None:
         self._reader, self._rewriting = reader, rewriting
@@ -56,20 +55,16 @@ class _Weights:
             name: float(reader.read(factor)) if isinstance(factor, str) else factor
             for name, factor in rewriting.factors.items()
         }
-        self.shapes = own_tensors(rewriting.config)
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.bfloat16 if name in self._rewriting.zeros else self._reader.layout[name].dtype
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name in self._rewriting.zeros:
-            return torch.zeros(stop - start, *self.shapes[name][1:], dtype=torch.bfloat16)
-        rows = self._reader.read_rows(name, start, stop)
-        factor = self._factors.get(name)
-        return rows if factor is None else rows.float().mul_(factor)  # rounded once, to what is written
-
     def read_piece(self, piece: Piece) -> Tensor:
-        return piece.to_theirs(self.read_rows(piece.ours, piece.start, piece.start + piece.num_rows))
+        if piece.ours in self._rewriting.zeros:
+            return torch.zeros(piece.shape, dtype=torch.bfloat16)
+        numbers = self._reader.read_numbers(piece.ours, piece.start, piece.stop)
+        factor = self._factors.get(piece.ours)
+        return piece.to_theirs(numbers if factor is None else numbers.float().mul_(factor))  # rounded once, as written
 
 
 @dataclass(frozen=True)

@@ -235,10 +235,10 @@ class _ReadBack(_Ours):
             self._model = Transformer.uninitialized(opened.config).eval()
             state = self._model.state_dict()
             for name, pieces in opened.pieces.items():
-                rows = state[name].view(-1, *state[name].shape[-1:]) if state[name].dim() > 1 else state[name].view(-1)
+                flat = state[name].view(-1)
                 for piece in pieces:
                     tensor = piece.to_ours(opened.source.read(piece.theirs, piece.index))
-                    rows[piece.start : piece.start + piece.num_rows] = tensor.view(piece.num_rows, *rows.shape[1:])
+                    flat[piece.start : piece.stop] = tensor.flatten()
         change.apply(self._model)
 
 

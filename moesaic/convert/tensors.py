@@ -41,28 +41,30 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one of ours, from `start` on, that are a foreign tensor, or its index-th part.
+    """Numbers of one of ours, from `start` on, that are a foreign tensor, or its index-th part.
 
-    num_rows: as TensorReader.read_rows counts them. shape: of the foreign tensor, or of the part. order: of our rows in
-    theirs, None where it is the same.
+    shape: of the foreign tensor, or of the part. order: of our rows in theirs, None where it is the same.
     """
 
     ours: str
     start: int
-    num_rows: int
     theirs: str
     index: int | None
     shape: tuple[int, ...]
     order: RowOrder | None
     is_transposed: bool = False
 
+    @property
+    def stop(self) -> int:
+        return self.start + prod(self.shape)
+
     def to_ours(self, tensor: Tensor) -> Tensor:
         if self.is_transposed:
             tensor = tensor.t()
         return (tensor if self.order is None else tensor[self.order]).contiguous()
 
-    def to_theirs(self, rows: Tensor) -> Tensor:
-        rows = rows.reshape(self.shape[::-1] if self.is_transposed else self.shape)
+    def to_theirs(self, numbers: Tensor) -> Tensor:
+        rows = numbers.reshape(self.shape[::-1] if self.is_transposed else self.shape)
         if self.order is not None:
             rows = torch.empty_like(rows).index_copy_(0, self.order, rows)
         return rows.t() if self.is_transposed else rows
@@ -148,7 +150,6 @@ def _cut(
     is_each = rule.is_stacked or "{expert}" in rule.theirs[0]
     inner = shape[1:] if is_each else shape
     part = (inner[0] // len(rule.theirs), *inner[1:]) if len(rule.theirs) > 1 else inner
-    num_rows = prod(part[:-1]) if len(shape) > 1 else prod(part)
     order = None if rule.rows is None else rule.rows(config)
     theirs_shape = part[::-1] if rule.is_transposed else part
     start = 0
@@ -156,8 +157,8 @@ def _cut(
         for template in rule.theirs:
             theirs = template.format(expert=expert, **parts)
             index = expert if rule.is_stacked else None
-            yield Piece(name, start, num_rows, theirs, index, theirs_shape, order, rule.is_transposed)
-            start += num_rows
+            yield Piece(name, start, theirs, index, theirs_shape, order, rule.is_transposed)
+            start += prod(part)
 
 
 def foreign_tensors(pieces: Mapping[str, list[Piece]]) -> dict[str, list[Piece]]:
