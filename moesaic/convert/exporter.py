@@ -20,7 +20,8 @@ from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, Family, harmless_keys
 from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
-from moesaic.convert.gguf import GGUF_FAMILIES, ROUTER, GgufFamily, beyond_gguf, require_gguf
+from moesaic.convert.gguf import require_gguf
+from moesaic.convert.gguf_families import BIAS, GGUF_FAMILIES, ROUTER, SHARED_GATE, GgufFamily, beyond_gguf
 from moesaic.convert.gguf_tokenizer import tokenizer_metadata
 from moesaic.convert.keys import Inexpressible, write_config_keys
 from moesaic.convert.parity import Certificate, Change, TensorAccount, certify
@@ -174,25 +175,23 @@ def _with_names(family: Family, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choose_gguf(config: ModelConfig) -> _Choice:
-    reasons: dict[str, str] = {}
-    for family in GGUF_FAMILIES:
+    reasons: dict[str, Inexpressible] = {}
+    written = [family for family in GGUF_FAMILIES if family.without is None]
+    for family in written:
         for rewriting in rewritings(config):
             try:
                 keys = write_config_keys(family.keys, rewriting.config, frozenset())
             except Inexpressible as error:
-                reasons.setdefault(family.name, str(error))  # of the model itself, which comes first
+                reasons.setdefault(family.name, error)  # of the model itself, which comes first
                 continue
             return _Choice(family.name, keys, rewriting, family.tensors)
-    nearest = min(reasons, key=lambda name: (_is_moe(name) != bool(config.moe_layers), len(reasons[name])))
+    nearest = min(written, key=lambda each: (each.is_moe != bool(config.moe_layers), reasons[each.name].num_values))
+    what = " and ".join(beyond_gguf(config)) or reasons[nearest.name]
     raise ConversionError(
-        f"--format gguf was asked for a model with {' and '.join(beyond_gguf(config)) or reasons[nearest]}; no GGUF "
-        f"architecture known here has that (the nearest is {nearest.removeprefix('gguf ')}); export it to Hugging "
-        f"Face's layout (--format huggingface)."
+        f"--format gguf was asked for a model with {what}; no GGUF architecture known here has that "
+        f"(the nearest is {nearest.name.removeprefix('gguf ')}); export it to Hugging Face's layout "
+        f"(--format huggingface)."
     )
-
-
-def _is_moe(name: str) -> bool:
-    return next(family.is_moe for family in GGUF_FAMILIES if family.name == name)
 
 
 def _write_folder(
@@ -260,11 +259,11 @@ def _write_gguf(
     on_progress: OnProgress,
 ) -> dict[str, TensorLayout]:
     gguf = require_gguf()
-    family = next(each for each in GGUF_FAMILIES if each.name == choice.family)
+    family = next(each for each in GGUF_FAMILIES if each.name == choice.family and each.without is None)
     layout = {}
     for name, pieces in foreign.items():
         shape = foreign_shape(pieces)
-        plain = len(shape) < 2 or name.endswith(ROUTER)  # llama.cpp wants them so
+        plain = len(shape) < 2 or name.endswith((ROUTER, SHARED_GATE, BIAS))  # llama.cpp wants them so
         stored = torch.float32 if plain else dtype or common_dtype(weights.dtype(piece.ours) for piece in pieces)
         layout[name] = TensorLayout(stored, shape)
     writer = gguf.GGUFWriter(target / _GGUF_NAME, family.architecture)
@@ -302,7 +301,7 @@ def _add_metadata(
     kinds = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
     writer.add_file_type(gguf.LlamaFileType[kinds[largest.dtype]])
     for name, value in keys.items():
-        if name != "(tied output)":
+        if not name.startswith("("):
             _add(writer, f"{family.architecture}.{name}", value)
 
 

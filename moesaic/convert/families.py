@@ -24,7 +24,15 @@ from moesaic.convert.keys import (
     SharedExperts,
     SlidingWindow,
 )
-from moesaic.convert.tensors import RowOrder, TensorRule, paired_rows, parted_rows
+from moesaic.convert.tensors import (
+    RowOrder,
+    TensorRule,
+    latent_key_rows,
+    latent_query_rows,
+    parted_head_rows,
+    parted_key_rows,
+    parted_query_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -161,50 +169,25 @@ _OSS_TENSORS = (
 )
 
 
-def _parted(config: ModelConfig, num_heads: int) -> RowOrder:
-    return parted_rows(num_heads, config.head_dim, turned=config.rope_head_dim or config.head_dim)
-
-
-def _parted_queries(config: ModelConfig) -> RowOrder:
-    return _parted(config, config.num_heads)
-
-
-def _parted_keys(config: ModelConfig) -> RowOrder:
-    return _parted(config, config.num_kv_heads)
-
-
-def _parted_head(config: ModelConfig) -> RowOrder:
-    return _parted(config, 1)
-
-
 _HEADS, _THEIR_HEADS = "blocks.{layer}.attention", f"{_LAYER}.self_attn"
 _PARTED_TENSORS = (
-    TensorRule(f"{_HEADS}.q_proj.{{rest}}", (f"{_THEIR_HEADS}.q_proj.{{rest}}",), rows=_parted_queries),
-    TensorRule(f"{_HEADS}.k_proj.{{rest}}", (f"{_THEIR_HEADS}.k_proj.{{rest}}",), rows=_parted_keys),
-    TensorRule(f"{_HEADS}.q_norm.weight", (f"{_THEIR_HEADS}.q_norm.weight",), rows=_parted_head),
-    TensorRule(f"{_HEADS}.k_norm.weight", (f"{_THEIR_HEADS}.k_norm.weight",), rows=_parted_head),
+    TensorRule(f"{_HEADS}.q_proj.{{rest}}", (f"{_THEIR_HEADS}.q_proj.{{rest}}",), rows=parted_query_rows),
+    TensorRule(f"{_HEADS}.k_proj.{{rest}}", (f"{_THEIR_HEADS}.k_proj.{{rest}}",), rows=parted_key_rows),
+    TensorRule(f"{_HEADS}.q_norm.weight", (f"{_THEIR_HEADS}.q_norm.weight",), rows=parted_head_rows),
+    TensorRule(f"{_HEADS}.k_norm.weight", (f"{_THEIR_HEADS}.k_norm.weight",), rows=parted_head_rows),
     *_ATTENTION_TENSORS,
 )
 
 
-def _latent_queries(config: ModelConfig) -> RowOrder:
-    assert config.latent_attention is not None
-    return paired_rows(config.num_heads, config.head_dim, start=config.latent_attention.nope_head_dim)
-
-
-def _latent_keys(config: ModelConfig) -> RowOrder:
-    assert config.latent_attention is not None
-    rank = config.latent_attention.kv_rank
-    return paired_rows(1, rank + config.latent_attention.rope_head_dim, start=rank)
-
-
 _LATENT = "blocks.{layer}.attention"
 _LATENT_TENSORS = (
-    TensorRule(f"{_LATENT}.q_proj.weight", (f"{_LAYER}.self_attn.q_proj.weight",), rows=_latent_queries),
+    TensorRule(f"{_LATENT}.q_proj.weight", (f"{_LAYER}.self_attn.q_proj.weight",), rows=latent_query_rows),
     TensorRule(f"{_LATENT}.q_down_proj.weight", (f"{_LAYER}.self_attn.q_a_proj.weight",)),
     TensorRule(f"{_LATENT}.q_down_norm.weight", (f"{_LAYER}.self_attn.q_a_layernorm.weight",)),
-    TensorRule(f"{_LATENT}.q_up_proj.weight", (f"{_LAYER}.self_attn.q_b_proj.weight",), rows=_latent_queries),
-    TensorRule(f"{_LATENT}.kv_down_proj.weight", (f"{_LAYER}.self_attn.kv_a_proj_with_mqa.weight",), rows=_latent_keys),
+    TensorRule(f"{_LATENT}.q_up_proj.weight", (f"{_LAYER}.self_attn.q_b_proj.weight",), rows=latent_query_rows),
+    TensorRule(
+        f"{_LATENT}.kv_down_proj.weight", (f"{_LAYER}.self_attn.kv_a_proj_with_mqa.weight",), rows=latent_key_rows
+    ),
     TensorRule(f"{_LATENT}.kv_down_norm.weight", (f"{_LAYER}.self_attn.kv_a_layernorm.weight",)),
     TensorRule(f"{_LATENT}.kv_up_proj.weight", (f"{_LAYER}.self_attn.kv_b_proj.weight",)),
     TensorRule(f"{_LATENT}.o_proj.weight", (f"{_LAYER}.self_attn.o_proj.weight",)),

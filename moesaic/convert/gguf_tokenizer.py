@@ -6,6 +6,7 @@ vocabularies are not read: their models come with a tokenizer.json too.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -23,44 +24,64 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# gpt-oss's words: capitals begin one.
+_CASED_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# DeepSeek-V3's, one after the other. Line ends stand in these as they are, as in the models' files.
+_DEEPSEEK_WORDS = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+_SEED_WORDS = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+|\\s*[\r\n]+|"
+    "\\s+(?!\\S)|\\s+"
+)
 
 
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+@dataclass(frozen=True)
+class _Rules:
+    """What a pre-tokenizer's name stands for. splits: what is cut out, one after the other; none for GPT-2's words.
+
+    ignores_merges: a word that is a token is that token, whatever the merges make of it. begins: whether llama.cpp puts
+    the begin token before a text where the file does not say.
+    """
+
+    splits: tuple[str, ...] = ()
+    is_digit_by_digit: bool = False
+    is_composed: bool = False
+    ignores_merges: bool = False
+    begins: bool = False
+
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        first = [pre_tokenizers.Split(Regex(each), behavior="isolated") for each in self.splits]
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if self.is_digit_by_digit else []
+        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not self.splits)
+        return pre_tokenizers.Sequence([*first, *digits, last]) if first or digits else last
+
+    def normalizer(self) -> normalizers.Normalizer | None:
+        return normalizers.NFC() if self.is_composed else None
 
 
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    if name == "gpt-2":
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    return _split(_WORDS.format(digits="{1,3}" if name == "llama-bpe" else ""))
-
-
-def _normalizer(name: str) -> normalizers.Normalizer | None:
-    return normalizers.NFC() if name == "qwen2" else None
-
-
-def _ignores_merges(name: str) -> bool:
-    """Llama 3 takes a word that is a token as that token, whatever the merges make of it."""
-    return name == "llama-bpe"
-
-
-def _begins(name: str) -> bool:
-    """Whether llama.cpp puts the begin token before a text where the file does not say."""
-    return name == "llama-bpe"
-
+# Of names with the same rules the first is written.
+_NAMES = {
+    "gpt-2": _Rules(),
+    "smollm": _Rules(is_digit_by_digit=True),
+    "llama-bpe": _Rules((_WORDS.format(digits="{1,3}"),), ignores_merges=True, begins=True),
+    "qwen2": _Rules((_WORDS.format(digits=""),), is_composed=True),
+    "gpt-4o": _Rules((_CASED_WORDS,)),
+    "deepseek-v3": _Rules(_DEEPSEEK_WORDS),
+    "glm4": _Rules((_WORDS.format(digits="{1,3}"),), ignores_merges=True),
+    "olmo": _Rules(is_composed=True),
+    "seed-coder": _Rules((_SEED_WORDS,)),
+}
 
 # Beside the end that a file has one of: the end of a turn, and of a message to a tool.
 _OTHER_ENDS = ("eot", "eom")
-
-_NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 
 def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
@@ -69,7 +90,8 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     Raises: DataError for a kind of tokenizer, or a pre-tokenizer, that is not known.
     """
     kind, name = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or name not in _NAMES:
+    rules = _NAMES.get(name) if isinstance(name, str) else None
+    if kind != "gpt2" or rules is None:
         raise DataError(
             f"{where} has a tokenizer of kind {kind!r} with pre-tokenizer {name!r}; byte-level BPE ('gpt2') with one "
             f"of {', '.join(_NAMES)} is required; give the model's tokenizer.json with --tokenizer."
@@ -84,16 +106,16 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         vocabulary = {
             token: index for index, (token, type_) in enumerate(zip(tokens, types, strict=True)) if type_ != _UNUSED
         }
-        inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=_ignores_merges(name)))  # type: ignore[arg-type]
+        inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=rules.ignores_merges))  # type: ignore[arg-type]
     except Exception as error:  # the library raises bare exceptions
         raise DataError(
             f"{where} has a tokenizer that does not fit together ({error}); tokens, merges and types as llama.cpp "
             f"writes them are required; give the model's tokenizer.json with --tokenizer."
         ) from None
-    inner.pre_tokenizer = _pre_tokenizer(name)
+    inner.pre_tokenizer = rules.pre_tokenizer()
     inner.decoder = decoders.ByteLevel()
-    if _normalizer(name) is not None:
-        inner.normalizer = _normalizer(name)
+    if rules.normalizer() is not None:
+        inner.normalizer = rules.normalizer()
     special = [AddedToken(token, special=True, normalized=False) for token, type_ in _of(tokens, types, _CONTROL)]
     inner.add_special_tokens(special)
     inner.add_tokens([AddedToken(token, normalized=False) for token, _ in _of(tokens, types, _USER_DEFINED)])
@@ -110,18 +132,20 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     if len(found) > 1:
         companions[GENERATION_NAME] = json.dumps({"eos_token_id": found}) + "\n"
     values = json.loads(inner.to_str())
-    values["post_processor"] = _template(metadata, name, {index: token for token, index in vocabulary.items()}, where)
+    values["post_processor"] = _template(metadata, rules, {index: token for token, index in vocabulary.items()}, where)
     return Tokenizer(json.dumps(values, ensure_ascii=False), companions=companions)
 
 
-def _template(metadata: Mapping[str, Any], name: str, tokens: Mapping[int, str], where: str) -> dict[str, Any] | None:
+def _template(
+    metadata: Mapping[str, Any], rules: _Rules, tokens: Mapping[int, str], where: str
+) -> dict[str, Any] | None:
     """Return the post-processor that puts a file's begin and end tokens around a text, None where it puts none.
 
     As JSON, because the library's class reads a meaning into a token's `$` and `:`.
     """
     around: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
     for role, found in around.items():
-        is_added = metadata.get(f"tokenizer.ggml.add_{role}_token", role == "bos" and _begins(name))
+        is_added = metadata.get(f"tokenizer.ggml.add_{role}_token", role == "bos" and rules.begins)
         if is_added is False:
             continue
         index = metadata.get(f"tokenizer.ggml.{role}_token_id")
@@ -238,12 +262,12 @@ def _added(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _name_of(values: Mapping[str, Any]) -> str:
     own = _rules(values)
-    for name in _NAMES:
-        probe = tokenizers.Tokenizer(models.BPE(ignore_merges=_ignores_merges(name)))
-        probe.pre_tokenizer = _pre_tokenizer(name)
+    for name, rules in _NAMES.items():
+        probe = tokenizers.Tokenizer(models.BPE(ignore_merges=rules.ignores_merges))
+        probe.pre_tokenizer = rules.pre_tokenizer()
         probe.decoder = decoders.ByteLevel()
-        if _normalizer(name) is not None:
-            probe.normalizer = _normalizer(name)
+        if rules.normalizer() is not None:
+            probe.normalizer = rules.normalizer()
         if _rules(json.loads(probe.to_str())) == own:
             return name
     raise ConversionError(
@@ -258,6 +282,8 @@ def _rules(values: Mapping[str, Any]) -> list[Any]:
     affixes = [model.get(name) or None for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
     decoder = (values.get("decoder") or {}).get("type")
     own = [_essence(values.get(name)) for name in ("normalizer", "pre_tokenizer")]
+    if own[0] == {"type": "Sequence", "normalizers": []}:  # as DeepSeek's files say none
+        own[0] = None
     return [*own, decoder, bool(model.get("ignore_merges")), *affixes]
 
 

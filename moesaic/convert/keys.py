@@ -2,7 +2,7 @@
 
 A rule reads its keys into the values of a ModelConfig, or writes them from one. Keys that no rule takes are an error,
 not ignored, so that nothing that changes the mathematics is lost; what a family cannot say is found by reading back
-what was written. The lists themselves are in families.py and gguf.py.
+what was written. The lists themselves are in families.py and gguf_families.py.
 """
 
 import math
@@ -22,7 +22,14 @@ REQUIRED: Any = object()
 
 
 class Inexpressible(Exception):
-    """A model that a family's config cannot describe; the text says what of it."""
+    """A model that a family's config cannot describe; the text says what of it.
+
+    num_values: how many values differ; 2 where that was not counted, since one that does is often not alone.
+    """
+
+    def __init__(self, text: str, num_values: int = 2) -> None:
+        super().__init__(text)
+        self.num_values = num_values
 
 
 class Keys:
@@ -346,11 +353,11 @@ class Rope:
         mscale, for_all = found.take("mscale", default=None), found.take("mscale_all_dim", default=None)
         factor = section["factor"]
         if attention is None and mscale and for_all:
-            attention = _yarn_scale(factor, mscale) / _yarn_scale(factor, for_all)
+            attention = yarn_scale(factor, mscale) / yarn_scale(factor, for_all)
         section["attention_factor"] = attention
         if self.is_latent and for_all:
             channels = sum(ours["latent_attention"][name] for name in ("nope_head_dim", "rope_head_dim"))
-            put(ours, "attention_scale", _yarn_scale(factor, for_all) ** 2 / math.sqrt(channels))
+            put(ours, "attention_scale", yarn_scale(factor, for_all) ** 2 / math.sqrt(channels))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         theirs["rope_theta"] = config["rope_theta"]
@@ -372,7 +379,7 @@ class Rope:
             attention, scale = scaling["attention_factor"], config["attention_scale"]
             if self.is_latent and scale is not None and factor > 1:
                 own = math.sqrt(scale * math.sqrt(config["head_dim"]))
-                attention = _yarn_scale(factor, 1.0) if attention is None else attention
+                attention = yarn_scale(factor, 1.0) if attention is None else attention
                 written["mscale"] = (attention * own - 1) / (0.1 * math.log(factor))
                 written["mscale_all_dim"] = (own - 1) / (0.1 * math.log(factor))
             elif attention is not None:
@@ -392,7 +399,8 @@ def _checked(keys: Keys, name: str, value: Any) -> Any:
     return keys.check(name, value, f"rope_scaling.{_SCALING.get(name, name)}")
 
 
-def _yarn_scale(factor: float, mscale: float) -> float:
+def yarn_scale(factor: float, mscale: float) -> float:
+    """Return yarn's factor on attention, of a scaling of positions by `factor`."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -418,26 +426,30 @@ class Places:
 
 @dataclass(frozen=True)
 class PlacesAfter:
-    """Where the MoE layers are, DeepSeek's way: all but the first first_k_dense_replace."""
+    """Where the MoE layers are, DeepSeek's way: all but the first so many."""
+
+    theirs: str = "first_k_dense_replace"
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        first = keys.take("first_k_dense_replace", default=0)
+        first = keys.take(self.theirs, default=0)
         if not isinstance(first, int) or first < 0:
-            raise keys.refuse("first_k_dense_replace", first, "a number of layers is required")
+            raise keys.refuse(self.theirs, first, "a number of layers is required")
         _place(ours, list(range(first, _count(keys, ours))))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
-        theirs["first_k_dense_replace"] = config["moe_layers"][0] if config["moe_layers"] else config["num_layers"]
+        theirs[self.theirs] = config["moe_layers"][0] if config["moe_layers"] else config["num_layers"]
 
 
 @dataclass(frozen=True)
 class SharedExperts:
     """A residual MLP of so many times an expert's size, added without a gate (DeepSeek)."""
 
+    theirs: str = "n_shared_experts"
+
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        count = keys.take("n_shared_experts", default=None)
+        count = keys.take(self.theirs, default=None)
         if count not in (None, 0):
-            keys.check("n_shared_experts", count, "moe.top_k")  # a count too
+            keys.check(self.theirs, count, "moe.top_k")  # a count too
             put(ours, "moe.residual", "sum")
             put(ours, "moe.residual_intermediate_size", count * ours["moe"]["intermediate_size"])
 
@@ -447,7 +459,7 @@ class SharedExperts:
         count, rest = divmod(config["moe.residual_intermediate_size"], config["moe.intermediate_size"])
         if rest:
             raise Inexpressible("a residual MLP whose size is no multiple of an expert's")
-        theirs["n_shared_experts"] = count
+        theirs[self.theirs] = count
 
 
 @dataclass(frozen=True)
@@ -479,15 +491,19 @@ class Groups:
 
 @dataclass(frozen=True)
 class EqualHeads:
-    """num_key_value_heads of a family whose heads each have their own keys."""
+    """The number of key heads of a family whose heads each have their own keys."""
+
+    theirs: str = "num_key_value_heads"
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        value = keys.take("num_key_value_heads", default=None)
+        value = keys.take(self.theirs, default=None)
         if value not in (None, ours["num_heads"]):
-            raise keys.refuse("num_key_value_heads", value, f"{ours['num_heads']}, as there are heads, is required")
+            raise keys.refuse(self.theirs, value, f"{ours['num_heads']}, as there are heads, is required")
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
-        theirs["num_key_value_heads"] = config["num_heads"]
+        if config["num_kv_heads"] != config["num_heads"]:
+            raise Inexpressible(f"num_kv_heads = {config['num_kv_heads']}")
+        theirs[self.theirs] = config["num_heads"]
 
 
 @dataclass(frozen=True)
@@ -573,7 +589,8 @@ def write_config_keys(rules: Sequence[KeyRule], config: ModelConfig, harmless: f
         raise Inexpressible(str(error)) from None
     different = differences(config, back)
     if different:
-        raise Inexpressible(", ".join(different[:3]) + (", ..." if len(different) > 3 else ""))
+        names = {each.partition(" of layer ")[0].partition(" = ")[0] for each in different}
+        raise Inexpressible(", ".join(different[:3]) + (", ..." if len(different) > 3 else ""), len(names))
     return theirs
 
 

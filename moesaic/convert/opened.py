@@ -9,7 +9,8 @@ import torch
 
 from moesaic.config.model import ModelConfig
 from moesaic.convert.families import FAMILIES, OWN_NAME, OWN_TENSORS, harmless_keys
-from moesaic.convert.gguf import GGUF_FAMILIES, GgufFile, read_gguf_config
+from moesaic.convert.gguf import GgufFile, read_gguf_config
+from moesaic.convert.gguf_families import GGUF_FAMILIES
 from moesaic.convert.keys import Keys, in_a_file, read_config
 from moesaic.convert.source import HuggingFaceFolder, Source
 from moesaic.convert.tensors import Piece, TensorRule, check_sources, foreign_tensors, pieces_of
@@ -54,8 +55,7 @@ def open_model(path: str | Path) -> OpenedModel:
     source: Source = GgufFile(given) if given.is_file() else HuggingFaceFolder(given)
     try:
         if isinstance(source, GgufFile):
-            family, config, rules = read_gguf_config(source)
-            left_out: dict[str, str] = {}
+            family, config, rules, left_out = read_gguf_config(source)
         else:
             assert isinstance(source, HuggingFaceFolder)
             family, config, rules, left_out = _read_folder(source)

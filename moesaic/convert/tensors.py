@@ -28,7 +28,8 @@ class TensorRule:
 
     {layer} and {rest} stand for what they match; {expert} in theirs for every expert in turn. layers: the rule is for
     these layers only. rows: the order of our rows in theirs. is_stacked: theirs have all experts in one tensor, ours
-    takes from each in turn. is_transposed: an expert's matrix is ours transposed; `rows` counts its columns then.
+    takes from each in turn. parts: ours is a stack, of heads, in which each of theirs has so many rows. is_transposed:
+    an expert's (a head's) matrix is ours transposed, of all of theirs or of each as it says; `rows` counts its columns.
     """
 
     ours: str
@@ -36,7 +37,8 @@ class TensorRule:
     layers: Literal["all", "moe", "dense"] = "all"
     rows: Callable[[ModelConfig], RowOrder] | None = None
     is_stacked: bool = False
-    is_transposed: bool = False
+    parts: Callable[[ModelConfig], tuple[int, ...]] | None = None
+    is_transposed: bool | tuple[bool, ...] = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,38 @@ def parted_rows(num_heads: int, head_size: int, *, turned: int) -> RowOrder:
     return (torch.arange(num_heads)[:, None] * head_size + head).flatten()
 
 
+def parted_query_rows(config: ModelConfig) -> RowOrder:
+    """Return the order of the rows of a model's queries, of whose heads some channels are turned."""
+    return _parted(config, config.num_heads)
+
+
+def parted_key_rows(config: ModelConfig) -> RowOrder:
+    """Return the order of the rows of a model's keys, of whose heads some channels are turned."""
+    return _parted(config, config.num_kv_heads)
+
+
+def parted_head_rows(config: ModelConfig) -> RowOrder:
+    """Return the order of the channels of one head, some of which are turned."""
+    return _parted(config, 1)
+
+
+def _parted(config: ModelConfig, num_heads: int) -> RowOrder:
+    return parted_rows(num_heads, config.head_dim, turned=config.rope_head_dim or config.head_dim)
+
+
+def latent_query_rows(config: ModelConfig) -> RowOrder:
+    """Return the order of the rows of latent attention's queries."""
+    assert config.latent_attention is not None
+    return paired_rows(config.num_heads, config.head_dim, start=config.latent_attention.nope_head_dim)
+
+
+def latent_key_rows(config: ModelConfig) -> RowOrder:
+    """Return the order of the rows of what latent attention's keys are made from."""
+    assert config.latent_attention is not None
+    rank = config.latent_attention.kv_rank
+    return paired_rows(1, rank + config.latent_attention.rope_head_dim, start=rank)
+
+
 def own_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model's tensors by name."""
     with torch.device("meta"):
@@ -147,17 +181,24 @@ def _pattern(template: str) -> re.Pattern[str]:
 def _cut(
     name: str, shape: tuple[int, ...], rule: TensorRule, parts: Mapping[str, str], config: ModelConfig
 ) -> Iterator[Piece]:
+    count = len(rule.theirs)
     is_each = rule.is_stacked or "{expert}" in rule.theirs[0]
-    inner = shape[1:] if is_each else shape
-    part = (inner[0] // len(rule.theirs), *inner[1:]) if len(rule.theirs) > 1 else inner
+    if rule.parts is None:
+        inner = shape[1:] if is_each else shape
+        each_rows = [inner[:1]] if count == 1 else [(inner[0] // count,)] * count
+    else:
+        sizes = rule.parts(config)
+        shape = (shape[0] // sum(sizes), *shape)
+        inner, each_rows = shape[1:], [(size,) for size in sizes]
     order = None if rule.rows is None else rule.rows(config)
-    theirs_shape = part[::-1] if rule.is_transposed else part
+    is_transposed = rule.is_transposed if isinstance(rule.is_transposed, tuple) else (rule.is_transposed,) * count
     start = 0
     for expert in range(shape[0]) if is_each else [None]:
-        for template in rule.theirs:
+        for template, rows, is_turned in zip(rule.theirs, each_rows, is_transposed, strict=True):
             theirs = template.format(expert=expert, **parts)
+            part = (*rows, *inner[1:])
             index = expert if rule.is_stacked else None
-            yield Piece(name, start, theirs, index, theirs_shape, order, rule.is_transposed)
+            yield Piece(name, start, theirs, index, part[::-1] if is_turned else part, order, is_turned)
             start += prod(part)
 
 

@@ -43,6 +43,35 @@ SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "qwen3": ("qwen3", {}, "qwen3", "moesaic"),
     "mixtral": ("mixtral", {}, "llama", "moesaic"),
     "qwen3-moe": ("qwen3-moe", {"norm_topk_prob": True, "mlp_only_layers": []}, "qwen3moe", "moesaic"),
+    "qwen3-moe, yarn": (
+        "qwen3-moe, renormalised, yarn", {"mlp_only_layers": [], "num_key_value_heads": 4}, "qwen3moe", "moesaic"),
+    "gpt-oss": ("gpt-oss", {}, "gpt-oss", "moesaic"),
+    "gpt-oss, sliding in one layer, plain rope": (
+        "gpt-oss, sliding in one layer, no biases of attention, tied, plain rope",
+        {"attention_bias": True, "tie_word_embeddings": False}, "gpt-oss", "moesaic"),
+    "gpt-oss, no window": ("gpt-oss, no window, usual rope", {}, "gpt-oss", "moesaic"),
+    "qwen2-moe": ("qwen2-moe", {"decoder_sparse_step": 1}, "qwen2moe", "moesaic"),
+    "qwen2-moe, no biases": ("qwen2-moe, no biases, renormalised", {"norm_topk_prob": False}, "qwen2moe", "moesaic"),
+    "olmoe": ("olmoe", {"num_key_value_heads": 4}, "olmoe", "moesaic"),
+    "deepseek-v2, lite": ("deepseek-v2, lite", {}, "deepseek2", "moesaic"),
+    "deepseek-v3": ("deepseek-v3", {}, "deepseek2", "moesaic"),
+    "deepseek-v3, all layers with experts": (
+        "deepseek-v3, not renormalised, all layers with experts", {}, "deepseek2", "moesaic"),
+    "deepseek-v3, yarn": (
+        "deepseek-v3, yarn",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "mscale": 0.7,
+                          "mscale_all_dim": 0.7}},
+        "deepseek2", "moesaic"),
+    "glm4-moe, as GLM-4.5-Air": ("glm4-moe, as GLM-4.5-Air", {}, "glm4moe", "moesaic"),
+    "glm4-moe, as GLM-4.5": ("glm4-moe, as GLM-4.5", {}, "glm4moe", "moesaic"),
+    "glm4-moe, an odd share, yarn": (
+        "glm4-moe, an odd share, yarn, one key head, not renormalised", {}, "glm4moe", "moesaic"),
+    "dots1": ("dots1", {"num_key_value_heads": 4}, "dots1", "moesaic"),
+    "dots1, groups": (
+        "dots1, groups, all layers with experts, biases, wide heads, yarn",
+        {"num_key_value_heads": 4, "attention_bias": False, "tie_word_embeddings": False}, "dots1", "moesaic"),
+    "seed-oss": ("seed-oss", {"mlp_bias": False}, "seed_oss", "moesaic"),
+    "seed-oss, one key head, tied": ("seed-oss, one key head, tied", {"attention_bias": False}, "seed_oss", "moesaic"),
 }  # fmt: skip
 
 
@@ -95,26 +124,28 @@ def test_there_and_back_is_bit_identical(shape: str, saved: Callable[..., Path],
     assert Tokenizer.load(tmp_path / "back").encode_batch(texts) == Tokenizer.load(source).encode_batch(texts)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_casts_are_those_of_torch_and_vectors_stay_fp32(dtype: str, saved: Callable[..., Path], tmp_path: Path) -> None:
-    import_model(saved("mixtral"), tmp_path / "run")
+@pytest.mark.parametrize(("dtype", "family"), [("bf16", "mixtral"), ("fp16", "mixtral"), ("bf16", "gpt-oss")])
+def test_casts_are_those_of_torch_and_vectors_stay_fp32(
+    dtype: str, family: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    import_model(saved(family), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out", format="gguf", dtype=dtype)
     import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     stored = tensors_of(tmp_path / "back")
     for name, tensor in tensors_of(tmp_path / "run").items():
-        kept = torch.float32 if tensor.dim() < 2 or "router" in name else wanted
+        kept = torch.float32 if tensor.dim() < 2 or "router" in name or "bias" in name else wanted
         assert torch.equal(stored[name], tensor.to(kept)) and stored[name].dtype == kept, name
 
 
-QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16")
+QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16", "IQ4_NL", "TQ1_0", "TQ2_0", "MXFP4")
 
 
 def random_blocks(shape: tuple[int, ...], kind: "gguf.GGMLQuantizationType", seed: int) -> np.ndarray:
     """Return blocks of a kind that the package cannot make, with scales that are small and finite."""
     size, (_, block_bytes) = gguf.quant_shape_to_byte_shape(shape, kind), gguf.GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8).reshape(-1, block_bytes)
-    scales = slice(0, 4) if kind.name == "Q4_K" else slice(block_bytes - 2, block_bytes)
+    scales = {"Q4_K": slice(0, 4), "IQ4_NL": slice(0, 2)}.get(kind.name, slice(block_bytes - 2, block_bytes))
     blocks[:, scales] = np.frombuffer(np.float16(2e-4).tobytes() * 2, np.uint8)[: blocks[:, scales].shape[1]]
     return blocks.reshape(size)
 
@@ -169,7 +200,8 @@ def test_quantised_tensors_are_what_the_package_makes_of_them(
     certificate = import_model(tmp_path / "quantised.gguf", tmp_path / "back")
     assert certificate.failure is None and certificate.comparison is not None
     stored = tensors_of(tmp_path / "back")
-    as_stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    exact = {"F16": torch.float16, "BF16": torch.bfloat16, "MXFP4": torch.bfloat16}
+    as_stored = exact.get(kind, torch.float32)
     block, attention = "blocks.0.feed_forward", "blocks.0.attention"
     own = {"token_embd": "embedding", "output": "lm_head", "blk.0.attn_v": f"{attention}.v_proj.weight"}
     if family == "mixtral":
@@ -188,6 +220,7 @@ def test_quantised_tensors_are_what_the_package_makes_of_them(
 
 
 EXPERTS = {"num_experts": 4, "top_k": 2, "every": 1, "router": {"renormalize": True}}
+YARN = {"kind": "yarn", "factor": 2.0, "original_max_positions": 16}
 LATENT = {"query_rank": 32, "kv_rank": 32, "nope_head_dim": 20, "rope_head_dim": 12, "value_head_dim": 16}
 
 
@@ -196,14 +229,15 @@ LATENT = {"query_rank": 32, "kv_rank": 32, "nope_head_dim": 20, "rope_head_dim":
     [
         ({"moe": {**EXPERTS, "num_experts": [4, 8]}}, r"another num_experts from layer to layer \(4, 8\)"),
         ({"moe": {**EXPERTS, "residual": "softmax"}}, r"a residual MLP beside the experts \(moe.residual = softmax\)"),
-        ({"moe": {**EXPERTS, "residual": "sum"}}, r"a residual MLP beside the experts \(moe.residual = sum\)"),
+        ({"moe": {**EXPERTS, "residual": "sum"}}, "residual of layer 0 = sum"),
         ({"moe": {**EXPERTS, "every": 2}}, "1 of 2 layers without experts"),
-        ({"moe": {"num_experts": 4, "top_k": 2}}, "routing weights that do not sum to 1"),
+        ({"moe": {**EXPERTS, "every": 1, "layers": [0]}}, "1 of 2 layers without experts, between others"),
+        ({"moe": {"num_experts": 4, "top_k": 2}}, "renormalize of layer 0 = False"),
         ({"moe": {**EXPERTS, "router": {"renormalize": True, "scale": 2.0}}}, "scale of layer 0 = 2.0"),
         ({"moe": {**EXPERTS, "router": {"renormalize": True, "scoring": "sigmoid"}}}, "scoring of layer 0 = sigmoid"),
         (
-            {"moe": {"num_experts": 4, "top_k": 1, "every": 2, "residual": "sum"}},
-            ".* and a residual MLP .* and routing",
+            {"moe": {"num_experts": [4, 8], "top_k": 1, "every": 1, "residual": "softmax"}},
+            "a residual MLP .* and another num_experts",
         ),
         ({"moe": {**EXPERTS, "router": {"renormalize": True, "bias": True}}}, "bias of layer 0 = True"),
         ({"norm": "layernorm"}, "norm = layernorm"),
@@ -220,7 +254,9 @@ LATENT = {"query_rank": 32, "kv_rank": 32, "nope_head_dim": 20, "rope_head_dim":
         ({"attention_sinks": True}, r"attention_sinks = True \(not False\)"),
         ({"activation": "swiglu_oai"}, "activation = swiglu_oai"),
         ({"moe": {**EXPERTS, "router": {"renormalize": True, "bias": True}}}, "bias of layer 0 = True"),
-        ({"rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_positions": 16}}, "rope_scaling.kind = yarn"),
+        ({"rope_scaling": {**YARN, "beta_fast": 16.0}}, "rope_scaling = .*16.0"),
+        ({"rope_scaling": {**YARN, "truncate": False}}, "rope_scaling = .*'truncate': False"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0.5}}, "rope_scaling = .*'attention_factor': 0.5"),
         ({"rope_scaling": {"kind": "llama3", "factor": 2.0, "original_max_positions": 16}}, ".*scaling.kind = llama3"),
     ],
 )
@@ -231,9 +267,8 @@ def test_what_the_format_cannot_say_is_refused_by_name(
              "max_positions": 32, "moe": EXPERTS}  # fmt: skip
     run = make_run("moe", model={**model, **changes})
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(
-        ConversionError, match=rf"^--format gguf was asked for a model with {message}.*; no GG"
-    ) as caught:
+    pattern = rf"^--format gguf was asked for a model with {message}.*; no GG"
+    with pytest.raises(ConversionError, match=pattern) as caught:
         export_run(run, tmp_path / "deep" / "out", format="gguf")
     assert len(str(caught.value)) < 600 and str(caught.value).count(";") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -278,10 +313,10 @@ ONES = np.ones(24, np.float32)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "gemma"}, "of architecture 'gemma'; one of llama, qwen2, qwen3, qwen3moe is"),
+        ({"general.architecture": "gemma"}, "of architecture 'gemma'; one of llama, qwen2, qwen3, qwen3moe, gpt"),
         (
-            {"general.architecture": "gpt-oss", "gpt-oss.expert_count": 32},
-            "of architecture 'gpt-oss' with experts; one of .* is required; import the model's Hugging Face folder",
+            {"general.architecture": "gemma", "gemma.expert_count": 32},
+            "of architecture 'gemma' with experts; one of .* is required; import the model's Hugging Face folder",
         ),
         ({"llama.expert_count": 4}, "has no expert_used_count"),
         ({"llama.block_count": None}, "has no block_count"),
@@ -303,7 +338,17 @@ ONES = np.ones(24, np.float32)
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan"),
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon is 'x'"),
         ({"llama.rope.freq_base": 0.0}, "rope.freq_base is 0.0"),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "rope.scaling.type is 'yarn'; none"),
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "scaling.type is 'longrope'; none"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 2.0,
+                "llama.rope.scaling.yarn_beta_fast": 16.0,
+            },
+            "rope.scaling.yarn_beta_fast is 16.0; 32.0 is required",
+        ),
+        ({"llama.rope.scaling.yarn_attn_factor": 2.0}, "not understood: rope.scaling.yarn_attn_factor"),
+        ({"llama.nextn_predict_layers": 3}, "nextn_predict_layers is 3; a number of layers below 3"),
         ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5"),
         ({"llama.rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5"),
         ({"llama.rope.scaling.factor": "x"}, "rope.scaling.factor is 'x'"),
@@ -405,6 +450,99 @@ def test_the_begin_token_of_a_run_is_the_one_of_its_file(exported: Path, tmp_pat
     import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
     back = Tokenizer.load(tmp_path / "back")
     assert back.encode_prompt("the fox", add_special_tokens=True) == [back.first_id, *given.encode("the fox")]
+
+
+def of(saved: Callable[..., Path], tmp_path: Path, shape: str) -> Path:
+    family, values, _, _ = SHAPES[shape]
+    import_model(saved(family, **values), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out", format="gguf")
+    return tmp_path / "out" / "model.gguf"
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "message"),
+    [
+        ("gpt-oss", {"attention.sliding_window": None}, "has no attention.sliding_window"),
+        ("gpt-oss", {"attention.sliding_window": 0}, "attention.sliding_window is 0"),
+        ("gpt-oss", {"attention.sliding_window_pattern": [True]}, "sliding_window_pattern is .* for each of 3 layers"),
+        ("gpt-oss", {"attention.sliding_window_pattern": "x"}, "sliding_window_pattern is 'x'"),
+        ("gpt-oss", {"expert_gating_func": 1}, "not understood: expert_gating_func"),
+        ("deepseek-v3", {"expert_gating_func": 3}, "expert_gating_func is 3; 1"),
+        ("deepseek-v3", {"expert_weights_scale": -1.0}, "expert_weights_scale is -1.0"),
+        ("deepseek-v3", {"expert_group_count": 4}, "4"),
+        ("deepseek-v3", {"attention.head_count_kv": 4}, "attention.head_count_kv is 4; 1 is required"),
+        ("deepseek-v3", {"attention.key_length": 14}, "attention.key_length is 14; 13 is required"),
+        ("deepseek-v3", {"attention.key_length_mla": 4}, "nope_head_dim"),
+        ("deepseek-v3", {"attention.kv_lora_rank": "9"}, "kind|kv_rank"),
+        ("deepseek-v3", {"attention.temperature_scale": 0.1}, "not understood: attention.temperature_scale"),
+        ("deepseek-v3", {"expert_shared_count": "1"}, "expert_shared_count is '1'"),
+        ("deepseek-v3", {"leading_dense_block_count": -1}, "leading_dense_block_count"),
+        ("deepseek-v3", {"leading_dense_block_count": 2}, "missing"),
+        ("deepseek-v3, yarn", {"rope.scaling.yarn_log_multiplier": None}, "yarn_log_multiplier is None; a number abo"),
+        ("deepseek-v3, yarn", {"rope.scaling.yarn_log_multiplier": -1.0}, "yarn_log_multiplier is -1.0"),
+        ("dots1", {"attention.head_count_kv": 2}, "attention.head_count_kv is 2; 4, as there are heads"),
+        ("glm4-moe, as GLM-4.5-Air", {"rope.dimension_count": 3}, "3"),
+        ("glm4-moe, as GLM-4.5-Air", {"attention.value_length": 6}, "attention.value_length is 6; 8"),
+        ("glm4-moe, as GLM-4.5-Air", {"rope.dimension_sections": [1, 1, 2, 0]}, "not understood: rope.dimension_sec"),
+    ],
+)
+def test_keys_of_experts_are_understood_or_refused(
+    shape: str, changes: dict[str, Any], message: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    architecture = SHAPES[shape][2]
+    changes = {f"{architecture}.{name}": value for name, value in changes.items()}
+    file = rewritten(of(saved, tmp_path, shape), tmp_path / "odd.gguf", **changes)
+    with pytest.raises(ConversionError, match=message) as caught:
+        import_model(file, tmp_path / "back")
+    assert str(caught.value).count(";") >= 2 and not (tmp_path / "back").exists()
+
+
+def test_layers_for_multi_token_prediction_are_left_out_and_listed(saved: Callable[..., Path], tmp_path: Path) -> None:
+    more = {f"blk.3.{name}.weight": ONES for name in ("attn_norm", "nextn.enorm")}
+    file = of(saved, tmp_path, "glm4-moe, as GLM-4.5-Air")
+    changes = {"glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
+    certificate = import_model(rewritten(file, tmp_path / "more.gguf", more, **changes), tmp_path / "back")
+    assert certificate.tensors is not None and certificate.tensors.left_out.keys() == more.keys()
+    first, other = tensors_of(tmp_path / "run"), tensors_of(tmp_path / "back")
+    assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_old_files_of_latent_attention_are_read(saved: Callable[..., Path], tmp_path: Path) -> None:
+    """Keys and values in one matrix, and a shared expert's gate as a vector, as they were written once."""
+    file = of(saved, tmp_path, "deepseek-v2, lite")
+    reader, kept = gguf.GGUFReader(file), {}
+    for each in reader.tensors:
+        kept[each.name] = np.array(each.data)
+    joined = {
+        f"blk.{layer}.attn_kv_b.weight": np.concatenate(
+            [kept.pop(f"blk.{layer}.attn_k_b.weight").swapaxes(1, 2), kept.pop(f"blk.{layer}.attn_v_b.weight")], 1
+        ).reshape(-1, 8)
+        for layer in range(3)
+    }
+    writer = gguf.GGUFWriter(tmp_path / "old.gguf", "deepseek2")
+    changes = {
+        "head_count_kv": 4,
+        "key_length": 10,
+        "value_length": 5,
+        "key_length_mla": None,
+        "value_length_mla": None,
+    }
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            value = changes.get(name.removeprefix("deepseek2.attention."), field.contents())
+            inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+            if value is not None:
+                writer.add_key_value(name, value, field.types[0], sub_type=inner)
+    for name, data in (kept | joined).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    import_model(tmp_path / "old.gguf", tmp_path / "back")
+    first, other = tensors_of(tmp_path / "run"), tensors_of(tmp_path / "back")
+    assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
+    assert differences(*(load_run_config(tmp_path / name).model for name in ("run", "back"))) == []
 
 
 def smollm2() -> Path:

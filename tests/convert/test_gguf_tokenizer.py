@@ -26,9 +26,29 @@ WORDS = (
 )
 
 
+# As those of gpt-oss, DeepSeek-V3 and Seed have them, decoded.
+CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK = json.loads(
+    r""""[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"""
+    r''' ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"'''
+)
+SEED = json.loads(
+    r""""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+|\\s*[\r\n]+|"""
+    r'''\\s+(?!\\S)|\\s+"'''
+)
+
+
+def splits(*patterns: str) -> pre_tokenizers.PreTokenizer:
+    cut = [pre_tokenizers.Split(Regex(each), "isolated", invert=False) for each in patterns]
+    return pre_tokenizers.Sequence([*cut, pre_tokenizers.ByteLevel(False, trim_offsets=True, use_regex=False)])
+
+
 def words(digits: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(WORDS % digits), "isolated", invert=False)
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, trim_offsets=True, use_regex=False)])
+    return splits(WORDS % digits)
 
 
 KINDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
@@ -36,15 +56,22 @@ KINDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]),
     "llama-bpe": lambda: words("{1,3}"),
     "qwen2": lambda: words(""),
+    "gpt-4o": lambda: splits(CASED),
+    "deepseek-v3": lambda: splits(r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", DEEPSEEK),
+    "olmo": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True),
+    "seed-coder": lambda: splits(SEED),
 }
+COMPOSED = ("qwen2", "olmo")
 
 
 def make(kind: str, **changes: Any) -> tokenizers.Tokenizer:
     """Train a tokenizer of a kind; changes: attributes to set on it first."""
     inner = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
     inner.pre_tokenizer, inner.decoder = KINDS[kind](), decoders.ByteLevel()
-    if kind == "qwen2":
+    if kind in COMPOSED:
         inner.normalizer = normalizers.NFC()
+    if kind == "deepseek-v3":
+        inner.normalizer = normalizers.Sequence([])  # as its file has it
     trainer = trainers.BpeTrainer(
         vocab_size=330, special_tokens=["<|endoftext|>", "<|im_end|>", "<|eom|>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
