@@ -193,6 +193,11 @@ class GgufRope:
             raise Inexpressible(f"rope_scaling.kind = {scaling['kind']}")
         theirs["rope.scaling.type"], theirs["rope.scaling.factor"] = scaling["kind"], float(scaling["factor"])
         if scaling["kind"] == "yarn":
+            usual = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": self.truncate}
+            usual["attention_factor"] = 1.0 if self.is_latent else None
+            for name, value in usual.items():
+                if scaling[name] != value:
+                    raise Inexpressible(f"rope_scaling.{name} = {scaling[name]}")
             theirs["rope.scaling.original_context_length"] = scaling["original_max_positions"]
             if self.is_latent and config["attention_scale"] is not None and scaling["factor"] > 1:
                 root = (config["attention_scale"] * config["head_dim"] ** 0.5) ** 0.5
@@ -355,9 +360,13 @@ class Ignored:
         return
 
 
+_KEY_HEADS = Same("attention.head_count_kv", "num_kv_heads", default=None)
+_USUAL_HEADS = (_KEY_HEADS, GgufHeads(is_usual=True))
+
+
 def _rules(
     *rules: KeyRule,
-    heads: tuple[KeyRule, ...] = (Same("attention.head_count_kv", "num_kv_heads", default=None), GgufHeads()),
+    heads: tuple[KeyRule, ...] = (_KEY_HEADS, GgufHeads()),
     rope: KeyRule = GgufRope(),
     said: tuple[str, ...] = (IS_TIED,),
     activation: str = "swiglu",
@@ -506,7 +515,7 @@ _POST_NORM = "post_attention_norm"
 GGUF_FAMILIES = (
     GgufFamily("llama", False, _rules(*_DENSE, _NO_BIAS), _PAIRED),
     GgufFamily("llama", True, _rules(*_EXPERTS, GgufEveryLayer(), _RENORMALIZED, _NO_BIAS), _PAIRED),
-    GgufFamily("qwen2", False, _rules(*_DENSE, _QKV_BIAS), _HALVED),
+    GgufFamily("qwen2", False, _rules(*_DENSE, _QKV_BIAS, heads=_USUAL_HEADS), _HALVED),
     GgufFamily("qwen3", False, _rules(*_DENSE, _NO_BIAS, _HEAD_NORMS), _HALVED),
     GgufFamily(
         "qwen3moe",
@@ -543,7 +552,7 @@ GGUF_FAMILIES = (
             _NOT_RENORMALIZED,
             Always("moe.residual", "sigmoid"),
             Same("expert_shared_feed_forward_length", "moe.residual_intermediate_size"),
-            heads=(Same("attention.head_count_kv", "num_kv_heads", default=None), GgufHeads(is_usual=True)),
+            heads=_USUAL_HEADS,
             said=(HAS_BIASES,),
         ),
         _HALVED,
@@ -579,17 +588,6 @@ GGUF_FAMILIES = (
         for is_split in (False, True)
     ),
     GgufFamily(
-        "glm4moe",
-        True,
-        _rules(
-            *_shared(_always_sigmoid),
-            Always("moe.router.score_correction_bias", True),
-            heads=(Same("attention.head_count_kv", "num_kv_heads", default=None), GgufHeads(is_parted=True)),
-            said=(IS_TIED, HAS_BIASES, HAS_HEAD_NORMS),
-        ),
-        _tensors(_attention(queries=parted_query_rows, keys=parted_key_rows, head=parted_head_rows), norm=_POST_NORM),
-    ),
-    GgufFamily(
         "dots1",
         True,
         _rules(
@@ -599,6 +597,17 @@ GGUF_FAMILIES = (
             said=(HAS_BIASES, HAS_CORRECTION),
         ),
         _HALVED,
+    ),
+    GgufFamily(
+        "glm4moe",
+        True,
+        _rules(
+            *_shared(_always_sigmoid),
+            Always("moe.router.score_correction_bias", True),
+            heads=(_KEY_HEADS, GgufHeads(is_parted=True)),
+            said=(IS_TIED, HAS_BIASES, HAS_HEAD_NORMS),
+        ),
+        _tensors(_attention(queries=parted_query_rows, keys=parted_key_rows, head=parted_head_rows), norm=_POST_NORM),
     ),
     GgufFamily(
         "seed_oss",
