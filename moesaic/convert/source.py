@@ -16,6 +16,7 @@ from moesaic.checkpoint.stream import TensorLayout, TensorReader, without_double
 from moesaic.convert import mxfp4
 from moesaic.data.tokenizer import COMPANION_NAMES, GENERATION_NAME, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConversionError, DataError
+from moesaic.kernels.mxfp4 import dequantize
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -75,7 +76,7 @@ class HuggingFaceFolder:
         if name in self._readers:
             return self._readers[name].read(name, index)
         blocks, scales = (self._readers[name + part].read(name + part, index) for part in (mxfp4.BLOCKS, mxfp4.SCALES))
-        return mxfp4.dequantize(blocks, mxfp4.check_scales(scales, f"{self.path}: {name}")).mT
+        return dequantize(blocks, mxfp4.check_scales(scales, f"{self.path}: {name}")).mT
 
     def _is_packed(self) -> bool:
         """Whether the config says that matrices are in MXFP4. Raises: ConversionError for what else it may say."""

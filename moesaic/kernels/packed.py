@@ -4,7 +4,8 @@ and a whole layer of experts in one call.
 One copy of a weight serves one token and thousands, on every instruction set. A packed matrix (N, K) is a run of panels
 of 32 of its rows, each one stream for the memory. In bf16 a panel is [K/2][32][2]; with 8 bits [K/4][32][4], each byte
 the value plus 128; with 4 bits, for each group of K, its 32 scales in bf16 and then [group/4][16][4], each byte with
-row n in its low nibble and row n + 16 in its high one. K is padded to 32 (bf16) or 64 (8 bits).
+row n in its low nibble and row n + 16 in its high one. MXFP4 is laid out as 4 bits in groups of 64, but with 32 scales
+of a byte for the first 32 columns and then 32 for the others. K is padded to 32 (bf16) or 64 (8 bits, MXFP4).
 
 What integer weights give is quantized.quantized_linear to the bit, for any number of rows and threads; bf16 weights are
 multiplied by bf16 activations with fp32 sums in an order that depends on K alone. Where the C++ kernels are not in use
@@ -25,15 +26,18 @@ from torch import Tensor
 from moesaic.kernels import select
 from moesaic.kernels.activation import ACTIVATIONS, activate, is_gated
 from moesaic.kernels.addresses import RemembersAddresses
-from moesaic.kernels.quantized import QuantizedWeight, dequantize, pack_nibbles, quantized_linear, unpack_nibbles
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantized_linear
 
-PackedFormat = Literal["bf16", "int8", "int4"]
+PackedFormat = Literal["bf16", "int8", "int4", "mxfp4"]
 
 # Of the layout below. Files of packed weights name it: raise it with every change of what pack_weight or pack_mlp give.
 LAYOUT_VERSION = 2
 
 _PANEL = 32
-_FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4")
+_FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4", "mxfp4")
+# Of the scales that stand before every group of 4 bits.
+_HEADER_BYTES = 2 * _PANEL
+_MXFP4_DEPTH = 64  # columns behind such a header of MXFP4
 _FROM_A_PAGE_BYTES = 256 << 10
 _MADV_HUGEPAGE = 14
 _MAP_NORESERVE = 0x4000  # a name of Python 3.13 and later
@@ -251,14 +255,16 @@ def unpack_weight(weight: PackedWeight, matrix: int = 0) -> Tensor | QuantizedWe
     data = weight.data[matrix * matrix_bytes : (matrix + 1) * matrix_bytes]
     panels = weight.num_panels
     if weight.group_size is not None:
-        groups = weight.in_size // weight.group_size
-        parts = data.view(panels, groups, -1)
-        scales = parts[..., : 2 * _PANEL].contiguous().view(torch.bfloat16)  # (panels, groups, 32)
-        both = parts[..., 2 * _PANEL :].reshape(panels, weight.in_size // 4, 16, 4)
-        numbers = torch.stack([both & 15, both >> 4], dim=1)  # (panels, 2, K/4, 16, 4)
-        rows = numbers.permute(0, 1, 3, 2, 4).reshape(len(order), weight.in_size)[place]
-        row_scales = scales.transpose(1, 2).reshape(len(order), groups)[place]
-        return QuantizedWeight(pack_nibbles(rows.to(torch.int8) - 8), row_scales, 4, weight.group_size)
+        depth = _header_depth(weight.format, weight.group_size)
+        padded = -(-weight.in_size // depth) * depth
+        parts = data.view(panels, padded // depth, -1)
+        dtype = torch.uint8 if weight.format == "mxfp4" else torch.bfloat16
+        headers = parts[..., :_HEADER_BYTES].contiguous().view(dtype).view(panels, -1, _PANEL)  # (panels, groups, 32)
+        both = parts[..., _HEADER_BYTES:].reshape(panels, padded // 4, 16, 4)
+        nibbles = torch.stack([both & 15, both >> 4], dim=1)  # (panels, 2, K/4, 16, 4)
+        rows = nibbles.permute(0, 1, 3, 2, 4).reshape(len(order), padded)[place, : weight.in_size]
+        row_scales = headers.transpose(1, 2).reshape(len(order), -1)[place, : weight.in_size // weight.group_size]
+        return QuantizedWeight(rows[:, 0::2] | (rows[:, 1::2] << 4), row_scales.contiguous(), 4, weight.group_size)
     dwords = data.view(torch.int32).view(panels, -1, _PANEL).transpose(1, 2).reshape(len(order), -1)[place]
     if weight.format == "bf16":
         return dwords.view(torch.bfloat16)[:, : weight.in_size].contiguous()
@@ -280,7 +286,8 @@ def packed_linear(
 ) -> Tensor:
     """Return (M, N): x (M, K) fp32 or bf16 times the weight transposed, plus bias (N,) in fp32; in x's dtype if None.
 
-    A bf16 weight multiplies x rounded to bf16, an integer one x rotated and quantised by token.
+    A bf16 weight multiplies x rounded to bf16, an integer one x rotated and quantised by token, MXFP4 x quantised by
+    32 columns.
     """
     out_dtype = out_dtype or x.dtype
     _check_no_gradient(x, bias)
@@ -495,7 +502,8 @@ def _check_dtypes(*dtypes: torch.dtype) -> None:
 def _format_of(weight: Tensor | QuantizedWeight) -> tuple[PackedFormat, int | None, torch.device]:
     if isinstance(weight, Tensor):
         return "bf16", None, weight.device
-    return ("int8" if weight.bits == 8 else "int4"), weight.group_size, weight.values.device
+    format: PackedFormat = "mxfp4" if weight.is_mxfp4 else "int8" if weight.bits == 8 else "int4"
+    return format, weight.group_size, weight.values.device
 
 
 def _row_bytes(format: PackedFormat, in_size: int, group_size: int | None) -> int:
@@ -505,7 +513,13 @@ def _row_bytes(format: PackedFormat, in_size: int, group_size: int | None) -> in
     if format == "int8":
         return -(-in_size // 64) * 64
     assert group_size is not None
-    return in_size // group_size * (2 + group_size // 2)
+    depth = _header_depth(format, group_size)
+    return -(-in_size // depth) * (2 + depth // 2)
+
+
+def _header_depth(format: PackedFormat, group_size: int) -> int:
+    """Columns of 4 bits that share a header of scales."""
+    return _MXFP4_DEPTH if format == "mxfp4" else group_size
 
 
 def _panel_order(out_size: int, is_gated: bool) -> Tensor:
@@ -537,7 +551,7 @@ def _pack_matrix(weight: Tensor | QuantizedWeight, index: int | None, order: Ten
     elif weight.group_size is None:
         _pack_int8(own(weight.values), order, out)
     else:
-        _pack_int4(own(weight.values), own(weight.scales), order, weight.group_size, out)
+        _pack_nibbles(weight, own(weight.values), own(weight.scales), order, out)
 
 
 def _pack_natively(library: select.Library, weight: Tensor | QuantizedWeight, packed: PackedWeight) -> None:
@@ -565,18 +579,23 @@ def _pack_int8(values: Tensor, order: Tensor, out: Tensor) -> None:
     _write_panels(F.pad(rows, (0, -values.shape[1] % 64), value=128), out)
 
 
-def _pack_int4(values: Tensor, scales: Tensor, order: Tensor, group_size: int, out: Tensor) -> None:
-    rows = _take_rows((unpack_nibbles(values) + 8).view(torch.uint8), order, 8)  # (N, K)
+def _pack_nibbles(weight: QuantizedWeight, values: Tensor, scales: Tensor, order: Tensor, out: Tensor) -> None:
+    """values (N, K/2), scales (N, groups): of one matrix of the weight."""
+    assert weight.group_size is not None
+    format = _format_of(weight)[0]
+    depth = _header_depth(format, weight.group_size)
+    nibbles = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2)  # (N, K)
+    rows = F.pad(_take_rows(nibbles, order, 0 if weight.is_mxfp4 else 8), (0, -nibbles.shape[1] % depth))
     halves = rows.view(-1, 2, 16, rows.shape[1])
     both = (halves[:, 0] | (halves[:, 1] << 4)).contiguous()  # (panels, 16, K)
-    panels, _, in_size = both.shape
-    groups = in_size // group_size
-    parts = out.view(panels, groups, -1)
-    bytes_of_scales = 2 * _PANEL
+    panels, _, padded = both.shape
+    parts = out.view(panels, padded // depth, -1)
     dwords = both.view(torch.int32).transpose(1, 2).contiguous()  # (panels, K/4, 16)
-    parts[..., bytes_of_scales:] = dwords.view(torch.uint8).view(panels, groups, -1)
-    grouped = _take_rows(scales, order, 0).view(panels, _PANEL, groups).transpose(1, 2).contiguous()
-    parts[..., :bytes_of_scales] = grouped.view(torch.uint8)
+    parts[..., _HEADER_BYTES:] = dwords.view(torch.uint8).view(*parts.shape[:2], -1)
+    groups = padded // weight.group_size
+    grouped = F.pad(_take_rows(scales, order, 0), (0, groups - scales.shape[1]))
+    headers = grouped.view(panels, _PANEL, groups).transpose(1, 2).contiguous()
+    parts[..., :_HEADER_BYTES] = headers.view(torch.uint8).view(*parts.shape[:2], -1)
 
 
 def _write_panels(rows: Tensor, out: Tensor) -> None:

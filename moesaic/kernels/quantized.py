@@ -1,12 +1,16 @@
-"""Matrices of 8-bit and 4-bit integers: their format, and what a product with one gives, to the bit.
+"""Matrices of 8-bit and 4-bit integers and of MXFP4: their format, and what a product with one gives, to the bit.
 
-Weights are quantised once, by row or by group of columns; activations at every product, by token. Both are rotated
-before: their columns are multiplied by a Hadamard matrix, which leaves a product as it is and spreads what single
-columns have of large numbers over many, so that one scale for a whole token costs less than one for every 128 columns
-without it. Dot products inside a scale are exact integers, and what follows is a fixed order of fp32 roundings, so a
-result depends neither on the batch nor on the path that computed it. These functions are that definition; the packed
-C++ kernels must give the same bits, and so must those that rotate and round weights. How scales are chosen better than
-by round-to-nearest is convert/'s business.
+Weights are quantised once, by row or by group of columns; activations at every product, by token. Integers are rotated
+before, on both sides: their columns are multiplied by a Hadamard matrix, which leaves a product as it is and spreads
+what single columns have of large numbers over many, so that one scale for a whole token costs less than one for every
+128 columns without it. Dot products inside a scale are exact integers, and what follows is a fixed order of fp32
+roundings, so a result depends neither on the batch nor on the path that computed it. These functions are that
+definition; the packed C++ kernels must give the same bits, and so must those that rotate and round weights. How scales
+are chosen better than by round-to-nearest is convert/'s business.
+
+MXFP4 (mxfp4.py) is for models that are published in it, whose numbers are kept as they are, so nothing is rotated.
+There activations have a scale for every group too. Twice a number of 4 bits is an integer, so that dot products inside
+a group are exact as well.
 
 Source of the rotation: Ashkboos et al., QuaRot (arXiv 2404.00456); its online form, here at every product.
 """
@@ -17,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.kernels import select
+from moesaic.kernels import mxfp4, select
 
 GROUP_SIZES = (32, 64, 128)
 # A row whose largest magnitude is below this counts as zero: 127 divided by it would leave fp32.
@@ -32,12 +36,14 @@ _ROTATED_AT_ONCE = 1 << 18
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix (N, K), or a stack (..., N, K), of integers and their scales: of the matrix rotated, and divided by the
-    size of the rotation, which is exact.
+    """A matrix (N, K), or a stack (..., N, K), of numbers of few bits and their scales: integers of the matrix rotated,
+    and divided by the size of the rotation, which is exact; MXFP4 of the matrix itself.
 
     bits 8: values (..., N, K) int8 in -127..127; scales (..., N) fp32, one per output channel; group_size None.
     bits 4: values (..., N, K/2) uint8, column 2j in the low nibble and 2j+1 in the high one, each stored as its value
     (-8..7) plus 8; scales (..., N, K/group_size) bf16 of either sign; group_size 32, 64 or 128, which divides K.
+    MXFP4 (bits 4, group_size 32) is told by its scales: values likewise, of the format's own 4 bits; scales
+    (..., N, K/32) uint8.
     """
 
     values: Tensor
@@ -55,7 +61,11 @@ class QuantizedWeight:
             assert values.shape[-1] <= MAX_COLUMNS, values.shape
         else:
             assert self.group_size in GROUP_SIZES, self.group_size
-            assert values.dtype == torch.uint8 and scales.dtype == torch.bfloat16, (values.dtype, scales.dtype)
+            assert values.dtype == torch.uint8, values.dtype
+            assert scales.dtype == torch.bfloat16 or (self.is_mxfp4 and self.group_size == mxfp4.GROUP_SIZE), (
+                scales.dtype,
+                self.group_size,
+            )
             columns = 2 * values.shape[-1]
             assert columns % self.group_size == 0, (values.shape, self.group_size)
             expected = (*values.shape[:-1], columns // self.group_size)
@@ -66,6 +76,10 @@ class QuantizedWeight:
         """(..., N, K), as of the matrix that was quantised."""
         shape = self.values.shape
         return shape if self.bits == 8 else torch.Size((*shape[:-1], 2 * shape[-1]))
+
+    @property
+    def is_mxfp4(self) -> bool:
+        return self.scales.dtype == torch.uint8
 
     @property
     def num_bytes(self) -> int:
@@ -167,6 +181,27 @@ def _quantize_natively(
     return QuantizedWeight(values, scales, bits, group_size)
 
 
+def quantize_to_mxfp4(weight: Tensor) -> QuantizedWeight:
+    """Return a finite weight (..., N, K), K a multiple of 32, in MXFP4; one that the format holds stays as it is."""
+    *rows, columns = weight.shape
+    assert columns % mxfp4.GROUP_SIZE == 0, weight.shape
+    library = _library_for(weight)
+    if library is None:
+        return QuantizedWeight(*mxfp4.quantize(weight.detach()), 4, mxfp4.GROUP_SIZE)
+    weight = weight.detach().contiguous()
+    values = torch.empty(*rows, columns // 2, dtype=torch.uint8)
+    scales = torch.empty(*rows, columns // mxfp4.GROUP_SIZE, dtype=torch.uint8)
+    library.function("moesaic_quantize_to_mxfp4", "piiipp")(
+        weight.data_ptr(),
+        weight.dtype == torch.bfloat16,
+        math.prod(rows),
+        columns,
+        values.data_ptr(),
+        scales.data_ptr(),
+    )
+    return QuantizedWeight(values, scales, 4, mxfp4.GROUP_SIZE)
+
+
 def round_to_scales(rotated: Tensor, scales: Tensor, *, bits: int, group_size: int | None = None) -> QuantizedWeight:
     """Return a rotated weight (..., N, K) in whole multiples of given scales, clamped to what the bits hold.
 
@@ -183,9 +218,11 @@ def round_to_scales(rotated: Tensor, scales: Tensor, *, bits: int, group_size: i
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
-    """Return the matrix (..., N, K) in fp32, rotated back."""
+    """Return the matrix (..., N, K) in fp32, integers rotated back."""
     if weight.values.is_meta:  # its products are Python that loads torch's compiler first: a second
         return torch.empty(weight.shape, dtype=torch.float32, device="meta")
+    if weight.is_mxfp4:
+        return mxfp4.dequantize(weight.values, weight.scales).float()
     if weight.bits == 8:
         return _rotated(weight.values.float() * weight.scales[..., None], 1.0)
     assert weight.group_size is not None
@@ -212,14 +249,26 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     scale NaN, which reaches the product.
     """
     assert x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16), (x.shape, x.dtype)
-    rotated = rotate(x)
-    amax = rotated.abs().amax(-1)  # (M,); a NaN among the numbers is the maximum
+    return _to_bytes(rotate(x))
+
+
+def quantize_activations_by_group(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values (M, K) int8 and scales (M, K/32) fp32 of x (M, K): every 32 columns as quantize_activations a row,
+    but not rotated."""
+    assert x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16), (x.shape, x.dtype)
+    values, scales = _to_bytes(x.float().unflatten(-1, (-1, mxfp4.GROUP_SIZE)))
+    return values.flatten(-2), scales
+
+
+def _to_bytes(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values (..., n) int8 and scales (...) fp32 of numbers (..., n) fp32."""
+    amax = numbers.abs().amax(-1)  # a NaN among the numbers is the maximum
     is_finite, is_zero = amax.isfinite(), amax < SMALLEST_AMAX
     scales = torch.where(is_zero, 0.0, torch.where(is_finite, amax / 127.0, torch.nan))
     # One division: `127.0 / tensor` would be the rounded reciprocal times 127.
     factor = torch.full_like(amax, 127.0) / torch.where(is_finite & ~is_zero, amax, 1.0)
-    values = (rotated * factor[:, None]).round_()
-    values = torch.where((is_finite & ~is_zero)[:, None], values, 0.0)
+    values = (numbers * factor[..., None]).round_()
+    values = torch.where((is_finite & ~is_zero)[..., None], values, 0.0)
     return values.to(torch.int8), scales
 
 
@@ -228,9 +277,14 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
     8 bits: y = (dot * activation_scale[m]) * weight_scale[n], dot over all columns and rounded to fp32 once.
     4 bits: y = (sum over groups g, rising, of dot_g * weight_scale[n, g]) * activation_scale[m].
-    Dot products are exact int32; every product and sum written here is one fp32 rounding, none are fused.
+    MXFP4: y = sum over groups g, rising, of (dot_g * (activation_scale[m, g] / 2)) * 2^(weight_scale[n, g] - 127), with
+    dot_g of twice the weights' numbers.
+    Dot products are exact int32; every product and sum written here is one fp32 rounding, none are fused, but for the
+    product with a power of two, which is not rounded.
     """
     assert weight.values.dim() == 2 and x.shape[1] == weight.shape[1], (x.shape, weight.shape)
+    if weight.is_mxfp4:
+        return _mxfp4_linear(x, weight)
     values, scales = quantize_activations(x)
     numbers = values.float()
     matrix = (weight.values if weight.bits == 8 else unpack_nibbles(weight.values)).float()
@@ -245,3 +299,16 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
         columns = slice(start, start + weight.group_size)
         total += (numbers[:, columns] @ matrix[:, columns].t()) * weight.scales[:, index].float()
     return total * scales[:, None]
+
+
+def _mxfp4_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    values, scales = quantize_activations_by_group(x)
+    numbers, matrix = values.float(), mxfp4.halves(weight.values).float()
+    scales, powers = scales / 2.0, mxfp4.powers(weight.scales)
+    total = numbers.new_zeros(x.shape[0], matrix.shape[0])
+    for group in range(scales.shape[1]):
+        columns = slice(group * mxfp4.GROUP_SIZE, (group + 1) * mxfp4.GROUP_SIZE)
+        term = (numbers[:, columns] @ matrix[:, columns].t()) * scales[:, group, None]
+        # In fp64, which holds the product where fp32 overflows or is subnormal; a sum rounded twice is the same.
+        total = (total.double() + term.double() * powers[:, group].double()).float()
+    return total

@@ -15,11 +15,11 @@ from torch import Tensor
 from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
 from moesaic.convert.exporter import export_run
 from moesaic.convert.importer import import_model
-from moesaic.convert.mxfp4 import dequantize
 from moesaic.convert.opened import open_model
 from moesaic.convert.parity import verify_models
 from moesaic.convert.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from moesaic.errors import ConversionError
+from moesaic.kernels.mxfp4 import dequantize
 
 pytestmark = pytest.mark.usefixtures("short_check")
 

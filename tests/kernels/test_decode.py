@@ -19,7 +19,7 @@ from moesaic.errors import GenerationError
 from moesaic.kernels import select
 from moesaic.kernels.decode import DecodePlan
 from moesaic.kernels.paged_attention import PagedBatch
-from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
+from moesaic.kernels.quantized import QuantizedWeight, quantize_to_mxfp4, quantize_weight
 from moesaic.model.kv_cache import CacheStep, allocate_storage
 from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
@@ -156,12 +156,13 @@ def quantized(model: Transformer, form: str) -> dict[str, QuantizedWeight]:
     for name, parameter in model.named_parameters():
         is_embedding = name == "embedding" and model.lm_head is not None
         if parameter.dim() > 1 and not name.endswith(leave) and not is_embedding:
-            fits = parameter.shape[-1] % 32 == 0
-            weights[name] = (
-                quantize_weight(parameter.detach(), bits=4, group_size=32)
-                if form == "int4" and fits
-                else quantize_weight(parameter.detach(), bits=8)
-            )
+            weight = parameter.detach()
+            if form == "int8" or weight.shape[-1] % 32:
+                weights[name] = quantize_weight(weight, bits=8)
+            elif form == "int4":
+                weights[name] = quantize_weight(weight, bits=4, group_size=32)
+            else:
+                weights[name] = quantize_to_mxfp4(weight)
     return weights
 
 
@@ -192,7 +193,7 @@ def test_equals_the_layers_one_by_one(kernels: str, family: str) -> None:
             assert torch.equal(whole, pieces)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", "int4", "mxfp4"])
 @pytest.mark.parametrize(
     ("family", "cache_dtype"), [("mixtral", torch.bfloat16), ("mixtral", torch.int8), ("gpt-oss", torch.bfloat16)]
 )
@@ -202,7 +203,7 @@ def test_quantised_equals_the_layers_one_by_one(kernels: str, family: str, form:
     assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))
 
 
-@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4", "mxfp4"])
 @pytest.mark.parametrize("family", ["latent attention", "latent attention, query rank"])
 def test_quantised_latent_attention_equals_the_layers_one_by_one(kernels: str, family: str, form: str) -> None:
     model = build(family, form)

@@ -24,11 +24,17 @@ from moesaic.kernels.packed import (
     unpack_weight,
     zeros_on_huge_pages,
 )
-from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight, quantized_linear
+from moesaic.kernels.quantized import (
+    QuantizedWeight,
+    dequantize,
+    quantize_to_mxfp4,
+    quantize_weight,
+    quantized_linear,
+)
 
 SUPPORTED = select.supported_instruction_sets()
 CHOICES = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else []), "reference"]
-FORMATS = ("bf16", "int8", "int4-32", "int4-64", "int4-128")
+FORMATS = ("bf16", "int8", "int4-32", "int4-64", "int4-128", "mxfp4")
 # N that no panel divides, K of one group, of several blocks of the kernels' loops, and of a part of one.
 SIZES = [(40, 128), (32, 256), (7, 384), (96, 640)]
 
@@ -39,8 +45,12 @@ def numbers(*shape: int, seed: int) -> Tensor:
 
 def weight_of(format: str, n: int, k: int, seed: int = 1) -> Tensor | QuantizedWeight:
     dense = numbers(n, k, seed=seed)
-    if format == "bf16":
-        return dense.to(torch.bfloat16)
+    return dense.to(torch.bfloat16) if format == "bf16" else quantized(dense, format)
+
+
+def quantized(dense: Tensor, format: str) -> QuantizedWeight:
+    if format == "mxfp4":
+        return quantize_to_mxfp4(dense)
     if format == "int8":
         return quantize_weight(dense, bits=8)
     return quantize_weight(dense, bits=4, group_size=int(format.split("-")[1]))
@@ -80,10 +90,11 @@ def test_kernels_pack_to_the_same_bytes(compiled_kernels: str, format: str, inte
         if format == "bf16":
             sources = [dense, dense.bfloat16(), dense.half(), dense.transpose(-1, -2), dense[..., :-3], dense[..., :1]]
         else:
-            bits, group_size = (8, None) if format == "int8" else (4, int(format.split("-")[1]))
-            sources = [quantize_weight(dense, bits=bits, group_size=group_size)]
-            if bits == 8:
+            sources = [quantized(dense, format)]
+            if format == "int8":
                 sources.append(quantize_weight(dense[..., :-3], bits=8))
+            if format in ("int4-32", "mxfp4"):
+                sources.append(quantized(dense[..., :96], format))
         for source in sources:
             packed = pack_weight(source, interleave_gate=interleave_gate and source.shape[-2] % 2 == 0)
             with select.forced("reference"):
@@ -107,7 +118,7 @@ def test_without_dot_products_bf16_is_summed_in_the_order_of_k(rows: int) -> Non
 
 def test_a_stack_is_its_matrices() -> None:
     dense = numbers(3, 40, 128, seed=2)
-    for weight in (dense.bfloat16(), quantize_weight(dense, bits=8), quantize_weight(dense, bits=4, group_size=32)):
+    for weight in (dense.bfloat16(), *(quantized(dense, format) for format in ("int8", "int4-32", "mxfp4"))):
         packed = pack_weight(weight)
         assert packed.shape == (3, 40, 128)
         for index in range(3):
@@ -180,6 +191,28 @@ def test_k_that_no_block_divides(choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
+def test_mxfp4_at_the_ends_of_its_range_and_in_half_a_header(choice: str) -> None:
+    """All magnitudes 6 and all activations 127, whose sums 16 bits just hold; every scale; an odd number of groups."""
+    for k in (32, 96, 224, 4448):
+        values = torch.full((40, k // 2), 0x77, dtype=torch.uint8)
+        values[1], values[2], values[3] = 0xFF, 0xF7, 0
+        values[4:, :] = (torch.arange(36)[:, None] * 7 + torch.arange(k // 2) * 29).to(torch.uint8)
+        scales = torch.full((40, k // 32), 127, dtype=torch.uint8)
+        scales[4:] = ((torch.arange(36)[:, None] * 31 + torch.arange(k // 32) * 7) % 253).to(torch.uint8)
+        weight = QuantizedWeight(values, scales, 4, 32)
+        x = numbers(70, k, seed=k)
+        x[::3] = 127.0
+        x[1::6, 1::2] = -127.0
+        x[2::9, ::32] *= 1e-38
+        x[5, 3:] = 0.0
+        with select.forced(choice):
+            for rows in (1, 2, 6, 13, 70):
+                y = one(x[:rows], pack_weight(weight))
+                assert same_bits(y, quantized_linear(x[:rows], weight)), (k, rows)
+                assert y[0, 0] == 6 * 127 * k == -y[0, 1] and y[0, 2] == 0 == y[0, 3]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 def test_bf16_weights_sum_in_fp32(choice: str) -> None:
     for n, k in SIZES:
         weight = weight_of("bf16", n, k)
@@ -241,7 +274,7 @@ def test_many_rows_and_deep_sums_go_by_blocks(format: str) -> None:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("format", ("bf16", "int8", "int4-32"))
+@pytest.mark.parametrize("format", ("bf16", "int8", "int4-32", "mxfp4"))
 def test_dtypes_bias_and_rows_that_are_not_contiguous(choice: str, format: str) -> None:
     weight, bias = weight_of(format, 40, 128), numbers(40, seed=8)
     packed = pack_weight(weight)
@@ -271,7 +304,7 @@ def test_rows_far_apart_and_results_past_the_caches(choice: str, shape: tuple[in
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("format", ("bf16", "int8", "int4-64"))
+@pytest.mark.parametrize("format", ("bf16", "int8", "int4-64", "mxfp4"))
 def test_infinities_and_nan_stay_in_their_row(choice: str, format: str) -> None:
     weight = weight_of(format, 40, 256)
     x = numbers(5, 256, seed=10)
@@ -299,6 +332,8 @@ def test_packed_weights_take_the_room_of_their_format() -> None:
     assert pack_weight(dense).num_bytes == 64 * 256 * 2
     assert pack_weight(quantize_weight(dense, bits=8)).num_bytes == 64 * (256 + 4)
     assert pack_weight(quantize_weight(dense, bits=4, group_size=32)).num_bytes == 64 * (128 + 2 * 8)
+    assert pack_weight(quantize_to_mxfp4(dense)).num_bytes == 64 * (128 + 8)
+    assert pack_weight(quantize_to_mxfp4(dense[:, :96])).num_bytes == 64 * (64 + 4)  # as of 128 columns
 
 
 def test_wrong_shapes_are_refused() -> None:
@@ -325,7 +360,7 @@ def test_the_layout_is_what_its_version_says() -> None:
     """A change of these bits that keeps LAYOUT_VERSION would make old files give wrong answers."""
     weight = (torch.arange(70 * 96).view(70, 96) * 37 % 101 - 50).float() / 64
     digest = hashlib.sha256()
-    for each in (weight, quantize_weight(weight, bits=8), quantize_weight(weight, bits=4, group_size=32)):
+    for each in (weight, *(quantized(weight, format) for format in ("int8", "int4-32", "mxfp4"))):
         for gated in (False, True):
             packed = pack_weight(each, interleave_gate=gated)
             digest.update(packed.data.numpy().tobytes())
@@ -334,7 +369,7 @@ def test_the_layout_is_what_its_version_says() -> None:
     mlp = pack_mlp(weight[None], weight[:35].t()[None], up_bias=weight[None, :, 0], activation="swiglu")
     assert mlp.up_bias is not None
     digest.update(mlp.up_bias.numpy().tobytes())
-    assert (LAYOUT_VERSION, digest.hexdigest()[:16]) == (2, "ba2d8ac14072b82a")
+    assert (LAYOUT_VERSION, digest.hexdigest()[:16]) == (2, "809a14befeba0f36")
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what kind of memory it is")

@@ -8,15 +8,15 @@ from moesaic.kernels import select
 from moesaic.kernels.activation import ACTIVATIONS, is_gated
 from moesaic.kernels.grouped_mlp import ExpertWeights
 from moesaic.kernels.packed import PackedMlp, pack_mlp, packed_mlp, packed_moe
-from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_to_mxfp4, quantize_weight
 from moesaic.kernels.reference import moe as reference
 
 SUPPORTED = select.supported_instruction_sets()
 CHOICES = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else []), "reference"]
-FORMATS = ("bf16", "int8", "int4-32")
+FORMATS = ("bf16", "int8", "int4-32", "mxfp4")
 # Largest error of a token over its output's size, against fp32 weights of the same values: bf16 rounds x and hidden
 # (1 in 512), integers quantise them (1 in 254 of a row's largest number, which is three times the typical one).
-TOLERANCE = {"bf16": 1e-2, "int8": 4e-2, "int4-32": 4e-2}
+TOLERANCE = {"bf16": 1e-2, "int8": 4e-2, "int4-32": 4e-2, "mxfp4": 4e-2}
 
 
 def assert_near(y: Tensor, wanted: Tensor, format: str) -> None:
@@ -33,6 +33,8 @@ def in_format(dense: Tensor, format: str) -> Tensor | QuantizedWeight:
         return dense.bfloat16()
     if format == "int8":
         return quantize_weight(dense, bits=8)
+    if format == "mxfp4":
+        return quantize_to_mxfp4(dense)
     return quantize_weight(dense, bits=4, group_size=int(format.split("-")[1]))
 
 
@@ -86,7 +88,7 @@ def by_token(
 
 def layer(format: str, activation: str = "swiglu", *, experts: int | None = 5, has_bias: bool = False) -> Mlp:
     # F is no multiple of a panel for bf16 and int8, and the 128 columns of a task and a part of the next in all.
-    inner = 160 if format.startswith("int4") else 136
+    inner = 136 if format in ("bf16", "int8") else 160
     return Mlp(format, activation, hidden=96, inner=inner, experts=experts, has_bias=has_bias, seed=20)
 
 
@@ -117,7 +119,7 @@ def test_it_equals_the_loop_over_tokens(choice: str, format: str, activation: st
 
 
 @pytest.mark.parametrize("choice", CHOICES[:-1])
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4-32", "int4-64", "int4-128"])
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4-32", "int4-64", "int4-128", "mxfp4"])
 def test_kernels_equal_pytorch_up_to_the_exponential(choice: str, format: str) -> None:
     """Same quantised inputs, same order of sums: what differs is an ulp of the activation, or a step of rounding it."""
     experts = Mlp(format, "swiglu", hidden=128, inner=256, experts=4, has_bias=True, seed=60)
@@ -226,7 +228,10 @@ def test_a_dense_mlp_and_mixed_formats(choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize(("format", "beside"), [("int8", "int4-32"), ("int4-32", "int8"), ("int8", "bf16")])
+@pytest.mark.parametrize(
+    ("format", "beside"),
+    [("int8", "int4-32"), ("int4-32", "int8"), ("int8", "bf16"), ("mxfp4", "int8"), ("mxfp4", "int4-32")],
+)
 def test_experts_and_a_residual_of_other_formats(choice: str, format: str, beside: str) -> None:
     experts, residual = layer(format), layer(beside, experts=None)
     for tokens in (1, 9, 90):

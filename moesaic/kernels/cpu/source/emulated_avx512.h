@@ -89,6 +89,7 @@ EMULATED_INT2(sub_epi32)
 EMULATED_INT2(max_epi32)
 EMULATED_INT2(packs_epi16)
 EMULATED_INT2(packs_epi32)
+EMULATED_INT2(shuffle_epi8)
 EMULATED_INT2(unpacklo_epi32)
 EMULATED_INT2(unpackhi_epi32)
 EMULATED_INT2(unpacklo_epi64)
@@ -304,6 +305,17 @@ EMULATED __m256 extractf32x8_ps(__m512 a) {
 }
 
 // Other widths.
+EMULATED __m512i broadcast_i32x4(__m128i a) {
+    Any r;
+    r.ih[0] = r.ih[1] = _mm256_broadcastsi128_si256(a);
+    return r.i;
+}
+EMULATED __m512i cvtepu8_epi32(__m128i a) {
+    Any r;
+    r.ih[0] = _mm256_cvtepu8_epi32(a);
+    r.ih[1] = _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8));
+    return r.i;
+}
 EMULATED __m512i cvtepu16_epi32(__m256i a) {
     Any r;
     r.ih[0] = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(a));
@@ -465,6 +477,8 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_and_si512 emulated_avx512::and_si512
 #undef _mm512_andnot_si512
 #define _mm512_andnot_si512 emulated_avx512::andnot_si512
+#undef _mm512_broadcast_i32x4
+#define _mm512_broadcast_i32x4 emulated_avx512::broadcast_i32x4
 #undef _mm512_castps512_ps256
 #define _mm512_castps512_ps256 emulated_avx512::castps512_ps256
 #undef _mm512_castps_si512
@@ -485,6 +499,8 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_cvtepi32_epi8 emulated_avx512::cvtepi32_epi8
 #undef _mm512_cvtepi32_ps
 #define _mm512_cvtepi32_ps emulated_avx512::cvtepi32_ps
+#undef _mm512_cvtepu8_epi32
+#define _mm512_cvtepu8_epi32 emulated_avx512::cvtepu8_epi32
 #undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32 emulated_avx512::cvtepu16_epi32
 #undef _mm512_cvtne2ps_pbh
@@ -571,6 +587,8 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_setr_epi32 emulated_avx512::setr_epi32
 #undef _mm512_setzero_ps
 #define _mm512_setzero_ps emulated_avx512::setzero_ps
+#undef _mm512_shuffle_epi8
+#define _mm512_shuffle_epi8 emulated_avx512::shuffle_epi8
 #undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4(a, b, imm) emulated_avx512::shuffle_f32x4<(imm)>(a, b)
 #undef _mm512_shuffle_i32x4

@@ -5,8 +5,9 @@
 // offset adds to a dot product is the offset times the sum of the activations, which is known from quantising them. (AVX2
 // alone takes the offset of 8 bits off the weights instead.)
 //
-// A panel of 8 bits is [K/4][32][4 bytes], K padded to 64. One of 4 bits is, for each group of K, its 32 scales in bf16
-// and then [group/4][16][4 bytes], each byte with column n in the low nibble and column n + 16 in the high one.
+// A panel of 8 bits is [K/4][32][4 bytes], K padded to 64. One of 4 bits is, for each group of K, a header of its 32
+// scales in bf16 and then [group/4][16][4 bytes], each byte with column n in the low nibble and column n + 16 in the high
+// one. MXFP4 has headers of as many bytes for 64 values of K: 32 scales for the first 32 of them and then 32 for the others.
 #pragma once
 
 #include "gemm_bf16.h"
@@ -18,20 +19,7 @@ constexpr int kActivationBlock = QuantizedRow::kBlock;  // columns of a row in o
 
 #if defined(__AVX512F__)
 
-// The weights of four values of K and 32 columns, as unsigned bytes.
-template <int Bits>
-inline void load_weights(const uint8_t* p, Vi* columns) {
-    if constexpr (Bits == 8) {
-        columns[0] = loadi(p);
-        columns[1] = loadi(p + 64);
-    } else {
-        const __m512i both = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
-        columns[0] = {_mm512_and_si512(both, low)};
-        columns[1] = {_mm512_and_si512(_mm512_srli_epi16(both, 4), low)};
-    }
-}
 // sums[i] += the four products of unsigned bytes of weights[i] and signed bytes of activations[i].
-template <int Bits>
 inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
 #if defined(MOESAIC_EMULATE_AVX512)
     sums.v = _mm512_dpbusd_epi32(sums.v, weights.v, activations.v);
@@ -42,31 +30,101 @@ inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
     return sums;
 }
 
-#else
+#endif
 
-template <int Bits>
-inline void load_weights(const uint8_t* p, Vi* columns) {
-    static_assert(Bits == 4);
-    const __m256i low = _mm256_set1_epi8(15);
-    for (int v = 0; v < 2; ++v) {
-        const __m256i both = _mm256_loadu_si256((const __m256i*)(p + 32 * v));
-        columns[v] = {_mm256_and_si256(both, low)};
-        columns[v + 2] = {_mm256_and_si256(_mm256_srli_epi16(both, 4), low)};
+constexpr size_t kHeaderBytes = 2 * kPanel;  // of scales, before weights of 4 bits
+
+// What a format of 4 bits is to products. A nibble stands for a weight, or twice the weight, plus an offset: an unsigned
+// byte. Where the starts of a row's block of 128 values stand, which take the offset off, starts() and start_of() say.
+template <int Group>
+struct Int4 {
+    static constexpr int kGroup = Group;           // values of K between two roundings
+    static constexpr int kHeader = Group;          // values of K behind a header
+    static constexpr bool kHasRowScales = false;   // whether a row has a scale for every group
+    static constexpr size_t kStartBytes = QuantizedRow::kStarts * 4;  // of a block
+
+    static size_t starts(const QuantizedRow& row) { return row.starts(); }
+    static constexpr int start_of(int part) { return 4 * QuantizedRow::start_of(Group, part); }
+    // Of W columns in group `part` of a header.
+    static Vf scales(const uint8_t* header, int, int column) {
+        return load_bf16(reinterpret_cast<const bf16*>(header) + column);
+    }
+    static Vi bytes_of(Vi nibbles) { return nibbles; }
+};
+
+struct Mxfp4 {
+    static constexpr int kGroup = QuantizedRow::kMxfp4Group, kHeader = 64;
+    static constexpr bool kHasRowScales = true;
+    static constexpr size_t kStartBytes = QuantizedRow::kTailsOfBlock;
+    static constexpr int kOffset = 12;
+    // Twice 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
+    alignas(16) static constexpr uint8_t kBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+    static size_t starts(const QuantizedRow& row) { return row.tail() + offsetof(RowTail, start); }
+    static constexpr int start_of(int part) { return part * int(sizeof(RowTail)); }
+    static Vf row_scale(const char* start) {
+        return as_float(broadcast_dword(start - offsetof(RowTail, start) + offsetof(RowTail, scale)));
+    }
+    // 2^(byte - 127): the exponent's bits, but for the smallest, which is subnormal.
+    static Vf scales(const uint8_t* header, int part, int column) {
+        return as_float(maxi(shift_left<23>(widen_bytes(header + part * kPanel + column)), set1i(1 << 22)));
+    }
+    static Vi bytes_of(Vi nibbles) { return look_up(kBytes, nibbles); }
+    static float number(int nibble, int scale) { return std::ldexp(float(kBytes[nibble] - kOffset), scale - 128); }
+};
+
+// The weights of four values of K and 32 columns, as unsigned bytes.
+template <typename F>
+inline void load_nibbles(const uint8_t* p, Vi (&columns)[kPanel / W]) {
+    constexpr int V = kPanel / W;
+    const Vi low = set1i(0x0f0f0f0f);
+    for (int v = 0; v < V / 2; ++v) {
+        const Vi both = loadi(p + v * W * 4);
+        columns[v] = F::bytes_of(andi(both, low));
+        columns[v + V / 2] = F::bytes_of(andi(high_nibbles(both), low));
     }
 }
 
+// What sums of 32 bits of a group begin with, broadcast.
+template <typename F>
+inline Vi first_sums(const char* start) {
+    const Vi begin = broadcast_dword(start);
+#if !defined(__AVX512F__)
+    if constexpr (F::kHasRowScales) return {_mm256_madd_epi16(begin.v, _mm256_set1_epi16(1))};  // of its two halves
 #endif
+    return begin;
+}
+// A total plus a group's sums in fp32. A product with a power of two is exact, so that one rounding fewer is no other one.
+template <typename F>
+inline Vf add_scaled(Vf total, Vi sums, const char* start, Vf column_scales) {
+    if constexpr (F::kHasRowScales) return fma(mul(to_float(sums), F::row_scale(start)), column_scales, total);
+    return add(total, mul(to_float(sums), column_scales));
+}
 
 // One panel of 4 bits as the products see it.
+template <typename F>
 struct NibblePanel {
+    static constexpr int kGroupsOfHeader = F::kHeader / F::kGroup;
+    static constexpr size_t kBytes = kHeaderBytes + size_t(F::kHeader * kPanel / 2);  // behind a header, and its own
+    static constexpr size_t kBlockBytes = kActivationBlock / F::kHeader * kBytes;
+
     const uint8_t* data;
-    int depth;  // K
-    int group;  // values of K between two roundings
+    int depth;  // K, in whole headers
     QuantizedRow row;
 
-    int groups() const { return depth / group; }
-    size_t group_bytes() const { return size_t(2 * kPanel + group * kPanel / 2); }
-    size_t bytes() const { return size_t(groups()) * group_bytes(); }
+    int groups() const { return depth / F::kGroup; }
+    size_t bytes() const { return size_t(depth / F::kHeader) * kBytes; }
+    const uint8_t* header(int group) const { return data + size_t(group / kGroupsOfHeader) * kBytes; }
+    const uint8_t* weights(int group) const {
+        return header(group) + kHeaderBytes + group % kGroupsOfHeader * (F::kGroup * kPanel / 2);
+    }
+    // The rows' scales, where they have one for all groups.
+    void scale_row(const char* a, float* c) const {
+        if constexpr (!F::kHasRowScales) {
+            const Vf scale = as_float(broadcast_dword(a + row.tail() + offsetof(RowTail, scale)));
+            for (int n = 0; n < kPanel; n += W) store(c + n, mul(load(c + n), scale));
+        }
+    }
 };
 
 // How int32 sums of a product of 8 bits become fp32: the row's start taken on, times the row's scale, times the column's.
@@ -269,7 +327,7 @@ template <int R, typename Reads>
 #pragma GCC unroll 4
             for (int chain = 0; chain < kChains; ++chain) {
                 Vi columns[V];
-                load_weights<8>(weights + size_t(chain) * kStepBytes, columns);
+                for (int v = 0; v < V; ++v) columns[v] = loadi(weights + size_t(chain) * kStepBytes + v * W * 4);
                 const char* line = ahead.from + size_t(chain) * ahead.step;
                 ahead.fetch(line);
                 if (kFetchesEveryLine) ahead.fetch(line + 64);
@@ -278,7 +336,7 @@ template <int R, typename Reads>
                     const Vi activations = broadcast_dword(row + r * stride + 4 * (s + chain));
 #pragma GCC unroll 4
                     for (int v = 0; v < V; ++v)
-                        acc[chain][r][v] = dot_bytes<8>(acc[chain][r][v], columns[v], activations);
+                        acc[chain][r][v] = dot_bytes(acc[chain][r][v], columns[v], activations);
                 }
             }
             weights += size_t(kChains) * kStepBytes;
@@ -415,18 +473,18 @@ inline void byte_product(const uint8_t* panel, int depth, int rows, const char* 
     }
 }
 
-// C[R][32] = R rows times a panel of 4 bits in groups of G. Functions of their own: inlined together they were a tenth
+// C[R][32] = R rows times a panel of 4 bits. Functions of their own: inlined together they were a tenth
 // slower. With more than kRowsWithTotals rows the totals are in memory, without AVX-512 always.
 #if defined(__AVX512F__)
-template <int G, int R, typename Reads>
-[[gnu::noinline]] void nibble_rows(const NibblePanel& panel, int first, int last, const char* a, size_t stride, float* c,
-                                   bool accumulate, Reads ahead) {
-    constexpr int V = kPanel / W, kGroups = kActivationBlock / G, kSteps = G / 4;
-    constexpr size_t kStepBytes = 64, kScaleBytes = 2 * kPanel;
+template <typename F, int R, typename Reads>
+[[gnu::noinline]] void nibble_rows(const NibblePanel<F>& panel, int first, int last, const char* a, size_t stride,
+                                   float* c, bool accumulate, Reads ahead) {
+    constexpr int V = kPanel / W, G = F::kGroup, kGroups = kActivationBlock / G, kSteps = G / 4;
+    constexpr size_t kStepBytes = 64;
     // The sums of one row alone would wait for each other: at 60 % of the speed.
     constexpr int kChains = R == 1 && W == 16 ? 2 : 1;
     constexpr bool kHasTotals = R <= kRowsWithTotals;
-    const uint8_t* weights = panel.data + size_t(first) * kGroups * (kSteps * kStepBytes + kScaleBytes);
+    const uint8_t *weights = panel.data + size_t(first) * panel.kBlockBytes, *header = weights;
     Vf total[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -435,20 +493,22 @@ template <int G, int R, typename Reads>
             total[r][v] = kHasTotals && accumulate ? load(c + r * kPanel + v * W) : zero();
             if (!kHasTotals && !accumulate) store(c + r * kPanel + v * W, zero());
         }
-    const char* start = a + panel.row.starts() + size_t(first) * QuantizedRow::kStarts * 4;
+    const char* start = a + F::starts(panel.row) + size_t(first) * F::kStartBytes;
     const char* row = a + size_t(first) * kActivationBlock;
-    for (int block = first; block < last; ++block, start += QuantizedRow::kStarts * 4) {
+    for (int block = first; block < last; ++block, start += F::kStartBytes) {
         const int here = std::min(kActivationBlock, panel.depth - block * kActivationBlock) / G;
         if (block == ahead.turn) ahead.from = ahead.then;
         for (int part = 0; part < kGroups && part < here; ++part) {
-            const bf16* group_scales = reinterpret_cast<const bf16*>(weights);
-            weights += kScaleBytes;
-            ahead.fetch(ahead.from);
-            ahead.from += ahead.group_step;
+            if (part % panel.kGroupsOfHeader == 0) {
+                header = weights;
+                weights += kHeaderBytes;
+                ahead.fetch(ahead.from);
+                ahead.from += ahead.group_step;
+            }
             Vi acc[kChains][R][V];
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vi begin = broadcast_dword(start + r * stride + 4 * QuantizedRow::start_of(G, part));
+                const Vi begin = first_sums<F>(start + r * stride + F::start_of(part));
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) {
                     acc[0][r][v] = begin;
@@ -461,14 +521,14 @@ template <int G, int R, typename Reads>
 #pragma GCC unroll 4
                 for (int chain = 0; chain < kChains; ++chain) {
                     Vi columns[V];
-                    load_weights<4>(weights + size_t(chain) * kStepBytes, columns);
+                    load_nibbles<F>(weights + size_t(chain) * kStepBytes, columns);
                     ahead.fetch(ahead.from + size_t(chain) * ahead.step);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const Vi activations = broadcast_dword(row + r * stride + 4 * (s + chain));
 #pragma GCC unroll 4
                         for (int v = 0; v < V; ++v)
-                            acc[chain][r][v] = dot_bytes<4>(acc[chain][r][v], columns[v], activations);
+                            acc[chain][r][v] = dot_bytes(acc[chain][r][v], columns[v], activations);
                     }
                 }
                 weights += size_t(kChains) * kStepBytes;
@@ -476,7 +536,7 @@ template <int G, int R, typename Reads>
             }
             row += G;
             Vf scales[V];
-            for (int v = 0; v < V; ++v) scales[v] = load_bf16(group_scales + v * W);
+            for (int v = 0; v < V; ++v) scales[v] = F::scales(header, part % panel.kGroupsOfHeader, v * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -484,26 +544,20 @@ template <int G, int R, typename Reads>
 #pragma GCC unroll 4
                     for (int chain = 1; chain < kChains; ++chain)
                         acc[0][r][v] = addi(acc[0][r][v], acc[chain][r][v]);
-                    const Vf sum = mul(to_float(acc[0][r][v]), scales[v]);
+                    const char* own = start + r * stride + F::start_of(part);
                     float* place = c + r * kPanel + v * W;
                     if constexpr (kHasTotals)
-                        total[r][v] = add(total[r][v], sum);
+                        total[r][v] = add_scaled<F>(total[r][v], acc[0][r][v], own, scales[v]);
                     else
-                        store(place, add(load(place), sum));
+                        store(place, add_scaled<F>(load(place), acc[0][r][v], own, scales[v]));
                 }
         }
     }
-    const bool is_end = last * kActivationBlock >= panel.depth;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        const Vf scale = as_float(broadcast_dword(a + r * stride + panel.row.tail() + offsetof(RowTail, scale)));
+    for (int r = 0; kHasTotals && r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            float* place = c + r * kPanel + v * W;
-            const Vf sum = kHasTotals ? total[r][v] : load(place);
-            store(place, is_end ? mul(sum, scale) : sum);
-        }
-    }
+        for (int v = 0; v < V; ++v) store(c + r * kPanel + v * W, total[r][v]);
+    for (int r = 0; last * kActivationBlock >= panel.depth && r < R; ++r) panel.scale_row(a + r * stride, c + r * kPanel);
 }
 
 #else
@@ -515,24 +569,27 @@ inline Vi add_nibble_products(Vi sums, Vi row, Vi columns) {
 }
 
 // 32-bit sums of R rows += their products with 32 values of K and `Vectors` vectors of bytes, one after the other the sums
-// of their low and of their high nibbles. 16 bits hold those of 8 steps, each of two products of at most 15 * 128.
-template <int R, int Vectors, typename Reads>
-MOESAIC_INLINE void add_nibbles(const uint8_t* weights, const char* row, size_t stride, Vi (&sums)[R][2 * Vectors],
-                                Reads& reads) {
+// of their low and of their high nibbles. 16 bits hold those of 8 steps, each of two products: of integers of at most
+// 15 * 128; of MXFP4, where sums begin with what takes its offset off and may pass through more, of 12 * 127 in the end.
+template <typename F, int R, int Vectors, typename Reads>
+MOESAIC_INLINE void add_nibbles(const uint8_t* weights, const char* row, const char* start, size_t stride,
+                                Vi (&sums)[R][2 * Vectors], Reads& reads) {
     constexpr int kSteps = 8;
-    static_assert(kSteps * 2 * 15 * 128 < 1 << 15);
+    static_assert(kSteps * 2 * 15 * 128 < 1 << 15 && kSteps * 2 * 12 * 127 < 1 << 15);
     Vi low = set1i(0x0f0f0f0f), words[R][2 * Vectors];
     asm("" : "+x"(low.v));  // made once
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < 2 * Vectors; ++v) words[r][v] = set1i(0);
+        for (int v = 0; v < 2 * Vectors; ++v)
+            words[r][v] = F::kHasRowScales ? broadcast_dword(start + r * stride) : set1i(0);
+#pragma GCC unroll 4
     for (int s = 0; s < kSteps; ++s, weights += 2 * kPanel, row += 4) {
         reads.line();
 #pragma GCC unroll 2
         for (int v = 0; v < Vectors; ++v) {
-            const Vi both = loadi(weights + v * W * 4), first = andi(both, low),
-                     second = andi({_mm256_srli_epi16(both.v, 4)}, low);
+            const Vi both = loadi(weights + v * W * 4), first = F::bytes_of(andi(both, low)),
+                     second = F::bytes_of(andi(high_nibbles(both), low));
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const Vi terms = broadcast_dword(row + r * stride);
@@ -548,84 +605,90 @@ MOESAIC_INLINE void add_nibbles(const uint8_t* weights, const char* row, size_t 
             sums[r][v] = addi(sums[r][v], {_mm256_madd_epi16(words[r][v].v, _mm256_set1_epi16(1))});
 }
 
-template <int G, int R, typename Reads>
-[[gnu::noinline]] void nibble_rows(const NibblePanel& panel, int first, int last, const char* a, size_t stride, float* c,
-                                   bool accumulate, Reads ahead) {
-    constexpr int kVectors = R == 1 ? 2 : 1, kGroups = kActivationBlock / G, kWords = 32;
-    const uint8_t* weights = panel.data + size_t(first) * kGroups * panel.group_bytes();
+template <typename F, int R, typename Reads>
+[[gnu::noinline]] void nibble_rows(const NibblePanel<F>& panel, int first, int last, const char* a, size_t stride,
+                                   float* c, bool accumulate, Reads ahead) {
+    constexpr int kVectors = R <= 2 ? 2 : 1, G = F::kGroup, kGroups = kActivationBlock / G, kWords = 32;
+    const uint8_t *weights = panel.data + size_t(first) * panel.kBlockBytes, *header = weights;
     for (int n = 0; !accumulate && n < R * kPanel; n += W) store(c + n, zero());
-    const char* start = a + panel.row.starts() + size_t(first) * QuantizedRow::kStarts * 4;
+    const char* start = a + F::starts(panel.row) + size_t(first) * F::kStartBytes;
     const char* row = a + size_t(first) * kActivationBlock;
     auto lines = lines_of<1>(ahead);
     NothingRead nothing;
-    for (int block = first; block < last; ++block, start += QuantizedRow::kStarts * 4) {
+    for (int block = first; block < last; ++block, start += F::kStartBytes) {
         const int here = std::min(kActivationBlock, panel.depth - block * kActivationBlock) / G;
         lines.at(block);
-        for (int part = 0; part < kGroups && part < here; ++part, row += G, weights += panel.group_bytes()) {
-            lines.scales();
-            const bf16* scales = reinterpret_cast<const bf16*>(weights);
+        for (int part = 0; part < kGroups && part < here; ++part, row += G, weights += G * kPanel / 2) {
+            if (part % panel.kGroupsOfHeader == 0) {
+                header = weights;
+                weights += kHeaderBytes;
+                lines.scales();
+            }
+            const char* own = start + F::start_of(part);
             const auto multiply = [&](int column, auto& reads) {
                 Vi sums[R][2 * kVectors];
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                     for (int v = 0; v < 2 * kVectors; ++v)
-                        sums[r][v] = broadcast_dword(start + r * stride + 4 * QuantizedRow::start_of(G, part));
+                        sums[r][v] = F::kHasRowScales ? set1i(0) : broadcast_dword(own + r * stride);
 #pragma GCC unroll 1
                 for (int k = 0; k < G; k += kWords)
-                    add_nibbles<R, kVectors>(weights + 2 * kPanel + k * kPanel / 2 + column * 4, row + k, stride, sums,
-                                             reads);
+                    add_nibbles<F, R, kVectors>(weights + k * kPanel / 2 + column * 4, row + k, own, stride, sums, reads);
+                const auto column_of = [&](int v) { return column + v / 2 * W + v % 2 * kPanel / 2; };
+                Vf scales[2 * kVectors];
+#pragma GCC unroll 4
+                for (int v = 0; v < 2 * kVectors; ++v)
+                    scales[v] = F::scales(header, part % panel.kGroupsOfHeader, column_of(v));
+                float* totals = c;
+                asm("" : "+r"(totals));  // or GCC 12 keeps copies of them, which it stores as well
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                     for (int v = 0; v < 2 * kVectors; ++v) {
-                        const int n = column + v / 2 * W + v % 2 * kPanel / 2;
-                        float* place = c + r * kPanel + n;
-                        store(place, add(load(place), mul(to_float(sums[r][v]), load_bf16(scales + n))));
+                        float* place = totals + r * kPanel + column_of(v);
+                        store(place, add_scaled<F>(load(place), sums[r][v], own + r * stride, scales[v]));
                     }
             };
-            // Half of the columns at a time, but for one row; the lines of both are read ahead with the first half.
+            // Half of the columns at a time, but for one or two rows; the lines of both are read ahead with the first half.
             multiply(0, lines);
             if constexpr (kVectors * W < kPanel / 2) multiply(W, nothing);
         }
     }
-    if (last * kActivationBlock < panel.depth) return;
-    for (int r = 0; r < R; ++r) {
-        const Vf scale = as_float(broadcast_dword(a + r * stride + panel.row.tail() + offsetof(RowTail, scale)));
-        for (int n = 0; n < kPanel; n += W) store(c + r * kPanel + n, mul(load(c + r * kPanel + n), scale));
-    }
+    for (int r = 0; last * kActivationBlock >= panel.depth && r < R; ++r) panel.scale_row(a + r * stride, c + r * kPanel);
 }
 #endif
 
-template <int G, int R, typename Reads>
-inline void nibble_rows_of(int rows, const NibblePanel& panel, int first, int last, const char* a, size_t stride,
+template <typename F, int R, typename Reads>
+inline void nibble_rows_of(int rows, const NibblePanel<F>& panel, int first, int last, const char* a, size_t stride,
                            float* c, bool accumulate, Reads ahead) {
     if constexpr (R > 0) {
         if (rows == R)
-            nibble_rows<G, R>(panel, first, last, a, stride, c, accumulate, ahead);
+            nibble_rows<F, R>(panel, first, last, a, stride, c, accumulate, ahead);
         else
-            nibble_rows_of<G, R - 1>(rows, panel, first, last, a, stride, c, accumulate, ahead);
+            nibble_rows_of<F, R - 1>(rows, panel, first, last, a, stride, c, accumulate, ahead);
     }
 }
 
 #if defined(MOESAIC_TILES)
 
 // Four values of K and 32 columns of 4 bits as bytes for tiles, 128 of them.
+template <typename F>
 inline void unpack_line(const uint8_t* from, uint8_t* to) {
     Vi columns[kPanel / W];
-    load_weights<4>(from, columns);
+    load_nibbles<F>(from, columns);
     for (int v = 0; v < kPanel / W; ++v) storei(to + v * W * 4, columns[v]);
 }
 
 // A 4-bit panel as bytes for tiles: [groups][64 or 128 values of K / 4][32][4]. A group of 32 is followed by as many
 // zeros, so that a tile never mixes two groups.
-inline void unpack_for_tiles(const NibblePanel& panel, uint8_t* to) {
-    const int steps = panel.group / 4;
-    const uint8_t* from = panel.data;
+template <typename F>
+inline void unpack_for_tiles(const NibblePanel<F>& panel, uint8_t* to) {
+    constexpr int steps = F::kGroup / 4;
     for (int g = 0; g < panel.groups(); ++g) {
-        from += 2 * kPanel;
-        for (int s = 0; s < steps; ++s, from += 64, to += 128) unpack_line(from, to);
-        if (steps < 16) {
+        const uint8_t* from = panel.weights(g);
+        for (int s = 0; s < steps; ++s, from += 64, to += 128) unpack_line<F>(from, to);
+        if constexpr (steps < 16) {
             std::memset(to, 0, size_t(16 - steps) * 128);
             to += size_t(16 - steps) * 128;
         }
@@ -633,41 +696,37 @@ inline void unpack_for_tiles(const NibblePanel& panel, uint8_t* to) {
 }
 
 // What the int32 dot products [rows][32] of group g add to c; behind the last group the rows' scales are multiplied on.
-template <bool First>
-inline void finish_group(const NibblePanel& panel, int g, const int32_t* dots, int rows, const char* a, size_t stride,
+template <bool First, typename F>
+inline void finish_group(const NibblePanel<F>& panel, int g, const int32_t* dots, int rows, const char* a, size_t stride,
                          float* c) {
-    const int block = g * panel.group / kActivationBlock, part = g * panel.group % kActivationBlock / panel.group;
-    const char* start = a + panel.row.starts() +
-                        4 * size_t(block * QuantizedRow::kStarts + QuantizedRow::start_of(panel.group, part));
-    const bf16* scales = reinterpret_cast<const bf16*>(panel.data + size_t(g) * panel.group_bytes());
+    constexpr int kGroups = kActivationBlock / F::kGroup;
+    const char* start = a + F::starts(panel.row) + size_t(g / kGroups) * F::kStartBytes + F::start_of(g % kGroups);
     Vf column_scales[kPanel / W];
-    for (int v = 0; v < kPanel / W; ++v) column_scales[v] = load_bf16(scales + v * W);
+    for (int v = 0; v < kPanel / W; ++v)
+        column_scales[v] = F::scales(panel.header(g), g % panel.kGroupsOfHeader, v * W);
     for (int r = 0; r < rows; ++r, start += stride) {
-        const Vi begin = broadcast_dword(start);
+        const Vi begin = first_sums<F>(start);
         for (int v = 0; v < kPanel / W; ++v) {
             float* place = c + r * kPanel + v * W;
-            const Vf sum = mul(to_float(addi(loadi(dots + r * kPanel + v * W), begin)), column_scales[v]);
-            store(place, add(First ? zero() : load(place), sum));
+            const Vi sums = addi(loadi(dots + r * kPanel + v * W), begin);
+            store(place, add_scaled<F>(First ? zero() : load(place), sums, start, column_scales[v]));
         }
     }
 }
-inline void scale_rows(const NibblePanel& panel, int rows, const char* a, size_t stride, float* c) {
-    const char* tail = a + panel.row.tail();
-    for (int r = 0; r < rows; ++r, tail += stride) {
-        const Vf scale = as_float(broadcast_dword(tail + offsetof(RowTail, scale)));
-        for (int v = 0; v < kPanel; v += W) store(c + r * kPanel + v, mul(load(c + r * kPanel + v), scale));
-    }
+template <typename F>
+inline void scale_rows(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c) {
+    for (int r = 0; r < rows; ++r) panel.scale_row(a + r * stride, c + r * kPanel);
 }
 
 // As nibble_rows for up to 32 rows and a panel that is unpacked already, at `bytes`. A group's dot products are scaled and
 // added up while the tiles work on the next one.
-template <typename Fetch>
-inline void unpacked_tiles(const NibblePanel& panel, const uint8_t* bytes, int rows, const char* a, size_t stride, float* c,
-                           const Fetch& reads) {
+template <typename F, typename Fetch>
+inline void unpacked_tiles(const NibblePanel<F>& panel, const uint8_t* bytes, int rows, const char* a, size_t stride,
+                           float* c, const Fetch& reads) {
     Fetch ahead = reads;  // of its own, so that what it counts is in registers
     alignas(64) int32_t dots[2][32 * kPanel];
     const int top = rows < 16 ? rows : 16, bottom = rows - top;
-    const int tile_depth = panel.group < 64 ? 64 : panel.group;
+    constexpr int tile_depth = F::kGroup < 64 ? 64 : F::kGroup;
     configure_tiles(top, bottom);
     const auto finish = [&](int g) {
         if (g == 0)
@@ -677,7 +736,7 @@ inline void unpacked_tiles(const NibblePanel& panel, const uint8_t* bytes, int r
     };
     for (int g = 0; g < panel.groups(); ++g) {
         const uint8_t* weights = bytes + size_t(g) * tile_depth * kPanel;
-        const char* row = a + size_t(g) * panel.group;
+        const char* row = a + size_t(g) * F::kGroup;
         tile_zero(0);
         tile_zero(1);
         if (bottom) {
@@ -717,18 +776,20 @@ inline void unpacked_tiles(const NibblePanel& panel, const uint8_t* bytes, int r
 // As nibble_rows for up to 32 rows of a panel in groups of 64 or 128. It is unpacked between the tile
 // instructions, 64 values of K at a time, into a few pieces that stay in the first-level cache: a whole panel unpacked
 // first took 1.2 to 1.7 times as long.
-template <bool kBottom>
-[[gnu::noinline]] void nibble_tiles(const NibblePanel& panel, int rows, const char* a, size_t stride, float* c,
+template <bool kBottom, typename F>
+[[gnu::noinline]] void nibble_tiles(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c,
                                     const char* following, LinesAhead lines) {
     constexpr int kPieces = 4, kLead = 2, kLines = 16;  // kept; unpacked ahead; packed cache lines of each
     alignas(64) uint8_t pieces[kPieces][2 * kLines * 64];
     alignas(64) int32_t dots[2][32 * kPanel];
-    const int steps = panel.depth / 64, of_group = panel.group / 64;
-    const size_t scales = 2 * kPanel, group_bytes = panel.group_bytes(), size = panel.bytes();
+    constexpr int of_group = F::kGroup / 64;
+    static_assert(F::kHeader == F::kGroup);
+    const int steps = panel.depth / 64;
+    const size_t size = panel.bytes();
     const char* own = reinterpret_cast<const char*>(panel.data);
     configure_tiles(rows < 16 ? rows : 16, rows < 16 ? 0 : rows - 16);
     const auto packed = [&](int step) {
-        return panel.data + size_t(step / of_group) * group_bytes + scales + size_t(step % of_group) * kLines * 64;
+        return panel.weights(step / of_group) + size_t(step % of_group) * kLines * 64;
     };
     const auto finish = [&](int g) {
         if (g == 0)
@@ -737,7 +798,7 @@ template <bool kBottom>
             finish_group<false>(panel, g, dots[g % 2], rows, a, stride, c);
     };
     for (int step = 0; step < std::min(kLead, steps); ++step)
-        for (int i = 0; i < kLines; ++i) unpack_line(packed(step) + 64 * i, pieces[step] + 128 * i);
+        for (int i = 0; i < kLines; ++i) unpack_line<F>(packed(step) + 64 * i, pieces[step] + 128 * i);
     for (int step = 0; step < steps; ++step) {
         const uint8_t *columns = pieces[step % kPieces], *from = packed(std::min(step + kLead, steps - 1));
         uint8_t* to = pieces[(step + kLead) % kPieces];
@@ -747,7 +808,7 @@ template <bool kBottom>
         const auto quarter = [&](int index) {
             for (int i = index * kLines / 4; i < (index + 1) * kLines / 4; ++i) {
                 fetch(ahead + 64 * i);
-                unpack_line(from + 64 * i, to + 128 * i);
+                unpack_line<F>(from + 64 * i, to + 128 * i);
             }
             lines.quarter();
         };
@@ -790,20 +851,22 @@ template <bool kBottom>
 }
 
 // As nibble_product.
-template <typename Done>
-inline void nibble_tiles_product(const NibblePanel& panel, int rows, const char* a, size_t stride, float* c,
+template <typename F, typename Done>
+inline void nibble_tiles_product(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c,
                                  const Next& next, Done&& done) {
     const int groups = panel.groups(), parts = (rows + 31) / 32;
-    if (parts == 1 && panel.group >= 64) {
-        const char* following = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
-        const LinesAhead lines = next.lines_ahead(0, 1, 0, groups, groups, panel.depth / 64);
-        rows > 16 ? nibble_tiles<true>(panel, rows, a, stride, c, following, lines)
-                  : nibble_tiles<false>(panel, rows, a, stride, c, following, lines);
-        done(0, rows, c);
-        return;
-    }
+    if constexpr (F::kGroup >= 64)
+        if (parts == 1) {
+            const char* following = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
+            const LinesAhead lines = next.lines_ahead(0, 1, 0, groups, groups, panel.depth / 64);
+            rows > 16 ? nibble_tiles<true>(panel, rows, a, stride, c, following, lines)
+                      : nibble_tiles<false>(panel, rows, a, stride, c, following, lines);
+            done(0, rows, c);
+            return;
+        }
     static thread_local Scratch scratch;
-    const int tile_depth = panel.group < 64 ? 64 : panel.group, blocks = groups * tile_depth / 64;
+    constexpr int tile_depth = F::kGroup < 64 ? 64 : F::kGroup;
+    const int blocks = groups * tile_depth / 64;
     uint8_t* bytes = scratch.get<uint8_t>(size_t(groups) * tile_depth * kPanel);
     unpack_for_tiles(panel, bytes);
     // The panel is used unpacked, and each step of rows brings its share of the next one.
@@ -824,12 +887,12 @@ inline void nibble_tiles_product(const NibblePanel& panel, int rows, const char*
 
 // Rows times a panel of 4 bits; done(first, last, sums) is called as soon as those rows' sums, 32 of each, are complete,
 // while they are in the first-level cache. c: room for the sums of all steps of rows.
-template <int G, typename Done>
-inline void nibble_product(const NibblePanel& panel, int rows, const char* a, size_t stride, float* c, const Next& next,
-                           Done&& done) {
+template <typename F, typename Done>
+inline void nibble_product(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c,
+                           const Next& next, Done&& done) {
 #if defined(MOESAIC_TILES)
     // Fewer rows leave tiles mostly empty, and they have to be unpacked for them; integers are exact either way.
-    if (rows > (G == 32 ? 12 : 8)) {
+    if (rows > (F::kGroup == 32 ? 12 : 8)) {
         nibble_tiles_product(panel, rows, a, stride, c, next, done);
         return;
     }
@@ -840,8 +903,7 @@ inline void nibble_product(const NibblePanel& panel, int rows, const char* a, si
     const int blocks = (panel.depth + kActivationBlock - 1) / kActivationBlock;
     const int parts = rows <= kNibbleRows ? 1 : (rows + kRowsWithTotals - 1) / kRowsWithTotals;
     const int pass = parts > 1 ? kDeep : blocks;
-    constexpr size_t kStepBytes = 64, kScaleBytes = 2 * kPanel;
-    constexpr size_t kBlockBytes = kActivationBlock / 4 * kStepBytes + kActivationBlock / G * kScaleBytes;
+    constexpr size_t kStepBytes = 64, kBlockBytes = NibblePanel<F>::kBlockBytes;
     for (int first = 0; first < blocks; first += pass) {
         const int last = std::min(first + pass, blocks);
         const size_t begin = size_t(first) * kBlockBytes, length = size_t(last - first) * kBlockBytes;
@@ -849,11 +911,11 @@ inline void nibble_product(const NibblePanel& panel, int rows, const char* a, si
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
             const Ahead ahead =
                 parts > 1 ? ahead_of_share(next.panel ? next.panel : panel.data, begin, length, part, parts, kStepBytes,
-                                           kScaleBytes)
-                          : ahead_of_itself(panel.data, blocks, kBlockBytes, kStepBytes, next.panel, kScaleBytes);
+                                           kHeaderBytes)
+                          : ahead_of_itself(panel.data, blocks, kBlockBytes, kStepBytes, next.panel, kHeaderBytes);
             if (last == blocks) next.prefetch_lines(part, parts);
             const auto multiply = [&](const auto& reads) {
-                nibble_rows_of<G, kNibbleRows>(end - row, panel, first, last, a + row * stride, stride, c + row * kPanel,
+                nibble_rows_of<F, kNibbleRows>(end - row, panel, first, last, a + row * stride, stride, c + row * kPanel,
                                                first > 0, reads);
             };
             if (kHasTiles || parts == 1)

@@ -27,9 +27,17 @@ MOESAIC_EXPORT int64_t moesaic_quantize_weight(const void* x, int64_t is_bf16, i
     return 0;
 }
 
+// In MXFP4: values (rows, depth / 2) and scales (rows, depth / 32).
+MOESAIC_EXPORT int64_t moesaic_quantize_to_mxfp4(const void* x, int64_t is_bf16, int64_t rows, int64_t depth,
+                                                 uint8_t* values, uint8_t* scales) {
+    const WeightRows weight{x, is_bf16 != 0, rows, depth};
+    run_team(16.0 * double(rows) * double(depth), [&](Team& team) { quantize_to_mxfp4(team, weight, values, scales); });
+    return 0;
+}
+
 // `count` matrices (rows, depth) into panels at packed->data.
 MOESAIC_EXPORT int64_t moesaic_pack_weight(const Packed* packed, int64_t count, int64_t rows, const void* numbers,
-                                           int64_t is_fp32, const bf16* scales, int64_t is_gated) {
+                                           int64_t is_fp32, const uint8_t* scales, int64_t is_gated) {
     const Unpacked weight{static_cast<const char*>(numbers), is_fp32 != 0, scales, is_gated != 0};
     const int64_t panels = count * packed->panels();
     run_team(8.0 * double(panels) * kPanel * double(packed->depth), [&](Team& team) {

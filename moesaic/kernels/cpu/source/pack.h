@@ -1,5 +1,5 @@
-// Weights on their way into the packed form: rounded to 8 or 4 bits, and brought into panels. kernels/quantized.py and
-// kernels/packed.py are the definitions, to the bit.
+// Weights on their way into the packed form: rounded to 8 or 4 bits, and brought into panels. kernels/quantized.py,
+// kernels/mxfp4.py and kernels/packed.py are the definitions, to the bit.
 #pragma once
 
 #include <algorithm>
@@ -91,12 +91,44 @@ inline void quantize_to_nibbles(Team& team, const WeightRows& weight, int64_t gr
     });
 }
 
+// values (rows, depth / 2) as quantize_to_nibbles and scales (rows, depth / 32) in MXFP4; nothing is rotated.
+inline void quantize_to_mxfp4(Team& team, const WeightRows& weight, uint8_t* values, uint8_t* scales) {
+    constexpr int kGroup = Mxfp4::kGroup, kLargestScale = 252;
+    // Lifts the bits of 7.25 and of none below to the next exponent: mxfp4.py says why.
+    constexpr int32_t kToNextPower = (1 << 23) - 0x680000;
+    for_weight_rows(team, weight, [&](int64_t row, float* numbers) {
+        uint8_t* to = values + row * (weight.depth / 2);
+        for (int64_t first = 0; first < weight.depth; first += kGroup) {
+            with_element_type(weight.is_bf16, [&](auto kind) {
+                const auto* from = static_cast<const decltype(kind)*>(weight.numbers) + row * weight.depth + first;
+                for (int k = 0; k < kGroup; k += W) store(numbers + k, load_values(from + k));
+            });
+            const float amax = largest_of(numbers, kGroup);
+            int32_t bits;
+            std::memcpy(&bits, &amax, 4);
+            const int scale = std::clamp(((bits + kToNextPower) >> 23) - 2, 0, kLargestScale);
+            scales[(row * weight.depth + first) / kGroup] = uint8_t(scale);
+            const Vf power = set1(std::ldexp(1.0f, scale - 127));
+            float codes[kGroup];
+            for (int k = 0; k < kGroup; k += W) {
+                const Vf x = abs(div(load(numbers + k), power)), two = set1(2.0f), four = set1(4.0f);
+                // In steps of a half up to 2, of 1 up to 4, then of 2: 4 codes each, the first of which is the border.
+                const Vf of_halves = round(mul(x, two)), of_ones = add(round(x), two);
+                const Vf of_twos = min(add(round(mul(x, set1(0.5f))), four), set1(7.0f));
+                store(codes + k, select_less(x, two, of_halves, select_less(x, four, of_ones, of_twos)));
+            }
+            const auto nibble = [&](int k) { return int(codes[k]) | int(std::signbit(numbers[k])) << 3; };
+            for (int k = 0; k < kGroup; k += 2) *to++ = uint8_t(nibble(k) | nibble(k + 1) << 4);
+        }
+    });
+}
+
 // A stack of matrices (count, rows, depth) as it is before packing: bf16 or fp32 numbers, signed bytes, or two nibbles a
-// byte with bf16 scales (count, rows, depth / group).
+// byte with scales (count, rows, depth / group), in bf16 or the bytes of MXFP4.
 struct Unpacked {
     const char* numbers;
     bool is_fp32;
-    const bf16* scales;
+    const uint8_t* scales;
     bool is_gated;  // the rows are [gate, up]: 16 of the one and 16 of the other in turn
 
     // The row of a matrix that is row `index` of a panel, -1 for none.
@@ -123,7 +155,7 @@ inline void pack_panel(const Packed& packed, int64_t rows, const Unpacked& weigh
     static thread_local Scratch scratch;
     const int64_t panels = packed.panels(), matrix = index / panels, panel = index % panels;
     const int64_t depth = packed.depth, padded = packed.padded_depth();
-    const bool is_nibbles = packed.format == kPackedInt4;
+    const bool is_mxfp4 = packed.format == kPackedMxfp4, is_nibbles = packed.format == kPackedInt4 || is_mxfp4;
     const int64_t row_bytes = packed.format == kPackedBf16 ? depth * (weight.is_fp32 ? 4 : 2)
                               : is_nibbles                 ? depth / 2
                                                            : depth;
@@ -157,24 +189,32 @@ inline void pack_panel(const Packed& packed, int64_t rows, const Unpacked& weigh
         transpose_dwords(kPanel, int(padded / 4), reinterpret_cast<uint32_t*>(copies), size_t(padded / 4), dwords, kPanel);
     } else {
         constexpr int kHalf = kPanel / 2;
-        uint8_t* copies = scratch.get<uint8_t>(size_t(kHalf * depth + depth / 2));
-        uint8_t* none = copies + kHalf * depth;  // a row of zeros
-        std::fill(none, none + depth / 2, uint8_t(0x88));
+        uint8_t* copies = scratch.get<uint8_t>(size_t(kHalf * padded + depth / 2));
+        uint8_t* none = copies + kHalf * padded;  // a row of zeros
+        std::fill(none, none + depth / 2, uint8_t(is_mxfp4 ? 0 : 0x88));
         const auto nibbles = [&](int n) {
             const char* from = source(n);
             return from ? reinterpret_cast<const uint8_t*>(from) : none;
         };
-        for (int n = 0; n < kHalf; ++n) merge_nibbles(nibbles(n), nibbles(n + kHalf), depth, copies + n * depth);
-        const int64_t groups = depth / packed.group;
-        for (int64_t g = 0; g < groups; ++g, to += 2 * kPanel + packed.group * kHalf) {
-            bf16 scales[kPanel];
-            for (int n = 0; n < kPanel; ++n) {
-                const int64_t row = weight.row(rows, panel, n);
-                scales[n] = row < 0 ? bf16(0) : weight.scales[(matrix * rows + row) * groups + g];
-            }
-            std::memcpy(to, scales, sizeof scales);
-            transpose_dwords(kHalf, int(packed.group / 4), reinterpret_cast<uint32_t*>(copies + g * packed.group),
-                             size_t(depth / 4), reinterpret_cast<uint32_t*>(to + 2 * kPanel), kHalf);
+        for (int n = 0; n < kHalf; ++n) {
+            uint8_t* copy = copies + n * padded;
+            merge_nibbles(nibbles(n), nibbles(n + kHalf), depth, copy);
+            std::fill(copy + depth, copy + padded, uint8_t(0));
+        }
+        const int64_t groups = depth / packed.group, header_depth = packed.header_depth();
+        const size_t scale_bytes = is_mxfp4 ? 1 : sizeof(bf16);
+        for (int64_t k = 0; k < padded; k += header_depth, to += kHeaderBytes + size_t(header_depth) * kHalf) {
+            std::memset(to, 0, kHeaderBytes);
+            for (int64_t first = k; first < std::min(k + header_depth, depth); first += packed.group)
+                for (int n = 0; n < kPanel; ++n) {
+                    const int64_t row = weight.row(rows, panel, n), g = first / packed.group;
+                    if (row < 0) continue;
+                    const size_t place = size_t((first - k) / packed.group * kPanel + n) * scale_bytes;
+                    std::memcpy(to + place, weight.scales + size_t((matrix * rows + row) * groups + g) * scale_bytes,
+                                scale_bytes);
+                }
+            transpose_dwords(kHalf, int(header_depth / 4), reinterpret_cast<uint32_t*>(copies + k), size_t(padded / 4),
+                             reinterpret_cast<uint32_t*>(to + kHeaderBytes), kHalf);
         }
     }
 }

@@ -1,4 +1,4 @@
-// Matrices packed once for inference, in bf16, 8 or 4 bits, and the linear layer on them.
+// Matrices packed once for inference, in bf16, 8 or 4 bits, or MXFP4, and the linear layer on them.
 //
 // A weight (N, K) is a run of panels of 32 of its rows, whatever its format; a product reads each panel as one stream.
 // Rows of activations are brought into the form that a format wants ("prepared") once, and then every panel multiplies
@@ -12,7 +12,7 @@
 
 namespace moesaic {
 
-enum PackedFormat : int64_t { kPackedBf16 = 0, kPackedInt8 = 1, kPackedInt4 = 2 };
+enum PackedFormat : int64_t { kPackedBf16 = 0, kPackedInt8 = 1, kPackedInt4 = 2, kPackedMxfp4 = 3 };
 
 // One matrix (N, K), or a stack of them; see kernels/packed.py for how it is laid out.
 struct Packed {
@@ -24,17 +24,21 @@ struct Packed {
     const float* scales;  // 8 bits: one for each of the columns, padded to panels
 
     int panels() const { return int((columns + kPanel - 1) / kPanel); }
-    int padded_depth() const { return round_up(int(depth), format == kPackedInt8 ? 64 : 32); }
+    int padded_depth() const {
+        return round_up(int(depth), format == kPackedInt8 || format == kPackedMxfp4 ? 64 : 32);
+    }
+    // 4 bits: values of K whose scales stand together.
+    int64_t header_depth() const { return format == kPackedMxfp4 ? Mxfp4::kHeader : group; }
     size_t panel_bytes() const {
         const size_t k = size_t(padded_depth());
         if (format == kPackedBf16) return k * kPanel * 2;
         if (format == kPackedInt8) return k * kPanel;
-        return k / size_t(group) * 2 * kPanel + k * kPanel / 2;
+        return k / size_t(header_depth()) * kHeaderBytes + k * kPanel / 2;
     }
     const uint8_t* panel(int64_t matrix, int64_t index) const {
         return data + size_t(matrix * panels() + index) * panel_bytes();
     }
-    bool is_integer() const { return format != kPackedBf16; }
+    bool is_integer() const { return format != kPackedBf16; }  // or MXFP4, which is multiplied as integers are
     // Whether a prepared row is something else than its numbers in bf16.
     bool changes_rows() const { return is_integer() || kExpandsRows; }
     // Bytes of a prepared row, an odd number of cache lines: an even one has rows share the places of few cache sets.
@@ -43,21 +47,27 @@ struct Packed {
         return kExpandsRows ? spread_rows(bytes) : odd_lines(bytes);
     }
     static size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
-    QuantizedRow quantized_row() const { return {depth, format == kPackedInt4}; }
+    QuantizedRow quantized_row() const {
+        return {depth, format == kPackedInt8   ? RowForm::kBytes
+                       : format == kPackedInt4 ? RowForm::kNibbles
+                                               : RowForm::kMxfp4};
+    }
     // Of the products of rows, prepared, with a panel; none where they are not of 8 bits.
     SumScales sum_scales(int64_t matrix, int64_t index, const char* rows, size_t stride) const {
         if (format != kPackedInt8) return {};
         return {rows + quantized_row().tail(), stride, scales + (matrix * panels() + index) * kPanel};
     }
-    // Calls with the group as a constant.
+    // Calls with what weights of 4 bits are.
     template <typename Call>
-    void with_group(Call&& call) const {
-        if (group == 32)
-            call(std::integral_constant<int, 32>{});
+    void with_nibbles(Call&& call) const {
+        if (format == kPackedMxfp4)
+            call(Mxfp4{});
+        else if (group == 32)
+            call(Int4<32>{});
         else if (group == 64)
-            call(std::integral_constant<int, 64>{});
+            call(Int4<64>{});
         else
-            call(std::integral_constant<int, 128>{});
+            call(Int4<128>{});
     }
 };
 
@@ -427,9 +437,9 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
         waiting.put(each, first, last, sums);
         waiting.all();
     };
-    const NibblePanel panel{data, int(weight.depth), int(weight.group), weight.quantized_row()};
-    weight.with_group([&](auto group) {
-        nibble_product<decltype(group)::value>(panel, rows, a, stride, c, next, done);
+    weight.with_nibbles([&](auto format) {
+        const NibblePanel<decltype(format)> panel{data, weight.padded_depth(), weight.quantized_row()};
+        nibble_product(panel, rows, a, stride, c, next, done);
     });
 }
 
@@ -477,12 +487,13 @@ inline void together_product(const Packed& weight, const uint8_t* data, int coun
                        byte_rows_of<kByteRows>(rows, panel, depth, first, last, a, stride, sums, first > 0, ahead);
                    });
     } else {
-        weight.with_group([&](auto group) {
-            constexpr int G = decltype(group)::value;
-            take_turns(blocks, 2, [](int blocks) { return blocks * (kActivationBlock / 4 + kActivationBlock / G); },
+        weight.with_nibbles([&](auto format) {
+            using F = decltype(format);
+            using Panel = NibblePanel<F>;
+            take_turns(blocks, 2, [](int blocks) { return blocks * int(Panel::kBlockBytes / 64); },
                        [&](const uint8_t* panel, float* sums, int first, int last, const PanelsInTurn& ahead) {
-                           nibble_rows_of<G, kNibbleRows>(rows, {panel, int(weight.depth), G, weight.quantized_row()},
-                                                          first, last, a, stride, sums, first > 0, ahead);
+                           nibble_rows_of<F, kNibbleRows>(rows, Panel{panel, depth, weight.quantized_row()}, first, last,
+                                                          a, stride, sums, first > 0, ahead);
                        });
         });
     }
@@ -743,24 +754,29 @@ inline void packed_row(const Packed& weight, int64_t row, bf16* out) {
     static thread_local Scratch scratch;
     float* numbers = scratch.get<float>(2 * size_t(weight.depth + W));
     float* rotated = numbers + weight.depth + W;
+    const bool is_mxfp4 = weight.format == kPackedMxfp4;
     if (weight.format == kPackedInt8) {
         const float scale = weight.scales[row];
         for (int64_t k = 0; k < weight.depth; ++k)
             numbers[k] = float(int(panel[(k / 4 * kPanel + column) * 4 + k % 4]) - 128) * scale;
     } else {
-        const size_t group_bytes = 2 * kPanel + size_t(weight.group) * kPanel / 2;
+        const int64_t depth = weight.header_depth();
         for (int64_t k = 0; k < weight.depth; ++k) {
-            const uint8_t* group = panel + size_t(k / weight.group) * group_bytes;
-            const int64_t within = k % weight.group;
-            const uint8_t both = group[2 * kPanel + (within / 4 * 16 + column % 16) * 4 + within % 4];
-            bf16 scale;
-            std::memcpy(&scale, group + column * 2, 2);
-            const int value = (column < 16 ? both & 15 : both >> 4) - 8;
-            numbers[k] = float(value) * bf16_to_float(scale);
+            const uint8_t* header = panel + size_t(k / depth) * (kHeaderBytes + size_t(depth) * kPanel / 2);
+            const int64_t within = k % depth;
+            const uint8_t both = header[kHeaderBytes + (within / 4 * 16 + column % 16) * 4 + within % 4];
+            const int nibble = column < 16 ? both & 15 : both >> 4;
+            if (is_mxfp4) {
+                numbers[k] = Mxfp4::number(nibble, header[within / Mxfp4::kGroup * kPanel + column]);
+            } else {
+                bf16 scale;
+                std::memcpy(&scale, header + column * 2, 2);
+                numbers[k] = float(nibble - 8) * bf16_to_float(scale);
+            }
         }
     }
-    rotate(numbers, weight.depth, rotated);
-    for (int64_t k = 0; k < weight.depth; ++k) out[k] = float_to_bf16(rotated[k]);
+    if (!is_mxfp4) rotate(numbers, weight.depth, rotated);
+    for (int64_t k = 0; k < weight.depth; ++k) out[k] = float_to_bf16((is_mxfp4 ? numbers : rotated)[k]);
 }
 
 }  // namespace moesaic

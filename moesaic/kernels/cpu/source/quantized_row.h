@@ -1,4 +1,4 @@
-// Rows of activations, rotated and rounded to 8 bits as kernels/quantized.py defines it, to the bit.
+// Rows of activations, rotated (but for MXFP4) and rounded to 8 bits as kernels/quantized.py defines it, to the bit.
 #pragma once
 
 #include <algorithm>
@@ -114,20 +114,25 @@ constexpr bool kMultipliesOffset = !kExpandsRows;
 // A row of K activations as integer weights multiply it: bytes, zero up to a whole block of 128, and behind them what
 // takes the weights' offset off again. An offset of 128 adds 128 times the sum of the row to every sum; `start` is minus
 // that. For 4 bits, whose offset is 8, every group of K has a start of its own: of each 128 columns those of the 4
-// groups of 32, the 2 of 64 and the one of 128.
+// groups of 32, the 2 of 64 and the one of 128. For MXFP4, whose offset is 12, every 32 columns have a tail of their own.
 struct RowTail {
     float scale;
     int32_t start;
 };
+enum class RowForm { kBytes, kNibbles, kMxfp4 };
 struct QuantizedRow {
-    static constexpr int kBlock = 128, kStarts = 7;
+    static constexpr int kBlock = 128, kStarts = 7, kMxfp4Group = 32;
+    static constexpr size_t kTailsOfBlock = kBlock / kMxfp4Group * sizeof(RowTail);
     int blocks;
-    bool has_groups;
+    RowForm form;
 
-    QuantizedRow(int64_t depth, bool with_groups) : blocks(int((depth + kBlock - 1) / kBlock)), has_groups(with_groups) {}
+    QuantizedRow(int64_t depth, RowForm of_form) : blocks(int((depth + kBlock - 1) / kBlock)), form(of_form) {}
     size_t tail() const { return size_t(blocks) * kBlock; }
     size_t starts() const { return tail() + sizeof(RowTail); }
-    size_t bytes() const { return starts() + (has_groups ? size_t(blocks) * kStarts * 4 : 0); }
+    size_t bytes() const {
+        if (form == RowForm::kMxfp4) return tail() + size_t(blocks) * kTailsOfBlock;
+        return starts() + (form == RowForm::kNibbles ? size_t(blocks) * kStarts * 4 : 0);
+    }
 
     // Of group `part` of a block, behind starts().
     static constexpr int start_of(int group, int part) { return (group == 32 ? 0 : group == 64 ? 4 : 6) + part; }
@@ -175,9 +180,10 @@ inline int32_t sum_lanes(Vi x) {
     return total;
 }
 inline int32_t largest_bits(Vf x) {
-    int32_t lanes[W];
-    store(reinterpret_cast<float*>(lanes), x);
-    return *std::max_element(lanes, lanes + W);
+    const __m256i all = _mm256_castps_si256(x.v);
+    __m128i most = _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1)));
 }
 inline int32_t round_to_bytes(const float* x, Vf factor, int8_t* to) {
     Vi total = set1i(0);
@@ -208,9 +214,50 @@ inline float largest_of(const float* numbers, int64_t count) {
     return amax;
 }
 
+constexpr float kSmallestMagnitude = 0x1p-120f;  // 127 divided by less would leave fp32
+
+// What takes the offset of 12 off the products of 32 bytes. AVX-512 begins sums of 32 bits with it; without, sums of 16
+// bits do: the low half those of columns 0 and 1 of every four, the high half those of columns 2 and 3.
+inline int32_t mxfp4_start(const int8_t* bytes) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const __m256i*)bytes));
+    __m128i sums = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4e));
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xb1));
+    const __m128i words = _mm_mullo_epi16(sums, _mm_set1_epi16(-12));
+    return _mm_cvtsi128_si32(W == 16 ? _mm_madd_epi16(words, _mm_set1_epi16(1)) : words);
+}
+
+// As quantize_row, of which every 32 columns are a row and nothing is rotated. The scales are halved, since twice the
+// weights are multiplied.
+template <typename T>
+inline void quantize_mxfp4_row(const QuantizedRow& row, const T* x, int64_t depth, char* to) {
+    constexpr int kGroup = QuantizedRow::kMxfp4Group;
+    std::memset(to + depth, 0, row.bytes() - size_t(depth));
+    for (int64_t k = 0; k < depth; k += kGroup) {
+        alignas(64) float numbers[kGroup];
+        for (int i = 0; i < kGroup; i += W) store(numbers + i, load_values(x + k + i));
+        const float amax = largest_of(numbers, kGroup);
+        const bool is_finite = std::isfinite(amax);
+        RowTail tail{is_finite ? 0.0f : NAN, 0};
+        int8_t* bytes = reinterpret_cast<int8_t*>(to) + k;
+        if (is_finite && amax >= kSmallestMagnitude) {
+            tail.scale = amax / 127.0f / 2.0f;
+            round_to_bytes(numbers, set1(127.0f / amax), bytes);
+            tail.start = mxfp4_start(bytes);
+        } else {
+            std::memset(bytes, 0, kGroup);
+        }
+        std::memcpy(to + row.tail() + size_t(k / kGroup) * sizeof tail, &tail, sizeof tail);
+    }
+}
+
 // A row of `depth` fp32 or bf16 numbers.
 template <typename T>
 inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, char* to) {
+    if (row.form == RowForm::kMxfp4) {
+        quantize_mxfp4_row(row, x, depth, to);
+        return;
+    }
     static thread_local Scratch scratch;
     constexpr int kBlock = QuantizedRow::kBlock;
     const int64_t padded = int64_t(row.blocks) * kBlock;
@@ -219,8 +266,7 @@ inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, cha
     std::fill(numbers + depth, numbers + padded, 0.0f);
     const float amax = largest_of(numbers, padded);
     const bool is_finite = std::isfinite(amax);
-    constexpr float kSmallest = 0x1p-120f;  // 127 divided by less would leave fp32
-    if (!(is_finite && amax >= kSmallest)) {
+    if (!(is_finite && amax >= kSmallestMagnitude)) {
         std::memset(to, 0, row.bytes());
         const RowTail tail{is_finite ? 0.0f : NAN, 0};
         std::memcpy(to + row.tail(), &tail, sizeof tail);
@@ -229,7 +275,7 @@ inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, cha
     const Vf factor = set1(127.0f / amax);
     int8_t* values = reinterpret_cast<int8_t*>(to);
     RowTail tail{amax / 127.0f, 0};
-    if (row.has_groups) {
+    if (row.form == RowForm::kNibbles) {
         char* starts = to + row.starts();
         for (int64_t block = 0; block < padded; block += kBlock) {
             int32_t own[4];

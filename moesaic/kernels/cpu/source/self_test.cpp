@@ -60,46 +60,52 @@ struct CopyRow {
 };
 
 // Bytes at the ends of their range, where 16-bit sums would saturate; scales of 1, so that the result is the sum itself.
-template <int Bits>
+template <PackedFormat kFormat>
 bool integer_products_are_right(int rows, int depth) {
-    constexpr int kGroup = 32;
-    const int bytes = Bits == 8 ? depth * kPanel : depth / kGroup * (kPanel * 2 + 512);
-    const QuantizedRow row(depth, Bits == 4);
+    constexpr bool kIsBytes = kFormat == kPackedInt8, kIsMxfp4 = kFormat == kPackedMxfp4;
+    constexpr int kGroup = 32, kHeader = kIsMxfp4 ? Mxfp4::kHeader : kGroup;
+    const int bytes = kIsBytes ? depth * kPanel : depth / kHeader * int(kHeaderBytes + kHeader * kPanel / 2);
+    const QuantizedRow row = Packed{kFormat, kPanel, depth, kGroup, nullptr, nullptr}.quantized_row();
     const size_t stride = (row.bytes() + 63) / 64 * 64;
     std::vector<char> a(rows * stride);
     std::vector<float> c(size_t(rows) * kPanel), room(size_t(rows + 32) * kPanel), ones(kPanel, 1.0f);
-    const auto activation = [](int r, int k) { return k % 128 == 0 ? 127 : (r * 31 + k * 97) % 255 - 127; };
-    const auto weight = [](int k, int n) { return Bits == 8 ? (k * 67 + n * 131) % 256 : (k * 5 + n * 3) % 16; };
+    const auto activation = [](int r, int k) { return k % kGroup == 0 ? 127 : (r * 31 + k * 97) % 255 - 127; };
+    const auto weight = [](int k, int n) { return kIsBytes ? (k * 67 + n * 131) % 256 : (k * 5 + n * 3) % 16; };
     for (int r = 0; r < rows; ++r) {
         // What is rotated to whole numbers of which 127 is the largest, so that rounding gives them back.
         std::vector<float> x(static_cast<size_t>(depth)), rotated(x);
-        for (int k = 0; k < depth; ++k) x[size_t(k)] = float(activation(r, k)) / float(rotation_size(depth));
+        for (int k = 0; k < depth; ++k) x[size_t(k)] = float(activation(r, k)) / float(kIsMxfp4 ? 1 : rotation_size(depth));
         rotate(x.data(), depth, rotated.data());
-        quantize_row(row, rotated.data(), depth, a.data() + r * stride);
+        quantize_row(row, kIsMxfp4 ? x.data() : rotated.data(), depth, a.data() + r * stride);
     }
     std::vector<uint8_t> panel(static_cast<size_t>(bytes));
     for (int k = 0; k < depth; ++k) {
-        uint8_t* group = panel.data() + k / kGroup * (kPanel * 2 + kGroup * kPanel / 2);
+        uint8_t* header = panel.data() + k / kHeader * int(kHeaderBytes + kHeader * kPanel / 2);
         for (int n = 0; n < kPanel; ++n) {
-            if (Bits == 8) {
+            if (kIsBytes) {
                 panel[k / 4 * 128 + n * 4 + k % 4] = uint8_t(weight(k, n));
-            } else {
-                const bf16 one = float_to_bf16(1.0f);
-                std::memcpy(group + 2 * n, &one, 2);
-                group[kPanel * 2 + k % kGroup / 4 * 64 + n % 16 * 4 + k % 4] |= uint8_t(weight(k, n) << (n < 16 ? 0 : 4));
+                continue;
             }
+            const bf16 one = float_to_bf16(1.0f);
+            if (kIsMxfp4)
+                header[k % kHeader / kGroup * kPanel + n] = 127;
+            else
+                std::memcpy(header + 2 * n, &one, 2);
+            header[kHeaderBytes + k % kHeader / 4 * 64 + n % 16 * 4 + k % 4] |= uint8_t(weight(k, n) << (n < 16 ? 0 : 4));
         }
     }
     const CopyRow copy{c.data()};
     Waiting<CopyRow> waiting;
-    const Packed packed{Bits == 8 ? kPackedInt8 : kPackedInt4, kPanel, depth, kGroup, panel.data(), ones.data()};
+    const Packed packed{kFormat, kPanel, depth, kGroup, panel.data(), ones.data()};
     packed_product(packed, 0, 0, rows, a.data(), stride, room.data(), Next{}, copy, waiting);
     waiting.all();
     leave_tiles();
     for (int r = 0; r < rows; ++r)
         for (int n = 0; n < kPanel; ++n) {
-            int sum = 0;
-            for (int k = 0; k < depth; ++k) sum += (weight(k, n) - (Bits == 8 ? 128 : 8)) * activation(r, k);
+            double sum = 0;
+            for (int k = 0; k < depth; ++k)
+                sum += float(activation(r, k)) * (kIsMxfp4 ? Mxfp4::number(weight(k, n), 127)
+                                                           : float(weight(k, n) - (kIsBytes ? 128 : 8)));
             if (c[r * kPanel + n] != float(sum)) return false;
         }
     return true;
@@ -197,7 +203,10 @@ MOESAIC_EXPORT int64_t moesaic_self_test() {
     if (!team_does_each_task_once()) return 4;
     for (int rows : {1, 3, 5, 8, 20, 33})
         for (int depth : {256, 1280})
-            if (!integer_products_are_right<8>(rows, depth) || !integer_products_are_right<4>(rows, depth)) return 5;
+            if (!integer_products_are_right<kPackedInt8>(rows, depth) ||
+                !integer_products_are_right<kPackedInt4>(rows, depth) ||
+                !integer_products_are_right<kPackedMxfp4>(rows, depth))
+                return 5;
     for (int64_t depth : {1, 6, 20, 24, 48, 96, 128, 192, 512, 768, 1024, 2048, 4096, 8192})
         if (!rotation_is_right(depth)) return 7;
 #if defined(MOESAIC_TILES)
