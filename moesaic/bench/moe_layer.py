@@ -17,17 +17,18 @@ from moesaic.bench.share import Rate, Work, bound, operations_per_second
 from moesaic.bench.turns import time_in_turn
 from moesaic.config.model import ModelConfig, MoEConfig
 from moesaic.errors import ConfigError
-from moesaic.kernels import products
+from moesaic.kernels import mxfp4, products
 from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import Limits, available_memory_bytes, measure_limits
 from moesaic.kernels.packed import PackedMlp, pack_mlp
-from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
+from moesaic.kernels.quantized import QuantizedWeight, quantize_to_mxfp4, quantize_weight
 from moesaic.model.feed_forward import FeedForward
 
-Dtype = Literal["bf16", "int8", "int4"]
+Dtype = Literal["bf16", "int8", "int4", "mxfp4"]
 
 # Weights that share a scale in 4 bits.
 INT4_GROUP_SIZE = 64
+_GROUP_SIZES: dict[Dtype, int] = {"int4": INT4_GROUP_SIZE, "mxfp4": mxfp4.GROUP_SIZE}
 _WEIGHT_STD = 0.02
 
 
@@ -73,10 +74,11 @@ class MoELayerCase:
                 "--dtype bf16, or leave out --backward."
             )
         sizes = {"hidden": self.hidden_size, "intermediate": self.intermediate_size}
-        if self.dtype == "int4" and (wrong := [name for name, size in sizes.items() if size % INT4_GROUP_SIZE]):
+        group = _GROUP_SIZES.get(self.dtype, 1)
+        if wrong := [name for name, size in sizes.items() if size % group]:
             raise ConfigError(
-                f"{wrong[0]} ({sizes[wrong[0]]}) is not a multiple of {INT4_GROUP_SIZE}; int4 weights share scales in "
-                f"groups of so many; use a multiple of {INT4_GROUP_SIZE}, or --dtype int8."
+                f"{wrong[0]} ({sizes[wrong[0]]}) is not a multiple of {group}; {self.dtype} weights share scales in "
+                f"groups of so many; use a multiple of {group}, or --dtype int8."
             )
 
 
@@ -200,13 +202,15 @@ def _rate(dtype: Dtype) -> Rate:
 
 
 def _mlp_bytes(case: MoELayerCase) -> float:
-    """Bytes of one expert: values, and scales of a row (fp32) or a group (bf16)."""
+    """Bytes of one expert: values, and scales of a row (fp32) or a group (bf16, a byte in MXFP4)."""
     hidden, inner = case.hidden_size, case.intermediate_size
     weights = 3 * hidden * inner
     if case.dtype == "bf16":
         return 2 * weights
     if case.dtype == "int8":
         return weights + 4 * (2 * inner + hidden)
+    if case.dtype == "mxfp4":
+        return weights / 2 + weights / mxfp4.GROUP_SIZE
     return weights / 2 + 2 * weights / INT4_GROUP_SIZE
 
 
@@ -273,5 +277,7 @@ def _inference(case: MoELayerCase, layer: FeedForward) -> Callable[[Tensor], Ten
 def _quantized(weight: Tensor, dtype: Dtype) -> Tensor | QuantizedWeight:
     if dtype == "bf16":
         return weight.detach()
+    if dtype == "mxfp4":
+        return quantize_to_mxfp4(weight)
     bits, group_size = (8, None) if dtype == "int8" else (4, INT4_GROUP_SIZE)
     return quantize_weight(weight.detach(), bits=bits, group_size=group_size)

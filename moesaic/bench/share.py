@@ -57,6 +57,7 @@ def operations_per_second(limits: Limits, rate: Rate) -> float:
     peak = peaks[rate]
     if peak is None:
         raise DeviceError(
-            f"{limits.name} has no products of bytes; int8 and int4 need them; use --dtype bf16, or --device cpu."
+            f"{limits.name} has no products of bytes; int8, int4 and mxfp4 need them; use --dtype bf16, or "
+            f"--device cpu."
         )
     return peak

@@ -24,13 +24,16 @@ VALUES, SCALES = ".values", ".scales"
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a matrix is quantised: 8 bits with one scale a row, or 4 bits with one for group_size columns."""
+    """How a matrix is quantised: 8 bits with one scale a row, 4 bits with one for group_size columns, or MXFP4."""
 
     bits: int
     group_size: int | None
+    is_mxfp4: bool = False  # 4 bits by 32
 
     @property
     def name(self) -> str:
+        if self.is_mxfp4:
+            return "mxfp4"
         return f"int{self.bits}" if self.group_size is None else f"int{self.bits} by {self.group_size}"
 
 
@@ -66,7 +69,11 @@ def require_unquantized(
 
 def quantization_record(schemes: dict[str, Scheme], *, experts: str | None, rest: str) -> dict[str, Any]:
     """Return what the manifest's metadata says under KEY; experts None: the model has none."""
-    matrices = {name: {"bits": each.bits, "group_size": each.group_size} for name, each in schemes.items()}
+    matrices: dict[str, dict[str, Any]] = {}
+    for name, each in schemes.items():
+        matrices[name] = {"bits": each.bits, "group_size": each.group_size}
+        if each.is_mxfp4:
+            matrices[name]["is_mxfp4"] = True
     return {"format": FORMAT, "experts": experts, "rest": rest, "matrices": matrices}
 
 
@@ -78,7 +85,10 @@ def quantization_schemes(info: CheckpointInfo) -> dict[str, Scheme]:
     _check_format(info)
     try:
         matrices = info.metadata.get(KEY, {}).get("matrices", {})
-        return {name: Scheme(int(each["bits"]), each["group_size"]) for name, each in matrices.items()}
+        return {
+            name: Scheme(int(each["bits"]), each["group_size"], each.get("is_mxfp4", False))
+            for name, each in matrices.items()
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{info.path} does not say how its matrices are quantised ({error!r}); bits and group_size of each are "
@@ -99,6 +109,7 @@ def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[
         try:
             values, scales = tensors.pop(name + VALUES), tensors.pop(name + SCALES)
             weights[name] = QuantizedWeight(values, scales, record["bits"], record["group_size"])
+            assert weights[name].is_mxfp4 == record.get("is_mxfp4", False), scales.dtype
         except (KeyError, AssertionError) as error:
             raise CheckpointError(
                 f"{info.path} does not hold {name} as its manifest says ({error!r}); {name}{VALUES} and {name}{SCALES} "

@@ -68,7 +68,8 @@ def moe_layer(
     ] = False,
     backward: Annotated[bool, typer.Option("--backward", help="Train: forward and backward.")] = False,
     dtype: Annotated[
-        Literal["bf16", "int8", "int4"], typer.Option("--dtype", help="Of the weights; int8 and int4 only infer.")
+        Literal["bf16", "int8", "int4", "mxfp4"],
+        typer.Option("--dtype", help="Of the weights; all but bf16 only infer."),
     ] = "bf16",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "cpu",
     as_json: AsJson = False,

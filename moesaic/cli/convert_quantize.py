@@ -1,4 +1,4 @@
-"""`moesaic convert quantize`: a run with 8-bit or 4-bit matrices. Parses, calls moesaic.convert.quantize and prints."""
+"""`moesaic convert quantize`: a run with matrices of 8 or 4 bits. Parses, calls moesaic.convert.quantize and prints."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,8 @@ def quantize(
     run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the quantised run, to be made.")],
     experts: Annotated[
-        str | None, typer.Option("--experts", metavar="FORMAT", help="int8 or int4. \\[default: int8]")
+        str | None,
+        typer.Option("--experts", metavar="FORMAT", help="int8, int4 or mxfp4 (gpt-oss's own). \\[default: int8]"),
     ] = None,
     rest: Annotated[
         str,
@@ -44,7 +45,7 @@ def quantize(
             metavar="TEXT",
             help="Round by what reaches each matrix on this text: a file, a folder, or shards written by `moesaic "
             "prepare`, of which the training split is taken; `none` rounds to nearest. \\[default: the run's own "
-            "shards where something becomes int4 and they are there, else none]",
+            "shards where something takes 4 bits and they are there, else none]",
         ),
     ] = None,
     calibration_tokens: Annotated[

@@ -49,7 +49,8 @@ def calibrated_weights(
     if "embedding" in schemes:
         # Tied: it is needed first, as a table of rows, and is the output matrix too, whose inputs come last. They are
         # taken from the model as it is, in a pass of its own.
-        quantized = _round(model.embedding, feedback_factor(_final_moments(model, read, batches)), schemes["embedding"])
+        moments = _final_moments(model, read, batches)
+        quantized = _round(model.embedding, _factor(moments, schemes["embedding"]), schemes["embedding"])
         model.embedding.copy_(dequantize(quantized))
         yield "embedding", quantized
     states = [_arguments_of(model.blocks[0], model, tokens) for tokens in batches]
@@ -62,7 +63,7 @@ def calibrated_weights(
         on_layer(layer)
     if "lm_head" in schemes and model.lm_head is not None:
         moments = _moments(model.final_norm(x).flatten(0, 1) for x, _ in states)
-        yield "lm_head", _round(model.lm_head, feedback_factor(moments), schemes["lm_head"])
+        yield "lm_head", _round(model.lm_head, _factor(moments, schemes["lm_head"]), schemes["lm_head"])
 
 
 def _final_moments(model: Transformer, read: Callable[[str], Tensor], batches: Sequence[Tensor]) -> Tensor:
@@ -145,14 +146,15 @@ def _block(block: Block, schemes: Mapping[str, Scheme], states: list[tuple[Tenso
 def _linears(
     parent: nn.Module, names: Sequence[str], prefix: str, schemes: Mapping[str, Scheme], inputs: Iterable[Tensor]
 ) -> Quantized:
-    """Quantise linear layers that have the same inputs."""
+    """Quantise linear layers that have the same inputs, and one scheme."""
     layers = [(name, getattr(parent, name)) for name in names if f"{prefix}{name}.weight" in schemes]
     if not layers:
         return
-    factor = feedback_factor(_moments(inputs))
+    scheme = schemes[f"{prefix}{layers[0][0]}.weight"]
+    factor = _factor(_moments(inputs), scheme)
     for name, layer in layers:
-        assert isinstance(layer, Linear)
-        quantized = _round(layer.weight, factor, schemes[f"{prefix}{name}.weight"])
+        assert isinstance(layer, Linear) and schemes[f"{prefix}{name}.weight"] == scheme, (prefix, name, scheme)
+        quantized = _round(layer.weight, factor, scheme)
         layer.weight.copy_(dequantize(quantized))
         yield f"{prefix}{name}.weight", quantized
 
@@ -179,12 +181,14 @@ def _experts(moe: MoELayer, prefix: str, schemes: Mapping[str, Scheme], x: Tenso
     for expert in range(weights.up.shape[0]):
         rows, shares = _tokens_of(expert, routing.expert_ids, routing_weights, needed=weights.up.shape[2])
         tokens, shares = x[rows], shares[:, None]
-        up = _round(weights.up[expert], feedback_factor(_moments([tokens * shares])), schemes[prefix + up_name])
+        scheme = schemes[prefix + up_name]
+        up = _round(weights.up[expert], _factor(_moments([tokens * shares]), scheme), scheme)
         weights.up[expert].copy_(dequantize(up))
         yield prefix + up_name, up
         bias = None if weights.up_bias is None else weights.up_bias[expert].to(x.dtype)
         hidden = activate(products.linear(tokens, weights.up[expert].to(x.dtype), bias), weights.activation)
-        down = _round(weights.down[expert], feedback_factor(_moments([hidden * shares])), schemes[f"{prefix}down_proj"])
+        scheme = schemes[f"{prefix}down_proj"]
+        down = _round(weights.down[expert], _factor(_moments([hidden * shares]), scheme), scheme)
         weights.down[expert].copy_(dequantize(down))
         yield f"{prefix}down_proj", down
 
@@ -220,5 +224,9 @@ def _moments(inputs: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def _factor(moments: Tensor, scheme: Scheme) -> Tensor:
+    return feedback_factor(moments, is_mxfp4=scheme.is_mxfp4)
+
+
 def _round(weight: Tensor, factor: Tensor, scheme: Scheme) -> QuantizedWeight:
-    return round_with_feedback(weight, factor, bits=scheme.bits, group_size=scheme.group_size)
+    return round_with_feedback(weight, factor, bits=scheme.bits, group_size=scheme.group_size, is_mxfp4=scheme.is_mxfp4)

@@ -1,4 +1,4 @@
-"""A run with 8-bit or 4-bit matrices, made from a trained one, and the report that says what it cost.
+"""A run with matrices of 8 or 4 bits, made from a trained one, and the report that says what it cost.
 
 Matrices are read, rounded and written one at a time, into a folder that takes its name only once the report is written
 and within its limits. How numbers are rounded is rounding.py's business, on which inputs calibrate.py's.
@@ -32,13 +32,14 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError, DataError
 from moesaic.evaluate.perplexity import Comparison, Perplexity, compare, record_reference, text_windows
 from moesaic.evaluate.text import read_documents
-from moesaic.kernels.quantized import GROUP_SIZES, MAX_COLUMNS, quantize_weight
+from moesaic.kernels import mxfp4
+from moesaic.kernels.quantized import GROUP_SIZES, MAX_COLUMNS, quantize_to_mxfp4, quantize_weight
 from moesaic.logs import OnProgress, logger, no_progress
 from moesaic.model.load import load_run, load_run_config
 from moesaic.report.json_values import json_values
 
 REPORT_NAME = "quantization.json"
-ExpertFormat = Literal["int8", "int4"]
+ExpertFormat = Literal["int8", "int4", "mxfp4"]
 RestFormat = Literal["int4", "int8", "bf16"]
 Kind = Literal["experts", "attention", "mlp", "output", "embedding", "other"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -115,7 +116,7 @@ def quantize_run(
 
     experts None: int8 where there are experts. group_size None: 64 where something becomes int4. calibrate: text or
     prepared shards (their training split) to calibrate on; "none" rounds to nearest; None: the run's own shards where
-    something becomes int4 and they are there, else "none". text None: the validation split of the run's own shards.
+    something takes 4 bits and they are there, else "none". text None: the validation split of the run's own shards.
     text_field None: `text`, of what has fields. on_progress hears of stages and of the share of each that is done.
 
     Raises: ConversionError when perplexity ratio or KL exceed their limits and force is not given; ConfigError,
@@ -129,7 +130,7 @@ def quantize_run(
     plan = _plan(path, info, config, experts=experts, rest=rest, group_size=group_size)
     check_is_new(output)
     text = _own_shards(config, "--text") if text is None else text
-    calibrate = resolve_calibration(calibrate, config, is_int4="int4" in (plan.experts, plan.rest))
+    calibrate = resolve_calibration(calibrate, config, has_4_bits=any(each.bits == 4 for each in plan.schemes.values()))
     if text_field is not None and all(each is None or _is_shards(each) for each in (text, calibrate)):
         raise ConfigError(
             f"text_field ({text_field}) is given and no text to read it from; shards have no fields; name a text with "
@@ -196,12 +197,12 @@ def quantize_run(
     return report
 
 
-def resolve_calibration(given: str | Path | None, config: TrainConfig, *, is_int4: bool) -> str | Path | None:
+def resolve_calibration(given: str | Path | None, config: TrainConfig, *, has_4_bits: bool) -> str | Path | None:
     """Return the calibration text that is meant: the one given, None for "none", and where none is given the run's own
-    shards if something becomes int4 and they are there."""
+    shards if something takes 4 bits and they are there."""
     if given is not None:
         return None if given == "none" else given
-    if not is_int4:
+    if not has_4_bits:
         return None
     path = config.data.path
     if _has_own_shards(config):
@@ -272,7 +273,8 @@ class _Plan:
             else:
                 *outer, columns = shape
                 layout[name + VALUES] = TensorLayout(torch.uint8, (*outer, columns // 2))
-                layout[name + SCALES] = TensorLayout(torch.bfloat16, (*outer, columns // scheme.group_size))
+                dtype = torch.uint8 if scheme.is_mxfp4 else torch.bfloat16
+                layout[name + SCALES] = TensorLayout(dtype, (*outer, columns // scheme.group_size))
         return layout
 
     def reports(self) -> tuple[KindReport, ...]:
@@ -342,8 +344,8 @@ def _plan(
     is_int4 = "int4" in (chosen_experts, rest)
     if group_size is not None and not is_int4:
         raise ConfigError(
-            f"group_size ({group_size}) is given and nothing becomes int4; int8 has one scale a row; leave it out, or "
-            f"ask for int4."
+            f"group_size ({group_size}) is given and nothing becomes int4; int8 has one scale a row and mxfp4 one for "
+            f"{mxfp4.GROUP_SIZE} columns; leave it out, or ask for int4."
         )
     if is_int4 and group_size is None:
         group_size = 64
@@ -358,7 +360,14 @@ def _plan(
     schemes = {}
     for name, kind in kinds.items():
         format_ = formats.get(kind)
-        if format_ == "int4":
+        if format_ == "mxfp4":
+            columns = shapes[name][-1]
+            if columns % mxfp4.GROUP_SIZE:
+                raise ConfigError(
+                    f"{name} has {columns} columns; mxfp4 takes a multiple of {mxfp4.GROUP_SIZE}; use int8."
+                )
+            schemes[name] = Scheme(4, mxfp4.GROUP_SIZE, is_mxfp4=True)
+        elif format_ == "int4":
             assert group_size is not None
             columns = shapes[name][-1]
             if columns % group_size:
@@ -419,7 +428,10 @@ def _rounded(file: Any, plan: _Plan, on_progress: OnProgress) -> Quantized:
         shape = plan.shapes[name]
         for each in range(shape[0]) if len(shape) == 3 else [slice(None)]:
             matrix = require_finite(name, stored[each])
-            yield name, quantize_weight(matrix, bits=scheme.bits, group_size=scheme.group_size)
+            if scheme.is_mxfp4:
+                yield name, quantize_to_mxfp4(matrix)
+            else:
+                yield name, quantize_weight(matrix, bits=scheme.bits, group_size=scheme.group_size)
         on_progress("quantising", (index + 1) / len(plan.schemes))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from moesaic.kernels import mxfp4
 from moesaic.kernels.quantized import QuantizedWeight, pack_nibbles, rotate, rotate_weight
 
 # Columns whose errors are taken back in the rest of the matrix by one product.
@@ -46,12 +47,14 @@ def searched_scales(grouped: Tensor, importance: Tensor | None = None) -> Tensor
     return best.to(torch.bfloat16)
 
 
-def feedback_factor(second_moments: Tensor) -> Tensor:
+def feedback_factor(second_moments: Tensor, *, is_mxfp4: bool = False) -> Tensor:
     """Return the upper triangular (K, K) fp32 factor that round_with_feedback needs of X^T X (K, K), in fp64.
 
-    It is that of the inputs as they meet the weight: rotated. A column of those that is always 0 has no say.
+    It is that of the inputs as they meet the weight: rotated, but for MXFP4. A column of those that is always 0 has no
+    say.
     """
-    moments = rotate(rotate(second_moments.double()).t()).clone()
+    moments = second_moments.double()
+    moments = moments.clone() if is_mxfp4 else rotate(rotate(moments).t()).clone()
     diagonal = moments.diagonal()
     diagonal[diagonal == 0] = 1.0
     mean = diagonal.mean()
@@ -66,13 +69,17 @@ def feedback_factor(second_moments: Tensor) -> Tensor:
     raise AssertionError(f"no Cholesky factor of {tuple(moments.shape)} moments with mean diagonal {float(mean)}")
 
 
-def round_with_feedback(weight: Tensor, factor: Tensor, *, bits: int, group_size: int | None) -> QuantizedWeight:
+def round_with_feedback(
+    weight: Tensor, factor: Tensor, *, bits: int, group_size: int | None, is_mxfp4: bool = False
+) -> QuantizedWeight:
     """Rotate a weight (N, K) and round it column by column, each one's error taken back in the later ones.
 
     factor: of the second moments of the inputs, from feedback_factor. 4 bits: a group's scales are searched when its
-    turn comes, with the errors before it already in its weights.
+    turn comes, with the errors before it already in its weights. MXFP4 is not rotated, its scales are the nearest, and
+    what it holds stays as it is.
     """
-    columns = rotate_weight(weight).t().clone(memory_format=torch.contiguous_format)  # (K, N), changed as we go
+    turned = (weight.float() if is_mxfp4 else rotate_weight(weight)).t()
+    columns = turned.clone(memory_format=torch.contiguous_format)  # (K, N), changed as we go
     num_columns = columns.shape[0]
     group = num_columns if group_size is None else group_size
     values = torch.empty_like(columns)
@@ -84,14 +91,22 @@ def round_with_feedback(weight: Tensor, factor: Tensor, *, bits: int, group_size
             if column % group == 0:
                 if bits == 8:
                     scales = columns.abs().amax(0) / 127.0  # of the weight as given: nothing is taken back yet
+                    stored = scales
+                elif is_mxfp4:
+                    stored = mxfp4.nearest_scales(columns[column : column + group].abs().amax(0))
+                    scales = mxfp4.powers(stored)
                 else:
                     # What an error costs in the end is its square over the square of the factor's diagonal.
                     importance = factor.diagonal()[column : column + group].reciprocal().square()
-                    scales = searched_scales(columns[column : column + group].t(), importance).squeeze(-1).float()
-                all_scales.append(scales)
+                    stored = searched_scales(columns[column : column + group].t(), importance).squeeze(-1)
+                    scales = stored.float()
+                all_scales.append(stored)
             weights = columns[column]
-            rounded = (weights / torch.where(scales == 0, 1.0, scales)).round_()
-            rounded = rounded.clamp_(-127, 127) if bits == 8 else rounded.clamp_(-8, 7)
+            rounded = weights / torch.where(scales == 0, 1.0, scales)
+            if is_mxfp4:
+                rounded = mxfp4.round_numbers(rounded)
+            else:
+                rounded.round_().clamp_(*((-127, 127) if bits == 8 else (-8, 7)))
             values[column] = rounded
             error = (weights - rounded * scales) / factor[column, column]
             errors[column - start] = error
@@ -100,7 +115,8 @@ def round_with_feedback(weight: Tensor, factor: Tensor, *, bits: int, group_size
     values = values.t().contiguous()
     if bits == 8:
         return QuantizedWeight(values.to(torch.int8), scales.float(), 8, None)
-    return QuantizedWeight(pack_nibbles(values), torch.stack(all_scales, -1).to(torch.bfloat16), 4, group_size)
+    packed = mxfp4.encode(values) if is_mxfp4 else pack_nibbles(values)
+    return QuantizedWeight(packed, torch.stack(all_scales, -1), 4, group_size)
 
 
 def _ranges(num_columns: int) -> Iterator[tuple[int, int]]:

@@ -220,7 +220,8 @@ def _empty_quantized(shape: tuple[int, ...], scheme: Scheme) -> QuantizedWeight:
         return QuantizedWeight(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]), scheme.bits, None)
     *rows, columns = shape
     values = torch.empty(*rows, columns // 2, dtype=torch.uint8)
-    scales = torch.empty(*rows, columns // scheme.group_size, dtype=torch.bfloat16)
+    dtype = torch.uint8 if scheme.is_mxfp4 else torch.bfloat16
+    scales = torch.empty(*rows, columns // scheme.group_size, dtype=dtype)
     return QuantizedWeight(values, scales, scheme.bits, scheme.group_size)
 
 
@@ -288,7 +289,10 @@ class _Weights:
         if len(tensors) == len(parts):
             return _join(tensors)
         whole = [part for part in parts if isinstance(part, QuantizedWeight)]
-        formats = [(part.bits, part.group_size) if isinstance(part, QuantizedWeight) else "bf16" for part in parts]
+        formats = [
+            (part.bits, part.group_size, part.is_mxfp4) if isinstance(part, QuantizedWeight) else "bf16"
+            for part in parts
+        ]
         if len(set(formats)) > 1:
             raise ConfigError(
                 f"{', '.join(names)} are computed as one matrix and come as {formats}; one format is required; "

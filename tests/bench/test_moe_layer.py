@@ -23,7 +23,7 @@ def bytes_too(machine_limits: Limits) -> Limits:
 
 
 @pytest.mark.parametrize("kernels", ["reference", "auto"])
-@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4", "mxfp4"])
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_inference_is_timed_in_every_format(kernels: str, dtype: str, has_residual: bool, bytes_too: Limits) -> None:
     case = MoELayerCase(**SMALL, dtype=dtype, has_residual=has_residual)  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def check(result: moe_layer.MoELayerResult, limits: Limits) -> None:
     assert result.limit == ("bytes" if moving >= doing else "FLOPs")
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4", "mxfp4"])
 def test_the_timed_inference_is_the_layer(dtype: str) -> None:
     torch.manual_seed(0)
     case = MoELayerCase(**SMALL, dtype=dtype, has_residual=True)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def test_the_timed_inference_is_the_layer(dtype: str) -> None:
     actual = moe_layer._inference(case, layer)(x).float()
     error = (actual - expected).norm() / expected.norm()
     # bf16 rounds; 8 and 4 bits of Gaussian weights lose about 1 % and 10 %.
-    assert error < {"bf16": 0.01, "int8": 0.03, "int4": 0.2}[dtype]
+    assert error < {"bf16": 0.01, "int8": 0.03, "int4": 0.2, "mxfp4": 0.3}[dtype]
 
 
 def test_a_training_step_leaves_every_gradient_fresh() -> None:
@@ -108,6 +108,7 @@ def test_quantised_weights_are_counted_with_their_scales() -> None:
     weights = 3 * 64 * 128
     assert expert_bytes("int8") == weights + 4 * (2 * 128 + 64)
     assert expert_bytes("int4") == weights / 2 + 2 * weights / 64
+    assert expert_bytes("mxfp4") == weights / 2 + weights / 32
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,7 @@ def test_quantised_weights_are_counted_with_their_scales() -> None:
         ({"dtype": "int8", "has_backward": True}, r"dtype int8.*no gradient.*--dtype bf16"),
         ({"dtype": "int4", "hidden_size": 96}, r"hidden \(96\) is not a multiple of 64"),
         ({"dtype": "int4", "intermediate_size": 100}, r"intermediate \(100\) is not a multiple of 64"),
+        ({"dtype": "mxfp4", "hidden_size": 72}, r"hidden \(72\) is not a multiple of 32; mxfp4 weights"),
         ({"top_k": 5}, r"top_k \(5\) is more than num_experts \(4\)"),
     ],
 )

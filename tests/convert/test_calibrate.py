@@ -64,7 +64,7 @@ def run(model: Transformer, schemes: dict[str, Scheme]) -> dict[str, list[Quanti
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("scheme", [Scheme(8, None), Scheme(4, 32)])
+@pytest.mark.parametrize("scheme", [Scheme(8, None), Scheme(4, 32), Scheme(4, 32, is_mxfp4=True)])
 def test_every_matrix_comes_once_and_every_expert_in_its_place(kind: str, scheme: Scheme) -> None:
     model = make_model(kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -93,9 +93,9 @@ def test_inputs_are_the_models_own_with_the_layers_before_quantised(kind: str, m
     seen: list[Tensor] = []
     factor = calibrate.feedback_factor
 
-    def recording(moments: Tensor) -> Tensor:
+    def recording(moments: Tensor, *, is_mxfp4: bool) -> Tensor:
         seen.append(moments.clone())
-        return factor(moments)
+        return factor(moments, is_mxfp4=is_mxfp4)
 
     monkeypatch.setattr(calibrate, "feedback_factor", recording)
     with torch.no_grad():

@@ -12,14 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moesaic.checkpoint.quantized import describe_quantization, take_quantized
 from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
 from moesaic.convert.exporter import export_run
 from moesaic.convert.importer import import_model
 from moesaic.convert.opened import open_model
 from moesaic.convert.parity import verify_models
+from moesaic.convert.quantize import quantize_run
 from moesaic.convert.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from moesaic.errors import ConversionError
 from moesaic.kernels.mxfp4 import dequantize
+from moesaic.kernels.quantized import dequantize as dequantize_weight
+from moesaic.model.generate import generate
+from moesaic.model.load import load_run
+from moesaic.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("short_check")
 
@@ -151,6 +157,41 @@ def test_an_experts_matrix_is_read_by_itself(published: Path, monkeypatch: pytes
     assert largest[0] == 64 * 64 // 2  # bytes of an expert's gate_up_proj
     export_run(tmp_path / "run", tmp_path / "out")
     assert largest[0] == 301 * 64  # the embedding
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True])
+def test_quantised_to_it_the_experts_are_what_was_published(
+    published: Path, tmp_path: Path, is_calibrated: bool
+) -> None:
+    """And the model computes with them: as the run in bf16 does, but for activations of 8 bits."""
+    run, out, text = tmp_path / "run", tmp_path / "out", tmp_path / "text.txt"
+    import_model(published, run)
+    text.write_text("The quick brown fox jumps over the lazy dog, and back again. " * 20)
+    report = quantize_run(
+        run, out, experts="mxfp4", rest="bf16", text=text, calibrate=text if is_calibrated else "none",
+        calibration_tokens=256 if is_calibrated else None, limit_tokens=200, force=True,
+    )  # fmt: skip
+    assert report.experts == "mxfp4" and {kind.format for kind in report.kinds} >= {"mxfp4", "bf16"}
+    info = resolve_checkpoint(out)
+    assert describe_quantization(info) == "experts mxfp4, rest bf16"
+    source, tensors = load_tensors(resolve_checkpoint(run), "model"), load_tensors(info, "model")
+    quantized = take_quantized(tensors, info)
+    assert len(quantized) == 6
+    for name, weight in quantized.items():
+        assert weight.is_mxfp4 and torch.equal(dequantize_weight(weight), source[name].float()), name
+    loaded = load_run(out, device="cpu")
+    plain = Transformer(loaded.config.model)
+    plain.load_state_dict({name: tensor.float() for name, tensor in source.items()})
+    tokens = torch.randint(loaded.config.model.vocab_size, (2, 24), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = plain.eval().logits(plain(tokens).hidden)
+        found = loaded.model.logits(loaded.model(tokens).hidden)
+        in_bf16 = load_run(run, device="cpu").model
+        rounded = in_bf16.logits(in_bf16(tokens).hidden)
+    error, of_bf16 = ((each - expected).norm() / expected.norm() for each in (found, rounded))
+    assert error < 2 * of_bf16 + 0.01, (error, of_bf16)
+    assert report.kl < 1e-2 and abs(report.perplexity_ratio - 1) < 2e-2
+    assert generate(loaded.model, [5, 6, 7], max_new_tokens=8) == generate(plain, [5, 6, 7], max_new_tokens=8)
 
 
 def drop_scales(tensors: dict[str, Tensor]) -> None:

@@ -22,12 +22,12 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, ConversionError, DataError
 from moesaic.evaluate.perplexity import compare, measure_perplexity, record_reference, text_windows
 from moesaic.evaluate.text import read_documents
-from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_to_mxfp4, quantize_weight
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run, load_run_config
 from moesaic.model.transformer import Transformer
 
-FORMATS = [("int8", "int8"), ("int4", "int8"), ("int4", "int4"), ("int8", "bf16"), ("int8", "int4")]
+FORMATS = [("int8", "int8"), ("int4", "int8"), ("int4", "int4"), ("int8", "bf16"), ("int8", "int4"), ("mxfp4", "int8")]
 
 
 def quantize(run: Path, output: Path, **options: Any) -> QuantizationReport:
@@ -57,9 +57,13 @@ def test_every_tensor_is_rounded_to_nearest_or_kept(
     for name, tensor in source.items():
         kind = kind_of(name, is_tied=True)
         format_ = {"experts": experts, "attention": rest, "mlp": rest, "output": rest}.get(kind)
-        if format_ in ("int8", "int4"):
-            bits = int(format_[3:])
-            expected = quantize_weight(tensor, bits=bits, group_size=32 if bits == 4 else None)
+        if format_ in ("int8", "int4", "mxfp4"):
+            bits = 8 if format_ == "int8" else 4
+            expected = (
+                quantize_to_mxfp4(tensor)
+                if format_ == "mxfp4"
+                else quantize_weight(tensor, bits=bits, group_size=32 if bits == 4 else None)
+            )
             assert (quantized[name].bits, quantized[name].group_size) == (expected.bits, expected.group_size), name
             assert torch.equal(quantized[name].values, expected.values), name
             assert torch.equal(quantized[name].scales, expected.scales), name
@@ -196,11 +200,13 @@ def test_whatever_goes_wrong_leaves_nothing(make_run: Any, tmp_path: Path, error
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("moe", {"experts": "int2"}, r"experts \('int2'\) is not known; one of int8, int4 is required"),
+        ("moe", {"experts": "int2"}, r"experts \('int2'\) is not known; one of int8, int4, mxfp4 is required"),
         ("moe", {"rest": "fp8"}, r"rest \('fp8'\) is not known; one of int4, int8, bf16"),
         ("dense", {"experts": "int8"}, r"experts \(int8\) is given for a dense model; .*; leave it out"),
         ("dense", {"rest": "bf16"}, r"rest \(bf16\) of a dense model quantises nothing"),
         ("moe", {"group_size": 64}, r"group_size \(64\) is given and nothing becomes int4; .*; leave it out"),
+        ("moe", {"experts": "mxfp4", "group_size": 32}, r"nothing becomes int4; .* mxfp4 one for 32 columns; leave"),
+        ("moe", {"rest": "mxfp4"}, r"rest \('mxfp4'\) is not known; one of int4, int8, bf16"),
         ("moe", {"experts": "int4", "group_size": 16}, r"group_size \(16\) is not one of 32, 64 and 128; .*; use 64"),
         ("moe", {"experts": "int4", "group_size": 64}, r"does not divide the 96 columns of .*; .*size 32, or int8"),
         ("moe", {"calibration_tokens": 100}, r"calibration_tokens \(100\) is given without a calibration text"),
@@ -243,7 +249,7 @@ def test_a_text_must_be_there(make_run: Any, tmp_path: Path, tiny_data: Path) ->
     (tmp_path / "text.txt").write_text("The Licensor shall not be liable. " * 30)
     report = quantize(run, tmp_path / "out", text=tmp_path / "text.txt")
     assert report.text.endswith("text.txt")
-    assert resolve_calibration(None, load_run_config(run), is_int4=True) is None
+    assert resolve_calibration(None, load_run_config(run), has_4_bits=True) is None
 
 
 def test_a_run_without_data_has_no_text_of_its_own(
@@ -252,7 +258,7 @@ def test_a_run_without_data_has_no_text_of_its_own(
     """Nor is a manifest.json of the current folder one."""
     run = make_run("moe", data={"path": "", "sequence_length": 32})
     monkeypatch.chdir(tiny_data)
-    assert resolve_calibration(None, load_run_config(run), is_int4=True) is None
+    assert resolve_calibration(None, load_run_config(run), has_4_bits=True) is None
     with pytest.raises(DataError, match=r"no text is given and the run has no data of its own; .*; name one with --t"):
         quantize(run, tmp_path / "out")
 
@@ -278,10 +284,10 @@ def test_no_calibration_tokens_are_not_the_usual_number_of_them(make_run: Any, t
 
 def test_which_text_calibrates(make_run: Any, tiny_data: Path) -> None:
     run = make_run("moe")
-    assert resolve_calibration(None, load_run_config(run), is_int4=True) == str(tiny_data)
-    assert resolve_calibration(None, load_run_config(run), is_int4=False) is None
-    assert resolve_calibration("none", load_run_config(run), is_int4=True) is None
-    assert resolve_calibration("a.txt", load_run_config(run), is_int4=False) == "a.txt"
+    assert resolve_calibration(None, load_run_config(run), has_4_bits=True) == str(tiny_data)
+    assert resolve_calibration(None, load_run_config(run), has_4_bits=False) is None
+    assert resolve_calibration("none", load_run_config(run), has_4_bits=True) is None
+    assert resolve_calibration("a.txt", load_run_config(run), has_4_bits=False) == "a.txt"
 
 
 def test_the_function_calibrates_as_the_command_does(make_run: Any, tmp_path: Path, tiny_data: Path) -> None:

@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from moesaic.convert.rounding import feedback_factor, round_with_feedback, searched_scales
-from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight, rotate_weight, round_to_scales
+from moesaic.kernels.quantized import (
+    QuantizedWeight,
+    dequantize,
+    quantize_to_mxfp4,
+    quantize_weight,
+    rotate_weight,
+    round_to_scales,
+)
 
 FORMATS = [(8, None), (4, 32), (4, 64), (4, 128)]
 
@@ -111,3 +118,15 @@ def test_fewer_inputs_than_columns_are_damped() -> None:
         factor = feedback_factor((inputs.t() @ inputs).double())
         quantized = round_with_feedback(draw(3, 96), factor, bits=4, group_size=32)
         assert dequantize(quantized).isfinite().all()
+
+
+def test_mxfp4_is_rounded_as_it_lies_and_what_it_holds_stays() -> None:
+    weight, inputs = draw(24, 96), correlated(300, 96)
+    factor = feedback_factor((inputs.t() @ inputs).double(), is_mxfp4=True)
+    nearest = quantize_to_mxfp4(weight)
+    with_feedback = round_with_feedback(weight, factor, bits=4, group_size=32, is_mxfp4=True)
+    assert with_feedback.is_mxfp4 and with_feedback.shape == weight.shape
+    assert output_error(weight, with_feedback, inputs) < 0.9 * output_error(weight, nearest, inputs)
+    held = dequantize(nearest)
+    again = round_with_feedback(held, factor, bits=4, group_size=32, is_mxfp4=True)
+    assert torch.equal(dequantize(again), held)

@@ -17,13 +17,14 @@ from moesaic.config.model import ModelConfig
 from moesaic.errors import ConfigError, TrainingError
 from moesaic.kernels import select
 from moesaic.kernels.packed import PackedMlp, PackedWeight
-from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
+from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_to_mxfp4, quantize_weight
 from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.pack import fill_packed, pack_transformer, packed_parts, packed_shell, packed_tensors
 from moesaic.model.transformer import Transformer
 
 KERNELS = ["reference", *select.supported_instruction_sets()]
+SCHEMES = [Scheme(8, None), Scheme(4, 32), Scheme(4, 32, is_mxfp4=True)]
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "intermediate_size": 96, "max_positions": 48,
     "init_std": 0.1,
@@ -139,17 +140,23 @@ def matrices(model: Transformer) -> dict[str, Tensor]:
     return found
 
 
+def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    if scheme.is_mxfp4:
+        return quantize_to_mxfp4(weight)
+    return quantize_weight(weight, bits=scheme.bits, group_size=scheme.group_size)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "family", ["dense, llama-like", "moe, qwen-like", "pyramid, residual softmax", "moe, latent attention"]
 )
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_weights_take_the_place_of_those_they_are_named_after(kernels: str, family: str, bits: int) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_weights_take_the_place_of_those_they_are_named_after(
+    kernels: str, family: str, scheme: Scheme
+) -> None:
     model, inputs = build(family), tokens()
     quantized = {
-        name: quantize_weight(weight, bits=bits, group_size=32 if bits == 4 else None)
-        for name, weight in matrices(model).items()
-        if not name.endswith("mix.weight")
+        name: quantize(weight, scheme) for name, weight in matrices(model).items() if not name.endswith("mix.weight")
     }
     twin = build(family)
     twin.compute_dtype = torch.float32
@@ -306,19 +313,16 @@ def test_part_by_part_it_is_the_same_with_one_block_at_a_time(family: str, bits:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_it_holds_put_into_a_shell_is_the_same_model(kernels: str, family: str, bits: int) -> None:
+def test_what_it_holds_put_into_a_shell_is_the_same_model(kernels: str, family: str, scheme: Scheme | None) -> None:
     model = build(family)
     schemes = {
-        name: Scheme(bits, 32 if bits == 4 else None)
+        name: scheme
         for name, matrix in matrices(model).items()
-        if bits == 8 or (bits == 4 and matrix.shape[-1] % 32 == 0)
+        if scheme is not None and matrix.shape[-1] % (scheme.group_size or 1) == 0
     }
-    quantized = {
-        name: quantize_weight(model.get_parameter(name), bits=bits, group_size=scheme.group_size)
-        for name, scheme in schemes.items()
-    }
+    quantized = {name: quantize(model.get_parameter(name).detach(), each) for name, each in schemes.items()}
     packed = pack_transformer(model, quantized)
     shell = packed_shell(model.config, schemes)
     assert shell.is_packed and all(tensor.is_meta for tensor in packed_tensors(shell).values())

@@ -9,7 +9,7 @@ import torch
 
 from moesaic.config.model import ModelConfig
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.kernels.quantized import quantize_weight
+from moesaic.kernels.quantized import QuantizedWeight, quantize_to_mxfp4, quantize_weight
 from moesaic.model.pack import pack_transformer, packed_shapes
 from moesaic.model.transformer import Transformer
 
@@ -42,7 +42,7 @@ def tokenizer() -> Tokenizer:
 
 
 def build_model(family: str, form: str = "fp32", *, seed: int = 0) -> Transformer:
-    """form: fp32, bf16 (both as they are), or packed-bf16, packed-int8, packed-int4."""
+    """form: fp32, bf16 (both as they are), or packed-bf16, packed-int8, packed-int4, packed-mxfp4."""
     config = ModelConfig.from_dict({**SIZES, **FAMILIES[family]})
     dtype = torch.float32 if form == "fp32" else torch.bfloat16
     model = Transformer(config, compute_dtype=dtype).initialize(seed)
@@ -53,10 +53,13 @@ def build_model(family: str, form: str = "fp32", *, seed: int = 0) -> Transforme
     names = packed_shapes(model)
     bits = 8 if form == "packed-int8" else 4
     group = None if bits == 8 else 32
-    return pack_transformer(
-        model,
-        {name: quantize_weight(model.get_parameter(name).detach(), bits=bits, group_size=group) for name in names},
-    )
+
+    def quantize(weight: torch.Tensor) -> QuantizedWeight:
+        if form == "packed-mxfp4":
+            return quantize_to_mxfp4(weight)
+        return quantize_weight(weight, bits=bits, group_size=group)
+
+    return pack_transformer(model, {name: quantize(model.get_parameter(name).detach()) for name in names})
 
 
 @pytest.fixture(scope="session")

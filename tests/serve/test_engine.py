@@ -124,7 +124,7 @@ SAMPLINGS = [
 
 
 @needs_kernels
-@pytest.mark.parametrize("form", ["packed-bf16", "packed-int8", "packed-int4"])
+@pytest.mark.parametrize("form", ["packed-bf16", "packed-int8", "packed-int4", "packed-mxfp4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_request_gives_the_same_alone_and_whatever_else_runs(
     family: str, form: str, make_model: Make, tokenizer: Tokenizer
