@@ -28,7 +28,7 @@ quickstart: $(VENV)/quickstart.stamp
 	$(BIN)/moesaic quickstart $(QUICKSTART_FLAGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -47,7 +47,7 @@ sanitize: $(VENV)/dev.stamp
 # AVX-512, with its bf16 instructions and without, and tiles beside it, on a machine that has them not: some minutes.
 emulate: $(VENV)/dev.stamp
 	MOESAIC_TEST_EMULATED=avx512-emulated,avx512-bf16-emulated,amx-avx512-emulated $(BIN)/python -m pytest \
-	  --numprocesses auto --maxprocesses 4 --dist loadfile -k "not reference and not amx-emulated" tests/kernels \
+	  --numprocesses 3 --dist loadfile -k "not reference and not amx-emulated" tests/kernels \
 	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py --ignore tests/kernels/test_select.py
 
 # All of them run, whatever fails; benchmarks/ also holds modules that the scripts share.
