@@ -17,8 +17,11 @@ from moesaic.convert.keys import (
     KeyRule,
     Needed,
     OneOf,
+    OnEveryLayer,
     Places,
     PlacesAfter,
+    PlacesBetween,
+    PlacesListed,
     Rope,
     Same,
     SharedExperts,
@@ -29,8 +32,11 @@ from moesaic.convert.tensors import (
     TensorRule,
     latent_key_rows,
     latent_query_rows,
-    parted_head_rows,
+    paired_key_rows,
+    paired_query_rows,
+    parted_key_norm_rows,
     parted_key_rows,
+    parted_query_norm_rows,
     parted_query_rows,
 )
 
@@ -38,8 +44,8 @@ from moesaic.convert.tensors import (
 @dataclass(frozen=True)
 class Family:
     """model_type and architecture as config.json has them. harmless: keys that need no rule, beside HARMLESS. left_out:
-    names of tensors that the model does not use ({later} stands for a layer behind the last), with the reason in
-    `left_out_because`."""
+    beginnings of names of tensors that the model does not use ({later} stands for a layer behind the last), with the
+    reason in `left_out_because`."""
 
     name: str
     architecture: str
@@ -90,10 +96,15 @@ _SIZES = (
     Same("num_attention_heads", "num_heads"),
     Same("max_position_embeddings", "max_positions"),
     Same("initializer_range", "init_std", default=0.02),
-    Same("tie_word_embeddings", "tie_embeddings", default=False),
     Always("norm", "rmsnorm"),
     Always("positions", "rotary"),
 )
+
+
+def _ties(default: bool) -> Same:
+    return Same("tie_word_embeddings", "tie_embeddings", default=default)
+
+
 _SWIGLU = OneOf("hidden_act", "activation", {"silu": "swiglu"}, default="silu")
 _MLP = Same("intermediate_size", "intermediate_size")
 _KV_HEADS = Same("num_key_value_heads", "num_kv_heads", default=None)
@@ -106,16 +117,24 @@ def _epsilon(default: float) -> Same:
     return Same("rms_norm_eps", "norm_epsilon", default=default)
 
 
-def _experts(count: str, *aliases: str, top_k_aliases: tuple[str, ...] = ()) -> tuple[KeyRule, ...]:
+def _experts(
+    count: str, *aliases: str, top_k: str = "num_experts_per_tok", top_k_aliases: tuple[str, ...] = ()
+) -> tuple[KeyRule, ...]:
     return (
         Same(count, "moe.num_experts", aliases=aliases),
-        Same("num_experts_per_tok", "moe.top_k", aliases=top_k_aliases),
+        Same(top_k, "moe.top_k", aliases=top_k_aliases),
         Same("router_aux_loss_coef", "moe.router.balance_loss", default=0.001),
     )
 
 
 _EXPERT_SIZE = Same("moe_intermediate_size", "moe.intermediate_size")
 _RENORMALIZE = Same("norm_topk_prob", "moe.router.renormalize", default=False)
+_CORRECTED_SIGMOID = (Always("moe.router.scoring", "sigmoid"), Always("moe.router.score_correction_bias", True))
+_V3_ROUTER = (
+    *_CORRECTED_SIGMOID,
+    Same("norm_topk_prob", "moe.router.renormalize", default=True),
+    Groups(),
+)
 
 
 _LAYER = "model.layers.{layer}"
@@ -131,13 +150,20 @@ _MLP_TENSORS = (TensorRule("blocks.{layer}.feed_forward.mlp.{rest}", (f"{_LAYER}
 
 
 def _moe_tensors(
-    part: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", shared: str = "shared_expert"
+    part: str,
+    *,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    shared: str = "shared_expert",
+    correction: str = "gate.e_score_correction_bias",
+    corrects_rows: bool = False,
 ) -> tuple[TensorRule, ...]:
-    """The tensors of a MoE layer that calls itself `part` and its matrices so."""
+    """The tensors of a MoE layer that calls itself `part` and its parts so; corrects_rows: TensorRule's is_row."""
     moe, experts = "blocks.{layer}.feed_forward.moe", f"{_LAYER}.{part}.experts.{{expert}}"
     return (
         TensorRule(f"{moe}.router.weight", (f"{_LAYER}.{part}.gate.weight",)),
-        TensorRule(f"{moe}.router.score_correction_bias", (f"{_LAYER}.{part}.gate.e_score_correction_bias",)),
+        TensorRule(f"{moe}.router.score_correction_bias", (f"{_LAYER}.{part}.{correction}",), is_row=corrects_rows),
         TensorRule(f"{moe}.experts.gate_up_proj", (f"{experts}.{gate}.weight", f"{experts}.{up}.weight")),
         TensorRule(f"{moe}.experts.down_proj", (f"{experts}.{down}.weight",)),
         TensorRule("blocks.{layer}.feed_forward.mlp.{rest}", (f"{_LAYER}.{part}.{shared}.{{rest}}",), layers="moe"),
@@ -173,8 +199,13 @@ _HEADS, _THEIR_HEADS = "blocks.{layer}.attention", f"{_LAYER}.self_attn"
 _PARTED_TENSORS = (
     TensorRule(f"{_HEADS}.q_proj.{{rest}}", (f"{_THEIR_HEADS}.q_proj.{{rest}}",), rows=parted_query_rows),
     TensorRule(f"{_HEADS}.k_proj.{{rest}}", (f"{_THEIR_HEADS}.k_proj.{{rest}}",), rows=parted_key_rows),
-    TensorRule(f"{_HEADS}.q_norm.weight", (f"{_THEIR_HEADS}.q_norm.weight",), rows=parted_head_rows),
-    TensorRule(f"{_HEADS}.k_norm.weight", (f"{_THEIR_HEADS}.k_norm.weight",), rows=parted_head_rows),
+    TensorRule(f"{_HEADS}.q_norm.weight", (f"{_THEIR_HEADS}.q_norm.weight",), rows=parted_query_norm_rows),
+    TensorRule(f"{_HEADS}.k_norm.weight", (f"{_THEIR_HEADS}.k_norm.weight",), rows=parted_key_norm_rows),
+    *_ATTENTION_TENSORS,
+)
+_PAIRED_TENSORS = (
+    TensorRule(f"{_HEADS}.q_proj.{{rest}}", (f"{_THEIR_HEADS}.q_proj.{{rest}}",), rows=paired_query_rows),
+    TensorRule(f"{_HEADS}.k_proj.{{rest}}", (f"{_THEIR_HEADS}.k_proj.{{rest}}",), rows=paired_key_rows),
     *_ATTENTION_TENSORS,
 )
 
@@ -210,17 +241,25 @@ _ROPE = Rope()
 
 
 def _llama_like(
-    *rules: KeyRule, has_head_dim: bool, epsilon: float = 1e-6, rope: Rope = _ROPE, activation: KeyRule = _SWIGLU
+    *rules: KeyRule,
+    has_head_dim: bool,
+    epsilon: float = 1e-6,
+    rope: Rope = _ROPE,
+    activation: KeyRule = _SWIGLU,
+    mlp: KeyRule = _MLP,
+    ties: bool = False,
 ) -> tuple[KeyRule, ...]:
-    return (*_SIZES, activation, _MLP, _epsilon(epsilon), _KV_HEADS, HeadDim(has_key=has_head_dim), rope, *rules)
+    heads = (_KV_HEADS, HeadDim(has_key=has_head_dim))
+    return (*_SIZES, _ties(ties), activation, mlp, _epsilon(epsilon), *heads, rope, *rules)
 
 
-def _deepseek(scoring: str, *rules: KeyRule) -> tuple[KeyRule, ...]:
+def _deepseek(scoring: str, *rules: KeyRule, epsilon: float = 1e-6, places: KeyRule) -> tuple[KeyRule, ...]:
     return (
         *_SIZES,
+        _ties(False),
         _SWIGLU,
         _MLP,
-        _epsilon(1e-6),
+        _epsilon(epsilon),
         *_LATENT_KEYS,
         _NO_MLP_BIAS,
         *_experts("n_routed_experts", "num_experts"),
@@ -230,7 +269,7 @@ def _deepseek(scoring: str, *rules: KeyRule) -> tuple[KeyRule, ...]:
         SharedExperts(),
         *rules,
         Fixed("moe_layer_freq", 1),
-        PlacesAfter(),
+        places,
     )
 
 
@@ -242,6 +281,8 @@ def _every_second(layer: int, bound: int) -> bool:
     return layer % 2 == 0 and layer < bound
 
 
+_LATER_LAYERS = ("model.layers.{later}.",)
+_MULTI_TOKEN = "multi-token prediction, which is no part of the model itself"
 # Their `head_dim` is the number of turned channels, which qk_rope_head_dim says already.
 _DEEPSEEK_HARMLESS = frozenset({"head_dim"})
 
@@ -252,6 +293,22 @@ _OSS_YARN = {
     "beta_slow": 1.0,
     "truncate": False,
     "original_max_position_embeddings": 4096,
+}
+
+# What other readers of MiniMax-M2 want to see, and what stands in its config for nobody.
+_M2_FIXED = {
+    "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+    "use_qk_norm": True,
+    "qk_norm_type": "per_layer",
+}
+_M2_FIXED_AND_NOT_READ = {
+    "attention_bias": False,
+    "sliding_window": None,
+    "shared_intermediate_size": 0,
+    "layernorm_full_attention_beta": 1.0,
+    "layernorm_linear_attention_beta": 1.0,
+    "layernorm_mlp_beta": 1.0,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -379,6 +436,7 @@ FAMILIES: dict[str, Family] = {
                 Fixed("norm_topk_prob", False),
                 Fixed("mlp_bias", False),
                 Groups(method=True),
+                places=PlacesAfter(),
             ),
             (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
             harmless=_DEEPSEEK_HARMLESS,
@@ -389,17 +447,16 @@ FAMILIES: dict[str, Family] = {
             _deepseek(
                 "sigmoid",
                 Same("routed_scaling_factor", "moe.router.scale", default=2.5),
-                Same("norm_topk_prob", "moe.router.renormalize", default=True),
-                Always("moe.router.score_correction_bias", True),
+                *_V3_ROUTER,
                 Fixed("topk_method", "noaux_tc"),
                 Fixed("rope_interleave", True),
                 Needed(("n_group", "topk_group")),
-                Groups(),
+                places=PlacesAfter(),
             ),
             (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
             harmless=_DEEPSEEK_HARMLESS,
-            left_out=("model.layers.{later}.",),
-            left_out_because="multi-token prediction, which is no part of the model itself",
+            left_out=_LATER_LAYERS,
+            left_out_because=_MULTI_TOKEN,
         ),
         Family(
             "dots1",
@@ -411,8 +468,7 @@ FAMILIES: dict[str, Family] = {
                 _NO_MLP_BIAS,
                 *_experts("n_routed_experts", "num_local_experts"),
                 _EXPERT_SIZE,
-                Always("moe.router.scoring", "sigmoid"),
-                Always("moe.router.score_correction_bias", True),
+                *_CORRECTED_SIGMOID,
                 Fixed("scoring_func", "noaux_tc", also=("sigmoid",), is_written=False),  # as published; never read
                 Same("routed_scaling_factor", "moe.router.scale", default=1.0),
                 _RENORMALIZE,
@@ -437,11 +493,8 @@ FAMILIES: dict[str, Family] = {
                 _NO_MLP_BIAS,
                 *_experts("n_routed_experts", "num_local_experts"),
                 _EXPERT_SIZE,
-                Always("moe.router.scoring", "sigmoid"),
-                Always("moe.router.score_correction_bias", True),
+                *_V3_ROUTER,
                 Same("routed_scaling_factor", "moe.router.scale", default=1.0),
-                Same("norm_topk_prob", "moe.router.renormalize", default=True),
-                Groups(),
                 SharedExperts(),
                 PlacesAfter(),
                 epsilon=1e-5,
@@ -449,8 +502,8 @@ FAMILIES: dict[str, Family] = {
                 rope=Rope(turned=0.5),
             ),
             (*_MODEL_TENSORS, *_PARTED_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
-            left_out=("model.layers.{later}.",),
-            left_out_because="multi-token prediction, which is no part of the model itself",
+            left_out=_LATER_LAYERS,
+            left_out_because=_MULTI_TOKEN,
         ),
         Family(
             "gpt_oss",
@@ -484,6 +537,121 @@ FAMILIES: dict[str, Family] = {
                 has_head_dim=True,
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
+        ),
+        Family(
+            "ernie4_5",
+            "Ernie4_5ForCausalLM",
+            _llama_like(
+                Fixed("use_bias", False),
+                Always("attention_bias", "none"),
+                _NO_MLP_BIAS,
+                epsilon=1e-5,
+                has_head_dim=True,
+                rope=Rope(theta=500_000.0),
+                ties=True,
+            ),
+            (*_MODEL_TENSORS, *_PAIRED_TENSORS, *_MLP_TENSORS),
+        ),
+        Family(
+            "ernie4_5_moe",
+            "Ernie4_5_MoeForCausalLM",
+            _llama_like(
+                Fixed("use_bias", False),
+                Always("attention_bias", "none"),
+                _NO_MLP_BIAS,
+                *_experts("moe_num_experts", "num_experts", top_k="moe_k", top_k_aliases=("num_experts_per_tok",)),
+                _EXPERT_SIZE,
+                Always("moe.router.renormalize", True),
+                Always("moe.router.score_correction_bias", True),
+                Fixed("moe_norm_min", 1e-12),
+                Fixed("moe_gate", "topk", is_written=False),
+                Fixed("moe_gate_act", "softmax", also=(None,), is_written=False),
+                Fixed("moe_use_aux_free", True),
+                SharedExperts("moe_num_shared_experts", is_optional=True),
+                PlacesBetween(),
+                epsilon=1e-5,
+                has_head_dim=False,
+                rope=Rope(theta=500_000.0),
+                ties=True,
+            ),
+            (
+                *_MODEL_TENSORS,
+                *_PAIRED_TENSORS,
+                *_MLP_TENSORS,
+                *_moe_tensors(
+                    "mlp",
+                    shared="shared_experts",
+                    correction="moe_statics.e_score_correction_bias",
+                    corrects_rows=True,
+                ),
+            ),
+            harmless=frozenset({"moe_capacity"}),  # of training
+            left_out=("model.mtp_",),
+            left_out_because=_MULTI_TOKEN,
+        ),
+        Family(
+            "minimax_m2",
+            "MiniMaxM2ForCausalLM",
+            _llama_like(
+                *(Fixed(key, value) for key, value in _M2_FIXED.items()),
+                *(Fixed(key, value, is_written=False) for key, value in _M2_FIXED_AND_NOT_READ.items()),
+                OnEveryLayer("attn_type_list", 1),
+                Always("qk_norm", "full"),
+                Always("attention_bias", "none"),
+                _NO_MLP_BIAS,
+                *_experts("num_local_experts", "num_experts"),
+                *_CORRECTED_SIGMOID,
+                Always("moe.router.renormalize", True),
+                has_head_dim=True,
+                rope=Rope(theta=5e6, turned=1.0, channels="rotary_dim"),
+            ),
+            (
+                *_MODEL_TENSORS,
+                *_PARTED_TENSORS,
+                *_moe_tensors("block_sparse_moe", gate="w1", up="w3", down="w2", correction="e_score_correction_bias"),
+            ),
+            # Of multi-token prediction; of an MLP beside the experts, whose size is 0; of one that no layer has.
+            harmless=frozenset(
+                {"use_mtp", "num_mtp_modules", "mtp_transformer_layers", "shared_moe_mode", "mlp_intermediate_size"}
+            ),
+        ),
+        Family(
+            "glm4_moe_lite",
+            "Glm4MoeLiteForCausalLM",
+            _deepseek(
+                "sigmoid",
+                Same("routed_scaling_factor", "moe.router.scale", default=1.8),
+                *_V3_ROUTER,
+                Fixed("topk_method", "noaux_tc"),
+                Fixed("rope_interleave", True),
+                epsilon=1e-5,
+                places=PlacesListed(),
+            ),
+            (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
+            harmless=_DEEPSEEK_HARMLESS,
+            left_out=_LATER_LAYERS,
+            left_out_because=_MULTI_TOKEN,
+        ),
+        Family(
+            "solar_open",
+            "SolarOpenForCausalLM",
+            _llama_like(
+                OneOf("attention_bias", "attention_bias", {False: "none", True: "qkv"}, default=False),
+                Fixed("use_qk_norm", False, is_written=False),
+                _NO_MLP_BIAS,
+                *_experts("n_routed_experts", "num_local_experts"),
+                _EXPERT_SIZE,
+                *_V3_ROUTER,
+                Same("routed_scaling_factor", "moe.router.scale", default=1.0),
+                SharedExperts(),
+                PlacesAfter(has_dense=False),
+                epsilon=1e-5,
+                has_head_dim=True,
+                rope=Rope(theta=1e6),
+                # Of no layer: all have experts.
+                mlp=Same("intermediate_size", "intermediate_size", default=None),
+            ),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
         ),
     )
 }

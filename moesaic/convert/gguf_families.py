@@ -29,7 +29,8 @@ from moesaic.convert.tensors import (
     TensorRule,
     latent_key_rows,
     latent_query_rows,
-    paired_rows,
+    paired_key_rows,
+    paired_query_rows,
     parted_head_rows,
     parted_key_rows,
     parted_query_rows,
@@ -425,14 +426,6 @@ _NO_BIAS, _QKV_BIAS = Always("attention_bias", "none"), Always("attention_bias",
 _HEAD_NORMS = Always("qk_norm", "head")
 
 
-def _queries(config: ModelConfig) -> RowOrder:
-    return paired_rows(config.num_heads, config.head_dim)
-
-
-def _keys(config: ModelConfig) -> RowOrder:
-    return paired_rows(config.num_kv_heads, config.head_dim)
-
-
 _BLK, _ATTENTION, _FEED_FORWARD = "blk.{layer}", "blocks.{layer}.attention", "blocks.{layer}.feed_forward"
 
 
@@ -508,7 +501,7 @@ def _tensors(attention: tuple[TensorRule, ...], *, norm: str = "ffn_norm") -> tu
 
 
 # llama.cpp turns neighbouring channels of llama's heads.
-_PAIRED = _tensors(_attention(queries=_queries, keys=_keys))
+_PAIRED = _tensors(_attention(queries=paired_query_rows, keys=paired_key_rows))
 _HALVED = _tensors(_attention())
 _POST_NORM = "post_attention_norm"
 

@@ -171,6 +171,23 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class OnEveryLayer:
+    """A list that may only have one value, on every layer."""
+
+    theirs: str
+    value: Any
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        due = [self.value] * _count(keys, ours)
+        value = keys.take(self.theirs, default=due)
+        if value != due:
+            raise keys.refuse(self.theirs, value, f"{self.value!r} for each of {len(due)} layers is required")
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        return  # what a reader takes where it is missing
+
+
+@dataclass(frozen=True)
 class Always:
     """A value of ours that all models of the family have."""
 
@@ -283,12 +300,14 @@ class Rope:
 
     is_latent: a DeepSeek model, whose mscale_all_dim also enters the softmax scale. turned: the share of a head's
     channels that is turned where none is said, in families that have partial_rotary_factor; it comes after head_dim.
-    usual: the scaling of a config that says none, where the family's class has one.
+    channels: the key that says how many are turned, in families that have it instead. usual: the scaling of a config
+    that says none, where the family's class has one.
     """
 
     theta: float = 10_000.0
     is_latent: bool = False
     turned: float | None = None
+    channels: str | None = None
     usual: Mapping[str, Any] | None = None
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
@@ -332,17 +351,19 @@ class Rope:
         put(ours, "rope_scaling", section)
 
     def _read_share(self, keys: Keys, found: Keys, ours: dict[str, Any]) -> None:
+        head_dim = ours.get("head_dim") or ours["hidden_size"] // ours["num_heads"]
         given = [each.take("partial_rotary_factor", default=None) for each in (keys, found)]
+        if self.channels is not None and (turned := keys.take(self.channels, default=None)) is not None:
+            given.append(keys.check(self.channels, turned, "num_heads") / head_dim)  # a count too
         said = [each for each in given if each is not None] or [self.turned or 1.0]
         share = said[0]
         if self.turned is None and said != [1] * len(said):
             raise keys.refuse("partial_rotary_factor", share, "1.0 is required (all channels are turned)")
-        if said[-1] != share:
+        if any(each != share for each in said):
             raise keys.refuse("partial_rotary_factor", said, "one value is required")
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise keys.refuse("partial_rotary_factor", share, "a number above 0, and up to 1, is required")
         if share != 1:
-            head_dim = ours.get("head_dim") or ours["hidden_size"] // ours["num_heads"]
             put(ours, "rope_head_dim", int(head_dim * share))  # rounded as theirs is
 
     def _read_yarn(self, found: Keys, section: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -361,8 +382,11 @@ class Rope:
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         theirs["rope_theta"] = config["rope_theta"]
-        if self.turned is not None:
-            theirs["partial_rotary_factor"] = (config["rope_head_dim"] or config["head_dim"]) / config["head_dim"]
+        turned = config["rope_head_dim"] or config["head_dim"]
+        if self.channels is not None:
+            theirs[self.channels] = turned
+        elif self.turned is not None:
+            theirs["partial_rotary_factor"] = turned / config["head_dim"]
         scaling = config["rope_scaling"]
         if scaling is None:
             theirs["rope_scaling"] = None if self.usual is None else {"rope_type": "default"}
@@ -426,14 +450,20 @@ class Places:
 
 @dataclass(frozen=True)
 class PlacesAfter:
-    """Where the MoE layers are, DeepSeek's way: all but the first so many."""
+    """Where the MoE layers are, DeepSeek's way: all but the first so many.
+
+    has_dense: whether the family's class knows layers without experts.
+    """
 
     theirs: str = "first_k_dense_replace"
+    has_dense: bool = True
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         first = keys.take(self.theirs, default=0)
         if not isinstance(first, int) or first < 0:
             raise keys.refuse(self.theirs, first, "a number of layers is required")
+        if first and not self.has_dense:
+            raise keys.refuse(self.theirs, first, "0 is required (all layers have experts)")
         _place(ours, list(range(first, _count(keys, ours))))
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
@@ -441,10 +471,54 @@ class PlacesAfter:
 
 
 @dataclass(frozen=True)
+class PlacesBetween:
+    """Where the MoE layers are, ERNIE's way: every moe_layer_interval-th layer of those from a first to a last."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        count = _count(keys, ours)
+        first = _number(keys, "moe_layer_start_index", default=1, least=0)
+        last = _number(keys, "moe_layer_end_index", default=-1, least=-1)
+        step = _number(keys, "moe_layer_interval", default=1, least=1)
+        last = count - 1 if last == -1 else last
+        _place(ours, [layer for layer in range(count) if first <= layer <= last and (layer + 1) % step == 0])
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        first, *others = config["moe_layers"] or (config["num_layers"],)
+        theirs["moe_layer_start_index"] = first
+        theirs["moe_layer_end_index"] = others[-1] if others else first
+        theirs["moe_layer_interval"] = others[0] - first if others else 1
+
+
+@dataclass(frozen=True)
+class PlacesListed:
+    """Where the MoE layers are, as mlp_layer_types lists them, or behind the first first_k_dense_replace layers."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        count = _count(keys, ours)
+        first = _number(keys, "first_k_dense_replace", default=1, least=0)
+        kinds = keys.take("mlp_layer_types", default=None)
+        if kinds is None:
+            kinds = ["dense" if layer < first else "sparse" for layer in range(count)]
+        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in ("dense", "sparse") for kind in kinds):
+            raise keys.refuse("mlp_layer_types", kinds, f"dense or sparse for each of {count} layers is required")
+        _place(ours, [layer for layer, kind in enumerate(kinds) if kind == "sparse"])
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        layers, count = config["moe_layers"], config["num_layers"]
+        theirs["mlp_layer_types"] = ["sparse" if layer in layers else "dense" for layer in range(count)]
+        if list(layers) == list(range(count - len(layers), count)):  # for readers that know no such list
+            theirs["first_k_dense_replace"] = count - len(layers)
+
+
+@dataclass(frozen=True)
 class SharedExperts:
-    """A residual MLP of so many times an expert's size, added without a gate (DeepSeek)."""
+    """A residual MLP of so many times an expert's size, added without a gate (DeepSeek).
+
+    is_optional: whether the family's class takes 0 for none.
+    """
 
     theirs: str = "n_shared_experts"
+    is_optional: bool = False
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         count = keys.take(self.theirs, default=None)
@@ -455,7 +529,10 @@ class SharedExperts:
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         if config["moe.residual"] is None:
-            raise Inexpressible("no residual MLP beside the experts")
+            if not self.is_optional:
+                raise Inexpressible("no residual MLP beside the experts")
+            theirs[self.theirs] = 0
+            return
         count, rest = divmod(config["moe.residual_intermediate_size"], config["moe.intermediate_size"])
         if rest:
             raise Inexpressible("a residual MLP whose size is no multiple of an expert's")
@@ -534,6 +611,15 @@ def _count(keys: Keys, ours: dict[str, Any]) -> int:
     if not isinstance(count, int) or not 0 < count < 100_000:
         raise keys.refuse("the number of layers", count, "a number from 1 is required")
     return count
+
+
+def _number(keys: Keys, name: str, *, default: int, least: int) -> int:
+    """Return a number of layers, or the number of a layer; null stands for the default."""
+    value = keys.take(name, default=default)
+    value = default if value is None else value
+    if type(value) is not int or value < least:
+        raise keys.refuse(name, value, f"a number from {least} is required")
+    return value
 
 
 def _place(ours: dict[str, Any], layers: list[int]) -> None:

@@ -87,12 +87,12 @@ def _read_folder(source: HuggingFaceFolder) -> tuple[str, ModelConfig, tuple[Ten
             f"one of {architectures}, or add the family's table to moesaic/convert/families.py."
         )
     config = read_config(family.keys, Keys(source.config, where), harmless_keys(family))
-    later = [template.split("{later}") for template in family.left_out]
+    templates = [template.partition("{later}") for template in family.left_out]
     left_out = {
         tensor: family.left_out_because
         for tensor in source.layout
-        for before, after in later
-        if tensor.startswith(before) and _layer(tensor[len(before) :], after) >= config.num_layers
+        for before, later, after in templates
+        if tensor.startswith(before) and (not later or _layer(tensor[len(before) :], after) >= config.num_layers)
     }
     # Frequencies are computed; old checkpoints hold them beside the weights.
     left_out |= {

@@ -30,6 +30,7 @@ class TensorRule:
     these layers only. rows: the order of our rows in theirs. is_stacked: theirs have all experts in one tensor, ours
     takes from each in turn. parts: ours is a stack, of heads, in which each of theirs has so many rows. is_transposed:
     an expert's (a head's) matrix is ours transposed, of all of theirs or of each as it says; `rows` counts its columns.
+    is_row: theirs has a first dimension of 1 that ours has not.
     """
 
     ours: str
@@ -39,6 +40,7 @@ class TensorRule:
     is_stacked: bool = False
     parts: Callable[[ModelConfig], tuple[int, ...]] | None = None
     is_transposed: bool | tuple[bool, ...] = False
+    is_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,16 @@ def paired_rows(num_heads: int, head_size: int, *, start: int = 0) -> RowOrder:
     return (torch.arange(num_heads)[:, None] * head_size + head).flatten()
 
 
+def paired_query_rows(config: ModelConfig) -> RowOrder:
+    """Return the order of the rows of a model's queries, whose rotary channels stand in pairs."""
+    return paired_rows(config.num_heads, config.head_dim)
+
+
+def paired_key_rows(config: ModelConfig) -> RowOrder:
+    """Return the order of the rows of a model's keys, whose rotary channels stand in pairs."""
+    return paired_rows(config.num_kv_heads, config.head_dim)
+
+
 def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """Return the one dtype of several tensors, or what holds them all."""
     found = set(dtypes)
@@ -115,6 +127,16 @@ def parted_query_rows(config: ModelConfig) -> RowOrder:
 def parted_key_rows(config: ModelConfig) -> RowOrder:
     """Return the order of the rows of a model's keys, of whose heads some channels are turned."""
     return _parted(config, config.num_kv_heads)
+
+
+def parted_query_norm_rows(config: ModelConfig) -> RowOrder:
+    """Return the order of the weights of the norm of a model's queries, of one head or of all together."""
+    return _parted(config, config.num_heads if config.qk_norm == "full" else 1)
+
+
+def parted_key_norm_rows(config: ModelConfig) -> RowOrder:
+    """Return the order of the weights of the norm of a model's keys, of one head or of all together."""
+    return _parted(config, config.num_kv_heads if config.qk_norm == "full" else 1)
 
 
 def parted_head_rows(config: ModelConfig) -> RowOrder:
@@ -198,7 +220,8 @@ def _cut(
             theirs = template.format(expert=expert, **parts)
             part = (*rows, *inner[1:])
             index = expert if rule.is_stacked else None
-            yield Piece(name, start, theirs, index, part[::-1] if is_turned else part, order, is_turned)
+            whole = (1, *part) if rule.is_row else part[::-1] if is_turned else part
+            yield Piece(name, start, theirs, index, whole, order, is_turned)
             start += prod(part)
 
 

@@ -173,10 +173,52 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "SeedOssConfig",
         {**BASE, "head_dim": 10, "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_theta": 1e7},
     ),
+    "ernie4.5": ("Ernie4_5Config", {**BASE, "head_dim": 10}),
+    "ernie4.5, one key head, not tied, linear rope": (
+        "Ernie4_5Config",
+        {**BASE, "head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+         "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}},
+    ),
+    "ernie4.5-moe": (
+        "Ernie4_5_MoeConfig",
+        {**BASE, "moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 12, "moe_num_shared_experts": 2},
+    ),
+    "ernie4.5-moe, no shared experts, every second layer but the last, not tied": (
+        "Ernie4_5_MoeConfig",
+        {**BASE, "num_hidden_layers": 6, "moe_num_experts": 5, "moe_k": 3, "moe_intermediate_size": 12,
+         "moe_num_shared_experts": 0, "moe_layer_interval": 2, "moe_layer_end_index": 3, "tie_word_embeddings": False},
+    ),
+    "minimax-m2": ("MiniMaxM2Config", {**OSS, "head_dim": 8, "rotary_dim": 4}),
+    "minimax-m2, all channels turned, one key head, tied, yarn": (
+        "MiniMaxM2Config",
+        {**OSS, "num_key_value_heads": 1, "tie_word_embeddings": True,
+         "rope_parameters": {**YARN, "rope_theta": 500.0}},
+    ),
+    "glm4-moe-lite": ("Glm4MoeLiteConfig", {**LATENT, "q_lora_rank": 10}),
+    "glm4-moe-lite, listed layers, not renormalised, yarn": (
+        "Glm4MoeLiteConfig",
+        {**{name: value for name, value in LATENT.items() if name != "first_k_dense_replace"},
+         "q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2, "norm_topk_prob": False,
+         "mlp_layer_types": ["sparse", "dense", "sparse"], "tie_word_embeddings": True,
+         "rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 1.3}},
+    ),
+    "solar-open": ("SolarOpenConfig", {**SIGMOID, "head_dim": 8, "first_k_dense_replace": 0}),
+    "solar-open, biases, groups, wide heads, yarn": (
+        "SolarOpenConfig",
+        {**SIGMOID, "head_dim": 12, "first_k_dense_replace": 0, "attention_bias": True, "n_group": 3, "topk_group": 2,
+         "n_shared_experts": 2, "routed_scaling_factor": 1.5, "rope_parameters": {**YARN, "rope_theta": 500.0}},
+    ),
 }  # fmt: skip
 
 # Name: the family that describes it too, and comes first.
-WRITTEN_AS = {name: "llama" for name in FAMILIES if name.startswith("mistral") and not name.endswith("sliding")}
+WRITTEN_AS = {
+    **{name: "llama" for name in FAMILIES if name.startswith("mistral") and not name.endswith("sliding")},
+    **{name: "llama" for name in FAMILIES if name.startswith("ernie4.5") and "moe" not in name},
+    **{name: "glm4_moe" for name in FAMILIES if name.startswith("solar-open")},
+    "glm4-moe-lite": "deepseek_v3",
+}
+# Of these, the names of those in which rotary channels stand in another order.
+REORDERED = {name for name in WRITTEN_AS if name.startswith("ernie4.5")}
 
 
 def build(name: str, *, seed: int = 0) -> "transformers.PreTrainedModel":

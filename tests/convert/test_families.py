@@ -131,6 +131,47 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "num_key_value_heads": 8, "residual_dropout": 0.1, "rms_norm_eps": 1e-6,
         "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0, "tie_word_embeddings": False,
         "vocab_size": 155136}),
+    "ERNIE-4.5-0.3B": (360_748_032, {
+        **USUAL, "model_type": "ernie4_5", "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072,
+        "max_position_embeddings": 131072, "num_attention_heads": 16, "num_hidden_layers": 18, "num_key_value_heads": 2,
+        "pad_token_id": 0, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "use_bias": False,
+        "vocab_size": 103424}),
+    "ERNIE-4.5-21B-A3B": (21_825_437_888, {  # 1,728 of them are the correction biases
+        **USUAL, "model_type": "ernie4_5_moe", "head_dim": 128, "hidden_size": 2560, "intermediate_size": 12288,
+        "max_position_embeddings": 131072, "moe_capacity": [64, 64, 64], "moe_gate": "topk",
+        "moe_intermediate_size": 1536, "moe_k": 6, "moe_layer_end_index": 27, "moe_layer_interval": 1,
+        "moe_layer_start_index": 1, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_use_aux_free": True,
+        "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 4, "num_nextn_predict_layers": 1,
+        "pad_token_id": 0, "rms_norm_eps": 1e-5, "rope_theta": 500000, "tie_word_embeddings": True, "use_bias": False,
+        "vocab_size": 103424}),
+    "MiniMax-M2": (228_689_764_864, {  # 15,872 of them are the correction biases
+        **USUAL, "model_type": "minimax_m2", "attn_type_list": [1] * 62, "head_dim": 128, "hidden_size": 3072,
+        "intermediate_size": 1536, "layernorm_full_attention_beta": 1.0, "layernorm_linear_attention_beta": 1.0,
+        "layernorm_mlp_beta": 1.0, "max_position_embeddings": 196608, "mlp_intermediate_size": 8192,
+        "mtp_transformer_layers": 1, "num_attention_heads": 48, "num_experts_per_tok": 8, "num_hidden_layers": 62,
+        "num_key_value_heads": 8, "num_local_experts": 256, "num_mtp_modules": 3, "output_router_logits": False,
+        "qk_norm_type": "per_layer", "rms_norm_eps": 1e-6, "rope_theta": 5000000, "rotary_dim": 64,
+        "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid", "sliding_window": None,
+        "tie_word_embeddings": False, "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True,
+        "vocab_size": 200064}),
+    "GLM-4.7-Flash": (29_943_393_920, {  # 2,944 of them are the correction biases
+        **USUAL, "model_type": "glm4_moe_lite", "attention_bias": False, "first_k_dense_replace": 1,
+        "hidden_size": 2048, "intermediate_size": 10240, "kv_lora_rank": 512, "max_position_embeddings": 202752,
+        "moe_intermediate_size": 1536, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 1,
+        "norm_topk_prob": True, "num_attention_heads": 20, "num_experts_per_tok": 4, "num_hidden_layers": 47,
+        "num_key_value_heads": 20, "num_nextn_predict_layers": 1, "partial_rotary_factor": 1.0, "q_lora_rank": 768,
+        "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
+        "routed_scaling_factor": 1.8, "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc",
+        "v_head_dim": 256, "vocab_size": 154880}),
+    "Solar-Open-100B": (102_651_799_552, {  # 6,144 of them are the correction biases
+        **USUAL, "model_type": "solar_open", "attention_bias": False, "head_dim": 128, "hidden_size": 4096,
+        "intermediate_size": 10240, "first_k_dense_replace": 0, "max_position_embeddings": 131072,
+        "moe_intermediate_size": 1280, "n_group": 1, "n_routed_experts": 128, "n_shared_experts": 1,
+        "norm_topk_prob": True, "num_attention_heads": 64, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+        "num_key_value_heads": 8, "partial_rotary_factor": 1.0, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": False,
+        "vocab_size": 196608}),
 }  # fmt: skip
 
 
@@ -169,6 +210,7 @@ def test_a_missing_key_means_what_transformers_takes_or_is_asked_for(family: str
     # Their number says what tensors there are and of which shapes.
     shape_tells = {
         "head_dim", "num_key_value_heads", "q_lora_rank", "n_shared_experts", "first_k_dense_replace",
+        "moe_num_shared_experts",
     }  # fmt: skip
     everything = full(values)
     for key in everything.keys() - shape_tells - {"model_type"}:
