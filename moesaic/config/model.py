@@ -264,6 +264,13 @@ class ModelConfig(Config):
     attention_scale: float | None = Field(
         default=None, gt=0, description="on the products of queries and keys; null: 1 / sqrt(head_dim)"
     )
+    embedding_scale: float = Field(default=1.0, gt=0, description="factor on the tokens' embeddings")
+    residual_scale: float = Field(
+        default=1.0, gt=0, description="factor on what attention and feed-forward parts add to the residual stream"
+    )
+    logits_scale: float = Field(
+        default=1.0, gt=0, description="factor on the logits, and so on the hidden states that they are made of"
+    )
     attention_sinks: bool = Field(
         default=False, description="a learned score per head that takes its part of the softmax and has no value"
     )

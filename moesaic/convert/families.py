@@ -10,10 +10,12 @@ import torch
 from moesaic.config.model import ModelConfig
 from moesaic.convert.keys import (
     Always,
+    AttentionScale,
     EqualHeads,
     Fixed,
     Groups,
     HeadDim,
+    Inverse,
     KeyRule,
     Needed,
     OneOf,
@@ -25,6 +27,7 @@ from moesaic.convert.keys import (
     Rope,
     Same,
     SharedExperts,
+    SharedSize,
     SlidingWindow,
 )
 from moesaic.convert.tensors import (
@@ -195,6 +198,20 @@ _OSS_TENSORS = (
 )
 
 
+_GRANITE_MOE = f"{_LAYER}.block_sparse_moe"
+_GRANITE_MOE_TENSORS = (
+    TensorRule(f"{_MOE}.router.weight", (f"{_GRANITE_MOE}.router.layer.weight",)),
+    TensorRule(f"{_MOE}.experts.gate_up_proj", (f"{_GRANITE_MOE}.input_linear.weight",), is_stacked=True),
+    TensorRule(f"{_MOE}.experts.down_proj", (f"{_GRANITE_MOE}.output_linear.weight",), is_stacked=True),
+)
+_SHARED_MLP, _GRANITE_MLP = "blocks.{layer}.feed_forward.mlp", f"{_LAYER}.shared_mlp"
+_GRANITE_SHARED_TENSORS = (
+    TensorRule(f"{_SHARED_MLP}.gate_proj.weight", (f"{_GRANITE_MLP}.input_linear.weight",), half=0),
+    TensorRule(f"{_SHARED_MLP}.up_proj.weight", (f"{_GRANITE_MLP}.input_linear.weight",), half=1),
+    TensorRule(f"{_SHARED_MLP}.down_proj.weight", (f"{_GRANITE_MLP}.output_linear.weight",)),
+)
+
+
 _HEADS, _THEIR_HEADS = "blocks.{layer}.attention", f"{_LAYER}.self_attn"
 _PARTED_TENSORS = (
     TensorRule(f"{_HEADS}.q_proj.{{rest}}", (f"{_THEIR_HEADS}.q_proj.{{rest}}",), rows=parted_query_rows),
@@ -251,6 +268,25 @@ def _llama_like(
 ) -> tuple[KeyRule, ...]:
     heads = (_KV_HEADS, HeadDim(has_key=has_head_dim))
     return (*_SIZES, _ties(ties), activation, mlp, _epsilon(epsilon), *heads, rope, *rules)
+
+
+def _granite(*rules: KeyRule) -> tuple[KeyRule, ...]:
+    return _llama_like(
+        Same("embedding_multiplier", "embedding_scale", default=1.0),
+        Same("residual_multiplier", "residual_scale", default=1.0),
+        AttentionScale("attention_multiplier", default=1.0),
+        Inverse("logits_scaling", "logits_scale"),
+        _ATTENTION_BIAS,
+        *rules,
+        has_head_dim=False,
+    )
+
+
+_GRANITE_EXPERTS = (
+    _NO_MLP_BIAS,
+    *_experts("num_local_experts", "num_experts"),
+    Always("moe.router.renormalize", True),
+)
 
 
 def _deepseek(scoring: str, *rules: KeyRule, epsilon: float = 1e-6, places: KeyRule) -> tuple[KeyRule, ...]:
@@ -652,6 +688,24 @@ FAMILIES: dict[str, Family] = {
                 mlp=Same("intermediate_size", "intermediate_size", default=None),
             ),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
+        ),
+        Family(
+            "granite",
+            "GraniteForCausalLM",
+            _granite(_MLP_BIAS),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
+        ),
+        Family(
+            "granitemoe",
+            "GraniteMoeForCausalLM",
+            _granite(*_GRANITE_EXPERTS),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_GRANITE_MOE_TENSORS),
+        ),
+        Family(
+            "granitemoeshared",
+            "GraniteMoeSharedForCausalLM",
+            _granite(*_GRANITE_EXPERTS, SharedSize()),
+            (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_GRANITE_MOE_TENSORS, *_GRANITE_SHARED_TENSORS),
         ),
     )
 }

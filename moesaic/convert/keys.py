@@ -129,6 +129,40 @@ class Same:
 
 
 @dataclass(frozen=True)
+class Inverse:
+    """A key that divides by what we multiply by."""
+
+    theirs: str
+    ours: str
+    default: float = 1.0
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        value = keys.check(self.theirs, keys.take(self.theirs, default=self.default), self.ours)
+        if not math.isfinite(1 / value):
+            raise keys.refuse(self.theirs, value, "a number that can be divided by is required")
+        put(ours, self.ours, 1 / value)
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        theirs[self.theirs] = 1 / config[self.ours]
+
+
+@dataclass(frozen=True)
+class AttentionScale:
+    """A key that says the factor on the products of queries and keys, whatever the size of a head."""
+
+    theirs: str
+    default: float
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        value = keys.take(self.theirs, default=self.default)
+        # Of the default null, another scale's kind is asked for.
+        put(ours, "attention_scale", float(keys.check(self.theirs, value, "residual_scale")))
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        theirs[self.theirs] = config["attention_scale"] or config["head_dim"] ** -0.5
+
+
+@dataclass(frozen=True)
 class OneOf:
     """A key whose values have names of their own: ours by theirs."""
 
@@ -537,6 +571,22 @@ class SharedExperts:
         if rest:
             raise Inexpressible("a residual MLP whose size is no multiple of an expert's")
         theirs[self.theirs] = count
+
+
+@dataclass(frozen=True)
+class SharedSize:
+    """shared_intermediate_size, of a residual MLP that is added without a gate; 0 for none (Granite)."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        size = keys.take("shared_intermediate_size")
+        if type(size) is not int or size != 0:
+            put(ours, "moe.residual", "sum")
+            size = keys.check("shared_intermediate_size", size, "moe.residual_intermediate_size")
+            put(ours, "moe.residual_intermediate_size", size)
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        has_one = config["moe.residual"] is not None
+        theirs["shared_intermediate_size"] = config["moe.residual_intermediate_size"] if has_one else 0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class TensorRule:
     these layers only. rows: the order of our rows in theirs. is_stacked: theirs have all experts in one tensor, ours
     takes from each in turn. parts: ours is a stack, of heads, in which each of theirs has so many rows. is_transposed:
     an expert's (a head's) matrix is ours transposed, of all of theirs or of each as it says; `rows` counts its columns.
-    is_row: theirs has a first dimension of 1 that ours has not.
+    is_row: theirs has a first dimension of 1 that ours has not. half: theirs has ours as the first (0) or the second
+    (1) half of its rows.
     """
 
     ours: str
@@ -41,13 +42,14 @@ class TensorRule:
     parts: Callable[[ModelConfig], tuple[int, ...]] | None = None
     is_transposed: bool | tuple[bool, ...] = False
     is_row: bool = False
+    half: int | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Numbers of one of ours, from `start` on, that are a foreign tensor, or its index-th part.
+    """Numbers of one of ours, from `start` on, that are a foreign tensor, its index-th part, or a half of its rows.
 
-    shape: of the foreign tensor, or of the part. order: of our rows in theirs, None where it is the same.
+    shape: of the foreign tensor, or of the part or half. order: of our rows in theirs, None where it is the same.
     """
 
     ours: str
@@ -57,12 +59,15 @@ class Piece:
     shape: tuple[int, ...]
     order: RowOrder | None
     is_transposed: bool = False
+    half: int | None = None
 
     @property
     def stop(self) -> int:
         return self.start + prod(self.shape)
 
     def to_ours(self, tensor: Tensor) -> Tensor:
+        if self.half is not None:
+            tensor = tensor.chunk(2)[self.half]
         if self.is_transposed:
             tensor = tensor.t()
         return (tensor if self.order is None else tensor[self.order]).contiguous()
@@ -221,7 +226,7 @@ def _cut(
             part = (*rows, *inner[1:])
             index = expert if rule.is_stacked else None
             whole = (1, *part) if rule.is_row else part[::-1] if is_turned else part
-            yield Piece(name, start, theirs, index, whole, order, is_turned)
+            yield Piece(name, start, theirs, index, whole, order, is_turned, rule.half)
             start += prod(part)
 
 
@@ -231,12 +236,14 @@ def foreign_tensors(pieces: Mapping[str, list[Piece]]) -> dict[str, list[Piece]]
     for each in pieces.values():
         for piece in each:
             foreign.setdefault(piece.theirs, []).append(piece)
-    return {name: sorted(each, key=lambda piece: piece.index or 0) for name, each in foreign.items()}
+    return {name: sorted(each, key=lambda piece: piece.index or piece.half or 0) for name, each in foreign.items()}
 
 
 def foreign_shape(pieces: list[Piece]) -> tuple[int, ...]:
     """Return the shape of the foreign tensor that these are all the pieces of."""
     first = pieces[0]
+    if first.half is not None:
+        return (2 * first.shape[0], *first.shape[1:])
     return first.shape if first.index is None else (len(pieces), *first.shape)
 
 

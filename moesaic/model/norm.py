@@ -7,30 +7,42 @@ from moesaic.kernels.norm import layer_norm, rms_norm
 
 
 class RmsNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) * weight, weight (H,)."""
+    """x / sqrt(mean(x^2) + epsilon) * weight * scale, weight (H,)."""
 
-    def __init__(self, size: int, *, epsilon: float) -> None:
+    def __init__(self, size: int, *, epsilon: float, scale: float = 1.0) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon, self.scale = epsilon, scale
         self.weight = nn.Parameter(torch.ones(size))
 
+    def scaled(self) -> tuple[Tensor, None]:
+        """Return the weight as it is multiplied by, fp32."""
+        return _scaled(self.weight, self.scale), None
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.float(), self.epsilon)
+        return rms_norm(x, self.scaled()[0], self.epsilon)
 
 
 class LayerNorm(nn.Module):
-    """(x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, both (H,)."""
+    """((x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias) * scale, both (H,)."""
 
-    def __init__(self, size: int, *, epsilon: float) -> None:
+    def __init__(self, size: int, *, epsilon: float, scale: float = 1.0) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon, self.scale = epsilon, scale
         self.weight = nn.Parameter(torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size))
 
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """Return the weight and the bias as they are computed with, fp32."""
+        return _scaled(self.weight, self.scale), _scaled(self.bias, self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight.float(), self.bias.float(), self.epsilon)
+        return layer_norm(x, *self.scaled(), self.epsilon)
 
 
-def make_norm(kind: str, size: int, epsilon: float) -> RmsNorm | LayerNorm:
+def _scaled(weight: Tensor, scale: float) -> Tensor:
+    return weight.float() if scale == 1.0 else weight.float() * scale
+
+
+def make_norm(kind: str, size: int, epsilon: float, *, scale: float = 1.0) -> RmsNorm | LayerNorm:
     """Return the norm that ModelConfig.norm names, "rmsnorm" or "layernorm", over the last dimension."""
-    return RmsNorm(size, epsilon=epsilon) if kind == "rmsnorm" else LayerNorm(size, epsilon=epsilon)
+    return (RmsNorm if kind == "rmsnorm" else LayerNorm)(size, epsilon=epsilon, scale=scale)

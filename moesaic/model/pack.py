@@ -246,6 +246,8 @@ def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
         head_dim=config.head_dim,
         norm_epsilon=config.norm_epsilon,
         attention_scale=config.attention_scale or config.head_dim**-0.5,
+        embedding_scale=config.embedding_scale,
+        residual_scale=config.residual_scale,
         window=config.sliding_window,
     )
 
@@ -384,7 +386,8 @@ def _pack_experts(experts: Experts, weights: _Weights, prefix: str) -> PackedMlp
 
 
 def _norm_part(norm: RmsNorm | LayerNorm) -> NormPart:
-    return NormPart(_fp32(norm.weight), _fp32(norm.bias) if isinstance(norm, LayerNorm) else None)
+    weight, bias = norm.scaled()
+    return NormPart(_fp32(weight), None if bias is None else _fp32(bias))
 
 
 def _fp32(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ OUTPUT_LAYERS = (".o_proj", ".down_proj")
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """hidden (B, S, H), after the final norm; moe: the statistics of each MoE layer, in order.
+    """hidden (B, S, H), after the final norm and its scale; moe: the statistics of each MoE layer, in order.
 
     A packed model's pass with a cache in one call makes no statistics: moe is empty.
     """
@@ -50,7 +50,7 @@ class _Recorded:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), what is added times residual_scale."""
 
     def __init__(self, config: ModelConfig, layer: FeedForwardConfig, *, window: int | None = None) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Block(nn.Module):
         )
         self.feed_forward_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
         self.feed_forward = FeedForward(config, layer)
-        self.dropout = config.dropout
+        self.dropout, self.residual_scale = config.dropout, config.residual_scale
 
     def forward(
         self,
@@ -75,12 +75,18 @@ class Block(nn.Module):
         recorded: _Recorded,
     ) -> tuple[Tensor, MoEStatistics | None]:
         attended = self.attention(self.attention_norm(x), rotary=rotary, documents=documents, cache=cache, layer=layer)
-        x = x + self._drop(attended)
+        x = self._add(x, attended)
         flat = self.feed_forward_norm(x).view(-1, x.shape[-1])  # (T, H)
         out, statistics = self.feed_forward(flat, valid=valid, seed=seed, replay=recorded.decision)
         if statistics is not None:
             recorded.decision = statistics.decision
-        return x + self._drop(out.view_as(x)), statistics
+        return self._add(x, out.view_as(x)), statistics
+
+    def _add(self, x: Tensor, out: Tensor) -> Tensor:
+        if self.residual_scale == 1.0:
+            return x + self._drop(out)
+        # Rounded once. torch.add's alpha is itself rounded to x's dtype first: 0.22 would be 0.2197 in bf16.
+        return (x.float() + self._drop(out).float() * self.residual_scale).to(x.dtype)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
@@ -114,7 +120,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, layer, window=config.window_of(index)) for index, layer in enumerate(config.layers)
         )
-        self.final_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
+        # Here and not in the logits: every way to make these takes the same hidden states.
+        self.final_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon, scale=config.logits_scale)
         self.lm_head = (
             None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         )
@@ -335,6 +342,8 @@ class Transformer(nn.Module):
             x = packed_rows(self.packed_head, tokens.flatten()).view(*tokens.shape, -1).to(self.compute_dtype)
         else:
             x = F.embedding(tokens, self.embedding).to(self.compute_dtype)
+        if config.embedding_scale != 1.0:
+            x = x * config.embedding_scale
         if self.position_embedding is not None:
             own = self.position_embedding[:end] if positions is None else self.position_embedding[positions]
             return x + own.to(self.compute_dtype), None

@@ -30,6 +30,7 @@ LATENT = {
 SIGMOID = {**BASE, "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 2,
        "first_k_dense_replace": 1}  # fmt: skip
 OSS = {**BASE, "head_dim": 8, "num_local_experts": 5, "num_experts_per_tok": 2}
+GRANITE = {"embedding_multiplier": 2.5, "residual_multiplier": 0.6, "attention_multiplier": 0.3, "logits_scaling": 1.7}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
@@ -208,6 +209,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**SIGMOID, "head_dim": 12, "first_k_dense_replace": 0, "attention_bias": True, "n_group": 3, "topk_group": 2,
          "n_shared_experts": 2, "routed_scaling_factor": 1.5, "rope_parameters": {**YARN, "rope_theta": 500.0}},
     ),
+    "granite": ("GraniteConfig", {**BASE, **GRANITE}),
+    "granite, biases, tied, yarn": (
+        "GraniteConfig",
+        {**BASE, **GRANITE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+         "rope_scaling": YARN, "rms_norm_eps": 1e-5},
+    ),
+    "granite-moe": ("GraniteMoeConfig", {**BASE, **GRANITE, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "granite-moe, biases, one key head, tied": (
+        "GraniteMoeConfig",
+        {**BASE, **GRANITE, "num_local_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 1,
+         "attention_bias": True, "tie_word_embeddings": True, "logits_scaling": 3},
+    ),
+    "granite-moe-shared": (
+        "GraniteMoeSharedConfig",
+        {**BASE, **GRANITE, "num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 9,
+         "tie_word_embeddings": True},
+    ),
+    "granite-moe-shared, of no size": (
+        "GraniteMoeSharedConfig",
+        {**BASE, **GRANITE, "num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 0},
+    ),
 }  # fmt: skip
 
 # Name: the family that describes it too, and comes first.
@@ -216,6 +238,7 @@ WRITTEN_AS = {
     **{name: "llama" for name in FAMILIES if name.startswith("ernie4.5") and "moe" not in name},
     **{name: "glm4_moe" for name in FAMILIES if name.startswith("solar-open")},
     "glm4-moe-lite": "deepseek_v3",
+    "granite-moe-shared, of no size": "granitemoe",
 }
 # Of these, the names of those in which rotary channels stand in another order.
 REORDERED = {name for name in WRITTEN_AS if name.startswith("ernie4.5")}

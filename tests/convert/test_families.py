@@ -144,6 +144,19 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 4, "num_nextn_predict_layers": 1,
         "pad_token_id": 0, "rms_norm_eps": 1e-5, "rope_theta": 500000, "tie_word_embeddings": True, "use_bias": False,
         "vocab_size": 103424}),
+    "granite-3.3-2b": (2_533_539_840, {
+        **USUAL, "model_type": "granite", "attention_bias": False, "attention_multiplier": 0.015625,
+        "embedding_multiplier": 12.0, "hidden_size": 2048, "intermediate_size": 8192, "logits_scaling": 8.0,
+        "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 40,
+        "num_key_value_heads": 8, "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_theta": 10000000.0,
+        "tie_word_embeddings": True, "vocab_size": 49159}),
+    "granite-3.1-3b-a800m": (3_298_793_472, {
+        **USUAL, "model_type": "granitemoe", "attention_bias": False, "attention_multiplier": 0.015625,
+        "embedding_multiplier": 12.0, "hidden_size": 1536, "intermediate_size": 512, "logits_scaling": 6.0,
+        "max_position_embeddings": 131072, "num_attention_heads": 24, "num_experts_per_tok": 8,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 40, "output_router_logits": False,
+        "residual_multiplier": 0.22, "rms_norm_eps": 1e-6, "rope_theta": 5000000.0, "router_aux_loss_coef": 0.001,
+        "tie_word_embeddings": True, "vocab_size": 49155}),
     "MiniMax-M2": (228_689_764_864, {  # 15,872 of them are the correction biases
         **USUAL, "model_type": "minimax_m2", "attn_type_list": [1] * 62, "head_dim": 128, "hidden_size": 3072,
         "intermediate_size": 1536, "layernorm_full_attention_beta": 1.0, "layernorm_linear_attention_beta": 1.0,

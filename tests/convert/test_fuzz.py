@@ -39,6 +39,21 @@ def gpt_oss(saved: Callable[..., Path]) -> Path:
     return saved("gpt-oss", num_hidden_layers=2, layer_types=None, hidden_size=16)
 
 
+@pytest.fixture(scope="module")
+def ernie(saved: Callable[..., Path]) -> Path:
+    return saved("ernie4.5-moe", num_hidden_layers=2, hidden_size=16)
+
+
+@pytest.fixture(scope="module")
+def minimax(saved: Callable[..., Path]) -> Path:
+    return saved("minimax-m2", num_hidden_layers=1, hidden_size=16)
+
+
+@pytest.fixture(scope="module")
+def granite(saved: Callable[..., Path]) -> Path:
+    return saved("granite-moe-shared", num_hidden_layers=1, hidden_size=16)
+
+
 @pytest.fixture
 def law(tmp_path: Path, bounded_memory: Callable[[], AbstractContextManager[None]]) -> Callable[[Path], bool]:
     """A function (source) that imports it under the law, and returns whether that succeeded."""
@@ -61,7 +76,7 @@ def law(tmp_path: Path, bounded_memory: Callable[[], AbstractContextManager[None
     return check
 
 
-@pytest.mark.parametrize("family", ["model", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["model", "mixtral", "gpt_oss", "ernie", "minimax", "granite"])
 def test_configs_with_odd_values(
     family: str, law: Callable[[Path], bool], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -139,7 +139,16 @@ def test_both_name_the_same_tokens_in_bf16(
 
 @pytest.mark.parametrize(
     "name",
-    ["llama, mlp biases, wide heads", "qwen2, tied", "qwen2-moe", "deepseek-v2", "glm4-moe, as GLM-4.5", "gpt-oss"],
+    [
+        "llama, mlp biases, wide heads",
+        "qwen2, tied",
+        "qwen2-moe",
+        "deepseek-v2",
+        "glm4-moe, as GLM-4.5",
+        "gpt-oss",
+        "minimax-m2",
+        "granite-moe-shared",
+    ],
 )
 def test_every_gradient_is_transformers_own(name: str, converted: Callable[[str], Converted], tmp_path: Path) -> None:
     """transformers' gradients are saved as if they were weights, and read by the same key map."""

@@ -71,6 +71,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_sinks": True, "sliding_window": 50, "sliding_layers": [0, 2], "init_std": 0.4,
         "moe": {"num_experts": 9, "top_k": 4, "router": {"renormalize": True, "bias": True}},
     },
+    "granite": {
+        "num_kv_heads": 2, "attention_scale": 0.4, "embedding_scale": 2.5, "residual_scale": 0.3, "logits_scale": 0.6,
+        "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "router": {"renormalize": True}},
+    },
+    "gpt, scaled": GPT | {"embedding_scale": 0.7, "residual_scale": 1.5, "logits_scale": 1.2, "tie_embeddings": False},
     "deepseek": {
         "moe": {
             "num_experts": 8, "top_k": 2, "residual": "sum",
@@ -103,7 +108,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # One by one these take PyTorch's LayerNorm or its exp, which differ in the last bits of fp32, and so here and there in
 # a rounding to bf16.
 NOT_TO_THE_BIT = (
-    "gpt", "top-1 on every second layer", "pyramid, residual softmax", "residual sigmoid", "latent attention, odd sizes"
+    "gpt", "gpt, scaled", "top-1 on every second layer", "pyramid, residual softmax", "residual sigmoid",
+    "latent attention, odd sizes",
 )  # fmt: skip
 # A prompt and a chunk of one, single tokens of others, one that rests, a context of more than one split of 256; and so
 # few tokens that every thread prepares them for itself.

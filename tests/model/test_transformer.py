@@ -63,6 +63,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_scale": 0.6,
         "rope_scaling": {"kind": "yarn", "factor": 3.0, "original_max_positions": 16},
     },
+    "moe, granite-like": {
+        "num_kv_heads": 2,
+        "attention_scale": 0.6,
+        "embedding_scale": 2.5,
+        "residual_scale": 0.4,
+        "logits_scale": 0.7,
+        "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "router": {"renormalize": True}},
+    },
     "windows on every second layer, sinks": {
         "num_kv_heads": 2,
         "attention_sinks": True,

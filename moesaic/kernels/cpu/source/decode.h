@@ -65,7 +65,7 @@ constexpr int64_t kPassesOfATrial = 16;
 
 struct DecodeModel {
     int64_t num_layers, hidden_size, vocab_size, max_positions, num_heads, num_kv_heads, head_dim;
-    double norm_epsilon, attention_scale;
+    double norm_epsilon, attention_scale, embedding_scale, residual_scale;
     int64_t window;  // 0 where no layer has one
     const DecodeLayer* layers;
     const Packed* tied_embedding;  // else:
@@ -215,13 +215,14 @@ struct DecodeWorkspace {
     size_t own_bytes_;
 };
 
-// x (+= added, rounded), and normed = norm(x), for rows [first, last). Rows of a prompt come from the third-level cache:
+// x (+= added * residual_scale, rounded), and normed = norm(x), for rows [first, last). Rows of a prompt come from the third-level cache:
 // each is asked for while the one before is worked on.
 inline void add_and_norm(const DecodeModel& model, const NormWeights& weights, int64_t first, int64_t last,
                          const bf16* added, bf16* x, bf16* normed, const DecodeWorkspace& work) {
     const int64_t size = model.hidden_size;
     NormArguments norm{x, true, last, size, weights.weight, weights.bias, float(model.norm_epsilon), normed,
                        weights.bias ? work.mean : nullptr, work.inverse};
+    const Vf scale = set1(float(model.residual_scale));
     for (int64_t row = first; row < last; ++row) {
         if (added) {
             bf16* own = x + row * size;
@@ -231,7 +232,8 @@ inline void add_and_norm(const DecodeModel& model, const NormWeights& weights, i
                     _mm_prefetch(reinterpret_cast<const char*>(own + size + i), _MM_HINT_T0);
                     _mm_prefetch(reinterpret_cast<const char*>(more + size + i), _MM_HINT_T0);
                 }
-                store_row(own + i, add(load_row(own + i, size - i), load_row(more + i, size - i)), size - i);
+                const Vf scaled = mul(load_row(more + i, size - i), scale);
+                store_row(own + i, add(load_row(own + i, size - i), scaled), size - i);
             }
         }
         weights.bias ? norm_row<bf16, true>(norm, row) : norm_row<bf16, false>(norm, row);
@@ -245,6 +247,10 @@ inline void embed_token(const DecodeCall& call, int64_t token, bf16* x) {
         packed_row(*model.tied_embedding, id, x);
     else
         std::memcpy(x, model.embedding + id * size, size_t(size) * sizeof(bf16));
+    if (model.embedding_scale != 1.0) {
+        const Vf scale = set1(float(model.embedding_scale));
+        for (int64_t i = 0; i < size; i += W) store_row(x + i, mul(load_row(x + i, size - i), scale), size - i);
+    }
     if (!model.position_embedding) return;
     const bf16* position = model.position_embedding + call.positions[token] * size;
     for (int64_t i = 0; i < size; i += W)
