@@ -174,10 +174,10 @@ class GgufRope:
         put(ours, "rope_scaling", section)
 
     def _read_yarn(self, keys: Keys) -> float | None:
-        for name, usual in (("yarn_beta_fast", 32.0), ("yarn_beta_slow", 1.0)):
-            value = keys.take(f"rope.scaling.{name}", default=usual)
-            if value != usual:  # llama.cpp reads neither
-                raise keys.refuse(f"rope.scaling.{name}", value, f"{usual} is required")
+        for name, usual in _BOUNDS:
+            value = keys.take(f"rope.scaling.yarn_{name}", default=usual)
+            if value != usual:
+                raise keys.refuse(f"rope.scaling.yarn_{name}", value, f"{usual} is required")
         if not self.is_latent:
             return None
         value = keys.take(_YARN_LOG, default=0.0)
@@ -194,9 +194,8 @@ class GgufRope:
             raise Inexpressible(f"rope_scaling.kind = {scaling['kind']}")
         theirs["rope.scaling.type"], theirs["rope.scaling.factor"] = scaling["kind"], float(scaling["factor"])
         if scaling["kind"] == "yarn":
-            usual = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": self.truncate}
-            usual["attention_factor"] = 1.0 if self.is_latent else None
-            for name, value in usual.items():
+            attention = 1.0 if self.is_latent else None
+            for name, value in (*_BOUNDS, ("truncate", self.truncate), ("attention_factor", attention)):
                 if scaling[name] != value:
                     raise Inexpressible(f"rope_scaling.{name} = {scaling[name]}")
             theirs["rope.scaling.original_context_length"] = scaling["original_max_positions"]
@@ -323,6 +322,8 @@ HAS_HEAD_NORMS, HAS_CORRECTION = "(norms of queries and keys)", "(biases on the 
 NEXTN = "nextn_predict_layers"
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 _YARN_LOG = "rope.scaling.yarn_log_multiplier"
+# What llama.cpp computes with, whatever a file says.
+_BOUNDS = (("beta_fast", 32.0), ("beta_slow", 1.0))
 _SCORING = ("softmax", "sigmoid")
 
 
@@ -339,7 +340,7 @@ def keys_of_tensors(names: Mapping[str, Any]) -> dict[str, bool]:
 
 def _said_by_tensors(*names: str) -> tuple[KeyRule, ...]:
     """Rules for those of keys_of_tensors that may be either way, and none for the others: each tensor has its place."""
-    rules = {
+    rules: dict[str, KeyRule] = {
         IS_TIED: Same(IS_TIED, "tie_embeddings"),
         HAS_BIASES: OneOf(HAS_BIASES, "attention_bias", {False: "none", True: "qkv"}),
         HAS_HEAD_NORMS: OneOf(HAS_HEAD_NORMS, "qk_norm", {False: "none", True: "head"}),
@@ -492,9 +493,12 @@ def _tensors(attention: tuple[TensorRule, ...], *, norm: str = "ffn_norm") -> tu
             for ours, kind in ((f"{part}_proj", "weight"), (f"{part}_bias", "bias"))
         ),
         *(
-            TensorRule(f"{mlp}.{each}_proj.weight", (f"{_BLK}.ffn_{each}{shared}.weight",), layers=layers)
-            for layers, shared in (("dense", ""), ("moe", "_shexp"))
+            rule
             for each in ("gate", "up", "down")
+            for rule in (
+                TensorRule(f"{mlp}.{each}_proj.weight", (f"{_BLK}.ffn_{each}.weight",), layers="dense"),
+                TensorRule(f"{mlp}.{each}_proj.weight", (f"{_BLK}.ffn_{each}_shexp.weight",), layers="moe"),
+            )
         ),
         TensorRule(f"{_FEED_FORWARD}.mix.weight", (f"{_BLK}.{SHARED_GATE}",)),
     )
