@@ -310,8 +310,14 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of the tokenizer's JSON in canonical form: the same for every copy, however it is formatted."""
-        canonical = json.dumps(json.loads(self._json), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        """The sha256 of the tokenizer's JSON in canonical form: the same for every copy, however it is formatted.
+
+        A template that adds no token counts as none: transformers saves one where there was none.
+        """
+        values = json.loads(self._json)
+        if _adds_nothing(values.get("post_processor")):
+            values["post_processor"] = None
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     @property
@@ -366,6 +372,14 @@ class Tokenizer:
             f"eos_token of {CONFIG_NAME}, or one of {', '.join(_COMMON_END_NAMES)}; add {END_OF_TEXT} to its "
             f"added_tokens, or put {CONFIG_NAME} with eos_token beside it."
         )
+
+
+def _adds_nothing(post_processor: dict[str, Any] | None) -> bool:
+    """Whether it is a template of the texts alone, in their order."""
+    if post_processor is None or post_processor.get("type") != "TemplateProcessing":
+        return False
+    texts = [[piece.get("Sequence", {}).get("id") for piece in post_processor[key]] for key in ("single", "pair")]
+    return texts == [["A"], ["A", "B"]]
 
 
 class _Sample:

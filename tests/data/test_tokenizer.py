@@ -145,6 +145,27 @@ def test_the_fingerprint_does_not_depend_on_formatting_but_on_content(tokenizer:
     assert Tokenizer.load(file).fingerprint != tokenizer.fingerprint
 
 
+def test_the_fingerprint_is_the_same_after_transformers_saved_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="it saves the tokenizer that is compared")
+    tokenizer.save(tmp_path / "ours")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    theirs = Tokenizer.load(tmp_path / "theirs")
+    assert theirs.json_text != tokenizer.json_text
+    assert theirs.fingerprint == tokenizer.fingerprint
+
+
+def test_the_fingerprint_depends_on_what_a_post_processor_adds() -> None:
+    inner = given_tokenizer("<s>", "</s>")
+    none = Tokenizer(inner.to_str()).fingerprint
+    template = tokenizers.processors.TemplateProcessing
+    inner.post_processor = template(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+    assert Tokenizer(inner.to_str()).fingerprint == none
+    inner.post_processor = template(
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+    )
+    assert Tokenizer(inner.to_str()).fingerprint != none
+
+
 def test_stored_truncation_and_padding_are_not_applied(tokenizer: Tokenizer, tmp_path: Path) -> None:
     inner = tokenizers.Tokenizer.from_str(tokenizer.json_text)
     inner.enable_truncation(3)
