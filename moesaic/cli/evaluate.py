@@ -111,6 +111,7 @@ def evaluate(
 
     Example: moesaic evaluate runs/first runs/second --tasks lambada,piqa --tasks-data eval --limit 200
     """
+    from moesaic.checkpoint.store import resolve_checkpoint
     from moesaic.data.sources import TEXT_FIELD
     from moesaic.evaluate.batched import BatchedScorer
     from moesaic.evaluate.perplexity import measure_perplexity, text_windows
@@ -155,6 +156,8 @@ def evaluate(
     if tasks is not None:
         settings = TaskSettings(tasks, data=tasks_data, shots=shots, limit=limit, use_chat=chat)
     log_to_stderr()
+    for run in runs:  # a mistake in the last should not cost what the first has taken
+        resolve_checkpoint(run)
     texts: list[tuple[str, Perplexity]] = []
     results: list[TaskResult] = []
     usages: list[tuple[str, DomainUsage]] = []

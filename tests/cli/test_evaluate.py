@@ -86,6 +86,12 @@ def test_a_text_of_several_runs_is_a_column_and_a_line_each(
     assert len(set(perplexity.split()[1:])) == 1 and len(perplexity.split()) == 3
 
 
+def test_a_run_that_is_not_there_is_refused_before_any_is_measured(cli: Any, trained_run: Path, text: Path) -> None:
+    refused = cli("evaluate", trained_run, f"{trained_run}-typo", "--text", text, "--json")
+    assert refused.status == 2 and refused.out == ""
+    assert f"{trained_run}-typo does not exist" in refused.err
+
+
 def test_tasks_are_run_kept_drawn_and_told(cli: Any, own_run: Path, records: Path) -> None:
     command = ["evaluate", own_run, "--tasks", "piqa", "--tasks-data", records, "--device", "cpu"]
     shown = cli(*command, "--samples").out
