@@ -54,12 +54,15 @@ class HuggingFaceFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._check_links((CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, TOKENIZER_NAME, *COMPANION_NAMES))
-        self.config = read_json(path / CONFIG_NAME)
         if (path / ADAPTER_NAME).exists():
+            is_alone = not (path / CONFIG_NAME).exists()
+            found = "an adapter without its model" if is_alone else "an adapter beside a model"
+            otherwise = "" if is_alone else ", or remove it"
             raise ConversionError(
-                f"{path} holds {ADAPTER_NAME}: an adapter beside a model; the model alone is required; merge the "
-                f"adapter with PEFT (merge_and_unload) and save the result, or remove it."
+                f"{path} holds {ADAPTER_NAME}: {found}; a model alone is required; merge the adapter into its model "
+                f"with PEFT (merge_and_unload) and save the result{otherwise}."
             )
+        self.config = read_json(path / CONFIG_NAME)
         is_packed = self._is_packed()
         if is_packed:
             del self.config["quantization_config"]  # understood

@@ -223,6 +223,8 @@ FILES: dict[str, tuple[Broken, str]] = {
     "NaN": (lambda at: change_config(at, rms_norm_eps=float("nan")), "it holds NaN, which is no number"),
     "infinity": (lambda at: change_config(at, unknown=float("-inf")), "it holds -Infinity, which is no number"),
     "an adapter": (lambda at: (at / "adapter_config.json").write_text("{}"), "an adapter beside a model"),
+    "an adapter alone": (lambda at: (at / CONFIG_NAME).rename(at / "adapter_config.json"),
+                         "an adapter without its model; .*merge_and_unload.* save the result\\.$"),
     "no tokenizer": (lambda at: (at / "tokenizer.json").unlink(), "holds no tokenizer.json; .* with --tokenizer"),
     "SentencePiece's alone": (lambda at: (at / "tokenizer.json").rename(at / "tokenizer.model"),
                               "holds no tokenizer.json; .* make it of tokenizer.model"),
