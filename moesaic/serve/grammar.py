@@ -24,7 +24,7 @@ import numpy as np
 
 from moesaic.config.serve import Grammar
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import ConfigError, GenerationError, InstallationError
+from moesaic.errors import ConfigError, GenerationError, InstallationError, MoesaicError
 from moesaic.serve.grammar_trial import Vocabulary, compile_grammar
 from moesaic.serve.sampler import Mask, RequestError
 
@@ -131,7 +131,7 @@ class GrammarCompiler:
         """Return the compiled grammar.
 
         Raises: ConfigError for one that is too large, too deep, broken, too slow, or that asks for what cannot be
-        kept; InstallationError where the trying process does not start.
+        kept; GrammarProcessError where the trying process does not start.
         """
         if (kept := self.find(grammar)) is not None:
             return kept
@@ -362,6 +362,10 @@ class Matcher:
         return self._not_behind.get(self._ids[-1]) if self._ids else None
 
 
+class GrammarProcessError(MoesaicError):
+    """The process that tries grammars does not start: no request is to blame, and a later one starts it anew."""
+
+
 class _Trial:
     """The process that tries grammars."""
 
@@ -387,7 +391,7 @@ class _Trial:
         if not self._is_ready:
             if self._receive(self._begun + _START_SECONDS) is None:
                 self.end()
-                raise InstallationError(
+                raise GrammarProcessError(
                     f"the process that tries grammars did not start within {_START_SECONDS:g} s; xgrammar must be "
                     f"importable there; run `{sys.executable} -c 'import xgrammar'` to see why it is not."
                 )

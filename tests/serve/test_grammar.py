@@ -17,7 +17,7 @@ from moesaic.config.serve import Grammar, Sampling
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError
 from moesaic.serve import grammar as grammar_module
-from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
+from moesaic.serve.grammar import Budget, GrammarCompiler, GrammarProcessError, Matcher
 from moesaic.serve.sampler import RequestError, SamplingState, sample
 from moesaic.serve.server.tool_calls import ToolCall, ToolCallReader, calls_grammar
 
@@ -580,7 +580,7 @@ def test_only_a_start_that_takes_too_long_is_one(tokenizer: Tokenizer, monkeypat
     grammar = Grammar(kind="regex", text="yes")
     monkeypatch.setattr(grammar_module, "_START_SECONDS", 0.0)
     try:
-        with pytest.raises(InstallationError, match="did not start within 0 s"):
+        with pytest.raises(GrammarProcessError, match="did not start within 0 s"):
             compiler.compile(grammar)
         compiler.start()
         trial = compiler._trial

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from moesaic.config.base import nearest
 from moesaic.errors import ConfigError, InstallationError, MoesaicError
 from moesaic.serve.async_engine import EngineStoppedError
+from moesaic.serve.grammar import GrammarProcessError
 from moesaic.serve.sampler import NotFiniteError, RequestError
 from moesaic.serve.server.log_fields import log_fields
 
@@ -76,6 +77,8 @@ def as_api_error(error: Exception) -> ApiError | None:
         return error
     if isinstance(error, EngineStoppedError):
         return ApiError(503, str(error), code="stopping", headers={"Retry-After": "10"})
+    if isinstance(error, GrammarProcessError):
+        return ApiError(503, str(error), code="grammar_process", headers={"Retry-After": "10"})
     if isinstance(error, InstallationError):
         return refusal(str(error), code="not_installed")
     if isinstance(error, RequestError):

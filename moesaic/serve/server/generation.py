@@ -309,7 +309,8 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
 
 
 async def _compile(served: Served, grammar: Grammar, *, param: str) -> None:
-    """Have a grammar compiled beside the engine, which then finds it. Raises: ApiError, InstallationError."""
+    """Have a grammar compiled beside the engine, which then finds it. Raises: ApiError, InstallationError,
+    GrammarProcessError."""
     if served.grammars is None:
         raise refusal(
             "a grammar or a JSON format was asked for and this server compiles none; xgrammar is required; leave it "

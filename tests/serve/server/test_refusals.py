@@ -10,6 +10,7 @@ import pytest
 from moesaic.config.serve import ServerConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.serve.async_engine import AsyncEngine
+from moesaic.serve.grammar import GrammarCompiler, GrammarProcessError
 from moesaic.serve.server.app import create_app
 
 from ..fake_engine import FakeEngine
@@ -46,6 +47,29 @@ def nested(depth: int) -> Any:
     for _ in range(depth):
         value = [value]
     return value
+
+
+def test_a_grammar_process_that_does_not_start_is_the_servers_failure(
+    fake: FakeEngine, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+    grammars = GrammarCompiler(chat_tokenizer, vocab_size=chat_tokenizer.vocab_size, timeout_seconds=20)
+
+    def compile_nothing(_: Any) -> None:
+        raise GrammarProcessError("it did not start; one is required; see why.")
+
+    monkeypatch.setattr(grammars, "compile", compile_nothing)
+    app = create_app(
+        AsyncEngine(fake), chat_tokenizer, ServerConfig(), name="fake", max_length=fake.max_length,
+        max_embedded_tokens=64, grammars=grammars,
+    )  # fmt: skip
+    with live(app) as running:
+        for stream in (False, True):
+            body = {"messages": USER, "response_format": {"type": "json_object"}, "stream": stream}
+            response = httpx.post(f"{running.url}{CHAT}", json=body, timeout=60)
+            check_error(response, 503, None, "did not start")
+            assert response.headers["retry-after"] == "10"
+            assert response.json()["error"]["type"] == "server_error"
 
 
 def test_a_call_in_an_unknown_form_cannot_be_asked_for(fake: FakeEngine, chat_tokenizer: Tokenizer) -> None:
