@@ -131,7 +131,9 @@ def _explain_key(root: type[BaseModel], fields: tuple[str, ...], items: list[Any
     first = items[0]
     place = f"it in the YAML file or with --set {path}=VALUE" if from_file else f"{owner.__name__}({fields[-1]}=VALUE)"
     if first["type"] == "missing":
-        return f"{path} is missing; {owner.__name__} requires it; {'set' if from_file else 'give'} {place}."
+        described = owner.model_fields[fields[-1]].description
+        meaning = f": {described}" if described else ""
+        return f"{path} is missing; {owner.__name__} requires it{meaning}; {'set' if from_file else 'give'} {place}."
     if first["type"] == "extra_forbidden":
         return (
             f"{path} is not a key of {owner.__name__}; its keys are fixed so that no setting is silently ignored; "

@@ -13,7 +13,9 @@ from moesaic.errors import ConfigError
 class DataConfig(Config):
     """Which token shards to read and how to cut them into sequences."""
 
-    path: str = Field(description="a folder written by `moesaic prepare`")
+    path: str = Field(
+        description="a folder written by `moesaic prepare SOURCE --output DIR`; `--data DIR` names it too"
+    )
     sequence_length: int = Field(default=1024, ge=2, description="tokens per sequence")
     document_mask: bool = Field(default=False, description="keep attention inside documents")
     fixed_windows: bool = Field(

@@ -80,7 +80,11 @@ def test_a_folders_name_may_hold_any_character(
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown preset": (["train", "pr-moe-tiny", "--output", "{new}"], "ConfigError: 'pr-moe-tiny' is neither"),
-    "no data": (["train", "dense-tiny", "--output", "{new}"], "ConfigError: data.path is missing"),
+    "no data": (
+        ["train", "dense-tiny", "--output", "{new}"],
+        "ConfigError: data.path is missing; DataConfig requires it: a folder written by `moesaic prepare SOURCE "
+        "--output DIR`; `--data DIR` names it too; set it",
+    ),
     "unknown key": (
         ["train", "{config}", "--output", "{new}", "--set", "model.n_layer=3"],
         "ConfigError: model.n_layer",
