@@ -12,6 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from types import MappingProxyType
 from typing import Literal
 
@@ -268,6 +269,11 @@ def read_manifest(folder: Path) -> Manifest:
     Raises: DataError when the folder is missing, not prepared, only half prepared, or its manifest is damaged.
     """
     remedy = "write one with `moesaic prepare SOURCE --output DIR`."
+    if folder.is_file():
+        raise DataError(
+            f"{folder} is a file; a folder of token shards is required; write one with `moesaic prepare "
+            f"{quote(str(folder))} --output DIR`."
+        )
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; a folder of token shards is required; check the path, or {remedy}")
     file = folder / MANIFEST_NAME

@@ -135,6 +135,9 @@ def test_a_flipped_bit_is_found_when_asked(tmp_path: Path, tokenizer: Tokenizer)
 def test_folders_that_are_not_prepared_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         ShardSet.open(tmp_path / "none")
+    (tmp_path / "my text.txt").write_text("A text.")
+    with pytest.raises(DataError, match=r"text\.txt is a file; .*`moesaic prepare '.*my text\.txt' --output DIR`"):
+        ShardSet.open(tmp_path / "my text.txt")
     with pytest.raises(DataError, match=r"has no manifest\.json.*moesaic prepare"):
         ShardSet.open(tmp_path)
     (tmp_path / "progress.json").write_text("{}")
