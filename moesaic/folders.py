@@ -1,8 +1,10 @@
 """Folders that we write: how one is named, one process at a time writes it, and its files are replaced whole."""
 
+import json
 import os
 import weakref
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 
 from moesaic.errors import ConfigError, FolderInUseError
@@ -67,6 +69,19 @@ def run_name(source: str) -> str:
     return Path(os.path.abspath(split_run(source)[0])).name  # noqa: PTH100 - resolve() would follow a link
 
 
+def foreign_model(path: Path) -> str | None:
+    """Return what to say of a model in another layout that was given where a run is meant; None where it is none."""
+    if path.suffix == ".gguf" and path.is_file():
+        layout = "a GGUF file"
+    elif _has_model_type(path / "config.json"):
+        layout = "a model in Hugging Face's layout"
+    else:
+        return None
+    return (
+        f"{path} is {layout}; a run is required; make one of it with `moesaic convert import {quote(str(path))} RUN`."
+    )
+
+
 def writing_path(path: Path) -> Path:
     """Return where a file is written before it takes its name; a process that is killed leaves it there."""
     return path.with_name(f".writing-{path.name}")
@@ -117,6 +132,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _has_model_type(config: Path) -> bool:
+    try:
+        values = json.loads(config.read_bytes()) if config.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
 
 
 def _lock(folder: Path) -> int | None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from moesaic.errors import CheckpointError
-from moesaic.folders import split_run, sync
+from moesaic.folders import foreign_model, split_run, sync
 from moesaic.logs import logger
 
 if TYPE_CHECKING:  # listing a run's checkpoints needs no torch
@@ -277,6 +277,8 @@ def resolve_checkpoint(run: str | Path) -> CheckpointInfo:
             f"{own}@{int(folder.name.removeprefix('step-'))}."
         )
     if not infos:
+        if (foreign := foreign_model(folder)) is not None:
+            raise CheckpointError(foreign)
         raise CheckpointError(
             f"{folder} holds no checkpoint; a run folder written by `moesaic train` is required; check the path."
         )

@@ -76,13 +76,15 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
     from moesaic.checkpoint.store import best_checkpoint, list_checkpoints, resolve_checkpoint
     from moesaic.config.load import load_train_config
     from moesaic.errors import ConfigError
-    from moesaic.folders import split_run
+    from moesaic.folders import foreign_model, split_run
     from moesaic.report.model_summary import render_model
     from moesaic.report.summary import summarize
     from moesaic.report.terminal import render_run
 
     folder, at = split_run(source)
     if not (folder / "config.yaml").is_file():
+        if (foreign := foreign_model(folder)) is not None:
+            raise ConfigError(foreign)
         raise ConfigError(
             f"{folder} is a folder without config.yaml; a run folder written by `moesaic train`, a YAML file or a "
             f"preset is required; check the path."

@@ -15,7 +15,7 @@ from moesaic.config.presets import preset, preset_names
 from moesaic.config.serve import ServeConfig
 from moesaic.config.train import TrainConfig
 from moesaic.errors import ConfigError
-from moesaic.folders import split_run, write_whole
+from moesaic.folders import foreign_model, split_run, write_whole
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,6 +48,8 @@ def read_values(source: str | Path) -> dict[str, Any]:
     if isinstance(source, str) and source in preset_names():
         return preset(source)
     path = Path(source)
+    if (foreign := foreign_model(path)) is not None:
+        raise ConfigError(foreign)
     if not path.is_file():
         raise ConfigError(
             f"{str(source)!r} is neither a preset nor a file; a preset name, or the path of a YAML file or of a run "

@@ -245,6 +245,12 @@ def test_a_run_means_its_best_else_its_last_and_at_names_a_step(tmp_path: Path) 
         resolve_checkpoint(f"{run}@best")
     with pytest.raises(CheckpointError, match=r"holds no checkpoint; .*moesaic train.*; check the path"):
         resolve_checkpoint(tmp_path)
+    for name, content in (("model.gguf", "GGUF"), ("folder/config.json", '{"model_type": "llama"}')):
+        foreign = tmp_path / name.removesuffix("/config.json")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+        with pytest.raises(CheckpointError, match=f"a run is required; .*`moesaic convert import {foreign} RUN`"):
+            resolve_checkpoint(foreign)
     for absent in ("absent", "absent@3"):
         with pytest.raises(CheckpointError, match=r"absent does not exist; .*moesaic train.*; check the path"):
             resolve_checkpoint(tmp_path / absent)

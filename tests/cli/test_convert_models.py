@@ -131,7 +131,7 @@ def test_verify_says_by_its_exit_status_whether_two_are_the_same(
         (["import", "{folder}", "{folder}/run"], "ConfigError: {folder}/run is inside {folder}, which is only read"),
         (["import", "{folder}", "{new}", "--tokenizer", "{folder}/config.json"], "DataError: {folder}/config.json: "),
         (["import", "{broken}", "{new}"], "CheckpointError: {broken}/model.safetensors cannot be read"),
-        (["export", "{folder}", "{new}"], "CheckpointError: {folder} holds no checkpoint; a run folder"),
+        (["export", "{folder}", "{new}"], "CheckpointError: {folder} is a model in Hugging Face's layout; a run is"),
         (["export", "{run}@9", "{new}"], "CheckpointError: {run} has no checkpoint of step 9; it has 3; name one of"),
         (["export", "{run}", "{new}", "--format", "onnx"], "ConfigError: format ('onnx') is not known; one of hugg"),
         (["export", "{run}", "{new}", "--dtype", "int8"], "ConfigError: dtype ('int8') is not known; one of fp32"),

@@ -165,6 +165,11 @@ def test_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_what_is_no_source_is_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(ConfigError, match=r"without config\.yaml"):
         inspect(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.gguf").write_text("GGUF")
+    for foreign in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(ConfigError, match=f"`moesaic convert import {foreign} RUN`"):
+            inspect(str(foreign))
     with pytest.raises(ConfigError, match=r"neither a preset nor a file; .*did you mean pr-moe-tiny-8-16"):
         inspect("pr-moe-tiny-8")
     with pytest.raises(ConfigError, match="cannot be changed"):

@@ -89,6 +89,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["train", "{config}", "--output", "{new}", "--set", "model.n_layer=3"],
         "ConfigError: model.n_layer",
     ),
+    "a foreign model": (["train", "{foreign}", "--output", "{new}"], "is a model in Hugging Face's layout; a run is"),
+    "a text": (
+        ["train", "{config}", "--output", "{new}", "--data", "{config}"],
+        "is a file; a folder of token shards is required; write one with `moesaic prepare",
+    ),
     "small vocabulary": (
         ["train", "{config}", "--output", "{new}", "--set", "model.vocab_size=9"],
         "ConfigError: model.vocab_size (9) is less than the 320",
@@ -118,7 +123,9 @@ def test_a_mistake_ends_with_status_2_and_a_message_in_three_parts(
     cli: Any, config_file: ConfigFile, trained_run: Path, tmp_path: Path, name: str
 ) -> None:
     arguments, message = MISTAKES[name]
-    places = {"new": tmp_path / "new", "config": config_file(), "run": trained_run}
+    places = {"new": tmp_path / "new", "config": config_file(), "run": trained_run, "foreign": tmp_path / "foreign"}
+    places["foreign"].mkdir()
+    (places["foreign"] / "config.json").write_text('{"model_type": "llama"}')
     result = cli(*(argument.format(**places) for argument in arguments))
     assert result.status == 2
     assert message in result.err and "Traceback" not in result.err
