@@ -123,7 +123,7 @@ def learning_rate_figure(records: Sequence[TrainRecord]) -> Figure:
     style_axes(top)
     top.plot(tokens, rates, color=BLUE, linewidth=1.8, marker=_marker(records))
     top.set_ylim(bottom=0)
-    top.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     top.set_ylabel("learning rate")
     set_title(
         top, "Learning rate", f"now {rates[-1]:.3g}, peak {np.nanmax(rates):.3g}" if np.isfinite(rates).any() else ""

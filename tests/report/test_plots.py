@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
-from moesaic.report.plots import heat_columns, loss_limits, objective_figure, write_plots
+from moesaic.report.plots import heat_columns, learning_rate_figure, loss_limits, objective_figure, write_plots
 from moesaic.report.records import METRICS_FILE, ExpertRecord, MetricsError, TrainRecord, to_line
 
 DENSE = {"loss.png", "learning_rate.png", "throughput.png"}
@@ -62,6 +63,16 @@ def test_what_an_objective_reports_is_drawn(
     for line in figure.axes[1].lines:
         x, y = line.get_data()
         assert max(np.asarray(x)[np.isfinite(y)]) == records[last - 1].tokens
+
+
+@pytest.mark.parametrize("peak", [3e-3, 6e-5, 0.02])
+def test_learning_rates_are_written_as_numbers(make_record: Callable[..., TrainRecord], peak: float) -> None:
+    figure = learning_rate_figure([replace(make_record(step), learning_rate=peak * step / 5) for step in range(1, 6)])
+    FigureCanvasAgg(figure).draw()
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    rates = [float(text) for text in ticks]  # each by itself, with no factor beside the axis
+    assert rates == sorted(rates) and rates[0] == 0 and rates[-1] >= peak / 2
+    assert not figure.axes[0].yaxis.get_offset_text().get_text()
 
 
 def test_large_pyramid_is_drawn(make_run: Callable[..., Path]) -> None:
