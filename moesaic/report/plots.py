@@ -5,7 +5,7 @@ server may call it. Each file is replaced as a whole, so a viewer never sees hal
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +37,14 @@ from moesaic.report.summary import finite_mean, smoothed, smoothed_losses
 # Points of a line and columns of a heat map: more than a plot has pixels for would only cost time.
 _MOST_RECORDS = 2000
 _HEAT_COLUMNS = 320
+_SCHEDULE_POINTS = 1000
 _LOAD_OCTAVES = 2.5  # the colours span even share / 5.7 to even share * 5.7
 
 
-def write_plots(run_folder: str | Path) -> list[Path]:
+def write_plots(run_folder: str | Path, *, schedule: Callable[[int], float] | None = None) -> list[Path]:
     """Draw a run's metrics into run_folder/plots and return the files written; a dense model has no expert plots.
+
+    schedule: the learning rate after so many tokens; where it is not known, the line joins the rates of the records.
 
     Raises: MetricsError when the run has no readable metrics; DataError when a plot cannot be written.
     """
@@ -51,7 +54,7 @@ def write_plots(run_folder: str | Path) -> list[Path]:
         return []
     figures = {
         "loss.png": loss_figure(metrics),
-        "learning_rate.png": learning_rate_figure(metrics.train),
+        "learning_rate.png": learning_rate_figure(metrics.train, schedule=schedule),
         "throughput.png": throughput_figure(metrics.train),
     }
     if any(record.objective for record in metrics.train):
@@ -114,14 +117,18 @@ def loss_figure(metrics: Metrics) -> Figure:
     return figure
 
 
-def learning_rate_figure(records: Sequence[TrainRecord]) -> Figure:
-    """Learning rate, and below it the gradient norm that clipping sees."""
+def learning_rate_figure(records: Sequence[TrainRecord], *, schedule: Callable[[int], float] | None = None) -> Figure:
+    """Learning rate, by its schedule where that is known, and below it the gradient norm that clipping sees."""
     figure = empty_figure(9.0, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     rates = np.asarray([record.learning_rate for record in records])
     style_axes(top)
-    top.plot(tokens, rates, color=BLUE, linewidth=1.8, marker=_marker(records))
+    if schedule is None:
+        top.plot(tokens, rates, color=BLUE, linewidth=1.8, marker=_marker(records))
+    else:  # records are too far apart to show where it bends
+        times = np.linspace(0, records[-1].tokens, _SCHEDULE_POINTS).round().astype(int).tolist()
+        top.plot(times, [schedule(time) for time in times], color=BLUE, linewidth=1.8)
     top.set_ylim(bottom=0)
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     top.set_ylabel("learning rate")

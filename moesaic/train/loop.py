@@ -210,7 +210,7 @@ class Trainer:
             losses.append(_without_graph(micro_losses))
         gradient_norm = clip_gradients(self.model, config.optimizer.max_gradient_norm)
         tokens_after = self.tokens + config.tokens_per_step
-        rate = learning_rate(config.schedule, tokens_after, total_tokens=config.tokens)
+        rate = self._learning_rate(tokens_after)
         is_finite = math.isfinite(gradient_norm)
         if is_finite:
             self.optimizers.step(rate)
@@ -387,10 +387,13 @@ class Trainer:
             self.display.evaluation(record, best_loss=self.best_loss)
         self.objective.evaluated(self)
 
+    def _learning_rate(self, tokens: int) -> float:
+        return learning_rate(self.config.schedule, tokens, total_tokens=self.config.tokens)
+
     def _plot(self) -> None:
         """Redraw the plots; a full disk costs them, not the run."""
         try:
-            write_plots(self.run_folder)
+            write_plots(self.run_folder, schedule=self._learning_rate)
         except (OSError, DataError) as error:
             logger.warning("no plots: %s (`moesaic inspect` shows the same)", error)
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
+from moesaic.config.train import ScheduleConfig
 from moesaic.report.plots import heat_columns, learning_rate_figure, loss_limits, objective_figure, write_plots
 from moesaic.report.records import METRICS_FILE, ExpertRecord, MetricsError, TrainRecord, to_line
+from moesaic.train.schedule import learning_rate
 
 DENSE = {"loss.png", "learning_rate.png", "throughput.png"}
 MOE = DENSE | {"expert_load.png", "expert_balance.png"}
@@ -73,6 +76,18 @@ def test_learning_rates_are_written_as_numbers(make_record: Callable[..., TrainR
     rates = [float(text) for text in ticks]  # each by itself, with no factor beside the axis
     assert rates == sorted(rates) and rates[0] == 0 and rates[-1] >= peak / 2
     assert not figure.axes[0].yaxis.get_offset_text().get_text()
+
+
+def test_learning_rate_is_drawn_by_its_schedule_between_records(make_record: Callable[..., TrainRecord]) -> None:
+    config = ScheduleConfig(kind="wsd", learning_rate=1.0, decay_tokens=39_000)
+    schedule = partial(learning_rate, config, total_tokens=400_000)
+    records = [
+        replace(make_record(step), tokens=step * 80_000, learning_rate=schedule(step * 80_000)) for step in range(1, 6)
+    ]
+    (line,) = learning_rate_figure(records, schedule=schedule).axes[0].lines
+    tokens, rates = (np.asarray(values, dtype=np.float64) for values in line.get_data())
+    assert tokens[rates == 1.0].max() == pytest.approx(361_000, abs=1_000)  # at 320,000 is the last such record
+    assert tokens[-1] == 400_000 and rates[-1] == 0
 
 
 def test_large_pyramid_is_drawn(make_run: Callable[..., Path]) -> None:
