@@ -9,7 +9,7 @@ from moesaic.evaluate.perplexity import Perplexity
 from moesaic.plan.cost import count_parameters, flops_per_token, training_flops_per_token
 from moesaic.report.comparison import Curve, write_comparison
 from moesaic.report.page import Commands, Paragraph, Passage, Plots, Section, Table, write_page
-from moesaic.report.quantities import duration, short_number
+from moesaic.report.quantities import duration, percent, short_number
 from moesaic.report.records import read_metrics
 from moesaic.report.summary import finite_mean
 
@@ -42,18 +42,14 @@ def write_report(path: Path, teacher: Stage, student: Stage, *, data_folder: Pat
         [_curve(teacher, "teacher"), _curve(student, "student")],
     )
     teacher_plots, student_plots = (stage.run_folder / "plots" for stage in (teacher, student))
-    counts = [count_parameters(stage.config.model) for stage in (teacher, student)]
-    fewer = 1 - counts[1].total / counts[0].total
-    kept = teacher.perplexity.bits_per_byte / student.perplexity.bits_per_byte
     sections = [
         Section(
             "Two models",
             (
                 _table(teacher, student),
                 Paragraph(
-                    f"The student has {fewer:.0%} fewer parameters and needs {student.perplexity.bits_per_byte:.3f} "
-                    f"bits for a byte of unseen text where the teacher needs {teacher.perplexity.bits_per_byte:.3f} "
-                    f"({kept:.1%} kept). Both are tiny and saw little text: read what they write as a sign of life."
+                    f"{describe_student(teacher, student)} Both are tiny and saw little text: read what they write as "
+                    f"a sign of life."
                 ),
             ),
         ),
@@ -107,6 +103,17 @@ def write_report(path: Path, teacher: Stage, student: Stage, *, data_folder: Pat
         f"Mixture-of-Students distilled from it."
     )
     return write_page(path, title="moesaic quickstart", lead=lead, sections=sections)
+
+
+def describe_student(teacher: Stage, student: Stage) -> str:
+    """Say how much smaller the student is and what it kept, measured as distill.json's perplexity_retention."""
+    counts = [count_parameters(stage.config.model) for stage in (teacher, student)]
+    fewer = 1 - counts[1].total / counts[0].total
+    kept = teacher.perplexity.perplexity / student.perplexity.perplexity
+    return (
+        f"The student has {fewer:.0%} fewer parameters, and a perplexity of {student.perplexity.perplexity:.2f} on "
+        f"unseen text where the teacher has {teacher.perplexity.perplexity:.2f} ({percent(kept)} kept)."
+    )
 
 
 def _curve(stage: Stage, name: str) -> Curve:
