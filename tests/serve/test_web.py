@@ -277,6 +277,33 @@ def test_an_answer_appears_piece_by_piece(server: FakeServer, open_page: Any, ex
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
+def test_the_last_line_of_an_answer_comes_into_sight(server: FakeServer, open_page: Any, expect: Any) -> None:
+    server.tokens = ["line\n"] * 80
+    server.pace = threading.Semaphore(79)
+    page = open_page()
+    send(page)
+    page.wait_for_function("document.querySelector('.answer').textContent.length === 79 * 5")
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    server.tokens[79] = ""  # nothing more to be seen but the foot
+    server.pace.release()
+    expect(finished(page)).to_contain_text("80 tokens")
+    expect(finished(page)).to_be_in_viewport(ratio=1)
+
+
+@pytest.mark.parametrize("count", [2, 7, 8])
+def test_a_rate_is_shown_of_so_many_tokens_as_have_one(
+    server: FakeServer, open_page: Any, expect: Any, count: int
+) -> None:
+    server.tokens = server.tokens[:count]
+    server.pace = threading.Semaphore(1)
+    page = open_page()
+    send(page)
+    page.locator(".token").first.wait_for()
+    server.pace.release(count)
+    expect(finished(page)).to_contain_text(f"{count} tokens")
+    assert ("tokens/s" in finished(page).inner_text()) == (count == 8)
+
+
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
     "</script>",

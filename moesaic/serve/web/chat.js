@@ -15,6 +15,9 @@ const FULL = "cut where the conversation is full; Clear begins a new one";
 // Spoken in whole sentences: word by word would never stop talking.
 const SENTENCE = /^[\s\S]*[.!?:;\n]\s/;
 
+// An answer of fewer tokens says little of how fast they come.
+const FEWEST_FOR_RATE = 8;
+
 /** One answer on the page: its text, cut into tokens where they are known. */
 class Answer {
   text = "";
@@ -248,13 +251,14 @@ export class Chat {
     const { answer, failure } = exchange;
     const parts = [];
     if (tokens) parts.push(plural(tokens, "token"));
-    if (tokens > 1 && seconds > first) parts.push(`${formatValue((tokens - 1) / (seconds - first), "tokens/s")}`);
+    if (tokens >= FEWEST_FOR_RATE && seconds > first) parts.push(`${formatValue((tokens - 1) / (seconds - first), "tokens/s")}`);
     if (first !== null) parts.push(`first after ${first.toFixed(2)} s`);
     if (finish === "user") parts.push("stopped");
     else if (finish === "length" && this.#isLowered) parts.push(FULL);
     else if (FINISHED[finish]) parts.push(FINISHED[finish]);
     foot.textContent = parts.join(" · ");
     if (!answer.text && !failure) foot.prepend(finish === "user" ? "" : "The model ended at once. ");
+    this.#scroll();
     this.#speak("", failure ? "" : finish === "user" ? "Stopped." : "End of the answer.");
     if (!failure) return;
     const isKey = failure.status === 401;
