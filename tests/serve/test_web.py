@@ -548,6 +548,21 @@ def cells_unlike_the_first_color(page: Any, counts: tuple[int, ...]) -> set[tupl
     return {(row, expert) for row, expert, *rgba in page.evaluate(PIXELS, [counts, "cells"]) if rgba[:3] != first}
 
 
+def test_the_axes_of_the_map_have_names(server: FakeServer, open_page: Any) -> None:
+    page = open_page(width=360)
+    is_ready(page)
+    page.wait_for_function("document.getElementById('map').height > 0")
+    expert, layer = page.evaluate(
+        """() => {
+          const canvas = document.getElementById("map");
+          const hasInk = (...box) => canvas.getContext("2d").getImageData(...box).data.some((value) => value > 0);
+          return [hasInk(0, 0, 30, 17), hasInk(0, 18, 12, canvas.height - 18)];
+        }"""
+    )
+    assert expert and layer
+    assert "row for each layer, a column for each expert" in page.locator("#map").get_attribute("aria-label")
+
+
 @pytest.mark.parametrize("counts", [(8, 8, 16), (1,), (16, 4, 4, 32)])
 def test_a_row_is_as_long_as_its_layer_has_experts(server: FakeServer, open_page: Any, counts: tuple[int, ...]) -> None:
     server.num_experts, server.top_k = counts, 1

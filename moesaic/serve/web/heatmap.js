@@ -220,6 +220,15 @@ export class HeatMap {
       context.textAlign = "left";
       if (measure !== null) context.fillText(measure.toFixed(2), left + columns * cell + 8, middle);
     }
+    // The axes' names stand where the numbers leave room, in the corner and upright beside the rows.
+    context.textAlign = "right";
+    context.fillText("expert", left - 2, AXIS_HEIGHT / 2 - 1, left - 2);
+    context.save();
+    context.translate(6, (rows[0].y + rows.at(-1).y + rows.at(-1).height) / 2);
+    context.rotate(-Math.PI / 2);
+    context.textAlign = "center";
+    context.fillText("layer", 0, 0);
+    context.restore();
     context.textAlign = "center";
     const step = columns > 8 ? Math.ceil(columns / 8 / 4) * 4 : 1;
     const isCrowded = step * cell < 20;
