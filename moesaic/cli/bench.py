@@ -246,7 +246,8 @@ def _print_serving(result: "ServingResult") -> None:
     from moesaic.report.quantities import percent
 
     console, summary = open_console(), result.summary()
-    table = Table(title=f"{result.name}: {result.model} at {result.url}", title_justify="left")
+    name = "" if result.name == result.model else f"{result.name}: "
+    table = Table(title=f"{name}{result.model} at {result.url}", title_justify="left")
     for number, column in enumerate(("seconds", "mean", "p50", "p90", "p95", "p99", "most")):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for label, values in (
@@ -260,7 +261,7 @@ def _print_serving(result: "ServingResult") -> None:
             table.add_row(label, *["-"] * 6)
         else:
             numbers = (values.mean, values.p50, values.p90, values.p95, values.p99, values.max)
-            table.add_row(label, *(f"{number:.4f}" for number in numbers))
+            table.add_row(label, *map(_in_seconds, numbers))
     console.print(table)
 
     grid = Table.grid(padding=(0, 2))
@@ -287,6 +288,10 @@ def _print_serving(result: "ServingResult") -> None:
     if summary.tokens_per_chunk is not None:
         grid.add_row("tokens per chunk", f"{summary.tokens_per_chunk:.2f}")
     console.print(grid)
+
+
+def _in_seconds(value: float) -> str:
+    return f"{value:.4f}" if value >= 1 or value == 0 else f"{value:#.3g}"
 
 
 def _print_limits(limits: "Limits") -> None:

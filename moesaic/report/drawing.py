@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from moesaic.errors import ConfigError, DataError
@@ -54,11 +55,12 @@ def style_axes(axes: Axes) -> None:
     axes.yaxis.label.set_color(FAINT_INK)
 
 
-def add_legend(owner: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
+def add_legend(owner: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **options: Any) -> Legend:
     """Write names beside their lines or bars, also those with a first underscore, which matplotlib leaves out."""
     legend = owner.legend(handles, [str(place) for place in range(len(names))], frameon=False, **options)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)
+    return legend
 
 
 def set_title(axes: Axes, title: str, note: str = "", *, size: float = 12) -> None:

@@ -233,17 +233,19 @@ def read_serving(path: Path) -> ServingResult:
 def tokens_over_time(result: ServingResult, *, bin_seconds: float) -> tuple[list[float], list[float]]:
     """Return the middle of each stretch of time, and the output tokens per second in it, of completed requests.
 
-    An answer's tokens are taken to be spread evenly over its chunks, which is all that a client can know.
+    An answer's tokens are taken to be spread evenly over its chunks, which is all that a client can know. What is left
+    at the end for less than a stretch belongs to the last one.
     """
     duration = max((each.end_seconds for each in result.requests), default=0.0)
-    num_bins = max(1, int(np.ceil(duration / bin_seconds)))
+    num_bins = max(1, int(duration / bin_seconds))
+    starts = np.arange(num_bins) * bin_seconds
+    lengths = np.diff(starts, append=duration or bin_seconds)
     tokens = np.zeros(num_bins)
     for each in result.completed:
         if each.chunk_seconds and each.output_tokens:
             places = np.minimum((np.asarray(each.chunk_seconds) / bin_seconds).astype(np.int64), num_bins - 1)
             np.add.at(tokens, places, each.output_tokens / len(each.chunk_seconds))
-    middles = (np.arange(num_bins) + 0.5) * bin_seconds
-    return middles.tolist(), (tokens / bin_seconds).tolist()
+    return (starts + lengths / 2).tolist(), (tokens / lengths).tolist()
 
 
 def _rounded(request: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def serving_figure(results: Sequence[ServingResult]) -> Figure:
     _finish_shares(first, "Time to the first token", {each.ttft_limit_seconds for each in results})
     _finish_shares(each_token, "Time per token behind it", {each.tpot_limit_seconds for each in results})
     if results:
-        add_legend(first, curves, names, loc="lower right", labelcolor=INK, fontsize=8.5)
+        legend = add_legend(first, curves, names, loc="lower right", labelcolor=INK, fontsize=8.5)
+        legend.set_frame_on(True)  # a limit may pass behind it
+        legend.get_frame().set(facecolor="white", edgecolor="none", alpha=1.0)
 
     style_axes(over_time)
     longest = max((summary.duration_seconds for summary in summaries), default=0.0)
@@ -57,7 +59,8 @@ def serving_figure(results: Sequence[ServingResult]) -> Figure:
     for result, summary, colour in zip(results, summaries, colours, strict=True):
         times, rates = tokens_over_time(result, bin_seconds=bin_seconds)
         mean = summary.output_tokens_per_second
-        names.append(f"{result.name}: {short_number(mean)} tokens/s over {summary.duration_seconds:.0f} s")
+        lasted = _seconds(float(f"{summary.duration_seconds:.3g}"))
+        names.append(f"{result.name}: {short_number(mean)} tokens/s over {lasted}")
         over_time.plot(times, rates, color=colour, linewidth=1.5, drawstyle="steps-mid")
     over_time.set_ylim(0, over_time.get_ylim()[1] * 1.25)  # room for the names
     over_time.set_xlim(left=0)

@@ -107,6 +107,11 @@ def test_tokens_over_time_are_spread_over_an_answers_chunks() -> None:
     two = replace(RESULT, requests=(replace(STEADY, chunk_seconds=(0.1, 4.0), end_seconds=4.0),))
     _, halves = tokens_over_time(two, bin_seconds=0.5)
     assert len(halves) == 8 and halves[0] == halves[-1] == 4.0 and sum(halves) == 8.0
+    # What is left over lowers no rate: three tokens in 1.25 s.
+    times, rates = tokens_over_time(
+        replace(two, requests=(replace(STEADY, chunk_seconds=(0.5, 1.5, 1.9, 2.2), end_seconds=2.25),)), bin_seconds=1.0
+    )
+    assert times == [0.5, 1.625] and rates == [1.0, 3 / 1.25]
     assert tokens_over_time(replace(RESULT, requests=()), bin_seconds=1.0) == ([0.5], [0.0])
 
 

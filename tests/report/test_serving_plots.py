@@ -59,7 +59,9 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
         assert ends == pytest.approx([1.0, 0.75])
     # As many tokens as were answered lie under the line.
     times, rates = (np.asarray(values) for values in over_time.lines[0].get_data())
-    assert rates.sum() * (times[1] - times[0]) == pytest.approx(60 * 20)
+    width = times[1] - times[0]
+    last_width = 2 * (times[-1] - width * (len(times) - 1))
+    assert rates[:-1].sum() * width + rates[-1] * last_width == pytest.approx(60 * 20)
 
 
 def test_a_name_may_begin_with_an_underscore() -> None:
@@ -67,6 +69,15 @@ def test_a_name_may_begin_with_an_underscore() -> None:
     for axes in (first, over_time):
         names = [text.get_text() for text in axes.get_legend().get_texts()]
         assert [name.partition(":")[0] for name in names] == ["_hidden", "seen"]
+
+
+def test_a_run_of_less_than_a_second_is_not_said_to_last_none() -> None:
+    run = run_of("ours", seed=0, count=1, output_tokens=2)
+    seconds = run.summary().duration_seconds
+    assert 0 < seconds < 1
+    figure = serving_figure([run])
+    assert f"over {seconds * 1e3:.3g} ms" in figure.axes[2].get_legend().get_texts()[0].get_text()
+    assert figure.axes[0].get_legend().get_frame_on()
 
 
 def test_an_answer_of_one_token_is_no_failure() -> None:
