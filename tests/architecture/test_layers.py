@@ -178,6 +178,10 @@ def test_the_allocator_is_there_before_torch() -> None:
     assert loaded_by(["moesaic.kernels.allocator", "moesaic.kernels.limits"], ("torch",)) == []
 
 
+def test_completion_shows_the_public_names() -> None:
+    assert dir(moesaic) == sorted(moesaic.__all__)
+
+
 @pytest.mark.parametrize("name", moesaic.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(moesaic, name) is not None
