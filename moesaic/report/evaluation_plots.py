@@ -102,7 +102,8 @@ def write_domains(
     """
     columns = min(len(layers), 2)
     rows = math.ceil(len(layers) / columns)
-    figure = empty_figure(6.4 * columns + 1.2, (0.9 + 0.22 * len(domains)) * rows + 1.0)
+    height = max((0.9 + 0.22 * len(domains)) * rows + 1.0, 4.0)  # the colour bar's label is 3 inches long
+    figure = empty_figure(6.4 * columns + 1.2, height)
     grid = figure.subplots(rows, columns, squeeze=False)
     norm = Normalize(-_OCTAVES, _OCTAVES)
     for place, axes in enumerate(grid.flat):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesaic.report import evaluation_plots
 from moesaic.report.drawing import write_figure
 from moesaic.report.evaluation_plots import comparison_figure, relative_shares, write_comparison, write_domains
 from moesaic.report.evaluations import (
@@ -149,3 +150,18 @@ def test_shares_are_relative_to_the_mean_and_experts_in_order_of_their_domain(tm
         information_bits=[0.3, 0.2, 0.01], chance_bits_high=[0.02] * 3,
     )  # fmt: skip
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_colour_bars_label_is_whole_where_there_are_few_domains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(evaluation_plots, "write_figure", lambda figure, path: figures.append(figure))
+    evaluation_plots.write_domains(
+        tmp_path / "domains.png", domains=["a", "b"], layers=[0], shares=[np.full((2, 4), 0.25)],
+        information_bits=[0.1], chance_bits_high=[0.05],
+    )  # fmt: skip
+    (figure,) = figures
+    figure.draw_without_rendering()
+    label = figure.axes[-1].yaxis.label.get_window_extent()
+    assert figure.bbox.y0 <= label.y0 and label.y1 <= figure.bbox.y1
