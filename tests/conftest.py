@@ -129,7 +129,7 @@ def machine_limits() -> "Limits":
 def training_without_what_takes_seconds(machine_limits: "Limits") -> Iterator[None]:
     """Training in this process neither measures the machine nor draws, which has tests of its own (`drawing`)."""
 
-    def no_plots(run_folder: Path) -> list[Path]:
+    def no_plots(run_folder: Path, *, schedule: Callable[[int], float]) -> list[Path]:
         return []
 
     with pytest.MonkeyPatch.context() as patch:

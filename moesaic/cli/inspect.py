@@ -148,6 +148,7 @@ def _summarize_training(config: "TrainConfig", *, name: str, context: int | None
         context=context,
         micro_batch_size=config.micro_batch_size,
         sequence_length=config.data.sequence_length,
+        optimizer=config.optimizer.name,
     )
 
 
@@ -216,6 +217,7 @@ def summarize_model(
     context: int | None = None,
     micro_batch_size: int = 1,
     sequence_length: int | None = None,
+    optimizer: str = "adamw",
 ) -> "ModelSummary":
     """Return everything that `moesaic inspect` shows of a model; context and sequence_length None: max_positions.
 
@@ -232,7 +234,7 @@ def summarize_model(
             f"and to positions that the model has; use a context in that range, or raise model.max_positions."
         )
     count = count_parameters(config)
-    estimate = memory(config, micro_batch_size=micro_batch_size, sequence_length=sequence_length)
+    estimate = memory(config, micro_batch_size=micro_batch_size, sequence_length=sequence_length, optimizer=optimizer)
     return ModelSummary(
         name=name,
         config=config,
@@ -256,6 +258,7 @@ def summarize_model(
         training_flops_per_token=training_flops_per_token(config, estimate.sequence_length),
         weights_bytes=estimate.weights_bytes,
         training_state_bytes=estimate.training_state_bytes,
+        optimizer=optimizer,
         kv_cache_bytes_per_token=estimate.kv_cache_bytes_per_token,
         activation_bytes=estimate.activation_bytes,
         checkpointed_activation_bytes=estimate.checkpointed_activation_bytes,

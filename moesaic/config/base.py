@@ -4,7 +4,7 @@ Here is what all configs share, and how pydantic's findings become three-part er
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -111,6 +111,48 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(sorted(known))}."
 
 
+# What other tools call keys of ours.
+OTHER_NAMES = {
+    "d_model": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "global_batch_size": "batch_size",
+    "lr": "learning_rate",
+    "max_position_embeddings": "max_positions",
+    "moe_router_topk": "top_k",
+    "n_routed_experts": "num_experts",
+    "n_shared_experts": "residual_intermediate_size",
+    "num_attention_heads": "num_heads",
+    "num_experts_per_tok": "top_k",
+    "num_hidden_layers": "num_layers",
+    "num_key_value_heads": "num_kv_heads",
+    "num_local_experts": "num_experts",
+    "num_query_groups": "num_kv_heads",
+    "num_shared_experts": "residual_intermediate_size",
+    "rms_norm_eps": "norm_epsilon",
+    "seq_len": "sequence_length",
+    "seq_length": "sequence_length",
+    "shared_experts": "residual_intermediate_size",
+    "tie_word_embeddings": "tie_embeddings",
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+}
+
+
+def _meant(root: type[BaseModel], name: str, prefix: str) -> str:
+    """Return "did you mean ..." with the keys, in any section, that have this name, or are called so elsewhere."""
+    wanted = OTHER_NAMES.get(name, name)
+    places = [f"{prefix}.{path}" if prefix else path for path in _paths(root) if path.rpartition(".")[2] == wanted]
+    return f"did you mean {' or '.join(places)}?" if places else ""
+
+
+def _paths(root: type[BaseModel]) -> Iterator[str]:
+    for name in root.model_fields:
+        yield name
+        section = _inner(root, name)
+        if section is not None:
+            yield from (f"{name}.{path}" for path in _paths(section))
+
+
 def _explain(root: type[BaseModel], error: ValidationError, prefix: str, *, from_file: bool) -> str:
     """One line per mistaken key: what it is, what is required, what to do.
 
@@ -137,7 +179,7 @@ def _explain_key(root: type[BaseModel], fields: tuple[str, ...], items: list[Any
     if first["type"] == "extra_forbidden":
         return (
             f"{path} is not a key of {owner.__name__}; its keys are fixed so that no setting is silently ignored; "
-            f"{nearest(fields[-1], list(owner.model_fields))}"
+            f"{_meant(root, fields[-1], prefix) or nearest(fields[-1], list(owner.model_fields))}"
         )
     # A value of several allowed types (a number or a list) gives one message for each.
     required = " or ".join(dict.fromkeys(_required(item) for item in items))

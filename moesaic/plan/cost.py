@@ -10,8 +10,6 @@ from moesaic.config.model import FeedForwardConfig, ModelConfig
 
 _BF16_BYTES = 2
 _FP32_BYTES = 4
-# fp32: master weight, its gradient, and AdamW's two moments.
-_TRAINING_STATE_BYTES = 4 * _FP32_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +92,7 @@ class MemoryEstimate:
     """Bytes, on one device that holds the whole model.
 
     `weights_bytes` are bf16, as served and as used in a training step; `training_state_bytes` are the fp32 master
-    weights, gradients and AdamW moments beside them. The activations are those of one micro-batch.
+    weights, gradients and the optimizer's moments beside them. The activations are those of one micro-batch.
     """
 
     weights_bytes: int
@@ -154,7 +152,9 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     return 3 * _matrix_flops(config) + 3 * _attention_flops(config, sequence_length, is_mean=True)
 
 
-def memory(config: ModelConfig, *, micro_batch_size: int = 1, sequence_length: int | None = None) -> MemoryEstimate:
+def memory(
+    config: ModelConfig, *, micro_batch_size: int = 1, sequence_length: int | None = None, optimizer: str = "adamw"
+) -> MemoryEstimate:
     """Return the memory of the model, of its training and of its KV cache; sequence_length None: max_positions.
 
     The activations are what the backward pass keeps, in bf16, counted by `_kept_per_token`; with activation
@@ -170,7 +170,7 @@ def memory(config: ModelConfig, *, micro_batch_size: int = 1, sequence_length: i
     outside = 3 * config.hidden_size
     return MemoryEstimate(
         weights_bytes=_BF16_BYTES * parameters,
-        training_state_bytes=_TRAINING_STATE_BYTES * parameters,
+        training_state_bytes=least_training_bytes(config, optimizer=optimizer),
         kv_cache_bytes_per_token=config.num_layers * _cached_per_token(config) * _BF16_BYTES,
         micro_batch_size=micro_batch_size,
         sequence_length=length,

@@ -16,6 +16,8 @@ from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.report.quantities import short_number
 from moesaic.report.tables import plain_table
 
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSummary:
@@ -39,6 +41,7 @@ class ModelSummary:
     training_flops_per_token: int
     weights_bytes: int
     training_state_bytes: int
+    optimizer: str
     kv_cache_bytes_per_token: int
     activation_bytes: int
     checkpointed_activation_bytes: int
@@ -56,6 +59,7 @@ class ModelSummary:
             "memory": {
                 "weights_bytes": self.weights_bytes,
                 "training_state_bytes": self.training_state_bytes,
+                "optimizer": self.optimizer,
                 "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
                 "kv_cache_bytes": self.kv_cache_bytes_per_token * self.context,
                 "activation_bytes": self.activation_bytes,
@@ -186,7 +190,9 @@ def _cost_table(summary: ModelSummary) -> Table:
     )
     table.add_row("weights", describe_bytes(summary.weights_bytes), "bf16")
     table.add_row(
-        "training state", describe_bytes(summary.training_state_bytes), "fp32 master weights, gradients, AdamW moments"
+        "training state",
+        describe_bytes(summary.training_state_bytes),
+        f"fp32 master weights, gradients, moments of {_OPTIMIZERS[summary.optimizer]}",
     )
     table.add_row("activations", describe_bytes(summary.activation_bytes), f"of {batch}, estimated")
     table.add_row(

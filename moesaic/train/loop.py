@@ -267,7 +267,9 @@ class Trainer:
         last_saved = self.step  # a resumed run stands on a checkpoint
         loss: float | None = None
         with (
-            MetricsWriter(self.run_folder, resume_step=self.step if self.resumes else None) as metrics,
+            MetricsWriter(
+                self.run_folder, resume_step=self.step if self.resumes else None, config=config.to_dict()
+            ) as metrics,
             StopRequest() as stop,
         ):
             self._metrics = metrics

@@ -4,12 +4,14 @@ The records themselves and how they are read back are in report/records.py.
 """
 
 import importlib.util
+import netrc
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -40,16 +42,19 @@ class MetricsWriter:
 
     `resume_step` is the step of the checkpoint that training goes on from (0: from the start, all over again): records
     after it are removed first, and so is a last line that was cut off. None is for a new run and refuses a folder that
-    already holds metrics, which would otherwise be mixed with another run's.
+    already holds metrics, which would otherwise be mixed with another run's. config: the run's, for W&B.
 
     Raises: MetricsError for a folder with metrics and no `resume_step`, and for metrics that are not readable;
     TrainingError when the disk takes no more.
     """
 
-    def __init__(self, run_folder: str | Path, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, run_folder: str | Path, *, resume_step: int | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         self._run_folder = Path(run_folder)
         self._path = self._run_folder / METRICS_FILE
         self._resume_step = resume_step
+        self._config = config
         self._num_train_records = 0
         self._file: TextIO | None = None
         self._tensorboard: Any = None
@@ -73,7 +78,7 @@ class MetricsWriter:
             self._file = self._path.open("a", encoding="utf-8", buffering=1)
         except OSError as problem:
             raise _disk_error(self._path, problem) from None
-        self._wandb = start_wandb(self._run_folder, is_resumed=self._resume_step is not None)
+        self._wandb = start_wandb(self._run_folder, config=self._config, is_resumed=self._resume_step is not None)
         return self
 
     def __exit__(
@@ -194,7 +199,7 @@ def train_scalars(record: TrainRecord) -> dict[str, float]:
     return scalars
 
 
-def start_wandb(run_folder: Path, *, is_resumed: bool) -> Any | None:
+def start_wandb(run_folder: Path, *, config: Mapping[str, Any] | None, is_resumed: bool) -> Any | None:
     """Return a W&B run, or None where wandb is not installed or not configured; never prompts, never fails."""
     specification = importlib.util.find_spec("wandb")
     # A folder that happens to be called wandb (W&B makes such folders) is found as a package without a file.
@@ -216,7 +221,12 @@ def start_wandb(run_folder: Path, *, is_resumed: bool) -> Any | None:
         project = os.environ.get("WANDB_PROJECT", "moesaic")
         runs.append(
             wandb.init(
-                project=project, name=run_folder.resolve().name, id=identifier, dir=str(run_folder), resume="allow"
+                project=project,
+                name=run_folder.resolve().name,
+                id=identifier,
+                dir=str(run_folder),
+                resume="allow",
+                config=None if config is None else dict(config),
             )
         )
 
@@ -229,9 +239,22 @@ def wandb_off_reason(environment: Mapping[str, str]) -> str | None:
     mode = environment.get("WANDB_MODE", "").lower()
     if mode == "disabled":
         return "WANDB_MODE is disabled."
-    if mode in ("offline", "dryrun") or environment.get("WANDB_API_KEY"):
+    if mode in ("offline", "dryrun") or environment.get("WANDB_API_KEY") or _has_login(environment):
         return None
-    return "it would ask for a login; set WANDB_API_KEY, or WANDB_MODE=offline to log to the run folder."
+    return (
+        "it would ask for a login; run `wandb login` or set WANDB_API_KEY, or WANDB_MODE=offline to log to the run "
+        "folder."
+    )
+
+
+def _has_login(environment: Mapping[str, str]) -> bool:
+    """Whether netrc, where `wandb login` leaves its key, has one for W&B's address."""
+    host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        found = netrc.netrc(environment.get("NETRC")).authenticators(host or "")
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return False
+    return found is not None and bool(found[2])
 
 
 def _without_failing(action: str, call: Any, *arguments: Any, **options: Any) -> bool:

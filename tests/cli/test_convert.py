@@ -149,7 +149,8 @@ def test_the_commands_of_the_guide_work(
     commands = [shlex.split(line)[1:] for line in guide.splitlines() if line.startswith("    moesaic ")]
     assert len(commands) >= 6
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(wide_run, "runs/first")
+    for name in ("first", "gpt-oss-20b"):
+        shutil.copytree(wide_run, f"runs/{name}")
     Path("book.txt").write_text("The License shall prevail over the Work.\n" * 80, encoding="utf-8")
     for command in commands:
         result = cli(*command)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
+from moesaic.config.base import OTHER_NAMES, _paths
 from moesaic.config.model import CapacityConfig, FeedForwardConfig, ModelConfig, MoEConfig, RouterConfig
 from moesaic.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from moesaic.errors import ConfigError
@@ -44,6 +45,23 @@ def test_unknown_keys_are_named_with_their_path_and_the_nearest_names() -> None:
     assert "did you mean num_experts" in lines[0]
     assert lines[1].startswith("zzz is not a key of TrainConfig;")
     assert "use one of" in lines[1] and "batch_size" in lines[1]
+
+
+def test_keys_of_other_sections_and_of_other_tools_are_led_to_ours() -> None:
+    values = {"model": {**MODEL.to_dict(), "moe": {"num_experts": 8, "num_shared_experts": 1}}, "data": {"path": "x"}}
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict({**values, "tokens": 10, "lr": 1e-3, "sequence_length": 64, "ffn_hidden_size": 32})
+    lines = {line.partition(" ")[0]: line for line in str(caught.value).splitlines()}
+    assert "did you mean model.moe.residual_intermediate_size?" in lines["model.moe.num_shared_experts"]
+    assert "did you mean schedule.learning_rate?" in lines["lr"]
+    assert "did you mean data.sequence_length?" in lines["sequence_length"]
+    assert "did you mean model.intermediate_size or model.moe.intermediate_size?" in lines["ffn_hidden_size"]
+
+
+def test_other_tools_names_lead_to_keys_that_exist() -> None:
+    ours = {path.rpartition(".")[2] for path in _paths(TrainConfig)}
+    assert set(OTHER_NAMES.values()) <= ours
+    assert not set(OTHER_NAMES) & ours
 
 
 def test_every_mistake_is_reported_at_once_and_only_the_mistakes() -> None:

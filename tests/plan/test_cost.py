@@ -221,6 +221,9 @@ def test_memory_of_weights_state_and_cache() -> None:
     estimate = memory(config)
     assert estimate.weights_bytes == 2 * total
     assert estimate.training_state_bytes == 16 * total
+    count = count_parameters(config)
+    in_blocks = total - count.embedding - (0 if count.is_tied else count.output)
+    assert memory(config, optimizer="muon").training_state_bytes == 16 * total - 4 * in_blocks, "one moment there"
     assert estimate.kv_cache_bytes_per_token == 5 * 2 * (2 * 10) * 2, "layers, keys and values, kv heads, bf16"
     assert (estimate.micro_batch_size, estimate.sequence_length) == (1, 33)
     latent = memory(ModelConfig(**{**BASE, **ODD["latent attention"]}))

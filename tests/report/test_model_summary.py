@@ -39,6 +39,7 @@ SUMMARY = ModelSummary(
     training_flops_per_token=3_030_000_000,
     weights_bytes=3 * 2**30,
     training_state_bytes=24 * 2**30,
+    optimizer="adamw",
     kv_cache_bytes_per_token=1024,
     activation_bytes=5 * 2**20,
     checkpointed_activation_bytes=2**20,

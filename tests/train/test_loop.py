@@ -161,7 +161,7 @@ torch.set_num_threads(1)
 config, run, seed = load_train_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 limits = types.SimpleNamespace(bf16_flops_per_second=1.0, fp32_flops_per_second=1.0)
 loop.measure_limits = lambda **_: limits
-loop.write_plots = lambda run_folder: []
+loop.write_plots = lambda run_folder, **_: []
 save_file = safetensors.torch.save_file
 
 def slow_save_file(tensors, path):

@@ -182,6 +182,7 @@ def install_wandb(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     """Put a stand-in for the wandb package on the path; the real one needs an account or starts a service."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path_factory.mktemp("home") / "netrc"))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
 
     def install(on_log: str = "") -> None:
@@ -201,8 +202,8 @@ def test_wandb_is_off_and_says_so_once_when_it_is_not_configured(
         writer.train(at(1))
         writer.train(at(2))
     assert [record.message for record in caplog.records if "W&B" in record.message] == [
-        "W&B is installed but off: it would ask for a login; set WANDB_API_KEY, or WANDB_MODE=offline to log to the "
-        "run folder."
+        "W&B is installed but off: it would ask for a login; run `wandb login` or set WANDB_API_KEY, or "
+        "WANDB_MODE=offline to log to the run folder."
     ]
     assert "wandb" not in sys.modules
 
@@ -212,14 +213,28 @@ def test_wandb_gets_the_same_numbers_and_goes_on_after_a_resume(
 ) -> None:
     install_wandb()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path, config={"tokens": 10, "model": {"hidden_size": 16}}) as writer:
         writer.train(at(1))
     options, (step, values), exit_code = json.loads((tmp_path / "fake.json").read_text())
     assert (step, values, exit_code) == (1, train_scalars(at(1)), 0)
     assert options["project"] == "moesaic" and options["name"] == tmp_path.name
+    assert options["config"] == {"tokens": 10, "model": {"hidden_size": 16}}
     with MetricsWriter(tmp_path, resume_step=1):
         pass
     assert json.loads((tmp_path / "fake.json").read_text())[0]["id"] == options["id"]
+
+
+def test_a_login_in_netrc_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "netrc"
+    environment = {"NETRC": str(path)}
+    assert wandb_off_reason(environment) is not None, "there is no such file"
+    path.write_text("machine example.org login user password key\n")
+    assert wandb_off_reason(environment) is not None
+    path.write_text("machine api.wandb.ai login user password key\n")
+    assert wandb_off_reason(environment) is None
+    assert wandb_off_reason({**environment, "WANDB_BASE_URL": "https://wandb.example.org:8080"}) is not None
+    path.write_text("machine")
+    assert wandb_off_reason(environment) is not None, "it cannot be read"
 
 
 def test_a_failing_wandb_never_fails_the_run(
@@ -262,5 +277,5 @@ def test_a_folder_called_wandb_is_not_wandb(
         ({"WANDB_MODE": "online", "WANDB_API_KEY": "key"}, True),
     ],
 )
-def test_wandb_is_on_only_where_it_asks_nothing(environment: dict[str, str], is_on: bool) -> None:
-    assert (wandb_off_reason(environment) is None) == is_on
+def test_wandb_is_on_only_where_it_asks_nothing(environment: dict[str, str], is_on: bool, tmp_path: Path) -> None:
+    assert (wandb_off_reason({**environment, "NETRC": str(tmp_path / "none")}) is None) == is_on
