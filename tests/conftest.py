@@ -60,9 +60,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the C++ kernels under AddressSanitizer and UBSan, whose library `make sanitize` loads beforehand",
     )
-    parser.addoption(
-        "--emulate", metavar="NAMES", help="run on these emulated sets of kernels in place of the machine's"
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,6 +10,7 @@ Every time is the event loop's clock, which is monotonic.
 import asyncio
 import codecs
 import json
+import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -102,8 +103,8 @@ async def drive(
     for what, value in {
         "timeout": endpoint.timeout_seconds, "ttft-limit": ttft_limit_seconds, "tpot-limit": tpot_limit_seconds
     }.items():  # fmt: skip
-        if not value > 0:
-            raise ConfigError(f"--{what} is {value}; more than 0 seconds is required; raise it.")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"--{what} is {value}; a finite number of seconds above 0 is required; change it.")
     async with _open_client(endpoint, transport) as http:
         model = endpoint.model or await _first_model(http, endpoint)
         _check_lengths(requests, await _max_length(http, endpoint, model), endpoint)

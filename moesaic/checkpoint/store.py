@@ -124,10 +124,20 @@ def write_manifest(
 
 
 def list_checkpoints(run_folder: Path) -> list[CheckpointInfo]:
-    """Return all checkpoints with a readable manifest, by rising step; others are named in the log."""
+    """Return all checkpoints with a readable manifest, by rising step; others are named in the log.
+
+    Raises: CheckpointError where the folder may not be read.
+    """
     infos = []
     folder = run_folder / "checkpoints"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    try:
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{folder} cannot be read ({error.strerror}); its user or a readable folder is required; check its "
+            f"permissions."
+        ) from None
+    for path in paths:
         if _STEP.fullmatch(path.name):
             try:
                 infos.append(read_info(path))
@@ -150,6 +160,11 @@ def read_info(path: Path) -> CheckpointInfo:
                 f"it."
             )
         return CheckpointInfo(path, int(manifest["step"]), dict(manifest["metadata"]), dict(manifest["files"]))
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); its user or a readable folder is required; check its "
+            f"permissions."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} has no readable manifest.json ({error!r}); a complete checkpoint is required; delete the "

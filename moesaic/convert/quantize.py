@@ -23,7 +23,7 @@ from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.convert.calibrate import Quantized, calibrated_weights
 from moesaic.convert.defaults import CALIBRATION_TOKENS, MAX_KL, MAX_PERPLEXITY_RATIO, REPORT_TOKENS
-from moesaic.convert.folder import check_is_new, folder_in_progress
+from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
 from moesaic.convert.tensors import require_finite
 from moesaic.data.loader import ValidationLoader
 from moesaic.data.shards import MANIFEST_NAME, ShardSet
@@ -129,6 +129,7 @@ def quantize_run(
     path = check_file(info, "model")
     plan = _plan(path, info, config, experts=experts, rest=rest, group_size=group_size)
     check_is_new(output)
+    check_is_outside(output, info.run_folder)
     text = _own_shards(config, "--text") if text is None else text
     calibrate = resolve_calibration(calibrate, config, has_4_bits=any(each.bits == 4 for each in plan.schemes.values()))
     if text_field is not None and all(each is None or _is_shards(each) for each in (text, calibrate)):

@@ -21,7 +21,7 @@ from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.model import ModelConfig, MoEConfig, RouterConfig
 from moesaic.config.train import TrainConfig
-from moesaic.convert.folder import check_is_new, folder_in_progress
+from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
 from moesaic.convert.tensors import common_dtype, own_tensors, require_finite
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, ConversionError
@@ -111,6 +111,7 @@ def upcycle_run(
     )  # fmt: skip
     output = Path(output)
     check_is_new(output)
+    check_is_outside(output, info.run_folder)
     path = check_file(info, "model")
     tokenizer = Tokenizer.load(info.run_folder)
     with folder_in_progress(output) as folder:

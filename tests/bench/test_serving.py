@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import json
+import math
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -380,9 +381,10 @@ def test_an_address_may_end_with_the_version() -> None:
         assert Endpoint(url=url).base == "http://x:1"
 
 
-def test_limits_have_to_be_times(run: Run) -> None:
-    with pytest.raises(ConfigError, match="--timeout is 0"):
-        run(FakeServer(lambda number, body: steady(body)), timeout_seconds=0)
+@pytest.mark.parametrize("seconds", [0, math.inf, math.nan])
+def test_limits_have_to_be_times(run: Run, seconds: float) -> None:
+    with pytest.raises(ConfigError, match=f"--timeout is {seconds}; a finite number of seconds"):
+        run(FakeServer(lambda number, body: steady(body)), timeout_seconds=seconds)
 
 
 def test_httpx_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import safetensors.torch
@@ -81,6 +82,20 @@ DAMAGE = {
     empty_manifest: "no readable manifest",
     other_version: "format version 99; this moesaic reads 1",
 }
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save_checkpoint(tmp_path, 7, model={"a": torch.ones(2)}, optimizer={}, metadata={})
+
+    def refuse(self: Path, *arguments: object, **options: object) -> NoReturn:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\); .*; check its permissions"):
+        read_info(saved.path)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match=r"checkpoints cannot be read .*; check its permissions"):
+        list_checkpoints(tmp_path)
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:

@@ -234,6 +234,8 @@ def test_folders_and_runs_that_cannot_be_used_are_refused(make_run: Any, tmp_pat
     quantize(run, out)
     with pytest.raises(ConfigError, match=r"out exists; .*; name another"):
         quantize(run, out)
+    with pytest.raises(ConfigError, match=r"is inside .*; name one outside"):
+        quantize(run, run / "checkpoints" / "step-00000030")
     with pytest.raises(ConfigError, match=r"is quantised \(.*\); .*; give the run .*run-moe"):
         quantize(out, tmp_path / "twice")
     with pytest.raises(CheckpointError, match=r"quantised .* unpacked; .*; load the run .*run-moe"):

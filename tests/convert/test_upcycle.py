@@ -302,6 +302,8 @@ def test_sources_that_cannot_be_upcycled_are_refused(make_run: MakeRun, tmp_path
         upcycle_run(tmp_path / "int8", out, experts=4)
     with pytest.raises(ConfigError, match="exists; what is converted needs a folder of its own"):
         upcycle_run(dense, dense, experts=4)
+    with pytest.raises(ConfigError, match=r"is inside .*; name one outside"):
+        upcycle_run(dense, dense / "checkpoints" / "step-00000030", experts=4)
     stored = tensors_of(dense)
     stored["blocks.1.feed_forward.mlp.up_proj.weight"][3, 4] = float("nan")
     save_checkpoint(dense, 8, model=stored, optimizer={}, metadata={})
