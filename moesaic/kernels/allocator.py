@@ -209,6 +209,8 @@ def _reserve_huge_pages(libc: ctypes.CDLL) -> tuple[int, str]:
     if _overcommit_mode() == 2:
         # Strict accounting would charge the reservation to everybody at once.
         return 0, "vm.overcommit_memory is 2, where a reservation would count as memory"
+    if _address_space_is_limited():
+        return 0, "the process's address space is limited (ulimit -v), and a reservation would take much of it"
     page = _huge_page_bytes()
     size = _available_memory_bytes() // 2 // page * page
     block = libc.malloc(size) if size else None
@@ -223,6 +225,12 @@ def _reserve_huge_pages(libc: ctypes.CDLL) -> tuple[int, str]:
     if not in_heap:
         return 0, "the heap does not grow in this thread; call tune_allocator in the main thread"
     return (0, "madvise refused them") if refused else (length, "")
+
+
+def _address_space_is_limited() -> bool:
+    import resource  # Linux alone gets here
+
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _overcommit_mode() -> int:

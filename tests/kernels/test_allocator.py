@@ -169,3 +169,14 @@ def test_huge_pages_that_cannot_be_had_are_explained(
     size, said = allocator._reserve_huge_pages(allocator._libc())
     assert size == 0
     assert reason in said
+
+
+@needs_glibc
+def test_nothing_is_reserved_of_an_address_space_that_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(allocator, "huge_pages_mode", lambda: "madvise")
+    monkeypatch.setattr(allocator, "_overcommit_mode", lambda: 0)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (7 << 30, resource.RLIM_INFINITY))
+    size, said = allocator._reserve_huge_pages(allocator._libc())
+    assert size == 0 and "ulimit -v" in said

@@ -126,6 +126,31 @@ def test_a_failing_compiler_is_quoted_and_pytorch_used(
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    ("program", "message"), [(b"\0\1", "cannot be run .*CXX"), (b"#!/no/such/shell\n", "cannot be run")]
+)
+def test_a_compiler_that_does_not_start_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: bytes, message: str
+) -> None:
+    compiler = tmp_path / "no-c++"
+    compiler.write_bytes(program)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(DeviceError, match=message):
+        build.build(SUPPORTED[0], folder=tmp_path)
+
+
+@needs_kernels
+def test_a_compiler_may_say_what_is_no_unicode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "latin-c++"
+    compiler.write_bytes(b"#!/bin/sh\necho 'err\xe9' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(DeviceError, match="compiling the CPU kernels failed"):
+        build.build(SUPPORTED[0], folder=tmp_path)
+
+
+@needs_kernels
 @pytest.mark.parametrize("script", ["", 'case "$*" in *-shared*) ;; *) for last; do :; done; echo > "$last";; esac\n'])
 def test_a_compiler_that_writes_nothing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
     """No object files, or these and no library."""

@@ -123,7 +123,7 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
         )
     flags = [*_FLAGS, *_instruction_flags(instruction_set), *extra_flags]
     openmp = openmp_library()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    version = _call([*compiler, "--version"]).stdout
     common = "\0".join([*flags, *compiler, version, str(openmp)]).encode()
     sources = sorted(_SOURCE.glob("*.cpp"))
     keys = {source: _digest(common + _with_headers(source)) for source in sources}
@@ -281,13 +281,24 @@ def openmp_library() -> Path | None:
     return None
 
 
+def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the compiler, whatever it says. Raises: DeviceError where it does not start."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise DeviceError(
+            f"the C++ compiler {command[0]} cannot be run ({error.strerror or error}); one is required to compile the "
+            "CPU kernels; name another with CXX, or go on with MOESAIC_KERNELS=reference."
+        ) from None
+
+
 def _run(command: list[str], output: Path) -> None:
     """Let the compiler write output.
 
     Raises: DeviceError when it does not.
     """
     command = [*command, "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _call(command)
     if not done.returncode and not output.exists():
         raise DeviceError(
             f"compiling the CPU kernels ended without an error and without a file ({' '.join(command)}); a C++17 "
