@@ -216,13 +216,17 @@ def _mlp_bytes(case: MoELayerCase) -> float:
 
 def _layer(case: MoELayerCase, device: torch.device) -> FeedForward:
     config = case.config()
-    layer = FeedForward(config, config.layers[0]).to(device)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=_WEIGHT_STD)
+    with torch.device("meta"):  # so that weights never stand in fp32
+        layer = FeedForward(config, config.layers[0])
     assert layer.moe is not None
     layer.moe.experts.to(torch.bfloat16)
     if layer.mlp is not None:
         layer.mlp.to(torch.bfloat16)
+    layer.to_empty(device=device)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=_WEIGHT_STD)
+    for buffer in layer.buffers():
+        buffer.zero_()
     return layer.train(case.has_backward)
 
 
