@@ -136,14 +136,19 @@ def _open_client(endpoint: Endpoint, transport: "httpx.AsyncBaseTransport | None
     headers = {"Accept-Encoding": "identity"}
     if endpoint.api_key is not None:
         headers["Authorization"] = f"Bearer {endpoint.api_key}"
-    return httpx.AsyncClient(
-        base_url=endpoint.base,
-        headers=headers,
-        timeout=None,  # each request's own time is the only limit
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        transport=transport,
-        trust_env=False,  # a proxy would be measured too
-    )
+    try:
+        return httpx.AsyncClient(
+            base_url=endpoint.base,
+            headers=headers,
+            timeout=None,  # each request's own time is the only limit
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            transport=transport,
+            trust_env=False,  # a proxy would be measured too
+        )
+    except httpx.InvalidURL as error:
+        raise ConfigError(
+            f"{endpoint.url!r} is no address ({error}); one such as http://127.0.0.1:8000 is required; correct it."
+        ) from None
 
 
 def _check_lengths(requests: Sequence[PlannedRequest], max_length: int | None, endpoint: Endpoint) -> None:
@@ -166,7 +171,7 @@ async def _max_length(http: "httpx.AsyncClient", endpoint: Endpoint, model: str)
         async with asyncio.timeout(endpoint.timeout_seconds):
             models = (await http.get("/v1/models")).json()["data"]
         (length,) = {each.get("max_model_len") for each in models if each.get("id") == model}
-    except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError, AttributeError):
+    except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return length if type(length) is int else None
 
@@ -181,7 +186,7 @@ async def _first_model(http: "httpx.AsyncClient", endpoint: Endpoint) -> str:
         raise _unreachable(endpoint, str(error) or type(error).__name__) from None
     try:
         model = response.raise_for_status().json()["data"][0]["id"]
-    except (httpx.HTTPStatusError, ValueError, KeyError, IndexError, TypeError):
+    except (httpx.HTTPStatusError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         model = None
     if not isinstance(model, str):
         if response.status_code == 401 and endpoint.api_key is not None:

@@ -126,8 +126,8 @@ def measure_limits(
 
     _check_device(device)
     identity = _identity(device)
-    path = (folder or cache_folder()) / f"limits-{_digest(identity | {'method': _METHOD})}.json"
-    earlier = _read(path, identity)
+    path = _kept_at(folder, identity)
+    earlier = None if path is None else _read(path, identity)
     if earlier is not None and reuse:
         return earlier
     with torch.inference_mode():
@@ -153,9 +153,18 @@ def measure_limits(
             "machine's limits, so they may be too low and are not kept; `moesaic doctor --measure` measures them when "
             "the machine is quiet"
         )
-    else:
+    elif path is not None:
         _write(path, limits)
     return limits
+
+
+def _kept_at(folder: Path | None, identity: dict[str, str | int]) -> Path | None:
+    """Return where the limits of this machine are kept, None for a user who has no folder for them."""
+    try:
+        return (folder or cache_folder()) / f"limits-{_digest(identity | {'method': _METHOD})}.json"
+    except DeviceError as error:
+        logger.warning("the machine's limits are measured every time: %s", error)
+        return None
 
 
 def describe_cpu() -> Cpu:

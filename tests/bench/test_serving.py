@@ -381,6 +381,13 @@ def test_an_address_may_end_with_the_version() -> None:
         assert Endpoint(url=url).base == "http://x:1"
 
 
+@pytest.mark.parametrize("url", ["http://\u2603.net", "http://x\x01:1"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    workload = Workload(prompt_tokens=(4, 4), output_tokens=(2, 2), num_requests=1, rate=1.0)
+    with pytest.raises(ConfigError, match=r"is no address .*; one such as http://127\.0\.0\.1:8000 is required"):
+        bench_serving(Endpoint(url=url, model="x"), workload)
+
+
 @pytest.mark.parametrize("seconds", [0, math.inf, math.nan])
 def test_limits_have_to_be_times(run: Run, seconds: float) -> None:
     with pytest.raises(ConfigError, match=f"--timeout is {seconds}; a finite number of seconds"):

@@ -299,6 +299,19 @@ def test_without_a_home_the_cache_folder_has_to_be_named(monkeypatch: pytest.Mon
         cache_folder()
 
 
+def test_without_a_home_limits_are_measured_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fake: list[float]
+) -> None:
+    def no_folder() -> Path:
+        raise DeviceError("this user has no home folder")
+
+    fake[:] = [1e9, 2e9]
+    monkeypatch.setattr(limits, "cache_folder", no_folder)
+    with caplog.at_level("WARNING", "moesaic"):
+        first, second = measure_limits(seconds=0.001), measure_limits(seconds=0.001)
+    assert first != second and "measured every time: this user has no home folder" in caplog.text
+
+
 INTEL = """processor\t: 0
 model name\t: Some Xeon
 physical id\t: 0
