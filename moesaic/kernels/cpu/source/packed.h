@@ -723,14 +723,15 @@ class PackedHeads {
         bf16* out = call_.out + first * call_.out_stride + head * call_.out_head_stride;
         Waiting<WriteRow> waiting;
         const int panels = weight.panels(), end = panels * (column + 1) / columns_;
-        packed_panels(weight, head, panels * column / columns_, end, rows, a, row_bytes, c, nullptr, waiting, [&](int index, StoreRounded& rounded) {
+        const auto result_of = [&](int index, StoreRounded& rounded) {
             bf16* place = out + index * kPanel;
             const int64_t left = weight.columns - index * kPanel;
             const WriteRow write{reinterpret_cast<char*>(place), size_t(call_.out_stride) * sizeof(bf16), left};
             rounded = {c, nullptr, place, size_t(call_.out_stride), false};
             return PanelResult<WriteRow>{write, {nullptr, write.out, write.stride, rows},
                                          left >= kPanel ? &rounded : nullptr};
-        });
+        };
+        packed_panels(weight, head, panels * column / columns_, end, rows, a, row_bytes, c, nullptr, waiting, result_of);
         waiting.all();
     }
     void run(long task) const {
