@@ -39,7 +39,7 @@ check: $(VENV)/dev.stamp
 # is loaded before it, and C++'s, whose exceptions it has to find. With capture, a report would vanish with the process.
 # What has no C++ of ours stays out, and so does the check of addresses of locals that are gone: a third of the time.
 sanitize: $(VENV)/dev.stamp
-	CXX=g++ LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	MOESAIC_TEST_TILES=1 CXX=g++ LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest --sanitize \
 	  --capture=no -k "not reference" tests/kernels \
 	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py
@@ -47,7 +47,7 @@ sanitize: $(VENV)/dev.stamp
 # AVX-512, with its bf16 instructions and without, and tiles beside it, on a machine that has them not: some minutes.
 emulate: $(VENV)/dev.stamp
 	MOESAIC_TEST_EMULATED=avx512-emulated,avx512-bf16-emulated,amx-avx512-emulated $(BIN)/python -m pytest \
-	  --numprocesses 3 --dist loadfile -k "not reference and not amx-emulated" tests/kernels \
+	  --numprocesses 3 --dist loadfile -k "not reference" tests/kernels \
 	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py --ignore tests/kernels/test_select.py
 
 # All of them run, whatever fails; benchmarks/ also holds modules that the scripts share.

@@ -6,10 +6,10 @@ import pytest
 
 from moesaic.kernels import select
 
-_SUPPORTED = select.supported_instruction_sets()
+from .instruction_sets import ALL
 
 
-@pytest.fixture(params=["reference", *_SUPPORTED, *(["amx-emulated"] if _SUPPORTED else [])])
+@pytest.fixture(params=ALL)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     with select.forced(request.param):
         yield request.param

@@ -24,8 +24,8 @@ from moesaic.model.kv_cache import CacheStep, allocate_storage
 from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
 
-SUPPORTED = select.supported_instruction_sets()
-KERNELS = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else [])]
+from .instruction_sets import COMPILED
+
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "max_positions": 320,
     "init_std": 0.2,
@@ -116,7 +116,7 @@ NOT_TO_THE_BIT = (
 STEPS = [[40, 3, 270, 1], [1, 0, 1, 1], [5, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0], [1, 0, 1, 0]]
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=COMPILED)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     if not select.supported_instruction_sets():
         pytest.skip("no x86 processor with AVX2")

@@ -1,6 +1,5 @@
 """Attention over a compressed cache equals attention over whole sequences of its vectors, however the calls are cut."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import latent_attention as module
-from moesaic.kernels import select
 from moesaic.kernels.latent_attention import (
     LatentBlocks,
     allocate_latent_blocks,
@@ -20,7 +18,6 @@ from moesaic.kernels.latent_attention import (
 from moesaic.kernels.paged_attention import PagedBatch
 
 CPU = torch.device("cpu")
-KERNELS = [*select.supported_instruction_sets(), "amx-emulated", "reference"]
 RANK, KEY_DIM, HEADS = 9, 4, 3
 # (rank, shared key, heads): as models have them (DeepSeek-V2-Lite's, GLM's heads, more heads than a task has rows), and
 # sizes that nothing divides.
@@ -29,14 +26,6 @@ SHAPES = [(512, 64, 16), (64, 32, 20), (40, 6, 70), (RANK, KEY_DIM, HEADS)]
 LENGTHS, NEW = [300, 7, 45, 64, 1, 33, 0], [1, 7, 20, 0, 1, 33, 0]
 # One sequence whose splits are shared out; one that is long beside short ones; a long prompt.
 OTHERS = [([1100], [1]), ([1100, 40, 3, 290], [2, 1, 1, 1]), ([600], [600])]
-
-
-@pytest.fixture(params=KERNELS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "amx-emulated" and not select.supported_instruction_sets():
-        pytest.skip("no x86 processor with AVX2")
-    with select.forced(request.param):
-        yield request.param
 
 
 def normal(*shape: int, seed: int) -> Tensor:

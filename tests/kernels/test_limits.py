@@ -16,6 +16,8 @@ from moesaic.errors import DeviceError
 from moesaic.kernels import limits, products, select
 from moesaic.kernels.limits import Limits, available_memory_bytes, cache_folder, describe_cpu, measure_limits
 
+from .instruction_sets import ALL, COMPILED
+
 BEST = (
     "bandwidth_bytes_per_second",
     "bf16_flops_per_second",
@@ -23,10 +25,6 @@ BEST = (
     "int8_operations_per_second",
 )
 RATES = (*BEST, *(f"torch_{name}" for name in BEST))
-INSTRUCTION_SETS = [
-    *select.supported_instruction_sets(),
-    *(["amx-emulated"] if select.supported_instruction_sets() else []),
-]
 
 
 def quick(folder: Path, *, reuse: bool = True) -> Limits:
@@ -57,7 +55,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize("kernels", ["reference", *INSTRUCTION_SETS])
+@pytest.mark.parametrize("kernels", ALL)
 def test_the_measured_rates_are_those_of_a_computer(kernels: str, tmp_path: Path, small: None) -> None:
     with select.forced(kernels):
         measured = quick(tmp_path)
@@ -78,7 +76,7 @@ def test_the_measured_rates_are_those_of_a_computer(kernels: str, tmp_path: Path
         assert all(values[name] == values[f"torch_{name}"] for name in BEST)
 
 
-@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kernels", COMPILED)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_kernels_do_as_many_operations_as_they_say(kernels: str, threads: int) -> None:
     before = torch.get_num_threads()

@@ -32,8 +32,8 @@ from moesaic.kernels.quantized import (
     quantized_linear,
 )
 
-SUPPORTED = select.supported_instruction_sets()
-CHOICES = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else []), "reference"]
+from .instruction_sets import ALL, COMPILED, SUPPORTED
+
 FORMATS = ("bf16", "int8", "int4-32", "int4-64", "int4-128", "mxfp4")
 # N that no panel divides, K of one group, of several blocks of the kernels' loops, and of a part of one.
 SIZES = [(40, 128), (32, 256), (7, 384), (96, 640)]
@@ -130,7 +130,7 @@ def test_a_stack_is_its_matrices() -> None:
                 assert torch.equal(back.scales, weight.scales[index])
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("format", FORMATS[1:])
 def test_integer_weights_equal_their_definition_to_the_bit(choice: str, format: str) -> None:
     for n, k in SIZES:
@@ -143,7 +143,7 @@ def test_integer_weights_equal_their_definition_to_the_bit(choice: str, format: 
                 assert same_bits(one(x, packed), quantized_linear(x, weight)), (n, k, rows)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("format", ["int8", "int4-64"])
 def test_a_rotation_of_every_size_rounds_in_the_same_order(choice: str, format: str) -> None:
     """Registers hold 64 or 256 of the columns that are rotated together; more take further steps of 2, 4 and 8."""
@@ -159,7 +159,7 @@ def test_a_rotation_of_every_size_rounds_in_the_same_order(choice: str, format: 
         assert same_bits(bits, quantized_linear(x.bfloat16(), weight)), k
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 def test_sums_of_8_bits_beyond_24_bits_and_offsets_beyond_32(choice: str) -> None:
     for k in (4097, 70_001):  # odd numbers, which are not rotated
         values = torch.full((33, k), 127, dtype=torch.int8)
@@ -177,7 +177,7 @@ def test_sums_of_8_bits_beyond_24_bits_and_offsets_beyond_32(choice: str) -> Non
                 assert y[0, 0] == float(np.float32(127 * 127 * k)) / 2 == -y[0, 1]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 def test_k_that_no_block_divides(choice: str) -> None:
     for n, k in [(33, 1), (40, 72), (64, 130), (5, 200)]:
         weight = quantize_weight(numbers(n, k, seed=3), bits=8)
@@ -190,7 +190,7 @@ def test_k_that_no_block_divides(choice: str) -> None:
                 torch.testing.assert_close(one(x, pack_weight(dense)).double(), wanted, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 def test_mxfp4_at_the_ends_of_its_range_and_in_half_a_header(choice: str) -> None:
     """All magnitudes 6 and all activations 127, whose sums 16 bits just hold; every scale; an odd number of groups."""
     for k in (32, 96, 224, 4448):
@@ -212,7 +212,7 @@ def test_mxfp4_at_the_ends_of_its_range_and_in_half_a_header(choice: str) -> Non
                 assert y[0, 0] == 6 * 127 * k == -y[0, 1] and y[0, 2] == 0 == y[0, 3]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 def test_bf16_weights_sum_in_fp32(choice: str) -> None:
     for n, k in SIZES:
         weight = weight_of("bf16", n, k)
@@ -226,7 +226,7 @@ def test_bf16_weights_sum_in_fp32(choice: str) -> None:
             torch.testing.assert_close(y.double(), x.double() @ weight.double().t(), atol=2e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("choice", CHOICES[:-1])
+@pytest.mark.parametrize("choice", COMPILED)
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_does_not_depend_on_the_others_or_on_threads(choice: str, format: str) -> None:
     packed = pack_weight(weight_of(format, 72, 256))
@@ -241,7 +241,7 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(choice: str, format: 
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("choice", CHOICES[:-1])
+@pytest.mark.parametrize("choice", COMPILED)
 @pytest.mark.parametrize("k", (32, 96, 2048, 2112, 4480))
 @pytest.mark.parametrize("scale", (1.0, 1e-20, 1e19))
 def test_one_and_two_rows_have_the_bits_of_many(choice: str, k: int, scale: float) -> None:
@@ -273,7 +273,7 @@ def test_many_rows_and_deep_sums_go_by_blocks(format: str) -> None:
             torch.testing.assert_close(y.double(), wanted, atol=2e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("format", ("bf16", "int8", "int4-32", "mxfp4"))
 def test_dtypes_bias_and_rows_that_are_not_contiguous(choice: str, format: str) -> None:
     weight, bias = weight_of(format, 40, 128), numbers(40, seed=8)
@@ -290,7 +290,7 @@ def test_dtypes_bias_and_rows_that_are_not_contiguous(choice: str, format: str) 
         assert one(x[:0], packed).shape == (0, 40)
 
 
-@pytest.mark.parametrize("choice", CHOICES[:-1])
+@pytest.mark.parametrize("choice", COMPILED)
 @pytest.mark.parametrize("shape", [(550, 2080, 96), (300, 72, 2048), (130, 72, 4480)])
 def test_rows_far_apart_and_results_past_the_caches(choice: str, shape: tuple[int, int, int]) -> None:
     rows, n, k = shape  # 2 MiB of results and more; rows of x 4 KiB apart; sums in more than one pass
@@ -303,7 +303,7 @@ def test_rows_far_apart_and_results_past_the_caches(choice: str, shape: tuple[in
             assert torch.equal(rounded, torch.cat([one(part, packed, **options) for part in x.split(37)]))
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("format", ("bf16", "int8", "int4-64", "mxfp4"))
 def test_infinities_and_nan_stay_in_their_row(choice: str, format: str) -> None:
     weight = weight_of(format, 40, 256)
@@ -317,7 +317,7 @@ def test_infinities_and_nan_stay_in_their_row(choice: str, format: str) -> None:
     assert not y[1:3].isfinite().any() and y[0].isfinite().all() and y[2].isnan().all()
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("format", FORMATS)
 def test_rows_are_embeddings(choice: str, format: str) -> None:
     weight = weight_of(format, 50, 256)
@@ -348,7 +348,7 @@ def test_wrong_shapes_are_refused() -> None:
         packed_linear(numbers(3, 128, seed=1), packed, numbers(40, seed=1).requires_grad_())
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("wrong", [-1, 40])
 def test_rows_that_do_not_exist_are_refused(choice: str, wrong: int) -> None:
     packed = pack_weight(numbers(40, 128, seed=12))

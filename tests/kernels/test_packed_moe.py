@@ -11,8 +11,8 @@ from moesaic.kernels.packed import PackedMlp, pack_mlp, packed_mlp, packed_moe
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_to_mxfp4, quantize_weight
 from moesaic.kernels.reference import moe as reference
 
-SUPPORTED = select.supported_instruction_sets()
-CHOICES = [*SUPPORTED, *(["amx-emulated"] if SUPPORTED else []), "reference"]
+from .instruction_sets import ALL, COMPILED
+
 FORMATS = ("bf16", "int8", "int4-32", "mxfp4")
 # Largest error of a token over its output's size, against fp32 weights of the same values: bf16 rounds x and hidden
 # (1 in 512), integers quantise them (1 in 254 of a row's largest number, which is three times the typical one).
@@ -92,7 +92,7 @@ def layer(format: str, activation: str = "swiglu", *, experts: int | None = 5, h
     return Mlp(format, activation, hidden=96, inner=inner, experts=experts, has_bias=has_bias, seed=20)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_it_equals_the_loop_over_tokens(choice: str, format: str, activation: str) -> None:
@@ -118,7 +118,7 @@ def test_it_equals_the_loop_over_tokens(choice: str, format: str, activation: st
         assert_near(mixed, by_token(x, expert_ids, routing_weights, experts, residual, coefficients), format)
 
 
-@pytest.mark.parametrize("choice", CHOICES[:-1])
+@pytest.mark.parametrize("choice", COMPILED)
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4-32", "int4-64", "int4-128", "mxfp4"])
 def test_kernels_equal_pytorch_up_to_the_exponential(choice: str, format: str) -> None:
     """Same quantised inputs, same order of sums: what differs is an ulp of the activation, or a step of rounding it."""
@@ -144,7 +144,7 @@ def test_a_token_does_not_depend_on_the_others_threads_or_integer_path(format: s
     expert_ids, routing_weights = routes(tokens, 5, 3)
     before = torch.get_num_threads()
     results: dict[str, list[Tensor]] = {}
-    for choice in CHOICES[:-1]:
+    for choice in COMPILED:
         with select.forced(choice):
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
@@ -163,7 +163,7 @@ def test_a_token_does_not_depend_on_the_others_threads_or_integer_path(format: s
         assert all(torch.equal(first, firsts[0]) for first in firsts)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("format", FORMATS)
 def test_all_tokens_to_one_expert_and_routes_to_none(choice: str, format: str) -> None:
     experts = layer(format)
@@ -194,7 +194,7 @@ def test_more_tokens_than_one_pass_takes(format: str) -> None:
     )
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
 def test_infinities_and_nan_stay_in_their_token(choice: str, format: str, activation: str) -> None:
@@ -210,7 +210,7 @@ def test_infinities_and_nan_stay_in_their_token(choice: str, format: str, activa
     assert torch.equal(y[kept], clean[kept])
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 def test_a_dense_mlp_and_mixed_formats(choice: str) -> None:
     experts, residual = layer("int4-32"), layer("bf16", "gelu", experts=None, has_bias=True)
     x = numbers(9, 96, seed=7)
@@ -227,7 +227,7 @@ def test_a_dense_mlp_and_mixed_formats(choice: str) -> None:
     torch.testing.assert_close(other, wanted, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize(
     ("format", "beside"),
     [("int8", "int4-32"), ("int4-32", "int8"), ("int8", "bf16"), ("mxfp4", "int8"), ("mxfp4", "int4-32")],
@@ -244,7 +244,7 @@ def test_experts_and_a_residual_of_other_formats(choice: str, format: str, besid
         torch.testing.assert_close(both, alone + dense, atol=2e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 def test_experts_that_do_not_exist_are_refused(choice: str) -> None:
     expert_ids, routing_weights = routes(4, 5, 2)
     expert_ids[2, 1] = 5

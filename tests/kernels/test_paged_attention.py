@@ -1,6 +1,5 @@
 """Attention over blocks equals attention over the whole sequence, whoever else is in the call and however it is cut."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,20 +11,12 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import select
+from moesaic.kernels.cpu.build import EMULATED_TILES
 from moesaic.kernels.paged_attention import KVBlocks, PagedBatch, allocate_blocks, paged_attention, read_kv, write_kv
 
 CPU = torch.device("cpu")
-KERNELS = [*select.supported_instruction_sets(), "amx-emulated", "reference"]
 # (query heads, key/value heads, head_dim): grouped, one for all, one each, widths that no panel divides.
 HEADS = [(8, 2, 64), (6, 1, 48), (3, 3, 7), (4, 2, 128)]
-
-
-@pytest.fixture(params=KERNELS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "amx-emulated" and not select.supported_instruction_sets():
-        pytest.skip("no x86 processor with AVX2")
-    with select.forced(request.param):
-        yield request.param
 
 
 def make_batch(lengths: list[int], new: list[int], *, block_size: int, seed: int = 0) -> tuple[PagedBatch, int]:
@@ -198,7 +189,7 @@ def test_a_token_gives_the_same_bits_alone_in_chunks_and_with_any_threads(
 ) -> None:
     if kernels == "reference":
         pytest.skip("PyTorch's products depend on their sizes")
-    length = 600 if kernels != "amx-emulated" else 290
+    length = 600 if kernels != EMULATED_TILES else 290
     together = Case([length, 40], [length, 1], heads, cache_dtype=cache_dtype).fill()
     sinks = None if window is None else torch.linspace(-2, 2, heads[0])
     whole = together.attend(window=window, sinks=sinks)[:length]
