@@ -26,14 +26,14 @@ def dequantize(values: Tensor, scales: Tensor) -> Tensor:
 
     Two numbers a byte, that of the low bits first, times 2^(scale - 127).
     """
-    pairs = _pairs().index_select(0, values.flatten().int())
+    pairs = _pairs(values.device).index_select(0, values.flatten().int())
     numbers = pairs.view(torch.bfloat16).view(*scales.shape, GROUP_SIZE)
     return numbers.mul_(powers(scales).to(torch.bfloat16)[..., None]).flatten(-2)
 
 
 def halves(values: Tensor) -> Tensor:
     """Return twice the numbers of values (..., K/2) without their scales: (..., K) int8, from -12 to 12."""
-    pairs = _pairs().index_select(0, values.flatten().int())
+    pairs = _pairs(values.device).index_select(0, values.flatten().int())
     return pairs.view(torch.bfloat16).view(*values.shape[:-1], -1).mul_(2.0).to(torch.int8)
 
 
@@ -44,9 +44,9 @@ def powers(scales: Tensor) -> Tensor:
 
 
 @cache
-def _pairs() -> Tensor:
+def _pairs(device: torch.device) -> Tensor:
     """The two bf16 numbers of each byte, as one int32: (256,)."""
-    positive = torch.tensor(_MAGNITUDES, dtype=torch.bfloat16)
+    positive = torch.tensor(_MAGNITUDES, dtype=torch.bfloat16, device=device)
     values = torch.cat([positive, -positive])
     return torch.stack([values.repeat(16), values.repeat_interleave(16)], -1).view(torch.int32).flatten()
 
