@@ -14,7 +14,7 @@ from moesaic.config.base import Config
 from moesaic.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "swiglu_oai"]
-QkNorm = Literal["none", "head", "full"]
+QkNorm = Literal["none", "head", "rotated_head", "full"]
 ResidualMix = Literal["sum", "softmax", "sigmoid"]
 
 _INTEGER = TypeAdapter(int)
@@ -258,7 +258,9 @@ class ModelConfig(Config):
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = Field(default=1e-5, gt=0)
     qk_norm: QkNorm = Field(
-        default="none", description="RMSNorm of queries and keys: of each head (Qwen3) or of all together (OLMoE)"
+        default="none",
+        description="RMSNorm of queries and keys: of each head before its rotation (Qwen3) or after it (Hunyuan), or "
+        "of all together before it (OLMoE)",
     )
     attention_bias: Literal["none", "qkv", "all"] = "none"
     attention_scale: float | None = Field(
@@ -327,6 +329,11 @@ class ModelConfig(Config):
         if self.positions == "learned":
             for name in ("rope_theta", "rope_scaling", "rope_head_dim"):
                 self._refuse_without_effect(name, name, needs="positions = rotary")
+            if self.qk_norm == "rotated_head":
+                raise ConfigError(
+                    "qk_norm (rotated_head) norms heads after their rotation, and positions (learned) has none; rotary "
+                    "positions are required; use positions = rotary, or qk_norm = head."
+                )
         if self.positions == "rotary" and self.latent_attention is None and self.head_dim % 2:
             raise ConfigError(
                 f"head_dim ({self.head_dim}) is odd; rotary positions turn pairs of channels; use an even head_dim or "

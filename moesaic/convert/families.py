@@ -15,6 +15,7 @@ from moesaic.convert.keys import (
     Fixed,
     Groups,
     HeadDim,
+    HunyuanExperts,
     Inverse,
     KeyRule,
     Needed,
@@ -158,6 +159,7 @@ def _moe_tensors(
     gate: str = "gate_proj",
     up: str = "up_proj",
     down: str = "down_proj",
+    router: str = "gate",
     shared: str = "shared_expert",
     correction: str = "gate.e_score_correction_bias",
     corrects_rows: bool = False,
@@ -165,7 +167,7 @@ def _moe_tensors(
     """The tensors of a MoE layer that calls itself `part` and its parts so; corrects_rows: TensorRule's is_row."""
     moe, experts = "blocks.{layer}.feed_forward.moe", f"{_LAYER}.{part}.experts.{{expert}}"
     return (
-        TensorRule(f"{moe}.router.weight", (f"{_LAYER}.{part}.gate.weight",)),
+        TensorRule(f"{moe}.router.weight", (f"{_LAYER}.{part}.{router}.weight",)),
         TensorRule(f"{moe}.router.score_correction_bias", (f"{_LAYER}.{part}.{correction}",), is_row=corrects_rows),
         TensorRule(f"{moe}.experts.gate_up_proj", (f"{experts}.{gate}.weight", f"{experts}.{up}.weight")),
         TensorRule(f"{moe}.experts.down_proj", (f"{experts}.{down}.weight",)),
@@ -223,6 +225,14 @@ _PARTED_TENSORS = (
 _PAIRED_TENSORS = (
     TensorRule(f"{_HEADS}.q_proj.{{rest}}", (f"{_THEIR_HEADS}.q_proj.{{rest}}",), rows=paired_query_rows),
     TensorRule(f"{_HEADS}.k_proj.{{rest}}", (f"{_THEIR_HEADS}.k_proj.{{rest}}",), rows=paired_key_rows),
+    *_ATTENTION_TENSORS,
+)
+
+
+_HUNYUAN_TENSORS = (
+    *_MODEL_TENSORS,
+    TensorRule(f"{_HEADS}.q_norm.weight", (f"{_THEIR_HEADS}.query_layernorm.weight",)),
+    TensorRule(f"{_HEADS}.k_norm.weight", (f"{_THEIR_HEADS}.key_layernorm.weight",)),
     *_ATTENTION_TENSORS,
 )
 
@@ -287,6 +297,62 @@ _GRANITE_EXPERTS = (
     *_experts("num_local_experts", "num_experts"),
     Always("moe.router.renormalize", True),
 )
+
+
+# Of tokens, of images and of other tasks, and of parts that the keys of _hunyuan turn off.
+_HUNYUAN_HARMLESS = frozenset(
+    {
+        "add_classification_head",
+        "attention_head_dim",
+        "class_num",
+        "cla_share_factor",
+        "dense_list",
+        "eod_token_id",
+        "im_end_id",
+        "im_newline_id",
+        "im_start_id",
+        "image_token_id",
+        "kv_lora_rank",
+        "mask_init_id",
+        "moe_drop_tokens",
+        "moe_random_routing_dropped_token",
+        "n_group",
+        "num_media_embeds",
+        "org_vocab_size",
+        "pad_id",
+        "pool_type",
+        "q_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "sep_token_id",
+        "skip_cls_token",
+        "text_end_id",
+        "text_start_id",
+        "topk_group",
+        "v_head_dim",
+        "video_end_id",
+        "video_start_id",
+    }
+)
+
+
+def _hunyuan(*rules: KeyRule) -> tuple[KeyRule, ...]:
+    return _llama_like(
+        Always("qk_norm", "rotated_head"),
+        Fixed("use_qk_norm", True),
+        Fixed("use_cla", False),
+        Fixed("use_mla", False, is_written=False),
+        Fixed("use_rotary_pos_emb", True, is_written=False),
+        Fixed("position_embedding_xdrope", False, is_written=False),
+        Fixed("norm_type", "rms", is_written=False),
+        Fixed("mlp_bias", False, is_written=False),
+        _ATTENTION_BIAS,
+        _NO_MLP_BIAS,
+        *rules,
+        has_head_dim=True,
+        epsilon=1e-5,
+        rope=Rope(stretches_base=True),
+    )
 
 
 def _deepseek(scoring: str, *rules: KeyRule, epsilon: float = 1e-6, places: KeyRule) -> tuple[KeyRule, ...]:
@@ -706,6 +772,29 @@ FAMILIES: dict[str, Family] = {
             "GraniteMoeSharedForCausalLM",
             _granite(*_GRANITE_EXPERTS, SharedSize()),
             (*_MODEL_TENSORS, *_ATTENTION_TENSORS, *_GRANITE_MOE_TENSORS, *_GRANITE_SHARED_TENSORS),
+        ),
+        Family(
+            "hunyuan_v1_dense",
+            "HunYuanDenseV1ForCausalLM",
+            _hunyuan(),
+            (*_HUNYUAN_TENSORS, *_MLP_TENSORS),
+            harmless=_HUNYUAN_HARMLESS,
+        ),
+        Family(
+            "hunyuan_v1_moe",
+            "HunYuanMoEV1ForCausalLM",
+            _hunyuan(
+                Same("num_experts", "moe.num_experts", aliases=("num_local_experts",)),
+                HunyuanExperts(),
+                Fixed("use_mixed_mlp_moe", True),
+                Fixed("moe_layer_num_skipped", 0, is_written=False),
+                Fixed("norm_topk_prob", True, is_written=False),
+                Fixed("group_limited_greedy", False, is_written=False),
+                Fixed("routed_scaling_factor", 1.0, is_written=False),
+                Always("moe.router.renormalize", True),
+            ),
+            (*_HUNYUAN_TENSORS, *_moe_tensors("mlp", router="gate.wg", shared="shared_mlp")),
+            harmless=_HUNYUAN_HARMLESS,
         ),
     )
 }

@@ -335,7 +335,8 @@ class Rope:
     is_latent: a DeepSeek model, whose mscale_all_dim also enters the softmax scale. turned: the share of a head's
     channels that is turned where none is said, in families that have partial_rotary_factor; it comes after head_dim.
     channels: the key that says how many are turned, in families that have it instead. usual: the scaling of a config
-    that says none, where the family's class has one.
+    that says none, where the family's class has one. stretches_base: Hunyuan's kind, dynamic with an alpha, which is
+    another theta.
     """
 
     theta: float = 10_000.0
@@ -343,6 +344,7 @@ class Rope:
     turned: float | None = None
     channels: str | None = None
     usual: Mapping[str, Any] | None = None
+    stretches_base: bool = False
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         theta = keys.take("rope_theta", default=self.theta)
@@ -365,6 +367,9 @@ class Rope:
         kind = found.take("rope_type", "type", default="default")
         if kind == "default":
             found.finish(frozenset())
+            return
+        if kind == "dynamic" and self.stretches_base:
+            self._read_alpha(found, ours)
             return
         if kind not in ("linear", "llama3", "yarn"):
             raise found.refuse("rope_type", kind, "default, linear, llama3 or yarn is required")
@@ -399,6 +404,13 @@ class Rope:
             raise keys.refuse("partial_rotary_factor", share, "a number above 0, and up to 1, is required")
         if share != 1:
             put(ours, "rope_head_dim", int(head_dim * share))  # rounded as theirs is
+
+    def _read_alpha(self, found: Keys, ours: dict[str, Any]) -> None:
+        alpha = found.check("alpha", found.take("alpha"), "rope_theta")
+        head_dim = ours.get("head_dim") or ours["hidden_size"] // ours["num_heads"]
+        theta = ours["rope_theta"] * alpha ** (head_dim / (head_dim - 2))
+        put(ours, "rope_theta", found.check("alpha", theta, "rope_theta"))
+        found.finish(frozenset({"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}))  # of other kinds
 
     def _read_yarn(self, found: Keys, section: dict[str, Any], ours: dict[str, Any]) -> None:
         section["beta_fast"] = _checked(found, "beta_fast", found.take("beta_fast", default=None) or 32.0)
@@ -574,6 +586,27 @@ class SharedExperts:
 
 
 @dataclass(frozen=True)
+class HunyuanExperts:
+    """Experts of intermediate_size beside one for all tokens; a key may have a list of one value for each layer."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        top_k = _of_all_layers(keys, ours, "moe_topk", "num_experts_per_tok")
+        put(ours, "moe.top_k", keys.check("moe_topk", top_k, "moe.top_k"))
+        put(ours, "moe.residual", "sum")
+        for name, due in self._due(ours["intermediate_size"]).items():
+            value = _of_all_layers(keys, ours, name, default=due)
+            if value != due:
+                raise keys.refuse(name, value, f"{due}, for every layer, is required")
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        theirs["moe_topk"] = config["moe.top_k"]
+        theirs |= self._due(config["intermediate_size"])
+
+    def _due(self, size: int) -> dict[str, int]:
+        return {"num_shared_expert": 1, "moe_intermediate_size": size}
+
+
+@dataclass(frozen=True)
 class SharedSize:
     """shared_intermediate_size, of a residual MLP that is added without a gate; 0 for none (Granite)."""
 
@@ -661,6 +694,17 @@ def _count(keys: Keys, ours: dict[str, Any]) -> int:
     if not isinstance(count, int) or not 0 < count < 100_000:
         raise keys.refuse("the number of layers", count, "a number from 1 is required")
     return count
+
+
+def _of_all_layers(keys: Keys, ours: dict[str, Any], *names: str, default: Any = REQUIRED) -> Any:
+    """Return the value of a key, or the one that a list has for every layer."""
+    value = keys.take(*names, default=default)
+    if not isinstance(value, list):
+        return value
+    count = _count(keys, ours)
+    if len(value) != count or any(each != value[0] for each in value):
+        raise keys.refuse(names[0], value, f"one value, {count} times, is required")
+    return value[0]
 
 
 def _number(keys: Keys, name: str, *, default: int, least: int) -> int:

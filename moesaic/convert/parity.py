@@ -538,7 +538,7 @@ def _routes(model: nn.Module) -> Iterator[list[Tensor]]:
     handles = [
         module.register_forward_hook(collect)
         for module in model.modules()
-        if type(module).__name__.lower().endswith("router")
+        if type(module).__name__.lower().endswith(("router", "gate"))  # Hunyuan's is a gate
     ]
     try:
         yield found

@@ -37,7 +37,7 @@ class Attention(nn.Module):
             config.num_heads * config.head_dim, config.hidden_size, has_bias=config.attention_bias == "all"
         )
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.attention_sinks else None
-        self.norms_all_heads = config.qk_norm == "full"
+        self.norms_all_heads, self.norms_rotated = config.qk_norm == "full", config.qk_norm == "rotated_head"
         self.q_norm, self.k_norm = (
             None
             if config.qk_norm == "none"
@@ -66,10 +66,12 @@ class Attention(nn.Module):
         """
         batch, length, _ = x.shape
         query, key, value = self._project(x)
-        if self.q_norm is not None and self.k_norm is not None:
+        if not self.norms_rotated:
             query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if self.norms_rotated:
+            query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             out = causal_attention(
@@ -89,7 +91,9 @@ class Attention(nn.Module):
             out = paged_attention(query[0], blocks, cache.batch, scale=self.scale, window=self.window, sinks=self.sinks)
         return self.o_proj(out.reshape(batch, length, self.num_heads * self.head_dim))
 
-    def _norm(self, norm: RmsNorm, heads: Tensor) -> Tensor:
+    def _norm(self, norm: RmsNorm | None, heads: Tensor) -> Tensor:
+        if norm is None:
+            return heads
         return norm(heads.flatten(2)).view(heads.shape) if self.norms_all_heads else norm(heads)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -235,7 +235,7 @@ def _attention_norms(config: ModelConfig) -> int:
     latent = config.latent_attention
     if latent is not None:
         return latent.kv_rank + (latent.query_rank or 0)
-    heads = {"none": 0, "head": 2, "full": config.num_heads + config.num_kv_heads}[config.qk_norm]
+    heads = {"none": 0, "full": config.num_heads + config.num_kv_heads}.get(config.qk_norm, 2)
     return heads * config.head_dim
 
 

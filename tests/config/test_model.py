@@ -80,6 +80,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "part of a head, odd": ({"rope_head_dim": 3}, "rope_head_dim (3)"),
     "more than a head": ({"rope_head_dim": 8}, "rope_head_dim (8)"),
     "part of a head without rotary": ({"positions": "learned", "rope_head_dim": 4}, "rope_head_dim (4)"),
+    "heads normed after a rotation that is not": (
+        {"positions": "learned", "qk_norm": "rotated_head"},
+        "qk_norm (rotated_head)",
+    ),
     "sliding layers without a window": ({"sliding_layers": [0]}, "sliding_layers ((0,))"),
     "sliding layers out of range": ({"sliding_window": 4, "sliding_layers": [1, 6]}, "sliding_layers ([1, 6])"),
     "sliding layers that do not rise": ({"sliding_window": 4, "sliding_layers": [2, 1]}, "sliding_layers ([2, 1])"),

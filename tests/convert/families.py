@@ -230,6 +230,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeSharedConfig",
         {**BASE, **GRANITE, "num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 0},
     ),
+    "hunyuan-dense": ("HunYuanDenseV1Config", {**BASE, "head_dim": 10, "tie_word_embeddings": True}),
+    "hunyuan-dense, biases, a stretched base": (
+        "HunYuanDenseV1Config",
+        {**BASE, "head_dim": 6, "attention_bias": True,
+         "rope_scaling": {"type": "dynamic", "alpha": 100.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0}},
+    ),
+    "hunyuan-moe": ("HunYuanMoEV1Config", {**BASE, "head_dim": 8, "num_experts": 5, "moe_topk": 2}),
+    "hunyuan-moe, lists, tied, one key head, a stretched base": (
+        "HunYuanMoEV1Config",
+        {**BASE, "head_dim": 6, "num_experts": 7, "moe_topk": [3, 3, 3], "num_key_value_heads": 1,
+         "tie_word_embeddings": True, "moe_intermediate_size": [20, 20, 20], "num_shared_expert": [1, 1, 1],
+         "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
+    ),
+    "hunyuan-moe, biases, linear rope": (
+        "HunYuanMoEV1Config",
+        {**BASE, "head_dim": 10, "num_experts": 5, "moe_topk": 2, "attention_bias": True,
+         "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    ),
 }  # fmt: skip
 
 # Name: the family that describes it too, and comes first.
@@ -259,7 +277,7 @@ def build(name: str, *, seed: int = 0) -> "transformers.PreTrainedModel":
                 continue
             if "norm" in tensor_name or tensor_name.endswith(("bias", "sinks")):
                 tensor.add_(torch.randn_like(tensor) * 0.1)
-            elif tensor_name.endswith(("gate.weight", "router.weight")):
+            elif tensor_name.endswith(("gate.weight", "router.weight", "wg.weight")):
                 tensor.copy_(torch.randn_like(tensor))  # a router that is sure, so that rounding changes no choice
             elif config_class == "GptOssConfig" and tensor_name.endswith(("gate_up_proj", "down_proj")):
                 tensor.mul_(5 if "gate" in tensor_name else 0.1)  # beyond the limits of their activation

@@ -27,7 +27,10 @@ TOKENS = torch.randint(301, (2, 67), generator=torch.Generator().manual_seed(3))
 # What says nothing of the mathematics, or of the gradients' either.
 NOT_KEPT = {"model_type", "architectures", "dtype", "transformers_version", "use_cache", "attention_dropout"}
 # What sparse and sliding layers stand for is written in one way, whichever way it was read.
-ANOTHER_WAY = {"rope_parameters", "decoder_sparse_step", "mlp_only_layers", "max_window_layers", "eos_token_id"}
+ANOTHER_WAY = {
+    "rope_parameters", "decoder_sparse_step", "mlp_only_layers", "max_window_layers", "eos_token_id",
+    "moe_topk", "moe_intermediate_size", "num_shared_expert",
+}  # fmt: skip
 
 
 @torch.no_grad()

@@ -29,6 +29,17 @@ DEEPSEEK = {**USUAL, "attention_bias": False, "ep_size": 1, "kv_lora_rank": 512,
             "rms_norm_eps": 1e-6, "rope_theta": 10000, "v_head_dim": 128, "tie_word_embeddings": False,
             "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"}}  # fmt: skip
 
+HUNYUAN = {**USUAL, "add_classification_head": False, "attention_bias": False, "attention_head_dim": 128,
+           "cla_share_factor": 2, "class_num": 0, "dense_list": [4096, 0], "hidden_size": 4096, "im_end_id": 5,
+           "im_newline_id": 11, "im_start_id": 4, "mask_init_id": 12, "mlp_bias": False, "norm_type": "rms",
+           "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "org_vocab_size": 128167,
+           "pad_id": 127961, "pad_token_id": 127961, "pool_type": "last", "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+           "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
+                            "mscale_all_dim": 1.0, "type": "dynamic"},
+           "rope_theta": 10000.0, "sep_token_id": 127962, "text_end_id": 7, "text_start_id": 6,
+           "tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True, "use_rotary_pos_emb": True,
+           "vocab_size": 128167}  # fmt: skip
+
 # Name: its parameters, and its config.json.
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "SmolLM2-135M": (134_515_008, {
@@ -185,6 +196,14 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "num_key_value_heads": 8, "partial_rotary_factor": 1.0, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
         "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": False,
         "vocab_size": 196608}),
+    "Hunyuan-7B": (7_504_568_320, {
+        **HUNYUAN, "model_type": "hunyuan_v1_dense", "head_dim": 128, "intermediate_size": 14336,
+        "max_position_embeddings": 262144}),
+    "Hunyuan-A13B": (80_393_183_232, {
+        **HUNYUAN, "model_type": "hunyuan_v1_moe", "intermediate_size": 3072, "max_position_embeddings": 32768,
+        "head_dim": 128, "moe_drop_tokens": False, "moe_intermediate_size": [3072] * 32, "moe_layer_num_skipped": 0,
+        "moe_random_routing_dropped_token": False, "moe_topk": [8] * 32, "norm_topk_prob": True, "num_experts": 64,
+        "num_shared_expert": [1] * 32, "routed_scaling_factor": 1.0, "use_mixed_mlp_moe": True}),
 }  # fmt: skip
 
 

@@ -54,6 +54,11 @@ def granite(saved: Callable[..., Path]) -> Path:
     return saved("granite-moe-shared", num_hidden_layers=1, hidden_size=16)
 
 
+@pytest.fixture(scope="module")
+def hunyuan(saved: Callable[..., Path]) -> Path:
+    return saved("hunyuan-moe", num_hidden_layers=1, hidden_size=16)
+
+
 @pytest.fixture
 def law(tmp_path: Path, bounded_memory: Callable[[], AbstractContextManager[None]]) -> Callable[[Path], bool]:
     """A function (source) that imports it under the law, and returns whether that succeeded."""
@@ -76,7 +81,7 @@ def law(tmp_path: Path, bounded_memory: Callable[[], AbstractContextManager[None
     return check
 
 
-@pytest.mark.parametrize("family", ["model", "mixtral", "gpt_oss", "ernie", "minimax", "granite"])
+@pytest.mark.parametrize("family", ["model", "mixtral", "gpt_oss", "ernie", "minimax", "granite", "hunyuan"])
 def test_configs_with_odd_values(
     family: str, law: Callable[[Path], bool], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

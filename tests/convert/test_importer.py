@@ -148,6 +148,7 @@ def test_both_name_the_same_tokens_in_bf16(
         "gpt-oss",
         "minimax-m2",
         "granite-moe-shared",
+        "hunyuan-moe",
     ],
 )
 def test_every_gradient_is_transformers_own(name: str, converted: Callable[[str], Converted], tmp_path: Path) -> None:

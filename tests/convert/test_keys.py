@@ -297,6 +297,28 @@ ON = {"use_sliding_window": True, "sliding_window": 16, "layer_types": REMOVED}
         ("granite-moe-shared", {"shared_intermediate_size": -9}, "shared_intermediate_size is -9"),
         ("granite-moe-shared", {"shared_intermediate_size": False}, "shared_intermediate_size is False"),
         ("granite-moe-shared", {"shared_intermediate_size": REMOVED}, "has no shared_intermediate_size"),
+        ("hunyuan-dense", {"use_qk_norm": False}, "use_qk_norm is False; True is required"),
+        ("hunyuan-dense", {"use_cla": True}, "use_cla is True; False is required"),
+        *(
+            ("hunyuan-moe", {"rope_parameters": {"rope_type": "dynamic", **values}}, message)
+            for values, message in (
+                ({"factor": 2.0}, "rope_scaling has no alpha"),
+                ({"alpha": 0}, "alpha is 0; it has to be greater than 0"),
+                ({"alpha": "9"}, "alpha is '9'; it has to be a valid number"),
+                ({"alpha": 1e300}, "impossible kind"),
+                ({"alpha": 2.0, "original_max_position_embeddings": 9}, "not understood: original_max_position"),
+            )
+        ),
+        ("hunyuan-moe", {"moe_topk": [2, 3, 2]}, r"moe_topk is \[2, 3, 2\]; one value, 3 times, is required"),
+        ("hunyuan-moe", {"moe_topk": [2, 2]}, r"moe_topk is \[2, 2\]"),
+        ("hunyuan-moe", {"moe_topk": []}, r"moe_topk is \[\]"),
+        ("hunyuan-moe", {"moe_topk": ["2"] * 3}, "moe_topk is '2'; it has to be a valid integer"),
+        ("hunyuan-moe", {"moe_topk": REMOVED}, "has no moe_topk"),
+        ("hunyuan-moe", {"num_shared_expert": 2}, "num_shared_expert is 2; 1, for every layer, is required"),
+        ("hunyuan-moe", {"moe_intermediate_size": [12] * 3}, "moe_intermediate_size is 12; 20, for every layer"),
+        ("hunyuan-moe", {"use_mixed_mlp_moe": False}, "use_mixed_mlp_moe is False; True is required"),
+        ("hunyuan-moe", {"use_mla": True}, "use_mla is True; False is required"),
+        ("hunyuan-moe", {"group_limited_greedy": True}, "group_limited_greedy is True; False is required"),
         ("solar-open", {"use_qk_norm": True}, "use_qk_norm is True; False is required"),
         ("solar-open", {"first_k_dense_replace": 1}, "first_k_dense_replace is 1; 0 is required"),
         ("solar-open", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -41,6 +41,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2, "qk_norm": "full",
         "moe": {"num_experts": 4, "top_k": 2}, "attention_scale": 0.4,
     },
+    "hunyuan": {
+        "num_kv_heads": 2, "qk_norm": "rotated_head", "head_dim": 10, "attention_bias": "qkv",
+        "moe": {"num_experts": 4, "top_k": 2, "residual": "sum", "router": {"renormalize": True}},
+    },
     "yarn": {
         "num_kv_heads": 2, "head_dim": 8,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 64},

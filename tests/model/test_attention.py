@@ -32,6 +32,8 @@ def plain(layer: Attention, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> 
         return F.linear(x, projection.weight, projection.bias).view(batch, length, -1, layer.head_dim)
 
     query, key, value = heads("q_proj"), heads("k_proj"), heads("v_proj")
+    if rotary is not None and layer.norms_rotated:
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
     if layer.q_norm is not None and layer.k_norm is not None:
         size = layer.q_norm.weight.shape[0]
         if size != layer.head_dim:
@@ -39,7 +41,7 @@ def plain(layer: Attention, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> 
         query = F.rms_norm(query, (size,), layer.q_norm.weight, layer.q_norm.epsilon)
         key = F.rms_norm(key, key.shape[-1:], layer.k_norm.weight, layer.k_norm.epsilon)
         query, key = query.view(batch, length, -1, layer.head_dim), key.view(batch, length, -1, layer.head_dim)
-    if rotary is not None:
+    if rotary is not None and not layer.norms_rotated:
         query, key = rotate(query, *rotary), rotate(key, *rotary)
     group = layer.num_heads // layer.num_kv_heads
     key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
@@ -50,9 +52,17 @@ def plain(layer: Attention, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> 
 
 
 @pytest.mark.parametrize("length", [1, 2, 37])
-@pytest.mark.parametrize(("qk_norm", "scale"), [("none", None), ("head", 0.9), ("full", None)])
 @pytest.mark.parametrize(
-    ("num_kv_heads", "bias", "positions"), [(4, "all", "learned"), (2, "qkv", "rotary"), (1, "none", "rotary")]
+    ("num_kv_heads", "bias", "positions", "qk_norm", "scale"),
+    [
+        *(
+            (*sizes, *norm)
+            for sizes in ((4, "all", "learned"), (2, "qkv", "rotary"), (1, "none", "rotary"))
+            for norm in (("none", None), ("head", 0.9), ("full", None))
+        ),
+        (2, "qkv", "rotary", "rotated_head", None),
+        (1, "none", "rotary", "rotated_head", 0.9),
+    ],
 )
 def test_equals_its_definition(
     num_kv_heads: int, bias: str, positions: str, qk_norm: str, scale: float | None, length: int
@@ -76,7 +86,7 @@ def test_which_projections_have_a_bias(bias: str, with_bias: str) -> None:
     assert "".join(name for name in "qkvo" if getattr(layer, f"{name}_proj").bias is not None) == with_bias
 
 
-@pytest.mark.parametrize(("qk_norm", "scale"), [("head", None), ("full", 0.9)])
+@pytest.mark.parametrize(("qk_norm", "scale"), [("head", None), ("full", 0.9), ("rotated_head", None)])
 @pytest.mark.parametrize("pieces", [[37], [36, 1], [1] * 37, [5, 20, 1, 11]])
 def test_cached_equals_uncached(pieces: list[int], qk_norm: str, scale: float | None) -> None:
     layer = make_attention(num_kv_heads=2, qk_norm=qk_norm, attention_scale=scale)

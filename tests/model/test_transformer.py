@@ -58,6 +58,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "experts scaled": {"moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "output_scale": True}},
     "moe, olmoe-like": {"num_kv_heads": 2, "qk_norm": "full", "moe": {"num_experts": 5, "top_k": 2}},
+    "moe, hunyuan-like": {
+        "num_kv_heads": 2,
+        "qk_norm": "rotated_head",
+        "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "router": {"renormalize": True}},
+    },
     "scores and positions scaled": {
         "num_kv_heads": 2,
         "attention_scale": 0.6,

@@ -88,7 +88,7 @@ def shapes_of_layer(config: ModelConfig, layer: FeedForwardConfig, num_experts: 
         shapes += [(q,), (kv,), (kv,)]
     if config.attention_bias == "all":
         shapes += [(hidden,)]
-    if config.qk_norm == "head":
+    if config.qk_norm in ("head", "rotated_head"):
         shapes += [(config.head_dim,)] * 2
     if config.qk_norm == "full":
         shapes += [(q,), (kv,)]
@@ -146,6 +146,7 @@ ODD: dict[str, dict[str, Any]] = {
             "residual_intermediate_size": 9,
         },
     },
+    "heads normed after their rotation": {"num_kv_heads": 2, "head_dim": 10, "qk_norm": "rotated_head"},
     "heads normed together": {"num_kv_heads": 2, "head_dim": 10, "qk_norm": "full", "moe": {"num_experts": 3}},
     # A window whose mean over 33 positions is a whole number.
     "windows, sinks and a router's bias": {

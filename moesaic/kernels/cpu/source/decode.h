@@ -31,6 +31,7 @@ struct DecodeLayer {
     const float* q_norm;  // with latents: of the vector that queries are made of, and of the latent
     const float* k_norm;
     int64_t norms_all_heads;  // whether they norm all heads of a token as one row, or each head
+    int64_t norms_rotated;    // whether they norm each head after its rotation, or before it
     const Packed* q_up;      // with latents; null where queries are in qkv_proj
     const Packed* key_up;    // (A, R, N), from a query to the latents' space
     const Packed* value_up;  // (A, C, R), out of it
@@ -263,11 +264,16 @@ inline void rms_norm_in_place(double epsilon, const float* weight, int64_t size,
 }
 
 // Norm, if there is one, and rotation, if positions are rotary, of one head of one token, in place.
-inline void place_head(const DecodeModel& model, const float* norm_weight, int64_t position, bf16* head) {
-    if (norm_weight) rms_norm_in_place(model.norm_epsilon, norm_weight, model.head_dim, head);
+inline void place_head(const DecodeModel& model, const DecodeLayer& layer, const float* norm_weight, int64_t position,
+                       bf16* head) {
+    const auto norm = [&] {
+        if (norm_weight) rms_norm_in_place(model.norm_epsilon, norm_weight, model.head_dim, head);
+    };
+    if (!layer.norms_rotated) norm();
     const int64_t half = model.head_dim / 2;
     if (model.cosines)
         rotate_head<bf16>(head, model.cosines + position * half, model.sines + position * half, 1.0f, half, head);
+    if (layer.norms_rotated) norm();
 }
 
 inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLayer& layer, const PagedCache& cache,
@@ -298,9 +304,9 @@ inline void decode_attention(Team& team, const DecodeCall& call, const DecodeLay
             const int64_t position = call.positions[item.first_token + token];
             bf16* row = first + token * width;
             for (int64_t query = first_head * group; query < last_head * group; ++query)
-                place_head(model, q_norm, position, row + query * dim);
+                place_head(model, layer, q_norm, position, row + query * dim);
             for (int64_t head = first_head; head < last_head; ++head)
-                place_head(model, k_norm, position, row + (model.num_heads + head) * dim);
+                place_head(model, layer, k_norm, position, row + (model.num_heads + head) * dim);
         }
         for (int64_t head = first_head; head < last_head; ++head)
             write_kv_panel(cache, item, head, first + (model.num_heads + head) * dim, width,
