@@ -255,6 +255,11 @@ class ModelConfig(Config):
     rope_head_dim: int | None = Field(
         default=None, description="channels of a head that are turned, half of them in each half; null: all"
     )
+    rope_layers: tuple[int, ...] | None = Field(
+        default=None,
+        description="the layers whose heads are turned, rising, counted from 0; in the others positions tell by what "
+        "a token may see alone; null: all",
+    )
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = Field(default=1e-5, gt=0)
     qk_norm: QkNorm = Field(
@@ -327,7 +332,7 @@ class ModelConfig(Config):
                 f"head serves the same number of query heads; use num_kv_heads that divides {self.num_heads}."
             )
         if self.positions == "learned":
-            for name in ("rope_theta", "rope_scaling", "rope_head_dim"):
+            for name in ("rope_theta", "rope_scaling", "rope_head_dim", "rope_layers"):
                 self._refuse_without_effect(name, name, needs="positions = rotary")
             if self.qk_norm == "rotated_head":
                 raise ConfigError(
@@ -347,6 +352,8 @@ class ModelConfig(Config):
             )
         self._check_latent_attention()
         self._check_sliding_layers()
+        if self.rope_layers is not None:
+            self._check_choice("rope_layers", self.rope_layers, otherwise="rope_layers = []")
         _ = self.layers  # resolves the pattern, or fails here and not at step 900
         return self
 
@@ -359,6 +366,7 @@ class ModelConfig(Config):
             "num_kv_heads": (self.num_kv_heads, self.num_heads),
             "positions": (self.positions, "rotary"),
             "rope_head_dim": (self.rope_head_dim, None),
+            "rope_layers": (self.rope_layers, None),
             "qk_norm": (self.qk_norm, "none"),
             "attention_bias": (self.attention_bias, "none"),
             "attention_sinks": (self.attention_sinks, False),
@@ -368,8 +376,9 @@ class ModelConfig(Config):
             if given != required:
                 raise ConfigError(
                     f"{name} ({given}) does not go with latent_attention, whose heads have their own keys of "
-                    f"nope_head_dim + rope_head_dim channels, both in its section, no biases, no norms of queries "
-                    f"and keys, no sinks and no window; it needs {required}; use that, or latent_attention = null."
+                    f"nope_head_dim + rope_head_dim channels, both in its section and in all layers, no biases, no "
+                    f"norms of queries and keys, no sinks and no window; it needs {required}; use that, or "
+                    f"latent_attention = null."
                 )
 
     def _check_sliding_layers(self) -> None:
@@ -378,13 +387,22 @@ class ModelConfig(Config):
             return
         if self.sliding_window is None:
             self._refuse_without_effect("sliding_layers", "sliding_layers", needs="sliding_window (null: no window)")
+        self._check_choice("sliding_layers", layers, otherwise="sliding_window = null", least=1)
+
+    def _check_choice(self, name: str, layers: tuple[int, ...], *, otherwise: str, least: int = 0) -> None:
+        """otherwise: what to do where none of the layers is one."""
         wrong = [index for index in layers if not 0 <= index < self.num_layers]
-        if wrong or list(layers) != sorted(set(layers)) or not layers:
+        if wrong or list(layers) != sorted(set(layers)) or len(layers) < least:
             rising = sorted({index for index in layers if index not in wrong})
             raise ConfigError(
-                f"sliding_layers ({list(layers)}) is not a choice of layers; at least one layer from 0 to "
-                f"{self.num_layers - 1}, rising, none twice, is required; use {rising or 'sliding_window = null'}."
+                f"{name} ({list(layers)}) is not a choice of layers; {'at least one layer' if least else 'layers'} "
+                f"from 0 to {self.num_layers - 1}, rising, none twice, {'is' if least else 'are'} required; use "
+                f"{rising or otherwise}."
             )
+
+    def is_rotated(self, layer: int) -> bool:
+        """Return whether the heads of layer `layer` are turned by their positions."""
+        return self.positions == "rotary" and (self.rope_layers is None or layer in self.rope_layers)
 
     def window_of(self, layer: int) -> int | None:
         """Return the positions that a token of layer `layer` sees, itself included; None for all up to it."""

@@ -260,7 +260,7 @@ class SlidingWindow:
     flag: the key that turns the window on. usual: the window of a config that says none. slides: whether a layer has
     it, given max_window_layers, where layer_types says nothing; None for families in which all layers have it. bound:
     max_window_layers of a config that says none, None for families without that key. is_nullable: whether the family's
-    class takes null for no window.
+    class takes null for no window. needs_types: whether layer_types has to say which layers have the window.
     """
 
     flag: str | None = None
@@ -268,6 +268,7 @@ class SlidingWindow:
     slides: Callable[[int, int], bool] | None = None
     bound: int | None = None
     is_nullable: bool = True
+    needs_types: bool = False
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         given = keys.take("sliding_window", default=self.usual)
@@ -285,18 +286,24 @@ class SlidingWindow:
             layers = _sliding_layers(keys, kinds, count)
             if layers and given is None:
                 raise keys.refuse("layer_types", kinds, "a sliding_window that is on is required for sliding_attention")
+        elif window is not None and self.needs_types:
+            keys.take("layer_types")
         elif window is not None and self.slides is not None:
             bound = count if self.bound is None else bound
             if type(bound) is not int:
                 raise keys.refuse("max_window_layers", bound, "a number of layers is required")
             layers = [layer for layer in layers if self.slides(layer, bound)]
-        if window is not None and self.slides is None and len(layers) < count:
+        if window is not None and self._is_on_all and len(layers) < count:
             required = f"sliding_attention for all layers is required, since sliding_window is {window}"
             raise keys.refuse("layer_types", kinds, required)
         if window is not None and layers:
             put(ours, "sliding_window", window)
             if len(layers) < count:
                 put(ours, "sliding_layers", layers)
+
+    @property
+    def _is_on_all(self) -> bool:
+        return self.slides is None and not self.needs_types
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         window, every = config["sliding_window"], range(config["num_layers"])
@@ -308,16 +315,80 @@ class SlidingWindow:
         theirs["sliding_window"] = window
         if self.flag is not None:
             theirs[self.flag] = True
-        if self.slides is None:
+        if self._is_on_all:
             if len(layers) < len(every):
                 raise Inexpressible("a sliding window in some layers only")
             return
         theirs["layer_types"] = ["sliding_attention" if layer in layers else "full_attention" for layer in every]
-        if self.bound is not None:  # for readers that do not know layer_types, where it can say the same
+        # For readers that do not know layer_types, where it can say the same.
+        if self.bound is not None and self.slides is not None:
             for bound in range(len(every) + 1):
                 if layers == [layer for layer in every if self.slides(layer, bound)]:
                     theirs["max_window_layers"] = bound
                     break
+
+
+@dataclass(frozen=True)
+class RotatedWindow:
+    """EXAONE's sliding window: heads are turned in the layers that have it, or in all where the model has none.
+
+    Where layer_types says nothing, all layers have it but every sliding_window_pattern-th. is_nullable: whether the
+    family's class takes null for no window.
+    """
+
+    is_nullable: bool = True
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        window = keys.take("sliding_window", default=4096)
+        if window is not None or not self.is_nullable:
+            window = keys.check("sliding_window", window, "max_positions")  # a count too
+        kinds, step = keys.take("layer_types", default=None), keys.take("sliding_window_pattern", default=4)
+        count = _count(keys, ours)
+        if kinds is None:
+            if window is None or type(step) is not int or step < 1:
+                required = f"full_attention or sliding_attention for each of {count} layers is required"
+                raise keys.refuse("layer_types", kinds, f"{required} with another sliding_window_pattern than a number")
+            kinds = ["full_attention" if (layer + 1) % step == 0 else "sliding_attention" for layer in range(count)]
+        layers = _sliding_layers(keys, kinds, count)
+        if window is None:
+            if layers:
+                raise keys.refuse("layer_types", kinds, "a sliding_window is required for sliding_attention")
+            return
+        if len(layers) < count:
+            put(ours, "rope_layers", layers)
+        if layers and window < ours["max_positions"]:  # else it has no effect
+            put(ours, "sliding_window", window)
+            put(ours, "sliding_layers", layers if len(layers) < count else None)
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        window, rotated, every = config["sliding_window"], config["rope_layers"], range(config["num_layers"])
+        if self.is_nullable and window is None and rotated is None:
+            theirs["sliding_window"] = None
+            rotated = ()
+        else:
+            theirs["sliding_window"] = config["max_positions"] if window is None else window
+            rotated = every if rotated is None else rotated
+        theirs["layer_types"] = ["sliding_attention" if layer in rotated else "full_attention" for layer in every]
+
+
+@dataclass(frozen=True)
+class RotatedLayers:
+    """no_rope_layers, which has 1 for a layer whose heads are turned, or every no_rope_layer_interval-th is not."""
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        count = _count(keys, ours)
+        step = _number(keys, "no_rope_layer_interval", default=4, least=1)
+        marks = keys.take("no_rope_layers", default=None)
+        if marks is None:
+            marks = [int((layer + 1) % step != 0) for layer in range(count)]
+        if not isinstance(marks, list) or len(marks) != count or any(mark not in (0, 1) for mark in marks):
+            raise keys.refuse("no_rope_layers", marks, f"1 (turned) or 0 for each of {count} layers is required")
+        if not all(marks):
+            put(ours, "rope_layers", [layer for layer, mark in enumerate(marks) if mark])
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        layers = config["rope_layers"]
+        theirs["no_rope_layers"] = [int(layers is None or layer in layers) for layer in range(config["num_layers"])]
 
 
 def _sliding_layers(keys: Keys, kinds: Any, count: int) -> list[int]:
@@ -796,6 +867,8 @@ def values_by_path(config: ModelConfig) -> dict[str, Any]:
 
 # What only training sees.
 _TRAINING = frozenset({"dropout", "init_std"})
+# What is compared layer by layer.
+_BY_LAYER = frozenset({"moe", "intermediate_size", "sliding_window", "sliding_layers", "rope_layers"})
 _ROUTER = ("scoring", "renormalize", "scale", "num_groups", "top_groups", "score_correction_bias", "bias")
 
 
@@ -810,17 +883,14 @@ def differences(first: ModelConfig, second: ModelConfig) -> list[str]:
 
 
 def _function(config: ModelConfig) -> dict[str, Any]:
-    values = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in _TRAINING and name not in ("moe", "intermediate_size", "sliding_window", "sliding_layers")
-    }
+    values = {name: value for name, value in config.to_dict().items() if name not in _TRAINING | _BY_LAYER}
     values["rope_head_dim"] = config.rope_head_dim or config.head_dim
     values["attention_scale"] = config.attention_scale or 1 / math.sqrt(config.head_dim)
     for index, layer in enumerate(config.layers):
         window = config.window_of(index)
         has_effect = window is not None and window < config.max_positions
         values[f"sliding_window of layer {index}"] = window if has_effect else None
+        values[f"rotation of layer {index}"] = config.is_rotated(index)
         values |= {f"{name} of layer {index}": value for name, value in _layer_function(layer).items()}
     return values
 

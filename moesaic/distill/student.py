@@ -33,6 +33,7 @@ _FREE = (
     "max_positions",
     "sliding_window",
     "sliding_layers",
+    "rope_layers",
 )
 
 
@@ -67,7 +68,8 @@ def student_model(
                 f"a student of {count} layers has no MoE layer (moe.every is {moe.every}); it needs one, or none at "
                 f"all; use at least {moe.every} layers, or a dense student."
             )
-        model = teacher.replace(num_layers=count, moe=moe.replace(**changes), **_windows(teacher, range(count)))
+        patterns = _attention_patterns(teacher, range(count))
+        model = teacher.replace(num_layers=count, moe=moe.replace(**changes), **patterns)
     return with_experts(model, num_experts=num_experts, is_dense=is_dense)
 
 
@@ -120,9 +122,9 @@ def model_of_layers(teacher: ModelConfig, layer_map: Sequence[int]) -> ModelConf
         return teacher
     layers = [teacher.layers[index] for index in layer_map]
     places = tuple(index for index, layer in enumerate(layers) if layer.is_moe)
-    windows = _windows(teacher, layer_map)
+    patterns = _attention_patterns(teacher, layer_map)
     if teacher.moe is None or not places:
-        return teacher.replace(num_layers=len(layers), moe=None, **windows)
+        return teacher.replace(num_layers=len(layers), moe=None, **patterns)
     every = teacher.moe.every
     is_pattern = teacher.moe.layers is None and places == tuple(range(every - 1, len(layers), every))
     moe = teacher.moe.replace(
@@ -134,33 +136,41 @@ def model_of_layers(teacher: ModelConfig, layer_map: Sequence[int]) -> ModelConf
         every=every if is_pattern else 1,
         layers=None if is_pattern else places,
     )
-    return teacher.replace(num_layers=len(layers), moe=moe, **windows)
+    return teacher.replace(num_layers=len(layers), moe=moe, **patterns)
 
 
-def _windows(teacher: ModelConfig, layer_map: Sequence[int]) -> dict[str, Any]:
-    """Return what a model of these layers of the teacher's says of their windows."""
-    if teacher.sliding_layers is None:
-        return {}
-    places = tuple(index for index, source in enumerate(layer_map) if source in teacher.sliding_layers)
-    if not places:
-        return {"sliding_window": None, "sliding_layers": None}
-    return {"sliding_layers": None if len(places) == len(layer_map) else places}
+def _attention_patterns(teacher: ModelConfig, layer_map: Sequence[int]) -> dict[str, Any]:
+    """Return what a model of these layers of the teacher's says of their windows, and of whose heads are turned."""
+
+    def places(layers: Sequence[int]) -> tuple[int, ...] | None:
+        found = tuple(index for index, source in enumerate(layer_map) if source in layers)
+        return None if len(found) == len(layer_map) else found
+
+    patterns: dict[str, Any] = {}
+    if teacher.sliding_layers is not None:
+        patterns["sliding_layers"] = places(teacher.sliding_layers)
+        if patterns["sliding_layers"] == ():
+            patterns = {"sliding_window": None, "sliding_layers": None}
+    if teacher.rope_layers is not None:
+        patterns["rope_layers"] = places(teacher.rope_layers)
+    return patterns
 
 
 def default_map(teacher: ModelConfig, student: ModelConfig) -> tuple[int, ...]:
     """Return for each layer of a student the teacher's that it copies: in order, evenly spread, each of its own kind.
 
-    With the same window where that can be. Raises: ConfigError when there is no such map.
+    With the same window and rotation where that can be. Raises: ConfigError when there is no such map.
     """
 
     def fits(own: int, theirs: int) -> bool:
         return _misfit(student.layers[own], teacher.layers[theirs]) is None
 
-    def sees_as_much(own: int, theirs: int) -> bool:
-        return fits(own, theirs) and student.window_of(own) == teacher.window_of(theirs)
+    def attends_alike(own: int, theirs: int) -> bool:
+        is_alike = student.window_of(own) == teacher.window_of(theirs)
+        return fits(own, theirs) and is_alike and student.is_rotated(own) == teacher.is_rotated(theirs)
 
     count, total = student.num_layers, teacher.num_layers
-    found = _evenly(count, total, sees_as_much) or _evenly(count, total, fits)
+    found = _evenly(count, total, attends_alike) or _evenly(count, total, fits)
     if found is None:
         raise ConfigError(
             f"the student's {student.num_layers} layers ({_describe(student)}) are not, in order, like some of the "

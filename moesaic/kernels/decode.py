@@ -55,8 +55,8 @@ class LayerPart:
     Shapes: qkv ((A + 2 KV) * D, H), rows of queries, keys, values, or as LatentPart says; o_proj (H, A * D), or
     (H, A * C); mix (2, H) or (1, H) where residual_mix is not "sum"; biases fp32 or None; q_norm and k_norm fp32 or
     None, both (D,) for each head, or (A * D,) and (KV * D,) for all heads together; of latent attention (Q,), or None,
-    and (R,); sinks (A,) fp32. norms_rotated: heads are normed after their rotation. has_window: its tokens see the
-    model's window alone.
+    and (R,); sinks (A,) fp32. is_rotated: heads are turned, where the model has tables. norms_rotated: they are normed
+    after that. has_window: its tokens see the model's window alone.
     """
 
     attention_norm: NormPart
@@ -64,6 +64,7 @@ class LayerPart:
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
+    is_rotated: bool
     norms_rotated: bool
     sinks: Tensor | None
     has_window: bool
@@ -169,9 +170,9 @@ _Guesses = _structure("ExpertGuesses", share=_D, num_passes=_I)
 _Layer = _structure(
     "DecodeLayer",
     attention_norm=_Norm, feed_forward_norm=_Norm, qkv_proj=_P, qkv_bias=_P, q_norm=_P, k_norm=_P, norms_all_heads=_I,
-    norms_rotated=_I, q_up=_P, key_up=_P, value_up=_P, sinks=_P, has_window=_I, o_proj=_P, o_bias=_P, mlp=_P,
-    experts=_P, num_experts=_I, top_k=_I, router=_P, router_bias=_P, correction_bias=_P, scoring=_I, num_groups=_I,
-    top_groups=_I, renormalize=_I, router_scale=_D, mix=_I, mix_weight=_P, mix_bias=_P,
+    is_rotated=_I, norms_rotated=_I, q_up=_P, key_up=_P, value_up=_P, sinks=_P, has_window=_I, o_proj=_P, o_bias=_P,
+    mlp=_P, experts=_P, num_experts=_I, top_k=_I, router=_P, router_bias=_P, correction_bias=_P, scoring=_I,
+    num_groups=_I, top_groups=_I, renormalize=_I, router_scale=_D, mix=_I, mix_weight=_P, mix_bias=_P,
 )  # fmt: skip
 _Model = _structure(
     "DecodeModel",
@@ -322,6 +323,7 @@ def _fill_layer(layer: LayerPart, panels: Tensor | None, *, head_dim: int) -> ct
         q_norm=_address(layer.q_norm),
         k_norm=_address(layer.k_norm),
         norms_all_heads=layer.q_norm is not None and layer.q_norm.numel() != head_dim,
+        is_rotated=layer.is_rotated,
         norms_rotated=layer.norms_rotated,
         q_up=None if latent is None else _address(latent.q_up),
         key_up=None if latent is None else _address(latent.key_up),

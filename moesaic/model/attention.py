@@ -21,10 +21,11 @@ class Attention(nn.Module):
 
     qkv_proj: Linear | None
 
-    def __init__(self, config: ModelConfig, *, window: int | None = None) -> None:
-        """window: the positions that a token sees, its own the last of them; None for all up to it."""
+    def __init__(self, config: ModelConfig, *, layer: int = 0) -> None:
+        """layer: says which positions a token sees, and whether heads are turned."""
         super().__init__()
-        self.window = window
+        self.window = config.window_of(layer)  # positions, a token's own the last of them; None for all up to it
+        self.is_rotated = config.is_rotated(layer)
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.scale = config.attention_scale
         self.dropout = config.dropout
@@ -61,14 +62,15 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return (B, S, H) for x (B, S, H).
 
-        rotary: tables (S, D/2) of these positions, None for learned positions. documents (B, S): attention stays inside
-        equal numbers. cache: holds the earlier positions, and takes these as `layer`'s; B is 1, S all its new tokens.
+        rotary: tables (S, D/2) of these positions, None for learned ones; of no use in a layer whose heads are not
+        turned. documents (B, S): attention stays inside equal numbers. cache: holds the earlier positions, and takes
+        these as `layer`'s; B is 1, S all its new tokens.
         """
         batch, length, _ = x.shape
         query, key, value = self._project(x)
         if not self.norms_rotated:
             query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)
-        if rotary is not None:
+        if rotary is not None and self.is_rotated:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         if self.norms_rotated:
             query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)

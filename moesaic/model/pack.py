@@ -408,13 +408,14 @@ def _describe_layer(block: Block) -> LayerPart:
     k_norm: RmsNorm | None
     latent: LatentPart | None = None
     sinks: Tensor | None = None
-    norms_rotated = has_window = False
+    is_rotated, norms_rotated, has_window = True, False, False
     if isinstance(attention, LatentAttention):
         joined, latent = attention.in_proj, _latent_part(attention)
         q_norm, k_norm = attention.q_down_norm if attention.has_query_rank else None, attention.kv_down_norm
     else:
         joined, q_norm, k_norm = attention.qkv_proj, attention.q_norm, attention.k_norm
-        norms_rotated, sinks, has_window = attention.norms_rotated, attention.sinks, attention.window is not None
+        is_rotated, norms_rotated = attention.is_rotated, attention.norms_rotated
+        sinks, has_window = attention.sinks, attention.window is not None
     (qkv, qkv_bias), (o_proj, o_bias), (mix, mix_bias) = (
         packed(layer) for layer in (joined, attention.o_proj, feed_forward.mix)
     )
@@ -425,6 +426,7 @@ def _describe_layer(block: Block) -> LayerPart:
         qkv_bias=qkv_bias,
         q_norm=None if q_norm is None else _fp32(q_norm.weight),
         k_norm=None if k_norm is None else _fp32(k_norm.weight),
+        is_rotated=is_rotated,
         norms_rotated=norms_rotated,
         sinks=None if sinks is None else _fp32(sinks),
         has_window=has_window,

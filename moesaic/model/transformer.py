@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moesaic.config.model import FeedForwardConfig, ModelConfig
+from moesaic.config.model import ModelConfig
 from moesaic.errors import TrainingError
 from moesaic.kernels import products, select
 from moesaic.kernels.decode import Decoded, DecodePlan, ModelPart
@@ -52,14 +52,12 @@ class _Recorded:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), what is added times residual_scale."""
 
-    def __init__(self, config: ModelConfig, layer: FeedForwardConfig, *, window: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
-        self.attention = (
-            Attention(config, window=window) if config.latent_attention is None else LatentAttention(config)
-        )
+        self.attention = Attention(config, layer=layer) if config.latent_attention is None else LatentAttention(config)
         self.feed_forward_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
-        self.feed_forward = FeedForward(config, layer)
+        self.feed_forward = FeedForward(config, config.layers[layer])
         self.dropout, self.residual_scale = config.dropout, config.residual_scale
 
     def forward(
@@ -117,9 +115,7 @@ class Transformer(nn.Module):
             if config.positions == "learned"
             else None
         )
-        self.blocks = nn.ModuleList(
-            Block(config, layer, window=config.window_of(index)) for index, layer in enumerate(config.layers)
-        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         # Here and not in the logits: every way to make these takes the same hidden states.
         self.final_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon, scale=config.logits_scale)
         self.lm_head = (

@@ -147,11 +147,12 @@ def _headline(summary: ModelSummary) -> str:
         heads += f" that see {config.sliding_window:,} positions"
         if config.sliding_layers is not None:
             heads += f" in layers {describe_indices(config.sliding_layers)}"
+    rotated = "" if config.rope_layers is None else f" in layers {describe_indices(config.rope_layers) or 'none'}"
     return (
         f"{summary.name}: {short_number(summary.parameters)} parameters, "
         f"{short_number(summary.active_parameters)} active per token\n"
         f"{config.num_layers} layers of width {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}, "
-        f"{config.positions} positions up to {config.max_positions:,}"
+        f"{config.positions} positions up to {config.max_positions:,}{rotated}"
     )
 
 

@@ -65,6 +65,13 @@ def test_windows_of_all_layers_and_of_some() -> None:
     assert [model(None, sliding_window=5, sliding_layers=[1]).window_of(layer) for layer in range(2)] == [None, 5]
 
 
+def test_heads_are_turned_in_all_layers_or_in_some() -> None:
+    assert [model(None).is_rotated(layer) for layer in range(3)] == [True, True, True]
+    assert [model(None, rope_layers=[0, 2]).is_rotated(layer) for layer in range(3)] == [True, False, True]
+    assert [model(None, rope_layers=[]).is_rotated(layer) for layer in range(3)] == [False, False, False]
+    assert not model(None, positions="learned").is_rotated(0)
+
+
 def test_a_residual_layer_has_both() -> None:
     layer = model({"num_experts": 4, "residual": "sum"}).layers[0]
     assert (layer.intermediate_size, layer.expert_intermediate_size) == (96, 96)
@@ -83,6 +90,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads normed after a rotation that is not": (
         {"positions": "learned", "qk_norm": "rotated_head"},
         "qk_norm (rotated_head)",
+    ),
+    "turned layers out of range": ({"rope_layers": [1, 6]}, "rope_layers ([1, 6])"),
+    "turned layers that do not rise": ({"rope_layers": [2, 1]}, "rope_layers ([2, 1])"),
+    "a turned layer that is none": ({"rope_layers": [-1]}, "0 to 5, rising, none twice, are required; use rope_layers"),
+    "turned layers without rotary": ({"positions": "learned", "rope_layers": [1]}, "rope_layers ((1,))"),
+    "latents turned in some layers": (
+        {
+            "rope_layers": [1],
+            "latent_attention": {"kv_rank": 4, "nope_head_dim": 4, "rope_head_dim": 2, "value_head_dim": 4},
+        },
+        "rope_layers ((1,))",
     ),
     "sliding layers without a window": ({"sliding_layers": [0]}, "sliding_layers ((0,))"),
     "sliding layers out of range": ({"sliding_window": 4, "sliding_layers": [1, 6]}, "sliding_layers ([1, 6])"),

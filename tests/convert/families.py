@@ -248,6 +248,38 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**BASE, "head_dim": 10, "num_experts": 5, "moe_topk": 2, "attention_bias": True,
          "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     ),
+    "smollm3": ("SmolLM3Config", {**BASE, "num_hidden_layers": 5, "no_rope_layer_interval": 2}),
+    "smollm3, listed, biases, not tied": (
+        "SmolLM3Config",
+        {**BASE, "head_dim": 8, "no_rope_layers": [0, 1, 0], "attention_bias": True, "mlp_bias": True,
+         "tie_word_embeddings": False, "rope_theta": 5e6},
+    ),
+    "smollm3, no layer turned": ("SmolLM3Config", {**BASE, "no_rope_layers": [0, 0, 0]}),
+    "smollm3, sliding in one layer": (
+        "SmolLM3Config",
+        {**BASE, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6,
+         "layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+    ),
+    "exaone-moe": (
+        "ExaoneMoeConfig",
+        {**BASE, **EXPERTS, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 7, "sliding_window_pattern": 2},
+    ),
+    "exaone-moe, listed layers, not renormalised, groups, tied, yarn": (
+        "ExaoneMoeConfig",
+        {**BASE, **EXPERTS, "head_dim": 10, "num_experts": 6, "n_group": 3, "topk_group": 2, "num_shared_experts": 2,
+         "norm_topk_prob": False, "mlp_layer_types": ["sparse", "dense", "sparse"], "sliding_window": 5,
+         "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window_pattern": "LGG",
+         "tie_word_embeddings": True, "rope_parameters": {**YARN, "rope_theta": 500.0}},
+    ),
+    "exaone-moe, a window over all positions": (
+        "ExaoneMoeConfig",
+        {**BASE, **EXPERTS, "num_key_value_heads": 1, "sliding_window": 96, "first_k_dense_replace": 0,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "exaone-moe, no layer turned": (
+        "ExaoneMoeConfig",
+        {**BASE, **EXPERTS, "sliding_window": 96, "layer_types": ["full_attention"] * 3},
+    ),
 }  # fmt: skip
 
 # Name: the family that describes it too, and comes first.

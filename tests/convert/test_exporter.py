@@ -29,7 +29,7 @@ NOT_KEPT = {"model_type", "architectures", "dtype", "transformers_version", "use
 # What sparse and sliding layers stand for is written in one way, whichever way it was read.
 ANOTHER_WAY = {
     "rope_parameters", "decoder_sparse_step", "mlp_only_layers", "max_window_layers", "eos_token_id",
-    "moe_topk", "moe_intermediate_size", "num_shared_expert",
+    "moe_topk", "moe_intermediate_size", "num_shared_expert", "no_rope_layer_interval", "sliding_window_pattern",
 }  # fmt: skip
 
 
@@ -105,9 +105,17 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {**MODEL, "attention_bias": "qkv", "sliding_window": 5, "sliding_layers": [0, 2]},
     ),
-    "dense, sliding in layers that no family without biases has": (
-        "moesaic",
+    "dense, sliding in some layers, no biases": (
+        "smollm3",
         {**MODEL, "sliding_window": 5, "sliding_layers": [0, 2]},
+    ),
+    "dense, turned in some layers": ("smollm3", {**MODEL, "rope_layers": [0, 2], "mlp_bias": True}),
+    "plain, turned in some layers": ("moesaic", {**MODEL, "rope_layers": [1], "moe": MOE}),
+    "dense, heads normed after their rotation": ("hunyuan_v1_dense", {**MODEL, "qk_norm": "rotated_head"}),
+    "residual sum, heads normed after their rotation": (
+        "hunyuan_v1_moe",
+        {**MODEL, "qk_norm": "rotated_head",
+         "moe": {**MOE, "intermediate_size": 20, "residual": "sum", "router": SURE}},
     ),
     "plain, sliding": (
         "mixtral",

@@ -196,6 +196,23 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "num_key_value_heads": 8, "partial_rotary_factor": 1.0, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
         "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": False,
         "vocab_size": 196608}),
+    "SmolLM3-3B": (3_075_098_624, {
+        **USUAL, "model_type": "smollm3", "attention_bias": False, "hidden_size": 2048, "intermediate_size": 11008,
+        "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536, "max_window_layers": 28,
+        "mlp_bias": False, "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16,
+        "num_hidden_layers": 36, "num_key_value_heads": 4, "pad_token_id": 128004, "pretraining_tp": 2,
+        "rms_norm_eps": 1e-6, "rope_theta": 5000000.0, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False, "vocab_size": 128256}),
+    "K-EXAONE-236B": (236_571_156_352, {  # 6,016 of them are the correction biases
+        **USUAL, "model_type": "exaone_moe", "first_k_dense_replace": 1, "head_dim": 128, "hidden_size": 6144,
+        "intermediate_size": 18432, "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 12,
+        "max_position_embeddings": 262144, "mlp_layer_types": ["dense", *["sparse"] * 47],
+        "moe_intermediate_size": 2048, "n_group": 1, "norm_topk_prob": True, "num_attention_heads": 64,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 8,
+        "num_nextn_predict_layers": 1, "num_shared_experts": 1, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "sliding_window": 128, "sliding_window_pattern": "LLLG",
+        "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc", "vocab_size": 153600}),
     "Hunyuan-7B": (7_504_568_320, {
         **HUNYUAN, "model_type": "hunyuan_v1_dense", "head_dim": 128, "intermediate_size": 14336,
         "max_position_embeddings": 262144}),
@@ -242,7 +259,7 @@ def test_a_missing_key_means_what_transformers_takes_or_is_asked_for(family: str
     # Their number says what tensors there are and of which shapes.
     shape_tells = {
         "head_dim", "num_key_value_heads", "q_lora_rank", "n_shared_experts", "first_k_dense_replace",
-        "moe_num_shared_experts",
+        "moe_num_shared_experts", "num_shared_experts",
     }  # fmt: skip
     everything = full(values)
     for key in everything.keys() - shape_tells - {"model_type"}:

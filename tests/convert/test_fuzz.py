@@ -59,6 +59,11 @@ def hunyuan(saved: Callable[..., Path]) -> Path:
     return saved("hunyuan-moe", num_hidden_layers=1, hidden_size=16)
 
 
+@pytest.fixture(scope="module")
+def exaone(saved: Callable[..., Path]) -> Path:
+    return saved("exaone-moe", num_hidden_layers=2, hidden_size=16)
+
+
 @pytest.fixture
 def law(tmp_path: Path, bounded_memory: Callable[[], AbstractContextManager[None]]) -> Callable[[Path], bool]:
     """A function (source) that imports it under the law, and returns whether that succeeded."""
@@ -81,7 +86,7 @@ def law(tmp_path: Path, bounded_memory: Callable[[], AbstractContextManager[None
     return check
 
 
-@pytest.mark.parametrize("family", ["model", "mixtral", "gpt_oss", "ernie", "minimax", "granite", "hunyuan"])
+@pytest.mark.parametrize("family", ["model", "mixtral", "gpt_oss", "ernie", "minimax", "granite", "hunyuan", "exaone"])
 def test_configs_with_odd_values(
     family: str, law: Callable[[Path], bool], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

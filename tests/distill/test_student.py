@@ -101,6 +101,19 @@ def test_layers_keep_their_windows(moe: dict[str, Any]) -> None:
     assert len(default_map(teacher, without)) == 7
 
 
+@pytest.mark.parametrize("moe", [{}, {"num_experts": 4, "every": 2}])
+def test_layers_stay_turned_or_not(moe: dict[str, Any]) -> None:
+    teacher = model(8, **moe).replace(rope_layers=(0, 1, 2, 4, 5, 6))
+    student = student_model(teacher)
+    layers = default_map(teacher, student)
+    assert student.num_layers == 7 and len(set(layers)) == 7
+    assert [student.is_rotated(layer) for layer in range(7)] == [teacher.is_rotated(layer) for layer in layers]
+    own = model_of_layers(teacher, (0, 3, 5))
+    assert own.rope_layers == (0, 2)
+    assert model_of_layers(teacher, (0, 4)).rope_layers is None and model_of_layers(teacher, (3, 7)).rope_layers == ()
+    assert len(default_map(teacher, student.replace(rope_layers=None))) == 7  # it has a map all the same
+
+
 def test_the_default_map_is_in_order_even_and_by_kind() -> None:
     teacher = model(8, num_experts=[4, 4, 8, 8], every=2)
     assert default_map(teacher, teacher) == tuple(range(8))

@@ -45,6 +45,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2, "qk_norm": "rotated_head", "head_dim": 10, "attention_bias": "qkv",
         "moe": {"num_experts": 4, "top_k": 2, "residual": "sum", "router": {"renormalize": True}},
     },
+    "turned in one layer, a window in the other": {
+        "num_kv_heads": 1, "rope_layers": [1], "sliding_window": 33, "sliding_layers": [0],
+    },
+    "no layer turned": {"num_kv_heads": 2, "qk_norm": "full", "rope_layers": []},
     "yarn": {
         "num_kv_heads": 2, "head_dim": 8,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 64},

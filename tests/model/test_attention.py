@@ -80,6 +80,12 @@ def test_equals_its_definition(
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_a_layer_whose_heads_are_not_turned_takes_no_tables() -> None:
+    layer = make_attention(num_layers=2, rope_layers=[1])
+    x, rotary = torch.randn(2, 37, 24, generator=torch.Generator().manual_seed(1)), rotary_table(37, 8, 10_000.0, CPU)
+    torch.testing.assert_close(layer(x, rotary=rotary), plain(layer, x, None), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("bias", "with_bias"), [("none", ""), ("qkv", "qkv"), ("all", "qkvo")])
 def test_which_projections_have_a_bias(bias: str, with_bias: str) -> None:
     layer = make_attention(attention_bias=bias)

@@ -51,7 +51,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "Attention": lambda: Attention(MODEL),
     "LatentAttention": lambda: LatentAttention(LATENT),
     "FeedForward": lambda: FeedForward(MODEL, MODEL.layers[0]),
-    "Block": lambda: Block(MODEL, MODEL.layers[0]),
+    "Block": lambda: Block(MODEL, 0),
     "Transformer": lambda: Transformer(MODEL),
     "Transformer, latent": lambda: Transformer(LATENT),
 }

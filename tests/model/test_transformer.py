@@ -63,6 +63,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_norm": "rotated_head",
         "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "router": {"renormalize": True}},
     },
+    "turned in some layers, windows in these": {
+        "num_kv_heads": 2,
+        "qk_norm": "head",
+        "rope_layers": [0, 2],
+        "sliding_window": 7,
+        "sliding_layers": [0, 2],
+        "moe": {"num_experts": 5, "top_k": 2},
+    },
     "scores and positions scaled": {
         "num_kv_heads": 2,
         "attention_scale": 0.6,

@@ -93,6 +93,12 @@ def test_a_window_is_said() -> None:
     assert "that see 64 positions in layers 0, voc" in rendered(replace(SUMMARY, config=config), 200)
 
 
+def test_the_layers_whose_heads_are_turned_are_said() -> None:
+    for layers, said in (((0, 1, 2, 4), "0, 1, 2, 4"), ((0, 1, 2), "0-2"), ((), "none")):
+        text = rendered(replace(SUMMARY, config=CONFIG.replace(rope_layers=layers)), 200)
+        assert f"rotary positions up to {CONFIG.max_positions:,} in layers {said}\n" in text
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_no_number_is_cut_off_in_a_narrow_terminal(width: int) -> None:
     text = rendered(SUMMARY, width)

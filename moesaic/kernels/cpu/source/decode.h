@@ -31,6 +31,7 @@ struct DecodeLayer {
     const float* q_norm;  // with latents: of the vector that queries are made of, and of the latent
     const float* k_norm;
     int64_t norms_all_heads;  // whether they norm all heads of a token as one row, or each head
+    int64_t is_rotated;       // whether heads are turned, where the model has cosines; with latents they are
     int64_t norms_rotated;    // whether they norm each head after its rotation, or before it
     const Packed* q_up;      // with latents; null where queries are in qkv_proj
     const Packed* key_up;    // (A, R, N), from a query to the latents' space
@@ -263,7 +264,7 @@ inline void rms_norm_in_place(double epsilon, const float* weight, int64_t size,
     norm_row<bf16, false>({row, true, 1, size, weight, nullptr, float(epsilon), row, nullptr, &inverse}, 0);
 }
 
-// Norm, if there is one, and rotation, if positions are rotary, of one head of one token, in place.
+// Norm, if there is one, and rotation, if the layer has any, of one head of one token, in place.
 inline void place_head(const DecodeModel& model, const DecodeLayer& layer, const float* norm_weight, int64_t position,
                        bf16* head) {
     const auto norm = [&] {
@@ -271,7 +272,7 @@ inline void place_head(const DecodeModel& model, const DecodeLayer& layer, const
     };
     if (!layer.norms_rotated) norm();
     const int64_t half = model.head_dim / 2;
-    if (model.cosines)
+    if (model.cosines && layer.is_rotated)
         rotate_head<bf16>(head, model.cosines + position * half, model.sines + position * half, 1.0f, half, head);
     if (layer.norms_rotated) norm();
 }
