@@ -40,8 +40,9 @@ def import_(
     """Make a run of another tool's model; every tensor is used exactly once, or it fails and names it.
 
     Families: Llama, Mistral, Qwen2, Qwen3, Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and V3, Seed-OSS,
-    dots.llm1, GLM-4.5 and 4.7-Flash, gpt-oss, ERNIE 4.5, MiniMax-M2, Solar Open, Granite 3, Hunyuan,
-    SmolLM3, K-EXAONE. It ends with a check: the same prompts through both models, written into the run as parity.json.
+    dots.llm1, GLM-4.5 and 4.7-Flash, gpt-oss, ERNIE 4.5, MiniMax-M2, Solar Open, Granite 3, Hunyuan, SmolLM3, EXAONE 4
+    and K-EXAONE, OLMo 2, FlexOlmo. It ends with a check: the same prompts through both models, written into the run as
+    parity.json.
     GGUF needs pip install 'moesaic\\[gguf]', the check of logits pip install 'moesaic\\[huggingface]'.
 
     Example: moesaic convert import downloads/Qwen3-0.6B runs/qwen3

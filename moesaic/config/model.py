@@ -239,7 +239,7 @@ class FeedForwardConfig(Config):
 
 
 class ModelConfig(Config):
-    """A pre-norm decoder. Enough for the paper's GPT-3-like models and for Llama-, Mixtral- and Qwen-like ones."""
+    """A decoder. Enough for the paper's GPT-3-like models and for Llama-, Mixtral- and Qwen-like ones."""
 
     vocab_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
@@ -262,6 +262,10 @@ class ModelConfig(Config):
     )
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = Field(default=1e-5, gt=0)
+    norm_place: Literal["before", "behind"] = Field(
+        default="before",
+        description="of attention and feed-forward parts: on what goes in, or (OLMo 2) on what comes out and is added",
+    )
     qk_norm: QkNorm = Field(
         default="none",
         description="RMSNorm of queries and keys: of each head before its rotation (Qwen3) or after it (Hunyuan), or "

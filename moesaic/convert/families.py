@@ -151,6 +151,11 @@ _MODEL_TENSORS = (
     TensorRule("blocks.{layer}.attention_norm.weight", (f"{_LAYER}.input_layernorm.weight",)),
     TensorRule("blocks.{layer}.feed_forward_norm.weight", (f"{_LAYER}.post_attention_layernorm.weight",)),
 )
+_BEHIND_TENSORS = (
+    TensorRule("blocks.{layer}.attention_norm.weight", (f"{_LAYER}.post_attention_layernorm.weight",)),
+    TensorRule("blocks.{layer}.feed_forward_norm.weight", (f"{_LAYER}.post_feedforward_layernorm.weight",)),
+    *_MODEL_TENSORS,
+)
 _ATTENTION_TENSORS = (TensorRule("blocks.{layer}.attention.{rest}", (f"{_LAYER}.self_attn.{{rest}}",)),)
 _MLP_TENSORS = (TensorRule("blocks.{layer}.feed_forward.mlp.{rest}", (f"{_LAYER}.mlp.{{rest}}",), layers="dense"),)
 
@@ -839,6 +844,48 @@ FAMILIES: dict[str, Family] = {
             ),
             left_out=("mtp.",),
             left_out_because=_MULTI_TOKEN,
+        ),
+        Family(
+            "exaone4",
+            "Exaone4ForCausalLM",
+            _llama_like(
+                RotatedWindow(),
+                Always("norm_place", "behind"),
+                Always("qk_norm", "head"),
+                Always("attention_bias", "none"),
+                _NO_MLP_BIAS,
+                epsilon=1e-5,
+                has_head_dim=True,
+            ),
+            (*_BEHIND_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
+        ),
+        Family(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            _llama_like(
+                Always("norm_place", "behind"),
+                Always("qk_norm", "full"),
+                _ATTENTION_BIAS,
+                _NO_MLP_BIAS,
+                epsilon=1e-5,
+                has_head_dim=True,
+            ),
+            (*_BEHIND_TENSORS, *_ATTENTION_TENSORS, *_MLP_TENSORS),
+        ),
+        Family(
+            "flex_olmo",
+            "FlexOlmoForCausalLM",
+            _llama_like(
+                Always("norm_place", "behind"),
+                Always("qk_norm", "full"),
+                _ATTENTION_BIAS,
+                _NO_MLP_BIAS,
+                *_experts("num_experts", "num_local_experts"),
+                _RENORMALIZE,
+                has_head_dim=True,
+                rope=Rope(theta=500_000.0),
+            ),
+            (*_BEHIND_TENSORS, *_ATTENTION_TENSORS, *_moe_tensors("mlp")),
         ),
     )
 }

@@ -342,12 +342,10 @@ class RotatedWindow:
         window = keys.take("sliding_window", default=4096)
         if window is not None or not self.is_nullable:
             window = keys.check("sliding_window", window, "max_positions")  # a count too
-        kinds, step = keys.take("layer_types", default=None), keys.take("sliding_window_pattern", default=4)
-        count = _count(keys, ours)
-        if kinds is None:
-            if window is None or type(step) is not int or step < 1:
-                required = f"full_attention or sliding_attention for each of {count} layers is required"
-                raise keys.refuse("layer_types", kinds, f"{required} with another sliding_window_pattern than a number")
+        count, step = _count(keys, ours), keys.take("sliding_window_pattern", default=4)
+        has_pattern = window is not None and type(step) is int and step >= 1
+        kinds = keys.take("layer_types", default=None if has_pattern else REQUIRED)
+        if kinds is None and has_pattern:
             kinds = ["full_attention" if (layer + 1) % step == 0 else "sliding_attention" for layer in range(count)]
         layers = _sliding_layers(keys, kinds, count)
         if window is None:

@@ -100,8 +100,10 @@ class LatentPart:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A packed model. Shapes: embedding (V, H) bf16, or packed where it is lm_head too; position_embedding
-    (max_positions, H) bf16, or cosines and sines (max_positions, D/2) fp32, with latent attention (max_positions, P/2).
+    """A packed model. norms_outputs: its norms stand behind attention and feed-forward parts, or before them.
+
+    Shapes: embedding (V, H) bf16, or packed where it is lm_head too; position_embedding (max_positions, H) bf16, or
+    cosines and sines (max_positions, D/2) fp32, with latent attention (max_positions, P/2).
     """
 
     layers: tuple[LayerPart, ...]
@@ -117,6 +119,7 @@ class ModelPart:
     num_kv_heads: int
     head_dim: int
     norm_epsilon: float
+    norms_outputs: bool
     attention_scale: float
     embedding_scale: float
     residual_scale: float
@@ -177,7 +180,7 @@ _Layer = _structure(
 _Model = _structure(
     "DecodeModel",
     num_layers=_I, hidden_size=_I, vocab_size=_I, max_positions=_I, num_heads=_I, num_kv_heads=_I, head_dim=_I,
-    norm_epsilon=_D, attention_scale=_D, embedding_scale=_D, residual_scale=_D, window=_I, layers=_P,
+    norms_outputs=_I, norm_epsilon=_D, attention_scale=_D, embedding_scale=_D, residual_scale=_D, window=_I, layers=_P,
     tied_embedding=_P, embedding=_P, position_embedding=_P, cosines=_P, sines=_P, final_norm=_Norm, head=_P,
     guesses=_P, kv_rank=_I, query_rank=_I, nope_dim=_I, rope_dim=_I, value_dim=_I, latent_epsilon=_D,
 )  # fmt: skip
@@ -231,8 +234,8 @@ class DecodePlan:
         cosines, sines = model.rotary or (None, None)
         return _Model(
             len(model.layers), model.hidden_size, model.vocab_size, model.max_positions, model.num_heads,
-            model.num_kv_heads, model.head_dim, model.norm_epsilon, model.attention_scale, model.embedding_scale,
-            model.residual_scale, model.window or 0, ctypes.addressof(self._layers),
+            model.num_kv_heads, model.head_dim, model.norms_outputs, model.norm_epsilon, model.attention_scale,
+            model.embedding_scale, model.residual_scale, model.window or 0, ctypes.addressof(self._layers),
             _address(model.embedding) if is_tied else None, None if is_tied else _address(model.embedding),
             _address(model.position_embedding), _address(cosines), _address(sines), _fill_norm(model.final_norm),
             _address(model.head), ctypes.addressof(self._guesses) if self.reads_ahead else None,

@@ -244,6 +244,7 @@ def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
+        norms_outputs=config.norm_place == "behind",
         norm_epsilon=config.norm_epsilon,
         attention_scale=config.attention_scale or config.head_dim**-0.5,
         embedding_scale=config.embedding_scale,

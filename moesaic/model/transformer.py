@@ -1,4 +1,4 @@
-"""The one Transformer: a pre-norm decoder whose layers are described by ModelConfig.layers."""
+"""The one Transformer: a decoder whose layers are described by ModelConfig.layers."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,10 @@ class _Recorded:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), what is added times residual_scale."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), what is added times residual_scale.
+
+    With norms behind the parts, x + norm(attention(x)), then x + norm(feed_forward(x)).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -59,6 +62,7 @@ class Block(nn.Module):
         self.feed_forward_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon)
         self.feed_forward = FeedForward(config, config.layers[layer])
         self.dropout, self.residual_scale = config.dropout, config.residual_scale
+        self.norms_outputs = config.norm_place == "behind"
 
     def forward(
         self,
@@ -72,13 +76,14 @@ class Block(nn.Module):
         seed: int,
         recorded: _Recorded,
     ) -> tuple[Tensor, MoEStatistics | None]:
-        attended = self.attention(self.attention_norm(x), rotary=rotary, documents=documents, cache=cache, layer=layer)
-        x = self._add(x, attended)
-        flat = self.feed_forward_norm(x).view(-1, x.shape[-1])  # (T, H)
+        inputs = x if self.norms_outputs else self.attention_norm(x)
+        attended = self.attention(inputs, rotary=rotary, documents=documents, cache=cache, layer=layer)
+        x = self._add(x, self.attention_norm(attended) if self.norms_outputs else attended)
+        flat = (x if self.norms_outputs else self.feed_forward_norm(x)).reshape(-1, x.shape[-1])  # (T, H)
         out, statistics = self.feed_forward(flat, valid=valid, seed=seed, replay=recorded.decision)
         if statistics is not None:
             recorded.decision = statistics.decision
-        return self._add(x, out.view_as(x)), statistics
+        return self._add(x, (self.feed_forward_norm(out) if self.norms_outputs else out).view_as(x)), statistics
 
     def _add(self, x: Tensor, out: Tensor) -> Tensor:
         if self.residual_scale == 1.0:

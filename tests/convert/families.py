@@ -280,6 +280,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "ExaoneMoeConfig",
         {**BASE, **EXPERTS, "sliding_window": 96, "layer_types": ["full_attention"] * 3},
     ),
+    "exaone4": (
+        "Exaone4Config",
+        {**BASE, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 7, "sliding_window_pattern": 4},
+    ),
+    "exaone4, no window, tied, llama3 rope": (
+        "Exaone4Config",
+        {**BASE, "head_dim": 10, "num_key_value_heads": 1, "sliding_window": None, "tie_word_embeddings": True,
+         "layer_types": ["full_attention"] * 3, "rope_parameters": {**LLAMA3, "rope_theta": 1e6}},
+    ),
+    "olmo2": ("Olmo2Config", {**BASE, "num_key_value_heads": 4}),
+    "olmo2, biases, tied, linear rope": (
+        "Olmo2Config",
+        {**BASE, "attention_bias": True, "tie_word_embeddings": True, "head_dim": 10,
+         "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}},
+    ),
+    "flex-olmo": ("FlexOlmoConfig", {**BASE, "num_experts": 5, "num_experts_per_tok": 3}),
+    "flex-olmo, renormalised, one key head, biases, tied": (
+        "FlexOlmoConfig",
+        {**BASE, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True, "num_key_value_heads": 1,
+         "attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    ),
 }  # fmt: skip
 
 # Name: the family that describes it too, and comes first.

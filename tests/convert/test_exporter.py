@@ -109,6 +109,16 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
         "smollm3",
         {**MODEL, "sliding_window": 5, "sliding_layers": [0, 2]},
     ),
+    "dense, norms behind, normed heads": (
+        "exaone4",
+        {**MODEL, "norm_place": "behind", "qk_norm": "head", "sliding_window": 5, "sliding_layers": [2],
+         "rope_layers": [2]},
+    ),
+    "dense, norms behind": ("moesaic", {**MODEL, "norm_place": "behind"}),
+    "plain, norms behind, heads normed together": (
+        "flex_olmo",
+        {**MODEL, "norm_place": "behind", "qk_norm": "full", "head_dim": 8, "moe": {**MOE, "intermediate_size": 20}},
+    ),
     "dense, turned in some layers": ("smollm3", {**MODEL, "rope_layers": [0, 2], "mlp_bias": True}),
     "plain, turned in some layers": ("moesaic", {**MODEL, "rope_layers": [1], "moe": MOE}),
     "dense, heads normed after their rotation": ("hunyuan_v1_dense", {**MODEL, "qk_norm": "rotated_head"}),

@@ -213,6 +213,25 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "routed_scaling_factor": 2.5,
         "scoring_func": "sigmoid", "sliding_window": 128, "sliding_window_pattern": "LLLG",
         "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc", "vocab_size": 153600}),
+    "EXAONE-4.0-1.2B": (1_279_391_488, {
+        **USUAL, "model_type": "exaone4", "head_dim": 64, "hidden_size": 2048, "intermediate_size": 4096,
+        "layer_types": ["full_attention"] * 30, "max_position_embeddings": 65536, "num_attention_heads": 32,
+        "num_hidden_layers": 30, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 1000000, "sliding_window": None, "sliding_window_pattern": None, "tie_word_embeddings": True,
+        "vocab_size": 102400}),
+    "OLMo-2-7B": (7_298_617_344, {
+        **USUAL, "model_type": "olmo2", "attention_bias": False, "hidden_size": 4096, "intermediate_size": 11008,
+        "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+        "pad_token_id": 100277, "rms_norm_eps": 1e-6, "rope_theta": 500000, "tie_word_embeddings": False,
+        "vocab_size": 100352}),
+    "FlexOlmo-7x7B": (33_270_665_216, {
+        **USUAL, "model_type": "flex_olmo", "attention_bias": False, "hidden_size": 4096, "intermediate_size": 11008,
+        "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 32, "num_experts": 7,
+        "num_experts_per_tok": 5, "num_hidden_layers": 32, "num_key_value_heads": 32, "output_router_logits": False,
+        "pad_token_id": 100277, "rms_norm_eps": 1e-6, "rope_theta": 500000, "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False, "vocab_size": 100352}),
     "Hunyuan-7B": (7_504_568_320, {
         **HUNYUAN, "model_type": "hunyuan_v1_dense", "head_dim": 128, "intermediate_size": 14336,
         "max_position_embeddings": 262144}),

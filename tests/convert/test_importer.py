@@ -72,7 +72,7 @@ def test_the_certificate_of_an_import_says_so(family: str, converted: Callable[[
 SLIDING = {
     "mistral, sliding": 7, "qwen2, sliding from layer 1 on": 8, "qwen3, sliding in one layer": 2, "mixtral, sliding": 5,
     "qwen2-moe, sliding": 6, "qwen3-moe, sliding": 9, "dots1, sliding from layer 2 on": 4,
-    "smollm3, sliding in one layer": 6, "exaone-moe": 7,
+    "smollm3, sliding in one layer": 6, "exaone-moe": 7, "exaone4": 7,
     "gpt-oss": 8, "gpt-oss, sliding in one layer, no biases of attention, tied, plain rope": 5,
 }  # fmt: skip
 
@@ -151,6 +151,7 @@ def test_both_name_the_same_tokens_in_bf16(
         "granite-moe-shared",
         "hunyuan-moe",
         "exaone-moe",
+        "flex-olmo",
     ],
 )
 def test_every_gradient_is_transformers_own(name: str, converted: Callable[[str], Converted], tmp_path: Path) -> None:

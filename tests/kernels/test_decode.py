@@ -48,6 +48,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "turned in one layer, a window in the other": {
         "num_kv_heads": 1, "rope_layers": [1], "sliding_window": 33, "sliding_layers": [0],
     },
+    "norms behind": {
+        "num_kv_heads": 2, "qk_norm": "full", "norm_place": "behind", "residual_scale": 0.7,
+        "moe": {"num_experts": 5, "top_k": 2, "layers": [1]},
+    },
+    "latent attention, norms behind": {
+        "latent_attention": {"kv_rank": 32, "nope_head_dim": 12, "rope_head_dim": 4, "value_head_dim": 20},
+        "num_heads": 3, "norm_place": "behind",
+    },
+    "gpt, norms behind": GPT | {"norm_place": "behind", "moe": {"num_experts": 5, "every": 2}},
     "no layer turned": {"num_kv_heads": 2, "qk_norm": "full", "rope_layers": []},
     "yarn": {
         "num_kv_heads": 2, "head_dim": 8,
@@ -116,8 +125,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # One by one these take PyTorch's LayerNorm or its exp, which differ in the last bits of fp32, and so here and there in
 # a rounding to bf16.
 NOT_TO_THE_BIT = (
-    "gpt", "gpt, scaled", "top-1 on every second layer", "pyramid, residual softmax", "residual sigmoid",
-    "latent attention, odd sizes",
+    "gpt", "gpt, scaled", "gpt, norms behind", "top-1 on every second layer", "pyramid, residual softmax",
+    "residual sigmoid", "latent attention, odd sizes",
 )  # fmt: skip
 # A prompt and a chunk of one, single tokens of others, one that rests, a context of more than one split of 256; and so
 # few tokens that every thread prepares them for itself.

@@ -46,6 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "residual sum": {"moe": {"num_experts": 4, "layers": [1], "residual": "sum", "residual_intermediate_size": 33}},
     "rotated heads normed": {"num_kv_heads": 2, "qk_norm": "rotated_head"},
+    "moe, norms behind": {"qk_norm": "full", "norm_place": "behind", "moe": {"num_experts": 5, "top_k": 2}},
     "moe, olmoe-like": {"num_kv_heads": 2, "qk_norm": "full", "moe": {"num_experts": 5, "top_k": 2}},
     "moe, gpt-oss-like": {
         "num_kv_heads": 2, "attention_sinks": True, "sliding_window": 7, "sliding_layers": [0, 2],

@@ -46,6 +46,7 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "experts scaled": {"moe": {"num_experts": 3, "every": 2, "output_scale": True}},
     "heads normed after their rotation": {"num_kv_heads": 2, "head_dim": 10, "qk_norm": "rotated_head"},
+    "norms behind": {"norm_place": "behind", "moe": {"num_experts": 3}},
     "heads normed together": {"num_kv_heads": 2, "head_dim": 10, "qk_norm": "full", "moe": {"num_experts": 3}},
     "latent attention": {
         "latent_attention": {"kv_rank": 9, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 7},

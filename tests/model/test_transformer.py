@@ -63,6 +63,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_norm": "rotated_head",
         "moe": {"num_experts": 5, "top_k": 2, "residual": "sum", "router": {"renormalize": True}},
     },
+    "moe, norms behind": {
+        "num_kv_heads": 2,
+        "qk_norm": "full",
+        "norm_place": "behind",
+        "moe": {"num_experts": 5, "top_k": 2, "residual": "sum"},
+    },
+    "gpt-like, norms behind, scaled": GPT | {"norm_place": "behind", "residual_scale": 0.4},
     "turned in some layers, windows in these": {
         "num_kv_heads": 2,
         "qk_norm": "head",

@@ -67,6 +67,7 @@ constexpr int64_t kPassesOfATrial = 16;
 
 struct DecodeModel {
     int64_t num_layers, hidden_size, vocab_size, max_positions, num_heads, num_kv_heads, head_dim;
+    int64_t norms_outputs;  // whether norms stand behind attention and feed-forward parts, or before them
     double norm_epsilon, attention_scale, embedding_scale, residual_scale;
     int64_t window;  // 0 where no layer has one
     const DecodeLayer* layers;
@@ -217,18 +218,27 @@ struct DecodeWorkspace {
     size_t own_bytes_;
 };
 
-// x (+= added * residual_scale, rounded), and normed = norm(x), for rows [first, last). Rows of a prompt come from the third-level cache:
-// each is asked for while the one before is worked on.
-inline void add_and_norm(const DecodeModel& model, const NormWeights& weights, int64_t first, int64_t last,
-                         const bf16* added, bf16* x, bf16* normed, const DecodeWorkspace& work) {
-    const int64_t size = model.hidden_size;
-    NormArguments norm{x, true, last, size, weights.weight, weights.bias, float(model.norm_epsilon), normed,
+// out = norm(x) of one row.
+inline void norm_token(const DecodeModel& model, const NormWeights& weights, int64_t row, const bf16* x, bf16* out,
+                       const DecodeWorkspace& work) {
+    NormArguments norm{x, true, row + 1, model.hidden_size, weights.weight, weights.bias, float(model.norm_epsilon), out,
                        weights.bias ? work.mean : nullptr, work.inverse};
+    weights.bias ? norm_row<bf16, true>(norm, row) : norm_row<bf16, false>(norm, row);
+}
+
+// x (+= added * residual_scale, rounded), and out = norm(x), for rows [first, last). behind: the norm of what is added,
+// before: that of x, null where there is none. Rows of a prompt come from the third-level cache: each is asked for while
+// the one before is worked on.
+inline void add_and_norm(const DecodeModel& model, const NormWeights* behind, const NormWeights* before, int64_t first,
+                         int64_t last, const bf16* added, bf16* x, bf16* out, const DecodeWorkspace& work) {
+    const int64_t size = model.hidden_size;
     const Vf scale = set1(float(model.residual_scale));
     for (int64_t row = first; row < last; ++row) {
         if (added) {
+            // What is added belongs to all members; out is this one's own.
+            if (behind) norm_token(model, *behind, row, added, out, work);
             bf16* own = x + row * size;
-            const bf16* more = added + row * size;
+            const bf16* more = (behind ? out : added) + row * size;
             for (int64_t i = 0; i < size; i += W) {
                 if (i % 32 == 0 && row + 1 < last) {
                     _mm_prefetch(reinterpret_cast<const char*>(own + size + i), _MM_HINT_T0);
@@ -238,7 +248,10 @@ inline void add_and_norm(const DecodeModel& model, const NormWeights& weights, i
                 store_row(own + i, add(load_row(own + i, size - i), scaled), size - i);
             }
         }
-        weights.bias ? norm_row<bf16, true>(norm, row) : norm_row<bf16, false>(norm, row);
+        if (before)
+            norm_token(model, *before, row, x, out, work);
+        else
+            std::memcpy(out + row * size, x + row * size, size_t(size) * sizeof(bf16));
     }
 }
 
@@ -441,14 +454,11 @@ inline void guess_experts(Team& team, const DecodeCall& call, int64_t index, con
     }
     if (!next || !next->num_experts) return;
     team.barrier();  // the guesses before are done with
-    bf16* normed = work.out;  // free until the experts' results come
-    team.tasks(long(call.num_tokens), [&](long token) {
-        NormArguments norm{work.x, true, token + 1, model.hidden_size, next->feed_forward_norm.weight,
-                           next->feed_forward_norm.bias, float(model.norm_epsilon), normed,
-                           next->feed_forward_norm.bias ? work.mean : nullptr, work.inverse};
-        next->feed_forward_norm.bias ? norm_row<bf16, true>(norm, token) : norm_row<bf16, false>(norm, token);
-    });
-    route(team, route_arguments(call, *next, normed, work.guessed_ids, work.guessed_weights), nullptr, nullptr);
+    bf16* inputs = model.norms_outputs ? work.x : work.out;  // the latter is free until the experts' results come
+    if (!model.norms_outputs)
+        team.tasks(long(call.num_tokens),
+                   [&](long token) { norm_token(model, next->feed_forward_norm, token, work.x, inputs, work); });
+    route(team, route_arguments(call, *next, inputs, work.guessed_ids, work.guessed_weights), nullptr, nullptr);
     if (!is_first || model.guesses->share < kWorthReading) return;
     std::vector<int64_t> experts(work.guessed_ids, work.guessed_ids + call.num_tokens * next->top_k);
     std::sort(experts.begin(), experts.end());
@@ -536,10 +546,13 @@ inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& sh
                 body(task * rows_each, std::min((task + 1) * rows_each, call.num_tokens));
             });
     };
+    const auto before = [&](const NormWeights& norm) { return model.norms_outputs ? nullptr : &norm; };
+    const auto behind = [&](const NormWeights& norm) { return model.norms_outputs ? &norm : nullptr; };
     rows([&](int64_t first, int64_t last) {
         for (int64_t token = first; token < last; ++token)
             embed_token(call, token, work.x + token * model.hidden_size);
-        add_and_norm(model, model.layers[0].attention_norm, first, last, nullptr, work.x, work.normed, work);
+        add_and_norm(model, nullptr, before(model.layers[0].attention_norm), first, last, nullptr, work.x, work.normed,
+                     work);
     });
     int64_t routes = 0;
     for (int64_t i = 0; i < model.num_layers; ++i) {
@@ -549,15 +562,16 @@ inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& sh
         else
             decode_attention(team, call, layer, call.caches[i], work);
         rows([&](int64_t first, int64_t last) {
-            add_and_norm(model, layer.feed_forward_norm, first, last, work.out, work.x, work.normed, work);
+            add_and_norm(model, behind(layer.attention_norm), before(layer.feed_forward_norm), first, last, work.out,
+                         work.x, work.normed, work);
         });
         decode_feed_forward(team, call, i, work, call.expert_ids + routes, call.routing_weights + routes);
         routes += call.num_tokens * layer.top_k;
         const bool is_last = i + 1 == model.num_layers;
-        const NormWeights& next = is_last ? model.final_norm : model.layers[i + 1].attention_norm;
+        const NormWeights* next = is_last ? &model.final_norm : before(model.layers[i + 1].attention_norm);
         bf16* to = is_last && !is_private ? call.hidden : work.normed;
         rows([&](int64_t first, int64_t last) {
-            add_and_norm(model, next, first, last, work.out, work.x, to, work);
+            add_and_norm(model, behind(layer.feed_forward_norm), next, first, last, work.out, work.x, to, work);
         });
     }
     if (is_private && team.member() == 0)
