@@ -231,3 +231,13 @@ def test_a_damaged_library_is_compiled_again(
     assert "compiling it again" in caplog.text
     written = again.stat().st_mtime_ns
     assert build.build(SUPPORTED[0], folder=tmp_path).stat().st_mtime_ns == written
+
+
+@needs_kernels
+@needs_compiler
+def test_a_damaged_object_is_compiled_again(one_source: Path, tmp_path: Path) -> None:
+    library = build.build(SUPPORTED[0], folder=tmp_path)
+    (compiled,) = library.parent.glob("*.o")
+    compiled.write_bytes(compiled.read_bytes()[:64])
+    library.unlink()  # as the next version's library would be linked from the objects that did not change
+    assert ctypes.CDLL(str(build.build(SUPPORTED[0], folder=tmp_path))).one() == 7

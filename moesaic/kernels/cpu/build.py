@@ -43,7 +43,7 @@ _FLAGS = (
 )
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c", "-mavx2")
 _KEPT_DAYS, _SCRATCH_KEPT_DAYS = 60, 1
-_CHECKSUM = ".sha256"  # the suffix of the file beside a library that says what it was when it was written
+_CHECKSUM = ".sha256"  # the suffix of the file beside a library or an object that says what it was when written
 _COMPILERS = ("c++", "g++", "clang++")
 
 # What /proc/cpuinfo must name for an instruction set, the best first.
@@ -145,7 +145,7 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
 def _compile(
     library: Path, keys: dict[Path, str], instruction_set: str, command: list[str], openmp: Path | None
 ) -> Path:
-    """Compile the sources that have no object file under their key yet, and link library; at most once at a time."""
+    """Compile the sources that have no whole object file under their key yet, and link library; once at a time."""
     folder = library.parent
     with _alone(folder / f"{instruction_set}.lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
         if _is_whole(library):  # another process has built it while this one waited
@@ -153,17 +153,15 @@ def _compile(
         objects = {source: folder / f"{source.stem}-{instruction_set}-{key}.o" for source, key in keys.items()}
         if library.exists():
             logger.warning(f"{library} is not what was written there; compiling it again")
-            for compiled in objects.values():  # what spoilt it may have spoilt them
-                compiled.unlink(missing_ok=True)
         # Some 80 s of one core's time (AMD EPYC, g++ 12), shared by the cores there are.
         logger.info(f"compiling the CPU kernels for {instruction_set}: {len(keys)} files, once, about a minute")
 
         def compile_one(source: Path) -> Path:
             compiled = objects[source]
-            if not compiled.exists():
+            if not _is_whole(compiled):
                 part = Path(scratch) / compiled.name
                 _run([*command, "-c", str(source)], part)
-                _move(part, compiled)
+                _keep(part, compiled)
             return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -171,20 +169,25 @@ def _compile(
         linked = Path(scratch) / library.name
         link = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-lgomp"]
         _run([*command, "-shared", *map(str, inputs), *link], linked)
-        checksum = linked.with_suffix(_CHECKSUM)
-        checksum.write_text(_digest(linked.read_bytes()))
-        _move(checksum, library.with_suffix(_CHECKSUM))
-        _move(linked, library)
+        _keep(linked, library)
         _forget_old(folder)
     return library
 
 
-def _is_whole(library: Path) -> bool:
-    """Whether library is there and is what was written: code that is cut off ends the process by a signal."""
+def _is_whole(compiled: Path) -> bool:
+    """Whether a file is there and is what was written: code that is cut off ends the process by a signal."""
     try:
-        return library.with_suffix(_CHECKSUM).read_text() == _digest(library.read_bytes())
+        return compiled.with_suffix(_CHECKSUM).read_text() == _digest(compiled.read_bytes())
     except (FileNotFoundError, UnicodeDecodeError):
         return False
+
+
+def _keep(part: Path, path: Path) -> None:
+    """Put part in its place, and beside it what `_is_whole` knows it by."""
+    checksum = part.with_suffix(_CHECKSUM)
+    checksum.write_text(_digest(part.read_bytes()))
+    _move(checksum, path.with_suffix(_CHECKSUM))
+    _move(part, path)
 
 
 def _move(part: Path, path: Path) -> None:
