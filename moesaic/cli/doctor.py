@@ -104,7 +104,7 @@ def examine(*, measure: bool = False, build: bool = False) -> dict[str, Any]:
         "cpu_kernels": cpu_kernels,
         "built": built,
         "kernels": _examine_kernels(library),
-        "limits": _measure(cuda) if measure and torch["is_usable"] else [],
+        "limits": _measure(cuda, has_cpu=not cpu_kernels["error"]) if measure and cpu_kernels else [],
     }
     findings["problems"] = _find_problems(findings)
     return findings
@@ -188,17 +188,23 @@ def _find_compiler() -> dict[str, str] | None:
 
 
 def _build() -> list[dict[str, Any]]:
-    """Compile the kernels for every instruction set of this machine and return how long each took.
+    """Compile and try the kernels for every instruction set of this machine; return how long each took to compile.
 
-    Raises: DeviceError where that cannot be done.
+    error: what is wrong with those that do not load or fail their self-test, else None.
+    Raises: DeviceError where they cannot be compiled.
     """
-    from moesaic.kernels.cpu.build import build, supported_instruction_sets
+    from moesaic.kernels.cpu.build import build, load, supported_instruction_sets
 
     built = []
     for name in supported_instruction_sets():
         start = time.perf_counter()
         path = build(name)
-        built.append({"instruction_set": name, "seconds": time.perf_counter() - start, "library": str(path)})
+        seconds, error = time.perf_counter() - start, None
+        try:
+            load(name)
+        except DeviceError as failure:
+            error = str(failure)
+        built.append({"instruction_set": name, "seconds": seconds, "library": str(path), "error": error})
     return built
 
 
@@ -231,8 +237,12 @@ def _examine_cpu_kernels() -> tuple[dict[str, Any], "Library | None"]:
         if library is not None:  # no library is handed out that has not passed
             size = library.path.stat().st_size
             described.update(library=str(library.path), library_bytes=size, has_passed_self_test=True)
-    files = [path for path in folder.glob("*") if path.is_file()] if folder.exists() else []
-    described["cache_bytes"] = sum(path.stat().st_size for path in files)
+    try:
+        described["cache_bytes"] = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    except FileNotFoundError:  # nothing has been compiled
+        described["cache_bytes"] = 0
+    except OSError:  # it may not be entered, which a build says when it tries
+        described["cache_bytes"] = None
     return described, library
 
 
@@ -319,12 +329,12 @@ def _library_functions(folder: Path, name: str) -> set[str]:
     return functions
 
 
-def _measure(cuda: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _measure(cuda: list[dict[str, Any]], *, has_cpu: bool) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
     from moesaic.kernels.limits import measure_limits
 
-    devices = ["cpu", *(f"cuda:{index}" for index in range(len(cuda)))]
+    devices = [*(["cpu"] if has_cpu else []), *(f"cuda:{index}" for index in range(len(cuda)))]
     return [
         {**asdict(measure_limits(device=device, seconds=_MEASURE_SECONDS, reuse=False)), "device": device}
         for device in devices
@@ -384,6 +394,12 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
             if findings["compiler"] is None
             else "see what `moesaic doctor --build` says",
         )
+    for built in findings["built"]:
+        if built["error"] is not None:
+            add(
+                f"the CPU kernels for {built['instruction_set']} were compiled and do not work: {built['error']}",
+                "leave MOESAIC_KERNELS unset, which passes over them",
+            )
     # Elsewhere than on Linux the processor's flags are not known well enough to say this.
     has_library = kernels and kernels["library"]
     if not findings["cuda"] and not cpu["has_bf16"] and not has_library and sys.platform.startswith("linux"):
@@ -497,10 +513,13 @@ def _table(findings: dict[str, Any]) -> "Table":
         if kernels["library"]:
             megabytes = kernels["library_bytes"] / 1e6
             row("library", f"{kernels['library']}, {megabytes:.1f} MB, self-test passed")
-        row("kernel cache", f"{kernels['cache_folder']}, {kernels['cache_bytes'] / 1e6:.1f} MB")
+        size = kernels["cache_bytes"]
+        held = "which cannot be read" if size is None else f"{size / 1e6:.1f} MB"
+        row("kernel cache", f"{kernels['cache_folder']}, {held}")
         row("OpenMP", f"{kernels['openmp']}, {counted(torch['threads'], 'thread')}")
     for built in findings["built"]:
-        row(f"built {built['instruction_set']}", f"{built['library']} in {built['seconds']:.1f} s")
+        outcome = "self-test passed" if built["error"] is None else "does not work here"
+        row(f"built {built['instruction_set']}", f"{built['library']} in {built['seconds']:.1f} s, {outcome}")
     implementations: dict[str, list[str]] = {}
     for kernel in findings["kernels"]:
         implementations.setdefault(kernel["implementation"], []).append(kernel["operation"])

@@ -207,14 +207,38 @@ def test_build_compiles_for_every_instruction_set_and_says_how_long_it_took(monk
         asked.append(instruction_set)
         return Path(f"/cache/{instruction_set}.so")
 
+    def load(instruction_set: str) -> None:
+        if instruction_set == "avx2":
+            raise DeviceError("they fail their self-test (step 3)")
+
     monkeypatch.setattr(build_module, "build", build)
+    monkeypatch.setattr(build_module, "load", load)
     monkeypatch.setattr(build_module, "supported_instruction_sets", lambda: ["avx512", "avx2"])
     built = doctor_module._build()
     assert asked == ["avx512", "avx2"]
     assert [each["library"] for each in built] == ["/cache/avx512.so", "/cache/avx2.so"]
     assert all(each["seconds"] >= 0 for each in built)
-    text = text_of({**healthy(), "built": [{**built[0], "seconds": 12.34}]})
-    assert "/cache/avx512.so in 12.3 s" in text
+    findings = {**healthy(), "built": [{**each, "seconds": 12.34} for each in built]}
+    findings["problems"] = _find_problems(findings)
+    text = " ".join(text_of(findings).split())
+    assert "/cache/avx512.so in 12.3 s, self-test passed" in text
+    assert "/cache/avx2.so in 12.3 s, does not work here" in text
+    (problem,) = findings["problems"]
+    assert "for avx2 were compiled and do not work: they fail their self-test (step 3)" in problem["problem"]
+
+
+@pytest.mark.skipif(not select.supported_instruction_sets(), reason="no library is built here")
+def test_a_cache_folder_that_may_not_be_entered_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/" + "x" * 300)  # no user may enter that
+    monkeypatch.delenv(select.VARIABLE, raising=False)
+    select._select.cache_clear()
+    try:
+        findings = examine()
+    finally:
+        select._select.cache_clear()
+    assert findings["cpu_kernels"]["cache_bytes"] is None
+    assert "which cannot be read" in " ".join(text_of(findings).split())
+    assert any("PyTorch's slower operations" in each["problem"] for each in findings["problems"])
 
 
 def test_build_fails_where_nothing_can_be_built(tmp_path: Path) -> None:
@@ -287,6 +311,14 @@ def test_measure_shows_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings["limits"][0]["bf16_flops_per_second"] == 6.2e12
     for expected in ("31.0 GB/s", "6.200 TFLOP/s bf16", "12.500 TOP/s int8"):
         assert expected in text_of(findings)
+
+
+def test_without_the_kernels_that_were_asked_for_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(select.VARIABLE, "mmx")
+    monkeypatch.setattr(doctor_module, "_examine_torch", lambda: (healthy()["torch"], []))
+    findings = examine(measure=True)
+    assert findings["limits"] == []
+    assert any("mmx" in each["problem"] for each in findings["problems"])
 
 
 def test_a_healthy_machine_has_no_problem() -> None:
