@@ -7,13 +7,14 @@ moment leaves the earlier ones untouched. Nothing is ever unpickled. Resharding 
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import RawIOBase
+from io import FileIO, RawIOBase
 from pathlib import Path
 from threading import Event
 from types import MappingProxyType
@@ -114,7 +115,8 @@ def write_manifest(
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
         sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256.get(path.name) or _sha256(path)}
+        with path.open("rb", buffering=0) as file:
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256.get(path.name) or _sha256(file)}
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "metadata": metadata}
     path = folder / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
@@ -194,23 +196,15 @@ def checked_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> 
         yield tensors
 
 
-def check_file(info: CheckpointInfo, name: str) -> Path:
-    """Return the path of one of the checkpoint's files ("model" or "optimizer"), after checking size and hash.
-
-    Raises: CheckpointError for a missing, truncated or corrupt file.
-    """
-    with checked_file(info, name) as path:
-        return path
-
-
 @contextmanager
 def checked_file(info: CheckpointInfo, name: str) -> Iterator[Path]:
     """Give the path of one of the checkpoint's files ("model" or "optimizer"), and check its hash in the meantime.
 
-    Its size is right at once. Only after the context is it known to be what was written: until then, keep what is made
-    of it aside. Whatever else a corrupt file led to, the error is that it is corrupt.
+    Its size is right at once. Only after the context is it known to be what was written, and to have been that all the
+    time: until then, keep what is made of it aside. Whatever else a corrupt file led to, the error is that it is
+    corrupt.
 
-    Raises: CheckpointError for a missing, truncated or corrupt file.
+    Raises: CheckpointError for a missing, truncated or corrupt file, and for one that changes meanwhile.
     """
     file_name = f"{name}.safetensors"
     path, expected = info.path / file_name, info.files.get(file_name)
@@ -218,33 +212,46 @@ def checked_file(info: CheckpointInfo, name: str) -> Iterator[Path]:
         raise CheckpointError(f"{info.path} holds no {file_name}; it holds {', '.join(info.files)}; use another step.")
     try:
         size = path.stat().st_size if path.exists() else 0
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path} has {size} bytes; {expected['bytes']} were written; it is truncated or missing; use another "
+                f"step."
+            )
+        file = path.open("rb", buffering=0)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if size != expected["bytes"]:
-        raise CheckpointError(
-            f"{path} has {size} bytes; {expected['bytes']} were written; it is truncated or missing; use another step."
-        )
     is_over = Event()
-    with ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(_sha256, path, is_over)
+    with file, ThreadPoolExecutor(1) as pool:
+        before = os.fstat(file.fileno())
+        hashing = pool.submit(_sha256, file, is_over)
         try:
             try:
                 yield path
             except Exception:
-                _require_hash(path, hashing, expected["sha256"])
+                _require_as_written(path, file, before, hashing, expected["sha256"])
                 raise
-            _require_hash(path, hashing, expected["sha256"])
+            _require_as_written(path, file, before, hashing, expected["sha256"])
         finally:
             is_over.set()  # nobody waits for a large file's hash after Ctrl-C
 
 
-def _require_hash(path: Path, hashing: Future[str], expected: str) -> None:
+def _require_as_written(path: Path, file: FileIO, before: os.stat_result, hashing: Future[str], expected: str) -> None:
+    """Raise CheckpointError unless the open file has its hash, the path still means it, and nothing was written to it
+    since `before`."""
     try:
         found = hashing.result()
     except OSError as error:
         raise _unreadable(path, error) from None
     if found != expected:
         raise CheckpointError(f"{path} does not have the SHA-256 it was written with; it is corrupt; use another step.")
+
+    now = os.fstat(file.fileno())
+    is_other = path.exists() and not os.path.samestat(path.stat(), now)  # a training may delete what others still read
+    if is_other or (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise CheckpointError(
+            f"{path} changed while it was read; weights that stay as they are are required; try again when nothing "
+            f"writes there."
+        )
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -354,8 +361,7 @@ def update_digest(digest: "_Hash", file: RawIOBase, is_over: Event | None = None
         digest.update(view[:count])
 
 
-def _sha256(path: Path, is_over: Event | None = None) -> str:
+def _sha256(file: FileIO, is_over: Event | None = None) -> str:
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        update_digest(digest, file, is_over)
+    update_digest(digest, file, is_over)
     return digest.hexdigest()

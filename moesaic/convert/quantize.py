@@ -7,6 +7,7 @@ and within its limits. How numbers are rounded is rounding.py's business, on whi
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import KEY, SCALES, VALUES, Scheme, quantization_record, require_unquantized
-from moesaic.checkpoint.store import CheckpointInfo, check_file, resolve_checkpoint, write_manifest
+from moesaic.checkpoint.store import CheckpointInfo, checked_file, resolve_checkpoint, write_manifest
 from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
@@ -126,75 +127,79 @@ def quantize_run(
     info = resolve_checkpoint(run)
     config = load_run_config(info.run_folder)
     output = Path(output)
-    path = check_file(info, "model")
-    plan = _plan(path, info, config, experts=experts, rest=rest, group_size=group_size)
     check_is_new(output)
     check_is_outside(output, info.run_folder)
-    text = _own_shards(config, "--text") if text is None else text
-    calibrate = resolve_calibration(calibrate, config, has_4_bits=any(each.bits == 4 for each in plan.schemes.values()))
-    if text_field is not None and all(each is None or _is_shards(each) for each in (text, calibrate)):
-        raise ConfigError(
-            f"text_field ({text_field}) is given and no text to read it from; shards have no fields; name a text with "
-            f"--text or --calibrate, or leave it out."
+    with ExitStack() as source:
+        path = source.enter_context(checked_file(info, "model"))
+        plan = _plan(path, info, config, experts=experts, rest=rest, group_size=group_size)
+        text = _own_shards(config, "--text") if text is None else text
+        calibrate = resolve_calibration(
+            calibrate, config, has_4_bits=any(each.bits == 4 for each in plan.schemes.values())
         )
-    field = text_field or TEXT_FIELD
-    tokenizer = Tokenizer.load(info.run_folder)
-    num_tokens = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
-    batches = (
-        []
-        if calibrate is None
-        else calibration_batches(calibrate, tokenizer, config, num_tokens=num_tokens, text_field=field)
-    )
-    if calibrate is None and calibration_tokens is not None:
-        raise ConfigError(
-            f"calibration_tokens ({calibration_tokens}) is given without a calibration text; there is nothing to take "
-            f"them from; name a text, or leave it out."
+        if text_field is not None and all(each is None or _is_shards(each) for each in (text, calibrate)):
+            raise ConfigError(
+                f"text_field ({text_field}) is given and no text to read it from; shards have no fields; name a text "
+                f"with --text or --calibrate, or leave it out."
+            )
+        field = text_field or TEXT_FIELD
+        tokenizer = Tokenizer.load(info.run_folder)
+        num_tokens = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
+        batches = (
+            []
+            if calibrate is None
+            else calibration_batches(calibrate, tokenizer, config, num_tokens=num_tokens, text_field=field)
         )
+        if calibrate is None and calibration_tokens is not None:
+            raise ConfigError(
+                f"calibration_tokens ({calibration_tokens}) is given without a calibration text; there is nothing to "
+                f"take them from; name a text, or leave it out."
+            )
 
-    on_progress("measuring the run as it is", 0.0)
-    loaded = load_run(info.run_at_step, device="cpu")
-    windows = text_windows(loaded, text, limit_tokens=limit_tokens, text_field=field)
-    reference = record_reference(loaded.model, windows, device=loaded.device)
-    del loaded  # from here on one layer at a time
+        on_progress("measuring the run as it is", 0.0)
+        loaded = load_run(info.run_at_step, device="cpu")
+        windows = text_windows(loaded, text, limit_tokens=limit_tokens, text_field=field)
+        reference = record_reference(loaded.model, windows, device=loaded.device)
+        del loaded  # from here on one layer at a time
 
-    with folder_in_progress(output) as folder:
-        on_progress("quantising", 0.0)
-        checkpoint = folder / "checkpoints" / info.path.name
-        checkpoint.mkdir(parents=True)
-        _write_tensors(path, checkpoint / "model.safetensors", plan, config, batches, on_progress)
-        record = quantization_record(plan.schemes, experts=plan.experts, rest=plan.rest)
-        metadata = {
-            **{key: value for key, value in info.metadata.items() if key in ("tokens", "model")},
-            KEY: {
-                **record,
-                "source": str(info.run_folder),
-                "calibration": None if calibrate is None else str(calibrate),
-            },
-        }
-        write_manifest(checkpoint, info.step, metadata)
-        write_config(config, folder / "config.yaml")
-        tokenizer.save(folder)
+        with folder_in_progress(output) as folder:
+            on_progress("quantising", 0.0)
+            checkpoint = folder / "checkpoints" / info.path.name
+            checkpoint.mkdir(parents=True)
+            _write_tensors(path, checkpoint / "model.safetensors", plan, config, batches, on_progress)
+            source.close()  # whose weights are known from here on to be those that were measured and read
+            record = quantization_record(plan.schemes, experts=plan.experts, rest=plan.rest)
+            metadata = {
+                **{key: value for key, value in info.metadata.items() if key in ("tokens", "model")},
+                KEY: {
+                    **record,
+                    "source": str(info.run_folder),
+                    "calibration": None if calibrate is None else str(calibrate),
+                },
+            }
+            write_manifest(checkpoint, info.step, metadata)
+            write_config(config, folder / "config.yaml")
+            tokenizer.save(folder)
 
-        on_progress("measuring the quantised run", 0.0)
-        quantized = load_run(folder, device="cpu")
-        result = compare(quantized.model, reference, windows, device=quantized.device)
-        report = QuantizationReport(
-            source=str(info.run_folder),
-            source_step=info.step,
-            experts=plan.experts,
-            rest=plan.rest,
-            group_size=plan.group_size,
-            calibration=None if calibrate is None else str(calibrate),
-            calibration_tokens=sum(batch.numel() for batch in batches),
-            text=str(text),
-            reference=reference.perplexity,
-            quantized=result.perplexity,
-            kl=result.kl,
-            top1_agreement=result.top1_agreement,
-            kinds=plan.reports(),
-        )
-        _check_limits(report, result, max_perplexity_ratio=max_perplexity_ratio, max_kl=max_kl, force=force)
-        (folder / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
+            on_progress("measuring the quantised run", 0.0)
+            quantized = load_run(folder, device="cpu")
+            result = compare(quantized.model, reference, windows, device=quantized.device)
+            report = QuantizationReport(
+                source=str(info.run_folder),
+                source_step=info.step,
+                experts=plan.experts,
+                rest=plan.rest,
+                group_size=plan.group_size,
+                calibration=None if calibrate is None else str(calibrate),
+                calibration_tokens=sum(batch.numel() for batch in batches),
+                text=str(text),
+                reference=reference.perplexity,
+                quantized=result.perplexity,
+                kl=result.kl,
+                top1_agreement=result.top1_agreement,
+                kinds=plan.reports(),
+            )
+            _check_limits(report, result, max_perplexity_ratio=max_perplexity_ratio, max_kl=max_kl, force=force)
+            (folder / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
     return report
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from moesaic.checkpoint.quantized import require_unquantized
-from moesaic.checkpoint.store import CheckpointInfo, check_file, read_info, resolve_checkpoint, write_manifest
+from moesaic.checkpoint.store import CheckpointInfo, checked_file, read_info, resolve_checkpoint, write_manifest
 from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.model import ModelConfig, MoEConfig, RouterConfig
@@ -112,13 +112,13 @@ def upcycle_run(
     output = Path(output)
     check_is_new(output)
     check_is_outside(output, info.run_folder)
-    path = check_file(info, "model")
     tokenizer = Tokenizer.load(info.run_folder)
     with folder_in_progress(output) as folder:
         checkpoint = folder / "checkpoints" / f"step-{0:08d}"
         checkpoint.mkdir(parents=True)
         target = checkpoint / "model.safetensors"
-        _write_tensors(path, target, training.model, model, noise=noise, seed=seed, on_progress=on_progress)
+        with checked_file(info, "model") as path:
+            _write_tensors(path, target, training.model, model, noise=noise, seed=seed, on_progress=on_progress)
         metadata = {
             "tokens": 0,
             "model": model.to_dict(),
@@ -145,7 +145,7 @@ def upcycle_run(
             parameters_after=after.total,
             active_parameters_before=before.active,
             active_parameters_after=after.active,
-            bytes_before=path.stat().st_size,
+            bytes_before=info.files["model.safetensors"]["bytes"],
             bytes_after=target.stat().st_size,
             max_logit_difference=_logit_difference(info, new, training, model, tokenizer),
         )

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import require_unquantized
-from moesaic.checkpoint.store import check_file
+from moesaic.checkpoint.store import checked_file
 from moesaic.config.base import differing
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.data.loader import Batch
@@ -270,7 +270,7 @@ def copy_layers(
         load = loads[source].double()
         ids = sorted(load.argsort(descending=True, stable=True)[:kept].tolist())
         copied.append(CopiedLayer(source, tuple(ids), float(load[ids].sum() / load.sum().clamp_min(1))))
-    with safe_open(check_file(teacher.info, "model"), framework="pt") as file:
+    with checked_file(teacher.info, "model") as path, safe_open(path, framework="pt") as file:
         for name, tensor in model.state_dict().items():
             tensor.copy_(_source_of(name, file, model.config, theirs, copied))
     return tuple(copied)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import Scheme, is_quantized, quantization_schemes, require_unquantized, take_quantized
-from moesaic.checkpoint.store import CheckpointInfo, check_file, checked_tensors, resolve_checkpoint
+from moesaic.checkpoint.store import CheckpointInfo, checked_file, checked_tensors, resolve_checkpoint
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ def copy_weights(model: Transformer, info: CheckpointInfo) -> None:
     Raises: CheckpointError for a file that is missing or corrupt, or does not fit the model.
     """
     own = model.state_dict()
-    with safe_open(check_file(info, "model"), framework="pt") as file:
+    with checked_file(info, "model") as path, safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: torch.empty(each.get_shape(), device="meta") for name, each in slices.items()}
         _check_fit(own, shapes, info)

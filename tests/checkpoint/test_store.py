@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -211,6 +212,21 @@ def test_a_corrupt_file_is_the_error_whatever_was_made_of_it_meanwhile(tmp_path:
     truncate(info.path)
     with pytest.raises(CheckpointError, match="were written"), checked_file(info, "model"):
         raise AssertionError("its size is looked at first")
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    info = save(tmp_path, 1)
+    file = info.path / "model.safetensors"
+    whole = file.read_bytes()
+    for change in (
+        lambda: file.write_bytes(whole),  # the reader may have seen what is no longer there
+        lambda: (tmp_path / "other").write_bytes(whole) and (tmp_path / "other").rename(file),
+    ):
+        with pytest.raises(CheckpointError, match="changed while it was read"), checked_file(info, "model"):
+            time.sleep(0.02)  # times of files go on in steps
+            change()
+    with checked_file(info, "model"):
+        file.unlink()  # as a training prunes its checkpoints: who has it open still reads what was there
 
 
 def test_broken_later_checkpoints_are_set_aside_and_take_no_place_among_the_kept(tmp_path: Path) -> None:

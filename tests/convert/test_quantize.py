@@ -371,6 +371,21 @@ def test_a_corrupt_source_or_result_is_found(make_run: Any, tmp_path: Path) -> N
     assert not (tmp_path / "never").exists()
 
 
+def test_what_is_rounded_is_what_was_checked(make_run: Any, tmp_path: Path) -> None:
+    run, out = make_run("moe"), tmp_path / "out"
+    file = resolve_checkpoint(run).path / "model.safetensors"
+
+    def change(stage: str, share: float) -> None:
+        if (stage, share) == ("quantising", 0.0):  # the run has been measured by then
+            data = bytearray(file.read_bytes())
+            data[-3] ^= 0x20
+            file.write_bytes(data)
+
+    with pytest.raises(CheckpointError, match=r"SHA-256|changed while it was read"):
+        quantize(run, out, on_progress=change)
+    assert list(tmp_path.glob("*out*")) == []
+
+
 def test_a_manifest_that_names_what_is_not_there_is_found(make_run: Any, tmp_path: Path) -> None:
     run, out = make_run("moe"), tmp_path / "out"
     quantize(run, out)

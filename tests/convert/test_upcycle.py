@@ -316,6 +316,21 @@ def test_sources_that_cannot_be_upcycled_are_refused(make_run: MakeRun, tmp_path
     assert not out.exists() and not list(tmp_path.glob(".writing*"))
 
 
+def test_what_is_copied_is_what_was_checked(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("dense")
+    file = resolve_checkpoint(run).path / "model.safetensors"
+
+    def change(stage: str, share: float) -> None:
+        if stage == "upcycling":
+            data = bytearray(file.read_bytes())
+            data[-3] ^= 0x20
+            file.write_bytes(data)
+
+    with pytest.raises(CheckpointError, match=r"SHA-256|changed while it was read"):
+        upcycle_run(run, tmp_path / "out", experts=2, on_progress=change)
+    assert list(tmp_path.glob("*out*")) == []
+
+
 def test_training_moves_the_factor_first_and_then_the_experts(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
