@@ -44,6 +44,7 @@ _FLAGS = (
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c", "-mavx2")
 _KEPT_DAYS, _SCRATCH_KEPT_DAYS = 60, 1
 _CHECKSUM = ".sha256"  # the suffix of the file beside a library or an object that says what it was when written
+_NO_MEMORY = -(1 << 63)  # as source/export.h has it
 _COMPILERS = ("c++", "g++", "clang++")
 
 # What /proc/cpuinfo must name for an instruction set, the best first.
@@ -75,7 +76,7 @@ class Library:
     def function(self, name: str, signature: str) -> Callable[..., int]:
         """Return an exported function taking what signature says: p pointer, i int64, f float, d double.
 
-        It is to be called on the thread that asked for it.
+        It is to be called on the thread that asked for it, and raises MemoryError where it is refused memory.
         """
         # OpenMP counts for each thread apart, and torch tells it of torch.set_num_threads when a thread first asks.
         self.num_threads()
@@ -88,7 +89,18 @@ def _function(handle: ctypes.CDLL, name: str, signature: str) -> Callable[..., i
     function = handle[name]  # a new object, not one shared through an attribute
     function.argtypes = [kinds[kind] for kind in signature]
     function.restype = ctypes.c_int64
+    function.errcheck = _require_memory
     return function
+
+
+def _require_memory(result: Any, function: Any, arguments: Any) -> Any:
+    """Return what a function of the kernels returned."""
+    if result == _NO_MEMORY:
+        raise MemoryError(
+            "the CPU kernels were refused the memory that they work in; room for it is required; use shorter or fewer "
+            "sequences at a time, or raise the limit (ulimit -v, a container's)."
+        )
+    return result
 
 
 def supported_instruction_sets() -> list[str]:

@@ -8,7 +8,7 @@
 MOESAIC_EXPORT int64_t moesaic_latent_write(const uint16_t* vectors, int64_t stride, int64_t num_tokens, void* latents,
                                             int64_t num_blocks, int64_t dim, int64_t block_size, const int32_t* starts,
                                             const int32_t* lengths, const int32_t* tables, int64_t num_sequences,
-                                            int64_t table_width) {
+                                            int64_t table_width) try {
     using namespace moesaic;
     const PagedCache cache{latents, nullptr, nullptr, nullptr, num_blocks, 1, dim, block_size};
     const PagedBatch batch{starts, lengths, tables, num_sequences, table_width};
@@ -21,14 +21,14 @@ MOESAIC_EXPORT int64_t moesaic_latent_write(const uint16_t* vectors, int64_t str
         });
     });
     return 0;
-}
+} MOESAIC_NO_MEMORY
 
 // query (T, num_heads, dim rounded up to 32) bf16, zeros behind dim; out (T, num_heads, rank rounded up to 32) bf16.
 MOESAIC_EXPORT int64_t moesaic_latent_attention(const uint16_t* query, uint16_t* out, int64_t num_tokens,
                                                 int64_t num_heads, int64_t rank, float scale, void* latents,
                                                 int64_t num_blocks, int64_t dim, int64_t block_size,
                                                 const int32_t* starts, const int32_t* lengths, const int32_t* tables,
-                                                int64_t num_sequences, int64_t table_width) {
+                                                int64_t num_sequences, int64_t table_width) try {
     using namespace moesaic;
     const PagedCache cache{latents, nullptr, nullptr, nullptr, num_blocks, 1, dim, block_size};
     const PagedBatch batch{starts, lengths, tables, num_sequences, table_width};
@@ -40,4 +40,4 @@ MOESAIC_EXPORT int64_t moesaic_latent_attention(const uint16_t* query, uint16_t*
                           batch, &plan.parts.front(), partials.get<float>(plan.partial_floats + 1)};
     run_team(plan.work, [&](Team& team) { latent_attention(team, call); });
     return 0;
-}
+} MOESAIC_NO_MEMORY

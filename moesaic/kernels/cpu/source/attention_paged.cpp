@@ -11,7 +11,7 @@ MOESAIC_EXPORT int64_t moesaic_paged_write(const uint16_t* key, int64_t key_stri
                                            float* key_scales, float* value_scales, int64_t num_blocks,
                                            int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
                                            const int32_t* starts, const int32_t* lengths, const int32_t* tables,
-                                           int64_t num_sequences, int64_t table_width) {
+                                           int64_t num_sequences, int64_t table_width) try {
     using namespace moesaic;
     const PagedCache cache{keys, values, key_scales, value_scales, num_blocks, num_kv_heads, head_dim, block_size};
     const PagedBatch batch{starts, lengths, tables, num_sequences, table_width};
@@ -26,7 +26,7 @@ MOESAIC_EXPORT int64_t moesaic_paged_write(const uint16_t* key, int64_t key_stri
         });
     });
     return 0;
-}
+} MOESAIC_NO_MEMORY
 
 // query (T, num_heads, head_dim) bf16, tokens query_stride elements apart; out (T, num_heads, head_dim) bf16. window: the
 // positions that a query sees, 0 for all; sinks (num_heads) or null.
@@ -36,7 +36,7 @@ MOESAIC_EXPORT int64_t moesaic_paged_attention(const uint16_t* query, int64_t qu
                                                void* values, float* key_scales, float* value_scales,
                                                int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
                                                int64_t block_size, const int32_t* starts, const int32_t* lengths,
-                                               const int32_t* tables, int64_t num_sequences, int64_t table_width) {
+                                               const int32_t* tables, int64_t num_sequences, int64_t table_width) try {
     using namespace moesaic;
     const PagedCache cache{keys, values, key_scales, value_scales, num_blocks, num_kv_heads, head_dim, block_size};
     const PagedBatch batch{starts, lengths, tables, num_sequences, table_width};
@@ -47,4 +47,4 @@ MOESAIC_EXPORT int64_t moesaic_paged_attention(const uint16_t* query, int64_t qu
                              scale, sinks, cache, batch, &plan, partials.get<float>(plan.partial_floats + 1)};
     run_team(plan.work, [&](Team& team) { paged_attention(team, call); });
     return 0;
-}
+} MOESAIC_NO_MEMORY

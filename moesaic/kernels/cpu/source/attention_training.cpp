@@ -52,7 +52,7 @@ void run(const AttentionShape& shape, const int64_t* numbers, size_t (*shared_by
 MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, double scale, const int64_t* strides,
                                                  const void* query, const void* key, const void* value,
                                                  const int64_t* documents, const float* sinks, void* out,
-                                                 float* normalizers) {
+                                                 float* normalizers) try {
     using namespace moesaic;
     const AttentionShape shape = shape_of(sizes, scale);
     run(shape, documents, forward_shared_bytes, [&](Team& team, const Documents& ranked, void* shared) {
@@ -67,14 +67,14 @@ MOESAIC_EXPORT int64_t moesaic_attention_forward(const int64_t* sizes, double sc
         attention_forward(team, arguments, shared);
     });
     return 0;
-}
+} MOESAIC_NO_MEMORY
 
 // strides: three each of query, key, value, out and grad; grad_sinks (batch, heads, length / 32 rounded up) or null.
 MOESAIC_EXPORT int64_t moesaic_attention_backward(const int64_t* sizes, double scale, const int64_t* strides,
                                                   const void* query, const void* key, const void* value,
                                                   const void* out, const void* grad, const int64_t* documents,
                                                   const float* normalizers, const float* sinks, void* grad_query,
-                                                  void* grad_key, void* grad_value, float* grad_sinks) {
+                                                  void* grad_key, void* grad_value, float* grad_sinks) try {
     using namespace moesaic;
     const AttentionShape shape = shape_of(sizes, scale);
     run(shape, documents, backward_shared_bytes, [&](Team& team, const Documents& ranked, void* shared) {
@@ -94,4 +94,4 @@ MOESAIC_EXPORT int64_t moesaic_attention_backward(const int64_t* sizes, double s
         attention_backward(team, arguments, shared);
     });
     return 0;
-}
+} MOESAIC_NO_MEMORY

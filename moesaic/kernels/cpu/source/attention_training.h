@@ -839,13 +839,7 @@ inline void attention_backward(Team& team, const BackwardArguments& arguments, v
                     const long turn = long(member) * query_steps + query_steps - 1 - queries;
                     backward_step(arguments, visibility, step * kBackwardKeys, queries * kBackwardQueries,
                                   together.pairs[slot], together.heads[slot * group + member], work, none, [&] {
-                                      if (step == 0) return;
-                                      for (int spin = 0; progress[-1].load(std::memory_order_acquire) <= turn; ++spin) {
-                                          if (spin < 1000)
-                                              __builtin_ia32_pause();
-                                          else
-                                              sched_yield();
-                                      }
+                                      if (step > 0) team.wait_for(progress[-1], turn + 1);
                                   });
                     progress->store(turn + 1, std::memory_order_release);
                 }

@@ -20,18 +20,18 @@ int64_t find_wrong(const int64_t* targets, int64_t tokens, int64_t vocabulary) {
 
 // 0, or 1 + the number of the first token whose target is outside the vocabulary.
 MOESAIC_EXPORT int64_t moesaic_cross_entropy(void* logits, int64_t is_bf16, const int64_t* targets, int64_t tokens,
-                                             int64_t vocabulary, float* losses, int64_t wants_gradient) {
+                                             int64_t vocabulary, float* losses, int64_t wants_gradient) try {
     if (const int64_t wrong = find_wrong(targets, tokens, vocabulary)) return wrong;
     const CrossEntropyArguments arguments{logits,     is_bf16 != 0, targets,       tokens,
                                           vocabulary, losses,       wants_gradient != 0};
     run_team(20.0 * double(tokens) * double(vocabulary), [&](Team& team) { cross_entropy(team, arguments); });
     return 0;
-}
+} MOESAIC_NO_MEMORY
 
 // As above; grad_hidden and grad_weight are null where the losses are all that is wanted.
 MOESAIC_EXPORT int64_t moesaic_linear_cross_entropy(const bf16* hidden, const bf16* weight, const int64_t* targets,
                                                     int64_t tokens, int64_t size, int64_t vocabulary, float* losses,
-                                                    bf16* grad_hidden, float* grad_weight) {
+                                                    bf16* grad_hidden, float* grad_weight) try {
     if (const int64_t wrong = find_wrong(targets, tokens, vocabulary)) return wrong;
     if (!tokens && grad_weight) std::fill_n(grad_weight, vocabulary * size, 0.0f);
     thread_local Scratch shared;
@@ -41,4 +41,4 @@ MOESAIC_EXPORT int64_t moesaic_linear_cross_entropy(const bf16* hidden, const bf
     run_team(2.0 * double(tokens) * double(size) * double(vocabulary),
              [&](Team& team) { linear_cross_entropy(team, arguments, scratch); });
     return 0;
-}
+} MOESAIC_NO_MEMORY

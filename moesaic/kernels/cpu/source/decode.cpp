@@ -5,19 +5,19 @@
 #include "export.h"
 
 // The router's weight (E, H) in the form that a DecodeLayer takes; the number of floats in it where panels is null.
-MOESAIC_EXPORT int64_t moesaic_decode_router(int64_t experts, int64_t hidden, const float* weight, float* panels) {
+MOESAIC_EXPORT int64_t moesaic_decode_router(int64_t experts, int64_t hidden, const float* weight, float* panels) try {
     using namespace moesaic;
     if (panels) pack_router(experts, hidden, weight, panels);
     return int64_t(router_panel_floats(experts, hidden));
-}
+} MOESAIC_NO_MEMORY
 
 // Have pages read as a pass has those of likely experts read, without waiting for them: so that tests reach the reader.
-MOESAIC_EXPORT int64_t moesaic_want_pages(const uint8_t* from, int64_t bytes) {
+MOESAIC_EXPORT int64_t moesaic_want_pages(const uint8_t* from, int64_t bytes) try {
     using namespace moesaic;
     ExpertReader& reader = ExpertReader::instance();
     reader.want(reader.reach_next() + 1, {{from, size_t(bytes)}});
     return 0;
-}
+} MOESAIC_NO_MEMORY
 
 // `caches` holds one PagedCache for each layer, `rows` the tokens (strictly rising) whose logits are wanted. Returns 1
 // when positions of the batch have no block or are more than the model has, or rows name no tokens, 2 for a token outside
@@ -27,7 +27,7 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
                                       int64_t num_sequences, int64_t table_width, const int64_t* tokens,
                                       int64_t num_tokens, uint16_t* hidden, int64_t* expert_ids,
                                       float* routing_weights, const int64_t* rows, int64_t num_rows,
-                                      float* logits) {
+                                      float* logits) try {
     using namespace moesaic;
     static thread_local Scratch workspace, places;
     DecodeCall call{model,      static_cast<const PagedCache*>(caches), {starts, lengths, tables, num_sequences, table_width},
@@ -61,4 +61,4 @@ MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double 
     run_team(work_per_token * double(num_tokens) + attention + head, [&](Team& team) { decode(team, call, work); });
     if (model->guesses) ++model->guesses->num_passes;
     return 0;
-}
+} MOESAIC_NO_MEMORY

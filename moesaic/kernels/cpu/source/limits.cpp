@@ -154,23 +154,23 @@ void fp32_rounds(int64_t rounds) {
 // Each reads, or does `rounds` times per task, and returns how many bytes were read or operations done (a multiplication
 // and an addition are two).
 
-MOESAIC_EXPORT int64_t moesaic_limit_read(const char* from, int64_t bytes) {
+MOESAIC_EXPORT int64_t moesaic_limit_read(const char* from, int64_t bytes) try {
     using namespace moesaic;
     const long blocks = bytes / int64_t(kReadBlock);
     run_team(1e12, [&](Team& team) {
         team.tasks(blocks, [&](long block) { read_block(from + block * kReadBlock, kReadBlock); });
     });
     return blocks * int64_t(kReadBlock);
-}
+} MOESAIC_NO_MEMORY
 
-MOESAIC_EXPORT int64_t moesaic_limit_bf16(int64_t rounds) {
+MOESAIC_EXPORT int64_t moesaic_limit_bf16(int64_t rounds) try {
     return moesaic::count_operations(rounds, moesaic::kBf16Operations, moesaic::bf16_rounds);
-}
+} MOESAIC_NO_MEMORY
 
-MOESAIC_EXPORT int64_t moesaic_limit_int8(int64_t rounds) {
+MOESAIC_EXPORT int64_t moesaic_limit_int8(int64_t rounds) try {
     return moesaic::count_operations(rounds, moesaic::kInt8Operations, moesaic::int8_rounds);
-}
+} MOESAIC_NO_MEMORY
 
-MOESAIC_EXPORT int64_t moesaic_limit_fp32(int64_t rounds) {
+MOESAIC_EXPORT int64_t moesaic_limit_fp32(int64_t rounds) try {
     return moesaic::count_operations(rounds, int64_t(moesaic::kSums) * 2 * moesaic::W, moesaic::fp32_rounds);
-}
+} MOESAIC_NO_MEMORY

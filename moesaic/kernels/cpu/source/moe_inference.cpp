@@ -5,7 +5,7 @@
 #include "export.h"
 
 // `arguments` has no workspace. 1 when an id names no expert.
-MOESAIC_EXPORT int64_t moesaic_packed_moe(const moesaic::MoeCall* arguments) {
+MOESAIC_EXPORT int64_t moesaic_packed_moe(const moesaic::MoeCall* arguments) try {
     using namespace moesaic;
     MoeCall call = *arguments;
     for (int64_t i = 0; i < call.tokens * call.top_k; ++i)
@@ -19,4 +19,4 @@ MOESAIC_EXPORT int64_t moesaic_packed_moe(const moesaic::MoeCall* arguments) {
     if (call.residual) work += work_of(*call.residual, call.tokens);
     run_team(work, [&](Team& team) { packed_moe(team, call); });
     return 0;
-}
+} MOESAIC_NO_MEMORY

@@ -64,14 +64,14 @@ MoeTrainingScratch prepare(const MoeTraining& m, bool backward) {
 }  // namespace
 }  // namespace moesaic
 
-MOESAIC_EXPORT int64_t moesaic_moe_training_forward(const moesaic::MoeTraining* m) {
+MOESAIC_EXPORT int64_t moesaic_moe_training_forward(const moesaic::MoeTraining* m) try {
     const moesaic::MoeTrainingScratch scratch = moesaic::prepare(*m, false);
     moesaic::run_team(moesaic::work(*m), [&](moesaic::Team& team) { moe_training_forward(team, *m, scratch); });
     return 0;
-}
+} MOESAIC_NO_MEMORY
 
-MOESAIC_EXPORT int64_t moesaic_moe_training_backward(const moesaic::MoeTraining* m) {
+MOESAIC_EXPORT int64_t moesaic_moe_training_backward(const moesaic::MoeTraining* m) try {
     const moesaic::MoeTrainingScratch scratch = moesaic::prepare(*m, true);
     moesaic::run_team(2 * moesaic::work(*m), [&](moesaic::Team& team) { moe_training_backward(team, *m, scratch); });
     return 0;
-}
+} MOESAIC_NO_MEMORY

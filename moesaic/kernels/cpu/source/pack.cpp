@@ -8,15 +8,15 @@ using namespace moesaic;
 
 // Every row of x (rows, depth), rotated, times a scale: out (rows, depth) in fp32.
 MOESAIC_EXPORT int64_t moesaic_rotate_rows(const void* x, int64_t is_bf16, int64_t rows, int64_t depth, float scale,
-                                           float* out) {
+                                           float* out) try {
     const WeightRows weight{x, is_bf16 != 0, rows, depth};
     run_team(16.0 * double(rows) * double(depth), [&](Team& team) { rotate_rows(team, weight, scale, out); });
     return 0;
-}
+} MOESAIC_NO_MEMORY
 
 // scales are fp32 (rows) for 8 bits (group 0), else bf16 (rows, depth / group).
 MOESAIC_EXPORT int64_t moesaic_quantize_weight(const void* x, int64_t is_bf16, int64_t rows, int64_t depth, int64_t group,
-                                               void* values, void* scales) {
+                                               void* values, void* scales) try {
     const WeightRows weight{x, is_bf16 != 0, rows, depth};
     run_team(32.0 * double(rows) * double(depth), [&](Team& team) {
         if (group)
@@ -25,19 +25,19 @@ MOESAIC_EXPORT int64_t moesaic_quantize_weight(const void* x, int64_t is_bf16, i
             quantize_to_bytes(team, weight, static_cast<int8_t*>(values), static_cast<float*>(scales));
     });
     return 0;
-}
+} MOESAIC_NO_MEMORY
 
 // In MXFP4: values (rows, depth / 2) and scales (rows, depth / 32).
 MOESAIC_EXPORT int64_t moesaic_quantize_to_mxfp4(const void* x, int64_t is_bf16, int64_t rows, int64_t depth,
-                                                 uint8_t* values, uint8_t* scales) {
+                                                 uint8_t* values, uint8_t* scales) try {
     const WeightRows weight{x, is_bf16 != 0, rows, depth};
     run_team(16.0 * double(rows) * double(depth), [&](Team& team) { quantize_to_mxfp4(team, weight, values, scales); });
     return 0;
-}
+} MOESAIC_NO_MEMORY
 
 // `count` matrices (rows, depth) into panels at packed->data.
 MOESAIC_EXPORT int64_t moesaic_pack_weight(const Packed* packed, int64_t count, int64_t rows, const void* numbers,
-                                           int64_t is_fp32, const uint8_t* scales, int64_t is_gated) {
+                                           int64_t is_fp32, const uint8_t* scales, int64_t is_gated) try {
     const Unpacked weight{static_cast<const char*>(numbers), is_fp32 != 0, scales, is_gated != 0};
     const int64_t panels = count * packed->panels();
     run_team(8.0 * double(panels) * kPanel * double(packed->depth), [&](Team& team) {
@@ -47,4 +47,4 @@ MOESAIC_EXPORT int64_t moesaic_pack_weight(const Packed* packed, int64_t count, 
         });
     });
     return 0;
-}
+} MOESAIC_NO_MEMORY

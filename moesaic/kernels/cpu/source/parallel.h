@@ -3,6 +3,9 @@
 // A kernel opens one team and goes through its phases with the team's own barrier: it spins for some microseconds, then
 // yields the core. A thread that another program has pushed off its core costs the others what it missed, not a
 // multiple, because tasks beyond each thread's first are taken one by one and not dealt out beforehand.
+//
+// Where a member is refused memory (std::bad_alloc), those that wait for it leave by the same exception, and so does the
+// call, on the thread that made it.
 #pragma once
 
 #include <sched.h>
@@ -38,6 +41,7 @@ struct TeamState {
     Number taken[kCounters];  // tasks of a phase, beyond the first one of each member
     Number reached[kFlags];   // barriers that each member has come to, where there are few members
     Number arrivals, passed;  // of all, and barriers that all have come to, where there are many
+    std::atomic<bool> lacks_memory{false};  // a member has left
 };
 
 // One member's hold on its team.
@@ -56,16 +60,29 @@ class Team {
         if (size_ <= TeamState::kFlags) {
             state_.reached[member_].value.store(phase, std::memory_order_release);
             for (int other = 0; other < size_; ++other)
-                if (other != member_) wait_for(state_.reached[other], phase);
+                if (other != member_) wait_for(state_.reached[other].value, phase);
         } else if (state_.arrivals.value.fetch_add(1, std::memory_order_acq_rel) + 1 == phase * size_) {
             state_.passed.value.store(phase, std::memory_order_release);
         } else {
-            wait_for(state_.passed, phase);
+            wait_for(state_.passed.value, phase);
         }
         // The next phase's counter was last used three phases ago, and is not again before everyone has met.
         const int next = int((phase + 1) % TeamState::kCounters);
         if (member_ == 0 && is_used_[next]) state_.taken[next].value.store(0, std::memory_order_relaxed);
         is_used_[next] = false;
+    }
+
+    // Wait until a number that another member raises is at least so much.
+    void wait_for(const std::atomic<long>& number, long least) const {
+        constexpr int kSpins = 4000;
+        for (int spin = 0; number.load(std::memory_order_acquire) < least; ++spin) {
+            if (spin < kSpins) {
+                __builtin_ia32_pause();
+            } else {
+                if (state_.lacks_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
+                sched_yield();
+            }
+        }
     }
 
     // Call task(i) for i in [0, count), each once: the first ones by the member of that number, the others by whoever is
@@ -86,16 +103,6 @@ class Team {
     }
 
   private:
-    static void wait_for(const TeamState::Number& number, long phase) {
-        constexpr int kSpins = 4000;
-        for (int spin = 0; number.value.load(std::memory_order_acquire) < phase; ++spin) {
-            if (spin < kSpins)
-                __builtin_ia32_pause();
-            else
-                sched_yield();
-        }
-    }
-
     TeamState& state_;
     const int size_, member_;
     long phase_ = 0;
@@ -138,6 +145,7 @@ struct Slices {
 
 // Run body(team) on every thread: torch.get_num_threads() of them, or one inside somebody else's parallel region.
 // `work` is an estimate of the fp32 operations to do; too little to share is done by the calling thread.
+// Throws std::bad_alloc where a thread does.
 template <typename Body>
 void run_team(double work, Body&& body) {
     int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
@@ -146,11 +154,20 @@ void run_team(double work, Body&& body) {
         TeamState state;
         int size;
         std::remove_reference_t<Body>* body;
+
+        void run(int team_size, int member) {
+            try {
+                Team team(state, team_size, member);
+                (*body)(team);
+            } catch (const std::bad_alloc&) {
+                state.lacks_memory.store(true, std::memory_order_relaxed);
+            }
+            leave_tiles();
+        }
     } call{{}, threads, &body};
     if (threads == 1) {
-        Team alone(call.state, 1, 0);
-        body(alone);
-        leave_tiles();
+        call.run(1, 0);
+        if (call.state.lacks_memory) throw std::bad_alloc();
         return;
     }
     GOMP_parallel(
@@ -159,13 +176,10 @@ void run_team(double work, Body&& body) {
             const int member = omp_get_thread_num();
             // Fewer threads than asked for would wait for ever at the first barrier.
             const bool is_whole = omp_get_num_threads() == shared.size;
-            if (is_whole || member == 0) {
-                Team team(shared.state, is_whole ? shared.size : 1, member);
-                (*shared.body)(team);
-            }
-            leave_tiles();
+            if (is_whole || member == 0) shared.run(is_whole ? shared.size : 1, member);
         },
         &call, unsigned(threads), 0);
+    if (call.state.lacks_memory) throw std::bad_alloc();
 }
 
 // A buffer that lives as long as its thread and only grows: fresh pages cost more than the work done on them.

@@ -186,8 +186,20 @@ bool team_does_each_task_once() {
 }  // namespace
 }  // namespace moesaic
 
+// Have a member of a team ask for more memory than there can be, while the others wait: so that tests see what follows.
+MOESAIC_EXPORT int64_t moesaic_lack_memory(int64_t member) try {
+    using namespace moesaic;
+    run_team(1e9, [&](Team& team) {
+        team.barrier();
+        Scratch scratch;
+        if (team.member() == member) scratch.get<char>(size_t(1) << 62);
+        team.barrier();
+    });
+    return 0;
+} MOESAIC_NO_MEMORY
+
 // 0, or the number of the first step that went wrong.
-MOESAIC_EXPORT int64_t moesaic_self_test() {
+MOESAIC_EXPORT int64_t moesaic_self_test() try {
     using namespace moesaic;
     for (int rows : {1, 2, 7, 16, 17, 31, 32, 33, 70})
         for (int k : {32, 96}) {
@@ -216,4 +228,4 @@ MOESAIC_EXPORT int64_t moesaic_self_test() {
                 if (!vectors_are_tiles(rows, k, exponent)) return 6;
 #endif
     return 0;
-}
+} MOESAIC_NO_MEMORY
