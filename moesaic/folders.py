@@ -1,5 +1,6 @@
 """Folders that we write: how one is named, one process at a time writes it, and its files are replaced whole."""
 
+import errno
 import json
 import os
 import weakref
@@ -83,8 +84,14 @@ def foreign_model(path: Path) -> str | None:
 
 
 def writing_path(path: Path) -> Path:
-    """Return where a file is written before it takes its name; a process that is killed leaves it there."""
-    return path.with_name(f".writing-{path.name}")
+    """Return where a file or a folder is written before it takes its name; a process that is killed leaves it there.
+
+    Raises: FileExistsError for a link there, which is none of ours: what it leads to would be overwritten.
+    """
+    temporary = path.with_name(f".writing-{path.name}")
+    if temporary.is_symlink():
+        raise FileExistsError(errno.EEXIST, "a link has the name under which it is written first", str(temporary))
+    return temporary
 
 
 def check_can_be_written(path: Path) -> None:

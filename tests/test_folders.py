@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.errors import FolderInUseError
-from moesaic.folders import FolderLock, is_being_written, run_name, split_run, write_whole
+from moesaic.errors import ConfigError, FolderInUseError
+from moesaic.folders import FolderLock, check_can_be_written, is_being_written, run_name, split_run, write_whole
 
 fcntl = pytest.importorskip("fcntl", reason="no locks of the system")
 
@@ -158,3 +158,14 @@ def test_a_run_is_called_as_its_folder_however_the_way_there_is_written(
         ".": "first", "..": "runs", "../first/": "first", "../first@80": "first", ".@80": "first",
         "../../latest": "latest",
     }  # fmt: skip
+
+
+def test_a_link_where_a_file_is_written_first_is_neither_followed_nor_deleted(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    link = tmp_path / ".writing-out"
+    link.symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match="a link has the name under which it is written first"):
+        write_whole(tmp_path / "out", "content")
+    with pytest.raises(ConfigError, match=r"out cannot be written \(a link has the name .*\); .*; name another"):
+        check_can_be_written(tmp_path / "out")
+    assert link.is_symlink() and (tmp_path / "mine").read_text() == "mine"

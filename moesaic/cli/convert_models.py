@@ -51,7 +51,7 @@ def import_(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress(kept="nothing was written") as show:
+    with shown_progress(kept="nothing was written", output=run) as show:
         certificate = import_model(path, run, tokenizer=tokenizer, force=force, on_progress=show)
     _print(certificate, as_json, f"Written to {run}. Next: moesaic generate {quote(str(run))} --prompt '...'")
 
@@ -81,7 +81,7 @@ def export_(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress(kept="nothing was written") as show:
+    with shown_progress(kept="nothing was written", output=path) as show:
         certificate = export_run(
             run,
             path,

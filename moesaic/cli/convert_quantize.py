@@ -90,7 +90,7 @@ def quantize(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()
-    with shown_progress(kept="nothing was written") as show:
+    with shown_progress(kept="nothing was written", output=output) as show:
         report = quantize_run(
             run,
             output,

@@ -66,7 +66,7 @@ def upcycle(
 
     log_to_stderr()
     counts = expert_counts(experts)
-    with shown_progress(kept="nothing was written") as show:
+    with shown_progress(kept="nothing was written", output=output) as show:
         report = upcycle_run(
             dense,
             output,

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
@@ -12,17 +13,27 @@ from moesaic.logs import OnProgress
 
 
 @contextmanager
-def ends_on_interrupt(kept: str) -> Iterator[None]:
+def ends_on_interrupt(kept: str, *, output: Path | None = None) -> Iterator[None]:
     """Let Ctrl-C end the command with status 130 and a line on standard error that says what it has kept.
 
-    SIGTERM and SIGHUP are taken as Ctrl-C is.
+    output: a new folder that appears when it is whole; kept holds until then. SIGTERM and SIGHUP are taken as Ctrl-C.
     """
+    is_new = output is not None and not _exists(output)
     try:
         with _signals_as_interrupts():
             yield
     except KeyboardInterrupt:
+        if is_new and output is not None and _exists(output):
+            kept = f"{output} was written, and is whole"
         typer.echo(f"Stopped; {kept}.", err=True)
         raise typer.Exit(130) from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
 
 
 @contextmanager
@@ -47,13 +58,13 @@ def _signals_as_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def shown_progress(*, kept: str) -> "Iterator[OnProgress]":
-    """Show the stage on standard error, where it does not mix with --json; kept: as ends_on_interrupt takes it."""
+def shown_progress(*, kept: str, output: Path | None = None) -> "Iterator[OnProgress]":
+    """Show the stage on standard error, where it does not mix with --json; the rest as ends_on_interrupt takes it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=open_console(stderr=True), transient=True)
-    with ends_on_interrupt(kept), bars:
+    with ends_on_interrupt(kept, output=output), bars:
         task = bars.add_task("reading", total=None)
 
         def show(stage: str, share: float) -> None:

@@ -36,9 +36,9 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
 
     Raises: FolderInUseError where another process is making the same; ConversionError where it cannot be written.
     """
-    temporary = writing_path(output)
     made = [parent for parent in output.parents if not parent.exists()]
     try:
+        temporary = writing_path(output)
         with FolderLock(temporary):  # which follows the folder to its new name
             try:
                 _clear(temporary)  # of a process that was killed

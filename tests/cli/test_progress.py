@@ -44,6 +44,17 @@ def test_what_a_batch_system_sends_is_taken_as_ctrl_c(
     assert capsys.readouterr().err.endswith("Stopped; nothing was written.\n")
 
 
+def test_an_interrupt_after_the_folder_has_its_name_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for words in (f"Stopped; {out} was written, and is whole.", "Stopped; nothing was written."):
+        with pytest.raises(typer.Exit), shown_progress(kept="nothing was written", output=out):
+            out.mkdir(exist_ok=True)  # the second time it was there before
+            raise KeyboardInterrupt
+        assert capsys.readouterr().err.splitlines()[-1] == words
+    with pytest.raises(typer.Exit), shown_progress(kept="nothing was written", output=tmp_path / ("x" * 300)):
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("called", "command", "words"),
     [

@@ -36,6 +36,18 @@ def test_whatever_goes_wrong_leaves_nothing(tmp_path: Path, error: BaseException
     assert not list((tmp_path / "there").iterdir())
 
 
+def test_a_link_where_the_folder_is_written_first_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    (tmp_path / ".writing-out").symlink_to(tmp_path / "mine")
+    with (
+        pytest.raises(ConversionError, match=r"a link has the name .*writing-out'; "),
+        folder_in_progress(tmp_path / "out"),
+    ):
+        raise AssertionError
+    assert (tmp_path / ".writing-out").is_symlink() and (tmp_path / "mine" / "file").exists()
+
+
 def test_one_process_at_a_time_makes_a_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with folder_in_progress(out) as folder:
