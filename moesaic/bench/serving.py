@@ -11,6 +11,7 @@ import asyncio
 import codecs
 import json
 import math
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Of what a server says when it refuses.
 _MESSAGE_CHARS = 300
+_LINE_END = re.compile(rb"\r\n|\n|\r")
 # The first request, which finds out whether the server understands us.
 _TRIAL = PlannedRequest(prompt_tokens=4, output_tokens=2, due_seconds=None)
 
@@ -436,11 +438,14 @@ async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield a stream's lines as soon as each is whole, without their ends and the mark that UTF-8 may begin with."""
-    rest, mark = b"", codecs.BOM_UTF8
+    rest, mark, is_after_return = b"", codecs.BOM_UTF8, False
     async for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
+        if is_after_return:  # the line has ended already
+            piece = piece.removeprefix(b"\n")
+        is_after_return = piece.endswith(b"\r")
+        *lines, rest = _LINE_END.split(rest + piece)
         for line in lines:
-            yield line.removeprefix(mark).removesuffix(b"\r")
+            yield line.removeprefix(mark)
             mark = b""
     yield rest.removeprefix(mark)
 

@@ -121,6 +121,10 @@ class Workload:
                     f"{name} is {ends[0]}-{ends[1]}; a number from 1, or a range from a lower to a higher one, is "
                     f"required; write 256, or 128-512."
                 )
+        if self.vocab_size > _MOST_TOKENS:
+            raise ConfigError(
+                f"vocab_size is {self.vocab_size}; at most {_MOST_TOKENS} is required; name the model's own."
+            )
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; 0 or more is required; raise it.")
 

@@ -190,16 +190,18 @@ def test_a_chunk_may_hold_several_tokens(run: Run) -> None:
     assert result.summary().tokens_per_chunk == 2.0
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 @pytest.mark.parametrize("size", [1, 7, 100_000])
-def test_events_may_be_cut_anywhere_and_have_other_lines_between_them(run: Run, size: int) -> None:
+def test_events_may_be_cut_anywhere_and_have_other_lines_between_them(run: Run, size: int, end: bytes) -> None:
     def script(body: Body) -> Script:
         parts = [part for part in steady(body) if isinstance(part, bytes)]
-        stream = b": a comment\n\nevent: message\r\n" + b"".join(parts).replace(b"\n", b"\r\n").replace(
-            b"data: ", b"data:"
+        stream = (
+            b": a comment\n\nevent: message" + end + b"".join(parts).replace(b"\n", end).replace(b"data: ", b"data:")
         )
         return [stream.rstrip()[place : place + size] for place in range(0, len(stream), size)]
 
     assert only(run(answered_by(script), ONE)).error is None
+    assert len(only(run(answered_by(script), ONE)).chunk_seconds) == 4
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])

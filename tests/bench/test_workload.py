@@ -235,6 +235,7 @@ def test_equal_blocks_of_a_trace_are_equal_blocks_of_prompts(trace: Any, scale: 
         ({"prompt_tokens": (0, 5)}, "--prompt-tokens is 0-5"),
         ({"output_tokens": (6, 5)}, "--output-tokens is 6-5"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": 2**63}, "vocab_size is 9223372036854775808; at most"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
