@@ -5,6 +5,7 @@ Nothing here or at the top of a verb's file imports torch, so that `moesaic --he
 
 import errno
 import os
+import re
 import sys
 from importlib import import_module
 from typing import Any
@@ -61,7 +62,7 @@ def _root(
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; a caller's mistake prints its message and exits with status 2.
 
-    Where standard output has no room left, a full disk say, the status is 1.
+    Where memory is refused, or standard output has no room left, a full disk say, the status is 1.
     """
     # Both before torch is loaded and allocates anything.
     spin_briefly()
@@ -71,10 +72,43 @@ def main(arguments: list[str] | None = None) -> Any:
     except MoesaicError as error:
         typer.secho(f"{type(error).__name__}: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (message := _refused_memory(error)) is not None:
+            typer.secho(message, err=True, fg=typer.colors.RED)
+            sys.exit(1)
+        if (
+            not isinstance(error, OSError)
+            or error.errno not in (errno.ENOSPC, errno.EDQUOT)
+            or error.filename is not None
+        ):
             raise
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is left in its buffer has no place either)
         message = f"what was printed is not whole ({error.strerror}); room for it is required; free some space."
         typer.secho(message, err=True, fg=typer.colors.RED)
         sys.exit(1)
+
+
+def _refused_memory(error: Exception) -> str | None:
+    """Return what to say of an error by which the system, or a GPU, refused memory; None for any other error."""
+    text = " ".join(str(error).split())
+    is_known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not is_known and not re.search(r"allocate memory|bad_alloc|out of memory|can't start new thread", text):
+        return None
+    asked = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", text)
+    said = f"{asked[1]} more were asked for" if asked else text.partition(";")[0]
+    limit = _address_space_limit()
+    remedy = "close other programs" if limit is None else f"raise the limit (ulimit -v is {limit >> 10} here)"
+    return (
+        f"memory was refused{f' ({said})' if said else ''}; room for the model and for what is computed with it is "
+        f"required; {remedy}, or take a smaller model, or less at a time (shorter sequences, smaller batches)."
+    )
+
+
+def _address_space_limit() -> int | None:
+    """Return the bytes of addresses that this process may have; None where nothing limits them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY else soft

@@ -619,12 +619,18 @@ def empty_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
 
 
 def zeros_on_huge_pages(num_bytes: int, device: torch.device) -> Tensor:
-    """Return uint8 zeros as empty_on_huge_pages; on the CPU they take memory only where they are first used."""
+    """Return uint8 zeros as empty_on_huge_pages; on the CPU they take memory only where they are first used.
+
+    Raises: MemoryError where the system refuses so many addresses.
+    """
     if device.type != "cpu" or not num_bytes or sys.platform == "win32":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     # Private: shared memory, which is Python's default, has small pages on most systems.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
-    pages = mmap.mmap(-1, num_bytes, flags=flags)
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=flags)
+    except OSError as error:
+        raise MemoryError(f"the system does not allocate {num_bytes} bytes ({error.strerror})") from None
     data = torch.frombuffer(pages, dtype=torch.uint8)
     _advise_huge_pages(data)
     return data

@@ -1,3 +1,4 @@
+import errno
 import re
 import subprocess
 import sys
@@ -70,6 +71,61 @@ def test_a_full_disk_behind_standard_output_is_told_without_a_traceback() -> Non
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("what was printed is not whole (No space left") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "memory was refused; room for the model"),
+        (MemoryError("Cannot allocate memory (os error 12)"), r"refused \(Cannot allocate .*error 12\)\); room"),
+        (MemoryError("the kernels were; x is; do"), r"refused \(the kernels were\); room"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), r"refused \(.*Cannot allocate memory\); room"),
+        (RuntimeError("can't allocate memory: you tried to allocate 77 bytes. E"), r"\(77 bytes more were asked for\)"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"), r"\(2.00 GiB more were asked for\)"),
+    ],
+)  # fmt: skip
+def test_memory_that_is_refused_is_told_without_a_traceback(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moesaic.config.load.read_values", refused)
+    result = cli("train", "dense-tiny", "--output", "unused")
+    assert result.status == 1 and result.err.count("\n") == 1
+    assert re.search(words, result.err) and result.err.endswith(
+        "less at a time (shorter sequences, smaller batches).\n"
+    )
+
+
+def test_other_errors_keep_their_traceback(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("moesaic.config.load.read_values", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        cli("train", "dense-tiny", "--output", "unused")
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="a limit of addresses that the system keeps is required"
+)
+def test_under_a_limit_of_addresses_a_command_says_what_it_was_refused(trained_run: Path) -> None:
+    script = """
+import resource, sys
+from moesaic.cli.main import main
+import moesaic.model.load
+import torch
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20), -1))
+moesaic.model.load.load_run = lambda *_, **__: torch.empty(1 << 30)
+main(["evaluate", sys.argv[1], "--text", sys.argv[1] + "/config.yaml"])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(trained_run)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(
+        r"memory was refused \(4294967296 bytes more .*; raise the limit \(ulimit -v is \d+ here\)", done.stderr
+    )
 
 
 def test_python_m_moesaic_is_the_command() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -389,6 +390,12 @@ def test_memory_for_huge_pages_is_of_the_kind_that_gets_them(make: Callable[[int
     # Zeros are backed where they are used, so there may be more of them than memory, where the system lets anybody.
     if make is zeros_on_huge_pages and Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2":
         assert "nr" in flags["here"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="zeros are torch's own there")
+def test_zeros_beyond_the_addresses_that_there_are_lack_memory() -> None:
+    with pytest.raises(MemoryError, match=rf"does not allocate {1 << 60} bytes \(Cannot allocate memory\)"):
+        zeros_on_huge_pages(1 << 60, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("make", [empty_on_huge_pages, zeros_on_huge_pages])
