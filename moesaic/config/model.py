@@ -201,14 +201,18 @@ class FeedForwardConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "FeedForwardConfig":
         if not self.is_moe:
+            self._refuse_of_experts()
             return self
         num_experts, top_k, router = self.num_experts, self.top_k, self.router
-        for name in ("top_k", "expert_intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{name} ({getattr(self, name)}) of a layer with {num_experts} experts is less than 1; at least 1 "
-                    f"is required; give it."
-                )
+        missing = [name for name in ("top_k", "expert_intermediate_size") if getattr(self, name) < 1]
+        if missing:
+            shown = [
+                f"{name} ({getattr(self, name)})" if name in self.model_fields_set else f"no {name}" for name in missing
+            ]
+            raise ConfigError(
+                f"{' and '.join(shown)} was given for a layer with {num_experts} experts; at least 1 is required; "
+                f"give FeedForwardConfig({', '.join(f'{name}=VALUE' for name in missing)})."
+            )
         if top_k > num_experts:
             raise ConfigError(
                 f"moe.top_k ({top_k}) is more than num_experts ({num_experts}); a token chooses distinct experts; use "
@@ -232,6 +236,20 @@ class FeedForwardConfig(Config):
                 f"({router.top_groups}) groups; a token chooses inside its groups; raise top_groups or lower top_k."
             )
         return self
+
+    def _refuse_of_experts(self) -> None:
+        """Raise ConfigError where something is said of the experts of a layer that has none."""
+        fields = type(self).model_fields
+        given = [
+            name
+            for name in ("top_k", "expert_intermediate_size", "residual", "output_scale", "router", "capacity")
+            if getattr(self, name) != fields[name].default
+        ]
+        if given:
+            raise ConfigError(
+                f"{' and '.join(given)} was given for a layer without experts; they are of its experts and have no "
+                f"effect here; give FeedForwardConfig(num_experts=VALUE) too, or leave them out."
+            )
 
     @property
     def is_moe(self) -> bool:

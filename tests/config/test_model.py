@@ -198,8 +198,8 @@ def test_the_same_settings_are_accepted_where_they_have_an_effect() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"top_k": 0}, r"top_k \(0\) of a layer with 4 experts is less than 1; .*; give it"),
-        ({"expert_intermediate_size": 0}, r"expert_intermediate_size \(0\) of a layer with 4 experts"),
+        ({"top_k": 0}, r"^top_k \(0\) was given for a layer with 4 experts; at least 1 .*; give .*\(top_k=VALUE\)"),
+        ({"expert_intermediate_size": 0}, r"expert_intermediate_size \(0\) was given for a layer with 4 experts"),
         ({"top_k": 5}, r"top_k \(5\) is more than num_experts \(4\); .*; use top_k <= 4"),
         ({"top_k": 1, "router": RouterConfig(renormalize=True)}, "makes every routing weight 1"),
         ({"router": RouterConfig(num_groups=3)}, r"num_experts \(4\) is not a multiple of moe.router.num_groups \(3\)"),
@@ -209,3 +209,20 @@ def test_the_same_settings_are_accepted_where_they_have_an_effect() -> None:
 def test_a_layer_of_ones_own_is_checked_too(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FeedForwardConfig(**{"num_experts": 4, "top_k": 2, "expert_intermediate_size": 8, **values})
+
+
+def test_what_a_layers_experts_need_is_named_at_once() -> None:
+    needed = r"^no top_k and no expert_intermediate_size was given for a layer with 4 experts; .*; give Feed\w+\(top_k="
+    with pytest.raises(ConfigError, match=needed):
+        FeedForwardConfig(num_experts=4)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"top_k": 2}, {"expert_intermediate_size": 8}, {"residual": "sum"}, {"router": RouterConfig(renormalize=True)},
+     {"capacity": CapacityConfig(factor=1.0)}, {"output_scale": True}],
+)  # fmt: skip
+def test_what_is_said_of_experts_needs_experts(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(ConfigError, match=rf"^{name} was given for a layer without experts; .*num_experts=VALUE"):
+        FeedForwardConfig(intermediate_size=8, **values)
