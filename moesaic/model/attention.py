@@ -51,6 +51,11 @@ class Attention(nn.Module):
         """The projections in the order in which data meets them; those of a tuple have the same inputs."""
         return ("q_proj", "k_proj", "v_proj"), ("o_proj",)
 
+    def extra_repr(self) -> str:
+        window = "" if self.window is None else f", window={self.window}"
+        sinks = "" if self.sinks is None else ", sinks=True"
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{window}{sinks}"
+
     def forward(
         self,
         x: Tensor,

@@ -27,6 +27,14 @@ class Mlp(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, has_bias=has_bias)
         self.packed: PackedMlp | None = None
 
+    def extra_repr(self) -> str:
+        if self.packed is None:
+            return f"activation={self.activation}"
+        return (
+            f"hidden_size={self.packed.hidden_size}, intermediate_size={self.packed.intermediate_size}, "
+            f"activation={self.activation}, packed={self.packed.up.format}"
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Return (T, H) for x (T, H)."""
         if self.packed is not None:
@@ -80,6 +88,9 @@ class FeedForward(nn.Module):
             self.mix = Linear(hidden_size, 2, has_bias=True)
         elif layer.residual == "sigmoid":
             self.mix = Linear(hidden_size, 1, has_bias=False)
+
+    def extra_repr(self) -> str:
+        return "" if self.residual is None else f"residual={self.residual}"
 
     def forward(
         self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, replay: RoutingDecision | None = None

@@ -68,6 +68,12 @@ class LatentAttention(nn.Module):
             return ("q_down_proj", "kv_down_proj"), ("q_up_proj",), ("kv_up_proj",), ("o_proj",)
         return ("q_proj", "kv_down_proj"), ("kv_up_proj",), ("o_proj",)
 
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, kv_rank={self.rank}, nope_head_dim={self.nope_dim}, "
+            f"rope_head_dim={self.rope_dim}, value_head_dim={self.value_dim}"
+        )
+
     def forward(
         self,
         x: Tensor,

@@ -27,6 +27,9 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.packed is None else f", packed={self.packed.format}")
+
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return packed_linear(x.flatten(0, -2), self.packed, self.bias).unflatten(0, x.shape[:-1])
@@ -35,4 +38,5 @@ class Linear(nn.Linear):
     def pack(self, weight: Tensor | QuantizedWeight) -> None:
         """Put weight (out, in), packed, in the place of the layer's own."""
         self.packed = pack_weight(weight)
+        self.out_features, self.in_features = self.packed.shape
         del self.weight

@@ -18,6 +18,9 @@ class RmsNorm(nn.Module):
         """Return the weight as it is multiplied by, fp32."""
         return _scaled(self.weight, self.scale), None
 
+    def extra_repr(self) -> str:
+        return _described(self)
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.scaled()[0], self.epsilon)
 
@@ -35,12 +38,20 @@ class LayerNorm(nn.Module):
         """Return the weight and the bias as they are computed with, fp32."""
         return _scaled(self.weight, self.scale), _scaled(self.bias, self.scale)
 
+    def extra_repr(self) -> str:
+        return _described(self)
+
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, *self.scaled(), self.epsilon)
 
 
 def _scaled(weight: Tensor, scale: float) -> Tensor:
     return weight.float() if scale == 1.0 else weight.float() * scale
+
+
+def _described(norm: RmsNorm | LayerNorm) -> str:
+    scale = "" if norm.scale == 1.0 else f", scale={norm.scale}"
+    return f"{tuple(norm.weight.shape)}, epsilon={norm.epsilon}{scale}"
 
 
 def make_norm(kind: str, size: int, epsilon: float, *, scale: float = 1.0) -> RmsNorm | LayerNorm:

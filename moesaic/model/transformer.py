@@ -148,6 +148,16 @@ class Transformer(nn.Module):
         # As to_empty does, whose empty_like loads sympy for a tensor of the meta device: half a second of every start.
         return model._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=device))
 
+    def extra_repr(self) -> str:
+        """What no module below says: the embeddings, and the head where it is a matrix of its own."""
+        config = self.config
+        packed = "" if self.packed_head is None else f", packed={self.packed_head.format}"
+        return (
+            f"vocab_size={config.vocab_size}, hidden_size={config.hidden_size}, positions={config.positions}, "
+            f"max_positions={config.max_positions}, tie_embeddings={config.tie_embeddings}, "
+            f"compute_dtype={self.compute_dtype}{packed}"
+        )
+
     @property
     def device(self) -> torch.device:
         return self.final_norm.weight.device

@@ -21,7 +21,8 @@ class Experts(nn.Module):
         self, hidden_size: int, intermediate_size: int, num_experts: int, *, activation: str, has_bias: bool
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.activation, self.has_bias = activation, has_bias
         self.is_gated = is_gated(activation)
         self.packed: PackedMlp | None = None
         inner = 2 * intermediate_size if self.is_gated else intermediate_size
@@ -40,6 +41,13 @@ class Experts(nn.Module):
             else:
                 bound = parameter.shape[2] ** -0.5
                 nn.init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self) -> str:
+        packed = "" if self.packed is None else f", packed={self.packed.up.format}"
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, activation={self.activation}, bias={self.has_bias}{packed}"
+        )
 
     def weights(self) -> ExpertWeights:
         up, up_bias = (self.gate_up_proj, self.gate_up_bias) if self.is_gated else (self.up_proj, self.up_bias)

@@ -87,6 +87,10 @@ class MoELayer(nn.Module):
         if self.output_scale is not None:
             nn.init.ones_(self.output_scale)
 
+    def extra_repr(self) -> str:
+        factor = self.config.capacity.factor
+        return "" if factor is None else f"capacity_factor={factor}"
+
     def forward(
         self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, replay: RoutingDecision | None = None
     ) -> tuple[Tensor, MoEStatistics]:

@@ -56,6 +56,13 @@ class Router(nn.Module):
         if self.score_correction_bias is not None:
             nn.init.zeros_(self.score_correction_bias)
 
+    def extra_repr(self) -> str:
+        num_experts, hidden_size = self.weight.shape
+        return (
+            f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}, "
+            f"scoring={self.config.scoring}, bias={self.bias is not None}"
+        )
+
     def forward(
         self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, expert_ids: Tensor | None = None
     ) -> Routing:

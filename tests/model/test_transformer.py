@@ -1,5 +1,6 @@
 """The Transformer's laws, over every family of configs: causal, blind to padding and batch, repeatable."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,6 +156,24 @@ def gradients(model: Transformer, inputs: Tensor, **arguments: Any) -> dict[str,
 def assert_close(got: Tensor, wanted: Tensor) -> None:
     # Matrix products of other shapes sum in another order; what comes out of the final norm is of size 1.
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_printed_model_shows_the_sizes_of_its_parameters(family: str) -> None:
+    for model in (build(family), pack_transformer(build(family))):
+        for name, module in model.named_modules():
+            shown = re.findall(r"\b\d+\b", module.extra_repr())
+            for parameter in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                for size in parameter.shape:  # of gate_up_proj the size of a half is shown
+                    assert {str(size), str(size // 2)} & set(shown), (name, module.extra_repr(), parameter.shape)
+
+
+def test_a_printed_packed_model_says_how_it_is_packed() -> None:
+    shown = str(pack_transformer(build("moe, mixtral-like")))
+    assert "(qkv_proj): Linear(in_features=24, out_features=48, bias=False, packed=bf16)" in shown
+    assert (
+        "Experts(num_experts=5, hidden_size=24, intermediate_size=40, activation=swiglu, bias=False, packed=" in shown
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
