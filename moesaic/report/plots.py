@@ -38,6 +38,7 @@ from moesaic.report.summary import finite_mean, smoothed, smoothed_losses
 _MOST_RECORDS = 2000
 _HEAT_COLUMNS = 320
 _SCHEDULE_POINTS = 1000
+_UNSETTLED = 0.06  # the share of a run in which its loss falls so steeply that it may leave the frame
 _LOAD_OCTAVES = 2.5  # the colours span even share / 5.7 to even share * 5.7
 
 
@@ -243,17 +244,18 @@ def expert_load_figure(records: Sequence[TrainRecord]) -> Figure:
 
 
 def expert_balance_figure(records: Sequence[TrainRecord]) -> Figure:
-    """Drop rate, routing entropy and load imbalance of every MoE layer against tokens."""
+    """Routing entropy and load imbalance of every MoE layer against tokens, and drop rate where tokens were dropped."""
     experts = [record.moe for record in records if record.moe is not None]
     layers = experts[-1].layers
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     dropped = np.asarray([record.drop_rate for record in experts], dtype=np.float64) * 100  # (records, layers)
     entropy = np.asarray([record.entropy for record in experts], dtype=np.float64)
     unevenness = np.asarray([[imbalance(load) for load in record.load] for record in experts], dtype=np.float64)
-    figure = empty_figure(9.6, 8.6)
-    panels = figure.subplots(3, 1, sharex=True)
+    series = [entropy, unevenness] if not np.nan_to_num(dropped).any() else [entropy, unevenness, dropped]
+    figure = empty_figure(9.6, 0.5 + 2.7 * len(series))
+    panels = figure.subplots(len(series), 1, sharex=True)
     shades = colormaps["viridis"](np.linspace(0.0, 0.9, len(layers)))
-    for axes, values in zip(panels, (dropped, entropy, unevenness), strict=True):
+    for axes, values in zip(panels, series, strict=True):
         style_axes(axes)
         for place, layer in enumerate(layers):
             axes.plot(
@@ -264,18 +266,18 @@ def expert_balance_figure(records: Sequence[TrainRecord]) -> Figure:
                 label=f"layer {layer}",
                 marker=_marker(records),
             )
-    _from_zero(panels[0], dropped)
-    panels[0].set_ylabel("dropped routes (%)")
-    none_dropped = np.isfinite(dropped).all() and not dropped.any()
-    set_title(panels[0], "Drop rate", "no token was dropped" if none_dropped else "over all routed tokens")
-    panels[1].set_ylabel("entropy / log(experts)")
-    set_title(panels[1], "Routing entropy", "1: the router is undecided, 0: certain of every token")
-    panels[2].set_ylabel("max / mean load")
-    panels[2].set_ylim(bottom=1)
+    panels[0].set_ylabel("entropy / log(experts)")
+    set_title(panels[0], "Routing entropy", "1: the router is undecided, 0: certain of every token")
+    panels[1].set_ylabel("max / mean load")
+    panels[1].set_ylim(bottom=1)
     set_title(
-        panels[2], "Load of the fullest expert", "1: even; what a device with that expert computes against the mean"
+        panels[1], "Load of the fullest expert", "1: even; what a device with that expert computes against the mean"
     )
-    _tokens_axis(panels[2], tokens)
+    if len(series) > 2:
+        _from_zero(panels[2], dropped)
+        panels[2].set_ylabel("dropped routes (%)")
+        set_title(panels[2], "Drop rate", "over all routed tokens")
+    _tokens_axis(panels[-1], tokens)
     if len(layers) <= 8:
         panels[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK)
     else:
@@ -295,8 +297,9 @@ def loss_limits(
     """Return the limits of the loss axis: the first steps, and lone spikes, may leave the frame at the top.
 
     The frame ends at the highest smoothed or validation loss after the first 6 % of the tokens, and at the lowest loss.
+    It holds the first steps too where they take less than half of it, or there are too few records for 6 % of them.
     """
-    settled = tokens >= tokens[0] + 0.06 * (tokens[-1] - tokens[0])
+    settled = tokens >= tokens[0] + _UNSETTLED * (tokens[-1] - tokens[0])
     seen = np.concatenate([smooth[settled], [record.loss for record in evaluations if record.tokens >= tokens[0]]])
     seen = seen[np.isfinite(seen)]
     finite = losses[np.isfinite(losses)]
@@ -306,6 +309,9 @@ def loss_limits(
         return 0.0, 1.0
     low = min(seen.min(), np.quantile(finite, 0.002) if len(finite) else math.inf)
     high = seen.max()
+    first = smooth[~settled & np.isfinite(smooth)]
+    if len(first) and (first.max() - high < high - low or len(tokens) * _UNSETTLED < 1):
+        high = max(high, first.max())
     margin = max(0.06 * (high - low), 0.02)
     return float(low - margin), float(high + 1.5 * margin)
 

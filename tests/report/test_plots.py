@@ -12,7 +12,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from moesaic.config.train import ScheduleConfig
-from moesaic.report.plots import heat_columns, learning_rate_figure, loss_limits, objective_figure, write_plots
+from moesaic.report.plots import (
+    expert_balance_figure,
+    heat_columns,
+    learning_rate_figure,
+    loss_limits,
+    objective_figure,
+    write_plots,
+)
 from moesaic.report.records import METRICS_FILE, ExpertRecord, MetricsError, TrainRecord, to_line
 from moesaic.train.schedule import learning_rate
 
@@ -122,7 +129,21 @@ def test_loss_frame_leaves_out_the_first_spike_and_nothing_else() -> None:
     assert (losses[13:] < high).all() and (losses > low).all()
     assert loss_limits(tokens[:1], losses[:1], losses[:1], [])[0] < losses[0]
     nan = np.full(3, math.nan)
+    # Less steep, or with few records, all of it fits.
+    gentle = 5 - tokens / 100
+    assert loss_limits(tokens, gentle, gentle, [])[1] > gentle[0]
+    assert loss_limits(tokens[::15], losses[::15], losses[::15], [])[1] > losses[0]
     assert loss_limits(tokens[:3], nan, nan, []) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("dropped", [0.0, math.nan, 0.25])
+def test_drop_rates_have_a_panel_where_tokens_were_dropped(
+    make_record: Callable[..., TrainRecord], dropped: float
+) -> None:
+    experts = ExpertRecord(layers=(3, 5), load=((0.5, 0.5),) * 2, drop_rate=(0.0, dropped), entropy=(0.9, 0.8))
+    figure = expert_balance_figure([replace(make_record(step), moe=experts) for step in (1, 2)])
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["Routing entropy", "Load of the fullest expert", *["Drop rate"] * (dropped > 0)]
 
 
 @pytest.mark.parametrize("count", [1, 7, 320, 321, 1000])
