@@ -120,7 +120,7 @@ def _tables(report: "QuantizationReport") -> "Group":
     from rich.text import Text
 
     from moesaic.report.model_summary import describe_bytes
-    from moesaic.report.quantities import percent, short_number
+    from moesaic.report.quantities import measured, percent, short_number
     from moesaic.report.tables import plain_table
 
     sizes = plain_table("tensors", "format", "parameters", "stored", "in bf16", "now", "of bf16", left=2)
@@ -138,7 +138,10 @@ def _tables(report: "QuantizationReport") -> "Group":
     quality = plain_table("", "before", "quantised", "change")
     before, after = report.reference, report.quantized
     quality.add_row(
-        "perplexity", f"{before.perplexity:,.3f}", f"{after.perplexity:,.3f}", f"x {report.perplexity_ratio:.4f}"
+        "perplexity",
+        measured(before.perplexity, 3),
+        measured(after.perplexity, 3),
+        f"x {report.perplexity_ratio:.4f}",
     )
     quality.add_row(
         "bits per byte",

@@ -192,7 +192,7 @@ def evaluate(
                 _print_json(as_json, _domains_to_json(run, loaded, usage))
             del loaded
     if not as_json:
-        _print_tables(texts, results, usages)
+        _print_tables(texts, results, usages, text=text, domains=domains)
     if results and (plot is not None or keep):
         from moesaic.report.evaluation_plots import write_comparison
 
@@ -250,13 +250,17 @@ def _print_tables(
     texts: "Sequence[tuple[str, Perplexity]]",
     results: "Sequence[TaskResult]",
     usages: "Sequence[tuple[str, DomainUsage]]",
+    *,
+    text: Path | None,
+    domains: Path | None,
 ) -> None:
+    from moesaic.report.quantities import measured
     from moesaic.report.tables import plain_table
 
     console = open_console()
     if texts:
         rows: list[tuple[str, Callable[[Perplexity], str]]] = [
-            ("perplexity", lambda result: f"{result.perplexity:,.3f}"),
+            ("perplexity", lambda result: measured(result.perplexity, 3)),
             ("bits per byte", lambda result: f"{result.bits_per_byte:.4f}"),
             ("loss, nats per token", lambda result: f"{result.loss:.4f}"),
             ("tokens predicted", lambda result: f"{result.num_tokens:,}"),
@@ -267,6 +271,8 @@ def _print_tables(
         table = plain_table("", *(run for run, _ in texts), show_header=len(texts) > 1)
         for name, show in rows:
             table.add_row(name, *(show(result) for _, result in texts))
+        runs = "the runs predict" if len(texts) > 1 else f"{texts[0][0]} predicts"
+        console.print(f"How {runs} {text}", soft_wrap=True)
         console.print(table)
     if results:
         from moesaic.report.evaluations import comparison, run_name
@@ -289,15 +295,18 @@ def _print_tables(
                 f"{each.chance_bits_high:.4f}",
                 _most_own(usage, each) if each.is_beyond_chance else "no more than chance",
             )
-        console.print(f"{run}: what the expert tells of the domain, {sum(usage.num_documents):,} documents")
+        count = sum(usage.num_documents)
+        console.print(f"{run}: what the expert tells of the domain in {domains}, {count:,} documents", soft_wrap=True)
         console.print(table)
 
 
 def _cell(found: tuple[float, float | None] | None) -> str:
     if found is None:
         return "-"
+    from moesaic.report.quantities import measured
+
     value, error = found
-    return f"{value:,.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    return measured(value, 4) if error is None else f"{measured(value, 4)} ± {measured(error, 4)}"
 
 
 def _most_own(usage: "DomainUsage", layer: "LayerDomains") -> str:

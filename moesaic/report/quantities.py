@@ -30,6 +30,11 @@ def percent(share: float) -> str:
     return f"{share * 100:.1f} %" if share >= 0.0005 or share == 0 else f"{share * 100:.2g} %"
 
 
+def measured(value: float, decimals: int) -> str:
+    """Return a value with so many decimals, and from 1,000 on, where they would claim too much, without any."""
+    return f"{value:,.{decimals if abs(value) < 1000 else 0}f}"
+
+
 def counted(number: int, noun: str) -> str:
     """Return `1 thread`, `2 threads`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -30,6 +30,7 @@ def test_the_table_and_the_json_are_the_python_call(cli: Any, trained_run: Path,
     assert values["bits_per_byte"] == expected.bits_per_byte
     assert (values["tokens"], values["window"], values["stride"]) == (100, 16, 4)
     shown = cli(*command).out
+    assert f"How {trained_run} predicts {text}" in shown
     assert f"{expected.perplexity:,.3f}" in shown and f"{expected.bits_per_byte:.4f}" in shown
 
 
@@ -82,6 +83,7 @@ def test_a_text_of_several_runs_is_a_column_and_a_line_each(
     lines = cli("evaluate", trained_run, own_run, "--text", text, "--json").out.splitlines()
     assert [json.loads(line)["run"] for line in lines] == [str(trained_run), str(own_run)]
     shown = cli("evaluate", trained_run, trained_run, "--text", text, "--fp32").out
+    assert f"How the runs predict {text}" in shown
     perplexity = next(line for line in shown.splitlines() if line.startswith("perplexity"))
     assert len(set(perplexity.split()[1:])) == 1 and len(perplexity.split()) == 3
 
@@ -144,7 +146,7 @@ def test_nothing_is_computed_before_every_task_is_known_to_have_records(
 def test_domains_are_measured_kept_and_drawn(cli: Any, own_run: Path, labelled: Path) -> None:
     command = ["evaluate", own_run, "--domains", labelled, "--domain-field", "topic", "--domain-documents", 3]
     shown = cli(*command).out
-    assert "6 documents" in shown and "by chance" in shown
+    assert f"tells of the domain in {labelled}, 6 documents" in shown and "by chance" in shown
     (path,) = (own_run / "evaluations").glob("step-*/domains.json")
     kept = json.loads(path.read_text())
     assert kept["domains"] == ["law", "number"] and kept["documents"] == [3, 3]

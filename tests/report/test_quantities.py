@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from moesaic.report.quantities import duration, percent, short_number
+from moesaic.report.quantities import duration, measured, percent, short_number
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,11 @@ def test_duration(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("share", "text"), [(0.125, "12.5 %"), (0.002, "0.2 %"), (0.0, "0.0 %"), (2.1e-5, "0.0021 %")])
 def test_percent(share: float, text: str) -> None:
     assert percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.45678, "0.4568"), (999.5, "999.5000"), (22_882_584.9204, "22,882,585"), (math.inf, "inf"), (math.nan, "nan")],
+)
+def test_measured(value: float, text: str) -> None:
+    assert measured(value, 4) == text
