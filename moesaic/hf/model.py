@@ -36,6 +36,14 @@ _TOKEN_DTYPES = (torch.int64, torch.int32)
 _NOT_KEPT = ("output_attentions", "output_router_logits")  # refused as arguments and in the config
 
 
+# Arguments of from_pretrained that from_run does not take, and what to do instead.
+_INSTEAD = {
+    "attn_implementation": "attention is moesaic's own; leave it out",
+    "device_map": 'one device holds the whole model; use device="cpu", "cuda" or "auto"',
+    "torch_dtype": "it is called dtype here too",
+}
+
+
 class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     """`model` is a moesaic Transformer; all parameters are its own, under its names.
 
@@ -61,22 +69,26 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_run(
-        cls, run: str | Path, *, dtype: torch.dtype | None = None, device: str = "auto"
+        cls, run: str | Path, *, dtype: torch.dtype | str | None = None, device: str = "auto", **others: Any
     ) -> "MoesaicForCausalLM":
         """Return the model that RUN or RUN@step names, in evaluation mode.
 
-        dtype: of the parameters, None for what the run computes in. A run of bf16 precision has fp32 master weights;
-        dtype=torch.float32 keeps them.
+        dtype: of the parameters, or its name; None or "auto" for what the run computes in. A run of bf16 precision has
+        fp32 master weights; dtype=torch.float32 keeps them. others: from_pretrained's arguments, refused with what to
+        do instead.
 
-        Raises: CheckpointError for a run that is missing, corrupt or quantised; DeviceError.
+        Raises: CheckpointError for a run that is missing, corrupt or quantised; ConfigError for other arguments;
+        DeviceError.
         """
+        _refuse_others(others)
+        named_dtype = _dtype(dtype)
         loaded = load_run(run, device=device, pack=False)
         end, stops = loaded.tokenizer.end_of_text_id, sorted(loaded.tokenizer.stop_ids)
         with torch.device("meta"):
             eos = stops if len(stops) > 1 else end
             model = cls(MoesaicConfig(loaded.config.model, eos_token_id=eos, pad_token_id=end))
         model.model.load_state_dict(loaded.model.state_dict(), assign=True)
-        dtype = dtype or loaded.model.compute_dtype
+        dtype = named_dtype or loaded.model.compute_dtype
         for module in model.modules():
             if not isinstance(module, _FP32):
                 for parameter in module.parameters(recurse=False):
@@ -420,6 +432,28 @@ def _put_back(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tenso
     if places is not None:
         rows = rows.new_zeros(shape.numel(), rows.shape[1]).index_copy(0, places, rows)
     return rows.view(*shape, rows.shape[1])
+
+
+def _refuse_others(others: dict[str, Any]) -> None:
+    """Raise ConfigError for arguments that from_run does not take."""
+    given = sorted(name for name, value in others.items() if value is not None)
+    if given:
+        known = [_INSTEAD[name] for name in given if name in _INSTEAD]
+        raise ConfigError(
+            f"{', '.join(given)} was given to from_run, which takes run, dtype and device; "
+            f"{'; '.join(known) or 'leave it out, or use save_pretrained and then from_pretrained'}."
+        )
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a dtype by its name; None for what the run computes in."""
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if given in (None, "auto") or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return None if given == "auto" else dtype
+    raise ConfigError(
+        f'dtype ({given!r}) is none of floating point; a dtype of torch or its name is required; use "bfloat16" or '
+        f'"float32", or "auto" for what the run computes in.'
+    )
 
 
 def _auxiliary_loss(config: ModelConfig, moe: tuple[MoEStatistics, ...]) -> Tensor:

@@ -215,7 +215,8 @@ def test_a_run_gives_the_model_and_the_tokenizer(make_config: Callable[..., Trai
         wanted = loaded.model.logits(loaded.model(torch.tensor([ids])).hidden)
         # Without a cache, as the other.
         assert torch.equal(model(torch.tensor([ids]), use_cache=False).logits, wanted)
-    masters = MoesaicForCausalLM.from_run(run, dtype=torch.float32, device="cpu")
+    assert MoesaicForCausalLM.from_run(run, dtype="auto", device="cpu").dtype == torch.bfloat16
+    masters = MoesaicForCausalLM.from_run(run, dtype="float32", device="cpu")
     own, other = loaded.model.state_dict(), masters.model.state_dict()
     assert all(torch.equal(own[name], other[name]) for name in own)
     masters.save_pretrained(tmp_path / "saved")
@@ -240,6 +241,22 @@ def test_a_run_gives_the_model_and_the_tokenizer(make_config: Callable[..., Trai
     chat = MoesaicForCausalLM.from_run(run, device="cpu")
     assert chat.config.eos_token_id == chat.generation_config.eos_token_id == sorted([end, 7])
     assert chat.config.pad_token_id == end
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device_map": "auto"}, r'^device_map was given to from_run, which takes .*; one device .*; use device="cpu"'),
+        ({"torch_dtype": torch.float32}, "^torch_dtype was given .*; it is called dtype here too"),
+        ({"attn_implementation": "sdpa"}, "^attn_implementation was given .*; leave it out"),
+        ({"trust_remote_code": True, "revision": None}, "^trust_remote_code was given .*; leave it out, or use save_"),
+        ({"dtype": "bf16"}, r"dtype \('bf16'\) is none of floating point; .*; use \"bfloat16\""),
+        ({"dtype": torch.int8}, r"dtype \(torch.int8\) is none of floating point"),
+    ],
+)
+def test_what_a_run_is_not_read_with_says_what_to_do(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MoesaicForCausalLM.from_run("nowhere", **arguments)
 
 
 def test_refuses_what_it_cannot_serve(make: Make) -> None:
