@@ -15,6 +15,7 @@ Make = Callable[..., MoesaicForCausalLM]
 LINEAR = {"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}
 EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 BOTH = {"target_modules": ["o_proj", "mix"], "target_parameters": ["experts.down_proj"]}
+ALL = {"target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 LATENT = {"target_modules": ["q_proj", "kv_down_proj", "kv_up_proj"]}
 RESIDUAL = {"moe": {"num_experts": [4, 8], "top_k": 2, "every": 2, "residual": "softmax"}, "init_std": 0.1}
 
@@ -23,8 +24,8 @@ RESIDUAL = {"moe": {"num_experts": [4, 8], "top_k": 2, "every": 2, "residual": "
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("kind", "targets"),
-    [("pyramid", LINEAR), ("pyramid", EXPERTS), ("pyramid", BOTH), ("latent", LATENT)],
-    ids=["linear", "experts", "both", "latent"],
+    [("pyramid", LINEAR), ("pyramid", EXPERTS), ("pyramid", BOTH), ("pyramid", ALL), ("latent", LATENT)],
+    ids=["linear", "experts", "both", "all", "latent"],
 )
 def test_lora_learns_and_merges(
     make: Make, kind: str, targets: dict[str, Any], checkpointing: bool, tmp_path: Path
@@ -70,3 +71,14 @@ def test_lora_learns_and_merges(
     assert isinstance(merged, MoesaicForCausalLM) and set(frozen) == {name for name, _ in merged.named_parameters()}
     torch.testing.assert_close(merged(ids).logits, trained, atol=1e-5, rtol=1e-5)
     assert torch.equal(merged.generate(ids[:2], max_new_tokens=6, do_sample=False), written)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("parameters", [[], ["experts.gate_up_proj"], ["router.weight"]])
+def test_all_linear_leaves_experts_and_routers_to_target_parameters(make: Make, parameters: list[str]) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", target_parameters=parameters)
+    adapted = peft.get_peft_model(make("pyramid", **RESIDUAL), config)
+    names = {name.split(".lora_")[0] for name, each in adapted.named_parameters() if each.requires_grad}
+    layers = {name.rsplit(".", 1)[1] for name in names}
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "mix"}
+    assert layers == linear | {parameter.split(".")[0] for parameter in parameters}
