@@ -238,11 +238,13 @@ def _examine_cpu_kernels() -> tuple[dict[str, Any], "Library | None"]:
             size = library.path.stat().st_size
             described.update(library=str(library.path), library_bytes=size, has_passed_self_test=True)
     try:
-        described["cache_bytes"] = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        files = [path for path in folder.iterdir() if path.is_file()]
+        described["cache_bytes"] = sum(path.stat().st_size for path in files)
+        described["cache_builds"] = sum(path.suffix == ".so" for path in files)
     except FileNotFoundError:  # nothing has been compiled
-        described["cache_bytes"] = 0
+        described.update(cache_bytes=0, cache_builds=0)
     except OSError:  # it may not be entered, which a build says when it tries
-        described["cache_bytes"] = None
+        described.update(cache_bytes=None, cache_builds=None)
     return described, library
 
 
@@ -514,7 +516,9 @@ def _table(findings: dict[str, Any]) -> "Table":
             megabytes = kernels["library_bytes"] / 1e6
             row("library", f"{kernels['library']}, {megabytes:.1f} MB, self-test passed")
         size = kernels["cache_bytes"]
-        held = "which cannot be read" if size is None else f"{size / 1e6:.1f} MB"
+        held = "which cannot be read"
+        if size is not None:
+            held = f"{size / 1e6:.1f} MB of {counted(kernels['cache_builds'], 'build')}; may be deleted at any time"
         row("kernel cache", f"{kernels['cache_folder']}, {held}")
         row("OpenMP", f"{kernels['openmp']}, {counted(torch['threads'], 'thread')}")
     for built in findings["built"]:
@@ -523,8 +527,9 @@ def _table(findings: dict[str, Any]) -> "Table":
     implementations: dict[str, list[str]] = {}
     for kernel in findings["kernels"]:
         implementations.setdefault(kernel["implementation"], []).append(kernel["operation"])
-    for implementation, operations in implementations.items():
-        row("operations", f"{implementation}: {', '.join(operations)}")
+    if implementations:
+        lines = (f"{implementation}: {', '.join(names)}" for implementation, names in implementations.items())
+        row("operations", "\n".join(lines))
     row("network", "not needed")
     for limits in findings["limits"]:
         row(

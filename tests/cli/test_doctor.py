@@ -62,6 +62,7 @@ def healthy() -> dict[str, Any]:
             "openmp": "/torch/lib/libgomp.so.1",
             "cache_folder": "/cache",
             "cache_bytes": 2_000_000,
+            "cache_builds": 2,
         },
         "built": [],
         "kernels": [
@@ -92,6 +93,13 @@ def test_commands_are_whole_lines_in_a_narrow_terminal_and_stand_once() -> None:
     assert [line for line in lines if "pip install" in line] == [
         f"  {python} -m pip install -e '/src[NAME]'", f"  -> {python} -m pip install torch"
     ]  # fmt: skip
+
+
+def test_operations_are_one_row_and_the_cache_may_be_deleted() -> None:
+    lines = [line.strip() for line in text_of(healthy()).splitlines()]
+    place = next(number for number, line in enumerate(lines) if line.startswith("operations"))
+    assert lines[place].split(maxsplit=1)[1] == "C++ for avx512: norm" and lines[place + 1] == "PyTorch: permute"
+    assert any(line.endswith("/cache, 2.0 MB of 2 builds; may be deleted at any time") for line in lines)
 
 
 def test_one_is_no_plural() -> None:

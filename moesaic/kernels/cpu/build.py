@@ -42,7 +42,7 @@ _FLAGS = (
     "-Wextra",
 )
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c", "-mavx2")
-_KEPT_DAYS, _SCRATCH_KEPT_DAYS = 60, 1
+_KEPT_DAYS, _SCRATCH_KEPT_DAYS = 30, 1
 _CHECKSUM = ".sha256"  # the suffix of the file beside a library or an object that says what it was when written
 _NO_MEMORY = -(1 << 63)  # as source/export.h has it
 _COMPILERS = ("c++", "g++", "clang++")
