@@ -64,8 +64,8 @@ def render_chat(
     templates that show them to the model. add_generation_prompt: the text ends where the assistant begins to speak;
     otherwise it ends within the last message, which is to be continued.
 
-    Raises: DataError where the tokenizer has no template, or a broken one, or it refuses the conversation;
-    InstallationError.
+    Raises: DataError where the tokenizer has no template, or a broken one, or it refuses the conversation, or leaves
+    out what is to be continued; InstallationError.
     """
     template = _compile(tokenizer)
     given = [dict(message) for message in messages]
@@ -93,7 +93,15 @@ def render_chat(
             f"{error}); messages as it reads them are required; look for what it does with them in "
             f"{tokenizer.chat_template_file}, and mend them, or it."
         ) from None
-    return text if add_generation_prompt else text.rpartition(_END_OF_LAST)[0]
+    if add_generation_prompt:
+        return text
+    before, found, _ = text.rpartition(_END_OF_LAST)
+    if not found:
+        raise DataError(
+            "the chat template leaves out what the last message says, or a part of it; only a message that is in the "
+            "text as it is can be continued; end with another one, or have it answered."
+        )
+    return before
 
 
 def _compile(tokenizer: Tokenizer) -> "Template":

@@ -33,6 +33,11 @@ def test_a_template_has_messages_special_tokens_and_whether_to_prompt() -> None:
     assert answer["content"] == "Who"
 
 
+def test_a_last_message_that_the_template_changes_is_not_continued() -> None:
+    with pytest.raises(DataError, match=r"leaves out what the last message says.*; end with another one"):
+        render_chat(with_template("{{ messages[-1].content[:3] }}"), [USER], add_generation_prompt=False)
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -136,7 +136,10 @@ async def _understand_conversation(served: Served, body: ConversationBody) -> Jo
 
     def encode() -> tuple[int, ...]:
         try:
-            text = render_chat(served.tokenizer, messages, tools=tools, settings=settings)
+            text = render_chat(
+                served.tokenizer, messages, tools=tools, settings=settings,
+                add_generation_prompt=not body.continues_last,
+            )  # fmt: skip
             text.encode()
         except DataError as error:
             raise refusal(str(error), param=body.messages_key, code="refused_by_template") from None

@@ -184,6 +184,11 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    def grammar(self) -> Grammar | None:
+        """Return the grammar of the format."""
+        schema = None if self.json_schema is None else self.json_schema.value
+        return format_grammar_of(self.type, schema, key=self.path, schema_key="json_schema.schema")
+
 
 def _check_grammar(value: Any) -> Any:
     if isinstance(value, str):
@@ -204,7 +209,7 @@ _GRAMMAR_KINDS = {
 }  # fmt: skip
 GRAMMAR_KEYS = {
     key: f'what the text has to match, `grammar` says ({{"kind": "{kind}", "text": ...}}), for a JSON schema in a chat '
-    f"`response_format` too"
+    f"or completion `response_format` too"
     for key, kind in _GRAMMAR_KINDS.items()
 }
 
@@ -304,7 +309,6 @@ class CompletionBody(GenerationBody):
         **GRAMMAR_KEYS,
         "suffix": "text is only continued here, not filled in",
         "best_of": "every text that is made is returned here; n says how many",
-        "response_format": "it is a chat's key; for a completion `grammar` says what the text has to match",
         "messages": "it is a chat's key; a completion has a prompt, and chats go to /v1/chat/completions",
         "max_completion_tokens": "it is a chat's key; a completion's is max_tokens",
         "top_logprobs": "it is a chat's key; in a completion logprobs is the number",
@@ -314,8 +318,7 @@ class CompletionBody(GenerationBody):
         "reasoning_effort": "it is a chat's key; a completion has no template",
     }
     idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "suffix": ("",), "best_of": (1,), "response_format": ({"type": "text"},), "tools": ([],),
-        "tool_choice": ("none", "auto"),
+        "suffix": ("",), "best_of": (1,), "tools": ([],), "tool_choice": ("none", "auto"),
     }  # fmt: skip
 
     prompt: Prompt
@@ -323,6 +326,14 @@ class CompletionBody(GenerationBody):
     n: Count | None = None
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+
+    @property
+    def grammar_key(self) -> str:
+        return "grammar" if self._format_grammar() is None else "response_format"
+
+    def _format_grammar(self) -> Grammar | None:
+        return None if self.response_format is None else self.response_format.grammar()
 
     def check(self) -> None:
         """Raise ApiError for what can never be met, before anything is computed for it."""
@@ -338,6 +349,7 @@ class CompletionBody(GenerationBody):
             values["logprobs"] = self.logprobs
             if self.echo:
                 values["prompt_logprobs"] = self.logprobs
+        values["grammar"] = _only({"response_format": self._format_grammar(), "grammar": values.get("grammar")})
         return _sampling(values)
 
 
@@ -408,6 +420,11 @@ class ConversationBody(GenerationBody):
         _ = self.streams_usage
 
     @property
+    def continues_last(self) -> bool:
+        """Whether the answer is the rest of the last message, and no new one."""
+        return False
+
+    @property
     def limit(self) -> int | None:
         """How many tokens the answer may have, where it is said."""
         found: int | None = getattr(self, self.limit_key)
@@ -424,19 +441,13 @@ class ConversationBody(GenerationBody):
         values = self.common_values()
         values["max_tokens"] = max(room, values.get("min_tokens", 0), 1) if self.limit is None else self.limit
         values["logprobs"] = self.num_logprobs()
-        wanted = {
-            self.format_key: self.format_grammar(),
-            "tool_choice": self._forced_calls(),
-            "grammar": values.get("grammar"),
-        }
-        given = [name for name, grammar in wanted.items() if grammar is not None]
-        if len(given) > 1:
-            raise refusal(
-                f"{given[0]} and {given[1]} were both given; a text can match one of them; leave one out.",
-                param=given[1],
-            )
-        if given:
-            values["grammar"] = wanted[given[0]]
+        values["grammar"] = _only(
+            {
+                self.format_key: self.format_grammar(),
+                "tool_choice": self._forced_calls(),
+                "grammar": values.get("grammar"),
+            }
+        )
         return _sampling(values, max_tokens=self.limit_key)
 
     def template_tools(self) -> list[dict[str, Any]] | None:
@@ -575,6 +586,33 @@ class ChatBody(ConversationBody):
     logprobs: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    def check(self) -> None:
+        super().check()
+        if not self.continues_last and self.add_generation_prompt is False:
+            raise refusal(
+                "add_generation_prompt is false without continue_final_message; an answer is a new message, or the "
+                "rest of the last one; set continue_final_message to true, or leave it out.",
+                param="add_generation_prompt",
+            )
+        if self.continues_last and self.add_generation_prompt:
+            raise refusal(
+                "continue_final_message and add_generation_prompt are both true; an answer is the rest of the last "
+                "message, or a new one; set one of them to false.",
+                param="continue_final_message",
+            )
+        if self.continues_last and (self.messages[-1].has_calls or self.messages[-1].content is None):
+            raise refusal(
+                "continue_final_message is true and the last message calls tools; a text is required to be continued; "
+                "send what came of the calls, or leave it out.",
+                param="continue_final_message",
+            )
+
+    @property
+    def continues_last(self) -> bool:
+        return bool(self.continue_final_message)
 
     @property
     def limit_key(self) -> str:
@@ -620,11 +658,7 @@ class ChatBody(ConversationBody):
         return None
 
     def format_grammar(self) -> Grammar | None:
-        wanted = self.response_format
-        if wanted is None:
-            return None
-        schema = None if wanted.json_schema is None else wanted.json_schema.value
-        return format_grammar_of(wanted.type, schema, key=self.format_key, schema_key="json_schema.schema")
+        return None if self.response_format is None else self.response_format.grammar()
 
 
 class EmbeddingBody(Body):
@@ -651,6 +685,16 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: Annotated[list[int], FailFast()]
+
+
+def _only(wanted: Mapping[str, Grammar | None]) -> Grammar | None:
+    """Return the one grammar that a request has, under whichever key. Raises: ApiError for more than one."""
+    given = [name for name, grammar in wanted.items() if grammar is not None]
+    if len(given) > 1:
+        raise refusal(
+            f"{given[0]} and {given[1]} were both given; a text can match one of them; leave one out.", param=given[1]
+        )
+    return wanted[given[0]] if given else None
 
 
 def _sampling(values: dict[str, Any], *, max_tokens: str = "max_tokens") -> Sampling:

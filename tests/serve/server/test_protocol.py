@@ -328,6 +328,22 @@ def test_extensions_reach_the_sampler(real: Live, chat_tokenizer: Tokenizer) -> 
     assert ask(repetition_penalty=100, temperature=0)["choices"][0]["text"] != greedy
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_last_message_is_continued(client: openai.OpenAI, real: Live, stream: bool) -> None:
+    messages: Any = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "The state "}]
+    wanted = {"continue_final_message": True, "add_generation_prompt": False}
+    asked: dict[str, Any] = {"model": "tiny", "messages": messages, "extra_body": wanted, **GREEDY}
+    if stream:
+        found = "".join(
+            chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)
+        )
+    else:
+        found = client.chat.completions.create(**asked).choices[0].message.content
+    prompt = "[user]x<|endoftext|>[assistant]The state "
+    (choice,) = client.completions.create(model="tiny", prompt=prompt, **GREEDY).choices
+    assert found == choice.text
+
+
 def test_a_text_matches_what_it_has_to(client: openai.OpenAI, real: Live) -> None:
     pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
 
@@ -341,6 +357,10 @@ def test_a_text_matches_what_it_has_to(client: openai.OpenAI, real: Live) -> Non
     for choice in chat({"type": "json_schema", "json_schema": schema}, n=4, temperature=2):
         assert json.loads(choice.message.content) in ("yes", "no", 7) and choice.finish_reason == "stop"
     assert chat({"type": "json_object"})[0].message.content.lstrip().startswith("{")
+    of_schema = {"type": "json_schema", "json_schema": schema}
+    asked = {"prompt": "x", "max_tokens": 20, "seed": 0, "temperature": 2, "response_format": of_schema}
+    (choice,) = post(real, "/v1/completions", asked)["choices"]
+    assert json.loads(choice["text"]) in ("yes", "no", 7) and choice["finish_reason"] == "stop"
     grammar = {"kind": "regex", "text": "(ab|cd){3}"}
     (choice,) = post(real, "/v1/completions", {"prompt": "x", "max_tokens": 20, "grammar": grammar})["choices"]
     assert re.fullmatch("(ab|cd){3}", choice["text"]) and choice["finish_reason"] == "stop"

@@ -129,8 +129,14 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         (COMPLETION, {"prompt": "x", "logprobs": 21}, "logprobs", "less than or equal to 20"),
         (COMPLETION, {"prompt": "x", "best_of": 3}, "best_of", "n says how many"),
         (COMPLETION, {"prompt": "x", "suffix": "y"}, "suffix", "only continued"),
-        (COMPLETION, {"prompt": "x", "response_format": {"type": "json_object"}}, "response_format",
-         "it is a chat's key; for a completion `grammar`"),
+        (COMPLETION, {"prompt": "x", "response_format": {"type": "json_object"}, "grammar": {"kind": "json_object"}},
+         "grammar", "response_format and grammar were both given"),
+        (COMPLETION, {"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format", "without a s"),
+        (CHAT, {"messages": USER, "add_generation_prompt": False}, "add_generation_prompt", "set continue_final"),
+        (CHAT, {"messages": USER, "add_generation_prompt": True, "continue_final_message": True},
+         "continue_final_message", "are both true"),
+        (CHAT, {"messages": [*USER, {"role": "assistant", "content": "x", "tool_calls": [{"id": "a", **F}]}],
+                "continue_final_message": True}, "continue_final_message", "the last message calls tools"),
         (COMPLETION, {"messages": USER}, "messages", "chats go to /v1/chat/completions"),
         (COMPLETION, {"prompt": "x", "max_completion_tokens": 3}, "max_completion_tokens", "a completion's is max_tok"),
         (COMPLETION, {"prompt": "x", "top_logprobs": 3}, "top_logprobs", "logprobs is the number"),
@@ -177,7 +183,7 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         (COMPLETION, {"prompt": "x", "guided_regex": "a"}, "guided_regex", '`grammar` says ({"kind": "regex", "text"'),
         (COMPLETION, {"prompt": "x", "guided_choice": ["a"]}, "guided_choice", '`grammar` says ({"kind": "regex"'),
         (CHAT, {"messages": USER, "guided_grammar": "a"}, "guided_grammar", '`grammar` says ({"kind": "ebnf"'),
-        (CHAT, {"messages": USER, "guided_json": {}}, "guided_json", "for a JSON schema in a chat `response_format`"),
+        (CHAT, {"messages": USER, "guided_json": {}}, "guided_json", "in a chat or completion `response_format`"),
         (CHAT, {"messages": USER, "structured_outputs": {"regex": "a"}}, "structured_outputs", "`grammar` says"),
         (COMPLETION, [1], None, "a JSON object"),
         (COMPLETION, {"prompt": "x", "model": "gpt-x"}, "model", "'gpt-x' is not served here"),
@@ -334,6 +340,7 @@ def test_what_means_nothing_is_accepted(real: Live) -> None:
         "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
         "modalities": ["text"], "functions": None, "reasoning_effort": None, "seed": None, "stop": None, "tools": [],
         "response_format": {"type": "text"}, "tool_choice": "auto", "stream": False, "n": None,
+        "add_generation_prompt": True, "continue_final_message": False,
     }  # fmt: skip
     response = httpx.post(f"{real.url}{CHAT}", json={"messages": USER, "max_tokens": 2, **extra})
     assert response.status_code == 200, response.text
