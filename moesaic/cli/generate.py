@@ -1,10 +1,13 @@
 """`moesaic generate`."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
     from moesaic.data.tokenizer import Tokenizer
@@ -12,7 +15,15 @@ if TYPE_CHECKING:
 
 def generate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; special tokens are themselves.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="The text to continue; special tokens are themselves. \\[default: what standard input holds]",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among so many likeliest tokens.")] = None,
@@ -36,7 +47,7 @@ def generate(
     from moesaic.model.load import load_run
 
     log_to_stderr()
-    prompt = mend_text(prompt)  # a command line need not be UTF-8
+    prompt = mend_text(_read_prompt() if prompt is None else prompt)  # a command line need not be UTF-8
     loaded = load_run(run, device=device, packed_file="write" if packed_file else "off")
     tokenizer = loaded.tokenizer
     prompt_ids = tokenizer.encode_prompt(prompt, add_special_tokens=True) or [tokenizer.end_of_text_id]
@@ -59,6 +70,21 @@ def generate(
     for piece in _pieces(tokenizer, prompt_ids, tokens):
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+def _read_prompt() -> str:
+    """Return what standard input holds, without the line end that closes it.
+
+    Raises: ConfigError where it is a terminal, or holds nothing.
+    """
+    is_terminal = sys.stdin is None or sys.stdin.isatty()
+    text = "" if is_terminal else sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+    if not text:
+        raise ConfigError(
+            f"no --prompt was given, and standard input {'is a terminal' if is_terminal else 'is empty'}; a text to "
+            f"continue is required; give --prompt TEXT, or a file: moesaic generate RUN < FILE."
+        )
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _pieces(tokenizer: "Tokenizer", prompt_ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

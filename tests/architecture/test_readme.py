@@ -1,5 +1,5 @@
-"""What our documents show is executed: every command of the README in one folder, every Python block of every document
-in that document's own. And links between them lead somewhere.
+"""What our documents show is executed: every command of the README, and of the guides that have bash blocks, in one
+folder, every Python block of every document in that document's own. And links between them lead somewhere.
 
 How a command is executed depends on its first word (`translate`): moesaic's own are run as they stand, with the
 quickstart shortened by its own flag; make targets are checked with `make -n`, pip's extras against pyproject.toml.
@@ -150,7 +150,7 @@ def execute(step: Step, clone: Path) -> str:
         check=False,
     )
     assert result.returncode == 0, (
-        f"README.md says `{step.command}`; `{step.executed}` ended with status {result.returncode} and said\n"
+        f"a document says `{step.command}`; `{step.executed}` ended with status {result.returncode} and said\n"
         f"{result.stdout[-4000:]}"
     )
     return result.stdout
@@ -311,7 +311,7 @@ def lay_out(document: str, make_config: Callable[..., TrainConfig]) -> None:
         shutil.copytree(config.data.path, "data/mine")
         shutil.copy(ROOT / "docs" / "architecture.md", "text.txt")
         write_config(config, Path("tiny.yaml"))
-    elif document in ("docs/guides/quantize.md", "docs/serving.md"):
+    elif document in ("docs/guides/quantize.md", "docs/guides/commands.md", "docs/serving.md"):
         train(make_config("pr-moe", steps=4, model=sizes), "runs/first")
     elif document == "docs/guides/upcycle.md":
         train(make_config(steps=4, model=sizes), "runs/dense")
@@ -353,6 +353,23 @@ def test_the_python_blocks_of_a_document_run_in_their_order(
         for shown, executed in SHORTENED.items():
             block = block.replace(shown, executed)
         exec(compile(block, document, "exec"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "document",
+    [path.relative_to(ROOT).as_posix() for path in DOCUMENTS[1:] if bash_blocks(path.read_text(encoding="utf-8"))],
+)
+def test_every_command_of_a_guide_works(
+    document: str, clone: Path, make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone)
+    lay_out(document, make_config)
+    for block in bash_blocks((ROOT / document).read_text(encoding="utf-8")):
+        for command in commands_of(block):
+            for step in translate(command):
+                execute(step, clone)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from pathlib import Path
@@ -32,6 +33,30 @@ def test_the_text_and_its_json_are_the_python_calls(cli: Any, trained_run: Path)
         values = json.loads(cli(*command, "--json").out)
         assert values == {"prompt": "The License", "text": loaded.tokenizer.decode(ids), "token_ids": ids}
         assert cli(*command).out == f"The License{values['text']}\n"
+
+
+@pytest.mark.parametrize("given", ["The License — Work\n", "The License — Work\r\n", "The License — Work"])
+def test_without_a_prompt_standard_input_is_one(
+    cli: Any, trained_run: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    command = ["generate", trained_run, "--max-new-tokens", 4, "--temperature", 0, "--json"]
+    # Of a latin-1 locale: what is piped is UTF-8 all the same.
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode()), encoding="latin-1"))
+    piped = json.loads(cli(*command).out)
+    assert piped["prompt"] == "The License — Work"
+    assert piped == json.loads(cli(*command, "--prompt", "The License — Work").out)
+
+
+@pytest.mark.parametrize(("is_terminal", "state"), [(True, "is a terminal"), (False, "is empty")])
+def test_no_prompt_at_all_is_refused_before_the_run_is_read(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, state: str
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(stdin, "isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stdin", stdin)
+    found = cli("generate", "nowhere")
+    assert found.status == 2
+    assert f"ConfigError: no --prompt was given, and standard input {state}; a text to continue" in found.err
 
 
 @pytest.mark.parametrize("cut", [0, 1])
