@@ -14,12 +14,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import KEY, SCALES, VALUES, Scheme, quantization_record, require_unquantized
 from moesaic.checkpoint.store import CheckpointInfo, checked_file, resolve_checkpoint, write_manifest
-from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
+from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.convert.calibrate import Quantized, calibrated_weights
@@ -256,10 +255,12 @@ def calibration_batches(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What becomes of every tensor of a checkpoint: shapes and kinds by name, and the schemes of the quantised ones."""
+    """What becomes of every tensor of a checkpoint, by name: as it is stored, its kind, the schemes of those quantised.
 
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
+    kept_dtypes: what the others are stored in.
+    """
+
+    stored: Mapping[str, TensorLayout]
     kinds: Mapping[str, Kind]
     schemes: dict[str, Scheme]
     kept_dtypes: Mapping[str, torch.dtype]
@@ -269,8 +270,8 @@ class _Plan:
 
     def layout(self) -> dict[str, TensorLayout]:
         layout = {}
-        for name, shape in self.shapes.items():
-            scheme = self.schemes.get(name)
+        for name, stored in self.stored.items():
+            scheme, shape = self.schemes.get(name), stored.shape
             if scheme is None:
                 layout[name] = TensorLayout(self.kept_dtypes[name], shape)
             elif scheme.group_size is None:
@@ -287,10 +288,10 @@ class _Plan:
         layout = self.layout()
         reports = []
         for kind in KINDS:
-            names = [name for name in self.shapes if self.kinds[name] == kind]
+            names = [name for name in self.stored if self.kinds[name] == kind]
             if not names:
                 continue
-            parameters = {name: math.prod(self.shapes[name]) for name in names}
+            parameters = {name: math.prod(self.stored[name].shape) for name in names}
             is_fp32 = {name: name not in self.schemes and self.kept_dtypes[name] == torch.float32 for name in names}
             scheme = self.schemes.get(names[0])
             kept = str(self.kept_dtypes[names[0]]).removeprefix("torch.").replace("bfloat16", "bf16")
@@ -299,13 +300,13 @@ class _Plan:
                     kind=kind,
                     format=kept.replace("float32", "fp32") if scheme is None else scheme.name,
                     parameters=sum(parameters.values()),
-                    bytes_stored=sum(parameters[name] * self.dtypes[name].itemsize for name in names),
+                    bytes_stored=sum(self.stored[name].num_bytes for name in names),
                     bytes_bf16=sum(parameters[name] * (4 if is_fp32[name] else 2) for name in names),
                     bytes_quantized=sum(
-                        layout[stored].num_bytes
+                        layout[part].num_bytes
                         for name in names
-                        for stored in (name, name + VALUES, name + SCALES)
-                        if stored in layout
+                        for part in (name, name + VALUES, name + SCALES)
+                        if part in layout
                     ),
                 )
             )
@@ -357,17 +358,17 @@ def _plan(
         group_size = 64
     if group_size is not None and group_size not in GROUP_SIZES:
         raise ConfigError(f"group_size ({group_size}) is not one of 32, 64 and 128; kernels exist for these; use 64.")
-    with safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
-        dtypes = {name: DTYPES[each.get_dtype()] for name, each in slices.items()}
-    kinds = {name: kind_of(name, is_tied=config.tie_embeddings) for name in shapes}
+    with TensorReader(path) as reader:
+        stored = dict(sorted(reader.layout.items()))
+    kinds = {name: kind_of(name, is_tied=config.tie_embeddings) for name in stored}
     formats = {"experts": chosen_experts, "attention": rest, "mlp": rest, "output": rest}
     schemes = {}
     for name, kind in kinds.items():
         format_ = formats.get(kind)
+        if format_ in (None, "bf16"):
+            continue
+        columns = stored[name].shape[-1]
         if format_ == "mxfp4":
-            columns = shapes[name][-1]
             if columns % mxfp4.GROUP_SIZE:
                 raise ConfigError(
                     f"{name} has {columns} columns; mxfp4 takes a multiple of {mxfp4.GROUP_SIZE}; use int8."
@@ -375,7 +376,6 @@ def _plan(
             schemes[name] = Scheme(4, mxfp4.GROUP_SIZE, is_mxfp4=True)
         elif format_ == "int4":
             assert group_size is not None
-            columns = shapes[name][-1]
             if columns % group_size:
                 fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
                 remedy = f"use group_size {' or '.join(fitting)}, or int8" if fitting else "use int8"
@@ -384,10 +384,10 @@ def _plan(
                     f"groups; {remedy}."
                 )
             schemes[name] = Scheme(4, group_size)
-        elif format_ == "int8":
-            if shapes[name][-1] > MAX_COLUMNS:
+        else:
+            if columns > MAX_COLUMNS:
                 raise ConfigError(
-                    f"{name} has {shapes[name][-1]} columns; sums of int8 take at most {MAX_COLUMNS}; use bf16 or int4."
+                    f"{name} has {columns} columns; sums of int8 take at most {MAX_COLUMNS}; use bf16 or int4."
                 )
             schemes[name] = Scheme(8, None)
     # A bf16 model casts its embeddings to bf16 before every use, so nothing is lost; the router, norms and mix compute
@@ -395,8 +395,8 @@ def _plan(
     cast = {kind for kind, format_ in formats.items() if format_ == "bf16"}
     if training.precision == "bf16":
         cast.add("embedding")
-    kept = {name: torch.bfloat16 if kind in cast else dtypes[name] for name, kind in kinds.items()}
-    return _Plan(shapes, dtypes, kinds, schemes, kept, chosen_experts, rest, group_size)
+    kept = {name: torch.bfloat16 if kind in cast else stored[name].dtype for name, kind in kinds.items()}
+    return _Plan(stored, kinds, schemes, kept, chosen_experts, rest, group_size)
 
 
 def _write_tensors(
@@ -407,38 +407,37 @@ def _write_tensors(
     batches: list[Tensor],
     on_progress: OnProgress,
 ) -> None:
-    with safe_open(source, framework="pt") as file, TensorWriter(target, plan.layout()) as writer:
+    with TensorReader(source) as reader, TensorWriter(target, plan.layout()) as writer:
         if batches:
             dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
             matrices = calibrated_weights(
                 config.model,
                 plan.schemes,
-                lambda name: require_finite(name, file.get_tensor(name)),
+                lambda name: require_finite(name, reader.read(name)),
                 batches,
                 compute_dtype=dtype,
                 on_layer=lambda layer: on_progress("quantising", (layer + 1) / config.model.num_layers),
             )
         else:
-            matrices = _rounded(file, plan, on_progress)
+            matrices = _rounded(reader, plan, on_progress)
         for name, quantized in matrices:
             writer.append(name + VALUES, quantized.values)
             writer.append(name + SCALES, quantized.scales)
-        for name in plan.shapes.keys() - plan.schemes.keys():
-            writer.append(name, require_finite(name, file.get_tensor(name)).to(plan.kept_dtypes[name]))
+        for name in plan.stored.keys() - plan.schemes.keys():
+            writer.append(name, require_finite(name, reader.read(name)).to(plan.kept_dtypes[name]))
 
 
-def _rounded(file: Any, plan: _Plan, on_progress: OnProgress) -> Quantized:
+def _rounded(reader: TensorReader, plan: _Plan, on_progress: OnProgress) -> Quantized:
     """Round to nearest, one matrix at a time, and one expert at a time of a stack."""
-    for index, (name, scheme) in enumerate(plan.schemes.items()):
-        stored = file.get_slice(name)
-        shape = plan.shapes[name]
-        for each in range(shape[0]) if len(shape) == 3 else [slice(None)]:
-            matrix = require_finite(name, stored[each])
+    for done, (name, scheme) in enumerate(plan.schemes.items(), 1):
+        shape = plan.stored[name].shape
+        for index in range(shape[0]) if len(shape) == 3 else [None]:
+            matrix = require_finite(name, reader.read(name, index))
             if scheme.is_mxfp4:
                 yield name, quantize_to_mxfp4(matrix)
             else:
                 yield name, quantize_weight(matrix, bits=scheme.bits, group_size=scheme.group_size)
-        on_progress("quantising", (index + 1) / len(plan.schemes))
+        on_progress("quantising", done / len(plan.schemes))
 
 
 def _check_limits(

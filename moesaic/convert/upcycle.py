@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from moesaic.checkpoint.quantized import require_unquantized
 from moesaic.checkpoint.store import CheckpointInfo, checked_file, read_info, resolve_checkpoint, write_manifest
-from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorWriter
+from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.model import ModelConfig, MoEConfig, RouterConfig
 from moesaic.config.train import TrainConfig
@@ -247,20 +246,15 @@ def _write_tensors(
     seed: int,
     on_progress: OnProgress,
 ) -> None:
-    with safe_open(source, framework="pt") as file:
-        stored = {name: _layout_of(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-        _check_stored(source, stored, before)
-        layout = _layout(stored, after)
+    with TensorReader(source) as reader:
+        _check_stored(source, reader.layout, before)
+        layout = _layout(reader.layout, after)
         with TensorWriter(target, layout) as writer:
-            for name in stored.keys() & layout.keys():
-                writer.append(name, file.get_tensor(name))
+            for name in reader.layout.keys() & layout.keys():
+                writer.append(name, reader.read(name))
             for done, layer in enumerate(after.moe_layers):
                 on_progress("upcycling", done / len(after.moe_layers))
-                _write_experts(file, writer, layout, after, layer, noise=noise, seed=seed)
-
-
-def _layout_of(stored: Any) -> TensorLayout:
-    return TensorLayout(DTYPES[stored.get_dtype()], tuple(stored.get_shape()))
+                _write_experts(reader, writer, layout, after, layer, noise=noise, seed=seed)
 
 
 def _check_stored(path: Path, stored: Mapping[str, TensorLayout], config: ModelConfig) -> None:
@@ -289,7 +283,7 @@ def _layout(stored: Mapping[str, TensorLayout], after: ModelConfig) -> dict[str,
 
 
 def _write_experts(
-    file: Any,
+    reader: TensorReader,
     writer: TensorWriter,
     layout: Mapping[str, TensorLayout],
     config: ModelConfig,
@@ -306,7 +300,7 @@ def _write_experts(
     for stack in _stacks(config):
         name = f"{prefix}moe.experts.{stack.name}"
         sources = [f"{prefix}mlp.{each}" for each in stack.sources]
-        tensors = [require_finite(each, file.get_tensor(each)) for each in sources]
+        tensors = [require_finite(each, reader.read(each)) for each in sources]
         is_noisy = noise > 0 and tensors[0].dim() == 2
         deviations = [noise * float(each.float().std(correction=0)) if is_noisy else 0.0 for each in tensors]
         for expert in range(settings.num_experts):

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import require_unquantized
 from moesaic.checkpoint.store import checked_file
+from moesaic.checkpoint.stream import TensorReader
 from moesaic.config.base import differing
 from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.data.loader import Batch
@@ -270,18 +270,18 @@ def copy_layers(
         load = loads[source].double()
         ids = sorted(load.argsort(descending=True, stable=True)[:kept].tolist())
         copied.append(CopiedLayer(source, tuple(ids), float(load[ids].sum() / load.sum().clamp_min(1))))
-    with checked_file(teacher.info, "model") as path, safe_open(path, framework="pt") as file:
+    with checked_file(teacher.info, "model") as path, TensorReader(path) as reader:
         for name, tensor in model.state_dict().items():
-            tensor.copy_(_source_of(name, file, model.config, theirs, copied))
+            tensor.copy_(_source_of(name, reader, model.config, theirs, copied))
     return tuple(copied)
 
 
 def _source_of(
-    name: str, file: Any, student: ModelConfig, teacher: ModelConfig, copied: Sequence[CopiedLayer]
+    name: str, reader: TensorReader, student: ModelConfig, teacher: ModelConfig, copied: Sequence[CopiedLayer]
 ) -> Tensor:
     """Return the teacher's numbers for one tensor of the student."""
     if not name.startswith("blocks."):
-        tensor: Tensor = file.get_tensor(name)
+        tensor = reader.read(name)
         return tensor[: student.max_positions] if name == "position_embedding" else tensor
     _, number, rest = name.split(".", 2)
     layer = copied[int(number)]
@@ -289,22 +289,21 @@ def _source_of(
     prefix = f"blocks.{layer.source}."
     if rest.startswith("feed_forward.mlp.") and theirs.intermediate_size == 0:
         (expert,) = layer.experts or (0,)
-        return _expert_as_mlp(file, f"{prefix}feed_forward.moe.experts.", rest.split(".", 2)[2], expert, theirs)
-    tensor = file.get_tensor(prefix + rest)
+        return _expert_as_mlp(reader, f"{prefix}feed_forward.moe.experts.", rest.split(".", 2)[2], expert, theirs)
+    tensor = reader.read(prefix + rest)
     is_by_expert = rest.startswith(("feed_forward.moe.experts.", "feed_forward.moe.router."))
     return tensor[list(layer.experts)] if is_by_expert and layer.experts is not None else tensor
 
 
-def _expert_as_mlp(file: Any, prefix: str, name: str, expert: int, theirs: FeedForwardConfig) -> Tensor:
+def _expert_as_mlp(reader: TensorReader, prefix: str, name: str, expert: int, theirs: FeedForwardConfig) -> Tensor:
     """Return a tensor of a dense MLP (gate_proj.weight, ...) from an expert, whose gate and up stand in one matrix."""
     matrix, kind = name.split(".")
     suffix = "proj" if kind == "weight" else "bias"
     if matrix == "down_proj":
-        return file.get_slice(f"{prefix}down_{suffix}")[expert]
-    names = set(file.keys())
-    if f"{prefix}gate_up_{suffix}" not in names:
-        return file.get_slice(f"{prefix}up_{suffix}")[expert]
-    stacked = file.get_slice(f"{prefix}gate_up_{suffix}")[expert]
+        return reader.read(f"{prefix}down_{suffix}", expert)
+    if f"{prefix}gate_up_{suffix}" not in reader.layout:
+        return reader.read(f"{prefix}up_{suffix}", expert)
+    stacked = reader.read(f"{prefix}gate_up_{suffix}", expert)
     width = theirs.expert_intermediate_size
     return stacked[:width] if matrix == "gate_proj" else stacked[width:]
 
