@@ -1,10 +1,16 @@
-"""A folder that appears when it is finished, or not at all."""
+"""A folder that appears when it is finished, or not at all, and what makes one of a run's."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+from moesaic.checkpoint.store import write_manifest
+from moesaic.config.load import write_config
+from moesaic.config.train import TrainConfig
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError
 from moesaic.folders import FolderLock, writing_path
 
@@ -56,6 +62,30 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
         for parent in made if not output.exists() else ():
             with suppress(OSError):  # another process has put something there
                 parent.rmdir()
+
+
+def new_weights(folder: Path, step: int) -> Path:
+    """Return where the weights of a new run's one checkpoint go, in a folder that is there then."""
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    return checkpoint / "model.safetensors"
+
+
+def finish_run(
+    weights: Path,
+    step: int,
+    *,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    metadata: dict[str, Any],
+    sha256: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write what a run's folder holds beside the weights, which are complete. sha256: as write_manifest takes it."""
+    checkpoint = weights.parent
+    write_manifest(checkpoint, step, metadata, sha256=sha256)
+    folder = checkpoint.parent.parent
+    write_config(config, folder / "config.yaml")
+    tokenizer.save(folder)
 
 
 def _clear(folder: Path) -> None:

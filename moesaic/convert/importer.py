@@ -7,11 +7,9 @@ check (parity.py).
 from collections.abc import Mapping
 from pathlib import Path
 
-from moesaic.checkpoint.store import write_manifest
 from moesaic.checkpoint.stream import TensorLayout, TensorWriter
-from moesaic.config.load import write_config
 from moesaic.config.train import DataConfig, ScheduleConfig, TrainConfig
-from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
+from moesaic.convert.folder import check_is_new, check_is_outside, finish_run, folder_in_progress, new_weights
 from moesaic.convert.opened import OpenedModel, open_model
 from moesaic.convert.parity import Certificate, TensorAccount, certify
 from moesaic.convert.tensors import common_dtype, own_tensors
@@ -64,18 +62,15 @@ def import_model(
             schedule=ScheduleConfig(learning_rate=_LEARNING_RATE),
         )
         with folder_in_progress(output) as folder:
-            checkpoint = folder / "checkpoints" / "step-00000000"
-            checkpoint.mkdir(parents=True)
             layout = _layout(opened)
-            weights = checkpoint / "model.safetensors"
+            weights = new_weights(folder, 0)
             with TensorWriter(weights, layout, is_hashed=True) as writer:
                 _copy(opened, layout, writer, on_progress)
             on_progress("writing to disk", 0.0)
             origin = {"path": str(source.path), "family": opened.family}
             metadata = {"tokens": 0, "model": config.to_dict(), "imported": origin}
-            write_manifest(checkpoint, 0, metadata, sha256={weights.name: writer.sha256})
-            write_config(training, folder / "config.yaml")
-            own.save(folder)
+            hashes = {weights.name: writer.sha256}
+            finish_run(weights, 0, config=training, tokenizer=own, metadata=metadata, sha256=hashes)
             account = TensorAccount(
                 source=len(source.layout),
                 used=len(source.layout) - len(opened.left_out),

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import KEY, SCALES, VALUES, Scheme, quantization_record, require_unquantized
-from moesaic.checkpoint.store import CheckpointInfo, checked_file, resolve_checkpoint, write_manifest
+from moesaic.checkpoint.store import CheckpointInfo, checked_file, resolve_checkpoint
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
-from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.convert.calibrate import Quantized, calibrated_weights
 from moesaic.convert.defaults import CALIBRATION_TOKENS, MAX_KL, MAX_PERPLEXITY_RATIO, REPORT_TOKENS
-from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
+from moesaic.convert.folder import check_is_new, check_is_outside, finish_run, folder_in_progress, new_weights
 from moesaic.convert.tensors import require_finite
 from moesaic.data.loader import ValidationLoader
 from moesaic.data.shards import MANIFEST_NAME, ShardSet
@@ -90,7 +89,7 @@ class QuantizationReport:
             "reference": measured(self.reference),
             "quantized": measured(self.quantized),
             "perplexity_ratio": self.perplexity_ratio,
-            "kinds": {each.kind: {**asdict(each)} for each in self.kinds},
+            "kinds": {each.kind: asdict(each) for each in self.kinds},
         }
         return dict(json_values(values))
 
@@ -142,13 +141,11 @@ def quantize_run(
             )
         field = text_field or TEXT_FIELD
         tokenizer = Tokenizer.load(info.run_folder)
-        num_tokens = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
-        batches = (
-            []
-            if calibrate is None
-            else calibration_batches(calibrate, tokenizer, config, num_tokens=num_tokens, text_field=field)
-        )
-        if calibrate is None and calibration_tokens is not None:
+        batches: list[Tensor] = []
+        if calibrate is not None:
+            num_tokens = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
+            batches = calibration_batches(calibrate, tokenizer, config, num_tokens=num_tokens, text_field=field)
+        elif calibration_tokens is not None:
             raise ConfigError(
                 f"calibration_tokens ({calibration_tokens}) is given without a calibration text; there is nothing to "
                 f"take them from; name a text, or leave it out."
@@ -162,22 +159,19 @@ def quantize_run(
 
         with folder_in_progress(output) as folder:
             on_progress("quantising", 0.0)
-            checkpoint = folder / "checkpoints" / info.path.name
-            checkpoint.mkdir(parents=True)
-            _write_tensors(path, checkpoint / "model.safetensors", plan, config, batches, on_progress)
+            weights = new_weights(folder, info.step)
+            _write_tensors(path, weights, plan, config, batches, on_progress)
             source.close()  # whose weights are known from here on to be those that were measured and read
-            record = quantization_record(plan.schemes, experts=plan.experts, rest=plan.rest)
+            calibration = None if calibrate is None else str(calibrate)
             metadata = {
                 **{key: value for key, value in info.metadata.items() if key in ("tokens", "model")},
                 KEY: {
-                    **record,
+                    **quantization_record(plan.schemes, experts=plan.experts, rest=plan.rest),
                     "source": str(info.run_folder),
-                    "calibration": None if calibrate is None else str(calibrate),
+                    "calibration": calibration,
                 },
             }
-            write_manifest(checkpoint, info.step, metadata)
-            write_config(config, folder / "config.yaml")
-            tokenizer.save(folder)
+            finish_run(weights, info.step, config=config, tokenizer=tokenizer, metadata=metadata)
 
             on_progress("measuring the quantised run", 0.0)
             quantized = load_run(folder, device="cpu")
@@ -188,7 +182,7 @@ def quantize_run(
                 experts=plan.experts,
                 rest=plan.rest,
                 group_size=plan.group_size,
-                calibration=None if calibrate is None else str(calibrate),
+                calibration=calibration,
                 calibration_tokens=sum(batch.numel() for batch in batches),
                 text=str(text),
                 reference=reference.perplexity,

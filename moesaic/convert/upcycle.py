@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from moesaic.checkpoint.quantized import require_unquantized
-from moesaic.checkpoint.store import CheckpointInfo, checked_file, read_info, resolve_checkpoint, write_manifest
+from moesaic.checkpoint.store import CheckpointInfo, checked_file, read_info, resolve_checkpoint
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
-from moesaic.config.load import write_config
 from moesaic.config.model import ModelConfig, MoEConfig, RouterConfig
 from moesaic.config.train import TrainConfig
-from moesaic.convert.folder import check_is_new, check_is_outside, folder_in_progress
+from moesaic.convert.folder import check_is_new, check_is_outside, finish_run, folder_in_progress, new_weights
 from moesaic.convert.tensors import common_dtype, own_tensors, require_finite
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, ConversionError
@@ -113,9 +112,7 @@ def upcycle_run(
     check_is_outside(output, info.run_folder)
     tokenizer = Tokenizer.load(info.run_folder)
     with folder_in_progress(output) as folder:
-        checkpoint = folder / "checkpoints" / f"step-{0:08d}"
-        checkpoint.mkdir(parents=True)
-        target = checkpoint / "model.safetensors"
+        target = new_weights(folder, 0)
         with checked_file(info, "model") as path:
             _write_tensors(path, target, training.model, model, noise=noise, seed=seed, on_progress=on_progress)
         metadata = {
@@ -123,11 +120,10 @@ def upcycle_run(
             "model": model.to_dict(),
             "upcycled": {"source": str(info.run_folder), "step": info.step},
         }
-        write_manifest(checkpoint, 0, metadata)
-        write_config(training.replace(model=model, init_from=None, distill=None), folder / "config.yaml")
-        tokenizer.save(folder)
+        config = training.replace(model=model, init_from=None, distill=None)
+        finish_run(target, 0, config=config, tokenizer=tokenizer, metadata=metadata)
         on_progress("comparing with the dense run", 0.0)
-        new = read_info(checkpoint)
+        new = read_info(target.parent)
         before, after = count_parameters(training.model), count_parameters(model)
         report = UpcycleReport(
             source=str(info.run_folder),
