@@ -7,13 +7,11 @@ Run: python benchmarks/decode.py [--formats bf16 int8 int4] [--batches 1 8] [--l
 """
 
 import argparse
-import os
 import statistics
-import sys
 import time
 from typing import Any
 
-from measure import TUNED_ALLOCATOR, machine
+from measure import machine, restart_with_tuned_allocator
 from serving_model import build, build_peer
 
 PROMPT = 512
@@ -27,8 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--peer", action="store_true")
     arguments = parser.parse_args()
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:  # every contender gets the good allocator
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED_ALLOCATOR})
+    restart_with_tuned_allocator()
 
     import torch
 

@@ -9,15 +9,13 @@ Run: python benchmarks/latent_serving.py [--peer]
 
 import argparse
 import gc
-import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from measure import TUNED_ALLOCATOR, bandwidth_probe, machine, print_table
+from measure import bandwidth_probe, machine, print_table, restart_with_tuned_allocator
 from serving_model import pack, tokenizer_json
 
 VOCAB_SIZE, HIDDEN, HEADS, LAYERS, DENSE, EXPERTS, TOP_K, EXPERT, SHARED = (
@@ -145,8 +143,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--peer", action="store_true", help="transformers too")
     arguments = parser.parse_args()
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED_ALLOCATOR})
+    restart_with_tuned_allocator()
 
     import torch
 

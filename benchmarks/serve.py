@@ -38,7 +38,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from measure import TUNED_ALLOCATOR, bandwidth_probe, machine, print_table
+from measure import bandwidth_probe, machine, print_table, restart_with_tuned_allocator
 from serving_model import (
     EXPERTS,
     HEAD_DIM,
@@ -99,8 +99,7 @@ def main() -> None:
         parser.error(f"{arguments.part} needs --folder, with peers at least")
     if arguments.part == "servers" and arguments.traces is None:
         parser.error("servers needs --traces")
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:  # every contender gets the good allocator
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED_ALLOCATOR})
+    restart_with_tuned_allocator()
     if arguments.part == "engine":
         engine_part(arguments)
     elif arguments.part == "servers":

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import TUNED_ALLOCATOR, machine, median, paired_ratio, print_table, time_in_turn
+from measure import machine, median, paired_ratio, print_table, restart_with_tuned_allocator, time_in_turn
 
 HIDDEN, INTERMEDIATE = 512, 2048
 CASES = ("4096,8,1", "4096,32,1", "4096,128,1", "16384,128,2", "4096,32,1,residual")
@@ -50,8 +50,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="tokens,experts,top_k[,residual]")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:  # every contender gets the good allocator
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED_ALLOCATOR})
+    restart_with_tuned_allocator()
     from moesaic.kernels.threads import spin_briefly
 
     spin_briefly()
