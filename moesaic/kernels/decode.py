@@ -15,8 +15,9 @@ from torch import Tensor
 
 from moesaic.errors import GenerationError
 from moesaic.kernels.cpu.build import Library
+from moesaic.kernels.huge_pages import HUGE_PAGE_BYTES, zeros_on_huge_pages
 from moesaic.kernels.latent_attention import LatentStorage
-from moesaic.kernels.packed import HUGE_PAGE_BYTES, PackedMlp, PackedWeight, zeros_on_huge_pages
+from moesaic.kernels.packed import PackedMlp, PackedWeight
 from moesaic.kernels.paged_attention import KVStorage, PagedBatch
 
 Storage = KVStorage | LatentStorage

@@ -18,7 +18,7 @@ from torch import Tensor
 from moesaic.errors import ConfigError
 from moesaic.kernels import select
 from moesaic.kernels.addresses import RemembersAddresses
-from moesaic.kernels.packed import zeros_on_huge_pages
+from moesaic.kernels.huge_pages import zeros_on_huge_pages
 from moesaic.kernels.paged_attention import PANEL, PagedBatch, check_block_size
 
 # Scores (fp32) that exist at once in the definition: a long prompt is taken in chunks.

@@ -339,7 +339,7 @@ def streamed_buffer(device: str) -> "torch.Tensor":
     """Return fp32 ones, more than the caches hold, on the CPU in huge pages of their own."""
     import torch
 
-    from moesaic.kernels.packed import zeros_on_huge_pages
+    from moesaic.kernels.huge_pages import zeros_on_huge_pages
 
     if device.startswith("cuda"):
         size = min(_LARGEST_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0] // 8)

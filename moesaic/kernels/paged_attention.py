@@ -19,7 +19,7 @@ from torch import Tensor
 from moesaic.errors import ConfigError
 from moesaic.kernels import select
 from moesaic.kernels.addresses import RemembersAddresses
-from moesaic.kernels.packed import zeros_on_huge_pages
+from moesaic.kernels.huge_pages import zeros_on_huge_pages
 from moesaic.kernels.quantized import SMALLEST_AMAX
 
 # Positions, and channels, of a panel: the kernels' unit.
