@@ -29,18 +29,11 @@ from moesaic.serve.async_engine import AsyncEngine
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.server.admission import Admission
 from moesaic.serve.server.answers import TokenTexts
+from moesaic.serve.server.connection import while_connected
 from moesaic.serve.server.errors import ApiError, answer_error, json_response, json_text, refusal
 from moesaic.serve.server.gate import ApiKeys, Journal, LocalNames, WholeBody, is_local
-from moesaic.serve.server.generation import (
-    Served,
-    Student,
-    answer,
-    check_ids,
-    deadline_of,
-    encode,
-    read_prompts,
-    while_connected,
-)
+from moesaic.serve.server.generation import answer, deadline_of
+from moesaic.serve.server.jobs import Served, Student, check_ids, encode, read_prompts
 from moesaic.serve.server.metrics import Metrics, describe_experts
 from moesaic.serve.server.requests import (
     MAX_EMBEDDED_TEXTS,

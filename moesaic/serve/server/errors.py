@@ -45,18 +45,18 @@ def refusal(message: str, *, param: str | None = None, code: str | None = None) 
     return ApiError(400, message, param=param, code=code)
 
 
-def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(error: ApiError) -> dict[str, Any]:
     """Return an error as OpenAI's clients read it."""
+    status, message = error.status_code, str(error.detail)
     if len(message) > _MAX_MESSAGE_CHARS:
         message = f"{message[: _MAX_MESSAGE_CHARS // 2]} ... {message[-_MAX_MESSAGE_CHARS // 2 :]}"
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def error_response(error: ApiError) -> Response:
     """Return the answer that an error is."""
-    body = error_body(error.status_code, str(error.detail), param=error.param, code=error.code)
-    return json_response(body, status=error.status_code, headers=error.headers)
+    return json_response(error_body(error), status=error.status_code, headers=error.headers)
 
 
 def json_text(value: Any) -> str:

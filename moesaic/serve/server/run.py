@@ -25,7 +25,7 @@ from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.overload import EngineWithStudent, split_memory
 from moesaic.serve.server.app import create_app
 from moesaic.serve.server.gate import KEYS_VARIABLE, is_local, read_keys
-from moesaic.serve.server.generation import Served, Student
+from moesaic.serve.server.jobs import Served, Student
 
 # Answers that are ended at the drain's end have so long to be sent.
 _FAREWELL_SECONDS = 5

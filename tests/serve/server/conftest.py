@@ -25,7 +25,7 @@ from moesaic.serve.engine import Engine
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.overload import EngineWithStudent
 from moesaic.serve.server.app import create_app
-from moesaic.serve.server.generation import Student
+from moesaic.serve.server.jobs import Student
 from moesaic.serve.server.run import DrainingServer, listen, settings_of
 
 from ..conftest import TEXT, VOCAB_SIZE

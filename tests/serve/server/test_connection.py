@@ -1,0 +1,84 @@
+"""Streams to clients that do not read."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from moesaic.serve.server import connection
+from moesaic.serve.server.connection import EventStream
+from moesaic.serve.server.errors import ApiError
+from moesaic.serve.server.log_fields import begin_log, log_fields
+
+
+@pytest.mark.parametrize("num_read", range(4))  # messages that the client reads
+@pytest.mark.parametrize("end", ["time", "failure", "end"])
+def test_a_stream_that_is_not_read_holds_nothing_beyond_its_end(
+    end: str, num_read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_FAREWELL_SECONDS", 0.05)
+
+    async def events() -> Any:
+        yield b"data: 1\n\n"
+        if end == "time":
+            await asyncio.Event().wait()
+        if end == "failure":
+            raise ApiError(500, "it failed; ask again.", code="engine_error")
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        sent: list[Any] = []
+        held, is_free = AsyncExitStack(), asyncio.Event()
+        held.callback(is_free.set)
+
+        async def send(message: Any) -> None:
+            if len(sent) == num_read:
+                await asyncio.Event().wait()
+            sent.append(message)
+            assert is_free.is_set() is (len(sent) > 2), "what ends a stream is sent when nothing is held"
+
+        scope: dict[str, Any] = {"type": "http"}
+        begin_log(scope, "name")
+        stream = EventStream(events(), held, deadline=asyncio.get_running_loop().time() + 0.05)
+        calling = asyncio.ensure_future(stream(scope, receive, send))
+        await asyncio.wait_for(is_free.wait(), 20)
+        await asyncio.wait_for(calling, 20)
+        num_messages = 3 if end == "end" else 4
+        assert len(sent) == min(num_read, num_messages)
+        assert ("client_left" in log_fields(scope).values) is (num_read < num_messages)
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_the_server_ended_is_no_client_that_left() -> None:
+    """As when the server stops at once: connections are closed while the error is on its way."""
+
+    async def events() -> Any:
+        yield b"data: 1\n\n"
+        raise ApiError(503, "it stops; ask again.", code="aborted")
+
+    async def main() -> None:
+        is_closed, num_sent = asyncio.Event(), 0
+
+        async def receive() -> Any:
+            await is_closed.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            nonlocal num_sent
+            num_sent += 1
+            if num_sent == 3:  # the error
+                is_closed.set()
+                await asyncio.Event().wait()
+
+        scope: dict[str, Any] = {"type": "http"}
+        begin_log(scope, "name")
+        stream = EventStream(events(), AsyncExitStack(), deadline=asyncio.get_running_loop().time() + 60)
+        await asyncio.wait_for(stream(scope, receive, send), 20)
+        fields = log_fields(scope).values
+        assert (fields["error"], fields["error_status"]) == ("aborted", 503) and "client_left" not in fields
+
+    asyncio.run(main())
