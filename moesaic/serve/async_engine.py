@@ -17,7 +17,7 @@ from torch import Tensor
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.logs import logger
-from moesaic.serve.outputs import EngineStats, RequestOutput
+from moesaic.serve.outputs import EngineStats, FinishReason, RequestOutput
 
 # So many failed steps in a row, and the engine is said to be broken.
 _FAILURES_TO_BREAK = 3
@@ -359,7 +359,7 @@ class AsyncEngine:
         if outputs:
             self._post(outputs)
 
-    def _end_all(self, reason: str, message: str) -> None:
+    def _end_all(self, reason: FinishReason, message: str) -> None:
         """End every request that the engine has; each unfinished text gets a last output."""
         outputs = []
         for request_id, indices in self._open.items():
@@ -378,14 +378,13 @@ class AsyncEngine:
         self._loop.call_soon_threadsafe(self._deliver, outputs)
 
 
-def _last_output(request_id: str, index: int, reason: str, message: str) -> RequestOutput:
-    assert reason in ("abort", "error")
+def _last_output(request_id: str, index: int, reason: FinishReason, message: str) -> RequestOutput:
     return RequestOutput(
         request_id=request_id,
         index=index,
         text="",
         tokens=(),
-        finish_reason="abort" if reason == "abort" else "error",
+        finish_reason=reason,
         stop_reason=None,
         message=message,
         prompt_logprobs=None,
