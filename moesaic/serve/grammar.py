@@ -1,10 +1,10 @@
 """Structured output: which tokens may come next under a JSON schema, a regular expression or a grammar, by xgrammar.
 
-A client's grammar is tried in a process of its own before it is compiled here: grammar_trial.py says why.
+What of a client's grammar cannot be kept is refused first (grammar_checks.py). Then it is tried in a process of its own
+before it is compiled here: grammar_trial.py says why.
 """
 
 import json
-import math
 import os
 import re
 import selectors
@@ -25,11 +25,11 @@ import numpy as np
 from moesaic.config.serve import Grammar
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError, MoesaicError
+from moesaic.serve.grammar_checks import check_grammar, name_of, shown, with_escaped_patterns
 from moesaic.serve.grammar_trial import Vocabulary, compile_grammar
 from moesaic.serve.sampler import Mask, RequestError
 
 _CACHED = 32
-_MAX_DEPTH = 64
 _START_SECONDS = 120.0
 # What one request's grammar may take of the engine's thread. Of a vocabulary of 200,000 tokens (GPT-4o's), 600 random
 # ones by ordinary grammars took at most 1.7 ms each on average (addresses by a regular expression; a schema of 60 parts
@@ -38,43 +38,12 @@ _BURST_SECONDS = 1.0
 _SECONDS_PER_TOKEN = 0.004
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
 
-# What xgrammar would pass over in silence, so that a text could break the schema it was promised to keep.
-_UNENFORCED = frozenset(
-    {"not", "if", "then", "else", "contains", "minContains", "maxContains", "multipleOf", "dependentRequired",
-     "dependentSchemas", "dependencies", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"}
-)  # fmt: skip
-# What may stand beside keywords that xgrammar takes alone.
-_ANNOTATIONS = frozenset(
-    {"title", "description", "default", "examples", "$defs", "definitions", "$schema", "$id", "$comment", "deprecated",
-     "readOnly", "writeOnly", "discriminator"}
-)  # fmt: skip
-# Keywords that say nothing to xgrammar without a type, and others that give it one.
-_NEED_A_TYPE = (
-    (frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}), frozenset({"integer", "number"}),
-     frozenset[str]()),
-    (frozenset({"minLength", "maxLength", "pattern", "format"}), frozenset({"string"}), frozenset[str]()),
-    (frozenset({"patternProperties", "propertyNames", "minProperties", "maxProperties"}), frozenset({"object"}),
-     frozenset({"properties", "additionalProperties"})),
-    (frozenset({"minItems", "maxItems"}), frozenset({"array"}),
-     frozenset({"items", "prefixItems", "unevaluatedItems"})),
-)  # fmt: skip
-# A pattern's own characters go into the JSON string as they are; its classes leave these two out.
-# One that is not closed is refused by xgrammar; here it goes to the end, or looking for it would take for ever.
-_ESCAPE_OR_CLASS = re.compile(r"(\\.)|\[(?:\\.|[^\]\\])*\]?", re.DOTALL)
-_BREAKS_A_STRING = re.compile(r'"|\\\\|\\x(?:22|5c)|\\u\{?0*(?:22|5c)\}?', re.IGNORECASE)
-# A character beyond ASCII, escaped or not; what else is escaped is found too, so that its second half is not.
-_BEYOND_ASCII = re.compile(r"\\?([^\x00-\x7f])|\\.", re.DOTALL)
-_ESCAPE = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|u([0-9a-fA-F]{4})|.)", re.DOTALL)
-_NAMED_CLASS = re.compile(
-    r"\[:\^?(?:alnum|alpha|ascii|blank|cntrl|digit|graph|lower|print|punct|space|upper|word|xdigit):\]"
-)
 # What xgrammar 0.2.9 takes and UTF-8 has not: second bytes of a surrogate (ED), and of a character written too long.
 _NO_SECOND_BYTES = {0xED: range(0xA0, 0xC0), 0xE0: range(0x80, 0xA0), 0xF0: range(0x80, 0x90)}
-_MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-_SCHEMAS = frozenset(
-    {"items", "additionalItems", "prefixItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems",
-     "propertyNames", "anyOf", "oneOf", "allOf"}
-)  # fmt: skip
+
+
+class GrammarProcessError(MoesaicError):
+    """The process that tries grammars does not start: no request is to blame, and a later one starts it anew."""
 
 
 class GrammarCompiler:
@@ -135,11 +104,11 @@ class GrammarCompiler:
         """
         if (kept := self.find(grammar)) is not None:
             return kept
-        self._check(grammar)
+        check_grammar(grammar, max_bytes=self._max_bytes)
         with self._trying:
             if (kept := self.find(grammar)) is not None:  # somebody else's was under way
                 return kept
-            ours = _with_escaped_patterns(grammar)
+            ours = with_escaped_patterns(grammar)
             error = self._begin().try_out(ours, self._timeout_seconds)
             assert self._vocabulary is not None
             if error is not None:
@@ -147,7 +116,7 @@ class GrammarCompiler:
                     self._trial = None
                     self._begin()
                 raise ConfigError(
-                    f"the {_name(grammar)} {_shown(grammar.text)} cannot be used: {error}; one that xgrammar compiles "
+                    f"the {name_of(grammar)} {shown(grammar.text)} cannot be used: {error}; one that xgrammar compiles "
                     f"and follows within {self._timeout_seconds:g} s is required; mend or simplify it."
                 )
             inner = compile_grammar(self._vocabulary, ours.kind, ours.text)
@@ -174,44 +143,6 @@ class GrammarCompiler:
                     f"it anew with `pip install --force-reinstall 'moesaic[structured]'`."
                 ) from None
         return self._trial
-
-    def _check(self, grammar: Grammar) -> None:
-        name, text = _name(grammar), grammar.text
-        try:
-            size = len(text.encode("utf-8"))
-        except UnicodeEncodeError:
-            raise ConfigError(
-                f"the {name} holds half of a surrogate pair; text that UTF-8 can hold is required; mend it."
-            ) from None
-        if size > self._max_bytes:
-            raise ConfigError(
-                f"the {name} has {size} bytes; at most {self._max_bytes} are allowed; shorten it, or have "
-                f"max_grammar_bytes raised."
-            )
-        if grammar.kind == "json_object":
-            if text:
-                raise ConfigError(
-                    f"json_object comes with the text {_shown(text)}; it takes none; leave it out, or use json_schema."
-                )
-        elif not text.strip():
-            raise ConfigError(f"the {name} is empty; one is required; write it, or ask for no grammar.")
-        if grammar.kind in ("regex", "ebnf") and (found := _read_otherwise(text, is_regex=grammar.kind == "regex")):
-            raise ConfigError(
-                f"the {name} {_shown(text)} holds {found}, which would be read as something else; only what is kept as "
-                f"written is taken; write it otherwise."
-            )
-        if grammar.kind == "json_schema":
-            _check_schema(_read_schema(text, name), name)
-        if grammar.kind == "tool_calls":
-            try:
-                functions = dict(json.loads(text)["functions"])
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise ConfigError(
-                    f"the {name} is {_shown(text)}; what tool_calls.calls_grammar makes is required; let it make it."
-                ) from None
-            for function, schema in functions.items():
-                of_tool = f"JSON schema of the tool {_shown(function)}"
-                _check_schema(_read_schema(json.dumps(schema), of_tool), of_tool)
 
 
 class CompiledGrammar:
@@ -362,10 +293,6 @@ class Matcher:
         return self._not_behind.get(self._ids[-1]) if self._ids else None
 
 
-class GrammarProcessError(MoesaicError):
-    """The process that tries grammars does not start: no request is to blame, and a later one starts it anew."""
-
-
 class _Trial:
     """The process that tries grammars."""
 
@@ -454,196 +381,4 @@ def _not_behind(tokens: list[bytes], vocab_size: int) -> dict[int, Mask]:
 def _plain(error: str) -> str:
     """Return xgrammar's message without the time and the place in its source."""
     lines = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", error).strip().splitlines()
-    return _shown(lines[0].rstrip("."), 200, quoted=False) if lines else "it is refused without a reason"
-
-
-def _name(grammar: Grammar) -> str:
-    names = {
-        "json_schema": "JSON schema",
-        "regex": "regular expression",
-        "ebnf": "grammar",
-        "tool_calls": "grammar of the tools' calls",
-    }
-    return names.get(grammar.kind, grammar.kind)
-
-
-def _shown(text: str, length: int = 60, *, quoted: bool = True) -> str:
-    short = text if len(text) <= length else f"{text[:length]}..."
-    return repr(short) if quoted else short
-
-
-def _read_schema(text: str, name: str) -> dict[str, Any]:
-    try:
-        schema = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"the {name} {_shown(text)} cannot be read as JSON ({error}); an object with keywords is required; mend it."
-        ) from None
-    if not isinstance(schema, dict):
-        raise ConfigError(f"the {name} is {_shown(text)}; an object with keywords is required; write one.")
-    return schema
-
-
-def _check_schema(schema: dict[str, Any], name: str) -> None:
-    if _depth(schema) > _MAX_DEPTH:
-        raise ConfigError(
-            f"the {name} is nested more than {_MAX_DEPTH} deep; at most that is allowed; flatten it, or name "
-            f"parts of it in $defs and use $ref."
-        )
-    for where, each in _subschemas(schema, ""):
-        found = _unkept(each)
-        if found:
-            raise ConfigError(
-                f"the {name} uses {_shown(', '.join(found), 200, quoted=False)} at "
-                f"{_shown(where, 100, quoted=False) or 'its top'}; only what can be kept token by token is taken, and "
-                f"a $ref within the schema; leave it out and check the finished text."
-            )
-
-
-def _unkept(schema: dict[str, Any]) -> list[str]:
-    """Return what of one schema xgrammar 0.2.8 would pass over, found by trying each keyword against bad texts."""
-    found = sorted(_UNENFORCED & schema.keys())
-    if schema.get("uniqueItems") is True:
-        found.append("uniqueItems")
-    if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
-        found.append("allOf of several")
-    for key in ("$ref", "anyOf", "oneOf", "allOf", "enum", "const"):
-        beside = sorted(schema.keys() - _ANNOTATIONS - {key} - ({"type"} if key in ("enum", "const") else set()))
-        if key in schema and beside:
-            found.append(f"{key} beside {', '.join(beside)}")
-    reference = schema.get("$ref", "#")
-    if not (isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))):
-        found.append(f"$ref to {_shown(str(reference))}")
-    named = schema.get("type")
-    types = {each for each in (named if isinstance(named, list) else [named]) if isinstance(each, str)}
-    if types:
-        choices = schema["enum"] if isinstance(schema.get("enum"), list) else []
-        choices = [*choices, *([schema["const"]] if "const" in schema else [])]
-        found += [f"{_shown(json.dumps(each))} that is no {named}" for each in choices if not _types(each) & types]
-    for keys, needed, giving in _NEED_A_TYPE:
-        if (used := sorted(keys & schema.keys())) and not (types & needed or (not types and giving & schema.keys())):
-            found.append(f"{', '.join(used)} without type {' or '.join(sorted(needed))}")
-    properties, required = schema.get("properties", {}), schema.get("required", [])
-    if isinstance(properties, dict) and isinstance(required, list):
-        found += [f"required {_shown(each)}, which is not in properties" if isinstance(each, str)
-                  else f"required {_shown(json.dumps(each), quoted=False)}, which is no name"
-                  for each in required if not isinstance(each, str) or each not in properties]  # fmt: skip
-    found += _unkept_names(schema)
-    patterns = [schema["pattern"]] if "pattern" in schema else []
-    patterns += schema["patternProperties"] if isinstance(schema.get("patternProperties"), dict) else []
-    found += filter(None, (_read_otherwise(str(pattern), is_regex=True) for pattern in patterns))
-    if "pattern" in schema and schema.keys() & {"minLength", "maxLength", "format"}:
-        found.append("pattern together with a length or a format")
-    if any(_BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(pattern))) for pattern in patterns):
-        found.append("a pattern with a quotation mark or a backslash")
-    return found
-
-
-def _unkept_names(schema: dict[str, Any]) -> list[str]:
-    """Return what of one schema xgrammar 0.2.9 would not hold an object's names to.
-
-    A listed name is held to properties alone, and with names listed no other is to a pattern; one of several patterns
-    is enough; names of propertyNames may be there whatever else is forbidden. A name that is not listed may come again,
-    and counts each time.
-    """
-    found = []
-    patterns, is_closed = schema.get("patternProperties"), schema.get("additionalProperties") is False
-    if patterns and schema.get("properties"):
-        found.append("patternProperties beside properties")
-    if isinstance(patterns, dict) and len(patterns) > 1:
-        found.append("patternProperties of several")
-    if "propertyNames" in schema:
-        found += [f"propertyNames beside {key}" for key in ("properties", "patternProperties") if schema.get(key)]
-        if is_closed:
-            found.append("propertyNames beside additionalProperties that are false")
-    least, required = schema.get("minProperties"), schema.get("required")
-    count = len({each for each in required if isinstance(each, str)}) if isinstance(required, list) else 0
-    may_repeat = not is_closed or bool(patterns) or "propertyNames" in schema
-    if isinstance(least, int | float) and least > max(1, count) and may_repeat:
-        found.append("minProperties above 1 where names may come again")
-    return found
-
-
-def _read_otherwise(text: str, *, is_regex: bool) -> str | None:
-    """Return what of a regular expression or a grammar xgrammar 0.2.8 reads otherwise, and without a warning."""
-    for escape in _ESCAPE.finditer(text):
-        code = int(escape[1] or escape[2] or "0", 16)
-        if code > sys.maxunicode or 0xD800 <= code < 0xE000:
-            return f"{escape[0]}, no character"
-    named = _NAMED_CLASS.search(text) if is_regex else None
-    return None if named is None else f"{named[0]}, a class by its name"
-
-
-def _with_escaped_patterns(grammar: Grammar) -> Grammar:
-    """Return a grammar that means the same, with no character beyond ASCII in the patterns of its schemas.
-
-    xgrammar 0.2.9 lets a pattern that holds one match quotation marks, backslashes and line ends in a JSON string.
-    """
-    if grammar.kind not in ("json_schema", "tool_calls"):
-        return grammar
-    values = json.loads(grammar.text)
-    is_changed = False
-    for outermost in (values,) if grammar.kind == "json_schema" else values["functions"].values():
-        for _, schema in _subschemas(outermost, ""):
-            if isinstance(pattern := schema.get("pattern"), str) and (escaped := _escaped(pattern)) != pattern:
-                schema["pattern"], is_changed = escaped, True
-            if isinstance(patterns := schema.get("patternProperties"), dict):
-                renamed = {_escaped(pattern): each for pattern, each in patterns.items()}
-                if renamed.keys() != patterns.keys():
-                    schema["patternProperties"], is_changed = renamed, True
-    return grammar.replace(text=json.dumps(values)) if is_changed else grammar
-
-
-def _escaped(pattern: str) -> str:
-    """Return a pattern with its characters beyond ASCII as escapes."""
-
-    def escape(found: re.Match[str]) -> str:
-        character = found[1]
-        is_half = character is not None and 0xD800 <= ord(character) < 0xE000
-        return found[0] if character is None or is_half else f"\\u{{{ord(character):x}}}"
-
-    return _BEYOND_ASCII.sub(escape, pattern)
-
-
-def _types(value: Any) -> set[str]:
-    """Return the names of JSON schema that a value's type has."""
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, int | float):
-        return {"number", "integer"} if value == int(value) else {"number"}
-    names = {type(None): "null", str: "string", list: "array", dict: "object"}
-    return {names[type(value)]}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(number: str) -> float:
-    if math.isinf(float(number)):
-        raise ValueError(f"{_shown(number, quoted=False)} is too large a number")
-    return float(number)
-
-
-def _depth(value: Any) -> int:
-    """Return how deep lists and objects stand in one another."""
-    depth, level = 0, [value]
-    while level := [each for each in level if isinstance(each, dict | list)]:
-        depth += 1
-        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
-    return depth
-
-
-def _subschemas(schema: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each schema within a schema and its place; a property may be called as a keyword is."""
-    yield where, schema
-    for key, value in schema.items():
-        if key in _MAPS_OF_SCHEMAS and isinstance(value, dict):
-            inner = list(value.items())
-        elif key in _SCHEMAS:
-            inner = list(enumerate(value)) if isinstance(value, list) else [("", value)]
-        else:
-            continue
-        for name, each in inner:
-            if isinstance(each, dict):
-                yield from _subschemas(each, f"{where}/{key}" + (f"/{name}" if name != "" else ""))
+    return shown(lines[0].rstrip("."), 200, quoted=False) if lines else "it is refused without a reason"
