@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import products, select
+from moesaic.kernels.addresses import address_of
 from moesaic.kernels.gradient import once_differentiable
 
 # In this order in source/activation_math.h.
@@ -93,8 +94,8 @@ def _call(pre: Tensor, activation: str, activated: Tensor, grad: Tensor | None, 
         activated.shape[1],
         ACTIVATIONS.index(activation),
         activated.data_ptr(),
-        None if grad is None else grad.data_ptr(),
-        None if grad_pre is None else grad_pre.data_ptr(),
+        address_of(grad),
+        address_of(grad_pre),
     )
 
 

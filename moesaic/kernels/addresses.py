@@ -1,7 +1,14 @@
-"""Objects that remember where their tensors lie, as C++ code takes it."""
+"""Where tensors lie, as C++ code takes it, and objects that remember it."""
 
 from functools import cached_property
 from typing import Any
+
+from torch import Tensor
+
+
+def address_of(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's data begins; None, which C++ sees as null, where there is none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 class RemembersAddresses:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import products
+from moesaic.kernels.addresses import address_of
 from moesaic.kernels.select import cpu_library
 
 _HEAD_DIM_MULTIPLE = 16
@@ -136,10 +137,6 @@ def _sizes(query: Tensor, key: Tensor, window: int | None) -> "ctypes.Array[ctyp
     return _integers([*query.shape[:3], key.shape[2], query.shape[3], length if window is None else window])
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _strides(operands: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_int64]":
     return _integers([step for tensor in operands for step in tensor.stride()[:3]])
 
@@ -169,8 +166,8 @@ def _causal_attention(
         scale,
         _strides(operands),
         *(tensor.data_ptr() for tensor in operands),
-        _address(numbers),
-        _address(sinks),
+        address_of(numbers),
+        address_of(sinks),
         out.data_ptr(),
         normalizers.data_ptr(),
     )
@@ -219,11 +216,11 @@ def _causal_attention_backward(
         scale,
         _strides(operands),
         *(tensor.data_ptr() for tensor in operands),
-        _address(numbers),
+        address_of(numbers),
         normalizers.data_ptr(),
-        _address(numbers_of_sinks),
+        address_of(numbers_of_sinks),
         *(tensor.data_ptr() for tensor in grads),
-        _address(sink_parts),
+        address_of(sink_parts),
     )
     if sinks is None or sink_parts is None:
         return grads[0], grads[1], grads[2], query.new_empty(0)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import products, select
+from moesaic.kernels.addresses import address_of
 from moesaic.kernels.gradient import once_differentiable
 
 _LAYER_NORM_SIZE = 1 << 18  # below it PyTorch's LayerNorm is done before an operator of ours has begun
@@ -96,7 +97,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tup
         num_rows,
         size,
         weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        address_of(bias),
         epsilon,
         y.data_ptr(),
         None if bias is None else mean.data_ptr(),

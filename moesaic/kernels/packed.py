@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moesaic.kernels import select
 from moesaic.kernels.activation import ACTIVATIONS, activate, is_gated
-from moesaic.kernels.addresses import RemembersAddresses
+from moesaic.kernels.addresses import RemembersAddresses, address_of
 from moesaic.kernels.huge_pages import empty_on_huge_pages
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantized_linear
 
@@ -126,7 +126,7 @@ class PackedWeight(RemembersAddresses):
             self.in_size,
             self.group_size or 0,
             self.data.data_ptr(),
-            None if self.scales is None else self.scales.data_ptr(),
+            address_of(self.scales),
         )
 
 
@@ -174,8 +174,8 @@ class PackedMlp(RemembersAddresses):
         return _MlpStruct(
             self.up.struct,
             self.down.struct,
-            None if self.up_bias is None else self.up_bias.data_ptr(),
-            None if self.down_bias is None else self.down_bias.data_ptr(),
+            address_of(self.up_bias),
+            address_of(self.down_bias),
             ACTIVATIONS.index(self.activation),
             self.intermediate_size,
         )
@@ -302,7 +302,7 @@ def packed_linear(
             x.shape[0],
             x.data_ptr(),
             x.dtype == torch.bfloat16,
-            None if bias is None else bias.data_ptr(),
+            address_of(bias),
             out.data_ptr(),
             out_dtype == torch.bfloat16,
         )
@@ -416,7 +416,7 @@ def _moe(
         experts.struct,
         num_experts,
         None if residual is None else ctypes.addressof(residual.struct),
-        None if residual_weights is None else residual_weights.data_ptr(),
+        address_of(residual_weights),
         tokens,
         top_k,
         x.data_ptr(),
@@ -560,7 +560,7 @@ def _pack_natively(library: select.Library, weight: Tensor | QuantizedWeight, pa
         scales = weight.scales.contiguous() if weight.bits == 4 else None
     library.function("moesaic_pack_weight", "piipipi")(
         ctypes.addressof(packed.struct), packed.num_matrices or 1, packed.out_size, numbers.data_ptr(),
-        numbers.dtype == torch.float32, None if scales is None else scales.data_ptr(), packed.is_gated,
+        numbers.dtype == torch.float32, address_of(scales), packed.is_gated,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import select
-from moesaic.kernels.addresses import RemembersAddresses
+from moesaic.kernels.addresses import RemembersAddresses, address_of
 from moesaic.kernels.huge_pages import zeros_on_huge_pages
 from moesaic.kernels.quantized import SMALLEST_AMAX
 
@@ -224,7 +224,7 @@ def paged_attention(
     attend = library.function("moesaic_paged_attention", "pipiifip" + "ppppiiii" + "pppii")
     failed = attend(
         query.data_ptr(), query.stride(0), out.data_ptr(), num_tokens, num_heads, scale, window or 0,
-        None if sinks is None else sinks.data_ptr(),
+        address_of(sinks),
         *blocks.arguments, *batch.arguments,
     )  # fmt: skip
     assert not failed, _misfit(batch, blocks, num_tokens)

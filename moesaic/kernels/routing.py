@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import select
+from moesaic.kernels.addresses import address_of
 
 _SCORINGS = {"softmax": 0, "sigmoid": 1}
 
@@ -87,10 +88,6 @@ def plan_dispatch(
     return torch.ops.moesaic.plan_dispatch(expert_ids, valid, num_experts, -1 if capacity is None else capacity)
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -127,10 +124,10 @@ def _route(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         weight.data_ptr(),
-        _address(bias),
-        _address(correction_bias),
-        _address(valid),
-        _address(given_ids),
+        address_of(bias),
+        address_of(correction_bias),
+        address_of(valid),
+        address_of(given_ids),
         num_tokens,
         x.shape[1],
         num_experts,
@@ -199,15 +196,15 @@ def _route_backward(
         weight.data_ptr(),
         logits.data_ptr(),
         expert_ids.data_ptr(),
-        _address(valid),
+        address_of(valid),
         x.shape[0],
         x.shape[1],
         weight.shape[0],
         expert_ids.shape[1],
         _SCORINGS[scoring],
         int(num_tokens),
-        _address(grad_weights),
-        _address(grad_mean),
+        address_of(grad_weights),
+        address_of(grad_mean),
         0.0 if grad_z is None else float(grad_z),
         grad_x.data_ptr(),
         grad_weight.data_ptr(),
@@ -254,7 +251,7 @@ def _plan_dispatch(
     tokens_per_expert = torch.empty(num_experts, dtype=torch.int64)
     num_rows = _library().function("moesaic_plan_dispatch", "ppiiiippp")(
         expert_ids.data_ptr(),
-        _address(valid),
+        address_of(valid),
         expert_ids.shape[0],
         expert_ids.shape[1],
         num_experts,
