@@ -1,11 +1,11 @@
 """`moesaic bench`: this machine's limits, what an operation reaches of them, and how a server answers."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moesaic.cli.console import open_console
+from moesaic.cli.console import open_console, print_json
 from moesaic.cli.progress import shown_progress
 from moesaic.config.api_keys import read_key_file
 from moesaic.errors import ConfigError, DataError
@@ -51,7 +51,7 @@ def limits(
     log_to_stderr()
     measured = measure_limits(device=select_device(device).type, seconds=_LIMITS_SECONDS, reuse=False)
     if as_json:
-        _print_json(asdict(measured))
+        print_json(asdict(measured))
     else:
         _print_limits(measured)
 
@@ -100,7 +100,7 @@ def moe_layer(
     result = bench_moe_layer(case, seconds=_LAYER_SECONDS)
     if as_json:
         values = asdict(result)
-        _print_json({**values.pop("case"), **values})
+        print_json({**values.pop("case"), **values})
     else:
         _print_moe_layer(result)
 
@@ -218,7 +218,7 @@ def serve(
     if as_json:
         values = asdict(result)
         del values["requests"]
-        _print_json({**values, "summary": asdict(result.summary())})
+        print_json({**values, "summary": asdict(result.summary())})
     else:
         _print_serving(result)
     unwritten: list[str] = []  # what can be kept of a long measurement is
@@ -354,9 +354,3 @@ def _print_moe_layer(result: "MoELayerResult") -> None:
         f"{result.operations_per_second / 1e12:.3f} TFLOP/s",
     )
     open_console().print(table)
-
-
-def _print_json(values: dict[str, Any]) -> None:
-    import json
-
-    typer.echo(json.dumps(values, indent=2, allow_nan=False))

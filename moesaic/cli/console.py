@@ -1,6 +1,9 @@
-"""The consoles that commands print to."""
+"""What commands print to: consoles, and JSON for those who read it with a program."""
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -11,3 +14,8 @@ def open_console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Print a whole answer as JSON that a person can read too."""
+    typer.echo(json.dumps(values, indent=2, allow_nan=False))

@@ -123,7 +123,6 @@ def verify(
 
 
 def _print(certificate: "Certificate", as_json: bool, last: str) -> None:
-
     if as_json:
         typer.echo(json.dumps(certificate.to_json(), allow_nan=False))
         return

@@ -85,7 +85,6 @@ def quantize(
 
     Example: moesaic convert quantize runs/first runs/first-int4 --experts int4 --group-size 32
     """
-
     from moesaic.convert.quantize import quantize_run
     from moesaic.logs import log_to_stderr
 

@@ -60,7 +60,6 @@ def upcycle(
 
     Example: moesaic convert upcycle runs/dense runs/upcycled --experts 8 --residual
     """
-
     from moesaic.convert.upcycle import upcycle_run
     from moesaic.logs import log_to_stderr
 

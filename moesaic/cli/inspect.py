@@ -4,11 +4,11 @@ A preset or a file needs no torch: every number follows from the config.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.console import open_console
+from moesaic.cli.console import open_console, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +50,6 @@ def inspect(
 
 
 def _inspect_config(source: str, assignments: list[str], *, context: int | None, as_json: bool) -> None:
-
     from moesaic.config.load import apply_assignments, load_model_config, read_values
     from moesaic.config.train import TrainConfig
     from moesaic.report.model_summary import render_model
@@ -64,13 +63,12 @@ def _inspect_config(source: str, assignments: list[str], *, context: int | None,
     else:
         summary = summarize_model(load_model_config(source, assignments), name=source, context=context)
     if as_json:
-        _print_json({"source": source, **summary.to_json(), "model": summary.config.to_dict()})
+        print_json({"source": source, **summary.to_json(), "model": summary.config.to_dict()})
     else:
         open_console().print(render_model(summary))
 
 
 def _inspect_run(source: str, assignments: list[str], *, context: int | None, as_json: bool) -> None:
-
     # Brings in torch: the rules of which checkpoint is meant, and what a manifest is, stand there and only there.
     from moesaic.checkpoint.quantized import describe_quantization, is_quantized
     from moesaic.checkpoint.store import best_checkpoint, list_checkpoints, resolve_checkpoint
@@ -102,7 +100,7 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
     best = best_checkpoint(checkpoints)
     if as_json:
         progress = summarize(metrics)
-        _print_json(
+        print_json(
             {
                 "source": source,
                 **summary.to_json(),
@@ -202,12 +200,6 @@ def _origin(info: "CheckpointInfo") -> str | None:
 
 def _size(info: "CheckpointInfo") -> int:
     return sum(int(file["bytes"]) for file in info.files.values())
-
-
-def _print_json(values: dict[str, Any]) -> None:
-    import json
-
-    typer.echo(json.dumps(values, indent=2, allow_nan=False))
 
 
 def summarize_model(
