@@ -41,6 +41,21 @@ EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 ROUTER, BIAS = "ffn_gate_inp.weight", ".bias"
 # Of a model whose residual MLP has a gate; older files hold it as a vector.
 SHARED_GATE = "ffn_gate_inp_shexp.weight"
+# Put beside a file's own keys: what its tensors say.
+VOCAB_SIZE, IS_TIED, HAS_BIASES = "vocab_size", "(tied output)", "(biases of queries, keys and values)"
+HAS_HEAD_NORMS, HAS_CORRECTION = "(norms of queries and keys)", "(biases on the scores)"
+# Layers behind the last, for multi-token prediction.
+NEXTN = "nextn_predict_layers"
+_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+_YARN_LOG = "rope.scaling.yarn_log_multiplier"
+# What llama.cpp computes with, whatever a file says.
+_BOUNDS = (("beta_fast", 32.0), ("beta_slow", 1.0))
+_SCORING = ("softmax", "sigmoid")
+
+
+def _shortest(value: Any) -> float:
+    """Return the shortest decimal that is this number in fp32: 9.999999747378752e-06 was written as 1e-5."""
+    return float(str(np.float32(value)))
 
 
 @dataclass(frozen=True)
@@ -287,9 +302,17 @@ class GgufEveryLayer:
             raise Inexpressible(f"{every - len(places)} of {every} layers without experts")
 
 
-def _shortest(value: Any) -> float:
-    """Return the shortest decimal that is this number in fp32: 9.999999747378752e-06 was written as 1e-5."""
-    return float(str(np.float32(value)))
+@dataclass(frozen=True)
+class Ignored:
+    """What needs no key."""
+
+    theirs: str
+
+    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
+        keys.take(self.theirs, default=None)
+
+    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
+        return
 
 
 @dataclass(frozen=True)
@@ -315,18 +338,6 @@ class GgufFamily:
         return (self.architecture, self.is_moe) == (architecture, is_moe) and self.without not in keys
 
 
-# Put beside a file's own keys: what its tensors say.
-VOCAB_SIZE, IS_TIED, HAS_BIASES = "vocab_size", "(tied output)", "(biases of queries, keys and values)"
-HAS_HEAD_NORMS, HAS_CORRECTION = "(norms of queries and keys)", "(biases on the scores)"
-# Layers behind the last, for multi-token prediction.
-NEXTN = "nextn_predict_layers"
-_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
-_YARN_LOG = "rope.scaling.yarn_log_multiplier"
-# What llama.cpp computes with, whatever a file says.
-_BOUNDS = (("beta_fast", 32.0), ("beta_slow", 1.0))
-_SCORING = ("softmax", "sigmoid")
-
-
 def keys_of_tensors(names: Mapping[str, Any]) -> dict[str, bool]:
     """Return what the names of a file's tensors say, as keys."""
     ends = {name.partition(".")[2].partition(".")[2] if name.startswith("blk.") else name for name in names}
@@ -347,19 +358,6 @@ def _said_by_tensors(*names: str) -> tuple[KeyRule, ...]:
         HAS_CORRECTION: Same(HAS_CORRECTION, "moe.router.score_correction_bias"),
     }
     return tuple(rules[name] if name in names else Ignored(name) for name in rules)
-
-
-@dataclass(frozen=True)
-class Ignored:
-    """What needs no key."""
-
-    theirs: str
-
-    def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        keys.take(self.theirs, default=None)
-
-    def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
-        return
 
 
 _KEY_HEADS = Same("attention.head_count_kv", "num_kv_heads", default=None)
