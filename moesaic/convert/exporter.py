@@ -277,9 +277,11 @@ def _write_gguf(
             torch.bfloat16: gguf.GGMLQuantizationType.BF16,
         }
         for name, each in layout.items():
-            numbers = (torch.float32 if each.dtype is torch.bfloat16 else each.dtype, types[each.dtype])
-            like = torch.empty(0, dtype=numbers[0]).numpy().dtype
-            writer.add_tensor_info(name, each.shape, like, each.num_bytes, raw_dtype=numbers[1])
+            in_numpy = (
+                torch.float32 if each.dtype is torch.bfloat16 else each.dtype
+            )  # which has no bf16; raw_dtype counts
+            like = torch.empty(0, dtype=in_numpy).numpy().dtype
+            writer.add_tensor_info(name, each.shape, like, each.num_bytes, raw_dtype=types[each.dtype])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

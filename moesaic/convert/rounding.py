@@ -6,8 +6,6 @@ Source: Frantar et al., GPTQ (arXiv 2210.17323): columns are rounded one after a
 back in the columns that are not rounded yet, in the way that the second moments of the inputs say.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -85,7 +83,8 @@ def round_with_feedback(
     values = torch.empty_like(columns)
     all_scales = []
     scales = columns.new_zeros(columns.shape[1])
-    for start, end in _ranges(num_columns):
+    for start in range(0, num_columns, _BLOCK):
+        end = min(start + _BLOCK, num_columns)
         errors = columns.new_empty(end - start, columns.shape[1])
         for column in range(start, end):
             if column % group == 0:
@@ -117,8 +116,3 @@ def round_with_feedback(
         return QuantizedWeight(values.to(torch.int8), scales.float(), 8, None)
     packed = mxfp4.encode(values) if is_mxfp4 else pack_nibbles(values)
     return QuantizedWeight(packed, torch.stack(all_scales, -1), 4, group_size)
-
-
-def _ranges(num_columns: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, num_columns, _BLOCK):
-        yield start, min(start + _BLOCK, num_columns)
