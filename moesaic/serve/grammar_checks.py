@@ -1,4 +1,4 @@
-"""What of a client's grammar cannot be kept, found by reading it: what xgrammar would pass over, or read otherwise.
+"""Clients' grammars, read: what cannot be kept, as xgrammar would pass it over or read it otherwise, and what is meant.
 
 Pure functions of texts: nothing is compiled, and xgrammar is not needed.
 """
@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from moesaic.config.serve import Grammar
 from moesaic.errors import ConfigError
@@ -89,6 +90,38 @@ def check_grammar(grammar: Grammar, *, max_bytes: int) -> None:
         for function, schema in functions.items():
             of_tool = f"JSON schema of the tool {shown(function)}"
             _check_schema(_read_schema(json.dumps(schema), of_tool), of_tool)
+
+
+def allows_only_objects(schema: dict[str, Any]) -> bool:
+    """Whether a value under a schema has to be an object, as xgrammar reads it.
+
+    What xgrammar does not take at all, keywords beside a $ref or one out of the schema say, is not for here to refuse.
+    """
+    pending: list[Any] = [schema]
+    seen = set[int]()  # a $ref may lead back
+    while pending:
+        each = pending.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if not isinstance(each, dict):
+            return False
+        if "type" in each:
+            if each["type"] != "object":
+                return False
+        elif each.keys() & {"properties", "additionalProperties"}:
+            continue  # which xgrammar takes for an object's
+        elif "$ref" in each:
+            pending += _referenced(schema, each["$ref"])
+        elif several := [each[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(each.get(key), list)]:
+            pending += several[0]
+        elif "const" in each or isinstance(each.get("enum"), list):
+            choices = [each["const"]] if "const" in each else each["enum"]
+            if not all(isinstance(choice, dict) for choice in choices):
+                return False
+        else:
+            return False
+    return True
 
 
 def name_of(grammar: Grammar) -> str:
@@ -283,3 +316,19 @@ def _subschemas(schema: dict[str, Any], where: str) -> Iterator[tuple[str, dict[
         for name, each in inner:
             if isinstance(each, dict):
                 yield from _subschemas(each, f"{where}/{key}" + (f"/{name}" if name != "" else ""))
+
+
+def _referenced(schema: dict[str, Any], reference: Any) -> list[Any]:
+    """Return the part of a schema that a $ref names, none where it is not there."""
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        return []
+    found: Any = schema
+    for part in reference.split("/")[1:]:
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and key in found:
+            found = found[key]
+        elif isinstance(found, list) and key.isdecimal() and len(key) < 9 and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return []
+    return [found]

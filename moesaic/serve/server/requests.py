@@ -10,7 +10,6 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sized
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import unquote
 
 from pydantic import (
     BaseModel,
@@ -26,6 +25,7 @@ from pydantic import (
 )
 
 from moesaic.config.serve import Grammar, GrammarKind, Sampling
+from moesaic.serve.grammar_checks import allows_only_objects
 from moesaic.serve.server.answers import Kind
 from moesaic.serve.server.errors import ApiError, explain_values, refusal, unknown_key
 from moesaic.serve.server.tool_calls import calls_grammar, read_object
@@ -530,7 +530,7 @@ class ConversationBody(GenerationBody):
             schema = {"type": "object", "properties": {}} if schema is None else schema
             if isinstance(schema, dict) and not schema.keys() & _WHOLE_SCHEMAS:
                 schema = {"type": "object", **schema}
-            if not isinstance(schema, dict) or not _allows_only_objects(schema):
+            if not isinstance(schema, dict) or not allows_only_objects(schema):
                 raise refusal(
                     f"the parameters of {name!r} are {json.dumps(schema)[:60]}; the JSON schema of an object is "
                     f"required; send one, or leave them out.",
@@ -723,54 +723,6 @@ def format_grammar_of(kind: str, schema: dict[str, Any] | None, *, key: str, sch
             param=key,
         )
     return Grammar(kind="json_schema", text=json.dumps(schema))
-
-
-def _allows_only_objects(schema: dict[str, Any]) -> bool:
-    """Whether a value under a schema has to be an object, as xgrammar reads it.
-
-    What xgrammar does not take at all, keywords beside a $ref or one out of the schema say, is not for here to refuse.
-    """
-    pending: list[Any] = [schema]
-    seen = set[int]()  # a $ref may lead back
-    while pending:
-        each = pending.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        if not isinstance(each, dict):
-            return False
-        if "type" in each:
-            if each["type"] != "object":
-                return False
-        elif each.keys() & {"properties", "additionalProperties"}:
-            continue  # which xgrammar takes for an object's
-        elif "$ref" in each:
-            pending += _found(schema, each["$ref"])
-        elif several := [each[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(each.get(key), list)]:
-            pending += several[0]
-        elif "const" in each or isinstance(each.get("enum"), list):
-            choices = [each["const"]] if "const" in each else each["enum"]
-            if not all(isinstance(choice, dict) for choice in choices):
-                return False
-        else:
-            return False
-    return True
-
-
-def _found(schema: dict[str, Any], reference: Any) -> list[Any]:
-    """Return the part of a schema that a $ref names, none where it is not there."""
-    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-        return []
-    found: Any = schema
-    for part in reference.split("/")[1:]:
-        key = unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(found, dict) and key in found:
-            found = found[key]
-        elif isinstance(found, list) and key.isdecimal() and len(key) < 9 and int(key) < len(found):
-            found = found[int(key)]
-        else:
-            return []
-    return [found]
 
 
 def _read_biases(biases: Mapping[str, float]) -> dict[int, float]:
