@@ -32,6 +32,7 @@ from moesaic.logs import OnProgress, logger, no_progress
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run, load_run_config
 from moesaic.model.transformer import Transformer
+from moesaic.report.json_values import json_values
 
 CERTIFICATE_NAME = "parity.json"
 
@@ -174,7 +175,7 @@ class Certificate:
                 "python": platform.python_version(),
             },
         }
-        return json.loads(json.dumps(values), parse_constant=lambda _: None)
+        return dict(json_values(values))
 
     def write(self, folder: Path) -> None:
         text = json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
