@@ -102,19 +102,6 @@ class Optimizers:
             for key, value in state.items()
         }
 
-    def copy_state(self) -> list[dict[Tensor, dict[str, Tensor]]]:
-        """Return a copy of every optimizer's state, for restore_state."""
-        return [
-            {parameter: {key: value.clone() for key, value in state.items()} for parameter, state in each.state.items()}
-            for each in self._optimizers
-        ]
-
-    def restore_state(self, states: list[dict[Tensor, dict[str, Tensor]]]) -> None:
-        """Be again as when the states were copied; they are taken over and not copied."""
-        for optimizer, state in zip(self._optimizers, states, strict=True):
-            optimizer.state.clear()
-            optimizer.state.update(state)
-
     def load_named_state(self, tensors: dict[str, Tensor]) -> None:
         """Take back what named_state gave."""
         by_name: dict[str, dict[str, Tensor]] = {}
@@ -127,6 +114,19 @@ class Optimizers:
                     state = by_name.get(self._names[parameter])
                     if state is not None:
                         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+
+    def copy_state(self) -> list[dict[Tensor, dict[str, Tensor]]]:
+        """Return a copy of every optimizer's state, for restore_state."""
+        return [
+            {parameter: {key: value.clone() for key, value in state.items()} for parameter, state in each.state.items()}
+            for each in self._optimizers
+        ]
+
+    def restore_state(self, states: list[dict[Tensor, dict[str, Tensor]]]) -> None:
+        """Be again as when the states were copied; they are taken over and not copied."""
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(state)
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
