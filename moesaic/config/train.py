@@ -217,5 +217,6 @@ class TrainConfig(Config):
         if every_tokens is None:
             validated = self.evaluation.sequences * self.data.sequence_length
             rarest = -(-_TRAINED_PER_VALIDATED * validated // self.tokens_per_step)
-            return min(self.total_steps, max(1, self.total_steps // 10, rarest))
+            times = max(1, min(10, self.total_steps // max(1, rarest)))
+            return -(-self.total_steps // times)  # rounded up: no further one just before the end
         return max(1, round(every_tokens / self.tokens_per_step))

@@ -28,15 +28,27 @@ def test_tokens_round_up_to_whole_steps() -> None:
 def test_intervals_are_at_least_one_step() -> None:
     config = TrainConfig(**BASE, batch_size=4, evaluation={"sequences": 16})
     assert config.total_steps == 196
-    assert config.evaluation_every_steps == config.checkpoint_every_steps == 19
+    assert config.evaluation_every_steps == config.checkpoint_every_steps == 20
     # 64 sequences of 128 are 16 steps' tokens: not before 64 steps, and no later than the end.
     rare = TrainConfig(**BASE, batch_size=4)
-    assert rare.evaluation_every_steps == rare.checkpoint_every_steps == 64
+    assert rare.evaluation_every_steps == rare.checkpoint_every_steps == 66
     once = TrainConfig(**{**BASE, "tokens": 30_000}, batch_size=4)
     assert once.evaluation_every_steps == once.checkpoint_every_steps == once.total_steps == 59
     short = TrainConfig(**{**BASE, "tokens": 512}, batch_size=4, evaluation={"every_tokens": 1})
     assert short.evaluation_every_steps == short.checkpoint_every_steps == 1
     assert TrainConfig(**BASE, batch_size=4, checkpoint={"every_tokens": 5_120}).checkpoint_every_steps == 10
+
+
+@pytest.mark.parametrize("sequences", [1, 16, 64])
+def test_by_default_no_two_validations_are_close_together(sequences: int) -> None:
+    for tokens in range(512, 200 * 512, 512):
+        config = TrainConfig(**{**BASE, "tokens": tokens}, batch_size=4, evaluation={"sequences": sequences})
+        every, total = config.evaluation_every_steps, config.total_steps
+        times = -(-total // every)
+        assert 1 <= times <= 10
+        # All but the last are as far apart, and it is nearer by what rounding takes.
+        assert total - every * (times - 1) > every - 10
+        assert every == total or every * 512 >= 4 * sequences * 128
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
