@@ -54,7 +54,9 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"
         sinks = "" if self.sinks is None else ", sinks=True"
-        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{window}{sinks}"
+        rotated = "" if self.is_rotated else ", is_rotated=False"
+        sizes = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return f"{sizes}{window}{sinks}{rotated}"
 
     def forward(
         self,

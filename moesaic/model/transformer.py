@@ -64,6 +64,9 @@ class Block(nn.Module):
         self.dropout, self.residual_scale = config.dropout, config.residual_scale
         self.norms_outputs = config.norm_place == "behind"
 
+    def extra_repr(self) -> str:
+        return "norms_outputs=True" if self.norms_outputs else ""
+
     def forward(
         self,
         x: Tensor,

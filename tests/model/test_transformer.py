@@ -168,6 +168,16 @@ def test_a_printed_model_shows_the_sizes_of_its_parameters(family: str) -> None:
                     assert {str(size), str(size // 2)} & set(shown), (name, module.extra_repr(), parameter.shape)
 
 
+def test_a_printed_model_tells_layers_apart_that_compute_otherwise() -> None:
+    config = ModelConfig(
+        vocab_size=9, hidden_size=8, num_layers=3, num_heads=2, max_positions=8, intermediate_size=8, rope_layers=[0, 1]
+    )
+    shown = str(Transformer(config))
+    assert "(0-1): 2 x Block(\n" in shown and "(2): Block(\n" in shown and shown.count("is_rotated=False") == 1
+    behind = str(Transformer(config.replace(norm_place="behind")))
+    assert behind.count("norms_outputs=True") == 2 and "norms_outputs" not in shown
+
+
 def test_a_printed_packed_model_says_how_it_is_packed() -> None:
     shown = str(pack_transformer(build("moe, mixtral-like")))
     assert "(qkv_proj): Linear(in_features=24, out_features=48, bias=False, packed=bf16)" in shown
