@@ -75,14 +75,16 @@ def generate(
 def _read_prompt() -> str:
     """Return what standard input holds, without the line end that closes it.
 
-    Raises: ConfigError where it is a terminal, or holds nothing.
+    Raises: ConfigError where it is a terminal or closed, or holds nothing.
     """
-    is_terminal = sys.stdin is None or sys.stdin.isatty()
-    text = "" if is_terminal else sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+    text, state = "", "closed"
+    if sys.stdin is not None:
+        state = "a terminal" if sys.stdin.isatty() else "empty"
+        text = "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8-sig", "replace")
     if not text:
         raise ConfigError(
-            f"no --prompt was given, and standard input {'is a terminal' if is_terminal else 'is empty'}; a text to "
-            f"continue is required; give --prompt TEXT, or a file: moesaic generate RUN < FILE."
+            f"no --prompt was given, and standard input is {state}; a text to continue is required; give --prompt "
+            f"TEXT, or a file: moesaic generate RUN < FILE."
         )
     return text.removesuffix("\n").removesuffix("\r")
 

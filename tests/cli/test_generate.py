@@ -47,16 +47,16 @@ def test_without_a_prompt_standard_input_is_one(
     assert piped == json.loads(cli(*command, "--prompt", "The License — Work").out)
 
 
-@pytest.mark.parametrize(("is_terminal", "state"), [(True, "is a terminal"), (False, "is empty")])
+@pytest.mark.parametrize("state", ["a terminal", "empty", "closed"])
 def test_no_prompt_at_all_is_refused_before_the_run_is_read(
-    cli: Any, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, state: str
+    cli: Any, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
     stdin = io.TextIOWrapper(io.BytesIO())
-    monkeypatch.setattr(stdin, "isatty", lambda: is_terminal)
-    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setattr(stdin, "isatty", lambda: state == "a terminal")
+    monkeypatch.setattr("sys.stdin", None if state == "closed" else stdin)
     found = cli("generate", "nowhere")
     assert found.status == 2
-    assert f"ConfigError: no --prompt was given, and standard input {state}; a text to continue" in found.err
+    assert f"ConfigError: no --prompt was given, and standard input is {state}; a text to continue" in found.err
 
 
 @pytest.mark.parametrize("cut", [0, 1])
