@@ -92,7 +92,8 @@ def _refused_memory(error: Exception) -> str | None:
     """Return what to say of an error by which the system, or a GPU, refused memory; None for any other error."""
     text = " ".join(str(error).split())
     is_known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    if not is_known and not re.search(r"allocate memory|bad_alloc|out of memory|can't start new thread", text):
+    words = error.strerror if isinstance(error, OSError) and error.strerror else text  # a file may have any name
+    if not is_known and not re.search(r"allocate memory|bad_alloc|out of memory|can't start new thread", words):
         return None
     asked = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", text)
     said = f"{asked[1]} more were asked for" if asked else text.partition(";")[0]

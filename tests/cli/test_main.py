@@ -98,6 +98,15 @@ def test_memory_that_is_refused_is_told_without_a_traceback(
     )
 
 
+def test_the_name_of_a_file_is_not_taken_for_refused_memory(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "out of memory.yaml")
+
+    monkeypatch.setattr("moesaic.config.load.read_values", missing)
+    with pytest.raises(FileNotFoundError):
+        cli("train", "dense-tiny", "--output", "unused")
+
+
 def test_other_errors_keep_their_traceback(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not fit")
