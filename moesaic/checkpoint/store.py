@@ -246,7 +246,10 @@ def _require_as_written(path: Path, file: FileIO, before: os.stat_result, hashin
         raise CheckpointError(f"{path} does not have the SHA-256 it was written with; it is corrupt; use another step.")
 
     now = os.fstat(file.fileno())
-    is_other = path.exists() and not os.path.samestat(path.stat(), now)  # a training may delete what others still read
+    try:
+        is_other = not os.path.samestat(path.stat(), now)
+    except FileNotFoundError:  # a training may delete what others still read
+        is_other = False
     if is_other or (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise CheckpointError(
             f"{path} changed while it was read; weights that stay as they are are required; try again when nothing "

@@ -69,7 +69,9 @@ def render_chat(
     """
     template = _compile(tokenizer)
     given = [dict(message) for message in messages]
+    last = ""
     if not add_generation_prompt:
+        last = given[-1]["content"].strip()
         given[-1]["content"] += _END_OF_LAST
     values: dict[str, Any] = {
         **settings,
@@ -96,7 +98,8 @@ def render_chat(
     if add_generation_prompt:
         return text
     before, found, _ = text.rpartition(_END_OF_LAST)
-    if not found:
+    before = before.replace(_END_OF_LAST, "")  # of a template that shows it twice
+    if not found or not before.rstrip().endswith(last):
         raise DataError(
             "the chat template leaves out what the last message says, or a part of it; only a message that is in the "
             "text as it is can be continued; end with another one, or have it answered."

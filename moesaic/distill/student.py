@@ -46,9 +46,9 @@ def student_model(
 ) -> ModelConfig:
     """Return a student's model: the teacher's with an eighth fewer layers (rounded, at least one), or num_layers.
 
-    MoE layers and windows stand by the teacher's pattern, and the former have the sizes of its last ones: 10 x 32 + 2
-    x 64 experts become 8 x 32 + 2 x 64. num_experts: of every MoE layer, or one count for each. is_dense: no experts at
-    all.
+    MoE layers, windows and rotated layers stand by the teacher's pattern, and the first have the sizes of its last
+    ones: 10 x 32 + 2 x 64 experts become 8 x 32 + 2 x 64. num_experts: of every MoE layer, or one count for each.
+    is_dense: no experts at all.
 
     Raises: ConfigError for what makes no model, or a deeper one.
     """

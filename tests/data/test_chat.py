@@ -33,9 +33,16 @@ def test_a_template_has_messages_special_tokens_and_whether_to_prompt() -> None:
     assert answer["content"] == "Who"
 
 
-def test_a_last_message_that_the_template_changes_is_not_continued() -> None:
+@pytest.mark.parametrize("change", ["[:3]", " | upper", " | replace('He', '')"])
+def test_a_last_message_that_the_template_changes_is_not_continued(change: str) -> None:
     with pytest.raises(DataError, match=r"leaves out what the last message says.*; end with another one"):
-        render_chat(with_template("{{ messages[-1].content[:3] }}"), [USER], add_generation_prompt=False)
+        render_chat(with_template(f"{{{{ messages[-1].content{change} }}}}"), [USER], add_generation_prompt=False)
+
+
+def test_a_last_message_that_is_shown_twice_or_trimmed_is_continued() -> None:
+    twice = with_template("({{ messages[-1].content | trim }}) {{ messages[-1].content | trim }}")
+    said = {"role": "assistant", "content": " Hello, "}
+    assert render_chat(twice, [said], add_generation_prompt=False) == "(Hello, ) Hello, "
 
 
 @pytest.mark.parametrize(
