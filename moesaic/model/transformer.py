@@ -1,5 +1,6 @@
 """The one Transformer: a decoder whose layers are described by ModelConfig.layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.config.model import ModelConfig
-from moesaic.errors import TrainingError
+from moesaic.errors import DeviceError, TrainingError
 from moesaic.kernels import products, select
 from moesaic.kernels.decode import Decoded, DecodePlan, ModelPart
 from moesaic.kernels.packed import PackedWeight, packed_linear, packed_rows, unpack_weight
@@ -177,6 +178,15 @@ class Transformer(nn.Module):
                 "the originals; load the run again with load_run(run, pack=False)."
             )
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        """What moves or converts a module. Raises: DeviceError to move a packed model."""
+        if self.is_packed and fn(torch.empty(0, device=self.device)).device != self.device:
+            raise DeviceError(
+                f"this model is packed on {self.device}, and its weights stay there; another device requires them as "
+                f"they were; load the run there, with load_run(run, device=...), or move the model before it is packed."
+            )
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def initialize(self, seed: int | None = None) -> "Transformer":

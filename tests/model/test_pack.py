@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.checkpoint.quantized import Scheme
 from moesaic.config.model import ModelConfig
-from moesaic.errors import ConfigError, TrainingError
+from moesaic.errors import ConfigError, DeviceError, TrainingError
 from moesaic.kernels import select
 from moesaic.kernels.packed import PackedMlp, PackedWeight
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_to_mxfp4, quantize_weight
@@ -268,6 +268,14 @@ def test_it_cannot_train(family: str) -> None:
         model.train()
     assert not any(module.training for module in model.modules())
     model.eval()
+
+
+@pytest.mark.parametrize("family", ["moe, qwen-like", "moe, latent attention"])
+def test_it_cannot_move(family: str) -> None:
+    model = pack_transformer(build(family))
+    with pytest.raises(DeviceError, match=r"packed on cpu, .*; another device requires .*; load the run there"):
+        model.to("meta")
+    assert model.device.type == "cpu" and model.to("cpu").float() is model
 
 
 def test_quantised_weights_that_do_not_fit_are_refused_before_anything_is_packed() -> None:
