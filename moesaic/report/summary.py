@@ -112,7 +112,7 @@ def smoothed_losses(metrics: Metrics) -> np.ndarray:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Return a moving mean over about a twentieth of the points that skips what is not finite.
+    """Return a moving mean over about a twentieth of the points that skips what is not finite; twenty are left alone.
 
     The window is centred and narrows towards the first point, so a steep start is neither delayed nor flattened; at
     the last point it reaches back only. NaN where a window holds no finite value.
@@ -122,7 +122,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     places = np.arange(count)
-    reach = np.minimum(places, math.ceil(count / 40) if count > 1 else 0)
+    reach = np.minimum(places, math.ceil(count / 40) if count > 20 else 0)
     low, high = places - reach, np.minimum(count, places + reach + 1)
     inside = counts[high] - counts[low]
     return np.where(inside > 0, (sums[high] - sums[low]) / np.maximum(inside, 1), np.nan)

@@ -56,6 +56,12 @@ def test_smoothing_keeps_constants_ends_and_bounds(count: int) -> None:
     assert smooth.min() >= values.min() - 1e-9 and smooth.max() <= values.max() + 1e-9
 
 
+@pytest.mark.parametrize(("count", "is_smoothed"), [(4, False), (20, False), (21, True)])
+def test_few_points_are_what_they_are(count: int, is_smoothed: bool) -> None:
+    values = np.random.default_rng(0).normal(size=count)
+    assert np.allclose(smoothed(values), values) is not is_smoothed
+
+
 def test_smoothing_skips_what_is_not_finite() -> None:
     values = np.ones(100)
     values[[3, 50]] = [math.nan, math.inf]
