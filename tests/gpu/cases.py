@@ -74,6 +74,11 @@ class TestTheStandIn:
         assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4] and x[torch.tensor([2, 0])].tolist() == [2, 0]
         assert x.normal_(generator=torch.Generator(gpu)).device == gpu
 
+    def test_tensors_without_memory_stay_so_and_draw_nothing(self, gpu: torch.device) -> None:
+        before = torch.get_rng_state()
+        assert torch.empty(3, device="meta").normal_().is_meta and torch.nn.Linear(2, 2, device="meta").weight.is_meta
+        assert torch.equal(torch.get_rng_state(), before)
+
     def test_gradients_are_there_too(self, gpu: torch.device) -> None:
         x = torch.arange(3.0, device=gpu, requires_grad=True)
         (x**2).sum().backward()

@@ -108,7 +108,7 @@ def _execute(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return False
     on_gpu = _result_is_on_gpu(operation, args, kwargs)
     asked = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    if asked.get("device") is not None:
+    if asked.get("device") is not None and torch.device(asked["device"]).type == "cuda":
         asked["device"] = torch.device("cpu")
     result = operation(*_inner(args), **_inner(asked))
     if not on_gpu:
