@@ -8,6 +8,7 @@ On the CPU, for a bf16 cache, one C++ call takes all sequences; a token's result
 Everything else is PyTorch's operations on the same storage: the definition.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,10 +28,11 @@ _SCORES = 1 << 23
 
 @dataclass(frozen=True)
 class LatentBlocks(RemembersAddresses):
-    """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_latent.h).
+    """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_latent.h), or
+    in rows, on CUDA.
 
     Shapes: latents (blocks, block_size / 32, W/2, 32, 2), pairs of channels of 32 positions; W is R + P rounded up to
-    32, the channels a token's latent (R), its shared key (P), and zeros.
+    32, the channels a token's latent (R), its shared key (P), and zeros. In rows (blocks, block_size, R + P).
     """
 
     latents: Tensor
@@ -42,8 +44,12 @@ class LatentBlocks(RemembersAddresses):
         return self.latents.shape[0]
 
     @property
+    def lie_in_rows(self) -> bool:
+        return self.latents.dim() == 3
+
+    @property
     def block_size(self) -> int:
-        return self.latents.shape[1] * PANEL
+        return self.latents.shape[1] * (1 if self.lie_in_rows else PANEL)
 
     @property
     def dim(self) -> int:
@@ -102,16 +108,21 @@ def allocate_latent_blocks(
             f"already and are kept in a floating-point dtype; use bf16."
         )
     width = -(-(rank + key_dim) // PANEL) * PANEL
-    shape = (num_layers, num_blocks, block_size // PANEL, width // 2, PANEL, 2)
-    count = num_layers * num_blocks * block_size * width
+    shape: tuple[int, ...] = (num_layers, num_blocks, block_size // PANEL, width // 2, PANEL, 2)
+    if device.type not in ("cpu", "meta"):
+        shape = (num_layers, num_blocks, block_size, rank + key_dim)
     # One piece for all layers, as of keys and values.
-    memory = zeros_on_huge_pages(count * dtype.itemsize, device).view(dtype).view(shape)
+    memory = zeros_on_huge_pages(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)
     return LatentStorage(tuple(LatentBlocks(layer, rank, key_dim) for layer in memory))
 
 
 def write_latents(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -> None:
     """Put the new tokens' latents and shared keys (T, R + P), of the cache's dtype, into their blocks."""
     assert latents.shape == (int(batch.starts[-1]), blocks.dim), (latents.shape, blocks.dim, batch.starts)
+    if blocks.lie_in_rows:
+        slots = batch.slots_on(latents.device, block_size=blocks.block_size, num_blocks=blocks.num_blocks)
+        blocks.latents.view(-1, blocks.dim).index_copy_(0, slots, latents.to(blocks.latents.dtype))
+        return
     library = _library(latents, blocks)
     if library is None:
         _write_reference(latents, blocks, batch)
@@ -126,6 +137,8 @@ def write_latents(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -> N
 def read_latents(blocks: LatentBlocks, table: Tensor, length: int) -> Tensor:
     """Return the vectors (L, R + P) of a sequence's first `length` positions."""
     used = table[: -(-length // blocks.block_size)].long().to(blocks.latents.device)
+    if blocks.lie_in_rows:
+        return blocks.latents[used].flatten(0, 1)[:length]
     # (n, P, W/2, 32, 2) -> (n, P, 32, W/2, 2)
     vectors = blocks.latents[used].transpose(2, 3).flatten(0, 2).flatten(1)
     return vectors[:length, : blocks.dim]
@@ -142,6 +155,8 @@ def latent_attention(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, *, 
     assert dim == blocks.dim and num_tokens == int(batch.starts[-1]), (query.shape, blocks.dim, batch.starts)
     assert not (query.requires_grad and torch.is_grad_enabled()), "it is for inference: it has no gradient"
     assert scale > 0, scale
+    if select.uses_triton(query.device):
+        return _attention_on_cuda(query, blocks, batch, scale)
     library = _library(query, blocks)
     if library is None:
         return _attention_reference(query, blocks, batch, scale)
@@ -160,6 +175,25 @@ def _library(x: Tensor, blocks: LatentBlocks) -> select.Library | None:
     if x.device.type != "cpu" or x.dtype is not torch.bfloat16 or blocks.latents.dtype is not torch.bfloat16:
         return None
     return select.cpu_library()
+
+
+def _attention_on_cuda(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, scale: float) -> Tensor:
+    from moesaic.kernels.triton import attention
+
+    assert batch.is_inside, (batch, blocks.num_blocks)
+    device, num_heads = query.device, query.shape[1]
+    plan = batch.on_device(
+        f"latent plan {num_heads}",
+        device,
+        lambda: attention.plan_attention(
+            batch.starts.numpy(), batch.lengths.numpy(), group=num_heads, kv_heads=1, window=None,
+            largest_tile=attention.largest_tile(blocks.rank), device=device,
+        ),
+    )  # fmt: skip
+    return attention.attend(
+        query.contiguous(), blocks.latents, None, None, plan, batch.tables_on(device), dim=blocks.rank, kv_heads=1,
+        block_size=blocks.block_size, scale=scale, window=None, sinks=None,
+    )  # fmt: skip
 
 
 def _write_reference(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -> None:

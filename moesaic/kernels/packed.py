@@ -1,21 +1,18 @@
 """Weights packed once for inference, in bf16, 8 or 4 bits, and what is computed with them: linear layers, embeddings,
 and a whole layer of experts in one call.
 
-One copy of a weight serves one token and thousands, on every instruction set. A packed matrix (N, K) is a run of panels
-of 32 of its rows, each one stream for the memory. In bf16 a panel is [K/2][32][2]; with 8 bits [K/4][32][4], each byte
-the value plus 128; with 4 bits, for each group of K, its 32 scales in bf16 and then [group/4][16][4], each byte with
-row n in its low nibble and row n + 16 in its high one. MXFP4 is laid out as 4 bits in groups of 64, but with 32 scales
-of a byte for the first 32 columns and then 32 for the others. K is padded to 32 (bf16) or 64 (8 bits, MXFP4).
+One copy of a weight serves one token and thousands. On the CPU it lies in panels (panels.py), on CUDA in rows, as it
+was quantised.
 
 What integer weights give is quantized.quantized_linear to the bit, for any number of rows and threads; bf16 weights are
-multiplied by bf16 activations with fp32 sums in an order that depends on K alone. Where the C++ kernels are not in use
-the same functions work with PyTorch's operations.
+multiplied by bf16 activations with fp32 sums, on the CPU in an order that depends on K alone. Where neither the C++ nor
+the Triton kernels are in use the same functions work with PyTorch's operations.
 """
 
 import ctypes
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +22,23 @@ from moesaic.kernels import select
 from moesaic.kernels.activation import ACTIVATIONS, activate, is_gated
 from moesaic.kernels.addresses import RemembersAddresses, address_of
 from moesaic.kernels.huge_pages import empty_on_huge_pages
+from moesaic.kernels.panels import (
+    PANEL,
+    PackedFormat,
+    format_of,
+    pack_matrix,
+    panel_order,
+    row_bytes,
+    take_rows,
+    unpack_bf16_stack,
+    unpack_matrix,
+)
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantized_linear
 
-PackedFormat = Literal["bf16", "int8", "int4", "mxfp4"]
+if TYPE_CHECKING:
+    pass
 
-# Of the layout below. Files of packed weights name it: raise it with every change of what pack_weight or pack_mlp give.
-LAYOUT_VERSION = 2
-
-_PANEL = 32
 _FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4", "mxfp4")
-# Of the scales that stand before every group of 4 bits.
-_HEADER_BYTES = 2 * _PANEL
-_MXFP4_DEPTH = 64  # columns behind such a header of MXFP4
 
 
 class _PackedStruct(ctypes.Structure):
@@ -89,8 +91,9 @@ class _MoeStruct(ctypes.Structure):
 class PackedWeight(RemembersAddresses):
     """A matrix (N, K), or num_matrices of them, packed.
 
-    is_gated: the rows are [gate, up] of a SwiGLU MLP, and a panel holds 16 of the gate and the same 16 of up.
-    data: uint8, the panels of all matrices one after another; scales: fp32 (matrices, N padded to panels), 8 bits only.
+    is_gated: the rows are [gate, up] of a SwiGLU MLP. data: uint8, the panels of all matrices one after another, or on
+    CUDA their rows. scales: of panels fp32 (matrices, N padded to panels), of 8 bits alone; of rows those of a
+    QuantizedWeight.
     """
 
     format: PackedFormat
@@ -110,16 +113,32 @@ class PackedWeight(RemembersAddresses):
 
     @property
     def num_panels(self) -> int:
-        return -(-self.out_size // _PANEL)  # gated too: 16 of each half, both padded alike
+        return -(-self.out_size // PANEL)  # gated too: 16 of each half, both padded alike
 
     @property
     def num_bytes(self) -> int:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
+    @property
+    def lies_in_rows(self) -> bool:
+        return self.data.device.type not in ("cpu", "meta")
+
+    @cached_property
+    def rows(self) -> Tensor | QuantizedWeight:
+        """What lies in rows, (matrices, N, K) in bf16 or quantised; nothing is copied."""
+        assert self.lies_in_rows, self.data.device
+        shape = (self.num_matrices or 1, self.out_size)
+        if self.scales is None:
+            return self.data.view(torch.bfloat16).view(*shape, self.in_size)
+        values = self.data.view(*shape, -1)
+        if self.group_size is None:
+            return QuantizedWeight(values.view(torch.int8), self.scales.view(shape), 8, None)
+        return QuantizedWeight(values, self.scales.view(*shape, -1), 4, self.group_size)
+
     @cached_property
     def struct(self) -> ctypes.Structure:
         """What C++ code takes; it holds addresses of this object's tensors."""
-        columns = self.num_panels * _PANEL if self.is_gated else self.out_size
+        columns = self.num_panels * PANEL if self.is_gated else self.out_size
         return _PackedStruct(
             _FORMATS.index(self.format),
             columns,
@@ -134,8 +153,8 @@ class PackedWeight(RemembersAddresses):
 class PackedMlp(RemembersAddresses):
     """One MLP, or a stack of E, with packed weights.
 
-    Shapes: up (F, H), or (2F, H) if gated; down (H, F); up_bias fp32 (E, N padded), in the order of up's
-    panels; down_bias fp32 (E, H). `pack_mlp` makes them.
+    Shapes: up (F, H), or (2F, H) if gated; down (H, F); up_bias fp32 (E, N padded), in the order of up's panels, or
+    (E, N) of its rows; down_bias fp32 (E, H). `pack_mlp` makes them.
     """
 
     up: PackedWeight
@@ -191,10 +210,16 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = Fal
     assert len(shape) in (2, 3), shape
     out_size, in_size = shape[-2:]
     assert not interleave_gate or out_size % 2 == 0, (shape, interleave_gate)
-    format, group_size, device = _format_of(weight)
+    format, group_size, device = format_of(weight)
     num_matrices = None if len(shape) == 2 else shape[0]
-    order = _panel_order(out_size, interleave_gate).to(device)
-    matrix_bytes = len(order) * _row_bytes(format, in_size, group_size)
+    if device.type not in ("cpu", "meta"):
+        values, row_scales = (weight.detach().to(torch.bfloat16), None) if isinstance(weight, Tensor) else (
+            weight.values, weight.scales.contiguous()
+        )  # fmt: skip
+        data = values.contiguous().view(-1).view(torch.uint8)
+        return PackedWeight(format, out_size, in_size, num_matrices, group_size, interleave_gate, data, row_scales)
+    order = panel_order(out_size, interleave_gate).to(device)
+    matrix_bytes = len(order) * row_bytes(format, in_size, group_size)
     count = 1 if num_matrices is None else num_matrices
     data = empty_on_huge_pages(count * matrix_bytes, device)
     scales = torch.empty(count, len(order), dtype=torch.float32, device=device) if format == "int8" else None
@@ -204,13 +229,13 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = Fal
     if scales is not None:
         assert isinstance(weight, QuantizedWeight)
         for own, row_scales in zip(scales, weight.scales.reshape(count, out_size), strict=True):
-            own.copy_(_take_rows(row_scales, order, 0))
+            own.copy_(take_rows(row_scales, order, 0))
     library = select.cpu_library() if device.type == "cpu" else None
     if library is not None:
         _pack_natively(library, weight, packed)
     else:
         for index, out in enumerate(data.view(count, matrix_bytes)):
-            _pack_matrix(weight, None if num_matrices is None else index, order, out)
+            pack_matrix(weight, None if num_matrices is None else index, order, out)
     return packed
 
 
@@ -230,9 +255,10 @@ def pack_mlp(
     assert up_bias is None or up_bias.shape == up.shape[:-1], (up_bias.shape, up.shape)
     assert down_bias is None or down_bias.shape == down.shape[:-1], (down_bias.shape, down.shape)
     if up_bias is not None:
-        order = _panel_order(up.shape[-2], is_gated(activation)).to(up_bias.device)
-        rows = up_bias.detach().float().reshape(-1, up.shape[-2])
-        up_bias = F.pad(rows, (0, 1)).index_select(1, order)  # for padding order says N
+        up_bias = up_bias.detach().float().reshape(-1, up.shape[-2])
+        if up_bias.device.type in ("cpu", "meta"):
+            order = panel_order(up.shape[-2], is_gated(activation)).to(up_bias.device)
+            up_bias = F.pad(up_bias, (0, 1)).index_select(1, order)  # for padding order says N
     if down_bias is not None:
         down_bias = down_bias.detach().float().reshape(-1, down.shape[-2]).contiguous()
     return PackedMlp(
@@ -242,38 +268,25 @@ def pack_mlp(
 
 def unpack_weight(weight: PackedWeight, matrix: int = 0) -> Tensor | QuantizedWeight:
     """Return one matrix (N, K) as it was before packing: in bf16, or quantised."""
-    order = _panel_order(weight.out_size, weight.is_gated).to(weight.data.device)
-    kept = order < weight.out_size
-    place = torch.empty(weight.out_size, dtype=torch.int64, device=order.device)
-    place[order[kept]] = torch.arange(len(order), device=order.device)[kept]  # packed row of every row
-    matrix_bytes = len(order) * _row_bytes(weight.format, weight.in_size, weight.group_size)
+    if weight.lies_in_rows:
+        rows = weight.rows
+        if isinstance(rows, Tensor):
+            return rows[matrix]
+        return QuantizedWeight(rows.values[matrix], rows.scales[matrix], rows.bits, rows.group_size)
+    matrix_bytes = weight.data.numel() // (weight.num_matrices or 1)
     data = weight.data[matrix * matrix_bytes : (matrix + 1) * matrix_bytes]
-    panels = weight.num_panels
-    if weight.group_size is not None:
-        depth = _header_depth(weight.format, weight.group_size)
-        padded = -(-weight.in_size // depth) * depth
-        parts = data.view(panels, padded // depth, -1)
-        dtype = torch.uint8 if weight.format == "mxfp4" else torch.bfloat16
-        headers = parts[..., :_HEADER_BYTES].contiguous().view(dtype).view(panels, -1, _PANEL)  # (panels, groups, 32)
-        both = parts[..., _HEADER_BYTES:].reshape(panels, padded // 4, 16, 4)
-        nibbles = torch.stack([both & 15, both >> 4], dim=1)  # (panels, 2, K/4, 16, 4)
-        rows = nibbles.permute(0, 1, 3, 2, 4).reshape(len(order), padded)[place, : weight.in_size]
-        row_scales = headers.transpose(1, 2).reshape(len(order), -1)[place, : weight.in_size // weight.group_size]
-        return QuantizedWeight(rows[:, 0::2] | (rows[:, 1::2] << 4), row_scales.contiguous(), 4, weight.group_size)
-    dwords = data.view(torch.int32).view(panels, -1, _PANEL).transpose(1, 2).reshape(len(order), -1)[place]
-    if weight.format == "bf16":
-        return dwords.view(torch.bfloat16)[:, : weight.in_size].contiguous()
-    values = (dwords.view(torch.uint8)[:, : weight.in_size] ^ 128).contiguous().view(torch.int8)
-    assert weight.scales is not None
-    return QuantizedWeight(values, weight.scales[matrix, place], 8, None)
+    scales = None if weight.scales is None else weight.scales[matrix]
+    shape = (weight.out_size, weight.in_size)
+    return unpack_matrix(data, scales, weight.format, shape, weight.group_size, is_gated=weight.is_gated)
 
 
 def unpack_stack(weight: PackedWeight) -> Tensor:
     """Return all matrices (E, N, K) of a stack in bf16 as they were before packing."""
     assert weight.format == "bf16" and weight.num_matrices is not None and not weight.is_gated, weight.shape
-    panels = weight.data.view(torch.int32).view(weight.num_matrices, weight.num_panels, -1, _PANEL)
-    rows = panels.transpose(2, 3).flatten(1, 2)[:, : weight.out_size].contiguous()
-    return rows.view(torch.bfloat16)[..., : weight.in_size]
+    if weight.lies_in_rows:
+        assert isinstance(weight.rows, Tensor)
+        return weight.rows
+    return unpack_bf16_stack(weight.data, (weight.num_matrices, weight.out_size, weight.in_size))
 
 
 def packed_linear(
@@ -290,6 +303,8 @@ def packed_linear(
     assert weight.num_matrices is None and not weight.is_gated, (weight.shape, weight.is_gated)
     assert bias is None or bias.shape == (weight.out_size,), (bias.shape, weight.shape)
     _check_dtypes(x.dtype, out_dtype)
+    if select.uses_triton(x.device):
+        return _linear_on_cuda(x, weight, bias, out_dtype)
     library = select.cpu_library() if x.device.type == "cpu" else None
     if library is None:
         return _linear(x, weight, 0, bias).to(out_dtype)
@@ -309,6 +324,19 @@ def packed_linear(
     return out
 
 
+def _linear_on_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    rows = weight.rows
+    if not isinstance(rows, Tensor):
+        from moesaic.kernels.triton import products
+
+        return products.linear(x, rows, bias, out_dtype=out_dtype)
+    x = x.to(torch.bfloat16)
+    if bias is None and out_dtype is torch.bfloat16:
+        return F.linear(x, rows[0])
+    y = torch.mm(x, rows[0].t(), out_dtype=torch.float32)
+    return (y if bias is None else y.add_(bias.float())).to(out_dtype)
+
+
 def packed_heads(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return (T, A, N) in x's dtype: every row of x (T, A, K) times the transposed matrix of its head.
 
@@ -320,6 +348,9 @@ def packed_heads(x: Tensor, weight: PackedWeight) -> Tensor:
     assert weight.format == "bf16" and not weight.is_gated, (weight.format, weight.is_gated)
     _check_dtypes(x.dtype)
     library = select.cpu_library() if x.device.type == "cpu" else None
+    if weight.lies_in_rows:
+        heads = x.to(torch.bfloat16).transpose(0, 1)
+        return torch.bmm(heads, unpack_stack(weight).transpose(1, 2)).transpose(0, 1).to(x.dtype)
     if library is None:
         rows = x.to(torch.bfloat16).float().transpose(0, 1)
         return torch.bmm(rows, unpack_stack(weight).float().transpose(1, 2)).transpose(0, 1).to(x.dtype)
@@ -337,6 +368,8 @@ def packed_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     """Return the rows (T, K) in bf16 of a weight (N, K) that ids (T,) int64 name: an embedding that shares lm_head."""
     assert weight.num_matrices is None and not weight.is_gated, (weight.shape, weight.is_gated)
     assert ids.dim() == 1 and ids.dtype == torch.int64, (ids.shape, ids.dtype)
+    if weight.lies_in_rows:
+        return _rows_on_cuda(weight, ids)
     library = select.cpu_library() if ids.device.type == "cpu" else None
     if library is None:
         assert bool(((ids >= 0) & (ids < weight.out_size)).all()), _not_rows(ids, weight)
@@ -348,6 +381,14 @@ def packed_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     )
     assert not failed, _not_rows(ids, weight)
     return out
+
+
+def _rows_on_cuda(weight: PackedWeight, ids: Tensor) -> Tensor:
+    rows = weight.rows
+    if isinstance(rows, Tensor):
+        return F.embedding(ids, rows[0])
+    values, scales = rows.values[0].index_select(0, ids), rows.scales[0].index_select(0, ids)
+    return dequantize(QuantizedWeight(values, scales, rows.bits, rows.group_size)).to(torch.bfloat16)
 
 
 def _not_rows(ids: Tensor, weight: PackedWeight) -> str:
@@ -403,6 +444,8 @@ def _moe(
         assert residual_weights.shape == (tokens,), (residual_weights.shape, tokens)
         assert residual_weights.dtype == torch.float32, residual_weights.dtype
     _check_dtypes(x.dtype, x.dtype)
+    if select.uses_triton(x.device):
+        return _moe_on_cuda(x, expert_ids, routing_weights, experts, num_experts, residual, residual_weights)
     library = select.cpu_library() if x.device.type == "cpu" else None
     if library is None:
         return _moe_by_expert(x, expert_ids, routing_weights, experts, num_experts, residual, residual_weights)
@@ -436,6 +479,26 @@ def _not_experts(expert_ids: Tensor, num_experts: int) -> str:
     return f"expert_ids (up to {int(expert_ids.max())}) must be below num_experts ({num_experts})"
 
 
+def _moe_on_cuda(
+    x: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    experts: PackedMlp,
+    num_experts: int,
+    residual: PackedMlp | None,
+    residual_weights: Tensor | None,
+) -> Tensor:
+    from moesaic.kernels.triton import products
+
+    def parts(mlp: PackedMlp) -> products.Mlp:
+        return products.Mlp(mlp.up.rows, mlp.down.rows, mlp.up_bias, mlp.down_bias, mlp.activation)
+
+    return products.moe(
+        x, expert_ids, routing_weights, parts(experts) if num_experts else None,
+        residual=None if residual is None else parts(residual), residual_weights=residual_weights,
+    )  # fmt: skip
+
+
 def _moe_by_expert(
     x: Tensor,
     expert_ids: Tensor,
@@ -462,8 +525,10 @@ def _moe_by_expert(
 def _mlp(x: Tensor, mlp: PackedMlp, expert: int) -> Tensor:
     """Return expert's MLP (T, H) of x (T, H) in fp32."""
     up_bias = None
-    if mlp.up_bias is not None:
-        order = _panel_order(mlp.up.out_size, mlp.up.is_gated).to(x.device)
+    if mlp.up_bias is not None and mlp.up.lies_in_rows:
+        up_bias = mlp.up_bias[expert]
+    elif mlp.up_bias is not None:
+        order = panel_order(mlp.up.out_size, mlp.up.is_gated)
         kept = order < mlp.up.out_size
         up_bias = torch.empty(mlp.up.out_size, dtype=torch.float32, device=x.device)
         up_bias[order[kept]] = mlp.up_bias[expert, kept]
@@ -494,61 +559,6 @@ def _check_dtypes(*dtypes: torch.dtype) -> None:
     assert all(dtype in (torch.float32, torch.bfloat16) for dtype in dtypes), dtypes
 
 
-def _format_of(weight: Tensor | QuantizedWeight) -> tuple[PackedFormat, int | None, torch.device]:
-    if isinstance(weight, Tensor):
-        return "bf16", None, weight.device
-    format: PackedFormat = "mxfp4" if weight.is_mxfp4 else "int8" if weight.bits == 8 else "int4"
-    return format, weight.group_size, weight.values.device
-
-
-def _row_bytes(format: PackedFormat, in_size: int, group_size: int | None) -> int:
-    """Bytes of a row of a panel, padding and its share of the scales included."""
-    if format == "bf16":
-        return -(-in_size // 32) * 32 * 2
-    if format == "int8":
-        return -(-in_size // 64) * 64
-    assert group_size is not None
-    depth = _header_depth(format, group_size)
-    return -(-in_size // depth) * (2 + depth // 2)
-
-
-def _header_depth(format: PackedFormat, group_size: int) -> int:
-    """Columns of 4 bits that share a header of scales."""
-    return _MXFP4_DEPTH if format == "mxfp4" else group_size
-
-
-def _panel_order(out_size: int, is_gated: bool) -> Tensor:
-    """Return the row of every packed row, out_size for padding: as they are, or 16 of the gate and 16 of up in turn."""
-    if not is_gated:
-        order = torch.arange(-(-out_size // _PANEL) * _PANEL)
-        return order.clamp_max(out_size)
-    half = out_size // 2
-    padded = torch.arange(-(-half // 16) * 16)
-    gate = torch.where(padded < half, padded, out_size)
-    up = torch.where(padded < half, padded + half, out_size)
-    return torch.stack([gate.view(-1, 16), up.view(-1, 16)], dim=1).flatten()
-
-
-def _take_rows(rows: Tensor, order: Tensor, fill: int) -> Tensor:
-    """Return rows[order], with rows of `fill` where order says padding."""
-    padding = torch.full((1, *rows.shape[1:]), fill, dtype=rows.dtype, device=rows.device)
-    return torch.cat([rows, padding])[order]
-
-
-def _pack_matrix(weight: Tensor | QuantizedWeight, index: int | None, order: Tensor, out: Tensor) -> None:
-    """index: of a stack's matrix."""
-
-    def own(tensor: Tensor) -> Tensor:
-        return tensor if index is None else tensor[index]
-
-    if isinstance(weight, Tensor):
-        _pack_bf16(own(weight), order, out)
-    elif weight.group_size is None:
-        _pack_int8(own(weight.values), order, out)
-    else:
-        _pack_nibbles(weight, own(weight.values), own(weight.scales), order, out)
-
-
 def _pack_natively(library: select.Library, weight: Tensor | QuantizedWeight, packed: PackedWeight) -> None:
     """Fill packed.data."""
     scales = None
@@ -562,38 +572,3 @@ def _pack_natively(library: select.Library, weight: Tensor | QuantizedWeight, pa
         ctypes.addressof(packed.struct), packed.num_matrices or 1, packed.out_size, numbers.data_ptr(),
         numbers.dtype == torch.float32, address_of(scales), packed.is_gated,
     )  # fmt: skip
-
-
-def _pack_bf16(matrix: Tensor, order: Tensor, out: Tensor) -> None:
-    rows = _take_rows(matrix.detach().to(torch.bfloat16), order, 0)
-    _write_panels(F.pad(rows, (0, -matrix.shape[1] % 32)), out)
-
-
-def _pack_int8(values: Tensor, order: Tensor, out: Tensor) -> None:
-    rows = _take_rows(values.view(torch.uint8) ^ 128, order, 128)
-    _write_panels(F.pad(rows, (0, -values.shape[1] % 64), value=128), out)
-
-
-def _pack_nibbles(weight: QuantizedWeight, values: Tensor, scales: Tensor, order: Tensor, out: Tensor) -> None:
-    """values (N, K/2), scales (N, groups): of one matrix of the weight."""
-    assert weight.group_size is not None
-    format = _format_of(weight)[0]
-    depth = _header_depth(format, weight.group_size)
-    nibbles = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2)  # (N, K)
-    rows = F.pad(_take_rows(nibbles, order, 0 if weight.is_mxfp4 else 8), (0, -nibbles.shape[1] % depth))
-    halves = rows.view(-1, 2, 16, rows.shape[1])
-    both = (halves[:, 0] | (halves[:, 1] << 4)).contiguous()  # (panels, 16, K)
-    panels, _, padded = both.shape
-    parts = out.view(panels, padded // depth, -1)
-    dwords = both.view(torch.int32).transpose(1, 2).contiguous()  # (panels, K/4, 16)
-    parts[..., _HEADER_BYTES:] = dwords.view(torch.uint8).view(*parts.shape[:2], -1)
-    groups = padded // weight.group_size
-    grouped = F.pad(_take_rows(scales, order, 0), (0, groups - scales.shape[1]))
-    headers = grouped.view(panels, _PANEL, groups).transpose(1, 2).contiguous()
-    parts[..., :_HEADER_BYTES] = headers.view(torch.uint8).view(*parts.shape[:2], -1)
-
-
-def _write_panels(rows: Tensor, out: Tensor) -> None:
-    """Write rows (N, bytes of K) as [N/32][dword of K][32]."""
-    dwords = rows.view(torch.int32).view(-1, _PANEL, rows.shape[1] * rows.element_size() // 4)
-    out.view(torch.int32).view(dwords.shape[0], -1, _PANEL).copy_(dwords.transpose(1, 2))

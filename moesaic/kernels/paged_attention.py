@@ -10,8 +10,10 @@ depends on nothing else in the batch. Everything else is PyTorch's operations on
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +30,13 @@ PANEL = 32
 
 @dataclass(frozen=True)
 class KVBlocks(RemembersAddresses):
-    """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_blocks.h).
+    """One layer's blocks, in panels of 32 positions that the kernels read as they are (source/attention_blocks.h), or
+    in rows, on CUDA.
 
     Shapes, with P = block_size / 32 panels and W = head_dim rounded up to 32: keys (blocks, KV, P, W/2, 32, 2), pairs
     of channels of 32 positions; values (blocks, KV, P, W/32, 16, 32, 2), pairs of positions of 32 channels; key_scales,
-    value_scales (blocks, KV, block_size) fp32 for int8, else None.
+    value_scales (blocks, KV, block_size) fp32 for int8, else None. In rows keys and values are (blocks, block_size, KV,
+    D), scales (blocks, block_size, KV).
     """
 
     keys: Tensor
@@ -46,12 +50,23 @@ class KVBlocks(RemembersAddresses):
         return self.keys.shape[0]
 
     @property
+    def lie_in_rows(self) -> bool:
+        return self.keys.dim() == 4
+
+    @property
     def num_kv_heads(self) -> int:
-        return self.keys.shape[1]
+        return self.keys.shape[2 if self.lie_in_rows else 1]
 
     @property
     def block_size(self) -> int:
-        return self.keys.shape[2] * PANEL
+        return self.keys.shape[1] if self.lie_in_rows else self.keys.shape[2] * PANEL
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor] | None:
+        """Of keys and of values."""
+        if self.key_scales is None or self.value_scales is None:
+            return None
+        return self.key_scales, self.value_scales
 
     @cached_property
     def arguments(self) -> tuple[int, ...]:
@@ -109,6 +124,35 @@ class PagedBatch(RemembersAddresses):
         first = self.lengths - new - self.starts[:-1]  # what a token's index lacks to its position
         return torch.arange(int(self.starts[-1])) + first.repeat_interleave(new)
 
+    def on_device(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
+        """Return what make gives, which is kept for the other layers of this pass, by its name."""
+        key = (name, device)
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    @cached_property
+    def _kept(self) -> dict[tuple[str, torch.device], Any]:
+        return {}
+
+    def tables_on(self, device: torch.device) -> Tensor:
+        """block_tables there."""
+        return self.on_device("tables", device, lambda: self.block_tables.to(device))
+
+    def slots_on(self, device: torch.device, *, block_size: int, num_blocks: int) -> Tensor:
+        """(T,) int64: block * block_size + place in it, of each new token.
+
+        Raises: AssertionError for a table that names other blocks than 0 to num_blocks - 1.
+        """
+
+        def make() -> Tensor:
+            sequences = torch.arange(self.lengths.shape[0]).repeat_interleave(self.starts.diff())
+            block = self.block_tables[sequences, self.positions // block_size].long()
+            assert bool(((block >= 0) & (block < num_blocks)).all()) and self.is_inside, (self, num_blocks)
+            return (block * block_size + self.positions % block_size).to(device)
+
+        return self.on_device(f"slots {block_size} {num_blocks}", device, make)
+
     @property
     def is_inside(self) -> bool:
         """Whether no sequence has more new tokens than positions; the kernels see to it themselves."""
@@ -143,8 +187,12 @@ def allocate_blocks(
         "keys": (dtype, (num_blocks, num_kv_heads, panels, width // 2, PANEL, 2)),
         "values": (dtype, (num_blocks, num_kv_heads, panels, width // PANEL, PANEL // 2, PANEL, 2)),
     }
+    scales: tuple[int, ...] = (num_blocks, num_kv_heads, block_size)
+    if device.type not in ("cpu", "meta"):
+        rows = (num_blocks, block_size, num_kv_heads, head_dim)
+        parts, scales = {"keys": (dtype, rows), "values": (dtype, rows)}, rows[:3]
     if dtype is torch.int8:
-        parts |= dict.fromkeys(("key_scales", "value_scales"), (torch.float32, (num_blocks, num_kv_heads, block_size)))
+        parts |= dict.fromkeys(("key_scales", "value_scales"), (torch.float32, scales))
     sizes = {name: math.prod(shape) * kind.itemsize for name, (kind, shape) in parts.items()}
     # One piece for all layers: a panel is one small page or less, and walking the page tables took as long as reading
     # it, but a few sequences' share of a layer does not fill a huge page.
@@ -180,6 +228,9 @@ def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) ->
     shape = (key.shape[0], blocks.num_kv_heads, blocks.head_dim)
     assert key.shape == value.shape == shape, (key.shape, value.shape, shape)
     assert key.dtype == value.dtype, (key.dtype, value.dtype)
+    if select.uses_triton(key.device):
+        _write_on_cuda(key, value, blocks, batch)
+        return
     library = _library(key, blocks)
     if library is None:
         _write_reference(key, value, blocks, batch)
@@ -215,6 +266,8 @@ def paged_attention(
     assert window is None or window > 0, window
     assert sinks is None or sinks.shape == (num_heads,), (sinks, query.shape)
     scale = head_dim**-0.5 if scale is None else scale
+    if select.uses_triton(query.device):
+        return _attention_on_cuda(query, blocks, batch, scale, window, sinks)
     library = _library(query, blocks)
     if library is None:
         return _attention_reference(query, blocks, batch, scale, window, sinks)
@@ -234,6 +287,12 @@ def paged_attention(
 def read_kv(blocks: KVBlocks, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Return keys and values (L, KV, D) of a sequence's first `length` positions; int8 comes back as fp32."""
     used = table[: -(-length // blocks.block_size)].long().to(blocks.keys.device)
+    if blocks.lie_in_rows:
+        keys, values = (part[used].flatten(0, 1)[:length] for part in (blocks.keys, blocks.values))
+        if blocks.scales is not None:
+            key_scales, value_scales = (part[used].flatten(0, 1)[:length, :, None] for part in blocks.scales)
+            keys, values = keys.float() * key_scales, values.float() * value_scales
+        return keys, values
     # (n, KV, P, W/2, 32, 2) -> (n, P, 32, KV, W/2, 2), and (n, KV, P, C, 16, 32, 2) -> (n, P, 16, 2, KV, C, 32)
     keys = blocks.keys[used].permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(2)
     values = blocks.values[used].permute(0, 2, 4, 6, 1, 3, 5).flatten(0, 3).flatten(2)
@@ -262,6 +321,36 @@ def _misfit(batch: PagedBatch, blocks: KVBlocks, num_tokens: int) -> str:
     )
 
 
+def _write_on_cuda(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) -> None:
+    from moesaic.kernels.triton import attention
+
+    slots = batch.slots_on(key.device, block_size=blocks.block_size, num_blocks=blocks.num_blocks)
+    assert slots.shape[0] == key.shape[0], _misfit(batch, blocks, key.shape[0])
+    attention.write_kv(_rows(key), _rows(value), slots, blocks.keys, blocks.values, blocks.scales)
+
+
+def _attention_on_cuda(
+    query: Tensor, blocks: KVBlocks, batch: PagedBatch, scale: float, window: int | None, sinks: Tensor | None
+) -> Tensor:
+    from moesaic.kernels.triton import attention
+
+    assert int(batch.starts[-1]) == query.shape[0] and batch.is_inside, _misfit(batch, blocks, query.shape[0])
+    device, kv_heads = query.device, blocks.num_kv_heads
+    group = query.shape[1] // kv_heads
+    plan = batch.on_device(
+        f"plan {group} {kv_heads} {window}",
+        device,
+        lambda: attention.plan_attention(
+            batch.starts.numpy(), batch.lengths.numpy(), group=group, kv_heads=kv_heads, window=window,
+            largest_tile=attention.largest_tile(blocks.head_dim), device=device,
+        ),
+    )  # fmt: skip
+    return attention.attend(
+        _rows(query), blocks.keys, blocks.values, blocks.scales, plan, batch.tables_on(device), dim=blocks.head_dim,
+        kv_heads=kv_heads, block_size=blocks.block_size, scale=scale, window=window, sinks=sinks,
+    )  # fmt: skip
+
+
 def _write_reference(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) -> None:
     size, device = blocks.block_size, blocks.keys.device
     sequences = torch.arange(batch.lengths.shape[0]).repeat_interleave(batch.starts.diff())
@@ -270,6 +359,15 @@ def _write_reference(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedB
     block = batch.block_tables[sequences, positions // size].long().to(device)
     assert bool(((block >= 0) & (block < blocks.num_blocks)).all()), _misfit(batch, blocks, key.shape[0])
     inside = (positions % size).to(device)
+    if blocks.lie_in_rows:
+        if blocks.scales is not None:
+            for part, own in zip((key, value), blocks.scales, strict=True):
+                own[block, inside] = _quantize(part)[1]
+            key, value = _quantize(key)[0], _quantize(value)[0]
+        blocks.keys[block, inside], blocks.values[block, inside] = (
+            key.to(blocks.keys.dtype), value.to(blocks.keys.dtype)
+        )  # fmt: skip
+        return
     panel, place = inside // PANEL, inside % PANEL
     # What no position has written yet is multiplied by a probability of 0, so it must be finite.
     fresh = place == 0

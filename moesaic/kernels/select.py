@@ -1,11 +1,13 @@
-"""Which implementation of the operations this process uses on the CPU: chosen once, with the reason.
+"""Which implementation of the operations this process uses: chosen once for a device, with the reason.
 
-The C++ kernels where the processor, a compiler and their self-test allow it, else PyTorch's operations. The launcher
-may say otherwise with MOESAIC_KERNELS: auto, reference, or an instruction set (amx, avx512, avx2); one that cannot be
-had is an error.
+On the CPU the C++ kernels where the processor, a compiler and their self-test allow it, on CUDA those in Triton where
+it is installed and their self-test allows it, else PyTorch's operations. The launcher may say otherwise with
+MOESAIC_KERNELS: auto, reference, or an instruction set of the CPU (amx, avx512, avx2); one that cannot be had is an
+error.
 """
 
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from moesaic.logs import logger
 
 VARIABLE = "MOESAIC_KERNELS"
 REFERENCE = "reference"
+TRITON = "triton"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,48 @@ def cpu_library() -> Library | None:
             "gradients but no tangents; reverse mode is required; use torch.autograd.grad or backward()."
         )
     return library
+
+
+@dataclass(frozen=True)
+class CudaSelection:
+    """name: triton or reference, of PyTorch's operations; reason: why these."""
+
+    name: str
+    reason: str
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether tensors there are computed with the kernels in Triton; the first call for a device may compile."""
+    return device.type == "cuda" and cuda_kernels(device).name == TRITON
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are kernels of ours for packed weights there, and not PyTorch's operations alone."""
+    return cpu_library() is not None if device.type == "cpu" else uses_triton(device)
+
+
+def cuda_kernels(device: torch.device) -> CudaSelection:
+    """Return what tensors of a CUDA device are computed with."""
+    if (os.environ.get(VARIABLE) or "auto") == REFERENCE:
+        return CudaSelection(REFERENCE, f"{VARIABLE}=reference")
+    return _select_for_cuda(device)
+
+
+@functools.cache
+def _select_for_cuda(device: torch.device) -> CudaSelection:
+    if importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed"
+    else:
+        try:
+            from moesaic.kernels.triton.self_test import run_self_test
+
+            return CudaSelection(TRITON, run_self_test(device))
+        # Whatever a driver, a compiler or a version says no with: there is another way.
+        except Exception as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            reason = f"triton's kernels do not work here ({said[-1]})"
+    logger.warning("%s, so that PyTorch's slower operations are used on %s; see `moesaic doctor`", reason, device)
+    return CudaSelection(REFERENCE, reason)
 
 
 # All that torch.compiler.assume_constant_result does, which would load torch's compiler, sympy and triton first: 0.9 s

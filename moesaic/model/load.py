@@ -44,8 +44,8 @@ def load_run(
 ) -> LoadedModel:
     """Load the model that RUN or RUN@step names.
 
-    pack: a model of bf16 precision for the CPU's own kernels is packed (model/pack.py), which makes it faster and half
-    the size, and leaves no parameters to train or to convert.
+    pack: a model of bf16 precision is packed where there are kernels of ours (model/pack.py), which makes it faster and
+    half the size, and leaves no parameters to train or to convert.
 
     A quantised run is always packed, and has its own precision. precision: of matrix work; None: as the run was
     trained; int8 rounds every matrix to the nearest, and packs.
@@ -62,7 +62,7 @@ def load_run(
     config = load_run_config(info.run_folder)
     wanted = config.precision if precision is None else precision
     dtype = torch.float32 if wanted == "fp32" else torch.bfloat16
-    has_kernels = dtype is torch.bfloat16 and target.type == "cpu" and select.cpu_library() is not None
+    has_kernels = dtype is torch.bfloat16 and select.has_kernels(target)
     if not pack:
         require_unquantized(info, "it was asked for unpacked; a quantised model can only infer", do="load")
     if precision is not None:

@@ -27,7 +27,7 @@ from moesaic.errors import CheckpointError, DeviceError
 from moesaic.folders import writing_path
 from moesaic.kernels.allocator import give_back_freed_memory
 from moesaic.kernels.limits import available_memory_bytes, cache_folder
-from moesaic.kernels.packed import LAYOUT_VERSION
+from moesaic.kernels.panels import LAYOUT_VERSION
 from moesaic.logs import logger
 from moesaic.model.pack import fill_packed, packed_tensors
 from moesaic.model.transformer import Transformer

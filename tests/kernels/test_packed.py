@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moesaic.kernels import select
 from moesaic.kernels.packed import (
-    LAYOUT_VERSION,
     PackedWeight,
     pack_mlp,
     pack_weight,
@@ -18,6 +17,7 @@ from moesaic.kernels.packed import (
     packed_rows,
     unpack_weight,
 )
+from moesaic.kernels.panels import LAYOUT_VERSION
 from moesaic.kernels.quantized import (
     QuantizedWeight,
     dequantize,
