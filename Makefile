@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Two pip processes in one environment would spoil each other; the work inside a target still uses every core.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check sanitize emulate bench pilot clean
+.PHONY: help quickstart test check sanitize emulate triton bench pilot clean
 
 help:
 	@echo "make quickstart   set up, train a small PR-MoE on real text, distil a student, compare them: under ten minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make check        set up and run ruff and mypy"
 	@echo "make sanitize     run the C++ kernels' tests under AddressSanitizer and UBSan (needs g++)"
 	@echo "make emulate      run the C++ kernels' tests on emulated AVX-512 and tiles"
+	@echo "make triton       compile the kernels for CUDA for GPUs that need not be there"
 	@echo "make bench        set up and run every benchmark in turn (deepspeed and transformers are the peers)"
 	@echo "make pilot CORPUS=DIR  the pilot study, some two hours on one core; goes on where it was stopped"
 	@echo "make clean        remove .venv and caches; runs/ stays"
@@ -49,6 +50,10 @@ emulate: $(VENV)/dev.stamp
 	MOESAIC_TEST_EMULATED=avx512-emulated,avx512-bf16-emulated,amx-avx512-emulated $(BIN)/python -m pytest \
 	  --numprocesses 3 --dist loadfile -k "not reference" tests/kernels \
 	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py --ignore tests/kernels/test_select.py
+
+# For A100, Ada, H100 and B200, with their registers and shared memory: a minute.
+triton: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/gpu/compile_cases.py
 
 # All of them run, whatever fails; benchmarks/ also holds modules that the scripts share.
 bench: $(VENV)/bench.stamp

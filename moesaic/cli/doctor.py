@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _QUICKSTART_BYTES = 2_500_000_000
 # Modules of kernels/ that are not operations.
 _NOT_OPERATIONS = {
-    "addresses", "allocator", "cpu", "device", "gradient", "huge_pages", "limits", "mxfp4", "reference", "select",
-    "threads",
+    "addresses", "allocator", "cpu", "device", "gradient", "huge_pages", "limits", "mxfp4", "panels", "reference",
+    "select", "threads", "triton",
 }  # fmt: skip
 # A longer look than training's own takes.
 _MEASURE_SECONDS = 8.0
@@ -121,14 +121,19 @@ def _examine_torch() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     if torch.version.hip:
         build = f"ROCm {torch.version.hip}"
+    from moesaic.kernels.select import cuda_kernels
+
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
+        kernels = cuda_kernels(torch.device("cuda", index))
         devices.append(
             {
                 "name": properties.name,
                 "memory_bytes": properties.total_memory,
                 "compute_capability": f"{properties.major}.{properties.minor}",
+                "kernels": kernels.name,
+                "kernels_reason": kernels.reason,
             }
         )
     described = {
@@ -504,6 +509,7 @@ def _table(findings: dict[str, Any]) -> "Table":
     for index, device in enumerate(findings["cuda"]):
         memory_size, capability = _gigabytes(device["memory_bytes"]), device["compute_capability"]
         row(f"GPU {index}", f"{device['name']}, {memory_size}, compute capability {capability}")
+        row(f"GPU {index} kernels", f"{device['kernels']}: {device['kernels_reason']}")
     if not findings["cuda"]:
         row("GPU", "none that torch can use")
     compiler = findings["compiler"]

@@ -21,6 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+from triton.runtime.interpreter import GridExecutor
+
+from . import interpreter
+
+interpreter.mend()
 
 SOURCE = Path(__file__).with_name("stand_in.cpp")
 GPU = torch.device("cuda", 0)
@@ -106,6 +111,8 @@ def _execute(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return 0  # attention in plain operations, since CUDA's other forms are not there
     if operation is _aten.is_pinned.default:
         return False
+    if operation is _aten.mm.dtype:  # which the processor does not have; both are called below
+        return _execute(_aten.mm.default, tuple(_execute(_aten.to.dtype, (each, args[2]), {}) for each in args[:2]), {})
     on_gpu = _result_is_on_gpu(operation, args, kwargs)
     asked = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     if asked.get("device") is not None and torch.device(asked["device"]).type == "cuda":
@@ -152,8 +159,13 @@ def simulated() -> Iterator[None]:
         """Reads what is on a GPU by its storage, which these have none of."""
         save(_inner(tensors), *args, **kwargs)
 
+    def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+        _launch(executor, *_inner(args), **_inner(kwargs))
+
+    _launch = GridExecutor.__call__
     free_and_total = (8 << 30, 8 << 30)
     with (
+        mock.patch.object(GridExecutor, "__call__", launch),
         mock.patch("torch.cuda.is_available", lambda: True),
         mock.patch("torch.cuda._lazy_init", lambda: None),
         mock.patch("torch.cuda.synchronize", lambda device=None: None),

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.kernels.triton.activations import bytes_of
-from moesaic.kernels.triton.launch import multiprocessors, on_device_of, power_of_two
+from moesaic.kernels.triton.launch import multiprocessors, on_device_of, power_of_two, shared_bytes
 
 # exp(x) = 2 ** (x * log2(e))
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -297,6 +297,26 @@ def plan_attention(
     return Plan(both[: work.size].view(work.shape), both[work.size :].view(parts.shape), int(counts.sum()), block_m)
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """positions: of a tile of keys and values; stages: tiles on their way at once."""
+
+    positions: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, rows: int, channels: int, dtype: torch.dtype, device: torch.device) -> "Tiling":
+        """rows and channels: of a tile of queries, powers of two; dtype: of keys and values."""
+        positions = 64 if channels <= 128 and dtype is not torch.float32 else 32
+        # Queries, keys and values lie there; a tile of latents lies there twice.
+        queries, tile = rows * channels * 2, positions * channels * dtype.itemsize * 2
+        while positions > 16 and queries + tile + (8 << 10) > shared_bytes(device):
+            positions, tile = positions // 2, tile // 2
+        stages = 2 if shared_bytes(device) >= queries + 2 * tile + (8 << 10) else 1
+        return cls(positions, 8 if rows * channels >= 64 * 256 else 4, stages)
+
+
 def largest_tile(dim: int) -> int:
     """Return how many rows of dim channels a program takes at most."""
     return 64 if dim <= 256 else 32
@@ -342,7 +362,7 @@ def attend(
         return out
     is_latent = values is None
     block_m, padded = plan.block_m, power_of_two(max(dim, 16))
-    block_n = 64 if padded <= 128 and keys.dtype is not torch.float32 else 32
+    tiling = Tiling.of(block_m, padded, keys.dtype, query.device)
     # Parts are kept in fp32.
     part = torch.empty(plan.num_parts, kv_heads, block_m, padded, dtype=torch.float32, device=query.device)
     part_sums = torch.empty(plan.num_parts, kv_heads, block_m, 2, dtype=torch.float32, device=query.device)
@@ -352,13 +372,14 @@ def attend(
         _attention_kernel[(plan.work.shape[0], kv_heads)](
             query, keys, values, key_scales, value_scales, sinks, plan.work, tables, out, part, part_sums,
             scale * _LOG2_E.value, query.stride(0), kv_heads, group, dim, width - dim, tables.shape[1], block_size,
-            window or 0, scales is not None, sinks is not None, window is not None, is_latent, block_m, block_n, padded,
-            power_of_two(max(width - dim, 16)), num_warps=8 if block_m * padded >= 64 * 256 else 4,
-            num_stages=2,
+            window or 0, scales is not None, sinks is not None, window is not None, is_latent, block_m,
+            tiling.positions, padded,
+            power_of_two(max(width - dim, 16)), num_warps=tiling.warps, num_stages=tiling.stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
         if plan.num_parts:
             _join_kernel[(plan.parts.shape[0], kv_heads)](
                 plan.parts, part, part_sums, sinks, out, kv_heads, group, dim, sinks is not None, block_m, padded,
-                num_warps=4,
+                num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return out

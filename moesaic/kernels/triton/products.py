@@ -400,6 +400,6 @@ class _Tiling:
         else:
             depth = min((256 if rows == 16 else 128) // size, max(32, power_of_two(columns)))
             row_bytes = depth * size
-        warps = 8 if rows * width * halves >= 128 * 128 else 4
+        warps = 8 if rows * width * halves >= (128 * 128 if group_size is None else 64 * 128) else 4
         tile_bytes = rows * depth * size + width * halves * row_bytes
         return cls(rows, width, depth, tiles * -(-out_columns // width), warps, stages(tile_bytes, device))
