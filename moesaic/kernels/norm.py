@@ -1,8 +1,8 @@
 """RMSNorm and LayerNorm over the last dimension, with fp32 weights and statistics whatever the input's dtype.
 
 In C++ where there is a CPU library: one pass over the data each way, where PyTorch's RMSNorm is a chain of element-wise
-operations. Without it RMSNorm's backward is PyTorch's LayerNorm kernel with a mean of zero, plus the rank-one term in
-which the two gradients differ.
+operations. On CUDA one kernel in Triton, for inference. Without either RMSNorm's backward is PyTorch's LayerNorm kernel
+with a mean of zero, plus the rank-one term in which the two gradients differ.
 """
 
 from typing import Any
@@ -22,6 +22,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     """Return LayerNorm of x (..., H) in x's dtype; weight and bias (H,) are fp32."""
     if x.dtype is torch.float64:
         return F.layer_norm(x, weight.shape, weight.double(), bias.double(), epsilon)
+    if _infers_on_cuda(x, weight):
+        return _norm_on_cuda(x, weight, bias, epsilon)
     # In fp32 PyTorch's is as fast as ours, but its gradients depend on the number of threads.
     if x.numel() >= _LAYER_NORM_SIZE and _has_kernel(x, weight):
         return torch.ops.moesaic.norm(x, weight, bias, epsilon)[0]
@@ -34,11 +36,23 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + epsilon) * weight for x (..., H), in x's dtype; weight (H,) is fp32."""
     if x.dtype is torch.float64:
         return F.rms_norm(x, weight.shape, weight.double(), epsilon)
+    if _infers_on_cuda(x, weight):
+        return _norm_on_cuda(x, weight, None, epsilon)
     if x.device.type != "cpu":
         return F.rms_norm(x.float(), weight.shape, weight, epsilon).to(x.dtype)
     if _has_kernel(x, weight):
         return torch.ops.moesaic.norm(x, weight, None, epsilon)[0]
     return _RmsNorm.apply(x, weight, epsilon)
+
+
+def _infers_on_cuda(x: Tensor, weight: Tensor) -> bool:
+    return not torch.is_grad_enabled() and weight.dtype == torch.float32 and select.uses_triton(x.device)
+
+
+def _norm_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    from moesaic.kernels.triton import rows
+
+    return rows.norm(x, weight, bias, epsilon)
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:

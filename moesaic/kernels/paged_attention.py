@@ -244,6 +244,40 @@ def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) ->
     assert not failed, _misfit(batch, blocks, key.shape[0])
 
 
+def can_place_heads(query: Tensor) -> bool:
+    """Whether place_heads takes queries like these: on CUDA."""
+    return select.uses_triton(query.device) and not torch.is_grad_enabled()
+
+
+def place_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: KVBlocks,
+    batch: PagedBatch,
+    *,
+    rotary: tuple[Tensor, Tensor] | None,
+    norms: tuple[Tensor, Tensor] | None,
+    epsilon: float,
+    norms_rotated: bool,
+) -> Tensor:
+    """Norm and turn the new tokens' heads, put keys and values into their blocks, and return the queries (T, A, D).
+
+    In one kernel, in fp32 and rounded once; what model/attention does in several operations is the definition.
+
+    Shapes: query (T, A, D), key and value (T, KV, D); rotary (T, D/2) each, fp32, of the tokens' positions, None for
+    none; norms (D,) fp32 of each head of queries and of keys; norms_rotated: after they are turned.
+    """
+    from moesaic.kernels.triton import rows
+
+    slots = batch.slots_on(key.device, block_size=blocks.block_size, num_blocks=blocks.num_blocks)
+    assert slots.shape[0] == key.shape[0], _misfit(batch, blocks, key.shape[0])
+    return rows.place_heads(
+        _rows(query), _rows(key), _rows(value), slots, blocks.keys, blocks.values, blocks.scales, rotary=rotary,
+        norms=norms, epsilon=epsilon, norms_rotated=norms_rotated,
+    )  # fmt: skip
+
+
 def paged_attention(
     query: Tensor,
     blocks: KVBlocks,

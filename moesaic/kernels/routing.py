@@ -30,6 +30,34 @@ class Routed:
     num_tokens: Tensor
 
 
+def can_choose(x: Tensor) -> bool:
+    """Whether choose takes router logits of x (T, H)."""
+    return select.uses_triton(x.device) and not torch.is_grad_enabled()
+
+
+def choose(
+    logits: Tensor,
+    *,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    scale: float,
+    bias: Tensor | None = None,
+    correction_bias: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return expert_ids (T, K) int64 and routing_weights (T, K) fp32 of router logits (T, E) fp32, on CUDA.
+
+    The definition is moe/router.Router and finish_weights, without groups; equal scores go to the lower expert.
+    """
+    from moesaic.kernels.triton import rows
+
+    return rows.choose(
+        logits, bias, correction_bias, top_k=top_k, scoring=scoring, renormalize=renormalize, scale=scale,
+        output_scale=output_scale,
+    )  # fmt: skip
+
+
 def can_route(x: Tensor) -> bool:
     """Whether route takes x (T, H)."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and select.cpu_library() is not None

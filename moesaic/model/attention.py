@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from moesaic.config.model import ModelConfig
 from moesaic.kernels.attention import causal_attention
-from moesaic.kernels.paged_attention import KVStorage, paged_attention, write_kv
+from moesaic.kernels.paged_attention import KVStorage, can_place_heads, paged_attention, place_heads, write_kv
 from moesaic.model.kv_cache import CacheStep
 from moesaic.model.linear import Linear
 from moesaic.model.norm import RmsNorm
@@ -75,6 +75,9 @@ class Attention(nn.Module):
         """
         batch, length, _ = x.shape
         query, key, value = self._project(x)
+        if cache is not None and can_place_heads(query):
+            out = self._attend_to_cache(query[0], key[0], value[0], rotary, cache, layer)
+            return self.o_proj(out.view(1, length, -1))
         if not self.norms_rotated:
             query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)
         if rotary is not None and self.is_rotated:
@@ -99,6 +102,30 @@ class Attention(nn.Module):
             write_kv(key[0], value[0], blocks, cache.batch)
             out = paged_attention(query[0], blocks, cache.batch, scale=self.scale, window=self.window, sinks=self.sinks)
         return self.o_proj(out.reshape(batch, length, self.num_heads * self.head_dim))
+
+    def _attend_to_cache(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: CacheStep,
+        layer: int,
+    ) -> Tensor:
+        """What forward does with (T, heads, D) of new tokens, in two kernels."""
+        assert isinstance(cache.storage, KVStorage), type(cache.storage)
+        norms, epsilon = None, 0.0
+        if self.q_norm is not None and self.k_norm is not None:
+            if self.norms_all_heads:
+                query, key = self._norm(self.q_norm, query[None])[0], self._norm(self.k_norm, key[None])[0]
+            else:
+                norms, epsilon = (self.q_norm.scaled()[0], self.k_norm.scaled()[0]), self.q_norm.epsilon
+        blocks = cache.storage.layers[layer]
+        query = place_heads(
+            query, key, value, blocks, cache.batch, rotary=rotary if self.is_rotated else None, norms=norms,
+            epsilon=epsilon, norms_rotated=self.norms_rotated,
+        )  # fmt: skip
+        return paged_attention(query, blocks, cache.batch, scale=self.scale, window=self.window, sinks=self.sinks)
 
     def _norm(self, norm: RmsNorm | None, heads: Tensor) -> Tensor:
         if norm is None:

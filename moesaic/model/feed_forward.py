@@ -92,6 +92,14 @@ class FeedForward(nn.Module):
     def extra_repr(self) -> str:
         return "" if self.residual is None else f"residual={self.residual}"
 
+    def infer(self, x: Tensor) -> tuple[Tensor, Routes | None]:
+        """Return (T, H) for x (T, H), and where its tokens went, None for a dense layer; for inference."""
+        if self.moe is not None and isinstance(self.moe.experts, Experts) and self.moe.experts.packed is not None:
+            routes = Routes(*self.moe.router.choose(x, output_scale=self.moe.output_scale))
+            return self._combine_packed(x, routes, None, self.moe.experts.packed), routes
+        out, statistics = self(x)
+        return out, None if statistics is None else statistics.routes
+
     def forward(
         self, x: Tensor, *, valid: Tensor | None = None, seed: int = 0, replay: RoutingDecision | None = None
     ) -> tuple[Tensor, MoEStatistics | None]:
@@ -120,22 +128,9 @@ class FeedForward(nn.Module):
     def _forward_packed(
         self, x: Tensor, valid: Tensor | None, moe: MoELayer, experts: PackedMlp
     ) -> tuple[Tensor, MoEStatistics]:
-        """The same in one call, with the residual MLP as one more expert; mixed in fp32."""
         routing = moe.router(x, valid=valid)
         weights = finish_weights(routing.routing_weights, None, moe.config.router, output_scale=moe.output_scale)
         routes = Routes(routing.expert_ids, weights)
-        expert_ids, dense_weights = routing.expert_ids, None
-        if valid is not None:
-            expert_ids = expert_ids.masked_fill(~valid[:, None], -1)
-        if self.mix is not None:
-            coefficients = self.mix(x.float())
-            if self.residual == "softmax":
-                shares = torch.softmax(coefficients, -1)  # (T, 2)
-                weights, dense_weights = weights * shares[:, :1], shares[:, 1]
-            else:
-                dense_weights = torch.sigmoid(coefficients[:, 0])
-        mlp = None if self.mlp is None else self.mlp.packed
-        out = packed_moe(x, expert_ids, weights, experts, residual=mlp, residual_weights=dense_weights)
         statistics = MoEStatistics(
             tokens_per_expert=routing.tokens_per_expert,
             mean_probabilities=routing.mean_probabilities,
@@ -146,4 +141,19 @@ class FeedForward(nn.Module):
             decision=None,
             routes=routes,
         )
-        return out, statistics
+        return self._combine_packed(x, routes, valid, experts), statistics
+
+    def _combine_packed(self, x: Tensor, routes: Routes, valid: Tensor | None, experts: PackedMlp) -> Tensor:
+        """All of it in one call, with the residual MLP as one more expert; mixed in fp32."""
+        expert_ids, weights, dense_weights = routes.expert_ids, routes.routing_weights, None
+        if valid is not None:
+            expert_ids = expert_ids.masked_fill(~valid[:, None], -1)
+        if self.mix is not None:
+            coefficients = self.mix(x.float())
+            if self.residual == "softmax":
+                shares = torch.softmax(coefficients, -1)  # (T, 2)
+                weights, dense_weights = weights * shares[:, :1], shares[:, 1]
+            else:
+                dense_weights = torch.sigmoid(coefficients[:, 0])
+        mlp = None if self.mlp is None else self.mlp.packed
+        return packed_moe(x, expert_ids, weights, experts, residual=mlp, residual_weights=dense_weights)

@@ -24,7 +24,7 @@ from moesaic.model.linear import Linear
 from moesaic.model.norm import LayerNorm, RmsNorm, make_norm
 from moesaic.model.rotary import model_rotary
 from moesaic.moe.experts import Experts
-from moesaic.moe.layer import MoELayer, MoEStatistics, RoutingDecision
+from moesaic.moe.layer import MoELayer, MoEStatistics, Routes, RoutingDecision
 from moesaic.moe.router import Router
 from moesaic.moe.seeds import mix_seeds
 
@@ -80,14 +80,30 @@ class Block(nn.Module):
         seed: int,
         recorded: _Recorded,
     ) -> tuple[Tensor, MoEStatistics | None]:
-        inputs = x if self.norms_outputs else self.attention_norm(x)
-        attended = self.attention(inputs, rotary=rotary, documents=documents, cache=cache, layer=layer)
-        x = self._add(x, self.attention_norm(attended) if self.norms_outputs else attended)
-        flat = (x if self.norms_outputs else self.feed_forward_norm(x)).reshape(-1, x.shape[-1])  # (T, H)
-        out, statistics = self.feed_forward(flat, valid=valid, seed=seed, replay=recorded.decision)
+        x = self._attend(x, rotary=rotary, documents=documents, cache=cache, layer=layer)
+        out, statistics = self.feed_forward(self._flat(x), valid=valid, seed=seed, replay=recorded.decision)
         if statistics is not None:
             recorded.decision = statistics.decision
-        return self._add(x, (self.feed_forward_norm(out) if self.norms_outputs else out).view_as(x)), statistics
+        return self._add_feed_forward(x, out), statistics
+
+    def infer(
+        self, x: Tensor, *, rotary: tuple[Tensor, Tensor] | None, cache: CacheStep, layer: int
+    ) -> tuple[Tensor, Routes | None]:
+        """The same of new tokens for a cache: their routes in the place of statistics."""
+        x = self._attend(x, rotary=rotary, documents=None, cache=cache, layer=layer)
+        out, routes = self.feed_forward.infer(self._flat(x))
+        return self._add_feed_forward(x, out), routes
+
+    def _attend(self, x: Tensor, **where: Any) -> Tensor:
+        attended = self.attention(x if self.norms_outputs else self.attention_norm(x), **where)
+        return self._add(x, self.attention_norm(attended) if self.norms_outputs else attended)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """What the feed-forward part takes: (T, H)."""
+        return (x if self.norms_outputs else self.feed_forward_norm(x)).reshape(-1, x.shape[-1])
+
+    def _add_feed_forward(self, x: Tensor, out: Tensor) -> Tensor:
+        return self._add(x, (self.feed_forward_norm(out) if self.norms_outputs else out).view_as(x))
 
     def _add(self, x: Tensor, out: Tensor) -> Tensor:
         if self.residual_scale == 1.0:
@@ -302,11 +318,16 @@ class Transformer(nn.Module):
             return self._infer_by_layers(tokens, step, rows)
 
     def _infer_by_layers(self, tokens: Tensor, step: CacheStep, rows: Tensor | None) -> Decoded:
-        out = self._forward_cached(tokens[None], step, None, 0)
-        routes = [statistics.routes for statistics in out.moe if statistics.routes is not None]
+        positions = step.batch.positions.to(tokens.device)
+        x, rotary = self._embed(tokens[None], positions, int(step.batch.lengths.max()))
+        routes: list[Routes] = []
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            x, own = block.infer(x, rotary=rotary, cache=step, layer=layer)
+            routes += [] if own is None else [own]
+        hidden = self.final_norm(x)[0]
         ids = [each.expert_ids.flatten() for each in routes]
         weights = [each.routing_weights.flatten() for each in routes]
-        hidden = out.hidden[0]
         logits = hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         if rows is not None:
             logits = self.logits(hidden[rows.to(hidden.device)])

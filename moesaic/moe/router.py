@@ -93,6 +93,28 @@ class Router(nn.Module):
         routing_weights = scores.gather(1, expert_ids)
         return self._with_statistics(expert_ids, routing_weights, router_logits, probabilities, valid)
 
+    def choose(self, x: Tensor, *, output_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return expert_ids (T, K) and the weights (T, K) that their outputs get, of x (T, H), for inference.
+
+        As forward and finish_weights, without statistics.
+        """
+        config = self.config
+        if routing.can_choose(x) and (config.num_groups == 1 or config.top_groups == config.num_groups):
+            with torch.autocast(x.device.type, enabled=False):
+                router_logits = x.float() @ self.weight.float().t()
+            return routing.choose(
+                router_logits,
+                top_k=self.top_k,
+                scoring=config.scoring,
+                renormalize=config.renormalize,
+                scale=config.scale,
+                bias=None if self.bias is None else self.bias.float(),
+                correction_bias=self.score_correction_bias,
+                output_scale=output_scale,
+            )
+        routed = self(x)
+        return routed.expert_ids, finish_weights(routed.routing_weights, None, config, output_scale=output_scale)
+
     def _jitter(self, x: Tensor, seed: int) -> Tensor:
         """Return x times a factor near 1, drawn for every element, in fp32."""
         epsilon = self.config.jitter_epsilon

@@ -226,11 +226,9 @@ def test_serving_with_triton(family: str, form: str, kv_precision: Any, monkeypa
         dtype = torch.int8 if kv_precision == "int8" else torch.bfloat16
         cache, passes = BatchCache(own.config, 2, 40, dtype=dtype, device=own.device), []
         for part in tokens.to(device).split([9, 6, 1], 1):
-            with torch.no_grad():
-                out = own(part.contiguous(), cache=cache)
-                routes = [each.routes.expert_ids.cpu() for each in out.moe if each.routes is not None]
-                chosen = torch.cat(routes, 1) if routes else torch.zeros(part.numel(), 1)
-                passes.append((out.hidden.flatten(0, 1).cpu(), own.logits(out.hidden).flatten(0, 1).cpu(), chosen))
+            out = own.infer(part.flatten(), cache.extend(*part.shape), torch.arange(part.numel()))
+            chosen = [each.cpu() for each in out.expert_ids] or [torch.zeros(part.numel(), 1, dtype=torch.int64)]
+            passes.append((out.hidden.cpu(), out.logits.cpu(), torch.cat(chosen, 1)))
         hidden, logits, chosen = (torch.cat(each) for each in zip(*passes, strict=True))
         return hidden.float(), logits, chosen
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moesaic.kernels.panels import PackedFormat
-from moesaic.kernels.triton import activations, attention, products
+from moesaic.kernels.triton import activations, attention, products, rows
 
 CPU = torch.device("cpu")
 # Compute capability, and the shared memory that one program may have: A100, consumer cards of Ada, H100, B200.
@@ -127,6 +127,41 @@ def test_attention(name: str, gpu: int, tmp_path: Path) -> None:
         num_warps=tiling.warps,
     )  # fmt: skip
     assert shared <= GPUS[gpu] and spilled <= 256, (shared, spilled)
+
+
+def test_rows(gpu: int, tmp_path: Path) -> None:
+    kernels: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+        (
+            rows._norm_kernel,
+            {
+                **dict.fromkeys(("x_ptr", "out_ptr"), "*bf16"), **dict.fromkeys(("weight_ptr", "bias_ptr"), "*fp32"),
+                "stride": "i32", "columns": "i32", "epsilon": "fp32",
+            },
+            {"IS_LAYER_NORM": True, "BLOCK": 2048},
+        ),
+        (
+            rows._choose_kernel,
+            {
+                **dict.fromkeys(("logits_ptr", "bias_ptr", "correction_ptr", "factor_ptr", "weights_ptr"), "*fp32"),
+                "ids_ptr": "*i64", "num_experts": "i32", "top_k": "i32", "factor": "fp32",
+            },
+            {"IS_SIGMOID": True, "RENORMALIZES": True, "EXPERTS": 256, "ROUTES": 8},
+        ),
+        (
+            rows._place_kernel,
+            {
+                **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr"), "*bf16"),
+                **dict.fromkeys(("query_norm_ptr", "key_norm_ptr", "cosines_ptr", "sines_ptr"), "*fp32"),
+                **dict.fromkeys(("key_scales_ptr", "value_scales_ptr"), "*fp32"), "slots_ptr": "*i64",
+                **dict.fromkeys(("keys_ptr", "values_ptr"), "*i8"), "epsilon": "fp32",
+                **dict.fromkeys(("query_stride", "key_stride", "value_stride", "heads", "kv_heads", "dim"), "i32"),
+            },
+            {"IS_ROTATED": True, "NORMS_ROTATED": False, "HAS_SCALES": True, "DIM": 128},
+        ),
+    ]  # fmt: skip
+    for kernel, types, constants in kernels:
+        shared, spilled, _ = compiled(kernel, types, constants, gpu, tmp_path, num_warps=4, enable_fp_fusion=True)
+        assert shared <= GPUS[gpu] and spilled == 0, kernel
 
 
 def test_the_others(gpu: int, tmp_path: Path) -> None:

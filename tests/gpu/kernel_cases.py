@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.config.model import RouterConfig
 from moesaic.kernels import latent_attention as latent
 from moesaic.kernels import packed, quantized, select
 from moesaic.kernels import paged_attention as paged
 from moesaic.kernels.activation import is_gated
 from moesaic.kernels.quantized import QuantizedWeight, quantize_to_mxfp4, quantize_weight, quantized_linear
-from moesaic.kernels.triton import activations, attention, launch, products
+from moesaic.kernels.triton import activations, attention, launch, products, rows
 from moesaic.kernels.triton.self_test import run_self_test
+from moesaic.model.rotary import rotate
+from moesaic.moe.router import Router
 
 if IS_INTERPRETED := os.environ.get("TRITON_INTERPRET") == "1":
     from . import interpreter
@@ -213,6 +216,98 @@ class TestExperts:
         for expert in range(4):
             own = routes.routes[starts[expert] : starts[expert + 1]].tolist()
             assert own == (ids.flatten() == expert).nonzero().flatten().tolist()
+
+
+class TestRows:
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 100), (0, 16), (4, 1024)])
+    @pytest.mark.parametrize("has_bias", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_norms(self, shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype) -> None:
+        x = torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., : shape[-1]] + 3.0
+        weight, bias = torch.randn(shape[-1]), torch.randn(shape[-1]) if has_bias else None
+        y = rows.norm(x.to(GPU), weight.to(GPU), None if bias is None else bias.to(GPU), 1e-5).cpu()
+        wide = x.float()
+        expected = F.rms_norm(wide, weight.shape, weight, 1e-5)
+        if bias is not None:
+            expected = F.layer_norm(wide, weight.shape, weight, bias, 1e-5)
+        torch.testing.assert_close(y, expected.to(dtype))
+
+    @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+    @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 2), (130, 8), (64, 64)])
+    @pytest.mark.parametrize("finish", ["plain", "renormalized", "all"])
+    def test_the_choice_of_experts(self, scoring: Any, experts: int, top_k: int, finish: str) -> None:
+        """As a router's forward chooses, whose statistics nobody asks for."""
+        has_all = finish == "all"
+        config = RouterConfig(
+            scoring=scoring, renormalize=finish != "plain" and top_k > 1, scale=2.5 if has_all else 1.0, bias=has_all,
+            score_correction_bias=has_all and scoring == "sigmoid",
+        )  # fmt: skip
+        router = Router(16, experts, top_k=top_k, config=config).eval()
+        for bias in (router.bias, router.score_correction_bias):
+            if bias is not None:
+                torch.nn.init.normal_(bias)
+        output_scale = torch.tensor(0.7) if has_all else None
+        x = torch.randn(9, 16)
+        with torch.no_grad():
+            expected_ids, expected = router.choose(x, output_scale=output_scale)
+            correction = router.score_correction_bias
+            ids, weights = rows.choose(
+                (x @ router.weight.t()).to(GPU), None if router.bias is None else router.bias.to(GPU),
+                None if correction is None else correction.to(GPU), top_k=top_k, scoring=scoring,
+                renormalize=config.renormalize, scale=config.scale,
+                output_scale=None if output_scale is None else output_scale.to(GPU),
+            )  # fmt: skip
+        assert torch.equal(ids.cpu(), expected_ids)
+        torch.testing.assert_close(weights.cpu(), expected)
+
+    def test_of_equal_scores_the_lower_expert_comes_first_and_nan_names_none_beyond_the_last(self) -> None:
+        logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [float("nan")] * 5], device=GPU)
+        ids, weights = rows.choose(
+            logits, None, None, top_k=3, scoring="softmax", renormalize=False, scale=1.0, output_scale=None
+        )
+        assert ids[0].tolist() == [1, 2, 4] and ids.max() < 8
+        # Whatever was chosen, it adds nothing that is a number.
+        assert not weights[1][(ids[1] >= 0) & (ids[1] < 5)].isfinite().any()
+
+    @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, torch.int8])
+    @pytest.mark.parametrize("turned", ["no", "before norms", "after norms", "without norms"])
+    def test_new_heads_are_normed_turned_and_kept(self, cache: torch.dtype, turned: str) -> None:
+        """As the operations of model/attention one by one do it, in fp32."""
+        batch, _, count = a_batch([2, 3], [40, 70], 32)
+        own, defined = (blocks_of(cache, count, 32, 2, 24, device) for device in (GPU, CPU))
+        qkv = torch.randn(5, 8, 24)
+        query, key, value = qkv.split([4, 2, 2], 1)
+        norms = None if turned == "without norms" else (torch.rand(24) + 0.5, torch.rand(24) + 0.5)
+        angles = torch.rand(5, 12) * 6
+        tables = (1.2 * angles.cos(), 1.2 * angles.sin())  # yarn scales them
+
+        def normed(x: Tensor, weight: Tensor) -> Tensor:
+            return F.rms_norm(x, (24,), weight, 1e-5)
+
+        def turn(x: Tensor) -> Tensor:
+            return rotate(x[None], *tables)[0] if turned != "no" else x
+
+        steps = [query, key]
+        if turned == "before norms":
+            steps = [turn(each) for each in steps]
+        if norms is not None:
+            steps = [normed(each, weight) for each, weight in zip(steps, norms, strict=True)]
+        if turned in ("after norms", "without norms"):
+            steps = [turn(each) for each in steps]
+        paged.write_kv(steps[1], value.contiguous(), defined, batch)
+        moved = qkv.to(GPU)
+        places = batch.slots_on(GPU, block_size=32, num_blocks=count)
+        y = rows.place_heads(
+            *moved.split([4, 2, 2], 1), places, own.keys, own.values, own.scales,
+            rotary=None if turned == "no" else (tables[0].to(GPU), tables[1].to(GPU)),
+            norms=None if norms is None else (norms[0].to(GPU), norms[1].to(GPU)), epsilon=1e-5,
+            norms_rotated=turned == "before norms",
+        )  # fmt: skip
+        torch.testing.assert_close(y.cpu(), steps[0], atol=1e-5, rtol=1e-5)
+        for made, expected in zip(vars(own).values(), vars(defined).values(), strict=True):
+            if isinstance(made, Tensor):
+                exact = {"atol": 1, "rtol": 0} if made.dtype is torch.int8 else {"atol": 1e-5, "rtol": 1e-2}
+                torch.testing.assert_close(made.cpu().float(), expected.float(), **exact)
 
 
 def blocks_of(dtype: torch.dtype, count: int, size: int, heads: int, dim: int, device: torch.device) -> paged.KVBlocks:

@@ -6,6 +6,7 @@ nothing is copied to the processor. Integer products are exact and what follows 
 order of roundings; bf16 products are summed in fp32.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -264,12 +265,17 @@ class Routes:
     @classmethod
     def of(cls, expert_ids: Tensor, num_experts: int) -> "Routes":
         ordered, routes = torch.sort(expert_ids.flatten(), stable=True)
-        numbers = torch.arange(num_experts + 1, device=expert_ids.device)
+        numbers = _numbers(num_experts + 1, expert_ids.device)
         return cls(routes, torch.searchsorted(ordered, numbers, out_int32=True))
 
     @property
     def num_experts(self) -> int:
         return self.starts.shape[0] - 1
+
+
+@functools.cache
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, *, out_dtype: torch.dtype) -> Tensor:
