@@ -104,7 +104,7 @@ def verify(
     second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
-    """Compare two models: their tensors, where they have the same ones, and the same prompts through both in fp32.
+    """Compare two models: tensors, where they have the same ones, tokenizers, and prompts through both in fp32.
 
     The exit status is 1 when they do not compute the same.
 

@@ -25,8 +25,8 @@ from moesaic.convert import mxfp4
 from moesaic.convert.opened import open_model
 from moesaic.convert.source import CONFIG_NAME, is_foreign_run, is_source, read_json
 from moesaic.convert.weights import WeightComparison, compare_weights
-from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import ConversionError
+from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
+from moesaic.errors import ConversionError, DataError
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.logs import OnProgress, logger, no_progress
 from moesaic.model.generate import generate
@@ -117,8 +117,8 @@ class Certificate:
 
     dtype: what weights were cast to; a source that is cast is compared as cast. judge: who computed the foreign side,
     transformers or, of a GGUF file that it does not read and of weights that are compared as cast, moesaic itself.
-    not_compared: why there is no comparison. tokenizer: what the result's tokenizer, where it was written in other
-    words, does otherwise than the source's.
+    not_compared: why there is no comparison. tokenizer: what the two tokenizers, where they were compared, do
+    differently.
     """
 
     source: str
@@ -347,7 +347,8 @@ def verify_models(first: str | Path, second: str | Path, *, on_progress: OnProgr
     """Compare two models: run folders (RUN or RUN@step), Hugging Face folders, GGUF files.
 
     They are the same where their tensors are, or those of one are the other's in a dtype that holds less, and the
-    logits are then, of one and of the other in that dtype.
+    logits are then, of one and of the other in that dtype; and where their tokenizers, if both come with one, make the
+    same tokens.
 
     Raises: ConversionError, CheckpointError for what is none of these.
     """
@@ -358,9 +359,10 @@ def verify_models(first: str | Path, second: str | Path, *, on_progress: OnProgr
         for rounded, scales in zip(weights.rounded, weights.scaled, strict=True)
     )
     family = " and ".join(_describe(path) for path in paths)
-    return _certify(
+    certificate = _certify(
         paths, (one, other), family=family, account=None, weights=weights, named=None, on_progress=on_progress
     )
+    return replace(certificate, tokenizer=_compare_tokenizers(*paths))
 
 
 def _describe(path: Path) -> str:
@@ -474,20 +476,39 @@ def _tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.load(resolve_checkpoint(path).run_folder)
 
 
-def _other_tokens(wanted: Tokenizer, found: Tokenizer) -> str | None:
-    """Return what a tokenizer does otherwise than is wanted, None where it does the same."""
-    for text in PROMPTS:
+def _compare_tokenizers(first: Path, second: Path) -> str | None:
+    """Return what two models' tokenizers do differently; a folder may hold none, and a GGUF file one of another kind.
+
+    Raises: DataError for one that is there and broken.
+    """
+    pair = []
+    for path in (first, second):
+        try:
+            pair.append(_tokenizer(path))
+        except DataError as error:
+            if (path / TOKENIZER_NAME).is_file():
+                raise
+            logger.warning("Tokenizers are not compared: %s", error)
+            return None
+    return _other_tokens(*pair)
+
+
+def _other_tokens(first: Tokenizer, second: Tokenizer) -> str | None:
+    """Return what two tokenizers do differently, None where they do the same."""
+    pair = (first, second)
+    added = sorted(first.added_names | second.added_names)
+    for text in (*PROMPTS, *added, "a".join(added)):
         for marks in (False, True):
-            due, made = (each.encode_prompt(text, add_special_tokens=marks) for each in (wanted, found))
-            if due != made:
+            one, other = (each.encode_prompt(text, add_special_tokens=marks) for each in pair)
+            if one != other:
                 return (
-                    f"its tokenizer makes {len(made)} tokens ({str(made[:3])[1:-1]}, ...) of {text[:20]!r}..., not "
-                    f"{len(due)} ({str(due[:3])[1:-1]}, ...)"
+                    f"of {text[:20]!r}... the tokenizers make {len(one)} tokens ({str(one[:3])[1:-1]}, ...) and "
+                    f"{len(other)} ({str(other[:3])[1:-1]}, ...)"
                 )
-    if wanted.stop_ids != found.stop_ids:
-        return f"its tokenizer ends a text at {sorted(found.stop_ids)}, not {sorted(wanted.stop_ids)}"
-    if wanted.first_id != found.first_id:
-        return f"its tokenizer begins a text with {found.first_id}, not {wanted.first_id}"
+    if first.stop_ids != second.stop_ids:
+        return f"the tokenizers end a text at {sorted(first.stop_ids)} and {sorted(second.stop_ids)}"
+    if first.first_id != second.first_id:
+        return f"the tokenizers begin a text with {first.first_id} and {second.first_id}"
     return None
 
 

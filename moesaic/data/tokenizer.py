@@ -235,6 +235,11 @@ class Tokenizer:
             token_id for token_id, token in self._inner.get_added_tokens_decoder().items() if token.special
         )
 
+    @property
+    def added_names(self) -> frozenset[str]:
+        """The tokens that were added to the model's vocabulary, special or not: what a prompt that spells them has."""
+        return frozenset(token.content for token in self._inner.get_added_tokens_decoder().values())
+
     @cached_property
     def is_byte_level(self) -> bool:
         """Whether a text is its tokens' bytes one after another, and nothing else."""

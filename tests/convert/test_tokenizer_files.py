@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from moesaic.convert import parity
 from moesaic.convert.exporter import export_run
 from moesaic.convert.importer import import_model
+from moesaic.convert.parity import PROMPTS, verify_models  # all prompts: those of short_check are set later
 from moesaic.data.tokenizer import COMPANION_NAMES, TOKENIZER_NAME, Tokenizer
+from moesaic.errors import DataError
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run
 
@@ -148,3 +151,53 @@ def test_a_file_that_transformers_refuses_is_said_to_be_the_reason(folder: Path,
     certificate = import_model(folder, tmp_path / "run")
     assert certificate.comparison is None and certificate.failure is None
     assert "StrictDataclass" in str(certificate.not_compared)
+
+
+def exchange_letters(values: dict[str, Any]) -> None:
+    vocabulary = values["model"]["vocab"]
+    vocabulary["{"], vocabulary["}"] = vocabulary["}"], vocabulary["{"]
+
+
+def exchange_bytes_that_are_no_text_alone(values: dict[str, Any]) -> None:
+    vocabulary = values["model"]["vocab"]
+    vocabulary["Ð"], vocabulary["Ñ"] = vocabulary["Ñ"], vocabulary["Ð"]  # of Cyrillic letters in UTF-8
+
+
+def lose_an_added_token(values: dict[str, Any]) -> None:
+    del values["added_tokens"][-1]
+
+
+@pytest.mark.parametrize(
+    "change", [exchange_letters, exchange_bytes_that_are_no_text_alone, lose_an_added_token, "generation_config.json"]
+)
+def test_verify_compares_tokenizers(
+    change: Callable[[dict[str, Any]], None] | str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "PROMPTS", PROMPTS)
+    run = tmp_path / "run"
+    import_model(folder, run)
+    assert verify_models(folder, run).failure is None
+    if callable(change):
+        values = json.loads((run / TOKENIZER_NAME).read_text())
+        change(values)
+        (run / TOKENIZER_NAME).write_text(json.dumps(values))
+        difference = "the tokenizers make"
+    else:
+        (run / change).write_text(json.dumps({"eos_token_id": [0, 5]}))
+        difference = "the tokenizers end a text at"
+    for first, second in ((folder, run), (run, folder)):
+        found = verify_models(first, second)
+        assert found.failure is not None and difference in found.failure
+        assert found.comparison is not None and found.comparison.max_relative < 1e-5
+
+
+def test_verify_says_where_there_are_no_two_tokenizers_to_compare(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import_model(folder, tmp_path / "run")
+    (folder / TOKENIZER_NAME).rename(folder / "elsewhere.json")
+    assert verify_models(folder, tmp_path / "run").failure is None
+    assert "Tokenizers are not compared: " in caplog.text and "holds no tokenizer.json" in caplog.text
+    (folder / TOKENIZER_NAME).write_text("{}")  # there, and broken
+    with pytest.raises(DataError, match="has no `model`"):
+        verify_models(folder, tmp_path / "run")
