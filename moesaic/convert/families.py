@@ -808,7 +808,7 @@ FAMILIES: dict[str, Family] = {
             "SmolLM3ForCausalLM",
             _llama_like(
                 RotatedLayers(),
-                SlidingWindow(flag="use_sliding_window", needs_types=True),
+                SlidingWindow(flag="use_sliding_window", in_unrotated=True),
                 _ATTENTION_BIAS,
                 _MLP_BIAS,
                 has_head_dim=True,

@@ -260,7 +260,8 @@ class SlidingWindow:
     flag: the key that turns the window on. usual: the window of a config that says none. slides: whether a layer has
     it, given max_window_layers, where layer_types says nothing; None for families in which all layers have it. bound:
     max_window_layers of a config that says none, None for families without that key. is_nullable: whether the family's
-    class takes null for no window. needs_types: whether layer_types has to say which layers have the window.
+    class takes null for no window. in_unrotated: whether the layers whose heads are not turned have it, which
+    RotatedLayers has read before, where layer_types says nothing.
     """
 
     flag: str | None = None
@@ -268,7 +269,7 @@ class SlidingWindow:
     slides: Callable[[int, int], bool] | None = None
     bound: int | None = None
     is_nullable: bool = True
-    needs_types: bool = False
+    in_unrotated: bool = False
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
         given = keys.take("sliding_window", default=self.usual)
@@ -286,8 +287,8 @@ class SlidingWindow:
             layers = _sliding_layers(keys, kinds, count)
             if layers and given is None:
                 raise keys.refuse("layer_types", kinds, "a sliding_window that is on is required for sliding_attention")
-        elif window is not None and self.needs_types:
-            keys.take("layer_types")
+        elif self.in_unrotated:
+            layers = [layer for layer in layers if layer not in ours.get("rope_layers", layers)]
         elif window is not None and self.slides is not None:
             bound = count if self.bound is None else bound
             if type(bound) is not int:
@@ -303,7 +304,7 @@ class SlidingWindow:
 
     @property
     def _is_on_all(self) -> bool:
-        return self.slides is None and not self.needs_types
+        return self.slides is None and not self.in_unrotated
 
     def write(self, config: Mapping[str, Any], theirs: dict[str, Any]) -> None:
         window, every = config["sliding_window"], range(config["num_layers"])

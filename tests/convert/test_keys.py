@@ -327,11 +327,6 @@ ON = {"use_sliding_window": True, "sliding_window": 16, "layer_types": REMOVED}
         ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]; 1 \(turned\) or 0 for each of 5 layers"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 2, 1]}, r"no_rope_layers is \[1, 0, 1, 2, 1\]"),
         ("smollm3", {"no_rope_layers": "1"}, "no_rope_layers is '1'"),
-        (
-            "smollm3",
-            {"use_sliding_window": True, "sliding_window": 8, "layer_types": REMOVED},
-            "has no layer_types; this family of models requires it",
-        ),
         ("exaone-moe", {"sliding_window": None}, "sliding_window is None; it has to be a valid integer"),
         ("exaone-moe", {"sliding_window": 0}, "sliding_window is 0; it has to be greater than or equal to 1"),
         (
@@ -417,13 +412,28 @@ def test_what_changes_nothing_is_accepted(family: str, values: dict[str, Any], c
         ("dots1", {"sliding_window": 16, "max_window_layers": 1, "layer_types": REMOVED}, (1, 2)),
         ("gpt-oss", {"sliding_window": 16, "layer_types": REMOVED}, (0, 2)),
         ("gpt-oss", {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3}, None),
+        ("smollm3", {**ON}, (1, 3)),  # those that are not turned
+        ("smollm3", {**ON, "layer_types": None, "no_rope_layers": [0, 1, 1, 0, 1]}, (0, 3)),
+        ("smollm3", {**ON, "no_rope_layers": [0] * 5}, None),
     ],
 )
 def test_windows_are_in_the_layers_that_the_class_gives_them_to(
     family: str, values: dict[str, Any], layers: tuple[int, ...] | None, changed: Changed
 ) -> None:
-    with open_model(changed(family, **values)) as opened:
+    from transformers import AutoConfig
+
+    folder = changed(family, **values)
+    with open_model(folder) as opened:
         assert (opened.config.sliding_window, opened.config.sliding_layers) == (16, layers)
+    theirs = getattr(AutoConfig.from_pretrained(folder), "layer_types", None)
+    if theirs is not None:
+        sliding = tuple(layer for layer, kind in enumerate(theirs) if kind == "sliding_attention")
+        assert sliding == (layers if layers is not None else tuple(range(len(theirs))))
+
+
+def test_a_window_without_a_layer_to_have_it_is_none(changed: Changed) -> None:
+    with open_model(changed("smollm3", **ON, no_rope_layers=[1] * 5)) as opened:
+        assert (opened.config.sliding_window, opened.config.sliding_layers) == (None, None)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3-moe"])
