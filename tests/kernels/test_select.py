@@ -210,6 +210,28 @@ def test_the_cache_is_used_and_old_files_go(one_source: Path, tmp_path: Path) ->
 
 @needs_kernels
 @needs_compiler
+def test_a_library_that_is_loaded_stays_however_old_it_is(
+    one_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
+    (one_source / "test.cpp").write_text('#include "export.h"\nMOESAIC_EXPORT long moesaic_self_test() { return 0; }\n')
+
+    def build_another(number: int) -> Path:
+        (one_source / "value.h").write_text(f"#define VALUE {number}\n")
+        return build.build(SUPPORTED[0])
+
+    used = build.load(SUPPORTED[0]).path
+    unused = build_another(8)
+    for path in (tmp_path / "kernels").iterdir():
+        os.utime(path, (time.time() - 31 * 86400,) * 2)
+    (one_source / "value.h").write_text("#define VALUE 7\n")
+    assert build.load(SUPPORTED[0]).path == used
+    build_another(9)  # and old files go
+    assert used.exists() and used.with_suffix(".sha256").exists() and not unused.exists()
+
+
+@needs_kernels
+@needs_compiler
 @pytest.mark.parametrize("damage", ["cut", "zeros", "empty", "no checksum", "no text"])
 def test_a_damaged_library_is_compiled_again(
     one_source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str

@@ -237,6 +237,9 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
             f"the CPU kernels for {instruction_set} fail their self-test (step {failed}) on this machine; right "
             "results are required; go on with MOESAIC_KERNELS=reference, and report it with `moesaic doctor --json`."
         )
+    for each in path.parent.glob(f"{path.stem}.*"):
+        with suppress(OSError):  # another user's: who can delete them marks them too
+            os.utime(each)  # which `_forget_old` goes by
     return library
 
 
@@ -328,7 +331,7 @@ def _run(command: list[str], output: Path) -> None:
 
 
 def _forget_old(folder: Path) -> None:
-    """Delete what other versions of moesaic left long ago, and what builds that were killed left behind.
+    """Delete what nobody has loaded for long, other versions' libraries say, and what builds that were killed left.
 
     A library in use keeps working without its file.
     """
