@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 from shlex import quote
@@ -128,6 +129,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def empty_folder(folder: Path) -> None:
+    """Delete whatever a folder holds, and no more: a link, not what it leads to."""
+    for each in folder.iterdir():
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        else:
+            each.unlink()
 
 
 def sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError
-from moesaic.folders import FolderLock, writing_path
+from moesaic.folders import FolderLock, empty_folder, writing_path
 
 
 def check_is_new(output: Path) -> None:
@@ -47,7 +47,7 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
         temporary = writing_path(output)
         with FolderLock(temporary):  # which follows the folder to its new name
             try:
-                _clear(temporary)  # of a process that was killed
+                empty_folder(temporary)  # of a process that was killed
                 yield temporary
                 temporary.rename(output)
             except BaseException:  # not after the renaming: the name may be another process's by then
@@ -86,11 +86,3 @@ def finish_run(
     folder = checkpoint.parent.parent
     write_config(config, folder / "config.yaml")
     tokenizer.save(folder)
-
-
-def _clear(folder: Path) -> None:
-    for each in folder.iterdir():
-        if each.is_dir() and not each.is_symlink():
-            shutil.rmtree(each)
-        else:
-            each.unlink()

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +28,7 @@ from moesaic.data.shards import ShardSet
 from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moesaic.evaluate.validation import validation_loss
-from moesaic.folders import FolderLock
+from moesaic.folders import FolderLock, empty_folder
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import measure_limits
@@ -135,11 +137,9 @@ class Trainer:
         self.evaluated_step = 0  # whose validation_loss is
         self.objective = objective or NextToken()
         self._lock = self._hold_folder()
-        try:
+        self._is_new = not any(run_folder.iterdir())
+        with self._leaving_nothing():
             self._set_up()
-        except BaseException:
-            self._lock.release()
-            raise
 
     def _set_up(self) -> None:
         """Check everything, build model and data, load what a resumed run has, and write the folder at last."""
@@ -255,8 +255,22 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train to the end or to a signal, and let go of the run folder."""
-        with self._lock:
-            return self._run()
+        with self._leaving_nothing():
+            result = self._run()
+        self._lock.release()
+        return result
+
+    @contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """Let go of the run folder where something goes wrong; a new one, where no step was taken, is as it was."""
+        try:
+            yield
+        except BaseException:
+            if self._is_new and not self.step:
+                with suppress(OSError):
+                    empty_folder(self.run_folder)
+            self._lock.release()
+            raise
 
     def _run(self) -> TrainResult:
         config = self.config

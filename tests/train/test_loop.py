@@ -582,6 +582,39 @@ def test_what_cannot_be_trained_is_refused_before_a_folder_exists(make_config: M
         train(make_config(), tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize("before", ["nothing", "a folder", "a note"])
+def test_a_run_that_is_refused_memory_in_its_first_step_leaves_nothing(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    def refuse(self: Trainer) -> None:
+        assert (folder / "config.yaml").exists()
+        raise MemoryError
+
+    folder = tmp_path / "runs" / "run"
+    if before != "nothing":
+        folder.mkdir(parents=True)
+    if before == "a note":
+        (folder / "note.txt").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", refuse)
+        with pytest.raises(MemoryError):
+            train(make_config(steps=4), folder)
+    if before == "a note":  # no folder of the run's own: nothing is deleted
+        assert (folder / "note.txt").exists() and (folder / "config.yaml").exists()
+        return
+    assert list(tmp_path.rglob("runs*")) == ([] if before == "nothing" else [folder.parent])
+    assert train(make_config(steps=5), folder).step == 5  # with other settings
+
+
+def test_a_run_that_fails_after_a_step_keeps_what_it_has(make_config: MakeConfig, tmp_path: Path) -> None:
+    def broken() -> None:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        train(make_config(steps=4), tmp_path / "run", display=Display(1, broken))
+    assert (tmp_path / "run" / "config.yaml").exists() and len(read_metrics(tmp_path / "run").train) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_without_a_gpu_is_an_error(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"cuda.*; .*; .*--device cpu"):
