@@ -217,6 +217,8 @@ class TrainConfig(Config):
         if every_tokens is None:
             validated = self.evaluation.sequences * self.data.sequence_length
             rarest = -(-_TRAINED_PER_VALIDATED * validated // self.tokens_per_step)
-            times = max(1, min(10, self.total_steps // max(1, rarest)))
-            return -(-self.total_steps // times)  # rounded up: no further one just before the end
+            most = max(1, min(10, self.total_steps // max(1, rarest)))
+            intervals = (-(-self.total_steps // times) for times in range(most, 0, -1))
+            # One that comes within half of them before the end, where there is one in any case, is wasted.
+            return next(every for every in intervals if 2 * (self.total_steps % every or every) >= every)
         return max(1, round(every_tokens / self.tokens_per_step))
