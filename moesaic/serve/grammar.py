@@ -31,6 +31,7 @@ from moesaic.serve.sampler import Mask, RequestError
 
 _CACHED = 32
 _START_SECONDS = 120.0
+_ANSWER_SECONDS = 10.0  # the trying process keeps a grammar's own timeout; without a word for so much more, it hangs
 # What one request's grammar may take of the engine's thread. Of a vocabulary of 200,000 tokens (GPT-4o's), 600 random
 # ones by ordinary grammars took at most 1.7 ms each on average (addresses by a regular expression; a schema of 60 parts
 # 1.1) and 33 ms at once, on one core of a Xeon; ambiguous grammars take 300 and more, and more with each token.
@@ -51,7 +52,7 @@ class GrammarCompiler:
 
     One grammar is tried at a time; who asks for one that is kept does not wait for that.
     The first compile waits for the trying process to start (seconds: it imports torch); start() lets it begin before.
-    A grammar that takes longer than its timeout is refused, and the process that is still at it is killed.
+    A grammar whose trial takes longer than its timeout is refused.
     """
 
     def __init__(
@@ -314,7 +315,11 @@ class _Trial:
         return bool(self.end.alive) and self._process.poll() is None
 
     def try_out(self, grammar: Grammar, timeout_seconds: float) -> str | None:
-        """Return what is wrong with a grammar, None for nothing. The process ends where it does not answer."""
+        """Return what is wrong with a grammar, None for nothing.
+
+        A grammar that takes too long, or crashes, ends a fork of the process; the process itself where it does not
+        answer.
+        """
         if not self._is_ready:
             if self._receive(self._begun + _START_SECONDS) is None:
                 self.end()
@@ -324,8 +329,8 @@ class _Trial:
                 )
             self._is_ready = True
             self._writer.join()
-        self._send({"kind": grammar.kind, "text": grammar.text})
-        answer = self._receive(time.monotonic() + timeout_seconds)
+        self._send({"kind": grammar.kind, "text": grammar.text, "seconds": timeout_seconds})
+        answer = self._receive(time.monotonic() + timeout_seconds + _ANSWER_SECONDS)
         if answer is None:
             crashed = self._process.poll() is not None
             self.end()

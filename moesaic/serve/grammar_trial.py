@@ -1,17 +1,20 @@
 """Compiling grammars with xgrammar, and a program of its own that tries them: a process that may hang, grow or crash.
 
 xgrammar can be neither interrupted nor told a limit of memory, and a grammar of a few bytes can take it hours. So
-grammar.py lets this program compile each one first and use it for some tokens; what fails here, fails here only. The
-program imports nothing of moesaic, and speaks JSON, a line each way.
+grammar.py lets this program compile each one first and use it for some tokens; what fails here, fails here only. Each
+is tried in a fork, so that after one that failed the next need not wait for the imports. The program imports nothing of
+moesaic, and speaks JSON, a line each way.
 """
 
 import json
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 _MEMORY_BYTES = 2 << 30
@@ -133,6 +136,30 @@ def _limit_memory() -> None:
         return  # not on this system; the deadline holds all the same
 
 
+def _in_a_fork(try_out: Callable[[], str | None], seconds: float) -> str | None:
+    """Return what a function says in a process of its own, which may take so many seconds."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            # It ends by itself then, whatever it computes, and whatever becomes of the process that waits for it.
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            os.close(0)
+            os.close(1)  # whose end says that the process that waits has ended
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(try_out(), pipe)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        return f"it took longer than {seconds:g} s"
+    return "xgrammar crashed on it" if status else json.loads(answer)
+
+
 def _answer(error: str | None) -> None:
     # At once with its end: who finds it half there after a deadline takes it for none.
     sys.stdout.write(json.dumps({"error": error}) + "\n")
@@ -144,24 +171,27 @@ def main() -> None:
     first = json.loads(sys.stdin.readline())
     stop_ids, vocab_size = first["stop_ids"], first["vocab_size"]
     vocabulary = Vocabulary([bytes.fromhex(each) for each in first["tokens"]], vocab_size, stop_ids)
-    compile_grammar(vocabulary, "json_object", "")  # what it takes to begin is not the first grammar's time
-    compile_grammar(vocabulary, "regex", "a")
+    compile_grammar(vocabulary, "json_object", "")  # what it takes to begin is no grammar's time
+    _walk(compile_grammar(vocabulary, "regex", "a"), vocab_size, stop_ids, 0)
     _limit_memory()
     warnings = _Warnings()
     _answer(None)
-    for line in sys.stdin:
-        request = json.loads(line)
+
+    def try_out(kind: str, text: str) -> str | None:
         warnings.take()
-        error = None
         try:
-            compiled = compile_grammar(vocabulary, request["kind"], request["text"])
+            compiled = compile_grammar(vocabulary, kind, text)
             if (error := warnings.take()) is None and not all(
                 _walk(compiled, vocab_size, stop_ids, seed) for seed in range(_WALKS)
             ):
-                error = "no text of this tokenizer's tokens matches it"
+                return "no text of this tokenizer's tokens matches it"
         except (RuntimeError, MemoryError, ValueError) as failure:
-            error = str(failure) or type(failure).__name__
-        _answer(error)
+            return str(failure) or type(failure).__name__
+        return error
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        _answer(_in_a_fork(partial(try_out, request["kind"], request["text"]), request["seconds"]))
 
 
 if __name__ == "__main__":
