@@ -42,6 +42,7 @@ _BREAKS_A_STRING = re.compile(r'"|\\\\|\\x(?:22|5c)|\\u\{?0*(?:22|5c)\}?', re.IG
 # A character beyond ASCII, escaped or not; what else is escaped is found too, so that its second half is not.
 _BEYOND_ASCII = re.compile(r"\\?([^\x00-\x7f])|\\.", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_BEGINNING = re.compile(r"\^([A-Za-z0-9_ @:/-]*)(?![*?{])")  # the last letter before a quantifier may be missing
 _NAMED_CLASS = re.compile(
     r"\[:\^?(?:alnum|alpha|ascii|blank|cntrl|digit|graph|lower|print|punct|space|upper|word|xdigit):\]"
 )
@@ -212,15 +213,15 @@ def _unkept_names(schema: dict[str, Any]) -> list[str]:
     """Return what of one schema xgrammar 0.2.9 would not hold an object's names to.
 
     A listed name is held to properties alone, and with names listed no other is to a pattern; one of several patterns
-    is enough; names of propertyNames may be there whatever else is forbidden. A name that is not listed may come again,
-    and counts each time.
+    is enough, whatever others the name matches; names of propertyNames may be there whatever else is forbidden. A name
+    that is not listed may come again, and counts each time.
     """
     found = []
     patterns, is_closed = schema.get("patternProperties"), schema.get("additionalProperties") is False
     if patterns and schema.get("properties"):
         found.append("patternProperties beside properties")
-    if isinstance(patterns, dict) and len(patterns) > 1:
-        found.append("patternProperties of several")
+    if isinstance(patterns, dict) and _may_meet(patterns):
+        found.append("patternProperties of several that may meet")
     if "propertyNames" in schema:
         found += [f"propertyNames beside {key}" for key in ("properties", "patternProperties") if schema.get(key)]
         if is_closed:
@@ -231,6 +232,30 @@ def _unkept_names(schema: dict[str, Any]) -> list[str]:
     if isinstance(least, int | float) and least > max(1, count) and may_repeat:
         found.append("minProperties above 1 where names may come again")
     return found
+
+
+def _may_meet(patterns: dict[str, Any]) -> bool:
+    """Whether a name may match two patterns that ask for different values; it may where the contrary is not plain."""
+    wanted = [(_beginning(pattern), json.dumps(schema, sort_keys=True)) for pattern, schema in patterns.items()]
+    around: list[tuple[str, str]] = []  # whose beginnings the next one's begins with, of one schema
+    for beginning, schema in sorted(wanted):
+        while around and not beginning.startswith(around[-1][0]):
+            around.pop()
+        if around and around[-1][1] != schema:
+            return True
+        around.append((beginning, schema))
+    return False
+
+
+def _beginning(pattern: str) -> str:
+    """Return letters, digits and the like with which all that matches a pattern begins; "" where none are plain."""
+    depth = 0
+    for letter in _ESCAPE_OR_CLASS.sub("", pattern):
+        depth += (letter == "(") - (letter == ")")
+        if letter == "|" and depth <= 0:
+            return ""
+    found = _BEGINNING.match(pattern)
+    return "" if found is None else found[1]
 
 
 def _read_otherwise(text: str, *, is_regex: bool) -> str | None:

@@ -140,6 +140,7 @@ def test_text_under_a_grammar_matches(compiler: GrammarCompiler, tokenizer: Toke
 
 STRING = {"type": "string"}
 A = {"properties": {"a": {"type": "integer"}}}
+APART = {"^a-[a-z]$": {"type": "integer"}, "^b-(b|c)$": STRING}
 # A schema, a text that keeps it, one that does not: what is taken is kept.
 KEPT = [
     ({"type": "integer", "exclusiveMinimum": 3}, "4", "3"),
@@ -169,6 +170,9 @@ KEPT = [
     ({**A}, '{"a":1}', '{"a":"x"}'),
     ({"type": "object", "propertyNames": {**STRING, "pattern": "^a$"}}, '{"a":1}', '{"b":1}'),
     ({"type": "object", "patternProperties": {"^a$": {"type": "integer"}}}, '{"a":1}', '{"a":"x"}'),
+    ({"type": "object", "patternProperties": APART}, '{"b-c":"x","a-b":1}', '{"a-b":"x"}'),
+    ({"type": "object", "patternProperties": APART, "additionalProperties": False}, '{"b-b":"x"}', '{"b-b":1}'),
+    ({"type": "object", "patternProperties": {"a": STRING, "b": STRING}}, '{"a":"x","b":"y"}', '{"b":1}'),
     ({"type": "object", "additionalProperties": {"type": "integer"}}, '{"a":1}', '{"a":"x"}'),
     (
         {"type": "object", "patternProperties": {"^a$": {"type": "integer"}}, "additionalProperties": False},

@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from moesaic.config.serve import Grammar
 from moesaic.errors import ConfigError
 from moesaic.serve import grammar_checks
@@ -38,3 +40,36 @@ def test_whatever_stands_in_a_keywords_place_is_taken_or_refused_with_a_reason()
         except ConfigError as error:
             assert str(error).count(";") >= 2 and len(str(error)) < 600, text
     assert 100 < num_taken < len(texts) - 100
+
+
+@pytest.mark.parametrize(
+    ("patterns", "may_meet"),
+    [
+        (("^a", "^b"), False),
+        (("^x-", "^/"), False),
+        (("^ab", "^ac", "^b(c|d)"), False),
+        (("^a+b", "^b"), False),
+        (("^a", "^ab"), True),
+        (("^a", "^ab", "^ac"), True),
+        (("a", "b"), True),
+        (("^a", "b"), True),
+        (("^a?b", "^b"), True),
+        (("^a*", "^b"), True),
+        (("^a{0,1}b", "^b"), True),
+        (("^a|c", "^b"), True),
+        (("^a)|c(", "^b"), True),
+        (("^[ab]", "^c"), True),  # they do not, which is not plain
+        ((r"^\x61", "^b"), True),
+    ],
+)
+def test_patterns_of_names_are_taken_where_they_plainly_do_not_meet(patterns: tuple[str, ...], may_meet: bool) -> None:
+    different = {pattern: {"const": index} for index, pattern in enumerate(patterns)}
+    assert grammar_checks._may_meet(different) == may_meet
+    assert grammar_checks._may_meet(dict(reversed(different.items()))) == may_meet
+    assert not grammar_checks._may_meet({pattern: {"type": "integer"} for pattern in patterns})
+
+
+def test_patterns_within_patterns_of_one_schema_are_compared_with_all_of_them() -> None:
+    assert grammar_checks._may_meet({"^a": {}, "^ab": {}, "^ac": {"const": 1}})
+    assert not grammar_checks._may_meet({"^a": {}, "^ab": {}, "^b": {"const": 1}})
+    assert grammar_checks._may_meet({"^a": {"const": 1}, "^ab": {"const": True}})
