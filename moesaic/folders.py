@@ -102,10 +102,8 @@ def check_can_be_written(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        reason = None
-        if path.exists() and not path.is_file():
-            reason = "it is a folder" if path.is_dir() else "it is no regular file, which writing would replace"
-        else:
+        reason = _unlike_a_file(path)
+        if reason is None:
             probe = writing_path(path)
             probe.touch()
             probe.unlink()
@@ -118,8 +116,11 @@ def check_can_be_written(path: Path) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace a file by one with this content: whatever happens, it is the old one or, on the disk, the new one.
 
-    Raises: OSError, and then nothing has changed.
+    Raises: OSError, and then nothing has changed: for a folder, a pipe or a device too.
     """
+    reason = _unlike_a_file(path)
+    if reason is not None:
+        raise FileExistsError(errno.EEXIST, reason, str(path))
     temporary = writing_path(path)
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -149,6 +150,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unlike_a_file(path: Path) -> str | None:
+    """Return what is at a path that is no file and would have to go for one, None where one can be."""
+    if not path.exists() or path.is_file():
+        return None
+    return "it is a folder" if path.is_dir() else "it is no regular file, which writing would replace"
 
 
 def _has_model_type(config: Path) -> bool:

@@ -113,6 +113,19 @@ def test_a_file_is_replaced_when_its_successor_is_on_the_disk(tmp_path: Path, mo
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "ne\u0308w"}
 
 
+def test_a_pipe_and_a_folder_are_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe, link, folder = tmp_path / "pipe", tmp_path / "link", tmp_path / "folder"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    folder.mkdir()
+    for path, reason in ((pipe, "no regular file"), (link, "no regular file"), (folder, "it is a folder")):
+        with pytest.raises(FileExistsError, match=reason):
+            write_whole(path, "content")
+        with pytest.raises(ConfigError, match=rf"{reason}.*; a file's path is required; name another"):
+            check_can_be_written(path)
+    assert pipe.is_fifo() and link.is_symlink() and sorted(tmp_path.iterdir()) == [folder, link, pipe]
+
+
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(handle: int, operation: int) -> None:
         raise OSError(95, os.strerror(95))
