@@ -134,7 +134,7 @@ class _Mlp(torch.autograd.Function):
     """activation(x W_up^T + b_up) W_down^T + b_down, saving x and the pre-activation only."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def]
         pre = products.linear(x, up, up_bias)
         ctx.save_for_backward(x, pre, up, down)
@@ -164,4 +164,6 @@ def mlp(
 
     The activation's output is recomputed in the backward pass: F numbers a token less to keep, for one cheap pass.
     """
-    return _Mlp.apply(x, up, up_bias, down, down_bias, activation)
+    operands = [None if each is None else products.autocast(each) for each in (x, up, up_bias, down, down_bias)]
+    with torch.autocast("cpu", enabled=False):
+        return _Mlp.apply(*operands, activation)

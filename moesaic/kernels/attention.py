@@ -114,10 +114,7 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     head_dim = query.shape[3]
     if head_dim % _HEAD_DIM_MULTIPLE or head_dim > _MAX_HEAD_DIM or not query.numel():
         return False
-    is_cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    # Autocast leaves fp64 alone.
-    taken = (torch.bfloat16, torch.float16, torch.float32) if is_cast else (torch.bfloat16,)
-    if any(tensor.dtype not in taken for tensor in (query, key, value)):
+    if any(products.autocast_dtype(tensor) != torch.bfloat16 for tensor in (query, key, value)):
         return False
     return cpu_library() is not None
 

@@ -62,15 +62,12 @@ def grouped_mlp(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) ->
             weights.activation,
         )  # fmt: skip
         return out
-    return _GroupedMlp.apply(
-        x,
-        tokens_per_expert.tolist(),
-        weights.up,
-        weights.up_bias,
-        weights.down,
-        weights.down_bias,
-        weights.activation,
+    rows, up, up_bias, down, down_bias = (
+        None if each is None else products.autocast(each)
+        for each in (x, weights.up, weights.up_bias, weights.down, weights.down_bias)
     )
+    with torch.autocast("cpu", enabled=False):
+        return _GroupedMlp.apply(rows, tokens_per_expert.tolist(), up, up_bias, down, down_bias, weights.activation)
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class _GroupedMlp(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, tokens_per_expert, up, up_bias, down, down_bias, activation):  # type: ignore[no-untyped-def]
         x = x.contiguous()
         assert sum(tokens_per_expert) == x.shape[0], (sum(tokens_per_expert), x.shape)

@@ -25,8 +25,7 @@ def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None =
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x (..., K) times weight (N, K) transposed, plus bias (N,), as F.linear does."""
-    is_cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    if not is_widened(x.device, torch.get_autocast_dtype("cpu") if is_cast else x.dtype):
+    if not is_widened(x.device, autocast_dtype(x)):
         return F.linear(x, weight, bias)
     x, weight, bias = autocast(x), autocast(weight), None if bias is None else autocast(bias)
     y: Tensor = _WidenedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias)
@@ -34,12 +33,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """Return x as autocast, where it is on, gives it to an operation of ours on the CPU: in bf16, unless it is fp64.
+    """Return x as autocast, where it is on, gives it to an operation of ours on the CPU.
 
     Called outside of a torch.autograd.Function the cast is in the graph, so that a gradient's gradient goes through it.
     """
+    return x.to(autocast_dtype(x))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of autocast(x): what autocast asks for on the CPU, x's own where it is off and of fp64."""
     is_cast = torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype != torch.float64
-    return x.to(torch.bfloat16) if is_cast else x
+    return torch.get_autocast_dtype("cpu") if is_cast else x.dtype
 
 
 def is_widened(device: torch.device, dtype: torch.dtype) -> bool:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import grouped_mlp as kernel
-from moesaic.kernels.activation import ACTIVATIONS, is_gated
+from moesaic.kernels.activation import ACTIVATIONS, is_gated, mlp
 from moesaic.kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from moesaic.kernels.reference import moe as reference
 
@@ -131,3 +131,22 @@ def test_a_gradients_gradient_is_refused() -> None:
     x = leaf(sum(counts), 24, seed=0)
     with pytest.raises(RuntimeError, match=r"_GroupedMlp\.backward is once_differentiable"):
         torch.autograd.grad(grouped_mlp(x, torch.tensor(counts), weights).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_autocast_to_fp16_computes_in_fp16(activation: str) -> None:
+    """Experts and MLPs, of fp32 and of bf16 operands; sizes that the C++ kernels would take too."""
+    counts, weights = [7, 0, 25], weights_of(activation, True, hidden=32, inner=32, experts=3)
+    x = leaf(32, 32, seed=0, is_whole=activation == "swiglu_oai")
+    wanted = reference.grouped_mlp(x, counts, weights)
+    grads = torch.autograd.grad(wanted.sum(), [x, *leaves_of(weights)])
+    with torch.autocast("cpu", torch.float16):
+        out = grouped_mlp(x, torch.tensor(counts), weights)
+        up, down, up_bias, down_bias = (each[0] for each in leaves_of(weights))
+        single = mlp(x, up, up_bias, down, down_bias, activation)
+        narrow = grouped_mlp(x.bfloat16(), torch.tensor(counts), weights.to(torch.bfloat16))
+    assert out.dtype == single.dtype == narrow.dtype == torch.float16
+    # A chain of about four roundings of 2^-12 each, which bf16's of 2^-9 would not keep.
+    assert relative_error(out, wanted) < 1e-3 and relative_error(single[:7], wanted[:7]) < 1e-3
+    for mine, theirs in zip(torch.autograd.grad(out.sum(), [x, *leaves_of(weights)]), grads, strict=True):
+        assert mine.dtype == torch.float32 and relative_error(mine, theirs) < 2e-3

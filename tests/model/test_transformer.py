@@ -610,8 +610,9 @@ def test_fp64_gives_what_fp32_gives_more_exactly(norm: str) -> None:
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("moe", [None, {"num_experts": 4, "top_k": 2, "residual": "sum"}])
-def test_trains_under_autocast(moe: dict[str, Any] | None) -> None:
+def test_trains_under_autocast(moe: dict[str, Any] | None, dtype: torch.dtype) -> None:
     """fp32 weights under autocast, as other people's training loops do it: gradients near those of fp32."""
     values = {"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "moe": moe}
     model = Transformer(ModelConfig.from_dict(values)).initialize(0).train()
@@ -623,9 +624,9 @@ def test_trains_under_autocast(moe: dict[str, Any] | None) -> None:
         return list(torch.autograd.grad(loss, list(model.parameters())))
 
     wanted = gradients()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         got = gradients()
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.dtype == theirs.dtype == torch.float32
-        # Activations are bf16 throughout two layers; a token near a tie may choose another expert.
+        # Activations are in dtype throughout two layers; a token near a tie may choose another expert.
         assert (mine - theirs).norm() < 0.1 * theirs.norm() + 1e-6

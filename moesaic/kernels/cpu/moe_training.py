@@ -49,12 +49,9 @@ class _Call(ctypes.Structure):
 
 def applies(x: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether the operator takes these: bf16 (or under autocast to it) on the CPU, sizes that are multiples of 32."""
-    is_cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    # Autocast leaves fp64 alone.
-    taken = (torch.bfloat16, torch.float16, torch.float32) if is_cast else (torch.bfloat16,)
     return (
         x.device.type == "cpu"
-        and all(tensor.dtype in taken for tensor in (x, up, down))
+        and all(products.autocast_dtype(tensor) == torch.bfloat16 for tensor in (x, up, down))
         and x.shape[1] % _SIZE_MULTIPLE == down.shape[2] % _SIZE_MULTIPLE == 0
         and cpu_library() is not None
     )
