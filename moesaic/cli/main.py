@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> Any:
     except MoesaicError as error:
         typer.secho(f"{type(error).__name__}: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
-    except (MemoryError, RuntimeError, OSError) as error:
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
         if (message := _refused_memory(error)) is not None:
             typer.secho(message, err=True, fg=typer.colors.RED)
             sys.exit(1)
@@ -93,10 +93,15 @@ def _refused_memory(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     is_known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     words = error.strerror if isinstance(error, OSError) and error.strerror else text  # a file may have any name
-    if not is_known and not re.search(r"allocate memory|bad_alloc|out of memory|can't start new thread", words):
+    refusals = r"allocate memory|bad_alloc|out of memory|can't start new thread|failed to map segment"
+    if not is_known and not re.search(refusals, words):
         return None
     asked = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", text)
-    said = f"{asked[1]} more were asked for" if asked else text.partition(";")[0]
+    library = re.search(r"([^\s/]+): failed to map segment", text)
+    if library:
+        said = f"{library[1]} could not be loaded"
+    else:
+        said = f"{asked[1]} more were asked for" if asked else text.partition(";")[0]
     limit = _address_space_limit()
     remedy = "close other programs" if limit is None else f"raise the limit (ulimit -v is {limit >> 10} here)"
     return (

@@ -81,6 +81,8 @@ def test_a_full_disk_behind_standard_output_is_told_without_a_traceback() -> Non
         (MemoryError("the kernels were; x is; do"), r"refused \(the kernels were\); room"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), r"refused \(.*Cannot allocate memory\); room"),
         (RuntimeError("can't allocate memory: you tried to allocate 77 bytes. E"), r"\(77 bytes more were asked for\)"),
+        (ImportError("/a/b/libtorch.so: failed to map segment from shared object"), r"\(libtorch.so could not be loa"),
+        (OSError("libb.so: failed to map segment from shared object"), r"\(libb.so could not be loaded\); room"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"), r"\(2.00 GiB more were asked for\)"),
     ],
 )  # fmt: skip
@@ -135,6 +137,22 @@ main(["evaluate", sys.argv[1], "--text", sys.argv[1] + "/config.yaml"])
     assert re.search(
         r"memory was refused \(4294967296 bytes more .*; raise the limit \(ulimit -v is \d+ here\)", done.stderr
     )
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="a limit of addresses that the system keeps is required"
+)
+def test_under_a_limit_that_torch_cannot_be_loaded_in_a_command_says_so(trained_run: Path) -> None:
+    script = """
+import resource, sys
+from moesaic.cli.main import main
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
+main(["generate", sys.argv[1], "--prompt", "a"])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(trained_run)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"memory was refused \(\S+\.so\S* could not be loaded\); .*; raise the limit", done.stderr)
 
 
 def test_python_m_moesaic_is_the_command() -> None:

@@ -210,6 +210,28 @@ def test_the_cache_is_used_and_old_files_go(one_source: Path, tmp_path: Path) ->
 
 @needs_kernels
 @needs_compiler
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("one.so: failed to map segment from shared object", r"; raise the limit \(ulimit -v\), or go on with"),
+        ("one.so: undefined symbol: two", "; delete that file, so that they are compiled again, or go on with"),
+    ],
+)
+def test_a_library_that_cannot_be_loaded_says_what_to_do(
+    one_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, remedy: str
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(error)
+
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "_try_elsewhere", lambda path: None)
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    with pytest.raises(DeviceError, match=rf"cannot be loaded \({error}\); .* room for it are required{remedy}"):
+        build.load(SUPPORTED[0])
+
+
+@needs_kernels
+@needs_compiler
 def test_a_library_that_is_loaded_stays_however_old_it_is(
     one_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,9 +227,11 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
+        is_refused = "failed to map segment" in str(error)
+        remedy = "raise the limit (ulimit -v)" if is_refused else "delete that file, so that they are compiled again"
         raise DeviceError(
-            f"the CPU kernels {path} cannot be loaded ({error}); delete that file, so that they are compiled again, or "
-            "go on with MOESAIC_KERNELS=reference."
+            f"the CPU kernels {path} cannot be loaded ({error}); a library for this machine and room for it are "
+            f"required; {remedy}, or go on with MOESAIC_KERNELS=reference."
         ) from error
     library = Library(instruction_set, path, handle, torch.get_num_threads)
     if failed := library.function("moesaic_self_test", "")():
