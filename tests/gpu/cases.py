@@ -245,6 +245,30 @@ def test_serving_with_triton(family: str, form: str, kv_precision: Any, monkeypa
         assert ((made - wanted).norm(dim=1) / wanted.norm(dim=1)).median() < 0.06
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_run_is_packed_for_triton(
+    precision: Any, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its texts are scored without a cache, and continued with one."""
+    monkeypatch.setattr(products, "multiprocessors", lambda device: 1)
+    model = {"hidden_size": 64, "intermediate_size": 64}
+    train(make_config("pr-moe", model=model, steps=3, precision="bf16"), tmp_path / "run", device="cpu")
+    tokens = torch.arange(3, 19)[None]
+
+    def logits(device: str) -> Tensor:
+        loaded = load_run(tmp_path / "run", device=device, precision=precision)
+        assert loaded.model.is_packed == (device == "cuda" or precision == "int8")
+        assert len(generate(loaded.model, [1, 2, 3], max_new_tokens=2)) == 2
+        with torch.no_grad():
+            return loaded.model.logits(loaded.model(tokens.to(device)).hidden).cpu()[0]
+
+    expected = logits("cpu")
+    monkeypatch.setenv(select.VARIABLE, "auto")
+    with stand_in.simulated():
+        made = logits("cuda")
+    assert ((made - expected).norm(dim=1) / expected.norm(dim=1)).median() < 0.06
+
+
 @pytest.mark.parametrize("experts", ["int8", "int4"])
 def test_a_quantised_run(experts: Any, make_config: Any, tmp_path: Path) -> None:
     model = {"hidden_size": 64, "intermediate_size": 64}
