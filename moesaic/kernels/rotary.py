@@ -1,4 +1,7 @@
-"""The rotation of rotary positions in C++, forward and backward; the definition is model/rotary.rotate."""
+"""The rotation of rotary positions in C++, forward and backward, and on CUDA in Triton for inference.
+
+The definition is model/rotary.rotate.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +11,11 @@ from moesaic.kernels import select
 
 def can_rotate(x: Tensor) -> bool:
     """Whether rotate takes x (B, S, A, D)."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and select.cpu_library() is not None
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if x.device.type == "cpu":
+        return select.cpu_library() is not None
+    return not torch.is_grad_enabled() and select.uses_triton(x.device)
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -18,6 +25,10 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """
     assert x.dim() == 4 and x.shape[3] % 2 == 0, x.shape
     assert cosines.shape == sines.shape == (x.shape[1], x.shape[3] // 2), (x.shape, cosines.shape, sines.shape)
+    if x.device.type != "cpu":
+        from moesaic.kernels.triton import rows
+
+        return rows.rotate(x, cosines.float(), sines.float())
     return torch.ops.moesaic.rotate(x, cosines.float(), sines.float(), False)
 
 

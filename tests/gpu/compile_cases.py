@@ -148,6 +148,14 @@ def test_rows(gpu: int, tmp_path: Path) -> None:
             {"IS_SIGMOID": True, "RENORMALIZES": True, "EXPERTS": 256, "ROUTES": 8},
         ),
         (
+            rows._rotate_kernel,
+            {
+                **dict.fromkeys(("x_ptr", "out_ptr"), "*bf16"), **dict.fromkeys(("cosines_ptr", "sines_ptr"), "*fp32"),
+                **dict.fromkeys(("token_stride", "head_stride", "length", "heads", "half"), "i32"),
+            },
+            {"BLOCK": 32},
+        ),
+        (
             rows._place_kernel,
             {
                 **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr"), "*bf16"),

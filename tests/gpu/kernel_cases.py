@@ -232,6 +232,14 @@ class TestRows:
             expected = F.layer_norm(wide, weight.shape, weight, bias, 1e-5)
         torch.testing.assert_close(y, expected.to(dtype))
 
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 4, 24), (1, 5, 2, 64)])
+    @pytest.mark.parametrize("is_slice", [False, True])
+    def test_rotation(self, shape: tuple[int, ...], is_slice: bool) -> None:
+        x = torch.randn(*shape[:-1], shape[-1] + 8)[..., 4:-4] if is_slice else torch.randn(shape)
+        angles = torch.rand(shape[1], shape[-1] // 2) * 6
+        y = rows.rotate(x.to(GPU), angles.cos().to(GPU), angles.sin().to(GPU))
+        torch.testing.assert_close(y.cpu(), rotate(x, angles.cos(), angles.sin()))
+
     @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
     @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 2), (130, 8), (64, 64)])
     @pytest.mark.parametrize("finish", ["plain", "renormalized", "all"])

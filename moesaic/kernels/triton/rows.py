@@ -120,6 +120,39 @@ def choose(
 
 
 @triton.jit
+def _rotate_kernel(
+    x_ptr, cosines_ptr, sines_ptr, out_ptr, token_stride, head_stride, length, heads, half, BLOCK: tl.constexpr
+):
+    """A head of a token each; BLOCK: a power of two from half on."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pair = tl.arange(0, BLOCK)
+    mask = pair < half
+    x_at = x_ptr + row * token_stride + head * head_stride + pair
+    first = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x_at + half, mask=mask, other=0.0).to(tl.float32)
+    table = (row % length) * half + pair
+    cosine, sine = tl.load(cosines_ptr + table, mask=mask, other=0.0), tl.load(sines_ptr + table, mask=mask, other=0.0)
+    out_at = out_ptr + (row * heads + head) * (2 * half) + pair
+    tl.store(out_at, (first * cosine - second * sine).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_at + half, (second * cosine + first * sine).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Return x (B, S, A, D) turned by tables (S, D/2) fp32, in x's dtype."""
+    batch, length, heads, dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.stride(3) != 1 or (batch > 1 and x.stride(0) != length * x.stride(1)):
+        x = x.contiguous()
+    if out.numel():
+        with on_device_of(x):
+            _rotate_kernel[(batch * length, heads)](
+                x, cosines.contiguous(), sines.contiguous(), out, x.stride(1), x.stride(2), length, heads, dim // 2,
+                power_of_two(dim // 2), num_warps=1, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out
+
+
+@triton.jit
 def _place_kernel(
     query_ptr,
     key_ptr,
