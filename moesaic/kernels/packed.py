@@ -12,7 +12,6 @@ the Triton kernels are in use the same functions work with PyTorch's operations.
 import ctypes
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
