@@ -210,7 +210,7 @@ class _Given:
         self._step = step
 
     def extend(self, batch_size: int, length: int) -> CacheStep:
-        assert (batch_size, length) == (1, int(self._step.batch.starts[-1])), (batch_size, length)
+        assert (batch_size, length) == (1, self._step.batch.num_tokens), (batch_size, length)
         return self._step
 
 

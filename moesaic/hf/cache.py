@@ -79,7 +79,7 @@ class PagedCache(Cache):
     def extend(self, batch_size: int, length: int) -> CacheStep:
         """Return what `prepare` made ready, for its valid tokens end to end (moesaic.model.kv_cache.KVCache)."""
         step, self._next = self._next, None
-        assert step is not None and (batch_size, length) == (1, int(step.batch.starts[-1])), (batch_size, length, step)
+        assert step is not None and (batch_size, length) == (1, step.batch.num_tokens), (batch_size, length, step)
         return step
 
     def _make_room(self, ends: Sequence[int]) -> None:

@@ -118,7 +118,7 @@ def allocate_latent_blocks(
 
 def write_latents(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -> None:
     """Put the new tokens' latents and shared keys (T, R + P), of the cache's dtype, into their blocks."""
-    assert latents.shape == (int(batch.starts[-1]), blocks.dim), (latents.shape, blocks.dim, batch.starts)
+    assert latents.shape == (batch.num_tokens, blocks.dim), (latents.shape, blocks.dim, batch.starts)
     if blocks.lie_in_rows:
         slots = batch.slots_on(latents.device, block_size=blocks.block_size, num_blocks=blocks.num_blocks)
         blocks.latents.view(-1, blocks.dim).index_copy_(0, slots, latents.to(blocks.latents.dtype))
@@ -152,7 +152,7 @@ def latent_attention(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, *, 
     Shapes: query (T, A, R + P).
     """
     num_tokens, num_heads, dim = query.shape
-    assert dim == blocks.dim and num_tokens == int(batch.starts[-1]), (query.shape, blocks.dim, batch.starts)
+    assert dim == blocks.dim and num_tokens == batch.num_tokens, (query.shape, blocks.dim, batch.starts)
     assert not (query.requires_grad and torch.is_grad_enabled()), "it is for inference: it has no gradient"
     assert scale > 0, scale
     if select.uses_triton(query.device):
@@ -183,11 +183,11 @@ def _attention_on_cuda(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, s
     assert batch.is_inside, (batch, blocks.num_blocks)
     device, num_heads = query.device, query.shape[1]
     plan = batch.on_device(
-        f"latent plan {num_heads}",
+        f"latent plan {num_heads} {query.dtype}",
         device,
         lambda: attention.plan_attention(
             batch.starts.numpy(), batch.lengths.numpy(), group=num_heads, kv_heads=1, window=None,
-            largest_tile=attention.largest_tile(blocks.rank), device=device,
+            largest_tile=attention.largest_tile(blocks.rank, query.dtype), device=device,
         ),
     )  # fmt: skip
     return attention.attend(

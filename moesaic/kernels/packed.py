@@ -34,9 +34,6 @@ from moesaic.kernels.panels import (
 )
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantized_linear
 
-if TYPE_CHECKING:
-    pass
-
 _FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4", "mxfp4")
 
 
@@ -253,13 +250,14 @@ def pack_mlp(
     """
     assert up_bias is None or up_bias.shape == up.shape[:-1], (up_bias.shape, up.shape)
     assert down_bias is None or down_bias.shape == down.shape[:-1], (down_bias.shape, down.shape)
+    device = format_of(up)[2]
     if up_bias is not None:
-        up_bias = up_bias.detach().float().reshape(-1, up.shape[-2])
+        up_bias = up_bias.detach().float().reshape(-1, up.shape[-2]).to(device)
         if up_bias.device.type in ("cpu", "meta"):
             order = panel_order(up.shape[-2], is_gated(activation)).to(up_bias.device)
             up_bias = F.pad(up_bias, (0, 1)).index_select(1, order)  # for padding order says N
     if down_bias is not None:
-        down_bias = down_bias.detach().float().reshape(-1, down.shape[-2]).contiguous()
+        down_bias = down_bias.detach().float().reshape(-1, down.shape[-2]).to(device).contiguous()
     return PackedMlp(
         pack_weight(up, interleave_gate=is_gated(activation)), pack_weight(down), up_bias, down_bias, activation
     )

@@ -122,7 +122,7 @@ class PagedBatch(RemembersAddresses):
         """(T,) int64, the position of each token in its sequence."""
         new = self.starts.diff()
         first = self.lengths - new - self.starts[:-1]  # what a token's index lacks to its position
-        return torch.arange(int(self.starts[-1])) + first.repeat_interleave(new)
+        return torch.arange(self.num_tokens) + first.repeat_interleave(new)
 
     def on_device(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
         """Return what make gives, which is kept for the other layers of this pass, by its name."""
@@ -153,7 +153,12 @@ class PagedBatch(RemembersAddresses):
 
         return self.on_device(f"slots {block_size} {num_blocks}", device, make)
 
-    @property
+    @cached_property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.starts[-1])
+
+    @cached_property
     def is_inside(self) -> bool:
         """Whether no sequence has more new tokens than positions; the kernels see to it themselves."""
         return bool((self.starts.diff() <= self.lengths).all())
@@ -368,15 +373,15 @@ def _attention_on_cuda(
 ) -> Tensor:
     from moesaic.kernels.triton import attention
 
-    assert int(batch.starts[-1]) == query.shape[0] and batch.is_inside, _misfit(batch, blocks, query.shape[0])
+    assert batch.num_tokens == query.shape[0] and batch.is_inside, _misfit(batch, blocks, query.shape[0])
     device, kv_heads = query.device, blocks.num_kv_heads
     group = query.shape[1] // kv_heads
     plan = batch.on_device(
-        f"plan {group} {kv_heads} {window}",
+        f"plan {group} {kv_heads} {window} {query.dtype}",
         device,
         lambda: attention.plan_attention(
             batch.starts.numpy(), batch.lengths.numpy(), group=group, kv_heads=kv_heads, window=window,
-            largest_tile=attention.largest_tile(blocks.head_dim), device=device,
+            largest_tile=attention.largest_tile(blocks.head_dim, query.dtype), device=device,
         ),
     )  # fmt: skip
     return attention.attend(

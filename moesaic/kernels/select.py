@@ -87,6 +87,9 @@ def cuda_kernels(device: torch.device) -> CudaSelection:
     """Return what tensors of a CUDA device are computed with."""
     if (os.environ.get(VARIABLE) or "auto") == REFERENCE:
         return CudaSelection(REFERENCE, f"{VARIABLE}=reference")
+    if device.index is None:
+        current = torch.cuda.current_device() if torch.cuda.device_count() > 1 else 0
+        device = torch.device(device.type, current)
     return _select_for_cuda(device)
 
 
@@ -94,6 +97,8 @@ def cuda_kernels(device: torch.device) -> CudaSelection:
 def _select_for_cuda(device: torch.device) -> CudaSelection:
     if importlib.util.find_spec("triton") is None:
         reason = "triton is not installed"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        reason = "kernels in triton are for compute capability 8.0 or higher, and this GPU has less"
     else:
         try:
             from moesaic.kernels.triton.self_test import run_self_test

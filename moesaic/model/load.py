@@ -83,11 +83,12 @@ def _load_packed(
     """rounds: to int8 first."""
 
     def pack() -> Transformer:
-        with checked_tensors(info, "model", device=str(device)) as tensors:
-            return pack_transformer(*_unpacked(config, info, tensors), rounds=rounds)
+        # Read on the CPU: in the checkpoint's dtype they need not all fit on a GPU.
+        with checked_tensors(info, "model") as tensors:
+            return pack_transformer(*_unpacked(config, info, tensors), rounds=rounds, device=device)
 
     def parts() -> Iterator[tuple[str, Tensor]]:
-        with checked_tensors(info, "model", device=str(device)) as tensors:
+        with checked_tensors(info, "model") as tensors:
             yield from packed_parts(*_unpacked(config, info, tensors), rounds=rounds)
 
     if device.type != "cpu":

@@ -32,18 +32,22 @@ from moesaic.moe.layer import MoELayer
 
 @torch.no_grad()
 def pack_transformer(
-    model: Transformer, quantized: Mapping[str, QuantizedWeight] | None = None, *, rounds: bool = False
+    model: Transformer,
+    quantized: Mapping[str, QuantizedWeight] | None = None,
+    *,
+    rounds: bool = False,
+    device: torch.device | None = None,
 ) -> Transformer:
     """Pack every matrix of the model in place and return it, in evaluation mode and computing in bf16.
 
     quantized: matrices that replace the model's own, by their names in model.state_dict(). rounds: the others become
-    int8. Each original is freed before the next is packed. Router, norms and biases stay as they are; an embedding of
-    its own becomes bf16.
+    int8. device: where the model goes meanwhile, matrix by matrix; None: it stays where it is. Each original is freed
+    before the next is packed. Router, norms and biases stay as they are; an embedding of its own becomes bf16.
 
     Raises: ConfigError for a name or a shape that the model does not have, or for parts of one matrix that are not of
     one format.
     """
-    _pack_matrices(model, _Weights(model, dict(quantized or {}), rounds=rounds))
+    _pack_matrices(model, _Weights(model, dict(quantized or {}), rounds=rounds, device=device))
     _describe(model)
     return model
 
@@ -122,7 +126,9 @@ def _pack_matrices(model: Transformer, weights: "_Weights") -> None:
     head = _pack_embeddings(model, weights)
     for index, block in enumerate(model.blocks):
         _pack_block(block, weights, f"blocks.{index}")
-    model.packed_head = pack_weight(head)
+    packed_head = pack_weight(head)
+    model.to(packed_head.data.device)  # what is not packed
+    model.packed_head = packed_head
     model.compute_dtype = torch.bfloat16
     model.eval()
 
@@ -151,7 +157,9 @@ def _pack_block(block: nn.Module, weights: "_Weights", prefix: str) -> None:
 
 
 def _describe(model: Transformer) -> None:
-    """Say what the pass in one call needs to know."""
+    """Say what the pass in one call needs to know, which there is on the CPU."""
+    if model.device.type != "cpu":
+        return
     layers = tuple(_describe_layer(block) for block in model.blocks if isinstance(block, Block))
     model.decode_part = _model_part(model, layers)
 
@@ -266,9 +274,17 @@ def packed_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 class _Weights:
     """The model's matrices by name, the quantised one where there is one; rounds: the others rounded to int8."""
 
-    def __init__(self, model: Transformer, quantized: dict[str, QuantizedWeight], *, rounds: bool = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        quantized: dict[str, QuantizedWeight],
+        *,
+        rounds: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         assert not model.is_packed, "this model is packed already"
         self._model, self._quantized, self._rounds = model, quantized, rounds
+        self._device = model.device if device is None else device
         shapes = packed_shapes(model)
         for name, weight in quantized.items():
             if shapes.get(name) != tuple(weight.shape):
@@ -280,10 +296,15 @@ class _Weights:
 
     def take(self, name: str) -> Tensor | QuantizedWeight:
         if (given := self._quantized.pop(name, None)) is not None:
-            return given
+            values, scales = given.values.to(self._device), given.scales.to(self._device)
+            return QuantizedWeight(values, scales, given.bits, given.group_size)
         weight = self._model.get_parameter(name).detach()
         weight = weight.float() if weight.dtype is torch.float16 else weight
-        return quantize_weight(weight, bits=8) if self._rounds else weight
+        if self._rounds:
+            return quantize_weight(weight.to(self._device), bits=8)
+        if weight.device != self._device:
+            weight = weight.to(torch.bfloat16).to(self._device)
+        return weight
 
     def stack(self, *names: str) -> Tensor | QuantizedWeight:
         """Several matrices (N, K) with one behind the other's rows."""

@@ -75,5 +75,5 @@ def _tensor(numbers: Sequence[int], dtype: type[np.integer[Any]]) -> Tensor:
 
 def block_bytes(model: Transformer, *, block_size: int, dtype: torch.dtype) -> int:
     """Return the memory of one block in all layers."""
-    one = allocate_storage(model.config, 1, block_size=block_size, dtype=dtype, device=torch.device("cpu"))
+    one = allocate_storage(model.config, 1, block_size=block_size, dtype=dtype, device=model.device)
     return sum(value.nbytes for layer in one.layers for value in vars(layer).values() if isinstance(value, Tensor))

@@ -94,20 +94,24 @@ def test_experts(format: PackedFormat, group: int | None, is_gated: bool, each: 
 
 
 ATTENTIONS = {
-    # dim, rows of a tile, int8, latent, extra
-    "decode": (128, 16, False, False, 16),
-    "prompt, int8": (128, 64, True, False, 16),
-    "latent": (512, 32, False, True, 64),
+    # dim, int8, latent, extra, queries
+    "decode": (128, False, False, 16, "*bf16"),
+    "prompt, int8": (128, True, False, 16, "*bf16"),
+    "latent": (512, False, True, 64, "*bf16"),
+    "prompt, fp32": (128, False, False, 16, "*fp32"),
+    "latent, fp32": (512, False, True, 64, "*fp32"),
 }
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention(name: str, gpu: int, tmp_path: Path) -> None:
-    dim, block_m, is_int8, is_latent, extra = ATTENTIONS[name]
-    tiling = attention.Tiling.of(block_m, dim, torch.int8 if is_int8 else torch.bfloat16, CPU)
-    cache = "*i8" if is_int8 else "*bf16"
+    dim, is_int8, is_latent, extra, queries = ATTENTIONS[name]
+    dtype = torch.float32 if queries == "*fp32" else torch.bfloat16
+    block_m = 16 if name == "decode" else attention.largest_tile(dim, dtype)
+    tiling = attention.Tiling.of(block_m, dim, dtype, CPU)
+    cache = "*i8" if is_int8 else queries
     types = {
-        **dict.fromkeys(("query_ptr", "out_ptr"), "*bf16"), **dict.fromkeys(("keys_ptr", "values_ptr"), cache),
+        **dict.fromkeys(("query_ptr", "out_ptr"), queries), **dict.fromkeys(("keys_ptr", "values_ptr"), cache),
         **dict.fromkeys(("key_scales_ptr", "value_scales_ptr", "sinks_ptr", "part_ptr", "part_sums_ptr"), "*fp32"),
         **dict.fromkeys(("work_ptr", "tables_ptr"), "*i32"), "scale": "fp32",
         **dict.fromkeys(

@@ -268,14 +268,12 @@ class TestRows:
         assert torch.equal(ids.cpu(), expected_ids)
         torch.testing.assert_close(weights.cpu(), expected)
 
-    def test_of_equal_scores_the_lower_expert_comes_first_and_nan_names_none_beyond_the_last(self) -> None:
+    def test_of_equal_scores_the_lower_expert_comes_first_and_nan_names_experts_too(self) -> None:
         logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [float("nan")] * 5], device=GPU)
         ids, weights = rows.choose(
             logits, None, None, top_k=3, scoring="softmax", renormalize=False, scale=1.0, output_scale=None
         )
-        assert ids[0].tolist() == [1, 2, 4] and ids.max() < 8
-        # Whatever was chosen, it adds nothing that is a number.
-        assert not weights[1][(ids[1] >= 0) & (ids[1] < 5)].isfinite().any()
+        assert ids.tolist() == [[1, 2, 4], [0, 1, 2]] and weights[1].isnan().all()
 
     @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, torch.int8])
     @pytest.mark.parametrize("turned", ["no", "before norms", "after norms", "without norms"])
@@ -355,10 +353,11 @@ ATTENTIONS = [
 
 class TestAttention:
     @pytest.mark.parametrize("case", range(len(ATTENTIONS)))
-    @pytest.mark.parametrize("programs", [1, 132])
-    def test_equals_the_definition(self, case: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Long contexts whole, and in parts where there are multiprocessors to spare."""
-        monkeypatch.setattr(attention, "multiprocessors", lambda device: programs)
+    @pytest.mark.parametrize("shortest", [1 << 20, 256])
+    def test_equals_the_definition(self, case: int, shortest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Long contexts whole, and in parts of 256 positions."""
+        monkeypatch.setattr(attention, "_SPLIT", shortest)
+        monkeypatch.setattr(attention, "multiprocessors", lambda device: 132)
         new, lengths, heads, kv_heads, dim, size, cache, dtype, window, sinks = ATTENTIONS[case]
         batch, everything, count = a_batch(new, lengths, size)
         own, defined = (blocks_of(cache, count, size, kv_heads, dim, device) for device in (GPU, CPU))
@@ -377,8 +376,8 @@ class TestAttention:
         expected = paged.paged_attention(query, defined, batch, window=window, sinks=weights)
         # Shares are rounded to bf16 where queries are.
         torch.testing.assert_close(y, expected, **({} if dtype is F32 else {"atol": 2e-2, "rtol": 1e-2}))
-        is_split = batch.on_device(f"plan {heads // kv_heads} {kv_heads} {window}", GPU, lambda: None).num_parts > 0
-        assert is_split == (programs > 1 and max(lengths) >= 300 and window not in (50, 100))
+        plan = batch.on_device(f"plan {heads // kv_heads} {kv_heads} {window} {dtype}", GPU, lambda: None)
+        assert (plan.num_parts > 0) == (shortest == 256 and max(lengths) >= 300 and window not in (50, 100))
 
     @pytest.mark.parametrize(
         ("new", "lengths", "heads", "rank", "key_dim", "dtype"),
@@ -425,6 +424,15 @@ class TestAttention:
                     own = int(lengths[sequence] - new[sequence]) + row // group
                     assert seen[sequence, row] == (own + 1 if window is None else min(own + 1, window))
             assert plan.num_parts == sum(piece[7] >= 0 for piece in plan.work.tolist())
+
+    @pytest.mark.parametrize("others", [[], [(2048, 2048)], [(1, 1000)] * 40])
+    def test_a_long_context_is_shared_out_whatever_runs_beside_it(self, others: list[tuple[int, int]]) -> None:
+        new, lengths = zip(*[(1, 100_000), *others], strict=True)
+        plan = attention.plan_attention(
+            np.array([0, *np.cumsum(new)], dtype=np.int32), np.array(lengths, dtype=np.int32), group=4, kv_heads=8,
+            window=None, largest_tile=64, device=CPU,
+        )  # fmt: skip
+        assert max(end - begin for *_, begin, end, _ in plan.work.tolist()) < 8000
 
 
 def test_the_self_test_passes_here_and_finds_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

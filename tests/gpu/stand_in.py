@@ -170,6 +170,7 @@ def simulated() -> Iterator[None]:
         mock.patch("torch.cuda._lazy_init", lambda: None),
         mock.patch("torch.cuda.synchronize", lambda device=None: None),
         mock.patch("torch.cuda.mem_get_info", lambda device=None: free_and_total),
+        mock.patch("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
         mock.patch("torch.cuda.memory_reserved", lambda device=None: 0),
         mock.patch("torch.cuda.memory_allocated", lambda device=None: 0),
         mock.patch("torch.Generator", _GeneratorOfEither),

@@ -66,7 +66,7 @@ def _write_kernel(
         tl.store(values_ptr + there, value.to(values_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "window"])
 def _attention_kernel(
     query_ptr,
     keys_ptr,
@@ -263,7 +263,7 @@ def plan_attention(
         begin = np.maximum(0, first_position + first_row // group - window + 1)
     programs, wanted = len(sequence) * kv_heads, 2 * multiprocessors(device)
     splits = np.ones_like(end)
-    if programs and programs < wanted:
+    if programs:
         each = max(_SPLIT, -(-int((end - begin).sum()) * kv_heads // wanted))
         splits = np.maximum(1, -(-(end - begin) // (-(-each // 64) * 64)))
     length = (end - begin + splits * 64 - 1) // (splits * 64) * 64  # whole tiles of positions
@@ -307,8 +307,10 @@ class Tiling:
 
     @classmethod
     def of(cls, rows: int, channels: int, dtype: torch.dtype, device: torch.device) -> "Tiling":
-        """rows and channels: of a tile of queries, powers of two; dtype: of keys and values."""
-        positions = 64 if channels <= 128 and dtype is not torch.float32 else 32
+        """rows and channels: of a tile of queries, powers of two; dtype: of queries, which keys are made too."""
+        if dtype is torch.float32:  # no matrix instructions: what a thread multiplies is in its registers
+            return cls(16, 8, 1)
+        positions = 64 if channels <= 128 else 32
         # Queries, keys and values lie there; a tile of latents lies there twice.
         queries, tile = rows * channels * 2, positions * channels * dtype.itemsize * 2
         while positions > 16 and queries + tile + (8 << 10) > shared_bytes(device):
@@ -317,8 +319,10 @@ class Tiling:
         return cls(positions, 8 if rows * channels >= 64 * 256 else 4, stages)
 
 
-def largest_tile(dim: int) -> int:
-    """Return how many rows of dim channels a program takes at most."""
+def largest_tile(dim: int, dtype: torch.dtype) -> int:
+    """Return how many rows of dim channels a program takes at most; dtype: of queries."""
+    if dtype is torch.float32:
+        return 32 if dim <= 256 else 16
     return 64 if dim <= 256 else 32
 
 
@@ -362,7 +366,7 @@ def attend(
         return out
     is_latent = values is None
     block_m, padded = plan.block_m, power_of_two(max(dim, 16))
-    tiling = Tiling.of(block_m, padded, keys.dtype, query.device)
+    tiling = Tiling.of(block_m, padded, query.dtype, query.device)
     # Parts are kept in fp32.
     part = torch.empty(plan.num_parts, kv_heads, block_m, padded, dtype=torch.float32, device=query.device)
     part_sums = torch.empty(plan.num_parts, kv_heads, block_m, 2, dtype=torch.float32, device=query.device)

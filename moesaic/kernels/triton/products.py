@@ -52,20 +52,23 @@ def _nibbles(ptr, rows, mask, columns, start, GROUP: tl.constexpr, IS_MXFP4: tl.
 
 
 @triton.jit
+def _group_scales(ptr, rows, mask, groups, group):
+    """Of one group of each row; behind the last one comes the first."""
+    return tl.load(ptr + rows * groups + group % groups, mask=mask, other=0)
+
+
+@triton.jit
 def _add_group(
-    total, x, x_scale, w_ptr, w_scales_ptr, w_rows, w_mask, columns, start, GROUP: tl.constexpr, IS_MXFP4: tl.constexpr
+    total, x, x_scale, w_ptr, w_rows, w_mask, w_scale, columns, start, GROUP: tl.constexpr, IS_MXFP4: tl.constexpr
 ):
     """Add the product of one group's columns to total (M, N); x (M, GROUP) int8, x_scale (M,) of MXFP4's group."""
     w = _nibbles(w_ptr, w_rows, w_mask, columns, start, GROUP, IS_MXFP4)
     dot = tl.dot(x, tl.trans(w), out_dtype=tl.int32).to(tl.float32)
-    at = w_rows * (columns // GROUP) + start // GROUP
     if IS_MXFP4:
-        exponent = tl.load(w_scales_ptr + at, mask=w_mask, other=0).to(tl.int32)
         # A power of two is its exponent's bits, but for the smallest, 2**-127, which has none.
-        power = tl.maximum(exponent << 23, 1 << 22).to(tl.float32, bitcast=True)
+        power = tl.maximum(w_scale.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
         return tl.fma(dot * (x_scale * 0.5)[:, None], tl.broadcast_to(power[None, :], dot.shape), total)
-    scale = tl.load(w_scales_ptr + at, mask=w_mask, other=0.0).to(tl.float32)
-    return total + dot * scale[None, :]
+    return total + dot * w_scale.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -84,7 +87,7 @@ def _activated(gate, up, ACTIVATION: tl.constexpr):
     return 0.5 * gate * (1.0 + tl.erf(gate * _SQRT_HALF))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "routes_per_row"])
 def _product_kernel(
     x_ptr,
     x_scales_ptr,
@@ -160,7 +163,7 @@ def _product_kernel(
             w = tl.load(w_at + start, mask=w_mask, other=0)
             total = tl.dot(x, tl.trans(w), total, out_dtype=kind)
             if IS_GATED:
-                w = tl.load(w_at + out_columns.to(tl.int64) * columns + start, mask=w_mask, other=0)
+                w = tl.load(w_at + tl.cast(out_columns, tl.int64) * columns + start, mask=w_mask, other=0)
                 other_total = tl.dot(x, tl.trans(w), other_total, out_dtype=kind)
         if FORMAT != _BF16:
             x_scales = tl.load(x_scales_ptr + x_rows, mask=m_mask, other=0.0)
@@ -173,20 +176,33 @@ def _product_kernel(
         IS_MXFP4: tl.constexpr = FORMAT == _MXFP4
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         other_total = total
-        x_scales = tl.zeros((BLOCK_M,), tl.float32)
-        if not IS_MXFP4:
+        groups = columns // GROUP
+        if IS_MXFP4:
+            x_scales = _group_scales(x_scales_ptr, x_rows, m_mask, groups, 0)
+        else:
             x_scales = tl.load(x_scales_ptr + x_rows, mask=m_mask, other=0.0)
+        scales = _group_scales(w_scales_ptr, w_rows, n_mask, groups, 0)
+        other_scales = scales
+        if IS_GATED:
+            other_scales = _group_scales(w_scales_ptr, w_rows + out_columns, n_mask, groups, 0)
         # A step is a group, since each has a scale: BLOCK_K is GROUP, which divides columns.
-        for start in range(0, columns, GROUP):
-            x = tl.load(x_at + start, mask=m_mask[:, None], other=0)
-            if IS_MXFP4:
-                x_scales = tl.load(x_scales_ptr + x_rows * (columns // GROUP) + start // GROUP, mask=m_mask, other=0.0)
-            total = _add_group(total, x, x_scales, w_ptr, w_scales_ptr, w_rows, n_mask, columns, start, GROUP, IS_MXFP4)
+        for group in range(groups):
+            # Scales are small, and read a step ahead: nothing else would hide how long they take.
+            next_scales = _group_scales(w_scales_ptr, w_rows, n_mask, groups, group + 1)
+            x = tl.load(x_at + group * GROUP, mask=m_mask[:, None], other=0)
+            total = _add_group(
+                total, x, x_scales, w_ptr, w_rows, n_mask, scales, columns, group * GROUP, GROUP, IS_MXFP4
+            )
+            scales = next_scales
             if IS_GATED:
+                next_scales = _group_scales(w_scales_ptr, w_rows + out_columns, n_mask, groups, group + 1)
                 other_total = _add_group(
-                    other_total, x, x_scales, w_ptr, w_scales_ptr, w_rows + out_columns, n_mask, columns, start,
-                    GROUP, IS_MXFP4,
+                    other_total, x, x_scales, w_ptr, w_rows + out_columns, n_mask, other_scales, columns,
+                    group * GROUP, GROUP, IS_MXFP4,
                 )  # fmt: skip
+                other_scales = next_scales
+            if IS_MXFP4:
+                x_scales = _group_scales(x_scales_ptr, x_rows, m_mask, groups, group + 1)
         if not IS_MXFP4:
             total = total * x_scales[:, None]
             if IS_GATED:
@@ -201,7 +217,7 @@ def _product_kernel(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "top_k"])
 def _combine_kernel(
     y_ptr,
     ids_ptr,

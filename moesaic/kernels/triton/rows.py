@@ -11,6 +11,8 @@ from torch import Tensor
 from moesaic.kernels.triton.activations import bytes_of
 from moesaic.kernels.triton.launch import on_device_of, power_of_two
 
+_LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+
 
 @triton.jit
 def _norm_kernel(
@@ -46,7 +48,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tens
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "top_k"])
 def _choose_kernel(
     logits_ptr,
     bias_ptr,
@@ -77,6 +79,8 @@ def _choose_kernel(
     ranking = scores
     if correction_ptr is not None:
         ranking += tl.load(correction_ptr + expert, mask=mask, other=0.0)
+    # Of a NaN every comparison is false, and what pads the experts would be chosen.
+    ranking = tl.where(ranking == ranking, ranking, _LOWEST)
     ranking = tl.where(mask, ranking, float("-inf"))
     ids, weights = tl.full((ROUTES,), -1, tl.int32), tl.zeros((ROUTES,), tl.float32)
     for turn in range(top_k):

@@ -1,15 +1,19 @@
-"""Whether the kernels compute here what they are defined to: a layer of experts of small whole numbers, once a process.
+"""Whether the kernels compute here what they are defined to: small whole numbers, once a process.
 
-It finds what a machine lacks (a C compiler, which triton needs too, a driver, a GPU that knows bf16) before a model
-does.
+It finds what a machine lacks (a C compiler, which triton needs too, a driver, a kernel that does not fit) before a
+model does.
 """
 
+import numpy as np
 import torch
 import triton
+from torch import Tensor
 
 from moesaic.errors import DeviceError
 from moesaic.kernels.quantized import QuantizedWeight
-from moesaic.kernels.triton import products
+from moesaic.kernels.triton import attention, products, rows
+
+_ONE_OF_MXFP4 = 2  # the 4 bits of 1.0
 
 
 def run_self_test(device: torch.device) -> str:
@@ -17,18 +21,45 @@ def run_self_test(device: torch.device) -> str:
 
     Raises: DeviceError for other numbers than expected, and what triton raises.
     """
-    for precision in ("bf16", "int8"):
-        x = torch.zeros(3, 64, dtype=torch.float32, device=device)
-        x[:, 0] = torch.arange(1.0, 4.0, device=device)
-        numbers = torch.zeros(1, 32, 64, dtype=torch.int8, device=device)
-        numbers[0, :, 0] = torch.arange(32, device=device).to(torch.int8)
-        weight = numbers.to(torch.bfloat16)
-        quantized = QuantizedWeight(numbers, torch.ones(1, 32, dtype=torch.float32, device=device), 8, None)
-        y = products.linear(x, weight if precision == "bf16" else quantized, None, out_dtype=torch.float32)
-        expected = x[:, :1] * torch.arange(32.0, device=device)
-        if not torch.allclose(y, expected, rtol=1e-5):
-            raise DeviceError(
-                f"{precision} products of triton's kernels are off by {float((y - expected).abs().max()):.3g}; their "
-                f"definition's numbers are required; set MOESAIC_KERNELS=reference, and report it."
-            )
+    x = torch.zeros(3, 64, dtype=torch.float32, device=device)
+    x[:, 0] = torch.arange(1.0, 4.0, device=device)
+    rising = torch.arange(32, device=device)
+    numbers = torch.zeros(1, 32, 64, dtype=torch.int8, device=device)
+    numbers[0, :, 0] = rising.to(torch.int8)
+    ones = torch.ones(1, 32, dtype=torch.float32, device=device)
+    nibbles = torch.zeros(1, 32, 32, dtype=torch.uint8, device=device)
+    nibbles[0, :, 0] = _ONE_OF_MXFP4
+    powers = torch.full((1, 32, 2), 127, dtype=torch.uint8, device=device)
+    weights: dict[str, Tensor | QuantizedWeight] = {
+        "bf16 products": numbers.to(torch.bfloat16),
+        "int8 products": QuantizedWeight(numbers, ones, 8, None),
+        "MXFP4 products": QuantizedWeight(nibbles, powers, 4, 32),
+    }
+    for name, weight in weights.items():
+        factors = torch.ones(32, device=device) if name.startswith("MXFP4") else rising
+        _compare(name, products.linear(x, weight, None, out_dtype=torch.float32), x[:, :1] * factors)
+    ids, _ = rows.choose(x, None, None, top_k=1, scoring="softmax", renormalize=False, scale=1.0, output_scale=None)
+    _compare("choices of experts", ids.float(), torch.zeros(3, 1, device=device))
+    _compare("norms", rows.norm(torch.full_like(x, 2.0), ones[0].repeat(2), None, 0.0), torch.ones_like(x))
+    # Of equal keys the values' mean: 1 of 0, 0.5 of 0 and 1.
+    heads = torch.zeros(2, 1, 64, dtype=torch.bfloat16, device=device)
+    values = torch.zeros(1, 32, 1, 64, dtype=torch.bfloat16, device=device)
+    values[0, 0], values[0, 1] = 1.0, 0.0
+    plan = attention.plan_attention(
+        np.array([0, 2], dtype=np.int32), np.array([2], dtype=np.int32), group=1, kv_heads=1, window=None,
+        largest_tile=16, device=device,
+    )  # fmt: skip
+    attended = attention.attend(
+        heads, torch.zeros_like(values), values, None, plan, torch.zeros(1, 1, dtype=torch.int32, device=device),
+        dim=64, kv_heads=1, block_size=32, scale=1.0, window=None, sinks=None,
+    )  # fmt: skip
+    _compare("attention", attended[:, 0, 0], torch.tensor([1.0, 0.5], device=device))
     return f"triton {triton.__version__}"
+
+
+def _compare(name: str, made: Tensor, expected: Tensor) -> None:
+    if not torch.allclose(made.float(), expected.float(), rtol=1e-4):
+        raise DeviceError(
+            f"{name} of triton's kernels are off by {float((made.float() - expected).abs().max()):.3g}; their "
+            f"definition's numbers are required; set MOESAIC_KERNELS=reference, and report it."
+        )
