@@ -1,9 +1,11 @@
 """A few thousand tokens of real text, prepared once, and training configs of seconds on them."""
 
+import atexit
 import functools
+import gc
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,18 @@ def pytest_configure(config: pytest.Config) -> None:
         select.load = functools.partial(select.load, extra_flags=SANITIZE)
         # A process of its own would not have the sanitizers' library; the self-test runs in this one all the same.
         build._try_elsewhere = lambda path: None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without collecting garbage: all that is made stays, and looking through it took a third of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()  # nor is it looked through again while tests run
+        gc.enable()
+        atexit.register(gc.unfreeze)  # extension modules complain of what is never freed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
