@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,7 +63,6 @@ def saved(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Cal
 def bounded_memory() -> Callable[[], AbstractContextManager[None]]:
     """What is entered so that this process takes no more than a gigabyte more."""
     import resource
-    from contextlib import contextmanager
 
     statm = Path("/proc/self/statm")
     if not statm.exists():
@@ -144,6 +143,19 @@ def short_check() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         shorten_check(patch)
         yield
+
+
+@pytest.fixture(scope="session")
+def unchecked() -> Callable[[], AbstractContextManager[None]]:
+    """What is entered for conversions that a test only begins with: they do not compare the two models."""
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parity, "available_memory_bytes", lambda: 0)
+            yield
+
+    return enter
 
 
 def _load_families() -> ModuleType:

@@ -1,10 +1,10 @@
-"""An exported model is what transformers computes with; what came in goes out again bit for bit."""
+"""An exported model of ours is what transformers computes with, or is refused."""
 
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,77 +15,12 @@ from torch import Tensor
 from moesaic.checkpoint.store import load_tensors, resolve_checkpoint, save_checkpoint
 from moesaic.convert.exporter import export_run
 from moesaic.convert.importer import import_model
-from moesaic.convert.keys import differences
-from moesaic.convert.opened import open_model
 from moesaic.convert.parity import verify_models
 from moesaic.errors import CheckpointError, ConfigError, ConversionError, InstallationError
 from moesaic.model.load import load_run
 
-Converted = Any  # conftest's
 MakeRun = Callable[..., Path]
 TOKENS = torch.randint(301, (2, 67), generator=torch.Generator().manual_seed(3))
-# What says nothing of the mathematics, or of the gradients' either.
-NOT_KEPT = {"model_type", "architectures", "dtype", "transformers_version", "use_cache", "attention_dropout"}
-# What sparse and sliding layers stand for is written in one way, whichever way it was read.
-ANOTHER_WAY = {
-    "rope_parameters", "decoder_sparse_step", "mlp_only_layers", "max_window_layers", "eos_token_id",
-    "moe_topk", "moe_intermediate_size", "num_shared_expert", "no_rope_layer_interval", "sliding_window_pattern",
-}  # fmt: skip
-
-
-@torch.no_grad()
-def their_logits(folder: Path) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
-    return model(TOKENS).logits
-
-
-def in_order(tensor: Tensor) -> Tensor:
-    """A matrix with its rows sorted by their first number."""
-    return tensor[tensor[:, 0].argsort()]
-
-
-def test_what_came_in_goes_out_bit_for_bit(
-    family: str, families: ModuleType, converted: Callable[[str], Converted]
-) -> None:
-    each = converted(family)
-    source, exported = load_file(each.source / "model.safetensors"), load_file(each.exported / "model.safetensors")
-    assert source.keys() == exported.keys()
-    for name, tensor in source.items():
-        if family in families.REORDERED and name.endswith(("q_proj.weight", "k_proj.weight")):
-            assert torch.equal(in_order(tensor), in_order(exported[name])) and not torch.equal(tensor, exported[name])
-        else:
-            assert torch.equal(tensor, exported[name]), name
-    # The same numbers in the same code: what may differ is how a matrix lies in memory.
-    with torch.no_grad():
-        assert (their_logits(each.exported) - each.theirs(TOKENS).logits).abs().max() < 1e-5
-
-
-def test_no_key_of_the_config_is_lost(family: str, families: ModuleType, converted: Callable[[str], Converted]) -> None:
-    from transformers import AutoConfig
-
-    each = converted(family)
-    given = json.loads((each.source / "config.json").read_text())
-    before, after = (AutoConfig.from_pretrained(folder).to_dict() for folder in (each.source, each.exported))
-    said = [name for name, value in given.items() if name not in NOT_KEPT | ANOTHER_WAY and value is not None]
-    if family in families.WRITTEN_AS:  # its class may lack keys that say nothing here
-        said = [name for name in said if name in after]
-    assert [name for name in said if before[name] != after[name]] == []
-    with open_model(each.source) as one, open_model(each.exported) as other:
-        assert other.family == each.written.family == families.WRITTEN_AS.get(family, one.family)
-        assert differences(one.config, other.config) == []
-        same = dict.fromkeys(("rope_scaling", "attention_scale"))  # equal but for the last bit
-        assert one.config.replace(**same) == other.config.replace(**same)
-
-
-def test_the_certificate_of_an_export_says_so(family: str, converted: Callable[[str], Converted]) -> None:
-    written = converted(family).written
-    assert written.failure is None and written.judge == "transformers" and written.dtype is None
-    assert written.comparison.max_absolute < 1e-4 and written.comparison.greedy_equal == 3
-    assert json.loads((converted(family).exported / "parity.json").read_text()) == written.to_json()
-
-
 MODEL = {
     "vocab_size": 320, "hidden_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 20,
     "max_positions": 64, "init_std": 0.2,
@@ -225,7 +160,9 @@ def our_logits(run: Path, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_models_of_ours_are_transformers_own(own_run: MakeRun, tmp_path: Path, name: str) -> None:
+def test_models_of_ours_are_transformers_own(
+    own_run: MakeRun, unchecked: Callable[[], AbstractContextManager[None]], tmp_path: Path, name: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
     import moesaic.hf  # noqa: F401  # registers our classes
@@ -240,7 +177,8 @@ def test_models_of_ours_are_transformers_own(own_run: MakeRun, tmp_path: Path, n
         logits = model(tokens).logits
     assert (logits - our_logits(run, tokens)).abs().max() < 1e-4 and logits.abs().max() > 1
     # Back again it computes the same; where the model was rewritten, by other tensors.
-    assert import_model(out, tmp_path / "back").failure is None
+    with unchecked():
+        import_model(out, tmp_path / "back")
     assert (our_logits(tmp_path / "back", tokens) - logits).abs().max() < 1e-4
     assert verify_models(run, out).failure is None
 
