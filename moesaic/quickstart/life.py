@@ -31,12 +31,13 @@ PRESET = "pr-moe-tiny-8-16"
 PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 # What --short changes: the same stages on a few steps, for tests and for a first look at a slow machine.
 _SHORT = (
-    "tokens=30e3",
-    "schedule.warmup_tokens=10e3",
+    "tokens=10e3",
+    "batch_size=4",
+    "schedule.warmup_tokens=3e3",
     "schedule.decay_tokens=null",
     "evaluation.sequences=16",
-    "evaluation.every_tokens=15e3",
-    "checkpoint.every_tokens=15e3",
+    "evaluation.every_tokens=5e3",
+    "checkpoint.every_tokens=5e3",
     "log_every_steps=5",
 )
 _EVALUATED_TOKENS, _EVALUATED_TOKENS_SHORT = 60_000, 4_000
