@@ -138,7 +138,11 @@ def machine_limits() -> "Limits":
 
 @pytest.fixture(scope="session", autouse=True)
 def training_without_what_takes_seconds(machine_limits: "Limits") -> Iterator[None]:
-    """Training in this process neither measures the machine nor draws, which has tests of its own (`drawing`)."""
+    """Training in this process neither measures the machine nor draws, which has tests of its own (`drawing`).
+
+    Nor does it read all of the package's source again for each run's provenance.
+    """
+    from moesaic.train.provenance import code_fingerprint
 
     def no_plots(run_folder: Path, *, schedule: Callable[[int], float]) -> list[Path]:
         return []
@@ -147,6 +151,7 @@ def training_without_what_takes_seconds(machine_limits: "Limits") -> Iterator[No
         patch.setattr("moesaic.train.loop.measure_limits", lambda **_: machine_limits)
         patch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
         patch.setattr("moesaic.train.loop.write_plots", no_plots)
+        patch.setattr("moesaic.train.provenance.code_fingerprint", functools.cache(code_fingerprint))
         yield
 
 
@@ -188,7 +193,7 @@ def beginning_tokenizer(tiny_data: Path) -> "Tokenizer":
     return Tokenizer(json.dumps(values), companions={"tokenizer_config.json": '{"bos_token": "!"}'})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(tiny_data: Path) -> Callable[..., TrainConfig]:
     """A function (base="dense", steps=12, **changes) that returns a config with a checkpoint after every 4 steps."""
 

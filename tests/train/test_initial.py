@@ -20,10 +20,17 @@ from moesaic.train.loop import Trainer, train
 MakeConfig = Callable[..., TrainConfig]
 
 
+@pytest.fixture(scope="module")
+def trained(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "first"
+    train(make_config("pr-moe", steps=8), folder)
+    return folder
+
+
 @pytest.fixture
-def first(make_config: MakeConfig, tmp_path: Path) -> Path:
-    train(make_config("pr-moe", steps=8), tmp_path / "first")
-    return tmp_path / "first"
+def first(trained: Path, tmp_path: Path) -> Path:
+    """A run of eight steps, for a test to do with what it likes."""
+    return shutil.copytree(trained, tmp_path / "first")
 
 
 def trainer_of(config: TrainConfig, run_folder: Path, *, resume: bool = False) -> Trainer:
