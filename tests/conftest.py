@@ -103,6 +103,14 @@ def own_malloc() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def files_that_no_power_cut_threatens() -> Iterator[None]:
+    """This process does not wait for the disk; tests of what is synchronised put in an os.fsync of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """On tensors this small a second thread only waits, ten times as long where other programs run."""
     import torch
