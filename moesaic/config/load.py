@@ -18,7 +18,7 @@ from moesaic.errors import ConfigError
 from moesaic.folders import foreign_model, split_run, write_whole
 
 
-class _Rules(yaml.constructor.SafeConstructor, yaml.resolver.Resolver):
+class _Loader(yaml.SafeLoader):
     """YAML as people write configs: 3e11 is a number, which YAML 1.1 reads as text, and no key may stand twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -33,28 +33,11 @@ class _Rules(yaml.constructor.SafeConstructor, yaml.resolver.Resolver):
         return super().construct_mapping(node, deep=deep)
 
 
-_Rules.add_implicit_resolver(
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
-
-
-class _Loader(_Rules, yaml.SafeLoader):
-    """Its errors show the line."""
-
-
-# libyaml, where PyYAML was built with it as all its wheels are, is ten times as fast.
-class _FastLoader(_Rules, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    pass
-
-
-def _parse(text: str) -> Any:
-    """Return what YAML says. Raises: yaml.YAMLError."""
-    try:
-        return yaml.load(text, Loader=_FastLoader)
-    except yaml.YAMLError:
-        return yaml.load(text, Loader=_Loader)
 
 
 def read_values(source: str | Path) -> dict[str, Any]:
@@ -83,7 +66,7 @@ def read_values(source: str | Path) -> dict[str, Any]:
 def _read_mapping(path: Path, *, example: str) -> dict[str, Any]:
     """Return what a YAML file holds. Raises: ConfigError for what is no YAML file of keys and values."""
     try:
-        values = _parse(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}; a mapping of keys to values; mend the file.") from None
     except OSError as error:
@@ -106,7 +89,7 @@ def parse_assignment(assignment: str) -> tuple[list[str], Any]:
             f"empty text."
         )
     try:
-        return keys, _parse(text)
+        return keys, yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise ConfigError(
             f"--set {assignment!r}: {text!r} is not YAML; a number, a word, null or a [list] is required; quote or "
@@ -245,5 +228,4 @@ def _read_serving(path: Path) -> dict[str, Any]:
 
 def write_config(config: Config, path: Path) -> None:
     """Write a config as YAML, whole or not at all, keys in the order of its class."""
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    write_whole(path, yaml.dump(config.to_dict(), Dumper=dumper, sort_keys=False, allow_unicode=True))
+    write_whole(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))

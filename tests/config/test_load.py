@@ -187,13 +187,6 @@ def test_a_file_that_is_no_config_is_refused(text: str, message: str, tmp_path: 
     assert message in str(caught.value)
 
 
-def test_the_line_that_is_no_yaml_is_shown(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text("tokens: 1\nseed: 2: 3\n")
-    with pytest.raises(ConfigError, match=r"line 2, column 8:\n +seed: 2: 3\n +\^"):
-        load_train_config(path)
-
-
 def test_a_file_without_a_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("tokens: 5\n")
