@@ -358,7 +358,7 @@ def test_pages_that_are_wanted_come_from_the_file(kernels: str, tmp_path: Path) 
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * (size // 256))
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        os.fdatasync(file.fileno())  # what is not on the disk yet is not let go of
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     data = torch.frombuffer(pages, dtype=torch.uint8)
