@@ -240,6 +240,19 @@ def finished(page: Any) -> Any:
     return page.locator(".foot:not(:empty)")
 
 
+def wait_until(page: Any, condition: str, value: Any = None) -> None:
+    """Wait until a condition in JavaScript holds.
+
+    Playwright's own wait evaluates it in the page once more when it did not hold at once, which the page's policy
+    forbids.
+    """
+    for _ in range(800):
+        if page.evaluate(condition, value):
+            return
+        page.wait_for_timeout(10)
+    raise AssertionError(condition)
+
+
 def is_ready(page: Any) -> None:
     page.locator('#status[data-state="ready"]').wait_for()
 
@@ -272,7 +285,7 @@ def test_an_answer_appears_piece_by_piece(server: FakeServer, open_page: Any, ex
         assert page.locator(".answer").evaluate("node => node.textContent") == text
         server.pace.release()
         text += token
-        page.wait_for_function("text => document.querySelector('.answer').textContent === text", arg=text)
+        wait_until(page, "text => document.querySelector('.answer').textContent === text", text)
     expect(finished(page)).to_contain_text("10 tokens")
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
@@ -282,7 +295,7 @@ def test_the_last_line_of_an_answer_comes_into_sight(server: FakeServer, open_pa
     server.pace = threading.Semaphore(79)
     page = open_page()
     send(page)
-    page.wait_for_function("document.querySelector('.answer').textContent.length === 79 * 5")
+    wait_until(page, "document.querySelector('.answer').textContent.length === 79 * 5")
     page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     server.tokens[79] = ""  # nothing more to be seen but the foot
     server.pace.release()
@@ -551,7 +564,7 @@ def cells_unlike_the_first_color(page: Any, counts: tuple[int, ...]) -> set[tupl
 def test_the_axes_of_the_map_have_names(server: FakeServer, open_page: Any) -> None:
     page = open_page(width=360)
     is_ready(page)
-    page.wait_for_function("document.getElementById('map').height > 0")
+    wait_until(page, "document.getElementById('map').height > 0")
     expert, layer = page.evaluate(
         """() => {
           const canvas = document.getElementById("map");
@@ -574,7 +587,7 @@ def test_a_row_is_as_long_as_its_layer_has_experts(server: FakeServer, open_page
     }
     page = open_page()
     is_ready(page)
-    page.wait_for_function("document.getElementById('map').height > 0")
+    wait_until(page, "document.getElementById('map').height > 0")
     runs = page.evaluate(
         """async (counts) => {
           const canvas = document.getElementById("map");
