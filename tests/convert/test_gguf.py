@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -75,6 +75,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "seed-oss": ("seed-oss", {"mlp_bias": False}, "seed_oss", "moesaic"),
     "seed-oss, one key head, tied": ("seed-oss, one key head, tied", {}, "seed_oss", "moesaic"),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def names_made_once() -> Iterator[None]:
+    """Transformers has the package make the table of a model's names anew for each of its modules, in seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        yield
 
 
 def tensors_of(run: Path) -> dict[str, Tensor]:
