@@ -137,7 +137,7 @@ class PagedBatch(RemembersAddresses):
 
     def tables_on(self, device: torch.device) -> Tensor:
         """block_tables there."""
-        return self.on_device("tables", device, lambda: self.block_tables.to(device))
+        return self.on_device("tables", device, lambda: self.block_tables.to(device, non_blocking=True))
 
     def slots_on(self, device: torch.device, *, block_size: int, num_blocks: int) -> Tensor:
         """(T,) int64: block * block_size + place in it, of each new token.
@@ -149,7 +149,7 @@ class PagedBatch(RemembersAddresses):
             sequences = torch.arange(self.lengths.shape[0]).repeat_interleave(self.starts.diff())
             block = self.block_tables[sequences, self.positions // block_size].long()
             assert bool(((block >= 0) & (block < num_blocks)).all()) and self.is_inside, (self, num_blocks)
-            return (block * block_size + self.positions % block_size).to(device)
+            return (block * block_size + self.positions % block_size).to(device, non_blocking=True)
 
         return self.on_device(f"slots {block_size} {num_blocks}", device, make)
 

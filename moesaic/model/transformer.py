@@ -279,7 +279,7 @@ class Transformer(nn.Module):
         if plan is not None:
             hidden = plan.run(tokens.flatten(), step.storage, step.batch).hidden
             return ModelOutput(hidden.view(*tokens.shape, hidden.shape[-1]), ())
-        positions = step.batch.positions.to(tokens.device)
+        positions = step.batch.positions.to(tokens.device, non_blocking=True)
         x, rotary = self._embed(tokens.reshape(1, -1), positions, int(step.batch.lengths.max()))
         out = self._run_blocks(x, rotary, None, valid, step, seed, None)
         return ModelOutput(out.hidden.view(*tokens.shape, out.hidden.shape[-1]), out.moe)
@@ -318,7 +318,7 @@ class Transformer(nn.Module):
             return self._infer_by_layers(tokens, step, rows)
 
     def _infer_by_layers(self, tokens: Tensor, step: CacheStep, rows: Tensor | None) -> Decoded:
-        positions = step.batch.positions.to(tokens.device)
+        positions = step.batch.positions.to(tokens.device, non_blocking=True)
         x, rotary = self._embed(tokens[None], positions, int(step.batch.lengths.max()))
         routes: list[Routes] = []
         for layer, block in enumerate(self.blocks):
@@ -330,7 +330,7 @@ class Transformer(nn.Module):
         weights = [each.routing_weights.flatten() for each in routes]
         logits = hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         if rows is not None:
-            logits = self.logits(hidden[rows.to(hidden.device)])
+            logits = self.logits(hidden[rows.to(hidden.device, non_blocking=True)])
         return Decoded(
             hidden,
             torch.cat(ids) if ids else tokens.new_empty(0),

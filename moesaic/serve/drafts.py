@@ -111,6 +111,7 @@ class ModelDraft:
                 f"one, or set max_length to {own.max_positions}."
             )
         self._runner = Runner(model, num_blocks, block_size=block_size, dtype=model.compute_dtype)
+        self._runner.warm_up(chunk)
         self._block_size, self._chunk = block_size, chunk
         self._computed: dict[Sequence, tuple[int, int]] = {}  # at which admission, how many tokens
         self._valid: dict[int, BlockHash] = {}  # of which contents a block holds this model's keys and values

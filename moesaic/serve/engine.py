@@ -129,6 +129,7 @@ class Engine:
         self.is_batch_invariant = model.runs_in_one_call
         self._tokenizer = tokenizer
         self._runner = Runner(model, num_blocks, block_size=config.block_size, dtype=dtype)
+        self._runner.warm_up(config.max_batch_tokens)
         self._pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(
             self._pool,

@@ -9,10 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.kernels import select
 from moesaic.kernels.decode import Decoded
 from moesaic.kernels.paged_attention import PagedBatch
+from moesaic.logs import logger
 from moesaic.model.kv_cache import BatchCache, CacheStep, allocate_storage
 from moesaic.model.transformer import Transformer
+
+# Texts that are continued at once, in a warm-up: more are computed in the same form.
+_WARM_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Runner:
     def __init__(self, model: Transformer, num_blocks: int, *, block_size: int, dtype: torch.dtype) -> None:
         self.model = model.eval()
         self._dtype, self._device = dtype, model.device
+        self._num_blocks, self._block_size = num_blocks, block_size
         self._storage = allocate_storage(
             model.config, num_blocks, block_size=block_size, dtype=dtype, device=model.device
         )
@@ -49,7 +55,24 @@ class Runner:
         )
         tokens = _tensor([token for part in parts for token in part.tokens], np.int64)
         step = CacheStep(self._storage, batch)
-        return self.model.infer(tokens.to(self._device), step, _tensor(rows, np.int64) if rows else None)
+        return self.model.infer(
+            tokens.to(self._device, non_blocking=True), step, _tensor(rows, np.int64) if rows else None
+        )
+
+    def warm_up(self, most_tokens: int) -> None:
+        """Have kernels compiled that are otherwise at their first use, while others wait: on CUDA.
+
+        They differ with the number of a pass's new tokens, and for a context that is computed in parts. Before any
+        sequence has blocks: their contents are lost.
+        """
+        if not select.uses_triton(self._device):
+            return
+        logger.info("Preparing the kernels for this GPU; what it has not compiled yet takes some seconds.")
+        longest = min(self._num_blocks * self._block_size, self.model.config.max_positions)
+        counts = [1 << power for power in range(min(most_tokens, longest).bit_length())]
+        for new, length in [*((count, count) for count in counts), (1, longest)]:
+            part = Part([0] * new, length, range(-(-length // self._block_size)))
+            self.run([part], range(min(new, _WARM_ROWS)))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

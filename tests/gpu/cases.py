@@ -27,6 +27,7 @@ from moesaic.model.pack import pack_transformer, packed_shapes
 from moesaic.model.transformer import Transformer
 from moesaic.report.records import read_metrics
 from moesaic.serve.engine import Engine
+from moesaic.serve.runner import Runner
 from moesaic.train.loop import train
 
 from ..serve.conftest import FAMILIES, SIZES, TEXT, VOCAB_SIZE, build_model
@@ -243,6 +244,30 @@ def test_serving_with_triton(family: str, form: str, kv_precision: Any, monkeypa
     for made, wanted in ((hidden[same], expected_hidden[same]), (logits[same], expected_logits[same])):
         # The C++ kernels are as far away; of 1 or more it would be another number.
         assert ((made - wanted).norm(dim=1) / wanted.norm(dim=1)).median() < 0.06
+
+
+def test_an_engine_has_its_kernels_compiled_before_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "multiprocessors", lambda device: 1)
+    monkeypatch.setenv(select.VARIABLE, "auto")
+    tokenizer = Tokenizer.train([TEXT * 4], vocab_size=VOCAB_SIZE)
+    passes: list[tuple[int, int]] = []
+    run = Runner.run
+
+    def note(runner: Runner, parts: Any, rows: Any = ()) -> Any:
+        passes.append((len(parts[0].tokens), parts[0].length))
+        return run(runner, parts, rows)
+
+    monkeypatch.setattr(Runner, "run", note)
+    with stand_in.simulated():
+        model = packed(build_model("dense", "bf16"), "bf16", "cuda")
+        engine = Engine(model, tokenizer, EngineConfig(max_batch_tokens=6, max_length=40))
+        assert passes == [(1, 1), (2, 2), (4, 4), (1, 192)] and engine.stats().kv_blocks_used == 0
+        engine.add_request([5, 6, 7], Sampling(temperature=0.0, max_tokens=2))
+        while engine.has_work:
+            outputs = engine.step()
+        assert [token.token_id for token in outputs[-1].tokens]
+        expected = generate(model, [5, 6, 7], max_new_tokens=2)
+    assert outputs[-1].tokens[-1].token_id == expected[-1]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

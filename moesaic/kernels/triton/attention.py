@@ -293,7 +293,7 @@ def plan_attention(
         axis=1,
     ).astype(np.int32)
     assert work.shape[1] == _WORK_FIELDS and parts.shape[1] == _PART_FIELDS, (work.shape, parts.shape)
-    both = torch.from_numpy(np.concatenate([work.ravel(), parts.ravel()])).to(device)
+    both = torch.from_numpy(np.concatenate([work.ravel(), parts.ravel()])).to(device, non_blocking=True)
     return Plan(both[: work.size].view(work.shape), both[work.size :].view(parts.shape), int(counts.sum()), block_m)
 
 
