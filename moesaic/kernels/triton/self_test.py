@@ -22,7 +22,7 @@ def run_self_test(device: torch.device) -> str:
     Raises: DeviceError for other numbers than expected, and what triton raises.
     """
     x = torch.zeros(3, 64, dtype=torch.float32, device=device)
-    x[:, 0] = torch.arange(1.0, 4.0, device=device)
+    x[:, 0] = torch.arange(1.0, 4.0, dtype=torch.float32, device=device)
     rising = torch.arange(32, device=device)
     numbers = torch.zeros(1, 32, 64, dtype=torch.int8, device=device)
     numbers[0, :, 0] = rising.to(torch.int8)
@@ -36,10 +36,10 @@ def run_self_test(device: torch.device) -> str:
         "MXFP4 products": QuantizedWeight(nibbles, powers, 4, 32),
     }
     for name, weight in weights.items():
-        factors = torch.ones(32, device=device) if name.startswith("MXFP4") else rising
+        factors = torch.ones(32, dtype=torch.float32, device=device) if name.startswith("MXFP4") else rising
         _compare(name, products.linear(x, weight, None, out_dtype=torch.float32), x[:, :1] * factors)
     ids, _ = rows.choose(x, None, None, top_k=1, scoring="softmax", renormalize=False, scale=1.0, output_scale=None)
-    _compare("choices of experts", ids.float(), torch.zeros(3, 1, device=device))
+    _compare("choices of experts", ids.float(), torch.zeros(3, 1, dtype=torch.float32, device=device))
     _compare("norms", rows.norm(torch.full_like(x, 2.0), ones[0].repeat(2), None, 0.0), torch.ones_like(x))
     # Of equal keys the values' mean: 1 of 0, 0.5 of 0 and 1.
     heads = torch.zeros(2, 1, 64, dtype=torch.bfloat16, device=device)
@@ -53,7 +53,7 @@ def run_self_test(device: torch.device) -> str:
         heads, torch.zeros_like(values), values, None, plan, torch.zeros(1, 1, dtype=torch.int32, device=device),
         dim=64, kv_heads=1, block_size=32, scale=1.0, window=None, sinks=None,
     )  # fmt: skip
-    _compare("attention", attended[:, 0, 0], torch.tensor([1.0, 0.5], device=device))
+    _compare("attention", attended[:, 0, 0], torch.tensor([1.0, 0.5], dtype=torch.float32, device=device))
     return f"triton {triton.__version__}"
 
 
