@@ -19,7 +19,7 @@ help:
 	@echo "make check        set up and run ruff and mypy"
 	@echo "make sanitize     run the C++ kernels' tests under AddressSanitizer and UBSan (needs g++)"
 	@echo "make emulate      run the C++ kernels' tests on emulated AVX-512 and tiles"
-	@echo "make triton       compile the kernels for CUDA for GPUs that need not be there"
+	@echo "make triton       run and compile the kernels for CUDA, for GPUs that need not be there"
 	@echo "make bench        set up and run every benchmark in turn (deepspeed and transformers are the peers)"
 	@echo "make pilot CORPUS=DIR  the pilot study, some two hours on one core; goes on where it was stopped"
 	@echo "make clean        remove .venv and caches; runs/ stays"
@@ -51,9 +51,9 @@ emulate: $(VENV)/dev.stamp
 	  --numprocesses 3 --dist loadfile -k "not reference" tests/kernels \
 	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py --ignore tests/kernels/test_select.py
 
-# For A100, Ada, H100 and B200, with their registers and shared memory: a minute.
+# In Triton's interpreter, on a simulated device, and compiled for A100, Ada, H100 and B200: some minutes.
 triton: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest tests/gpu/compile_cases.py
+	MOESAIC_TEST_TRITON=1 $(BIN)/python -m pytest --numprocesses 2 --dist load tests/gpu/test_triton.py
 
 # All of them run, whatever fails; benchmarks/ also holds modules that the scripts share.
 bench: $(VENV)/bench.stamp

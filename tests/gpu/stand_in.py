@@ -10,6 +10,7 @@ there are.
 """
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +22,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
-from triton.runtime.interpreter import GridExecutor
-
-from . import interpreter
-
-interpreter.mend()
 
 SOURCE = Path(__file__).with_name("stand_in.cpp")
 GPU = torch.device("cuda", 0)
@@ -151,6 +147,23 @@ def _inner(values: Any) -> Any:
 
 
 @contextlib.contextmanager
+def _launches() -> Iterator[None]:
+    """Kernels of Triton's interpreter, where it is asked for, take the device's tensors."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def unwrapped(executor: Any, *args: Any, **kwargs: Any) -> None:
+        launch(executor, *_inner(args), **_inner(kwargs))
+
+    with mock.patch.object(GridExecutor, "__call__", unwrapped):
+        yield
+
+
+@contextlib.contextmanager
 def simulated() -> Iterator[None]:
     """Inside, tensors are made on "cuda", and moved there and back."""
     save: Callable[..., None] = safetensors.torch.save_file
@@ -159,13 +172,9 @@ def simulated() -> Iterator[None]:
         """Reads what is on a GPU by its storage, which these have none of."""
         save(_inner(tensors), *args, **kwargs)
 
-    def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
-        _launch(executor, *_inner(args), **_inner(kwargs))
-
-    _launch = GridExecutor.__call__
     free_and_total = (8 << 30, 8 << 30)
     with (
-        mock.patch.object(GridExecutor, "__call__", launch),
+        _launches(),
         mock.patch("torch.cuda.is_available", lambda: True),
         mock.patch("torch.cuda._lazy_init", lambda: None),
         mock.patch("torch.cuda.synchronize", lambda device=None: None),
