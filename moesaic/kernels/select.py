@@ -115,6 +115,7 @@ def _select_for_cuda(device: torch.device) -> CudaSelection:
 # All that torch.compiler.assume_constant_result does, which would load torch's compiler, sympy and triton first: 0.9 s
 # of processor time in every start, 150 MB of memory. The tests of one graph under torch.compile hold it.
 cpu_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
+uses_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
