@@ -164,9 +164,7 @@ def random_blocks(shape: tuple[int, ...], kind: "gguf.GGMLQuantizationType", see
 
 
 @pytest.fixture(scope="module")
-def wide(
-    saved: Callable[..., Path], unchecked: Unchecked, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def wide(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function (family) that returns a GGUF file with rows that the kinds' blocks divide."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 300, "head_dim": 64}  # fmt: skip
@@ -174,9 +172,8 @@ def wide(
     @cache
     def make(family: str) -> Path:
         folder = tmp_path_factory.mktemp("wide")
-        with unchecked():
-            import_model(saved(family, **sizes), folder / "run")
-            export_run(folder / "run", folder / "out", format="gguf")
+        import_model(saved(family, **sizes), folder / "run")
+        export_run(folder / "run", folder / "out", format="gguf")
         return folder / "out" / "model.gguf"
 
     return make
