@@ -209,9 +209,8 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = Fal
     format, group_size, device = format_of(weight)
     num_matrices = None if len(shape) == 2 else shape[0]
     if device.type not in ("cpu", "meta"):
-        values, row_scales = (weight.detach().to(torch.bfloat16), None) if isinstance(weight, Tensor) else (
-            weight.values, weight.scales.contiguous()
-        )  # fmt: skip
+        values = weight.detach().to(torch.bfloat16) if isinstance(weight, Tensor) else weight.values
+        row_scales = None if isinstance(weight, Tensor) else weight.scales.contiguous()
         data = values.contiguous().view(-1).view(torch.uint8)
         return PackedWeight(format, out_size, in_size, num_matrices, group_size, interleave_gate, data, row_scales)
     order = panel_order(out_size, interleave_gate).to(device)
