@@ -127,7 +127,11 @@ def rotate_weight(weight: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, scale: float) -> Tensor:
-    """Return rotate(x) times a power of two, by the C++ kernels where they are in use."""
+    """Return rotate(x) times a power of two, by our kernels where they are in use."""
+    if select.uses_triton(x.device) and x.dtype in (torch.float32, torch.bfloat16):
+        from moesaic.kernels.triton import activations
+
+        return activations.rotate(x) * scale
     library = _library_for(x)
     if library is None:
         return rotate(x) * scale

@@ -25,14 +25,13 @@ def bytes_of(numbers, axis: tl.constexpr):
     amax = tl.max(magnitudes, axis)
     # A maximum passes over NaN, so it is looked for itself.
     is_finite = tl.min((magnitudes < float("inf")).to(tl.int32), axis) > 0
-    is_zero = amax < _SMALLEST
     is_used = is_finite & (amax >= _SMALLEST)
     scales = tl.where(is_used, tl.div_rn(amax, tl.full(amax.shape, 127.0, tl.float32)), 0.0)
     scales = tl.where(is_finite, scales, float("nan"))
     factor = tl.div_rn(tl.full(amax.shape, 127.0, tl.float32), tl.where(is_used, amax, 1.0))
     used = tl.expand_dims(is_used, axis)
     values = tl.where(used, round_half_even(tl.where(used, numbers, 0.0) * tl.expand_dims(factor, axis)), 0.0)
-    return values, tl.where(is_zero & is_finite, 0.0, scales)
+    return values, scales
 
 
 @triton.jit
@@ -81,7 +80,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Return x (M, K), fp32 or bf16, in fp32 and rotated, as quantized.rotate."""
+    """Return x (..., K), fp32 or bf16, in fp32 and rotated, as quantized.rotate."""
     x = x.contiguous()
     rotated = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if x.numel():
@@ -90,7 +89,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def _launch_rows(x: Tensor, values: Tensor, scales: Tensor | None) -> None:
-    rows, columns = x.shape
+    rows, columns = x.shape[:-1].numel(), x.shape[-1]
     padded, steps = power_of_two(columns), rotation_size(columns).bit_length() - 1
     warps = max(1, min(16, padded // 512))
     with on_device_of(x):
