@@ -181,17 +181,8 @@ def _attention_on_cuda(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, s
     from moesaic.kernels.triton import attention
 
     assert batch.is_inside, (batch, blocks.num_blocks)
-    device, num_heads = query.device, query.shape[1]
-    plan = batch.on_device(
-        f"latent plan {num_heads} {query.dtype}",
-        device,
-        lambda: attention.plan_attention(
-            batch.starts.numpy(), batch.lengths.numpy(), group=num_heads, kv_heads=1, window=None,
-            largest_tile=attention.largest_tile(blocks.rank, query.dtype), device=device,
-        ),
-    )  # fmt: skip
     return attention.attend(
-        query.contiguous(), blocks.latents, None, None, plan, batch.tables_on(device), dim=blocks.rank, kv_heads=1,
+        query.contiguous(), blocks.latents, None, None, batch, dim=blocks.rank, kv_heads=1,
         block_size=blocks.block_size, scale=scale, window=None, sinks=None,
     )  # fmt: skip
 

@@ -233,9 +233,6 @@ def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) ->
     shape = (key.shape[0], blocks.num_kv_heads, blocks.head_dim)
     assert key.shape == value.shape == shape, (key.shape, value.shape, shape)
     assert key.dtype == value.dtype, (key.dtype, value.dtype)
-    if select.uses_triton(key.device):
-        _write_on_cuda(key, value, blocks, batch)
-        return
     library = _library(key, blocks)
     if library is None:
         _write_reference(key, value, blocks, batch)
@@ -251,7 +248,7 @@ def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) ->
 
 def can_place_heads(query: Tensor) -> bool:
     """Whether place_heads takes queries like these: on CUDA."""
-    return select.uses_triton(query.device) and not torch.is_grad_enabled()
+    return select.uses_triton(query.device) and not (query.requires_grad and torch.is_grad_enabled())
 
 
 def place_heads(
@@ -360,33 +357,15 @@ def _misfit(batch: PagedBatch, blocks: KVBlocks, num_tokens: int) -> str:
     )
 
 
-def _write_on_cuda(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) -> None:
-    from moesaic.kernels.triton import attention
-
-    slots = batch.slots_on(key.device, block_size=blocks.block_size, num_blocks=blocks.num_blocks)
-    assert slots.shape[0] == key.shape[0], _misfit(batch, blocks, key.shape[0])
-    attention.write_kv(_rows(key), _rows(value), slots, blocks.keys, blocks.values, blocks.scales)
-
-
 def _attention_on_cuda(
     query: Tensor, blocks: KVBlocks, batch: PagedBatch, scale: float, window: int | None, sinks: Tensor | None
 ) -> Tensor:
     from moesaic.kernels.triton import attention
 
     assert batch.num_tokens == query.shape[0] and batch.is_inside, _misfit(batch, blocks, query.shape[0])
-    device, kv_heads = query.device, blocks.num_kv_heads
-    group = query.shape[1] // kv_heads
-    plan = batch.on_device(
-        f"plan {group} {kv_heads} {window} {query.dtype}",
-        device,
-        lambda: attention.plan_attention(
-            batch.starts.numpy(), batch.lengths.numpy(), group=group, kv_heads=kv_heads, window=window,
-            largest_tile=attention.largest_tile(blocks.head_dim, query.dtype), device=device,
-        ),
-    )  # fmt: skip
     return attention.attend(
-        _rows(query), blocks.keys, blocks.values, blocks.scales, plan, batch.tables_on(device), dim=blocks.head_dim,
-        kv_heads=kv_heads, block_size=blocks.block_size, scale=scale, window=window, sinks=sinks,
+        _rows(query), blocks.keys, blocks.values, blocks.scales, batch, dim=blocks.head_dim,
+        kv_heads=blocks.num_kv_heads, block_size=blocks.block_size, scale=scale, window=window, sinks=sinks,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Attention over a cache that lies in blocks, for decoding and prompts alike, and writing what is new into it.
+"""Attention over a cache that lies in blocks, for decoding and prompts alike.
 
 A sequence's new tokens times the heads that share a key are its rows, and a program takes up to a tile of them over a
 range of positions. Where there are few tiles, positions are split between more programs, whose parts a second kernel
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moesaic.kernels.triton.activations import bytes_of
+from moesaic.kernels.paged_attention import PagedBatch
 from moesaic.kernels.triton.launch import multiprocessors, on_device_of, power_of_two, shared_bytes
 
 # exp(x) = 2 ** (x * log2(e))
@@ -25,45 +25,6 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Positions of a split at least: fewer cost more to bring together than they save.
 _SPLIT = 256
 _WORK_FIELDS, _PART_FIELDS = 8, 5
-
-
-@triton.jit
-def _write_kernel(
-    key_ptr,
-    value_ptr,
-    slots_ptr,
-    keys_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    key_stride,
-    value_stride,
-    heads,
-    dim,
-    HAS_SCALES: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-):
-    """A token each: its keys and values (heads, dim) into its slot; to bytes and scales where the cache has these."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token).to(tl.int64)
-    head, channel = tl.arange(0, HEADS), tl.arange(0, DIM)
-    is_head = head < heads
-    mask = is_head[:, None] & (channel < dim)[None, :]
-    at = head[:, None] * dim + channel[None, :]
-    key = tl.load(key_ptr + token * key_stride + at, mask=mask, other=0.0)
-    value = tl.load(value_ptr + token * value_stride + at, mask=mask, other=0.0)
-    there = slot * heads * dim + at
-    if HAS_SCALES:
-        key_bytes, key_scale = bytes_of(key.to(tl.float32), 1)
-        value_bytes, value_scale = bytes_of(value.to(tl.float32), 1)
-        tl.store(keys_ptr + there, key_bytes.to(tl.int8), mask=mask)
-        tl.store(values_ptr + there, value_bytes.to(tl.int8), mask=mask)
-        tl.store(key_scales_ptr + slot * heads + head, key_scale, mask=is_head)
-        tl.store(value_scales_ptr + slot * heads + head, value_scale, mask=is_head)
-    else:
-        tl.store(keys_ptr + there, key.to(keys_ptr.dtype.element_ty), mask=mask)
-        tl.store(values_ptr + there, value.to(values_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["table_width", "window"])
@@ -241,6 +202,19 @@ class Plan:
     block_m: int
 
 
+def plan_of(query: Tensor, batch: PagedBatch, *, dim: int, kv_heads: int, window: int | None) -> Plan:
+    """Return how to compute attention of query (T, A, D) to a batch, planned once for all layers that see the same."""
+    group, tile, device = query.shape[1] // kv_heads, largest_tile(dim, query.dtype), query.device
+    return batch.on_device(
+        f"plan {group} {kv_heads} {window} {tile}",
+        device,
+        lambda: plan_attention(
+            batch.starts.numpy(), batch.lengths.numpy(), group=group, kv_heads=kv_heads, window=window,
+            largest_tile=tile, device=device,
+        ),
+    )  # fmt: skip
+
+
 def plan_attention(
     starts: np.ndarray, lengths: np.ndarray, *, group: int, kv_heads: int, window: int | None, largest_tile: int,
     device: torch.device,
@@ -326,28 +300,12 @@ def largest_tile(dim: int, dtype: torch.dtype) -> int:
     return 64 if dim <= 256 else 32
 
 
-def write_kv(
-    key: Tensor, value: Tensor, slots: Tensor, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None
-) -> None:
-    """Put key and value (T, KV, D), whose heads lie side by side, into their slots (T,) of the blocks."""
-    tokens, heads, dim = key.shape
-    if not tokens:
-        return
-    key_scales, value_scales = scales or (None, None)
-    with on_device_of(keys):
-        _write_kernel[(tokens,)](
-            key, value, slots, keys, values, key_scales, value_scales, key.stride(0), value.stride(0), heads, dim,
-            scales is not None, power_of_two(heads), power_of_two(dim), num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
 def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor | None,
     scales: tuple[Tensor, Tensor] | None,
-    plan: Plan,
-    tables: Tensor,
+    batch: PagedBatch,
     *,
     dim: int,
     kv_heads: int,
@@ -356,14 +314,15 @@ def attend(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Return (T, A, dim) in query's dtype: attention of query (T, A, D), whose heads lie side by side, as planned.
+    """Return (T, A, dim) in query's dtype: attention of query (T, A, D), whose heads lie side by side.
 
-    values: None for latent attention, of whose vectors the first dim numbers are the values. tables (n, m) int32.
+    values: None for latent attention, of whose vectors the first dim numbers are the values.
     """
     tokens, num_heads, width = query.shape
     out = torch.empty(tokens, num_heads, dim, dtype=query.dtype, device=query.device)
     if not tokens:
         return out
+    plan, tables = plan_of(query, batch, dim=dim, kv_heads=kv_heads, window=window), batch.tables_on(query.device)
     is_latent = values is None
     block_m, padded = plan.block_m, power_of_two(max(dim, 16))
     tiling = Tiling.of(block_m, padded, query.dtype, query.device)

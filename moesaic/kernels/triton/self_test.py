@@ -4,12 +4,12 @@ It finds what a machine lacks (a C compiler, which triton needs too, a driver, a
 model does.
 """
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from moesaic.errors import DeviceError
+from moesaic.kernels.paged_attention import PagedBatch
 from moesaic.kernels.quantized import QuantizedWeight
 from moesaic.kernels.triton import attention, products, rows
 
@@ -45,13 +45,10 @@ def run_self_test(device: torch.device) -> str:
     heads = torch.zeros(2, 1, 64, dtype=torch.bfloat16, device=device)
     values = torch.zeros(1, 32, 1, 64, dtype=torch.bfloat16, device=device)
     values[0, 0], values[0, 1] = 1.0, 0.0
-    plan = attention.plan_attention(
-        np.array([0, 2], dtype=np.int32), np.array([2], dtype=np.int32), group=1, kv_heads=1, window=None,
-        largest_tile=16, device=device,
-    )  # fmt: skip
+    batch = PagedBatch(*(torch.tensor(each, dtype=torch.int32) for each in ([0, 2], [2], [[0]])))
     attended = attention.attend(
-        heads, torch.zeros_like(values), values, None, plan, torch.zeros(1, 1, dtype=torch.int32, device=device),
-        dim=64, kv_heads=1, block_size=32, scale=1.0, window=None, sinks=None,
+        heads, torch.zeros_like(values), values, None, batch, dim=64, kv_heads=1, block_size=32, scale=1.0,
+        window=None, sinks=None,
     )  # fmt: skip
     _compare("attention", attended[:, 0, 0], torch.tensor([1.0, 0.5], dtype=torch.float32, device=device))
     return f"triton {triton.__version__}"
