@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moesaic.cli import doctor as doctor_module
@@ -292,6 +293,19 @@ def test_the_allocator_is_shown_as_training_will_have_it(monkeypatch: pytest.Mon
         assert allocator["freed_blocks_stay"] is True
     else:
         assert allocator["explanation"]
+
+
+def test_a_gpu_is_shown_with_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        name, total_memory, major, minor = "Some H100", 80 << 30, 9, 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(select, "cuda_kernels", lambda device: select.CudaSelection("reference", "triton is old"))
+    findings = examine()
+    assert findings["cuda"][0]["kernels"] == "reference"
+    text = text_of(findings)
+    assert "Some H100" in text and "reference: triton is old" in text
 
 
 def test_measure_shows_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:

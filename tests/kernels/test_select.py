@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moesaic.errors import DeviceError
 from moesaic.kernels import select
@@ -24,6 +25,7 @@ def anew():  # type: ignore[no-untyped-def]
     """A choice holds for the process; these tests want each made again."""
     yield
     select._select.cache_clear()
+    select._select_for_cuda.cache_clear()
 
 
 def test_an_unknown_choice_is_refused() -> None:
@@ -285,3 +287,38 @@ def test_a_damaged_object_is_compiled_again(one_source: Path, tmp_path: Path) ->
     compiled.write_bytes(compiled.read_bytes()[:64])
     library.unlink()  # as the next version's library would be linked from the objects that did not change
     assert ctypes.CDLL(str(build.build(SUPPORTED[0], folder=tmp_path))).one() == 7
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_a_gpu_without_kernels_computes_with_pytorchs_operations_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(select.VARIABLE, "auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    selection = select.cuda_kernels(torch.device("cuda"))
+    if select.importlib.util.find_spec("triton") is not None:
+        assert "capability 8.0 or higher" in selection.reason
+    assert selection.name == select.REFERENCE and not select.uses_triton(GPU) and not select.has_kernels(GPU)
+    assert "PyTorch's slower operations are used on cuda" in caplog.text
+    select._select_for_cuda.cache_clear()
+    monkeypatch.setattr(select.importlib.util, "find_spec", lambda name: None)
+    assert select.cuda_kernels(GPU) == select.CudaSelection(select.REFERENCE, "triton is not installed")
+
+
+def test_kernels_that_fail_their_self_test_on_a_gpu_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    self_test = pytest.importorskip("moesaic.kernels.triton.self_test", reason="triton is not installed")
+    monkeypatch.setenv(select.VARIABLE, "auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def fail(device: torch.device) -> str:
+        raise RuntimeError("a driver says\nno")
+
+    monkeypatch.setattr(self_test, "run_self_test", fail)
+    assert select.cuda_kernels(GPU) == select.CudaSelection("reference", "triton's kernels do not work here (no)")
+    select._select_for_cuda.cache_clear()
+    monkeypatch.setattr(self_test, "run_self_test", lambda device: "triton 3")
+    assert select.uses_triton(GPU) and select.cuda_kernels(GPU).reason == "triton 3"
+    with select.forced(select.REFERENCE):
+        assert not select.uses_triton(GPU)
