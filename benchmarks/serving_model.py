@@ -65,16 +65,14 @@ def pack(model: Any, name: str) -> Any:
     """Return a model packed as bf16, int8 or int4, but its embedding and routers."""
     import torch
 
-    from moesaic.kernels.quantized import QuantizedWeight, quantize_weight
+    from moesaic.kernels.quantized import QuantizedWeight, combine, quantize_weight
     from moesaic.model.pack import pack_transformer
 
     def quantize(weight: torch.Tensor) -> QuantizedWeight:
         bits, group_size = (8, None) if name == "int8" else (4, GROUP_SIZE)
         if weight.dim() == 2:
             return quantize_weight(weight.detach(), bits=bits, group_size=group_size)
-        parts = [quantize(each) for each in weight]
-        values, scales = torch.stack([part.values for part in parts]), torch.stack([part.scales for part in parts])
-        return QuantizedWeight(values, scales, bits, group_size)
+        return combine([quantize(each) for each in weight], torch.stack)
 
     quantized = {
         key: quantize(parameter)

@@ -202,16 +202,16 @@ def _rate(dtype: Dtype) -> Rate:
 
 
 def _mlp_bytes(case: MoELayerCase) -> float:
-    """Bytes of one expert: values, and scales of a row (fp32) or a group (bf16, a byte in MXFP4)."""
+    """Bytes of one expert: values, scales of a row of integers (fp32), and a byte for a group of 4 bits (in panels
+    a step has two)."""
     hidden, inner = case.hidden_size, case.intermediate_size
     weights = 3 * hidden * inner
     if case.dtype == "bf16":
         return 2 * weights
-    if case.dtype == "int8":
-        return weights + 4 * (2 * inner + hidden)
     if case.dtype == "mxfp4":
         return weights / 2 + weights / mxfp4.GROUP_SIZE
-    return weights / 2 + 2 * weights / INT4_GROUP_SIZE
+    scales = 4 * (2 * inner + hidden)
+    return scales + (weights if case.dtype == "int8" else weights / 2 + weights / INT4_GROUP_SIZE)
 
 
 def _layer(case: MoELayerCase, device: torch.device) -> FeedForward:

@@ -1,8 +1,8 @@
 """How a checkpoint says that it is quantised, and how a quantised matrix is named in it.
 
-A matrix NAME is stored as NAME.values and NAME.scales (kernels/quantized.py says what these hold); the manifest's
-metadata has `quantization`, with the format of the integers, and the bits and the group size of every such matrix. All
-other tensors are as ever.
+A matrix NAME is stored as NAME.values and NAME.scales, and int4 as NAME.steps too (kernels/quantized.py says what these
+hold); the manifest's metadata has `quantization`, with the format of the integers, and the bits and the group size of
+every such matrix. All other tensors are as ever.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,22 @@ if TYPE_CHECKING:
     from moesaic.kernels.quantized import QuantizedWeight
 
 KEY = "quantization"
-# Of what the integers stand for. 1, without a word in the manifest: the matrix as it is; 2: rotated.
-FORMAT = 2
-VALUES, SCALES = ".values", ".scales"
+# Of what the integers stand for. 1, without a word in the manifest: the matrix as it is; 2: rotated; 3: int4 has steps.
+FORMAT = 3
+VALUES, STEPS, SCALES = ".values", ".steps", ".scales"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a matrix is quantised: 8 bits with one scale a row, 4 bits with one for group_size columns, or MXFP4."""
+    """How a matrix is quantised: 8 bits with one scale a row, 4 bits with a step for group_size columns, or MXFP4."""
 
     bits: int
     group_size: int | None
     is_mxfp4: bool = False  # 4 bits by 32
+
+    @property
+    def has_steps(self) -> bool:
+        return self.bits == 4 and not self.is_mxfp4
 
     @property
     def name(self) -> str:
@@ -105,15 +109,16 @@ def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[
 
     _check_format(info)
     weights = {}
-    for name, record in info.metadata.get(KEY, {}).get("matrices", {}).items():
+    for name, scheme in quantization_schemes(info).items():
         try:
             values, scales = tensors.pop(name + VALUES), tensors.pop(name + SCALES)
-            weights[name] = QuantizedWeight(values, scales, record["bits"], record["group_size"])
-            assert weights[name].is_mxfp4 == record.get("is_mxfp4", False), scales.dtype
+            steps = tensors.pop(name + STEPS) if scheme.has_steps else None
+            weights[name] = QuantizedWeight(values, scales, scheme.bits, scheme.group_size, steps)
+            assert weights[name].is_mxfp4 == scheme.is_mxfp4, scales.dtype
         except (KeyError, AssertionError) as error:
             raise CheckpointError(
-                f"{info.path} does not hold {name} as its manifest says ({error!r}); {name}{VALUES} and {name}{SCALES} "
-                f"of the format that the manifest names are required; quantise the run again."
+                f"{info.path} does not hold {name} as its manifest says ({error!r}); {name}{VALUES}, {name}{SCALES} "
+                f"and of int4 {name}{STEPS}, as the manifest names the format, are required; quantise the run again."
             ) from None
     return weights
 

@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.quantized import KEY, SCALES, VALUES, Scheme, quantization_record, require_unquantized
+from moesaic.checkpoint.quantized import (
+    KEY,
+    SCALES,
+    STEPS,
+    VALUES,
+    Scheme,
+    quantization_record,
+    require_unquantized,
+)
 from moesaic.checkpoint.store import CheckpointInfo, checked_file, resolve_checkpoint
 from moesaic.checkpoint.stream import TensorLayout, TensorReader, TensorWriter
 from moesaic.config.train import TrainConfig
@@ -268,14 +276,18 @@ class _Plan:
             scheme, shape = self.schemes.get(name), stored.shape
             if scheme is None:
                 layout[name] = TensorLayout(self.kept_dtypes[name], shape)
-            elif scheme.group_size is None:
+                continue
+            *rows, columns = shape
+            layout[name + SCALES] = TensorLayout(torch.float32, tuple(rows))
+            if scheme.group_size is None:
                 layout[name + VALUES] = TensorLayout(torch.int8, shape)
-                layout[name + SCALES] = TensorLayout(torch.float32, shape[:-1])
+                continue
+            layout[name + VALUES] = TensorLayout(torch.uint8, (*rows, columns // 2))
+            groups = (*rows, columns // scheme.group_size)
+            if scheme.is_mxfp4:
+                layout[name + SCALES] = TensorLayout(torch.uint8, groups)
             else:
-                *outer, columns = shape
-                layout[name + VALUES] = TensorLayout(torch.uint8, (*outer, columns // 2))
-                dtype = torch.uint8 if scheme.is_mxfp4 else torch.bfloat16
-                layout[name + SCALES] = TensorLayout(dtype, (*outer, columns // scheme.group_size))
+                layout[name + STEPS] = TensorLayout(torch.int8, groups)
         return layout
 
     def reports(self) -> tuple[KindReport, ...]:
@@ -299,7 +311,7 @@ class _Plan:
                     bytes_quantized=sum(
                         layout[part].num_bytes
                         for name in names
-                        for part in (name, name + VALUES, name + SCALES)
+                        for part in (name, name + VALUES, name + STEPS, name + SCALES)
                         if part in layout
                     ),
                 )
@@ -368,7 +380,13 @@ def _plan(
                     f"{name} has {columns} columns; mxfp4 takes a multiple of {mxfp4.GROUP_SIZE}; use int8."
                 )
             schemes[name] = Scheme(4, mxfp4.GROUP_SIZE, is_mxfp4=True)
-        elif format_ == "int4":
+            continue
+        if columns > MAX_COLUMNS:
+            remedy = "mxfp4" if kind == "experts" else "bf16"
+            raise ConfigError(
+                f"{name} has {columns} columns; sums of {format_} take at most {MAX_COLUMNS}; use {remedy}."
+            )
+        if format_ == "int4":
             assert group_size is not None
             if columns % group_size:
                 fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
@@ -379,10 +397,6 @@ def _plan(
                 )
             schemes[name] = Scheme(4, group_size)
         else:
-            if columns > MAX_COLUMNS:
-                raise ConfigError(
-                    f"{name} has {columns} columns; sums of int8 take at most {MAX_COLUMNS}; use bf16 or int4."
-                )
             schemes[name] = Scheme(8, None)
     # A bf16 model casts its embeddings to bf16 before every use, so nothing is lost; the router, norms and mix compute
     # in fp32.
@@ -417,6 +431,8 @@ def _write_tensors(
         for name, quantized in matrices:
             writer.append(name + VALUES, quantized.values)
             writer.append(name + SCALES, quantized.scales)
+            if quantized.steps is not None:
+                writer.append(name + STEPS, quantized.steps)
         for name in plan.stored.keys() - plan.schemes.keys():
             writer.append(name, require_finite(name, reader.read(name)).to(plan.kept_dtypes[name]))
 

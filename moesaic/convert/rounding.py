@@ -1,4 +1,4 @@
-"""Rounding weights so that their products with real inputs change least: error feedback, and scales searched for it.
+"""Rounding weights so that their products with real inputs change least: error feedback, and steps searched for it.
 
 Where the inputs come from is calibrate.py's business; the formats are kernels/quantized.py's.
 
@@ -10,39 +10,44 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import mxfp4
-from moesaic.kernels.quantized import QuantizedWeight, pack_nibbles, rotate, rotate_weight
+from moesaic.kernels.quantized import (
+    MAX_STEP,
+    QuantizedWeight,
+    pack_nibbles,
+    rotate,
+    rotate_weight,
+    row_scales,
+    squared_errors,
+)
 
 # Columns whose errors are taken back in the rest of the matrix by one product.
 _BLOCK = 128
 # Added to the diagonal, as a share of its mean: inputs seen in calibration are a sample.
 _DAMPING = 0.01
-# Shares of the scale that just reaches the group's largest magnitude. Clipping it pays off for few of them.
+# Shares of the step that just reaches the group's largest magnitude. Clipping it pays off for few of them.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
-def searched_scales(grouped: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Return the bf16 scales (..., 1) of groups (..., G) whose rounding errors, squared, have the least weighted sum.
+def searched_steps(grouped: Tensor, scales: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Return the int8 steps (...) of groups (..., G) whose rounding errors, squared, have the least weighted sum.
 
-    importance broadcasts to the groups; None: all columns alike. Both signs are tried, since there is one level more
-    below zero than above.
+    scales broadcast to the groups' steps, importance to the groups; None: all columns alike. Both signs are tried,
+    since there is one level more below zero than above.
     """
-    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
-    best_error: Tensor | None = None
-    best = torch.zeros_like(extreme)
+    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    unit = torch.where(scales == 0, 1.0, scales)
+    best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
     for levels in (-8.0, 7.0):
         for share in _SHRINK:
-            scales = (extreme * (share / levels)).to(torch.bfloat16).float()
-            divisor = torch.where(scales == 0, 1.0, scales)
-            error = (grouped / divisor).round_().clamp_(-8, 7).mul_(scales).sub_(grouped).square_()
+            reach = extreme * (share / levels) / unit
+            steps = reach.abs().round_().clamp_(1.0, MAX_STEP) * torch.where(reach < 0, -1.0, 1.0)
+            error = squared_errors(grouped, steps * scales)
             if importance is not None:
                 error *= importance
-            total = error.sum(-1, keepdim=True)
-            if best_error is None:
-                best_error, best = total, scales
-            else:
-                best = torch.where(total < best_error, scales, best)
-                best_error = torch.minimum(total, best_error)
-    return best.to(torch.bfloat16)
+            total = error.sum(-1)
+            is_better = (total < least) | (best == 0)
+            best, least = torch.where(is_better, steps, best), torch.where(is_better, total, least)
+    return best.to(torch.int8)
 
 
 def feedback_factor(second_moments: Tensor, *, is_mxfp4: bool = False) -> Tensor:
@@ -72,47 +77,45 @@ def round_with_feedback(
 ) -> QuantizedWeight:
     """Rotate a weight (N, K) and round it column by column, each one's error taken back in the later ones.
 
-    factor: of the second moments of the inputs, from feedback_factor. 4 bits: a group's scales are searched when its
-    turn comes, with the errors before it already in its weights. MXFP4 is not rotated, its scales are the nearest, and
-    what it holds stays as it is.
+    factor: of the second moments of the inputs, from feedback_factor. A row's scale is that of the weight as given. 4
+    bits: a group's steps are searched when its turn comes, with the errors before it already in its weights; where
+    these have grown beyond what its scale reaches they are clamped. MXFP4 is not rotated, its scales are the nearest,
+    and what it holds stays as it is.
     """
     turned = (weight.float() if is_mxfp4 else rotate_weight(weight)).t()
     columns = turned.clone(memory_format=torch.contiguous_format)  # (K, N), changed as we go
     num_columns = columns.shape[0]
-    group = num_columns if group_size is None else group_size
     values = torch.empty_like(columns)
-    all_scales = []
-    scales = columns.new_zeros(columns.shape[1])
+    scales = columns.abs().amax(0) / 127.0 if bits == 8 else row_scales(columns.t())
+    levels, of_groups = scales, []  # of MXFP4 the scales of groups, of int4 their steps
     for start in range(0, num_columns, _BLOCK):
         end = min(start + _BLOCK, num_columns)
         errors = columns.new_empty(end - start, columns.shape[1])
         for column in range(start, end):
-            if column % group == 0:
-                if bits == 8:
-                    scales = columns.abs().amax(0) / 127.0  # of the weight as given: nothing is taken back yet
-                    stored = scales
-                elif is_mxfp4:
-                    stored = mxfp4.nearest_scales(columns[column : column + group].abs().amax(0))
-                    scales = mxfp4.powers(stored)
+            if group_size is not None and column % group_size == 0:
+                group = columns[column : column + group_size]
+                if is_mxfp4:
+                    of_groups.append(mxfp4.nearest_scales(group.abs().amax(0)))
+                    levels = mxfp4.powers(of_groups[-1])
                 else:
                     # What an error costs in the end is its square over the square of the factor's diagonal.
-                    importance = factor.diagonal()[column : column + group].reciprocal().square()
-                    stored = searched_scales(columns[column : column + group].t(), importance).squeeze(-1)
-                    scales = stored.float()
-                all_scales.append(stored)
+                    importance = factor.diagonal()[column : column + group_size].reciprocal().square()
+                    of_groups.append(searched_steps(group.t(), scales, importance))
+                    levels = of_groups[-1] * scales
             weights = columns[column]
-            rounded = weights / torch.where(scales == 0, 1.0, scales)
+            rounded = weights / torch.where(levels == 0, 1.0, levels)
             if is_mxfp4:
                 rounded = mxfp4.round_numbers(rounded)
             else:
                 rounded.round_().clamp_(*((-127, 127) if bits == 8 else (-8, 7)))
             values[column] = rounded
-            error = (weights - rounded * scales) / factor[column, column]
+            error = (weights - rounded * levels) / factor[column, column]
             errors[column - start] = error
             columns[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1.0)
         columns[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1.0)
     values = values.t().contiguous()
     if bits == 8:
-        return QuantizedWeight(values.to(torch.int8), scales.float(), 8, None)
-    packed = mxfp4.encode(values) if is_mxfp4 else pack_nibbles(values)
-    return QuantizedWeight(packed, torch.stack(all_scales, -1), 4, group_size)
+        return QuantizedWeight(values.to(torch.int8), scales, 8, None)
+    if is_mxfp4:
+        return QuantizedWeight(mxfp4.encode(values), torch.stack(of_groups, -1), 4, group_size)
+    return QuantizedWeight(pack_nibbles(values), scales, 4, group_size, torch.stack(of_groups, -1))

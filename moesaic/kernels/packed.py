@@ -88,8 +88,8 @@ class PackedWeight(RemembersAddresses):
     """A matrix (N, K), or num_matrices of them, packed.
 
     is_gated: the rows are [gate, up] of a SwiGLU MLP. data: uint8, the panels of all matrices one after another, or on
-    CUDA their rows. scales: of panels fp32 (matrices, N padded to panels), of 8 bits alone; of rows those of a
-    QuantizedWeight.
+    CUDA their rows. scales: of panels fp32 (matrices, N padded to panels), of integers alone; of rows those of a
+    QuantizedWeight. steps: of rows alone, those of a QuantizedWeight.
     """
 
     format: PackedFormat
@@ -100,6 +100,7 @@ class PackedWeight(RemembersAddresses):
     is_gated: bool
     data: Tensor
     scales: Tensor | None
+    steps: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -113,7 +114,7 @@ class PackedWeight(RemembersAddresses):
 
     @property
     def num_bytes(self) -> int:
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return sum(part.nbytes for part in (self.data, self.scales, self.steps) if part is not None)
 
     @property
     def lies_in_rows(self) -> bool:
@@ -129,7 +130,9 @@ class PackedWeight(RemembersAddresses):
         values = self.data.view(*shape, -1)
         if self.group_size is None:
             return QuantizedWeight(values.view(torch.int8), self.scales.view(shape), 8, None)
-        return QuantizedWeight(values, self.scales.view(*shape, -1), 4, self.group_size)
+        if self.steps is None:
+            return QuantizedWeight(values, self.scales.view(*shape, -1), 4, self.group_size)
+        return QuantizedWeight(values, self.scales.view(shape), 4, self.group_size, self.steps.view(*shape, -1))
 
     @cached_property
     def struct(self) -> ctypes.Structure:
@@ -209,15 +212,22 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, interleave_gate: bool = Fal
     format, group_size, device = format_of(weight)
     num_matrices = None if len(shape) == 2 else shape[0]
     if device.type not in ("cpu", "meta"):
-        values = weight.detach().to(torch.bfloat16) if isinstance(weight, Tensor) else weight.values
-        row_scales = None if isinstance(weight, Tensor) else weight.scales.contiguous()
+        values, row_scales, steps = (
+            (weight.detach().to(torch.bfloat16), None, None)
+            if isinstance(weight, Tensor)
+            else (weight.values, weight.scales.contiguous(), weight.steps)
+        )
         data = values.contiguous().view(-1).view(torch.uint8)
-        return PackedWeight(format, out_size, in_size, num_matrices, group_size, interleave_gate, data, row_scales)
+        steps = None if steps is None else steps.contiguous()
+        return PackedWeight(
+            format, out_size, in_size, num_matrices, group_size, interleave_gate, data, row_scales, steps
+        )
     order = panel_order(out_size, interleave_gate).to(device)
     matrix_bytes = len(order) * row_bytes(format, in_size, group_size)
     count = 1 if num_matrices is None else num_matrices
     data = empty_on_huge_pages(count * matrix_bytes, device)
-    scales = torch.empty(count, len(order), dtype=torch.float32, device=device) if format == "int8" else None
+    has_scales = format in ("int8", "int4")
+    scales = torch.empty(count, len(order), dtype=torch.float32, device=device) if has_scales else None
     packed = PackedWeight(format, out_size, in_size, num_matrices, group_size, interleave_gate, data, scales)
     if device.type == "meta" or not data.numel():
         return packed
@@ -268,7 +278,7 @@ def unpack_weight(weight: PackedWeight, matrix: int = 0) -> Tensor | QuantizedWe
         rows = weight.rows
         if isinstance(rows, Tensor):
             return rows[matrix]
-        return QuantizedWeight(rows.values[matrix], rows.scales[matrix], rows.bits, rows.group_size)
+        return rows.map(lambda tensor: tensor[matrix])
     matrix_bytes = weight.data.numel() // (weight.num_matrices or 1)
     data = weight.data[matrix * matrix_bytes : (matrix + 1) * matrix_bytes]
     scales = None if weight.scales is None else weight.scales[matrix]
@@ -383,8 +393,7 @@ def _rows_on_cuda(weight: PackedWeight, ids: Tensor) -> Tensor:
     rows = weight.rows
     if isinstance(rows, Tensor):
         return F.embedding(ids, rows[0])
-    values, scales = rows.values[0].index_select(0, ids), rows.scales[0].index_select(0, ids)
-    return dequantize(QuantizedWeight(values, scales, rows.bits, rows.group_size)).to(torch.bfloat16)
+    return dequantize(rows.map(lambda tensor: tensor[0].index_select(0, ids))).to(torch.bfloat16)
 
 
 def _not_rows(ids: Tensor, weight: PackedWeight) -> str:
@@ -557,14 +566,14 @@ def _check_dtypes(*dtypes: torch.dtype) -> None:
 
 def _pack_natively(library: select.Library, weight: Tensor | QuantizedWeight, packed: PackedWeight) -> None:
     """Fill packed.data."""
-    scales = None
+    of_groups = None
     if isinstance(weight, Tensor):
         numbers = weight.detach()
         numbers = (numbers if numbers.dtype == torch.float32 else numbers.to(torch.bfloat16)).contiguous()
     else:
         numbers = weight.values.contiguous()
-        scales = weight.scales.contiguous() if weight.bits == 4 else None
+        of_groups = None if weight.of_groups is None else weight.of_groups.contiguous()
     library.function("moesaic_pack_weight", "piipipi")(
         ctypes.addressof(packed.struct), packed.num_matrices or 1, packed.out_size, numbers.data_ptr(),
-        numbers.dtype == torch.float32, address_of(scales), packed.is_gated,
+        numbers.dtype == torch.float32, address_of(of_groups), packed.is_gated,
     )  # fmt: skip

@@ -1,10 +1,10 @@
 """How packed matrices lie for the CPU's kernels: in panels of 32 rows, each one stream for the memory.
 
 A matrix (N, K) is a run of panels. In bf16 a panel is [K/2][32][2]; with 8 bits [K/4][32][4], each byte the value plus
-128; with 4 bits, for each group of K, its 32 scales in bf16 and then [group/4][16][4], each byte with row n in its low
-nibble and row n + 16 in its high one. MXFP4 is laid out as 4 bits in groups of 64, but with 32 scales of a byte for the
-first 32 columns and then 32 for the others. K is padded to 32 (bf16) or 64 (8 bits, MXFP4). Of a gated MLP's [gate, up]
-a panel holds 16 rows of the gate and the same 16 of up.
+128; with 4 bits, for each group of K, the steps of its 32 rows in int16 and then [group/4][16][4], each byte with row n
+in its low nibble and row n + 16 in its high one. MXFP4 is laid out as 4 bits in groups of 64, but with 32 scales of a
+byte for the first 32 columns and then 32 for the others. K is padded to 32 (bf16) or 64 (8 bits, MXFP4). Of a gated
+MLP's [gate, up] a panel holds 16 rows of the gate and the same 16 of up.
 
 The kernels pack by themselves; this is the definition, and what unpacks.
 """
@@ -20,9 +20,9 @@ from moesaic.kernels.quantized import QuantizedWeight
 PackedFormat = Literal["bf16", "int8", "int4", "mxfp4"]
 
 # Of this layout. Files of packed weights name it: raise it with every change of it.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 PANEL = 32
-# Of the scales that stand before every group of 4 bits.
+# Of the steps or scales that stand before every group of 4 bits.
 _HEADER_BYTES = 2 * PANEL
 _MXFP4_DEPTH = 64  # columns behind such a header of MXFP4
 
@@ -36,7 +36,7 @@ def format_of(weight: Tensor | QuantizedWeight) -> tuple[PackedFormat, int | Non
 
 
 def row_bytes(format: PackedFormat, in_size: int, group_size: int | None) -> int:
-    """Bytes of a row of a panel, padding and its share of the scales included."""
+    """Bytes of a row of a panel, padding and its share of the headers included."""
     if format == "bf16":
         return -(-in_size // 32) * 32 * 2
     if format == "int8":
@@ -47,8 +47,12 @@ def row_bytes(format: PackedFormat, in_size: int, group_size: int | None) -> int
 
 
 def _header_depth(format: PackedFormat, group_size: int) -> int:
-    """Columns of 4 bits that share a header of scales."""
+    """Columns of 4 bits that share a header."""
     return _MXFP4_DEPTH if format == "mxfp4" else group_size
+
+
+def _header_dtype(format: PackedFormat) -> torch.dtype:
+    return torch.uint8 if format == "mxfp4" else torch.int16
 
 
 def panel_order(out_size: int, is_gated: bool) -> Tensor:
@@ -80,7 +84,8 @@ def pack_matrix(weight: Tensor | QuantizedWeight, index: int | None, order: Tens
     elif weight.group_size is None:
         _pack_int8(own(weight.values), order, out)
     else:
-        _pack_nibbles(weight, own(weight.values), own(weight.scales), order, out)
+        assert weight.of_groups is not None
+        _pack_nibbles(weight, own(weight.values), own(weight.of_groups), order, out)
 
 
 def _pack_bf16(matrix: Tensor, order: Tensor, out: Tensor) -> None:
@@ -93,8 +98,8 @@ def _pack_int8(values: Tensor, order: Tensor, out: Tensor) -> None:
     _write_panels(F.pad(rows, (0, -values.shape[1] % 64), value=128), out)
 
 
-def _pack_nibbles(weight: QuantizedWeight, values: Tensor, scales: Tensor, order: Tensor, out: Tensor) -> None:
-    """values (N, K/2), scales (N, groups): of one matrix of the weight."""
+def _pack_nibbles(weight: QuantizedWeight, values: Tensor, of_groups: Tensor, order: Tensor, out: Tensor) -> None:
+    """values (N, K/2), of_groups (N, groups): of one matrix of the weight."""
     assert weight.group_size is not None
     format = format_of(weight)[0]
     depth = _header_depth(format, weight.group_size)
@@ -107,8 +112,8 @@ def _pack_nibbles(weight: QuantizedWeight, values: Tensor, scales: Tensor, order
     dwords = both.view(torch.int32).transpose(1, 2).contiguous()  # (panels, K/4, 16)
     parts[..., _HEADER_BYTES:] = dwords.view(torch.uint8).view(*parts.shape[:2], -1)
     groups = padded // weight.group_size
-    grouped = F.pad(take_rows(scales, order, 0), (0, groups - scales.shape[1]))
-    headers = grouped.view(panels, PANEL, groups).transpose(1, 2).contiguous()
+    grouped = F.pad(take_rows(of_groups, order, 0), (0, groups - of_groups.shape[1]))
+    headers = grouped.to(_header_dtype(format)).view(panels, PANEL, groups).transpose(1, 2).contiguous()
     parts[..., :_HEADER_BYTES] = headers.view(torch.uint8).view(*parts.shape[:2], -1)
 
 
@@ -122,7 +127,7 @@ def unpack_matrix(
     data: Tensor, scales: Tensor | None, format: PackedFormat, shape: tuple[int, int], group_size: int | None,
     *, is_gated: bool,
 ) -> Tensor | QuantizedWeight:  # fmt: skip
-    """Return a matrix (N, K) as it was: in bf16, or quantised. scales (N padded to panels,): of 8 bits alone."""
+    """Return a matrix (N, K) as it was: in bf16, or quantised. scales (N padded to panels,): of integers alone."""
     out_size, in_size = shape
     order = panel_order(out_size, is_gated).to(data.device)
     kept = order < out_size
@@ -133,13 +138,17 @@ def unpack_matrix(
         depth = _header_depth(format, group_size)
         padded = -(-in_size // depth) * depth
         parts = data.view(panels, padded // depth, -1)
-        dtype = torch.uint8 if format == "mxfp4" else torch.bfloat16
-        headers = parts[..., :_HEADER_BYTES].contiguous().view(dtype).view(panels, -1, PANEL)  # (panels, groups, 32)
+        headers = parts[..., :_HEADER_BYTES].contiguous().view(_header_dtype(format))
+        headers = headers.view(panels, -1, PANEL)  # (panels, groups, 32)
         both = parts[..., _HEADER_BYTES:].reshape(panels, padded // 4, 16, 4)
         nibbles = torch.stack([both & 15, both >> 4], dim=1)  # (panels, 2, K/4, 16, 4)
         rows = nibbles.permute(0, 1, 3, 2, 4).reshape(len(order), padded)[place, :in_size]
-        row_scales = headers.transpose(1, 2).reshape(len(order), -1)[place, : in_size // group_size]
-        return QuantizedWeight(rows[:, 0::2] | (rows[:, 1::2] << 4), row_scales.contiguous(), 4, group_size)
+        of_groups = headers.transpose(1, 2).reshape(len(order), -1)[place, : in_size // group_size].contiguous()
+        values = rows[:, 0::2] | (rows[:, 1::2] << 4)
+        if format == "mxfp4":
+            return QuantizedWeight(values, of_groups, 4, group_size)
+        assert scales is not None
+        return QuantizedWeight(values, scales[place], 4, group_size, of_groups.to(torch.int8))
     dwords = data.view(torch.int32).view(panels, -1, PANEL).transpose(1, 2).reshape(len(order), -1)[place]
     if format == "bf16":
         return dwords.view(torch.bfloat16)[:, :in_size].contiguous()

@@ -1,12 +1,13 @@
 """Matrices of 8-bit and 4-bit integers and of MXFP4: their format, and what a product with one gives, to the bit.
 
-Weights are quantised once, by row or by group of columns; activations at every product, by token. Integers are rotated
-before, on both sides: their columns are multiplied by a Hadamard matrix, which leaves a product as it is and spreads
-what single columns have of large numbers over many, so that one scale for a whole token costs less than one for every
-128 columns without it. Dot products inside a scale are exact integers, and what follows is a fixed order of fp32
-roundings, so a result depends neither on the batch nor on the path that computed it. These functions are that
-definition; the packed C++ kernels must give the same bits, and so must those that rotate and round weights. How scales
-are chosen better than by round-to-nearest is convert/'s business.
+Weights are quantised once, by row; activations at every product, by token. Integers are rotated before, on both sides:
+their columns are multiplied by a Hadamard matrix, which leaves a product as it is and spreads what single columns have
+of large numbers over many, so that one scale for a whole token costs less than one for every 128 columns without it.
+Of 4 bits every group of columns has its own scale, and that is a whole multiple of its row's: its step. A value times
+its step fits 8 bits, so a dot product is one exact sum of integers over all columns for 4 bits as for 8. What follows
+is a fixed order of fp32 roundings, so a result depends neither on the batch nor on the path that computed it. These
+functions are that definition; the packed C++ kernels must give the same bits, and so must those that rotate and round
+weights. How steps are chosen better for what reaches a matrix is convert/'s business.
 
 MXFP4 (mxfp4.py) is for models that are published in it, whose numbers are kept as they are, so nothing is rotated.
 There activations have a scale for every group too. Twice a number of 4 bits is an integer, so that dot products inside
@@ -16,16 +17,20 @@ Source of the rotation: Ashkboos et al., QuaRot (arXiv 2404.00456); its online f
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moesaic.kernels import mxfp4, select
+from moesaic.kernels.addresses import address_of
 
 GROUP_SIZES = (32, 64, 128)
 # A row whose largest magnitude is below this counts as zero: 127 divided by it would leave fp32.
 SMALLEST_AMAX = 2.0**-120
+# A value of 4 bits times this, -8 * 15, fits 8 bits.
+MAX_STEP = 15
 # Columns whose dot product of 8 bits stays in int32.
 MAX_COLUMNS = 1 << 17
 # Columns whose dot product of 8 bits stays below 2**24, exact in fp32 in any order.
@@ -41,35 +46,37 @@ class QuantizedWeight:
 
     bits 8: values (..., N, K) int8 in -127..127; scales (..., N) fp32, one per output channel; group_size None.
     bits 4: values (..., N, K/2) uint8, column 2j in the low nibble and 2j+1 in the high one, each stored as its value
-    (-8..7) plus 8; scales (..., N, K/group_size) bf16 of either sign; group_size 32, 64 or 128, which divides K.
+    (-8..7) plus 8; steps (..., N, K/group_size) int8 in -15..15; scales (..., N) fp32; group_size 32, 64 or 128, which
+    divides K. A number is value * step * scale.
     MXFP4 (bits 4, group_size 32) is told by its scales: values likewise, of the format's own 4 bits; scales
-    (..., N, K/32) uint8.
+    (..., N, K/32) uint8; no steps.
     """
 
     values: Tensor
     scales: Tensor
     bits: int
     group_size: int | None
+    steps: Tensor | None = None
 
     def __post_init__(self) -> None:
-        values, scales = self.values, self.scales
+        values, scales, steps = self.values, self.scales, self.steps
         assert self.bits in (4, 8), self.bits
+        assert values.dtype == (torch.int8 if self.bits == 8 else torch.uint8), (values.dtype, self.bits)
+        assert values.dim() >= 2, values.shape
+        if self.bits == 8 or not self.is_mxfp4:
+            assert scales.dtype == torch.float32 and scales.shape == values.shape[:-1], (scales.dtype, scales.shape)
+            assert self.shape[-1] <= MAX_COLUMNS, self.shape
         if self.bits == 8:
-            assert self.group_size is None, self.group_size
-            assert values.dtype == torch.int8 and scales.dtype == torch.float32, (values.dtype, scales.dtype)
-            assert values.dim() >= 2 and scales.shape == values.shape[:-1], (values.shape, scales.shape)
-            assert values.shape[-1] <= MAX_COLUMNS, values.shape
-        else:
-            assert self.group_size in GROUP_SIZES, self.group_size
-            assert values.dtype == torch.uint8, values.dtype
-            assert scales.dtype == torch.bfloat16 or (self.is_mxfp4 and self.group_size == mxfp4.GROUP_SIZE), (
-                scales.dtype,
-                self.group_size,
-            )
-            columns = 2 * values.shape[-1]
-            assert columns % self.group_size == 0, (values.shape, self.group_size)
-            expected = (*values.shape[:-1], columns // self.group_size)
-            assert values.dim() >= 2 and scales.shape == expected, (values.shape, scales.shape, self.group_size)
+            assert self.group_size is None and steps is None, (self.group_size, steps)
+            return
+        sizes = (mxfp4.GROUP_SIZE,) if self.is_mxfp4 else GROUP_SIZES
+        assert self.group_size is not None and self.group_size in sizes, self.group_size
+        assert (steps is None) == self.is_mxfp4, (scales.dtype, steps)
+        of_groups = self.of_groups
+        assert of_groups is not None and (self.is_mxfp4 or of_groups.dtype == torch.int8), of_groups
+        assert self.shape[-1] % self.group_size == 0, (self.shape, self.group_size)
+        expected = (*self.shape[:-1], self.shape[-1] // self.group_size)
+        assert of_groups.shape == expected, (of_groups.shape, self.shape, self.group_size)
 
     @property
     def shape(self) -> torch.Size:
@@ -82,8 +89,33 @@ class QuantizedWeight:
         return self.scales.dtype == torch.uint8
 
     @property
+    def of_groups(self) -> Tensor | None:
+        """The byte that every group has, (..., N, K/group_size): its step, or its scale in MXFP4."""
+        return self.scales if self.is_mxfp4 else self.steps
+
+    @property
     def num_bytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        return self.values.nbytes + self.scales.nbytes + (0 if self.steps is None else self.steps.nbytes)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "QuantizedWeight":
+        """Return the weight with each of its tensors changed, in the dimensions before K alone."""
+        return combine([self], lambda tensors: change(tensors[0]))
+
+
+def combine(weights: Sequence[QuantizedWeight], join: Callable[[list[Tensor]], Tensor]) -> QuantizedWeight:
+    """Return one weight of several of one format, whose tensors of each kind are joined, in the dimensions before K
+    alone."""
+    first = weights[0]
+    formats = {(each.bits, each.group_size, each.is_mxfp4) for each in weights}
+    assert len(formats) == 1, formats
+    steps = [each.steps for each in weights if each.steps is not None]
+    return QuantizedWeight(
+        join([each.values for each in weights]),
+        join([each.scales for each in weights]),
+        first.bits,
+        first.group_size,
+        join(steps) if steps else None,
+    )
 
 
 def rotation_size(columns: int) -> int:
@@ -151,38 +183,77 @@ def _library_for(x: Tensor) -> select.Library | None:
 def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None) -> QuantizedWeight:
     """Rotate a finite weight (..., N, K) and round it to the nearest values of evenly spaced levels.
 
-    8 bits: the row's largest magnitude becomes 127. 4 bits: the number of largest magnitude of each group becomes -8,
-    which makes the scale negative where that number is positive; so the group uses all 16 levels.
+    8 bits: the row's largest magnitude becomes 127. 4 bits: it becomes -8 times a step of 15 or -15. Of every group
+    the number of largest magnitude decides: its step is of the sign that makes that number negative, and of the
+    one above that makes it -8 and the two below the one that loses least.
     """
     assert (bits, group_size) == (8, None) or (bits == 4 and group_size in GROUP_SIZES), (bits, group_size)
     library = _library_for(weight)
     if library is not None:
         return _quantize_natively(library, weight.detach().contiguous(), bits=bits, group_size=group_size)
     rotated = rotate_weight(weight)
-    if bits == 8:
-        return round_to_scales(rotated, rotated.abs().amax(-1) / 127.0, bits=8)
-    assert group_size is not None
-    grouped = rotated.unflatten(-1, (-1, group_size))  # (..., N, K/G, G)
+    if group_size is None:
+        return round_to_scales(rotated, rotated.abs().amax(-1) / 127.0)
+    scales = row_scales(rotated)
+    return round_to_scales(rotated, scales, _nearest_steps(rotated.unflatten(-1, (-1, group_size)), scales))
+
+
+def row_scales(rotated: Tensor) -> Tensor:
+    """Return the scales (..., N) of 4 bits: the largest magnitude of every row of (..., N, K) becomes 120."""
+    return rotated.abs().amax(-1) / (8.0 * MAX_STEP)
+
+
+def _nearest_steps(grouped: Tensor, scales: Tensor) -> Tensor:
+    """Return the steps (..., N, K/G) int8 of groups (..., N, K/G, G) with which their rounding loses least."""
     extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    return round_to_scales(rotated, (extreme / -8.0).to(torch.bfloat16), bits=4, group_size=group_size)
+    scales = scales[..., None]
+    reach = torch.where(scales == 0, 0.0, extreme / (-8.0 * scales))
+    sign = torch.where(reach < 0, -1.0, 1.0)
+    below = reach.abs().floor()
+    best, least = torch.zeros_like(reach), torch.full_like(reach, torch.inf)
+    for magnitude in (reach.abs().ceil(), below, below - 1.0):
+        steps = magnitude.clamp(1.0, MAX_STEP) * sign
+        error = _tree_sum(squared_errors(grouped, steps * scales))
+        # What is not finite is not less than anything; the first is taken then.
+        is_better = (error < least) | (best == 0)
+        best, least = torch.where(is_better, steps, best), torch.where(is_better, error, least)
+    return best.to(torch.int8)
+
+
+def _tree_sum(numbers: Tensor) -> Tensor:
+    """Return the sums (...) of (..., a power of two), the first half added to the second until one is left."""
+    while numbers.shape[-1] > 1:
+        first, second = numbers.chunk(2, -1)
+        numbers = first + second
+    return numbers.squeeze(-1)
+
+
+def round_to_levels(grouped: Tensor, levels: Tensor) -> Tensor:
+    """Return the whole numbers (..., G) in -8..7, in fp32, whose multiples of levels (...) are nearest to (..., G)."""
+    return (grouped / torch.where(levels == 0, 1.0, levels)[..., None]).round_().clamp_(-8, 7)
+
+
+def squared_errors(grouped: Tensor, levels: Tensor) -> Tensor:
+    """Return the squared errors (..., G) of numbers (..., G) rounded to multiples of levels (...)."""
+    return round_to_levels(grouped, levels).mul_(levels[..., None]).sub_(grouped).square_()
 
 
 def _quantize_natively(
     library: select.Library, weight: Tensor, *, bits: int, group_size: int | None
 ) -> QuantizedWeight:
     *rows, columns = weight.shape
+    scales, steps = torch.empty(rows, dtype=torch.float32), None
     if group_size is None:
         values = torch.empty(weight.shape, dtype=torch.int8)
-        scales = torch.empty(rows, dtype=torch.float32)
     else:
         assert columns % group_size == 0, (weight.shape, group_size)
         values = torch.empty(*rows, columns // 2, dtype=torch.uint8)
-        scales = torch.empty(*rows, columns // group_size, dtype=torch.bfloat16)
-    library.function("moesaic_quantize_weight", "piiiipp")(
+        steps = torch.empty(*rows, columns // group_size, dtype=torch.int8)
+    library.function("moesaic_quantize_weight", "piiiippp")(
         weight.data_ptr(), weight.dtype == torch.bfloat16, math.prod(rows), columns, group_size or 0,
-        values.data_ptr(), scales.data_ptr(),
+        values.data_ptr(), address_of(steps), scales.data_ptr(),
     )  # fmt: skip
-    return QuantizedWeight(values, scales, bits, group_size)
+    return QuantizedWeight(values, scales, bits, group_size, steps)
 
 
 def quantize_to_mxfp4(weight: Tensor) -> QuantizedWeight:
@@ -206,19 +277,28 @@ def quantize_to_mxfp4(weight: Tensor) -> QuantizedWeight:
     return QuantizedWeight(values, scales, 4, mxfp4.GROUP_SIZE)
 
 
-def round_to_scales(rotated: Tensor, scales: Tensor, *, bits: int, group_size: int | None = None) -> QuantizedWeight:
-    """Return a rotated weight (..., N, K) in whole multiples of given scales, clamped to what the bits hold.
+def round_to_scales(rotated: Tensor, scales: Tensor, steps: Tensor | None = None) -> QuantizedWeight:
+    """Return a rotated weight (..., N, K) in whole multiples of given scales (..., N), clamped to what 8 bits hold; or
+    of these times the steps of its groups (..., N, K/G), clamped to 4 bits.
 
-    A scale of 0 gives values of 0.
+    A scale of 0 is for a row of zeros and gives values of 0.
     """
-    divisor = torch.where(scales == 0, 1.0, scales.float())[..., None]
-    if bits == 8:
-        values = (rotated.float() / divisor).round_().clamp_(-127, 127)
-        return QuantizedWeight(values.to(torch.int8), scales.float(), 8, None)
-    assert group_size is not None, "4-bit weights need a group_size"
-    grouped = rotated.float().unflatten(-1, (-1, group_size))
-    values = (grouped / divisor).round_().clamp_(-8, 7).flatten(-2)
-    return QuantizedWeight(pack_nibbles(values), scales.to(torch.bfloat16), 4, group_size)
+    rotated, scales = rotated.float(), scales.float()
+    if steps is None:
+        divisor = torch.where(scales == 0, 1.0, scales)[..., None]
+        return QuantizedWeight((rotated / divisor).round_().clamp_(-127, 127).to(torch.int8), scales, 8, None)
+    grouped = rotated.unflatten(-1, (steps.shape[-1], -1))
+    values = round_to_levels(grouped, steps.float() * scales[..., None]).flatten(-2)
+    return QuantizedWeight(pack_nibbles(values), scales, 4, grouped.shape[-1], steps)
+
+
+def as_int8(weight: QuantizedWeight) -> QuantizedWeight:
+    """Return 4 bits with steps as 8 bits: every value times its step; 8 bits as they are."""
+    if weight.bits == 8:
+        return weight
+    assert weight.steps is not None and weight.group_size is not None
+    grouped = unpack_nibbles(weight.values).unflatten(-1, (-1, weight.group_size))
+    return QuantizedWeight((grouped * weight.steps[..., None]).flatten(-2), weight.scales, 8, None)
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
@@ -227,11 +307,7 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
         return torch.empty(weight.shape, dtype=torch.float32, device="meta")
     if weight.is_mxfp4:
         return mxfp4.dequantize(weight.values, weight.scales).float()
-    if weight.bits == 8:
-        return _rotated(weight.values.float() * weight.scales[..., None], 1.0)
-    assert weight.group_size is not None
-    grouped = unpack_nibbles(weight.values).float().unflatten(-1, (-1, weight.group_size))
-    return _rotated((grouped * weight.scales.float()[..., None]).flatten(-2), 1.0)
+    return _rotated(as_int8(weight).values.float() * weight.scales[..., None], 1.0)
 
 
 def pack_nibbles(values: Tensor) -> Tensor:
@@ -280,7 +356,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """Return (M, N) fp32, x (M, K) times a weight (N, K) transposed: the definition that kernels must meet to the bit.
 
     8 bits: y = (dot * activation_scale[m]) * weight_scale[n], dot over all columns and rounded to fp32 once.
-    4 bits: y = (sum over groups g, rising, of dot_g * weight_scale[n, g]) * activation_scale[m].
+    4 bits: the same, of the weight's values times their steps.
     MXFP4: y = sum over groups g, rising, of (dot_g * (activation_scale[m, g] / 2)) * 2^(weight_scale[n, g] - 127), with
     dot_g of twice the weights' numbers.
     Dot products are exact int32; every product and sum written here is one fp32 rounding, none are fused, but for the
@@ -290,19 +366,11 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     if weight.is_mxfp4:
         return _mxfp4_linear(x, weight)
     values, scales = quantize_activations(x)
-    numbers = values.float()
-    matrix = (weight.values if weight.bits == 8 else unpack_nibbles(weight.values)).float()
-    if weight.bits == 8:
-        dot = torch.zeros(x.shape[0], matrix.shape[0], dtype=torch.int32, device=x.device)
-        for part, own in zip(numbers.split(_EXACT_COLUMNS, 1), matrix.split(_EXACT_COLUMNS, 1), strict=True):
-            dot += (part @ own.t()).to(torch.int32)
-        return dot.float() * scales[:, None] * weight.scales
-    assert weight.group_size is not None
-    total = numbers.new_zeros(x.shape[0], matrix.shape[0])
-    for index, start in enumerate(range(0, matrix.shape[1], weight.group_size)):
-        columns = slice(start, start + weight.group_size)
-        total += (numbers[:, columns] @ matrix[:, columns].t()) * weight.scales[:, index].float()
-    return total * scales[:, None]
+    numbers, matrix = values.float(), as_int8(weight).values.float()
+    dot = torch.zeros(x.shape[0], matrix.shape[0], dtype=torch.int32, device=x.device)
+    for part, own in zip(numbers.split(_EXACT_COLUMNS, 1), matrix.split(_EXACT_COLUMNS, 1), strict=True):
+        dot += (part @ own.t()).to(torch.int32)
+    return dot.float() * scales[:, None] * weight.scales
 
 
 def _mxfp4_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:

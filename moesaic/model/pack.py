@@ -18,7 +18,7 @@ from moesaic.config.model import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels.decode import LatentPart, LayerPart, ModelPart, NormPart, RouterPart
 from moesaic.kernels.packed import PackedMlp, PackedWeight, pack_mlp, pack_weight
-from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_weight
+from moesaic.kernels.quantized import QuantizedWeight, combine, dequantize, quantize_weight
 from moesaic.model.attention import Attention
 from moesaic.model.feed_forward import FeedForward, Mlp
 from moesaic.model.latent_attention import LatentAttention
@@ -99,7 +99,7 @@ def packed_shell(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Transfor
 def packed_tensors(model: Transformer) -> dict[str, Tensor]:
     """Return every tensor that a packed model computes with, by its place; not those that are made from them.
 
-    Matrices are PLACE.packed.data (uint8) and, with 8 bits, PLACE.packed.scales.
+    Matrices are PLACE.packed.data (uint8) and, of integers, PLACE.packed.scales; on CUDA also PLACE.packed.steps.
     """
     assert model.is_packed, "this model is not packed"
     found = _Found()
@@ -196,8 +196,11 @@ def _visit_module(prefix: str, module: nn.Module, visit: _Visitor) -> None:
 
 def _visit_matrix(place: str, weight: PackedWeight, visit: _Visitor) -> PackedWeight:
     data = visit(f"{place}.data", weight.data)
-    scales = None if weight.scales is None else visit(f"{place}.scales", weight.scales)
-    return weight if data is weight.data else replace(weight, data=data, scales=scales)
+    scales, steps = (
+        None if tensor is None else visit(f"{place}.{name}", tensor)
+        for name, tensor in (("scales", weight.scales), ("steps", weight.steps))
+    )
+    return weight if data is weight.data else replace(weight, data=data, scales=scales, steps=steps)
 
 
 def _visit_mlp(place: str, packed: PackedMlp, visit: _Visitor) -> PackedMlp:
@@ -224,13 +227,15 @@ class _Found(dict[str, Tensor]):
 
 
 def _empty_quantized(shape: tuple[int, ...], scheme: Scheme) -> QuantizedWeight:
-    if scheme.group_size is None:
-        return QuantizedWeight(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]), scheme.bits, None)
     *rows, columns = shape
+    if scheme.group_size is None:
+        return QuantizedWeight(torch.empty(shape, dtype=torch.int8), torch.empty(rows), scheme.bits, None)
     values = torch.empty(*rows, columns // 2, dtype=torch.uint8)
-    dtype = torch.uint8 if scheme.is_mxfp4 else torch.bfloat16
-    scales = torch.empty(*rows, columns // scheme.group_size, dtype=dtype)
-    return QuantizedWeight(values, scales, scheme.bits, scheme.group_size)
+    groups = (*rows, columns // scheme.group_size)
+    if scheme.is_mxfp4:
+        return QuantizedWeight(values, torch.empty(groups, dtype=torch.uint8), scheme.bits, scheme.group_size)
+    steps = torch.empty(groups, dtype=torch.int8)
+    return QuantizedWeight(values, torch.empty(rows), scheme.bits, scheme.group_size, steps)
 
 
 def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
@@ -296,8 +301,7 @@ class _Weights:
 
     def take(self, name: str) -> Tensor | QuantizedWeight:
         if (given := self._quantized.pop(name, None)) is not None:
-            values, scales = given.values.to(self._device), given.scales.to(self._device)
-            return QuantizedWeight(values, scales, given.bits, given.group_size)
+            return given.map(lambda tensor: tensor.to(self._device))
         weight = self._model.get_parameter(name).detach()
         weight = weight.float() if weight.dtype is torch.float16 else weight
         if self._rounds:
@@ -322,8 +326,7 @@ class _Weights:
                 f"{', '.join(names)} are computed as one matrix and come as {formats}; one format is required; "
                 f"quantise all of them alike."
             )
-        values, scales = _join([part.values for part in whole]), _join([part.scales for part in whole])
-        return QuantizedWeight(values, scales, whole[0].bits, whole[0].group_size)
+        return combine(whole, _join)
 
 
 def _stack_biases(*layers: Linear) -> nn.Parameter | None:

@@ -107,7 +107,7 @@ def test_quantised_weights_are_counted_with_their_scales() -> None:
 
     weights = 3 * 64 * 128
     assert expert_bytes("int8") == weights + 4 * (2 * 128 + 64)
-    assert expert_bytes("int4") == weights / 2 + 2 * weights / 64
+    assert expert_bytes("int4") == weights / 2 + weights / 64 + 4 * (2 * 128 + 64)
     assert expert_bytes("mxfp4") == weights / 2 + weights / 32
 
 

@@ -7,7 +7,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from moesaic.checkpoint.quantized import describe_quantization, is_quantized, take_quantized
+from moesaic.checkpoint.quantized import (
+    STEPS,
+    describe_quantization,
+    is_quantized,
+    quantization_schemes,
+    take_quantized,
+)
 from moesaic.checkpoint.store import load_tensors, resolve_checkpoint, save_checkpoint
 from moesaic.convert.quantize import (
     REPORT_NAME,
@@ -67,6 +73,9 @@ def test_every_tensor_is_rounded_to_nearest_or_kept(
             assert (quantized[name].bits, quantized[name].group_size) == (expected.bits, expected.group_size), name
             assert torch.equal(quantized[name].values, expected.values), name
             assert torch.equal(quantized[name].scales, expected.scales), name
+            steps = quantized[name].steps
+            assert (steps is None) == (expected.steps is None), name
+            assert steps is None or (expected.steps is not None and torch.equal(steps, expected.steps)), name
         elif format_ == "bf16":
             assert torch.equal(kept[name], tensor.bfloat16()), name
         else:
@@ -397,16 +406,38 @@ def test_a_manifest_that_names_what_is_not_there_is_found(make_run: Any, tmp_pat
         load_run(out)
 
 
-def test_more_columns_than_int8_can_sum_are_refused(
-    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_int4_without_its_steps_is_found(make_run: Any, tmp_path: Path) -> None:
+    run, out = make_run("moe"), tmp_path / "out"
+    quantize(run, out, experts="int4")
+    info = resolve_checkpoint(out)
+    tensors = load_tensors(info, "model")
+    steps = sorted(name for name in tensors if name.endswith(STEPS))
+    assert [name.removesuffix(STEPS) for name in steps] == sorted(
+        name for name, scheme in quantization_schemes(info).items() if scheme.has_steps
+    )
+    changed = {name: tensor for name, tensor in tensors.items() if name != steps[0]}
+    with pytest.raises(CheckpointError, match=rf"does not hold {steps[0].removesuffix(STEPS)} .*{steps[0]}"):
+        take_quantized(changed, info)
+    changed = tensors | {steps[0]: tensors[steps[0]].to(torch.int16)}
+    with pytest.raises(CheckpointError, match=rf"does not hold {steps[0].removesuffix(STEPS)} "):
+        take_quantized(changed, info)
+
+
+@pytest.mark.parametrize("experts", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("rest", ["int8", "int4", "bf16"])
+def test_more_columns_than_integers_can_sum_are_refused(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: str, rest: str
 ) -> None:
     monkeypatch.setattr("moesaic.convert.quantize.MAX_COLUMNS", 16)
-    with pytest.raises(ConfigError, match=r"columns; sums of int8 take at most 16; use bf16 or int4"):
-        quantize(make_run("moe"), tmp_path / "out")
+    if (experts, rest) == ("mxfp4", "bf16"):
+        return
+    found = rf"sums of {rest} take at most 16; use bf16|sums of {experts} take at most 16; use mxfp4"
+    with pytest.raises(ConfigError, match=found):
+        quantize(make_run("moe"), tmp_path / "out", experts=experts, rest=rest)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("found", [None, 1, 3])
+@pytest.mark.parametrize("found", [None, 1, 2, 4])
 def test_integers_of_another_format_are_refused(make_run: Any, tmp_path: Path, found: int | None) -> None:
     run, out = make_run("moe"), tmp_path / "out"
     quantize(run, out)
@@ -416,6 +447,6 @@ def test_integers_of_another_format_are_refused(make_run: Any, tmp_path: Path, f
     if found is not None:
         manifest["metadata"]["quantization"]["format"] = found
     path.write_text(json.dumps(manifest))
-    message = rf"integers of format {found or 1}, .*; format 2 is required; quantise {run}"
+    message = rf"integers of format {found or 1}, .*; format 3 is required; quantise {run}"
     with pytest.raises(CheckpointError, match=message):
         load_run(out)

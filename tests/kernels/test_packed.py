@@ -20,10 +20,13 @@ from moesaic.kernels.packed import (
 from moesaic.kernels.panels import LAYOUT_VERSION
 from moesaic.kernels.quantized import (
     QuantizedWeight,
+    as_int8,
     dequantize,
     quantize_to_mxfp4,
     quantize_weight,
     quantized_linear,
+    rotate,
+    rotation_size,
 )
 
 from .instruction_sets import ALL, COMPILED, SUPPORTED
@@ -50,6 +53,14 @@ def quantized(dense: Tensor, format: str) -> QuantizedWeight:
     return quantize_weight(dense, bits=4, group_size=int(format.split("-")[1]))
 
 
+def same_numbers(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    """Whether two weights are of one format and hold the same bits."""
+    if a.steps is not None and b.steps is not None and not torch.equal(a.steps, b.steps):
+        return False
+    formats = [(each.bits, each.group_size, each.steps is None) for each in (a, b)]
+    return formats[0] == formats[1] and torch.equal(a.values, b.values) and torch.equal(a.scales, b.scales)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32)) or bool(
         ((a == b) | (a.isnan() & b.isnan())).all()  # the sign and payload of a NaN say nothing
@@ -71,8 +82,7 @@ def test_unpacking_gives_back_what_was_packed(format: str, interleave_gate: bool
         if isinstance(weight, Tensor):
             assert isinstance(back, Tensor) and torch.equal(back, weight)
         else:
-            assert isinstance(back, QuantizedWeight) and torch.equal(back.values, weight.values)
-            assert torch.equal(back.scales, weight.scales) and back.group_size == weight.group_size
+            assert isinstance(back, QuantizedWeight) and same_numbers(back, weight)
 
 
 @pytest.mark.parametrize("interleave_gate", [False, True])
@@ -89,6 +99,8 @@ def test_kernels_pack_to_the_same_bytes(compiled_kernels: str, format: str, inte
                 sources.append(quantize_weight(dense[..., :-3], bits=8))
             if format in ("int4-32", "mxfp4"):
                 sources.append(quantized(dense[..., :96], format))
+            if format.startswith("int4") and len(shape) == 2 and shape[0]:
+                sources.append(steps_at_their_ends(*shape, int(format.split("-")[1])))
         for source in sources:
             packed = pack_weight(source, interleave_gate=interleave_gate and source.shape[-2] % 2 == 0)
             with select.forced("reference"):
@@ -120,8 +132,8 @@ def test_a_stack_is_its_matrices() -> None:
             if isinstance(weight, Tensor):
                 assert isinstance(back, Tensor) and torch.equal(back, weight[index])
             else:
-                assert isinstance(back, QuantizedWeight) and torch.equal(back.values, weight.values[index])
-                assert torch.equal(back.scales, weight.scales[index])
+                own = weight.map(lambda tensor, index=index: tensor[index])  # type: ignore[misc]
+                assert isinstance(back, QuantizedWeight) and same_numbers(back, own)
 
 
 @pytest.mark.parametrize("choice", ALL)
@@ -135,6 +147,46 @@ def test_integer_weights_equal_their_definition_to_the_bit(choice: str, format: 
             x = numbers(rows, k, seed=rows) * torch.logspace(-3, 3, rows)[:, None]
             with select.forced(choice):
                 assert same_bits(one(x, packed), quantized_linear(x, weight)), (n, k, rows)
+
+
+def steps_at_their_ends(n: int, k: int, group_size: int) -> QuantizedWeight:
+    """4 bits whose first rows are -8 * 15 and 8 * 15 everywhere, 7 * 15, of steps 1 and -1, of zeros by their steps, by
+    their values and by their scale; of the others every fifth group is zeros and every seventh has a step of 1."""
+    generator = torch.Generator().manual_seed(k)
+    values = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=generator)
+    steps = torch.randint(-15, 16, (n, k // group_size), dtype=torch.int8, generator=generator)
+    steps.view(-1)[::5] = 0
+    steps.view(-1)[::7] = 1
+    values[0], steps[0] = 0x00, 15
+    values[1], steps[1] = 0x00, -15
+    values[2], steps[2] = 0xFF, 15
+    steps[3] = 1 - 2 * (torch.arange(steps.shape[1]) % 2).to(torch.int8)
+    steps[4] = 0
+    values[5] = 0x88
+    scales = torch.full((n,), 0.5) + torch.arange(n) / 1024
+    scales[:6] = 0.5
+    scales[6] = 0
+    return QuantizedWeight(values, scales, 4, group_size, steps)
+
+
+@pytest.mark.parametrize("choice", ALL)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_4_bits_are_8_bits_of_every_value_times_its_step(choice: str, group_size: int) -> None:
+    """Of one group, of several, of more than one block, and of sums beyond 24 bits."""
+    for k in (group_size, 3 * group_size, 640, 4480, 70_016):
+        weight = steps_at_their_ends(40, k, group_size)
+        x = numbers(37, k, seed=k) * torch.logspace(-3, 3, 37)[:, None]
+        size = rotation_size(k)
+        x[:3] = rotate(torch.full((3, k), 127.0)) / size  # rotated again, 127 everywhere
+        x[1] = -x[1]
+        packed = pack_weight(weight)
+        with select.forced(choice):
+            for rows in (1, 2, 6, 13, 37):
+                y = one(x[:rows], packed)
+                assert same_bits(y, quantized_linear(x[:rows], weight)), (k, rows)
+                assert same_bits(y, one(x[:rows], pack_weight(as_int8(weight)))), (k, rows)
+                assert y[0, 0] == -float(np.float32(120 * 127 * k)) / 2 == -y[0, 1]
+                assert y[:, 4:7].eq(0).all()
 
 
 @pytest.mark.parametrize("choice", ALL)
@@ -325,7 +377,7 @@ def test_packed_weights_take_the_room_of_their_format() -> None:
     dense = numbers(64, 256, seed=11)
     assert pack_weight(dense).num_bytes == 64 * 256 * 2
     assert pack_weight(quantize_weight(dense, bits=8)).num_bytes == 64 * (256 + 4)
-    assert pack_weight(quantize_weight(dense, bits=4, group_size=32)).num_bytes == 64 * (128 + 2 * 8)
+    assert pack_weight(quantize_weight(dense, bits=4, group_size=32)).num_bytes == 64 * (128 + 2 * 8 + 4)
     assert pack_weight(quantize_to_mxfp4(dense)).num_bytes == 64 * (128 + 8)
     assert pack_weight(quantize_to_mxfp4(dense[:, :96])).num_bytes == 64 * (64 + 4)  # as of 128 columns
 
@@ -363,4 +415,4 @@ def test_the_layout_is_what_its_version_says() -> None:
     mlp = pack_mlp(weight[None], weight[:35].t()[None], up_bias=weight[None, :, 0], activation="swiglu")
     assert mlp.up_bias is not None
     digest.update(mlp.up_bias.numpy().tobytes())
-    assert (LAYOUT_VERSION, digest.hexdigest()[:16]) == (2, "809a14befeba0f36")
+    assert (LAYOUT_VERSION, digest.hexdigest()[:16]) == (3, "d507cc9fdf270be8")

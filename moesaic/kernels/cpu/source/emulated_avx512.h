@@ -85,6 +85,8 @@ EMULATED_FLOAT2(div_ps)
 EMULATED_FLOAT2(max_ps)
 EMULATED_FLOAT2(min_ps)
 EMULATED_INT2(add_epi32)
+EMULATED_INT2(add_epi16)
+EMULATED_INT2(mullo_epi16)
 EMULATED_INT2(sub_epi32)
 EMULATED_INT2(max_epi32)
 EMULATED_INT2(packs_epi16)
@@ -397,6 +399,12 @@ inline __m512 rcp14_ps(__m512 a) {
 }
 
 // c + four products of an unsigned byte of a and a signed one of b; sums wrap.
+EMULATED __m512i dpwssd_epi32(__m512i c, __m512i a, __m512i b) {
+    const Any x(a), y(b);
+    Any r(c);
+    for (int h = 0; h < 2; ++h) r.ih[h] = _mm256_add_epi32(r.ih[h], _mm256_madd_epi16(x.ih[h], y.ih[h]));
+    return r.i;
+}
 EMULATED __m512i dpbusd_epi32(__m512i c, __m512i a, __m512i b) {
     const Any x(a), y(b);
     Any r(c);
@@ -469,6 +477,10 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 // After the compiler's own headers, whose names these are.
 #undef _mm512_abs_ps
 #define _mm512_abs_ps emulated_avx512::abs_ps
+#undef _mm512_add_epi16
+#define _mm512_add_epi16 emulated_avx512::add_epi16
+#undef _mm512_mullo_epi16
+#define _mm512_mullo_epi16 emulated_avx512::mullo_epi16
 #undef _mm512_add_epi32
 #define _mm512_add_epi32 emulated_avx512::add_epi32
 #undef _mm512_add_ps
@@ -513,6 +525,8 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_div_ps emulated_avx512::div_ps
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps emulated_avx512::dpbf16_ps
+#undef _mm512_dpwssd_epi32
+#define _mm512_dpwssd_epi32 emulated_avx512::dpwssd_epi32
 #undef _mm512_dpbusd_epi32
 #define _mm512_dpbusd_epi32 emulated_avx512::dpbusd_epi32
 #undef _mm512_extractf32x8_ps

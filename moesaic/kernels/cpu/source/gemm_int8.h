@@ -1,13 +1,14 @@
-// Products of 8-bit activations with 8-bit and 4-bit weights: exact in int32 over all of K, or inside a group of it.
+// Products of 8-bit activations with 8-bit and 4-bit weights: exact in int32 over all of K, for MXFP4 inside a group of it.
 //
 // kernels/quantized.py is the definition, to the bit, on every instruction set and for every number of rows. Weights
 // are unsigned bytes (value + 128, or a nibble, value + 8) in panels of 32 columns, activations signed bytes; what the
 // offset adds to a dot product is the offset times the sum of the activations, which is known from quantising them. (AVX2
 // alone takes the offset of 8 bits off the weights instead.)
 //
-// A panel of 8 bits is [K/4][32][4 bytes], K padded to 64. One of 4 bits is, for each group of K, a header of its 32
-// scales in bf16 and then [group/4][16][4 bytes], each byte with column n in the low nibble and column n + 16 in the high
-// one. MXFP4 has headers of as many bytes for 64 values of K: 32 scales for the first 32 of them and then 32 for the others.
+// A panel of 8 bits is [K/4][32][4 bytes], K padded to 64. One of 4 bits is, for each group of K, a header of its 32 steps
+// in 16 bits and then [group/4][16][4 bytes], each byte with column n in the low nibble and column n + 16 in the high one.
+// A step times a weight is what 8 bits would hold. MXFP4 has headers of as many bytes for 64 values of K: 32 scales for the
+// first 32 of them and then 32 for the others.
 #pragma once
 
 #include "gemm_bf16.h"
@@ -32,43 +33,63 @@ inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
 
 #endif
 
-constexpr size_t kHeaderBytes = 2 * kPanel;  // of scales, before weights of 4 bits
+// The four products of words of a and b, two to every dword, added to sums.
+inline Vi dot_words(Vi sums, Vi a, Vi b) {
+#if defined(__AVX512F__)
+    return {_mm512_dpwssd_epi32(sums.v, a.v, b.v)};
+#else
+    return addi(sums, {_mm256_madd_epi16(a.v, b.v)});
+#endif
+}
+
+constexpr size_t kHeaderBytes = 2 * kPanel;  // of steps or scales, before weights of 4 bits
 
 // What a format of 4 bits is to products. A nibble stands for a weight, or twice the weight, plus an offset: an unsigned
-// byte. Where the starts of a row's block of 128 values stand, which take the offset off, starts() and start_of() say.
+// byte. Where the starts of a row's block of 128 values stand, which take the offset off 32 of them, starts() and start_of()
+// say. Sums of 32 products without offset fit 16 bits.
 template <int Group>
 struct Int4 {
-    static constexpr int kGroup = Group;           // values of K between two roundings
-    static constexpr int kHeader = Group;          // values of K behind a header
-    static constexpr bool kHasRowScales = false;   // whether a row has a scale for every group
-    static constexpr size_t kStartBytes = QuantizedRow::kStarts * 4;  // of a block
+    static constexpr int kGroup = Group;          // values of K that share a step or a scale
+    static constexpr int kHeader = Group;         // values of K behind a header
+    static constexpr bool kScalesGroups = false;  // whether a group's sums are scaled, in fp32: else they are stepped
+    static constexpr size_t kStartBytes = QuantizedRow::kStartsOfBlock;
+    using Total = Vi;
 
     static size_t starts(const QuantizedRow& row) { return row.starts(); }
-    static constexpr int start_of(int part) { return 4 * QuantizedRow::start_of(Group, part); }
-    // Of W columns in group `part` of a header.
-    static Vf scales(const uint8_t* header, int, int column) {
-        return load_bf16(reinterpret_cast<const bf16*>(header) + column);
-    }
+    static constexpr int start_of(int run) { return run * int(sizeof(int32_t)); }
+    // Of W columns in run `run` of 32 values of K behind a header: their steps, as low words.
+    static Vi factors(const uint8_t* header, int, int column) { return widen_words(header + 2 * column); }
+    // A total plus the sums of 32 products times their steps.
+    static Vi add_run(Vi total, Vi sums, const char*, Vi steps) { return dot_words(total, sums, steps); }
+    static Vi load_total(const float* p) { return loadi(p); }
+    static void store_total(float* p, Vi total) { storei(p, total); }
     static Vi bytes_of(Vi nibbles) { return nibbles; }
 };
 
 struct Mxfp4 {
-    static constexpr int kGroup = QuantizedRow::kMxfp4Group, kHeader = 64;
-    static constexpr bool kHasRowScales = true;
+    static constexpr int kGroup = QuantizedRow::kRun, kHeader = 64;
+    static constexpr bool kScalesGroups = true;
     static constexpr size_t kStartBytes = QuantizedRow::kTailsOfBlock;
     static constexpr int kOffset = 12;
+    using Total = Vf;
     // Twice 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
     alignas(16) static constexpr uint8_t kBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
     static size_t starts(const QuantizedRow& row) { return row.tail() + offsetof(RowTail, start); }
-    static constexpr int start_of(int part) { return part * int(sizeof(RowTail)); }
+    static constexpr int start_of(int run) { return run * int(sizeof(RowTail)); }
     static Vf row_scale(const char* start) {
         return as_float(broadcast_dword(start - offsetof(RowTail, start) + offsetof(RowTail, scale)));
     }
     // 2^(byte - 127): the exponent's bits, but for the smallest, which is subnormal.
-    static Vf scales(const uint8_t* header, int part, int column) {
-        return as_float(maxi(shift_left<23>(widen_bytes(header + part * kPanel + column)), set1i(1 << 22)));
+    static Vf factors(const uint8_t* header, int run, int column) {
+        return as_float(maxi(shift_left<23>(widen_bytes(header + run * kPanel + column)), set1i(1 << 22)));
     }
+    // A total plus a run's sums scaled. A product with a power of two is exact: one rounding fewer is no other one.
+    static Vf add_run(Vf total, Vi sums, const char* start, Vf column_scales) {
+        return fma(mul(to_float(sums), row_scale(start)), column_scales, total);
+    }
+    static Vf load_total(const float* p) { return load(p); }
+    static void store_total(float* p, Vf total) { store(p, total); }
     static Vi bytes_of(Vi nibbles) { return look_up(kBytes, nibbles); }
     static float number(int nibble, int scale) { return std::ldexp(float(kBytes[nibble] - kOffset), scale - 128); }
 };
@@ -85,20 +106,13 @@ inline void load_nibbles(const uint8_t* p, Vi (&columns)[kPanel / W]) {
     }
 }
 
-// What sums of 32 bits of a group begin with, broadcast.
-template <typename F>
+// What sums of 32 bits of a run begin with, broadcast.
 inline Vi first_sums(const char* start) {
     const Vi begin = broadcast_dword(start);
 #if !defined(__AVX512F__)
-    if constexpr (F::kHasRowScales) return {_mm256_madd_epi16(begin.v, _mm256_set1_epi16(1))};  // of its two halves
+    return {_mm256_madd_epi16(begin.v, _mm256_set1_epi16(1))};  // of its two halves
 #endif
     return begin;
-}
-// A total plus a group's sums in fp32. A product with a power of two is exact, so that one rounding fewer is no other one.
-template <typename F>
-inline Vf add_scaled(Vf total, Vi sums, const char* start, Vf column_scales) {
-    if constexpr (F::kHasRowScales) return fma(mul(to_float(sums), F::row_scale(start)), column_scales, total);
-    return add(total, mul(to_float(sums), column_scales));
 }
 
 // One panel of 4 bits as the products see it.
@@ -118,24 +132,19 @@ struct NibblePanel {
     const uint8_t* weights(int group) const {
         return header(group) + kHeaderBytes + group % kGroupsOfHeader * (F::kGroup * kPanel / 2);
     }
-    // The rows' scales, where they have one for all groups.
-    void scale_row(const char* a, float* c) const {
-        if constexpr (!F::kHasRowScales) {
-            const Vf scale = as_float(broadcast_dword(a + row.tail() + offsetof(RowTail, scale)));
-            for (int n = 0; n < kPanel; n += W) store(c + n, mul(load(c + n), scale));
-        }
-    }
 };
 
-// How int32 sums of a product of 8 bits become fp32: the row's start taken on, times the row's scale, times the column's.
+// How int32 sums become fp32: the row's start taken on, where they are of bytes with an offset of 128, times the row's
+// scale, times the column's.
 struct SumScales {
     const char* tails = nullptr;  // of row 0
     size_t stride = 0;
     const float* columns = nullptr;
+    bool has_offset = true;
 
     MOESAIC_INLINE void scale(int row, const float* sums, float* to) const {
         const char* tail = tails + size_t(row) * stride;
-        const Vi start = broadcast_dword(tail + offsetof(RowTail, start));
+        const Vi start = has_offset ? broadcast_dword(tail + offsetof(RowTail, start)) : set1i(0);
         const Vf scale = as_float(broadcast_dword(tail + offsetof(RowTail, scale)));
         for (int v = 0; v < kPanel; v += W)
             store(to + v, mul(mul(to_float(addi(loadi(sums + v), start)), scale), load(columns + v)));
@@ -286,13 +295,13 @@ struct Next {
 };
 
 // Rows that one step by vectors works on. With AVX-512 their int32 sums are in registers, with 2 vectors of weights and 1
-// of activations, and in products of 4 bits of up to kRowsWithTotals the fp32 sums too; without, multiply_bytes and
-// add_nibbles have their own. Up to kFewByteRows rows of 8 bits go by vectors where there are tiles: none by AVX2's, which
+// of activations, and in products of 4 bits of up to kRowsWithTotals their totals too; without, multiply_bytes and
+// add_nibbles have their own. Up to kFewByteRows rows of integers go by vectors where there are tiles: none by AVX2's, which
 // take off the weights the offset that tiles multiply and rows make up for.
 #if defined(__AVX512F__)
-constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4;
+constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4, kFewMxfp4Rows = 12;
 #else
-constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0;
+constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0, kFewMxfp4Rows = 12;
 #endif
 
 #if defined(__AVX512F__)
@@ -479,27 +488,28 @@ inline void byte_product(const uint8_t* panel, int depth, int rows, const char* 
 template <typename F, int R, typename Reads>
 [[gnu::noinline]] void nibble_rows(const NibblePanel<F>& panel, int first, int last, const char* a, size_t stride,
                                    float* c, bool accumulate, Reads ahead) {
-    constexpr int V = kPanel / W, G = F::kGroup, kGroups = kActivationBlock / G, kSteps = G / 4;
+    constexpr int V = kPanel / W, kRun = QuantizedRow::kRun, kSteps = kRun / 4, kRunsOfHeader = F::kHeader / kRun;
     constexpr size_t kStepBytes = 64;
     // The sums of one row alone would wait for each other: at 60 % of the speed.
     constexpr int kChains = R == 1 && W == 16 ? 2 : 1;
     constexpr bool kHasTotals = R <= kRowsWithTotals;
     const uint8_t *weights = panel.data + size_t(first) * panel.kBlockBytes, *header = weights;
-    Vf total[R][V];
+    using Total = typename F::Total;
+    Total total[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            total[r][v] = kHasTotals && accumulate ? load(c + r * kPanel + v * W) : zero();
+            total[r][v] = kHasTotals && accumulate ? F::load_total(c + r * kPanel + v * W) : Total{};
             if (!kHasTotals && !accumulate) store(c + r * kPanel + v * W, zero());
         }
     const char* start = a + F::starts(panel.row) + size_t(first) * F::kStartBytes;
     const char* row = a + size_t(first) * kActivationBlock;
     for (int block = first; block < last; ++block, start += F::kStartBytes) {
-        const int here = std::min(kActivationBlock, panel.depth - block * kActivationBlock) / G;
+        const int runs = std::min(kActivationBlock, panel.depth - block * kActivationBlock) / kRun;
         if (block == ahead.turn) ahead.from = ahead.then;
-        for (int part = 0; part < kGroups && part < here; ++part) {
-            if (part % panel.kGroupsOfHeader == 0) {
+        for (int run = 0; run < runs; ++run) {
+            if (run % kRunsOfHeader == 0) {
                 header = weights;
                 weights += kHeaderBytes;
                 ahead.fetch(ahead.from);
@@ -508,7 +518,7 @@ template <typename F, int R, typename Reads>
             Vi acc[kChains][R][V];
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vi begin = first_sums<F>(start + r * stride + F::start_of(part));
+                const Vi begin = first_sums(start + r * stride + F::start_of(run));
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) {
                     acc[0][r][v] = begin;
@@ -534,9 +544,9 @@ template <typename F, int R, typename Reads>
                 weights += size_t(kChains) * kStepBytes;
                 ahead.from += size_t(kChains) * ahead.step;
             }
-            row += G;
-            Vf scales[V];
-            for (int v = 0; v < V; ++v) scales[v] = F::scales(header, part % panel.kGroupsOfHeader, v * W);
+            row += kRun;
+            Total factors[V];
+            for (int v = 0; v < V; ++v) factors[v] = F::factors(header, run % kRunsOfHeader, v * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -544,20 +554,19 @@ template <typename F, int R, typename Reads>
 #pragma GCC unroll 4
                     for (int chain = 1; chain < kChains; ++chain)
                         acc[0][r][v] = addi(acc[0][r][v], acc[chain][r][v]);
-                    const char* own = start + r * stride + F::start_of(part);
+                    const char* own = start + r * stride + F::start_of(run);
                     float* place = c + r * kPanel + v * W;
                     if constexpr (kHasTotals)
-                        total[r][v] = add_scaled<F>(total[r][v], acc[0][r][v], own, scales[v]);
+                        total[r][v] = F::add_run(total[r][v], acc[0][r][v], own, factors[v]);
                     else
-                        store(place, add_scaled<F>(load(place), acc[0][r][v], own, scales[v]));
+                        F::store_total(place, F::add_run(F::load_total(place), acc[0][r][v], own, factors[v]));
                 }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; kHasTotals && r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) store(c + r * kPanel + v * W, total[r][v]);
-    for (int r = 0; last * kActivationBlock >= panel.depth && r < R; ++r) panel.scale_row(a + r * stride, c + r * kPanel);
+        for (int v = 0; v < V; ++v) F::store_total(c + r * kPanel + v * W, total[r][v]);
 }
 
 #else
@@ -568,21 +577,21 @@ inline Vi add_nibble_products(Vi sums, Vi row, Vi columns) {
     return sums;
 }
 
-// 32-bit sums of R rows += their products with 32 values of K and `Vectors` vectors of bytes, one after the other the sums
-// of their low and of their high nibbles. 16 bits hold those of 8 steps, each of two products: of integers of at most
-// 15 * 128; of MXFP4, where sums begin with what takes its offset off and may pass through more, of 12 * 127 in the end.
+// 32-bit sums of R rows += their products with 32 values of K and `Vectors` vectors of bytes, times factors of 16 bits,
+// one after the other the sums of their low and of their high nibbles. They begin with what takes the offset off and may
+// pass through more than 16 bits hold, but end with 8 steps of two products, of 8 * 127 or in MXFP4 of 12 * 127.
 template <typename F, int R, int Vectors, typename Reads>
 MOESAIC_INLINE void add_nibbles(const uint8_t* weights, const char* row, const char* start, size_t stride,
-                                Vi (&sums)[R][2 * Vectors], Reads& reads) {
+                                const Vi (&factors)[2 * Vectors], Vi (&sums)[R][2 * Vectors], Reads& reads) {
     constexpr int kSteps = 8;
-    static_assert(kSteps * 2 * 15 * 128 < 1 << 15 && kSteps * 2 * 12 * 127 < 1 << 15);
+    static_assert(kSteps * 2 * 12 * 127 < 1 << 15);
     Vi low = set1i(0x0f0f0f0f), words[R][2 * Vectors];
     asm("" : "+x"(low.v));  // made once
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < 2 * Vectors; ++v)
-            words[r][v] = F::kHasRowScales ? broadcast_dword(start + r * stride) : set1i(0);
+            words[r][v] = broadcast_dword(start + r * stride);
 #pragma GCC unroll 4
     for (int s = 0; s < kSteps; ++s, weights += 2 * kPanel, row += 4) {
         reads.line();
@@ -602,7 +611,7 @@ MOESAIC_INLINE void add_nibbles(const uint8_t* weights, const char* row, const c
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < 2 * Vectors; ++v)
-            sums[r][v] = addi(sums[r][v], {_mm256_madd_epi16(words[r][v].v, _mm256_set1_epi16(1))});
+            sums[r][v] = dot_words(sums[r][v], words[r][v], factors[v]);
 }
 
 template <typename F, int R, typename Reads>
@@ -624,22 +633,27 @@ template <typename F, int R, typename Reads>
                 weights += kHeaderBytes;
                 lines.scales();
             }
-            const char* own = start + F::start_of(part);
+            const char* own = start + F::start_of(part * (G / kWords));
             const auto multiply = [&](int column, auto& reads) {
-                Vi sums[R][2 * kVectors];
+                const auto column_of = [&](int v) { return column + v / 2 * W + v % 2 * kPanel / 2; };
+                Vi sums[R][2 * kVectors], words[2 * kVectors];
+                typename F::Total factors[2 * kVectors];
+#pragma GCC unroll 4
+                for (int v = 0; v < 2 * kVectors; ++v) {
+                    factors[v] = F::factors(header, part % panel.kGroupsOfHeader, column_of(v));
+                    if constexpr (F::kScalesGroups)
+                        words[v] = set1i(0x00010001);
+                    else
+                        words[v] = low_words(factors[v], factors[v]);
+                }
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                    for (int v = 0; v < 2 * kVectors; ++v)
-                        sums[r][v] = F::kHasRowScales ? set1i(0) : broadcast_dword(own + r * stride);
+                    for (int v = 0; v < 2 * kVectors; ++v) sums[r][v] = set1i(0);
 #pragma GCC unroll 1
                 for (int k = 0; k < G; k += kWords)
-                    add_nibbles<F, R, kVectors>(weights + k * kPanel / 2 + column * 4, row + k, own, stride, sums, reads);
-                const auto column_of = [&](int v) { return column + v / 2 * W + v % 2 * kPanel / 2; };
-                Vf scales[2 * kVectors];
-#pragma GCC unroll 4
-                for (int v = 0; v < 2 * kVectors; ++v)
-                    scales[v] = F::scales(header, part % panel.kGroupsOfHeader, column_of(v));
+                    add_nibbles<F, R, kVectors>(weights + k * kPanel / 2 + column * 4, row + k, own + F::start_of(k / kWords),
+                                                stride, words, sums, reads);
                 float* totals = c;
                 asm("" : "+r"(totals));  // or GCC 12 keeps copies of them, which it stores as well
 #pragma GCC unroll 8
@@ -647,7 +661,11 @@ template <typename F, int R, typename Reads>
 #pragma GCC unroll 4
                     for (int v = 0; v < 2 * kVectors; ++v) {
                         float* place = totals + r * kPanel + column_of(v);
-                        store(place, add_scaled<F>(load(place), sums[r][v], own + r * stride, scales[v]));
+                        if constexpr (F::kScalesGroups)
+                            F::store_total(place,
+                                           F::add_run(F::load_total(place), sums[r][v], own + r * stride, factors[v]));
+                        else
+                            storei(place, addi(loadi(place), sums[r][v]));
                     }
             };
             // Half of the columns at a time, but for one or two rows; the lines of both are read ahead with the first half.
@@ -655,7 +673,6 @@ template <typename F, int R, typename Reads>
             if constexpr (kVectors * W < kPanel / 2) multiply(W, nothing);
         }
     }
-    for (int r = 0; last * kActivationBlock >= panel.depth && r < R; ++r) panel.scale_row(a + r * stride, c + r * kPanel);
 }
 #endif
 
@@ -672,61 +689,49 @@ inline void nibble_rows_of(int rows, const NibblePanel<F>& panel, int first, int
 
 #if defined(MOESAIC_TILES)
 
-// Four values of K and 32 columns of 4 bits as bytes for tiles, 128 of them.
-template <typename F>
-inline void unpack_line(const uint8_t* from, uint8_t* to) {
-    Vi columns[kPanel / W];
-    load_nibbles<F>(from, columns);
-    for (int v = 0; v < kPanel / W; ++v) storei(to + v * W * 4, columns[v]);
-}
-
-// A 4-bit panel as bytes for tiles: [groups][64 or 128 values of K / 4][32][4]. A group of 32 is followed by as many
-// zeros, so that a tile never mixes two groups.
-template <typename F>
-inline void unpack_for_tiles(const NibblePanel<F>& panel, uint8_t* to) {
-    constexpr int steps = F::kGroup / 4;
-    for (int g = 0; g < panel.groups(); ++g) {
+// A panel of MXFP4 as bytes for tiles: [groups][64 values of K / 4][32][4], half of them zeros, so that a tile never mixes two
+// groups.
+inline void unpack_for_tiles(const NibblePanel<Mxfp4>& panel, uint8_t* to) {
+    constexpr int kSteps = Mxfp4::kGroup / 4;
+    for (int g = 0; g < panel.groups(); ++g, to += size_t(16 - kSteps) * 128) {
         const uint8_t* from = panel.weights(g);
-        for (int s = 0; s < steps; ++s, from += 64, to += 128) unpack_line<F>(from, to);
-        if constexpr (steps < 16) {
-            std::memset(to, 0, size_t(16 - steps) * 128);
-            to += size_t(16 - steps) * 128;
+        for (int s = 0; s < kSteps; ++s, from += 64, to += 128) {
+            Vi columns[kPanel / W];
+            load_nibbles<Mxfp4>(from, columns);
+            for (int v = 0; v < kPanel / W; ++v) storei(to + v * W * 4, columns[v]);
         }
+        std::memset(to, 0, size_t(16 - kSteps) * 128);
     }
 }
 
-// What the int32 dot products [rows][32] of group g add to c; behind the last group the rows' scales are multiplied on.
-template <bool First, typename F>
-inline void finish_group(const NibblePanel<F>& panel, int g, const int32_t* dots, int rows, const char* a, size_t stride,
+// What the int32 dot products [rows][32] of group g add to c.
+template <bool First>
+inline void finish_group(const NibblePanel<Mxfp4>& panel, int g, const int32_t* dots, int rows, const char* a, size_t stride,
                          float* c) {
-    constexpr int kGroups = kActivationBlock / F::kGroup;
-    const char* start = a + F::starts(panel.row) + size_t(g / kGroups) * F::kStartBytes + F::start_of(g % kGroups);
+    constexpr int kGroups = kActivationBlock / Mxfp4::kGroup;
+    const char* start =
+        a + Mxfp4::starts(panel.row) + size_t(g / kGroups) * Mxfp4::kStartBytes + Mxfp4::start_of(g % kGroups);
     Vf column_scales[kPanel / W];
     for (int v = 0; v < kPanel / W; ++v)
-        column_scales[v] = F::scales(panel.header(g), g % panel.kGroupsOfHeader, v * W);
+        column_scales[v] = Mxfp4::factors(panel.header(g), g % panel.kGroupsOfHeader, v * W);
     for (int r = 0; r < rows; ++r, start += stride) {
-        const Vi begin = first_sums<F>(start);
+        const Vi begin = first_sums(start);
         for (int v = 0; v < kPanel / W; ++v) {
             float* place = c + r * kPanel + v * W;
             const Vi sums = addi(loadi(dots + r * kPanel + v * W), begin);
-            store(place, add_scaled<F>(First ? zero() : load(place), sums, start, column_scales[v]));
+            store(place, Mxfp4::add_run(First ? zero() : load(place), sums, start, column_scales[v]));
         }
     }
-}
-template <typename F>
-inline void scale_rows(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c) {
-    for (int r = 0; r < rows; ++r) panel.scale_row(a + r * stride, c + r * kPanel);
 }
 
 // As nibble_rows for up to 32 rows and a panel that is unpacked already, at `bytes`. A group's dot products are scaled and
 // added up while the tiles work on the next one.
-template <typename F, typename Fetch>
-inline void unpacked_tiles(const NibblePanel<F>& panel, const uint8_t* bytes, int rows, const char* a, size_t stride,
+template <typename Fetch>
+inline void unpacked_tiles(const NibblePanel<Mxfp4>& panel, const uint8_t* bytes, int rows, const char* a, size_t stride,
                            float* c, const Fetch& reads) {
     Fetch ahead = reads;  // of its own, so that what it counts is in registers
     alignas(64) int32_t dots[2][32 * kPanel];
     const int top = rows < 16 ? rows : 16, bottom = rows - top;
-    constexpr int tile_depth = F::kGroup < 64 ? 64 : F::kGroup;
     configure_tiles(top, bottom);
     const auto finish = [&](int g) {
         if (g == 0)
@@ -735,30 +740,27 @@ inline void unpacked_tiles(const NibblePanel<F>& panel, const uint8_t* bytes, in
             finish_group<false>(panel, g, dots[g % 2], rows, a, stride, c);
     };
     for (int g = 0; g < panel.groups(); ++g) {
-        const uint8_t* weights = bytes + size_t(g) * tile_depth * kPanel;
-        const char* row = a + size_t(g) * F::kGroup;
+        const uint8_t* weights = bytes + size_t(g) * 64 * kPanel;
+        const char* row = a + size_t(g) * Mxfp4::kGroup;
         tile_zero(0);
         tile_zero(1);
         if (bottom) {
             tile_zero(2);
             tile_zero(3);
         }
-        for (int k = 0; k < tile_depth; k += 64) {
-            const uint8_t* columns = weights + size_t(k) * kPanel;
-            ahead.quarter();
-            tile_load(4, row + k, stride);
-            ahead.quarter();
-            tile_load_once(6, columns, 128);
-            tile_dot_s8u8(0, 4, 6);
-            ahead.quarter();
-            tile_load_once(7, columns + 64, 128);
-            tile_dot_s8u8(1, 4, 7);
-            ahead.quarter();
-            if (bottom) {
-                tile_load(5, row + 16 * stride + k, stride);
-                tile_dot_s8u8(2, 5, 6);
-                tile_dot_s8u8(3, 5, 7);
-            }
+        ahead.quarter();
+        tile_load(4, row, stride);
+        ahead.quarter();
+        tile_load_once(6, weights, 128);
+        tile_dot_s8u8(0, 4, 6);
+        ahead.quarter();
+        tile_load_once(7, weights + 64, 128);
+        tile_dot_s8u8(1, 4, 7);
+        ahead.quarter();
+        if (bottom) {
+            tile_load(5, row + 16 * stride, stride);
+            tile_dot_s8u8(2, 5, 6);
+            tile_dot_s8u8(3, 5, 7);
         }
         if (g > 0) finish(g - 1);
         int32_t* to = dots[g % 2];
@@ -770,104 +772,15 @@ inline void unpacked_tiles(const NibblePanel<F>& panel, const uint8_t* bytes, in
         }
     }
     finish(panel.groups() - 1);
-    scale_rows(panel, rows, a, stride, c);
-}
-
-// As nibble_rows for up to 32 rows of a panel in groups of 64 or 128. It is unpacked between the tile
-// instructions, 64 values of K at a time, into a few pieces that stay in the first-level cache: a whole panel unpacked
-// first took 1.2 to 1.7 times as long.
-template <bool kBottom, typename F>
-[[gnu::noinline]] void nibble_tiles(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c,
-                                    const char* following, LinesAhead lines) {
-    constexpr int kPieces = 4, kLead = 2, kLines = 16;  // kept; unpacked ahead; packed cache lines of each
-    alignas(64) uint8_t pieces[kPieces][2 * kLines * 64];
-    alignas(64) int32_t dots[2][32 * kPanel];
-    constexpr int of_group = F::kGroup / 64;
-    static_assert(F::kHeader == F::kGroup);
-    const int steps = panel.depth / 64;
-    const size_t size = panel.bytes();
-    const char* own = reinterpret_cast<const char*>(panel.data);
-    configure_tiles(rows < 16 ? rows : 16, rows < 16 ? 0 : rows - 16);
-    const auto packed = [&](int step) {
-        return panel.weights(step / of_group) + size_t(step % of_group) * kLines * 64;
-    };
-    const auto finish = [&](int g) {
-        if (g == 0)
-            finish_group<true>(panel, g, dots[g % 2], rows, a, stride, c);
-        else
-            finish_group<false>(panel, g, dots[g % 2], rows, a, stride, c);
-    };
-    for (int step = 0; step < std::min(kLead, steps); ++step)
-        for (int i = 0; i < kLines; ++i) unpack_line<F>(packed(step) + 64 * i, pieces[step] + 128 * i);
-    for (int step = 0; step < steps; ++step) {
-        const uint8_t *columns = pieces[step % kPieces], *from = packed(std::min(step + kLead, steps - 1));
-        uint8_t* to = pieces[(step + kLead) % kPieces];
-        const char* row = a + size_t(step) * 64;
-        const size_t place = size_t(step) * (size / size_t(steps)) + kAheadBytes;
-        const char* ahead = place < size ? own + place : following + (place - size);
-        const auto quarter = [&](int index) {
-            for (int i = index * kLines / 4; i < (index + 1) * kLines / 4; ++i) {
-                fetch(ahead + 64 * i);
-                unpack_line<F>(from + 64 * i, to + 128 * i);
-            }
-            lines.quarter();
-        };
-        if (step % of_group == 0) {
-            fetch(ahead + 64 * kLines);
-            tile_zero(0);
-            tile_zero(1);
-            if (kBottom) {
-                tile_zero(2);
-                tile_zero(3);
-            }
-        }
-        tile_load(4, row, stride);
-        quarter(0);
-        tile_load(6, columns, 128);
-        tile_dot_s8u8(0, 4, 6);
-        quarter(1);
-        tile_load(7, columns + 64, 128);
-        tile_dot_s8u8(1, 4, 7);
-        quarter(2);
-        if (kBottom) {
-            tile_load(5, row + 16 * stride, stride);
-            tile_dot_s8u8(2, 5, 6);
-            tile_dot_s8u8(3, 5, 7);
-        }
-        quarter(3);
-        if ((step + 1) % of_group != 0) continue;
-        const int g = step / of_group;
-        if (g > 0) finish(g - 1);
-        int32_t* sums = dots[g % 2];
-        tile_store(0, sums, kPanel * 4);
-        tile_store(1, sums + 16, kPanel * 4);
-        if (kBottom) {
-            tile_store(2, sums + 16 * kPanel, kPanel * 4);
-            tile_store(3, sums + 16 * kPanel + 16, kPanel * 4);
-        }
-    }
-    finish(steps / of_group - 1);
-    scale_rows(panel, rows, a, stride, c);
 }
 
 // As nibble_product.
-template <typename F, typename Done>
-inline void nibble_tiles_product(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c,
-                                 const Next& next, Done&& done) {
+template <typename Done>
+inline void mxfp4_tiles_product(const NibblePanel<Mxfp4>& panel, int rows, const char* a, size_t stride, float* c,
+                                const Next& next, Done&& done) {
     const int groups = panel.groups(), parts = (rows + 31) / 32;
-    if constexpr (F::kGroup >= 64)
-        if (parts == 1) {
-            const char* following = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
-            const LinesAhead lines = next.lines_ahead(0, 1, 0, groups, groups, panel.depth / 64);
-            rows > 16 ? nibble_tiles<true>(panel, rows, a, stride, c, following, lines)
-                      : nibble_tiles<false>(panel, rows, a, stride, c, following, lines);
-            done(0, rows, c);
-            return;
-        }
     static thread_local Scratch scratch;
-    constexpr int tile_depth = F::kGroup < 64 ? 64 : F::kGroup;
-    const int blocks = groups * tile_depth / 64;
-    uint8_t* bytes = scratch.get<uint8_t>(size_t(groups) * tile_depth * kPanel);
+    uint8_t* bytes = scratch.get<uint8_t>(size_t(groups) * 64 * kPanel);
     unpack_for_tiles(panel, bytes);
     // The panel is used unpacked, and each step of rows brings its share of the next one.
     const size_t size = panel.bytes();
@@ -877,26 +790,19 @@ inline void nibble_tiles_product(const NibblePanel<F>& panel, int rows, const ch
         float* sums = c + part * kRowBlock * kPanel;
         const char* share = following + size / size_t(parts) * size_t(part) / 64 * 64;
         unpacked_tiles(panel, bytes, block.size, a + block.row * stride, stride, sums,
-                       StreamAndLinesAhead{StreamAhead(share, size / size_t(parts * blocks)),
-                                           next.lines_ahead(part, parts, 0, groups, groups, blocks)});
+                       StreamAndLinesAhead{StreamAhead(share, size / size_t(parts * groups)),
+                                           next.lines_ahead(part, parts, 0, groups, groups, groups)});
         done(block.first, block.row + block.size, sums + (block.first - block.row) * kPanel);
     }
 }
 
 #endif
 
-// Rows times a panel of 4 bits; done(first, last, sums) is called as soon as those rows' sums, 32 of each, are complete,
-// while they are in the first-level cache. c: room for the sums of all steps of rows.
+// Rows times a panel of 4 bits by vectors; done(first, last, sums) is called as soon as those rows' sums, 32 of each, are
+// complete, while they are in the first-level cache. c: room for the sums of all steps of rows.
 template <typename F, typename Done>
 inline void nibble_product(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c,
                            const Next& next, Done&& done) {
-#if defined(MOESAIC_TILES)
-    // Fewer rows leave tiles mostly empty, and they have to be unpacked for them; integers are exact either way.
-    if (rows > (F::kGroup == 32 ? 12 : 8)) {
-        nibble_tiles_product(panel, rows, a, stride, c, next, done);
-        return;
-    }
-#endif
     // Activation blocks whose weights, 16 KiB, stay in the first-level cache while all rows pass. A single step of rows
     // comes in one pass.
     constexpr int kDeep = 8;

@@ -14,15 +14,15 @@ MOESAIC_EXPORT int64_t moesaic_rotate_rows(const void* x, int64_t is_bf16, int64
     return 0;
 } MOESAIC_NO_MEMORY
 
-// scales are fp32 (rows) for 8 bits (group 0), else bf16 (rows, depth / group).
+// scales (rows); steps (rows, depth / group) of 4 bits, null for 8 (group 0).
 MOESAIC_EXPORT int64_t moesaic_quantize_weight(const void* x, int64_t is_bf16, int64_t rows, int64_t depth, int64_t group,
-                                               void* values, void* scales) try {
+                                               void* values, int8_t* steps, float* scales) try {
     const WeightRows weight{x, is_bf16 != 0, rows, depth};
     run_team(32.0 * double(rows) * double(depth), [&](Team& team) {
         if (group)
-            quantize_to_nibbles(team, weight, group, static_cast<uint8_t*>(values), static_cast<bf16*>(scales));
+            quantize_to_nibbles(team, weight, group, static_cast<uint8_t*>(values), steps, scales);
         else
-            quantize_to_bytes(team, weight, static_cast<int8_t*>(values), static_cast<float*>(scales));
+            quantize_to_bytes(team, weight, static_cast<int8_t*>(values), scales);
     });
     return 0;
 } MOESAIC_NO_MEMORY
@@ -35,10 +35,10 @@ MOESAIC_EXPORT int64_t moesaic_quantize_to_mxfp4(const void* x, int64_t is_bf16,
     return 0;
 } MOESAIC_NO_MEMORY
 
-// `count` matrices (rows, depth) into panels at packed->data.
+// `count` matrices (rows, depth) into panels at packed->data; groups: the bytes of every group of 4 bits.
 MOESAIC_EXPORT int64_t moesaic_pack_weight(const Packed* packed, int64_t count, int64_t rows, const void* numbers,
-                                           int64_t is_fp32, const uint8_t* scales, int64_t is_gated) try {
-    const Unpacked weight{static_cast<const char*>(numbers), is_fp32 != 0, scales, is_gated != 0};
+                                           int64_t is_fp32, const uint8_t* groups, int64_t is_gated) try {
+    const Unpacked weight{static_cast<const char*>(numbers), is_fp32 != 0, groups, is_gated != 0};
     const int64_t panels = count * packed->panels();
     run_team(8.0 * double(panels) * kPanel * double(packed->depth), [&](Team& team) {
         team.tasks(long(panels), [&](long index) {

@@ -71,19 +71,56 @@ inline void quantize_to_bytes(Team& team, const WeightRows& weight, int8_t* valu
     });
 }
 
-// values (rows, depth / 2) of two nibbles, the first in the low one, and bf16 scales (rows, depth / group): a group's
-// number of largest magnitude, the first of them, becomes -8.
-inline void quantize_to_nibbles(Team& team, const WeightRows& weight, int64_t group, uint8_t* values, bf16* scales) {
+// The sum of `count` numbers, a power of two and whole vectors: of halves added up until one is left.
+inline float tree_sum(float* numbers, int64_t count) {
+    for (count /= 2; count >= W; count /= 2)
+        for (int64_t k = 0; k < count; k += W) store(numbers + k, add(load(numbers + k), load(numbers + count + k)));
+    for (; count > 0; count /= 2)
+        for (int64_t k = 0; k < count; ++k) numbers[k] += numbers[k + count];
+    return numbers[0];
+}
+
+// A group's numbers in whole multiples of a step times the row's scale, -8 to 7, and the sum of their squared errors.
+inline float round_to_level(const float* numbers, int64_t group, float level, float* rounded) {
+    alignas(64) float errors[128];
+    std::copy(numbers, numbers + group, rounded);
+    round_to_scale(rounded, group, level, -8.0f, 7.0f);
+    for (int64_t k = 0; k < group; k += W) {
+        const Vf error = sub(mul(load(rounded + k), set1(level)), load(numbers + k));
+        store(errors + k, mul(error, error));
+    }
+    return tree_sum(errors, group);
+}
+
+// values (rows, depth / 2) of two nibbles, the first in the low one, steps (rows, depth / group) and a scale for each row,
+// of which 120 are its largest magnitude. A group's step is the one of three, about where its number of largest magnitude,
+// the first of them, becomes -8, that has the smallest error.
+inline void quantize_to_nibbles(Team& team, const WeightRows& weight, int64_t group, uint8_t* values, int8_t* steps,
+                                float* scales) {
     const float by_size = 1.0f / float(rotation_size(weight.depth));
     for_weight_rows(team, weight, [&](int64_t row, float* numbers) {
         rotated_row(weight, row, by_size, numbers);
-        bf16* own = scales + row * (weight.depth / group);
-        for (int64_t first = 0; first < weight.depth; first += group, ++own) {
+        const float scale = scales[row] = largest_of(numbers, weight.depth) / 120.0f;
+        int8_t* own = steps + row * (weight.depth / group);
+        for (int64_t first = 0; first < weight.depth; first += group) {
             float* of_group = numbers + first;
             const float amax = largest_of(of_group, group);
             const float* extreme = std::find_if(of_group, of_group + group - 1, [&](float x) { return std::fabs(x) == amax; });
-            *own = float_to_bf16(*extreme / -8.0f);
-            round_to_scale(of_group, group, bf16_to_float(*own), -8.0f, 7.0f);
+            const float reach = scale == 0.0f ? 0.0f : *extreme / (-8.0f * scale), above = std::ceil(std::fabs(reach)),
+                        below = std::floor(std::fabs(reach));
+            alignas(64) float rounded[2][128];
+            int best = 0;
+            float least = 0.0f;
+            for (const float magnitude : {above, below, below - 1.0f}) {
+                const float step = std::copysign(std::clamp(magnitude, 1.0f, 15.0f), reach < 0.0f ? -1.0f : 1.0f);
+                const float error = round_to_level(of_group, group, step * scale, rounded[!best]);
+                if (magnitude != above && !(error < least)) continue;
+                least = error;
+                best = !best;
+                *own = int8_t(step);
+            }
+            ++own;
+            std::copy(rounded[best], rounded[best] + group, of_group);
         }
         uint8_t* to = values + row * (weight.depth / 2);
         for (int64_t k = 0; k < weight.depth; k += 2)
@@ -124,11 +161,11 @@ inline void quantize_to_mxfp4(Team& team, const WeightRows& weight, uint8_t* val
 }
 
 // A stack of matrices (count, rows, depth) as it is before packing: bf16 or fp32 numbers, signed bytes, or two nibbles a
-// byte with scales (count, rows, depth / group), in bf16 or the bytes of MXFP4.
+// byte and a byte (count, rows, depth / group) for every group: its step, or in MXFP4 its scale.
 struct Unpacked {
     const char* numbers;
     bool is_fp32;
-    const uint8_t* scales;
+    const uint8_t* groups;
     bool is_gated;  // the rows are [gate, up]: 16 of the one and 16 of the other in turn
 
     // The row of a matrix that is row `index` of a panel, -1 for none.
@@ -202,16 +239,18 @@ inline void pack_panel(const Packed& packed, int64_t rows, const Unpacked& weigh
             std::fill(copy + depth, copy + padded, uint8_t(0));
         }
         const int64_t groups = depth / packed.group, header_depth = packed.header_depth();
-        const size_t scale_bytes = is_mxfp4 ? 1 : sizeof(bf16);
         for (int64_t k = 0; k < padded; k += header_depth, to += kHeaderBytes + size_t(header_depth) * kHalf) {
             std::memset(to, 0, kHeaderBytes);
             for (int64_t first = k; first < std::min(k + header_depth, depth); first += packed.group)
                 for (int n = 0; n < kPanel; ++n) {
                     const int64_t row = weight.row(rows, panel, n), g = first / packed.group;
                     if (row < 0) continue;
-                    const size_t place = size_t((first - k) / packed.group * kPanel + n) * scale_bytes;
-                    std::memcpy(to + place, weight.scales + size_t((matrix * rows + row) * groups + g) * scale_bytes,
-                                scale_bytes);
+                    const uint8_t byte = weight.groups[(matrix * rows + row) * groups + g];
+                    const int16_t step = int8_t(byte);
+                    if (is_mxfp4)
+                        to[(first - k) / packed.group * kPanel + n] = byte;
+                    else
+                        std::memcpy(to + 2 * n, &step, sizeof step);
                 }
             transpose_dwords(kHalf, int(header_depth / 4), reinterpret_cast<uint32_t*>(copies + k), size_t(padded / 4),
                              reinterpret_cast<uint32_t*>(to + kHeaderBytes), kHalf);

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "gemm_int8.h"
+#include "tiles_product.h"
 
 namespace moesaic {
 
@@ -19,15 +20,15 @@ struct Packed {
     int64_t format;
     int64_t columns;  // N
     int64_t depth;    // K
-    int64_t group;    // 4 bits: values of K that share a scale
+    int64_t group;    // 4 bits: values of K that share a step or a scale
     const uint8_t* data;
-    const float* scales;  // 8 bits: one for each of the columns, padded to panels
+    const float* scales;  // int8 and int4: one for each of the columns, padded to panels
 
     int panels() const { return int((columns + kPanel - 1) / kPanel); }
     int padded_depth() const {
         return round_up(int(depth), format == kPackedInt8 || format == kPackedMxfp4 ? 64 : 32);
     }
-    // 4 bits: values of K whose scales stand together.
+    // 4 bits: values of K whose steps or scales stand together.
     int64_t header_depth() const { return format == kPackedMxfp4 ? Mxfp4::kHeader : group; }
     size_t panel_bytes() const {
         const size_t k = size_t(padded_depth());
@@ -52,10 +53,11 @@ struct Packed {
                        : format == kPackedInt4 ? RowForm::kNibbles
                                                : RowForm::kMxfp4};
     }
-    // Of the products of rows, prepared, with a panel; none where they are not of 8 bits.
+    // Of the products of rows, prepared, with a panel; none where sums are fp32. Sums of 4 bits by vectors have no offset.
     SumScales sum_scales(int64_t matrix, int64_t index, const char* rows, size_t stride) const {
-        if (format != kPackedInt8) return {};
-        return {rows + quantized_row().tail(), stride, scales + (matrix * panels() + index) * kPanel};
+        if (format != kPackedInt8 && format != kPackedInt4) return {};
+        return {rows + quantized_row().tail(), stride, scales + (matrix * panels() + index) * kPanel,
+                format == kPackedInt8};
     }
     // Calls with what weights of 4 bits are.
     template <typename Call>
@@ -192,146 +194,6 @@ inline void bf16_rows_of(int rows, int pairs, const RowNumber* a, size_t lda, co
 
 #endif
 
-// Rows of complete sums that each(row, 32 sums) is called for, one after the other. Those of products of 8 bits are int32
-// still, and have scales.
-template <typename Each>
-struct CompleteRows {
-    Each each;
-    const float* sums = nullptr;
-    int row = 0, last = 0;
-    SumScales scales;
-
-    bool are_bytes() const { return scales.tails; }
-    template <bool kBytes>
-    MOESAIC_INLINE void one() {
-        if (row >= last) return;
-        if constexpr (kBytes) {
-            alignas(64) float scaled[kPanel];
-            scales.scale(row, sums, scaled);
-            each(row++, scaled);
-        } else {
-            each(row++, sums);
-        }
-        sums += kPanel;
-    }
-    void all() {
-        if (are_bytes())
-            while (row < last) one<true>();
-        else
-            while (row < last) one<false>();
-    }
-};
-
-// The rows that a product has completed last. Those of tiles wait for the next product of their kind, which calls each()
-// between its tile instructions: tiles take long to be stored and read again, and vectors work beside them. (Products of
-// 4 bits, which scale sums beside their tiles as it is, have no room for that.)
-template <typename Each>
-class Waiting {
-  public:
-    void all() { rows_.all(); }
-    void put(const Each& each, int first, int last, const float* sums, const SumScales& scales = {}) {
-        all();
-        rows_ = {each, sums, first, last, scales};
-    }
-#if defined(MOESAIC_TILES)
-    // Sums of rows that do not wait.
-    float* place() { return places_[turn_ ^= 1]; }
-    // Takes the rows, to be called for by whoever takes them, who works with terms of this kind.
-    template <bool kBytes>
-    CompleteRows<Each> take() {
-        if (rows_.are_bytes() != kBytes) all();
-        const CompleteRows<Each> rows = rows_;
-        rows_.row = rows_.last;
-        return rows;
-    }
-
-  private:
-    alignas(64) float places_[2][kRowBlock * kPanel];
-    int turn_ = 0;
-#endif
-
-  private:
-    CompleteRows<Each> rows_{};
-};
-
-#if defined(MOESAIC_TILES)
-
-// Up to 32 rows times a panel by tiles: sums that begin with those of `from`, or with zero where that is null, go to
-// `to`. Meanwhile `ahead` is read ahead, and rows that wait are done. A pair is two terms, or with kBytes four.
-template <bool kBytes, Stays stays, typename Fetch, typename Each>
-inline void block_by_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, const float* from,
-                           float* to, Fetch ahead, Waiting<Each>& waiting) {
-    const int top = rows < 16 ? rows : 16, bottom = rows - top;
-    configure_tiles(top, bottom);
-    const auto multiply = [&](auto has_bottom, auto every) {
-        constexpr bool kBottom = decltype(has_bottom)::value;
-        constexpr int kEvery = decltype(every)::value;  // quarters for every row that waits
-        if (pairs / kPairBlock * 4 / kEvery < kRowBlock) waiting.all();
-        from ? load_sums<2, kBottom>(from, kPanel) : clear_sums<2, kBottom>();
-        multiply_tiles<stays, 2, kBottom, kBytes>(
-            a, a + 16 * lda, lda, b, kPanel, pairs,
-            [ahead, complete = waiting.template take<kBytes>()](int, int quarter) mutable __attribute__((always_inline)) {
-                ahead.quarter();
-                if (quarter % kEvery == kEvery - 1) complete.template one<kBytes>();
-            });
-        store_sums<2, kBottom>(to, kPanel);
-    };
-    using One = std::integral_constant<int, 1>;
-    using Two = std::integral_constant<int, 2>;
-    if (kBytes && pairs / kPairBlock * 2 < kRowBlock)
-        bottom ? multiply(std::true_type{}, One{}) : multiply(std::false_type{}, One{});
-    else
-        bottom ? multiply(std::true_type{}, Two{}) : multiply(std::false_type{}, Two{});
-}
-
-// Rows times a panel by tiles: of bf16, or of 8 bits, whose sums are int32 and have `scales`.
-template <bool kBytes, typename Each>
-inline void tiles_product(const uint8_t* panel, int pairs, int rows, const char* a, size_t stride, float* c,
-                          const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
-    // Pairs of K whose weights stay in the first-level cache while all rows pass.
-    constexpr int kStaying = int(kStayingBytes) / (kPanel * 4);
-    const bf16* left = reinterpret_cast<const bf16*>(a);
-    const uint32_t* weights = reinterpret_cast<const uint32_t*>(panel);
-    const int lda = int(stride / 2), parts = (rows + kRowBlock - 1) / kRowBlock;
-    const int pass = parts == 1 ? pairs : kStaying;
-    for (int first = 0; first < pairs; first += pass) {
-        const int here = pairs - first < pass ? pairs - first : pass;
-        const bool is_last = first + here == pairs;
-        const size_t begin = size_t(first) * kPanel * 4, length = size_t(here) * kPanel * 4;
-        // One step reads ahead in its own panel; several bring what stays next.
-        const int behind = first + here, blocks = here / kPairBlock;
-        const char *own = reinterpret_cast<const char*>(panel) + begin,
-                   *following = reinterpret_cast<const char*>(next.panel);
-        Streams streams(behind < pairs ? own + length : following,
-                        size_t(std::min(behind < pairs ? pairs - behind : following ? pairs : 0, pass)) * kPanel * 4);
-        for (int part = 0; part < parts; ++part) {
-            const RowBlock block(rows, parts, part);
-            const int row = block.row;
-            const LinesAhead lines = next.lines_ahead(part, parts, first, here, pairs, blocks);
-            float *sums = c + part * kRowBlock * kPanel, *to = is_last ? waiting.place() : sums;
-            const auto multiply = [&](auto stays, const auto& ahead) {
-                block_by_tiles<kBytes, decltype(stays)::value>(block.size, here, left + size_t(row) * lda + 2 * first, lda,
-                                                               weights + size_t(first) * kPanel,
-                                                               first > 0 ? sums : nullptr, to, ahead, waiting);
-            };
-            if (parts == 1 && PagesAhead::suits(length))
-                multiply(std::integral_constant<Stays, Stays::kRows>{}, PagesAhead(own, length, following, lines));
-            else if (parts == 1)
-                multiply(std::integral_constant<Stays, Stays::kRows>{},
-                         StreamAndLinesAhead{StreamAhead(own + std::min(kAheadBytes, length), 16 * kPanel * 4,
-                                                         following ? own + length : nullptr, following),
-                                             lines});
-            else
-                streams.ahead(part, parts, blocks, lines, [&](const auto& ahead) {
-                    multiply(std::integral_constant<Stays, Stays::kPanel>{}, ahead);
-                });
-            if (is_last) waiting.put(each, block.first, row + block.size, to + (block.first - row) * kPanel, scales);
-        }
-    }
-}
-
-#endif
-
 // As packed_product. With `rounded` (whose c is C), results go there at once, but on AMX.
 template <typename Each>
 inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const char* a, size_t stride, float* c,
@@ -414,7 +276,7 @@ inline void int8_product(const uint8_t* panel, int padded_depth, int rows, const
     });
 }
 
-// Prepared rows times a panel, summed in fp32. each(row, its 32 sums) is called for every row, now or, for those that
+// Prepared rows times a panel. each(row, its 32 sums) is called for every row, now or, for those that
 // wait, by the next product or waiting.all(); not where the product brings the results to where `rounded` says itself.
 // c: room for the sums of all steps of rows.
 template <typename Each>
@@ -426,19 +288,34 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
         bf16_product(data, weight.padded_depth(), rows, a, stride, c, next, each, waiting, rounded);
         return;
     }
+    SumScales scales = weight.sum_scales(matrix, index, a, stride);
+    // They are read at the panel's end, and would be missed there.
+    for (int v = 0; scales.columns && v < kPanel; v += 16)
+        _mm_prefetch(reinterpret_cast<const char*>(scales.columns + v), _MM_HINT_T0);
     if (weight.format == kPackedInt8) {
-        const SumScales scales = weight.sum_scales(matrix, index, a, stride);
-        // They are read at the panel's end, and would be missed there.
-        for (int v = 0; v < kPanel; v += 16) _mm_prefetch(reinterpret_cast<const char*>(scales.columns + v), _MM_HINT_T0);
         int8_product(data, weight.padded_depth(), rows, a, stride, c, next, scales, each, waiting);
         return;
     }
     const auto done = [&](int first, int last, const float* sums) {
-        waiting.put(each, first, last, sums);
+        waiting.put(each, first, last, sums, scales);
         waiting.all();
     };
     weight.with_nibbles([&](auto format) {
-        const NibblePanel<decltype(format)> panel{data, weight.padded_depth(), weight.quantized_row()};
+        using F = decltype(format);
+        const NibblePanel<F> panel{data, weight.padded_depth(), weight.quantized_row()};
+#if defined(MOESAIC_TILES)
+        // Fewer rows leave tiles mostly empty, and panels have to be unpacked for them; integers are exact either way.
+        if constexpr (F::kScalesGroups) {
+            if (rows > kFewMxfp4Rows) {
+                mxfp4_tiles_product(panel, rows, a, stride, c, next, done);
+                return;
+            }
+        } else if (rows > kFewByteRows) {
+            scales.has_offset = true;  // of the bytes that nibbles become
+            int4_tiles_product(panel, rows, a, stride, c, next, scales, each, waiting);
+            return;
+        }
+#endif
         nibble_product(panel, rows, a, stride, c, next, done);
     });
 }
@@ -770,9 +647,9 @@ inline void packed_row(const Packed& weight, int64_t row, bf16* out) {
             if (is_mxfp4) {
                 numbers[k] = Mxfp4::number(nibble, header[within / Mxfp4::kGroup * kPanel + column]);
             } else {
-                bf16 scale;
-                std::memcpy(&scale, header + column * 2, 2);
-                numbers[k] = float(nibble - 8) * bf16_to_float(scale);
+                int16_t step;
+                std::memcpy(&step, header + column * 2, 2);
+                numbers[k] = float((nibble - 8) * step) * weight.scales[row];
             }
         }
     }

@@ -113,16 +113,16 @@ constexpr bool kMultipliesOffset = !kExpandsRows;
 
 // A row of K activations as integer weights multiply it: bytes, zero up to a whole block of 128, and behind them what
 // takes the weights' offset off again. An offset of 128 adds 128 times the sum of the row to every sum; `start` is minus
-// that. For 4 bits, whose offset is 8, every group of K has a start of its own: of each 128 columns those of the 4
-// groups of 32, the 2 of 64 and the one of 128. For MXFP4, whose offset is 12, every 32 columns have a tail of their own.
+// that. For 4 bits, whose offset is 8, every 32 columns have a start of their own besides; for MXFP4, whose offset is 12,
+// they have a tail of their own instead.
 struct RowTail {
     float scale;
     int32_t start;
 };
 enum class RowForm { kBytes, kNibbles, kMxfp4 };
 struct QuantizedRow {
-    static constexpr int kBlock = 128, kStarts = 7, kMxfp4Group = 32;
-    static constexpr size_t kTailsOfBlock = kBlock / kMxfp4Group * sizeof(RowTail);
+    static constexpr int kBlock = 128, kRun = 32, kRuns = kBlock / kRun;
+    static constexpr size_t kStartsOfBlock = kRuns * sizeof(int32_t), kTailsOfBlock = kRuns * sizeof(RowTail);
     int blocks;
     RowForm form;
 
@@ -131,11 +131,8 @@ struct QuantizedRow {
     size_t starts() const { return tail() + sizeof(RowTail); }
     size_t bytes() const {
         if (form == RowForm::kMxfp4) return tail() + size_t(blocks) * kTailsOfBlock;
-        return starts() + (form == RowForm::kNibbles ? size_t(blocks) * kStarts * 4 : 0);
+        return starts() + (form == RowForm::kNibbles ? size_t(blocks) * kStartsOfBlock : 0);
     }
-
-    // Of group `part` of a block, behind starts().
-    static constexpr int start_of(int group, int part) { return (group == 32 ? 0 : group == 64 ? 4 : 6) + part; }
 };
 
 #if defined(__AVX512F__)
@@ -216,14 +213,14 @@ inline float largest_of(const float* numbers, int64_t count) {
 
 constexpr float kSmallestMagnitude = 0x1p-120f;  // 127 divided by less would leave fp32
 
-// What takes the offset of 12 off the products of 32 bytes. AVX-512 begins sums of 32 bits with it; without, sums of 16
-// bits do: the low half those of columns 0 and 1 of every four, the high half those of columns 2 and 3.
-inline int32_t mxfp4_start(const int8_t* bytes) {
+// What takes an offset off the products of 32 bytes with nibbles. AVX-512 begins sums of 32 bits with it; without, sums of
+// 16 bits do: the low half those of columns 0 and 1 of every four, the high half those of columns 2 and 3.
+inline int32_t nibble_start(const int8_t* bytes, int16_t offset) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const __m256i*)bytes));
     __m128i sums = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
     sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4e));
     sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xb1));
-    const __m128i words = _mm_mullo_epi16(sums, _mm_set1_epi16(-12));
+    const __m128i words = _mm_mullo_epi16(sums, _mm_set1_epi16(int16_t(-offset)));
     return _mm_cvtsi128_si32(W == 16 ? _mm_madd_epi16(words, _mm_set1_epi16(1)) : words);
 }
 
@@ -231,7 +228,7 @@ inline int32_t mxfp4_start(const int8_t* bytes) {
 // weights are multiplied.
 template <typename T>
 inline void quantize_mxfp4_row(const QuantizedRow& row, const T* x, int64_t depth, char* to) {
-    constexpr int kGroup = QuantizedRow::kMxfp4Group;
+    constexpr int kGroup = QuantizedRow::kRun;
     std::memset(to + depth, 0, row.bytes() - size_t(depth));
     for (int64_t k = 0; k < depth; k += kGroup) {
         alignas(64) float numbers[kGroup];
@@ -243,7 +240,7 @@ inline void quantize_mxfp4_row(const QuantizedRow& row, const T* x, int64_t dept
         if (is_finite && amax >= kSmallestMagnitude) {
             tail.scale = amax / 127.0f / 2.0f;
             round_to_bytes(numbers, set1(127.0f / amax), bytes);
-            tail.start = mxfp4_start(bytes);
+            tail.start = nibble_start(bytes, 12);
         } else {
             std::memset(bytes, 0, kGroup);
         }
@@ -274,23 +271,16 @@ inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, cha
     }
     const Vf factor = set1(127.0f / amax);
     int8_t* values = reinterpret_cast<int8_t*>(to);
-    RowTail tail{amax / 127.0f, 0};
+    Vi total = set1i(0);
+    for (int64_t block = 0; block < padded; block += kBlock)
+        total = round_to_bytes(numbers + block, factor, values + block, total);
+    const RowTail tail{amax / 127.0f, kMultipliesOffset ? -128 * sum_lanes(total) : 0};
     if (row.form == RowForm::kNibbles) {
-        char* starts = to + row.starts();
-        for (int64_t block = 0; block < padded; block += kBlock) {
-            int32_t own[4];
-            for (int part = 0; part < 4; ++part)
-                own[part] = -8 * round_to_bytes(numbers + block + part * 32, factor, values + block + part * 32);
-            const int32_t first = own[0] + own[1], second = own[2] + own[3];
-            const int32_t all[QuantizedRow::kStarts] = {own[0], own[1], own[2], own[3], first, second, first + second};
-            std::memcpy(starts, all, sizeof all);
-            starts += sizeof all;
+        char* to_start = to + row.starts();
+        for (int64_t k = 0; k < padded; k += QuantizedRow::kRun, to_start += sizeof(int32_t)) {
+            const int32_t start = nibble_start(values + k, 8);
+            std::memcpy(to_start, &start, sizeof start);
         }
-    } else {
-        Vi total = set1i(0);
-        for (int64_t block = 0; block < padded; block += kBlock)
-            total = round_to_bytes(numbers + block, factor, values + block, total);
-        tail.start = kMultipliesOffset ? -128 * sum_lanes(total) : 0;
     }
     std::memcpy(to + row.tail(), &tail, sizeof tail);
 }

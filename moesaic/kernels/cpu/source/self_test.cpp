@@ -59,7 +59,8 @@ struct CopyRow {
     void operator()(int row, const float* sums) const { std::copy(sums, sums + kPanel, c + row * kPanel); }
 };
 
-// Bytes at the ends of their range, where 16-bit sums would saturate; scales of 1, so that the result is the sum itself.
+// Bytes at the ends of their range, where 16-bit sums would saturate; scales of 1, so that the result is the sum itself, and
+// all steps that there are.
 template <PackedFormat kFormat>
 bool integer_products_are_right(int rows, int depth) {
     constexpr bool kIsBytes = kFormat == kPackedInt8, kIsMxfp4 = kFormat == kPackedMxfp4;
@@ -71,6 +72,7 @@ bool integer_products_are_right(int rows, int depth) {
     std::vector<float> c(size_t(rows) * kPanel), room(size_t(rows + 32) * kPanel), ones(kPanel, 1.0f);
     const auto activation = [](int r, int k) { return k % kGroup == 0 ? 127 : (r * 31 + k * 97) % 255 - 127; };
     const auto weight = [](int k, int n) { return kIsBytes ? (k * 67 + n * 131) % 256 : (k * 5 + n * 3) % 16; };
+    const auto step = [](int k, int n) { return int16_t((k / kGroup * 7 + n) % 31 - 15); };
     for (int r = 0; r < rows; ++r) {
         // What is rotated to whole numbers of which 127 is the largest, so that rounding gives them back.
         std::vector<float> x(static_cast<size_t>(depth)), rotated(x);
@@ -86,26 +88,28 @@ bool integer_products_are_right(int rows, int depth) {
                 panel[k / 4 * 128 + n * 4 + k % 4] = uint8_t(weight(k, n));
                 continue;
             }
-            const bf16 one = float_to_bf16(1.0f);
+            const int16_t own = step(k, n);
             if (kIsMxfp4)
                 header[k % kHeader / kGroup * kPanel + n] = 127;
             else
-                std::memcpy(header + 2 * n, &one, 2);
+                std::memcpy(header + 2 * n, &own, 2);
             header[kHeaderBytes + k % kHeader / 4 * 64 + n % 16 * 4 + k % 4] |= uint8_t(weight(k, n) << (n < 16 ? 0 : 4));
         }
     }
     const CopyRow copy{c.data()};
     Waiting<CopyRow> waiting;
     const Packed packed{kFormat, kPanel, depth, kGroup, panel.data(), ones.data()};
-    packed_product(packed, 0, 0, rows, a.data(), stride, room.data(), Next{}, copy, waiting);
+    packed_panels(packed, 0, 0, 1, rows, a.data(), stride, room.data(), nullptr, waiting,
+                  [&](int, StoreRounded&) { return PanelResult<CopyRow>{copy, {}}; });
     waiting.all();
     leave_tiles();
     for (int r = 0; r < rows; ++r)
         for (int n = 0; n < kPanel; ++n) {
             double sum = 0;
             for (int k = 0; k < depth; ++k)
-                sum += float(activation(r, k)) * (kIsMxfp4 ? Mxfp4::number(weight(k, n), 127)
-                                                           : float(weight(k, n) - (kIsBytes ? 128 : 8)));
+                sum += float(activation(r, k)) * (kIsMxfp4   ? Mxfp4::number(weight(k, n), 127)
+                                                  : kIsBytes ? float(weight(k, n) - 128)
+                                                             : float((weight(k, n) - 8) * step(k, n)));
             if (c[r * kPanel + n] != float(sum)) return false;
         }
     return true;

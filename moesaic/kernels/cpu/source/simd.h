@@ -88,12 +88,15 @@ inline Vi subi(Vi a, Vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Vi andi(Vi a, Vi b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Vi ori(Vi a, Vi b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline Vi maxi(Vi a, Vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline Vi mul_words(Vi a, Vi b) { return {_mm512_mullo_epi16(a.v, b.v)}; }
+inline Vi add_words(Vi a, Vi b) { return {_mm512_add_epi16(a.v, b.v)}; }
 inline Vi high_nibbles(Vi bytes) { return {_mm512_srli_epi16(bytes.v, 4)}; }  // low ones, and others above them
 // Of a table of 16 bytes those that bytes, 0 to 15, name.
 inline Vi look_up(const uint8_t* table, Vi bytes) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), bytes.v)};
 }
 inline Vi widen_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+inline Vi widen_words(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 inline bool any_negative(Vi x) { return _mm512_movepi32_mask(x.v) != 0; }
 template <int N>
 inline Vi shift_left(Vi a) {
@@ -223,11 +226,14 @@ inline Vi subi(Vi a, Vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline Vi andi(Vi a, Vi b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline Vi ori(Vi a, Vi b) { return {_mm256_or_si256(a.v, b.v)}; }
 inline Vi maxi(Vi a, Vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline Vi mul_words(Vi a, Vi b) { return {_mm256_mullo_epi16(a.v, b.v)}; }
+inline Vi add_words(Vi a, Vi b) { return {_mm256_add_epi16(a.v, b.v)}; }
 inline Vi high_nibbles(Vi bytes) { return {_mm256_srli_epi16(bytes.v, 4)}; }
 inline Vi look_up(const uint8_t* table, Vi bytes) {
     return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), bytes.v)};
 }
 inline Vi widen_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
+inline Vi widen_words(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 inline bool any_negative(Vi x) { return _mm256_movemask_ps(_mm256_castsi256_ps(x.v)) != 0; }
 template <int N>
 inline Vi shift_left(Vi a) {
