@@ -61,7 +61,9 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize(("each", "is_gated"), [(1, True), (128, True), (128, False)])
-@pytest.mark.parametrize(("format", "group"), [("bf16", None), ("int8", None), ("int4", 64), ("mxfp4", 32)])
+@pytest.mark.parametrize(
+    ("format", "group"), [("bf16", None), ("int8", None), ("int4", 32), ("int4", 128), ("mxfp4", 32)]
+)
 def test_experts(format: PackedFormat, group: int | None, is_gated: bool, each: int, gpu: int, tmp_path: Path) -> None:
     """64 experts of 768 and 2048, as Qwen3-MoE has them; each: rows of an expert."""
     out_columns, columns = (768, 2048) if is_gated else (2048, 768)
@@ -71,8 +73,9 @@ def test_experts(format: PackedFormat, group: int | None, is_gated: bool, each: 
     numbers = {"bf16": "*bf16", "int8": "*i8"}
     types = {
         "x_ptr": numbers["bf16" if format == "bf16" else "int8"], "x_scales_ptr": "*fp32",
-        "w_ptr": numbers.get(format, "*u8"), "w_scales_ptr": {"int4": "*bf16", "mxfp4": "*u8"}.get(format, "*fp32"),
-        "bias_ptr": "*fp32", "routes_ptr": "*i64", "starts_ptr": "*i32", "out_ptr": "*bf16" if is_gated else "*fp32",
+        "w_ptr": numbers.get(format, "*u8"), "w_scales_ptr": "*u8" if format == "mxfp4" else "*fp32",
+        "steps_ptr": "*i8", "bias_ptr": "*fp32", "routes_ptr": "*i64", "starts_ptr": "*i32",
+        "out_ptr": "*bf16" if is_gated else "*fp32",
         **dict.fromkeys(("num_rows", "columns", "out_columns", "num_experts", "routes_per_row"), "i32"),
     }  # fmt: skip
     constants: dict[str, Any] = {
@@ -82,13 +85,17 @@ def test_experts(format: PackedFormat, group: int | None, is_gated: bool, each: 
     }  # fmt: skip
     if format == "bf16":
         constants |= {"x_scales_ptr": None, "w_scales_ptr": None}
+    if format != "int4":
+        constants |= {"steps_ptr": None}
     shared, spilled, ptx = compiled(
         products._product_kernel, types, constants, gpu, tmp_path, num_warps=tiling.warps, num_stages=tiling.stages,
         enable_fp_fusion=False,
     )  # fmt: skip
     assert shared <= GPUS[gpu] and spilled <= 256, (shared, spilled)
     kinds = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-    assert (kinds[gpu] if tiling.rows >= 64 and (gpu != 100 or tiling.rows >= 128) else "mma") in ptx
+    kind = kinds[gpu] if tiling.rows >= 64 and (gpu != 100 or tiling.rows >= 128) else "mma.sync"
+    multiplied = "bf16" if format == "bf16" else "(s32.s8|i8)"
+    assert re.search(rf"{re.escape(kind)}.*{multiplied}", ptx), kind
     # Weights are on their way while others are multiplied.
     assert tiling.stages >= 2 and "cp.async" in ptx
 
@@ -180,7 +187,7 @@ def test_the_others(gpu: int, tmp_path: Path) -> None:
     shared, spilled, _ = compiled(
         activations._rotate_and_round_kernel,
         {"x_ptr": "*bf16", "values_ptr": "*i8", "scales_ptr": "*fp32", "columns": "i32"},
-        {"PADDED": 2048, "STEPS": 11, "ROUNDS": True},
+        {"PADDED": 2048, "STEPS": 11, "ROUNDS": True, "EVEN_FIRST": True},
         gpu, tmp_path, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     assert shared <= GPUS[gpu] and spilled == 0

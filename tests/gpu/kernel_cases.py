@@ -55,7 +55,12 @@ def made(weight: Tensor, format: str) -> Tensor | QuantizedWeight:
 def there(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
     if isinstance(weight, Tensor):
         return weight.to(GPU)
-    return QuantizedWeight(weight.values.to(GPU), weight.scales.to(GPU), weight.bits, weight.group_size)
+    return weight.map(lambda tensor: tensor.to(GPU))
+
+
+def first(weight: Any) -> Any:
+    """Of a stack, on the processor."""
+    return weight[0].cpu() if isinstance(weight, Tensor) else weight.map(lambda tensor: tensor[0].cpu())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -72,6 +77,13 @@ class TestActivations:
         expected_values, expected_scales = quantized.quantize_activations(x)
         assert same_bits(values, expected_values) and same_bits(scales, expected_scales)
         assert same_bits(activations.rotate(x.to(GPU)), quantized.rotate(x))
+
+    def test_even_columns_of_every_eight_come_first_for_words_of_4_bits(self) -> None:
+        x = torch.randn(3, 96)
+        values, scales = activations.quantize_activations(x.to(GPU), even_first=True)
+        expected, expected_scales = quantized.quantize_activations(x)
+        order = torch.arange(96).view(-1, 4, 2).mT.flatten()
+        assert same_bits(values, expected[:, order]) and same_bits(scales, expected_scales)
 
     @pytest.mark.parametrize("groups", [1, 3, 65])
     def test_rounded_by_group_to_the_bit(self, groups: int) -> None:
@@ -107,22 +119,41 @@ class TestLinear:
             expected = F.linear(x.to(torch.bfloat16).float(), weight[0].float()) + bias
             torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
         else:
-            one = QuantizedWeight(weight.values[0], weight.scales[0], weight.bits, weight.group_size)
-            assert torch.equal(y, quantized_linear(x, one) + bias)
+            assert torch.equal(y, quantized_linear(x, first(weight)) + bias)
         rounded = products.linear(x.to(GPU), there(weight), bias.to(GPU), out_dtype=torch.bfloat16)
         assert torch.equal(rounded.cpu(), y.to(torch.bfloat16))
 
-    @pytest.mark.parametrize(("format", "in_size"), [("bf16", 7), ("bf16", 131), ("int8", 7), ("int8", 130)])
+    @pytest.mark.parametrize(
+        ("format", "in_size"),
+        [("bf16", 7), ("bf16", 131), ("int8", 7), ("int8", 130), ("int4-32", 32), ("int4-32", 352), ("int4-64", 192)],
+    )
     def test_odd_columns(self, format: str, in_size: int) -> None:
         x, weight = torch.randn(3, in_size), made(torch.randn(1, 5, in_size), format)
         y = products.linear(x.to(GPU), there(weight), None, out_dtype=torch.float32).cpu()
         if isinstance(weight, Tensor):
             torch.testing.assert_close(y, F.linear(x.to(torch.bfloat16).float(), weight[0].float()))
         else:
-            one = QuantizedWeight(weight.values[0], weight.scales[0], 8, None)
-            assert torch.equal(y, quantized_linear(x, one))
+            assert torch.equal(y, quantized_linear(x, first(weight)))
 
-    @pytest.mark.parametrize("format", ["bf16", "int8", "mxfp4"])
+    @pytest.mark.parametrize("rows", [2, 70])
+    @pytest.mark.parametrize("group", [32, 64, 128])
+    def test_every_step_and_value_of_int4(self, rows: int, group: int) -> None:
+        """As int8 of the bytes that they are, in blocks of which a part is behind the last column."""
+        columns = 384
+        steps = torch.arange(31)[:, None] - 15 + torch.zeros(columns // group, dtype=torch.int64)
+        steps[:, 1::2] *= -1
+        values = (torch.arange(columns) * 7 + torch.arange(31)[:, None]) % 16 - 8
+        scales, x = torch.rand(31) + 0.1, torch.randn(rows, columns)
+        weight = QuantizedWeight(quantized.pack_nibbles(values), scales, 4, group, steps.to(torch.int8))
+        expanded = QuantizedWeight((values * steps.repeat_interleave(group, 1)).to(torch.int8), scales, 8, None)
+        made = (
+            products.linear(x.to(GPU), there(each.map(lambda tensor: tensor[None])), None, out_dtype=torch.float32)
+            for each in (weight, expanded)
+        )
+        for y in made:
+            assert torch.equal(y.cpu(), quantized_linear(x, weight))
+
+    @pytest.mark.parametrize("format", ["bf16", "int8", "int4-64", "mxfp4"])
     def test_what_is_not_finite_stays_in_its_row(self, format: str) -> None:
         x, weight = torch.randn(3, 64), made(torch.randn(1, 16, 64), format)
         y = products.linear(x.to(GPU), there(weight), None, out_dtype=torch.float32).cpu()
@@ -154,12 +185,6 @@ def an_mlp(format: str, activation: str, experts: int, hidden: int, inner: int, 
 
 def single(mlp: packed.PackedMlp, weights: products.Mlp) -> packed.PackedMlp:
     """A stack of one as one MLP."""
-
-    def first(weight: Any) -> Any:
-        if isinstance(weight, Tensor):
-            return weight[0].cpu()
-        return QuantizedWeight(weight.values[0].cpu(), weight.scales[0].cpu(), weight.bits, weight.group_size)
-
     return packed.pack_mlp(first(weights.up), first(weights.down), activation=mlp.activation)
 
 
@@ -432,7 +457,7 @@ class TestAttention:
 
 def test_the_self_test_passes_here_and_finds_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_self_test(GPU).startswith("triton ")
-    monkeypatch.setattr(products, "quantize_activations", lambda x: (x.to(torch.int8), x.abs().amax(-1)))
+    monkeypatch.setattr(products, "quantize_activations", lambda x, **_: (x.to(torch.int8), x.abs().amax(-1)))
     with pytest.raises(Exception, match="int8 products"):
         run_self_test(GPU)
 

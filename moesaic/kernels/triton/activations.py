@@ -36,9 +36,17 @@ def bytes_of(numbers, axis: tl.constexpr):
 
 @triton.jit
 def _rotate_and_round_kernel(
-    x_ptr, values_ptr, scales_ptr, columns, PADDED: tl.constexpr, STEPS: tl.constexpr, ROUNDS: tl.constexpr
+    x_ptr,
+    values_ptr,
+    scales_ptr,
+    columns,
+    PADDED: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    EVEN_FIRST: tl.constexpr,
 ):
-    """A row each. ROUNDS: to bytes; else the rotated row is written in fp32."""
+    """A row each. ROUNDS: to bytes, EVEN_FIRST of every eight columns the even ones first; else the rotated row is
+    written in fp32."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, PADDED)
     x = tl.load(x_ptr + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
@@ -50,7 +58,10 @@ def _rotate_and_round_kernel(
     if ROUNDS:
         values, scale = bytes_of(x[None, :], 1)
         tl.store(scales_ptr + row + tl.arange(0, 1), scale)
-        values = tl.reshape(values, (PADDED,)).to(tl.int8)
+        values = values.to(tl.int8)
+        if EVEN_FIRST:
+            values = tl.permute(tl.reshape(values, (PADDED // 8, 4, 2)), (0, 2, 1))
+        values = tl.reshape(values, (PADDED,))
         tl.store(values_ptr + row * columns + at, values, mask=at < columns)
     else:
         tl.store(values_ptr + row * columns + at, x, mask=at < columns)
@@ -68,14 +79,19 @@ def _round_groups_kernel(x_ptr, values_ptr, scales_ptr, num_groups, GROUP: tl.co
     tl.store(scales_ptr + group, scales, mask=mask)
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values (M, K) int8 and scales (M,) fp32 of x (M, K), fp32 or bf16, rotated."""
+def quantize_activations(x: Tensor, *, even_first: bool = False) -> tuple[Tensor, Tensor]:
+    """Return values (M, K) int8 and scales (M,) fp32 of x (M, K), fp32 or bf16, rotated.
+
+    even_first: of every eight columns the even ones stand before the odd ones, as products.py takes words of 4 bits
+    apart.
+    """
+    assert not even_first or x.shape[1] % 8 == 0, x.shape
     rows, columns = x.shape
     x = x.contiguous()
     values = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if x.numel():
-        _launch_rows(x, values, scales)
+        _launch_rows(x, values, scales, even_first)
     return values, scales
 
 
@@ -84,18 +100,19 @@ def rotate(x: Tensor) -> Tensor:
     x = x.contiguous()
     rotated = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if x.numel():
-        _launch_rows(x, rotated, None)
+        _launch_rows(x, rotated, None, even_first=False)
     return rotated
 
 
-def _launch_rows(x: Tensor, values: Tensor, scales: Tensor | None) -> None:
+def _launch_rows(x: Tensor, values: Tensor, scales: Tensor | None, even_first: bool) -> None:
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     padded, steps = power_of_two(columns), rotation_size(columns).bit_length() - 1
     warps = max(1, min(16, padded // 512))
     with on_device_of(x):
         _rotate_and_round_kernel[(rows,)](
-            x, values, scales, columns, padded, steps, scales is not None, num_warps=warps, enable_fp_fusion=False
-        )
+            x, values, scales, columns, padded, steps, scales is not None, even_first,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def quantize_activations_by_group(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 Weights lie as they were quantised: rows (N, K) of one matrix after the other. Routes are sorted by expert, and a
 program takes up to a tile's rows of one expert times a tile's columns: it finds its expert in the runs' ends, so that
 nothing is copied to the processor. Integer products are exact and what follows them is quantized.quantized_linear's
-order of roundings; bf16 products are summed in fp32.
+order of roundings; bf16 products are summed in fp32. 4-bit integers become bytes, value * step, on the way, and from
+there on are 8-bit ones; MXFP4 is added up group by group, each of which has scales.
 """
 
 import functools
@@ -23,6 +24,7 @@ from moesaic.kernels.triton.launch import multiprocessors, on_device_of, power_o
 _OAI_LIMIT: tl.constexpr = tl.constexpr(OAI_LIMIT)
 _OAI_SLOPE: tl.constexpr = tl.constexpr(OAI_SLOPE)
 _BF16: tl.constexpr = tl.constexpr("bf16")
+_INT4: tl.constexpr = tl.constexpr("int4")
 _MXFP4: tl.constexpr = tl.constexpr("mxfp4")
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.5**0.5)
 _GELU_SLOPE: tl.constexpr = tl.constexpr(2 * (2 / torch.pi) ** 0.5)
@@ -39,36 +41,72 @@ def _doubled_mxfp4(nibbles):
 
 
 @triton.jit
-def _nibbles(ptr, rows, mask, columns, start, GROUP: tl.constexpr, IS_MXFP4: tl.constexpr):
-    """GROUP columns from start of rows (R,) of 4 bits: (R, GROUP) int8."""
-    at = start // 2 + tl.arange(0, GROUP // 2)
-    both = tl.load(ptr + rows[:, None] * (columns // 2) + at[None, :], mask=mask[:, None], other=0)
-    low, high = both & 15, both >> 4
-    if IS_MXFP4:
-        low, high = _doubled_mxfp4(low), _doubled_mxfp4(high)
+def _weights(
+    ptr, steps, rows, mask, columns, start,
+    FORMAT: tl.constexpr, IS_EVEN: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """DEPTH columns from start of rows (R,) as they are multiplied, (R, DEPTH); steps (R, DEPTH // GROUP): of int4."""
+    if FORMAT == _INT4:
+        w = _int4_bytes(ptr, steps, rows, mask, columns, start, IS_EVEN, GROUP, DEPTH)
     else:
-        low, high = low.to(tl.int8) - 8, high.to(tl.int8) - 8
-    return tl.reshape(tl.join(low, high), (rows.shape[0], GROUP))
+        k = tl.arange(0, DEPTH)
+        mask = mask[:, None]
+        if not IS_EVEN:
+            mask = mask & (k < columns - start)[None, :]
+        w = tl.load(ptr + rows[:, None] * columns + (start + k)[None, :], mask=mask, other=0)
+    return w
 
 
 @triton.jit
-def _group_scales(ptr, rows, mask, groups, group):
+def _int4_bytes(
+    ptr, steps, rows, mask, columns, start, IS_EVEN: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr
+):
+    """value * step (R, DEPTH) int8, of every eight columns the even ones first; steps (R, DEPTH // GROUP) int8.
+
+    Four values of a word are multiplied at once. Each product plus 128 is 8 to 248, so that in the sum nothing is
+    carried from one byte into the next, and the other highest bit makes it the product. That takes even columns of a
+    word together, and odd ones.
+    """
+    WORDS: tl.constexpr = GROUP // 8
+    at = tl.arange(0, DEPTH // GROUP)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    mask = mask[:, None, None]
+    if not IS_EVEN:
+        mask = mask & (at < (columns - start) // 8)[None, :, :]
+    # A row begins at a multiple of 16 bytes, which the compiler sees in a factor of 4.
+    first = rows * (columns // 32 * 4) + start // 8
+    words = tl.load(ptr.to(tl.pointer_type(tl.uint32)) + first[:, None, None] + at[None, :, :], mask=mask, other=0)
+    steps = steps.to(tl.int32).to(tl.uint32)[:, :, None]
+    even = ((words & 0x0F0F0F0F) - 0x08080808) * steps
+    odd = ((words >> 4 & 0x0F0F0F0F) - 0x08080808) * steps
+    w = (tl.join(even, odd) + 0x80808080) ^ 0x80808080
+    w = tl.join(tl.join(w, w >> 16).to(tl.int8), tl.join(w >> 8, w >> 24).to(tl.int8))
+    return tl.reshape(w, (rows.shape[0], DEPTH))
+
+
+@triton.jit
+def _steps(ptr, rows, mask, columns, start, GROUP: tl.constexpr, DEPTH: tl.constexpr):
+    """Those of int4 for DEPTH columns from start, (R, DEPTH // GROUP) int8; behind the last ones 0."""
+    group, groups = start // GROUP + tl.arange(0, DEPTH // GROUP), columns // GROUP
+    mask = mask[:, None] & (group < groups)[None, :]
+    return tl.load(ptr + rows[:, None] * groups + group[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _mxfp4_scales(ptr, rows, mask, groups, group):
     """Of one group of each row; behind the last one comes the first."""
     return tl.load(ptr + rows * groups + group % groups, mask=mask, other=0)
 
 
 @triton.jit
-def _add_group(
-    total, x, x_scale, w_ptr, w_rows, w_mask, w_scale, columns, start, GROUP: tl.constexpr, IS_MXFP4: tl.constexpr
-):
-    """Add the product of one group's columns to total (M, N); x (M, GROUP) int8, x_scale (M,) of MXFP4's group."""
-    w = _nibbles(w_ptr, w_rows, w_mask, columns, start, GROUP, IS_MXFP4)
+def _add_mxfp4_group(total, x, x_scale, w_ptr, w_rows, w_mask, w_scale, columns, start, GROUP: tl.constexpr):
+    """Add the product of one group's columns to total (M, N); x (M, GROUP) int8, x_scale (M,) the group's."""
+    at = start // 2 + tl.arange(0, GROUP // 2)
+    both = tl.load(w_ptr + w_rows[:, None] * (columns // 2) + at[None, :], mask=w_mask[:, None], other=0)
+    w = tl.reshape(tl.join(_doubled_mxfp4(both & 15), _doubled_mxfp4(both >> 4)), (w_rows.shape[0], GROUP))
     dot = tl.dot(x, tl.trans(w), out_dtype=tl.int32).to(tl.float32)
-    if IS_MXFP4:
-        # A power of two is its exponent's bits, but for the smallest, 2**-127, which has none.
-        power = tl.maximum(w_scale.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
-        return tl.fma(dot * (x_scale * 0.5)[:, None], tl.broadcast_to(power[None, :], dot.shape), total)
-    return total + dot * w_scale.to(tl.float32)[None, :]
+    # A power of two is its exponent's bits, but for the smallest, 2**-127, which has none.
+    power = tl.maximum(w_scale.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
+    return tl.fma(dot * (x_scale * 0.5)[:, None], tl.broadcast_to(power[None, :], dot.shape), total)
 
 
 @triton.jit
@@ -93,6 +131,7 @@ def _product_kernel(
     x_scales_ptr,
     w_ptr,
     w_scales_ptr,
+    steps_ptr,
     bias_ptr,
     routes_ptr,
     starts_ptr,
@@ -118,7 +157,8 @@ def _product_kernel(
 
     Matrices are (out_columns, columns), or gated [gate, up] of twice the rows. IS_ROUTED: row r of the output is route
     r, whose x is row r // routes_per_row; routes (R,) are sorted by expert, starts (num_experts + 1,) say where each
-    one's begin. EXPERTS: a power of two from num_experts on. IS_EVEN: columns is a multiple of BLOCK_K.
+    one's begin. EXPERTS: a power of two from num_experts on. IS_EVEN: columns is a multiple of BLOCK_K. For
+    int4, x has of every eight columns the even ones first.
     """
     tiles_n = tl.cdiv(out_columns, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
@@ -150,67 +190,68 @@ def _product_kernel(
     w_rows = first_row + n  # of a gated matrix its gate, whose up lies out_columns further
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + x_rows[:, None] * columns + k[None, :]
-    if GROUP == 0:
+    other_rows = w_rows + out_columns
+    if FORMAT != _MXFP4:
         kind: tl.constexpr = tl.float32 if FORMAT == _BF16 else tl.int32
         total = tl.zeros((BLOCK_M, BLOCK_N), kind)
         other_total = total  # of up, where the matrix is [gate, up]
-        w_at = w_ptr + w_rows[:, None] * columns + k[None, :]
+        steps, other_steps = None, None
+        if FORMAT == _INT4:
+            steps = _steps(steps_ptr, w_rows, n_mask, columns, 0, GROUP, BLOCK_K)
+            if IS_GATED:
+                other_steps = _steps(steps_ptr, other_rows, n_mask, columns, 0, GROUP, BLOCK_K)
         for start in range(0, columns, BLOCK_K):
-            x_mask, w_mask = m_mask[:, None], n_mask[:, None]
+            own_steps, own_other_steps = steps, other_steps
+            if FORMAT == _INT4:
+                # They are small, and read a block ahead: nothing else would hide how long they take.
+                steps = _steps(steps_ptr, w_rows, n_mask, columns, start + BLOCK_K, GROUP, BLOCK_K)
+                if IS_GATED:
+                    other_steps = _steps(steps_ptr, other_rows, n_mask, columns, start + BLOCK_K, GROUP, BLOCK_K)
+            x_mask = m_mask[:, None]
             if not IS_EVEN:
-                x_mask, w_mask = x_mask & (k < columns - start)[None, :], w_mask & (k < columns - start)[None, :]
+                x_mask = x_mask & (k < columns - start)[None, :]
             x = tl.load(x_at + start, mask=x_mask, other=0)
-            w = tl.load(w_at + start, mask=w_mask, other=0)
+            w = _weights(w_ptr, own_steps, w_rows, n_mask, columns, start, FORMAT, IS_EVEN, GROUP, BLOCK_K)
             total = tl.dot(x, tl.trans(w), total, out_dtype=kind)
             if IS_GATED:
-                w = tl.load(w_at + tl.cast(out_columns, tl.int64) * columns + start, mask=w_mask, other=0)
+                w = _weights(
+                    w_ptr, own_other_steps, other_rows, n_mask, columns, start, FORMAT, IS_EVEN, GROUP, BLOCK_K
+                )
                 other_total = tl.dot(x, tl.trans(w), other_total, out_dtype=kind)
         if FORMAT != _BF16:
             x_scales = tl.load(x_scales_ptr + x_rows, mask=m_mask, other=0.0)
             w_scales = tl.load(w_scales_ptr + w_rows, mask=n_mask, other=0.0)
             total = total.to(tl.float32) * x_scales[:, None] * w_scales[None, :]
             if IS_GATED:
-                w_scales = tl.load(w_scales_ptr + w_rows + out_columns, mask=n_mask, other=0.0)
+                w_scales = tl.load(w_scales_ptr + other_rows, mask=n_mask, other=0.0)
                 other_total = other_total.to(tl.float32) * x_scales[:, None] * w_scales[None, :]
     else:
-        IS_MXFP4: tl.constexpr = FORMAT == _MXFP4
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         other_total = total
         groups = columns // GROUP
-        if IS_MXFP4:
-            x_scales = _group_scales(x_scales_ptr, x_rows, m_mask, groups, 0)
-        else:
-            x_scales = tl.load(x_scales_ptr + x_rows, mask=m_mask, other=0.0)
-        scales = _group_scales(w_scales_ptr, w_rows, n_mask, groups, 0)
+        x_scales = _mxfp4_scales(x_scales_ptr, x_rows, m_mask, groups, 0)
+        scales = _mxfp4_scales(w_scales_ptr, w_rows, n_mask, groups, 0)
         other_scales = scales
         if IS_GATED:
-            other_scales = _group_scales(w_scales_ptr, w_rows + out_columns, n_mask, groups, 0)
+            other_scales = _mxfp4_scales(w_scales_ptr, other_rows, n_mask, groups, 0)
         # A step is a group, since each has a scale: BLOCK_K is GROUP, which divides columns.
         for group in range(groups):
             # Scales are small, and read a step ahead: nothing else would hide how long they take.
-            next_scales = _group_scales(w_scales_ptr, w_rows, n_mask, groups, group + 1)
+            next_scales = _mxfp4_scales(w_scales_ptr, w_rows, n_mask, groups, group + 1)
             x = tl.load(x_at + group * GROUP, mask=m_mask[:, None], other=0)
-            total = _add_group(
-                total, x, x_scales, w_ptr, w_rows, n_mask, scales, columns, group * GROUP, GROUP, IS_MXFP4
-            )
+            total = _add_mxfp4_group(total, x, x_scales, w_ptr, w_rows, n_mask, scales, columns, group * GROUP, GROUP)
             scales = next_scales
             if IS_GATED:
-                next_scales = _group_scales(w_scales_ptr, w_rows + out_columns, n_mask, groups, group + 1)
-                other_total = _add_group(
-                    other_total, x, x_scales, w_ptr, w_rows + out_columns, n_mask, other_scales, columns,
-                    group * GROUP, GROUP, IS_MXFP4,
-                )  # fmt: skip
+                next_scales = _mxfp4_scales(w_scales_ptr, other_rows, n_mask, groups, group + 1)
+                other_total = _add_mxfp4_group(
+                    other_total, x, x_scales, w_ptr, other_rows, n_mask, other_scales, columns, group * GROUP, GROUP
+                )
                 other_scales = next_scales
-            if IS_MXFP4:
-                x_scales = _group_scales(x_scales_ptr, x_rows, m_mask, groups, group + 1)
-        if not IS_MXFP4:
-            total = total * x_scales[:, None]
-            if IS_GATED:
-                other_total = other_total * x_scales[:, None]
+            x_scales = _mxfp4_scales(x_scales_ptr, x_rows, m_mask, groups, group + 1)
     if HAS_BIAS:
         total += tl.load(bias_ptr + w_rows, mask=n_mask, other=0.0)[None, :]
         if IS_GATED:
-            other_total += tl.load(bias_ptr + w_rows + out_columns, mask=n_mask, other=0.0)[None, :]
+            other_total += tl.load(bias_ptr + other_rows, mask=n_mask, other=0.0)[None, :]
     if ACTIVATION is not None:
         total = _activated(total, other_total, ACTIVATION)
     out_at = out_ptr + rows[:, None] * out_columns + n[None, :]
@@ -357,18 +398,22 @@ def _product(
     if not out.numel():
         return out
     if isinstance(weight, Tensor):
-        numbers, scales, x_scales = weight, None, None
+        numbers, scales, steps, x_scales = weight, None, None, None
         values = x.to(torch.bfloat16).contiguous()
     else:
-        numbers, scales = weight.values, weight.scales
-        values, x_scales = quantize_activations_by_group(x) if weight.is_mxfp4 else quantize_activations(x)
+        numbers, scales, steps = weight.values, weight.scales, weight.steps
+        values, x_scales = (
+            quantize_activations_by_group(x)
+            if weight.is_mxfp4
+            else quantize_activations(x, even_first=weight.bits == 4)
+        )
     tiling = _Tiling.of(
         format, group_size, num_rows, num_experts, out_columns, columns, gated=gated, is_routed=routes is not None,
         device=x.device,
     )  # fmt: skip
     with on_device_of(x):
         _product_kernel[(tiling.count,)](
-            values, x_scales, numbers, scales, bias,
+            values, x_scales, numbers, scales, steps, bias,
             None if routes is None else routes.routes, None if routes is None else routes.starts, out,
             num_rows, columns, out_columns, num_experts, routes_per_row,
             format, group_size or 0, activation, gated, bias is not None, routes is not None,
@@ -405,10 +450,11 @@ class _Tiling:
     ) -> "_Tiling":
         each = num_rows / num_experts
         rows = 16 if each <= 16 else 32 if each <= 32 else 64 if each <= 96 else 128
-        # Groups are added up in fp32 beside a product of their own: larger tiles have no registers left for it.
-        if group_size is not None:
+        # Its groups are added up in fp32 beside a product of their own: larger tiles have no registers left for it.
+        is_mxfp4 = format == "mxfp4"
+        if is_mxfp4:
             rows = min(rows, 64)
-        widest = 64 if rows == 16 or (group_size is not None and gated) else 128
+        widest = 64 if rows == 16 or (is_mxfp4 and gated) else 128
         tiles = -(-num_rows // rows)
         if is_routed:  # every expert's last tile may be a part of one
             tiles = num_rows // rows + min(num_experts, num_rows)
@@ -417,11 +463,11 @@ class _Tiling:
         while width > 16 and tiles * -(-out_columns // width) < multiprocessors(device):
             width //= 2
         size, halves = (2 if format == "bf16" else 1), (2 if gated else 1)
-        if group_size is not None:
-            depth, row_bytes = group_size, group_size // 2
-        else:
+        if group_size is not None and is_mxfp4:
+            depth = group_size
+        else:  # group sizes of int4 divide it, since they are smaller powers of two, and divide columns
             depth = min((256 if rows == 16 else 128) // size, max(32, power_of_two(columns)))
-            row_bytes = depth * size
-        warps = 8 if rows * width * halves >= (128 * 128 if group_size is None else 64 * 128) else 4
+        row_bytes = depth * size if group_size is None else depth // 2
+        warps = 8 if rows * width * halves >= (64 if is_mxfp4 else 128) * 128 else 4
         tile_bytes = rows * depth * size + width * halves * row_bytes
         return cls(rows, width, depth, tiles * -(-out_columns // width), warps, stages(tile_bytes, device))

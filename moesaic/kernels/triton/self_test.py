@@ -13,7 +13,8 @@ from moesaic.kernels.paged_attention import PagedBatch
 from moesaic.kernels.quantized import QuantizedWeight
 from moesaic.kernels.triton import attention, products, rows
 
-_ONE_OF_MXFP4 = 2  # the 4 bits of 1.0
+# 4 bits each.
+_ZERO_OF_INT4, _ONE_OF_INT4, _ONE_OF_MXFP4 = 8, 9, 2
 
 
 def run_self_test(device: torch.device) -> str:
@@ -27,16 +28,19 @@ def run_self_test(device: torch.device) -> str:
     numbers = torch.zeros(1, 32, 64, dtype=torch.int8, device=device)
     numbers[0, :, 0] = rising.to(torch.int8)
     ones = torch.ones(1, 32, dtype=torch.float32, device=device)
-    nibbles = torch.zeros(1, 32, 32, dtype=torch.uint8, device=device)
-    nibbles[0, :, 0] = _ONE_OF_MXFP4
+    nibbles = torch.full((1, 32, 32), _ZERO_OF_INT4 * 17, dtype=torch.uint8, device=device)
+    nibbles[0, :, 0] = _ONE_OF_INT4 + _ZERO_OF_INT4 * 16
+    steps = (rising % 16).to(torch.int8)[None, :, None]
+    mxfp4 = torch.zeros(1, 32, 32, dtype=torch.uint8, device=device)
+    mxfp4[0, :, 0] = _ONE_OF_MXFP4
     powers = torch.full((1, 32, 2), 127, dtype=torch.uint8, device=device)
-    weights: dict[str, Tensor | QuantizedWeight] = {
-        "bf16 products": numbers.to(torch.bfloat16),
-        "int8 products": QuantizedWeight(numbers, ones, 8, None),
-        "MXFP4 products": QuantizedWeight(nibbles, powers, 4, 32),
+    weights: dict[str, tuple[Tensor | QuantizedWeight, Tensor]] = {
+        "bf16 products": (numbers.to(torch.bfloat16), rising),
+        "int8 products": (QuantizedWeight(numbers, ones, 8, None), rising),
+        "int4 products": (QuantizedWeight(nibbles, ones, 4, 64, steps), rising % 16),
+        "MXFP4 products": (QuantizedWeight(mxfp4, powers, 4, 32), ones[0]),
     }
-    for name, weight in weights.items():
-        factors = torch.ones(32, dtype=torch.float32, device=device) if name.startswith("MXFP4") else rising
+    for name, (weight, factors) in weights.items():
         _compare(name, products.linear(x, weight, None, out_dtype=torch.float32), x[:, :1] * factors)
     ids, _ = rows.choose(x, None, None, top_k=1, scoring="softmax", renormalize=False, scale=1.0, output_scale=None)
     _compare("choices of experts", ids.float(), torch.zeros(3, 1, dtype=torch.float32, device=device))
