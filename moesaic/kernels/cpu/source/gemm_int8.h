@@ -490,8 +490,8 @@ template <typename F, int R, typename Reads>
                                    float* c, bool accumulate, Reads ahead) {
     constexpr int V = kPanel / W, kRun = QuantizedRow::kRun, kSteps = kRun / 4, kRunsOfHeader = F::kHeader / kRun;
     constexpr size_t kStepBytes = 64;
-    // The sums of one row alone would wait for each other: at 60 % of the speed.
-    constexpr int kChains = R == 1 && W == 16 ? 2 : 1;
+    // Runs behind one header at a time: the sums of one row and one run would wait for each other.
+    constexpr int kTogether = R == 1 && kRunsOfHeader > 1 ? 2 : 1;
     constexpr bool kHasTotals = R <= kRowsWithTotals;
     const uint8_t *weights = panel.data + size_t(first) * panel.kBlockBytes, *header = weights;
     using Total = typename F::Total;
@@ -508,59 +508,58 @@ template <typename F, int R, typename Reads>
     for (int block = first; block < last; ++block, start += F::kStartBytes) {
         const int runs = std::min(kActivationBlock, panel.depth - block * kActivationBlock) / kRun;
         if (block == ahead.turn) ahead.from = ahead.then;
-        for (int run = 0; run < runs; ++run) {
-            if (run % kRunsOfHeader == 0) {
+        for (int first_run = 0; first_run < runs; first_run += kTogether) {
+            if (first_run % kRunsOfHeader == 0) {
                 header = weights;
                 weights += kHeaderBytes;
                 ahead.fetch(ahead.from);
                 ahead.from += ahead.group_step;
             }
-            Vi acc[kChains][R][V];
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const Vi begin = first_sums(start + r * stride + F::start_of(run));
-#pragma GCC unroll 4
-                for (int v = 0; v < V; ++v) {
-                    acc[0][r][v] = begin;
-#pragma GCC unroll 4
-                    for (int chain = 1; chain < kChains; ++chain) acc[chain][r][v] = set1i(0);
-                }
-            }
+            Vi acc[kTogether][R][V];
 #pragma GCC unroll 2
-            for (int s = 0; s < kSteps; s += kChains) {
+            for (int i = 0; i < kTogether; ++i)
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const Vi begin = first_sums(start + r * stride + F::start_of(first_run + i));
 #pragma GCC unroll 4
-                for (int chain = 0; chain < kChains; ++chain) {
+                    for (int v = 0; v < V; ++v) acc[i][r][v] = begin;
+                }
+#pragma GCC unroll 2
+            for (int s = 0; s < kSteps; ++s) {
+#pragma GCC unroll 2
+                for (int i = 0; i < kTogether; ++i) {
                     Vi columns[V];
-                    load_nibbles<F>(weights + size_t(chain) * kStepBytes, columns);
-                    ahead.fetch(ahead.from + size_t(chain) * ahead.step);
+                    load_nibbles<F>(weights + size_t(i * kSteps) * kStepBytes, columns);
+                    ahead.fetch(ahead.from + size_t(i) * ahead.step);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
-                        const Vi activations = broadcast_dword(row + r * stride + 4 * (s + chain));
+                        const Vi activations = broadcast_dword(row + r * stride + i * kRun + 4 * s);
 #pragma GCC unroll 4
-                        for (int v = 0; v < V; ++v)
-                            acc[chain][r][v] = dot_bytes(acc[chain][r][v], columns[v], activations);
+                        for (int v = 0; v < V; ++v) acc[i][r][v] = dot_bytes(acc[i][r][v], columns[v], activations);
                     }
                 }
-                weights += size_t(kChains) * kStepBytes;
-                ahead.from += size_t(kChains) * ahead.step;
+                weights += kStepBytes;
+                ahead.from += size_t(kTogether) * ahead.step;
             }
-            row += kRun;
-            Total factors[V];
-            for (int v = 0; v < V; ++v) factors[v] = F::factors(header, run % kRunsOfHeader, v * W);
+            weights += size_t((kTogether - 1) * kSteps) * kStepBytes;
+            row += kTogether * kRun;
+#pragma GCC unroll 2
+            for (int i = 0; i < kTogether; ++i) {
+                const int run = first_run + i;
+                Total factors[V];
+                for (int v = 0; v < V; ++v) factors[v] = F::factors(header, run % kRunsOfHeader, v * W);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r)
+                for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int v = 0; v < V; ++v) {
-#pragma GCC unroll 4
-                    for (int chain = 1; chain < kChains; ++chain)
-                        acc[0][r][v] = addi(acc[0][r][v], acc[chain][r][v]);
-                    const char* own = start + r * stride + F::start_of(run);
-                    float* place = c + r * kPanel + v * W;
-                    if constexpr (kHasTotals)
-                        total[r][v] = F::add_run(total[r][v], acc[0][r][v], own, factors[v]);
-                    else
-                        F::store_total(place, F::add_run(F::load_total(place), acc[0][r][v], own, factors[v]));
-                }
+                    for (int v = 0; v < V; ++v) {
+                        const char* own = start + r * stride + F::start_of(run);
+                        float* place = c + r * kPanel + v * W;
+                        if constexpr (kHasTotals)
+                            total[r][v] = F::add_run(total[r][v], acc[i][r][v], own, factors[v]);
+                        else
+                            F::store_total(place, F::add_run(F::load_total(place), acc[i][r][v], own, factors[v]));
+                    }
+            }
         }
     }
 #pragma GCC unroll 8
