@@ -105,7 +105,7 @@ def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[
 
     Raises: CheckpointError when the tensors are not as the manifest says, or of another format.
     """
-    from moesaic.kernels.quantized import QuantizedWeight
+    from moesaic.kernels.quantized import MAX_STEP, QuantizedWeight
 
     _check_format(info)
     weights = {}
@@ -115,6 +115,9 @@ def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[
             steps = tensors.pop(name + STEPS) if scheme.has_steps else None
             weights[name] = QuantizedWeight(values, scales, scheme.bits, scheme.group_size, steps)
             assert weights[name].is_mxfp4 == scheme.is_mxfp4, scales.dtype
+            if steps is not None and not steps.is_meta and steps.numel():
+                reach = [int(end) for end in steps.aminmax()]
+                assert max(-reach[0], reach[1]) <= MAX_STEP, f"steps of {reach[0]} to {reach[1]}"
         except (KeyError, AssertionError) as error:
             raise CheckpointError(
                 f"{info.path} does not hold {name} as its manifest says ({error!r}); {name}{VALUES}, {name}{SCALES} "

@@ -422,6 +422,10 @@ def test_int4_without_its_steps_is_found(make_run: Any, tmp_path: Path) -> None:
     changed = tensors | {steps[0]: tensors[steps[0]].to(torch.int16)}
     with pytest.raises(CheckpointError, match=rf"does not hold {steps[0].removesuffix(STEPS)} "):
         take_quantized(changed, info)
+    changed = tensors | {steps[0]: tensors[steps[0]].clone()}
+    changed[steps[0]].view(-1)[-1] = -16
+    with pytest.raises(CheckpointError, match=r"steps of -16 to 15"):
+        take_quantized(changed, info)
 
 
 @pytest.mark.parametrize("experts", ["int8", "int4", "mxfp4"])
