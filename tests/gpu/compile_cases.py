@@ -93,8 +93,8 @@ def test_experts(format: PackedFormat, group: int | None, is_gated: bool, each: 
     )  # fmt: skip
     assert shared <= GPUS[gpu] and spilled <= 256, (shared, spilled)
     kinds = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-    kind = kinds[gpu] if tiling.rows >= 64 and (gpu != 100 or tiling.rows >= 128) else "mma.sync"
-    multiplied = "bf16" if format == "bf16" else "(s32.s8|i8)"
+    kind = kinds[gpu] if tiling.rows >= 64 and (gpu != 100 or tiling.rows >= 128) else "mma"
+    multiplied = "(bf16|::f16)" if format == "bf16" else "(s8|::i8)"
     assert re.search(rf"{re.escape(kind)}.*{multiplied}", ptx), kind
     # Weights are on their way while others are multiplied.
     assert tiling.stages >= 2 and "cp.async" in ptx
