@@ -107,7 +107,6 @@ def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[
     """
     from moesaic.kernels.quantized import MAX_STEP, QuantizedWeight
 
-    _check_format(info)
     weights = {}
     for name, scheme in quantization_schemes(info).items():
         try:

@@ -35,7 +35,7 @@ def quantize(
     group_size: Annotated[
         int | None,
         typer.Option(
-            "--group-size", metavar="N", help="Columns that share a scale in int4: 32, 64, 128. \\[default: 64]"
+            "--group-size", metavar="N", help="Columns that share a step in int4: 32, 64, 128. \\[default: 64]"
         ),
     ] = None,
     calibrate: Annotated[

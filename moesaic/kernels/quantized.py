@@ -71,9 +71,10 @@ class QuantizedWeight:
             return
         sizes = (mxfp4.GROUP_SIZE,) if self.is_mxfp4 else GROUP_SIZES
         assert self.group_size is not None and self.group_size in sizes, self.group_size
-        assert (steps is None) == self.is_mxfp4, (scales.dtype, steps)
+        assert (steps is None) == self.is_mxfp4, (scales.dtype, steps is None)
         of_groups = self.of_groups
-        assert of_groups is not None and (self.is_mxfp4 or of_groups.dtype == torch.int8), of_groups
+        assert of_groups is not None
+        assert self.is_mxfp4 or of_groups.dtype == torch.int8, of_groups.dtype
         assert self.shape[-1] % self.group_size == 0, (self.shape, self.group_size)
         expected = (*self.shape[:-1], self.shape[-1] // self.group_size)
         assert of_groups.shape == expected, (of_groups.shape, self.shape, self.group_size)

@@ -398,13 +398,14 @@ inline __m512 rcp14_ps(__m512 a) {
     return r.f;
 }
 
-// c + four products of an unsigned byte of a and a signed one of b; sums wrap.
+// c + two products of words.
 EMULATED __m512i dpwssd_epi32(__m512i c, __m512i a, __m512i b) {
     const Any x(a), y(b);
     Any r(c);
     for (int h = 0; h < 2; ++h) r.ih[h] = _mm256_add_epi32(r.ih[h], _mm256_madd_epi16(x.ih[h], y.ih[h]));
     return r.i;
 }
+// c + four products of an unsigned byte of a and a signed one of b; sums wrap.
 EMULATED __m512i dpbusd_epi32(__m512i c, __m512i a, __m512i b) {
     const Any x(a), y(b);
     Any r(c);

@@ -219,7 +219,8 @@ template <bool kBottom, typename F, typename Each>
         const auto quarter = [&](int index) __attribute__((always_inline)) {
             constexpr int kEach = kLines / 4;
             for (int i = index * kEach; i < (index + 1) * kEach; ++i) fetch(ahead + 64 * i);
-            if (index == 0) fetch(ahead + 64 * kLines);
+            if (index == 0)  // the headers
+                for (int i = 0; i < std::max(1, kLines / kLinesOfHeader<F>); ++i) fetch(ahead + 64 * (kLines + i));
             unpack_lines(panel, then * kLines + index * kEach, kEach, unpacked + 128 * index * kEach);
             lines.quarter();
             complete.template one<true>();
