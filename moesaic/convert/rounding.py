@@ -24,8 +24,8 @@ from moesaic.kernels.quantized import (
 _BLOCK = 128
 # Added to the diagonal, as a share of its mean: inputs seen in calibration are a sample.
 _DAMPING = 0.01
-# Shares of the step that just reaches the group's largest magnitude. Clipping it pays off for few of them.
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+# Steps tried, from the one that reaches the group's largest magnitude downwards. Clipping it pays off for few of them.
+_STEPS_TRIED = 7
 
 
 def searched_steps(grouped: Tensor, scales: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -38,9 +38,10 @@ def searched_steps(grouped: Tensor, scales: Tensor, importance: Tensor | None = 
     unit = torch.where(scales == 0, 1.0, scales)
     best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
     for levels in (-8.0, 7.0):
-        for share in _SHRINK:
-            reach = extreme * (share / levels) / unit
-            steps = reach.abs().round_().clamp_(1.0, MAX_STEP) * torch.where(reach < 0, -1.0, 1.0)
+        reach = extreme / levels / unit
+        sign = torch.where(reach < 0, -1.0, 1.0)
+        for below in range(_STEPS_TRIED):
+            steps = (reach.abs().ceil() - below).clamp_(1.0, MAX_STEP) * sign
             error = squared_errors(grouped, steps * scales)
             if importance is not None:
                 error *= importance
