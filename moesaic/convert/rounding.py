@@ -6,6 +6,8 @@ Source: Frantar et al., GPTQ (arXiv 2210.17323): columns are rounded one after a
 back in the columns that are not rounded yet, in the way that the second moments of the inputs say.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from moesaic.kernels.quantized import (
     rotate_weight,
     row_scales,
     squared_errors,
+    steps_of_least_error,
 )
 
 # Columns whose errors are taken back in the rest of the matrix by one product.
@@ -36,19 +39,19 @@ def searched_steps(grouped: Tensor, scales: Tensor, importance: Tensor | None = 
     """
     extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
     unit = torch.where(scales == 0, 1.0, scales)
-    best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
-    for levels in (-8.0, 7.0):
-        reach = extreme / levels / unit
-        sign = torch.where(reach < 0, -1.0, 1.0)
-        for below in range(_STEPS_TRIED):
-            steps = (reach.abs().ceil() - below).clamp_(1.0, MAX_STEP) * sign
-            error = squared_errors(grouped, steps * scales)
-            if importance is not None:
-                error *= importance
-            total = error.sum(-1)
-            is_better = (total < least) | (best == 0)
-            best, least = torch.where(is_better, steps, best), torch.where(is_better, total, least)
-    return best.to(torch.int8)
+
+    def tried() -> Iterator[Tensor]:
+        for levels in (-8.0, 7.0):
+            reach = extreme / levels / unit
+            sign = torch.where(reach < 0, -1.0, 1.0)
+            for below in range(_STEPS_TRIED):
+                yield (reach.abs().ceil() - below).clamp_(1.0, MAX_STEP) * sign
+
+    def error_of(steps: Tensor) -> Tensor:
+        error = squared_errors(grouped, steps * scales)
+        return (error if importance is None else error.mul_(importance)).sum(-1)
+
+    return steps_of_least_error(tried(), error_of)
 
 
 def feedback_factor(second_moments: Tensor, *, is_mxfp4: bool = False) -> Tensor:

@@ -17,7 +17,7 @@ Source of the rotation: Ashkboos et al., QuaRot (arXiv 2404.00456); its online f
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -211,12 +211,18 @@ def _nearest_steps(grouped: Tensor, scales: Tensor) -> Tensor:
     reach = torch.where(scales == 0, 0.0, extreme / (-8.0 * scales))
     sign = torch.where(reach < 0, -1.0, 1.0)
     below = reach.abs().floor()
-    best, least = torch.zeros_like(reach), torch.full_like(reach, torch.inf)
-    for magnitude in (reach.abs().ceil(), below, below - 1.0):
-        steps = magnitude.clamp(1.0, MAX_STEP) * sign
-        error = _tree_sum(squared_errors(grouped, steps * scales))
-        # What is not finite is not less than anything; the first is taken then.
-        is_better = (error < least) | (best == 0)
+    tried = (magnitude.clamp(1.0, MAX_STEP) * sign for magnitude in (reach.abs().ceil(), below, below - 1.0))
+    return steps_of_least_error(tried, lambda steps: _tree_sum(squared_errors(grouped, steps * scales)))
+
+
+def steps_of_least_error(tried: Iterable[Tensor], error_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return of several steps (...) those of least error (...), as int8; of equal ones the earlier."""
+    candidates = iter(tried)
+    best = next(candidates)
+    least = error_of(best)
+    for steps in candidates:
+        error = error_of(steps)
+        is_better = error < least  # never, where the first's is NaN
         best, least = torch.where(is_better, steps, best), torch.where(is_better, error, least)
     return best.to(torch.int8)
 

@@ -97,8 +97,9 @@ inline void block_by_tiles(int rows, int pairs, const bf16* a, size_t lda, const
         bottom ? multiply(std::true_type{}, Two{}) : multiply(std::false_type{}, Two{});
 }
 
-// Some terms of a panel, [first, first + here) of `terms`, at `weights`, that several steps of rows are multiplied with while
-// these stay in the first-level cache. ahead_of(part, blocks, what) calls what(all that is to be read ahead beside `lines`).
+// Rows, step by step, times some terms of a panel, [first, first + here) of `terms`, at `weights`.
+// ahead_of(step, steps, blocks of a step, lines to be read ahead, multiply) calls multiply(all that is to be read ahead, which
+// operand stays in the first-level cache).
 template <bool kBytes, typename Each, typename AheadOf>
 inline void tiles_pass(const uint8_t* weights, int first, int here, int terms, int rows, const char* a, size_t stride,
                        float* c, const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting,
