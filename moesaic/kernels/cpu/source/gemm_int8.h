@@ -73,6 +73,8 @@ struct Mxfp4 {
     static constexpr int kOffset = 12;
     using Total = Vf;
     // Twice 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
+    alignas(16) static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    // With the offset.
     alignas(16) static constexpr uint8_t kBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
     static size_t starts(const QuantizedRow& row) { return row.tail() + offsetof(RowTail, start); }
@@ -91,7 +93,7 @@ struct Mxfp4 {
     static Vf load_total(const float* p) { return load(p); }
     static void store_total(float* p, Vf total) { store(p, total); }
     static Vi bytes_of(Vi nibbles) { return look_up(kBytes, nibbles); }
-    static float number(int nibble, int scale) { return std::ldexp(float(kBytes[nibble] - kOffset), scale - 128); }
+    static float number(int nibble, int scale) { return std::ldexp(float(kTwice[nibble]), scale - 128); }
 };
 
 // The weights of four values of K and 32 columns, as unsigned bytes.
@@ -299,9 +301,9 @@ struct Next {
 // add_nibbles have their own. Up to kFewByteRows rows of integers go by vectors where there are tiles: none by AVX2's, which
 // take off the weights the offset that tiles multiply and rows make up for.
 #if defined(__AVX512F__)
-constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4, kFewMxfp4Rows = 12;
+constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4, kFewMxfp4Rows = 9;
 #else
-constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0, kFewMxfp4Rows = 12;
+constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0, kFewMxfp4Rows = 9;
 #endif
 
 #if defined(__AVX512F__)
@@ -688,110 +690,154 @@ inline void nibble_rows_of(int rows, const NibblePanel<F>& panel, int first, int
 
 #if defined(MOESAIC_TILES)
 
-// A panel of MXFP4 as bytes for tiles: [groups][64 values of K / 4][32][4], half of them zeros, so that a tile never mixes two
-// groups.
-inline void unpack_for_tiles(const NibblePanel<Mxfp4>& panel, uint8_t* to) {
-    constexpr int kSteps = Mxfp4::kGroup / 4;
-    for (int g = 0; g < panel.groups(); ++g, to += size_t(16 - kSteps) * 128) {
-        const uint8_t* from = panel.weights(g);
-        for (int s = 0; s < kSteps; ++s, from += 64, to += 128) {
-            Vi columns[kPanel / W];
-            load_nibbles<Mxfp4>(from, columns);
-            for (int v = 0; v < kPanel / W; ++v) storei(to + v * W * 4, columns[v]);
-        }
-        std::memset(to, 0, size_t(16 - kSteps) * 128);
-    }
-}
+// Groups of an MXFP4 panel as tiles take them: bytes [8][32][4] of each, twice its numbers, and its columns' powers.
+struct UnpackedGroups {
+    static constexpr int kMost = 8, kBytes = Mxfp4::kGroup * kPanel;  // more do not stay in the first-level cache
 
-// What the int32 dot products [rows][32] of group g add to c.
-template <bool First>
-inline void finish_group(const NibblePanel<Mxfp4>& panel, int g, const int32_t* dots, int rows, const char* a, size_t stride,
-                         float* c) {
+    alignas(64) int8_t weights[kMost * kBytes];
+    alignas(64) float powers[kMost * kPanel];
+    int first = 0, last = 0;
+
+    void unpack(const NibblePanel<Mxfp4>& panel, int first_group, int last_group) {
+        first = first_group;
+        last = last_group;
+        const Vi low = set1i(0x0f0f0f0f);
+        int8_t* to = weights;
+        for (int g = first; g < last; ++g) {
+            const uint8_t* from = panel.weights(g);
+            for (int k = 0; k < Mxfp4::kGroup; k += 4, from += 64, to += 128)
+                for (int v = 0; v < 64; v += W * 4) {
+                    const Vi both = loadi(from + v);
+                    storei(to + v, look_up(Mxfp4::kTwice, andi(both, low)));
+                    storei(to + 64 + v, look_up(Mxfp4::kTwice, andi(high_nibbles(both), low)));
+                }
+            for (int column = 0; column < kPanel; column += W)
+                store(powers + (g - first) * kPanel + column,
+                      Mxfp4::factors(panel.header(g), g % panel.kGroupsOfHeader, column));
+        }
+    }
+};
+
+// Up to 32 rows times unpacked groups, an even number of them, by tiles. The dot products of two groups are scaled and added
+// to c while tiles work on the next two: by themselves they would bring the totals and take them away once for every group.
+// (It is not their latency that tiles and these vectors wait for, but each other: of the two ports for 64 bytes a product
+// of tiles keeps one, and so do a tile's loads and stores.)
+template <bool kBottom, typename Fetch>
+[[gnu::noinline]] void unpacked_tiles(const NibblePanel<Mxfp4>& panel, const UnpackedGroups& unpacked, int rows,
+                                      const char* a, size_t stride, float* c, const Fetch& reads) {
+    constexpr int kDots = kRowBlock * kPanel, kRowsOfPart = 4, kParts = (kBottom ? 32 : 16) / kRowsOfPart;
     constexpr int kGroups = kActivationBlock / Mxfp4::kGroup;
-    const char* start =
-        a + Mxfp4::starts(panel.row) + size_t(g / kGroups) * Mxfp4::kStartBytes + Mxfp4::start_of(g % kGroups);
-    Vf column_scales[kPanel / W];
-    for (int v = 0; v < kPanel / W; ++v)
-        column_scales[v] = Mxfp4::factors(panel.header(g), g % panel.kGroupsOfHeader, v * W);
-    for (int r = 0; r < rows; ++r, start += stride) {
-        const Vi begin = first_sums(start);
-        for (int v = 0; v < kPanel / W; ++v) {
-            float* place = c + r * kPanel + v * W;
-            const Vi sums = addi(loadi(dots + r * kPanel + v * W), begin);
-            store(place, Mxfp4::add_run(First ? zero() : load(place), sums, start, column_scales[v]));
-        }
-    }
-}
-
-// As nibble_rows for up to 32 rows and a panel that is unpacked already, at `bytes`. A group's dot products are scaled and
-// added up while the tiles work on the next one.
-template <typename Fetch>
-inline void unpacked_tiles(const NibblePanel<Mxfp4>& panel, const uint8_t* bytes, int rows, const char* a, size_t stride,
-                           float* c, const Fetch& reads) {
     Fetch ahead = reads;  // of its own, so that what it counts is in registers
-    alignas(64) int32_t dots[2][32 * kPanel];
-    const int top = rows < 16 ? rows : 16, bottom = rows - top;
-    configure_tiles(top, bottom);
-    const auto finish = [&](int g) {
-        if (g == 0)
-            finish_group<true>(panel, g, dots[g % 2], rows, a, stride, c);
-        else
-            finish_group<false>(panel, g, dots[g % 2], rows, a, stride, c);
+    alignas(64) int32_t dots[2][2 * kDots];
+    configure_tiles(rows < 16 ? rows : 16, rows < 16 ? 0 : rows - 16, Mxfp4::kGroup / 4);
+    // Two groups that are multiplied, of which row by row is to be scaled and added.
+    struct {
+        const int32_t* dots = nullptr;
+        const float* powers = nullptr;
+        const char* start = nullptr;
+        bool are_first = false;
+    } before;
+    const auto remember = [&](int g) {
+        const size_t block = size_t(g / kGroups) * Mxfp4::kStartBytes;
+        before = {dots[g / 2 % 2], unpacked.powers + (g - unpacked.first) * kPanel,
+                  a + Mxfp4::starts(panel.row) + block + Mxfp4::start_of(g % kGroups), g == 0};
     };
-    for (int g = 0; g < panel.groups(); ++g) {
-        const uint8_t* weights = bytes + size_t(g) * 64 * kPanel;
+    const auto finish = [&](int part) __attribute__((always_inline)) {
+        constexpr int V = kPanel / W;
+        if (!before.dots) return;
+        Vf first_powers[V], second_powers[V];
+        for (int v = 0; v < V; ++v) {
+            first_powers[v] = load(before.powers + v * W);
+            second_powers[v] = load(before.powers + kPanel + v * W);
+        }
+        const int row = part * kRowsOfPart;
+        const int32_t* own = before.dots + row * kPanel;
+        const char* start = before.start + row * stride;
+        float* sums = c + row * kPanel;
+        const auto one = [&](int r) __attribute__((always_inline)) {
+            for (int v = 0; v < V; ++v) {
+                float* place = sums + r * kPanel + v * W;
+                const int32_t* first = own + r * kPanel + v * W;
+                Vf total = before.are_first ? zero() : load(place);
+                total = Mxfp4::add_run(total, loadi(first), start, first_powers[v]);
+                store(place, Mxfp4::add_run(total, loadi(first + kDots), start + Mxfp4::start_of(1), second_powers[v]));
+            }
+            start += stride;
+        };
+        if (row + kRowsOfPart <= rows) {
+#pragma GCC unroll 4
+            for (int r = 0; r < kRowsOfPart; ++r) one(r);
+        } else {
+            for (int r = 0; r < rows - row; ++r) one(r);
+        }
+    };
+    const auto multiply = [&](int g, auto second) __attribute__((always_inline)) {
+        constexpr int kFirst = decltype(second)::value * kParts / 2;  // of the parts of the two groups before
+        const int8_t* weights = unpacked.weights + (g - unpacked.first) * UnpackedGroups::kBytes;
         const char* row = a + size_t(g) * Mxfp4::kGroup;
-        tile_zero(0);
-        tile_zero(1);
-        if (bottom) {
-            tile_zero(2);
-            tile_zero(3);
-        }
-        ahead.quarter();
+        int32_t* to = dots[g / 2 % 2] + decltype(second)::value * kDots;
         tile_load(4, row, stride);
+        tile_load(6, weights, 128);
+        tile_zero(0);
+        tile_dot_s8s8(0, 4, 6);
         ahead.quarter();
-        tile_load_once(6, weights, 128);
-        tile_dot_s8u8(0, 4, 6);
+        finish(kFirst);
+        tile_load(7, weights + 64, 128);
+        tile_zero(1);
+        tile_dot_s8s8(1, 4, 7);
         ahead.quarter();
-        tile_load_once(7, weights + 64, 128);
-        tile_dot_s8u8(1, 4, 7);
-        ahead.quarter();
-        if (bottom) {
-            tile_load(5, row + 16 * stride, stride);
-            tile_dot_s8u8(2, 5, 6);
-            tile_dot_s8u8(3, 5, 7);
-        }
-        if (g > 0) finish(g - 1);
-        int32_t* to = dots[g % 2];
         tile_store(0, to, kPanel * 4);
+        finish(kFirst + 1);
+        if constexpr (kBottom) {
+            tile_load(5, row + 16 * stride, stride);
+            tile_zero(2);
+            tile_dot_s8s8(2, 5, 6);
+        }
+        ahead.quarter();
         tile_store(1, to + 16, kPanel * 4);
-        if (bottom) {
+        if constexpr (kBottom) {
+            finish(kFirst + 2);
+            tile_zero(3);
+            tile_dot_s8s8(3, 5, 7);
             tile_store(2, to + 16 * kPanel, kPanel * 4);
+            finish(kFirst + 3);
             tile_store(3, to + 16 * kPanel + 16, kPanel * 4);
         }
+        ahead.quarter();
+    };
+    for (int g = unpacked.first; g < unpacked.last; g += 2) {
+        multiply(g, std::integral_constant<int, 0>{});
+        multiply(g + 1, std::integral_constant<int, 1>{});
+        remember(g);
     }
-    finish(panel.groups() - 1);
+    for (int part = 0; part < kParts; ++part) finish(part);
 }
 
 // As nibble_product.
 template <typename Done>
 inline void mxfp4_tiles_product(const NibblePanel<Mxfp4>& panel, int rows, const char* a, size_t stride, float* c,
                                 const Next& next, Done&& done) {
-    const int groups = panel.groups(), parts = (rows + 31) / 32;
-    static thread_local Scratch scratch;
-    uint8_t* bytes = scratch.get<uint8_t>(size_t(groups) * 64 * kPanel);
-    unpack_for_tiles(panel, bytes);
+    const int groups = panel.groups(), parts = (rows + kRowBlock - 1) / kRowBlock;
+    UnpackedGroups unpacked;
+    const auto place = [&](int group) { return panel.bytes() * size_t(group) / size_t(groups) / 64 * 64; };
     // The panel is used unpacked, and each step of rows brings its share of the next one.
-    const size_t size = panel.bytes();
     const char* following = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
-    for (int part = 0; part < parts; ++part) {
-        const RowBlock block(rows, parts, part);
-        float* sums = c + part * kRowBlock * kPanel;
-        const char* share = following + size / size_t(parts) * size_t(part) / 64 * 64;
-        unpacked_tiles(panel, bytes, block.size, a + block.row * stride, stride, sums,
-                       StreamAndLinesAhead{StreamAhead(share, size / size_t(parts * groups)),
-                                           next.lines_ahead(part, parts, 0, groups, groups, groups)});
-        done(block.first, block.row + block.size, sums + (block.first - block.row) * kPanel);
+    for (int first = 0; first < groups; first = unpacked.last) {
+        const int here = std::min(UnpackedGroups::kMost, groups - first), last = first + here;
+        unpacked.unpack(panel, first, last);
+        const size_t length = place(last) - place(first);
+        for (int part = 0; part < parts; ++part) {
+            const RowBlock block(rows, parts, part);
+            const char* own = a + block.row * stride;
+            float* sums = c + part * kRowBlock * kPanel;
+            const StreamAndLinesAhead ahead{
+                StreamAhead(following + place(first) + length * size_t(part) / size_t(parts) / 64 * 64,
+                            length / size_t(parts * here)),
+                next.lines_ahead(part, parts, first, here, groups, here)};
+            block.size > 16 ? unpacked_tiles<true>(panel, unpacked, block.size, own, stride, sums, ahead)
+                            : unpacked_tiles<false>(panel, unpacked, block.size, own, stride, sums, ahead);
+            if (last == groups) done(block.first, block.row + block.size, sums + (block.first - block.row) * kPanel);
+        }
     }
 }
 

@@ -92,7 +92,7 @@ inline Vi mul_words(Vi a, Vi b) { return {_mm512_mullo_epi16(a.v, b.v)}; }
 inline Vi add_words(Vi a, Vi b) { return {_mm512_add_epi16(a.v, b.v)}; }
 inline Vi high_nibbles(Vi bytes) { return {_mm512_srli_epi16(bytes.v, 4)}; }  // low ones, and others above them
 // Of a table of 16 bytes those that bytes, 0 to 15, name.
-inline Vi look_up(const uint8_t* table, Vi bytes) {
+inline Vi look_up(const void* table, Vi bytes) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), bytes.v)};
 }
 inline Vi widen_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
@@ -229,7 +229,7 @@ inline Vi maxi(Vi a, Vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
 inline Vi mul_words(Vi a, Vi b) { return {_mm256_mullo_epi16(a.v, b.v)}; }
 inline Vi add_words(Vi a, Vi b) { return {_mm256_add_epi16(a.v, b.v)}; }
 inline Vi high_nibbles(Vi bytes) { return {_mm256_srli_epi16(bytes.v, 4)}; }
-inline Vi look_up(const uint8_t* table, Vi bytes) {
+inline Vi look_up(const void* table, Vi bytes) {
     return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), bytes.v)};
 }
 inline Vi widen_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
