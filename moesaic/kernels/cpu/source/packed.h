@@ -201,7 +201,7 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
                          [[maybe_unused]] const StoreRounded* rounded) {
     const int pairs = padded_depth / 2;
 #if defined(MOESAIC_TILES)
-    if (rows > kVectorRows) {
+    if (rows > vector_rows) {
         tiles_product<false>(panel, pairs, rows, a, stride, c, next, {}, each, waiting);
         return;
     }
