@@ -70,11 +70,10 @@ struct Mxfp4 {
     static constexpr int kGroup = QuantizedRow::kRun, kHeader = 64;
     static constexpr bool kScalesGroups = true;
     static constexpr size_t kStartBytes = QuantizedRow::kTailsOfBlock;
-    static constexpr int kOffset = 12;
     using Total = Vf;
     // Twice 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
     alignas(16) static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    // With the offset.
+    // With an offset of 12.
     alignas(16) static constexpr uint8_t kBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
     static size_t starts(const QuantizedRow& row) { return row.tail() + offsetof(RowTail, start); }
