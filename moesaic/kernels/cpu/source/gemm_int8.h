@@ -693,6 +693,7 @@ inline void nibble_rows_of(int rows, const NibblePanel<F>& panel, int first, int
 struct UnpackedGroups {
     static constexpr int kMost = 8, kBytes = Mxfp4::kGroup * kPanel;  // more do not stay in the first-level cache
 
+    static_assert(kMost % 2 == 0);  // unpacked_tiles takes two at a time
     alignas(64) int8_t weights[kMost * kBytes];
     alignas(64) float powers[kMost * kPanel];
     int first = 0, last = 0;
@@ -719,8 +720,8 @@ struct UnpackedGroups {
 
 // Up to 32 rows times unpacked groups, an even number of them, by tiles. The dot products of two groups are scaled and added
 // to c while tiles work on the next two: by themselves they would bring the totals and take them away once for every group.
-// (It is not their latency that tiles and these vectors wait for, but each other: of the two ports for 64 bytes a product
-// of tiles keeps one, and so do a tile's loads and stores.)
+// (They hinder each other, as if one of the two ports for 64 bytes were the tiles' too: the times of both add up, wherever
+// these vectors and the stores of tiles stand among the products.)
 template <bool kBottom, typename Fetch>
 [[gnu::noinline]] void unpacked_tiles(const NibblePanel<Mxfp4>& panel, const UnpackedGroups& unpacked, int rows,
                                       const char* a, size_t stride, float* c, const Fetch& reads) {
