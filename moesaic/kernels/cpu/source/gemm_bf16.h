@@ -324,8 +324,8 @@ inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uin
 
 // Rows that vectors multiply with a panel faster than tiles, which load 16 lines at once: plain loads from two places in
 // turn come at 29 to 34 GB/s on two cores, tiles' at 28 to 29. With three rows vectors are no faster. Sapphire and Emerald
-// Rapids are another core, which seems to read less ahead by itself: there one row comes at 22 GB/s by vectors (24 with
-// lines fetched ahead) and at 27 to 33 by tiles. (Measured on the second.)
+// Rapids are another core, which seems to read less ahead by itself: there one row comes at 22 GB/s by vectors (5 to
+// 16 % more with lines fetched ahead) and at 27 to 33 by tiles. (Measured on the second.)
 constexpr int kVectorRows = 2;
 constexpr int kVectorPairs = 1024;  // of K multiplied at once
 inline bool vectors_are_faster() {
