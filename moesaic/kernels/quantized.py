@@ -29,6 +29,11 @@ from moesaic.kernels.addresses import address_of
 GROUP_SIZES = (32, 64, 128)
 # A row whose largest magnitude is below this counts as zero: 127 divided by it would leave fp32.
 SMALLEST_AMAX = 2.0**-120
+# Of 32 columns that tiles multiply with MXFP4: lifts the bits of 254.5 = 1.98828125 * 2**7, and of none below, to the
+# next exponent.
+_TO_NEXT_POWER = 0x80_0000 - 0x7E_8000
+# No scale is below 2**-60, of them or of MXFP4 as tiles multiply it, so that no product of two is subnormal.
+_SMALLEST_POWER = 127 - 60
 # A value of 4 bits times this, -8 * 15, fits 8 bits.
 MAX_STEP = 15
 # Columns whose dot product of 8 bits stays in int32.
@@ -347,6 +352,24 @@ def quantize_activations_by_group(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.flatten(-2), scales
 
 
+def round_to_powers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values (M, K) int16 in -254..254 and scales (M, K/32) fp32 of x (M, K), not rotated: as tiles multiply
+    MXFP4.
+
+    Every 32 columns have the smallest power of two as their scale of which their largest magnitude is less than 254.5,
+    and no less than 2**-60; value = x / scale rounded half to even. With an infinity or a NaN they become zeros with
+    scale NaN, which reaches the product. bf16 holds every value times its scale.
+    """
+    assert x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16), (x.shape, x.dtype)
+    grouped = x.float().unflatten(-1, (-1, mxfp4.GROUP_SIZE))
+    amax = grouped.abs().amax(-1)  # a NaN among the numbers is the maximum
+    is_finite = amax.isfinite()
+    exponents = ((amax.view(torch.int32) + _TO_NEXT_POWER) >> 23) - 7
+    scales = (torch.where(is_finite, exponents, 127).clamp_min_(_SMALLEST_POWER) << 23).view(torch.float32)
+    values = torch.where(is_finite[..., None], (grouped / scales[..., None]).round_(), 0.0)
+    return values.to(torch.int16).flatten(-2), torch.where(is_finite, scales, torch.nan)
+
+
 def _to_bytes(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Return values (..., n) int8 and scales (...) fp32 of numbers (..., n) fp32."""
     amax = numbers.abs().amax(-1)  # a NaN among the numbers is the maximum
@@ -359,19 +382,21 @@ def _to_bytes(numbers: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8), scales
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def quantized_linear(x: Tensor, weight: QuantizedWeight, *, by_tiles: bool = False) -> Tensor:
     """Return (M, N) fp32, x (M, K) times a weight (N, K) transposed: the definition that kernels must meet to the bit.
 
     8 bits: y = (dot * activation_scale[m]) * weight_scale[n], dot over all columns and rounded to fp32 once.
     4 bits: the same, of the weight's values times their steps.
     MXFP4: y = sum over groups g, rising, of (dot_g * (activation_scale[m, g] / 2)) * 2^(weight_scale[n, g] - 127), with
-    dot_g of twice the weights' numbers.
+    dot_g of twice the weights' numbers. by_tiles: activations are those of round_to_powers, and weight scales below
+    2**-60 are taken for that, as the CPU's kernels for AMX do; then products with scales are exact (while they stay
+    below 2**127), and only the sum is rounded.
     Dot products are exact int32; every product and sum written here is one fp32 rounding, none are fused, but for the
     product with a power of two, which is not rounded.
     """
     assert weight.values.dim() == 2 and x.shape[1] == weight.shape[1], (x.shape, weight.shape)
     if weight.is_mxfp4:
-        return _mxfp4_linear(x, weight)
+        return _mxfp4_linear(x, weight, by_tiles)
     values, scales = quantize_activations(x)
     numbers, matrix = values.float(), as_int8(weight).values.float()
     dot = torch.zeros(x.shape[0], matrix.shape[0], dtype=torch.int32, device=x.device)
@@ -380,10 +405,11 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return dot.float() * scales[:, None] * weight.scales
 
 
-def _mxfp4_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    values, scales = quantize_activations_by_group(x)
+def _mxfp4_linear(x: Tensor, weight: QuantizedWeight, by_tiles: bool) -> Tensor:
+    values, scales = (round_to_powers if by_tiles else quantize_activations_by_group)(x)
     numbers, matrix = values.float(), mxfp4.halves(weight.values).float()
-    scales, powers = scales / 2.0, mxfp4.powers(weight.scales)
+    scales = (scales.double() if by_tiles else scales) / 2.0
+    powers = mxfp4.powers(weight.scales.clamp_min(_SMALLEST_POWER if by_tiles else 0))
     total = numbers.new_zeros(x.shape[0], matrix.shape[0])
     for group in range(scales.shape[1]):
         columns = slice(group * mxfp4.GROUP_SIZE, (group + 1) * mxfp4.GROUP_SIZE)

@@ -13,3 +13,8 @@ SUPPORTED = select.supported_instruction_sets()
 _WITH_TILES = "MOESAIC_TEST_TILES" in os.environ or ("avx512" in SUPPORTED and not EMULATED.keys() & set(SUPPORTED))
 COMPILED = [*SUPPORTED, *([EMULATED_TILES] if SUPPORTED and _WITH_TILES else [])]
 ALL = [*COMPILED, select.REFERENCE]
+
+
+def has_tiles(choice: str) -> bool:
+    """Whether it multiplies by AMX's tiles, or emulated ones."""
+    return choice.startswith("amx")

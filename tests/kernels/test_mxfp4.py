@@ -11,6 +11,7 @@ from moesaic.kernels.quantized import (
     quantize_activations_by_group,
     quantize_to_mxfp4,
     quantized_linear,
+    round_to_powers,
 )
 
 MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -116,6 +117,39 @@ def test_activations_have_a_scale_for_every_group_and_are_not_rotated() -> None:
     assert scales[4, 0] == 0 and values[4, :32].eq(0).all() and values[2, 32:64].eq(0).all()
 
 
+def test_for_tiles_a_scale_is_the_smallest_power_of_two_that_reaches() -> None:
+    # In fp32 the first magnitudes that the next scale is for, and the last ones that it is not.
+    borders = 254.5 * 2.0 ** torch.arange(-61, 120)
+    below = torch.nextafter(borders, torch.zeros(()))
+    largest = torch.cat([borders, below, torch.tensor([0.0, 1e-30, torch.finfo(torch.float32).max])])
+    x = torch.zeros(len(largest), 32)
+    x[:, 7], x[:, 8] = -largest, largest / 3
+    values, scales = round_to_powers(x)
+    assert values.dtype == torch.int16 and values.abs().max() == 254
+    assert torch.equal(scales[:181, 0], 2.0 ** torch.arange(-60, 121))
+    assert torch.equal(scales[181:362, 0], 2.0 ** torch.arange(-61, 120).clamp_min(-60))
+    assert scales[362:, 0].tolist() == [2.0**-60, 2.0**-60, 2.0**121]
+    scales, x = scales.double(), x.double()  # 128 * 2**121 is no fp32
+    assert ((values * scales - x).abs() <= scales / 2).all()
+
+
+def test_for_tiles_what_is_not_finite_reaches_the_product() -> None:
+    x = draw(3, 96).bfloat16()
+    x[0, 33], x[1, 70], x[2, :32] = torch.nan, -torch.inf, 1e-38
+    values, scales = round_to_powers(x)
+    assert scales.isnan().nonzero().tolist() == [[0, 1], [1, 2]]
+    assert values[0, 32:64].eq(0).all() and values[2, :32].eq(0).all() and scales[2, 0] == 2.0**-60
+    y = quantized_linear(x, quantize_to_mxfp4(draw(5, 96)), by_tiles=True)
+    assert y[:2].isnan().all() and y[2].isfinite().all()
+
+
+def test_for_tiles_activations_lose_less() -> None:
+    x, weight = draw(64, 512), quantize_to_mxfp4(draw(40, 512, seed=1))
+    exact = x.double() @ dequantize(weight).double().t()
+    errors = [(quantized_linear(x, weight, by_tiles=way) - exact).norm() for way in (False, True)]
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_the_product_is_the_definition_to_the_bit() -> None:
     weight, x = quantize_to_mxfp4(draw(5, 352, seed=1)), draw(3, 352, seed=2)
     values, scales = (each.numpy() for each in quantize_activations_by_group(x))
@@ -129,6 +163,13 @@ def test_the_product_is_the_definition_to_the_bit() -> None:
                 term = np.float32(np.float32(dot * np.float32(scales[m, g] / np.float32(2))) * powers[n, g])
                 out[m, n] = np.float32(out[m, n] + term)
     assert np.array_equal(quantized_linear(x, weight).numpy(), out)
+    values, scales = (each.numpy() for each in round_to_powers(x))
+    out = np.zeros((3, 5), np.float32)
+    for m, n, g in np.ndindex(3, 5, 11):
+        part = slice(32 * g, 32 * g + 32)
+        dot = sum(int(a) * int(b) for a, b in zip(values[m, part], doubled[n, part], strict=True))
+        out[m, n] += np.float32(dot * powers[n, g] * scales[m, g] / 2)  # of powers of two: exact
+    assert np.array_equal(quantized_linear(x, weight, by_tiles=True).numpy(), out)
     exact = x.double() @ dequantize(weight).double().t()
     assert (quantized_linear(x, weight) - exact).norm() < 0.01 * exact.norm()
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.kernels import select
+from moesaic.kernels import mxfp4, select
 from moesaic.kernels.packed import (
     PackedWeight,
     pack_mlp,
@@ -27,9 +27,10 @@ from moesaic.kernels.quantized import (
     quantized_linear,
     rotate,
     rotation_size,
+    round_to_powers,
 )
 
-from .instruction_sets import ALL, COMPILED, SUPPORTED
+from .instruction_sets import ALL, COMPILED, SUPPORTED, has_tiles
 
 FORMATS = ("bf16", "int8", "int4-32", "int4-64", "int4-128", "mxfp4")
 # N that no panel divides, K of one group, of several blocks of the kernels' loops, and of a part of one.
@@ -65,6 +66,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32)) or bool(
         ((a == b) | (a.isnan() & b.isnan())).all()  # the sign and payload of a NaN say nothing
     )
+
+
+def defined(choice: str, x: Tensor, weight: QuantizedWeight) -> Tensor:
+    return quantized_linear(x, weight, by_tiles=has_tiles(choice))
 
 
 def one(x: Tensor, packed: PackedWeight, **options: Tensor | torch.dtype) -> Tensor:
@@ -146,7 +151,7 @@ def test_integer_weights_equal_their_definition_to_the_bit(choice: str, format: 
         for rows in (1, 2, 3, 5, 7, 8, 12, 13, 16, 17, 33, 70):
             x = numbers(rows, k, seed=rows) * torch.logspace(-3, 3, rows)[:, None]
             with select.forced(choice):
-                assert same_bits(one(x, packed), quantized_linear(x, weight)), (n, k, rows)
+                assert same_bits(one(x, packed), defined(choice, x, weight)), (n, k, rows)
 
 
 def steps_at_their_ends(n: int, k: int, group_size: int) -> QuantizedWeight:
@@ -238,13 +243,15 @@ def test_k_that_no_block_divides(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", ALL)
 def test_mxfp4_at_the_ends_of_its_range_and_in_half_a_header(choice: str) -> None:
-    """All magnitudes 6 and all activations 127, whose sums 16 bits just hold; every scale; an odd number of groups."""
+    """All magnitudes 6 and all activations 127, whose sums 16 bits just hold; an odd number of groups; every scale, by
+    tiles up to where sums on the way stay finite."""
     for k in (32, 96, 224, 4448):
         values = torch.full((40, k // 2), 0x77, dtype=torch.uint8)
         values[1], values[2], values[3] = 0xFF, 0xF7, 0
         values[4:, :] = (torch.arange(36)[:, None] * 7 + torch.arange(k // 2) * 29).to(torch.uint8)
         scales = torch.full((40, k // 32), 127, dtype=torch.uint8)
-        scales[4:] = ((torch.arange(36)[:, None] * 31 + torch.arange(k // 32) * 7) % 253).to(torch.uint8)
+        largest = 127 + 60 if has_tiles(choice) else mxfp4.LARGEST_SCALE
+        scales[4:] = ((torch.arange(36)[:, None] * 31 + torch.arange(k // 32) * 7) % (largest + 1)).to(torch.uint8)
         weight = QuantizedWeight(values, scales, 4, 32)
         x = numbers(70, k, seed=k)
         x[::3] = 127.0
@@ -254,8 +261,24 @@ def test_mxfp4_at_the_ends_of_its_range_and_in_half_a_header(choice: str) -> Non
         with select.forced(choice):
             for rows in (1, 2, 6, 13, 70):
                 y = one(x[:rows], pack_weight(weight))
-                assert same_bits(y, quantized_linear(x[:rows], weight)), (k, rows)
+                assert same_bits(y, defined(choice, x[:rows], weight)), (k, rows)
                 assert y[0, 0] == 6 * 127 * k == -y[0, 1] and y[0, 2] == 0 == y[0, 3]
+
+
+@pytest.mark.parametrize("choice", COMPILED)
+def test_tiles_multiply_mxfp4_as_the_bf16_numbers_that_it_stands_for(choice: str) -> None:
+    if not has_tiles(choice):
+        pytest.skip(f"{choice} has no tiles")
+    for n, k in ((40, 32), (33, 160), (64, 2080)):
+        weight = quantize_to_mxfp4(numbers(n, k, seed=n) * 0.1)
+        x = numbers(70, k, seed=k) * torch.logspace(-3, 3, 70)[:, None]
+        values, scales = round_to_powers(x)
+        rounded = values.float() * scales.repeat_interleave(32, -1)
+        assert torch.equal(rounded, rounded.bfloat16().float())
+        with select.forced(choice):
+            y = one(x, pack_weight(weight))
+            assert same_bits(y, one(rounded, pack_weight(dequantize(weight).bfloat16())))
+            assert all(same_bits(one(x[:rows], pack_weight(weight)), y[:rows]) for rows in range(1, 8))
 
 
 @pytest.mark.parametrize("choice", ALL)
@@ -313,7 +336,7 @@ def test_many_rows_and_deep_sums_go_by_blocks(format: str) -> None:
         x = numbers(rows, k, seed=7)
         y = one(x, pack_weight(weight))
         if isinstance(weight, QuantizedWeight):
-            assert same_bits(y, quantized_linear(x, weight))
+            assert same_bits(y, defined(select.cpu_kernels().name, x, weight))
         else:
             wanted = x.bfloat16().double() @ weight.double().t()
             torch.testing.assert_close(y.double(), wanted, atol=2e-3, rtol=1e-5)
@@ -359,7 +382,7 @@ def test_infinities_and_nan_stay_in_their_row(choice: str, format: str) -> None:
     with select.forced(choice):
         y = one(x, pack_weight(weight))
     if isinstance(weight, QuantizedWeight):
-        assert same_bits(y, quantized_linear(x, weight))
+        assert same_bits(y, defined(choice, x, weight))
     assert not y[1:3].isfinite().any() and y[0].isfinite().all() and y[2].isnan().all()
 
 

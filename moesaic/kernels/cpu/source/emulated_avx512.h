@@ -86,8 +86,10 @@ EMULATED_FLOAT2(max_ps)
 EMULATED_FLOAT2(min_ps)
 EMULATED_INT2(add_epi32)
 EMULATED_INT2(add_epi16)
+EMULATED_INT2(mulhi_epu16)
 EMULATED_INT2(mullo_epi16)
 EMULATED_INT2(sub_epi32)
+EMULATED_INT2(subs_epu16)
 EMULATED_INT2(max_epi32)
 EMULATED_INT2(packs_epi16)
 EMULATED_INT2(packs_epi32)
@@ -480,6 +482,8 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_abs_ps emulated_avx512::abs_ps
 #undef _mm512_add_epi16
 #define _mm512_add_epi16 emulated_avx512::add_epi16
+#undef _mm512_mulhi_epu16
+#define _mm512_mulhi_epu16 emulated_avx512::mulhi_epu16
 #undef _mm512_mullo_epi16
 #define _mm512_mullo_epi16 emulated_avx512::mullo_epi16
 #undef _mm512_add_epi32
@@ -626,6 +630,8 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_stream_si512 emulated_avx512::stream_si512
 #undef _mm512_sub_epi32
 #define _mm512_sub_epi32 emulated_avx512::sub_epi32
+#undef _mm512_subs_epu16
+#define _mm512_subs_epu16 emulated_avx512::subs_epu16
 #undef _mm512_sub_ps
 #define _mm512_sub_ps emulated_avx512::sub_ps
 #undef _mm512_unpackhi_epi32

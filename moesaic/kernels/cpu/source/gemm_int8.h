@@ -68,11 +68,12 @@ struct Int4 {
 
 struct Mxfp4 {
     static constexpr int kGroup = QuantizedRow::kRun, kHeader = 64;
+    static constexpr int kLargestScale = 252;
     static constexpr bool kScalesGroups = true;
     static constexpr size_t kStartBytes = QuantizedRow::kTailsOfBlock;
     using Total = Vf;
     // Twice 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
-    alignas(16) static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
     // With an offset of 12.
     alignas(16) static constexpr uint8_t kBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
@@ -81,12 +82,15 @@ struct Mxfp4 {
     static Vf row_scale(const char* start) {
         return as_float(broadcast_dword(start - offsetof(RowTail, start) + offsetof(RowTail, scale)));
     }
-    // 2^(byte - 127): the exponent's bits, but for the smallest, which is subnormal.
+    // 2^(byte - 127): the exponent's bits, but for the smallest, which is subnormal. Where there are tiles, no less than 2^-60.
     static Vf factors(const uint8_t* header, int run, int column) {
-        return as_float(maxi(shift_left<23>(widen_bytes(header + run * kPanel + column)), set1i(1 << 22)));
+        const Vi bytes = widen_bytes(header + run * kPanel + column);
+        if (kHasTiles) return as_float(shift_left<23>(maxi(bytes, set1i(kSmallestPower))));
+        return as_float(maxi(shift_left<23>(bytes), set1i(1 << 22)));
     }
     // A total plus a run's sums scaled. A product with a power of two is exact: one rounding fewer is no other one.
     static Vf add_run(Vf total, Vi sums, const char* start, Vf column_scales) {
+        if (kHasTiles) return fma(mul(to_float(sums), column_scales), row_scale(start), total);
         return fma(mul(to_float(sums), row_scale(start)), column_scales, total);
     }
     static Vf load_total(const float* p) { return load(p); }
@@ -300,9 +304,9 @@ struct Next {
 // add_nibbles have their own. Up to kFewByteRows rows of integers go by vectors where there are tiles: none by AVX2's, which
 // take off the weights the offset that tiles multiply and rows make up for.
 #if defined(__AVX512F__)
-constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4, kFewMxfp4Rows = 9;
+constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4, kFewMxfp4Rows = 5;
 #else
-constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0, kFewMxfp4Rows = 9;
+constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0, kFewMxfp4Rows = 0;
 #endif
 
 #if defined(__AVX512F__)
@@ -493,8 +497,9 @@ template <typename F, int R, typename Reads>
     constexpr size_t kStepBytes = 64;
     // Runs behind one header at a time: the sums of one row and one run would wait for each other.
     constexpr int kTogether = R == 1 && kRunsOfHeader > 1 ? 2 : 1;
-    constexpr bool kHasTotals = R <= kRowsWithTotals;
+    constexpr bool kHasTotals = R <= kRowsWithTotals, kHasHalves = kHasTiles && F::kScalesGroups;
     const uint8_t *weights = panel.data + size_t(first) * panel.kBlockBytes, *header = weights;
+    [[maybe_unused]] const size_t second = panel.row.second_bytes();
     using Total = typename F::Total;
     Total total[R][V];
 #pragma GCC unroll 8
@@ -534,9 +539,14 @@ template <typename F, int R, typename Reads>
                     ahead.fetch(ahead.from + size_t(i) * ahead.step);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
-                        const Vi activations = broadcast_dword(row + r * stride + i * kRun + 4 * s);
+                        const char* own = row + r * stride + i * kRun + 4 * s;
+                        const Vi activations = broadcast_dword(own);
 #pragma GCC unroll 4
                         for (int v = 0; v < V; ++v) acc[i][r][v] = dot_bytes(acc[i][r][v], columns[v], activations);
+                        if constexpr (!kHasHalves) continue;
+                        const Vi others = broadcast_dword(own + second);
+#pragma GCC unroll 4
+                        for (int v = 0; v < V; ++v) acc[i][r][v] = dot_bytes(acc[i][r][v], columns[v], others);
                     }
                 }
                 weights += kStepBytes;
@@ -686,162 +696,6 @@ inline void nibble_rows_of(int rows, const NibblePanel<F>& panel, int first, int
             nibble_rows_of<F, R - 1>(rows, panel, first, last, a, stride, c, accumulate, ahead);
     }
 }
-
-#if defined(MOESAIC_TILES)
-
-// Groups of an MXFP4 panel as tiles take them: bytes [8][32][4] of each, twice its numbers, and its columns' powers.
-struct UnpackedGroups {
-    static constexpr int kMost = 8, kBytes = Mxfp4::kGroup * kPanel;  // more do not stay in the first-level cache
-
-    static_assert(kMost % 2 == 0);  // unpacked_tiles takes two at a time
-    alignas(64) int8_t weights[kMost * kBytes];
-    alignas(64) float powers[kMost * kPanel];
-    int first = 0, last = 0;
-
-    void unpack(const NibblePanel<Mxfp4>& panel, int first_group, int last_group) {
-        first = first_group;
-        last = last_group;
-        const Vi low = set1i(0x0f0f0f0f);
-        int8_t* to = weights;
-        for (int g = first; g < last; ++g) {
-            const uint8_t* from = panel.weights(g);
-            for (int k = 0; k < Mxfp4::kGroup; k += 4, from += 64, to += 128)
-                for (int v = 0; v < 64; v += W * 4) {
-                    const Vi both = loadi(from + v);
-                    storei(to + v, look_up(Mxfp4::kTwice, andi(both, low)));
-                    storei(to + 64 + v, look_up(Mxfp4::kTwice, andi(high_nibbles(both), low)));
-                }
-            for (int column = 0; column < kPanel; column += W)
-                store(powers + (g - first) * kPanel + column,
-                      Mxfp4::factors(panel.header(g), g % panel.kGroupsOfHeader, column));
-        }
-    }
-};
-
-// Up to 32 rows times unpacked groups, an even number of them, by tiles. The dot products of two groups are scaled and added
-// to c while tiles work on the next two: by themselves they would bring the totals and take them away once for every group.
-// (They hinder each other, as if one of the two ports for 64 bytes were the tiles' too: the times of both add up, wherever
-// these vectors and the stores of tiles stand among the products.)
-template <bool kBottom, typename Fetch>
-[[gnu::noinline]] void unpacked_tiles(const NibblePanel<Mxfp4>& panel, const UnpackedGroups& unpacked, int rows,
-                                      const char* a, size_t stride, float* c, const Fetch& reads) {
-    constexpr int kDots = kRowBlock * kPanel, kRowsOfPart = 4, kParts = (kBottom ? 32 : 16) / kRowsOfPart;
-    constexpr int kGroups = kActivationBlock / Mxfp4::kGroup;
-    Fetch ahead = reads;  // of its own, so that what it counts is in registers
-    alignas(64) int32_t dots[2][2 * kDots];
-    configure_tiles(rows < 16 ? rows : 16, rows < 16 ? 0 : rows - 16, Mxfp4::kGroup / 4);
-    // Two groups that are multiplied, of which row by row is to be scaled and added.
-    struct {
-        const int32_t* dots = nullptr;
-        const float* powers = nullptr;
-        const char* start = nullptr;
-        bool are_first = false;
-    } before;
-    const auto remember = [&](int g) {
-        const size_t block = size_t(g / kGroups) * Mxfp4::kStartBytes;
-        before = {dots[g / 2 % 2], unpacked.powers + (g - unpacked.first) * kPanel,
-                  a + Mxfp4::starts(panel.row) + block + Mxfp4::start_of(g % kGroups), g == 0};
-    };
-    const auto finish = [&](int part) __attribute__((always_inline)) {
-        constexpr int V = kPanel / W;
-        if (!before.dots) return;
-        Vf first_powers[V], second_powers[V];
-        for (int v = 0; v < V; ++v) {
-            first_powers[v] = load(before.powers + v * W);
-            second_powers[v] = load(before.powers + kPanel + v * W);
-        }
-        const int row = part * kRowsOfPart;
-        const int32_t* own = before.dots + row * kPanel;
-        const char* start = before.start + row * stride;
-        float* sums = c + row * kPanel;
-        const auto one = [&](int r) __attribute__((always_inline)) {
-            for (int v = 0; v < V; ++v) {
-                float* place = sums + r * kPanel + v * W;
-                const int32_t* first = own + r * kPanel + v * W;
-                Vf total = before.are_first ? zero() : load(place);
-                total = Mxfp4::add_run(total, loadi(first), start, first_powers[v]);
-                store(place, Mxfp4::add_run(total, loadi(first + kDots), start + Mxfp4::start_of(1), second_powers[v]));
-            }
-            start += stride;
-        };
-        if (row + kRowsOfPart <= rows) {
-#pragma GCC unroll 4
-            for (int r = 0; r < kRowsOfPart; ++r) one(r);
-        } else {
-            for (int r = 0; r < rows - row; ++r) one(r);
-        }
-    };
-    const auto multiply = [&](int g, auto second) __attribute__((always_inline)) {
-        constexpr int kFirst = decltype(second)::value * kParts / 2;  // of the parts of the two groups before
-        const int8_t* weights = unpacked.weights + (g - unpacked.first) * UnpackedGroups::kBytes;
-        const char* row = a + size_t(g) * Mxfp4::kGroup;
-        int32_t* to = dots[g / 2 % 2] + decltype(second)::value * kDots;
-        tile_load(4, row, stride);
-        tile_load(6, weights, 128);
-        tile_zero(0);
-        tile_dot_s8s8(0, 4, 6);
-        ahead.quarter();
-        finish(kFirst);
-        tile_load(7, weights + 64, 128);
-        tile_zero(1);
-        tile_dot_s8s8(1, 4, 7);
-        ahead.quarter();
-        tile_store(0, to, kPanel * 4);
-        finish(kFirst + 1);
-        if constexpr (kBottom) {
-            tile_load(5, row + 16 * stride, stride);
-            tile_zero(2);
-            tile_dot_s8s8(2, 5, 6);
-        }
-        ahead.quarter();
-        tile_store(1, to + 16, kPanel * 4);
-        if constexpr (kBottom) {
-            finish(kFirst + 2);
-            tile_zero(3);
-            tile_dot_s8s8(3, 5, 7);
-            tile_store(2, to + 16 * kPanel, kPanel * 4);
-            finish(kFirst + 3);
-            tile_store(3, to + 16 * kPanel + 16, kPanel * 4);
-        }
-        ahead.quarter();
-    };
-    for (int g = unpacked.first; g < unpacked.last; g += 2) {
-        multiply(g, std::integral_constant<int, 0>{});
-        multiply(g + 1, std::integral_constant<int, 1>{});
-        remember(g);
-    }
-    for (int part = 0; part < kParts; ++part) finish(part);
-}
-
-// As nibble_product.
-template <typename Done>
-inline void mxfp4_tiles_product(const NibblePanel<Mxfp4>& panel, int rows, const char* a, size_t stride, float* c,
-                                const Next& next, Done&& done) {
-    const int groups = panel.groups(), parts = (rows + kRowBlock - 1) / kRowBlock;
-    UnpackedGroups unpacked;
-    const auto place = [&](int group) { return panel.bytes() * size_t(group) / size_t(groups) / 64 * 64; };
-    // The panel is used unpacked, and each step of rows brings its share of the next one.
-    const char* following = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
-    for (int first = 0; first < groups; first = unpacked.last) {
-        const int here = std::min(UnpackedGroups::kMost, groups - first), last = first + here;
-        unpacked.unpack(panel, first, last);
-        const size_t length = place(last) - place(first);
-        for (int part = 0; part < parts; ++part) {
-            const RowBlock block(rows, parts, part);
-            const char* own = a + block.row * stride;
-            float* sums = c + part * kRowBlock * kPanel;
-            const StreamAndLinesAhead ahead{
-                StreamAhead(following + place(first) + length * size_t(part) / size_t(parts) / 64 * 64,
-                            length / size_t(parts * here)),
-                next.lines_ahead(part, parts, first, here, groups, here)};
-            block.size > 16 ? unpacked_tiles<true>(panel, unpacked, block.size, own, stride, sums, ahead)
-                            : unpacked_tiles<false>(panel, unpacked, block.size, own, stride, sums, ahead);
-            if (last == groups) done(block.first, block.row + block.size, sums + (block.first - block.row) * kPanel);
-        }
-    }
-}
-
-#endif
 
 // Rows times a panel of 4 bits by vectors; done(first, last, sums) is called as soon as those rows' sums, 32 of each, are
 // complete, while they are in the first-level cache. c: room for the sums of all steps of rows.

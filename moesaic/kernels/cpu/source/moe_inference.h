@@ -179,7 +179,7 @@ inline void sort_routes(const MoeCall& call, int64_t first_token, int64_t tokens
 
     int count = 0, task = 0, longest = 0;
     auto add_runs = [&](int64_t expert, int64_t first, int64_t rows, const PackedMlp& mlp) {
-        const int most = rows_at_once(mlp.up.row_bytes(), kExpertRowsCache);
+        const int most = rows_at_once(mlp.up.used_part(kMostRows).bytes, kExpertRowsCache);
         const int parts = int((rows + most - 1) / most);
         for (int part = 0; part < parts; ++part) {
             const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
@@ -232,6 +232,7 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
     Waiting<ActivateRow> activating;
     int held = -1;
     const char* a = nullptr;
+    size_t stride = 0;  // between its rows
     char* activated = nullptr;  // of the run that is held: its rows of hidden columns, whole ones or a task's
     const int num_runs = work.num_runs[0], num_tasks = work.num_runs[1];
     auto run_of = [&](int task) {
@@ -270,7 +271,8 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         const MoeRun run = work.runs[index];
         const bool is_residual = run.expert == call.num_experts;
         const PackedMlp& mlp = mlp_of(run);
-        const size_t stride = mlp.up.row_bytes();
+        const size_t row_bytes = mlp.up.row_bytes();
+        const RowPart part = mlp.up.used_part(run.rows);
         const char* source = is_residual ? work.residual_rows : work.rows;
         const int chunk = task - run.first_task;
         // Rows that this thread makes whole are prepared by it too, while its second-level cache has them.
@@ -281,14 +283,16 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
         if (held != index) {
             held = index;
             if (source && (is_residual || run.rows == 1)) {
-                a = source + size_t(is_residual ? run.first : work.token_ids[run.first]) * stride;
+                a = source + size_t(is_residual ? run.first : work.token_ids[run.first]) * row_bytes + part.first;
+                stride = row_bytes;
             } else {
-                char* to = rows_buffer.get<char>(size_t(run.rows) * stride);
+                char* to = rows_buffer.get<char>(size_t(run.rows) * part.bytes);
                 a = to;
+                stride = part.bytes;
                 for (int r = 0; r < run.rows; ++r, to += stride) {
                     const int token = is_residual ? run.first + r : work.token_ids[run.first + r];
                     if (source)
-                        std::memcpy(to, source + size_t(token) * stride, stride);
+                        std::memcpy(to, source + size_t(token) * row_bytes + part.first, stride);
                     else
                         prepare(mlp.up, token, to);
                 }
@@ -397,12 +401,13 @@ inline void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64
                                const char* rows, const uint8_t* following, const int32_t* token_ids,
                                const float* weights) {
             const size_t stride = mlp.down.row_bytes();
-            const int most = rows_at_once(stride, kExpertRowsCache);
+            const int most = rows_at_once(mlp.down.used_part(kMostRows).bytes, kExpertRowsCache);
             const int parts = int((count + most - 1) / most);
             for (int part = 0; part < parts; ++part) {
                 const int64_t from = first + count * part / parts, to = first + count * (part + 1) / parts;
+                const size_t unused = mlp.down.used_part(int(to - from)).first;
                 packed_panels(
-                    mlp.down, matrix, begin, end, int(to - from), rows + size_t(from - first) * stride, stride, c,
+                    mlp.down, matrix, begin, end, int(to - from), rows + size_t(from - first) * stride + unused, stride, c,
                     part + 1 < parts ? mlp.down.panel(matrix, begin) : following, adding, [&](int p, StoreRounded&) {
                         // The rows that follow come from the third-level cache or from memory.
                         Next next;

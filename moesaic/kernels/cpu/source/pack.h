@@ -130,7 +130,7 @@ inline void quantize_to_nibbles(Team& team, const WeightRows& weight, int64_t gr
 
 // values (rows, depth / 2) as quantize_to_nibbles and scales (rows, depth / 32) in MXFP4; nothing is rotated.
 inline void quantize_to_mxfp4(Team& team, const WeightRows& weight, uint8_t* values, uint8_t* scales) {
-    constexpr int kGroup = Mxfp4::kGroup, kLargestScale = 252;
+    constexpr int kGroup = Mxfp4::kGroup;
     // Lifts the bits of 7.25 and of none below to the next exponent: mxfp4.py says why.
     constexpr int32_t kToNextPower = (1 << 23) - 0x680000;
     for_weight_rows(team, weight, [&](int64_t row, float* numbers) {
@@ -143,7 +143,7 @@ inline void quantize_to_mxfp4(Team& team, const WeightRows& weight, uint8_t* val
             const float amax = largest_of(numbers, kGroup);
             int32_t bits;
             std::memcpy(&bits, &amax, 4);
-            const int scale = std::clamp(((bits + kToNextPower) >> 23) - 2, 0, kLargestScale);
+            const int scale = std::clamp(((bits + kToNextPower) >> 23) - 2, 0, Mxfp4::kLargestScale);
             scales[(row * weight.depth + first) / kGroup] = uint8_t(scale);
             const Vf power = set1(std::ldexp(1.0f, scale - 127));
             float codes[kGroup];

@@ -15,6 +15,11 @@ namespace moesaic {
 
 enum PackedFormat : int64_t { kPackedBf16 = 0, kPackedInt8 = 1, kPackedInt4 = 2, kPackedMxfp4 = 3 };
 
+// Part of a prepared row: its first byte, and how far apart copies of that part stand.
+struct RowPart {
+    size_t first, bytes;
+};
+
 // One matrix (N, K), or a stack of them; see kernels/packed.py for how it is laid out.
 struct Packed {
     int64_t format;
@@ -48,6 +53,11 @@ struct Packed {
         return kExpandsRows ? spread_rows(bytes) : odd_lines(bytes);
     }
     static size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+    // What products of so many rows take of each prepared one: of MXFP4 its bytes, or its numbers in bf16.
+    RowPart used_part(int rows) const {
+        if (!kHasTiles || format != kPackedMxfp4 || rows <= kFewMxfp4Rows) return {0, row_bytes()};
+        return {quantized_row().numbers(), odd_lines(size_t(padded_depth()) * sizeof(bf16))};
+    }
     QuantizedRow quantized_row() const {
         return {depth, format == kPackedInt8   ? RowForm::kBytes
                        : format == kPackedInt4 ? RowForm::kNibbles
@@ -276,7 +286,7 @@ inline void int8_product(const uint8_t* panel, int padded_depth, int rows, const
     });
 }
 
-// Prepared rows times a panel. each(row, its 32 sums) is called for every row, now or, for those that
+// Prepared rows, their used_part of them, times a panel. each(row, its 32 sums) is called for every row, now or, for those that
 // wait, by the next product or waiting.all(); not where the product brings the results to where `rounded` says itself.
 // c: room for the sums of all steps of rows.
 template <typename Each>
@@ -304,15 +314,10 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
         using F = decltype(format);
         const NibblePanel<F> panel{data, weight.padded_depth(), weight.quantized_row()};
 #if defined(MOESAIC_TILES)
-        // Fewer rows leave tiles mostly empty, and panels have to be unpacked for them; integers are exact either way.
-        if constexpr (F::kScalesGroups) {
-            if (rows > kFewMxfp4Rows) {
-                mxfp4_tiles_product(panel, rows, a, stride, c, next, done);
-                return;
-            }
-        } else if (rows > kFewByteRows) {
+        // Fewer rows leave tiles mostly empty, and panels have to be unpacked for them; the results are the same bits.
+        if (rows > TileLines<F>::kFewRows) {
             scales.has_offset = true;  // of the bytes that nibbles become
-            int4_tiles_product(panel, rows, a, stride, c, next, scales, each, waiting);
+            nibble_tiles_product(panel, rows, a, stride, c, next, scales, each, waiting);
             return;
         }
 #endif
@@ -531,7 +536,7 @@ inline void packed_linear(Team& team, const LinearCall& call) {
         const int part = int(task / column_parts), column = int(task % column_parts);
         const int64_t first = first_row(part), last = first_row(part + 1);
         const int rows = int(last - first);
-        const char* a = prepared + size_t(first) * row_bytes;
+        const char* a = prepared + size_t(first) * row_bytes + weight.used_part(rows).first;
         size_t stride = row_bytes;
         if (is_direct) {
             a = reinterpret_cast<const char*>(static_cast<const bf16*>(call.x) + first * call.x_stride);

@@ -7,6 +7,7 @@
 #include "elements.h"
 #include "parallel.h"
 #include "expanded.h"
+#include "tiles.h"
 
 namespace moesaic {
 
@@ -114,7 +115,8 @@ constexpr bool kMultipliesOffset = !kExpandsRows;
 // A row of K activations as integer weights multiply it: bytes, zero up to a whole block of 128, and behind them what
 // takes the weights' offset off again. An offset of 128 adds 128 times the sum of the row to every sum; `start` is minus
 // that. For 4 bits, whose offset is 8, every 32 columns have a start of their own besides; for MXFP4, whose offset is 12,
-// they have a tail of their own instead.
+// they have a tail of their own instead. Where there are tiles, a row of MXFP4 has whole numbers of 9 bits: each as the sum of
+// two bytes, which vectors multiply, and times its scale, a power of two, as the bf16 number that tiles multiply.
 struct RowTail {
     float scale;
     int32_t start;
@@ -127,9 +129,13 @@ struct QuantizedRow {
     RowForm form;
 
     QuantizedRow(int64_t depth, RowForm of_form) : blocks(int((depth + kBlock - 1) / kBlock)), form(of_form) {}
-    size_t tail() const { return size_t(blocks) * kBlock; }
+    bool has_halves() const { return kHasTiles && form == RowForm::kMxfp4; }
+    size_t second_bytes() const { return size_t(blocks) * kBlock; }  // where has_halves()
+    size_t tail() const { return size_t(blocks) * kBlock * (has_halves() ? 2 : 1); }
     size_t starts() const { return tail() + sizeof(RowTail); }
+    size_t numbers() const { return (tail() + size_t(blocks) * kTailsOfBlock + 63) / 64 * 64; }  // in bf16, likewise
     size_t bytes() const {
+        if (has_halves()) return numbers() + size_t(blocks) * kBlock * sizeof(bf16);
         if (form == RowForm::kMxfp4) return tail() + size_t(blocks) * kTailsOfBlock;
         return starts() + (form == RowForm::kNibbles ? size_t(blocks) * kStartsOfBlock : 0);
     }
@@ -248,11 +254,52 @@ inline void quantize_mxfp4_row(const QuantizedRow& row, const T* x, int64_t dept
     }
 }
 
+// No scale with which tiles multiply MXFP4 is smaller, of rows or of weights, so that no product of two is subnormal.
+constexpr int kSmallestPower = 127 - 60;
+
+// 2^(exponent - 127), by its bits.
+inline float power_of_2(int32_t exponent) {
+    const int32_t bits = exponent << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return power;
+}
+
+// As quantize_mxfp4_row, where there are tiles: whole numbers up to 254, of 32 columns times the smallest power of two of which
+// their largest magnitude is less than 254.5.
+template <typename T>
+inline void quantize_tiles_row(const QuantizedRow& row, const T* x, int64_t depth, char* to) {
+    constexpr int kGroup = QuantizedRow::kRun;
+    constexpr int32_t kToNextPower = 0x800000 - 0x7e8000;  // lifts the bits of 254.5 = 1.98828125 * 128 to the next exponent
+    int8_t *bytes = reinterpret_cast<int8_t*>(to), *others = bytes + row.second_bytes();
+    bf16* own = reinterpret_cast<bf16*>(to + row.numbers());
+    std::memset(bytes + depth, 0, row.second_bytes() - size_t(depth));
+    std::memset(others + depth, 0, row.numbers() - row.second_bytes() - size_t(depth));
+    std::fill(own + depth, own + row.blocks * QuantizedRow::kBlock, bf16(0));
+    for (int64_t k = 0; k < depth; k += kGroup) {
+        Vf numbers[kGroup / W], largest = zero();
+        for (int v = 0; v < kGroup / W; ++v) largest = largest_magnitude(largest, numbers[v] = load_values(x + k + v * W));
+        const int32_t bits = largest_bits(largest);
+        const bool is_finite = bits < 0x7f800000;
+        const int32_t power = is_finite ? std::max(((bits + kToNextPower) >> 23) - 7, kSmallestPower) : 127;
+        const Vf factor = set1(power_of_2(254 - power)), scale = set1(is_finite ? power_of_2(power) : NAN);
+        for (int v = 0; v < kGroup / W; ++v) {
+            const Vi whole = to_int(is_finite ? mul(numbers[v], factor) : zero()), half = shift_right_signed<1>(whole);
+            store_bytes(bytes + k + v * W, half);
+            store_bytes(others + k + v * W, subi(whole, half));
+            store_bf16(own + k + v * W, mul(to_float(whole), scale));
+        }
+        const RowTail tail{is_finite ? power_of_2(power) / 2.0f : NAN,
+                           nibble_start(bytes + k, 12) + nibble_start(others + k, 12)};
+        std::memcpy(to + row.tail() + size_t(k / kGroup) * sizeof tail, &tail, sizeof tail);
+    }
+}
+
 // A row of `depth` fp32 or bf16 numbers.
 template <typename T>
 inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, char* to) {
     if (row.form == RowForm::kMxfp4) {
-        quantize_mxfp4_row(row, x, depth, to);
+        row.has_halves() ? quantize_tiles_row(row, x, depth, to) : quantize_mxfp4_row(row, x, depth, to);
         return;
     }
     static thread_local Scratch scratch;

@@ -68,10 +68,6 @@ inline uint32_t equal_lanes(Vi a, Vi b) { return _mm512_cmpeq_epi32_mask(a.v, b.
 inline Vi and_not(Vi mask, Vi a) { return {_mm512_andnot_si512(mask.v, a.v)}; }
 inline Vi exclusive_or(Vi a, Vi b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline Vi minus(Vi a, Vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-template <int N>
-inline Vi shift_right_signed(Vi a) {
-    return {_mm512_srai_epi32(a.v, N)};
-}
 // b where x is NaN, else a.
 inline Vi where_nan(Vf x, Vi b, Vi a) {
     return {_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), a.v, b.v)};
@@ -89,10 +85,6 @@ inline uint32_t equal_lanes(Vi a, Vi b) {
 inline Vi and_not(Vi mask, Vi a) { return {_mm256_andnot_si256(mask.v, a.v)}; }
 inline Vi exclusive_or(Vi a, Vi b) { return {_mm256_xor_si256(a.v, b.v)}; }
 inline Vi minus(Vi a, Vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
-template <int N>
-inline Vi shift_right_signed(Vi a) {
-    return {_mm256_srai_epi32(a.v, N)};
-}
 inline Vi where_nan(Vf x, Vi b, Vi a) {
     return {_mm256_blendv_epi8(a.v, b.v, _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)))};
 }

@@ -99,7 +99,7 @@ bool integer_products_are_right(int rows, int depth) {
     const CopyRow copy{c.data()};
     Waiting<CopyRow> waiting;
     const Packed packed{kFormat, kPanel, depth, kGroup, panel.data(), ones.data()};
-    packed_panels(packed, 0, 0, 1, rows, a.data(), stride, room.data(), nullptr, waiting,
+    packed_panels(packed, 0, 0, 1, rows, a.data() + packed.used_part(rows).first, stride, room.data(), nullptr, waiting,
                   [&](int, StoreRounded&) { return PanelResult<CopyRow>{copy, {}}; });
     waiting.all();
     leave_tiles();

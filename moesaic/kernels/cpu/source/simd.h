@@ -90,17 +90,47 @@ inline Vi ori(Vi a, Vi b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline Vi maxi(Vi a, Vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline Vi mul_words(Vi a, Vi b) { return {_mm512_mullo_epi16(a.v, b.v)}; }
 inline Vi add_words(Vi a, Vi b) { return {_mm512_add_epi16(a.v, b.v)}; }
+inline Vi subtract_words_to_zero(Vi a, Vi b) { return {_mm512_subs_epu16(a.v, b.v)}; }  // unsigned, 0 where b is larger
+// Words shifted right, 1 to 15 bits. By a product: there are two units for those and one for shifts (Emerald Rapids).
+template <int N>
+inline Vi shift_words_right(Vi a) {
+    Vi power = set1i((1 << (16 - N)) * 0x00010001);
+#if !defined(MOESAIC_EMULATE_AVX512)
+    asm("" : "+v"(power.v));  // or GCC makes a shift of it
+#endif
+    return {_mm512_mulhi_epu16(a.v, power.v)};
+}
 inline Vi high_nibbles(Vi bytes) { return {_mm512_srli_epi16(bytes.v, 4)}; }  // low ones, and others above them
+// Of every four bytes the second and the third in each other's place.
+inline Vi swap_inner_bytes(Vi a) {
+    const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    return {_mm512_shuffle_epi8(a.v, _mm512_broadcast_i32x4(order))};
+}
 // Of a table of 16 bytes those that bytes, 0 to 15, name.
 inline Vi look_up(const void* table, Vi bytes) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), bytes.v)};
 }
+// Of 16 words those that the low four bits of words name.
+struct WordTable {
+    Vi words;
+    explicit WordTable(const uint16_t* table) {
+        const __m256i once = _mm256_loadu_si256((const __m256i*)table);
+        words.v = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
+    }
+    Vi look_up(Vi places) const { return {_mm512_permutexvar_epi16(places.v, words.v)}; }
+};
+// Every dword's, of -128 to 127.
+inline void store_bytes(int8_t* to, Vi x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(x.v)); }
 inline Vi widen_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 inline Vi widen_words(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 inline bool any_negative(Vi x) { return _mm512_movepi32_mask(x.v) != 0; }
 template <int N>
 inline Vi shift_left(Vi a) {
     return {_mm512_slli_epi32(a.v, N)};
+}
+template <int N>
+inline Vi shift_right_signed(Vi a) {
+    return {_mm512_srai_epi32(a.v, N)};
 }
 inline Vf as_float(Vi a) { return {_mm512_castsi512_ps(a.v)}; }
 // Lane i of the result is lane i ^ N.
@@ -228,9 +258,40 @@ inline Vi ori(Vi a, Vi b) { return {_mm256_or_si256(a.v, b.v)}; }
 inline Vi maxi(Vi a, Vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
 inline Vi mul_words(Vi a, Vi b) { return {_mm256_mullo_epi16(a.v, b.v)}; }
 inline Vi add_words(Vi a, Vi b) { return {_mm256_add_epi16(a.v, b.v)}; }
+inline Vi subtract_words_to_zero(Vi a, Vi b) { return {_mm256_subs_epu16(a.v, b.v)}; }
+template <int N>
+inline Vi shift_words_right(Vi a) {
+    return {_mm256_srli_epi16(a.v, N)};
+}
 inline Vi high_nibbles(Vi bytes) { return {_mm256_srli_epi16(bytes.v, 4)}; }
+inline Vi swap_inner_bytes(Vi a) {
+    const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    return {_mm256_shuffle_epi8(a.v, _mm256_broadcastsi128_si256(order))};
+}
 inline Vi look_up(const void* table, Vi bytes) {
     return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), bytes.v)};
+}
+struct WordTable {
+    __m256i low, high;  // bytes of the words
+    explicit WordTable(const uint16_t* table) {
+        const __m256i words = _mm256_loadu_si256((const __m256i*)table);
+        const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+        const __m256i halves = _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order));
+        const __m256i bytes = _mm256_permute4x64_epi64(halves, 0xd8);
+        low = _mm256_permute2x128_si256(bytes, bytes, 0x00);
+        high = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+    }
+    Vi look_up(Vi places) const {
+        // A byte of 128 names nothing: 0.
+        const __m256i own = _mm256_and_si256(places.v, _mm256_set1_epi16(15));
+        const __m256i at_low = _mm256_or_si256(own, _mm256_set1_epi16(int16_t(0x8000)));
+        const __m256i at_high = _mm256_or_si256(_mm256_slli_epi16(own, 8), _mm256_set1_epi16(0x80));
+        return {_mm256_or_si256(_mm256_shuffle_epi8(low, at_low), _mm256_shuffle_epi8(high, at_high))};
+    }
+};
+inline void store_bytes(int8_t* to, Vi x) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(words, words));
 }
 inline Vi widen_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
 inline Vi widen_words(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p))}; }
@@ -238,6 +299,10 @@ inline bool any_negative(Vi x) { return _mm256_movemask_ps(_mm256_castsi256_ps(x
 template <int N>
 inline Vi shift_left(Vi a) {
     return {_mm256_slli_epi32(a.v, N)};
+}
+template <int N>
+inline Vi shift_right_signed(Vi a) {
+    return {_mm256_srai_epi32(a.v, N)};
 }
 inline Vf as_float(Vi a) { return {_mm256_castsi256_ps(a.v)}; }
 template <int N>

@@ -48,14 +48,12 @@ struct alignas(64) TileShape {
     uint8_t rows[16] = {};
 };
 
-// depth: pairs of K, or fours of 8 bits, of one product.
-inline TileShape tile_shape(int top, int bottom, int depth) {
+inline TileShape tile_shape(int top, int bottom) {
     TileShape shape;
-    const int rows[8] = {top, top, bottom, bottom, top, bottom, depth, depth};
+    const int rows[8] = {top, top, bottom, bottom, top, bottom, 16, 16};
     for (int tile = 0; tile < 8; ++tile) {
-        const bool is_left = tile == 4 || tile == 5;
         shape.rows[tile] = uint8_t(rows[tile]);
-        shape.bytes_per_row[tile] = uint16_t(rows[tile] == 0 ? 0 : is_left ? 4 * depth : 64);
+        shape.bytes_per_row[tile] = rows[tile] ? 64 : 0;
     }
     return shape;
 }
@@ -76,14 +74,12 @@ inline void require(bool is_lawful, const char* what) {
 }
 inline void require_tile(int tile) {
     const TileShape& shape = emulated.shape;
-    require(shape.palette == 1 && shape.rows[tile] > 0 && shape.bytes_per_row[tile] > 0, "a tile without a shape");
+    require(shape.palette == 1 && shape.rows[tile] > 0 && shape.bytes_per_row[tile] == 64, "a tile without a shape");
 }
 inline void require_product(int c, int a, int b) {
     for (const int tile : {c, a, b}) require_tile(tile);
     const auto& rows = emulated.shape.rows;
-    const auto& bytes = emulated.shape.bytes_per_row;
-    require(rows[c] == rows[a] && 4 * rows[b] == bytes[a] && bytes[b] == 64 && bytes[c] == 64 && c != a && c != b && a != b,
-            "tiles that do not fit together");
+    require(rows[c] == rows[a] && rows[b] == 16 && c != a && c != b && a != b, "tiles that do not fit together");
 }
 
 inline void load_tile_shape(const TileShape& shape) {
@@ -98,13 +94,13 @@ inline void tile_zero(int tile) {
 inline void tile_load(int tile, const void* from, size_t stride) {
     require_tile(tile);
     for (int row = 0; row < emulated.shape.rows[tile]; ++row)
-        std::memcpy(emulated.data[tile][row], static_cast<const char*>(from) + row * stride, emulated.shape.bytes_per_row[tile]);
+        std::memcpy(emulated.data[tile][row], static_cast<const char*>(from) + row * stride, 64);
 }
 inline void tile_load_once(int tile, const void* from, size_t stride) { tile_load(tile, from, stride); }
 inline void tile_store(int tile, void* to, size_t stride) {
     require_tile(tile);
     for (int row = 0; row < emulated.shape.rows[tile]; ++row)
-        std::memcpy(static_cast<char*>(to) + row * stride, emulated.data[tile][row], emulated.shape.bytes_per_row[tile]);
+        std::memcpy(static_cast<char*>(to) + row * stride, emulated.data[tile][row], 64);
 }
 // The sums of even and of odd terms apart, as the instruction adds them; by vectors, since tests under sanitizers wait for
 // it.
@@ -116,7 +112,7 @@ inline void tile_dot_bf16(int c, int a, int b) {
     for (int m = 0; m < tiles.shape.rows[c]; ++m) {
         Vf even[V], odd[V];
         for (int v = 0; v < V; ++v) even[v] = odd[v] = zero();
-        for (int p = 0; p < tiles.shape.rows[b]; ++p) {
+        for (int p = 0; p < 16; ++p) {
             const Vi row = broadcast_dword(tiles.data[a][m] + 4 * p);
             const Vf even_term = low_bf16(row), odd_term = high_bf16(row);
             for (int v = 0; v < V; ++v) {
@@ -131,21 +127,18 @@ inline void tile_dot_bf16(int c, int a, int b) {
         }
     }
 }
-// Signed bytes of A times bytes of B, summed in int32, which wrap.
-template <typename Right>
-inline void tile_dot_of_bytes(int c, int a, int b) {
+// Signed bytes of A times unsigned bytes of B, summed in int32, which wrap.
+inline void tile_dot_s8u8(int c, int a, int b) {
     require_product(c, a, b);
     auto* sums = reinterpret_cast<uint32_t(*)[16]>(emulated.data[c]);
     auto* left = reinterpret_cast<int8_t(*)[64]>(emulated.data[a]);
-    auto* right = reinterpret_cast<Right(*)[64]>(emulated.data[b]);
+    auto* right = reinterpret_cast<uint8_t(*)[64]>(emulated.data[b]);
     for (int m = 0; m < emulated.shape.rows[c]; ++m)
-        for (int p = 0; p < emulated.shape.rows[b]; ++p)
+        for (int p = 0; p < 16; ++p)
             for (int n = 0; n < 16; ++n)
                 for (int part = 0; part < 4; ++part)
                     sums[m][n] += uint32_t(int32_t(left[m][4 * p + part]) * int32_t(right[p][4 * n + part]));
 }
-inline void tile_dot_s8u8(int c, int a, int b) { tile_dot_of_bytes<uint8_t>(c, a, b); }
-inline void tile_dot_s8s8(int c, int a, int b) { tile_dot_of_bytes<int8_t>(c, a, b); }
 
 #else
 
@@ -172,7 +165,6 @@ inline void release_tiles() { asm volatile("tilerelease" : :); }
                  : "memory")
 #define tile_dot_bf16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 #define tile_dot_s8u8(c, a, b) asm volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
-#define tile_dot_s8s8(c, a, b) asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 
 #endif
 
@@ -195,19 +187,19 @@ inline void release_tiles() { asm volatile("tilerelease" : :); }
     } while (0)
 
 // Rows of the upper and lower tiles of A and C; loading a shape clears all tiles, and costs nothing when it is the same.
-inline thread_local int tile_sizes = -1;
-inline void configure_tiles(int top, int bottom, int depth = 16) {
-    const int wanted = (top * 32 + bottom) * 32 + depth;
-    if (tile_sizes != wanted) {
-        load_tile_shape(tile_shape(top, bottom, depth));
-        tile_sizes = wanted;
+inline thread_local int tile_rows = -1;
+inline void configure_tiles(int top, int bottom) {
+    const int wanted = top * 32 + bottom;
+    if (tile_rows != wanted) {
+        load_tile_shape(tile_shape(top, bottom));
+        tile_rows = wanted;
     }
 }
 // Before a thread goes back to other people's code, which may load a shape of its own.
 inline void leave_tiles() {
-    if (tile_sizes != -1) {
+    if (tile_rows != -1) {
         release_tiles();
-        tile_sizes = -1;
+        tile_rows = -1;
     }
 }
 

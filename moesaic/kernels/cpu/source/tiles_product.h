@@ -36,8 +36,7 @@ struct CompleteRows {
 };
 
 // The rows that a product has completed last. Those of tiles wait for the next product of their kind, which calls each()
-// between its tile instructions: tiles take long to be stored and read again, and vectors work beside them. (Products of
-// MXFP4, which scale sums beside their tiles as it is, have no room for that.)
+// between its tile instructions: tiles take long to be stored and read again, and vectors work beside them.
 template <typename Each>
 class Waiting {
   public:
@@ -157,135 +156,207 @@ inline void tiles_product(const uint8_t* panel, int pairs, int rows, const char*
     }
 }
 
-// The steps of a header as unpacking takes them, in both words of a dword. A weight, 0 to 15, times its step plus 128 - 8
-// steps is what 8 bits have: never below 8 nor above 248, so that the two bytes of a word are made by one product.
-struct StepWords {
+// A panel of 4 bits as tiles take it: lines of 128 bytes, [32][4 bytes]. Four values of K, a cache line of nibbles, become
+// one line of bytes of int4, as int8 has them, or two of bf16 of MXFP4. Made for one group, whose steps or scales it knows.
+template <typename F>
+struct TileLines {
+    static constexpr bool kIsBytes = true;
+    static constexpr int kFewRows = kFewByteRows;
+    static constexpr int kDepth = 4, kOfSteps = F::kGroup / kDepth;  // values of K of a line; lines of a group
     static constexpr int V = kPanel / W;
     Vi steps[V], offsets[V];
 
-    explicit StepWords(const uint8_t* header) {
+    // A weight, 0 to 15, times its step plus 128 - 8 steps is what 8 bits have: never below 8 nor above 248, so that the two
+    // bytes of a word are made by one product.
+    TileLines(const NibblePanel<F>& panel, int group) {
         constexpr uint32_t kPerStep = uint16_t(-8 * 0x0101), kOffset = 0x80808080;
         for (int v = 0; v < V; ++v) {
-            const Vi words = widen_words(header + 2 * v * W);
+            const Vi words = widen_words(panel.header(group) + 2 * v * W);
             steps[v] = low_words(words, words);
             offsets[v] = add_words(mul_words(steps[v], set1i(int32_t(kPerStep << 16 | kPerStep))), set1i(int32_t(kOffset)));
         }
     }
-    // Four values of K: a line of nibbles to two of bytes.
     MOESAIC_INLINE void unpack(const uint8_t* from, uint8_t* to) const {
         Vi columns[V];
-        load_nibbles<Int4<32>>(from, columns);
+        load_nibbles<F>(from, columns);
         for (int v = 0; v < V; ++v) storei(to + v * W * 4, add_words(mul_words(columns[v], steps[v]), offsets[v]));
     }
 };
 
-// `count` lines of an int4 panel, of four values of K each, from `line` on and all behind one header, as tiles take them:
-// [K/4][32][4 bytes] as int8 has. Behind the last group nothing is written: rows are zero there.
-template <typename F>
-MOESAIC_INLINE void unpack_lines(const NibblePanel<F>& panel, int line, int count, uint8_t* to) {
-    const int k = 4 * line;
-    if (F::kGroup < 64 && k >= panel.depth) return;
-    const StepWords steps(panel.header(k / F::kGroup));
-    const uint8_t* from = panel.weights(k / F::kGroup) + k % F::kGroup / 4 * 64;
-    for (int i = 0; i < count; ++i) steps.unpack(from + 64 * i, to + 128 * i);
-}
-template <typename F>
-constexpr int kLinesOfHeader = F::kGroup / 4;
+template <>
+struct TileLines<Mxfp4> {
+    static constexpr bool kIsBytes = false;
+    static constexpr int kFewRows = kFewMxfp4Rows;
+    static constexpr int kDepth = 2, kOfSteps = Mxfp4::kGroup / kDepth;
+    static constexpr int V = kPanel / W;
+    // The numbers of Mxfp4::kTwice, halved, in bf16, with kLift added to the bits, but for 0. What a scale takes off again
+    // is never below 0, and 0 stays 0.
+    static constexpr int kLift = (Mxfp4::kLargestScale + 1 - 127) << 7;
+    alignas(32) static constexpr uint16_t kLifted[16] = {
+        0, kLift + 0x3f00, kLift + 0x3f80, kLift + 0x3fc0, kLift + 0x4000, kLift + 0x4040, kLift + 0x4080, kLift + 0x40c0,
+        0, kLift + 0xbf00, kLift + 0xbf80, kLift + 0xbfc0, kLift + 0xc000, kLift + 0xc040, kLift + 0xc080, kLift + 0xc0c0};
+    static_assert(kLift + 0x40c0 < 0x8000);
+    const WordTable table{kLifted};
+    Vi taken[V];  // off the bits of each column
 
-// Up to 32 rows times an int4 panel by tiles; the sums go to `to`. The panel is unpacked between the tile instructions into
-// a few pieces of 2 KiB: pieces of 16 KiB unpacked before took 10 to 25 % longer.
+    TileLines(const NibblePanel<Mxfp4>& panel, int group) {
+        const uint8_t* scales = panel.header(group) + group % panel.kGroupsOfHeader * kPanel;
+        for (int v = 0; v < V; ++v) {
+            const Vi bytes = maxi(widen_bytes(scales + v * W), set1i(kSmallestPower));
+            const Vi words = subi(set1i(kLift + (127 << 7)), shift_left<7>(bytes));
+            taken[v] = low_words(words, words);
+        }
+    }
+    MOESAIC_INLINE void unpack(const uint8_t* from, uint8_t* to) const {
+        for (int v = 0; v < V / 2; ++v) {
+            // Nibbles 0 to 3 of a word are of columns n and n + 16 and then of the same of the next pair; its neighbour has
+            // the pair's other numbers.
+            const Vi four = swap_inner_bytes(loadi(from + v * W * 4));
+            const auto numbers = [&](Vi nibbles, int column) {
+                return subtract_words_to_zero(table.look_up(nibbles), taken[column]);
+            };
+            uint8_t* own = to + v * W * 4;
+            storei(own, numbers(four, v));
+            storei(own + 64, numbers(shift_words_right<4>(four), v + V / 2));
+            storei(own + 128, numbers(shift_words_right<8>(four), v));
+            storei(own + 192, numbers(shift_words_right<12>(four), v + V / 2));
+        }
+    }
+};
+
+// Up to kMost lines of a panel from `line` on, all of one step or scale. Behind the last ones those stand again: rows are
+// zero there.
+template <typename F>
+class Unpacking {
+    using Lines = TileLines<F>;
+    static constexpr int kOfFour = 4 / Lines::kDepth;  // lines of a cache line of nibbles
+
+  public:
+    static constexpr int kMost = std::min(16, Lines::kOfSteps);
+
+    Unpacking(const NibblePanel<F>& panel, int line)
+        : Unpacking(panel, std::min(line * Lines::kDepth, panel.depth - kMost * Lines::kDepth), true) {}
+    // `count` of them, from number `first` on.
+    MOESAIC_INLINE void unpack(int first, int count, uint8_t* to) const {
+        for (int i = 0; i < count / kOfFour; ++i) lines_.unpack(from_ + 64 * (first / kOfFour + i), to + 128 * kOfFour * i);
+    }
+
+  private:
+    Unpacking(const NibblePanel<F>& panel, int k, bool)
+        : lines_(panel, k / F::kGroup), from_(panel.weights(k / F::kGroup) + k % F::kGroup / 4 * 64) {}
+
+    Lines lines_;
+    const uint8_t* from_;
+};
+
+// Lines of a panel, in whole tiles.
+template <typename F>
+inline int tile_lines(const NibblePanel<F>& panel) {
+    return round_up(panel.depth / TileLines<F>::kDepth, 16);
+}
+
+// Up to 32 rows times a panel of 4 bits by tiles; the sums go to `to`. The panel is unpacked between the tile instructions
+// into a few pieces of 2 KiB: pieces of 16 KiB unpacked before took 10 to 25 % longer (int4).
 template <bool kBottom, typename F, typename Each>
-[[gnu::noinline]] void int4_block(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* to,
-                                  const char* following, LinesAhead lines, Waiting<Each>& waiting) {
-    constexpr int kPieces = 4, kLead = 2, kLines = 16;  // kept; unpacked ahead; packed cache lines of each
-    constexpr int kAtOnce = std::min(kLines, kLinesOfHeader<F>);
+[[gnu::noinline]] void nibble_block(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* to,
+                                    const char* following, LinesAhead lines, Waiting<Each>& waiting) {
+    using Lines = TileLines<F>;
+    constexpr int kPieces = 4, kLead = 2, kLines = 16;  // kept; unpacked ahead; lines of each
+    constexpr int kPacked = kLines * Lines::kDepth / 4;  // cache lines of nibbles of a piece
+    constexpr int kHalf = Unpacking<F>::kMost;           // or all of a piece
     alignas(64) uint8_t ring[kPieces][2 * kLines * 64];
-    const int count = (panel.depth + 63) / 64;
+    const int count = tile_lines(panel) / kLines;
     const size_t size = panel.bytes(), step_bytes = size / size_t(count);
     const char* own = reinterpret_cast<const char*>(panel.data);
     configure_tiles(rows < 16 ? rows : 16, rows < 16 ? 0 : rows - 16);
     if (count * 4 < kRowBlock) waiting.all();
-    CompleteRows<Each> complete = waiting.template take<true>();
+    CompleteRows<Each> complete = waiting.template take<Lines::kIsBytes>();
     for (int piece = 0; piece < std::min(kLead, count); ++piece)
-        for (int line = 0; line < kLines; line += kAtOnce)
-            unpack_lines(panel, piece * kLines + line, kAtOnce, ring[piece] + 128 * line);
+        for (int line = 0; line < kLines; line += kHalf)
+            Unpacking<F>(panel, piece * kLines + line).unpack(0, kHalf, ring[piece] + 128 * line);
     clear_sums<2, kBottom>();
     for (int piece = 0; piece < count; ++piece) {
         const uint8_t* columns = ring[piece % kPieces];
-        const int then = std::min(piece + kLead, count - 1);
+        const int then = std::min(piece + kLead, count - 1) * kLines;
+        const Unpacking<F> whole(panel, then);
         uint8_t* unpacked = ring[(piece + kLead) % kPieces];
         const char* row = a + size_t(piece) * 64;
         const size_t place = size_t(piece) * step_bytes + kAheadBytes;
         const char* ahead = place < size ? own + place : following + (place - size);
         const auto quarter = [&](int index) __attribute__((always_inline)) {
-            constexpr int kEach = kLines / 4;
+            constexpr int kEach = kPacked / 4, kFirst = kLines / 4;
             for (int i = index * kEach; i < (index + 1) * kEach; ++i) fetch(ahead + 64 * i);
             if (index == 0)  // the headers
-                for (int i = 0; i < std::max(1, kLines / kLinesOfHeader<F>); ++i) fetch(ahead + 64 * (kLines + i));
-            unpack_lines(panel, then * kLines + index * kEach, kEach, unpacked + 128 * index * kEach);
+                for (int i = 0; i < std::max(1, kLines / Lines::kOfSteps); ++i) fetch(ahead + 64 * (kPacked + i));
+            if constexpr (kHalf == kLines)
+                whole.unpack(index * kFirst, kFirst, unpacked + 128 * index * kFirst);
+            else
+                Unpacking<F>(panel, then + index * kFirst / kHalf * kHalf)
+                    .unpack(index * kFirst % kHalf, kFirst, unpacked + 128 * index * kFirst);
             lines.quarter();
-            complete.template one<true>();
+            complete.template one<Lines::kIsBytes>();
         };
         tile_load(4, row, stride);
         quarter(0);
         tile_load(6, columns, 128);
-        tile_dot_s8u8(0, 4, 6);
+        tile_dot(Lines::kIsBytes, 0, 4, 6);
         quarter(1);
         tile_load(7, columns + 64, 128);
-        tile_dot_s8u8(1, 4, 7);
+        tile_dot(Lines::kIsBytes, 1, 4, 7);
         quarter(2);
         if constexpr (kBottom) {
             tile_load(5, row + 16 * stride, stride);
-            tile_dot_s8u8(2, 5, 6);
-            tile_dot_s8u8(3, 5, 7);
+            tile_dot(Lines::kIsBytes, 2, 5, 6);
+            tile_dot(Lines::kIsBytes, 3, 5, 7);
         }
         quarter(3);
     }
     store_sums<2, kBottom>(to, kPanel);
 }
 
-// As tiles_product, of an int4 panel and more rows than one step takes, piece by piece of K: each is unpacked and then
+// As tiles_product, of a panel of 4 bits and more rows than one step takes, piece by piece of K: each is unpacked and then
 // multiplied, while the packed one behind it comes nearer. (Unpacking the next one meanwhile took 10 to 30 % longer: two of
 // them do not stay in the first-level cache.)
 template <typename F, typename Each>
-inline void int4_pieces(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c, const Next& next,
-                        const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
-    constexpr int kAtOnce = std::min(16, kLinesOfHeader<F>);
-    alignas(64) uint8_t bytes[kStayingBytes];
-    const int lines = (panel.depth + 63) / 64 * 16, most = rows > 4 * kRowBlock ? kStayingPairs : kStayingPairs / 2;
+inline void nibble_pieces(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c, const Next& next,
+                          const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
+    constexpr int kAtOnce = Unpacking<F>::kMost;
+    alignas(64) uint8_t unpacked[kStayingBytes];
+    const int lines = tile_lines(panel), most = rows > 4 * kRowBlock ? kStayingPairs : kStayingPairs / 2;
     const int pieces = (lines + most - 1) / most, size = round_up((lines + pieces - 1) / pieces, 16);
     const auto place = [&](int line) { return panel.bytes() * size_t(line) / size_t(lines) / 64 * 64; };
     for (int first = 0; first < lines; first += size) {
         const int here = std::min(size, lines - first), behind = first + here;
-        for (int line = 0; line < here; line += kAtOnce) unpack_lines(panel, first + line, kAtOnce, bytes + 128 * line);
+        for (int line = 0; line < here; line += kAtOnce)
+            Unpacking<F>(panel, first + line).unpack(0, kAtOnce, unpacked + 128 * line);
         const bool is_last = behind == lines;
         const uint8_t* from = !is_last ? panel.data + place(behind) : next.panel ? next.panel : panel.data;
         const size_t length = is_last ? place(size) : place(std::min(behind + size, lines)) - place(behind);
-        tiles_pass<true>(bytes, first, here, lines, rows, a, stride, c, next, scales, each, waiting,
-                         [&](int part, int parts, int blocks, const LinesAhead& others, auto&& multiply) {
-                             // A line after the other: lines of each page in turn are 3 to 5 % slower here.
-                             const size_t share = length / size_t(parts) / 64 * 64;
-                             const StreamAhead stream(reinterpret_cast<const char*>(from) + share * size_t(part),
-                                                      share / size_t(blocks));
-                             multiply(StreamAndLinesAhead{stream, others}, std::integral_constant<Stays, Stays::kPanel>{});
-                         });
+        tiles_pass<TileLines<F>::kIsBytes>(
+            unpacked, first, here, lines, rows, a, stride, c, next, scales, each, waiting,
+            [&](int part, int parts, int blocks, const LinesAhead& others, auto&& multiply) {
+                // A line after the other: lines of each page in turn are 3 to 5 % slower here.
+                const size_t share = length / size_t(parts) / 64 * 64;
+                const StreamAhead stream(reinterpret_cast<const char*>(from) + share * size_t(part), share / size_t(blocks));
+                multiply(StreamAndLinesAhead{stream, others}, std::integral_constant<Stays, Stays::kPanel>{});
+            });
     }
 }
 
-// As tiles_product, of an int4 panel.
+// As tiles_product, of a panel of 4 bits.
 template <typename F, typename Each>
-inline void int4_tiles_product(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c,
-                               const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
+inline void nibble_tiles_product(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c,
+                                 const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
     if (rows > kRowBlock) {
-        int4_pieces(panel, rows, a, stride, c, next, scales, each, waiting);
+        nibble_pieces(panel, rows, a, stride, c, next, scales, each, waiting);
         return;
     }
     const char* following = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
     float* to = waiting.place();
-    const int count = (panel.depth + 63) / 64;
+    const int count = tile_lines(panel) / 16;
     const LinesAhead lines = next.lines_ahead(0, 1, 0, count, count, count);
-    rows > 16 ? int4_block<true>(panel, rows, a, stride, to, following, lines, waiting)
-              : int4_block<false>(panel, rows, a, stride, to, following, lines, waiting);
+    rows > 16 ? nibble_block<true>(panel, rows, a, stride, to, following, lines, waiting)
+              : nibble_block<false>(panel, rows, a, stride, to, following, lines, waiting);
     waiting.put(each, 0, rows, to, scales);
 }
 
