@@ -301,7 +301,7 @@ def packed_linear(
     """Return (M, N): x (M, K) fp32 or bf16 times the weight transposed, plus bias (N,) in fp32; in x's dtype if None.
 
     A bf16 weight multiplies x rounded to bf16, an integer one x rotated and quantised by token, MXFP4 x quantised by
-    32 columns.
+    32 columns: to 8 bits, by the kernels for AMX to 9.
     """
     out_dtype = out_dtype or x.dtype
     _check_no_gradient(x, bias)

@@ -11,7 +11,8 @@ weights. How steps are chosen better for what reaches a matrix is convert/'s bus
 
 MXFP4 (mxfp4.py) is for models that are published in it, whose numbers are kept as they are, so nothing is rotated.
 There activations have a scale for every group too. Twice a number of 4 bits is an integer, so that dot products inside
-a group are exact as well.
+a group are exact as well. Tiles (AMX) take bf16 numbers instead: activations of 9 bits times powers of two, which bf16
+holds as it holds the weights.
 
 Source of the rotation: Ashkboos et al., QuaRot (arXiv 2404.00456); its online form, here at every product.
 """

@@ -3,7 +3,8 @@
 // kernels/quantized.py is the definition, to the bit, on every instruction set and for every number of rows. Weights
 // are unsigned bytes (value + 128, or a nibble, value + 8) in panels of 32 columns, activations signed bytes; what the
 // offset adds to a dot product is the offset times the sum of the activations, which is known from quantising them. (AVX2
-// alone takes the offset of 8 bits off the weights instead.)
+// alone takes the offset of 8 bits off the weights instead.) MXFP4 where there are tiles: rows of 9 bits, which tiles take
+// as bf16 numbers (tiles_product.h) and few of them vectors as two bytes, with the same results.
 //
 // A panel of 8 bits is [K/4][32][4 bytes], K padded to 64. One of 4 bits is, for each group of K, a header of its 32 steps
 // in 16 bits and then [group/4][16][4 bytes], each byte with column n in the low nibble and column n + 16 in the high one.
