@@ -30,9 +30,9 @@ from moesaic.kernels.addresses import address_of
 GROUP_SIZES = (32, 64, 128)
 # A row whose largest magnitude is below this counts as zero: 127 divided by it would leave fp32.
 SMALLEST_AMAX = 2.0**-120
-# Of 32 columns that tiles multiply with MXFP4: lifts the bits of 254.5 = 1.98828125 * 2**7, and of none below, to the
+# Of 32 columns that tiles multiply with MXFP4: lifts the bits of 255.5 = 1.99609375 * 2**7, and of none below, to the
 # next exponent.
-_TO_NEXT_POWER = 0x80_0000 - 0x7E_8000
+_TO_NEXT_POWER = 0x80_0000 - 0x7F_8000
 # No scale is below 2**-60, of them or of MXFP4 as tiles multiply it, so that no product of two is subnormal.
 _SMALLEST_POWER = 127 - 60
 # A value of 4 bits times this, -8 * 15, fits 8 bits.
@@ -354,10 +354,10 @@ def quantize_activations_by_group(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_to_powers(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values (M, K) int16 in -254..254 and scales (M, K/32) fp32 of x (M, K), not rotated: as tiles multiply
+    """Return values (M, K) int16 in -255..255 and scales (M, K/32) fp32 of x (M, K), not rotated: as tiles multiply
     MXFP4.
 
-    Every 32 columns have the smallest power of two as their scale of which their largest magnitude is less than 254.5,
+    Every 32 columns have the smallest power of two as their scale of which their largest magnitude is less than 255.5,
     and no less than 2**-60; value = x / scale rounded half to even. With an infinity or a NaN they become zeros with
     scale NaN, which reaches the product. bf16 holds every value times its scale.
     """

@@ -119,13 +119,13 @@ def test_activations_have_a_scale_for_every_group_and_are_not_rotated() -> None:
 
 def test_for_tiles_a_scale_is_the_smallest_power_of_two_that_reaches() -> None:
     # In fp32 the first magnitudes that the next scale is for, and the last ones that it is not.
-    borders = 254.5 * 2.0 ** torch.arange(-61, 120)
+    borders = 255.5 * 2.0 ** torch.arange(-61, 120)
     below = torch.nextafter(borders, torch.zeros(()))
     largest = torch.cat([borders, below, torch.tensor([0.0, 1e-30, torch.finfo(torch.float32).max])])
     x = torch.zeros(len(largest), 32)
     x[:, 7], x[:, 8] = -largest, largest / 3
     values, scales = round_to_powers(x)
-    assert values.dtype == torch.int16 and values.abs().max() == 254
+    assert values.dtype == torch.int16 and values.abs().max() == 255
     assert torch.equal(scales[:181, 0], 2.0 ** torch.arange(-60, 121))
     assert torch.equal(scales[181:362, 0], 2.0 ** torch.arange(-61, 120).clamp_min(-60))
     assert scales[362:, 0].tolist() == [2.0**-60, 2.0**-60, 2.0**121]

@@ -4,7 +4,7 @@
 // are unsigned bytes (value + 128, or a nibble, value + 8) in panels of 32 columns, activations signed bytes; what the
 // offset adds to a dot product is the offset times the sum of the activations, which is known from quantising them. (AVX2
 // alone takes the offset of 8 bits off the weights instead.) MXFP4 where there are tiles: rows of 9 bits, which tiles take
-// as bf16 numbers (tiles_product.h) and few of them vectors as two bytes, with the same results.
+// as bf16 numbers (tiles_product.h) and few of them vectors as magnitudes and signs, with the same results.
 //
 // A panel of 8 bits is [K/4][32][4 bytes], K padded to 64. One of 4 bits is, for each group of K, a header of its 32 steps
 // in 16 bits and then [group/4][16][4 bytes], each byte with column n in the low nibble and column n + 16 in the high one.
@@ -74,7 +74,7 @@ struct Mxfp4 {
     static constexpr size_t kStartBytes = QuantizedRow::kTailsOfBlock;
     using Total = Vf;
     // Twice 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
-    static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    alignas(16) static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
     // With an offset of 12.
     alignas(16) static constexpr uint8_t kBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
@@ -97,6 +97,10 @@ struct Mxfp4 {
     static Vf load_total(const float* p) { return load(p); }
     static void store_total(float* p, Vf total) { store(p, total); }
     static Vi bytes_of(Vi nibbles) { return look_up(kBytes, nibbles); }
+    // Of bytes whose low nibbles are numbers: twice these, negated where a byte of signs is 0x88.
+    static Vi signed_by(Vi bytes, Vi signs) {
+        return look_up(kTwice, andi(exclusive_or(bytes, signs), set1i(0x0f0f0f0f)));
+    }
     static float number(int nibble, int scale) { return std::ldexp(float(kTwice[nibble]), scale - 128); }
 };
 
@@ -305,7 +309,7 @@ struct Next {
 // add_nibbles have their own. Up to kFewByteRows rows of integers go by vectors where there are tiles: none by AVX2's, which
 // take off the weights the offset that tiles multiply and rows make up for.
 #if defined(__AVX512F__)
-constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4, kFewMxfp4Rows = 5;
+constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4, kFewMxfp4Rows = 4;
 #else
 constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0, kFewMxfp4Rows = 0;
 #endif
@@ -498,9 +502,9 @@ template <typename F, int R, typename Reads>
     constexpr size_t kStepBytes = 64;
     // Runs behind one header at a time: the sums of one row and one run would wait for each other.
     constexpr int kTogether = R == 1 && kRunsOfHeader > 1 ? 2 : 1;
-    constexpr bool kHasTotals = R <= kRowsWithTotals, kHasHalves = kHasTiles && F::kScalesGroups;
+    constexpr bool kHasTotals = R <= kRowsWithTotals, kHasSigns = kHasTiles && F::kScalesGroups;
     const uint8_t *weights = panel.data + size_t(first) * panel.kBlockBytes, *header = weights;
-    [[maybe_unused]] const size_t second = panel.row.second_bytes();
+    [[maybe_unused]] const size_t signs = panel.row.signs();
     using Total = typename F::Total;
     Total total[R][V];
 #pragma GCC unroll 8
@@ -535,19 +539,25 @@ template <typename F, int R, typename Reads>
             for (int s = 0; s < kSteps; ++s) {
 #pragma GCC unroll 2
                 for (int i = 0; i < kTogether; ++i) {
+                    const uint8_t* own = weights + size_t(i * kSteps) * kStepBytes;
                     Vi columns[V];
-                    load_nibbles<F>(weights + size_t(i * kSteps) * kStepBytes, columns);
+                    if constexpr (kHasSigns)
+                        columns[0] = loadi(own), columns[1] = high_nibbles(columns[0]);
+                    else
+                        load_nibbles<F>(own, columns);
                     ahead.fetch(ahead.from + size_t(i) * ahead.step);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
-                        const char* own = row + r * stride + i * kRun + 4 * s;
-                        const Vi activations = broadcast_dword(own);
+                        const char* left = row + r * stride + i * kRun + 4 * s;
+                        const Vi activations = broadcast_dword(left);
+                        [[maybe_unused]] Vi row_signs;
+                        if constexpr (kHasSigns) row_signs = broadcast_dword(left + signs);
 #pragma GCC unroll 4
-                        for (int v = 0; v < V; ++v) acc[i][r][v] = dot_bytes(acc[i][r][v], columns[v], activations);
-                        if constexpr (!kHasHalves) continue;
-                        const Vi others = broadcast_dword(own + second);
-#pragma GCC unroll 4
-                        for (int v = 0; v < V; ++v) acc[i][r][v] = dot_bytes(acc[i][r][v], columns[v], others);
+                        for (int v = 0; v < V; ++v)
+                            if constexpr (kHasSigns)
+                                acc[i][r][v] = dot_bytes(acc[i][r][v], activations, F::signed_by(columns[v], row_signs));
+                            else
+                                acc[i][r][v] = dot_bytes(acc[i][r][v], columns[v], activations);
                     }
                 }
                 weights += kStepBytes;

@@ -286,8 +286,8 @@ inline void int8_product(const uint8_t* panel, int padded_depth, int rows, const
     });
 }
 
-// Prepared rows, their used_part of them, times a panel. each(row, its 32 sums) is called for every row, now or, for those that
-// wait, by the next product or waiting.all(); not where the product brings the results to where `rounded` says itself.
+// Prepared rows, of each its used_part, times a panel. each(row, its 32 sums) is called for every row, now or, for those
+// that wait, by the next product or waiting.all(); not where the product brings the results to where `rounded` says itself.
 // c: room for the sums of all steps of rows.
 template <typename Each>
 inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, int rows, const char* a, size_t stride,

@@ -115,8 +115,9 @@ constexpr bool kMultipliesOffset = !kExpandsRows;
 // A row of K activations as integer weights multiply it: bytes, zero up to a whole block of 128, and behind them what
 // takes the weights' offset off again. An offset of 128 adds 128 times the sum of the row to every sum; `start` is minus
 // that. For 4 bits, whose offset is 8, every 32 columns have a start of their own besides; for MXFP4, whose offset is 12,
-// they have a tail of their own instead. Where there are tiles, a row of MXFP4 has whole numbers of 9 bits: each as the sum of
-// two bytes, which vectors multiply, and times its scale, a power of two, as the bf16 number that tiles multiply.
+// they have a tail of their own instead. Where there are tiles, a row of MXFP4 has whole numbers up to 255, of which vectors
+// multiply a byte, the magnitude, with weights whose signs are turned where another byte says so, and tiles the bf16 number
+// that each is times its scale, a power of two.
 struct RowTail {
     float scale;
     int32_t start;
@@ -129,13 +130,13 @@ struct QuantizedRow {
     RowForm form;
 
     QuantizedRow(int64_t depth, RowForm of_form) : blocks(int((depth + kBlock - 1) / kBlock)), form(of_form) {}
-    bool has_halves() const { return kHasTiles && form == RowForm::kMxfp4; }
-    size_t second_bytes() const { return size_t(blocks) * kBlock; }  // where has_halves()
-    size_t tail() const { return size_t(blocks) * kBlock * (has_halves() ? 2 : 1); }
+    bool has_signs() const { return kHasTiles && form == RowForm::kMxfp4; }
+    size_t signs() const { return size_t(blocks) * kBlock; }  // where has_signs(): 0x88 for those below 0
+    size_t tail() const { return size_t(blocks) * kBlock * (has_signs() ? 2 : 1); }
     size_t starts() const { return tail() + sizeof(RowTail); }
     size_t numbers() const { return (tail() + size_t(blocks) * kTailsOfBlock + 63) / 64 * 64; }  // in bf16, likewise
     size_t bytes() const {
-        if (has_halves()) return numbers() + size_t(blocks) * kBlock * sizeof(bf16);
+        if (has_signs()) return numbers() + size_t(blocks) * kBlock * sizeof(bf16);
         if (form == RowForm::kMxfp4) return tail() + size_t(blocks) * kTailsOfBlock;
         return starts() + (form == RowForm::kNibbles ? size_t(blocks) * kStartsOfBlock : 0);
     }
@@ -265,16 +266,16 @@ inline float power_of_2(int32_t exponent) {
     return power;
 }
 
-// As quantize_mxfp4_row, where there are tiles: whole numbers up to 254, of 32 columns times the smallest power of two of which
-// their largest magnitude is less than 254.5.
+// As quantize_mxfp4_row, where there are tiles: whole numbers up to 255, of 32 columns times the smallest power of two of
+// which their largest magnitude is less than 255.5.
 template <typename T>
 inline void quantize_tiles_row(const QuantizedRow& row, const T* x, int64_t depth, char* to) {
     constexpr int kGroup = QuantizedRow::kRun;
-    constexpr int32_t kToNextPower = 0x800000 - 0x7e8000;  // lifts the bits of 254.5 = 1.98828125 * 128 to the next exponent
-    int8_t *bytes = reinterpret_cast<int8_t*>(to), *others = bytes + row.second_bytes();
+    constexpr int32_t kToNextPower = 0x800000 - 0x7f8000;  // lifts the bits of 255.5 = 1.99609375 * 128 to the next exponent
+    uint8_t *magnitudes = reinterpret_cast<uint8_t*>(to), *signs = magnitudes + row.signs();
     bf16* own = reinterpret_cast<bf16*>(to + row.numbers());
-    std::memset(bytes + depth, 0, row.second_bytes() - size_t(depth));
-    std::memset(others + depth, 0, row.numbers() - row.second_bytes() - size_t(depth));
+    std::memset(magnitudes + depth, 0, row.signs() - size_t(depth));
+    std::memset(signs + depth, 0, row.numbers() - row.signs() - size_t(depth));
     std::fill(own + depth, own + row.blocks * QuantizedRow::kBlock, bf16(0));
     for (int64_t k = 0; k < depth; k += kGroup) {
         Vf numbers[kGroup / W], largest = zero();
@@ -284,13 +285,12 @@ inline void quantize_tiles_row(const QuantizedRow& row, const T* x, int64_t dept
         const int32_t power = is_finite ? std::max(((bits + kToNextPower) >> 23) - 7, kSmallestPower) : 127;
         const Vf factor = set1(power_of_2(254 - power)), scale = set1(is_finite ? power_of_2(power) : NAN);
         for (int v = 0; v < kGroup / W; ++v) {
-            const Vi whole = to_int(is_finite ? mul(numbers[v], factor) : zero()), half = shift_right_signed<1>(whole);
-            store_bytes(bytes + k + v * W, half);
-            store_bytes(others + k + v * W, subi(whole, half));
+            const Vi whole = to_int(is_finite ? mul(numbers[v], factor) : zero()), below = shift_right_signed<31>(whole);
+            store_bytes(magnitudes + k + v * W, subi(exclusive_or(whole, below), below));
+            store_bytes(signs + k + v * W, andi(below, set1i(0x88)));
             store_bf16(own + k + v * W, mul(to_float(whole), scale));
         }
-        const RowTail tail{is_finite ? power_of_2(power) / 2.0f : NAN,
-                           nibble_start(bytes + k, 12) + nibble_start(others + k, 12)};
+        const RowTail tail{is_finite ? power_of_2(power) / 2.0f : NAN, 0};
         std::memcpy(to + row.tail() + size_t(k / kGroup) * sizeof tail, &tail, sizeof tail);
     }
 }
@@ -299,7 +299,7 @@ inline void quantize_tiles_row(const QuantizedRow& row, const T* x, int64_t dept
 template <typename T>
 inline void quantize_row(const QuantizedRow& row, const T* x, int64_t depth, char* to) {
     if (row.form == RowForm::kMxfp4) {
-        row.has_halves() ? quantize_tiles_row(row, x, depth, to) : quantize_mxfp4_row(row, x, depth, to);
+        row.has_signs() ? quantize_tiles_row(row, x, depth, to) : quantize_mxfp4_row(row, x, depth, to);
         return;
     }
     static thread_local Scratch scratch;

@@ -66,7 +66,6 @@ inline Vi largest_of(Vi a, Vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline int32_t largest(Vi a) { return _mm512_reduce_max_epi32(a.v); }
 inline uint32_t equal_lanes(Vi a, Vi b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
 inline Vi and_not(Vi mask, Vi a) { return {_mm512_andnot_si512(mask.v, a.v)}; }
-inline Vi exclusive_or(Vi a, Vi b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline Vi minus(Vi a, Vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 // b where x is NaN, else a.
 inline Vi where_nan(Vf x, Vi b, Vi a) {
@@ -83,7 +82,6 @@ inline uint32_t equal_lanes(Vi a, Vi b) {
     return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))));
 }
 inline Vi and_not(Vi mask, Vi a) { return {_mm256_andnot_si256(mask.v, a.v)}; }
-inline Vi exclusive_or(Vi a, Vi b) { return {_mm256_xor_si256(a.v, b.v)}; }
 inline Vi minus(Vi a, Vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline Vi where_nan(Vf x, Vi b, Vi a) {
     return {_mm256_blendv_epi8(a.v, b.v, _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)))};

@@ -87,6 +87,7 @@ inline Vi addi(Vi a, Vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Vi subi(Vi a, Vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Vi andi(Vi a, Vi b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Vi ori(Vi a, Vi b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Vi exclusive_or(Vi a, Vi b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline Vi maxi(Vi a, Vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline Vi mul_words(Vi a, Vi b) { return {_mm512_mullo_epi16(a.v, b.v)}; }
 inline Vi add_words(Vi a, Vi b) { return {_mm512_add_epi16(a.v, b.v)}; }
@@ -119,8 +120,8 @@ struct WordTable {
     }
     Vi look_up(Vi places) const { return {_mm512_permutexvar_epi16(places.v, words.v)}; }
 };
-// Every dword's, of -128 to 127.
-inline void store_bytes(int8_t* to, Vi x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(x.v)); }
+// Every dword's, 0 to 255.
+inline void store_bytes(uint8_t* to, Vi x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(x.v)); }
 inline Vi widen_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 inline Vi widen_words(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 inline bool any_negative(Vi x) { return _mm512_movepi32_mask(x.v) != 0; }
@@ -255,6 +256,7 @@ inline Vi addi(Vi a, Vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline Vi subi(Vi a, Vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline Vi andi(Vi a, Vi b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline Vi ori(Vi a, Vi b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline Vi exclusive_or(Vi a, Vi b) { return {_mm256_xor_si256(a.v, b.v)}; }
 inline Vi maxi(Vi a, Vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
 inline Vi mul_words(Vi a, Vi b) { return {_mm256_mullo_epi16(a.v, b.v)}; }
 inline Vi add_words(Vi a, Vi b) { return {_mm256_add_epi16(a.v, b.v)}; }
@@ -289,9 +291,9 @@ struct WordTable {
         return {_mm256_or_si256(_mm256_shuffle_epi8(low, at_low), _mm256_shuffle_epi8(high, at_high))};
     }
 };
-inline void store_bytes(int8_t* to, Vi x) {
+inline void store_bytes(uint8_t* to, Vi x) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
-    _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(words, words));
+    _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(words, words));
 }
 inline Vi widen_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
 inline Vi widen_words(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p))}; }
