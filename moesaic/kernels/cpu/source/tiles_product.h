@@ -235,16 +235,15 @@ class Unpacking {
     static constexpr int kMost = std::min(16, Lines::kOfSteps);
 
     Unpacking(const NibblePanel<F>& panel, int line)
-        : Unpacking(panel, std::min(line * Lines::kDepth, panel.depth - kMost * Lines::kDepth), true) {}
+        : k_(std::min(line * Lines::kDepth, panel.depth - kMost * Lines::kDepth)), lines_(panel, k_ / F::kGroup),
+          from_(panel.weights(k_ / F::kGroup) + k_ % F::kGroup / 4 * 64) {}
     // `count` of them, from number `first` on.
     MOESAIC_INLINE void unpack(int first, int count, uint8_t* to) const {
         for (int i = 0; i < count / kOfFour; ++i) lines_.unpack(from_ + 64 * (first / kOfFour + i), to + 128 * kOfFour * i);
     }
 
   private:
-    Unpacking(const NibblePanel<F>& panel, int k, bool)
-        : lines_(panel, k / F::kGroup), from_(panel.weights(k / F::kGroup) + k % F::kGroup / 4 * 64) {}
-
+    int k_;  // of the first one
     Lines lines_;
     const uint8_t* from_;
 };
@@ -278,7 +277,7 @@ template <bool kBottom, typename F, typename Each>
     for (int piece = 0; piece < count; ++piece) {
         const uint8_t* columns = ring[piece % kPieces];
         const int then = std::min(piece + kLead, count - 1) * kLines;
-        const Unpacking<F> whole(panel, then);
+        [[maybe_unused]] const Unpacking<F> whole(panel, then);  // kHalf == kLines
         uint8_t* unpacked = ring[(piece + kLead) % kPieces];
         const char* row = a + size_t(piece) * 64;
         const size_t place = size_t(piece) * step_bytes + kAheadBytes;
