@@ -205,8 +205,8 @@ class ManyRows {
                 tile_load_once(6, keys, kPanel * 4);
                 tile_dot_bf16(0, 4, 6);
                 beside();
-                tile_load_once(7, keys + 16, kPanel * 4);
-                tile_dot_bf16(1, 4, 7);
+                tile_load_once(6, keys + 16, kPanel * 4);
+                tile_dot_bf16(1, 4, 6);
                 beside();
             }
             tile_store(0, scores + p * kPanel, kSplit * 4);
@@ -228,15 +228,15 @@ class ManyRows {
                 tile_load_once(6, values, kPanel * 4);
                 tile_dot_bf16(0, 4, 6);
                 beside();
-                tile_load_once(7, values + 16, kPanel * 4);
-                tile_dot_bf16(1, 4, 7);
+                tile_load_once(6, values + 16, kPanel * 4);
+                tile_dot_bf16(1, 4, 6);
                 beside();
                 if (!is_pair) continue;
                 tile_load_once(6, values + kPanelPairs * kPanel, kPanel * 4);
                 tile_dot_bf16(2, 4, 6);
                 beside();
-                tile_load_once(7, values + kPanelPairs * kPanel + 16, kPanel * 4);
-                tile_dot_bf16(3, 4, 7);
+                tile_load_once(6, values + kPanelPairs * kPanel + 16, kPanel * 4);
+                tile_dot_bf16(3, 4, 6);
                 beside();
             }
             float* to = sums + channel;

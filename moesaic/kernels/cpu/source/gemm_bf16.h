@@ -257,15 +257,15 @@ MOESAIC_INLINE void multiply_tiles(const bf16* top, const bf16* bottom, size_t l
         tile_load_stays(!kRowsStay, 6, b + p * ldb, stride_b);
         tile_dot(kBytes, 0, 4, 6);
         beside(p, 2);
-        if constexpr (Columns == 2) {
-            tile_load_stays(!kRowsStay, 7, b + p * ldb + 16, stride_b);
-            tile_dot(kBytes, 1, 4, 7);
-        }
-        beside(p, 3);
         if constexpr (kBottom) {
             tile_load_stays(kRowsStay, 5, bottom + 2 * p, stride_a);
             tile_dot(kBytes, 2, 5, 6);
-            if constexpr (Columns == 2) tile_dot(kBytes, 3, 5, 7);
+        }
+        beside(p, 3);
+        if constexpr (Columns == 2) {
+            tile_load_stays(!kRowsStay, 6, b + p * ldb + 16, stride_b);
+            tile_dot(kBytes, 1, 4, 6);
+            if constexpr (kBottom) tile_dot(kBytes, 3, 5, 6);
         }
     }
 }

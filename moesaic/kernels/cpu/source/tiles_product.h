@@ -300,14 +300,14 @@ template <bool kBottom, typename F, typename Each>
         tile_load(6, columns, 128);
         tile_dot(Lines::kIsBytes, 0, 4, 6);
         quarter(1);
-        tile_load(7, columns + 64, 128);
-        tile_dot(Lines::kIsBytes, 1, 4, 7);
-        quarter(2);
         if constexpr (kBottom) {
             tile_load(5, row + 16 * stride, stride);
             tile_dot(Lines::kIsBytes, 2, 5, 6);
-            tile_dot(Lines::kIsBytes, 3, 5, 7);
         }
+        quarter(2);
+        tile_load(6, columns + 64, 128);
+        tile_dot(Lines::kIsBytes, 1, 4, 6);
+        if constexpr (kBottom) tile_dot(Lines::kIsBytes, 3, 5, 6);
         quarter(3);
     }
     store_sums<2, kBottom>(to, kPanel);
