@@ -8,6 +8,9 @@ PILOT_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Tests start hundreds of processes, which would compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Two pip processes in one environment would spoil each other; the work inside a target still uses every core.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -19,7 +22,7 @@ help:
 	@echo "make check        set up and run ruff and mypy"
 	@echo "make sanitize     run the C++ kernels' tests under AddressSanitizer and UBSan (needs g++)"
 	@echo "make emulate      run the C++ kernels' tests on emulated AVX-512 and tiles"
-	@echo "make triton       run and compile the kernels for CUDA, for GPUs that need not be there"
+	@echo "make triton       run the code for CUDA and compile its kernels, for GPUs that need not be there"
 	@echo "make bench        set up and run every benchmark in turn (deepspeed and transformers are the peers)"
 	@echo "make pilot CORPUS=DIR  the pilot study, some two hours on one core; goes on where it was stopped"
 	@echo "make clean        remove .venv and caches; runs/ stays"
@@ -51,9 +54,9 @@ emulate: $(VENV)/dev.stamp
 	  --numprocesses 3 --dist loadfile -k "not reference" tests/kernels \
 	  --ignore tests/kernels/test_allocator.py --ignore tests/kernels/test_threads.py --ignore tests/kernels/test_select.py
 
-# In Triton's interpreter, on a simulated device, and compiled for A100, Ada, H100 and B200: some minutes.
+# On a simulated device, in Triton's interpreter, and compiled for A100, Ada, H100 and B200: some minutes.
 triton: $(VENV)/dev.stamp
-	MOESAIC_TEST_TRITON=1 $(BIN)/python -m pytest --numprocesses 2 --dist load tests/gpu/test_triton.py
+	MOESAIC_TEST_TRITON=1 $(BIN)/python -m pytest --numprocesses 2 --dist load tests/gpu
 
 # All of them run, whatever fails; benchmarks/ also holds modules that the scripts share.
 bench: $(VENV)/bench.stamp

@@ -1,7 +1,7 @@
 """Our code for CUDA on a device that is simulated, in a process of its own (`cases.py`).
 
 It holds that every tensor is made where it is used and that the results are the processor's, which is what can be known
-without a GPU. Where there is one, the tests that need it run on it.
+without a GPU. Where there is one, the tests that need it run on it. `make triton` runs it, with the kernels.
 """
 
 import os
@@ -17,10 +17,13 @@ from moesaic.kernels.select import find_compiler
 from . import stand_in
 
 CASES = Path(__file__).with_name("cases.py")
+takes_minutes = pytest.mark.skipif(
+    "MOESAIC_TEST_TRITON" not in os.environ, reason="it takes minutes; `make triton` runs it"
+)
 START = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); import pytest; sys.exit(pytest.main(sys.argv[2:]))"
 
 
-@pytest.mark.slow
+@takes_minutes
 @pytest.mark.skipif(
     torch.version.cuda is not None or torch.version.hip is not None, reason="this PyTorch knows real GPUs"
 )

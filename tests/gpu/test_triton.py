@@ -11,14 +11,13 @@ import torch
 from moesaic.kernels.select import find_compiler
 
 from . import stand_in
-from .test_simulated import START
+from .test_simulated import START, takes_minutes
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 HERE = Path(__file__).parent
 IS_ASKED_FOR = "MOESAIC_TEST_TRITON" in os.environ
 HAS_GPU = torch.cuda.is_available()
-takes_minutes = pytest.mark.skipif(not IS_ASKED_FOR, reason="it takes minutes; `make triton` runs it")
 
 
 def run(*arguments: str, interpreted: bool) -> None:
