@@ -165,8 +165,8 @@ def _compile(
         objects = {source: folder / f"{source.stem}-{instruction_set}-{key}.o" for source, key in keys.items()}
         if library.exists():
             logger.warning(f"{library} is not what was written there; compiling it again")
-        # Some 80 s of one core's time (AMD EPYC, g++ 12), shared by the cores there are.
-        logger.info(f"compiling the CPU kernels for {instruction_set}: {len(keys)} files, once, about a minute")
+        # Some 60 to 70 s of one core's time (Emerald Rapids, g++ 12), shared by the cores there are.
+        logger.info(f"compiling the CPU kernels for {instruction_set}: {len(keys)} files, once, less than a minute")
 
         def compile_one(source: Path) -> Path:
             compiled = objects[source]

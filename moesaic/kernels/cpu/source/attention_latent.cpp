@@ -4,6 +4,17 @@
 
 #include "export.h"
 
+namespace moesaic {
+
+void latent_attention(Team& team, const LatentCall& call) {
+    const LatentPart& part = *call.part;
+    team.tasks(long(part.items.size()), [&](long i) { attend_item(call, part.items[size_t(i)]); });
+    if (part.merges.empty()) return;
+    team.tasks(long(part.merges.size()), [&](long i) { merge_latent_splits(call, part.merges[size_t(i)]); });
+}
+
+}  // namespace moesaic
+
 // vectors (T, dim) bf16, tokens `stride` elements apart. Returns 1 when the batch names positions that have no block.
 MOESAIC_EXPORT int64_t moesaic_latent_write(const uint16_t* vectors, int64_t stride, int64_t num_tokens, void* latents,
                                             int64_t num_blocks, int64_t dim, int64_t block_size, const int32_t* starts,

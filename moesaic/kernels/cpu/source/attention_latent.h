@@ -344,11 +344,6 @@ inline void merge_latent_splits(const LatentCall& call, const LatentItem& item) 
 }
 
 // The rows of one part; what the batch's own tokens add to the cache is there already.
-inline void latent_attention(Team& team, const LatentCall& call) {
-    const LatentPart& part = *call.part;
-    team.tasks(long(part.items.size()), [&](long i) { attend_item(call, part.items[size_t(i)]); });
-    if (part.merges.empty()) return;
-    team.tasks(long(part.merges.size()), [&](long i) { merge_latent_splits(call, part.merges[size_t(i)]); });
-}
+void latent_attention(Team& team, const LatentCall& call);
 
 }  // namespace moesaic

@@ -486,31 +486,6 @@ inline void merge_splits(const AttentionCall& call, const AttentionItem& item) {
 }
 
 // Every row's attention; what the batch's own tokens add to the cache is there already.
-inline void paged_attention(Team& team, const AttentionCall& call) {
-    const PagedPlan& plan = *call.plan;
-    const long many = long(plan.many_rows.size());
-    const int num_few = int(plan.few_rows.size());
-    const Slices few{num_few, team.size(), std::clamp(num_few / (4 * team.size()), 1, 4)};
-    const auto work_on = [&](const AttentionItem& item, const AttentionItem* next) {
-#if defined(MOESAIC_TILES)
-        if (item.rows > kFewAttentionRows) {
-            call.cache.is_quantized() ? ManyRows<true>(call, item).run() : ManyRows<false>(call, item).run();
-            return;
-        }
-#endif
-        ItemWork(call, item).run(next);
-    };
-    team.tasks(many + few.count(), [&](long task) {
-        if (task < many) {
-            work_on(plan.many_rows[size_t(task)], nullptr);
-            return;
-        }
-        const int end = few.begin(int(task - many) + 1);
-        for (int i = few.begin(int(task - many)); i < end; ++i)
-            work_on(plan.few_rows[size_t(i)], i + 1 < end ? &plan.few_rows[size_t(i) + 1] : nullptr);
-    });
-    if (plan.merges.empty()) return;
-    team.tasks(long(plan.merges.size()), [&](long i) { merge_splits(call, plan.merges[size_t(i)]); });
-}
+void paged_attention(Team& team, const AttentionCall& call);
 
 }  // namespace moesaic

@@ -1,8 +1,60 @@
-// Routing for PyTorch: the contract is in kernels/routing.py, the work in routing.h.
+// Routing for PyTorch, and for a whole pass: the contract is in kernels/routing.py, the work on rows in routing.h.
 
 #include "routing.h"
 
 #include "export.h"
+
+void moesaic::route(Team& team, const RouteArguments& a, float* blocks, const RouteTotals* totals) {
+    const int64_t tasks = route_tasks(a.tokens), padded = padded_experts(a.experts);
+    const size_t stride = route_block_floats(a.experts);
+    team.tasks(tasks, [&](long task) {
+        thread_local Scratch own;
+        float* scratch = own.get<float>(route_scratch_floats(a.experts, a.hidden));
+        const int64_t first = task * kRouteRows, last = std::min<int64_t>(first + kRouteRows, a.tokens);
+        RouteSums sums{}, *wanted = nullptr;
+        float* block = nullptr;
+        if (totals) {
+            block = blocks + size_t(task) * stride;
+            std::fill_n(block, stride, 0.0f);
+            sums.probabilities = block;
+            sums.counts = reinterpret_cast<int32_t*>(block + padded);
+            wanted = &sums;
+        }
+        route_rows(a, first, last, scratch, wanted);
+        if (totals) {
+            float* rest = block + 2 * padded;
+            rest[0] = sums.z;
+            rest[1] = sums.entropy;
+            rest[2] = float(sums.tokens);
+        }
+    });
+    if (!totals) return;
+    team.tasks(1, [&](long) {
+        double z = 0, entropy = 0;
+        int64_t tokens = 0;
+        for (int64_t task = 0; task < tasks; ++task) {
+            const float* rest = blocks + size_t(task) * stride + 2 * padded;
+            z += rest[0];
+            entropy += rest[1];
+            tokens += int64_t(rest[2]);
+        }
+        const double share = 1.0 / double(std::max<int64_t>(tokens, 1));
+        *totals->z = float(z * share);
+        *totals->entropy = float(entropy * share / std::log(double(std::max<int64_t>(a.experts, 2))));
+        *totals->num_tokens = tokens;
+        for (int64_t e = 0; e < a.experts; ++e) {
+            double sum = 0;
+            int64_t count = 0;
+            for (int64_t task = 0; task < tasks; ++task) {
+                const float* block = blocks + size_t(task) * stride;
+                sum += block[e];
+                count += reinterpret_cast<const int32_t*>(block + padded)[e];
+            }
+            totals->mean_probabilities[e] = float(sum * share);
+            totals->tokens_per_expert[e] = count;
+        }
+    });
+}
 
 using namespace moesaic;
 
