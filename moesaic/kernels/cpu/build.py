@@ -166,7 +166,7 @@ def _compile(
         if library.exists():
             logger.warning(f"{library} is not what was written there; compiling it again")
         # Some 60 to 70 s of one core's time (Emerald Rapids, g++ 12), shared by the cores there are.
-        logger.info(f"compiling the CPU kernels for {instruction_set}: {len(keys)} files, once, less than a minute")
+        logger.info(f"compiling the CPU kernels for {instruction_set}: {len(keys)} files, once, about a minute")
 
         def compile_one(source: Path) -> Path:
             compiled = objects[source]
