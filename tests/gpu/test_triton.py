@@ -11,12 +11,11 @@ import torch
 from moesaic.kernels.select import find_compiler
 
 from . import stand_in
-from .test_simulated import START, takes_minutes
+from .test_simulated import IS_ASKED_FOR, START, takes_minutes
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 HERE = Path(__file__).parent
-IS_ASKED_FOR = "MOESAIC_TEST_TRITON" in os.environ
 HAS_GPU = torch.cuda.is_available()
 
 
