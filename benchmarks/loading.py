@@ -3,8 +3,10 @@
 Qwen3-MoE-like models with random weights in bf16: hidden 1024, 16 heads and 4 key/value heads of 64, 32 experts of
 1024, top-2 renormalised, vocabulary 32,000; 16 layers are 1.72 B parameters, 9 are 1.0 B. Each measurement is a fresh
 `moesaic generate RUN --max-new-tokens 1`: without a packed file (and writing one), with one on a cold page cache, and
-warm; by the clock and in seconds of the processor, which say more where other programs run. Then two processes hold the
-same run at once, and Linux says what each has (RSS) and its share of it (PSS).
+warm; by the clock and in seconds of the processor, which say more where other programs run. Then `moesaic serve`, warm,
+from its start to the first token of a completion, and what its process has resident beside the packed weights and the
+budget of keys and values once 64 requests of 300 tokens have run at once and filled that. Then two processes hold the
+same run, and Linux says what each has (RSS) and its share of it (PSS).
 Run: python benchmarks/loading.py FOLDER [--layers 16] [--repeats 5]    (FOLDER needs 8 GB; its runs are made once)
      python benchmarks/loading.py FOLDER --parts     where the time of a warm start goes
 """
@@ -12,15 +14,20 @@ Run: python benchmarks/loading.py FOLDER [--layers 16] [--repeats 5]    (FOLDER 
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 VOCABULARY = 32_000
+KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 64, 32
+REQUESTS, PROMPT, NEW_TOKENS = 64, 40, 300
 GENERATE = ("-m", "moesaic", "generate", "{run}", "--prompt", "The state", "--max-new-tokens", "1")
 # A process that holds a model after a pass over 64 tokens, which reaches nearly every expert, until its input ends.
 HOLD = """
@@ -62,9 +69,14 @@ def main() -> None:
                 forget_pages(packed)
             times.append(start(run))
         for unit, values in zip(("s", "s of the processor"), zip(*times, strict=True), strict=True):
-            low, middle, high = min(values), statistics.median(values), max(values)
-            print(f"{name}: {middle:.2f} {unit} (median of {len(values)}, {low:.2f} to {high:.2f})")
+            print(f"{name}: {spread(values, unit)}")
+    serve(run, packed, num_layers=arguments.layers, repeats=arguments.repeats)
     hold_two(run)
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    middle = statistics.median(values)
+    return f"{middle:.2f} {unit} (median of {len(values)}, {min(values):.2f} to {max(values):.2f})"
 
 
 def _generate(run: Path) -> list[str]:
@@ -85,6 +97,63 @@ def forget_pages(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def serve(run: Path, packed: Path, *, num_layers: int, repeats: int) -> None:
+    import httpx
+    from serving_processes import Contender, started
+
+    block_bytes = BLOCK_SIZE * num_layers * 2 * KV_HEADS * HEAD_DIM * 2
+    budget = REQUESTS * -(-(PROMPT + NEW_TOKENS) // BLOCK_SIZE) * block_bytes
+    settings = [
+        f"engine.max_sequences={REQUESTS}",
+        f"engine.block_size={BLOCK_SIZE}",
+        f"engine.kv_cache_bytes={budget}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "moesaic",
+        "serve",
+        str(run),
+        *(word for each in settings for word in ("--set", each)),
+    ]
+    contender, log, times = Contender("moesaic", lambda port: [*command, "--port", str(port)]), run / "serve.log", []
+
+    def complete(url: str, prompt: list[int], tokens: int) -> None:
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        httpx.post(f"{url}/v1/completions", json=body, timeout=600, trust_env=False).raise_for_status()
+
+    for number in range(repeats):
+        begun = time.perf_counter()
+        with started(contender, log) as server:
+            complete(server.url, list(range(1, 9)), 1)
+            times.append(time.perf_counter() - begun)
+            if number + 1 < repeats:
+                continue
+            draw = random.Random(0)
+            prompts = [[draw.randrange(VOCABULARY) for _ in range(PROMPT)] for _ in range(REQUESTS)]
+            with ThreadPoolExecutor(REQUESTS) as clients:
+                list(clients.map(lambda prompt: complete(server.url, prompt, NEW_TOKENS), prompts))
+            resident, weights = server.memory_bytes(), resident_of(server.pid, packed)
+    print(f"server: {spread(times, 's')}")
+    sizes = [f"{size / 1e6:.0f}" for size in (resident, weights, budget, resident - weights - budget)]
+    print(
+        f"server after {REQUESTS} requests of {NEW_TOKENS} tokens: {sizes[0]} MB resident, weights {sizes[1]}, keys "
+        f"and values {sizes[2]}: {sizes[3]} MB beside them"
+    )
+
+
+def resident_of(pid: int, file: Path) -> int:
+    """Return the bytes of a mapped file that a process has resident."""
+    total, is_file = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            is_file = words[-1] == str(file.resolve())
+        elif is_file and words[0] == "Rss:":
+            total += int(words[1]) << 10
+    return total
 
 
 def hold_two(run: Path) -> None:
@@ -121,7 +190,7 @@ def make_run(run: Path, num_layers: int) -> None:
         {
             "model": {
                 "vocab_size": VOCABULARY, "hidden_size": 1024, "num_layers": num_layers, "num_heads": 16,
-                "num_kv_heads": 4, "intermediate_size": 1024, "max_positions": 4096, "tie_embeddings": False,
+                "num_kv_heads": KV_HEADS, "intermediate_size": 1024, "max_positions": 4096, "tie_embeddings": False,
                 "qk_norm": "head", "moe": {"num_experts": 32, "top_k": 2, "router": {"renormalize": True}},
             },
             "data": {"path": "none", "sequence_length": 1024},

@@ -1,6 +1,7 @@
 """The part `engine` of serve.py: our engine in this process, and its peers in turn after it."""
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -39,6 +40,7 @@ class EngineTimes:
     prefills: list[float]
     steps: list[float]
     bandwidths: list[float] = field(default_factory=list)  # bytes a second, between the rounds
+    outside: list[float] = field(default_factory=list)  # of each step, the seconds outside the C++ kernels
     experts_per_step: float = 0.0
     distinct_tokens: int = 0
 
@@ -69,19 +71,21 @@ def engine_part(arguments: argparse.Namespace) -> None:
         f"limits: reads {limits.bandwidth_bytes_per_second / 1e9:.1f} GB/s at best, bf16 {rates[0] / 1e12:.2f} "
         f"TFLOP/s, int8 {rates[1] / 1e12:.2f} TOP/s; kernels: {limits.kernels}"
     )
-    bandwidth = bandwidth_probe()
+    bandwidth, clock = bandwidth_probe(), KernelClock()
     tokenizer, rows = Tokenizer(tokenizer_json()), []
     for name in arguments.formats:
         with torch.inference_mode():
             model = build(arguments.layers, name)
         for batch in arguments.batches:
-            times = time_engine(model, tokenizer, bandwidth, batch=batch, arguments=arguments)
+            times = time_engine(model, tokenizer, bandwidth, clock, batch=batch, arguments=arguments)
             decode, prefill = required_work(model, name, batch, times.experts_per_step, arguments.steps)
             here = replace(limits, bandwidth_bytes_per_second=statistics.median(times.bandwidths))
             rows.append(
                 {
                     **times.row(f"moesaic {name}", batch),
                     "decode share": bound(decode, here).share(statistics.median(times.steps)),
+                    "outside us": 1e6 * statistics.median(times.outside),
+                    "outside": statistics.median(times.outside) / statistics.median(times.steps),
                     "MB read": decode.memory_bytes / 1e6,
                     "experts/layer": times.experts_per_step,
                     "distinct tokens": times.distinct_tokens,
@@ -97,8 +101,38 @@ def engine_part(arguments: argparse.Namespace) -> None:
     write_json(arguments.output, {"machine": machine(), "layers": arguments.layers, "rows": rows})
 
 
+class KernelClock:
+    """Counts the time that this process spends in functions of the C++ kernels."""
+
+    def __init__(self) -> None:
+        from moesaic.kernels.cpu import build
+
+        self.seconds, find = 0.0, build._function
+
+        @functools.cache
+        def timed(*name: Any) -> Callable[..., int]:
+            function = find(*name)
+
+            def call(*arguments: Any) -> int:
+                begun = time.perf_counter()
+                try:
+                    return function(*arguments)
+                finally:
+                    self.seconds += time.perf_counter() - begun
+
+            return call
+
+        build._function = timed  # type: ignore[assignment]
+
+
 def time_engine(
-    model: Any, tokenizer: Any, bandwidth: Callable[[], float], *, batch: int, arguments: argparse.Namespace
+    model: Any,
+    tokenizer: Any,
+    bandwidth: Callable[[], float],
+    clock: KernelClock,
+    *,
+    batch: int,
+    arguments: argparse.Namespace,
 ) -> EngineTimes:
     """Time rounds of `batch` requests that begin together; the first round warms up."""
     from moesaic.config.serve import EngineConfig, Sampling
@@ -113,7 +147,7 @@ def time_engine(
     engine = Engine(model, tokenizer, config)
     sampling = Sampling(max_tokens=arguments.steps + 1, temperature=0.0, ignore_end_of_text=True)
     draw = random.Random(batch)
-    prefills, steps, bandwidths, tokens = [], [], [], []
+    prefills, steps, outside, bandwidths, tokens = [], [], [], [], []
     expert_bytes, num_layers = 0, len(model.decode_part.layers)
     for round_number in range(1 + arguments.rounds):
         bandwidths.append(bandwidth())
@@ -126,12 +160,13 @@ def time_engine(
         prefill = time.perf_counter() - started
         used = engine.stats().expert_bytes_used
         while engine.has_work:
-            started = time.perf_counter()
+            before, started = clock.seconds, time.perf_counter()
             outputs = engine.step()
             seconds = time.perf_counter() - started
             assert len(outputs) == batch, "a step's experts are counted for a whole batch: raise --batch-tokens"
             if round_number:
                 steps.append(seconds)
+                outside.append(seconds - (clock.seconds - before))
                 tokens += [token.token_id for output in outputs for token in output.tokens]
         if round_number:
             prefills.append(prefill)
@@ -139,7 +174,7 @@ def time_engine(
     bandwidths.append(bandwidth())
     each = model.decode_part.layers[0].experts.num_bytes // EXPERTS
     experts = expert_bytes / (len(steps) * num_layers * each)
-    return EngineTimes(prefills, steps, bandwidths, experts, len(set(tokens)))
+    return EngineTimes(prefills, steps, bandwidths, outside, experts, len(set(tokens)))
 
 
 def required_work(model: Any, name: str, batch: int, experts: float, steps: int) -> tuple[Any, Any]:

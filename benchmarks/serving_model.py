@@ -50,7 +50,8 @@ def build(num_layers: int, name: str) -> Any:
         {
             "vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN, "num_layers": num_layers, "num_heads": HEADS,
             "num_kv_heads": KV_HEADS, "intermediate_size": HIDDEN, "max_positions": MAX_POSITIONS,
-            "tie_embeddings": False, "moe": {"num_experts": EXPERTS, "top_k": TOP_K, "router": {"renormalize": True}},
+            "tie_embeddings": False, "qk_norm": "head",
+            "moe": {"num_experts": EXPERTS, "top_k": TOP_K, "router": {"renormalize": True}},
         }
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)

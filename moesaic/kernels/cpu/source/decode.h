@@ -431,8 +431,8 @@ inline bool should_guess(const DecodeModel& model, int64_t num_tokens) {
            (model.guesses->share >= kWorthReading || model.guesses->num_passes % kPassesOfATrial == 0);
 }
 
-// The experts that the next layer's router chooses from this layer's hidden state: compared with what that layer then
-// chooses, and, where they have been right often enough, read while this layer computes.
+// The experts that the next layer's router chooses from this layer's hidden state, whether this one has experts or not:
+// compared with what that layer then chooses, and, where they have been right often enough, read while this layer computes.
 inline void guess_experts(Team& team, const DecodeCall& call, int64_t index, const DecodeWorkspace& work,
                           const int64_t* expert_ids) {
     const DecodeModel& model = *call.model;
@@ -441,7 +441,7 @@ inline void guess_experts(Team& team, const DecodeCall& call, int64_t index, con
     static thread_local uint64_t turn = 0;
     if (is_first) {
         turn = ExpertReader::instance().reach_next();
-        if (index > 0 && model.layers[index - 1].num_experts) {
+        if (index > 0 && layer.num_experts) {
             const int64_t routes = call.num_tokens * layer.top_k;
             int64_t right = 0;
             for (int64_t i = 0; i < routes; ++i) {
@@ -490,7 +490,7 @@ inline void decode_feed_forward(Team& team, const DecodeCall& call, int64_t inde
     } else if (layer.num_experts) {
         route(team, route_arguments(call, layer, work.normed, expert_ids, routing_weights), nullptr, nullptr);
     }
-    if (layer.num_experts && call.guesses_experts) guess_experts(team, call, index, work, expert_ids);
+    if (call.guesses_experts) guess_experts(team, call, index, work, expert_ids);
     if (layer.mix_weight) {
         const int64_t outputs = layer.mix_weight->columns;
         packed_linear(team, {*layer.mix_weight, tokens, work.normed, hidden, 1, layer.mix_bias, work.coefficients,
