@@ -126,13 +126,15 @@ inline void multiply_values(int rows, int width, const bf16* probabilities, cons
 #endif
 }
 
+constexpr int kFewAttentionRows = 6;  // all heads of a panel are multiplied in turn; with tiles, one head's panels
+
+#if !defined(MOESAIC_TILES)
+
 // Few rows of several heads: panels of the same positions, of one head after the other, and those that are read later.
 struct PanelReads {
     const char* const* at;
     const char* const* ahead;  // null: nothing is brought nearer
     size_t offset;             // bytes into each
-    size_t bytes;              // of each
-    int index;                 // of the first one among all that are read in turn
 };
 
 // Rows of one head after the other: head i's begin i * step elements behind the first one's, rows are ld apart.
@@ -142,9 +144,7 @@ struct HeadRows {
     size_t ld, step;
 };
 
-constexpr int kFewAttentionRows = 6;  // all heads of a panel are multiplied in turn
-
-#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+#if defined(__AVX512F__)
 
 // Of each head: C[R][32 N] (+)= A[R][2 * pairs] times N times 32 columns, which lie behind one another: a panel of keys,
 // or 64 channels of one of values, since the four rows of a grouped decode have too few sums for half of them to hide a
@@ -191,66 +191,43 @@ inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf1
 
 #else
 
-#if defined(MOESAIC_TILES)
-
-// What a product reads ahead of the next four panels, lines of each in turn (Streams says why); four panels' products
-// bring them all.
-struct PanelsAhead {
-    static constexpr int kPanels = 4;
-    const char* const* panels;
-    size_t at;  // bytes into each
-
-    PanelsAhead(const PanelReads& reads, int panel, size_t place)
-        : panels(reads.at + panel + kPanels - (reads.index + panel) % kPanels),
-          at((size_t((reads.index + panel) % kPanels) * reads.bytes + place) / kPanels) {}
-    MOESAIC_INLINE void quarter() {
-        for (int line = 0; line < 2; ++line, at += 64)
-            for (int i = 0; i < kPanels; ++i) fetch(panels[i] + at);
-    }
-};
-
-#endif
-
 template <int N>
 inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf16> a, PanelReads reads,
                               HeadRows<float> c, bool accumulate) {
     for (int head = 0; head < heads; ++head)
         for (int i = 0; i < N; ++i) {
             const size_t place = reads.offset + size_t(i * pairs * kPanel) * 4;
-            const uint32_t* panel = reinterpret_cast<const uint32_t*>(reads.at[head] + place);
-            const bf16* left = a.first + head * a.step;
-            float* sums = c.first + head * c.step + i * kPanel;
-#if defined(MOESAIC_TILES)
-            if (reads.ahead) {
-                gemm_tiles<2, Stays::kRows>(rows, pairs, left, a.ld, panel, kPanel, sums, c.ld, accumulate,
-                                            PanelsAhead(reads, head, place));
-                continue;
-            }
-#endif
-            gemm_panel(rows, pairs, left, a.ld, panel, kPanel, sums, c.ld, accumulate,
+            gemm_panel(rows, pairs, a.first + head * a.step, a.ld, reinterpret_cast<const uint32_t*>(reads.at[head] + place),
+                       kPanel, c.first + head * c.step + i * kPanel, c.ld, accumulate,
                        reads.ahead ? reads.ahead[head] + place : nullptr);
         }
 }
 
 #endif
 
-// The panels of a split in the order in which they are read: keys by position and head, values likewise, and the first
-// ones of what is read after them.
+#endif
+
+// The panels of a split in the order in which they are read, keys and then values, each by position and head or, with
+// tiles, by head and position; and the first ones of what is read after them.
 struct SplitPanels {
     static constexpr int kNear = 2;                   // panels between reading ahead and reading
     static constexpr int kAhead = kHasTiles ? 7 : 2;  // panels behind the last one that are read ahead
     PanelPlace places[kSplitPanels * kAttentionRows];
     const char* at[2 * kSplitPanels * kAttentionRows + kAhead];
 
+    static int number(int p, int head, int panels, int heads) {
+        return kHasTiles ? head * panels + p : p * heads + head;
+    }
     void list(const AttentionCall& call, const AttentionItem& item, int split, int panels) {
         const size_t size = call.cache.is_quantized() ? 1 : sizeof(bf16);
         const char* keys = static_cast<const char*>(call.cache.keys);
         const char* values = static_cast<const char*>(call.cache.values);
         const int count = panels * item.num_heads;
         const size_t head_step = size_t(call.cache.block_size) * call.cache.width();
-        for (int p = 0, n = 0; p < panels; ++p) {
+        for (int p = 0; p < panels; ++p) {
             PanelPlace place = panel_place(call, item, item.start_of(split) + p * kPanel, 0);
-            for (int head = 0; head < item.num_heads; ++head, ++n) {
+            for (int head = 0; head < item.num_heads; ++head) {
+                const int n = number(p, head, panels, item.num_heads);
                 places[n] = place;
                 at[n] = keys + place.offset * size;
                 at[count + n] = values + place.offset * size;
@@ -261,10 +238,12 @@ struct SplitPanels {
     }
     void follow_with(const AttentionCall& call, const AttentionItem& next, int split, int count) {
         const size_t size = call.cache.is_quantized() ? 1 : sizeof(bf16);
-        const int start = next.start_of(split), seen = positions_seen(call, next);
+        const int start = next.start_of(split), seen = std::min(positions_seen(call, next), (split + 1) * kSplit);
+        const int panels = (seen - start + kPanel - 1) / kPanel, last = panels * next.num_heads - 1;
         for (int i = 0; i < kAhead; ++i) {
-            const int position = std::min(start + i / next.num_heads * kPanel, (seen - 1) / kPanel * kPanel);
-            const PanelPlace place = panel_place(call, next, position, i % next.num_heads);
+            const int n = std::min(i, last), each = kHasTiles ? panels : next.num_heads;
+            const int p = kHasTiles ? n % each : n / each, head = kHasTiles ? n / each : n % each;
+            const PanelPlace place = panel_place(call, next, start + p * kPanel, head);
             at[2 * count + i] = static_cast<const char*>(call.cache.keys) + place.offset * size;
         }
     }
@@ -278,7 +257,8 @@ class ItemWork {
         : call_(call), cache_(call.cache), item_(item), width_(cache_.width()), rows_(item.rows), heads_(item.num_heads),
           group_(int(call.num_heads / cache_.num_kv_heads)), panel_pairs_(size_t(width_) * kPanelPairs),
           floats_each_(state_floats(rows_, width_)), is_quantized_(cache_.is_quantized()) {
-        const size_t all_rows = size_t(rows_) * heads_, expanded = is_quantized_ ? kSplitPanels * panel_pairs_ : 0;
+        const size_t all_rows = size_t(rows_) * heads_;
+        const size_t expanded = !is_quantized_ ? 0 : kHasTiles ? panel_pairs_ : kSplitPanels * panel_pairs_;
         scores_ = attention_scratch().get<float>(all_rows * kSplit + 2 * heads_ * floats_each_ + kSplit + expanded +
                                                  all_rows * (kSplit + width_) / 2);
         value_scales_ = scores_ + all_rows * kSplit;
@@ -290,6 +270,9 @@ class ItemWork {
 
     // All of it, and the first look at the `next` item, or null.
     void run(const AttentionItem* next) {
+#if defined(MOESAIC_TILES)
+        configure_tiles(rows_, rows_);
+#endif
         gather_queries();
         const int seen = positions_seen(call_, item_), last = item_.first_split + item_.num_splits - 1;
         for (int split = item_.first_split; split <= last; ++split) {
@@ -301,6 +284,7 @@ class ItemWork {
             else if (next)
                 list_.follow_with(call_, *next, next->first_split, panels_ * heads_);
             multiply_by_keys();
+            scale_scores();
             for (int head = 0; head < heads_; ++head) softmax(head);
             multiply_by_values();
             for (int head = 0; item_.num_splits > 1 && head < heads_; ++head)
@@ -317,8 +301,6 @@ class ItemWork {
         return state_at(first + head * floats_each_, rows_, width_);
     }
     AttentionState whole(int head) const { return state_at(states_ + (heads_ + head) * floats_each_, rows_, width_); }
-
-    bool has_few_rows() const { return kHasTiles || rows_ <= kFewAttentionRows; }  // ManyRows has the others
 
     size_t score_place(int head, int row) const { return size_t(head * rows_ + row) * kSplit; }
 
@@ -342,6 +324,150 @@ class ItemWork {
         }
     }
 
+#if defined(MOESAIC_TILES)
+
+    // The sums of a head stay in tiles while its panels pass, and so do the queries, in units of 64 channels of a panel.
+
+    // What is read ahead while a unit is multiplied: of the next four, lines of each in turn (Streams says why), as many as
+    // it has itself.
+    struct UnitsAhead {
+        static constexpr int kUnits = 4;
+        const char* units[kUnits];
+        size_t at;  // bytes into each
+        int lines;  // of each with every product; none where units were brought nearer before
+
+        MOESAIC_INLINE void take() {
+            for (int line = 0; line < lines; ++line, at += 64)
+                for (const char* unit : units) fetch(unit + at);
+        }
+    };
+
+    int units() const { return (width_ + 2 * kPanel - 1) / (2 * kPanel); }  // of a panel
+    // Number n of those of a split in the order in which they are read: keys panel by panel, values of 64 channels after
+    // the other.
+    const char* unit_at(int n) const {
+        const int each = units(), count = panels_ * heads_;
+        if (each == 1) return list_.at[n];
+        int panel = n / each, unit = n % each;
+        if (panel >= count && panel < 2 * count) {
+            const int inside = n % (each * panels_);
+            panel = panel / panels_ * panels_ + inside % panels_, unit = inside / panels_;
+        }
+        return list_.at[std::min(panel, 2 * count + SplitPanels::kAhead - 1)] +
+               size_t(unit) * 2 * kPanel * kPanel * (is_quantized_ ? 1 : sizeof(bf16));
+    }
+    // multiply(the unit's columns, what is read ahead meanwhile), of unit number n with so many channels.
+    template <typename Multiply>
+    MOESAIC_INLINE void with_unit(int n, int channels, Multiply&& multiply) {
+        constexpr int kUnits = UnitsAhead::kUnits;
+        if (n % kUnits == 0)
+            for (int i = 0; i < kUnits; ++i) ahead_[i] = unit_at(n + kUnits + i);
+        const int whole = std::min(width_, 2 * kPanel);
+        const size_t at = size_t(n % kUnits) * size_t(whole * kPanel) / kUnits;  // numbers into each
+        if (is_quantized_) {
+            expand_pairs(channels * kPanelPairs, reinterpret_cast<const uint16_t*>(unit_at(n)), expanded_, [&](int line) {
+                fetch(ahead_[line % kUnits] + at + line / kUnits * 64);
+            });
+            multiply(expanded_, UnitsAhead{});
+        } else {
+            multiply(reinterpret_cast<const uint32_t*>(unit_at(n)),
+                     UnitsAhead{{ahead_[0], ahead_[1], ahead_[2], ahead_[3]}, at * sizeof(bf16), 4 * whole / channels});
+        }
+    }
+
+    // sums (tiles 0 and 1) += queries (tile `a`) times the keys of 32 channels.
+    template <int a>
+    MOESAIC_INLINE static void multiply_chunk(const uint32_t* keys, UnitsAhead& ahead) {
+        tile_load_once(6, keys, kPanel * 4);
+        if constexpr (a == 2) tile_dot_bf16(0, 2, 6);
+        if constexpr (a == 3) tile_dot_bf16(0, 3, 6);
+        if constexpr (a == 4) tile_dot_bf16(0, 4, 6);
+        if constexpr (a == 5) tile_dot_bf16(0, 5, 6);
+        ahead.take();
+        tile_load_once(6, keys + 16, kPanel * 4);
+        if constexpr (a == 2) tile_dot_bf16(1, 2, 6);
+        if constexpr (a == 3) tile_dot_bf16(1, 3, 6);
+        if constexpr (a == 4) tile_dot_bf16(1, 4, 6);
+        if constexpr (a == 5) tile_dot_bf16(1, 5, 6);
+        ahead.take();
+    }
+
+    void multiply_by_keys() {
+        const int each = units(), chunks = width_ / kPanel;
+        for (int head = 0; head < heads_; ++head) {
+            const bf16* queries = queries_ + size_t(head * rows_) * width_;
+            const size_t stride = size_t(width_) * sizeof(bf16);
+            tile_load(2, queries, stride);
+            if (chunks > 1) tile_load(3, queries + kPanel, stride);
+            if (chunks > 2) tile_load(4, queries + 2 * kPanel, stride);
+            if (chunks > 3) tile_load(5, queries + 3 * kPanel, stride);
+            for (int p = 0; p < panels_; ++p) {
+                tile_zero(0);
+                tile_zero(1);
+                for (int unit = 0; unit < each; ++unit) {
+                    const int chunk = 2 * unit, channels = std::min(chunks - chunk, 2) * kPanel;
+                    if (chunk >= 4) {  // those of more than 128 channels come and go
+                        tile_load(4, queries + chunk * kPanel, stride);
+                        if (channels > kPanel) tile_load(5, queries + (chunk + 1) * kPanel, stride);
+                    } else if (chunk == 2 && chunks > 4) {
+                        tile_load(4, queries + 2 * kPanel, stride);
+                        tile_load(5, queries + 3 * kPanel, stride);
+                    }
+                    with_unit((head * panels_ + p) * each + unit, channels, [&](const uint32_t* keys, UnitsAhead ahead) {
+                        chunk == 0 ? multiply_chunk<2>(keys, ahead) : multiply_chunk<4>(keys, ahead);
+                        keys += kPanelPairs * kPanel;
+                        if (channels > kPanel)
+                            chunk == 0 ? multiply_chunk<3>(keys, ahead) : multiply_chunk<5>(keys, ahead);
+                    });
+                }
+                float* scores = scores_ + score_place(head, 0) + p * kPanel;
+                tile_store(0, scores, kSplit * 4);
+                tile_store(1, scores + 16, kSplit * 4);
+            }
+        }
+    }
+
+    void multiply_by_values() {
+        const int each = units();
+        for (int head = 0; head < heads_; ++head) {
+            const bf16* probabilities = probabilities_ + score_place(head, 0);
+            for (int unit = 0; unit < each; ++unit) {
+                const int channel = unit * 2 * kPanel, channels = std::min(width_ - channel, 2 * kPanel);
+                tile_zero(0);
+                tile_zero(1);
+                tile_zero(2);
+                tile_zero(3);
+                for (int p = 0; p < panels_; ++p) {
+                    tile_load(4, probabilities + p * kPanel, kSplit * sizeof(bf16));
+                    const int n = (panels_ * heads_ + head * panels_) * each + unit * panels_ + p;
+                    with_unit(n, channels, [&](const uint32_t* values, UnitsAhead ahead) {
+                        tile_load_once(6, values, kPanel * 4);
+                        tile_dot_bf16(0, 4, 6);
+                        ahead.take();
+                        tile_load_once(6, values + 16, kPanel * 4);
+                        tile_dot_bf16(1, 4, 6);
+                        ahead.take();
+                        if (channels == kPanel) return;
+                        tile_load_once(6, values + kPanelPairs * kPanel, kPanel * 4);
+                        tile_dot_bf16(2, 4, 6);
+                        ahead.take();
+                        tile_load_once(6, values + kPanelPairs * kPanel + 16, kPanel * 4);
+                        tile_dot_bf16(3, 4, 6);
+                        ahead.take();
+                    });
+                }
+                float* to = part(head).sums + channel;
+                const size_t stride = size_t(width_) * sizeof(float);
+                tile_store(0, to, stride);
+                tile_store(1, to + 16, stride);
+                if (channels == kPanel) continue;
+                tile_store(2, to + 32, stride);
+                tile_store(3, to + 48, stride);
+            }
+        }
+    }
+#else
+
     // Few rows: body(p, head, heads, reads) for the panels from `first` of the list on, all heads of a panel together,
     // or, where it has to be expanded before, one by one.
     template <typename Body>
@@ -351,14 +477,14 @@ class ItemWork {
             const char* const* at = list_.at + index;
             const char* const* ahead = at + SplitPanels::kNear;
             if (!is_quantized_) {
-                body(p, 0, heads_, PanelReads{at, ahead, 0, panel_pairs_ * 4, index});
+                body(p, 0, heads_, PanelReads{at, ahead, 0});
                 continue;
             }
             const char* own = reinterpret_cast<const char*>(expanded_);
             for (int head = 0; head < heads_; ++head) {
                 expand_pairs(int(panel_pairs_), reinterpret_cast<const uint16_t*>(at[head]),
                              reinterpret_cast<const uint16_t*>(ahead[head]), expanded_);
-                body(p, head, 1, PanelReads{&own, nullptr, 0, panel_pairs_ * 4, index + head});
+                body(p, head, 1, PanelReads{&own, nullptr, 0});
             }
         }
     }
@@ -385,7 +511,7 @@ class ItemWork {
     }
 
     void multiply_by_keys() {
-        if (has_few_rows())
+        if (rows_ <= kFewAttentionRows)
             by_panel(0, [&](int p, int head, int heads, PanelReads reads) {
                 const HeadRows<const bf16> a{queries_ + size_t(head * rows_) * width_, size_t(width_),
                                              size_t(rows_) * width_};
@@ -397,10 +523,38 @@ class ItemWork {
                 multiply_keys(rows_, width_, queries_ + size_t(head * rows_) * width_, keys,
                               scores_ + score_place(head, 0));
             });
+    }
+
+    void multiply_by_values() {
+        const int first = panels_ * heads_;
+        if (rows_ > kFewAttentionRows) {
+            by_head(first, [&](int head, const HeadPanels& values) {
+                multiply_values(rows_, width_, probabilities_ + score_place(head, 0), values, part(head).sums);
+            });
+            return;
+        }
+        by_panel(first, [&](int p, int head, int heads, PanelReads reads) {
+            const HeadRows<const bf16> a{probabilities_ + score_place(head, 0) + p * kPanel, kSplit,
+                                         size_t(rows_) * kSplit};
+            HeadRows<float> c{part(head).sums, size_t(width_), floats_each_};
+            for (int channel = 0; channel < width_; channel += 2 * kPanel, c.first += 2 * kPanel) {
+                reads.offset = size_t(channel) * kPanelPairs * 4;
+                if (channel + kPanel < width_)
+                    multiply_heads_of<2>(rows_, heads, kPanelPairs, a, reads, c, p > 0);
+                else
+                    multiply_heads_of<1>(rows_, heads, kPanelPairs, a, reads, c, p > 0);
+            }
+        });
+    }
+
+#endif
+
+    // After the scores were made of keys without their scales.
+    void scale_scores() {
         if (!is_quantized_) return;
         for (int head = 0; head < heads_; ++head)
             for (int p = 0; p < panels_; ++p) {
-                const float* scales = cache_.key_scales + list_.places[p * heads_ + head].scales;
+                const float* scales = cache_.key_scales + list_.places[list_.number(p, head, panels_, heads_)].scales;
                 for (int row = 0; row < rows_; ++row)
                     for (int i = 0; i < kPanel; i += W) {
                         float* score = scores_ + score_place(head, row) + p * kPanel + i;
@@ -411,7 +565,8 @@ class ItemWork {
 
     void softmax(int head) {
         for (int p = 0; is_quantized_ && p < panels_; ++p)
-            std::memcpy(value_scales_ + p * kPanel, cache_.value_scales + list_.places[p * heads_ + head].scales,
+            std::memcpy(value_scales_ + p * kPanel,
+                        cache_.value_scales + list_.places[list_.number(p, head, panels_, heads_)].scales,
                         kPanel * sizeof(float));
         const AttentionState state = part(head);
         const int count = panels_ * kPanel;
@@ -437,28 +592,6 @@ class ItemWork {
         }
     }
 
-    void multiply_by_values() {
-        const int first = panels_ * heads_;
-        if (!has_few_rows()) {
-            by_head(first, [&](int head, const HeadPanels& values) {
-                multiply_values(rows_, width_, probabilities_ + score_place(head, 0), values, part(head).sums);
-            });
-            return;
-        }
-        by_panel(first, [&](int p, int head, int heads, PanelReads reads) {
-            const HeadRows<const bf16> a{probabilities_ + score_place(head, 0) + p * kPanel, kSplit,
-                                         size_t(rows_) * kSplit};
-            HeadRows<float> c{part(head).sums, size_t(width_), floats_each_};
-            for (int channel = 0; channel < width_; channel += 2 * kPanel, c.first += 2 * kPanel) {
-                reads.offset = size_t(channel) * kPanelPairs * 4;
-                if (channel + kPanel < width_)
-                    multiply_heads_of<2>(rows_, heads, kPanelPairs, a, reads, c, p > 0);
-                else
-                    multiply_heads_of<1>(rows_, heads, kPanelPairs, a, reads, c, p > 0);
-            }
-        });
-    }
-
     const AttentionCall& call_;
     const PagedCache& cache_;
     const AttentionItem& item_;
@@ -470,6 +603,9 @@ class ItemWork {
     uint32_t* expanded_;
     bf16 *probabilities_, *queries_;
     SplitPanels list_;
+#if defined(MOESAIC_TILES)
+    const char* ahead_[UnitsAhead::kUnits] = {};
+#endif
 };
 
 inline void merge_splits(const AttentionCall& call, const AttentionItem& item) {

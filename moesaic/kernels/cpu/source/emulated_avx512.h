@@ -314,6 +314,12 @@ EMULATED __m512i broadcast_i32x4(__m128i a) {
     r.ih[0] = r.ih[1] = _mm256_broadcastsi128_si256(a);
     return r.i;
 }
+EMULATED __m512i cvtepi8_epi32(__m128i a) {
+    Any r;
+    r.ih[0] = _mm256_cvtepi8_epi32(a);
+    r.ih[1] = _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8));
+    return r.i;
+}
 EMULATED __m512i cvtepu8_epi32(__m128i a) {
     Any r;
     r.ih[0] = _mm256_cvtepu8_epi32(a);
@@ -516,6 +522,8 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_cvtepi32_epi8 emulated_avx512::cvtepi32_epi8
 #undef _mm512_cvtepi32_ps
 #define _mm512_cvtepi32_ps emulated_avx512::cvtepi32_ps
+#undef _mm512_cvtepi8_epi32
+#define _mm512_cvtepi8_epi32 emulated_avx512::cvtepi8_epi32
 #undef _mm512_cvtepu8_epi32
 #define _mm512_cvtepu8_epi32 emulated_avx512::cvtepu8_epi32
 #undef _mm512_cvtepu16_epi32
