@@ -12,7 +12,7 @@ from moesaic.moe.experts import Experts
 from moesaic.serve.outputs import LayerLoad, TokenExperts
 
 # How often what was read from the disk is looked at, and of the earlier looks, what is left at the next.
-_STEPS_A_LOOK, _KEPT = 16, 0.9
+_STEPS_A_LOOK, _KEPT = 64, 0.9
 # Routes that wait to be counted take memory.
 _MOST_PENDING_TOKENS = 4096
 _PROCESS_COUNTERS = Path("/proc/self/io")

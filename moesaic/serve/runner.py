@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -48,15 +49,18 @@ class Runner:
         tables = np.zeros((len(parts), max(len(part.blocks) for part in parts)), dtype=np.int32)
         for table, part in zip(tables, parts, strict=True):
             table[: len(part.blocks)] = part.blocks
+        token_ids = [token for part in parts for token in part.tokens]
+        are_single = all(len(part.tokens) == 1 for part in parts)
+        starts = range(len(parts) + 1) if are_single else [0, *accumulate(len(part.tokens) for part in parts)]
         batch = PagedBatch(
-            _tensor([0, *accumulate(len(part.tokens) for part in parts)], np.int32),
-            _tensor([part.length for part in parts], np.int32),
-            torch.from_numpy(tables),
+            _tensor(starts, np.int32), _tensor([part.length for part in parts], np.int32), torch.from_numpy(tables)
         )
-        tokens = _tensor([token for part in parts for token in part.tokens], np.int64)
-        step = CacheStep(self._storage, batch)
+        tokens = _tensor(token_ids, np.int64)
+        wanted = range(len(token_ids)) if len(rows) == len(token_ids) else rows
         return self.model.infer(
-            tokens.to(self._device, non_blocking=True), step, _tensor(rows, np.int64) if rows else None
+            tokens.to(self._device, non_blocking=True),
+            CacheStep(self._storage, batch),
+            _tensor(wanted, np.int64) if rows else None,
         )
 
     def warm_up(self, most_tokens: int) -> None:
@@ -92,8 +96,14 @@ class Runner:
 
 
 def _tensor(numbers: Sequence[int], dtype: type[np.integer[Any]]) -> Tensor:
+    """For reading: ranges from 0 on, as steps of single tokens need them, are kept."""
     # In less than half of the time of torch.tensor.
-    return torch.from_numpy(np.array(numbers, dtype=dtype))
+    return _counting(len(numbers), dtype) if isinstance(numbers, range) else torch.from_numpy(np.array(numbers, dtype))
+
+
+@lru_cache(maxsize=256)
+def _counting(count: int, dtype: Any) -> Tensor:
+    return torch.from_numpy(np.arange(count, dtype=dtype))
 
 
 def block_bytes(model: Transformer, *, block_size: int, dtype: torch.dtype) -> int:

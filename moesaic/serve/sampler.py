@@ -4,6 +4,7 @@ Rows are NumPy vectors on the CPU: a row costs microseconds there, and every ope
 ends, and what a grammar allows, are decided elsewhere; this file is given the allowed tokens.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ def _likeliest(scores: Floats, state: SamplingState | None = None, mask: Mask | 
     state, mask: what made the scores of logits whose largest is finite.
     """
     best = int(scores.argmax())
-    if np.isfinite(scores[best]):
+    if math.isfinite(scores.item(best)):
         return best
     if state is not None and np.isneginf(scores[best]):
         raise _nothing_left(state, mask)
