@@ -11,10 +11,10 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.experts import Experts
 from moesaic.serve.outputs import LayerLoad, TokenExperts
 
-# How often what was read from the disk is looked at, and of the earlier looks, what is left at the next.
-_STEPS_A_LOOK, _KEPT = 64, 0.9
-# Routes that wait to be counted take memory.
-_MOST_PENDING_TOKENS = 4096
+# How often what was read from the disk is looked at, at most, and of the earlier looks, what is left at the next.
+_STEPS_A_LOOK, _KEPT = 16, 0.9
+# Routes are counted when somebody asks, or so many wait.
+_MOST_PENDING_STEPS, _MOST_PENDING_TOKENS = 64, 4096
 _PROCESS_COUNTERS = Path("/proc/self/io")
 # Recent counts lose half their weight in so many tokens.
 _HALF_LIFE_TOKENS = 2048.0
@@ -58,7 +58,7 @@ class ExpertLoad:
             return
         self._pending.append((num_tokens, decoded.all_expert_ids))
         self._pending_tokens += num_tokens
-        if len(self._pending) >= _STEPS_A_LOOK or self._pending_tokens >= _MOST_PENDING_TOKENS:
+        if len(self._pending) >= _MOST_PENDING_STEPS or self._pending_tokens >= _MOST_PENDING_TOKENS:
             self._count()
 
     @property

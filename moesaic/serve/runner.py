@@ -98,11 +98,15 @@ class Runner:
 def _tensor(numbers: Sequence[int], dtype: type[np.integer[Any]]) -> Tensor:
     """For reading: ranges from 0 on, as steps of single tokens need them, are kept."""
     # In less than half of the time of torch.tensor.
-    return _counting(len(numbers), dtype) if isinstance(numbers, range) else torch.from_numpy(np.array(numbers, dtype))
+    return (
+        _counting(len(numbers), np.dtype(dtype))
+        if isinstance(numbers, range)
+        else torch.from_numpy(np.array(numbers, dtype))
+    )
 
 
 @lru_cache(maxsize=256)
-def _counting(count: int, dtype: Any) -> Tensor:
+def _counting(count: int, dtype: np.dtype[Any]) -> Tensor:
     return torch.from_numpy(np.arange(count, dtype=dtype))
 
 
