@@ -6,16 +6,19 @@ was quantised.
 
 What integer weights give is quantized.quantized_linear to the bit, for any number of rows and threads; bf16 weights are
 multiplied by bf16 activations with fp32 sums, on the CPU in an order that depends on K alone. Where neither the C++ nor
-the Triton kernels are in use the same functions work with PyTorch's operations.
+the Triton kernels are in use the same functions work with PyTorch's operations. To torch.compile each is an operator
+that calls it; else nothing stands between, since a dispatch takes longer than a small product.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from moesaic.kernels import select
 from moesaic.kernels.activation import ACTIVATIONS, activate, is_gated
@@ -134,6 +137,24 @@ class PackedWeight(RemembersAddresses):
             return QuantizedWeight(values, self.scales.view(*shape, -1), 4, self.group_size)
         return QuantizedWeight(values, self.scales.view(shape), 4, self.group_size, self.steps.view(*shape, -1))
 
+    def flatten(self) -> tuple[list[Tensor | None], list[int]]:
+        """Return it as an operator of PyTorch takes it, which knows tensors and numbers; `unflatten` turns it back."""
+        sizes = [
+            _FORMATS.index(self.format), self.out_size, self.in_size, self.num_matrices or 0, self.group_size or 0,
+            int(self.is_gated),
+        ]  # fmt: skip
+        return [self.data, self.scales, self.steps], sizes
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> "PackedWeight":
+        format, out_size, in_size, num_matrices, group_size, is_gated = sizes
+        data, scales, steps = tensors
+        assert data is not None
+        return cls(
+            _FORMATS[format], out_size, in_size, num_matrices or None, group_size or None, bool(is_gated), data, scales,
+            steps,
+        )  # fmt: skip
+
     @cached_property
     def struct(self) -> ctypes.Structure:
         """What C++ code takes; it holds addresses of this object's tensors."""
@@ -185,6 +206,19 @@ class PackedMlp(RemembersAddresses):
     def num_bytes(self) -> int:
         biases = [bias.nbytes for bias in (self.up_bias, self.down_bias) if bias is not None]
         return self.up.num_bytes + self.down.num_bytes + sum(biases)
+
+    def flatten(self) -> tuple[list[Tensor | None], list[int]]:
+        """Return it as an operator of PyTorch takes it; `unflatten` turns it back."""
+        (up, up_sizes), (down, down_sizes) = self.up.flatten(), self.down.flatten()
+        sizes = [*up_sizes, *down_sizes, ACTIVATIONS.index(self.activation)]
+        return [*up, *down, self.up_bias, self.down_bias], sizes
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> "PackedMlp":
+        *sizes, activation = sizes
+        *weights, up_bias, down_bias = tensors
+        up, down = (PackedWeight.unflatten(weights[3 * i : 3 * i + 3], sizes[6 * i : 6 * i + 6]) for i in (0, 1))
+        return cls(up, down, up_bias, down_bias, ACTIVATIONS[activation])
 
     @cached_property
     def struct(self) -> ctypes.Structure:
@@ -309,6 +343,8 @@ def packed_linear(
     assert weight.num_matrices is None and not weight.is_gated, (weight.shape, weight.is_gated)
     assert bias is None or bias.shape == (weight.out_size,), (bias.shape, weight.shape)
     _check_dtypes(x.dtype, out_dtype)
+    if is_dynamo_compiling():
+        return torch.ops.moesaic.packed_linear(x, *weight.flatten(), bias, out_dtype)
     if select.uses_triton(x.device):
         return _linear_on_cuda(x, weight, bias, out_dtype)
     library = select.cpu_library() if x.device.type == "cpu" else None
@@ -328,6 +364,18 @@ def packed_linear(
             out_dtype == torch.bfloat16,
         )
     return out
+
+
+@torch.library.custom_op("moesaic::packed_linear", mutates_args=())
+def _linear_operator(
+    x: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int], bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return packed_linear(x, PackedWeight.unflatten(tensors, sizes), bias, out_dtype=out_dtype)
+
+
+@_linear_operator.register_fake
+def _(x, tensors, sizes, bias, out_dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], PackedWeight.unflatten(tensors, sizes).out_size, dtype=out_dtype)
 
 
 def _linear_on_cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -353,6 +401,8 @@ def packed_heads(x: Tensor, weight: PackedWeight) -> Tensor:
     assert weight.shape == (num_heads, weight.out_size, in_size), (x.shape, weight.shape)
     assert weight.format == "bf16" and not weight.is_gated, (weight.format, weight.is_gated)
     _check_dtypes(x.dtype)
+    if is_dynamo_compiling():
+        return torch.ops.moesaic.packed_heads(x, *weight.flatten())
     library = select.cpu_library() if x.device.type == "cpu" else None
     if weight.lies_in_rows:
         heads = x.to(torch.bfloat16).transpose(0, 1)
@@ -370,10 +420,22 @@ def packed_heads(x: Tensor, weight: PackedWeight) -> Tensor:
     return out.to(x.dtype)
 
 
+@torch.library.custom_op("moesaic::packed_heads", mutates_args=())
+def _heads_operator(x: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    return packed_heads(x, PackedWeight.unflatten(tensors, sizes)).contiguous()
+
+
+@_heads_operator.register_fake
+def _(x, tensors, sizes):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:2], PackedWeight.unflatten(tensors, sizes).out_size)
+
+
 def packed_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     """Return the rows (T, K) in bf16 of a weight (N, K) that ids (T,) int64 name: an embedding that shares lm_head."""
     assert weight.num_matrices is None and not weight.is_gated, (weight.shape, weight.is_gated)
     assert ids.dim() == 1 and ids.dtype == torch.int64, (ids.shape, ids.dtype)
+    if is_dynamo_compiling():
+        return torch.ops.moesaic.packed_rows(*weight.flatten(), ids)
     if weight.lies_in_rows:
         return _rows_on_cuda(weight, ids)
     library = select.cpu_library() if ids.device.type == "cpu" else None
@@ -387,6 +449,16 @@ def packed_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     )
     assert not failed, _not_rows(ids, weight)
     return out
+
+
+@torch.library.custom_op("moesaic::packed_rows", mutates_args=())
+def _rows_operator(tensors: Sequence[Tensor | None], sizes: Sequence[int], ids: Tensor) -> Tensor:
+    return packed_rows(PackedWeight.unflatten(tensors, sizes), ids)
+
+
+@_rows_operator.register_fake
+def _(tensors, sizes, ids):  # type: ignore[no-untyped-def]
+    return ids.new_empty(len(ids), PackedWeight.unflatten(tensors, sizes).in_size, dtype=torch.bfloat16)
 
 
 def _rows_on_cuda(weight: PackedWeight, ids: Tensor) -> Tensor:
@@ -404,7 +476,7 @@ def packed_mlp(x: Tensor, mlp: PackedMlp) -> Tensor:
     """Return the MLP (T, H) of x (T, H), in x's dtype."""
     assert mlp.up.num_matrices is None, mlp.up.shape
     none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
-    return _moe(x, none, none.float(), mlp, 0, mlp, None)
+    return _moe(x, none, none.float(), mlp, mlp, None)
 
 
 def packed_moe(
@@ -423,7 +495,7 @@ def packed_moe(
     residual_weights (T,) fp32, None for 1. Pre-activations and activations are fp32, hidden rows are rounded to bf16.
     """
     assert experts.up.num_matrices is not None, experts.up.shape
-    return _moe(x, expert_ids, routing_weights, experts, experts.up.num_matrices, residual, residual_weights)
+    return _moe(x, expert_ids, routing_weights, experts, residual, residual_weights)
 
 
 def _moe(
@@ -431,11 +503,12 @@ def _moe(
     expert_ids: Tensor,
     routing_weights: Tensor,
     experts: PackedMlp,
-    num_experts: int,
     residual: PackedMlp | None,
     residual_weights: Tensor | None,
 ) -> Tensor:
+    """experts: a single MLP where there are none."""
     tokens, top_k = expert_ids.shape
+    num_experts = experts.up.num_matrices or 0
     _check_no_gradient(x, routing_weights, residual_weights)
     assert x.shape == (tokens, experts.hidden_size), (x.shape, expert_ids.shape, experts.hidden_size)
     assert expert_ids.dtype == torch.int64, expert_ids.dtype
@@ -449,6 +522,12 @@ def _moe(
         assert residual_weights.shape == (tokens,), (residual_weights.shape, tokens)
         assert residual_weights.dtype == torch.float32, residual_weights.dtype
     _check_dtypes(x.dtype, x.dtype)
+    if is_dynamo_compiling():
+        no_residual: tuple[list[Tensor | None], list[int]] = ([], [])
+        of_residual = no_residual if residual is None else residual.flatten()
+        return torch.ops.moesaic.packed_moe(
+            x, expert_ids, routing_weights, *experts.flatten(), *of_residual, residual_weights
+        )
     if select.uses_triton(x.device):
         return _moe_on_cuda(x, expert_ids, routing_weights, experts, num_experts, residual, residual_weights)
     library = select.cpu_library() if x.device.type == "cpu" else None
@@ -478,6 +557,27 @@ def _moe(
     failed = library.function("moesaic_packed_moe", "p")(ctypes.addressof(call))
     assert not failed, _not_experts(expert_ids, num_experts)
     return out
+
+
+@torch.library.custom_op("moesaic::packed_moe", mutates_args=())
+def _moe_operator(
+    x: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    experts: Sequence[Tensor | None],
+    expert_sizes: Sequence[int],
+    residual: Sequence[Tensor | None],
+    residual_sizes: Sequence[int],
+    residual_weights: Tensor | None,
+) -> Tensor:
+    of_residual = PackedMlp.unflatten(residual, residual_sizes) if residual else None
+    of_experts = PackedMlp.unflatten(experts, expert_sizes)
+    return _moe(x, expert_ids, routing_weights, of_experts, of_residual, residual_weights)
+
+
+@_moe_operator.register_fake
+def _(x, *others):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
 
 
 def _not_experts(expert_ids: Tensor, num_experts: int) -> str:

@@ -13,6 +13,7 @@ from moesaic.kernels.packed import (
     PackedWeight,
     pack_mlp,
     pack_weight,
+    packed_heads,
     packed_linear,
     packed_rows,
     unpack_weight,
@@ -423,6 +424,24 @@ def test_rows_that_do_not_exist_are_refused(choice: str, wrong: int) -> None:
     packed = pack_weight(numbers(40, 128, seed=12))
     with select.forced(choice), pytest.raises(AssertionError, match="rows of a matrix"):
         packed_rows(packed, torch.tensor([3, wrong]))
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4-32"])
+def test_the_operators_are_ordinary_ones(format: str) -> None:
+    parts = pack_weight(weight_of(format, 40, 128)).flatten()
+    linear = (numbers(3, 128, seed=2), *parts, numbers(40, seed=3), torch.bfloat16)
+    torch.library.opcheck(torch.ops.moesaic.packed_linear.default, linear)
+    torch.library.opcheck(torch.ops.moesaic.packed_rows.default, (*parts, torch.tensor([39, 0, 7])))
+
+
+@pytest.mark.parametrize("choice", [*SUPPORTED[:1], select.REFERENCE])
+def test_the_operator_of_heads_is_an_ordinary_one(choice: str) -> None:
+    packed, heads = pack_weight(numbers(2, 40, 128, seed=1)), numbers(3, 2, 128, seed=2)
+    with select.forced(choice):
+        torch.library.opcheck(torch.ops.moesaic.packed_heads.default, (heads, *packed.flatten()))
+        compiled = torch.compile(packed_heads, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(heads, packed), packed_heads(heads, packed))
+    torch.compiler.reset()
 
 
 def test_the_layout_is_what_its_version_says() -> None:

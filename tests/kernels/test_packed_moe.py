@@ -9,7 +9,7 @@ from torch import Tensor
 from moesaic.kernels import select
 from moesaic.kernels.activation import ACTIVATIONS, is_gated
 from moesaic.kernels.grouped_mlp import ExpertWeights
-from moesaic.kernels.packed import PackedMlp, pack_mlp, packed_mlp, packed_moe
+from moesaic.kernels.packed import PackedMlp, pack_mlp, pack_weight, packed_linear, packed_mlp, packed_moe
 from moesaic.kernels.quantized import (
     QuantizedWeight,
     dequantize,
@@ -262,6 +262,31 @@ def test_experts_that_do_not_exist_are_refused(choice: str) -> None:
     expert_ids[2, 1] = 5
     with select.forced(choice), pytest.raises(AssertionError, match="below num_experts"):
         packed_moe(numbers(4, 96, seed=1), expert_ids, routing_weights, layer("bf16").packed)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int4-32"])
+def test_the_operator_is_an_ordinary_one(format: str) -> None:
+    experts, residual = layer(format).packed, layer("int8", "gelu", experts=None, has_bias=True).packed
+    x, (expert_ids, routing_weights) = numbers(4, 96, seed=1), routes(4, 5, 2)
+    for beside, weights in ((residual.flatten(), torch.ones(4)), (([], []), None)):
+        arguments = (x, expert_ids, routing_weights, *experts.flatten(), *beside, weights)
+        torch.library.opcheck(torch.ops.moesaic.packed_moe.default, arguments)
+
+
+def test_inductor_calls_the_operators() -> None:
+    """And nothing else here, so that it has no C++ of its own to compile, which takes it minutes where it is new."""
+    experts, residual = layer("int4-32").packed, layer("int8", experts=None).packed
+    head = pack_weight(numbers(40, 96, seed=9).bfloat16())
+
+    def run(x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
+        y = packed_moe(packed_mlp(x, residual), expert_ids, routing_weights, experts, residual=residual)
+        return packed_linear(y, head, out_dtype=torch.float32)
+
+    compiled = torch.compile(run, fullgraph=True)
+    for tokens in (4, 9, 1):
+        arguments = (numbers(tokens, 96, seed=1), *routes(tokens, 5, 2))
+        assert torch.equal(compiled(*arguments), run(*arguments))
+    torch.compiler.reset()
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -363,6 +363,40 @@ def test_a_shell_takes_what_fits_and_nothing_else() -> None:
         fill_packed(packed_shell(model.config, {}), {**held, "head.packed.data": held["head.packed.data"][1:]})
 
 
+def check_one_graph(packed: Transformer, shapes: list[tuple[int, int]]) -> None:
+    """Compiled, batches of these sizes have the bits of what is not compiled, and each is one graph."""
+
+    def logits(inputs: Tensor) -> Tensor:
+        return packed.logits(packed(inputs).hidden)
+
+    compiled = torch.compile(logits, backend="aot_eager", fullgraph=True)
+    for batch, length in shapes:
+        inputs = tokens(length, batch=batch)
+        assert torch.equal(compiled(inputs), logits(inputs))
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", [None, *SCHEMES[:2]])
+def test_compiles_into_one_graph(scheme: Scheme | None) -> None:
+    moe = {"num_experts": 4, "layers": [1], "residual": "softmax"}
+    model = build("dense, llama-like", num_layers=2, moe=moe, tie_embeddings=True)
+    quantized = {} if scheme is None else {name: quantize(weight, scheme) for name, weight in matrices(model).items()}
+    check_one_graph(pack_transformer(model, quantized), [(2, 20)])
+
+
+@torch.no_grad()
+def test_compiles_into_one_graph_of_any_size() -> None:
+    moe = {"num_experts": 4, "top_k": 2, "residual": "sigmoid"}
+    model = pack_transformer(build("dense, gpt-like", num_layers=1, moe=moe))
+    check_one_graph(model, [(2, 20), (3, 7), (1, 1)])
+
+
+@torch.no_grad()
+def test_latent_attention_compiles_into_one_graph() -> None:
+    check_one_graph(pack_transformer(build("moe, latent attention", num_layers=1, moe=None)), [(2, 20)])
+
+
 def test_loading_brings_in_no_compiler() -> None:
     """torch's compiler, sympy and triton are a second of every start."""
     script = """
