@@ -21,6 +21,7 @@ from moesaic.kernels import select
 from moesaic.kernels.addresses import RemembersAddresses
 from moesaic.kernels.huge_pages import zeros_on_huge_pages
 from moesaic.kernels.paged_attention import PANEL, PagedBatch, check_block_size
+from moesaic.kernels.tracing import untraced
 
 # Scores (fp32) that exist at once in the definition: a long prompt is taken in chunks.
 _SCORES = 1 << 23
@@ -116,6 +117,7 @@ def allocate_latent_blocks(
     return LatentStorage(tuple(LatentBlocks(layer, rank, key_dim) for layer in memory))
 
 
+@untraced
 def write_latents(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -> None:
     """Put the new tokens' latents and shared keys (T, R + P), of the cache's dtype, into their blocks."""
     assert latents.shape == (batch.num_tokens, blocks.dim), (latents.shape, blocks.dim, batch.starts)
@@ -144,6 +146,7 @@ def read_latents(blocks: LatentBlocks, table: Tensor, length: int) -> Tensor:
     return vectors[:length, : blocks.dim]
 
 
+@untraced
 def latent_attention(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, *, scale: float) -> Tensor:
     """Return (T, A, R): the mean of the latents of each token's sequence up to itself, weighed by its query.
 

@@ -23,6 +23,7 @@ from moesaic.kernels import select
 from moesaic.kernels.addresses import RemembersAddresses, address_of
 from moesaic.kernels.huge_pages import zeros_on_huge_pages
 from moesaic.kernels.quantized import SMALLEST_AMAX
+from moesaic.kernels.tracing import untraced
 
 # Positions, and channels, of a panel: the kernels' unit.
 PANEL = 32
@@ -225,6 +226,7 @@ def check_block_size(block_size: int) -> None:
         )
 
 
+@untraced
 def write_kv(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) -> None:
     """Put the new tokens' keys (after their positions are turned in) and values into their blocks.
 
@@ -280,6 +282,7 @@ def place_heads(
     )  # fmt: skip
 
 
+@untraced
 def paged_attention(
     query: Tensor,
     blocks: KVBlocks,

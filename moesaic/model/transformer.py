@@ -16,6 +16,7 @@ from moesaic.kernels import products, select
 from moesaic.kernels.decode import Decoded, DecodePlan, ModelPart
 from moesaic.kernels.packed import PackedWeight, packed_linear, packed_rows, unpack_weight
 from moesaic.kernels.quantized import QuantizedWeight, dequantize
+from moesaic.kernels.tracing import untraced
 from moesaic.model.attention import Attention
 from moesaic.model.feed_forward import FeedForward
 from moesaic.model.kv_cache import CacheStep, KVCache
@@ -269,12 +270,14 @@ class Transformer(nn.Module):
         assert tokens.dim() == 2, tokens.shape
         assert cache is None or documents is None, "a cache holds one document per sequence"
         if cache is not None:
-            return self._forward_cached(tokens, cache.extend(*tokens.shape), valid, seed)
+            return self._forward_cached(tokens, cache, valid, seed)
         x, rotary = self._embed(tokens, None, tokens.shape[1])
         return self._run_blocks(x, rotary, documents, valid, None, seed, replay)
 
-    def _forward_cached(self, tokens: Tensor, step: CacheStep, valid: Tensor | None, seed: int) -> ModelOutput:
+    @untraced
+    def _forward_cached(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, seed: int) -> ModelOutput:
         """All new tokens end to end, whatever sequences they belong to."""
+        step = cache.extend(*tokens.shape)
         plan = self._usable_plan() if valid is None else None
         if plan is not None:
             hidden = plan.run(tokens.flatten(), step.storage, step.batch).hidden
@@ -304,6 +307,7 @@ class Transformer(nn.Module):
             self._plan = DecodePlan(self.decode_part, library, self.reads_ahead)
         return self._plan
 
+    @untraced
     def infer(self, tokens: Tensor, step: CacheStep, rows: Tensor | None = None) -> Decoded:
         """Take new tokens (T,) int64 of a batch of sequences into a cache: their hidden states, and where they went.
 

@@ -101,6 +101,21 @@ def test_equals_attention_over_whole_sequences(kernels: str, heads: tuple[int, i
     torch.testing.assert_close(case.attend().float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
 
 
+def test_torch_compile_leaves_it_alone() -> None:
+    case = Case(*RAGGED, HEADS[0])
+    starts = torch.tensor([0, 45], dtype=torch.int32)
+    key, value, query = case.keys[0][:45], case.values[0][:45], case.query[:45]
+
+    def write_and_attend(query: Tensor) -> Tensor:
+        batch = PagedBatch(starts, starts[1:], case.batch.block_tables[:1])
+        write_kv(key * 2, value * 2, case.blocks, batch)
+        return paged_attention(query * 2, case.blocks, batch) * 2
+
+    got = torch.compile(write_and_attend, backend="aot_eager")(query)
+    assert torch.equal(got, write_and_attend(query))
+    torch.compiler.reset()
+
+
 # Chunks in a later split than the first, whose rows see part of one, none of one, or all of it; several heads of two
 # blocks of rows a task; rows left over that are few.
 CHUNKS = [([530, 512], [70, 19]), ([600, 300], [5, 6]), ([530, 290], [13, 26])]

@@ -397,6 +397,26 @@ def test_latent_attention_compiles_into_one_graph() -> None:
     check_one_graph(pack_transformer(build("moe, latent attention", num_layers=1, moe=None)), [(2, 20)])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "is_packed"), [("moe, qwen-like", True), ("moe, qwen-like", False), ("moe, latent attention", False)]
+)
+def test_a_pass_with_a_cache_is_not_compiled(family: str, is_packed: bool) -> None:
+    model, inputs = build(family, num_layers=1, moe=None), tokens()
+    if is_packed:
+        pack_transformer(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    wanted = cached_logits(model, inputs, [7, 1, 1, 11])
+    assert torch.equal(cached_logits(compiled, inputs, [7, 1, 1, 11]), wanted)  # type: ignore[arg-type]
+
+    def infer() -> Tensor:
+        cache = BatchCache(model.config, 2, 20, dtype=torch.bfloat16, device=torch.device("cpu"))
+        return model.infer(inputs.flatten(), cache.extend(2, 20), torch.tensor([19, 39])).logits
+
+    assert torch.equal(torch.compile(infer, backend="aot_eager")(), infer())
+    torch.compiler.reset()
+
+
 def test_loading_brings_in_no_compiler() -> None:
     """torch's compiler, sympy and triton are a second of every start."""
     script = """
