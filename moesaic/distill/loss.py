@@ -19,6 +19,7 @@ from moesaic.config.distill import Divergence
 from moesaic.kernels import products
 from moesaic.kernels.distillation import teach
 from moesaic.kernels.gradient import once_differentiable
+from moesaic.kernels.tracing import untraced
 
 _CHUNK_ELEMENTS = 1 << 22  # of logits: 16 MiB in fp32, of which some five exist at a time
 # With fewer tokens, adding a large vocabulary's weight gradient once more per chunk costs more than the chunk.
@@ -57,6 +58,7 @@ class DistillationLoss:
     divergence: Tensor
 
 
+@untraced
 def distillation_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -112,6 +112,22 @@ def test_a_gradients_gradient_is_refused() -> None:
         torch.autograd.grad(loss.total, hidden, create_graph=True)
 
 
+def test_torch_compile_leaves_it_alone() -> None:
+    hidden, weight, targets, teacher = draw(5, 8, 16)
+
+    def total(hidden: Tensor) -> Tensor:
+        teachers = TeacherLogits(lambda a, b: teacher[a:b])
+        loss = distillation_loss(
+            hidden * 2, weight, targets, teachers, alpha=1.0, temperature=2.0, divergence="forward_kl"
+        )
+        return loss.total * 2
+
+    hidden.requires_grad_()
+    compiled = torch.compile(total, backend="aot_eager")
+    assert torch.equal(*(gradients(each(hidden), hidden)[0] for each in (compiled, total)))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_autocast_sees_to_the_dtype(divergence: Divergence) -> None:
     hidden, weight, targets, teacher = draw(6, 32, 64)
