@@ -47,6 +47,25 @@ def test_equals_the_definition_rounded_once(
     torch.testing.assert_close(got.double(), turned(grad, cosines, -sines), **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_reaches_its_own_pair_alone(bad: float, dtype: torch.dtype) -> None:
+    """Position 0 has sines of 0, which make NaN of an infinity; elsewhere both channels have one, with its sign."""
+    tables = rotary_table(5, 38, 10_000.0, torch.device("cpu"))
+    x = normal(2, 5, 3, 38, seed=0)
+    for place in ((0, 0, 1, 2), (1, 3, 0, 17), (1, 4, 2, 37)):  # in whole vectors and in what is left of a head
+        x[place] = bad
+    x = x.to(dtype).requires_grad_()
+    out = rotate(x, *tables)
+    (got,) = torch.autograd.grad(out, x, x.detach())
+    cosines, sines = tables
+    for mine, signed in ((out, sines), (got, -sines)):
+        wanted = turned(x.detach(), cosines, signed)
+        rtol = 1e-5 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(mine.double(), wanted, rtol=rtol, atol=1e-6, equal_nan=True)
+        assert int((~mine.isfinite()).sum()) == 6
+
+
 def test_the_operator_is_an_ordinary_one() -> None:
     x = normal(2, 5, 3, 8, seed=0).requires_grad_()
     tables = rotary_table(5, 8, 10_000.0, torch.device("cpu"))

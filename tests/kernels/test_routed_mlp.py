@@ -183,6 +183,35 @@ def test_bad_values_stay_with_their_token(kernels: str, activation: str, value: 
     assert torch.equal(out[others], clean[others])
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["x", "gradient", "routing weight"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_not_finite_where_the_loop_s_are_not(
+    kernels: str, activation: str, where: str, value: float
+) -> None:
+    weights = weights_of(activation, True, hidden=64, inner=32, experts=4)
+    plan, routing_weights = plan_dispatch(choose(40, 4, 2), 4), weigh(40, 2)
+    x, grad = leaf(40, 64, seed=0, is_whole=activation == "swiglu_oai").detach(), leaf(40, 64, seed=9).detach()
+    if where == "routing weight":
+        routing_weights[11, 1] = value
+    else:
+        (x if where == "x" else grad)[11, 5] = value
+    leaves = [x.requires_grad_(), routing_weights.requires_grad_(), *leaves_of(weights)]
+    got = torch.autograd.grad(run(x, weights, plan, routing_weights), leaves, grad)
+    wanted = torch.autograd.grad(oracle(x, weights, plan, routing_weights), leaves, grad.double())
+    others = torch.arange(40) != 11
+    for mine, theirs in zip(got, wanted, strict=True):
+        is_finite = mine.isfinite()
+        if activation == "swiglu_oai" and where == "x":
+            # Autograd's clamp takes NaN for clamped and gives it a gradient of 0.
+            assert (theirs.isfinite() | ~is_finite).all()
+            continue
+        assert torch.equal(is_finite, theirs.isfinite())
+        assert relative_error(mine[is_finite], theirs[is_finite]) < 1e-2
+    assert not got[0][11].isfinite().any() and got[0][others].isfinite().all()
+    assert not got[2].isfinite().all()
+
+
 def test_non_contiguous_input(kernels: str) -> None:
     weights = weights_of("swiglu", False, hidden=64, inner=32, experts=4)
     plan, routing_weights = plan_dispatch(choose(40, 4, 2), 4), weigh(40, 2)
