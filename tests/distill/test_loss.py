@@ -81,6 +81,26 @@ def test_bf16_is_as_near_as_bf16_products_are(divergence: Divergence) -> None:
         torch.testing.assert_close(gradient.float(), wanted, rtol=3e-2, atol=1e-2 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operands_of_any_strides(small_chunks: None, dtype: torch.dtype, divergence: Divergence) -> None:
+    hidden, weight, targets, teacher = draw(7, 16, 33, dtype=dtype)
+    turned = [tensor.t().contiguous().t() for tensor in (hidden, weight, teacher)]
+
+    def results(own: Tensor, output: Tensor, classes: Tensor, taught: Tensor) -> list[Tensor]:
+        teachers = TeacherLogits(lambda a, b: taught[a:b])
+        own.requires_grad_(), output.requires_grad_()
+        loss = distillation_loss(own, output, classes, teachers, alpha=0.7, temperature=2.5, divergence=divergence)
+        return [loss.total, loss.divergence, *gradients(loss.total, own, output)]
+
+    strided_targets = torch.stack([targets, 1 - targets], -1)[:, 0]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for mine, wanted in zip(
+        results(*turned[:2], strided_targets, turned[2]), results(hidden, weight, targets, teacher), strict=True
+    ):
+        torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance)
+
+
 def test_the_cross_entropy_is_the_trainers() -> None:
     hidden, weight, targets, teacher = draw(50, 8, 101)
     loss = distillation_loss(

@@ -60,6 +60,25 @@ def test_equals_the_whole_logits(
     assert torch.count_nonzero(each[targets == -100]) == 0
 
 
+@pytest.mark.parametrize(("hidden_size", "vocab_size"), [(HIDDEN, VOCAB), (32, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operands_of_any_strides(
+    hidden_size: int, vocab_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", vocab_size)
+    monkeypatch.setattr(cross_entropy, "_MIN_CHUNK_TOKENS", 5)
+    plain = normal(37, hidden_size, seed=0).to(dtype), normal(vocab_size, hidden_size, seed=1).to(dtype)
+    turned = [tensor.t().contiguous().t() for tensor in plain]
+    targets = targets_of(37).remainder(vocab_size).masked_fill(targets_of(37) == -100, -100)
+    results = []
+    for hidden, weight, classes in ((*plain, targets), (*turned, torch.stack([targets, 1 - targets], -1)[:, 0])):
+        loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), classes)
+        each = linear_cross_entropy(hidden, weight, classes, reduction="none")
+        results.append([loss, each, *torch.autograd.grad(loss, (hidden, weight))])
+    for mine, wanted in zip(results[1], results[0], strict=True):
+        assert relative_error(mine, wanted) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_one_side_may_be_frozen(frozen: str) -> None:
     hidden = normal(9, HIDDEN, seed=0).requires_grad_(frozen != "hidden")
@@ -165,7 +184,13 @@ def test_what_the_operator_cannot_take_is_refused(compiled_kernels: str) -> None
     ):
         with pytest.raises(AssertionError):
             torch.ops.moesaic.linear_cross_entropy(*wrong, True)
-    for logits, classes in ((hidden, targets[:5]), (hidden.double(), targets), (hidden, targets.int())):
+    turned = torch.ones(32, 6, dtype=torch.bfloat16).t()  # its gradient takes its place, row by row
+    for logits, classes in (
+        (hidden, targets[:5]),
+        (hidden.double(), targets),
+        (hidden, targets.int()),
+        (turned, targets),
+    ):
         with pytest.raises(AssertionError):
             torch.ops.moesaic.cross_entropy(logits, classes, False)
 

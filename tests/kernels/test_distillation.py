@@ -65,6 +65,29 @@ def test_what_is_not_finite_comes_out_and_stays_in_its_token(side: str, bad: flo
     assert logits.isfinite().all(-1).tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_and_targets_of_any_strides(dtype: torch.dtype) -> None:
+    logits, teacher = normal(7, 33, seed=0).to(dtype), normal(7, 33, seed=1).float()
+    targets = torch.arange(7)
+    results = []
+    for side, classes in (
+        (teacher, targets),
+        (teacher.t().contiguous().t(), torch.stack([targets, targets + 9], -1)[:, 0]),
+        (torch.stack([teacher, -teacher], -1)[..., 0], targets.repeat_interleave(2)[::2]),
+    ):
+        student = logits.clone()
+        results.append([*teach(student, side, classes, alpha=0.7, temperature=2.5), student])
+    for others in results[1:]:
+        for mine, wanted in zip(others, results[0], strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_logits_whose_rows_are_not_contiguous_are_refused() -> None:
+    """Their gradient takes their place, row by row."""
+    with pytest.raises(AssertionError, match=r"\(1, 2\)"):
+        teach(torch.zeros(5, 2).t(), torch.zeros(2, 5), torch.tensor([1, 2]), alpha=1.0, temperature=1.0)
+
+
 def test_a_target_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises((IndexError, RuntimeError), match=r"outside the vocabulary|out of bounds"):
         teach(torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([1, 5]), alpha=1.0, temperature=1.0)

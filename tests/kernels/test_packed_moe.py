@@ -208,6 +208,35 @@ def test_more_tokens_than_one_pass_takes(format: str) -> None:
 
 @pytest.mark.parametrize("choice", ALL)
 @pytest.mark.parametrize("format", FORMATS)
+def test_input_of_any_strides(choice: str, format: str) -> None:
+    experts, residual = layer(format), layer(format, experts=None)
+    expert_ids, routing_weights = routes(7, 5, 2)
+    shares = numbers(7, seed=9)
+    for x in (numbers(7, 96, seed=3), numbers(7, 96, seed=4).bfloat16()):
+        laid_out = [x.t().contiguous().t(), torch.stack([x, -x], -1).flatten(1)[:, ::2], x[:1].expand(7, -1)]
+        with select.forced(choice):
+            for strided in laid_out:
+                y = packed_moe(
+                    strided,
+                    torch.stack([expert_ids, expert_ids.flip(0)], -1)[..., 0],
+                    routing_weights.t().contiguous().t(),
+                    experts.packed,
+                    residual=residual.packed,
+                    residual_weights=torch.stack([shares, -shares], -1)[:, 0],
+                )
+                wanted = packed_moe(
+                    strided.contiguous(),
+                    expert_ids,
+                    routing_weights,
+                    experts.packed,
+                    residual=residual.packed,
+                    residual_weights=shares,
+                )
+                assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("choice", ALL)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
 def test_infinities_and_nan_stay_in_their_token(choice: str, format: str, activation: str) -> None:
     experts = layer(format, activation)
