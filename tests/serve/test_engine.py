@@ -142,16 +142,24 @@ def test_a_request_gives_the_same_alone_and_whatever_else_runs(
         "preempted": EngineConfig(kv_cache_bytes=_bytes_of_blocks(model, 6), max_sequences=16),
         "few at a time": EngineConfig(max_sequences=3, max_batch_tokens=50, prefix_caching=False),
     }
+    if family == "mixtral":
+        crowds["64 at once"] = EngineConfig(max_sequences=64, max_batch_tokens=8192)
+    neighbour = Sampling(temperature=1.2, max_tokens=20, seed=9, ignore_end_of_text=True)
     for name, config in crowds.items():
         engine = Engine(model, tokenizer, config)
         got: dict[tuple[str, int], Got] = {}
         names = []
         for index, (prompt, sampling) in enumerate(requests):
             names.append(engine.add_request(prompt, sampling, priority=index % 2))
-            if index % 3 == 0:
+            if index % 3 == 0 and name != "64 at once":
                 collect(engine.step(), got)
+        if name == "64 at once":
+            for prompt in prompts(64, seed=2):
+                engine.add_request(prompt, neighbour, priority=2)
+        most_running = 0
         while engine.has_work:
             collect(engine.step(), got)
+            most_running = max(most_running, engine.stats().num_running)
         for request_id, expected in zip(names, alone, strict=True):
             mine = got[request_id, 0]
             assert mine.tokens == expected.tokens, name
@@ -160,6 +168,8 @@ def test_a_request_gives_the_same_alone_and_whatever_else_runs(
             assert engine.stats().num_preemptions > 0
         if name == "all at once":
             assert engine.stats().num_cached_tokens > 0
+        if name == "64 at once":
+            assert most_running == 64
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the same code on a GPU needs one")
