@@ -1,13 +1,18 @@
-"""Routes are counted some steps together: what that gives is what one step after the other gives."""
+"""Routes are counted some steps together: what that gives is what one step after the other gives. Reads of the disk."""
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from moesaic.checkpoint.mapped import open_mapped, write_mapped
 from moesaic.kernels.decode import Decoded
 from moesaic.model.transformer import Transformer
-from moesaic.serve.expert_load import ExpertLoad
+from moesaic.serve.expert_load import ExpertLoad, disk_bytes_read
 
 Make = Callable[..., Transformer]
 
@@ -42,3 +47,22 @@ def test_steps_together_give_what_one_by_one_gives(make_model: Make) -> None:
         for layer, all_counts, recent_counts in zip(load.layers(), total, recent, strict=True):
             assert list(layer.tokens_per_expert) == all_counts.tolist()
             np.testing.assert_allclose(layer.recent_tokens_per_expert, recent_counts, rtol=1e-12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts what a process reads")
+def test_what_a_mapped_file_takes_from_the_disk_is_counted(tmp_path: Path) -> None:
+    import resource
+
+    path, weights = tmp_path / "file", {"weight": torch.ones(1 << 18)}
+    with path.open("wb", buffering=0) as file:
+        write_mapped(file, weights, weights.items(), key="key")
+        os.fdatasync(file.fileno())  # only what has been written leaves memory, and tests have no os.fsync
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    mapped = open_mapped(path, key="key")
+    before, sectors = disk_bytes_read(), resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+    mapped.tensors["weight"].sum()
+    after, sectors = disk_bytes_read(), resource.getrusage(resource.RUSAGE_SELF).ru_inblock - sectors
+    if not sectors:
+        pytest.skip("this folder is on no disk, or it is not counted")
+    assert before is not None and after is not None
+    assert after - before == pytest.approx(512 * sectors, rel=0.1)  # the two looks are not at one time

@@ -47,7 +47,9 @@ def test_every_endpoint_and_metric_is_named() -> None:
     for path in re.findall(r'@router\.(?:get|post)\("(/[^"{]*[a-z])"', source):
         assert f"{path}`" in GUIDE, path
     metrics = (Path(app.__file__).parent / "metrics.py").read_text(encoding="utf-8")
-    for name in re.findall(r'^            \("(\w+)", ', metrics, re.M):
+    names = re.findall(r'^            \("(\w+)", |"moesaic_(\w+)"|= _histogram\("(\w+)"', metrics, re.M)
+    assert {"running", "expert_hit_rate", "time_to_first_token"} <= {"".join(each) for each in names}
+    for name in map("".join, names):
         assert f"`moesaic_{name}" in GUIDE, name
 
 

@@ -115,9 +115,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: Tokeniz
 
 @pytest.fixture(scope="session")
 def real_app(run_folder: Path) -> Iterator[Callable[..., FastAPI]]:
-    """A function (keys=(), engine=EngineConfig(), student=None, **ServerConfig values) that makes an application.
+    """A function (keys=(), engine=EngineConfig(), draft=None, student=None, **ServerConfig values) that makes an
+    application.
 
-    student: a model that answers while another text runs or waits.
+    draft: a model that drafts, as `engine` says. student: one that answers while another text runs or waits.
     """
     loaded = load_run(run_folder, device="cpu")
     grammars = None
@@ -128,11 +129,12 @@ def real_app(run_folder: Path) -> Iterator[Callable[..., FastAPI]]:
         *,
         keys: Sequence[str] = (),
         engine: EngineConfig | None = None,
+        draft: Transformer | None = None,
         student: Transformer | None = None,
         **values: Any,
     ) -> FastAPI:
         config = engine or EngineConfig(kv_cache_bytes=4 << 20)
-        made = Engine(loaded.model, loaded.tokenizer, config, grammars=grammars)
+        made = Engine(loaded.model, loaded.tokenizer, config, grammars=grammars, draft_model=draft)
         driven: StepEngine = made
         helps: Student | None = None
         if student is not None:

@@ -17,13 +17,15 @@ import pytest
 from fastapi import FastAPI
 
 from moesaic.config.model import ModelConfig
+from moesaic.config.serve import EngineConfig, SpeculationConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
+from moesaic.serve import expert_load
 from moesaic.serve.engine import Engine
 
 from ..conftest import VOCAB_SIZE
-from .conftest import Live, live
+from .conftest import MODEL, Live, live
 
 PROMPT = "The state of the Union"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 9}
@@ -550,6 +552,35 @@ def test_experts_and_stats_and_metrics_count_what_was_done(real: Live) -> None:
     for name in ("time_to_first_token", "time_per_output_token", "request", "queue"):
         assert float(values[f"moesaic_{name}_seconds_count"]) >= 1
     assert get("/health") == {"status": "ok"} and get("/ready") == {"status": "ready"}
+
+
+@pytest.mark.parametrize("beside", ["nothing", "a draft model", "a student"])
+def test_the_share_of_experts_that_were_in_memory_is_told_where_no_other_model_reads(
+    real_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch, beside: str
+) -> None:
+    disk_bytes = [1000]
+    monkeypatch.setattr(expert_load, "disk_bytes_read", lambda: disk_bytes[0])
+    other = None if beside == "nothing" else Transformer(ModelConfig.from_dict(MODEL)).initialize(9)
+    speculation = SpeculationConfig(method="model", model="by hand") if beside == "a draft model" else None
+    app = real_app(
+        engine=EngineConfig(kv_cache_bytes=4 << 20, speculation=speculation),
+        draft=other if beside == "a draft model" else None,
+        student=other if beside == "a student" else None,
+    )
+    used = 16 * 2 * 2 * 3 * 48 * 32 * 4  # steps, layers, experts of a token; gate, up and down, in fp32
+    with live(app) as running:
+        disk_bytes[0] += used // 4  # as a mapped file that is not in memory has it
+        # A draft that is right saves passes.
+        asked = {"prompt": [5], "max_tokens": 60 if beside == "a draft model" else 16, "ignore_eos": True}
+        post(running, "/v1/completions", asked)
+        text = httpx.get(f"{running.url}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    if beside == "nothing":
+        assert float(values["moesaic_expert_bytes_total"]) == used
+        assert float(values["moesaic_expert_hit_rate"]) == 0.75
+    else:
+        assert float(values["moesaic_steps_total"]) >= 16
+        assert "moesaic_expert_hit_rate" not in text
 
 
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "f"}}]
