@@ -539,6 +539,33 @@ def test_drafting_changes_no_token(
         assert stats.num_accepted_tokens > 0.9 * stats.num_drafted_tokens
 
 
+@pytest.mark.parametrize("draft", ["ngram", "itself", "another"])
+def test_drafting_changes_no_greedy_token_whose_lead_is_more_than_rounding(
+    draft: str, make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the C++ kernels too, where several tokens of a pass are rounded otherwise than one."""
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, num_sequences: self.max_depth)
+    model, speculation, draft_model = make_model("mixtral"), SpeculationConfig(method="ngram"), None
+    if draft != "ngram":
+        speculation = SpeculationConfig(method="model", model="by hand", max_tokens=3)
+        draft_model = model if draft == "itself" else make_model("dense", seed=1)
+    sampling = GREEDY.replace(max_tokens=20, logprobs=2)
+    with select.forced(select.REFERENCE):
+        plain = Engine(model, tokenizer)
+        engine = Engine(model, tokenizer, EngineConfig(speculation=speculation), draft_model=draft_model)
+        assert not engine.is_batch_invariant
+        asked = {engine.add_request(prompt, sampling): prompt for prompt in [*prompts(3, seed=2), REPEATING]}
+        got = finish(engine)
+        for request_id, prompt in asked.items():
+            expected = run_one(plain, prompt, sampling)
+            for token in expected.tokens:
+                most, next_most = (each.logprob for each in token.top_logprobs)
+                assert most - next_most > 1e-3  # in fp32 some hundred times what rounding moves
+            assert got[request_id, 0].ids == expected.ids
+    stats = engine.stats()
+    assert stats.num_drafted_tokens > 0 and (draft != "itself" or stats.num_accepted_tokens > 0)
+
+
 @needs_kernels
 def test_a_draft_that_is_right_saves_passes(
     make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
