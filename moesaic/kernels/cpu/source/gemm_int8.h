@@ -313,6 +313,10 @@ constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows 
 #else
 constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0, kFewMxfp4Rows = 0;
 #endif
+#if defined(MOESAIC_TILES)
+// Of 8 bits. On Emerald Rapids a layer of experts of 8 to 32 tokens takes 3 to 6 % less time by tiles.
+inline const int few_byte_rows = vectors_are_faster() ? kFewByteRows : 0;
+#endif
 
 #if defined(__AVX512F__)
 
