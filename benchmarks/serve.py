@@ -1,11 +1,12 @@
 """How near to the machine's limits does the engine serve, how do servers compare, and does ours bear a long day?
 
-The model is serving_model's (1.72 B parameters, 176 M active, random weights), the same for all. Three parts:
+The model is serving_model's: 1.72 B parameters, 176 M active, random weights. Servers and peers read the same files; in
+this process its like is drawn anew. Three parts:
 
 engine   In this process, through moesaic.serve.engine.Engine: tokens/s of prompts of 512 and of single steps behind
          them, at each batch size and format, each as a share of what the machine allows for the bytes that the format
          reads and the products that it does (products measured in this run, the rate of reading memory between the
-         rounds of each row, since it changes).
+         rounds of each row, since it changes); and what a step spends outside the C++ kernels.
          Peers in turn after it: transformers (--peer), vLLM, OpenVINO GenAI, llama.cpp where their place is given.
 servers  Ours, vLLM's and llama-server, each started, driven by moesaic.bench.serving and stopped, one after the other,
          round by round: the Azure conversation trace and ShareGPT's lengths, at several rates; goodput compared. The

@@ -326,7 +326,7 @@ class ItemWork {
 
 #if defined(MOESAIC_TILES)
 
-    // The sums of a head stay in tiles while its panels pass, and so do the queries, in units of 64 channels of a panel.
+    // The sums of a head stay in tiles while its panels pass, unit by unit of 64 channels, and so do its queries.
 
     // What is read ahead while a unit is multiplied: of the next four, lines of each in turn (Streams says why), as many as
     // it has itself.
@@ -466,6 +466,7 @@ class ItemWork {
             }
         }
     }
+
 #else
 
     // Few rows: body(p, head, heads, reads) for the panels from `first` of the list on, all heads of a panel together,
