@@ -2,9 +2,10 @@
 //
 // All query heads of a key/value head go over its keys together, and where they are few, as in a decode, several
 // key/value heads take turns: their panels of the same positions lie behind one another, so that one thread reads one
-// stream. A row's positions are worked on in splits of 256 whose results are merged in rising order, the same way whether
-// one thread or many had them: what a row gives depends on nothing else in the call, but that a value that is not finite
-// may reach rows that do not see its position, as 0 times infinity.
+// stream; tiles take one head after the other, whose sums they keep. A row's positions are worked on in splits of 256
+// whose results are merged in rising order, the same way whether one thread or many had them: what a row gives depends on
+// nothing else in the call, but that a value that is not finite may reach rows that do not see its position, as 0 times
+// infinity.
 #pragma once
 
 #include "attention_tiles.h"
