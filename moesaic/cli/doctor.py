@@ -34,7 +34,7 @@ _QUICKSTART_BYTES = 2_500_000_000
 # Modules of kernels/ that are not operations.
 _NOT_OPERATIONS = {
     "addresses", "allocator", "cpu", "device", "gradient", "huge_pages", "limits", "mxfp4", "panels", "reference",
-    "select", "threads", "triton",
+    "select", "threads", "tracing", "triton",
 }  # fmt: skip
 # A longer look than training's own takes.
 _MEASURE_SECONDS = 8.0

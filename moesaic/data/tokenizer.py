@@ -46,6 +46,8 @@ MIN_VOCAB_SIZE = 257
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+_LETTERS = frozenset(_BYTE_OF)
+_TO_BYTES = str.maketrans({letter: chr(byte) for letter, byte in _BYTE_OF.items()})
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # The trainer keeps 256 texts at a time, whatever their length; short ones bound what it holds.
 _TRAIN_PIECE_CHARS = 16 * 1024
@@ -214,10 +216,9 @@ class Tokenizer:
         if name is None or token_id in self.special_ids:
             return b""
         if self.is_byte_level:
-            values = [_BYTE_OF.get(letter) for letter in name]
             # A token that was added as plain text is spelled as it is.
-            whole = [value for value in values if value is not None]
-            return bytes(whole) if len(whole) == len(values) else str(name).encode("utf-8")
+            is_spelled = _LETTERS.issuperset(name)
+            return name.translate(_TO_BYTES).encode("latin-1") if is_spelled else str(name).encode("utf-8")
         if self.has_byte_tokens and _BYTE_TOKEN.fullmatch(name):
             return bytes([int(name[3:5], 16)])
         before = self.decode([self._letter_id])

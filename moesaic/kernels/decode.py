@@ -6,14 +6,19 @@ A plan holds the addresses of everything that a step reads; it is made once for 
 """
 
 import ctypes
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic.errors import GenerationError
+from moesaic.kernels.addresses import RemembersAddresses
 from moesaic.kernels.cpu.build import Library
 from moesaic.kernels.huge_pages import HUGE_PAGE_BYTES, zeros_on_huge_pages
 from moesaic.kernels.latent_attention import LatentStorage
@@ -128,11 +133,11 @@ class ModelPart:
 
 
 @dataclass(frozen=True)
-class Decoded:
+class Decoded(RemembersAddresses):
     """What a step gives: hidden (T, H) after the final norm, and the routes, of one MoE layer after the other.
 
     Shapes: all_expert_ids, all_routing_weights (sum over MoE layers of T * K,); top_k: K of each MoE layer; logits
-    (R, V) fp32 of the R tokens that were asked for.
+    (R, V) fp32 of the R tokens that were asked for. found_likeliest (R,): `likeliest`, where the kernels have found it.
     """
 
     hidden: Tensor
@@ -140,6 +145,41 @@ class Decoded:
     all_routing_weights: Tensor
     top_k: tuple[int, ...]
     logits: Tensor
+    found_likeliest: "array[int] | None" = None
+
+    @cached_property
+    def sizes(self) -> tuple[int, int]:
+        """T and R."""
+        return self.hidden.shape[0], self.logits.shape[0]
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of what the kernels write."""
+        assert self.found_likeliest is not None
+        tensors = (self.hidden, self.all_expert_ids, self.all_routing_weights, self.logits)
+        return *(tensor.data_ptr() for tensor in tensors), self.found_likeliest.buffer_info()[0]
+
+    @property
+    def likeliest(self) -> Sequence[int]:
+        """(R,): of each row of logits the first of the largest; -1 where they are not all finite."""
+        return self._likeliest if self.found_likeliest is None else self.found_likeliest
+
+    @cached_property
+    def _likeliest(self) -> list[int]:
+        is_finite = self.logits.isfinite().all(dim=-1)
+        found: list[int] = torch.where(is_finite, self.logits.argmax(dim=-1), -1).tolist()
+        return found
+
+    @cached_property
+    def logits_on_cpu(self) -> NDArray[np.float32]:
+        """The logits where tokens are chosen from them."""
+        found: NDArray[np.float32] = self.logits.cpu().numpy()
+        return found
+
+    @cached_property
+    def expert_ids_on_cpu(self) -> memoryview:
+        """The bytes of all_expert_ids where they are counted."""
+        return self.all_expert_ids.cpu().contiguous().numpy().data.cast("B")
 
     @property
     def expert_ids(self) -> tuple[Tensor, ...]:
@@ -153,7 +193,7 @@ class Decoded:
 
     def _by_layer(self, routes: Tensor) -> tuple[Tensor, ...]:
         # Made when asked for: two views a layer are much of a step's Python, and most steps need none.
-        count = self.hidden.shape[0]
+        count = self.sizes[0]
         parts = routes.split([count * top_k for top_k in self.top_k]) if self.top_k else ()
         return tuple(part.view(count, -1) for part in parts)
 
@@ -270,10 +310,19 @@ class DecodePlan:
     def _top_k(self) -> tuple[int, ...]:
         return tuple(layer.router.top_k for layer in self.model.layers if layer.router is not None)
 
-    def run(self, tokens: Tensor, storage: Storage, batch: PagedBatch, rows: Tensor | None = None) -> Decoded:
+    def run(
+        self,
+        tokens: Tensor,
+        storage: Storage,
+        batch: PagedBatch,
+        rows: Tensor | None = None,
+        *,
+        into: Decoded | None = None,
+    ) -> Decoded:
         """Take the new tokens (T,) int64 of a batch into the storage and return their hidden states.
 
-        rows (R,) int64, strictly rising: the tokens whose logits are wanted; None for none.
+        rows (R,) int64, strictly rising: the tokens whose logits are wanted; None for none. into: what an earlier run
+        of as many tokens and rows returned; it is overwritten and returned.
 
         Raises: GenerationError for a token outside the vocabulary.
         """
@@ -283,18 +332,15 @@ class DecodePlan:
         assert isinstance(storage, LatentStorage) == (model.layers[0].latent is not None), type(storage)
         assert storage.dtype in (torch.bfloat16, torch.int8), storage.dtype
         tokens = tokens.contiguous()
-        hidden = torch.empty(count, model.hidden_size, dtype=torch.bfloat16)
-        routes = count * sum(self._top_k)
-        expert_ids, routing_weights = torch.empty(routes, dtype=torch.int64), torch.empty(routes, dtype=torch.float32)
         num_rows = 0
         if rows is not None:
             assert rows.dtype is torch.int64 and rows.is_contiguous() and rows.is_cpu, rows
             num_rows = rows.shape[0]
-        logits = torch.empty(num_rows, model.vocab_size, dtype=torch.float32)
-        failed = self.library.function("moesaic_decode", "pdp" + "pppii" + "pippp" + "pip")(
+        out = self._make_room(count, num_rows) if into is None else into
+        assert out.sizes == (count, num_rows), (out.sizes, count, num_rows)
+        failed = self.library.function("moesaic_decode", "pdp" + "pppii" + "pipi" + "ppppp")(
             ctypes.addressof(self._struct), self._work_per_token, storage.arguments.data_ptr(), *batch.arguments,
-            tokens.data_ptr(), count, hidden.data_ptr(), expert_ids.data_ptr(), routing_weights.data_ptr(),
-            None if rows is None else rows.data_ptr(), num_rows, logits.data_ptr(),
+            tokens.data_ptr(), count, None if rows is None else rows.data_ptr(), num_rows, *out.addresses,
         )  # fmt: skip
         assert failed != 1, (batch, rows, storage.layers[0].num_blocks, model.max_positions)
         if failed:
@@ -302,7 +348,18 @@ class DecodePlan:
                 f"there are token ids from {int(tokens.min())} to {int(tokens.max())}; ids from 0 to "
                 f"{model.vocab_size - 1} are required; use the model's own tokenizer."
             )
-        return Decoded(hidden, expert_ids, routing_weights, self._top_k, logits)
+        return out
+
+    def _make_room(self, count: int, num_rows: int) -> Decoded:
+        routes = count * sum(self._top_k)
+        return Decoded(
+            torch.empty(count, self.model.hidden_size, dtype=torch.bfloat16),
+            torch.empty(routes, dtype=torch.int64),
+            torch.empty(routes, dtype=torch.float32),
+            self._top_k,
+            torch.empty(num_rows, self.model.vocab_size, dtype=torch.float32),
+            array("q", bytes(8 * num_rows)),
+        )
 
 
 def _latent_sizes(latent: LatentPart | None) -> tuple[int, int, int, int, int, float]:

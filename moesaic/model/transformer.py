@@ -278,7 +278,7 @@ class Transformer(nn.Module):
     def _forward_cached(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, seed: int) -> ModelOutput:
         """All new tokens end to end, whatever sequences they belong to."""
         step = cache.extend(*tokens.shape)
-        plan = self._usable_plan() if valid is None else None
+        plan = self.find_plan() if valid is None else None
         if plan is not None:
             hidden = plan.run(tokens.flatten(), step.storage, step.batch).hidden
             return ModelOutput(hidden.view(*tokens.shape, hidden.shape[-1]), ())
@@ -290,13 +290,14 @@ class Transformer(nn.Module):
     @property
     def runs_in_one_call(self) -> bool:
         """Whether a pass with a cache is one call of the C++ kernels, in which no token's result depends on others."""
-        return self._usable_plan() is not None
+        return self.find_plan() is not None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes a plan of its own tensors."""
         return {**self.__dict__, "_plan": None}
 
-    def _usable_plan(self) -> DecodePlan | None:
+    def find_plan(self) -> DecodePlan | None:
+        """Return what computes a pass with a cache in one call; None where the layers do, one after the other."""
         # Asked for at every step, so in few operations.
         if self.decode_part is None or not self.final_norm.weight.is_cpu:
             return None
@@ -315,7 +316,7 @@ class Transformer(nn.Module):
         rows (R,) int64 on the CPU, strictly rising: the tokens whose logits are wanted too; None for none.
         """
         assert not self.training
-        plan = self._usable_plan()
+        plan = self.find_plan()
         if plan is not None:
             return plan.run(tokens, step.storage, step.batch, rows)
         with torch.no_grad():

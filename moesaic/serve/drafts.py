@@ -15,7 +15,7 @@ from moesaic.errors import ConfigError, GenerationError
 from moesaic.model.transformer import Transformer
 from moesaic.serve.kv_blocks import BlockHash
 from moesaic.serve.runner import Part, Runner
-from moesaic.serve.sampler import SamplingState, sample
+from moesaic.serve.sampler import SamplingState, sample_row
 from moesaic.serve.scheduler import Sequence
 
 _LONGEST_NGRAM = 4
@@ -158,11 +158,11 @@ class ModelDraft:
                 tokens = [*sequence.tokens[done:], *new][-1:] if new else sequence.tokens[done:]
                 parts.append(Part(tokens, len(sequence.tokens) + len(new), sequence.blocks))
             last = [end - 1 for end in accumulate(len(part.tokens) for part in parts)]
-            logits = self._runner.run(parts, last).logits.cpu().numpy()
+            decoded = self._runner.run(parts, last)
             left = []
             for row, index in enumerate(going_on):
                 try:
-                    token = sample(logits[row], states[index]).token_id
+                    token = sample_row(decoded, row, states[index]).token_id
                 except GenerationError:
                     continue  # a draft that is no number is no draft; the model is asked alone
                 states[index].append(token)

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic.config.serve import EngineConfig, Sampling
@@ -30,7 +28,7 @@ from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
-from moesaic.serve.sampler import NotFiniteError, RequestError, SamplingState, sample, score_prompt
+from moesaic.serve.sampler import NotFiniteError, RequestError, SamplingState, sample_row, score_prompt
 from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
@@ -285,13 +283,12 @@ class Engine:
         step = self._plan_step(parts, drafted)
         decoded = self._runner.run([work.inputs for work in step], [row for work in step for row in work.choosing])
         self._load.add(decoded)
-        logits = decoded.logits.cpu().numpy()
         for work in step:
             self._score_prompt(work, decoded)
-            self._choose_tokens(work, logits, decoded)
+            self._choose_tokens(work, decoded)
             self._pending += self._advance(work)
         self._counts["steps"] += 1
-        self._step_tokens = decoded.hidden.shape[0]
+        self._step_tokens, _ = decoded.sizes
         self._step_seconds = time.perf_counter() - start
         if self._depth is not None and all(part.num_tokens == 1 for part in parts):
             self._depth.record_step(self._step_tokens, self._step_seconds - drafting_seconds)
@@ -416,18 +413,15 @@ class Engine:
                 text.finish_reason, text.message = "error", str(error)
                 return
 
-    def _choose_tokens(self, work: _Work, logits: NDArray[np.float32], decoded: Decoded) -> None:
-        """Choose a part's next token, and the ones after it as long as they are those drafted.
-
-        logits: of all rows of the step that choose.
-        """
+    def _choose_tokens(self, work: _Work, decoded: Decoded) -> None:
+        """Choose a part's next token, and the ones after it as long as they are those drafted."""
         text, drafted = work.text, work.drafted
         for number, row in enumerate(work.choosing):
             if text.finish_reason is not None:
                 return
             try:
                 mask = None if text.matcher is None else text.matcher.mask()
-                sampled = sample(logits[work.first_logits + number], text.state, mask)
+                sampled = sample_row(decoded, work.first_logits + number, text.state, mask)
                 piece = self._accept(text, sampled.token_id, number + 1)
             except GenerationError as error:
                 text.finish_reason, text.message = "error", str(error)

@@ -1,9 +1,9 @@
 """What the experts of a model do while it serves: counts per layer and expert, and of the last step."""
 
+from array import array
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from moesaic.kernels.decode import Decoded
 from moesaic.model.feed_forward import FeedForward
@@ -41,7 +41,9 @@ class ExpertLoad:
         self._total = np.zeros(sum(self._num_experts), dtype=np.int64)
         self._recent = np.zeros(len(self._total))
         self._bytes = np.repeat([_expert_bytes(model, layer) for layer in self.layer_numbers], self._num_experts)
-        self._pending: list[tuple[int, Tensor]] = []
+        # Of steps that are not counted yet: how many tokens each had, and their routes.
+        self._pending: list[int] = []
+        self._pending_ids = array("q")
         self._pending_tokens = 0
         self._distinct_experts_per_step = 0.0
         self._bytes_used = 0
@@ -53,10 +55,11 @@ class ExpertLoad:
 
     def add(self, decoded: Decoded) -> None:
         """Count a step's routes."""
-        num_tokens = decoded.hidden.shape[0]
+        num_tokens, _ = decoded.sizes
         if not self._num_experts or not num_tokens:
             return
-        self._pending.append((num_tokens, decoded.all_expert_ids))
+        self._pending.append(num_tokens)
+        self._pending_ids.frombytes(decoded.expert_ids_on_cpu)  # copied: the next step may write there
         self._pending_tokens += num_tokens
         if len(self._pending) >= _MOST_PENDING_STEPS or self._pending_tokens >= _MOST_PENDING_TOKENS:
             self._count()
@@ -81,11 +84,11 @@ class ExpertLoad:
     def _count(self) -> None:
         """Count what waits."""
         steps, self._pending, self._pending_tokens = self._pending, [], 0
+        ids, self._pending_ids = np.array(self._pending_ids), array("q")
         if not steps:
             return
         size, num_layers = len(self._total), len(self._num_experts)
-        num_tokens = np.array([count for count, _ in steps])
-        ids = np.concatenate([ids.cpu().numpy() for _, ids in steps])
+        num_tokens = np.array(steps)
         # A step's routes are one layer's after the other: where in the counts of all steps each run of them begins.
         starts = np.add.outer(np.arange(len(steps)) * size, self._starts).ravel()
         flat = ids + np.repeat(starts, np.outer(num_tokens, self._top_k).ravel())

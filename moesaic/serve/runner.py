@@ -1,5 +1,6 @@
 """Runs a model over the parts of a step: the tensors that say what is computed, the pass, and logits where needed."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import select
-from moesaic.kernels.decode import Decoded
+from moesaic.kernels.decode import Decoded, DecodePlan
 from moesaic.kernels.paged_attention import PagedBatch
 from moesaic.logs import logger
 from moesaic.model.kv_cache import BatchCache, CacheStep, allocate_storage
 from moesaic.model.transformer import Transformer
 
+# Sequences grow: tables that are kept have room for some blocks more.
+_SPARE_BLOCKS = 8
+# Logits of more tokens are much memory to keep, and making room for them is little of their step.
+_REUSED_ROWS = 16
 # Texts that are continued at once, in a warm-up: more are computed in the same form.
 _WARM_ROWS = 128
 
@@ -27,7 +32,7 @@ class Part:
 
     tokens: Sequence[int]
     length: int
-    blocks: Sequence[int]
+    blocks: "array[int]"
 
 
 class Runner:
@@ -40,28 +45,49 @@ class Runner:
         self._storage = allocate_storage(
             model.config, num_blocks, block_size=block_size, dtype=dtype, device=model.device
         )
+        self._plan: DecodePlan | None = None
+        self._singles: _Singles | None = None
 
     def run(self, parts: Sequence[Part], rows: Sequence[int] = ()) -> Decoded:
         """Compute the new tokens of all parts, end to end, and keep their keys and values.
 
-        rows: of these tokens, strictly rising, those whose logits are wanted.
+        rows: of these tokens, strictly rising, those whose logits are wanted. What is returned may be overwritten by
+        the next run.
         """
+        plan = self._find_plan() if all(len(part.tokens) == 1 for part in parts) else None
+        if plan is not None:
+            return self._run_singles(plan, parts, rows)
         tables = np.zeros((len(parts), max(len(part.blocks) for part in parts)), dtype=np.int32)
         for table, part in zip(tables, parts, strict=True):
             table[: len(part.blocks)] = part.blocks
         token_ids = [token for part in parts for token in part.tokens]
-        are_single = all(len(part.tokens) == 1 for part in parts)
-        starts = range(len(parts) + 1) if are_single else [0, *accumulate(len(part.tokens) for part in parts)]
+        starts = [0, *accumulate(len(part.tokens) for part in parts)]
         batch = PagedBatch(
             _tensor(starts, np.int32), _tensor([part.length for part in parts], np.int32), torch.from_numpy(tables)
         )
-        tokens = _tensor(token_ids, np.int64)
-        wanted = range(len(token_ids)) if len(rows) == len(token_ids) else rows
         return self.model.infer(
-            tokens.to(self._device, non_blocking=True),
+            _tensor(token_ids, np.int64).to(self._device, non_blocking=True),
             CacheStep(self._storage, batch),
-            _tensor(wanted, np.int64) if rows else None,
+            _wanted(rows, len(token_ids)),
         )
+
+    def _find_plan(self) -> DecodePlan | None:
+        if self._plan is None or self._plan.library is not select.cpu_library():
+            self._plan = self.model.find_plan()
+        return self._plan
+
+    def _run_singles(self, plan: DecodePlan, parts: Sequence[Part], rows: Sequence[int]) -> Decoded:
+        """Compute one new token for each part."""
+        count, width = len(parts), max(len(part.blocks) for part in parts)
+        singles = self._singles
+        if singles is None or singles.count != count or singles.width < width:
+            singles = self._singles = _Singles(count, -(-width // _SPARE_BLOCKS) * _SPARE_BLOCKS)
+        singles.fill(parts)
+        into = singles.decoded if len(rows) == count else None
+        decoded = plan.run(singles.tokens, self._storage, singles.batch, _wanted(rows, count), into=into)
+        if len(rows) == count <= _REUSED_ROWS:
+            singles.decoded = decoded
+        return decoded
 
     def warm_up(self, most_tokens: int) -> None:
         """Have kernels compiled that are otherwise at their first use, while others wait: on CUDA.
@@ -75,7 +101,7 @@ class Runner:
         longest = min(self._num_blocks * self._block_size, self.model.config.max_positions)
         counts = [1 << power for power in range(min(most_tokens, longest).bit_length())]
         for new, length in [*((count, count) for count in counts), (1, longest)]:
-            part = Part([0] * new, length, range(-(-length // self._block_size)))
+            part = Part([0] * new, length, array("i", range(-(-length // self._block_size))))
             self.run([part], range(min(new, _WARM_ROWS)))
 
     @torch.no_grad()
@@ -95,19 +121,49 @@ class Runner:
         return total / len(tokens)
 
 
-def _tensor(numbers: Sequence[int], dtype: type[np.integer[Any]]) -> Tensor:
-    """For reading: ranges from 0 on, as steps of single tokens need them, are kept."""
-    # In less than half of the time of torch.tensor.
-    return (
-        _counting(len(numbers), np.dtype(dtype))
-        if isinstance(numbers, range)
-        else torch.from_numpy(np.array(numbers, dtype))
-    )
+class _Singles:
+    """What a step of one token for each of so many sequences reads and gives, in memory that the next such step reuses.
+
+    Making arrays and tensors was a third of a step's Python, whose own code and data the weights have pushed out of the
+    caches. Only for a pass in one call: it is done with them when it returns, and asks of the batch nothing that this
+    remembers of its lengths.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        """width: blocks that there is room for, of each sequence."""
+        self.count, self.width = count, width
+        self._tokens, self._lengths = array("q", bytes(8 * count)), array("i", bytes(4 * count))
+        self._tables = array("i", bytes(4 * count * width))
+        self.tokens = torch.frombuffer(self._tokens, dtype=torch.int64)
+        self.batch = PagedBatch(
+            torch.arange(count + 1, dtype=torch.int32),
+            torch.frombuffer(self._lengths, dtype=torch.int32),
+            torch.frombuffer(self._tables, dtype=torch.int32).view(count, width),
+        )
+        self.decoded: Decoded | None = None  # with the logits of all
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        for place, part in enumerate(parts):
+            (self._tokens[place],) = part.tokens
+            self._lengths[place] = part.length
+            start = place * self.width
+            self._tables[start : start + len(part.blocks)] = part.blocks
+
+
+def _wanted(rows: Sequence[int], count: int) -> Tensor | None:
+    """Return which of a step's `count` tokens' logits are wanted, None for none."""
+    if not rows:
+        return None
+    return _all_rows(count) if len(rows) == count else _tensor(rows, np.int64)
 
 
 @lru_cache(maxsize=256)
-def _counting(count: int, dtype: np.dtype[Any]) -> Tensor:
-    return torch.from_numpy(np.arange(count, dtype=dtype))
+def _all_rows(count: int) -> Tensor:
+    return torch.arange(count)
+
+
+def _tensor(numbers: Sequence[int], dtype: type[np.integer[Any]]) -> Tensor:
+    return torch.from_numpy(np.array(numbers, dtype))  # in less than half of the time of torch.tensor
 
 
 def block_bytes(model: Transformer, *, block_size: int, dtype: torch.dtype) -> int:

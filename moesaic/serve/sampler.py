@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
+from moesaic.kernels.decode import Decoded
 from moesaic.moe.seeds import mix_seeds
 from moesaic.serve.outputs import GeneratedToken, TokenLogprob
 
@@ -85,6 +86,11 @@ class SamplingState:
         self._stop_ids = np.array(sorted(set(stop_ids)), dtype=np.int64)
         self._has_penalties = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._repeats = sampling.repetition_penalty != 1
+        self._wants_likeliest = (
+            (sampling.temperature == 0 or sampling.top_k == 1)
+            and sampling.logprobs is None
+            and not (ids or self._has_penalties or self._repeats)
+        )
         # Distinct tokens in the order of their first appearance, and how often each was generated; those of the prompt
         # are there for the repetition penalty only.
         seen = sorted(set(prompt)) if self._repeats else []
@@ -126,6 +132,11 @@ class SamplingState:
         """Whether scores() differ from the logits."""
         return len(self._bias_ids) > 0 or self._repeats or (self._has_penalties and len(self._places) > 0)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the first of those with the largest logit, where no grammar has a say."""
+        return self._wants_likeliest and (self.num_tokens >= self.sampling.min_tokens or len(self._stop_ids) == 0)
+
     def scores(self, logits: Floats) -> Floats:
         """Return a copy of logits (V,) less the penalties, plus the bias."""
         scores, sampling, seen = logits.copy(), self.sampling, len(self._places)
@@ -150,6 +161,13 @@ class SamplingState:
         going_on = np.ones(self.vocab_size, dtype=np.bool_) if mask is None else mask.copy()
         going_on[self._stop_ids] = False
         return going_on if mask is None or going_on.any() else mask
+
+
+def sample_row(decoded: Decoded, row: int, state: SamplingState, mask: Mask | None = None) -> Sampled:
+    """Return what `sample` does of one row of a step's logits, which are not looked at where the step has found it."""
+    if mask is None and state.takes_likeliest and (best := decoded.likeliest[row]) >= 0:
+        return Sampled(best)
+    return sample(decoded.logits_on_cpu[row], state, mask)
 
 
 def sample(logits: Floats, state: SamplingState, mask: Mask | None = None) -> Sampled:

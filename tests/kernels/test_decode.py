@@ -1,6 +1,7 @@
 """The pass in one call gives what the packed layers give one by one, for every family of models."""
 
 import ctypes
+import math
 import mmap
 import os
 import sys
@@ -288,6 +289,77 @@ def test_layers_one_by_one_give_the_same_logits_or_none() -> None:
         assert model.infer(tokens, step).logits.shape == (0, 61)
 
 
+def large_vocabulary(logits_of: dict[int, float], *, size: int = 2 * 4096 + 37) -> Transformer:
+    """A model whose logits for every token are those given, and below them elsewhere."""
+    config = ModelConfig.from_dict({**SIZES, "vocab_size": size, "tie_embeddings": False, "norm": "layernorm"})
+    model = Transformer(config, compute_dtype=torch.bfloat16)
+    model.initialize(0)
+    assert model.lm_head is not None
+    with torch.no_grad():
+        # All final hidden states are (1, 0, 0, ...), so that logits are the first column of the head.
+        model.final_norm.weight.zero_()
+        model.final_norm.bias.zero_()[0] = 1.0  # type: ignore[union-attr, operator]
+        model.lm_head[:, 0] = torch.linspace(-3.0, -2.0, size)
+        for token, logit in logits_of.items():
+            model.lm_head[token, 0] = logit
+    return pack_transformer(model, {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("logits_of", "wanted"),
+    [
+        ({}, None),
+        ({0: 1.0}, 0),
+        ({8228: 0.5}, 8228),
+        ({4095: 1.5, 4096: 1.5, 8200: 1.5}, 4095),  # in the first and second piece, and in the last, a short one
+        ({4096: 1.5, 8200: 1.5, 17: 1.25}, 4096),
+        ({8228: -0.0, 5003: 0.0}, 5003),
+        ({8227: -0.0, 8228: 0.0}, 8227),
+        ({3000: math.nan, 3001: 7.0}, -1),
+        ({8228: math.nan}, -1),
+        ({5: math.inf}, -1),
+        ({7: -math.inf, 9: 2.0}, -1),
+    ],
+)
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_finds_the_likeliest_token_of_each_row(
+    kernels: str, logits_of: dict[int, float], wanted: int | None, num_tokens: int
+) -> None:
+    model = large_vocabulary(logits_of)
+    sequences = Sequences(model.config)
+    sequences.counts = [num_tokens, 0, 0, 0]
+    step, tokens = sequences.extend(1, num_tokens), torch.arange(num_tokens)
+    decoded = model.infer(tokens, step, torch.arange(num_tokens))
+    assert decoded.found_likeliest is not None
+    expected = int(decoded.logits[0].argmax()) if wanted is None else wanted
+    assert list(decoded.likeliest) == [expected] * num_tokens
+    with select.forced("reference"):
+        by_layers = model.infer(tokens, step, torch.arange(num_tokens))
+    assert by_layers.found_likeliest is None and by_layers.likeliest == [expected] * num_tokens
+
+
+@torch.no_grad()
+def test_a_run_into_an_earlier_one_gives_the_same(kernels: str) -> None:
+    model = build("mixtral")
+    plan = model.find_plan()
+    assert plan is not None
+    sequences = Sequences(model.config)
+    sequences.counts = [1, 0, 1, 0]
+    rows, decoded = torch.arange(2), None
+    for token in (3, 5):
+        step, tokens = sequences.extend(1, 2), torch.tensor([token, token + 20])
+        fresh = plan.run(tokens, step.storage, step.batch, rows)
+        again = plan.run(tokens, step.storage, step.batch, rows, into=decoded)
+        assert decoded is None or again is decoded
+        decoded = again
+        for name in ("hidden", "all_expert_ids", "all_routing_weights", "logits"):
+            assert torch.equal(getattr(again, name), getattr(fresh, name)), name
+        assert list(again.likeliest) == fresh.logits.argmax(-1).tolist()
+    with pytest.raises(AssertionError):
+        plan.run(tokens[:1], step.storage, step.batch, rows[:1], into=decoded)
+
+
 def test_tells_which_experts_each_layer_chose(kernels: str) -> None:
     model = build("deepseek")
     assert model.decode_part is not None
@@ -308,7 +380,7 @@ def test_tells_which_experts_each_layer_chose(kernels: str) -> None:
 def test_guessing_experts_changes_nothing(kernels: str, family: str) -> None:
     expected, model = run(build(family), layer_by_layer=False), build(family)
     model.reads_ahead = True
-    plan = model._usable_plan()
+    plan = model.find_plan()
     assert plan is not None and plan.guessed_share == 0.0
     can_guess = any(layer > 0 for layer in model.config.moe_layers)
     # In a pass of few tokens that is a trial (the first step is the 16th pass), and in every one.
@@ -341,7 +413,7 @@ def test_guesses_are_right_where_layers_change_nothing(kernels: str, has_bias: b
         for token in range(48):
             sequences.counts = [1, 0, 1, 0]
             model(torch.tensor([[token, 60 - token]]), cache=sequences)
-        plan = model._usable_plan()
+        plan = model.find_plan()
         assert plan is not None and plan.guessed_share is not None
         shares.append(plan.guessed_share)
     guesses = 3 * sum(layer > 0 for layer in model.config.moe_layers)  # in each of three passes

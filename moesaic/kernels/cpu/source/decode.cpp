@@ -25,15 +25,28 @@ MOESAIC_EXPORT int64_t moesaic_want_pages(const uint8_t* from, int64_t bytes) tr
 MOESAIC_EXPORT int64_t moesaic_decode(const moesaic::DecodeModel* model, double work_per_token, const void* caches,
                                       const int32_t* starts, const int32_t* lengths, const int32_t* tables,
                                       int64_t num_sequences, int64_t table_width, const int64_t* tokens,
-                                      int64_t num_tokens, uint16_t* hidden, int64_t* expert_ids,
-                                      float* routing_weights, const int64_t* rows, int64_t num_rows,
-                                      float* logits) try {
+                                      int64_t num_tokens, const int64_t* rows, int64_t num_rows, uint16_t* hidden,
+                                      int64_t* expert_ids, float* routing_weights, float* logits,
+                                      int64_t* likeliest) try {
     using namespace moesaic;
     static thread_local Scratch workspace, places;
-    DecodeCall call{model,      static_cast<const PagedCache*>(caches), {starts, lengths, tables, num_sequences, table_width},
-                    tokens,     num_tokens,      hidden, expert_ids,
-                    routing_weights, rows,       num_rows, logits, {}, {}, {},
-                    nullptr,    should_guess(*model, num_tokens)};
+    DecodeCall call{model,
+                    static_cast<const PagedCache*>(caches),
+                    {starts, lengths, tables, num_sequences, table_width},
+                    tokens,
+                    num_tokens,
+                    rows,
+                    num_rows,
+                    hidden,
+                    expert_ids,
+                    routing_weights,
+                    logits,
+                    likeliest,
+                    {},
+                    {},
+                    {},
+                    nullptr,
+                    should_guess(*model, num_tokens)};
     if (!is_valid(call.batch, call.caches[0], num_tokens)) return 1;
     auto* positions = places.get<int32_t>(size_t(num_tokens));
     for (int64_t s = 0; s < num_sequences; ++s) {

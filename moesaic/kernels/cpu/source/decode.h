@@ -5,6 +5,9 @@
 // operations called one by one round it.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "attention_latent.h"
 #include "expert_reader.h"
 #include "moe_inference.h"
@@ -97,12 +100,13 @@ struct DecodeCall {
     PagedBatch batch;
     const int64_t* tokens;  // (T)
     int64_t num_tokens;
+    const int64_t* rows;  // (R), strictly rising: the tokens whose logits are wanted
+    int64_t num_rows;
     bf16* hidden;            // (T, H), after the final norm
     int64_t* expert_ids;     // of one MoE layer after the other (T, top_k)
     float* routing_weights;  // likewise
-    const int64_t* rows;     // (R), strictly rising: the tokens whose logits are wanted
-    int64_t num_rows;
-    float* logits;  // (R, V)
+    float* logits;           // (R, V)
+    int64_t* likeliest;      // (R), the first of the largest logits, -1 where not all are finite
     PagedPlan plan, window_plan;  // of layers without and with a window
     LatentPlan latent_plan;       // instead of them
     const int32_t* positions;  // (T)
@@ -116,6 +120,15 @@ struct DecodeCall {
     }
 };
 
+// Of some logits the largest, NaN where not all are finite, and the first token that has it.
+struct Likeliest {
+    float logit;
+    int64_t token;
+};
+
+// Columns of one row that are searched together.
+constexpr int64_t kSearched = 4096;
+
 // Everything between the operations, for T tokens.
 struct DecodeWorkspace {
     // Of these every member has its own where tokens are few.
@@ -127,6 +140,7 @@ struct DecodeWorkspace {
     bf16 *query, *latent_query, *means;  // with latents; the last two of a part of the tokens
     float *coefficients, *residual_weights, *partials, *guessed_weights, *router_parts;
     int64_t* guessed_ids;
+    Likeliest* likeliest;  // of every kSearched columns
     char* operation;
     size_t bytes;
 
@@ -168,6 +182,8 @@ struct DecodeWorkspace {
         const int64_t most_routes = call.guesses_experts ? call.most_routes() : 0;
         guessed_ids = reinterpret_cast<int64_t*>(take(size_t(most_routes) * sizeof(int64_t)));
         guessed_weights = reinterpret_cast<float*>(take(size_t(most_routes) * sizeof(float)));
+        const int64_t searches = call.num_rows * ((model.vocab_size + kSearched - 1) / kSearched);
+        likeliest = reinterpret_cast<Likeliest*>(take(size_t(searches) * sizeof(Likeliest)));
         size_t most = 0;
         auto at_least = [&](size_t size) { most = size > most ? size : most; };
         for (int64_t i = 0; i < model.num_layers; ++i) {
@@ -530,6 +546,49 @@ inline void compute_logits(Team& team, const DecodeCall& call, const DecodeWorks
                          0, work.operation});
 }
 
+// Among the columns [first, last) of a row.
+inline Likeliest search_logits(const float* row, int64_t first, int64_t last) {
+    constexpr int64_t kBlock = 16 * W;  // only the block of the largest is gone through one by one
+    Likeliest best{-std::numeric_limits<float>::infinity(), first};
+    Vf broken = zero();  // NaN where a logit is infinite or NaN
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+        const int64_t end = std::min(begin + kBlock, last);
+        Vf top = set1(row[begin]);
+        int64_t i = begin;
+        for (; i + W <= end; i += W) {
+            const Vf x = load(row + i);
+            top = max(top, x);
+            broken = fma(x, zero(), broken);
+        }
+        float largest = maximum(top);
+        for (; i < end; ++i) {
+            largest = std::max(largest, row[i]);
+            broken = fma(set1(row[i]), zero(), broken);
+        }
+        if (largest > best.logit) best = {largest, begin};
+    }
+    while (best.token + 1 < last && row[best.token] != best.logit) ++best.token;
+    if (std::isnan(sum(broken))) best.logit = std::numeric_limits<float>::quiet_NaN();
+    return best;
+}
+
+inline void find_likeliest(Team& team, const DecodeCall& call, const DecodeWorkspace& work) {
+    if (call.num_rows == 0) return;
+    const int64_t columns = call.model->vocab_size, pieces = (columns + kSearched - 1) / kSearched;
+    team.tasks(long(call.num_rows * pieces), [&](long task) {
+        const int64_t first = task % pieces * kSearched;
+        const int64_t last = std::min(first + kSearched, columns);
+        work.likeliest[task] = search_logits(call.logits + task / pieces * columns, first, last);
+    });
+    if (team.member() != 0) return;
+    for (int64_t row = 0; row < call.num_rows; ++row) {
+        Likeliest best{-std::numeric_limits<float>::infinity(), 0};
+        for (const Likeliest* own = work.likeliest + row * pieces; own < work.likeliest + (row + 1) * pieces; ++own)
+            if (!(own->logit <= best.logit) && !std::isnan(best.logit)) best = *own;
+        call.likeliest[row] = std::isnan(best.logit) ? -1 : best.token;
+    }
+}
+
 // Every thread of the team calls this, with equal arguments.
 inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& shared) {
     const DecodeModel& model = *call.model;
@@ -577,6 +636,7 @@ inline void decode(Team& team, const DecodeCall& call, const DecodeWorkspace& sh
     if (is_private && team.member() == 0)
         std::memcpy(call.hidden, work.normed, size_t(call.num_tokens * model.hidden_size) * sizeof(bf16));
     compute_logits(team, call, work);
+    find_likeliest(team, call, work);
 }
 
 }  // namespace moesaic
