@@ -166,8 +166,12 @@ class Decoded(RemembersAddresses):
 
     @cached_property
     def _likeliest(self) -> list[int]:
-        is_finite = self.logits.isfinite().all(dim=-1)
-        found: list[int] = torch.where(is_finite, self.logits.argmax(dim=-1), -1).tolist()
+        found: list[int]
+        if self.logits.is_cpu:  # NumPy's takes a tenth of the time there
+            logits = self.logits_on_cpu
+            found = np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1).tolist()
+        else:
+            found = torch.where(self.logits.isfinite().all(-1), self.logits.argmax(-1), -1).tolist()
         return found
 
     @cached_property

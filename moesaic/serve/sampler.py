@@ -16,20 +16,14 @@ from torch import Tensor
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels.decode import Decoded
+from moesaic.kernels.sampling import Floats, Ids, draw, log_total, places_of_largest
 from moesaic.moe.seeds import mix_seeds
 from moesaic.serve.outputs import GeneratedToken, TokenLogprob
 
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 # As the config says of logit_bias; an added -100 alone would not forbid a token at a high temperature.
 _FORBIDS = -100.0
-_BLOCK = 128
-# So few are sorted whole rather than searched.
-_SORTED_WHOLE = 2048
-# Of the search for a nucleus: weights below e^-40 share a bin.
-_BINS, _DEPTH = 2048, 40.0
 
 
 class RequestError(GenerationError):
@@ -165,21 +159,26 @@ class SamplingState:
 
 def sample_row(decoded: Decoded, row: int, state: SamplingState, mask: Mask | None = None) -> Sampled:
     """Return what `sample` does of one row of a step's logits, which are not looked at where the step has found it."""
-    if mask is None and state.takes_likeliest and (best := decoded.likeliest[row]) >= 0:
+    best = decoded.likeliest[row]
+    if best < 0:  # not all are finite
+        return sample(decoded.logits_on_cpu[row], state, mask)
+    if mask is None and state.takes_likeliest:
         return Sampled(best)
-    return sample(decoded.logits_on_cpu[row], state, mask)
+    return sample(decoded.logits_on_cpu[row], state, mask, best=best)
 
 
-def sample(logits: Floats, state: SamplingState, mask: Mask | None = None) -> Sampled:
+def sample(logits: Floats, state: SamplingState, mask: Mask | None = None, *, best: int | None = None) -> Sampled:
     """Return a token for one row (V,) of fp32 logits. Nothing of the state changes: append the token that is kept.
 
-    mask: the tokens that a grammar allows, (V,) bool, or None for all.
+    mask: the tokens that a grammar allows, (V,) bool, or None for all. best: the first of the largest logits, where it
+    is known and finite.
     Log-probabilities are of what the model says after penalties and bias, whatever a grammar allows of it.
 
     Raises: NotFiniteError for NaN or infinite logits; RequestError where what the request asks for leaves no token.
     """
     assert logits.shape == (state.vocab_size,), (logits.shape, state.vocab_size)
-    best = _likeliest(logits)
+    if best is None:
+        best = _likeliest(logits)
     scores = logits
     if state.edits_scores:
         with np.errstate(over="ignore"):
@@ -190,10 +189,15 @@ def sample(logits: Floats, state: SamplingState, mask: Mask | None = None) -> Sa
     if allowed is not None:
         choices = np.where(allowed, scores, np.float32(-np.inf))
         best = _likeliest(choices, state, mask)
-    token = best if state.sampling.temperature == 0 else _draw(choices, best, state)
-    if state.sampling.logprobs is None:
+    sampling, token = state.sampling, best
+    if sampling.temperature != 0:
+        token = draw(
+            choices, best, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+            min_p=sampling.min_p, uniform=state.uniform(),
+        )  # fmt: skip
+    if sampling.logprobs is None:
         return Sampled(token)
-    logprob, top_logprobs = _logprobs(scores, token, state.sampling.logprobs)
+    logprob, top_logprobs = _logprobs(scores, token, sampling.logprobs)
     return Sampled(token, logprob, top_logprobs)
 
 
@@ -264,120 +268,10 @@ def _shown(ids: Sequence[int] | Ids) -> str:
     return f"token {few}" if len(ids) == 1 else f"tokens {few}" + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
 
 
-def _draw(scores: Floats, best: int, state: SamplingState) -> int:
-    """Draw from the softmax of scores / temperature, among those that top_k, top_p and min_p leave."""
-    sampling = state.sampling
-    largest = scores[best]
-    ids: Ids | None = None
-    if sampling.top_k is not None and sampling.top_k < len(scores):
-        if sampling.top_k == 1:
-            return best
-        ids = _largest(scores, sampling.top_k)
-    weights = _weights(scores if ids is None else scores[ids], largest, sampling.temperature)
-    if sampling.top_p < 1:
-        kept = _nucleus(scores if ids is None else scores[ids], weights, sampling.top_p, largest, sampling.temperature)
-        ids, weights = kept if ids is None else ids[kept], weights[kept]
-    if sampling.min_p > 0:
-        kept = np.flatnonzero(weights >= sampling.min_p)  # the largest has weight 1
-        ids, weights = kept if ids is None else ids[kept], weights[kept]
-    place = _pick(weights, state.uniform())
-    return place if ids is None else int(ids[place])
-
-
-def _weights(scores: Floats, largest: np.float32, temperature: float) -> Floats:
-    """Return exp((scores - largest) / temperature): 1 for the largest."""
-    weights = scores - largest
-    with np.errstate(over="ignore", under="ignore"):
-        if not 1e-30 < temperature < 1e30:  # beyond what fp32 can divide by
-            return np.exp(weights.astype(np.float64) / temperature).astype(np.float32)
-        return np.exp(weights if temperature == 1 else weights / np.float32(temperature))
-
-
-def _pick(weights: Floats, uniform: float) -> int:
-    """Return the place at which the running sum of weights passes the share uniform of the total."""
-    if len(weights) > 4 * _BLOCK:
-        # A running sum of everything would take longer than all else: first find the block.
-        sums = _block_sums(weights).cumsum()
-        goal = uniform * sums[-1]
-        block = int(sums.searchsorted(goal, side="right"))
-        if block == len(sums):  # rounded up to the total
-            block = int(np.flatnonzero(np.diff(sums, prepend=0.0))[-1])
-        start = block * _BLOCK
-        within = weights[start : start + _BLOCK].cumsum(dtype=np.float64)
-        goal -= sums[block - 1] if block else 0.0
-    else:
-        start, within = 0, weights.cumsum(dtype=np.float64)
-        goal = uniform * within[-1]
-    place = int(within.searchsorted(goal, side="right"))
-    # At the end by rounding: the last that has any weight.
-    return start + (place if place < len(within) else int(np.searchsorted(within, within[-1])))
-
-
-def _block_sums(weights: Floats) -> npt.NDArray[np.float64]:
-    whole = len(weights) // _BLOCK * _BLOCK
-    sums = weights[:whole].reshape(-1, _BLOCK).sum(1).astype(np.float64)
-    return np.append(sums, weights[whole:].sum(dtype=np.float64))
-
-
-def _largest(scores: Floats, count: int) -> Ids:
-    """Return the places of the count largest, largest first, the first of equals first."""
-    blocks = len(scores) // _BLOCK
-    if 2 * count <= blocks:
-        # Every one of these blocks holds one that is at least as large, so count largest lie above the bound.
-        tops = scores[: blocks * _BLOCK].reshape(-1, _BLOCK).max(1)
-        bound = np.partition(tops, blocks - count)[blocks - count]
-    elif count < len(scores):
-        bound = np.partition(scores, len(scores) - count)[len(scores) - count]
-    else:
-        bound = np.float32(-np.inf)
-    return _falling(scores, np.flatnonzero(scores >= bound))[:count]
-
-
-def _falling(scores: Floats, places: Ids) -> Ids:
-    """Return places from the largest score down, of equal ones the smaller place first.
-
-    One sort of whole numbers, ten times as fast as a stable sort of scores.
-    """
-    bits = (scores[places] + np.float32(0)).view(np.uint32)  # -0 becomes 0, its equal
-    falling = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF)).astype(np.uint64)
-    keys = np.sort(falling << np.uint64(32) | places.astype(np.uint64))
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
-def _nucleus(scores: Floats, weights: Floats, top_p: float, largest: np.float32, temperature: float) -> Ids:
-    """Return the places, rising, of the fewest largest scores whose weights reach the share top_p, the first of equals.
-
-    The vocabulary is not sorted: only the few among which the last one must be are.
-    """
-    goal = top_p * float(_block_sums(weights).sum())
-    above = 0.0  # the weight of what is larger than all places that are sorted
-    with np.errstate(over="ignore"):
-        places = np.flatnonzero(scores >= largest - np.float32(8 * temperature))  # a sure model's 0.95 lies far above
-    if len(places) > _SORTED_WHOLE or weights[places].sum(dtype=np.float64) < goal:
-        # Bins of equal width from the largest down, the last one without an end: their order is that of the scores.
-        width = min(max(_DEPTH / _BINS * temperature, 1e-30), 1e30)
-        with np.errstate(over="ignore"):
-            depths = (largest - scores) / np.float32(width)
-        bins = np.minimum(depths, np.float32(_BINS)).astype(np.int64)
-        sums = np.bincount(bins, weights=weights, minlength=_BINS + 1).cumsum()
-        bin_of_last = min(int(sums.searchsorted(goal)), _BINS)
-        above = float(sums[bin_of_last - 1]) if bin_of_last else 0.0
-        places = np.flatnonzero(bins == bin_of_last)
-    falling = _falling(scores, places)
-    through = above + weights[falling].cumsum(dtype=np.float64)
-    falling = falling[: 1 + int(through[:-1].searchsorted(goal))]
-    if not above:
-        return np.sort(falling)
-    kept = bins < bin_of_last
-    kept[falling] = True
-    return np.flatnonzero(kept)
-
-
 def _logprobs(scores: Floats, token: int, top: int) -> tuple[float, tuple[TokenLogprob, ...]]:
     """Return the log-probability of a token, and of the top likeliest that have any."""
-    largest = scores.max()
-    total = float(largest) + float(np.log(_block_sums(_weights(scores, largest, 1.0)).sum()))
-    places = _largest(scores, min(top, len(scores))) if top else ()
+    total = log_total(scores)
+    places = places_of_largest(scores, min(top, len(scores))) if top else ()
     likeliest = tuple(
         TokenLogprob(int(place), float(scores[place]) - total) for place in places if scores[place] > -np.inf
     )

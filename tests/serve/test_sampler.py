@@ -1,6 +1,8 @@
 """A token is drawn from exactly the distribution that the settings describe, and from nothing else."""
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,18 @@ from scipy.stats import chisquare
 
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
+from moesaic.kernels import select
+from moesaic.kernels.sampling import _nucleus, _weights
 from moesaic.model.generate import choose_token
 from moesaic.serve.sampler import RequestError, SamplingState, sample, score_prompt
+
+
+@pytest.fixture(params=["kernels", "reference"], autouse=True)
+def draws_with(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draws in C++, where there is a processor for it, and by the definition."""
+    with nullcontext() if request.param == "kernels" else select.forced("reference"):
+        yield
+
 
 # One token, less than a block of the sampler, one block and more, more than are sorted whole.
 SIZES = [1, 2, 7, 128, 129, 5000]
@@ -107,8 +119,6 @@ def test_the_oracle_draws_the_same_tokens_as_often(settings: dict[str, Any]) -> 
 @pytest.mark.parametrize("ties", [False, True])
 def test_top_p_leaves_exactly_the_fewest(scale: float, top_p: float, ties: bool) -> None:
     """On vocabularies too large to be sorted, every token that may be drawn can be, and no other."""
-    from moesaic.serve.sampler import _nucleus, _weights
-
     for temperature in (0.3, 1.0, 40.0):
         logits = random_logits(20_000, 7, scale=scale, ties=ties)
         weights = _weights(logits, logits.max(), temperature)

@@ -1,0 +1,226 @@
+// A token drawn from a row of scores, among those that top_k, top_p and min_p leave: kernels/sampling.py says how.
+//
+// Only weights that somebody asks for are made: of a large vocabulary a block's largest score tells whether any of its
+// tokens can come. One thread does a row, in an order that depends on nothing else.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace moesaic {
+
+struct DrawArguments {
+    const float* scores;  // (V)
+    int64_t size;         // V
+    float largest;        // of the scores, finite
+    float temperature;
+    int64_t top_k;  // 0 for all
+    double top_p, uniform;
+    float min_p;
+};
+
+class Draw {
+  public:
+    Draw(const DrawArguments& arguments, Scratch& scratch)
+        : a_(arguments), scale_(1.44269504088896341f / arguments.temperature) {
+        blocks_ = (a_.size + kBlock - 1) / kBlock;
+        sums_ = scratch.get<double>(size_t(2 * blocks_ + kMost + kMost / 2));
+        tops_ = reinterpret_cast<float*>(sums_ + blocks_);
+        places_ = reinterpret_cast<int64_t*>(sums_ + 2 * blocks_);
+        weights_ = reinterpret_cast<float*>(places_ + kMost);
+    }
+
+    // The token; -1 where many tokens are left, or none has a weight: then the definition decides.
+    int64_t token() {
+        const bool has_top_k = a_.top_k > 0 && a_.top_k < a_.size;
+        if (!has_top_k && a_.top_p >= 1.0 && a_.min_p <= 0.0f) return among_all();
+        const int64_t count = has_top_k ? keep_largest() : a_.top_p < 1.0 ? keep_share() : keep_weighty();
+        return count < 0 ? -1 : among(count, has_top_k);
+    }
+
+  private:
+    static constexpr int64_t kBlock = 64;   // scores whose sum of weights, or largest, is kept
+    static constexpr int64_t kMost = 4096;  // so many tokens at most are looked at one by one
+    static constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+    int64_t begin(int64_t block) const { return block * kBlock; }
+    int64_t end(int64_t block) const { return std::min(begin(block) + kBlock, a_.size); }
+    Vf weigh(Vf scores) const { return exp2_of_negative(mul(sub(scores, set1(a_.largest)), set1(scale_))); }
+
+    // Calls body(vector, its place) for a block, -infinity behind the last score.
+    template <typename Body>
+    void each_vector(int64_t block, Body&& body) const {
+        const int64_t last = end(block);
+        int64_t i = begin(block);
+        if (last - i == kBlock) {
+#pragma GCC unroll 16
+            for (int64_t k = 0; k < kBlock; k += W) body(load(a_.scores + i + k), i + k);
+            return;
+        }
+        for (; i + W <= last; i += W) body(load(a_.scores + i), i);
+        if (i == last) return;
+        alignas(64) float rest[W];
+        std::fill(rest, rest + W, kNothing);
+        std::memcpy(rest, a_.scores + i, size_t(last - i) * sizeof(float));
+        body(load(rest), i);
+    }
+
+    // Find the sum of weights of each block, or its largest score, or both; returns the sum of all weights.
+    template <bool WithSums, bool WithTops>
+    double look_through() {
+        double total = 0;
+        for (int64_t block = 0; block < blocks_; ++block) {
+            Vf own = zero(), top = set1(kNothing);
+            each_vector(block, [&](Vf x, int64_t) {
+                if constexpr (WithSums) own = add(own, weigh(x));
+                if constexpr (WithTops) top = max(top, x);
+            });
+            if constexpr (WithSums) total += sums_[block] = double(sum(own));
+            if constexpr (WithTops) tops_[block] = maximum(top);
+        }
+        return total;
+    }
+
+    struct Place {
+        int64_t index;  // -1 where nothing has a weight
+        double inside;  // what of the goal is left to it
+    };
+
+    // Where the running sum passes a goal; by rounding it may not, and then the last that has a weight.
+    template <typename T>
+    static Place find(const T* weights, int64_t count, double goal) {
+        Place last{-1, 0};
+        double running = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            if (weights[i] > 0) last = {i, goal - running};
+            running += double(weights[i]);
+            if (running > goal) break;
+        }
+        return last;
+    }
+
+    int64_t among_all() {
+        const double total = look_through<true, false>();
+        const Place block = find(sums_, blocks_, a_.uniform * total);
+        if (block.index < 0) return -1;
+        alignas(64) float own[kBlock];
+        const int64_t first = begin(block.index);
+        each_vector(block.index, [&](Vf x, int64_t at) { store(own + at - first, weigh(x)); });
+        return first + find(own, end(block.index) - first, block.inside).index;
+    }
+
+    // Keep the tokens with scores of at least `bound`, in their order; returns how many, -1 for too many.
+    int64_t keep_from(float bound) {
+        int64_t count = 0;
+        for (int64_t block = 0; block < blocks_; ++block) {
+            if (tops_[block] < bound) continue;
+            for (int64_t i = begin(block); i < end(block); ++i) {
+                if (a_.scores[i] < bound) continue;
+                if (count == kMost) return -1;
+                places_[count++] = i;
+            }
+        }
+        return count;
+    }
+
+    // Keep all tokens whose weights are above `weight`, and some below it.
+    int64_t keep_weights_from(double weight) {
+        const double largest = a_.largest, slack = 1e-3 * double(a_.temperature) + 1e-6 * std::abs(largest);
+        const double bound = largest + std::log(weight) * double(a_.temperature) - slack;
+        return bound > -1e38 ? keep_from(float(bound)) : -1;
+    }
+
+    int64_t keep_weighty() {
+        look_through<false, true>();
+        return keep_weights_from(a_.min_p);
+    }
+
+    // The top_k largest, from the largest down, the first of equals first.
+    int64_t keep_largest() {
+        if (2 * a_.top_k > blocks_) return -1;
+        look_through<false, true>();
+        auto* falling = reinterpret_cast<float*>(sums_);
+        std::copy(tops_, tops_ + blocks_, falling);
+        std::nth_element(falling, falling + a_.top_k - 1, falling + blocks_, std::greater<float>());
+        // So many blocks have a score that is at least as large.
+        const int64_t count = keep_from(falling[a_.top_k - 1]);
+        if (count < 0) return -1;
+        sort(count);
+        return a_.top_k;
+    }
+
+    // The fewest of the largest scores whose weights reach the share top_p of all, in their order.
+    int64_t keep_share() {
+        const double goal = a_.top_p * look_through<true, true>();
+        const int64_t count = keep_weights_from(kSureWeight);
+        if (count < 0) return -1;
+        sort(count);
+        weigh_kept(count);
+        const int64_t kept = reach(goal, count);
+        if (kept < 0) return -1;
+        std::sort(places_, places_ + kept);
+        return kept;
+    }
+    static constexpr double kSureWeight = 3.4e-4;  // e^-8: a sure model's share lies far above
+
+    // How many of the kept tokens' weights come to `goal`; -1 where all do not.
+    int64_t reach(double goal, int64_t count) const {
+        double through = 0;
+        for (int64_t i = 0; i < count; ++i)
+            if ((through += double(weights_[i])) >= goal) return i + 1;
+        return -1;
+    }
+
+    // From the largest score down, the first of equals first: by one key, whose upper half falls as scores rise.
+    void sort(int64_t count) {
+        auto* keys = reinterpret_cast<uint64_t*>(places_);
+        for (int64_t i = 0; i < count; ++i) {
+            const float score = a_.scores[places_[i]] + 0.0f;  // -0 becomes 0, its equal
+            uint32_t bits;
+            std::memcpy(&bits, &score, sizeof(bits));
+            keys[i] = uint64_t(bits >> 31 ? bits : bits ^ 0x7fffffffu) << 32 | uint64_t(places_[i]);
+        }
+        std::sort(keys, keys + count);
+        for (int64_t i = 0; i < count; ++i) places_[i] = int64_t(keys[i] & 0xffffffffu);
+    }
+
+    void weigh_kept(int64_t count) {
+        for (int64_t i = 0; i < count; ++i) weights_[i] = a_.scores[places_[i]];
+        std::fill(weights_ + count, weights_ + (count + W - 1) / W * W, kNothing);
+        for (int64_t i = 0; i < count; i += W) store(weights_ + i, weigh(load(weights_ + i)));
+    }
+
+    // Choose among the kept tokens; of the top_k, which are falling, those that reach top_p of their sum.
+    int64_t among(int64_t count, bool is_top_k) {
+        weigh_kept(count);
+        if (is_top_k && a_.top_p < 1.0) count = reach(a_.top_p * sum_kept(count), count);
+        if (count < 0) return -1;
+        for (int64_t i = 0; i < count; ++i)
+            if (weights_[i] < a_.min_p) weights_[i] = 0;
+        const int64_t place = find(weights_, count, a_.uniform * sum_kept(count)).index;
+        return place < 0 ? -1 : places_[place];
+    }
+
+    double sum_kept(int64_t count) const {
+        double total = 0;
+        for (int64_t i = 0; i < count; ++i) total += double(weights_[i]);
+        return total;
+    }
+
+    const DrawArguments& a_;
+    const float scale_;  // to powers of 2
+    int64_t blocks_;
+    double* sums_;  // of each block
+    float* tops_;
+    int64_t* places_;  // of the tokens that are kept, and their weights
+    float* weights_;
+};
+
+}  // namespace moesaic
