@@ -15,7 +15,7 @@ from moesaic.errors import ConfigError, GenerationError
 from moesaic.model.transformer import Transformer
 from moesaic.serve.kv_blocks import BlockHash
 from moesaic.serve.runner import Part, Runner
-from moesaic.serve.sampler import SamplingState, sample_row
+from moesaic.serve.sampler import RowSampler, SamplingState
 from moesaic.serve.scheduler import Sequence
 
 _LONGEST_NGRAM = 4
@@ -159,10 +159,11 @@ class ModelDraft:
                 parts.append(Part(tokens, len(sequence.tokens) + len(new), sequence.blocks))
             last = [end - 1 for end in accumulate(len(part.tokens) for part in parts)]
             decoded = self._runner.run(parts, last)
+            sampler = RowSampler(decoded, [(row, states[index], 0) for row, index in enumerate(going_on)])
             left = []
             for row, index in enumerate(going_on):
                 try:
-                    token = sample_row(decoded, row, states[index]).token_id
+                    token = sampler.sample(row, states[index]).token_id
                 except GenerationError:
                     continue  # a draft that is no number is no draft; the model is asked alone
                 states[index].append(token)

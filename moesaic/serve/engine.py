@@ -28,7 +28,7 @@ from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
-from moesaic.serve.sampler import NotFiniteError, RequestError, SamplingState, sample_row, score_prompt
+from moesaic.serve.sampler import NotFiniteError, RequestError, RowSampler, SamplingState, score_prompt
 from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
@@ -85,6 +85,13 @@ class _Work:
         end = sequence.num_computed + self.part.num_tokens
         tokens = (*sequence.tokens[sequence.num_computed : end], *self.drafted)
         return Part(tokens, end + len(self.drafted), sequence.blocks)
+
+    @property
+    def coming(self) -> list[tuple[int, SamplingState, int]]:
+        """For RowSampler: those that no grammar has a say in."""
+        if self.text.matcher is not None:
+            return []
+        return [(self.first_logits + number, self.text.state, number) for number in range(len(self.choosing))]
 
 
 class Engine:
@@ -283,9 +290,10 @@ class Engine:
         step = self._plan_step(parts, drafted)
         decoded = self._runner.run([work.inputs for work in step], [row for work in step for row in work.choosing])
         self._load.add(decoded)
+        sampler = RowSampler(decoded, [coming for work in step for coming in work.coming])
         for work in step:
             self._score_prompt(work, decoded)
-            self._choose_tokens(work, decoded)
+            self._choose_tokens(work, sampler, decoded)
             self._pending += self._advance(work)
         self._counts["steps"] += 1
         self._step_tokens, _ = decoded.sizes
@@ -413,7 +421,7 @@ class Engine:
                 text.finish_reason, text.message = "error", str(error)
                 return
 
-    def _choose_tokens(self, work: _Work, decoded: Decoded) -> None:
+    def _choose_tokens(self, work: _Work, sampler: RowSampler, decoded: Decoded) -> None:
         """Choose a part's next token, and the ones after it as long as they are those drafted."""
         text, drafted = work.text, work.drafted
         for number, row in enumerate(work.choosing):
@@ -421,7 +429,7 @@ class Engine:
                 return
             try:
                 mask = None if text.matcher is None else text.matcher.mask()
-                sampled = sample_row(decoded, work.first_logits + number, text.state, mask)
+                sampled = sampler.sample(work.first_logits + number, text.state, mask)
                 piece = self._accept(text, sampled.token_id, number + 1)
             except GenerationError as error:
                 text.finish_reason, text.message = "error", str(error)

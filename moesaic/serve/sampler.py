@@ -16,7 +16,7 @@ from torch import Tensor
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels.decode import Decoded
-from moesaic.kernels.sampling import Floats, Ids, draw, log_total, places_of_largest
+from moesaic.kernels.sampling import Floats, Ids, RowDraw, draw_rows, log_total, places_of_largest
 from moesaic.moe.seeds import mix_seeds
 from moesaic.serve.outputs import GeneratedToken, TokenLogprob
 
@@ -80,11 +80,8 @@ class SamplingState:
         self._stop_ids = np.array(sorted(set(stop_ids)), dtype=np.int64)
         self._has_penalties = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._repeats = sampling.repetition_penalty != 1
-        self._wants_likeliest = (
-            (sampling.temperature == 0 or sampling.top_k == 1)
-            and sampling.logprobs is None
-            and not (ids or self._has_penalties or self._repeats)
-        )
+        self._takes_logits = sampling.logprobs is None and not (ids or self._has_penalties or self._repeats)
+        self.takes_likeliest = sampling.temperature == 0 or sampling.top_k == 1
         # Distinct tokens in the order of their first appearance, and how often each was generated; those of the prompt
         # are there for the repetition penalty only.
         seen = sorted(set(prompt)) if self._repeats else []
@@ -117,9 +114,9 @@ class SamplingState:
             self._ids[place] = token_id
         self._counts[place] += 1
 
-    def uniform(self) -> float:
-        """Return the random number in [0, 1) that the next token is drawn with."""
-        return (mix_seeds(self.seed, self.num_tokens) >> 10) * 2.0**-53
+    def uniform(self, num_before: int = 0) -> float:
+        """Return the random number in [0, 1) that the next token is drawn with, or the one that so many come before."""
+        return (mix_seeds(self.seed, self.num_tokens + num_before) >> 10) * 2.0**-53
 
     @property
     def edits_scores(self) -> bool:
@@ -127,9 +124,16 @@ class SamplingState:
         return len(self._bias_ids) > 0 or self._repeats or (self._has_penalties and len(self._places) > 0)
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether the next token is the first of those with the largest logit, where no grammar has a say."""
-        return self._wants_likeliest and (self.num_tokens >= self.sampling.min_tokens or len(self._stop_ids) == 0)
+    def is_plain(self) -> bool:
+        """Whether nothing but a token is asked of the next row, and nothing but a grammar changes its logits."""
+        return self._takes_logits and (self.num_tokens >= self.sampling.min_tokens or len(self._stop_ids) == 0)
+
+    def draw(self, row: int, best: int, *, num_before: int = 0) -> RowDraw:
+        """Return how the next token is drawn, or the one that so many come before."""
+        sampling = self.sampling
+        return RowDraw(
+            row, best, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, self.uniform(num_before)
+        )
 
     def scores(self, logits: Floats) -> Floats:
         """Return a copy of logits (V,) less the penalties, plus the bias."""
@@ -157,14 +161,35 @@ class SamplingState:
         return going_on if mask is None or going_on.any() else mask
 
 
-def sample_row(decoded: Decoded, row: int, state: SamplingState, mask: Mask | None = None) -> Sampled:
-    """Return what `sample` does of one row of a step's logits, which are not looked at where the step has found it."""
-    best = decoded.likeliest[row]
-    if best < 0:  # not all are finite
-        return sample(decoded.logits_on_cpu[row], state, mask)
-    if mask is None and state.takes_likeliest:
-        return Sampled(best)
-    return sample(decoded.logits_on_cpu[row], state, mask, best=best)
+class RowSampler:
+    """Chooses tokens from the rows of one step: `sample` of each, with what may be done for all rows together."""
+
+    def __init__(self, decoded: Decoded, coming: Sequence[tuple[int, SamplingState, int]]) -> None:
+        """coming: of texts without a grammar, which rows are to come: (row, the text's state, how many of its tokens
+        come before).
+        """
+        self._decoded = decoded
+        likeliest = decoded.likeliest
+        draws = [
+            state.draw(row, likeliest[row], num_before=before)
+            for row, state, before in coming
+            if state.is_plain and not state.takes_likeliest and likeliest[row] >= 0
+        ]
+        self._drawn: dict[int, int] = {}
+        if len(draws) > 1:
+            tokens = draw_rows(decoded.logits_on_cpu, draws)
+            self._drawn = {each.row: token for each, token in zip(draws, tokens, strict=True)}
+
+    def sample(self, row: int, state: SamplingState, mask: Mask | None = None) -> Sampled:
+        best = self._decoded.likeliest[row]
+        if best < 0:  # not all are finite
+            return sample(self._decoded.logits_on_cpu[row], state, mask)
+        if mask is None and state.is_plain:
+            if state.takes_likeliest:
+                return Sampled(best)
+            if (drawn := self._drawn.get(row)) is not None:
+                return Sampled(drawn)
+        return sample(self._decoded.logits_on_cpu[row], state, mask, best=best)
 
 
 def sample(logits: Floats, state: SamplingState, mask: Mask | None = None, *, best: int | None = None) -> Sampled:
@@ -191,10 +216,7 @@ def sample(logits: Floats, state: SamplingState, mask: Mask | None = None, *, be
         best = _likeliest(choices, state, mask)
     sampling, token = state.sampling, best
     if sampling.temperature != 0:
-        token = draw(
-            choices, best, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
-            min_p=sampling.min_p, uniform=state.uniform(),
-        )  # fmt: skip
+        (token,) = draw_rows(choices[None], [state.draw(0, best)])
     if sampling.logprobs is None:
         return Sampled(token)
     logprob, top_logprobs = _logprobs(scores, token, sampling.logprobs)

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from moesaic.kernels import select
-from moesaic.kernels.sampling import Floats, draw
+from moesaic.kernels import sampling, select
+from moesaic.kernels.sampling import Floats, RowDraw, draw_rows
 
 from .instruction_sets import COMPILED
 
@@ -40,6 +41,11 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def settings_of(**given: Any) -> dict[str, Any]:
     return {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0} | given
+
+
+def draw(scores: Floats, best: int, **settings: Any) -> int:
+    (token,) = draw_rows(scores[None], [RowDraw(row=0, best=best, **settings)])
+    return token
 
 
 def shares_of(scores: Floats, **given: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -79,18 +85,33 @@ def test_draws_are_those_of_the_definition(kernels: str, settings: dict[str, Any
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_usual_draws_are_made_in_one_call(kernels: str, settings: dict[str, Any]) -> None:
+def test_usual_draws_are_the_kernels_own(
+    kernels: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The definition is there for the few that the kernels leave to it."""
-    library = select.cpu_library()
-    assert library is not None
+    monkeypatch.setattr(sampling, "_draw", None)
     scores = np.random.default_rng(1).normal(scale=6.0, size=32_000).astype(np.float32)
-    given = settings_of(**settings)
-    token = library.function("moesaic_draw", "piifidfd")(
-        scores.ctypes.data, len(scores), int(scores.argmax()), given["temperature"], given["top_k"] or 0,
-        given["top_p"], given["min_p"], 0.5,
-    )  # fmt: skip
-    assert token == draw(scores, int(scores.argmax()), uniform=0.5, **given)
-    assert token >= 0
+    assert 0 <= draw(scores, int(scores.argmax()), uniform=0.5, **settings_of(**settings)) < 32_000
+
+
+@pytest.mark.parametrize("size", [65, 5000])
+def test_rows_are_drawn_side_by_side_as_alone(kernels: str, size: int) -> None:
+    source = np.random.default_rng(6)
+    scores = source.normal(scale=3.0, size=(7, size)).astype(np.float32)
+    draws = [
+        RowDraw(row=row, best=int(scores[row].argmax()), uniform=uniform, **settings_of(**settings))
+        for settings in (*SETTINGS, {"temperature": 1e-35}, {"top_k": size - 1})
+        for row, uniform in zip(source.permutation(7)[:5], source.random(5), strict=True)
+    ]
+    together = draw_rows(scores, draws)
+    assert together == [draw_rows(scores, [each])[0] for each in draws]
+    assert draw_rows(scores, []) == []
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert draw_rows(scores, draws) == together
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,10 @@
 
 #include "export.h"
 
-// A token, or -1 where the definition in Python has to decide.
-MOESAIC_EXPORT int64_t moesaic_draw(const float* scores, int64_t size, int64_t best, float temperature, int64_t top_k,
-                                    double top_p, float min_p, double uniform) try {
+// Fill in the tokens of rows of `size` scores.
+MOESAIC_EXPORT int64_t moesaic_draw(moesaic::RowDraw* draws, int64_t count, int64_t size) try {
     using namespace moesaic;
-    static thread_local Scratch scratch;
-    const DrawArguments arguments{scores, size, scores[best], temperature, top_k, top_p, uniform, min_p};
-    return Draw(arguments, scratch).token();
+    const double work = count > 1 ? 20.0 * double(count) * double(size) : 0.0;  // one row is one thread's
+    run_team(work, [&](Team& team) { draw_rows(team, draws, count, size); });
+    return 0;
 } MOESAIC_NO_MEMORY

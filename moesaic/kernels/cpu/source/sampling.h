@@ -16,31 +16,35 @@
 
 namespace moesaic {
 
-struct DrawArguments {
+// All members are of 8 bytes: Python fills these structs.
+struct RowDraw {
     const float* scores;  // (V)
-    int64_t size;         // V
-    float largest;        // of the scores, finite
-    float temperature;
-    int64_t top_k;  // 0 for all
-    double top_p, uniform;
-    float min_p;
+    int64_t best;         // the first of the largest, which is finite
+    int64_t top_k;        // 0 for all
+    double temperature, top_p, min_p, uniform;
+    int64_t token;  // what is drawn; -1 where the definition has to decide
 };
 
 class Draw {
   public:
-    Draw(const DrawArguments& arguments, Scratch& scratch)
-        : a_(arguments), scale_(1.44269504088896341f / arguments.temperature) {
-        blocks_ = (a_.size + kBlock - 1) / kBlock;
+    Draw(const RowDraw& draw, int64_t size, Scratch& scratch)
+        : a_(draw),
+          size_(size),
+          blocks_((size + kBlock - 1) / kBlock),
+          largest_(draw.scores[draw.best]),
+          scale_(1.44269504088896341f / float(draw.temperature)),
+          min_p_(float(draw.min_p)) {
         sums_ = scratch.get<double>(size_t(2 * blocks_ + kMost + kMost / 2));
         tops_ = reinterpret_cast<float*>(sums_ + blocks_);
         places_ = reinterpret_cast<int64_t*>(sums_ + 2 * blocks_);
         weights_ = reinterpret_cast<float*>(places_ + kMost);
     }
 
-    // The token; -1 where many tokens are left, or none has a weight: then the definition decides.
+    // The token; -1 where many tokens are left, none has a weight, or fp32 cannot divide by the temperature.
     int64_t token() {
-        const bool has_top_k = a_.top_k > 0 && a_.top_k < a_.size;
-        if (!has_top_k && a_.top_p >= 1.0 && a_.min_p <= 0.0f) return among_all();
+        if (!(a_.temperature > 1e-30 && a_.temperature < 1e30)) return -1;
+        const bool has_top_k = a_.top_k > 0 && a_.top_k < size_;
+        if (!has_top_k && a_.top_p >= 1.0 && min_p_ <= 0.0f) return among_all();
         const int64_t count = has_top_k ? keep_largest() : a_.top_p < 1.0 ? keep_share() : keep_weighty();
         return count < 0 ? -1 : among(count, has_top_k);
     }
@@ -51,8 +55,8 @@ class Draw {
     static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
     int64_t begin(int64_t block) const { return block * kBlock; }
-    int64_t end(int64_t block) const { return std::min(begin(block) + kBlock, a_.size); }
-    Vf weigh(Vf scores) const { return exp2_of_negative(mul(sub(scores, set1(a_.largest)), set1(scale_))); }
+    int64_t end(int64_t block) const { return std::min(begin(block) + kBlock, size_); }
+    Vf weigh(Vf scores) const { return exp2_of_negative(mul(sub(scores, set1(largest_)), set1(scale_))); }
 
     // Calls body(vector, its place) for a block, -infinity behind the last score.
     template <typename Body>
@@ -132,14 +136,14 @@ class Draw {
 
     // Keep all tokens whose weights are above `weight`, and some below it.
     int64_t keep_weights_from(double weight) {
-        const double largest = a_.largest, slack = 1e-3 * double(a_.temperature) + 1e-6 * std::abs(largest);
-        const double bound = largest + std::log(weight) * double(a_.temperature) - slack;
+        const double largest = largest_, slack = 1e-3 * a_.temperature + 1e-6 * std::abs(largest);
+        const double bound = largest + std::log(weight) * a_.temperature - slack;
         return bound > -1e38 ? keep_from(float(bound)) : -1;
     }
 
     int64_t keep_weighty() {
         look_through<false, true>();
-        return keep_weights_from(a_.min_p);
+        return keep_weights_from(min_p_);
     }
 
     // The top_k largest, from the largest down, the first of equals first.
@@ -203,7 +207,7 @@ class Draw {
         if (is_top_k && a_.top_p < 1.0) count = reach(a_.top_p * sum_kept(count), count);
         if (count < 0) return -1;
         for (int64_t i = 0; i < count; ++i)
-            if (weights_[i] < a_.min_p) weights_[i] = 0;
+            if (weights_[i] < min_p_) weights_[i] = 0;
         const int64_t place = find(weights_, count, a_.uniform * sum_kept(count)).index;
         return place < 0 ? -1 : places_[place];
     }
@@ -214,13 +218,20 @@ class Draw {
         return total;
     }
 
-    const DrawArguments& a_;
-    const float scale_;  // to powers of 2
-    int64_t blocks_;
+    const RowDraw& a_;
+    const int64_t size_, blocks_;
+    const float largest_, scale_;  // the latter to powers of 2
+    const float min_p_;
     double* sums_;  // of each block
     float* tops_;
     int64_t* places_;  // of the tokens that are kept, and their weights
     float* weights_;
 };
+
+// Every thread of the team calls this, with equal arguments.
+inline void draw_rows(Team& team, RowDraw* draws, int64_t count, int64_t size) {
+    static thread_local Scratch scratch;
+    team.tasks(long(count), [&](long i) { draws[i].token = Draw(draws[i], size, scratch).token(); });
+}
 
 }  // namespace moesaic
