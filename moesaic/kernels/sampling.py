@@ -1,9 +1,8 @@
-"""Drawing tokens from rows of scores, and what else is asked of a row: its largest, and the log of its sum.
+"""Drawing tokens from rows of scores, and what else is asked of rows: the log of their sums, and their largest.
 
-Rows are NumPy vectors on the CPU. A draw in C++ takes a third to a fifth of the time, several rows are drawn side by
-side, and those of which too many tokens are left are NumPy's, which defines all of them. The two round weights
-differently: a draw on the border between two tokens may give one here and the other there, and with the same kernels
-it always gives the same.
+Rows are NumPy vectors on the CPU. C++ takes a third to a fifth of the time for one and does several side by side; those
+of which too many tokens are left are NumPy's, which defines all of them. The two round weights differently: a draw on
+the border between two tokens may give one here and the other there, and with the same kernels always the same.
 """
 
 import ctypes
@@ -64,13 +63,34 @@ def draw_rows(scores: Floats, draws: Sequence[RowDraw]) -> list[int]:
     return [_draw(scores[each.row], each) if token < 0 else token for token, each in zip(tokens, draws, strict=True)]
 
 
-def log_total(scores: Floats) -> float:
-    """Return the log of the sum of e to these scores (V,)."""
-    largest = scores.max()
-    return float(largest) + float(np.log(_block_sums(_weights(scores, largest, 1.0)).sum()))
+def log_totals(scores: Floats, top: int = 0) -> tuple[list[float], Ids]:
+    """Return of each row (R, V) the log of the sum of e to its scores, and its `top` largest places (R, top).
+
+    The largest come first, of equals the first ones; top: at most V. Of a row whose largest score is not finite the log
+    is NaN, and the places are all 0.
+    """
+    rows, size = scores.shape
+    totals, likeliest = np.empty(rows, np.float64), np.empty((rows, top), np.int64)
+    library = select.cpu_library()
+    if library is None:
+        totals.fill(np.nan)
+    else:
+        scores = np.ascontiguousarray(scores)
+        assert scores.dtype == np.float32, scores.dtype
+        library.function("moesaic_log_totals", "piiipp")(
+            scores.ctypes.data, rows, size, top, totals.ctypes.data, likeliest.ctypes.data
+        )
+    for row in np.flatnonzero(np.isnan(totals)):
+        largest = scores[row].max()
+        if np.isfinite(largest):
+            totals[row] = float(largest) + np.log(_block_sums(_weights(scores[row], largest, 1.0)).sum())
+            likeliest[row] = _places_of_largest(scores[row], top) if top else ()
+        else:
+            likeliest[row] = 0
+    return totals.tolist(), likeliest
 
 
-def places_of_largest(scores: Floats, count: int) -> Ids:
+def _places_of_largest(scores: Floats, count: int) -> Ids:
     """Return the places of the count largest, largest first, the first of equals first."""
     blocks = len(scores) // _BLOCK
     if 2 * count <= blocks:
@@ -90,7 +110,7 @@ def _draw(scores: Floats, given: RowDraw) -> int:
     if given.top_k is not None and given.top_k < len(scores):
         if given.top_k == 1:
             return given.best
-        ids = places_of_largest(scores, given.top_k)
+        ids = _places_of_largest(scores, given.top_k)
     weights = _weights(scores if ids is None else scores[ids], largest, temperature)
     if given.top_p < 1:
         kept = _nucleus(scores if ids is None else scores[ids], weights, given.top_p, largest, temperature)

@@ -16,7 +16,7 @@ from torch import Tensor
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels.decode import Decoded
-from moesaic.kernels.sampling import Floats, Ids, RowDraw, draw_rows, log_total, places_of_largest
+from moesaic.kernels.sampling import Floats, Ids, RowDraw, draw_rows, log_totals
 from moesaic.moe.seeds import mix_seeds
 from moesaic.serve.outputs import GeneratedToken, TokenLogprob
 
@@ -231,11 +231,12 @@ def score_prompt(logits: Tensor, target_ids: Sequence[int], *, top: int) -> list
     """
     assert len(logits) == len(target_ids), (logits.shape, len(target_ids))
     rows = logits.detach().cpu().numpy()
+    totals, likeliest = log_totals(rows, min(top, logits.shape[1]))
     scored = []
-    for row, target in zip(rows, target_ids, strict=True):
-        _likeliest(row)
-        logprob, top_logprobs = _logprobs(row, target, top)
-        scored.append(GeneratedToken(target, logprob, top_logprobs))
+    for row, target, total, largest in zip(rows, target_ids, totals, likeliest, strict=True):
+        if not math.isfinite(total):
+            raise _not_finite(row.max())
+        scored.append(GeneratedToken(target, row.item(target) - total, _with_logprobs(row, largest, total)))
     return scored
 
 
@@ -254,9 +255,13 @@ def _likeliest(scores: Floats, state: SamplingState | None = None, mask: Mask | 
             f"the largest logit is {scores[best]} after the penalties; a finite one is required; one of them is out of "
             f"all proportion: weaken it."
         )
-    raise NotFiniteError(
-        f"the largest logit is {scores[best]}; a finite one is required; the model's weights or its arithmetic are "
-        f"broken: evaluate the model."
+    raise _not_finite(scores[best])
+
+
+def _not_finite(largest: np.float32) -> NotFiniteError:
+    return NotFiniteError(
+        f"the largest logit is {largest}; a finite one is required; the model's weights or its arithmetic are broken: "
+        f"evaluate the model."
     )
 
 
@@ -292,9 +297,11 @@ def _shown(ids: Sequence[int] | Ids) -> str:
 
 def _logprobs(scores: Floats, token: int, top: int) -> tuple[float, tuple[TokenLogprob, ...]]:
     """Return the log-probability of a token, and of the top likeliest that have any."""
-    total = log_total(scores)
-    places = places_of_largest(scores, min(top, len(scores))) if top else ()
-    likeliest = tuple(
-        TokenLogprob(int(place), float(scores[place]) - total) for place in places if scores[place] > -np.inf
-    )
-    return float(scores[token]) - total, likeliest
+    (total,), (likeliest,) = log_totals(scores[None], min(top, len(scores)))
+    return float(scores[token]) - total, _with_logprobs(scores, likeliest, total)
+
+
+def _with_logprobs(scores: Floats, tokens: Ids, total: float) -> tuple[TokenLogprob, ...]:
+    """Return the tokens that have any probability with its log."""
+    ids, found = tokens.tolist(), scores[tokens].tolist()
+    return tuple(TokenLogprob(token, score - total) for token, score in zip(ids, found, strict=True) if score > -np.inf)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moesaic.kernels import sampling, select
-from moesaic.kernels.sampling import Floats, RowDraw, draw_rows
+from moesaic.kernels.sampling import Floats, RowDraw, draw_rows, log_totals
 
 from .instruction_sets import COMPILED
 
@@ -167,3 +167,40 @@ def test_a_row_is_read_wherever_it_lies(kernels: str) -> None:
             for row in (scores, wide[:, 1], shifted[3:3004])
         }
         assert len(tokens) == 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("ties", [False, True])
+def test_log_totals_and_the_likeliest_are_as_defined(kernels: str, size: int, ties: bool) -> None:
+    scores = np.random.default_rng(7).normal(scale=5.0, size=(9, size)).astype(np.float32)
+    if ties:
+        scores = np.round(scores)
+    scores[3] += np.float32(1000.0)  # beyond what e to it could be
+    scores[4] = -3e38
+    exact = torch.logsumexp(torch.from_numpy(scores).double(), -1).numpy()
+    for top in (0, 1, 5, 40, size):
+        if top > size:
+            continue
+        totals, likeliest = log_totals(scores, top)
+        np.testing.assert_allclose(totals, exact, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(likeliest, np.argsort(-scores, axis=-1, kind="stable")[:, :top])
+        assert log_totals(scores[:0], top)[0] == []
+    wide = np.repeat(scores, 2, 1)[:, ::2]
+    assert log_totals(wide, 1)[0] == log_totals(scores, 1)[0]
+    with select.forced("reference"):
+        np.testing.assert_allclose(log_totals(scores)[0], exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 63, 64, 66])
+def test_rows_that_are_not_finite_are_told_and_spoil_no_other(kernels: str, place: int) -> None:
+    scores = np.random.default_rng(8).normal(size=(6, 67)).astype(np.float32)
+    clean = log_totals(scores, 2)
+    broken = scores.copy()
+    broken[1, place], broken[2, place], broken[3, place] = np.nan, np.inf, -np.inf
+    broken[4] = -np.inf
+    totals, likeliest = log_totals(broken, 2)
+    assert np.isnan([totals[row] for row in (1, 2, 4)]).all() and not likeliest[[1, 2, 4]].any()
+    exact = torch.logsumexp(torch.from_numpy(broken[3]).double(), 0)
+    assert totals[3] == pytest.approx(float(exact), abs=1e-6)
+    assert (totals[0], totals[5]) == (clean[0][0], clean[0][5])
+    np.testing.assert_array_equal(likeliest[[0, 5]], clean[1][[0, 5]])

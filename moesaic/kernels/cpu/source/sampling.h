@@ -1,7 +1,8 @@
-// A token drawn from a row of scores, among those that top_k, top_p and min_p leave: kernels/sampling.py says how.
+// Rows of scores (logits, or what penalties leave of them): drawing a token among those that top_k, top_p and min_p
+// leave, and the log of the sum with the likeliest tokens. kernels/sampling.py says what is computed.
 //
-// Only weights that somebody asks for are made: of a large vocabulary a block's largest score tells whether any of its
-// tokens can come. One thread does a row, in an order that depends on nothing else.
+// Only weights that somebody asks for are made: a block's largest score tells whether any of its tokens can come. One
+// thread does a row, in an order that depends on nothing else.
 #pragma once
 
 #include <algorithm>
@@ -25,34 +26,22 @@ struct RowDraw {
     int64_t token;  // what is drawn; -1 where the definition has to decide
 };
 
-class Draw {
-  public:
-    Draw(const RowDraw& draw, int64_t size, Scratch& scratch)
-        : a_(draw),
+class ScoreRow {
+  protected:
+    static constexpr int64_t kBlock = 64;   // scores whose sum of weights, or largest, is kept
+    static constexpr int64_t kMost = 4096;  // so many tokens at most are looked at one by one
+    static constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+    ScoreRow(const float* scores, int64_t size, double temperature, Scratch& scratch)
+        : scores_(scores),
           size_(size),
           blocks_((size + kBlock - 1) / kBlock),
-          largest_(draw.scores[draw.best]),
-          scale_(1.44269504088896341f / float(draw.temperature)),
-          min_p_(float(draw.min_p)) {
+          scale_(1.44269504088896341f / float(temperature)) {
         sums_ = scratch.get<double>(size_t(2 * blocks_ + kMost + kMost / 2));
         tops_ = reinterpret_cast<float*>(sums_ + blocks_);
         places_ = reinterpret_cast<int64_t*>(sums_ + 2 * blocks_);
         weights_ = reinterpret_cast<float*>(places_ + kMost);
     }
-
-    // The token; -1 where many tokens are left, none has a weight, or fp32 cannot divide by the temperature.
-    int64_t token() {
-        if (!(a_.temperature > 1e-30 && a_.temperature < 1e30)) return -1;
-        const bool has_top_k = a_.top_k > 0 && a_.top_k < size_;
-        if (!has_top_k && a_.top_p >= 1.0 && min_p_ <= 0.0f) return among_all();
-        const int64_t count = has_top_k ? keep_largest() : a_.top_p < 1.0 ? keep_share() : keep_weighty();
-        return count < 0 ? -1 : among(count, has_top_k);
-    }
-
-  private:
-    static constexpr int64_t kBlock = 64;   // scores whose sum of weights, or largest, is kept
-    static constexpr int64_t kMost = 4096;  // so many tokens at most are looked at one by one
-    static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
     int64_t begin(int64_t block) const { return block * kBlock; }
     int64_t end(int64_t block) const { return std::min(begin(block) + kBlock, size_); }
@@ -65,14 +54,14 @@ class Draw {
         int64_t i = begin(block);
         if (last - i == kBlock) {
 #pragma GCC unroll 16
-            for (int64_t k = 0; k < kBlock; k += W) body(load(a_.scores + i + k), i + k);
+            for (int64_t k = 0; k < kBlock; k += W) body(load(scores_ + i + k), i + k);
             return;
         }
-        for (; i + W <= last; i += W) body(load(a_.scores + i), i);
+        for (; i + W <= last; i += W) body(load(scores_ + i), i);
         if (i == last) return;
         alignas(64) float rest[W];
         std::fill(rest, rest + W, kNothing);
-        std::memcpy(rest, a_.scores + i, size_t(last - i) * sizeof(float));
+        std::memcpy(rest, scores_ + i, size_t(last - i) * sizeof(float));
         body(load(rest), i);
     }
 
@@ -92,6 +81,76 @@ class Draw {
         return total;
     }
 
+    // The rest of these need the blocks' largest.
+
+    // Keep the tokens with scores of at least `bound`, in their order; returns how many, -1 for too many.
+    int64_t keep_from(float bound) {
+        int64_t count = 0;
+        for (int64_t block = 0; block < blocks_; ++block) {
+            if (tops_[block] < bound) continue;
+            for (int64_t i = begin(block); i < end(block); ++i) {
+                if (scores_[i] < bound) continue;
+                if (count == kMost) return -1;
+                places_[count++] = i;
+            }
+        }
+        return count;
+    }
+
+    // Keep so many tokens, from the largest score down, the first of equals first; false where they are too many. What
+    // was found of blocks' sums is lost.
+    bool keep_largest(int64_t count) {
+        if (2 * count > blocks_) return false;
+        auto* falling = reinterpret_cast<float*>(sums_);
+        std::copy(tops_, tops_ + blocks_, falling);
+        std::nth_element(falling, falling + count - 1, falling + blocks_, std::greater<float>());
+        // So many blocks have a score that is at least as large.
+        const int64_t found = keep_from(falling[count - 1]);
+        if (found < 0) return false;
+        sort(found);
+        return true;
+    }
+
+    // From the largest score down, the first of equals first: by one key, whose upper half falls as scores rise.
+    void sort(int64_t count) {
+        auto* keys = reinterpret_cast<uint64_t*>(places_);
+        for (int64_t i = 0; i < count; ++i) {
+            const float score = scores_[places_[i]] + 0.0f;  // -0 becomes 0, its equal
+            uint32_t bits;
+            std::memcpy(&bits, &score, sizeof(bits));
+            keys[i] = uint64_t(bits >> 31 ? bits : bits ^ 0x7fffffffu) << 32 | uint64_t(places_[i]);
+        }
+        std::sort(keys, keys + count);
+        for (int64_t i = 0; i < count; ++i) places_[i] = int64_t(keys[i] & 0xffffffffu);
+    }
+
+    const float* const scores_;
+    const int64_t size_, blocks_;
+    const float scale_;   // to powers of 2
+    float largest_ = 0;   // of the scores
+    double* sums_;        // of each block
+    float* tops_;         // likewise
+    int64_t* places_;     // of the tokens that are kept
+    float* weights_;      // and their weights
+};
+
+class Draw : ScoreRow {
+  public:
+    Draw(const RowDraw& draw, int64_t size, Scratch& scratch)
+        : ScoreRow(draw.scores, size, draw.temperature, scratch), a_(draw), min_p_(float(draw.min_p)) {
+        largest_ = scores_[draw.best];
+    }
+
+    // The token; -1 where many tokens are left, none has a weight, or fp32 cannot divide by the temperature.
+    int64_t token() {
+        if (!(a_.temperature > 1e-30 && a_.temperature < 1e30)) return -1;
+        const bool has_top_k = a_.top_k > 0 && a_.top_k < size_;
+        if (!has_top_k && a_.top_p >= 1.0 && min_p_ <= 0.0f) return among_all();
+        const int64_t count = has_top_k ? keep_top_k() : a_.top_p < 1.0 ? keep_share() : keep_weighty();
+        return count < 0 ? -1 : among(count, has_top_k);
+    }
+
+  private:
     struct Place {
         int64_t index;  // -1 where nothing has a weight
         double inside;  // what of the goal is left to it
@@ -120,18 +179,28 @@ class Draw {
         return first + find(own, end(block.index) - first, block.inside).index;
     }
 
-    // Keep the tokens with scores of at least `bound`, in their order; returns how many, -1 for too many.
-    int64_t keep_from(float bound) {
-        int64_t count = 0;
-        for (int64_t block = 0; block < blocks_; ++block) {
-            if (tops_[block] < bound) continue;
-            for (int64_t i = begin(block); i < end(block); ++i) {
-                if (a_.scores[i] < bound) continue;
-                if (count == kMost) return -1;
-                places_[count++] = i;
-            }
-        }
-        return count;
+    int64_t keep_top_k() {
+        look_through<false, true>();
+        return keep_largest(a_.top_k) ? a_.top_k : -1;
+    }
+
+    int64_t keep_weighty() {
+        look_through<false, true>();
+        return keep_weights_from(min_p_);
+    }
+
+    // The fewest of the largest scores whose weights reach the share top_p of all, in their order.
+    int64_t keep_share() {
+        constexpr double kSure = 3.4e-4;  // e^-8: a sure model's share lies far above
+        const double goal = a_.top_p * look_through<true, true>();
+        const int64_t count = keep_weights_from(kSure);
+        if (count < 0) return -1;
+        sort(count);
+        weigh_kept(count);
+        const int64_t kept = reach(goal, count);
+        if (kept < 0) return -1;
+        std::sort(places_, places_ + kept);
+        return kept;
     }
 
     // Keep all tokens whose weights are above `weight`, and some below it.
@@ -141,39 +210,6 @@ class Draw {
         return bound > -1e38 ? keep_from(float(bound)) : -1;
     }
 
-    int64_t keep_weighty() {
-        look_through<false, true>();
-        return keep_weights_from(min_p_);
-    }
-
-    // The top_k largest, from the largest down, the first of equals first.
-    int64_t keep_largest() {
-        if (2 * a_.top_k > blocks_) return -1;
-        look_through<false, true>();
-        auto* falling = reinterpret_cast<float*>(sums_);
-        std::copy(tops_, tops_ + blocks_, falling);
-        std::nth_element(falling, falling + a_.top_k - 1, falling + blocks_, std::greater<float>());
-        // So many blocks have a score that is at least as large.
-        const int64_t count = keep_from(falling[a_.top_k - 1]);
-        if (count < 0) return -1;
-        sort(count);
-        return a_.top_k;
-    }
-
-    // The fewest of the largest scores whose weights reach the share top_p of all, in their order.
-    int64_t keep_share() {
-        const double goal = a_.top_p * look_through<true, true>();
-        const int64_t count = keep_weights_from(kSureWeight);
-        if (count < 0) return -1;
-        sort(count);
-        weigh_kept(count);
-        const int64_t kept = reach(goal, count);
-        if (kept < 0) return -1;
-        std::sort(places_, places_ + kept);
-        return kept;
-    }
-    static constexpr double kSureWeight = 3.4e-4;  // e^-8: a sure model's share lies far above
-
     // How many of the kept tokens' weights come to `goal`; -1 where all do not.
     int64_t reach(double goal, int64_t count) const {
         double through = 0;
@@ -182,21 +218,8 @@ class Draw {
         return -1;
     }
 
-    // From the largest score down, the first of equals first: by one key, whose upper half falls as scores rise.
-    void sort(int64_t count) {
-        auto* keys = reinterpret_cast<uint64_t*>(places_);
-        for (int64_t i = 0; i < count; ++i) {
-            const float score = a_.scores[places_[i]] + 0.0f;  // -0 becomes 0, its equal
-            uint32_t bits;
-            std::memcpy(&bits, &score, sizeof(bits));
-            keys[i] = uint64_t(bits >> 31 ? bits : bits ^ 0x7fffffffu) << 32 | uint64_t(places_[i]);
-        }
-        std::sort(keys, keys + count);
-        for (int64_t i = 0; i < count; ++i) places_[i] = int64_t(keys[i] & 0xffffffffu);
-    }
-
     void weigh_kept(int64_t count) {
-        for (int64_t i = 0; i < count; ++i) weights_[i] = a_.scores[places_[i]];
+        for (int64_t i = 0; i < count; ++i) weights_[i] = scores_[places_[i]];
         std::fill(weights_ + count, weights_ + (count + W - 1) / W * W, kNothing);
         for (int64_t i = 0; i < count; i += W) store(weights_ + i, weigh(load(weights_ + i)));
     }
@@ -219,19 +242,51 @@ class Draw {
     }
 
     const RowDraw& a_;
-    const int64_t size_, blocks_;
-    const float largest_, scale_;  // the latter to powers of 2
     const float min_p_;
-    double* sums_;  // of each block
-    float* tops_;
-    int64_t* places_;  // of the tokens that are kept, and their weights
-    float* weights_;
 };
 
-// Every thread of the team calls this, with equal arguments.
+class LogTotal : ScoreRow {
+  public:
+    LogTotal(const float* scores, int64_t size, Scratch& scratch) : ScoreRow(scores, size, 1.0, scratch) {}
+
+    // The log of the sum of e to the scores, and in `likeliest` the `top` largest, the first of equals first. NaN where
+    // not all scores are finite, or so many are too many: then the definition decides.
+    double value(int64_t top, int64_t* likeliest) {
+        Vf broken = zero();
+        for (int64_t block = 0; block < blocks_; ++block) {
+            Vf own = set1(kNothing);
+            each_vector(block, [&](Vf x, int64_t at) {
+                own = max(own, x);
+                if (at + W <= size_) broken = fma(x, zero(), broken);
+            });
+            tops_[block] = maximum(own);
+        }
+        for (int64_t i = size_ / W * W; i < size_; ++i) broken = fma(set1(scores_[i]), zero(), broken);
+        constexpr double kUndecided = std::numeric_limits<double>::quiet_NaN();
+        if (std::isnan(sum(broken))) return kUndecided;
+        largest_ = *std::max_element(tops_, tops_ + blocks_);
+        if (top > 0) {
+            if (!keep_largest(top)) return kUndecided;
+            std::copy(places_, places_ + top, likeliest);
+        }
+        return double(largest_) + std::log(look_through<true, false>());
+    }
+};
+
+// Every thread of the team calls these, with equal arguments.
+
 inline void draw_rows(Team& team, RowDraw* draws, int64_t count, int64_t size) {
     static thread_local Scratch scratch;
     team.tasks(long(count), [&](long i) { draws[i].token = Draw(draws[i], size, scratch).token(); });
+}
+
+// totals (R) and likeliest (R, top) of scores (R, V).
+inline void total_rows(Team& team, const float* scores, int64_t rows, int64_t size, int64_t top, double* totals,
+                       int64_t* likeliest) {
+    static thread_local Scratch scratch;
+    team.tasks(long(rows), [&](long row) {
+        totals[row] = LogTotal(scores + row * size, size, scratch).value(top, likeliest + row * top);
+    });
 }
 
 }  // namespace moesaic
