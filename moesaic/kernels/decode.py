@@ -181,8 +181,8 @@ class Decoded(RemembersAddresses):
         return found
 
     @cached_property
-    def expert_ids_on_cpu(self) -> memoryview:
-        """The bytes of all_expert_ids where they are counted."""
+    def expert_id_bytes(self) -> memoryview:
+        """Of all_expert_ids, on the CPU, where they are counted."""
         return self.all_expert_ids.cpu().contiguous().numpy().data.cast("B")
 
     @property

@@ -59,7 +59,7 @@ class ExpertLoad:
         if not self._num_experts or not num_tokens:
             return
         self._pending.append(num_tokens)
-        self._pending_ids.frombytes(decoded.expert_ids_on_cpu)  # copied: the next step may write there
+        self._pending_ids.frombytes(decoded.expert_id_bytes)  # copied: the next step may write there
         self._pending_tokens += num_tokens
         if len(self._pending) >= _MOST_PENDING_STEPS or self._pending_tokens >= _MOST_PENDING_TOKENS:
             self._count()
