@@ -26,7 +26,7 @@ from moesaic.convert.opened import open_model
 from moesaic.convert.source import CONFIG_NAME, is_foreign_run, is_source, read_json
 from moesaic.convert.weights import WeightComparison, compare_weights
 from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
-from moesaic.errors import ConversionError, DataError
+from moesaic.errors import ConversionError, DataError, GenerationError
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.logs import OnProgress, logger, no_progress
 from moesaic.model.generate import generate
@@ -225,7 +225,10 @@ class _Ours:
             return self._model.logits(self._model(tokens[None]).hidden)[0], routes
 
     def greedy(self, tokens: Tensor, count: int) -> list[int]:
-        return generate(self._model, tokens.tolist(), max_new_tokens=count)
+        try:
+            return generate(self._model, tokens.tolist(), max_new_tokens=count)
+        except GenerationError:  # logits that are no numbers, which are compared themselves
+            return []
 
 
 class _ReadBack(_Ours):

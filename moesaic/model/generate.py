@@ -3,10 +3,12 @@
 from collections.abc import Collection, Iterator, Sequence
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moesaic.errors import GenerationError
+from moesaic.kernels.sampling import RowDraw, draw_rows
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.transformer import Transformer
 
@@ -27,8 +29,8 @@ def generate(
     temperature 0 takes the likeliest token; otherwise one is drawn from the softmax at that temperature, among the
     top_k likeliest and among the fewest whose probabilities reach top_p.
 
-    Raises: GenerationError for an empty prompt, ids outside the vocabulary, more positions than the model has, or
-    sampling values out of range.
+    Raises: GenerationError for an empty prompt, ids outside the vocabulary, more positions than the model has, sampling
+    values out of range, or a model whose logits are no numbers.
     """
     return list(
         stream(
@@ -86,19 +88,24 @@ def _stream(
 def choose_token(
     logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, random: torch.Generator
 ) -> int:
-    """Return one token id for logits (V,), fp32."""
+    """Return one token id for logits (V,), fp32.
+
+    Raises: GenerationError where the largest logit is NaN or infinite.
+    """
+    row = logits.cpu().numpy()
+    # The first of equals, and NaN above all; torch's takes ten times as long for 32,000 logits.
+    best = int(row.argmax())
+    if not np.isfinite(row[best]):
+        raise GenerationError(
+            f"the largest logit is {row[best]}; a finite one is required; the model's weights or its arithmetic are "
+            f"broken: evaluate the model."
+        )
     if temperature == 0.0:
-        # NumPy's is the same, first of equals and NaN above all, at a tenth of the time for 32,000 logits.
-        return int(logits.cpu().numpy().argmax())
-    # From the largest down, the first of equals first (bf16 has many), so that top_k = 1 is the argmax.
-    falling, order = logits.cpu().sort(descending=True, stable=True)
-    falling = falling[:top_k]
-    # The largest is subtracted first, and in double, since a division by a temperature near 0 overflows.
-    probabilities = torch.softmax((falling - falling[0]).double() / temperature, -1)
-    if top_p is not None and top_p < 1.0:
-        before = probabilities.cumsum(0) - probabilities  # 0 for the likeliest, which always stays
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=random)])
+        return best
+    uniform = float(torch.rand((), dtype=torch.float64, generator=random))
+    given = RowDraw(0, best, temperature, top_k, 1.0 if top_p is None else top_p, 0.0, uniform)
+    (token,) = draw_rows(row[None], [given])
+    return token
 
 
 def check_token_ids(prompt: Sequence[int], vocab_size: int) -> None:

@@ -173,3 +173,11 @@ def test_what_cannot_be_generated_is_refused_at_the_call(
     for call in (generate, stream):
         with pytest.raises(GenerationError, match=message):
             call(model, prompt, **{"max_new_tokens": 1, **options})
+
+
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        logits = torch.tensor([-math.inf, value, -math.inf])
+        for temperature in (0.0, 1.0):
+            with pytest.raises(GenerationError, match=r"the largest logit is .*; a finite one is required"):
+                choose_token(logits, temperature=temperature, top_k=None, top_p=None, random=torch.Generator())

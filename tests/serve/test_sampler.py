@@ -14,7 +14,6 @@ from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels import select
 from moesaic.kernels.sampling import _nucleus, _weights
-from moesaic.model.generate import choose_token
 from moesaic.serve.sampler import RequestError, SamplingState, sample, score_prompt
 
 
@@ -98,22 +97,6 @@ def test_draws_follow_the_definition(size: int, settings: dict[str, Any], ties: 
         assert chisquare(bins[0], bins[1] * count).pvalue > 1e-5
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 40}, {"top_p": 0.8}, {"top_k": 60, "top_p": 0.5}], ids=str)
-def test_the_oracle_draws_the_same_tokens_as_often(settings: dict[str, Any]) -> None:
-    logits = random_logits(300, 2, ties=True)
-    generator, count = torch.Generator().manual_seed(1), 3000
-    oracle = np.zeros(300)
-    for _ in range(count):
-        top = {"top_k": settings.get("top_k"), "top_p": settings.get("top_p")}
-        oracle[choose_token(torch.from_numpy(logits), temperature=1.0, random=generator, **top)] += 1
-    counts, expected = drawn(logits, count, seed=3, **settings), probabilities(logits, **settings)
-    for each in (oracle, counts):
-        assert each[expected == 0].sum() == 0
-    common = expected * count >= 10
-    both = oracle[common] + counts[common]
-    assert ((oracle[common] - counts[common]) ** 2 / both).sum() < common.sum() + 6 * math.sqrt(2 * common.sum())
-
-
 @pytest.mark.parametrize("scale", [0.01, 1.0, 12.0])
 @pytest.mark.parametrize("top_p", [1e-9, 0.02, 0.5, 0.95, 0.9999, 1 - 1e-12])
 @pytest.mark.parametrize("ties", [False, True])
@@ -146,11 +129,10 @@ def test_equal_logits_are_all_drawn() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_likeliest_is_the_oracles_first_of_equals(size: int) -> None:
+def test_the_likeliest_is_the_first_of_equals(size: int) -> None:
     for seed in range(5):
         logits = random_logits(size, seed, ties=True)
-        oracle = choose_token(torch.from_numpy(logits), temperature=0.0, top_k=None, top_p=None,
-                              random=torch.Generator())  # fmt: skip
+        oracle = int(np.argsort(-logits, kind="stable")[0])
         for settings in ({"temperature": 0}, {"top_k": 1}, {"temperature": 1e-300}, {"top_p": 1e-9}):
             if settings == {"temperature": 1e-300} and (logits == logits.max()).sum() > 1:
                 continue  # equals stay equally likely
