@@ -1,9 +1,9 @@
 """Naive generation, one sequence at a time: the oracle that any serving engine has to equal."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from numbers import Integral
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,7 +95,7 @@ def choose_token(
     row = logits.cpu().numpy()
     # The first of equals, and NaN above all; torch's takes ten times as long for 32,000 logits.
     best = int(row.argmax())
-    if not np.isfinite(row[best]):
+    if not math.isfinite(row.item(best)):
         raise GenerationError(
             f"the largest logit is {row[best]}; a finite one is required; the model's weights or its arithmetic are "
             f"broken: evaluate the model."
