@@ -39,6 +39,7 @@ class ScoreRow {
           scale_(1.44269504088896341f / float(temperature)) {
         sums_ = scratch.get<double>(size_t(2 * blocks_ + kMost + kMost / 2));
         tops_ = reinterpret_cast<float*>(sums_ + blocks_);
+        falling_ = tops_ + blocks_;
         places_ = reinterpret_cast<int64_t*>(sums_ + 2 * blocks_);
         weights_ = reinterpret_cast<float*>(places_ + kMost);
     }
@@ -97,15 +98,13 @@ class ScoreRow {
         return count;
     }
 
-    // Keep so many tokens, from the largest score down, the first of equals first; false where they are too many. What
-    // was found of blocks' sums is lost.
+    // Keep so many tokens, from the largest score down, the first of equals first; false where they are too many.
     bool keep_largest(int64_t count) {
         if (2 * count > blocks_) return false;
-        auto* falling = reinterpret_cast<float*>(sums_);
-        std::copy(tops_, tops_ + blocks_, falling);
-        std::nth_element(falling, falling + count - 1, falling + blocks_, std::greater<float>());
+        std::copy(tops_, tops_ + blocks_, falling_);
+        std::nth_element(falling_, falling_ + count - 1, falling_ + blocks_, std::greater<float>());
         // So many blocks have a score that is at least as large.
-        const int64_t found = keep_from(falling[count - 1]);
+        const int64_t found = keep_from(falling_[count - 1]);
         if (found < 0) return false;
         sort(found);
         return true;
@@ -126,12 +125,13 @@ class ScoreRow {
 
     const float* const scores_;
     const int64_t size_, blocks_;
-    const float scale_;   // to powers of 2
-    float largest_ = 0;   // of the scores
-    double* sums_;        // of each block
-    float* tops_;         // likewise
-    int64_t* places_;     // of the tokens that are kept
-    float* weights_;      // and their weights
+    const float scale_;  // to powers of 2
+    float largest_ = 0;  // of the scores
+    double* sums_;       // of each block
+    float* tops_;        // the largest of each block
+    float* falling_;     // the same in another order
+    int64_t* places_;    // of the tokens that are kept
+    float* weights_;     // of these
 };
 
 class Draw : ScoreRow {
