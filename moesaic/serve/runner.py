@@ -95,6 +95,8 @@ class Runner:
         They differ with the number of a pass's new tokens, and for a context that is computed in parts. Before any
         sequence has blocks: their contents are lost.
         """
+        if self._device.type != "cpu":
+            select.cpu_library()  # which draws tokens
         if not select.uses_triton(self._device):
             return
         logger.info("Preparing the kernels for this GPU; what it has not compiled yet takes some seconds.")
