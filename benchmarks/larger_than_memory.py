@@ -114,7 +114,7 @@ def measure(run: str, limit: int, steps: int, *, without_reader: bool, alike: bo
         part = model.decode_part
         assert part is not None and isinstance(part.embedding, torch.Tensor)
         model.decode_part = replace(part, embedding=1000 * part.embedding)
-        plan = model._usable_plan()
+        plan = model.find_plan()
         assert plan is not None
         plan.__dict__["_routers"] = plan._routers[:1] * len(plan._routers)
     seconds, processor, queued, read = [], [], [], []

@@ -44,5 +44,9 @@ class GenerationError(MoesaicError):
     """A generation request that the model cannot serve, for example a prompt longer than its positions."""
 
 
+class NotFiniteError(GenerationError):
+    """The model gave what is no number: the request is well, and others go on."""
+
+
 class FolderInUseError(MoesaicError):
     """A folder that another process is writing."""

@@ -26,7 +26,7 @@ from moesaic.convert.opened import open_model
 from moesaic.convert.source import CONFIG_NAME, is_foreign_run, is_source, read_json
 from moesaic.convert.weights import WeightComparison, compare_weights
 from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
-from moesaic.errors import ConversionError, DataError, GenerationError
+from moesaic.errors import ConversionError, DataError, NotFiniteError
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.logs import OnProgress, logger, no_progress
 from moesaic.model.generate import generate
@@ -227,7 +227,7 @@ class _Ours:
     def greedy(self, tokens: Tensor, count: int) -> list[int]:
         try:
             return generate(self._model, tokens.tolist(), max_new_tokens=count)
-        except GenerationError:  # logits that are no numbers, which are compared themselves
+        except NotFiniteError:  # logits that are no numbers, which are compared themselves
             return []
 
 

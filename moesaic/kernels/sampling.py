@@ -1,8 +1,8 @@
 """Drawing tokens from rows of scores, and what else is asked of rows: the log of their sums, and their largest.
 
-Rows are NumPy vectors on the CPU. C++ takes a third to a fifth of the time for one and does several side by side; those
-of which too many tokens are left are NumPy's, which defines all of them. The two round weights differently: a draw on
-the border between two tokens may give one here and the other there, and with the same kernels always the same.
+Rows are NumPy vectors on the CPU. C++ does several side by side, and takes half to a seventh of the time; those of
+which too many tokens are left are NumPy's, which defines all of them. The two round weights differently: a draw on the
+border between two tokens may give one here and the other there, and with the same kernels always the same.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from moesaic.errors import NotFiniteError
 from moesaic.kernels import select
 
 Floats = npt.NDArray[np.float32]
@@ -55,12 +56,20 @@ def draw_rows(scores: Floats, draws: Sequence[RowDraw]) -> list[int]:
     given = bytearray(_STRUCT.size * len(draws))
     for place, each in enumerate(draws):
         _STRUCT.pack_into(
-            given, place * _STRUCT.size, first + 4 * size * each.row, each.best, each.top_k or 0, each.temperature,
-            each.top_p, each.min_p, each.uniform, -1,
+            given, place * _STRUCT.size, first + 4 * size * each.row, each.best, min(each.top_k or 0, size),
+            each.temperature, each.top_p, each.min_p, each.uniform, -1,
         )  # fmt: skip
     library.function("moesaic_draw", "pii")((ctypes.c_char * len(given)).from_buffer(given), len(draws), size)
     tokens = [values[-1] for values in _STRUCT.iter_unpack(given)]
     return [_draw(scores[each.row], each) if token < 0 else token for token, each in zip(tokens, draws, strict=True)]
+
+
+def not_finite(largest: np.float32 | float) -> NotFiniteError:
+    """Return what is raised for a row whose largest logit is no number."""
+    return NotFiniteError(
+        f"the largest logit is {largest}; a finite one is required; the model's weights or its arithmetic are broken: "
+        f"evaluate the model."
+    )
 
 
 def log_totals(scores: Floats, top: int = 0) -> tuple[list[float], Ids]:

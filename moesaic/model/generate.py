@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import GenerationError
-from moesaic.kernels.sampling import RowDraw, draw_rows
+from moesaic.kernels import select
+from moesaic.kernels.sampling import RowDraw, draw_rows, not_finite
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.transformer import Transformer
 
@@ -30,7 +31,7 @@ def generate(
     top_k likeliest and among the fewest whose probabilities reach top_p.
 
     Raises: GenerationError for an empty prompt, ids outside the vocabulary, more positions than the model has, sampling
-    values out of range, or a model whose logits are no numbers.
+    values out of range; NotFiniteError for a model whose logits are no numbers.
     """
     return list(
         stream(
@@ -69,6 +70,8 @@ def _stream(
 ) -> Iterator[int]:
     was_training = model.training
     model.eval()
+    if temperature != 0.0:
+        select.cpu_library()  # which draws: compiled now where it is not yet, and not between two tokens
     try:
         device = model.device
         cache = BatchCache(model.config, 1, len(prompt) + max_new_tokens, dtype=model.compute_dtype, device=device)
@@ -90,16 +93,13 @@ def choose_token(
 ) -> int:
     """Return one token id for logits (V,), fp32.
 
-    Raises: GenerationError where the largest logit is NaN or infinite.
+    Raises: NotFiniteError where the largest logit is NaN or infinite.
     """
     row = logits.cpu().numpy()
     # The first of equals, and NaN above all; torch's takes ten times as long for 32,000 logits.
     best = int(row.argmax())
     if not math.isfinite(row.item(best)):
-        raise GenerationError(
-            f"the largest logit is {row[best]}; a finite one is required; the model's weights or its arithmetic are "
-            f"broken: evaluate the model."
-        )
+        raise not_finite(row.item(best))
     if temperature == 0.0:
         return best
     uniform = float(torch.rand((), dtype=torch.float64, generator=random))

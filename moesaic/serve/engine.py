@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moesaic.config.serve import EngineConfig, Sampling
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import ConfigError, GenerationError
+from moesaic.errors import ConfigError, GenerationError, NotFiniteError
 from moesaic.kernels.decode import Decoded
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.model.generate import check_token_ids
@@ -28,7 +28,7 @@ from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
-from moesaic.serve.sampler import NotFiniteError, RequestError, RowSampler, SamplingState, score_prompt
+from moesaic.serve.sampler import RequestError, RowSampler, SamplingState, score_prompt
 from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}

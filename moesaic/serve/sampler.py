@@ -14,9 +14,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from moesaic.config.serve import Sampling
-from moesaic.errors import ConfigError, GenerationError
+from moesaic.errors import ConfigError, GenerationError, NotFiniteError
 from moesaic.kernels.decode import Decoded
-from moesaic.kernels.sampling import Floats, Ids, RowDraw, draw_rows, log_totals
+from moesaic.kernels.sampling import Floats, Ids, RowDraw, draw_rows, log_totals, not_finite
 from moesaic.moe.seeds import mix_seeds
 from moesaic.serve.outputs import GeneratedToken, TokenLogprob
 
@@ -28,10 +28,6 @@ _FORBIDS = -100.0
 
 class RequestError(GenerationError):
     """What a request asks for cannot be: the model and the engine are well, and other requests go on."""
-
-
-class NotFiniteError(GenerationError):
-    """The model gave what is no number: the request is well, and other requests go on."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +231,7 @@ def score_prompt(logits: Tensor, target_ids: Sequence[int], *, top: int) -> list
     scored = []
     for row, target, total, largest in zip(rows, target_ids, totals, likeliest, strict=True):
         if not math.isfinite(total):
-            raise _not_finite(row.max())
+            raise not_finite(row.max())
         scored.append(GeneratedToken(target, row.item(target) - total, _with_logprobs(row, largest, total)))
     return scored
 
@@ -255,14 +251,7 @@ def _likeliest(scores: Floats, state: SamplingState | None = None, mask: Mask | 
             f"the largest logit is {scores[best]} after the penalties; a finite one is required; one of them is out of "
             f"all proportion: weaken it."
         )
-    raise _not_finite(scores[best])
-
-
-def _not_finite(largest: np.float32) -> NotFiniteError:
-    return NotFiniteError(
-        f"the largest logit is {largest}; a finite one is required; the model's weights or its arithmetic are broken: "
-        f"evaluate the model."
-    )
+    raise not_finite(scores[best])
 
 
 def _nothing_left(state: SamplingState, mask: Mask | None) -> GenerationError:

@@ -15,7 +15,7 @@ import torch
 from moesaic.config.model import ModelConfig
 from moesaic.config.serve import EngineConfig, Grammar, Sampling, SpeculationConfig
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import ConfigError, GenerationError
+from moesaic.errors import ConfigError, GenerationError, NotFiniteError
 from moesaic.kernels import limits, select
 from moesaic.kernels.decode import Decoded
 from moesaic.model.generate import generate
@@ -26,7 +26,6 @@ from moesaic.serve.depth import DepthChooser
 from moesaic.serve.engine import Engine
 from moesaic.serve.outputs import GeneratedToken, PromptLogprobs, RequestOutput
 from moesaic.serve.runner import Part, Runner, block_bytes
-from moesaic.serve.sampler import NotFiniteError
 
 from .conftest import FAMILIES, SIZES, VOCAB_SIZE, build_model
 

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from moesaic.config.base import nearest
-from moesaic.errors import ConfigError, InstallationError, MoesaicError
+from moesaic.errors import ConfigError, InstallationError, MoesaicError, NotFiniteError
 from moesaic.serve.async_engine import EngineStoppedError
 from moesaic.serve.grammar import GrammarProcessError
-from moesaic.serve.sampler import NotFiniteError, RequestError
+from moesaic.serve.sampler import RequestError
 from moesaic.serve.server.log_fields import log_fields
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

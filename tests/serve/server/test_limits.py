@@ -20,9 +20,8 @@ import pytest
 from torch import Tensor
 
 from moesaic.config.serve import ServerConfig
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, NotFiniteError
 from moesaic.logs import JsonFormatter, logger
-from moesaic.serve.sampler import NotFiniteError
 from moesaic.serve.server import run
 from moesaic.serve.server.gate import read_keys
 

@@ -1,8 +1,8 @@
 // Rows of scores (logits, or what penalties leave of them): drawing a token among those that top_k, top_p and min_p
 // leave, and the log of the sum with the likeliest tokens. kernels/sampling.py says what is computed.
 //
-// Only weights that somebody asks for are made: a block's largest score tells whether any of its tokens can come. One
-// thread does a row, in an order that depends on nothing else.
+// With top_k and min_p only the weights of the few tokens that are left are made: a block's largest score tells whether
+// any of its tokens are. One thread does a row, in an order that depends on nothing else.
 #pragma once
 
 #include <algorithm>
@@ -141,7 +141,8 @@ class Draw : ScoreRow {
         largest_ = scores_[draw.best];
     }
 
-    // The token; -1 where many tokens are left, none has a weight, or fp32 cannot divide by the temperature.
+    // The token; -1 where many tokens are left, or more than those that are sure to be looked at reach top_p, none has a
+    // weight, or fp32 cannot divide by the temperature.
     int64_t token() {
         if (!(a_.temperature > 1e-30 && a_.temperature < 1e30)) return -1;
         const bool has_top_k = a_.top_k > 0 && a_.top_k < size_;
