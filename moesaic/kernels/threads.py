@@ -8,9 +8,11 @@ with none; alone on the machine the backward pass takes the same time (225 to 23
 
 import os
 import sys
+from collections.abc import Callable
 
 _SPINS = "1000"
 _USER_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+_is_resting = False
 
 
 def spin_briefly() -> bool:
@@ -22,3 +24,24 @@ def spin_briefly() -> bool:
         return False
     os.environ["GOMP_SPINCOUNT"] = _SPINS
     return True
+
+
+def rest_soon(start_thread: Callable[[], int], *, num_threads: int) -> bool:
+    """Have OpenMP's threads sleep soon in a process whose torch was loaded without this; return whether it was done.
+
+    GNU OpenMP spins only 1,000 times, too, where it has started more threads than there are processors. Where torch
+    uses all of these, one more thread, of which nothing is ever asked, has that effect. A user's own setting is left
+    alone. The kernels ask for it when they are loaded.
+
+    start_thread: has OpenMP start that thread; returns 0 where it did. num_threads: torch's.
+    """
+    global _is_resting
+    has_setting = any(name in os.environ for name in _USER_VARIABLES)
+    if _is_resting or has_setting or num_threads < _num_processors():
+        return False
+    _is_resting = start_thread() == 0
+    return _is_resting
+
+
+def _num_processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

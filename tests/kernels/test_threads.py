@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.kernels import select
+from moesaic.kernels import select, threads
 from moesaic.kernels.cpu import build
 
 _SCRIPT = """
@@ -42,6 +42,88 @@ def test_is_set_once_and_only_in_time(before: str, environment: dict[str, str], 
         check=True,
     )
     assert done.stdout.strip() == printed
+
+
+_REST_SCRIPT = """
+import time
+from pathlib import Path
+import torch
+
+def sleeps() -> dict[str, int]:
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        lines = (task / "status").read_text().splitlines()
+        found[task.name] = next(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt"))
+    return found
+
+x = torch.ones(1 << 20)
+x.add_(1)  # torch's own threads
+before = set(sleeps())
+from moesaic.kernels import select
+library = select.cpu_library()
+function = library.function("moesaic_lack_memory", "i")
+deadline = time.monotonic() + 20
+while len(sleeps()) < len(before) + WANTED and time.monotonic() < deadline:
+    time.sleep(0.01)
+first = sleeps()
+for _ in range(30):
+    assert function(torch.get_num_threads()) == 0  # a call of all threads that does nothing
+    time.sleep(0.01)
+last = sleeps()
+workers = [name for name in before if name in first and last[name] - first[name] >= 15]
+print(len(first) - len(before), torch.get_num_threads() - 1, len(workers))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="what threads do is read from Linux's /proc")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor, and so one thread")
+@pytest.mark.parametrize(("environment", "is_done"), [({}, True), ({"GOMP_SPINCOUNT": "20000000000"}, False)])
+def test_threads_sleep_soon_though_torch_was_loaded_first(
+    compiled_kernels: str, environment: dict[str, str], is_done: bool
+) -> None:
+    """A thread that sleeps between calls gives its processor up of itself each time; one that spins does not."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_", "KMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", _REST_SCRIPT.replace("WANTED", "2" if is_done else "0")],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    started, num_workers, num_sleeping = map(int, done.stdout.split())
+    assert started == (2 if is_done else 0)
+    # The main thread sleeps between the calls in any case.
+    assert num_sleeping >= (1 + num_workers if is_done else 0)
+    assert is_done or num_sleeping <= 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_threads", "is_done"),
+    [
+        ({}, 10_000, True),
+        ({}, 0, False),  # of torch's threads fewer than processors
+        ({"OMP_WAIT_POLICY": "active"}, 10_000, False),
+        ({"GOMP_SPINCOUNT": "5"}, 10_000, False),
+    ],
+)
+def test_a_thread_more_is_started_once_and_only_where_it_helps(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], num_threads: int, is_done: bool
+) -> None:
+    for name in threads._USER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(threads, "_is_resting", False)
+    asked: list[int] = []
+
+    def start(answer: int = 0) -> int:
+        asked.append(answer)
+        return answer
+
+    assert not threads.rest_soon(lambda: start(1), num_threads=num_threads), "there is no thread to be had"
+    assert threads.rest_soon(start, num_threads=num_threads) == is_done
+    assert not threads.rest_soon(start, num_threads=num_threads)
+    assert asked == ([1, 0] if is_done else [])
 
 
 def test_a_new_thread_uses_as_many_as_torch_was_told(compiled_kernels: str) -> None:
