@@ -24,6 +24,7 @@ from moesaic.kernels.cpu.build import (
     load,
     supported_instruction_sets,
 )
+from moesaic.kernels.threads import rest_soon
 from moesaic.logs import logger
 
 VARIABLE = "MOESAIC_KERNELS"
@@ -150,7 +151,7 @@ def _select(choice: str) -> Selection:
             raise DeviceError(
                 f"{VARIABLE}={choice} was asked for and this processor has {here}; use auto, which takes the best."
             )
-        return Selection(load(choice), f"{VARIABLE}={choice}")
+        return Selection(_load(choice), f"{VARIABLE}={choice}")
     if not supported:
         return Selection(None, "the kernels are for x86 processors with AVX2, and this is none")
     if find_compiler() is None:
@@ -162,8 +163,14 @@ def _select(choice: str) -> Selection:
     failures: list[str] = []
     for name in supported:
         try:
-            return Selection(load(name), f"the best of {', '.join(supported)}" + "".join(failures))
+            return Selection(_load(name), f"the best of {', '.join(supported)}" + "".join(failures))
         except DeviceError as error:
             logger.warning(str(error))
             failures.append(f"; {name} failed")
     return Selection(None, "no set of kernels works here: " + "".join(failures).strip("; "))
+
+
+def _load(instruction_set: str) -> Library:
+    library = load(instruction_set)
+    rest_soon(library.function("moesaic_rest_soon", ""), num_threads=torch.get_num_threads())
+    return library

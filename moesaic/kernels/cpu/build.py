@@ -27,7 +27,6 @@ from typing import Any
 
 from moesaic.errors import DeviceError
 from moesaic.kernels.limits import cache_folder, describe_cpu
-from moesaic.kernels.threads import rest_soon
 from moesaic.logs import logger
 
 _SOURCE = Path(__file__).parent / "source"
@@ -240,7 +239,6 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
             f"the CPU kernels for {instruction_set} fail their self-test (step {failed}) on this machine; right "
             "results are required; go on with MOESAIC_KERNELS=reference, and report it with `moesaic doctor --json`."
         )
-    rest_soon(library.function("moesaic_rest_soon", ""), num_threads=torch.get_num_threads())
     for each in path.parent.glob(f"{path.stem}.*"):
         with suppress(OSError):  # another user's: who can delete them marks them too
             os.utime(each)  # which `_forget_old` goes by
