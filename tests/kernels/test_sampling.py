@@ -1,6 +1,5 @@
 """Tokens drawn in C++ are those that the definition draws, but where a random number falls between two of them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,6 @@ import torch
 
 from moesaic.kernels import sampling, select
 from moesaic.kernels.sampling import Floats, RowDraw, draw_rows, log_totals
-
-from .instruction_sets import COMPILED
 
 # Less than a vector, than a block, blocks and a part of one, and a vocabulary of usual size.
 SIZES = [1, 5, 16, 63, 64, 65, 1000, 4 * 1024 + 3, 32_003]
@@ -29,14 +26,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"min_p": 0.1},
     {"min_p": 1.0},
 ]
-
-
-@pytest.fixture(params=COMPILED)
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not select.supported_instruction_sets():
-        pytest.skip("no x86 processor with AVX2")
-    with select.forced(request.param):
-        yield request.param
 
 
 def settings_of(**given: Any) -> dict[str, Any]:
@@ -86,7 +75,7 @@ def test_draws_are_those_of_the_definition(kernels: str, settings: dict[str, Any
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_usual_draws_are_the_kernels_own(
-    kernels: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    compiled_kernels: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The definition is there for the few that the kernels leave to it."""
     monkeypatch.setattr(sampling, "_draw", None)
@@ -150,7 +139,7 @@ def test_forbidden_tokens_never_come(kernels: str, settings: dict[str, Any]) -> 
         assert draw(alone, size - 1, uniform=0.7, **settings_of(**settings)) == size - 1
 
 
-def test_equals_are_told_apart_by_their_place(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_are_told_apart_by_their_place(compiled_kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_draw", None)
     scores = np.zeros(4000, dtype=np.float32)
     scores[::2] = -0.0
