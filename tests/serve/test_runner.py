@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moesaic.kernels import select
 from moesaic.model.transformer import Transformer
 from moesaic.serve import runner as runner_module
 from moesaic.serve.runner import Part, Runner
@@ -15,9 +14,8 @@ BLOCK = 32
 
 
 @pytest.mark.parametrize("form", ["packed-bf16", "packed-int4"])
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_steps_of_any_sizes_in_any_order(
-    make_model: Callable[..., Transformer], form: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., Transformer], form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences that grow past what tables have room for, come and go, and want the logits of all, some or none."""
     monkeypatch.setattr(runner_module, "_SPARE_BLOCKS", 2)
@@ -41,27 +39,26 @@ def test_steps_of_any_sizes_in_any_order(
             for each in which
         ]  # fmt: skip
 
-    with select.forced(kernels):
-        runners = [
-            Runner(model, num_sequences * blocks_each, block_size=BLOCK, dtype=model.compute_dtype) for _ in range(2)
-        ]
-        prompts = {each: tokens(lengths[each]) for each in range(num_sequences)}
-        for runner in runners:
-            runner.run([
-                Part(prompts[each], lengths[each], tables[each][: (lengths[each] - 1) // BLOCK + 1])
-                for each in range(num_sequences)
-            ])  # fmt: skip
-        everyone = list(range(num_sequences))
-        steps = [[3], [3], [3, 5], [5, 3], [17, 2, 9], everyone, [3], everyone, *[[1, 4]] * 40]
-        for number, which in enumerate(steps):
-            parts = parts_of(which, {each: tokens(1) for each in which})
-            for rows in ([*range(len(which))], [len(which) - 1], []):  # the same tokens again give the same
-                got = runners[0].run(parts, rows)
-                # The other runner forgets what it keeps, and makes all of it anew.
-                runners[1]._singles = None
-                fresh = runners[1].run(parts, rows)
-                for name in ("hidden", "all_expert_ids", "all_routing_weights", "logits"):
-                    assert torch.equal(getattr(got, name), getattr(fresh, name)), (number, rows, name)
-                assert list(got.likeliest) == got.logits.argmax(-1).tolist(), (number, rows)
-            for each in which:
-                lengths[each] += 1
+    runners = [
+        Runner(model, num_sequences * blocks_each, block_size=BLOCK, dtype=model.compute_dtype) for _ in range(2)
+    ]
+    prompts = {each: tokens(lengths[each]) for each in range(num_sequences)}
+    for runner in runners:
+        runner.run([
+            Part(prompts[each], lengths[each], tables[each][: (lengths[each] - 1) // BLOCK + 1])
+            for each in range(num_sequences)
+        ])  # fmt: skip
+    everyone = list(range(num_sequences))
+    steps = [[3], [3], [3, 5], [5, 3], [17, 2, 9], everyone, [3], everyone, *[[1, 4]] * 40]
+    for number, which in enumerate(steps):
+        parts = parts_of(which, {each: tokens(1) for each in which})
+        for rows in ([*range(len(which))], [len(which) - 1], []):  # the same tokens again give the same
+            got = runners[0].run(parts, rows)
+            # The other runner forgets what it keeps, and makes all of it anew.
+            runners[1]._singles = None
+            fresh = runners[1].run(parts, rows)
+            for name in ("hidden", "all_expert_ids", "all_routing_weights", "logits"):
+                assert torch.equal(getattr(got, name), getattr(fresh, name)), (number, rows, name)
+            assert list(got.likeliest) == got.logits.argmax(-1).tolist(), (number, rows)
+        for each in which:
+            lengths[each] += 1
