@@ -69,9 +69,9 @@ def _stream(
     stop_ids: frozenset[int],
 ) -> Iterator[int]:
     was_training = model.training
-    model.eval()
     if temperature != 0.0:
         select.cpu_library()  # which draws: compiled now where it is not yet, and not between two tokens
+    model.eval()
     try:
         device = model.device
         cache = BatchCache(model.config, 1, len(prompt) + max_new_tokens, dtype=model.compute_dtype, device=device)

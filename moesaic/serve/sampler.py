@@ -76,6 +76,7 @@ class SamplingState:
         self._stop_ids = np.array(sorted(set(stop_ids)), dtype=np.int64)
         self._has_penalties = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._repeats = sampling.repetition_penalty != 1
+        # That penalties change nothing yet, as edits_scores knows, does not hold for rows behind the next.
         self._takes_logits = sampling.logprobs is None and not (ids or self._has_penalties or self._repeats)
         self.takes_likeliest = sampling.temperature == 0 or sampling.top_k == 1
         # Distinct tokens in the order of their first appearance, and how often each was generated; those of the prompt
