@@ -84,17 +84,17 @@ inline WithDerivative activate_with_derivative(Vf x) {
 
 // Of swiglu_oai. NaN passes through both clamps, since min and max give their second operand then.
 constexpr float kOaiLimit = 7.0f, kOaiSlope = 1.702f;
-inline Vf bounded_gate(Vf gate) { return min(set1(kOaiLimit), gate); }
-inline Vf bounded_up(Vf up) { return max(set1(-kOaiLimit), min(set1(kOaiLimit), up)); }
+MOESAIC_INLINE Vf bounded_gate(Vf gate) { return min(set1(kOaiLimit), gate); }
+MOESAIC_INLINE Vf bounded_up(Vf up) { return max(set1(-kOaiLimit), min(set1(kOaiLimit), up)); }
 
 // Quick: with quick_sigmoid.
 template <bool Quick>
-inline Vf sigmoid_of(Vf x) {
+MOESAIC_INLINE Vf sigmoid_of(Vf x) {
     return Quick ? quick_sigmoid(x) : sigmoid(x);
 }
 
 template <Activation A, bool Quick = false>
-inline Vf activate_gated(Vf gate, Vf up) {
+MOESAIC_INLINE Vf activate_gated(Vf gate, Vf up) {
     static_assert(is_gated(A));
     if constexpr (A == kSwiglu) return mul(mul(gate, sigmoid_of<Quick>(gate)), up);
     const Vf bounded = bounded_gate(gate);
@@ -109,7 +109,7 @@ struct GatedGradients {
 
 // grad: of the value.
 template <Activation A, bool Quick = false>
-inline GatedGradients activate_gated_with_gradients(Vf gate, Vf up, Vf grad) {
+MOESAIC_INLINE GatedGradients activate_gated_with_gradients(Vf gate, Vf up, Vf grad) {
     static_assert(is_gated(A));
     const Vf one = set1(1.0f);
     if constexpr (A == kSwiglu) {

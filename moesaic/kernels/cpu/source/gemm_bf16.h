@@ -24,7 +24,7 @@ constexpr int kPanel = 32;  // columns of a panel
 constexpr size_t kStayingBytes = 32 << 10;  // of a panel, that stay in the first-level cache while all rows pass
 #if defined(MOESAIC_TILES)
 constexpr int kPairBlock = 16;  // pairs of K are a multiple of this
-constexpr int kWholeRows = 64;  // rows in whole steps of every kernel: tiles take 32, and another shape for fewer
+constexpr int kWholeRows = 64;  // rows in whole steps of every kernel: tiles take 16, and another shape for fewer
 #else
 constexpr int kPairBlock = 1;
 constexpr int kWholeRows = 48;  // 12 and 6 divide it
@@ -70,20 +70,17 @@ inline void stream_bf16(bf16* to, const Vf (&sums)[Width / W]) {
 
 #if defined(MOESAIC_TILES)
 
-constexpr int kRowBlock = 32;  // rows that one step works on at best
+constexpr int kRowBlock = 32;  // rows that one step works on at best: two tiles
+constexpr int kTileRows = 16;
 template <int Width>
 constexpr int row_block() {
     return kRowBlock;
 }
 
-// What a product by tiles reads ahead while it computes: before each tile that it loads, a quarter of what one block of
-// 32 terms is to bring. All at once, the lines would fill the buffers that its own loads need: weights came from memory
-// at 55 to 65 % of its rate.
-struct NothingAhead {
-    MOESAIC_INLINE void quarter() {}
-};
-
-// `step` bytes for every block, up to `end`, and behind that what begins at `then`.
+// What a product by tiles reads ahead while it computes, a little at each of its calls between the tiles that it loads. All
+// at once, the lines would fill the buffers that its own loads need: weights came from memory at 55 to 65 % of its rate.
+//
+// `step` bytes for every call, up to `end`, and behind that what begins at `then`.
 struct StreamAhead {
     const char* from;
     size_t step;
@@ -91,9 +88,9 @@ struct StreamAhead {
     const char* until = from;
 
     StreamAhead(const char* at, size_t bytes, const char* last = nullptr, const char* following = nullptr)
-        : from(at), step((bytes + 3) / 4 * 4), end(last), then(following) {}
-    MOESAIC_INLINE void quarter() {
-        until += step / 4;
+        : from(at), step(bytes), end(last), then(following) {}
+    MOESAIC_INLINE void call() {
+        until += step;
         if (from == end) {
             until = then + (until - from);
             from = then;
@@ -102,17 +99,17 @@ struct StreamAhead {
     }
 };
 
-// `count` cache lines, `stride` bytes apart, within `blocks` blocks: as many in every quarter until all are brought, since
-// a branch that is mispredicted holds the tiles up.
+// `count` cache lines, `stride` bytes apart, within so many calls: as many in every call until all are brought, since a
+// branch that is mispredicted holds the tiles up.
 struct LinesAhead {
     const char* line = nullptr;
     ptrdiff_t stride = 0;
     int each = 0, left = 0;
 
     LinesAhead() = default;
-    LinesAhead(const char* from, size_t apart, int64_t count, int blocks)
-        : line(from), stride(ptrdiff_t(apart)), each(int((count + 4 * blocks - 1) / (4 * blocks))), left(int(count)) {}
-    MOESAIC_INLINE void quarter() {
+    LinesAhead(const char* from, size_t apart, int64_t count, int calls)
+        : line(from), stride(ptrdiff_t(apart)), each(int((count + calls - 1) / calls)), left(int(count)) {}
+    MOESAIC_INLINE void call() {
         if (left <= 0) return;
         for (int i = 0; i < each; ++i, line += stride) fetch(line);
         left -= each;
@@ -123,20 +120,20 @@ struct LinesAhead {
 struct StreamAndLinesAhead {
     StreamAhead stream;
     LinesAhead lines;
-    MOESAIC_INLINE void quarter() {
-        stream.quarter();
-        lines.quarter();
+    MOESAIC_INLINE void call() {
+        stream.call();
+        lines.call();
     }
 };
 
-// Lines, and of streams in turn, an even number of them, kEach lines for every quarter.
+// Lines, and of streams in turn, an even number of them, kEach lines for every call.
 template <int kEach>
 struct StreamsAndLinesAhead {
     const char* at;
     ptrdiff_t pitch;
     int streams, stream;
     LinesAhead lines;
-    MOESAIC_INLINE void quarter() {
+    MOESAIC_INLINE void call() {
         constexpr int kAtOnce = kEach < 2 ? kEach : 2;
         for (int done = 0; done < kEach; done += kAtOnce) {
             for (int i = 0; i < kAtOnce; ++i) fetch(at + i * pitch);
@@ -147,7 +144,7 @@ struct StreamsAndLinesAhead {
                 at += 64 - streams * pitch;
             }
         }
-        lines.quarter();
+        lines.call();
     }
 };
 
@@ -168,7 +165,7 @@ struct PagesAhead {
         at += kPages * kPage;
         if (at == end) at = following;
     }
-    MOESAIC_INLINE void quarter() {
+    MOESAIC_INLINE void call() {
         for (int line = 0; line < 2; ++line, at += 64)
             for (size_t page = 0; page < kPages; ++page) fetch(at + page * kPage);
         left -= 2;
@@ -177,7 +174,7 @@ struct PagesAhead {
             at -= kPage;
             go_on();
         }
-        lines.quarter();
+        lines.call();
     }
 };
 
@@ -191,27 +188,27 @@ class Streams {
           pitch_((int64_t(bytes) + streams_ * 64 - 1) / (streams_ * 64) * 64), lines_(pitch_ / 64 * streams_) {}
 
     // Calls body(what to read ahead) for the product that brings its share, the last one up to `share` of `shares`, within
-    // `blocks` blocks.
+    // so many calls.
     template <typename Body>
-    void ahead(int share, int shares, int blocks, const LinesAhead& lines, Body&& body) {
-        const int64_t wanted = lines_ * (share + 1) / shares - brought_, quarters = 4 * blocks;
-        const auto call = [&](auto each) {
+    void ahead(int share, int shares, int calls, const LinesAhead& lines, Body&& body) {
+        const int64_t wanted = lines_ * (share + 1) / shares - brought_;
+        const auto bring = [&](auto each) {
             const StreamsAndLinesAhead<decltype(each)::value> what{
                 from_ + brought_ / streams_ * 64 + brought_ % streams_ * pitch_, pitch_, streams_, int(brought_ % streams_),
                 lines};
-            brought_ += quarters * decltype(each)::value;
+            brought_ += int64_t(calls) * decltype(each)::value;
             body(what);
         };
         if (wanted <= 0)
-            call(std::integral_constant<int, 0>{});
-        else if (wanted <= quarters)
-            call(std::integral_constant<int, 1>{});
-        else if (wanted <= 2 * quarters)
-            call(std::integral_constant<int, 2>{});
-        else if (wanted <= 4 * quarters)
-            call(std::integral_constant<int, 4>{});
+            bring(std::integral_constant<int, 0>{});
+        else if (wanted <= calls)
+            bring(std::integral_constant<int, 1>{});
+        else if (wanted <= 2 * calls)
+            bring(std::integral_constant<int, 2>{});
+        else if (wanted <= 4 * calls)
+            bring(std::integral_constant<int, 4>{});
         else
-            call(std::integral_constant<int, 8>{});
+            bring(std::integral_constant<int, 8>{});
     }
 
   private:
@@ -227,7 +224,7 @@ class Streams {
     int64_t pitch_, lines_, brought_ = 0;
 };
 
-// The rows of one of several steps of up to 32: as many in each, the last beginning with some of those before it, since a
+// The rows of one of several tiles of up to 16: as many in each, the last beginning with some of those before it, since a
 // change of the tiles' shape takes as long as several products.
 struct RowBlock {
     int size, row, first;  // rows; the first one; the first one that no step before has
@@ -241,84 +238,191 @@ struct RowBlock {
 // of the rate.
 enum class Stays { kRows, kPanel };
 
-// Sums of a block in tiles 0 to 3 += 16 rows from `top` and 16 from `bottom` times one or two tiles of columns. Calls
-// beside(p, quarter) four times for every 16 pairs: what other work it does runs while the tiles are multiplied. With
-// kBytes a pair of terms is four terms of 8 bits, signed in rows and unsigned in columns, and sums are int32.
-template <Stays stays, int Columns, bool kBottom, bool kBytes = false, typename Beside>
-MOESAIC_INLINE void multiply_tiles(const bf16* top, const bf16* bottom, size_t lda, const uint32_t* b, size_t ldb,
-                                   int pairs, Beside what) {
-    Beside beside = what;  // of its own, so that what it counts is in registers
+// A part of K of a block's products: 16 rows from `top` and, where the block has 32, 16 from `bottom`, lda apart, times
+// one or two tiles of columns.
+struct TileTerms {
+    const bf16 *top, *bottom;
+    size_t lda;
+    const uint32_t* b;
+    size_t ldb;
+    int pairs;
+};
+
+// A block's sums, rows ld apart: where the 16 upper rows and the lower ones come from (null: zero) and go to.
+struct TileSums {
+    const float *from_top, *from_bottom;
+    float *top, *bottom;
+    size_t ld;
+
+    TileSums(const float* from, float* to, size_t apart)
+        : from_top(from), from_bottom(from ? from + 16 * apart : nullptr), top(to), bottom(to + 16 * apart), ld(apart) {}
+    TileSums(const float* from, const float* from_below, float* to, float* below, size_t apart)
+        : from_top(from), from_bottom(from_below), top(to), bottom(below), ld(apart) {}
+};
+
+// Two tiles of sums, which share one operand: the columns of one tile of rows, or (kTall) the rows of one tile of
+// columns. Calls beside(p, kFirst), then with the numbers that follow up to kCalls of them, for every 16 pairs.
+template <Stays stays, bool kTall, int kSums, bool kBytes, int kFirst, int kCalls, typename Beside>
+MOESAIC_INLINE void multiply_pair_of_tiles(const TileTerms& terms, Beside& beside) {
     constexpr bool kRowsStay = stays == Stays::kRows;
-    const size_t stride_a = lda * 2, stride_b = ldb * 4;
-    for (int p = 0; p < pairs; p += 16) {
+    const bf16 *top = terms.top, *bottom = terms.bottom;
+    const uint32_t* b = terms.b;
+    const size_t stride_a = terms.lda * 2, ldb = terms.ldb, stride_b = ldb * 4;
+    for (int p = 0; p < terms.pairs; p += 16) {
+        beside(p, kFirst);
+        if constexpr (kTall)
+            tile_load_stays(!kRowsStay, 6, b + p * ldb, stride_b);
+        else
+            tile_load_stays(kRowsStay, 4, top + 2 * p, stride_a);
+        if constexpr (kCalls == 4) beside(p, kFirst + 1);
+        if constexpr (kTall)
+            tile_load_stays(kRowsStay, 4, top + 2 * p, stride_a);
+        else
+            tile_load_stays(!kRowsStay, 6, b + p * ldb, stride_b);
+        tile_dot(kBytes, 0, 4, 6);
+        beside(p, kFirst + kCalls / 2);
+        if constexpr (kSums == 2) {
+            if constexpr (kTall)
+                tile_load_stays(kRowsStay, 4, bottom + 2 * p, stride_a);
+            else
+                tile_load_stays(!kRowsStay, 6, b + p * ldb + 16, stride_b);
+            tile_dot(kBytes, 1, 4, 6);
+        }
+        if constexpr (kCalls == 4) beside(p, kFirst + 3);
+    }
+}
+
+// A block of 2 x 2 tiles of sums in tiles 0 to 3, with 4 and 5 for rows and 6 for columns; calls beside(p, 0) to
+// beside(p, 3) for every 16 pairs.
+template <Stays stays, bool kBytes, typename Beside>
+MOESAIC_INLINE void multiply_four_tiles(const TileTerms& terms, Beside& beside) {
+    constexpr bool kRowsStay = stays == Stays::kRows;
+    const size_t stride_a = terms.lda * 2, ldb = terms.ldb, stride_b = ldb * 4;
+    const bf16 *top = terms.top, *bottom = terms.bottom;
+    const uint32_t* b = terms.b;
+    for (int p = 0; p < terms.pairs; p += 16) {
         beside(p, 0);
         tile_load_stays(kRowsStay, 4, top + 2 * p, stride_a);
         beside(p, 1);
         tile_load_stays(!kRowsStay, 6, b + p * ldb, stride_b);
         tile_dot(kBytes, 0, 4, 6);
         beside(p, 2);
-        if constexpr (kBottom) {
-            tile_load_stays(kRowsStay, 5, bottom + 2 * p, stride_a);
-            tile_dot(kBytes, 2, 5, 6);
-        }
+        tile_load_stays(kRowsStay, 5, bottom + 2 * p, stride_a);
+        tile_dot(kBytes, 2, 5, 6);
         beside(p, 3);
-        if constexpr (Columns == 2) {
-            tile_load_stays(!kRowsStay, 6, b + p * ldb + 16, stride_b);
-            tile_dot(kBytes, 1, 4, 6);
-            if constexpr (kBottom) tile_dot(kBytes, 3, 5, 6);
-        }
+        tile_load_stays(!kRowsStay, 6, b + p * ldb + 16, stride_b);
+        tile_dot(kBytes, 1, 4, 6);
+        tile_dot(kBytes, 3, 5, 6);
     }
 }
 
-// Tiles 0 to 3 as a block of sums.
-template <int Columns, bool kBottom>
-inline void load_sums(const float* c, size_t ldc) {
-    const size_t stride = ldc * 4;
-    tile_load(0, c, stride);
-    if constexpr (Columns == 2) tile_load(1, c + 16, stride);
-    if constexpr (kBottom) {
-        tile_load(2, c + 16 * ldc, stride);
-        if constexpr (Columns == 2) tile_load(3, c + 16 * ldc + 16, stride);
-    }
-}
-template <int Columns, bool kBottom>
-inline void clear_sums() {
-    tile_zero(0);
-    if constexpr (Columns == 2) tile_zero(1);
-    if constexpr (kBottom) {
+// For products of tiles of so many rows.
+inline void configure_products(int rows) { configure_tiles(rows, tile_sharing.takes_few() ? 0 : rows); }
+
+// Sums of a block, += the products of all `terms`: of 32 rows and two tiles of columns, four tiles of sums at once.
+template <Stays stays, bool kBytes, size_t kParts, typename Beside>
+MOESAIC_INLINE void multiply_four_at_once(const TileTerms (&terms)[kParts], const TileSums& sums, Beside what) {
+    Beside beside = what;  // of its own, so that what it counts is in registers
+    const size_t stride = sums.ld * 4;
+    if (sums.from_top) {
+        tile_load(0, sums.from_top, stride);
+        tile_load(1, sums.from_top + 16, stride);
+        tile_load(2, sums.from_bottom, stride);
+        tile_load(3, sums.from_bottom + 16, stride);
+    } else {
+        tile_zero(0);
+        tile_zero(1);
         tile_zero(2);
-        if constexpr (Columns == 2) tile_zero(3);
+        tile_zero(3);
+    }
+    for (const TileTerms& part : terms) multiply_four_tiles<stays, kBytes>(part, beside);
+    tile_store(0, sums.top, stride);
+    tile_store(1, sums.top + 16, stride);
+    tile_store(2, sums.bottom, stride);
+    tile_store(3, sums.bottom + 16, stride);
+}
+
+// The same two tiles of sums at a time, or (not kBottom) of 16 rows, or of one tile of columns.
+template <Stays stays, int Columns, bool kBottom, bool kBytes, size_t kParts, typename Beside>
+MOESAIC_INLINE void multiply_two_at_a_time(const TileTerms (&terms)[kParts], const TileSums& sums, Beside what) {
+    const size_t stride = sums.ld * 4;
+    Beside beside = what;
+    // Two tiles of sums, the first ones at from and to.
+    const auto pass = [&](auto tall, auto count, auto first_call, auto calls, bool is_lower,
+                          int column) __attribute__((always_inline)) {
+        constexpr bool kTall = decltype(tall)::value, kTwo = decltype(count)::value == 2;
+        const float* from = is_lower ? sums.from_bottom : sums.from_top + column;
+        float* to = is_lower ? sums.bottom : sums.top + column;
+        if (sums.from_top) {
+            tile_load(0, from, stride);
+            if constexpr (kTwo) tile_load(1, kTall ? sums.from_bottom + column : from + 16, stride);
+        } else {
+            tile_zero(0);
+            if constexpr (kTwo) tile_zero(1);
+        }
+        for (size_t part = 0; part < kParts; ++part) {
+            TileTerms own = terms[part];
+            if (is_lower) own.top = own.bottom;
+            own.b += column;
+            multiply_pair_of_tiles<stays, kTall, decltype(count)::value, kBytes, decltype(first_call)::value,
+                                   decltype(calls)::value>(own, beside);
+        }
+        tile_store(0, to, stride);
+        if constexpr (kTwo) tile_store(1, kTall ? sums.bottom + column : to + 16, stride);
+    };
+    using std::integral_constant;
+    using Wide = std::false_type;
+    using Tall = std::true_type;
+    constexpr integral_constant<int, 0> kZero{};
+    constexpr integral_constant<int, 2> kTwo{};
+    constexpr integral_constant<int, 4> kFour{};
+    if constexpr (!kBottom) {
+        pass(Wide{}, integral_constant<int, Columns>{}, kZero, kFour, false, 0);
+    } else if constexpr (Columns == 1) {
+        pass(Tall{}, kTwo, kZero, kFour, false, 0);
+    } else if constexpr (stays == Stays::kPanel) {
+        pass(Wide{}, kTwo, kZero, kTwo, false, 0);
+        pass(Wide{}, kTwo, kTwo, kTwo, true, 0);
+    } else {
+        pass(Tall{}, kTwo, kZero, kTwo, false, 0);
+        pass(Tall{}, kTwo, kTwo, kTwo, false, 16);
     }
 }
-template <int Columns, bool kBottom>
-inline void store_sums(float* c, size_t ldc) {
-    const size_t stride = ldc * 4;
-    tile_store(0, c, stride);
-    if constexpr (Columns == 2) tile_store(1, c + 16, stride);
-    if constexpr (kBottom) {
-        tile_store(2, c + 16 * ldc, stride);
-        if constexpr (Columns == 2) tile_store(3, c + 16 * ldc + 16, stride);
-    }
+
+// Sums of a block of 16 or (kBottom) 32 rows and one or two tiles of columns, += the products of all `terms`. Calls
+// beside(p, quarter) four times for every 16 pairs: what other work it does runs while the tiles are multiplied. With kBytes
+// a pair of terms is four terms of 8 bits, signed in rows and unsigned in columns, and sums are int32.
+//
+// Four tiles of sums at once, or two at a time (TileSharing says when): then the operand that stays is loaded twice as often,
+// from the first-level cache, and the other one once, as before. A sum's terms come in the same order either way.
+template <Stays stays, int Columns, bool kBottom, bool kBytes = false, size_t kParts, typename Beside>
+MOESAIC_INLINE void multiply_tiles(const TileTerms (&terms)[kParts], const TileSums& sums, const Beside& beside) {
+    if constexpr (kBottom && Columns == 2)
+        if (!tile_sharing.takes_few()) {
+            multiply_four_at_once<stays, kBytes>(terms, sums, beside);
+            return;
+        }
+    multiply_two_at_a_time<stays, Columns, kBottom, kBytes>(terms, sums, beside);
 }
 
 // One or two tiles of columns; see gemm.
-template <int Columns, Stays stays, typename Fetch>
-inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                       size_t ldc, bool accumulate, Fetch ahead) {
-    auto multiply = [&](int row, auto has_bottom) {
-        constexpr bool kBottom = decltype(has_bottom)::value;
+template <int Columns, Stays stays>
+inline void gemm_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
+                       bool accumulate) {
+    for (int row = 0; row < rows;) {
         const bf16* top = a + size_t(row) * lda;
-        float* sums = c + size_t(row) * ldc;
-        accumulate ? load_sums<Columns, kBottom>(sums, ldc) : clear_sums<Columns, kBottom>();
-        multiply_tiles<stays, Columns, kBottom>(top, top + 16 * lda, lda, b, ldb, pairs,
-                                                [ahead](int, int) mutable { ahead.quarter(); });
-        store_sums<Columns, kBottom>(sums, ldc);
-    };
-    for (int row = 0; row < rows; row += 32) {
-        const int here = rows - row < 32 ? rows - row : 32;
-        const int top = here < 16 ? here : 16, bottom = here - top;
-        configure_tiles(top, bottom);
-        bottom ? multiply(row, std::true_type{}) : multiply(row, std::false_type{});
+        const TileTerms terms[] = {{top, top + 16 * lda, lda, b, ldb, pairs}};
+        float* to = c + size_t(row) * ldc;
+        const TileSums sums(accumulate ? to : nullptr, to, ldc);
+        if (rows - row >= 32) {
+            configure_products(16);
+            multiply_tiles<stays, Columns, true>(terms, sums, [](int, int) {});
+            row += 32;
+        } else {
+            configure_products(std::min(16, rows - row));
+            multiply_tiles<stays, Columns, false>(terms, sums, [](int, int) {});
+            row += 16;
+        }
     }
 }
 
@@ -399,10 +503,9 @@ template <int Width>
 inline void gemm(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
                  bool accumulate) {
     static_assert(Width == 16 || Width == 32);
-    // A panel stays while several steps of rows pass, and few rows while panels do.
-    rows > kRowBlock
-        ? gemm_tiles<Width / 16, Stays::kPanel>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, NothingAhead{})
-        : gemm_tiles<Width / 16, Stays::kRows>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate, NothingAhead{});
+    // A panel stays while several blocks of rows pass, and few rows while panels do.
+    rows > 32 ? gemm_tiles<Width / 16, Stays::kPanel>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate)
+              : gemm_tiles<Width / 16, Stays::kRows>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
 }
 
 // Equal parts of other work, done between the tile instructions of a product.
@@ -451,33 +554,35 @@ class BroughtNearer {
 // are a multiple of 32.
 inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, const uint32_t* b, int64_t columns,
                           bf16* c, size_t ldc) {
-    alignas(64) float sums[2][kRowBlock * kPanel];
-    int lines = 0;       // of a row of what waits to be written: one block of sums, or two side by side
-    bf16* to = nullptr;  // where
+    constexpr int kBlock = 32;
+    // Blocks of sums that wait to be written, one or two side by side, and the ones that are being made.
+    alignas(64) float blocks[2][2][kBlock * kPanel];
+    int lines = 0, turn = 0;  // of a row of what waits; which blocks those are
+    bf16* to = nullptr;       // where
     auto write = [&](int row) {
         for (int side = 0; side < lines; ++side) {
             Vf line[kPanel / W];
-            for (int v = 0; v < kPanel / W; ++v) line[v] = load(sums[side] + row * kPanel + v * W);
+            for (int v = 0; v < kPanel / W; ++v) line[v] = load(blocks[turn][side] + row * kPanel + v * W);
             stream_bf16<kPanel>(to + row * ldc + side * kPanel, line);
         }
     };
     const int calls = pairs / 16 * 2;
-    configure_tiles(16, 16);
+    configure_products(16);
     auto block = [&](int row, int64_t column, int side, BroughtNearer& next, auto stays) {
-        Beside writing(write, lines ? kRowBlock : 0, calls);
+        Beside writing(write, lines ? kBlock : 0, calls);
         const bf16* top = reinterpret_cast<const bf16*>(a + row * lda);
-        clear_sums<2, true>();
-        multiply_tiles<decltype(stays)::value, 2, true>(top, top + 32 * lda, 2 * lda, b + column * pairs, kPanel, pairs,
+        const TileTerms terms[] = {{top, top + 32 * lda, 2 * lda, b + column * pairs, kPanel, pairs}};
+        multiply_tiles<decltype(stays)::value, 2, true>(terms, TileSums(nullptr, blocks[turn ^ 1][side], kPanel),
                                                         [&](int, int quarter) {
                                                             if (quarter % 2 == 0) return;
                                                             writing.call();
                                                             next();
                                                         });
         lines = 0;
-        store_sums<2, true>(sums[side], kPanel);
     };
     auto wait = [&](int row, int64_t column, int count) {
         lines = count;
+        turn ^= 1;
         to = c + row * ldc + column;
     };
     using Rows = std::integral_constant<Stays, Stays::kRows>;
@@ -485,8 +590,8 @@ inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, co
     // Few pairs: all panels stay in the first-level cache, and need no line buffer beside the writing.
     const bool panels_stay = int64_t(pairs) * columns * 4 <= int64_t(kStayingBytes);
     if (int64_t(pairs) * columns <= (1 << 18)) {
-        for (int row = 0; row < rows; row += kRowBlock) {
-            BroughtNearer next(a + (row + kRowBlock) * lda, row + kRowBlock < rows ? int64_t(kRowBlock * lda * 4) : 0,
+        for (int row = 0; row < rows; row += kBlock) {
+            BroughtNearer next(a + (row + kBlock) * lda, row + kBlock < rows ? int64_t(kBlock * lda * 4) : 0,
                                columns / kPanel * calls);
             for (int64_t column = 0; column < columns; column += 2 * kPanel) {
                 const int sides = columns - column > kPanel ? 2 : 1;
@@ -500,14 +605,14 @@ inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, co
         // Panels that do not stay in the cache are read once for all rows.
         for (int64_t column = 0; column < columns; column += kPanel) {
             BroughtNearer next(b + (column + kPanel) * pairs,
-                               column + kPanel < columns ? int64_t(pairs) * kPanel * 4 : 0, rows / kRowBlock * calls);
-            for (int row = 0; row < rows; row += kRowBlock) {
+                               column + kPanel < columns ? int64_t(pairs) * kPanel * 4 : 0, rows / kBlock * calls);
+            for (int row = 0; row < rows; row += kBlock) {
                 block(row, column, 0, next, Panel{});
                 wait(row, column, 1);
             }
         }
     }
-    for (int row = 0; row < kRowBlock; ++row) write(row);
+    for (int row = 0; row < kBlock; ++row) write(row);
 }
 
 #else

@@ -293,13 +293,13 @@ struct Next {
     // What a product by tiles, one of `parts` steps of rows on terms [first, first + here) of `terms`, brings nearer bit by
     // bit: of lines that follow each other its share; of lines far apart, which are written when sums are complete, its
     // rows' in the last pass.
-    LinesAhead lines_ahead(int part, int parts, int first, int here, int terms, int blocks) const {
+    LinesAhead lines_ahead(int part, int parts, int first, int here, int terms, int calls) const {
         const bool is_shared = stride == 64;
         if (!is_shared && first + here < terms) return {};
         const int64_t begin = is_shared ? int64_t(first) * parts + int64_t(here) * part : part;
         const int64_t end = begin + (is_shared ? here : 1), all = int64_t(is_shared ? terms : 1) * parts;
         const int64_t line = count * begin / all;
-        return {lines + size_t(line) * stride, stride, count * end / all - line, blocks};
+        return {lines + size_t(line) * stride, stride, count * end / all - line, calls};
     }
 #endif
 };

@@ -173,3 +173,19 @@ MOESAIC_EXPORT int64_t moesaic_limit_int8(int64_t rounds) try {
 MOESAIC_EXPORT int64_t moesaic_limit_fp32(int64_t rounds) try {
     return moesaic::count_operations(rounds, int64_t(moesaic::kSums) * 2 * moesaic::W, moesaic::fp32_rounds);
 } MOESAIC_NO_MEMORY
+
+// What four products of tiles take on this thread now, in ticks, with seven tiles in use and with four (TileSharing). 0
+// without tiles.
+MOESAIC_EXPORT int64_t moesaic_limit_tile_ways(double* seven, double* few) try {
+    using namespace moesaic;
+#if defined(MOESAIC_TILES) && !defined(MOESAIC_EMULATE_TILES)
+    const TileSharing::Ticks ticks = TileSharing::try_both();
+    leave_tiles();
+    *seven = double(ticks.seven) / TileSharing::kTimes;
+    *few = double(ticks.few) / TileSharing::kTimes;
+    return 1;
+#else
+    *seven = *few = 0.0;
+    return 0;
+#endif
+} MOESAIC_NO_MEMORY

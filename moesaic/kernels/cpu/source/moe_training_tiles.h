@@ -76,17 +76,17 @@ class UpChunk {
         const WeightsAhead fetches{ahead ? top + kWeightsAhead * h : nullptr,
                                    ahead ? bottom + kWeightsAhead * h : nullptr, size_t(h)};
         Beside epilogue([&](int part) { activate(part); }, parts(), int(h / 32) * 2);
-        configure_tiles(16, 16);
-        clear_sums<Columns, true>();
-        multiply_tiles<Stays::kPanel, Columns, true>(top, bottom, size_t(h), panel, size_t(block.width), int(h / 2),
-                                                     [&](int p, int quarter) {
-                                                         fetches.quarter(p, quarter);
-                                                         if (quarter % 2 == 0) return;
-                                                         epilogue.call();
-                                                         next();
-                                                     });
+        configure_products(16);
+        const TileTerms terms[] = {{top, bottom, size_t(h), panel, size_t(block.width), int(h / 2)}};
+        const TileSums sums(nullptr, sums_[turn_ ^ 1], kBlock);
+        multiply_tiles<Stays::kPanel, Columns, true>(terms, sums, [&](int p, int quarter) {
+            fetches.quarter(p, quarter);
+            if (quarter % 2 == 0) return;
+            epilogue.call();
+            next();
+        });
         if (waiting_ && row == 0) finish();
-        store_sums<Columns, true>(sums_, kBlock);
+        turn_ ^= 1;
         waiting_ = &block;
         waiting_row_ = row;
     }
@@ -95,7 +95,7 @@ class UpChunk {
     void activate(int part) {
         const int width = waiting_->width, column_parts = width / W, lane = part % column_parts * W;
         const int row = part / column_parts * 2, r = waiting_row_ + row;  // within the block, the chunk
-        const float* sums = sums_ + row * kBlock + lane;
+        const float* sums = sums_[turn_] + row * kBlock + lane;
         Vf a[2] = {load(sums), load(sums + kBlock)};
         uint32_t* hidden = hidden_ + waiting_->offset * (m_.inner / 2) + (first_ + r) / 2 * width + lane;
         uint32_t* pairs = pairs_[0] + r / 2 * width + lane;
@@ -141,8 +141,8 @@ class UpChunk {
     const bf16* const bias_;  // null: none
     uint32_t* const hidden_;
     const LaneBlock* waiting_ = nullptr;  // whose sums are not activated yet
-    int waiting_row_ = 0;
-    alignas(64) float sums_[kBlock * kBlock];
+    int waiting_row_ = 0, turn_ = 0;  // which sums wait
+    alignas(64) float sums_[2][kBlock * kBlock];
     static constexpr int kHalf = kChunk / 2 * 32;
     alignas(64) uint32_t pairs_[2][kHalf];
     alignas(64) uint32_t turned_[2 * kChunk / 2 * 32];
@@ -157,7 +157,7 @@ inline void down_piece(const MoeTraining& m, const ExpertRows& rows, const Piece
     const int64_t h = m.hidden, f = m.inner;
     const bf16* weights = m.down + (rows.expert * h + first) * f;
     alignas(64) float y[kDownRows * kBlock], turned[kBlock * kDownRows];
-    configure_tiles(16, 16);
+    configure_products(16);
     for (size_t b = piece.block; b < piece.block + piece.blocks; ++b) {
         const LaneBlock& block = rows.blocks[b];
         const uint32_t* panel = hidden + block.offset * (f / 2);
@@ -170,13 +170,13 @@ inline void down_piece(const MoeTraining& m, const ExpertRows& rows, const Piece
                 const bf16* top = weights + row * f + 2 * from;
                 auto multiply = [&](auto columns) {
                     constexpr int kColumns = decltype(columns)::value;
-                    from > 0 ? load_sums<kColumns, true>(y + row * kBlock, kBlock) : clear_sums<kColumns, true>();
-                    multiply_tiles<Stays::kPanel, kColumns, true>(top, top + 16 * f, size_t(f),
-                                                                  panel + int64_t(from) * block.width,
-                                                                  size_t(block.width), pairs, [&](int, int quarter) {
+                    float* sums = y + row * kBlock;
+                    const TileTerms terms[] = {{top, top + 16 * f, size_t(f), panel + int64_t(from) * block.width,
+                                                size_t(block.width), pairs}};
+                    multiply_tiles<Stays::kPanel, kColumns, true>(terms, TileSums(from > 0 ? sums : nullptr, sums, kBlock),
+                                                                  [&](int, int quarter) {
                                                                       if (quarter % 2) next();
                                                                   });
-                    store_sums<kColumns, true>(y + row * kBlock, kBlock);
                 };
                 block.width == 32 ? multiply(std::integral_constant<int, 2>{})
                                   : multiply(std::integral_constant<int, 1>{});
@@ -202,7 +202,7 @@ struct GradientScratch {
     uint32_t* down;        // the chunk's columns of the down weights: panels (columns / 32, H / 2, 32)
     uint32_t* hidden;      // panels (columns / 32, pairs, 32)
     uint32_t* contracted;  // the gradient of the pre-activation: columns of F, gate and up, by pairs of rows
-    float* sums;           // a block
+    float* sums;           // two blocks
     uint32_t* paired;      // (2, 16, 32): a block's gradients by pairs of rows
     float* dots;           // (32, W): parts of the products of hidden states and their gradients
 };
@@ -238,13 +238,13 @@ class GradientChunk {
         }
         const int64_t h = m_.hidden, f = m_.inner, e = rows_.expert, width = m_.pre_width();
         static thread_local Scratch buffer;
-        uint32_t* at = buffer.get<uint32_t>(size_t(columns_) * size_t(h / 2 + pairs_ + 2 * ld_) + kBlock * kBlock +
+        uint32_t* at = buffer.get<uint32_t>(size_t(columns_) * size_t(h / 2 + pairs_ + 2 * ld_) + 2 * kBlock * kBlock +
                                             2 * 16 * kBlock + kBlock * W);
         auto take = [&](auto*& part, size_t count) {
             part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(at);
             at += count;
         };
-        take(mine_.sums, kBlock * kBlock);
+        take(mine_.sums, 2 * kBlock * kBlock);
         take(mine_.paired, 2 * 16 * kBlock);
         take(mine_.dots, kBlock * W);
         take(mine_.down, size_t(columns_) * size_t(h / 2));
@@ -308,7 +308,7 @@ class GradientChunk {
         const size_t stride = size_t(row_stride(h));
         const bf16* gradients = s_.gradients + rows_.row_offset * int64_t(stride);
         const int calls = int(h / 32) * 2, halves = is_gated(A) ? 2 : 1;
-        configure_tiles(16, 16);
+        configure_products(16);
         for (int64_t row = 0; row < rows_.padded; row += kBlock) {
             BroughtNearer next_rows(gradients + (row + kBlock) * int64_t(stride),
                                     row + kBlock < rows_.padded ? kBlock * int64_t(stride) * 2 : 0,
@@ -327,16 +327,17 @@ class GradientChunk {
                         if (then < rows_.count) fetch(pre.row(then) + within_chunk(c) + part % halves * pre.half);
                     },
                     kBlock * halves, calls);
-                clear_sums<2, true>();
-                multiply_tiles<Stays::kRows, 2, true>(top, top + 16 * stride, stride, mine_.down + c * (h / 2), kPanel,
-                                                      int(h / 2), [&](int, int quarter) {
-                                                          if (quarter % 2 == 0) return;
-                                                          epilogue.call();
-                                                          ahead.call();
-                                                          next_rows();
-                                                      });
+                float* sums = mine_.sums + (sums_ == mine_.sums ? kBlock * kBlock : 0);
+                const TileTerms terms[] = {
+                    {top, top + 16 * stride, stride, mine_.down + c * (h / 2), kPanel, int(h / 2)}};
+                multiply_tiles<Stays::kRows, 2, true>(terms, TileSums(nullptr, sums, kBlock), [&](int, int quarter) {
+                    if (quarter % 2 == 0) return;
+                    epilogue.call();
+                    ahead.call();
+                    next_rows();
+                });
                 finish_block();
-                store_sums<2, true>(mine_.sums, kBlock);
+                sums_ = sums;
                 row_ = row;
                 column_ = c;
                 const auto& grad_pre = grad_pre_[chunk_at(c)];
@@ -362,7 +363,7 @@ class GradientChunk {
     void part_to_pre(int part) {
         const Waiting& w = waiting_;
         const int column = part / (kBlock / 2) * W, r = part % (kBlock / 2) * 2;
-        const float* raw_sums = mine_.sums + r * kBlock + column;
+        const float* raw_sums = sums_ + r * kBlock + column;
         const bf16* values = w.pre + r * w.stride + column;
         float* dots = mine_.dots + r * W;
         Vf hidden[2], grad_gate[2], grad_up[2];
@@ -444,6 +445,7 @@ class GradientChunk {
         uint32_t* hidden;
     };
     Waiting waiting_{};
+    const float* sums_ = nullptr;
     int64_t row_ = 0;
     int column_ = 0;
 };
@@ -461,7 +463,7 @@ inline void grad_x_piece(const MoeTraining& m, const ExpertRows& rows, const Pie
     uint32_t* packed = buffer.get<uint32_t>(size_t(kChunk * halves + int64_t(blocks) * kBlock) * size_t(columns));
     float* sums = reinterpret_cast<float*>(packed + kChunk * halves * columns);
     const bf16* weights = m.up + rows.expert * width * h + first;
-    configure_tiles(16, 16);
+    configure_products(16);
     for (int64_t start = 0; start < f; start += 2 * kChunk) {
         const int wide = int(std::min<int64_t>(2 * kChunk, f - start)), all_pairs = wide / 2 * halves;
         int pairs = 0;  // packed
@@ -490,20 +492,20 @@ inline void grad_x_piece(const MoeTraining& m, const ExpertRows& rows, const Pie
                                panels * (all_pairs / 16) * 2);
             for (int j = 0; j < panels; ++j) {
                 float* c = sums + (block * panels + j) * kBlock * kBlock;
-                start > 0 ? load_sums<2, true>(c, kBlock) : clear_sums<2, true>();
+                TileTerms terms[2];
                 int done = 0;
-                for (int from = 0; from < wide; from += kChunk) {
-                    const auto here = chunk_at(from);
+                for (int part = 0; part < 2; ++part) {
+                    const int from = part * kChunk, these = std::clamp(wide - from, 0, kChunk) / 2 * halves;
+                    const auto here = chunk_at(these > 0 ? from : 0);
                     const bf16* top = here.row(row + block * kBlock);
-                    const int these = std::min(kChunk, wide - from) / 2 * halves;
-                    multiply_tiles<Stays::kRows, 2, true>(top, top + 16 * here.stride, size_t(here.stride),
-                                                          packed + (j * all_pairs + done) * kPanel, kPanel, these,
-                                                          [&](int, int quarter) {
-                                                              if (quarter % 2) next();
-                                                          });
+                    const uint32_t* panel = packed + (j * all_pairs + done) * kPanel;
+                    terms[part] = {top, top + 16 * here.stride, size_t(here.stride), panel, kPanel, these};
                     done += these;
                 }
-                store_sums<2, true>(c, kBlock);
+                const TileSums added(start > 0 ? c : nullptr, c, kBlock);
+                multiply_tiles<Stays::kRows, 2, true>(terms, added, [&](int, int quarter) {
+                    if (quarter % 2) next();
+                });
             }
         }
     }

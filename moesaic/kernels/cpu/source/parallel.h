@@ -89,15 +89,19 @@ class Team {
     // free. Returns when all are done. Every member calls this, with equal arguments.
     template <typename Task>
     void tasks(long count, Task&& task) {
+        const auto call = [&](long i) {
+            before_task();
+            task(i);
+        };
         if (count <= size_) {
-            if (member_ < count) task(long(member_));
+            if (member_ < count) call(long(member_));
         } else if (size_ == 1) {
-            for (long i = 0; i < count; ++i) task(i);
+            for (long i = 0; i < count; ++i) call(i);
         } else {
             const int counter = int(phase_ % TeamState::kCounters);
             is_used_[counter] = true;
             std::atomic<long>& taken = state_.taken[counter].value;
-            for (long i = member_; i < count; i = size_ + taken.fetch_add(1, std::memory_order_relaxed)) task(i);
+            for (long i = member_; i < count; i = size_ + taken.fetch_add(1, std::memory_order_relaxed)) call(i);
         }
         barrier();
     }

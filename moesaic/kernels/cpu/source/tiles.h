@@ -39,9 +39,9 @@ inline void fetch(const void* p) {
 
 namespace moesaic {
 
-// Tiles 0 to 3 hold sums, top left, top right, bottom left, bottom right; 4 and 5 rows of A; 6 columns of B, the left ones
-// and then the right ones. The eighth stays empty: while what shares the core keeps tiles as well, it seems, too few are
-// left for the next loads, and with eight in use a product of operands in the caches takes half as long again.
+// Tiles 0 to 3 hold sums, 4 and 5 rows of A, 6 columns of B; attention has uses of its own for them. The eighth stays empty,
+// since few registers are left for the next loads as it is (TileSharing): with eight in use a product of operands in the
+// caches takes half as long again.
 struct alignas(64) TileShape {
     uint8_t palette = 1;
     uint8_t start_row = 0;
@@ -188,15 +188,100 @@ inline void release_tiles() { asm volatile("tilerelease" : :); }
             tile_dot_bf16(c, a, b);   \
     } while (0)
 
-// Rows of the upper and lower tiles of A and C; loading a shape clears all tiles, and costs nothing when it is the same.
+// Rows of tiles 0, 1 and 4, and of 2, 3 and 5, if they are in use. Loading a shape clears all tiles, and costs nothing when
+// it is the same.
 inline thread_local int tile_rows = -1;
+constexpr int tile_rows_of(int top, int bottom) { return top * 32 + bottom; }
 inline void configure_tiles(int top, int bottom) {
-    const int wanted = top * 32 + bottom;
+    const int wanted = tile_rows_of(top, bottom);
     if (tile_rows != wanted) {
         load_tile_shape(tile_shape(top, bottom));
         tile_rows = wanted;
     }
 }
+// Tiles 0, 1 and 4 alone, whatever the others are.
+inline void configure_top(int rows) {
+    if (tile_rows / 32 != rows) configure_tiles(rows, 0);
+}
+// Whether this thread's products take few tiles at a time. Every tile that is loaded or summed to is a new register
+// underneath, of which a core has few beyond those that hold something, and a neighbour on it that has tiles too, another
+// program's or another thread of ours, takes half of them. Alone, four products take 28 ns either way on Emerald Rapids (44
+// and 48 with an activation beside them); with such a neighbour 110 (147) where seven tiles are in use, and 68 (95) with
+// four. Neighbours come and go within a second, so every thread tries both ways now and then.
+class TileSharing {
+  public:
+    bool takes_few() const { return takes_few_; }
+    void look() {
+#if defined(MOESAIC_EMULATE_TILES)
+        takes_few_ = !takes_few_;  // so that tests take both ways
+#else
+        if (++tasks_ % 8) return;  // to ask for the time takes 20 ns
+        const uint64_t now = __rdtsc();
+        if (now - last_ < kBetween) return;
+        last_ = now;
+        const Ticks ticks = try_both();
+        takes_few_ = ticks.few + ticks.few / 8 < ticks.seven;
+#endif
+    }
+#if !defined(MOESAIC_EMULATE_TILES)
+    // What kTimes times four products take, with seven tiles in use and with four.
+    struct Ticks {
+        uint64_t seven, few;
+    };
+    static constexpr int kTimes = 16;
+    static Ticks try_both() {
+        // What a shape does not have holds nothing.
+        configure_tiles(16, 16);
+        const uint64_t seven = time([] {
+            tile_load(4, zeros, 64);
+            tile_load(6, zeros, 64);
+            tile_dot_bf16(0, 4, 6);
+            tile_load(5, zeros, 64);
+            tile_dot_bf16(2, 5, 6);
+            tile_load(6, zeros, 64);
+            tile_dot_bf16(1, 4, 6);
+            tile_dot_bf16(3, 5, 6);
+        });
+        configure_tiles(16, 0);
+        const uint64_t few = time([] {
+            for (int half = 0; half < 2; ++half) {
+                tile_load(4, zeros, 64);
+                tile_load(6, zeros, 64);
+                tile_dot_bf16(0, 4, 6);
+                tile_load(6, zeros, 64);
+                tile_dot_bf16(1, 4, 6);
+            }
+        });
+        return {seven, few};
+    }
+#endif
+
+  private:
+    static constexpr uint64_t kBetween = 1 << 23;  // ticks, some milliseconds; a look takes 2 to 5 us
+#if !defined(MOESAIC_EMULATE_TILES)
+    alignas(64) inline static const char zeros[16 * 64] = {};
+
+    template <typename Products>
+    static uint64_t time(Products products) {
+        const auto ticks = [] {
+            _mm_lfence();
+            return __rdtsc();
+        };
+        uint64_t start = 0;
+        for (int i = 0; i < 2 * kTimes; ++i) {
+            if (i == kTimes) start = ticks();
+            products();
+        }
+        return ticks() - start;
+    }
+    unsigned tasks_ = 0;
+    uint64_t last_ = 0;
+#endif
+    bool takes_few_ = false;
+};
+inline thread_local TileSharing tile_sharing;
+inline void before_task() { tile_sharing.look(); }
+
 // Before a thread goes back to other people's code, which may load a shape of its own.
 inline void leave_tiles() {
     if (tile_rows != -1) {
@@ -210,6 +295,7 @@ inline void leave_tiles() {
 #else
 
 namespace moesaic {
+inline void before_task() {}
 inline void leave_tiles() {}
 }  // namespace moesaic
 

@@ -68,55 +68,66 @@ class Waiting {
 
 #if defined(MOESAIC_TILES)
 
-// Up to 32 rows times a panel by tiles: sums that begin with those of `from`, or with zero where that is null, go to
-// `to`. Meanwhile `ahead` is read ahead, and rows that wait are done. A pair is two terms, or with kBytes four.
-template <bool kBytes, Stays stays, typename Fetch, typename Each>
-inline void block_by_tiles(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, const float* from,
-                           float* to, Fetch ahead, Waiting<Each>& waiting) {
-    const int top = rows < 16 ? rows : 16, bottom = rows - top;
-    configure_tiles(top, bottom);
-    const auto multiply = [&](auto has_bottom, auto every) {
-        constexpr bool kBottom = decltype(has_bottom)::value;
-        constexpr int kEvery = decltype(every)::value;  // quarters for every row that waits
-        if (pairs / kPairBlock * 4 / kEvery < kRowBlock) waiting.all();
-        from ? load_sums<2, kBottom>(from, kPanel) : clear_sums<2, kBottom>();
-        multiply_tiles<stays, 2, kBottom, kBytes>(
-            a, a + 16 * lda, lda, b, kPanel, pairs,
-            [ahead, complete = waiting.template take<kBytes>()](int, int quarter) mutable __attribute__((always_inline)) {
-                ahead.quarter();
-                if (quarter % kEvery == kEvery - 1) complete.template one<kBytes>();
-            });
-        store_sums<2, kBottom>(to, kPanel);
+// The tiles of rows of a block that a product takes, and whether all of its sums at once.
+enum class Ways { kOneTile, kTwoInTurn, kTwoAtOnce };
+
+// One or two tiles of `rows` rows, up to 16, times a panel. A pair is two terms, or with kBytes four. Meanwhile `ahead` is
+// read ahead, and a row that waits is done at every kEvery-th call.
+template <bool kBytes, Stays stays, Ways ways, int kEvery, typename Fetch, typename Each>
+[[gnu::noinline]] void block_by_tiles(const TileTerms (&terms)[1], const TileSums& sums, const Fetch& fetch,
+                                      const CompleteRows<Each>& rows) {
+    const auto beside = [ahead = fetch, complete = rows](int, int call) mutable __attribute__((always_inline)) {
+        ahead.call();
+        if (call % kEvery == kEvery - 1) complete.template one<kBytes>();
     };
-    using One = std::integral_constant<int, 1>;
-    using Two = std::integral_constant<int, 2>;
-    if (kBytes && pairs / kPairBlock * 2 < kRowBlock)
-        bottom ? multiply(std::true_type{}, One{}) : multiply(std::false_type{}, One{});
+    if constexpr (ways == Ways::kTwoAtOnce)
+        multiply_four_at_once<stays, kBytes>(terms, sums, beside);
     else
-        bottom ? multiply(std::true_type{}, Two{}) : multiply(std::false_type{}, Two{});
+        multiply_two_at_a_time<stays, 2, ways == Ways::kTwoInTurn, kBytes>(terms, sums, beside);
+}
+template <bool kBytes, Stays stays, Ways ways, typename Fetch, typename Each>
+inline void block_by_tiles(const TileTerms (&terms)[1], const TileSums& sums, const Fetch& ahead, Waiting<Each>& waiting) {
+    const int calls = terms[0].pairs / kPairBlock * 4;
+    if (calls < kRowBlock) waiting.all();
+    const CompleteRows<Each> rows = waiting.template take<kBytes>();
+    if (calls / 2 < kRowBlock)
+        block_by_tiles<kBytes, stays, ways, 1>(terms, sums, ahead, rows);
+    else
+        block_by_tiles<kBytes, stays, ways, 2>(terms, sums, ahead, rows);
 }
 
-// Rows, step by step, times some terms of a panel, [first, first + here) of `terms`, at `weights`.
-// ahead_of(step, steps, blocks of a step, lines to be read ahead, multiply) calls multiply(all that is to be read ahead, which
-// operand stays in the first-level cache).
-template <bool kBytes, typename Each, typename AheadOf>
+// Rows, two tiles of them at a time, times some terms of a panel, [first, first + here) of `terms`, at `weights`.
+// ahead_of(step, steps, calls of a step, lines to be read ahead, multiply) calls multiply(all that is to be read ahead).
+template <bool kBytes, Stays stays, typename Each, typename AheadOf>
 inline void tiles_pass(const uint8_t* weights, int first, int here, int terms, int rows, const char* a, size_t stride,
                        float* c, const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting,
                        AheadOf&& ahead_of) {
-    const bf16* left = reinterpret_cast<const bf16*>(a);
-    const int lda = int(stride / 2), parts = (rows + kRowBlock - 1) / kRowBlock, blocks = here / kPairBlock;
+    const size_t lda = stride / 2;
+    const bf16* left = reinterpret_cast<const bf16*>(a) + 2 * first;
+    const int tiles = (rows + kTileRows - 1) / kTileRows, parts = (tiles + 1) / 2, calls = here / kPairBlock * 4;
     const bool is_last = first + here == terms;
     for (int part = 0; part < parts; ++part) {
-        const RowBlock block(rows, parts, part);
-        const int row = block.row;
-        float *sums = c + part * kRowBlock * kPanel, *to = is_last ? waiting.place() : sums;
-        ahead_of(part, parts, blocks, next.lines_ahead(part, parts, first, here, terms, blocks),
-                 [&](const auto& ahead, auto stays) {
-                     block_by_tiles<kBytes, decltype(stays)::value>(
-                         block.size, here, left + size_t(row) * lda + 2 * first, lda,
-                         reinterpret_cast<const uint32_t*>(weights), first > 0 ? sums : nullptr, to, ahead, waiting);
-                 });
-        if (is_last) waiting.put(each, block.first, row + block.size, to + (block.first - row) * kPanel, scales);
+        const bool has_two = 2 * part + 1 < tiles;
+        const RowBlock top(rows, tiles, 2 * part), bottom(rows, tiles, 2 * part + has_two);
+        const TileTerms operands[] = {{left + size_t(top.row) * lda, left + size_t(bottom.row) * lda, lda,
+                                       reinterpret_cast<const uint32_t*>(weights), kPanel, here}};
+        // Each tile's own place, since rows that two of them have must not be added to twice; complete sums lie together.
+        float* upper = c + 2 * part * kTileRows * kPanel;
+        float* lower = upper + kTileRows * kPanel;
+        float* complete = is_last ? waiting.place() : nullptr;
+        const TileSums sums(first > 0 ? upper : nullptr, first > 0 ? lower : nullptr, complete ? complete : upper,
+                            complete ? complete + (bottom.row - top.row) * kPanel : lower, kPanel);
+        has_two ? configure_products(top.size) : configure_top(top.size);
+        ahead_of(part, parts, calls, next.lines_ahead(part, parts, first, here, terms, calls), [&](const auto& ahead) {
+            if (!has_two)
+                block_by_tiles<kBytes, stays, Ways::kOneTile>(operands, sums, ahead, waiting);
+            else if (tile_sharing.takes_few())
+                block_by_tiles<kBytes, stays, Ways::kTwoInTurn>(operands, sums, ahead, waiting);
+            else
+                block_by_tiles<kBytes, stays, Ways::kTwoAtOnce>(operands, sums, ahead, waiting);
+        });
+        if (is_last)
+            waiting.put(each, top.first, bottom.row + bottom.size, complete + (top.first - top.row) * kPanel, scales);
     }
 }
 
@@ -127,7 +138,7 @@ constexpr int kStayingPairs = int(kStayingBytes) / (kPanel * 4);
 template <bool kBytes, typename Each>
 inline void tiles_product(const uint8_t* panel, int pairs, int rows, const char* a, size_t stride, float* c,
                           const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
-    const bool is_one = rows <= kRowBlock;
+    const bool is_one = rows <= kTileRows;
     const char* following = reinterpret_cast<const char*>(next.panel);
     for (int first = 0; first < pairs;) {
         const int here = is_one ? pairs : std::min(pairs - first, kStayingPairs), behind = first + here;
@@ -137,21 +148,25 @@ inline void tiles_product(const uint8_t* panel, int pairs, int rows, const char*
         const int wanted = behind < pairs ? pairs - behind : following ? pairs : 0;
         const int most = is_one ? pairs : kStayingPairs;
         Streams streams(behind < pairs ? own + length : following, size_t(std::min(wanted, most)) * kPanel * 4);
-        tiles_pass<kBytes>(
-            reinterpret_cast<const uint8_t*>(own), first, here, pairs, rows, a, stride, c, next, scales, each, waiting,
-            [&](int part, int parts, int blocks, const LinesAhead& lines, auto&& multiply) {
-                using Rows = std::integral_constant<Stays, Stays::kRows>;
-                using Panel = std::integral_constant<Stays, Stays::kPanel>;
-                if (parts == 1 && PagesAhead::suits(length))
-                    multiply(PagesAhead(own, length, following, lines), Rows{});
-                else if (parts == 1)
-                    multiply(StreamAndLinesAhead{StreamAhead(own + std::min(kAheadBytes, length), 16 * kPanel * 4,
-                                                             following ? own + length : nullptr, following),
-                                                 lines},
-                             Rows{});
-                else
-                    streams.ahead(part, parts, blocks, lines, [&](const auto& ahead) { multiply(ahead, Panel{}); });
-            });
+        const auto pass = [&](auto stays, auto&& ahead_of) {
+            tiles_pass<kBytes, decltype(stays)::value>(reinterpret_cast<const uint8_t*>(own), first, here, pairs, rows, a,
+                                                       stride, c, next, scales, each, waiting, ahead_of);
+        };
+        if (is_one)
+            pass(std::integral_constant<Stays, Stays::kRows>{},
+                 [&](int, int, int, const LinesAhead& lines, auto&& multiply) {
+                     if (PagesAhead::suits(length))
+                         multiply(PagesAhead(own, length, following, lines));
+                     else
+                         multiply(StreamAndLinesAhead{StreamAhead(own + std::min(kAheadBytes, length), 4 * kPanel * 4,
+                                                                  following ? own + length : nullptr, following),
+                                                      lines});
+                 });
+        else
+            pass(std::integral_constant<Stays, Stays::kPanel>{},
+                 [&](int part, int parts, int calls, const LinesAhead& lines, auto&& multiply) {
+                     streams.ahead(part, parts, calls, lines, [&](const auto& ahead) { multiply(ahead); });
+                 });
         first = behind;
     }
 }
@@ -254,9 +269,9 @@ inline int tile_lines(const NibblePanel<F>& panel) {
     return round_up(panel.depth / TileLines<F>::kDepth, 16);
 }
 
-// Up to 32 rows times a panel of 4 bits by tiles; the sums go to `to`. The panel is unpacked between the tile instructions
+// Up to 16 rows times a panel of 4 bits by tiles; the sums go to `to`. The panel is unpacked between the tile instructions
 // into a few pieces of 2 KiB: pieces of 16 KiB unpacked before took 10 to 25 % longer (int4).
-template <bool kBottom, typename F, typename Each>
+template <typename F, typename Each>
 [[gnu::noinline]] void nibble_block(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* to,
                                     const char* following, LinesAhead lines, Waiting<Each>& waiting) {
     using Lines = TileLines<F>;
@@ -267,13 +282,14 @@ template <bool kBottom, typename F, typename Each>
     const int count = tile_lines(panel) / kLines;
     const size_t size = panel.bytes(), step_bytes = size / size_t(count);
     const char* own = reinterpret_cast<const char*>(panel.data);
-    configure_tiles(rows < 16 ? rows : 16, rows < 16 ? 0 : rows - 16);
+    configure_top(rows);
     if (count * 4 < kRowBlock) waiting.all();
     CompleteRows<Each> complete = waiting.template take<Lines::kIsBytes>();
     for (int piece = 0; piece < std::min(kLead, count); ++piece)
         for (int line = 0; line < kLines; line += kHalf)
             Unpacking<F>(panel, piece * kLines + line).unpack(0, kHalf, ring[piece] + 128 * line);
-    clear_sums<2, kBottom>();
+    tile_zero(0);
+    tile_zero(1);
     for (int piece = 0; piece < count; ++piece) {
         const uint8_t* columns = ring[piece % kPieces];
         const int then = std::min(piece + kLead, count - 1) * kLines;
@@ -292,7 +308,7 @@ template <bool kBottom, typename F, typename Each>
             else
                 Unpacking<F>(panel, then + index * kFirst / kHalf * kHalf)
                     .unpack(index * kFirst % kHalf, kFirst, unpacked + 128 * index * kFirst);
-            lines.quarter();
+            lines.call();
             complete.template one<Lines::kIsBytes>();
         };
         tile_load(4, row, stride);
@@ -300,17 +316,13 @@ template <bool kBottom, typename F, typename Each>
         tile_load(6, columns, 128);
         tile_dot(Lines::kIsBytes, 0, 4, 6);
         quarter(1);
-        if constexpr (kBottom) {
-            tile_load(5, row + 16 * stride, stride);
-            tile_dot(Lines::kIsBytes, 2, 5, 6);
-        }
         quarter(2);
         tile_load(6, columns + 64, 128);
         tile_dot(Lines::kIsBytes, 1, 4, 6);
-        if constexpr (kBottom) tile_dot(Lines::kIsBytes, 3, 5, 6);
         quarter(3);
     }
-    store_sums<2, kBottom>(to, kPanel);
+    tile_store(0, to, kPanel * 4);
+    tile_store(1, to + 16, kPanel * 4);
 }
 
 // As tiles_product, of a panel of 4 bits and more rows than one step takes, piece by piece of K: each is unpacked and then
@@ -321,7 +333,7 @@ inline void nibble_pieces(const NibblePanel<F>& panel, int rows, const char* a, 
                           const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
     constexpr int kAtOnce = Unpacking<F>::kMost;
     alignas(64) uint8_t unpacked[kStayingBytes];
-    const int lines = tile_lines(panel), most = rows > 4 * kRowBlock ? kStayingPairs : kStayingPairs / 2;
+    const int lines = tile_lines(panel), most = rows > 128 ? kStayingPairs : kStayingPairs / 2;
     const int pieces = (lines + most - 1) / most, size = round_up((lines + pieces - 1) / pieces, 16);
     const auto place = [&](int line) { return panel.bytes() * size_t(line) / size_t(lines) / 64 * 64; };
     for (int first = 0; first < lines; first += size) {
@@ -331,13 +343,14 @@ inline void nibble_pieces(const NibblePanel<F>& panel, int rows, const char* a, 
         const bool is_last = behind == lines;
         const uint8_t* from = !is_last ? panel.data + place(behind) : next.panel ? next.panel : panel.data;
         const size_t length = is_last ? place(size) : place(std::min(behind + size, lines)) - place(behind);
-        tiles_pass<TileLines<F>::kIsBytes>(
+        tiles_pass<TileLines<F>::kIsBytes, Stays::kPanel>(
             unpacked, first, here, lines, rows, a, stride, c, next, scales, each, waiting,
-            [&](int part, int parts, int blocks, const LinesAhead& others, auto&& multiply) {
+            [&](int part, int parts, int calls, const LinesAhead& others, auto&& multiply) {
                 // A line after the other: lines of each page in turn are 3 to 5 % slower here.
                 const size_t share = length / size_t(parts) / 64 * 64;
-                const StreamAhead stream(reinterpret_cast<const char*>(from) + share * size_t(part), share / size_t(blocks));
-                multiply(StreamAndLinesAhead{stream, others}, std::integral_constant<Stays, Stays::kPanel>{});
+                const StreamAhead stream(reinterpret_cast<const char*>(from) + share * size_t(part),
+                                         (share + size_t(calls) - 1) / size_t(calls));
+                multiply(StreamAndLinesAhead{stream, others});
             });
     }
 }
@@ -346,16 +359,15 @@ inline void nibble_pieces(const NibblePanel<F>& panel, int rows, const char* a, 
 template <typename F, typename Each>
 inline void nibble_tiles_product(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* c,
                                  const Next& next, const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
-    if (rows > kRowBlock) {
+    if (rows > kTileRows) {
         nibble_pieces(panel, rows, a, stride, c, next, scales, each, waiting);
         return;
     }
     const char* following = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
     float* to = waiting.place();
     const int count = tile_lines(panel) / 16;
-    const LinesAhead lines = next.lines_ahead(0, 1, 0, count, count, count);
-    rows > 16 ? nibble_block<true>(panel, rows, a, stride, to, following, lines, waiting)
-              : nibble_block<false>(panel, rows, a, stride, to, following, lines, waiting);
+    const LinesAhead lines = next.lines_ahead(0, 1, 0, count, count, 4 * count);
+    nibble_block(panel, rows, a, stride, to, following, lines, waiting);
     waiting.put(each, 0, rows, to, scales);
 }
 
