@@ -555,8 +555,10 @@ class BroughtNearer {
 inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, const uint32_t* b, int64_t columns,
                           bf16* c, size_t ldc) {
     constexpr int kBlock = 32;
-    // Blocks of sums that wait to be written, one or two side by side, and the ones that are being made.
+    // Blocks of sums that wait to be written, one or two side by side, and the ones that are being made: in the same place
+    // where they are stored together, when all that waited is written.
     alignas(64) float blocks[2][2][kBlock * kPanel];
+    const int step = tile_sharing.takes_few();
     int lines = 0, turn = 0;  // of a row of what waits; which blocks those are
     bf16* to = nullptr;       // where
     auto write = [&](int row) {
@@ -572,7 +574,7 @@ inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, co
         Beside writing(write, lines ? kBlock : 0, calls);
         const bf16* top = reinterpret_cast<const bf16*>(a + row * lda);
         const TileTerms terms[] = {{top, top + 32 * lda, 2 * lda, b + column * pairs, kPanel, pairs}};
-        multiply_tiles<decltype(stays)::value, 2, true>(terms, TileSums(nullptr, blocks[turn ^ 1][side], kPanel),
+        multiply_tiles<decltype(stays)::value, 2, true>(terms, TileSums(nullptr, blocks[turn ^ step][side], kPanel),
                                                         [&](int, int quarter) {
                                                             if (quarter % 2 == 0) return;
                                                             writing.call();
@@ -582,7 +584,7 @@ inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, co
     };
     auto wait = [&](int row, int64_t column, int count) {
         lines = count;
-        turn ^= 1;
+        turn ^= step;
         to = c + row * ldc + column;
     };
     using Rows = std::integral_constant<Stays, Stays::kRows>;

@@ -78,7 +78,9 @@ class UpChunk {
         Beside epilogue([&](int part) { activate(part); }, parts(), int(h / 32) * 2);
         configure_products(16);
         const TileTerms terms[] = {{top, bottom, size_t(h), panel, size_t(block.width), int(h / 2)}};
-        const TileSums sums(nullptr, sums_[turn_ ^ 1], kBlock);
+        // Sums that are stored together may go where those were that have been activated meanwhile.
+        const int then = turn_ ^ int(tile_sharing.takes_few());
+        const TileSums sums(nullptr, sums_[then], kBlock);
         multiply_tiles<Stays::kPanel, Columns, true>(terms, sums, [&](int p, int quarter) {
             fetches.quarter(p, quarter);
             if (quarter % 2 == 0) return;
@@ -86,7 +88,7 @@ class UpChunk {
             next();
         });
         if (waiting_ && row == 0) finish();
-        turn_ ^= 1;
+        turn_ = then;
         waiting_ = &block;
         waiting_row_ = row;
     }
@@ -327,7 +329,7 @@ class GradientChunk {
                         if (then < rows_.count) fetch(pre.row(then) + within_chunk(c) + part % halves * pre.half);
                     },
                     kBlock * halves, calls);
-                float* sums = mine_.sums + (sums_ == mine_.sums ? kBlock * kBlock : 0);
+                float* sums = mine_.sums + (tile_sharing.takes_few() && sums_ == mine_.sums ? kBlock * kBlock : 0);
                 const TileTerms terms[] = {
                     {top, top + 16 * stride, stride, mine_.down + c * (h / 2), kPanel, int(h / 2)}};
                 multiply_tiles<Stays::kRows, 2, true>(terms, TileSums(nullptr, sums, kBlock), [&](int, int quarter) {

@@ -56,59 +56,59 @@ struct Vi {
     __m512i v;
 };
 
-MOESAIC_INLINE Vf zero() { return {_mm512_setzero_ps()}; }
-MOESAIC_INLINE Vf set1(float x) { return {_mm512_set1_ps(x)}; }
-MOESAIC_INLINE Vi set1i(int32_t x) { return {_mm512_set1_epi32(x)}; }
-MOESAIC_INLINE Vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
-MOESAIC_INLINE Vf load_first(const float* p, int count) { return {_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p)}; }
-MOESAIC_INLINE void store(float* p, Vf x) { _mm512_storeu_ps(p, x.v); }
-MOESAIC_INLINE void store_first(float* p, Vf x, int count) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), x.v); }
-MOESAIC_INLINE Vi loadi(const void* p) { return {_mm512_loadu_si512(p)}; }
-MOESAIC_INLINE void storei(void* p, Vi x) { _mm512_storeu_si512(p, x.v); }
-MOESAIC_INLINE Vi broadcast_dword(const void* p) {
+inline Vf zero() { return {_mm512_setzero_ps()}; }
+inline Vf set1(float x) { return {_mm512_set1_ps(x)}; }
+inline Vi set1i(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vf load_first(const float* p, int count) { return {_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p)}; }
+inline void store(float* p, Vf x) { _mm512_storeu_ps(p, x.v); }
+inline void store_first(float* p, Vf x, int count) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), x.v); }
+inline Vi loadi(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void storei(void* p, Vi x) { _mm512_storeu_si512(p, x.v); }
+inline Vi broadcast_dword(const void* p) {
     int32_t x;
     std::memcpy(&x, p, 4);
     return {_mm512_set1_epi32(x)};
 }
-MOESAIC_INLINE Vf add(Vf a, Vf b) { return {_mm512_add_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf sub(Vf a, Vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf mul(Vf a, Vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf div(Vf a, Vf b) { return {_mm512_div_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf sqrt(Vf a) { return {_mm512_sqrt_ps(a.v)}; }
-MOESAIC_INLINE Vf fma(Vf a, Vf b, Vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vf add(Vf a, Vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vf sub(Vf a, Vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vf mul(Vf a, Vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vf div(Vf a, Vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vf sqrt(Vf a) { return {_mm512_sqrt_ps(a.v)}; }
+inline Vf fma(Vf a, Vf b, Vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // b where either is NaN.
-MOESAIC_INLINE Vf max(Vf a, Vf b) { return {_mm512_max_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf min(Vf a, Vf b) { return {_mm512_min_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf abs(Vf a) { return {_mm512_abs_ps(a.v)}; }
-MOESAIC_INLINE Vf round(Vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-MOESAIC_INLINE Vi to_int(Vf a) { return {_mm512_cvtps_epi32(a.v)}; }
-MOESAIC_INLINE Vf to_float(Vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
-MOESAIC_INLINE Vi addi(Vi a, Vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
-MOESAIC_INLINE Vi subi(Vi a, Vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-MOESAIC_INLINE Vi andi(Vi a, Vi b) { return {_mm512_and_si512(a.v, b.v)}; }
-MOESAIC_INLINE Vi ori(Vi a, Vi b) { return {_mm512_or_si512(a.v, b.v)}; }
-MOESAIC_INLINE Vi exclusive_or(Vi a, Vi b) { return {_mm512_xor_si512(a.v, b.v)}; }
-MOESAIC_INLINE Vi maxi(Vi a, Vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
-MOESAIC_INLINE Vi mul_words(Vi a, Vi b) { return {_mm512_mullo_epi16(a.v, b.v)}; }
-MOESAIC_INLINE Vi add_words(Vi a, Vi b) { return {_mm512_add_epi16(a.v, b.v)}; }
-MOESAIC_INLINE Vi subtract_words_to_zero(Vi a, Vi b) { return {_mm512_subs_epu16(a.v, b.v)}; }  // unsigned, 0 where b is larger
+inline Vf max(Vf a, Vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vf min(Vf a, Vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vf abs(Vf a) { return {_mm512_abs_ps(a.v)}; }
+inline Vf round(Vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vi to_int(Vf a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline Vf to_float(Vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Vi addi(Vi a, Vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Vi subi(Vi a, Vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline Vi andi(Vi a, Vi b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Vi ori(Vi a, Vi b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Vi exclusive_or(Vi a, Vi b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline Vi maxi(Vi a, Vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline Vi mul_words(Vi a, Vi b) { return {_mm512_mullo_epi16(a.v, b.v)}; }
+inline Vi add_words(Vi a, Vi b) { return {_mm512_add_epi16(a.v, b.v)}; }
+inline Vi subtract_words_to_zero(Vi a, Vi b) { return {_mm512_subs_epu16(a.v, b.v)}; }  // unsigned, 0 where b is larger
 // Words shifted right, 1 to 15 bits. By a product: there are two units for those and one for shifts (Emerald Rapids).
 template <int N>
-MOESAIC_INLINE Vi shift_words_right(Vi a) {
+inline Vi shift_words_right(Vi a) {
     Vi power = set1i((1 << (16 - N)) * 0x00010001);
 #if !defined(MOESAIC_EMULATE_AVX512)
     asm("" : "+v"(power.v));  // or GCC makes a shift of it
 #endif
     return {_mm512_mulhi_epu16(a.v, power.v)};
 }
-MOESAIC_INLINE Vi high_nibbles(Vi bytes) { return {_mm512_srli_epi16(bytes.v, 4)}; }  // low ones, and others above them
+inline Vi high_nibbles(Vi bytes) { return {_mm512_srli_epi16(bytes.v, 4)}; }  // low ones, and others above them
 // Of every four bytes the second and the third in each other's place.
-MOESAIC_INLINE Vi swap_inner_bytes(Vi a) {
+inline Vi swap_inner_bytes(Vi a) {
     const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
     return {_mm512_shuffle_epi8(a.v, _mm512_broadcast_i32x4(order))};
 }
 // Of a table of 16 bytes those that bytes, 0 to 15, name.
-MOESAIC_INLINE Vi look_up(const void* table, Vi bytes) {
+inline Vi look_up(const void* table, Vi bytes) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), bytes.v)};
 }
 // Of 16 words those that the low four bits of words name.
@@ -121,46 +121,46 @@ struct WordTable {
     Vi look_up(Vi places) const { return {_mm512_permutexvar_epi16(places.v, words.v)}; }
 };
 // Every dword's, 0 to 255.
-MOESAIC_INLINE void store_bytes(uint8_t* to, Vi x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(x.v)); }
-MOESAIC_INLINE Vi widen_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
-MOESAIC_INLINE Vi widen_words(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
-MOESAIC_INLINE bool any_negative(Vi x) { return _mm512_movepi32_mask(x.v) != 0; }
+inline void store_bytes(uint8_t* to, Vi x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(x.v)); }
+inline Vi widen_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+inline Vi widen_words(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
+inline bool any_negative(Vi x) { return _mm512_movepi32_mask(x.v) != 0; }
 template <int N>
-MOESAIC_INLINE Vi shift_left(Vi a) {
+inline Vi shift_left(Vi a) {
     return {_mm512_slli_epi32(a.v, N)};
 }
 template <int N>
-MOESAIC_INLINE Vi shift_right_signed(Vi a) {
+inline Vi shift_right_signed(Vi a) {
     return {_mm512_srai_epi32(a.v, N)};
 }
-MOESAIC_INLINE Vf as_float(Vi a) { return {_mm512_castsi512_ps(a.v)}; }
+inline Vf as_float(Vi a) { return {_mm512_castsi512_ps(a.v)}; }
 // Lane i of the result is lane i ^ N.
 template <int N>
-MOESAIC_INLINE Vf swap_lanes(Vf a) {
+inline Vf swap_lanes(Vf a) {
     if constexpr (N == 1) return {_mm512_permute_ps(a.v, 0xb1)};
     if constexpr (N == 2) return {_mm512_permute_ps(a.v, 0x4e)};
     if constexpr (N == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
     if constexpr (N == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
 }
 // Of every dword pair, the low (high) word of a as the low word, that of b as the high one.
-MOESAIC_INLINE Vi low_words(Vi a, Vi b) {
+inline Vi low_words(Vi a, Vi b) {
     return {_mm512_mask_blend_epi16(0xaaaaaaaau, a.v, _mm512_slli_epi32(b.v, 16))};
 }
-MOESAIC_INLINE Vi high_words(Vi a, Vi b) {
+inline Vi high_words(Vi a, Vi b) {
     return {_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a.v, 16), b.v)};
 }
-MOESAIC_INLINE Vi as_int(Vf a) { return {_mm512_castps_si512(a.v)}; }
+inline Vi as_int(Vf a) { return {_mm512_castps_si512(a.v)}; }
 // x 2^n, for whole n from -125 to 128.
-MOESAIC_INLINE Vf times_power_of_2(Vf x, Vf n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+inline Vf times_power_of_2(Vf x, Vf n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 // a where x < y, else b.
-MOESAIC_INLINE Vf select_less(Vf x, Vf y, Vf a, Vf b) {
+inline Vf select_less(Vf x, Vf y, Vf a, Vf b) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), b.v, a.v)};
 }
-MOESAIC_INLINE Vf load_bf16(const bf16* p) {
+inline Vf load_bf16(const bf16* p) {
     return {_mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-MOESAIC_INLINE __m256i to_bf16(Vf x) {
+inline __m256i to_bf16(Vf x) {
 #if defined(__AVX512BF16__)
     return (__m256i)_mm512_cvtneps_pbh(x.v);
 #else
@@ -172,27 +172,27 @@ MOESAIC_INLINE __m256i to_bf16(Vf x) {
     return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
 #endif
 }
-MOESAIC_INLINE void store_bf16(bf16* p, Vf x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
+inline void store_bf16(bf16* p, Vf x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
 // Two rows rounded to bf16, the first in the low half.
-MOESAIC_INLINE Vi to_bf16_rows(Vf even, Vf odd) {
+inline Vi to_bf16_rows(Vf even, Vf odd) {
 #if defined(__AVX512BF16__)
     return {(__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v)};
 #else
     return {_mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(even)), to_bf16(odd), 1)};
 #endif
 }
-MOESAIC_INLINE void store_rows(bf16* even, bf16* odd, Vi rows) {
+inline void store_rows(bf16* even, bf16* odd, Vi rows) {
     _mm256_storeu_si256((__m256i*)even, _mm512_castsi512_si256(rows.v));
     _mm256_storeu_si256((__m256i*)odd, _mm512_extracti64x4_epi64(rows.v, 1));
 }
 // Dword i of the result holds element i of the first row in its low half and that of the second in its high half.
-MOESAIC_INLINE Vi interleave(Vi rows) {
+inline Vi interleave(Vi rows) {
     alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return {_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), rows.v)};
 }
 // acc[i] += a.low * b.low + a.high * b.high of every dword.
-MOESAIC_INLINE Vf dot_bf16(Vf acc, Vi a, Vi b) {
+inline Vf dot_bf16(Vf acc, Vi a, Vi b) {
 #if defined(__AVX512BF16__)
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
 #else
@@ -203,15 +203,15 @@ MOESAIC_INLINE Vf dot_bf16(Vf acc, Vi a, Vi b) {
                             _mm512_castsi512_ps(_mm512_and_si512(b.v, high)), acc.v)};
 #endif
 }
-MOESAIC_INLINE float sum(Vf x) {
+inline float sum(Vf x) {
     // Halves, quarters, eighths, pairs: the same order as on AVX2 after its two halves are added.
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
 }
-MOESAIC_INLINE float maximum(Vf x) { return _mm512_reduce_max_ps(x.v); }
-MOESAIC_INLINE void stream(void* p, Vi x) { _mm512_stream_si512((__m512i*)p, x.v); }
+inline float maximum(Vf x) { return _mm512_reduce_max_ps(x.v); }
+inline void stream(void* p, Vi x) { _mm512_stream_si512((__m512i*)p, x.v); }
 
 #elif defined(__AVX2__)
 
@@ -223,54 +223,54 @@ struct Vi {
     __m256i v;
 };
 
-MOESAIC_INLINE __m256i first_mask(int count) {
+inline __m256i first_mask(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-MOESAIC_INLINE Vf zero() { return {_mm256_setzero_ps()}; }
-MOESAIC_INLINE Vf set1(float x) { return {_mm256_set1_ps(x)}; }
-MOESAIC_INLINE Vi set1i(int32_t x) { return {_mm256_set1_epi32(x)}; }
-MOESAIC_INLINE Vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
-MOESAIC_INLINE Vf load_first(const float* p, int count) { return {_mm256_maskload_ps(p, first_mask(count))}; }
-MOESAIC_INLINE void store(float* p, Vf x) { _mm256_storeu_ps(p, x.v); }
-MOESAIC_INLINE void store_first(float* p, Vf x, int count) { _mm256_maskstore_ps(p, first_mask(count), x.v); }
-MOESAIC_INLINE Vi loadi(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
-MOESAIC_INLINE void storei(void* p, Vi x) { _mm256_storeu_si256((__m256i*)p, x.v); }
-MOESAIC_INLINE Vi broadcast_dword(const void* p) {
+inline Vf zero() { return {_mm256_setzero_ps()}; }
+inline Vf set1(float x) { return {_mm256_set1_ps(x)}; }
+inline Vi set1i(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline Vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vf load_first(const float* p, int count) { return {_mm256_maskload_ps(p, first_mask(count))}; }
+inline void store(float* p, Vf x) { _mm256_storeu_ps(p, x.v); }
+inline void store_first(float* p, Vf x, int count) { _mm256_maskstore_ps(p, first_mask(count), x.v); }
+inline Vi loadi(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+inline void storei(void* p, Vi x) { _mm256_storeu_si256((__m256i*)p, x.v); }
+inline Vi broadcast_dword(const void* p) {
     int32_t x;
     std::memcpy(&x, p, 4);
     return {_mm256_set1_epi32(x)};
 }
-MOESAIC_INLINE Vf add(Vf a, Vf b) { return {_mm256_add_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf sub(Vf a, Vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf mul(Vf a, Vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf div(Vf a, Vf b) { return {_mm256_div_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf sqrt(Vf a) { return {_mm256_sqrt_ps(a.v)}; }
-MOESAIC_INLINE Vf fma(Vf a, Vf b, Vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-MOESAIC_INLINE Vf max(Vf a, Vf b) { return {_mm256_max_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf min(Vf a, Vf b) { return {_mm256_min_ps(a.v, b.v)}; }
-MOESAIC_INLINE Vf abs(Vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-MOESAIC_INLINE Vf round(Vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-MOESAIC_INLINE Vi to_int(Vf a) { return {_mm256_cvtps_epi32(a.v)}; }
-MOESAIC_INLINE Vf to_float(Vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
-MOESAIC_INLINE Vi addi(Vi a, Vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
-MOESAIC_INLINE Vi subi(Vi a, Vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
-MOESAIC_INLINE Vi andi(Vi a, Vi b) { return {_mm256_and_si256(a.v, b.v)}; }
-MOESAIC_INLINE Vi ori(Vi a, Vi b) { return {_mm256_or_si256(a.v, b.v)}; }
-MOESAIC_INLINE Vi exclusive_or(Vi a, Vi b) { return {_mm256_xor_si256(a.v, b.v)}; }
-MOESAIC_INLINE Vi maxi(Vi a, Vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
-MOESAIC_INLINE Vi mul_words(Vi a, Vi b) { return {_mm256_mullo_epi16(a.v, b.v)}; }
-MOESAIC_INLINE Vi add_words(Vi a, Vi b) { return {_mm256_add_epi16(a.v, b.v)}; }
-MOESAIC_INLINE Vi subtract_words_to_zero(Vi a, Vi b) { return {_mm256_subs_epu16(a.v, b.v)}; }
+inline Vf add(Vf a, Vf b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vf sub(Vf a, Vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vf mul(Vf a, Vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vf div(Vf a, Vf b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vf sqrt(Vf a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Vf fma(Vf a, Vf b, Vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vf max(Vf a, Vf b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vf min(Vf a, Vf b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vf abs(Vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Vf round(Vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vi to_int(Vf a) { return {_mm256_cvtps_epi32(a.v)}; }
+inline Vf to_float(Vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Vi addi(Vi a, Vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Vi subi(Vi a, Vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline Vi andi(Vi a, Vi b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Vi ori(Vi a, Vi b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline Vi exclusive_or(Vi a, Vi b) { return {_mm256_xor_si256(a.v, b.v)}; }
+inline Vi maxi(Vi a, Vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline Vi mul_words(Vi a, Vi b) { return {_mm256_mullo_epi16(a.v, b.v)}; }
+inline Vi add_words(Vi a, Vi b) { return {_mm256_add_epi16(a.v, b.v)}; }
+inline Vi subtract_words_to_zero(Vi a, Vi b) { return {_mm256_subs_epu16(a.v, b.v)}; }
 template <int N>
-MOESAIC_INLINE Vi shift_words_right(Vi a) {
+inline Vi shift_words_right(Vi a) {
     return {_mm256_srli_epi16(a.v, N)};
 }
-MOESAIC_INLINE Vi high_nibbles(Vi bytes) { return {_mm256_srli_epi16(bytes.v, 4)}; }
-MOESAIC_INLINE Vi swap_inner_bytes(Vi a) {
+inline Vi high_nibbles(Vi bytes) { return {_mm256_srli_epi16(bytes.v, 4)}; }
+inline Vi swap_inner_bytes(Vi a) {
     const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
     return {_mm256_shuffle_epi8(a.v, _mm256_broadcastsi128_si256(order))};
 }
-MOESAIC_INLINE Vi look_up(const void* table, Vi bytes) {
+inline Vi look_up(const void* table, Vi bytes) {
     return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), bytes.v)};
 }
 struct WordTable {
@@ -291,44 +291,44 @@ struct WordTable {
         return {_mm256_or_si256(_mm256_shuffle_epi8(low, at_low), _mm256_shuffle_epi8(high, at_high))};
     }
 };
-MOESAIC_INLINE void store_bytes(uint8_t* to, Vi x) {
+inline void store_bytes(uint8_t* to, Vi x) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
     _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(words, words));
 }
-MOESAIC_INLINE Vi widen_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
-MOESAIC_INLINE Vi widen_words(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p))}; }
-MOESAIC_INLINE bool any_negative(Vi x) { return _mm256_movemask_ps(_mm256_castsi256_ps(x.v)) != 0; }
+inline Vi widen_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
+inline Vi widen_words(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+inline bool any_negative(Vi x) { return _mm256_movemask_ps(_mm256_castsi256_ps(x.v)) != 0; }
 template <int N>
-MOESAIC_INLINE Vi shift_left(Vi a) {
+inline Vi shift_left(Vi a) {
     return {_mm256_slli_epi32(a.v, N)};
 }
 template <int N>
-MOESAIC_INLINE Vi shift_right_signed(Vi a) {
+inline Vi shift_right_signed(Vi a) {
     return {_mm256_srai_epi32(a.v, N)};
 }
-MOESAIC_INLINE Vf as_float(Vi a) { return {_mm256_castsi256_ps(a.v)}; }
+inline Vf as_float(Vi a) { return {_mm256_castsi256_ps(a.v)}; }
 template <int N>
-MOESAIC_INLINE Vf swap_lanes(Vf a) {
+inline Vf swap_lanes(Vf a) {
     if constexpr (N == 1) return {_mm256_permute_ps(a.v, 0xb1)};
     if constexpr (N == 2) return {_mm256_permute_ps(a.v, 0x4e)};
     if constexpr (N == 4) return {_mm256_permute2f128_ps(a.v, a.v, 1)};
 }
-MOESAIC_INLINE Vi low_words(Vi a, Vi b) { return {_mm256_blend_epi16(a.v, _mm256_slli_epi32(b.v, 16), 0xaa)}; }
-MOESAIC_INLINE Vi high_words(Vi a, Vi b) { return {_mm256_blend_epi16(_mm256_srli_epi32(a.v, 16), b.v, 0xaa)}; }
-MOESAIC_INLINE Vi as_int(Vf a) { return {_mm256_castps_si256(a.v)}; }
-MOESAIC_INLINE Vf times_power_of_2(Vf x, Vf n) {
+inline Vi low_words(Vi a, Vi b) { return {_mm256_blend_epi16(a.v, _mm256_slli_epi32(b.v, 16), 0xaa)}; }
+inline Vi high_words(Vi a, Vi b) { return {_mm256_blend_epi16(_mm256_srli_epi32(a.v, 16), b.v, 0xaa)}; }
+inline Vi as_int(Vf a) { return {_mm256_castps_si256(a.v)}; }
+inline Vf times_power_of_2(Vf x, Vf n) {
     // In two steps, since 2^128 is no number.
     const Vf half = as_float(shift_left<23>(addi(to_int(n), set1i(126))));
     return mul(mul(x, set1(2.0f)), half);  // this way round: x * half may be subnormal, and lose a bit
 }
-MOESAIC_INLINE Vf select_less(Vf x, Vf y, Vf a, Vf b) {
+inline Vf select_less(Vf x, Vf y, Vf a, Vf b) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))};
 }
-MOESAIC_INLINE Vf load_bf16(const bf16* p) {
+inline Vf load_bf16(const bf16* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
 }
 // Dwords whose low halves are the bf16 values.
-MOESAIC_INLINE __m256i to_bf16(Vf x) {
+inline __m256i to_bf16(Vf x) {
     __m256i bits = _mm256_castps_si256(x.v);
     __m256i high = _mm256_srli_epi32(bits, 16);
     __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
@@ -337,50 +337,50 @@ MOESAIC_INLINE __m256i to_bf16(Vf x) {
     __m256 is_nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
     return _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), _mm256_castps_si256(is_nan));
 }
-MOESAIC_INLINE void store_bf16(bf16* p, Vf x) {
+inline void store_bf16(bf16* p, Vf x) {
     __m256i dwords = to_bf16(x);
     _mm_storeu_si128((__m128i*)p,
                      _mm_packus_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1)));
 }
-MOESAIC_INLINE Vi to_bf16_rows(Vf even, Vf odd) {
+inline Vi to_bf16_rows(Vf even, Vf odd) {
     return {_mm256_permute4x64_epi64(_mm256_packus_epi32(to_bf16(even), to_bf16(odd)), 0xd8)};
 }
-MOESAIC_INLINE void store_rows(bf16* even, bf16* odd, Vi rows) {
+inline void store_rows(bf16* even, bf16* odd, Vi rows) {
     _mm_storeu_si128((__m128i*)even, _mm256_castsi256_si128(rows.v));
     _mm_storeu_si128((__m128i*)odd, _mm256_extracti128_si256(rows.v, 1));
 }
-MOESAIC_INLINE Vi interleave(Vi rows) {
+inline Vi interleave(Vi rows) {
     const __m128i even = _mm256_castsi256_si128(rows.v), odd = _mm256_extracti128_si256(rows.v, 1);
     return {_mm256_set_m128i(_mm_unpackhi_epi16(even, odd), _mm_unpacklo_epi16(even, odd))};
 }
-MOESAIC_INLINE Vf dot_bf16(Vf acc, Vi a, Vi b) {
+inline Vf dot_bf16(Vf acc, Vi a, Vi b) {
     const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
     acc.v = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16)),
                             _mm256_castsi256_ps(_mm256_slli_epi32(b.v, 16)), acc.v);
     return {_mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a.v, high)),
                             _mm256_castsi256_ps(_mm256_and_si256(b.v, high)), acc.v)};
 }
-MOESAIC_INLINE float sum(Vf x) {
+inline float sum(Vf x) {
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
     quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
 }
-MOESAIC_INLINE float maximum(Vf x) {
+inline float maximum(Vf x) {
     __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
     quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
 }
-MOESAIC_INLINE void stream(void* p, Vi x) { _mm256_stream_si256((__m256i*)p, x.v); }
+inline void stream(void* p, Vi x) { _mm256_stream_si256((__m256i*)p, x.v); }
 
 #else
 #error "these kernels need AVX2 or AVX-512"
 #endif
 
 // The bf16 numbers in the low and in the high half of every dword.
-MOESAIC_INLINE Vf low_bf16(Vi x) { return as_float(shift_left<16>(x)); }
-MOESAIC_INLINE Vf high_bf16(Vi x) { return as_float(andi(x, set1i(int32_t(0xffff0000u)))); }
+inline Vf low_bf16(Vi x) { return as_float(shift_left<16>(x)); }
+inline Vf high_bf16(Vi x) { return as_float(andi(x, set1i(int32_t(0xffff0000u)))); }
 
-MOESAIC_INLINE Vi interleave_bf16(Vf even, Vf odd) { return interleave(to_bf16_rows(even, odd)); }
+inline Vi interleave_bf16(Vf even, Vf odd) { return interleave(to_bf16_rows(even, odd)); }
 
 // e^x, error below 1.5 units in the last place; NaN stays NaN, overflow gives infinity, underflow 0.
 MOESAIC_INLINE Vf exp(Vf x) {
@@ -434,7 +434,7 @@ MOESAIC_INLINE Vf sigmoid(Vf x) { return div(set1(1.0f), add(set1(1.0f), exp(sub
 
 // What a sink adds to a sum of weights where that of the largest score is 1; scale: on that score, the exponent's base 2.
 // As much as leaves the sum finite: the others are then nothing beside it.
-MOESAIC_INLINE float sink_weight(float sink, float scale, float largest) {
+inline float sink_weight(float sink, float scale, float largest) {
     return std::exp2(std::min(1.44269504f * sink - scale * largest, 126.0f));
 }
 
