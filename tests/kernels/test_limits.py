@@ -1,5 +1,6 @@
 """Limits are plausible, measured once per machine, and a damaged cache is never believed."""
 
+import ctypes
 import json
 import logging
 import math
@@ -94,6 +95,20 @@ def test_the_kernels_do_as_many_operations_as_they_say(kernels: str, threads: in
             assert read(buffer.data_ptr(), buffer.nbytes) == 8 << 20, "whole blocks of 4 MiB"
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kernels", COMPILED)
+def test_products_are_tried_with_seven_tiles_and_with_four(kernels: str) -> None:
+    seven, few = ctypes.c_double(-1.0), ctypes.c_double(-1.0)
+    with select.forced(kernels) as selection:
+        assert selection.library is not None
+        try_both = selection.library.function("moesaic_limit_tile_ways", "pp")
+        assert try_both(ctypes.addressof(seven), ctypes.addressof(few)) == (kernels == "amx")
+    least = 32.0 if kernels == "amx" else 0.0  # ticks: four products are 64 cycles of a clock at most twice as fast
+    assert seven.value >= least
+    assert few.value >= least
+    if kernels != "amx":
+        assert seven.value == few.value == 0.0
 
 
 def test_one_slow_call_does_not_decide_how_long_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
