@@ -191,9 +191,8 @@ inline void release_tiles() { asm volatile("tilerelease" : :); }
 // Rows of tiles 0, 1 and 4, and of 2, 3 and 5, if they are in use. Loading a shape clears all tiles, and costs nothing when
 // it is the same.
 inline thread_local int tile_rows = -1;
-constexpr int tile_rows_of(int top, int bottom) { return top * 32 + bottom; }
 inline void configure_tiles(int top, int bottom) {
-    const int wanted = tile_rows_of(top, bottom);
+    const int wanted = top * 32 + bottom;
     if (tile_rows != wanted) {
         load_tile_shape(tile_shape(top, bottom));
         tile_rows = wanted;
@@ -203,6 +202,7 @@ inline void configure_tiles(int top, int bottom) {
 inline void configure_top(int rows) {
     if (tile_rows / 32 != rows) configure_tiles(rows, 0);
 }
+
 // Whether this thread's products take few tiles at a time. Every tile that is loaded or summed to is a new register
 // underneath, of which a core has few beyond those that hold something, and a neighbour on it that has tiles too, another
 // program's or another thread of ours, takes half of them. Alone, four products take 28 ns either way on Emerald Rapids (44
