@@ -1,4 +1,4 @@
-// Inner loops of bf16 products for processors without instructions for dot products (AVX2 alone).
+// Inner loops of bf16 products for processors without instructions for dot products (AVX2 alone, AVX-512 before its bf16).
 //
 // There numbers have to be widened to fp32 before they are multiplied. A dword of a panel holds two terms that follow each
 // other in K, the even one a shift and the odd one a mask away, so the panel is widened in registers, once for all rows of
@@ -11,7 +11,7 @@
 namespace moesaic {
 
 // Whether rows that are made for products are made expanded. Tiles, emulated ones too, take them as they are.
-#if !defined(__AVX512F__) && !defined(MOESAIC_TILES)
+#if !defined(__AVX512BF16__) && !defined(MOESAIC_TILES)
 #define MOESAIC_EXPANDS_ROWS 1
 constexpr bool kExpandsRows = true;
 #else
@@ -22,8 +22,6 @@ constexpr bool kExpandsRows = false;
 // lines more than a multiple of 16. Those of rows an odd number of lines apart, which may be one more than 64, lie in 21
 // of 64 sets of the first-level cache and push the panel out of it: bf16 at 83 % of the peak instead of 93.
 constexpr size_t spread_rows(size_t bytes) { return ((bytes + 63) / 64 + 4) / 16 * 16 * 64 + 11 * 64; }
-
-#if !defined(__AVX512F__)
 
 // Dwords of K that a step of rows multiplies at a time: 16 KiB of a panel, which stay in the first-level cache while both
 // halves of its columns are multiplied, and where all rows take them in turn, for all of them.
@@ -56,19 +54,38 @@ struct NothingRead {
 
 // sums += a row's term times columns. One piece of assembly: a term that the compiler fetched earlier would take a register
 // that holds sums, and of intrinsics GCC 12 keeps some sums in memory as well, at half the speed.
+#if defined(MOESAIC_EMULATE_AVX512)
+template <int V>
+inline void add_products(Vf (&sums)[V], const float& term, const Vf (&columns)[V]) {
+    for (int v = 0; v < V; ++v) sums[v] = fma(set1(term), columns[v], sums[v]);
+}
+#else
+MOESAIC_INLINE void add_products(Vf (&sums)[1], const float& term, const Vf (&columns)[1]) {
+    Vf all;
+    asm("vbroadcastss %2, %1\n\tvfmadd231ps %3, %1, %0"
+        : "+&v"(sums[0].v), "=&v"(all.v)
+        : "m"(term), "v"(columns[0].v));
+}
 MOESAIC_INLINE void add_products(Vf (&sums)[2], const float& term, const Vf (&columns)[2]) {
-    __m256 all;
+    Vf all;
     asm("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
-        : "+&x"(sums[0].v), "+&x"(sums[1].v), "=&x"(all)
-        : "m"(term), "x"(columns[0].v), "x"(columns[1].v));
+        : "+&v"(sums[0].v), "+&v"(sums[1].v), "=&v"(all.v)
+        : "m"(term), "v"(columns[0].v), "v"(columns[1].v));
+}
+MOESAIC_INLINE void add_products(Vf (&sums)[3], const float& term, const Vf (&columns)[3]) {
+    Vf all;
+    asm("vbroadcastss %4, %3\n\tvfmadd231ps %5, %3, %0\n\tvfmadd231ps %6, %3, %1\n\tvfmadd231ps %7, %3, %2"
+        : "+&v"(sums[0].v), "+&v"(sums[1].v), "+&v"(sums[2].v), "=&v"(all.v)
+        : "m"(term), "v"(columns[0].v), "v"(columns[1].v), "v"(columns[2].v));
 }
 MOESAIC_INLINE void add_products(Vf (&sums)[4], const float& term, const Vf (&columns)[4]) {
-    __m256 all;
+    Vf all;
     asm("vbroadcastss %5, %4\n\tvfmadd231ps %6, %4, %0\n\tvfmadd231ps %7, %4, %1\n\t"
         "vfmadd231ps %8, %4, %2\n\tvfmadd231ps %9, %4, %3"
-        : "+&x"(sums[0].v), "+&x"(sums[1].v), "+&x"(sums[2].v), "+&x"(sums[3].v), "=&x"(all)
-        : "m"(term), "x"(columns[0].v), "x"(columns[1].v), "x"(columns[2].v), "x"(columns[3].v));
+        : "+&v"(sums[0].v), "+&v"(sums[1].v), "+&v"(sums[2].v), "+&v"(sums[3].v), "=&v"(all.v)
+        : "m"(term), "v"(columns[0].v), "v"(columns[1].v), "v"(columns[2].v), "v"(columns[3].v));
 }
+#endif
 
 // sums[R][V vectors], ld floats apart, (+)= R expanded rows, ldx apart, times V vectors of columns, rows of the panel
 // row_bytes apart; the terms of a sum are added in the order of K. reads.line() is called for every cache line of the panel.
@@ -78,17 +95,19 @@ template <int R, int V, typename Place, typename Reads>
                                          float* sums, size_t ld, bool accumulate, Reads& outside) {
     Reads reads = outside;  // of its own, so that what it counts is in registers
     Vf acc[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(sums + r * ld + v * W) : zero();
     Vi mask = set1i(int32_t(0xffff0000u));
-    asm("" : "+x"(mask.v));  // in a register
+#if !defined(MOESAIC_EMULATE_AVX512)
+    asm("" : "+v"(mask.v));  // in a register
+#endif
     // A pointer for every three rows, as far as addressing reaches, and no relation between them that would make the
     // compiler keep an offset for each: those do not fit the general registers.
     const float* third[(R + 2) / 3];
     const size_t apart = Place::row(ldx);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; r += 3) {
         third[r / 3] = x + r * apart;
         asm("" : "+r"(third[r / 3]));
@@ -103,15 +122,15 @@ template <int R, int V, typename Place, typename Reads>
                 const Vi both = loadi(panel + v * W * 4);
                 columns[v] = odd ? as_float(andi(both, mask)) : low_bf16(both);
             }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 add_products(acc[r], third[r / 3][r % 3 * apart + odd * Place::kOdd], columns);
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < R; r += 3) third[r / 3] += Place::kDword;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) store(sums + r * ld + v * W, acc[r][v]);
@@ -123,11 +142,10 @@ template <int R, int V, typename Place, typename Reads>
 template <int R, int Width, typename Place, typename Reads>
 inline void multiply_columns(int dwords, const float* x, size_t ldx, const char* panel, size_t row_bytes, float* sums,
                              size_t ld, bool accumulate, Reads& reads) {
-    constexpr int V = R <= 2 && Width % (4 * W) == 0 ? 4 : 2;  // 8 to 12 of 16 registers hold sums
+    // Three quarters of the registers hold sums, or half.
+    constexpr int V = W == 16 ? Width / W : R <= 2 && Width % (4 * W) == 0 ? 4 : 2;
     for (int column = 0; column < Width; column += V * W)
         multiply_expanded<R, V, Place>(dwords, x, ldx, panel + column * 4, row_bytes, sums + column, ld, accumulate, reads);
 }
-
-#endif
 
 }  // namespace moesaic

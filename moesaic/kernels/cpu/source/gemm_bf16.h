@@ -33,8 +33,8 @@ constexpr int kWholeRows = 48;  // 12 and 6 divide it
 // A number of rows that are made to be left operands: bf16, or where products expand it the same number in fp32.
 using RowNumber = std::conditional_t<kExpandsRows, float, bf16>;
 inline void store_number(bf16* to, Vf x) { store_bf16(to, x); }
-#if !defined(__AVX512F__)
-inline void store_number(float* to, Vf x) { storei(to, {_mm256_slli_epi32(to_bf16(x), 16)}); }
+#if defined(MOESAIC_EXPANDS_ROWS)
+inline void store_number(float* to, Vf x) { store(to, low_bf16(bf16_dwords(x))); }
 #endif
 
 // Rows as the left operand of several products, ld numbers apart.
@@ -630,7 +630,7 @@ constexpr int row_block() {
 }
 constexpr int kRowBlock = row_block<kPanel>();
 
-#if defined(__AVX512F__)
+#if !defined(MOESAIC_EXPANDS_ROWS)
 
 // What becomes of a row's sums: stored as fp32.
 template <int Width>
@@ -790,11 +790,12 @@ inline void multiply_up_to(int rows, int dwords, const float* x, size_t ldx, con
 template <int Width>
 inline void gemm(int rows, int pairs, const float* a, size_t lda, const uint32_t* b, size_t ldb, float* c, size_t ldc,
                  bool accumulate) {
-    const int steps = (rows + kRowBlock - 1) / kRowBlock;
+    constexpr int R = row_block<Width>();
+    const int steps = (rows + R - 1) / R;
     for (int first = 0; first < pairs; first += kExpandedDwords)
         for (int step = 0; step < steps; ++step) {
             const int row = rows * step / steps, end = rows * (step + 1) / steps;  // equal ones, or 32 would leave 2
-            multiply_up_to<kRowBlock, Width, RowsExpanded>(
+            multiply_up_to<R, Width, RowsExpanded>(
                 end - row, std::min(kExpandedDwords, pairs - first), a + row * lda + 2 * first, lda, b + first * ldb, ldb,
                 c + row * ldc, ldc, accumulate || first > 0);
         }

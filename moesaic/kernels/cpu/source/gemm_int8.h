@@ -180,13 +180,12 @@ struct NearAhead : Ahead {
 
 // With AVX2 alone (Zen 3) and into the first-level cache: 1.5 KiB ahead streams weights 1 to 8 % faster than 8 KiB into the
 // second-level one; 1 and 2 KiB gain less, 0.5, 4 and 8 KiB nothing, and without reading ahead 8 rows are 10 % slower.
-constexpr size_t kAheadBytes = kExpandsRows ? 1536 : 8192;
+constexpr size_t kAheadBytes = kHasByteProducts ? 8192 : 1536;
 
 // Few rows of 8 bits: within the same page on machines with tiles, where the processor's own prefetcher then runs ahead of
 // both: 33 to 35 GB/s on two cores that read 30 with 8 KiB ahead, 32 with 4.
 constexpr size_t kNearBytes = kHasTiles ? 3072 : kAheadBytes;
 
-#if !defined(__AVX512F__)
 // Reads ahead line by line, of a panel that has kLines of them for every step.
 template <int kLines, typename Reads>
 struct LinesOf {
@@ -253,7 +252,6 @@ template <int>
 inline PanelsInTurn lines_of(const PanelsInTurn& ahead) {
     return ahead;
 }
-#endif
 
 // For one pass over `blocks` blocks of a panel: `distance` bytes ahead of itself, and at its end in what follows, if anything
 // does.

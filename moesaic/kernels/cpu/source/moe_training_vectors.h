@@ -18,7 +18,7 @@ constexpr size_t kFewestUses = 3;
 // A chunk's rows of weights as the left operand of `uses` products.
 inline LeftRows weight_rows(const bf16* weights, int count, int64_t width, [[maybe_unused]] size_t uses,
                             Scratch& scratch) {
-#if defined(__AVX512F__)
+#if !defined(MOESAIC_EXPANDS_ROWS)
     const int64_t stride = row_stride(width);
     if (stride != width && uses >= kFewestUses) {
         bf16* copy = scratch.get<bf16>(size_t(count) * stride);
@@ -33,7 +33,7 @@ inline LeftRows weight_rows(const bf16* weights, int count, int64_t width, [[may
 template <int Width>
 inline void multiply_weights(const LeftRows& weights, int count, int64_t width, const uint32_t* panel, float* c,
                              [[maybe_unused]] bool is_first) {
-#if defined(__AVX512F__)
+#if !defined(MOESAIC_EXPANDS_ROWS)
     gemm<Width>(count, int(width / 2), weights.rows, weights.ld, panel, Width, c, Width, false,
                 is_first ? weights.rows + row_block<Width>() * weights.ld : nullptr);
 #else

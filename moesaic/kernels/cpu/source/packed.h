@@ -50,7 +50,7 @@ struct Packed {
     // Bytes of a prepared row, an odd number of cache lines: an even one has rows share the places of few cache sets.
     size_t row_bytes() const {
         const size_t bytes = is_integer() ? quantized_row().bytes() : size_t(padded_depth()) * sizeof(RowNumber);
-        return kExpandsRows ? spread_rows(bytes) : odd_lines(bytes);
+        return kExpandsRows && !(is_integer() && kHasByteProducts) ? spread_rows(bytes) : odd_lines(bytes);
     }
     static size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
     // What products of so many rows take of each prepared one: of MXFP4 its bytes, or its numbers in bf16.
@@ -147,7 +147,7 @@ struct StoreRounded {
 constexpr int kAheadPairs = 64;  // pairs of K between two looks at where to read ahead
 
 // As gemm_rows of gemm_bf16.h, the same sums in the same order, reading ahead.
-#if defined(__AVX512F__)
+#if !defined(MOESAIC_EXPANDS_ROWS)
 template <int R, typename Out, typename Reads>
 inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, Out out, bool accumulate,
                       Reads ahead) {
@@ -241,7 +241,7 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
             const auto multiply = [&](const auto& reads) {
                 const RowNumber* from = left + size_t(row) * lda + 2 * first;
                 const uint32_t* by = weights + size_t(first) * kPanel;
-#if defined(__AVX512F__)
+#if !defined(MOESAIC_EXPANDS_ROWS)
                 if (is_rounded)
                     bf16_rows_of<kPackedRows>(end - row, here, from, lda, by, rounded->rows_further(row), first > 0,
                                               reads);
@@ -325,7 +325,7 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
     });
 }
 
-#if defined(MOESAIC_EXPANDS_ROWS)
+#if !defined(__AVX512F__) && !defined(MOESAIC_TILES)
 
 // Panels that few rows pass together, some 4 KiB of each in turn, while the same of what follows is read ahead, line by
 // line in turn. Memory that is read in four places at once comes faster than in one: on two Zen 3 cores few rows are 2 to
@@ -398,7 +398,7 @@ inline void packed_panels(const Packed& weight, int64_t matrix, int begin, int e
                           float* c, const uint8_t* following, Waiting<Each>& waiting, ResultOf&& result_of) {
     StoreRounded room{};
     int index = begin;
-#if defined(MOESAIC_EXPANDS_ROWS)
+#if !defined(__AVX512F__) && !defined(MOESAIC_TILES)
     static thread_local Scratch scratch;
     while (rows <= rows_together(weight) && end - index > 1) {
         const int count = std::min(kPanelsTogether, end - index), left = end - index - count;

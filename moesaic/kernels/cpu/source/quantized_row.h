@@ -110,7 +110,7 @@ inline void rotate(const T* x, int64_t depth, float* to) {
 
 // Whether products of 8 bits multiply the weights with their offset. Those of AVX2 alone take it off first, so that two
 // products fit 16 bits.
-constexpr bool kMultipliesOffset = !kExpandsRows;
+constexpr bool kMultipliesOffset = kHasByteProducts;
 
 // A row of K activations as integer weights multiply it: bytes, zero up to a whole block of 128, and behind them what
 // takes the weights' offset off again. An offset of 128 adds 128 times the sum of the row to every sum; `start` is minus

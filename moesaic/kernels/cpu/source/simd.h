@@ -160,16 +160,22 @@ inline Vf load_bf16(const bf16* p) {
     return {_mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-inline __m256i to_bf16(Vf x) {
-#if defined(__AVX512BF16__)
-    return (__m256i)_mm512_cvtneps_pbh(x.v);
-#else
+#if !defined(__AVX512BF16__)
+// Dwords whose low halves are the bf16 values.
+inline Vi bf16_dwords(Vf x) {
     __m512i bits = _mm512_castps_si512(x.v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
     __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
+    return {_mm512_mask_blend_epi32(is_nan, rounded, quiet)};
+}
+#endif
+inline __m256i to_bf16(Vf x) {
+#if defined(__AVX512BF16__)
+    return (__m256i)_mm512_cvtneps_pbh(x.v);
+#else
+    return _mm512_cvtepi32_epi16(bf16_dwords(x).v);
 #endif
 }
 inline void store_bf16(bf16* p, Vf x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
@@ -328,22 +334,23 @@ inline Vf load_bf16(const bf16* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
 }
 // Dwords whose low halves are the bf16 values.
-inline __m256i to_bf16(Vf x) {
+inline Vi bf16_dwords(Vf x) {
     __m256i bits = _mm256_castps_si256(x.v);
     __m256i high = _mm256_srli_epi32(bits, 16);
     __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
     __m256i rounded =
         _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     __m256 is_nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
-    return _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), _mm256_castps_si256(is_nan));
+    return {
+        _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), _mm256_castps_si256(is_nan))};
 }
 inline void store_bf16(bf16* p, Vf x) {
-    __m256i dwords = to_bf16(x);
+    __m256i dwords = bf16_dwords(x).v;
     _mm_storeu_si128((__m128i*)p,
                      _mm_packus_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1)));
 }
 inline Vi to_bf16_rows(Vf even, Vf odd) {
-    return {_mm256_permute4x64_epi64(_mm256_packus_epi32(to_bf16(even), to_bf16(odd)), 0xd8)};
+    return {_mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_dwords(even).v, bf16_dwords(odd).v), 0xd8)};
 }
 inline void store_rows(bf16* even, bf16* odd, Vi rows) {
     _mm_storeu_si128((__m128i*)even, _mm256_castsi256_si128(rows.v));

@@ -21,6 +21,12 @@ constexpr bool kHasTiles = true;
 #else
 constexpr bool kHasTiles = false;
 #endif
+// Whether unsigned bytes are multiplied with signed ones and added up in 32 bits, by VNNI or tiles.
+#if defined(__AVX512F__) || defined(MOESAIC_TILES)
+constexpr bool kHasByteProducts = true;
+#else
+constexpr bool kHasByteProducts = false;
+#endif
 
 // What is streamed from memory is fetched into the second-level cache: with first-level ones of 32 KiB (Zen 4) int8
 // weights come up to 1.5 times as fast so, tiles take int4 weights up to 25 % faster, and Zen 5 showed no difference.
