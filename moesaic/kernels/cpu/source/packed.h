@@ -315,11 +315,19 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
         const NibblePanel<F> panel{data, weight.padded_depth(), weight.quantized_row()};
 #if defined(MOESAIC_TILES)
         // Fewer rows leave tiles mostly empty, and panels have to be unpacked for them; the results are the same bits.
-        if (rows > TileLines<F>::kFewRows) {
+        if (rows > NibbleLines<F>::kFewRows) {
             scales.has_offset = true;  // of the bytes that nibbles become
             nibble_tiles_product(panel, rows, a, stride, c, next, scales, each, waiting);
             return;
         }
+#endif
+#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+        if constexpr (!F::kScalesGroups)
+            if (rows > 2 * kNibbleRows) {
+                scales.has_offset = true;
+                unpacked_product(panel, rows, a, stride, c, next, done);
+                return;
+            }
 #endif
         nibble_product(panel, rows, a, stride, c, next, done);
     });

@@ -1,7 +1,7 @@
 // Rows times a panel by tiles, and rows of complete sums that wait for what becomes of them.
 #pragma once
 
-#include "gemm_int8.h"
+#include "unpacked_nibbles.h"
 
 namespace moesaic {
 
@@ -171,115 +171,17 @@ inline void tiles_product(const uint8_t* panel, int pairs, int rows, const char*
     }
 }
 
-// A panel of 4 bits as tiles take it: lines of 128 bytes, [32][4 bytes]. Four values of K, a cache line of nibbles, become
-// one line of bytes of int4, as int8 has them, or two of bf16 of MXFP4. Made for one group, whose steps or scales it knows.
-template <typename F>
-struct TileLines {
-    static constexpr bool kIsBytes = true;
-    static constexpr int kFewRows = kFewByteRows;
-    static constexpr int kDepth = 4, kOfSteps = F::kGroup / kDepth;  // values of K of a line; lines of a group
-    static constexpr int V = kPanel / W;
-    Vi steps[V], offsets[V];
-
-    // A weight, 0 to 15, times its step plus 128 - 8 steps is what 8 bits have: never below 8 nor above 248, so that the two
-    // bytes of a word are made by one product.
-    TileLines(const NibblePanel<F>& panel, int group) {
-        constexpr uint32_t kPerStep = uint16_t(-8 * 0x0101), kOffset = 0x80808080;
-        for (int v = 0; v < V; ++v) {
-            const Vi words = widen_words(panel.header(group) + 2 * v * W);
-            steps[v] = low_words(words, words);
-            offsets[v] = add_words(mul_words(steps[v], set1i(int32_t(kPerStep << 16 | kPerStep))), set1i(int32_t(kOffset)));
-        }
-    }
-    MOESAIC_INLINE void unpack(const uint8_t* from, uint8_t* to) const {
-        Vi columns[V];
-        load_nibbles<F>(from, columns);
-        for (int v = 0; v < V; ++v) storei(to + v * W * 4, add_words(mul_words(columns[v], steps[v]), offsets[v]));
-    }
-};
-
-template <>
-struct TileLines<Mxfp4> {
-    static constexpr bool kIsBytes = false;
-    static constexpr int kFewRows = kFewMxfp4Rows;
-    static constexpr int kDepth = 2, kOfSteps = Mxfp4::kGroup / kDepth;
-    static constexpr int V = kPanel / W;
-    // The numbers of Mxfp4::kTwice, halved, in bf16, with kLift added to the bits, but for 0. What a scale takes off again
-    // is never below 0, and 0 stays 0.
-    static constexpr int kLift = (Mxfp4::kLargestScale + 1 - 127) << 7;
-    alignas(32) static constexpr uint16_t kLifted[16] = {
-        0, kLift + 0x3f00, kLift + 0x3f80, kLift + 0x3fc0, kLift + 0x4000, kLift + 0x4040, kLift + 0x4080, kLift + 0x40c0,
-        0, kLift + 0xbf00, kLift + 0xbf80, kLift + 0xbfc0, kLift + 0xc000, kLift + 0xc040, kLift + 0xc080, kLift + 0xc0c0};
-    static_assert(kLift + 0x40c0 < 0x8000);
-    const WordTable table{kLifted};
-    Vi taken[V];  // off the bits of each column
-
-    TileLines(const NibblePanel<Mxfp4>& panel, int group) {
-        const uint8_t* scales = panel.header(group) + group % panel.kGroupsOfHeader * kPanel;
-        for (int v = 0; v < V; ++v) {
-            const Vi bytes = maxi(widen_bytes(scales + v * W), set1i(kSmallestPower));
-            const Vi words = subi(set1i(kLift + (127 << 7)), shift_left<7>(bytes));
-            taken[v] = low_words(words, words);
-        }
-    }
-    MOESAIC_INLINE void unpack(const uint8_t* from, uint8_t* to) const {
-        for (int v = 0; v < V / 2; ++v) {
-            // Nibbles 0 to 3 of a word are of columns n and n + 16 and then of the same of the next pair; its neighbour has
-            // the pair's other numbers.
-            const Vi four = swap_inner_bytes(loadi(from + v * W * 4));
-            const auto numbers = [&](Vi nibbles, int column) {
-                return subtract_words_to_zero(table.look_up(nibbles), taken[column]);
-            };
-            uint8_t* own = to + v * W * 4;
-            storei(own, numbers(four, v));
-            storei(own + 64, numbers(shift_words_right<4>(four), v + V / 2));
-            storei(own + 128, numbers(shift_words_right<8>(four), v));
-            storei(own + 192, numbers(shift_words_right<12>(four), v + V / 2));
-        }
-    }
-};
-
-// Up to kMost lines of a panel from `line` on, all of one step or scale. Behind the last ones those stand again: rows are
-// zero there.
-template <typename F>
-class Unpacking {
-    using Lines = TileLines<F>;
-    static constexpr int kOfFour = 4 / Lines::kDepth;  // lines of a cache line of nibbles
-
-  public:
-    static constexpr int kMost = std::min(16, Lines::kOfSteps);
-
-    Unpacking(const NibblePanel<F>& panel, int line)
-        : k_(std::min(line * Lines::kDepth, panel.depth - kMost * Lines::kDepth)), lines_(panel, k_ / F::kGroup),
-          from_(panel.weights(k_ / F::kGroup) + k_ % F::kGroup / 4 * 64) {}
-    // `count` of them, from number `first` on.
-    MOESAIC_INLINE void unpack(int first, int count, uint8_t* to) const {
-        for (int i = 0; i < count / kOfFour; ++i) lines_.unpack(from_ + 64 * (first / kOfFour + i), to + 128 * kOfFour * i);
-    }
-
-  private:
-    int k_;  // of the first one
-    Lines lines_;
-    const uint8_t* from_;
-};
-
-// Lines of a panel, in whole tiles.
-template <typename F>
-inline int tile_lines(const NibblePanel<F>& panel) {
-    return round_up(panel.depth / TileLines<F>::kDepth, 16);
-}
-
 // Up to 16 rows times a panel of 4 bits by tiles; the sums go to `to`. The panel is unpacked between the tile instructions
 // into a few pieces of 2 KiB: pieces of 16 KiB unpacked before took 10 to 25 % longer (int4).
 template <typename F, typename Each>
 [[gnu::noinline]] void nibble_block(const NibblePanel<F>& panel, int rows, const char* a, size_t stride, float* to,
                                     const char* following, LinesAhead lines, Waiting<Each>& waiting) {
-    using Lines = TileLines<F>;
+    using Lines = NibbleLines<F>;
     constexpr int kPieces = 4, kLead = 2, kLines = 16;  // kept; unpacked ahead; lines of each
     constexpr int kPacked = kLines * Lines::kDepth / 4;  // cache lines of nibbles of a piece
     constexpr int kHalf = Unpacking<F>::kMost;           // or all of a piece
     alignas(64) uint8_t ring[kPieces][2 * kLines * 64];
-    const int count = tile_lines(panel) / kLines;
+    const int count = unpacked_lines(panel) / kLines;
     const size_t size = panel.bytes(), step_bytes = size / size_t(count);
     const char* own = reinterpret_cast<const char*>(panel.data);
     configure_top(rows);
@@ -333,7 +235,7 @@ inline void nibble_pieces(const NibblePanel<F>& panel, int rows, const char* a, 
                           const SumScales& scales, const Each& each, Waiting<Each>& waiting) {
     constexpr int kAtOnce = Unpacking<F>::kMost;
     alignas(64) uint8_t unpacked[kStayingBytes];
-    const int lines = tile_lines(panel), most = rows > 128 ? kStayingPairs : kStayingPairs / 2;
+    const int lines = unpacked_lines(panel), most = rows > 128 ? kStayingPairs : kStayingPairs / 2;
     const int pieces = (lines + most - 1) / most, size = round_up((lines + pieces - 1) / pieces, 16);
     const auto place = [&](int line) { return panel.bytes() * size_t(line) / size_t(lines) / 64 * 64; };
     for (int first = 0; first < lines; first += size) {
@@ -343,7 +245,7 @@ inline void nibble_pieces(const NibblePanel<F>& panel, int rows, const char* a, 
         const bool is_last = behind == lines;
         const uint8_t* from = !is_last ? panel.data + place(behind) : next.panel ? next.panel : panel.data;
         const size_t length = is_last ? place(size) : place(std::min(behind + size, lines)) - place(behind);
-        tiles_pass<TileLines<F>::kIsBytes, Stays::kPanel>(
+        tiles_pass<NibbleLines<F>::kIsBytes, Stays::kPanel>(
             unpacked, first, here, lines, rows, a, stride, c, next, scales, each, waiting,
             [&](int part, int parts, int calls, const LinesAhead& others, auto&& multiply) {
                 // A line after the other: lines of each page in turn are 3 to 5 % slower here.
@@ -365,7 +267,7 @@ inline void nibble_tiles_product(const NibblePanel<F>& panel, int rows, const ch
     }
     const char* following = reinterpret_cast<const char*>(next.panel ? next.panel : panel.data);
     float* to = waiting.place();
-    const int count = tile_lines(panel) / 16;
+    const int count = unpacked_lines(panel) / 16;
     const LinesAhead lines = next.lines_ahead(0, 1, 0, count, count, 4 * count);
     nibble_block(panel, rows, a, stride, to, following, lines, waiting);
     waiting.put(each, 0, rows, to, scales);
