@@ -293,6 +293,12 @@ EMULATED __m512i permutexvar_epi16(__m512i index, __m512i a) {
     for (int i = 0; i < 32; ++i) r.u16[i] = x.u16[n.u16[i] & 31];
     return r.i;
 }
+EMULATED __m512i permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
+    const Any x(a), y(b), n(index);
+    Any r;
+    for (int i = 0; i < 32; ++i) r.u16[i] = (n.u16[i] & 32 ? y : x).u16[n.u16[i] & 31];
+    return r.i;
+}
 template <int Half>
 EMULATED __m512i inserti64x4(__m512i a, __m256i b) {
     Any r(a);
@@ -588,6 +594,8 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_packs_epi32 emulated_avx512::packs_epi32
 #undef _mm512_permute_ps
 #define _mm512_permute_ps(a, imm) emulated_avx512::permute_ps<(imm)>(a)
+#undef _mm512_permutex2var_epi16
+#define _mm512_permutex2var_epi16 emulated_avx512::permutex2var_epi16
 #undef _mm512_permutexvar_epi16
 #define _mm512_permutexvar_epi16 emulated_avx512::permutexvar_epi16
 #undef _mm512_permutexvar_epi32

@@ -34,7 +34,7 @@ constexpr int kWholeRows = 48;  // 12 and 6 divide it
 using RowNumber = std::conditional_t<kExpandsRows, float, bf16>;
 inline void store_number(bf16* to, Vf x) { store_bf16(to, x); }
 #if defined(MOESAIC_EXPANDS_ROWS)
-inline void store_number(float* to, Vf x) { store(to, low_bf16(bf16_dwords(x))); }
+inline void store_number(float* to, Vf x) { store(to, high_bf16(bf16_high(x))); }
 #endif
 
 // Rows as the left operand of several products, ld numbers apart.
@@ -52,20 +52,14 @@ inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple 
 // Width fp32 sums to bf16 in memory, past the caches where the address allows.
 template <int Width>
 inline void stream_bf16(bf16* to, const Vf (&sums)[Width / W]) {
-#if defined(__AVX512BF16__)
-    // Through registers: a line stored in halves and read at once would wait for both stores.
-    if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-        for (int v = 0; v < Width / W; v += 2)
-            _mm512_stream_si512((__m512i*)(to + v * W), (__m512i)_mm512_cvtne2ps_pbh(sums[v + 1].v, sums[v].v));
-        return;
+    const bool is_line = reinterpret_cast<uintptr_t>(to) % 64 == 0;
+    for (int v = 0; v < Width / W; v += 2) {
+        const Vi rows = to_bf16_rows(sums[v], sums[v + 1]);
+        if (is_line)
+            stream(to + v * W, rows);
+        else
+            storei(to + v * W, rows);
     }
-#endif
-    alignas(64) bf16 line[Width];
-    for (int v = 0; v < Width / W; ++v) store_bf16(line + v * W, sums[v]);
-    if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
-        for (int c = 0; c < Width; c += 2 * W) stream(to + c, loadi(line + c));
-    else
-        std::memcpy(to, line, sizeof line);
 }
 
 #if defined(MOESAIC_TILES)

@@ -161,12 +161,12 @@ inline Vf load_bf16(const bf16* p) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
 #if !defined(__AVX512BF16__)
-// Dwords whose low halves are the bf16 values.
-inline Vi bf16_dwords(Vf x) {
+// Dwords whose high halves are the bf16 values; their low ones are anything.
+inline Vi bf16_high(Vf x) {
     __m512i bits = _mm512_castps_si512(x.v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
     return {_mm512_mask_blend_epi32(is_nan, rounded, quiet)};
 }
@@ -175,7 +175,7 @@ inline __m256i to_bf16(Vf x) {
 #if defined(__AVX512BF16__)
     return (__m256i)_mm512_cvtneps_pbh(x.v);
 #else
-    return _mm512_cvtepi32_epi16(bf16_dwords(x).v);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_high(x).v, 16));
 #endif
 }
 inline void store_bf16(bf16* p, Vf x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
@@ -184,7 +184,9 @@ inline Vi to_bf16_rows(Vf even, Vf odd) {
 #if defined(__AVX512BF16__)
     return {(__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v)};
 #else
-    return {_mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(even)), to_bf16(odd), 1)};
+    alignas(64) static constexpr uint16_t kHighWords[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                            33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return {_mm512_permutex2var_epi16(bf16_high(even).v, _mm512_load_si512(kHighWords), bf16_high(odd).v)};
 #endif
 }
 inline void store_rows(bf16* even, bf16* odd, Vi rows) {
@@ -333,24 +335,22 @@ inline Vf select_less(Vf x, Vf y, Vf a, Vf b) {
 inline Vf load_bf16(const bf16* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
 }
-// Dwords whose low halves are the bf16 values.
-inline Vi bf16_dwords(Vf x) {
+inline Vi bf16_high(Vf x) {
     __m256i bits = _mm256_castps_si256(x.v);
-    __m256i high = _mm256_srli_epi32(bits, 16);
-    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     __m256 is_nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
-    return {
-        _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), _mm256_castps_si256(is_nan))};
+    return {_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan))};
 }
 inline void store_bf16(bf16* p, Vf x) {
-    __m256i dwords = bf16_dwords(x).v;
+    __m256i dwords = _mm256_srli_epi32(bf16_high(x).v, 16);
     _mm_storeu_si128((__m128i*)p,
                      _mm_packus_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1)));
 }
 inline Vi to_bf16_rows(Vf even, Vf odd) {
-    return {_mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_dwords(even).v, bf16_dwords(odd).v), 0xd8)};
+    const __m256i low = _mm256_srli_epi32(bf16_high(even).v, 16), high = _mm256_srli_epi32(bf16_high(odd).v, 16);
+    return {_mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8)};
 }
 inline void store_rows(bf16* even, bf16* odd, Vi rows) {
     _mm_storeu_si128((__m128i*)even, _mm256_castsi256_si128(rows.v));
@@ -387,7 +387,13 @@ inline void stream(void* p, Vi x) { _mm256_stream_si256((__m256i*)p, x.v); }
 inline Vf low_bf16(Vi x) { return as_float(shift_left<16>(x)); }
 inline Vf high_bf16(Vi x) { return as_float(andi(x, set1i(int32_t(0xffff0000u)))); }
 
-inline Vi interleave_bf16(Vf even, Vf odd) { return interleave(to_bf16_rows(even, odd)); }
+inline Vi interleave_bf16(Vf even, Vf odd) {
+#if defined(__AVX512BF16__)
+    return interleave(to_bf16_rows(even, odd));
+#else
+    return high_words(bf16_high(even), bf16_high(odd));
+#endif
+}
 
 // e^x, error below 1.5 units in the last place; NaN stays NaN, overflow gives infinity, underflow 0.
 MOESAIC_INLINE Vf exp(Vf x) {
