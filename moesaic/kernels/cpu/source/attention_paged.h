@@ -12,7 +12,66 @@
 
 namespace moesaic {
 
-#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+#if defined(MOESAIC_EXPANDS_ROWS)
+
+// Many rows of one head. C[R][32] = R expanded rows times `count` pieces of a panel, each `offset` dwords into its own,
+// whose sums stay in registers; what stands `offset` into those in `ahead` will be read soon (null: nothing).
+template <int R>
+[[gnu::noinline]] void multiply_pieces(int count, int pairs, const float* a, size_t lda, const uint32_t* const* panels,
+                                       const uint32_t* const* ahead, int offset, float* c, size_t ldc) {
+    constexpr int V = 2;
+    const Vi mask = mask_of_high_halves();
+    for (int column = 0; column < kPanel; column += V * W) {
+        Vf acc[R][V];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) acc[r][v] = zero();
+        ThirdRows<R> rows(a, lda);
+        for (int i = 0; i < count; ++i) {
+            for (int p = 0; ahead && column == 0 && p < pairs; ++p)
+                for (int line = 0; line < kPanel; line += 16) fetch(ahead[i] + offset + p * kPanel + line);
+            const char* dword = reinterpret_cast<const char*>(panels[i] + offset + column);
+            for (int p = 0; p < pairs; ++p, dword += kPanel * 4) {
+                add_dword<R, V, 1>(acc, rows, dword, mask);
+                rows.go_on(2);
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) store(c + r * ldc + column + v * W, acc[r][v]);
+    }
+}
+
+template <int R>
+inline void multiply_pieces_of(int rows, int count, int pairs, const float* a, size_t lda, const uint32_t* const* panels,
+                               const uint32_t* const* ahead, int offset, float* c, size_t ldc) {
+    if constexpr (R > 0) {
+        if (rows == R)
+            multiply_pieces<R>(count, pairs, a, lda, panels, ahead, offset, c, ldc);
+        else
+            multiply_pieces_of<R - 1>(rows, count, pairs, a, lda, panels, ahead, offset, c, ldc);
+    }
+}
+
+// All rows, in equal steps, of which the first brings nearer what is read later.
+inline void multiply_all_pieces(int rows, int count, int pairs, const LeftRows& a, const uint32_t* const* panels,
+                                const uint32_t* const* ahead, int offset, float* c, size_t ldc) {
+    const int steps = (rows + kRowBlock - 1) / kRowBlock;
+    for (int step = 0; step < steps; ++step) {
+        const int row = rows * step / steps, end = rows * (step + 1) / steps;
+        multiply_pieces_of<kRowBlock>(end - row, count, pairs, a.rows + row * a.ld, a.ld, panels, step == 0 ? ahead : nullptr,
+                                      offset, c + row * ldc, ldc);
+    }
+}
+
+inline Scratch& expanded_attention_rows() {
+    static thread_local Scratch scratch;
+    return scratch;
+}
+
+#elif defined(__AVX512F__) && !defined(MOESAIC_TILES)
 
 // Many rows of one head. C[R][16 V] = A[R][count * 2 * pairs] times `count` pieces of two neighbouring panels (of one,
 // where V is 2), reading `ahead`: two in registers over all pieces spare loads and stores, a third of the time.
@@ -85,7 +144,12 @@ struct HeadPanels {
 
 // scores[rows][256], the first 32 * keys.count of each row: queries[rows][width] times keys.
 inline void multiply_keys(int rows, int width, const bf16* queries, const HeadPanels& keys, float* scores) {
-#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+#if defined(MOESAIC_EXPANDS_ROWS)
+    const LeftRows left = left_rows(queries, size_t(width), rows, width, expanded_attention_rows());
+    for (int p = 0; p < keys.count; ++p)
+        multiply_all_pieces(rows, 1, width / 2, left, keys.at + p, keys.at + p + HeadPanels::kAhead, 0, scores + p * kPanel,
+                            kSplit);
+#elif defined(__AVX512F__) && !defined(MOESAIC_TILES)
     for (int p = 0; p < keys.count; p += 2) {
         const uint32_t* const* here = keys.at + p;
         float* c = scores + p * kPanel;
@@ -103,7 +167,12 @@ inline void multiply_keys(int rows, int width, const bf16* queries, const HeadPa
 
 // sums[rows][width] = probabilities[rows][256] times values.
 inline void multiply_values(int rows, int width, const bf16* probabilities, const HeadPanels& values, float* sums) {
-#if defined(__AVX512F__) && !defined(MOESAIC_TILES)
+#if defined(MOESAIC_EXPANDS_ROWS)
+    const LeftRows left = left_rows(probabilities, kSplit, rows, values.count * kPanel, expanded_attention_rows());
+    for (int chunk = 0; chunk < width; chunk += kPanel)
+        multiply_all_pieces(rows, values.count, kPanelPairs, left, values.at, values.at + 2, chunk * kPanelPairs, sums + chunk,
+                            size_t(width));
+#elif defined(__AVX512F__) && !defined(MOESAIC_TILES)
     constexpr int kChunk = kPanel * kPanelPairs;
     const uint32_t *left[kSplitPanels + HeadPanels::kAhead], *right[kSplitPanels + HeadPanels::kAhead];
     for (int chunk = 0; chunk < width; chunk += 2 * kPanel) {

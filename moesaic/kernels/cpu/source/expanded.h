@@ -87,6 +87,53 @@ MOESAIC_INLINE void add_products(Vf (&sums)[4], const float& term, const Vf (&co
 }
 #endif
 
+// Where R rows are, `apart` floats from one to the next: a pointer for every three of them, as far as addressing reaches,
+// and no relation between those that would make the compiler keep an offset for each: they do not fit the general registers.
+template <int R>
+struct ThirdRows {
+    const float* third[(R + 2) / 3];
+    size_t apart;
+
+    MOESAIC_INLINE ThirdRows(const float* x, size_t distance) : apart(distance) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r += 3) {
+            third[r / 3] = x + r * apart;
+            asm("" : "+r"(third[r / 3]));
+        }
+    }
+    MOESAIC_INLINE void go_on(int floats) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r += 3) third[r / 3] += floats;
+    }
+    MOESAIC_INLINE const float& term(int r, int place) const { return third[r / 3][r % 3 * apart + place]; }
+};
+
+// sums += the rows' terms times V vectors of columns of a dword of a panel, the even ones and then the odd ones; mask: of
+// high halves.
+template <int R, int V, int kOdd>
+MOESAIC_INLINE void add_dword(Vf (&sums)[R][V], const ThirdRows<R>& rows, const char* dword, Vi mask) {
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+        Vf columns[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            const Vi both = loadi(dword + v * W * 4);
+            columns[v] = odd ? as_float(andi(both, mask)) : low_bf16(both);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) add_products(sums[r], rows.term(r, odd * kOdd), columns);
+    }
+}
+
+// In a register.
+MOESAIC_INLINE Vi mask_of_high_halves() {
+    Vi mask = set1i(int32_t(0xffff0000u));
+#if !defined(MOESAIC_EMULATE_AVX512)
+    asm("" : "+v"(mask.v));
+#endif
+    return mask;
+}
+
 // sums[R][V vectors], ld floats apart, (+)= R expanded rows, ldx apart, times V vectors of columns, rows of the panel
 // row_bytes apart; the terms of a sum are added in the order of K. reads.line() is called for every cache line of the panel.
 // A function of its own, or not all sums would be in registers.
@@ -99,36 +146,12 @@ template <int R, int V, typename Place, typename Reads>
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(sums + r * ld + v * W) : zero();
-    Vi mask = set1i(int32_t(0xffff0000u));
-#if !defined(MOESAIC_EMULATE_AVX512)
-    asm("" : "+v"(mask.v));  // in a register
-#endif
-    // A pointer for every three rows, as far as addressing reaches, and no relation between them that would make the
-    // compiler keep an offset for each: those do not fit the general registers.
-    const float* third[(R + 2) / 3];
-    const size_t apart = Place::row(ldx);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r += 3) {
-        third[r / 3] = x + r * apart;
-        asm("" : "+r"(third[r / 3]));
-    }
+    const Vi mask = mask_of_high_halves();
+    ThirdRows<R> rows(x, Place::row(ldx));
     for (int i = 0; i < dwords; ++i, panel += row_bytes) {
         for (int line = 0; line < V * W * 4; line += 64) reads.line();
-#pragma GCC unroll 2
-        for (int odd = 0; odd < 2; ++odd) {
-            Vf columns[V];
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) {
-                const Vi both = loadi(panel + v * W * 4);
-                columns[v] = odd ? as_float(andi(both, mask)) : low_bf16(both);
-            }
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                add_products(acc[r], third[r / 3][r % 3 * apart + odd * Place::kOdd], columns);
-            }
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r += 3) third[r / 3] += Place::kDword;
+        add_dword<R, V, Place::kOdd>(acc, rows, panel, mask);
+        rows.go_on(Place::kDword);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
