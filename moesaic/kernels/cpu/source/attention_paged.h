@@ -27,7 +27,7 @@ template <int R>
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) acc[r][v] = zero();
-        ThirdRows<R> rows(a, lda);
+        ThirdRows<R, float> rows(a, lda);
         for (int i = 0; i < count; ++i) {
             for (int p = 0; ahead && column == 0 && p < pairs; ++p)
                 for (int line = 0; line < kPanel; line += 16) fetch(ahead[i] + offset + p * kPanel + line);
@@ -170,8 +170,8 @@ inline void multiply_values(int rows, int width, const bf16* probabilities, cons
 #if defined(MOESAIC_EXPANDS_ROWS)
     const LeftRows left = left_rows(probabilities, kSplit, rows, values.count * kPanel, expanded_attention_rows());
     for (int chunk = 0; chunk < width; chunk += kPanel)
-        multiply_all_pieces(rows, values.count, kPanelPairs, left, values.at, values.at + 2, chunk * kPanelPairs, sums + chunk,
-                            size_t(width));
+        multiply_all_pieces(rows, values.count, kPanelPairs, left, values.at, values.at + 2, chunk * kPanelPairs,
+                            sums + chunk, size_t(width));
 #elif defined(__AVX512F__) && !defined(MOESAIC_TILES)
     constexpr int kChunk = kPanel * kPanelPairs;
     const uint32_t *left[kSplitPanels + HeadPanels::kAhead], *right[kSplitPanels + HeadPanels::kAhead];

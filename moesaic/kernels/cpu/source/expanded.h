@@ -87,31 +87,31 @@ MOESAIC_INLINE void add_products(Vf (&sums)[4], const float& term, const Vf (&co
 }
 #endif
 
-// Where R rows are, `apart` floats from one to the next: a pointer for every three of them, as far as addressing reaches,
-// and no relation between those that would make the compiler keep an offset for each: they do not fit the general registers.
-template <int R>
+// Where R rows are, `apart` from one to the next: a pointer for every three of them, as far as addressing reaches, and no
+// relation between those that would make the compiler keep an offset for each: they do not fit the general registers.
+template <int R, typename T>
 struct ThirdRows {
-    const float* third[(R + 2) / 3];
+    const T* third[(R + 2) / 3];
     size_t apart;
 
-    MOESAIC_INLINE ThirdRows(const float* x, size_t distance) : apart(distance) {
+    MOESAIC_INLINE ThirdRows(const T* x, size_t distance) : apart(distance) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; r += 3) {
             third[r / 3] = x + r * apart;
             asm("" : "+r"(third[r / 3]));
         }
     }
-    MOESAIC_INLINE void go_on(int floats) {
+    MOESAIC_INLINE void go_on(int count) {
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r += 3) third[r / 3] += floats;
+        for (int r = 0; r < R; r += 3) third[r / 3] += count;
     }
-    MOESAIC_INLINE const float& term(int r, int place) const { return third[r / 3][r % 3 * apart + place]; }
+    MOESAIC_INLINE const T& at(int r, int place) const { return third[r / 3][r % 3 * apart + place]; }
 };
 
 // sums += the rows' terms times V vectors of columns of a dword of a panel, the even ones and then the odd ones; mask: of
 // high halves.
 template <int R, int V, int kOdd>
-MOESAIC_INLINE void add_dword(Vf (&sums)[R][V], const ThirdRows<R>& rows, const char* dword, Vi mask) {
+MOESAIC_INLINE void add_dword(Vf (&sums)[R][V], const ThirdRows<R, float>& rows, const char* dword, Vi mask) {
 #pragma GCC unroll 2
     for (int odd = 0; odd < 2; ++odd) {
         Vf columns[V];
@@ -121,7 +121,7 @@ MOESAIC_INLINE void add_dword(Vf (&sums)[R][V], const ThirdRows<R>& rows, const 
             columns[v] = odd ? as_float(andi(both, mask)) : low_bf16(both);
         }
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) add_products(sums[r], rows.term(r, odd * kOdd), columns);
+        for (int r = 0; r < R; ++r) add_products(sums[r], rows.at(r, odd * kOdd), columns);
     }
 }
 
@@ -147,7 +147,7 @@ template <int R, int V, typename Place, typename Reads>
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(sums + r * ld + v * W) : zero();
     const Vi mask = mask_of_high_halves();
-    ThirdRows<R> rows(x, Place::row(ldx));
+    ThirdRows<R, float> rows(x, Place::row(ldx));
     for (int i = 0; i < dwords; ++i, panel += row_bytes) {
         for (int line = 0; line < V * W * 4; line += 64) reads.line();
         add_dword<R, V, Place::kOdd>(acc, rows, panel, mask);

@@ -32,6 +32,18 @@ inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
     return sums;
 }
 
+// sums += the four products of every dword of columns and the four bytes at `term`. One piece of assembly, as add_products.
+MOESAIC_INLINE void add_byte_products(Vi (&sums)[2], const char& term, const Vi (&columns)[2]) {
+#if defined(MOESAIC_EMULATE_AVX512)
+    for (int v = 0; v < 2; ++v) sums[v] = dot_bytes(sums[v], columns[v], broadcast_dword(&term));
+#else
+    Vi all;
+    asm("vpbroadcastd %3, %2\n\tvpdpbusd %2, %4, %0\n\tvpdpbusd %2, %5, %1"
+        : "+&v"(sums[0].v), "+&v"(sums[1].v), "=&v"(all.v)
+        : "m"(reinterpret_cast<const int32_t&>(term)), "v"(columns[0].v), "v"(columns[1].v));
+#endif
+}
+
 #endif
 
 // The four products of words of a and b, two to every dword, added to sums.
@@ -307,7 +319,7 @@ struct Next {
 // add_nibbles have their own. Up to kFewByteRows rows of integers go by vectors where there are tiles: none by AVX2's, which
 // take off the weights the offset that tiles multiply and rows make up for.
 #if defined(__AVX512F__)
-constexpr int kByteRows = 8, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4, kFewMxfp4Rows = 4;
+constexpr int kByteRows = 12, kNibbleRows = 8, kRowsWithTotals = 6, kFewByteRows = 4, kFewMxfp4Rows = 4;
 #else
 constexpr int kByteRows = 5, kNibbleRows = 6, kRowsWithTotals = 6, kFewByteRows = 0, kFewMxfp4Rows = 0;
 #endif
@@ -331,7 +343,7 @@ template <int R, typename Reads>
     constexpr bool kFetchesEveryLine = R > 2 || kHasTiles;
     const uint8_t* weights = panel + size_t(first) * kActivationBlock * kPanel;
     Vi acc[kChains][R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
@@ -339,11 +351,11 @@ template <int R, typename Reads>
 #pragma GCC unroll 4
             for (int chain = 1; chain < kChains; ++chain) acc[chain][r][v] = set1i(0);
         }
+    ThirdRows<R, char> rows(a + size_t(first) * kActivationBlock, stride);
     for (int block = first; block < last; ++block) {
-        const char* row = a + size_t(block) * kActivationBlock;
         const int steps = std::min(kActivationBlock, depth - block * kActivationBlock) / 4;
         if (block == ahead.turn) ahead.from = ahead.then;
-#pragma GCC unroll 2
+#pragma GCC unroll 1  // of two steps GCC 12 keeps the sums of 12 rows in memory
         for (int s = 0; s < steps; s += kChains) {
 #pragma GCC unroll 4
             for (int chain = 0; chain < kChains; ++chain) {
@@ -352,19 +364,15 @@ template <int R, typename Reads>
                 const char* line = ahead.from + size_t(chain) * ahead.step;
                 ahead.fetch(line);
                 if (kFetchesEveryLine) ahead.fetch(line + 64);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const Vi activations = broadcast_dword(row + r * stride + 4 * (s + chain));
-#pragma GCC unroll 4
-                    for (int v = 0; v < V; ++v)
-                        acc[chain][r][v] = dot_bytes(acc[chain][r][v], columns[v], activations);
-                }
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) add_byte_products(acc[chain][r], rows.at(r, 4 * chain), columns);
             }
             weights += size_t(kChains) * kStepBytes;
+            rows.go_on(4 * kChains);
             ahead.from += size_t(kChains) * ahead.step;
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {

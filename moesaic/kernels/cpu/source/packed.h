@@ -323,7 +323,7 @@ inline void packed_product(const Packed& weight, int64_t matrix, int64_t index, 
 #endif
 #if defined(__AVX512F__) && !defined(MOESAIC_TILES)
         if constexpr (!F::kScalesGroups)
-            if (rows > 2 * kNibbleRows) {
+            if (rows >= kFewestUnpacked) {
                 scales.has_offset = true;
                 unpacked_product(panel, rows, a, stride, c, next, done);
                 return;

@@ -5,8 +5,9 @@
 
 namespace moesaic {
 
-// A panel of 4 bits as tiles and many rows take it: lines of 128 bytes, [32][4 bytes]. Four values of K, a cache line of nibbles, become
-// one line of bytes of int4, as int8 has them, or two of bf16 of MXFP4. Made for one group, whose steps or scales it knows.
+// A panel of 4 bits as tiles and many rows take it: lines of 128 bytes, [32][4 bytes]. Four values of K, a cache line of
+// nibbles, become one line of bytes of int4, as int8 has them, or two of bf16 of MXFP4. Made for one group, whose steps or
+// scales it knows.
 template <typename F>
 struct NibbleLines {
     static constexpr bool kIsBytes = true;
@@ -105,8 +106,11 @@ inline int unpacked_lines(const NibblePanel<F>& panel) {
 
 #if defined(__AVX512F__) && !defined(MOESAIC_TILES)
 
-// As nibble_product, of int4 and rows of more than one step, which byte_product's loops multiply: unpacking takes less time
-// than two steps of rows lose by working on nibbles.
+// Rows of int4 from which on panels are unpacked, to be multiplied as int8's are: of fewer it takes more time than products
+// of nibbles lose (9 to 16 rows were 5 % slower with it, 32 and 128 are 8 to 18 % faster).
+constexpr int kFewestUnpacked = 17;
+
+// As nibble_product, of int4, a piece of K after the other.
 template <int Group, typename Done>
 inline void unpacked_product(const NibblePanel<Int4<Group>>& panel, int rows, const char* a, size_t stride, float* c,
                              const Next& next, Done&& done) {
@@ -120,13 +124,12 @@ inline void unpacked_product(const NibblePanel<Int4<Group>>& panel, int rows, co
         const bool is_last = behind == panel.depth;
         for (int line = 0; line < here / 4; line += kAtOnce)
             Unpacking<Int4<Group>>(panel, first / 4 + line).unpack(0, kAtOnce, unpacked + 128 * line);
-        // What is unpacked next.
+        // What is unpacked next, which comes nearer.
         const uint8_t* then = !is_last ? panel.data + place(behind) : next.panel ? next.panel : panel.data;
-        const size_t length = is_last ? place(std::min(kDeep, panel.depth)) : place(std::min(behind + kDeep, panel.depth)) - place(behind);
+        const size_t length = place(std::min(kDeep, is_last ? panel.depth : panel.depth - behind));
         for (int part = 0; part < parts; ++part) {
             const int row = int(int64_t(rows) * part / parts), end = int(int64_t(rows) * (part + 1) / parts);
-            const Ahead ahead =
-                ahead_of_share(then, 0, length, part, parts, length / size_t(here / 4));
+            const Ahead ahead = ahead_of_share(then, 0, length, part, parts, length / size_t(here / 4));
             if (is_last) next.prefetch_lines(part, parts);
             byte_rows_of<kByteRows>(end - row, unpacked, here, 0, (here + kActivationBlock - 1) / kActivationBlock,
                                     a + row * stride + first, stride, c + row * kPanel, first > 0, ahead);
