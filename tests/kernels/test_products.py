@@ -111,3 +111,21 @@ def test_a_gradients_gradient_under_autocast_is_that_of_torch() -> None:
 
     for mine, theirs in zip(penalised(products.linear), penalised(torch.nn.functional.linear), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2**-6, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "by_onednn, avx512, avx512_bf16, is_native",
+    [
+        (True, True, True, True),
+        (True, True, False, False),
+        (True, False, False, True),  # Arm, or AVX2 with conversions
+        (False, False, False, False),
+    ],
+)
+def test_products_are_native_only_with_instructions_for_them(
+    by_onednn: bool, avx512: bool, avx512_bf16: bool, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: by_onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert products._has_bf16_products() is is_native
