@@ -3,9 +3,9 @@
 Two small language models, 6 layers, hidden 256, 4 heads, vocabulary 4096, untied, 16 sequences of 512 tokens, fp32
 weights, bf16 matrix work, fused AdamW, gradient clipping: dense (SwiGLU of 1024, 8.4 M parameters) and MoE (12 experts
 of 512, top-2: 8.4 M active of 32 M). Peers: transformers' Llama, and its Mixtral with grouped_mm experts, eager and
-compiled; where torch has no bf16 products (AVX2 alone) theirs are in fp32, which is faster there. Each contender is a
-process of its own, run in turn; moesaic sets its own allocator, the others get the tuned one (and the default one too
-with --default-allocator). Peak memory is the process's largest resident size.
+compiled; where torch has no bf16 products worth the name (no bf16 instructions) theirs are in fp32, which is faster
+there. Each contender is a process of its own, run in turn; moesaic sets its own allocator, the others get the tuned one
+(and the default one too with --default-allocator). Peak memory is the process's largest resident size.
 Run: python benchmarks/train_step.py [--model dense moe] [--rounds 3] [--compiled]
 """
 

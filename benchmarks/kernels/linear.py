@@ -3,8 +3,8 @@
 bf16: packed_linear against F.linear and against oneDNN's own prepacked product (mkldnn._linear_pointwise), which
 torch.compile uses; beside them our int8 and int4 weights. All in one process, in turn; calls rotate over as many
 matrices as no cache holds. Share: max(bytes of the weight / bandwidth, FLOPs / peak) / time, the bandwidth measured
-between the calls. Where torch has no bf16 products (AVX2 alone) oneDNN's is fp32's, and F.linear in fp32 stands beside
-F.linear in bf16. A candidate that takes 20 times ours is not timed further ("-").
+between the calls. Where torch has no bf16 products worth the name (no bf16 instructions) oneDNN's is fp32's, and
+F.linear in fp32 stands beside F.linear in bf16. A candidate that takes 20 times ours is not timed further ("-").
 Run: python benchmarks/kernels/linear.py [--rows 1 4 16 64 256 1024 4096] [--shapes 2048x2048 512x2048] [--seconds 1]
 """
 

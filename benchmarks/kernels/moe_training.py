@@ -5,7 +5,8 @@ factor 1.0: it drops tokens, so it never does more than the ideal work), transfo
 experts (dropless, as ours), Tutel's layer with its SwiGLU experts (capacity factor 1.0, as DeepSpeed; not on PyPI: in a
 clone of microsoft/tutel, NO_CUDA=1 pip install --no-build-isolation --no-deps .), and a dense SwiGLU MLP of the same
 active FLOPs as the yardstick: 2048 wide per expert of a token, and per residual MLP. All in one process, in turn.
-Where torch has no bf16 products (AVX2 alone) the others' weights and activations are fp32, which is faster there.
+Where torch has no bf16 products worth the name (no bf16 instructions) the others' weights and activations are fp32,
+which is faster there.
 "kept MB": what autograd holds between forward and backward, weights left out. The limit is max(FLOPs / peak, bytes of
 weights read twice and of their gradients / bandwidth).
 Run: python benchmarks/kernels/moe_training.py [--cases 4096,8,1 4096,32,1,residual] [--repeats 9]
