@@ -193,8 +193,11 @@ def test_quantised_to_it_the_experts_are_what_was_published(
     assert report.kl < 1e-2 and abs(report.perplexity_ratio - 1) < 2e-2
     text_ids = generate(loaded.model, [5, 6, 7], max_new_tokens=8)
     with torch.no_grad():
-        likeliest = loaded.model.logits(loaded.model(torch.tensor([[5, 6, 7, *text_ids]])).hidden)[0].argmax(-1)
-    assert likeliest[2:-1].tolist() == text_ids
+        logits = loaded.model.logits(loaded.model(torch.tensor([[5, 6, 7, *text_ids]])).hidden)[0, 2:-1]
+    # The likeliest ones. With a cache attention rounds otherwise, so that of two that are as likely as each other, to
+    # bf16, either may come first: which does depends on the machine.
+    behind = logits.amax(-1) - logits[torch.arange(len(text_ids)), text_ids]
+    assert len(text_ids) == 8 and behind.max() < of_bf16 * expected.std(), (behind, of_bf16, expected.std())
 
 
 def drop_scales(tensors: dict[str, Tensor]) -> None:

@@ -125,7 +125,7 @@ MOESAIC_INLINE void add_dword(Vf (&sums)[R][V], const ThirdRows<R, float>& rows,
     }
 }
 
-// In a register.
+// Kept in a register, where the compiler would read it from memory for every use.
 MOESAIC_INLINE Vi mask_of_high_halves() {
     Vi mask = set1i(int32_t(0xffff0000u));
 #if !defined(MOESAIC_EMULATE_AVX512)
