@@ -6,6 +6,8 @@
 // and of threads does not show in it.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "gemm_int8.h"
@@ -115,6 +117,11 @@ constexpr int kPackedRows = kRowBlock, kFewestRows = kWholeRows, kMostRows = 192
 // third-level cache.
 #if defined(MOESAIC_TILES)
 constexpr size_t kRowsCache = size_t(1024) << 10, kExpertRowsCache = size_t(1536) << 10;
+#elif defined(__AVX512F__) && defined(MOESAIC_EXPANDS_ROWS)
+// Widened rows take twice the room of others, and these processors have 1 to 2 MiB.
+inline const size_t kRowsCache =
+    std::clamp(size_t(std::max(0L, sysconf(_SC_LEVEL2_CACHE_SIZE))) * 7 / 10, size_t(512) << 10, size_t(1024) << 10);
+inline const size_t kExpertRowsCache = kRowsCache;
 #else
 constexpr size_t kRowsCache = size_t(512) << 10, kExpertRowsCache = kRowsCache;
 #endif
