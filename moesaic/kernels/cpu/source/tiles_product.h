@@ -71,8 +71,8 @@ class Waiting {
 // The tiles of rows of a block that a product takes, and whether all of its sums at once.
 enum class Ways { kOneTile, kTwoInTurn, kTwoAtOnce };
 
-// One or two tiles of rows times a panel; `rows` are those that wait. A pair is two terms, or with kBytes four. Meanwhile `ahead` is
-// read ahead, and a row that waits is done at every kEvery-th call.
+// One or two tiles of rows times a panel. A pair is two terms, or with kBytes four. Meanwhile `fetch` reads ahead, and of
+// `rows`, which wait, one is done at every kEvery-th call.
 template <bool kBytes, Stays stays, Ways ways, int kEvery, typename Fetch, typename Each>
 [[gnu::noinline]] void block_by_tiles(const TileTerms (&terms)[1], const TileSums& sums, const Fetch& fetch,
                                       const CompleteRows<Each>& rows) {
