@@ -298,15 +298,16 @@ def test_bf16_weights_sum_in_fp32(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", COMPILED)
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_row_does_not_depend_on_the_others_or_on_threads(choice: str, format: str) -> None:
-    packed = pack_weight(weight_of(format, 72, 256))
-    x = numbers(70, 256, seed=6)
+@pytest.mark.parametrize("k", (256, 640))
+def test_a_row_does_not_depend_on_the_others_or_on_threads(choice: str, format: str, k: int) -> None:
+    packed = pack_weight(weight_of(format, 72, k))
+    x = numbers(110, k, seed=6)
     before = torch.get_num_threads()
     with select.forced(choice):
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results += [one(x, packed), torch.cat([one(part, packed) for part in x.split((1, 2, 4, 12, 13, 38))])]
+            results += [one(x, packed), torch.cat([one(part, packed) for part in x.split((1, 2, 4, 12, 13, 38, 40))])]
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
 

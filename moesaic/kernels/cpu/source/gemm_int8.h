@@ -33,16 +33,27 @@ inline Vi dot_bytes(Vi sums, Vi weights, Vi activations) {
 }
 
 // sums += the four products of every dword of columns and the four bytes at `term`. One piece of assembly, as add_products.
-MOESAIC_INLINE void add_byte_products(Vi (&sums)[2], const char& term, const Vi (&columns)[2]) {
 #if defined(MOESAIC_EMULATE_AVX512)
-    for (int v = 0; v < 2; ++v) sums[v] = dot_bytes(sums[v], columns[v], broadcast_dword(&term));
+template <int V>
+inline void add_byte_products(Vi (&sums)[V], const char& term, const Vi (&columns)[V]) {
+    for (int v = 0; v < V; ++v) sums[v] = dot_bytes(sums[v], columns[v], broadcast_dword(&term));
+}
 #else
+MOESAIC_INLINE void add_byte_products(Vi (&sums)[2], const char& term, const Vi (&columns)[2]) {
     Vi all;
     asm("vpbroadcastd %3, %2\n\tvpdpbusd %2, %4, %0\n\tvpdpbusd %2, %5, %1"
         : "+&v"(sums[0].v), "+&v"(sums[1].v), "=&v"(all.v)
         : "m"(reinterpret_cast<const int32_t&>(term)), "v"(columns[0].v), "v"(columns[1].v));
-#endif
 }
+MOESAIC_INLINE void add_byte_products(Vi (&sums)[4], const char& term, const Vi (&columns)[4]) {
+    Vi all;
+    asm("vpbroadcastd %5, %4\n\tvpdpbusd %4, %6, %0\n\tvpdpbusd %4, %7, %1\n\t"
+        "vpdpbusd %4, %8, %2\n\tvpdpbusd %4, %9, %3"
+        : "+&v"(sums[0].v), "+&v"(sums[1].v), "+&v"(sums[2].v), "+&v"(sums[3].v), "=&v"(all.v)
+        : "m"(reinterpret_cast<const int32_t&>(term)), "v"(columns[0].v), "v"(columns[1].v), "v"(columns[2].v),
+          "v"(columns[3].v));
+}
+#endif
 
 #endif
 

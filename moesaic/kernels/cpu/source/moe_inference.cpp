@@ -193,7 +193,7 @@ void moe_pass(Team& team, const MoeCall& call, int64_t first_token, int64_t toke
         team.tasks(1 + row_tasks, begin);
 
     static thread_local Scratch sums_buffer, activated_buffer, rows_buffer, out_buffer;
-    float* c = sums_buffer.get<float>(size_t(kMostRows) * kPanel);
+    float* c = sums_buffer.get<float>(size_t(kPanelsOfStep) * kMostRows * kPanel);
     Waiting<ActivateRow> activating;
     int held = -1;
     const char* a = nullptr;

@@ -44,7 +44,7 @@ void packed_linear(Team& team, const LinearCall& call) {
         const int64_t row = call.rows * part / row_parts;
         return part == row_parts || call.rows < row_parts * step ? row : row / step * step;
     };
-    float* c = sums.get<float>(size_t(most + kPackedRows) * kPanel);
+    float* c = sums.get<float>(size_t(kPanelsOfStep) * size_t(most + kPackedRows) * kPanel);
     char* copied = weight.is_integer() || is_direct ? nullptr : copies.get<char>(size_t(most + kPackedRows) * row_bytes);
     // Results that no cache holds until they are read go past it. A line of each row at a time, often a power of two
     // apart, they would push the rows of x out. Not with tiles: beside products they take 3.3 ms so where it was 3.7
@@ -101,7 +101,7 @@ void PackedHeads::run(long task) const {
     for (int r = 0; r < rows; ++r)
         prepare_row(weight, call_.x + (first + r) * call_.x_stride + head * call_.x_head_stride,
                     a + size_t(r) * row_bytes);
-    float* c = sums.get<float>(size_t(rows + kPackedRows) * kPanel);
+    float* c = sums.get<float>(size_t(kPanelsOfStep) * size_t(rows + kPackedRows) * kPanel);
     bf16* out = call_.out + first * call_.out_stride + head * call_.out_head_stride;
     Waiting<WriteRow> waiting;
     const int panels = weight.panels(), end = panels * (column + 1) / columns_;
