@@ -350,7 +350,7 @@ template <int R, typename Reads>
     // The sums of one row alone would wait for each other.
     constexpr int kChains = R == 1 && W == 16 ? 2 : 1;
     // One or two rows leave every second line to the processor's own prefetcher: 4 to 10 % faster on Zen 4, but 20 to
-    // 35 % slower of more rows, and of bf16, and 6 % slower on Intel's of before AVX-512's bf16. With tiles it has not been
+    // 35 % slower of more rows, and of bf16, and 3 to 6 % slower on Intel without AVX-512's bf16. With tiles it has not been
     // tried.
     constexpr bool kFetchesEveryLine = R > 2 || kHasTiles || kExpandsRows;
     const uint8_t* weights = panel + size_t(first) * kActivationBlock * kPanel;
