@@ -59,8 +59,11 @@ struct CopyRow {
     void operator()(int row, const float* sums) const { std::copy(sums, sums + kPanel, c + row * kPanel); }
 };
 
+// What products take together, and one more.
+constexpr int kPanels = 3;
+
 // Bytes at the ends of their range, where 16-bit sums would saturate; scales of 1, so that the result is the sum itself, and
-// all steps that there are.
+// all steps that there are. Every panel has the columns of the one before, one place further to the left.
 template <PackedFormat kFormat>
 bool integer_products_are_right(int rows, int depth) {
     constexpr bool kIsBytes = kFormat == kPackedInt8, kIsMxfp4 = kFormat == kPackedMxfp4;
@@ -69,7 +72,8 @@ bool integer_products_are_right(int rows, int depth) {
     const QuantizedRow row = Packed{kFormat, kPanel, depth, kGroup, nullptr, nullptr}.quantized_row();
     const size_t stride = (row.bytes() + 63) / 64 * 64;
     std::vector<char> a(rows * stride);
-    std::vector<float> c(size_t(rows) * kPanel), room(size_t(rows + 32) * kPanel), ones(kPanel, 1.0f);
+    std::vector<float> c(size_t(kPanels * rows) * kPanel), room(size_t(kPanelsOfStep) * size_t(rows + 32) * kPanel),
+        ones(kPanels * kPanel, 1.0f);
     const auto activation = [](int r, int k) { return k % kGroup == 0 ? 127 : (r * 31 + k * 97) % 255 - 127; };
     const auto weight = [](int k, int n) { return kIsBytes ? (k * 67 + n * 131) % 256 : (k * 5 + n * 3) % 16; };
     const auto step = [](int k, int n) { return int16_t((k / kGroup * 7 + n) % 31 - 15); };
@@ -80,27 +84,32 @@ bool integer_products_are_right(int rows, int depth) {
         rotate(x.data(), depth, rotated.data());
         quantize_row(row, kIsMxfp4 ? x.data() : rotated.data(), depth, a.data() + r * stride);
     }
-    std::vector<uint8_t> panel(static_cast<size_t>(bytes));
-    for (int k = 0; k < depth; ++k) {
-        uint8_t* header = panel.data() + k / kHeader * int(kHeaderBytes + kHeader * kPanel / 2);
-        for (int n = 0; n < kPanel; ++n) {
-            if (kIsBytes) {
-                panel[k / 4 * 128 + n * 4 + k % 4] = uint8_t(weight(k, n));
-                continue;
+    std::vector<uint8_t> panels(size_t(kPanels * bytes));
+    for (int i = 0; i < kPanels; ++i)
+        for (int k = 0; k < depth; ++k) {
+            uint8_t* panel = panels.data() + size_t(i * bytes);
+            uint8_t* header = panel + k / kHeader * int(kHeaderBytes + kHeader * kPanel / 2);
+            for (int n = 0; n < kPanel; ++n) {
+                const int column = (n + i) % kPanel;
+                if (kIsBytes) {
+                    panel[k / 4 * 128 + n * 4 + k % 4] = uint8_t(weight(k, column));
+                    continue;
+                }
+                const int16_t own = step(k, column);
+                if (kIsMxfp4)
+                    header[k % kHeader / kGroup * kPanel + n] = 127;
+                else
+                    std::memcpy(header + 2 * n, &own, 2);
+                header[kHeaderBytes + k % kHeader / 4 * 64 + n % 16 * 4 + k % 4] |=
+                    uint8_t(weight(k, column) << (n < 16 ? 0 : 4));
             }
-            const int16_t own = step(k, n);
-            if (kIsMxfp4)
-                header[k % kHeader / kGroup * kPanel + n] = 127;
-            else
-                std::memcpy(header + 2 * n, &own, 2);
-            header[kHeaderBytes + k % kHeader / 4 * 64 + n % 16 * 4 + k % 4] |= uint8_t(weight(k, n) << (n < 16 ? 0 : 4));
         }
-    }
-    const CopyRow copy{c.data()};
     Waiting<CopyRow> waiting;
-    const Packed packed{kFormat, kPanel, depth, kGroup, panel.data(), ones.data()};
-    packed_panels(packed, 0, 0, 1, rows, a.data() + packed.used_part(rows).first, stride, room.data(), nullptr, waiting,
-                  [&](int, StoreRounded&) { return PanelResult<CopyRow>{copy, {}}; });
+    const Packed packed{kFormat, kPanels * kPanel, depth, kGroup, panels.data(), ones.data()};
+    packed_panels(packed, 0, 0, kPanels, rows, a.data() + packed.used_part(rows).first, stride, room.data(), nullptr,
+                  waiting, [&](int index, StoreRounded&) {
+                      return PanelResult<CopyRow>{{c.data() + size_t(index * rows) * kPanel}, {}};
+                  });
     waiting.all();
     leave_tiles();
     for (int r = 0; r < rows; ++r)
@@ -110,9 +119,37 @@ bool integer_products_are_right(int rows, int depth) {
                 sum += float(activation(r, k)) * (kIsMxfp4   ? Mxfp4::number(weight(k, n), 127)
                                                   : kIsBytes ? float(weight(k, n) - 128)
                                                              : float((weight(k, n) - 8) * step(k, n)));
-            if (c[r * kPanel + n] != float(sum)) return false;
+            for (int i = 0; i < kPanels; ++i)
+                if (c[size_t(i * rows + r) * kPanel + size_t((n - i + kPanel) % kPanel)] != float(sum)) return false;
         }
     return true;
+}
+
+// Many rows of bf16 have the bits of single ones.
+bool rows_are_their_own(int rows, int depth) {
+    std::vector<bf16> panels(size_t(kPanels * kPanel) * size_t(depth));
+    for (size_t i = 0; i < panels.size(); ++i) panels[i] = float_to_bf16(sample(int(i)));
+    const Packed packed{kPackedBf16, kPanels * kPanel, depth, 0, reinterpret_cast<const uint8_t*>(panels.data()), nullptr};
+    const size_t stride = packed.row_bytes(), count = size_t(kPanels * rows) * kPanel;
+    std::vector<char> a(size_t(rows) * stride);
+    std::vector<float> x(static_cast<size_t>(depth)), all(count), each(count);
+    std::vector<float> room(size_t(kPanelsOfStep) * size_t(rows + 32) * kPanel);
+    for (int r = 0; r < rows; ++r) {
+        for (int k = 0; k < depth; ++k) x[size_t(k)] = sample(r * depth + k);
+        prepare_row(packed, x.data(), a.data() + size_t(r) * stride);
+    }
+    const auto multiply = [&](int first, int number, std::vector<float>& to) {
+        Waiting<CopyRow> waiting;
+        packed_panels(packed, 0, 0, kPanels, number, a.data() + size_t(first) * stride, stride, room.data(), nullptr,
+                      waiting, [&](int index, StoreRounded&) {
+                          return PanelResult<CopyRow>{{to.data() + size_t(index * rows + first) * kPanel}, {}};
+                      });
+        waiting.all();
+    };
+    multiply(0, rows, all);
+    for (int r = 0; r < rows; ++r) multiply(r, 1, each);
+    leave_tiles();
+    return std::memcmp(all.data(), each.data(), count * sizeof(float)) == 0;
 }
 
 // The Hadamard matrix, whose elements are 1 or -1 by the parity of the bits that row and column share.
@@ -223,6 +260,9 @@ MOESAIC_EXPORT int64_t moesaic_self_test() try {
                 !integer_products_are_right<kPackedInt4>(rows, depth) ||
                 !integer_products_are_right<kPackedMxfp4>(rows, depth))
                 return 5;
+    // Panels taken two at a time, in several pieces of K.
+    if (!integer_products_are_right<kPackedInt8>(41, 320) || !integer_products_are_right<kPackedInt4>(41, 320)) return 5;
+    if (!rows_are_their_own(41, 160)) return 8;
     for (int64_t depth : {1, 6, 20, 24, 48, 96, 128, 192, 512, 768, 1024, 2048, 4096, 8192})
         if (!rotation_is_right(depth)) return 7;
 #if defined(MOESAIC_TILES)
