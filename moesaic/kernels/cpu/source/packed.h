@@ -482,13 +482,9 @@ inline void paired_product(const Packed& weight, int64_t matrix, int index, int 
             if constexpr (!F::kScalesGroups) {
                 const QuantizedRow form = weight.quantized_row();
                 const NibblePanel<F> both[] = {{panel, depth, form}, {panel + bytes, depth, form}};
-                constexpr int kAtOnce = Unpacking<F>::kMost;
                 in_pieces(kDeep, [&](int k) { return bytes / size_t(depth / 32) * size_t(k / 32); },
                           [&](int begin, int here) {
-                              for (int side = 0; side < 2; ++side)
-                                  for (int line = 0; line < here / 4; line += kAtOnce)
-                                      Unpacking<F>(both[side], begin / 4 + line)
-                                          .unpack(0, kAtOnce, unpacked[side] + 128 * line);
+                              for (int side = 0; side < 2; ++side) unpack_piece(both[side], begin, here, unpacked[side]);
                           },
                           [&](int count, int row, int begin, int here, const PairAhead& ahead) {
                               by_bytes(count, row, begin, here, unpacked[0], unpacked[1], ahead);

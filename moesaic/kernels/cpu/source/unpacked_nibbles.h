@@ -110,20 +110,26 @@ inline int unpacked_lines(const NibblePanel<F>& panel) {
 // of nibbles lose (9 to 16 rows were 5 % slower with it, 32 and 128 are 8 to 18 % faster).
 constexpr int kFewestUnpacked = 17;
 
+// `count` values of K of a panel from `first` on, as int8 has them.
+template <typename F>
+inline void unpack_piece(const NibblePanel<F>& panel, int first, int count, uint8_t* to) {
+    constexpr int kAtOnce = Unpacking<F>::kMost;
+    for (int line = 0; line < count / 4; line += kAtOnce)
+        Unpacking<F>(panel, first / 4 + line).unpack(0, kAtOnce, to + 128 * line);
+}
+
 // As nibble_product, of int4, a piece of K after the other.
 template <int Group, typename Done>
 inline void unpacked_product(const NibblePanel<Int4<Group>>& panel, int rows, const char* a, size_t stride, float* c,
                              const Next& next, Done&& done) {
     constexpr int kDeep = 4 * kActivationBlock;  // values of K of a piece, 16 KiB
-    constexpr int kAtOnce = Unpacking<Int4<Group>>::kMost;
     alignas(64) uint8_t unpacked[kDeep * kPanel];
     const int parts = (rows + kByteRows - 1) / kByteRows;
     const auto place = [&](int k) { return panel.bytes() / size_t(panel.depth / 32) * size_t(k / 32); };
     for (int first = 0; first < panel.depth; first += kDeep) {
         const int here = std::min(kDeep, panel.depth - first), behind = first + here;
         const bool is_last = behind == panel.depth;
-        for (int line = 0; line < here / 4; line += kAtOnce)
-            Unpacking<Int4<Group>>(panel, first / 4 + line).unpack(0, kAtOnce, unpacked + 128 * line);
+        unpack_piece(panel, first, here, unpacked);
         // What is unpacked next, which comes nearer.
         const uint8_t* then = !is_last ? panel.data + place(behind) : next.panel ? next.panel : panel.data;
         const size_t length = place(std::min(kDeep, is_last ? panel.depth : panel.depth - behind));
