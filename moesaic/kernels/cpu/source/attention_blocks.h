@@ -6,7 +6,8 @@
 //   keys    [block][head][block_size / 32][width / 2][32] pairs of channels, a column is a position;
 //   values  [block][head][block_size / 32][width / 32][16][32] pairs of positions, a column is a channel.
 // width is head_dim rounded up to 32, the rest zero. A number is bf16, or int8 with one fp32 scale for each position and
-// head, which is exact in bf16: a panel of int8 is expanded in the first-level cache and goes the same way.
+// head, which is exact in bf16: a panel of int8 is expanded, in registers where rows are few and else in the first-level
+// cache, and goes the same way.
 #pragma once
 
 #include <algorithm>
@@ -201,31 +202,33 @@ inline PagedPlan plan_paged(const PagedBatch& batch, const PagedCache& cache, in
     return plan;
 }
 
+// W pairs of int8 to pairs of bf16.
+MOESAIC_INLINE Vi expand_pairs(const uint16_t* pairs) {
+#if defined(__AVX512BF16__)
+    // Whose instruction keeps the order of its 32 numbers: 7 operations instead of 9, of which one unit has 5.
+    const auto numbers = [](const uint16_t* half) {
+        return Vf{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)half)))};
+    };
+    return to_bf16_rows(numbers(pairs), numbers(pairs + 8));
+#elif defined(__AVX512F__)
+    const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)pairs));
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 16), 24));
+    return {_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high))};
+#else
+    const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)pairs));
+    const __m256 low = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24));
+    const __m256 high = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 16), 24));
+    return {_mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(low), 16), _mm256_castps_si256(high))};
+#endif
+}
+
 // Pairs of int8 to pairs of bf16; count a multiple of 32. each_line(number) is called for every cache line of them.
 template <typename EachLine>
 MOESAIC_INLINE void expand_pairs(int count, const uint16_t* from, uint32_t* to, EachLine&& each_line) {
-    const auto expand = [](const uint16_t* pairs) __attribute__((always_inline)) {
-#if defined(__AVX512BF16__)
-        // Whose instruction keeps the order of its 32 numbers: 7 operations instead of 9, of which one unit has 5.
-        const auto numbers = [](const uint16_t* half) {
-            return Vf{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)half)))};
-        };
-        return to_bf16_rows(numbers(pairs), numbers(pairs + 8));
-#elif defined(__AVX512F__)
-        const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)pairs));
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 16), 24));
-        return Vi{_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high))};
-#else
-        const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)pairs));
-        const __m256 low = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24));
-        const __m256 high = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 16), 24));
-        return Vi{_mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(low), 16), _mm256_castps_si256(high))};
-#endif
-    };
     for (int i = 0; i < count; i += 32) {
         each_line(i / 32);
-        for (int v = 0; v < 32; v += W) storei(to + i + v, expand(from + i + v));
+        for (int v = 0; v < 32; v += W) storei(to + i + v, expand_pairs(from + i + v));
     }
 }
 // The same; what stands at `ahead` will be read soon.

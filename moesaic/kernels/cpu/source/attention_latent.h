@@ -19,7 +19,11 @@ namespace moesaic {
 
 constexpr int kLatentRows = 64;      // (query, head) of a task
 constexpr int kLatentChannels = 32;  // turned at a time: 16 KiB
-constexpr int kSplitPairs = kSplit / 2;
+// Of values and of probabilities: one position where products take expanded rows, or a pair of them in bf16.
+using LatentNumber = std::conditional_t<kExpandsRows, float, uint32_t>;
+constexpr int kPositionsEach = kExpandsRows ? 1 : 2;
+constexpr int kSplitNumbers = kSplit / kPositionsEach;
+constexpr size_t kTurnedRow = kExpandsRows ? kScoreRow : size_t(kSplitNumbers);
 constexpr size_t kMostPartialFloats = size_t(1) << 26;  // that wait to be merged: 256 MiB
 #if defined(MOESAIC_TILES)
 constexpr int kRowStep = kPanel;  // rows are padded to it
@@ -142,67 +146,87 @@ inline void write_latent_panel(const PagedCache& cache, const WriteItem& item, c
                      panel + item.offset, kPanel);
 }
 
-// Pairs of channels of the 32 positions of a panel to rows of one channel, pairs of positions W apart.
-inline void turn_channels(int channels, const uint32_t* panel, uint32_t* to, size_t ld) {
-    for (int channel = 0; channel < channels; channel += 2, panel += kPanel)
+// Pairs of channels of the 32 positions of a panel to rows of one channel, kTurnedRow apart; pairs of positions are W apart.
+inline void turn_channels(int channels, const uint32_t* panel, LatentNumber* to) {
+    for (int channel = 0; channel < channels; channel += 2, panel += kPanel, to += 2 * kTurnedRow) {
+#if defined(MOESAIC_EXPANDS_ROWS)
+        for (int i = 0; i < kPanel; i += W) {
+            store(to + i, low_bf16(loadi(panel + i)));
+            store(to + kTurnedRow + i, high_bf16(loadi(panel + i)));
+        }
+#else
         for (int half = 0; half < kPanel; half += 2 * W) {
             const Vi first = loadi(panel + half), second = loadi(panel + half + W);
-            uint32_t* even = to + size_t(channel) * ld + half / 2;
-            storei(even, low_words(first, second));
-            storei(even + ld, high_words(first, second));
+            storei(to + half / 2, low_words(first, second));
+            storei(to + kTurnedRow + half / 2, high_words(first, second));
         }
+#endif
+    }
 }
 
 #if !defined(MOESAIC_TILES)
 
-// C[R][V W] = A[R][pairs] B[pairs][V W], rows of A and of B lda and ldb dwords apart, of C ldc floats.
+// C[R][V W] = A[R][count] B[count][V W], rows of A kTurnedRow numbers apart, of B and C ld.
 template <int R, int V>
-inline void multiply_turned(int pairs, const uint32_t* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                            size_t ldc) {
+[[gnu::noinline]] void multiply_turned(int count, const LatentNumber* a, const LatentNumber* b, float* c, size_t ld) {
     Vf acc[R][V];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[r][v] = zero();
-    for (int p = 0; p < pairs; ++p) {
+    ThirdRows<R, LatentNumber> rows(a, kTurnedRow);
+    for (int i = 0; i < count; ++i, b += ld) {
+#if defined(MOESAIC_EXPANDS_ROWS)
+        Vf columns[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) columns[v] = load(b + v * W);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) add_products(acc[r], rows.at(r, 0), columns);
+#else
         Vi columns[V];
-        for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * ldb + v * W);
+        for (int v = 0; v < V; ++v) columns[v] = loadi(b + v * W);
         for (int r = 0; r < R; ++r) {
-            const Vi row = broadcast_dword(a + r * lda + p);
+            const Vi row = broadcast_dword(&rows.at(r, 0));
             for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
         }
+#endif
+        rows.go_on(1);
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(c + r * ld + v * W, acc[r][v]);
 }
 
 template <int R, int V>
-inline void multiply_all_turned(int pairs, const uint32_t* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                                size_t ldc) {
-    for (int row = 0; row < kLatentChannels; row += R)
-        multiply_turned<R, V>(pairs, a + row * lda, lda, b, ldb, c + row * ldc, ldc);
+inline void multiply_all_turned(int count, const LatentNumber* a, const LatentNumber* b, float* c, size_t ld) {
+    for (int row = 0; row < kLatentChannels; row += R) multiply_turned<R, V>(count, a + row * kTurnedRow, b, c + row * ld, ld);
 }
 
 #endif
 
-// sums[32 channels][rows] = turned[32 channels][pairs of positions] times probabilities[pairs][rows], `rows` padded.
-inline void multiply_latents(int rows, int pairs, const uint32_t* turned, size_t ld, const uint32_t* probabilities,
+// sums[32 channels][rows] = turned[32 channels][count] times probabilities[count][rows], `rows` padded.
+inline void multiply_latents(int rows, int count, const LatentNumber* turned, const LatentNumber* probabilities,
                              float* sums) {
 #if defined(MOESAIC_TILES)
     for (int row = 0; row < rows; row += kPanel)
-        gemm_panel(kLatentChannels, pairs, reinterpret_cast<const bf16*>(turned), 2 * ld, probabilities + row,
+        gemm_panel(kLatentChannels, count, reinterpret_cast<const bf16*>(turned), 2 * kTurnedRow, probabilities + row,
                    size_t(rows), sums + row, size_t(rows), false);
 #elif defined(__AVX512F__)
     // Enough sums of their own to hide a product's latency.
-    if (rows == 16)
-        multiply_all_turned<16, 1>(pairs, turned, ld, probabilities, size_t(rows), sums, size_t(rows));
-    else if (rows == 32)
-        multiply_all_turned<8, 2>(pairs, turned, ld, probabilities, size_t(rows), sums, size_t(rows));
-    else if (rows == 48)
-        multiply_all_turned<8, 3>(pairs, turned, ld, probabilities, size_t(rows), sums, size_t(rows));
-    else
-        multiply_all_turned<4, 4>(pairs, turned, ld, probabilities, size_t(rows), sums, size_t(rows));
+    if (rows == 16) {
+        multiply_all_turned<16, 1>(count, turned, probabilities, sums, size_t(rows));
+    } else if (rows == 48) {
+        multiply_all_turned<8, 3>(count, turned, probabilities, sums, size_t(rows));
+    } else if (rows == 32 || kExpandsRows) {  // 64 of expanded probabilities do not fit the first-level cache
+        for (int row = 0; row < rows; row += 2 * W)
+            multiply_all_turned<8, 2>(count, turned, probabilities + row, sums + row, size_t(rows));
+    } else {
+        multiply_all_turned<4, 4>(count, turned, probabilities, sums, size_t(rows));
+    }
 #else
     for (int row = 0; row < rows; row += 2 * W)
-        multiply_all_turned<4, 2>(pairs, turned, ld, probabilities + row, size_t(rows), sums + row, size_t(rows));
+        multiply_all_turned<4, 2>(count, turned, probabilities + row, sums + row, size_t(rows));
 #endif
 }
 
@@ -252,14 +276,24 @@ inline void write_means(const LatentCall& call, const LatentItem& item, LatentSt
                          out + size_t(row) * (channels / 2), size_t(channels / 2));
 }
 
+// From one row of probabilities to the next; expanded ones take the place of the scores.
+constexpr size_t kNumbersRow = kExpandsRows ? kScoreRow : size_t(kSplitNumbers);
+
+inline void store_probabilities(uint32_t* pairs, Vf first, Vf second) { storei(pairs, interleave_bf16(first, second)); }
+
+inline Scratch& expanded_queries() {
+    static thread_local Scratch scratch;
+    return scratch;
+}
+
 // A thread at work on one item.
 inline void attend_item(const LatentCall& call, const LatentItem& item) {
     const PagedCache& cache = call.cache;
     const int width = cache.width(), channels = call.channels(), rows = padded_rows(item.rows);
     const size_t state_floats = latent_state_floats(item.rows, channels);
     const bool is_partial = item.partial >= 0;
-    float* scores = attention_scratch().get<float>(size_t(item.rows) * (kSplit + kSplitPairs) + 2 * kLatentRows +
-                                                   size_t(kSplitPairs) * rows + kLatentChannels * (kSplitPairs + rows) +
+    float* scores = attention_scratch().get<float>(size_t(item.rows) * (kScoreRow + kNumbersRow) + 2 * kLatentRows +
+                                                   size_t(kSplitNumbers) * rows + kLatentChannels * (kTurnedRow + rows) +
                                                    2 * state_floats + size_t(channels / 2) * rows + 16 * 16);
     float* next = scores;
     auto take = [&](size_t floats) {
@@ -267,10 +301,11 @@ inline void attend_item(const LatentCall& call, const LatentItem& item) {
         next += (floats + 15) / 16 * 16;
         return here;
     };
-    take(size_t(item.rows) * kSplit);
-    auto* by_row = reinterpret_cast<uint32_t*>(take(size_t(item.rows) * kSplitPairs));  // probabilities
-    auto* by_pair = reinterpret_cast<uint32_t*>(take(size_t(kSplitPairs) * rows));      // likewise
-    auto* turned = reinterpret_cast<uint32_t*>(take(kLatentChannels * kSplitPairs));
+    take(size_t(item.rows) * kScoreRow);
+    // Probabilities, and the same turned.
+    auto* by_row = reinterpret_cast<LatentNumber*>(kExpandsRows ? scores : take(size_t(item.rows) * kNumbersRow));
+    auto* by_number = reinterpret_cast<LatentNumber*>(take(size_t(kSplitNumbers) * rows));
+    auto* turned = reinterpret_cast<LatentNumber*>(take(kLatentChannels * kTurnedRow));
     float *sums = take(size_t(kLatentChannels) * rows), *keep = take(kLatentRows), *taken = take(kLatentRows);
     LatentState part(take(state_floats), rows, channels), whole(take(state_floats), rows, channels);
     if (is_partial) whole = LatentState(call.partials + item.partial, rows, channels);
@@ -280,7 +315,8 @@ inline void attend_item(const LatentCall& call, const LatentItem& item) {
     const int queries = batch.starts[item.sequence + 1] - batch.starts[item.sequence];
     const int past = batch.lengths[item.sequence] - queries, heads = int(call.num_heads);
     const int seen = past + (item.first_row + item.rows - 1) / heads + 1;
-    const bf16* query = call.query + call.flat_row(item) * width;
+    const LeftRows query = left_rows(call.query + call.flat_row(item) * width, size_t(width), item.rows, width,
+                                     expanded_queries());
     const int32_t* table = batch.tables + item.sequence * batch.table_width;
     for (int split = item.first_split; split < item.first_split + item.num_splits; ++split) {
         const int start = split * kSplit;
@@ -292,24 +328,25 @@ inline void attend_item(const LatentCall& call, const LatentItem& item) {
                 static_cast<const bf16*>(cache.keys) + cache.panel_offset(table[position / cache.block_size], 0, inside));
         }
         multiply_keys(item.rows, width, query, panels, scores);
-        const int count = panels.count * kPanel, pairs = count / 2;
+        const int count = panels.count * kPanel, numbers = count / kPositionsEach;
         const auto visible = [&](int row) {
             return std::min(past + (item.first_row + row) / heads + 1 - start, count);
         };
         for (int row = 0; row < item.rows; ++row) {
             const int here = visible(row);
-            part.largest[row] = here > 0 ? largest_score(scores + size_t(row) * kSplit, here) : -INFINITY;
+            part.largest[row] = here > 0 ? largest_score(scores + size_t(row) * kScoreRow, here) : -INFINITY;
         }
         for (int row = 0; row < item.rows; ++row) {
-            uint32_t* to = by_row + size_t(row) * kSplitPairs;
+            LatentNumber* to = by_row + size_t(row) * kNumbersRow;
             part.totals[row] = exponentials(
-                scores + size_t(row) * kSplit, visible(row), count, call.scale, part.largest[row],
-                [&](int at, Vf first, Vf second) { storei(to + at / 2, interleave_bf16(first, second)); });
+                scores + size_t(row) * kScoreRow, visible(row), count, call.scale, part.largest[row],
+                [&](int at, Vf first, Vf second) { store_probabilities(to + at / kPositionsEach, first, second); });
         }
         for (int row = item.rows; row < rows; ++row) part.totals[row] = 0.0f, part.largest[row] = -INFINITY;
-        transpose_dwords(item.rows, pairs, by_row, kSplitPairs, by_pair, size_t(rows));
+        transpose_dwords(item.rows, numbers, reinterpret_cast<const uint32_t*>(by_row), kNumbersRow,
+                         reinterpret_cast<uint32_t*>(by_number), size_t(rows));
         for (int row = item.rows; row < rows; ++row)
-            for (int pair = 0; pair < pairs; ++pair) by_pair[size_t(pair) * rows + row] = 0;
+            for (int i = 0; i < numbers; ++i) by_number[size_t(i) * rows + row] = 0;
         const bool is_first = split == item.first_split;
         if (is_first) {
             std::memcpy(whole.totals, part.totals, size_t(rows) * sizeof(float));
@@ -319,10 +356,9 @@ inline void attend_item(const LatentCall& call, const LatentItem& item) {
         }
         for (int channel = 0; channel < channels; channel += kLatentChannels) {
             for (int p = 0; p < panels.count; ++p)
-                turn_channels(kLatentChannels, panels.at[p] + channel / 2 * kPanel, turned + p * kPanelPairs,
-                              kSplitPairs);
+                turn_channels(kLatentChannels, panels.at[p] + channel / 2 * kPanel, turned + p * kPanel / kPositionsEach);
             float* to = whole.sums + size_t(channel) * rows;
-            multiply_latents(rows, pairs, turned, kSplitPairs, by_pair, is_first ? to : sums);
+            multiply_latents(rows, numbers, turned, by_number, is_first ? to : sums);
             if (!is_first) merge_sums(kLatentChannels, rows, keep, taken, sums, to);
         }
     }

@@ -8,274 +8,10 @@
 // infinity.
 #pragma once
 
+#include "attention_products.h"
 #include "attention_tiles.h"
 
 namespace moesaic {
-
-#if defined(MOESAIC_EXPANDS_ROWS)
-
-// Many rows of one head. C[R][32] = R expanded rows times `count` pieces of a panel, each `offset` dwords into its own,
-// whose sums stay in registers; what stands `offset` into those in `ahead` will be read soon (null: nothing).
-template <int R>
-[[gnu::noinline]] void multiply_pieces(int count, int pairs, const float* a, size_t lda, const uint32_t* const* panels,
-                                       const uint32_t* const* ahead, int offset, float* c, size_t ldc) {
-    constexpr int V = 2;
-    const Vi mask = mask_of_high_halves();
-    for (int column = 0; column < kPanel; column += V * W) {
-        Vf acc[R][V];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) acc[r][v] = zero();
-        ThirdRows<R, float> rows(a, lda);
-        for (int i = 0; i < count; ++i) {
-            for (int p = 0; ahead && column == 0 && p < pairs; ++p)
-                for (int line = 0; line < kPanel; line += 16) fetch(ahead[i] + offset + p * kPanel + line);
-            const char* dword = reinterpret_cast<const char*>(panels[i] + offset + column);
-            for (int p = 0; p < pairs; ++p, dword += kPanel * 4) {
-                add_dword<R, V, 1>(acc, rows, dword, mask);
-                rows.go_on(2);
-            }
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) store(c + r * ldc + column + v * W, acc[r][v]);
-    }
-}
-
-template <int R>
-inline void multiply_pieces_of(int rows, int count, int pairs, const float* a, size_t lda, const uint32_t* const* panels,
-                               const uint32_t* const* ahead, int offset, float* c, size_t ldc) {
-    if constexpr (R > 0) {
-        if (rows == R)
-            multiply_pieces<R>(count, pairs, a, lda, panels, ahead, offset, c, ldc);
-        else
-            multiply_pieces_of<R - 1>(rows, count, pairs, a, lda, panels, ahead, offset, c, ldc);
-    }
-}
-
-// All rows, in equal steps, of which the first brings nearer what is read later.
-inline void multiply_all_pieces(int rows, int count, int pairs, const LeftRows& a, const uint32_t* const* panels,
-                                const uint32_t* const* ahead, int offset, float* c, size_t ldc) {
-    const int steps = (rows + kRowBlock - 1) / kRowBlock;
-    for (int step = 0; step < steps; ++step) {
-        const int row = rows * step / steps, end = rows * (step + 1) / steps;
-        multiply_pieces_of<kRowBlock>(end - row, count, pairs, a.rows + row * a.ld, a.ld, panels, step == 0 ? ahead : nullptr,
-                                      offset, c + row * ldc, ldc);
-    }
-}
-
-inline Scratch& expanded_attention_rows() {
-    static thread_local Scratch scratch;
-    return scratch;
-}
-
-#elif defined(__AVX512F__) && !defined(MOESAIC_TILES)
-
-// Many rows of one head. C[R][16 V] = A[R][count * 2 * pairs] times `count` pieces of two neighbouring panels (of one,
-// where V is 2), reading `ahead`: two in registers over all pieces spare loads and stores, a third of the time.
-template <int R, int V, bool Prefetch>
-inline void multiply_rows(int count, int pairs, const bf16* a, size_t lda, const uint32_t* const* left,
-                          const uint32_t* const* right, const uint32_t* const* left_ahead,
-                          const uint32_t* const* right_ahead, float* c, size_t ldc) {
-    Vf acc[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) acc[r][v] = zero();
-    for (int i = 0; i < count; ++i) {
-        const uint32_t *first = left[i], *second = right[i];
-        const char* first_ahead = reinterpret_cast<const char*>(left_ahead[i]);
-        const char* second_ahead = reinterpret_cast<const char*>(right_ahead[i]);
-        for (int p = 0; p < pairs; ++p) {
-            Vi columns[V];
-            for (int v = 0; v < V; ++v) columns[v] = loadi((v < 2 ? first : second) + p * kPanel + v % 2 * W);
-            if constexpr (Prefetch) {
-                fetch(first_ahead + p * 128);
-                fetch(first_ahead + p * 128 + 64);
-                if constexpr (V == 4) {
-                    fetch(second_ahead + p * 128);
-                    fetch(second_ahead + p * 128 + 64);
-                }
-            }
-            for (int r = 0; r < R; ++r) {
-                const Vi row = broadcast_dword(a + r * lda + 2 * p);
-                for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
-            }
-        }
-        a += 2 * pairs;
-    }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
-}
-
-template <int R, int V, bool Prefetch>
-inline void multiply_rows_of(int rows, int count, int pairs, const bf16* a, size_t lda, const uint32_t* const* left,
-                             const uint32_t* const* right, const uint32_t* const* left_ahead,
-                             const uint32_t* const* right_ahead, float* c, size_t ldc) {
-    if constexpr (R > 0) {
-        if (rows == R)
-            multiply_rows<R, V, Prefetch>(count, pairs, a, lda, left, right, left_ahead, right_ahead, c, ldc);
-        else
-            multiply_rows_of<R - 1, V, Prefetch>(rows, count, pairs, a, lda, left, right, left_ahead, right_ahead, c,
-                                                 ldc);
-    }
-}
-
-// All rows, six at a time; the first six bring what comes next into the cache.
-template <int V>
-inline void multiply_panels(int rows, int count, int pairs, const bf16* a, size_t lda, const uint32_t* const* left,
-                            const uint32_t* const* right, const uint32_t* const* left_ahead,
-                            const uint32_t* const* right_ahead, float* c, size_t ldc) {
-    constexpr int R = 6;
-    multiply_rows_of<R, V, true>(std::min(rows, R), count, pairs, a, lda, left, right, left_ahead, right_ahead, c, ldc);
-    for (int row = R; row < rows; row += R)
-        multiply_rows_of<R, V, false>(std::min(rows - row, R), count, pairs, a + row * lda, lda, left, right, left_ahead,
-                                      right_ahead, c + row * ldc, ldc);
-}
-
-#endif
-
-// The panels of one head in a split of positions, and the next ones to be read.
-struct HeadPanels {
-    static constexpr int kAhead = 4;
-    int count;
-    const uint32_t* at[kSplitPanels + kAhead];
-};
-
-// scores[rows][256], the first 32 * keys.count of each row: queries[rows][width] times keys.
-inline void multiply_keys(int rows, int width, const bf16* queries, const HeadPanels& keys, float* scores) {
-#if defined(MOESAIC_EXPANDS_ROWS)
-    const LeftRows left = left_rows(queries, size_t(width), rows, width, expanded_attention_rows());
-    for (int p = 0; p < keys.count; ++p)
-        multiply_all_pieces(rows, 1, width / 2, left, keys.at + p, keys.at + p + HeadPanels::kAhead, 0, scores + p * kPanel,
-                            kSplit);
-#elif defined(__AVX512F__) && !defined(MOESAIC_TILES)
-    for (int p = 0; p < keys.count; p += 2) {
-        const uint32_t* const* here = keys.at + p;
-        float* c = scores + p * kPanel;
-        if (p + 1 < keys.count)
-            multiply_panels<4>(rows, 1, width / 2, queries, size_t(width), here, here + 1, here + 4,
-                               here + 5, c, kSplit);
-        else
-            multiply_panels<2>(rows, 1, width / 2, queries, size_t(width), here, here, here + 4, here + 4, c, kSplit);
-    }
-#else
-    for (int p = 0; p < keys.count; ++p)
-        gemm_panel(rows, width / 2, queries, size_t(width), keys.at[p], kPanel, scores + p * kPanel, kSplit, false);
-#endif
-}
-
-// sums[rows][width] = probabilities[rows][256] times values.
-inline void multiply_values(int rows, int width, const bf16* probabilities, const HeadPanels& values, float* sums) {
-#if defined(MOESAIC_EXPANDS_ROWS)
-    const LeftRows left = left_rows(probabilities, kSplit, rows, values.count * kPanel, expanded_attention_rows());
-    for (int chunk = 0; chunk < width; chunk += kPanel)
-        multiply_all_pieces(rows, values.count, kPanelPairs, left, values.at, values.at + 2, chunk * kPanelPairs,
-                            sums + chunk, size_t(width));
-#elif defined(__AVX512F__) && !defined(MOESAIC_TILES)
-    constexpr int kChunk = kPanel * kPanelPairs;
-    const uint32_t *left[kSplitPanels + HeadPanels::kAhead], *right[kSplitPanels + HeadPanels::kAhead];
-    for (int chunk = 0; chunk < width; chunk += 2 * kPanel) {
-        const int offset = chunk * kPanelPairs;
-        for (int i = 0; i < values.count + HeadPanels::kAhead; ++i) {
-            left[i] = values.at[i] + offset;
-            right[i] = values.at[i] + offset + kChunk;
-        }
-        if (chunk + kPanel < width)
-            multiply_panels<4>(rows, values.count, kPanelPairs, probabilities, kSplit, left, right, left + 2, right + 2,
-                               sums + chunk, size_t(width));
-        else
-            multiply_panels<2>(rows, values.count, kPanelPairs, probabilities, kSplit, left, left, left + 2, left + 2,
-                               sums + chunk, size_t(width));
-    }
-#else
-    for (int i = 0; i < values.count; ++i)
-        for (int chunk = 0; chunk < width; chunk += kPanel)
-            gemm_panel(rows, kPanelPairs, probabilities + i * kPanel, kSplit, values.at[i] + chunk * kPanelPairs,
-                       kPanel, sums + chunk, size_t(width), i > 0);
-#endif
-}
-
-constexpr int kFewAttentionRows = 6;  // all heads of a panel are multiplied in turn; with tiles, one head's panels
-
-#if !defined(MOESAIC_TILES)
-
-// Few rows of several heads: panels of the same positions, of one head after the other, and those that are read later.
-struct PanelReads {
-    const char* const* at;
-    const char* const* ahead;  // null: nothing is brought nearer
-    size_t offset;             // bytes into each
-};
-
-// Rows of one head after the other: head i's begin i * step elements behind the first one's, rows are ld apart.
-template <typename T>
-struct HeadRows {
-    T* first;
-    size_t ld, step;
-};
-
-#if defined(__AVX512F__)
-
-// Of each head: C[R][32 N] (+)= A[R][2 * pairs] times N times 32 columns, which lie behind one another: a panel of keys,
-// or 64 channels of one of values, since the four rows of a grouped decode have too few sums for half of them to hide a
-// product's latency.
-template <int R, int N, bool Prefetch>
-inline void multiply_heads(int heads, int pairs, HeadRows<const bf16> a, PanelReads reads, HeadRows<float> c,
-                           bool accumulate) {
-    constexpr int V = N * kPanel / W;
-    for (int head = 0; head < heads; ++head, a.first += a.step, c.first += c.step) {
-        const auto* panel = reinterpret_cast<const uint32_t*>(reads.at[head] + reads.offset);
-        const char* ahead = Prefetch ? reads.ahead[head] + reads.offset : nullptr;
-        Vf acc[R][V];
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c.first + r * c.ld + v * W) : zero();
-        for (int p = 0; p < pairs; ++p) {
-            Vi columns[V];
-            for (int v = 0; v < V; ++v) {
-                const int place = (v / 2 * pairs + p) * kPanel + v % 2 * W;
-                columns[v] = loadi(panel + place);
-                if constexpr (Prefetch) fetch(ahead + place * 4);
-            }
-            for (int r = 0; r < R; ++r) {
-                const Vi row = broadcast_dword(a.first + r * a.ld + 2 * p);
-                for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
-            }
-        }
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) store(c.first + r * c.ld + v * W, acc[r][v]);
-    }
-}
-
-template <int N, int R = kFewAttentionRows>
-inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf16> a, PanelReads reads,
-                              HeadRows<float> c, bool accumulate) {
-    if constexpr (R > 0) {
-        if (rows < R)
-            multiply_heads_of<N, R - 1>(rows, heads, pairs, a, reads, c, accumulate);
-        else if (reads.ahead)
-            multiply_heads<R, N, true>(heads, pairs, a, reads, c, accumulate);
-        else
-            multiply_heads<R, N, false>(heads, pairs, a, reads, c, accumulate);
-    }
-}
-
-#else
-
-template <int N>
-inline void multiply_heads_of(int rows, int heads, int pairs, HeadRows<const bf16> a, PanelReads reads,
-                              HeadRows<float> c, bool accumulate) {
-    for (int head = 0; head < heads; ++head)
-        for (int i = 0; i < N; ++i) {
-            const size_t place = reads.offset + size_t(i * pairs * kPanel) * 4;
-            gemm_panel(rows, pairs, a.first + head * a.step, a.ld, reinterpret_cast<const uint32_t*>(reads.at[head] + place),
-                       kPanel, c.first + head * c.step + i * kPanel, c.ld, accumulate,
-                       reads.ahead ? reads.ahead[head] + place : nullptr);
-        }
-}
-
-#endif
-
-#endif
 
 // The panels of a split in the order in which they are read, keys and then values, each by position and head or, with
 // tiles, by head and position; and the first ones of what is read after them.
@@ -320,22 +56,25 @@ struct SplitPanels {
 };
 
 // A thread at work on one item; with tiles, on one of up to kFewAttentionRows rows, since ManyRows has the others. scores
-// and probabilities are [heads][rows][256], queries [heads][rows][width].
+// and probabilities are [heads][rows][kScoreRow], expanded ones in place of the scores, queries [heads][rows][query_row_].
 class ItemWork {
   public:
     ItemWork(const AttentionCall& call, const AttentionItem& item)
         : call_(call), cache_(call.cache), item_(item), width_(cache_.width()), rows_(item.rows), heads_(item.num_heads),
           group_(int(call.num_heads / cache_.num_kv_heads)), panel_pairs_(size_t(width_) * kPanelPairs),
+          query_row_(kExpandsRows ? spread_rows(size_t(width_) * sizeof(float)) / sizeof(float) : size_t(width_)),
           floats_each_(state_floats(rows_, width_)), is_quantized_(cache_.is_quantized()) {
-        const size_t all_rows = size_t(rows_) * heads_;
+        const size_t all_rows = size_t(rows_) * heads_, number = sizeof(RowNumber);
         const size_t expanded = !is_quantized_ ? 0 : kHasTiles ? panel_pairs_ : kSplitPanels * panel_pairs_;
-        scores_ = attention_scratch().get<float>(all_rows * kSplit + 2 * heads_ * floats_each_ + kSplit + expanded +
-                                                 all_rows * (kSplit + width_) / 2);
-        value_scales_ = scores_ + all_rows * kSplit;
+        const size_t probabilities = kExpandsRows ? 0 : all_rows * kScoreRow;
+        scores_ = attention_scratch().get<float>(all_rows * kScoreRow + 2 * heads_ * floats_each_ + kSplit + expanded +
+                                                 (probabilities + all_rows * query_row_) * number / sizeof(float));
+        value_scales_ = scores_ + all_rows * kScoreRow;
         expanded_ = reinterpret_cast<uint32_t*>(value_scales_ + kSplit);
-        probabilities_ = reinterpret_cast<bf16*>(expanded_ + expanded);
-        queries_ = probabilities_ + all_rows * kSplit;
-        states_ = reinterpret_cast<float*>(queries_ + all_rows * width_);
+        auto* rows = reinterpret_cast<RowNumber*>(expanded_ + expanded);
+        probabilities_ = kExpandsRows ? reinterpret_cast<RowNumber*>(scores_) : rows;
+        queries_ = rows + probabilities;
+        states_ = reinterpret_cast<float*>(queries_ + all_rows * query_row_);
     }
 
     // All of it, and the first look at the `next` item, or null.
@@ -372,7 +111,8 @@ class ItemWork {
     }
     AttentionState whole(int head) const { return state_at(states_ + (heads_ + head) * floats_each_, rows_, width_); }
 
-    size_t score_place(int head, int row) const { return size_t(head * rows_ + row) * kSplit; }
+    size_t score_place(int head, int row) const { return size_t(head * rows_ + row) * kScoreRow; }
+    RowNumber* queries_of(int head) const { return queries_ + size_t(head * rows_) * query_row_; }
 
     void gather_queries() {
         const PagedBatch& batch = call_.batch;
@@ -385,10 +125,7 @@ class ItemWork {
             int member = item_.first_row % group_;
             for (int row = 0; row < rows_; ++row) {
                 const bf16* own = from + member * dim;
-                bf16* to = queries_ + (head * rows_ + row) * width_;
-                int i = 0;
-                for (; i + 2 * W <= dim; i += 2 * W) storei(to + i, loadi(own + i));
-                for (; i < width_; ++i) to[i] = i < dim ? own[i] : bf16(0);
+                copy_numbers(dim, width_, own, queries_of(head) + row * query_row_);
                 if (++member == group_) member = 0, from += call_.query_stride;
             }
         }
@@ -465,7 +202,7 @@ class ItemWork {
     void multiply_by_keys() {
         const int each = units(), chunks = width_ / kPanel;
         for (int head = 0; head < heads_; ++head) {
-            const bf16* queries = queries_ + size_t(head * rows_) * width_;
+            const bf16* queries = queries_of(head);
             const size_t stride = size_t(width_) * sizeof(bf16);
             tile_load(2, queries, stride);
             if (chunks > 1) tile_load(3, queries + kPanel, stride);
@@ -539,24 +276,12 @@ class ItemWork {
 
 #else
 
-    // Few rows: body(p, head, heads, reads) for the panels from `first` of the list on, all heads of a panel together,
-    // or, where it has to be expanded before, one by one.
+    // Few rows: body(p, every head's panel of positions 32 p on), of those from `first` of the list on.
     template <typename Body>
     void by_panel(int first, Body&& body) {
         for (int p = 0; p < panels_; ++p) {
-            const int index = first + p * heads_;
-            const char* const* at = list_.at + index;
-            const char* const* ahead = at + SplitPanels::kNear;
-            if (!is_quantized_) {
-                body(p, 0, heads_, PanelReads{at, ahead, 0});
-                continue;
-            }
-            const char* own = reinterpret_cast<const char*>(expanded_);
-            for (int head = 0; head < heads_; ++head) {
-                expand_pairs(int(panel_pairs_), reinterpret_cast<const uint16_t*>(at[head]),
-                             reinterpret_cast<const uint16_t*>(ahead[head]), expanded_);
-                body(p, head, 1, PanelReads{&own, nullptr, 0});
-            }
+            const char* const* at = list_.at + first + p * heads_;
+            body(p, PanelReads{at, at + SplitPanels::kNear, 0});
         }
     }
 
@@ -582,39 +307,51 @@ class ItemWork {
     }
 
     void multiply_by_keys() {
-        if (rows_ <= kFewAttentionRows)
-            by_panel(0, [&](int p, int head, int heads, PanelReads reads) {
-                const HeadRows<const bf16> a{queries_ + size_t(head * rows_) * width_, size_t(width_),
-                                             size_t(rows_) * width_};
-                const HeadRows<float> c{scores_ + score_place(head, 0) + p * kPanel, kSplit, size_t(rows_) * kSplit};
-                multiply_heads_of<1>(rows_, heads, width_ / 2, a, reads, c, false);
-            });
-        else
+        if (rows_ > kFewAttentionRows)
             by_head(0, [&](int head, const HeadPanels& keys) {
-                multiply_keys(rows_, width_, queries_ + size_t(head * rows_) * width_, keys,
-                              scores_ + score_place(head, 0));
+                multiply_keys(rows_, width_, {queries_of(head), query_row_}, keys, scores_ + score_place(head, 0));
             });
+        else if (is_quantized_)
+            multiply_few_by_keys<PairsOfInt8>();
+        else
+            multiply_few_by_keys<PairsOfBf16>();
+    }
+
+    template <typename Pairs>
+    void multiply_few_by_keys() {
+        const HeadRows<const RowNumber> a{queries_, query_row_, rows_ * query_row_};
+        HeadRows<float> c{scores_, kScoreRow, rows_ * kScoreRow};
+        by_panel(0, [&](int, PanelReads reads) {
+            multiply_heads_of<Pairs, 1>(rows_, heads_, width_ / 2, a, reads, c, false);
+            c.first += kPanel;
+        });
     }
 
     void multiply_by_values() {
-        const int first = panels_ * heads_;
-        if (rows_ > kFewAttentionRows) {
-            by_head(first, [&](int head, const HeadPanels& values) {
-                multiply_values(rows_, width_, probabilities_ + score_place(head, 0), values, part(head).sums);
+        if (rows_ > kFewAttentionRows)
+            by_head(panels_ * heads_, [&](int head, const HeadPanels& values) {
+                multiply_values(rows_, width_, {probabilities_ + score_place(head, 0), kScoreRow}, values, part(head).sums);
             });
-            return;
-        }
-        by_panel(first, [&](int p, int head, int heads, PanelReads reads) {
-            const HeadRows<const bf16> a{probabilities_ + score_place(head, 0) + p * kPanel, kSplit,
-                                         size_t(rows_) * kSplit};
-            HeadRows<float> c{part(head).sums, size_t(width_), floats_each_};
-            for (int channel = 0; channel < width_; channel += 2 * kPanel, c.first += 2 * kPanel) {
-                reads.offset = size_t(channel) * kPanelPairs * 4;
-                if (channel + kPanel < width_)
-                    multiply_heads_of<2>(rows_, heads, kPanelPairs, a, reads, c, p > 0);
+        else if (is_quantized_)
+            multiply_few_by_values<PairsOfInt8>();
+        else
+            multiply_few_by_values<PairsOfBf16>();
+    }
+
+    template <typename Pairs>
+    void multiply_few_by_values() {
+        HeadRows<const RowNumber> a{probabilities_, kScoreRow, rows_ * kScoreRow};
+        by_panel(panels_ * heads_, [&](int p, PanelReads reads) {
+            HeadRows<float> c{part(0).sums, size_t(width_), floats_each_};
+            for (int channel = 0, here; channel < width_; channel += here, c.first += here) {
+                reads.offset = size_t(channel) * kPanelPairs * Pairs::kBytes;
+                here = std::min(width_ - channel, channels_together<Pairs>(rows_));
+                if (here == kPanel)
+                    multiply_heads_of<Pairs, 1>(rows_, heads_, kPanelPairs, a, reads, c, p > 0);
                 else
-                    multiply_heads_of<1>(rows_, heads, kPanelPairs, a, reads, c, p > 0);
+                    multiply_heads_of<Pairs, 2>(rows_, heads_, kPanelPairs, a, reads, c, p > 0);
             }
+            a.first += kPanel;
         });
     }
 
@@ -658,7 +395,7 @@ class ItemWork {
                         first = mul(first, load(value_scales_ + i));
                         second = mul(second, load(value_scales_ + i + W));
                     }
-                    storei(probabilities_ + at + i, to_bf16_rows(first, second));
+                    store_probabilities(probabilities_ + at + i, first, second);
                 });
         }
     }
@@ -667,12 +404,12 @@ class ItemWork {
     const PagedCache& cache_;
     const AttentionItem& item_;
     const int width_, rows_, heads_, group_;
-    const size_t panel_pairs_, floats_each_;
+    const size_t panel_pairs_, query_row_, floats_each_;
     const bool is_quantized_;
     int past_ = 0, start_ = 0, panels_ = 0;  // positions before the new ones; of the split
     float *scores_, *value_scales_, *states_;
     uint32_t* expanded_;
-    bf16 *probabilities_, *queries_;
+    RowNumber *probabilities_, *queries_;
     SplitPanels list_;
 #if defined(MOESAIC_TILES)
     const char* ahead_[UnitsAhead::kUnits] = {};

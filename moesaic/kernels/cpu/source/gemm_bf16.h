@@ -900,10 +900,9 @@ inline void gemm_streamed(int rows, int pairs, const uint32_t* a, size_t lda, co
 inline LeftRows left_rows(const bf16* rows, size_t ld, int, int64_t, Scratch&) { return {rows, ld}; }
 #endif
 
-// C[rows][32] (+)= A[rows][2 * pairs] * panel. What stands at `ahead`, as long as the panel, will be read soon.
+// C[rows][32] (+)= A[rows][2 * pairs] * panel.
 inline void gemm_panel(int rows, int pairs, const bf16* a, size_t lda, const uint32_t* b, size_t ldb, float* c,
-                       size_t ldc, bool accumulate, const char* ahead = nullptr) {
-    for (int line = 0; ahead && line < pairs * kPanel * 4; line += 64) fetch(ahead + line);
+                       size_t ldc, bool accumulate) {
     gemm<kPanel>(rows, pairs, a, lda, b, ldb, c, ldc, accumulate);
 }
 
