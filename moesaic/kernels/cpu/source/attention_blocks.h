@@ -1,13 +1,13 @@
-// Keys and values that lie in blocks, what a call over them is cut into, and the softmax of its rows: attention_paged.h
-// and attention_tiles.h do the rest.
+// Keys and values that lie in blocks, what a call over them is cut into, and the softmax of its rows: attention_paged.h,
+// attention_products.h and attention_tiles.h do the rest.
 //
 // A block holds block_size positions (a multiple of 32) of one layer, and of every head two kinds of panels of 32
 // positions, in the form that gemm_panel takes for B, so that nothing is rearranged when they are read:
 //   keys    [block][head][block_size / 32][width / 2][32] pairs of channels, a column is a position;
 //   values  [block][head][block_size / 32][width / 32][16][32] pairs of positions, a column is a channel.
 // width is head_dim rounded up to 32, the rest zero. A number is bf16, or int8 with one fp32 scale for each position and
-// head, which is exact in bf16: a panel of int8 is expanded, in registers where rows are few and else in the first-level
-// cache, and goes the same way.
+// head, which is exact in bf16: a panel of int8 is expanded (without tiles in registers where rows are few, else in the
+// first-level cache) and goes the same way.
 #pragma once
 
 #include <algorithm>
@@ -426,7 +426,7 @@ inline void hide_before(float* scores, int first) {
         store(scores + i, select_less(load(kLanes), set1(float(first - i)), set1(-INFINITY), load(scores + i)));
 }
 
-// Exponentials of a row's scores, exp(scale * (score - largest)), to a part in 10^5, since they are rounded to bf16, and
+// Exponentials of a row's scores, exp(scale * (score - largest)), to a part in 10^5, since most are rounded to bf16, and
 // their sum. 2^x from x as a whole number of 2^-23: its upper bits are the result's exponent, and its lower ones a number
 // from 1 to 2 that a polynomial takes to the result's mantissa. That is 9 floating-point operations instead of 13: while
 // tiles are in use, one unit of two takes them, and both take the integer ones.

@@ -18,7 +18,7 @@
 namespace moesaic {
 
 constexpr int kLatentRows = 64;      // (query, head) of a task
-constexpr int kLatentChannels = 32;  // turned at a time: 16 KiB
+constexpr int kLatentChannels = 32;  // turned at a time: 16 KiB, expanded 32
 // Of values and of probabilities: one position where products take expanded rows, or a pair of them in bf16.
 using LatentNumber = std::conditional_t<kExpandsRows, float, uint32_t>;
 constexpr int kPositionsEach = kExpandsRows ? 1 : 2;
@@ -292,7 +292,7 @@ inline void attend_item(const LatentCall& call, const LatentItem& item) {
     const int width = cache.width(), channels = call.channels(), rows = padded_rows(item.rows);
     const size_t state_floats = latent_state_floats(item.rows, channels);
     const bool is_partial = item.partial >= 0;
-    float* scores = attention_scratch().get<float>(size_t(item.rows) * (kScoreRow + kNumbersRow) + 2 * kLatentRows +
+    float* scores = attention_scratch().get<float>(size_t(item.rows) * (kScoreRow + kSplitNumbers) + 2 * kLatentRows +
                                                    size_t(kSplitNumbers) * rows + kLatentChannels * (kTurnedRow + rows) +
                                                    2 * state_floats + size_t(channels / 2) * rows + 16 * 16);
     float* next = scores;

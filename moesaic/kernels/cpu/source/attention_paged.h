@@ -65,7 +65,8 @@ class ItemWork {
           query_row_(kExpandsRows ? spread_rows(size_t(width_) * sizeof(float)) / sizeof(float) : size_t(width_)),
           floats_each_(state_floats(rows_, width_)), is_quantized_(cache_.is_quantized()) {
         const size_t all_rows = size_t(rows_) * heads_, number = sizeof(RowNumber);
-        const size_t expanded = !is_quantized_ ? 0 : kHasTiles ? panel_pairs_ : kSplitPanels * panel_pairs_;
+        const size_t panels = kHasTiles ? 1 : rows_ > kFewAttentionRows ? kSplitPanels : 0;
+        const size_t expanded = is_quantized_ ? panels * panel_pairs_ : 0;
         const size_t probabilities = kExpandsRows ? 0 : all_rows * kScoreRow;
         scores_ = attention_scratch().get<float>(all_rows * kScoreRow + 2 * heads_ * floats_each_ + kSplit + expanded +
                                                  (probabilities + all_rows * query_row_) * number / sizeof(float));
@@ -346,10 +347,13 @@ class ItemWork {
             for (int channel = 0, here; channel < width_; channel += here, c.first += here) {
                 reads.offset = size_t(channel) * kPanelPairs * Pairs::kBytes;
                 here = std::min(width_ - channel, channels_together<Pairs>(rows_));
-                if (here == kPanel)
-                    multiply_heads_of<Pairs, 1>(rows_, heads_, kPanelPairs, a, reads, c, p > 0);
-                else
-                    multiply_heads_of<Pairs, 2>(rows_, heads_, kPanelPairs, a, reads, c, p > 0);
+                if constexpr (kTakesTwo<Pairs>) {
+                    if (here == 2 * kPanel) {
+                        multiply_heads_of<Pairs, 2>(rows_, heads_, kPanelPairs, a, reads, c, p > 0);
+                        continue;
+                    }
+                }
+                multiply_heads_of<Pairs, 1>(rows_, heads_, kPanelPairs, a, reads, c, p > 0);
             }
             a.first += kPanel;
         });

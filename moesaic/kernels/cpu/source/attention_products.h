@@ -158,7 +158,7 @@ inline void multiply_keys(int rows, int width, const LeftRows& queries, const He
     for (int p = 0; p < keys.count; ++p)
         multiply_all_pieces(rows, 1, width / 2, queries, keys.at + p, keys.at + p + HeadPanels::kAhead, 0,
                             scores + p * kPanel, kScoreRow);
-#elif defined(__AVX512F__) && !defined(MOESAIC_TILES)
+#elif !defined(MOESAIC_TILES)
     for (int p = 0; p < keys.count; p += 2) {
         const uint32_t* const* here = keys.at + p;
         float* c = scores + p * kPanel;
@@ -226,9 +226,9 @@ struct PairsOfBf16 {
 struct PairsOfInt8 {
     static constexpr int kBytes = 2;
 #if defined(MOESAIC_EXPANDS_ROWS)
-    // A byte with its highest bit turned over, a number from 0 to 255 in the lowest bits of 2^23 or 2^15: two operations to
-    // fp32 (three with AVX2), where shifting by as much as it takes to keep the sign and converting are up to three, of
-    // which one unit has two.
+    // A byte with its highest bit turned over, a number from 0 to 255 in the lowest bits of 2^23, or the next byte in those of
+    // 2^15: two operations to fp32 (three with AVX2), where shifting by as much as it takes to keep the sign and converting
+    // are up to three, of which one unit has two.
     MOESAIC_INLINE static Vi load(const char* at) { return widen_words(at); }
     MOESAIC_INLINE static Vf even(Vi words) {
         return sub(as_float(exclusive_or(andi(words, set1i(0xff)), set1i(0x4b000080))), set1(0x1p23f + 128));
@@ -271,6 +271,7 @@ MOESAIC_INLINE void add_pairs(Vf (&sums)[R][V], const ThirdRows<R, bf16>& rows, 
 template <typename Pairs, int R, int N>
 [[gnu::noinline]] void multiply_heads(int heads, int count, HeadRows<const RowNumber> a, PanelReads reads,
                                       HeadRows<float> c, bool accumulate) {
+    static_assert(N == 1 || W == 16);
     constexpr int kVectors = kPanel / W;  // of a row of a panel; of which AVX2 takes as many as it has registers for sums
     constexpr int V = W == 16 ? N * kVectors : R <= 2 ? kVectors : R <= 6 ? kVectors / 2 : kVectors / 4;
     constexpr int kRow = kPanel * Pairs::kBytes;
@@ -312,8 +313,10 @@ constexpr int kFewAttentionRows = kExpandsRows ? 12 : 6;
 // Channels of values that multiply_heads takes together: int8's numbers stay in more registers until they are used.
 constexpr int kRowsOfTwo = 6;  // with twice 32
 template <typename Pairs>
+constexpr bool kTakesTwo = W == 16 && !(kExpandsRows && Pairs::kBytes == 2);
+template <typename Pairs>
 inline int channels_together(int rows) {
-    return W == 8 || rows > kRowsOfTwo || (kExpandsRows && Pairs::kBytes == 2) ? kPanel : 2 * kPanel;
+    return kTakesTwo<Pairs> && rows <= kRowsOfTwo ? 2 * kPanel : kPanel;
 }
 
 template <typename Pairs, int N, int R = kFewAttentionRows>
