@@ -99,7 +99,7 @@ def test_equals_attention_over_whole_sequences(
     query, scale = normal(sum(new), heads, rank + key_dim, seed=9).bfloat16(), 2 * (rank + key_dim) ** -0.5
     out = latent_attention(query, blocks, batch, scale=scale)
     assert out.dtype == torch.bfloat16 and out.shape == (sum(new), heads, rank)
-    # Probabilities may be rounded to bf16 (2^-9 each, of values near 1) and so is the result.
+    # Probabilities are rounded to bf16 (2^-9 each, of values near 1) and so is the result.
     wanted = expected(query, vectors, batch, rank, scale)
     torch.testing.assert_close(out.double(), wanted, rtol=2**-7, atol=2**-7)
 

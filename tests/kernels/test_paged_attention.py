@@ -97,7 +97,7 @@ RAGGED = ([300, 7, 45, 64, 1, 33], [1, 7, 20, 0, 1, 33])
 @pytest.mark.parametrize("heads", HEADS)
 def test_equals_attention_over_whole_sequences(kernels: str, heads: tuple[int, int, int]) -> None:
     case = Case(*RAGGED, heads).fill()
-    # Probabilities may be rounded to bf16 (2^-9 each, of values near 1) and so is the result.
+    # Probabilities are rounded to bf16 (2^-9 each, of values near 1) and so is the result.
     torch.testing.assert_close(case.attend().float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
 
 

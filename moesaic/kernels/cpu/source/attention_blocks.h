@@ -426,7 +426,7 @@ inline void hide_before(float* scores, int first) {
         store(scores + i, select_less(load(kLanes), set1(float(first - i)), set1(-INFINITY), load(scores + i)));
 }
 
-// Exponentials of a row's scores, exp(scale * (score - largest)), to a part in 10^5, since most are rounded to bf16, and
+// Exponentials of a row's scores, exp(scale * (score - largest)), to a part in 10^5, since they are rounded to bf16, and
 // their sum. 2^x from x as a whole number of 2^-23: its upper bits are the result's exponent, and its lower ones a number
 // from 1 to 2 that a polynomial takes to the result's mantissa. That is 9 floating-point operations instead of 13: while
 // tiles are in use, one unit of two takes them, and both take the integer ones.

@@ -1,6 +1,6 @@
 // Products of attention over blocks: of rows that stand for queries, or for probabilities, with panels of keys and values.
 //
-// Rows are RowNumbers, in fp32 where products would have to widen them. Many rows go over the panels of one head by as many
+// Rows are RowNumbers: bf16, and the same numbers in fp32 where products would have to widen them. Many rows go over the panels of one head by as many
 // as registers hold; few go over those of several heads in turn, each of which is read once and, if it is of int8, expanded
 // in registers. Both add what a sum has in the same order, so that a row gives the same among few and among many.
 #pragma once
@@ -26,7 +26,14 @@ inline void copy_numbers(int dim, int width, const bf16* from, float* to) {
     for (; i + W <= dim; i += W) store(to + i, load_bf16(from + i));
     for (; i < width; ++i) to[i] = i < dim ? bf16_to_float(from[i]) : 0.0f;
 }
-inline void store_probabilities(float* to, Vf first, Vf second) { store(to, first), store(to + W, second); }
+// Rounded to bf16, as RowNumbers are: numbers from 0 on, or the NaN of a scale, by five operations instead of eight.
+inline void store_probabilities(float* to, Vf first, Vf second) {
+    const auto rounded = [](Vf x) {
+        const Vi odd = andi(shift_right_signed<16>(as_int(x)), set1i(1));
+        return high_bf16(addi(as_int(x), addi(odd, set1i(0x7fff))));
+    };
+    store(to, rounded(first)), store(to + W, rounded(second));
+}
 
 // Many rows of one head. C[R][32] = R expanded rows times `count` pieces of a panel, each `offset` dwords into its own,
 // whose sums stay in registers; what stands `offset` into those in `ahead` will be read soon (null: nothing).
