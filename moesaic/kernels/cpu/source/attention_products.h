@@ -1,8 +1,9 @@
 // Products of attention over blocks: of rows that stand for queries, or for probabilities, with panels of keys and values.
 //
-// Rows are RowNumbers: bf16, and the same numbers in fp32 where products would have to widen them. Many rows go over the panels of one head by as many
-// as registers hold; few go over those of several heads in turn, each of which is read once and, if it is of int8, expanded
-// in registers. Both add what a sum has in the same order, so that a row gives the same among few and among many.
+// Rows are RowNumbers: bf16, or the same numbers in fp32 where products would have to widen them. Many rows go over the
+// panels of one head by as many as registers hold; few go over those of several heads in turn, each of which is read once
+// and, if it is of int8, expanded in registers. Both add what a sum has in the same order, so that a row gives the same among
+// few and among many.
 #pragma once
 
 #include "attention_blocks.h"
