@@ -200,7 +200,8 @@ template <int R, int V>
 
 template <int R, int V>
 inline void multiply_all_turned(int count, const LatentNumber* a, const LatentNumber* b, float* c, size_t ld) {
-    for (int row = 0; row < kLatentChannels; row += R) multiply_turned<R, V>(count, a + row * kTurnedRow, b, c + row * ld, ld);
+    for (int row = 0; row < kLatentChannels; row += R)
+        multiply_turned<R, V>(count, a + row * kTurnedRow, b, c + row * ld, ld);
 }
 
 #endif

@@ -171,7 +171,8 @@ inline void multiply_keys(int rows, int width, const LeftRows& queries, const He
         const uint32_t* const* here = keys.at + p;
         float* c = scores + p * kPanel;
         if (p + 1 < keys.count)
-            multiply_panels<4>(rows, 1, width / 2, queries.rows, queries.ld, here, here + 1, here + 4, here + 5, c, kScoreRow);
+            multiply_panels<4>(rows, 1, width / 2, queries.rows, queries.ld, here, here + 1, here + 4, here + 5, c,
+                               kScoreRow);
         else
             multiply_panels<2>(rows, 1, width / 2, queries.rows, queries.ld, here, here, here + 4, here + 4, c, kScoreRow);
     }
@@ -234,9 +235,9 @@ struct PairsOfBf16 {
 struct PairsOfInt8 {
     static constexpr int kBytes = 2;
 #if defined(MOESAIC_EXPANDS_ROWS)
-    // A byte with its highest bit turned over, a number from 0 to 255 in the lowest bits of 2^23, or the next byte in those of
-    // 2^15: two operations to fp32 (three with AVX2), where shifting by as much as it takes to keep the sign and converting
-    // are up to three, of which one unit has two.
+    // A byte with its highest bit turned over, a number from 0 to 255 in the lowest bits of 2^23, or the next byte in those
+    // of 2^15: two operations to fp32 (three with AVX2), where shifting by as much as it takes to keep the sign and
+    // converting are up to three, of which one unit has two.
     MOESAIC_INLINE static Vi load(const char* at) { return widen_words(at); }
     MOESAIC_INLINE static Vf even(Vi words) {
         return sub(as_float(exclusive_or(andi(words, set1i(0xff)), set1i(0x4b000080))), set1(0x1p23f + 128));
