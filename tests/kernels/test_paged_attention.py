@@ -278,11 +278,14 @@ def test_keys_that_are_not_finite_in_a_later_split(kernels: str, new: int) -> No
     torch.testing.assert_close(out, wanted, rtol=8e-3, atol=8e-3, equal_nan=True)
 
 
-def test_an_infinite_key_is_nan_in_int8(kernels: str) -> None:
-    case = Case([6], [1], (1, 1, 32), cache_dtype=torch.int8)
-    case.keys[0][3] = float("inf")
+@pytest.mark.parametrize("new", [1, 20])  # few rows and many
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_an_infinite_key_or_value_is_nan_in_int8(kernels: str, which: str, new: int) -> None:
+    case = Case([30], [new], (1, 1, 32), cache_dtype=torch.int8)
+    getattr(case, which)[0][3] = float("inf")
     case.fill()
-    assert read_kv(case.blocks, case.batch.block_tables[0], 6)[0][3].isnan().all()
+    read = dict(zip(("keys", "values"), read_kv(case.blocks, case.batch.block_tables[0], 30), strict=True))
+    assert read[which][3].isnan().all()
     assert case.attend().isnan().all()
 
 
