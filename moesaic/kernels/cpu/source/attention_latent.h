@@ -277,8 +277,9 @@ inline void write_means(const LatentCall& call, const LatentItem& item, LatentSt
                          out + size_t(row) * (channels / 2), size_t(channels / 2));
 }
 
-// From one row of probabilities to the next; expanded ones take the place of the scores.
+// From one row of probabilities to the next, and what a row takes beside its scores, whose place expanded ones take.
 constexpr size_t kNumbersRow = kExpandsRows ? kScoreRow : size_t(kSplitNumbers);
+constexpr size_t kNumbersBeside = kExpandsRows ? 0 : kNumbersRow;
 
 inline void store_probabilities(uint32_t* pairs, Vf first, Vf second) { storei(pairs, interleave_bf16(first, second)); }
 
@@ -293,7 +294,7 @@ inline void attend_item(const LatentCall& call, const LatentItem& item) {
     const int width = cache.width(), channels = call.channels(), rows = padded_rows(item.rows);
     const size_t state_floats = latent_state_floats(item.rows, channels);
     const bool is_partial = item.partial >= 0;
-    float* scores = attention_scratch().get<float>(size_t(item.rows) * (kScoreRow + kSplitNumbers) + 2 * kLatentRows +
+    float* scores = attention_scratch().get<float>(size_t(item.rows) * (kScoreRow + kNumbersBeside) + 2 * kLatentRows +
                                                    size_t(kSplitNumbers) * rows + kLatentChannels * (kTurnedRow + rows) +
                                                    2 * state_floats + size_t(channels / 2) * rows + 16 * 16);
     float* next = scores;
@@ -304,7 +305,7 @@ inline void attend_item(const LatentCall& call, const LatentItem& item) {
     };
     take(size_t(item.rows) * kScoreRow);
     // Probabilities, and the same turned.
-    auto* by_row = reinterpret_cast<LatentNumber*>(kExpandsRows ? scores : take(size_t(item.rows) * kNumbersRow));
+    auto* by_row = reinterpret_cast<LatentNumber*>(kExpandsRows ? scores : take(size_t(item.rows) * kNumbersBeside));
     auto* by_number = reinterpret_cast<LatentNumber*>(take(size_t(kSplitNumbers) * rows));
     auto* turned = reinterpret_cast<LatentNumber*>(take(kLatentChannels * kTurnedRow));
     float *sums = take(size_t(kLatentChannels) * rows), *keep = take(kLatentRows), *taken = take(kLatentRows);
