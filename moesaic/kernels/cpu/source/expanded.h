@@ -50,6 +50,7 @@ struct DwordsExpanded {
 
 struct NothingRead {
     void line() {}
+    void lines(int) {}
 };
 
 // sums += a row's term times columns. One piece of assembly: a term that the compiler fetched earlier would take a register
@@ -135,7 +136,7 @@ MOESAIC_INLINE Vi mask_of_high_halves() {
 }
 
 // sums[R][V vectors], ld floats apart, (+)= R expanded rows, ldx apart, times V vectors of columns, rows of the panel
-// row_bytes apart; the terms of a sum are added in the order of K. reads.line() is called for every cache line of the panel.
+// row_bytes apart; the terms of a sum are added in the order of K. reads.lines() is called with the cache lines of each dword.
 // A function of its own, or not all sums would be in registers.
 template <int R, int V, typename Place, typename Reads>
 [[gnu::noinline]] void multiply_expanded(int dwords, const float* x, size_t ldx, const char* panel, size_t row_bytes,
@@ -149,7 +150,7 @@ template <int R, int V, typename Place, typename Reads>
     const Vi mask = mask_of_high_halves();
     ThirdRows<R, float> rows(x, Place::row(ldx));
     for (int i = 0; i < dwords; ++i, panel += row_bytes) {
-        for (int line = 0; line < V * W * 4; line += 64) reads.line();
+        reads.lines(V * W * 4 / 64);
         add_dword<R, V, Place::kOdd>(acc, rows, panel, mask);
         rows.go_on(Place::kDword);
     }

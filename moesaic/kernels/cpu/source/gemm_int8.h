@@ -218,6 +218,15 @@ struct LinesOf {
         ahead.fetch(ahead.from);
         ahead.from += ahead.step / kLines;
     }
+    void lines(int count) {
+        for (int i = 0; i < count; ++i) line();
+    }
+    // Of a dword of K, and of its second line or not.
+    void dword(bool both) {
+        ahead.fetch(ahead.from);
+        if (both) ahead.fetch(ahead.from + 64);
+        ahead.from += ahead.step;
+    }
     void scales() {
         ahead.fetch(ahead.from);
         ahead.from += ahead.group_step;
@@ -225,13 +234,13 @@ struct LinesOf {
     void at(int block) {
         if (block == ahead.turn) ahead.from = ahead.then;
     }
-    // Calls pass(first, count) for runs of up to kExpandedDwords of `dwords` dwords, none across where the reading turns,
-    // which is said in blocks of `block` dwords.
+    // Calls pass(first, count) for runs of `dwords` dwords, none across where the reading turns, which is said in blocks of
+    // `block` dwords, nor (AVX2) longer than stay in the cache while some columns after the others are multiplied.
     template <typename Pass>
     void passes(int dwords, int block, Pass&& pass) {
-        const int turn = ahead.turn * block;
+        const int turn = ahead.turn * block, most = W == 16 ? dwords : kExpandedDwords;
         for (int first = 0, here; first < dwords; first += here) {
-            here = std::min(kExpandedDwords, dwords - first);
+            here = std::min(most, dwords - first);
             if (first == turn) ahead.from = ahead.then;
             if (first < turn) here = std::min(here, turn - first);
             pass(first, here);
@@ -254,6 +263,9 @@ class PanelsInTurn {
         panel_ = 0;
         from_ -= size_t(panels_) * apart_ - 64;
     }
+    void lines(int count) {
+        for (int i = 0; i < count; ++i) line();
+    }
     void scales() { line(); }
     void at(int) {}
     template <typename Pass>
@@ -267,12 +279,61 @@ class PanelsInTurn {
     int panels_, panel_;
 };
 
+// Few rows of bf16 or 8 bits read ahead in two streams, a line of each in turn, 8 KiB or a little less together: in the panel,
+// and from its last ones in the next. The processor's own prefetcher follows both. On Emerald Rapids without AMX one to
+// twelve rows of bf16 are 5 to 10 % faster than with 8 KiB ahead in one stream, of 8 bits 1 to 5 %, and of 4 bits they are not.
+#if defined(__AVX512F__) && defined(MOESAIC_EXPANDS_ROWS)
+constexpr bool kReadsTwoStreams = true;
+#else
+constexpr bool kReadsTwoStreams = false;
+#endif
+
+class TwoStreams {
+  public:
+    TwoStreams(const uint8_t* panel, size_t bytes, const uint8_t* next)
+        : end_(reinterpret_cast<const char*>(panel) + bytes), next_(reinterpret_cast<const char*>(next ? next : panel)) {
+        constexpr size_t kMost = 64;
+        const size_t lines = (bytes + 63) / 64, streams = (lines + 2 * kMost - 1) / (2 * kMost) * 2;
+        length_ = (lines + streams - 1) / streams;
+        begin(reinterpret_cast<const char*>(panel) + 2 * length_ * 64);
+    }
+    // The two lines of a dword of K.
+    void dword(bool) {
+        fetch(from_);
+        fetch(from_ + length_ * 64);
+        from_ += 64;
+        if (--left_ == 0) begin(from_ + length_ * 64);
+    }
+    void lines(int count) {
+        for (int line = 0; line < count; line += 2) dword(true);
+    }
+    void at(int) {}
+    template <typename Pass>
+    void passes(int dwords, int, Pass&& pass) {
+        pass(0, dwords);
+    }
+
+  private:
+    void begin(const char* block) {
+        from_ = block < end_ ? block : next_;
+        left_ = int(length_);
+    }
+
+    const char *from_ = nullptr, *end_, *next_;
+    size_t length_;  // of a stream, in lines
+    int left_ = 0;
+};
+
 template <int kLines, typename Reads>
 inline LinesOf<kLines, Reads> lines_of(const Reads& ahead) {
     return {ahead};
 }
 template <int>
 inline PanelsInTurn lines_of(const PanelsInTurn& ahead) {
+    return ahead;
+}
+template <int>
+inline TwoStreams lines_of(const TwoStreams& ahead) {
     return ahead;
 }
 
@@ -364,24 +425,22 @@ template <int R, typename Reads>
             for (int chain = 1; chain < kChains; ++chain) acc[chain][r][v] = set1i(0);
         }
     ThirdRows<R, char> rows(a + size_t(first) * kActivationBlock, stride);
+    auto lines = lines_of<2>(ahead);
     for (int block = first; block < last; ++block) {
         const int steps = std::min(kActivationBlock, depth - block * kActivationBlock) / 4;
-        if (block == ahead.turn) ahead.from = ahead.then;
+        lines.at(block);
 #pragma GCC unroll 1  // of two steps GCC 12 keeps the sums of 12 rows in memory
         for (int s = 0; s < steps; s += kChains) {
 #pragma GCC unroll 4
             for (int chain = 0; chain < kChains; ++chain) {
                 Vi columns[V];
                 for (int v = 0; v < V; ++v) columns[v] = loadi(weights + size_t(chain) * kStepBytes + v * W * 4);
-                const char* line = ahead.from + size_t(chain) * ahead.step;
-                ahead.fetch(line);
-                if (kFetchesEveryLine) ahead.fetch(line + 64);
+                lines.dword(kFetchesEveryLine);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) add_byte_products(acc[chain][r], rows.at(r, 4 * chain), columns);
             }
             weights += size_t(kChains) * kStepBytes;
             rows.go_on(4 * kChains);
-            ahead.from += size_t(kChains) * ahead.step;
         }
     }
 #pragma GCC unroll 16
@@ -414,8 +473,8 @@ struct SignedWeights {
     }
 };
 
-// sums[R][V vectors], 32 apart, (+)= R rows, `stride` apart, times V vectors of a panel's columns. reads.line() is called
-// for every cache line of the panel.
+// sums[R][V vectors], 32 apart, (+)= R rows, `stride` apart, times V vectors of a panel's columns. reads.lines() is called
+// with the cache lines of each dword.
 template <int R, int V, typename Reads>
 [[gnu::noinline]] void multiply_bytes(int dwords, const char* row, size_t stride, const char* panel, float* sums,
                                       bool accumulate, Reads& outside) {
@@ -427,7 +486,7 @@ template <int R, int V, typename Reads>
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? loadi(sums + r * kPanel + v * W) : set1i(0);
     for (int i = 0; i < dwords; ++i, row += 4, panel += 4 * kPanel) {
-        for (int line = 0; line < V * W * 4; line += 64) reads.line();
+        reads.lines(V * W * 4 / 64);
         if constexpr (V > 2) {  // few rows: their bytes stay in registers
             Vi terms[R];
 #pragma GCC unroll 8
@@ -505,7 +564,9 @@ inline void byte_product(const uint8_t* panel, int depth, int rows, const char* 
                 byte_rows_of<kByteRows>(end - row, panel, depth, first, last, a + row * stride, stride, c + row * kPanel,
                                         first > 0, reads);
             };
-            if (kHasTiles || parts <= 4)
+            if (kReadsTwoStreams && parts == 1)
+                multiply(TwoStreams(panel, size_t(depth) * kPanel, next.panel));
+            else if (kHasTiles || parts <= 4)
                 multiply(ahead);
             else
                 multiply(NearAhead{ahead});

@@ -272,7 +272,9 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
                 }
 #endif
             };
-            if (rows > 2 && parts <= 2)
+            if (kReadsTwoStreams && parts == 1)
+                multiply(TwoStreams(panel, size_t(pairs) * kPanel * 4, next.panel));
+            else if (rows > 2 && parts <= 2)
                 multiply(ahead);
             else
                 multiply(NearAhead{ahead});
