@@ -12,6 +12,8 @@
 // first 32 of them and then 32 for the others.
 #pragma once
 
+#include <limits>
+
 #include "gemm_bf16.h"
 #include "quantized_row.h"
 
@@ -281,7 +283,8 @@ class PanelsInTurn {
 
 // Few rows of bf16 or 8 bits read ahead in two streams, a line of each in turn, 8 KiB or a little less together: in the panel,
 // and from its last ones in the next. The processor's own prefetcher follows both. On Emerald Rapids without AMX one to
-// twelve rows of bf16 are 5 to 10 % faster than with 8 KiB ahead in one stream, of 8 bits 1 to 5 %, and of 4 bits they are not.
+// twelve rows of bf16 are 5 to 10 % faster than with 8 KiB ahead in one stream, of 8 bits 1 to 5 %, and of 4 bits they are not;
+// so are shares of 8 bits for two steps of rows, by 5 to 8 %, but not for three, nor any of bf16, which are bound by products.
 #if defined(__AVX512F__) && defined(MOESAIC_EXPANDS_ROWS)
 constexpr bool kReadsTwoStreams = true;
 #else
@@ -290,6 +293,7 @@ constexpr bool kReadsTwoStreams = false;
 
 class TwoStreams {
   public:
+    // For one pass over a panel.
     TwoStreams(const uint8_t* panel, size_t bytes, const uint8_t* next)
         : end_(reinterpret_cast<const char*>(panel) + bytes), next_(reinterpret_cast<const char*>(next ? next : panel)) {
         constexpr size_t kMost = 64;
@@ -297,11 +301,17 @@ class TwoStreams {
         length_ = (lines + streams - 1) / streams;
         begin(reinterpret_cast<const char*>(panel) + 2 * length_ * 64);
     }
+    // As ahead_of_share.
+    static TwoStreams of_share(const uint8_t* next, size_t begin, size_t length, int part, int parts) {
+        const size_t share = length / size_t(parts);
+        return TwoStreams(reinterpret_cast<const char*>(next) + begin + share * size_t(part), share / 128,
+                          64 / size_t(parts));
+    }
     // The two lines of a dword of K.
     void dword(bool) {
         fetch(from_);
         fetch(from_ + length_ * 64);
-        from_ += 64;
+        from_ += step_;
         if (--left_ == 0) begin(from_ + length_ * 64);
     }
     void lines(int count) {
@@ -314,14 +324,16 @@ class TwoStreams {
     }
 
   private:
+    TwoStreams(const char* from, size_t length, size_t step)
+        : from_(from), end_(from), next_(from), length_(length), step_(step), left_(std::numeric_limits<int>::max()) {}
     void begin(const char* block) {
         from_ = block < end_ ? block : next_;
         left_ = int(length_);
     }
 
     const char *from_ = nullptr, *end_, *next_;
-    size_t length_;  // of a stream, in lines
-    int left_ = 0;
+    size_t length_, step_ = 64;  // of a stream, in lines; bytes for every dword
+    int left_ = 0;               // of the streams' dwords
 };
 
 template <int kLines, typename Reads>
@@ -566,6 +578,8 @@ inline void byte_product(const uint8_t* panel, int depth, int rows, const char* 
             };
             if (kReadsTwoStreams && parts == 1)
                 multiply(TwoStreams(panel, size_t(depth) * kPanel, next.panel));
+            else if (kReadsTwoStreams && parts == 2)
+                multiply(TwoStreams::of_share(next.panel ? next.panel : panel, begin, length, part, parts));
             else if (kHasTiles || parts <= 4)
                 multiply(ahead);
             else
