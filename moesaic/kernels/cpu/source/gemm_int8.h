@@ -281,16 +281,17 @@ class PanelsInTurn {
     int panels_, panel_;
 };
 
-// Few rows of bf16 or 8 bits read ahead in two streams, a line of each in turn, 8 KiB or a little less together: in the panel,
-// and from its last ones in the next. The processor's own prefetcher follows both. On Emerald Rapids without AMX one to
-// twelve rows of bf16 are 5 to 10 % faster than with 8 KiB ahead in one stream, of 8 bits 1 to 5 %, and of 4 bits they are not;
-// so are shares of 8 bits for two steps of rows, by 5 to 8 %, but not for three, nor any of bf16, which are bound by products.
+// Few rows of bf16 or 8 bits read ahead in TwoStreams where this holds. On Emerald Rapids without AMX one to twelve rows of
+// bf16 are 5 to 10 % faster than with 8 KiB ahead in one stream, of 8 bits up to 5 %, and two steps of rows of 8 bits, which
+// read shares of the next panel, 5 to 10 %. Not 4 bits, three steps, nor more rows of bf16, which are bound by products.
 #if defined(__AVX512F__) && defined(MOESAIC_EXPANDS_ROWS)
 constexpr bool kReadsTwoStreams = true;
 #else
 constexpr bool kReadsTwoStreams = false;
 #endif
 
+// Reads ahead, a line of each of two streams in turn, at most 4 KiB long, which follow each other: those of a panel and then
+// the first two of the next one. The processor's own prefetcher follows both.
 class TwoStreams {
   public:
     // For one pass over a panel.
