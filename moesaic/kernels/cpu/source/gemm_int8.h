@@ -577,14 +577,13 @@ inline void byte_product(const uint8_t* panel, int depth, int rows, const char* 
                 byte_rows_of<kByteRows>(end - row, panel, depth, first, last, a + row * stride, stride, c + row * kPanel,
                                         first > 0, reads);
             };
-            if (kReadsTwoStreams && parts == 1)
-                multiply(TwoStreams(panel, size_t(depth) * kPanel, next.panel));
-            else if (kReadsTwoStreams && parts == 2)
-                multiply(TwoStreams::of_share(next.panel ? next.panel : panel, begin, length, part, parts));
-            else if (kHasTiles || parts <= 4)
-                multiply(ahead);
+            const auto multiply_ahead = [&] { kHasTiles || parts <= 4 ? multiply(ahead) : multiply(NearAhead{ahead}); };
+            if constexpr (kReadsTwoStreams)
+                parts == 1   ? multiply(TwoStreams(panel, size_t(depth) * kPanel, next.panel))
+                : parts == 2 ? multiply(TwoStreams::of_share(next.panel ? next.panel : panel, begin, length, part, parts))
+                             : multiply_ahead();
             else
-                multiply(NearAhead{ahead});
+                multiply_ahead();
             if (last == blocks) done(row, end);
         }
     }

@@ -272,12 +272,11 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
                 }
 #endif
             };
-            if (kReadsTwoStreams && parts == 1)
-                multiply(TwoStreams(panel, size_t(pairs) * kPanel * 4, next.panel));
-            else if (rows > 2 && parts <= 2)
-                multiply(ahead);
+            const auto multiply_ahead = [&] { rows > 2 && parts <= 2 ? multiply(ahead) : multiply(NearAhead{ahead}); };
+            if constexpr (kReadsTwoStreams)
+                parts == 1 ? multiply(TwoStreams(panel, size_t(pairs) * kPanel * 4, next.panel)) : multiply_ahead();
             else
-                multiply(NearAhead{ahead});
+                multiply_ahead();
             if (!is_last || is_rounded) continue;
             waiting.put(each, row, end, c + row * kPanel);
             waiting.all();
