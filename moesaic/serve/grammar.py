@@ -73,6 +73,7 @@ class GrammarCompiler:
         self._trying = threading.Lock()  # held through a trial, for all below but the cache
         self._cache_lock = threading.Lock()
         self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._held: weakref.WeakValueDictionary[Grammar, CompiledGrammar] = weakref.WeakValueDictionary()
         self._tokens: list[bytes] = []
         self._not_behind: dict[int, Mask] = {}  # by a token that ends within a character, what cannot go on with it
         self._vocabulary: Vocabulary | None = None
@@ -91,11 +92,11 @@ class GrammarCompiler:
                 self._trial = None
 
     def find(self, grammar: Grammar) -> "CompiledGrammar | None":
-        """Return the compiled grammar where it is kept, at once."""
+        """Return the compiled grammar, at once, where it is one of the last or somebody still has it."""
         with self._cache_lock:
             if grammar in self._cache:
                 self._cache.move_to_end(grammar)
-            return self._cache.get(grammar)
+            return self._held.get(grammar)
 
     def compile(self, grammar: Grammar) -> "CompiledGrammar":
         """Return the compiled grammar.
@@ -123,7 +124,7 @@ class GrammarCompiler:
             inner = compile_grammar(self._vocabulary, ours.kind, ours.text)
             compiled = CompiledGrammar(inner, self._vocab_size, self._stop_ids, self._not_behind)
             with self._cache_lock:
-                self._cache[grammar] = compiled
+                self._cache[grammar] = self._held[grammar] = compiled
                 while len(self._cache) > _CACHED:
                     self._cache.popitem(last=False)
             return compiled

@@ -1,5 +1,6 @@
 """Whatever the logits are, a text under a grammar matches it; no grammar stops or blocks who compiles it."""
 
+import gc
 import itertools
 import json
 import os
@@ -547,6 +548,20 @@ def test_what_is_kept_is_found_during_a_trial_and_what_is_new_is_tried_once(
     for thread in threads:
         thread.join(60)
     assert tried == [new] and found[1:] == [compiler.find(new)] * 3
+
+
+def test_what_somebody_has_is_found_however_many_come_after_it(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "_CACHED", 1)
+    first = Grammar(kind="regex", text="held")
+    compiled = compiler.compile(first)
+    for text in ("one more", "another one"):
+        compiler.compile(Grammar(kind="regex", text=text))
+    assert compiler.compile(first) is compiler.find(first) is compiled
+    del compiled
+    gc.collect()
+    assert compiler.find(first) is None
 
 
 def test_only_a_start_that_takes_too_long_is_one(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,6 @@ class Admission:
                 503,
                 "the server is stopping; it takes no new requests; ask another one, or later.",
                 code="stopping",
-                headers={"Retry-After": "10"},
             )
         if self.num_inside >= self._max_concurrent:
             await self._wait(priority)

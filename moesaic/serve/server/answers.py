@@ -118,6 +118,10 @@ class Choice:
         self._old_logprobs.decoder.reset()  # half a character at its end is a U+FFFD of it
         return part
 
+    def go_on_behind(self, other: "Choice") -> None:
+        """Have the same first part as another choice of the same prompt, which has given it."""
+        self._old_logprobs.offset = other._old_logprobs.offset
+
     def take(
         self,
         text: str,
@@ -184,7 +188,10 @@ class Choice:
             merged: dict[str, Any] = {}
             for part in parts:
                 for key, values in part["logprobs"].items():
-                    merged[key] = None if values is None else [*merged.get(key, ()), *values]
+                    if values is None:
+                        merged[key] = None
+                    else:
+                        merged.setdefault(key, []).extend(values)
             whole["logprobs"] = merged
         if self.has_experts:
             whole["experts"] = [each for part in parts for each in part.get("experts", ())]

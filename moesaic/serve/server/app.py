@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import gc
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,18 +76,28 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+# What every number has that is larger than a float can be.
+_MAY_BE_INFINITE = re.compile(rb"[0-9][eE][+]?[0-9]|[0-9]{300}")
+
+
 class _StrictRequest(Request):
-    """A request whose body is JSON as the standard has it: no NaN, no lone surrogates, no endless nesting."""
+    """A request whose body is JSON as the standard has it: no NaN, no lone surrogates, no endless nesting; and without
+    numbers that a float cannot hold, which would be read as infinity."""
 
     async def json(self) -> Any:
         body = await self.body()
         collects = gc.isenabled()
         gc.disable()  # or it looks through a million new lists again and again: seconds, for everybody
         try:
-            return pydantic_core.from_json(body, allow_inf_nan=False)
+            value = pydantic_core.from_json(body, allow_inf_nan=False)
+            if _MAY_BE_INFINITE.search(body):
+                json_text(value)
+            return value
         except ValueError as error:
+            # json_text's own words are of Python's, for whom infinity is a number.
+            why = "a number is larger than a float holds" if str(error).startswith("Out of range") else error
             raise refusal(
-                f"the body is not JSON ({error}); a JSON object in UTF-8 is required; mend it.",
+                f"the body is not JSON that can be read ({why}); a JSON object in UTF-8 is required; mend it.",
                 code="invalid_json",
             ) from None
         finally:

@@ -65,6 +65,7 @@ class EventStream(Response):
 
     async def _send(self, scope: Scope, send: Send) -> None:
         failure: ApiError | None = None
+        mistake: Exception | None = None
         try:
             async with asyncio.timeout_at(self._deadline), aclosing(self._events):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -74,6 +75,8 @@ class EventStream(Response):
             failure = _too_long()
         except ApiError as error:
             failure = error
+        except Exception as error:  # our own fault, which the log is told of behind the stream's last event
+            mistake, failure = error, ApiError(500, "the server failed; its log says how; report it.")
         # Sending may wait for as long as the client does not read, and meanwhile others need the place.
         await self._held.aclose()
         try:
@@ -83,6 +86,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log_fields(scope).values["client_left"] = True  # an unfinished answer has its connection closed
+        if mistake is not None:
+            raise mistake
 
     async def _send_error(self, scope: Scope, send: Send, error: ApiError) -> None:
         """The status is sent already: an error is the stream's last event."""

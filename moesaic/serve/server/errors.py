@@ -21,6 +21,7 @@ from moesaic.serve.server.log_fields import log_fields
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _MAX_SHOWN_CHARS = 60
+_RETRY_SECONDS = 10  # after which another server may be there
 _MAX_MESSAGE_CHARS = 2000  # what quotes a request without measure is cut
 
 
@@ -36,6 +37,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if status == 503:
+            headers = {"Retry-After": str(_RETRY_SECONDS), **(headers or {})}
         super().__init__(status, message, dict(headers) if headers else None)
         self.param, self.code = param, code
 
@@ -76,9 +79,9 @@ def as_api_error(error: Exception) -> ApiError | None:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineStoppedError):
-        return ApiError(503, str(error), code="stopping", headers={"Retry-After": "10"})
+        return ApiError(503, str(error), code="stopping")
     if isinstance(error, GrammarProcessError):
-        return ApiError(503, str(error), code="grammar_process", headers={"Retry-After": "10"})
+        return ApiError(503, str(error), code="grammar_process")
     if isinstance(error, InstallationError):
         return refusal(str(error), code="not_installed")
     if isinstance(error, RequestError):

@@ -18,6 +18,7 @@ from fastapi import Request, Response
 from moesaic.config.serve import Grammar
 from moesaic.errors import ConfigError
 from moesaic.serve.async_engine import Generation, PlacedOutput
+from moesaic.serve.grammar import CompiledGrammar
 from moesaic.serve.outputs import RequestOutput
 from moesaic.serve.server.answers import Choice, Kind, Usage
 from moesaic.serve.server.connection import EventStream, encode_event, encode_failure, while_connected
@@ -51,9 +52,11 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
             log_fields(request.scope).values["queue_seconds"] = round(queue_seconds, 4)
             job = await understand(served, body)
             name = f"{_NAMES[job.kind]}{secrets.token_hex(12)}"
+            compiled = None
             if job.sampling.grammar is not None:
-                await _compile(served, job.sampling.grammar, param=body.grammar_key)
+                compiled = await _compile(served, job.sampling.grammar, param=body.grammar_key)
             generation = await served.engine.submit(job.prompts, job.sampling, request_id=name, priority=job.priority)
+            del compiled  # until here the engine found it, however many others were compiled meanwhile
             await stack.enter_async_context(generation)
             if isinstance(body, ResponsesBody):
                 return _ItemsAnswer(served, job, name, generation, arrival, request, body=body)
@@ -70,9 +73,11 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
     raise AssertionError("unreachable: the stack swallows nothing")
 
 
-async def _compile(served: Served, grammar: Grammar, *, param: str) -> None:
-    """Have a grammar compiled beside the engine, which then finds it. Raises: ApiError, InstallationError,
-    GrammarProcessError."""
+async def _compile(served: Served, grammar: Grammar, *, param: str) -> CompiledGrammar:
+    """Have a grammar compiled beside the engine, which finds it while somebody has it.
+
+    Raises: ApiError, InstallationError, GrammarProcessError.
+    """
     if served.grammars is None:
         raise refusal(
             "a grammar or a JSON format was asked for and this server compiles none; xgrammar is required; leave it "
@@ -80,11 +85,12 @@ async def _compile(served: Served, grammar: Grammar, *, param: str) -> None:
             param=param,
             code="not_installed",
         )
-    if served.grammars.find(grammar) is None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
-        except ConfigError as error:
-            raise refusal(str(error), param=param, code="invalid_value") from None
+    if (kept := served.grammars.find(grammar)) is not None:
+        return kept
+    try:
+        return await asyncio.get_running_loop().run_in_executor(served.grammar_thread, served.grammars.compile, grammar)
+    except ConfigError as error:
+        raise refusal(str(error), param=param, code="invalid_value") from None
 
 
 def deadline_of(served: Served, request: Request) -> float:
@@ -168,8 +174,12 @@ class _Answer(ABC):
         if prompt in self._unechoed:  # the first output of a prompt, which has its log-probabilities
             self._unechoed.discard(prompt)
             scores = output.prompt_logprobs
-            for each in self._choices[prompt * n : (prompt + 1) * n]:
-                parts.append((each, each.echo(() if scores is None else scores.tokens)))
+            first, *others = self._choices[prompt * n : (prompt + 1) * n]
+            echo = first.echo(() if scores is None else scores.tokens)
+            parts.append((first, echo))
+            for each in others:
+                each.go_on_behind(first)
+                parts.append((each, echo))
         part = choice.take(
             output.text, output.tokens, finish_reason=output.finish_reason, stop_reason=output.stop_reason
         )
@@ -212,7 +222,10 @@ class _ChoicesAnswer(_Answer):
             for placed in news:
                 for choice, part in self._take(placed):
                     parts[choice.index].append(part)
-        choices = [choice.whole(each) for choice, each in zip(self._choices, parts, strict=True)]
+        choices = []
+        for choice, each in zip(self._choices, parts, strict=True):
+            choices.append(choice.whole(each))
+            await asyncio.sleep(0)  # what others wait for comes between many long texts
         usage = self._total_usage().as_dict()
         kind = "text_completion" if self._job.kind == "completion" else "chat.completion"
         return {**self._head(kind), "choices": choices, "usage": usage}

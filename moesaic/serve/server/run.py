@@ -197,7 +197,10 @@ def allow_connections(config: ServerConfig) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound, and not yet listening. Raises: ConfigError."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    # With its protocol named: asyncio asks for it before it sets TCP_NODELAY. Without that, an answer on a kept connection
+    # waits 40 ms for the client's acknowledgment.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

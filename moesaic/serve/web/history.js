@@ -102,7 +102,7 @@ export const CHARTS = [
   },
   {
     id: "requests",
-    title: "Requests",
+    title: "Texts",
     unit: "",
     lines: ["running", "waiting"],
     points: (history) => history.gauges((stats) => [stats.num_running, numWaiting(stats)]),

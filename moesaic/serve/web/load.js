@@ -17,7 +17,7 @@ function totalsOf(stats) {
   const count = (value) => (value ?? 0).toLocaleString("en");
   const totals = [
     ["Up for", duration(stats.uptime_seconds ?? 0)],
-    ["Requests finished", count(stats.num_finished)],
+    ["Texts finished", count(stats.num_finished)],
     ["Tokens generated", count(stats.num_generated_tokens)],
     ["Prompt tokens", count(stats.num_prompt_tokens)],
     ["Last step", `${formatValue(stats.step_seconds, "s")}, ${plural(stats.step_tokens, "token")}`],

@@ -1,6 +1,8 @@
 """Streams to clients that do not read."""
 
 import asyncio
+import json
+import socket
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -10,6 +12,7 @@ from moesaic.serve.server import connection
 from moesaic.serve.server.connection import EventStream
 from moesaic.serve.server.errors import ApiError
 from moesaic.serve.server.log_fields import begin_log, log_fields
+from moesaic.serve.server.run import listen
 
 
 @pytest.mark.parametrize("num_read", range(4))  # messages that the client reads
@@ -51,6 +54,51 @@ def test_a_stream_that_is_not_read_holds_nothing_beyond_its_end(
         assert ("client_left" in log_fields(scope).values) is (num_read < num_messages)
 
     asyncio.run(main())
+
+
+def test_a_mistake_of_our_own_is_told_in_the_streams_last_event_and_to_the_log() -> None:
+    async def events() -> Any:
+        yield b"data: 1\n\n"
+        raise ValueError("a mistake")
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope: dict[str, Any] = {"type": "http"}
+        begin_log(scope, "name")
+        stream = EventStream(events(), AsyncExitStack(), deadline=asyncio.get_running_loop().time() + 60)
+        with pytest.raises(ValueError, match="a mistake"):
+            await asyncio.wait_for(stream(scope, receive, send), 20)
+        assert json.loads(sent[2]["body"].removeprefix(b"data: "))["error"]["type"] == "server_error"
+        assert sent[3] == {"type": "http.response.body", "body": b"", "more_body": False}
+        assert log_fields(scope).values["error_status"] == 500
+
+    asyncio.run(main())
+
+
+def test_a_small_answer_waits_for_no_acknowledgment() -> None:
+    """Of a connection that is kept, the second answer is in two writes: head and body."""
+
+    async def main() -> bool:
+        accepted: asyncio.Queue[socket.socket] = asyncio.Queue()
+
+        async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.put_nowait(writer.get_extra_info("socket"))
+
+        with listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(accept, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                no_delay = (await accepted.get()).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                writer.close()
+        return bool(no_delay)
+
+    assert asyncio.run(main())
 
 
 def test_a_stream_that_the_server_ended_is_no_client_that_left() -> None:

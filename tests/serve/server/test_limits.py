@@ -22,7 +22,7 @@ from torch import Tensor
 from moesaic.config.serve import ServerConfig
 from moesaic.errors import ConfigError, NotFiniteError
 from moesaic.logs import JsonFormatter, logger
-from moesaic.serve.server import run
+from moesaic.serve.server import jobs, run
 from moesaic.serve.server.gate import read_keys
 
 from ..fake_engine import FakeEngine
@@ -239,6 +239,18 @@ def test_prompts_may_be_limited_below_the_model(serve_fake: Serve) -> None:
         assert complete(running, {"prompt": ["a", "b", "c"]}).json()["error"]["code"] == "too_many_texts"
 
 
+def test_log_probabilities_of_many_texts_are_limited(serve_fake: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_MOST_LOGPROBS", 100)
+    with serve_fake() as running:
+        asked = {"prompt": [1] * 8, "max_tokens": 2, "echo": True, "logprobs": 4}
+        assert complete(running, {**asked, "n": 2}).status_code == 200  # (8 + 2) * 5 for each
+        for more in ({"n": 3}, {"n": 2, "max_tokens": 3}, {"n": 2, "logprobs": 5}, {"prompt": [[1] * 8, [1] * 19]}):
+            error = complete(running, {**asked, **more}).json()["error"]
+            assert error["code"] == "too_many_logprobs" and "at most 100; ask for fewer" in error["message"]
+        for fewer in ({"n": 3, "echo": False}, {"n": 3, "logprobs": None}, {"prompt": [1] * 30}):
+            assert complete(running, {**asked, **fewer}).status_code == 200
+
+
 def test_so_many_are_worked_on_so_many_wait_and_the_rest_is_refused(serve_fake: Serve, fake: FakeEngine) -> None:
     with (
         serve_fake(max_concurrent_requests=2, max_queued_requests=3) as running,
@@ -430,13 +442,18 @@ def test_while_it_drains_newcomers_are_refused_and_what_runs_finishes(serve_fake
 
 
 def test_at_the_end_of_the_drain_what_still_runs_is_ended(serve_fake: Serve, fake: FakeEngine) -> None:
-    with serve_fake(drain_seconds=0.2) as running:
+    with serve_fake(drain_seconds=0.2) as running, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(complete, running, ENDLESS)
+        until(lambda: running.app.state.served.admission.num_inside == 1)
         with httpx.stream("POST", f"{running.url}/v1/completions", json={**ENDLESS, "stream": True}) as answer:
             lines = answer.iter_lines()
             next(lines)
             running.server.handle_exit(signal.SIGTERM, None)
             rest = [line for line in lines if line]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "aborted"
+        refused = whole.result()
+        assert refused.status_code == 503 and "Retry-After" in refused.headers
+        assert refused.json()["error"]["code"] == "aborted"
         assert not fake.has_work
 
 

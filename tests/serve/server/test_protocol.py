@@ -381,23 +381,6 @@ def test_a_text_matches_what_it_has_to(client: openai.OpenAI, real: Live) -> Non
         assert response.status_code == 400 and response.json()["error"]["param"] == key, response.text
 
 
-@pytest.mark.parametrize("bound", ["const", "minimum"])
-def test_a_number_beyond_a_floats_range_in_a_tools_schema_is_the_requests_mistake(real: Live, bound: str) -> None:
-    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
-    schema = {"type": "object", "properties": {"a": {"type": "number", bound: "1e999"}}}
-    body = {
-        "messages": [{"role": "user", "content": "x"}],
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
-        "tool_choice": "required",
-    }
-    content = json.dumps(body).replace('"1e999"', "1e999")
-    headers = {"Content-Type": "application/json"}
-    response = httpx.post(f"{real.url}/v1/chat/completions", content=content, headers=headers, timeout=60)
-    error = response.json()["error"]
-    assert response.status_code == 400 and error["param"] == "tools", response.text
-    assert "the JSON schema of the tool 'f'" in error["message"] and "is no JSON number" in error["message"]
-
-
 def test_a_grammar_that_cannot_be_followed_is_the_requests_mistake(
     real: Live, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -300,7 +300,8 @@ def test_arguments_that_may_be_no_object_are_refused(real: Live, schema: Any, ch
         (b'{"prompt": "\\ud800"}', "not JSON"),
         (b'{"prompt": ' + b"[" * 100_000, "not JSON"),
         (b'{"prompt": "x", "seed": ' + b"9" * 10_000 + b"}", "not JSON"),
-        (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "x", "temperature": 1e999}', "larger than a float holds"),
+        (b'{"prompt": "x", "temperature": ' + b"9" * 309 + b".5}", "larger than a float holds"),
         (json.dumps({"prompt": "x", "\ud800": 1}).encode(), "not JSON"),
     ],
 )
@@ -308,6 +309,18 @@ def test_a_body_that_is_no_json_object_is_refused(real: Live, content: bytes, wo
     headers = {"Content-Type": "application/json"}
     response = httpx.post(f"{real.url}{COMPLETION}", content=content, headers=headers, timeout=30)
     assert response.status_code == 400 and words in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_number_that_an_answer_would_repeat_is_one_that_json_can_write(real: Live, streams: bool) -> None:
+    tool = b'{"type": "function", "name": "f", "parameters": {"type": "object", "maximum": %s}}'
+    for number, status in ((b"1e999", 400), (b"-1E+400", 400), (b"1e308", 200), (b"1e-999", 200), (b'"1e999"', 200)):
+        content = b'{"input": "x", "max_output_tokens": 2, "tool_choice": "none", "stream": %s, "tools": [%s]}'
+        content %= (json.dumps(streams).encode(), tool % number)
+        headers = {"Content-Type": "application/json"}
+        response = httpx.post(f"{real.url}/v1/responses", content=content, headers=headers, timeout=30)
+        assert response.status_code == status, (number, response.text)
+        assert "response.incomplete" in response.text or not streams or status == 400
 
 
 @pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}])
