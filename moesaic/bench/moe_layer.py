@@ -18,10 +18,11 @@ from moesaic.bench.turns import time_in_turn
 from moesaic.config.model import ModelConfig, MoEConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels import mxfp4, products
+from moesaic.kernels.cpu import moe_training
 from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import Limits, available_memory_bytes, measure_limits
 from moesaic.kernels.packed import PackedMlp, pack_mlp
-from moesaic.kernels.quantized import QuantizedWeight, quantize_to_mxfp4, quantize_weight
+from moesaic.kernels.quantized import MAX_COLUMNS, QuantizedWeight, quantize_to_mxfp4, quantize_weight
 from moesaic.model.feed_forward import FeedForward
 
 Dtype = Literal["bf16", "int8", "int4", "mxfp4"]
@@ -75,6 +76,12 @@ class MoELayerCase:
             )
         sizes = {"hidden": self.hidden_size, "intermediate": self.intermediate_size}
         group = _GROUP_SIZES.get(self.dtype, 1)
+        if self.dtype in ("int8", "int4") and max(sizes.values()) > MAX_COLUMNS:
+            name = max(sizes, key=lambda each: sizes[each])
+            raise ConfigError(
+                f"{name} ({sizes[name]}) is too large; sums of {self.dtype} take at most {MAX_COLUMNS} columns; lower "
+                f"it, or use --dtype bf16 or mxfp4."
+            )
         if wrong := [name for name, size in sizes.items() if size % group]:
             raise ConfigError(
                 f"{wrong[0]} ({sizes[wrong[0]]}) is not a multiple of {group}; {self.dtype} weights share scales in "
@@ -150,7 +157,7 @@ def bench_moe_layer(case: MoELayerCase, *, seconds: float = 10.0, limits: Limits
         required_operations=sum(work.operations.values()),
         bandwidth_bytes_per_second=limits.bandwidth_bytes_per_second,
         operations_per_second=peak,
-        kernels=limits.kernels,
+        kernels=_kernels(case, layer, x, limits),
         threads=limits.threads,
     )
 
@@ -260,6 +267,15 @@ def _training(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor)
         forward(leaf).backward(grad)
 
     return step
+
+
+def _kernels(case: MoELayerCase, layer: FeedForward, x: Tensor, limits: Limits) -> str:
+    """Return the name of what computes the experts: in training, not ours for every size."""
+    assert layer.moe is not None
+    if case.has_backward and x.device.type == "cpu":
+        experts = layer.moe.experts.weights()
+        return limits.kernels if moe_training.applies(x, experts.up, experts.down) else "reference"
+    return limits.kernels
 
 
 def _inference(case: MoELayerCase, layer: FeedForward) -> Callable[[Tensor], Tensor]:

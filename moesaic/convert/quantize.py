@@ -130,6 +130,8 @@ def quantize_run(
     CheckpointError, DataError. In every case nothing is left behind, but for the packed weights of a run larger than
     memory, beside it.
     """
+    _check_limit("max_perplexity_ratio", max_perplexity_ratio)
+    _check_limit("max_kl", max_kl)
     info = resolve_checkpoint(run)
     config = load_run_config(info.run_folder)
     output = Path(output)
@@ -450,6 +452,11 @@ def _rounded(reader: TensorReader, plan: _Plan, on_progress: OnProgress) -> Quan
         on_progress("quantising", done / len(plan.schemes))
 
 
+def _check_limit(name: str, limit: float) -> None:
+    if not limit >= 0:  # so written, NaN is refused too
+        raise ConfigError(f"{name} is {limit:g}, which no run keeps; 0 or more is required; raise it, or leave it out.")
+
+
 def _check_limits(
     report: QuantizationReport, result: Comparison, *, max_perplexity_ratio: float, max_kl: float, force: bool
 ) -> None:
@@ -464,8 +471,8 @@ def _check_limits(
     )
     if not force:
         raise ConversionError(
-            f"{message}; use int8, a smaller group size or a calibration text, or --force (force=True) to have it all "
-            f"the same."
+            f"{message}; use more bits, a smaller group size or a calibration text, or --force (force=True) to have it "
+            f"all the same."
         )
     logger.warning("%s; it is written all the same, as asked.", message)
 

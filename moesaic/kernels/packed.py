@@ -345,9 +345,11 @@ def packed_linear(
     _check_dtypes(x.dtype, out_dtype)
     if is_dynamo_compiling():
         return torch.ops.moesaic.packed_linear(x, *weight.flatten(), bias, out_dtype)
+    _check_device(x, weight)
     if select.uses_triton(x.device):
         return _linear_on_cuda(x, weight, bias, out_dtype)
-    library = select.cpu_library() if x.device.type == "cpu" else None
+    # A product over no columns has no panel for the kernels to read.
+    library = select.cpu_library() if x.device.type == "cpu" and weight.in_size else None
     if library is None:
         return _linear(x, weight, 0, bias).to(out_dtype)
     x = x.contiguous()
@@ -403,6 +405,7 @@ def packed_heads(x: Tensor, weight: PackedWeight) -> Tensor:
     _check_dtypes(x.dtype)
     if is_dynamo_compiling():
         return torch.ops.moesaic.packed_heads(x, *weight.flatten())
+    _check_device(x, weight)
     library = select.cpu_library() if x.device.type == "cpu" else None
     if weight.lies_in_rows:
         heads = x.to(torch.bfloat16).transpose(0, 1)
@@ -436,6 +439,7 @@ def packed_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     assert ids.dim() == 1 and ids.dtype == torch.int64, (ids.shape, ids.dtype)
     if is_dynamo_compiling():
         return torch.ops.moesaic.packed_rows(*weight.flatten(), ids)
+    _check_device(ids, weight)
     if weight.lies_in_rows:
         return _rows_on_cuda(weight, ids)
     library = select.cpu_library() if ids.device.type == "cpu" else None
@@ -528,6 +532,7 @@ def _moe(
         return torch.ops.moesaic.packed_moe(
             x, expert_ids, routing_weights, *experts.flatten(), *of_residual, residual_weights
         )
+    _check_device(x, experts.up, experts.down, *(() if residual is None else (residual.up, residual.down)))
     if select.uses_triton(x.device):
         return _moe_on_cuda(x, expert_ids, routing_weights, experts, num_experts, residual, residual_weights)
     library = select.cpu_library() if x.device.type == "cpu" else None
@@ -657,7 +662,16 @@ def _dense(weight: PackedWeight, matrix: int) -> Tensor:
 
 def _check_no_gradient(*inputs: Tensor | None) -> None:
     wants = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    assert not wants, "packed weights are for inference: they have no gradient"
+    assert not wants, (
+        "packed weights are for inference, they have no gradient, and one is asked for; call the model under "
+        "torch.inference_mode() or torch.no_grad(), or load it with pack=False"
+    )
+
+
+def _check_device(x: Tensor, *weights: PackedWeight) -> None:
+    """Before the kernels are given addresses: of weights on the meta device there are none."""
+    devices = {weight.data.device for weight in weights}
+    assert devices == {x.device}, f"input on {x.device} and packed weights on {', '.join(sorted(map(str, devices)))}"
 
 
 def _check_dtypes(*dtypes: torch.dtype) -> None:

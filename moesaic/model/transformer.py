@@ -389,7 +389,8 @@ class Transformer(nn.Module):
         config = self.config
         assert end <= config.max_positions, (end, config.max_positions)
         if config.tie_embeddings and self.packed_head is not None:
-            x = packed_rows(self.packed_head, tokens.flatten()).view(*tokens.shape, -1).to(self.compute_dtype)
+            rows = packed_rows(self.packed_head, tokens.flatten())
+            x = rows.view(*tokens.shape, config.hidden_size).to(self.compute_dtype)
         else:
             x = F.embedding(tokens, self.embedding).to(self.compute_dtype)
         if config.embedding_scale != 1.0:

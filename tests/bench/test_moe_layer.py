@@ -42,6 +42,15 @@ def test_training_is_timed(has_residual: bool, bytes_too: Limits) -> None:
     )
 
 
+@pytest.mark.parametrize("size", [64, 100])
+def test_it_names_what_computed_the_experts(size: int, bytes_too: Limits) -> None:
+    case = {**SMALL, "hidden_size": size, "intermediate_size": size}
+    for has_backward in (False, True):
+        result = bench_moe_layer(MoELayerCase(**case, has_backward=has_backward), seconds=0.0, limits=bytes_too)
+        is_ours = size == 64 or not has_backward or bytes_too.kernels == "reference"
+        assert result.kernels == (bytes_too.kernels if is_ours else "reference")
+
+
 def check(result: moe_layer.MoELayerResult, limits: Limits) -> None:
     assert result.rounds >= 5
     assert 0 < result.fastest_seconds <= result.seconds <= result.slowest_seconds
@@ -118,6 +127,8 @@ def test_quantised_weights_are_counted_with_their_scales() -> None:
         ({"dtype": "int4", "hidden_size": 96}, r"hidden \(96\) is not a multiple of 64"),
         ({"dtype": "int4", "intermediate_size": 100}, r"intermediate \(100\) is not a multiple of 64"),
         ({"dtype": "mxfp4", "hidden_size": 72}, r"hidden \(72\) is not a multiple of 32; mxfp4 weights"),
+        ({"dtype": "int8", "intermediate_size": 1 << 18}, r"intermediate \(262144\) is too large; sums of int8 take"),
+        ({"dtype": "int4", "hidden_size": 1 << 18}, r"hidden \(262144\) is too large; sums of int4 take at most"),
         ({"top_k": 5}, r"top_k \(5\) is more than num_experts \(4\)"),
     ],
 )

@@ -185,12 +185,22 @@ def test_beyond_the_limits_it_is_refused_and_leaves_nothing(
     make_run: Any, tmp_path: Path, limits: dict[str, float]
 ) -> None:
     run, out = make_run("pr-moe"), tmp_path / "deep" / "out"
-    with pytest.raises(ConversionError, match=r"times the run's \(.*; at most .* required; use int8"):
+    with pytest.raises(ConversionError, match=r"times the run's \(.*; at most .* required; use more bits"):
         quantize(run, out, experts="int4", force=False, **limits)
     assert not out.parent.exists()
     report = quantize(run, out, experts="int4", force=True, **limits)
     assert out.is_dir() and report.kl > 0
     quantize(run, tmp_path / "allowed", experts="int4", force=False, max_kl=report.kl, max_perplexity_ratio=10)
+
+
+@pytest.mark.parametrize("limits", [{"max_kl": float("nan")}, {"max_kl": -0.1}, {"max_perplexity_ratio": -1.0}])
+def test_limits_that_no_run_keeps_are_refused_before_anything_is_done(
+    make_run: Any, tmp_path: Path, limits: dict[str, float]
+) -> None:
+    stages: list[str] = []
+    with pytest.raises(ConfigError, match=f"{next(iter(limits))} is .*0 or more is required"):
+        quantize(make_run("moe"), tmp_path / "out", on_progress=lambda stage, _: stages.append(stage), **limits)
+    assert not stages
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")])

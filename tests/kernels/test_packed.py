@@ -361,6 +361,15 @@ def test_dtypes_bias_and_rows_that_are_not_contiguous(choice: str, format: str) 
         assert one(x[:0], packed).shape == (0, 40)
 
 
+@pytest.mark.parametrize("choice", ALL)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_product_over_no_columns_is_the_bias(choice: str, has_bias: bool) -> None:
+    packed, bias = pack_weight(numbers(40, 0, seed=8)), numbers(40, seed=8)
+    with select.forced(choice):
+        found = packed_linear(numbers(3, 0, seed=9), packed, bias if has_bias else None)
+    assert torch.equal(found, bias.expand(3, 40) if has_bias else torch.zeros(3, 40))
+
+
 @pytest.mark.parametrize("choice", COMPILED)
 @pytest.mark.parametrize("shape", [(550, 2080, 96), (300, 72, 2048), (130, 72, 4480)])
 def test_rows_far_apart_and_results_past_the_caches(choice: str, shape: tuple[int, int, int]) -> None:
@@ -417,6 +426,14 @@ def test_wrong_shapes_are_refused() -> None:
         packed_linear(numbers(3, 128, seed=1).double(), packed)
     with pytest.raises(AssertionError, match="no gradient"):
         packed_linear(numbers(3, 128, seed=1), packed, numbers(40, seed=1).requires_grad_())
+    # The kernels would read from address 0.
+    without_data = pack_weight(torch.empty(40, 128, device="meta"))
+    with pytest.raises(AssertionError, match="input on cpu and packed weights on meta"):
+        packed_linear(numbers(3, 128, seed=1), without_data)
+    with pytest.raises(AssertionError, match="on meta"):
+        packed_rows(without_data, torch.tensor([3]))
+    with pytest.raises(AssertionError, match="on meta"):
+        packed_heads(numbers(3, 2, 128, seed=1), pack_weight(torch.empty(2, 40, 128, device="meta")))
 
 
 @pytest.mark.parametrize("choice", ALL)

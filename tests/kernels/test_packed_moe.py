@@ -331,6 +331,12 @@ def test_wrong_arguments_are_refused() -> None:
         PackedMlp(experts.up, experts.up, None, None, "swiglu")
     with pytest.raises(AssertionError, match="no gradient"):
         packed_moe(x, expert_ids, routing_weights.clone().requires_grad_(), experts)
+    one_up, one_down = torch.empty(192, 96, device="meta"), torch.empty(96, 96, device="meta")
+    without_data = pack_mlp(one_up, one_down, activation="swiglu")
+    with pytest.raises(AssertionError, match="input on cpu and packed weights on cpu, meta"):
+        packed_moe(x, expert_ids, routing_weights, experts, residual=without_data)
+    with pytest.raises(AssertionError, match="on meta"):
+        packed_mlp(x, without_data)
     up, down = numbers(3, 64, 32, seed=1).bfloat16(), numbers(3, 32, 64, seed=2).bfloat16()
     for biases in ({"up_bias": torch.ones(64)}, {"up_bias": torch.ones(3, 32)}, {"down_bias": torch.ones(32)}):
         with pytest.raises(AssertionError):

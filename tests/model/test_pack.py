@@ -246,6 +246,14 @@ def test_tied_embeddings_are_kept_once() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)])
+@pytest.mark.parametrize("family", ["dense, gpt-like", "dense, llama-like"])
+def test_no_tokens_have_no_vectors(family: str, shape: tuple[int, int]) -> None:
+    model = pack_transformer(build(family))
+    assert model(torch.zeros(shape, dtype=torch.int64)).hidden.shape == (*shape, model.config.hidden_size)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["dense, gpt-like", "dense, llama-like"])
 def test_the_head_can_be_had_as_a_matrix(family: str) -> None:
     model = build(family)

@@ -197,8 +197,8 @@ def allow_connections(config: ServerConfig) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound, and not yet listening. Raises: ConfigError."""
-    # With its protocol named: asyncio asks for it before it sets TCP_NODELAY. Without that, an answer on a kept connection
-    # waits 40 ms for the client's acknowledgment.
+    # With its protocol named: asyncio asks for it before it sets TCP_NODELAY. Without that, an answer on a connection
+    # that was kept waits 40 ms for the client's acknowledgment.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
