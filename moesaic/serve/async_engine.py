@@ -4,7 +4,7 @@ What is served, to whom, and over which protocol is not known here.
 """
 
 import asyncio
-import secrets
+import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -118,6 +118,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         # The event loop's side.
+        self._numbers = itertools.count()  # of requests
         self._by_id: dict[str, _Running] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -172,22 +173,16 @@ class AsyncEngine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    async def submit(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-    ) -> Generation:
+    async def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, priority: int = 0) -> Generation:
         """Have prompts continued, all or none; return what gives their outputs.
 
         Raises: ConfigError, GenerationError for what the engine can never serve; EngineStoppedError.
         """
-        name = request_id or secrets.token_hex(8)
-        ids = [f"{name}-{index}" for index in range(len(prompts))]
-        if any(each in self._by_id for each in ids):
-            raise ConfigError(f"the request id {name!r} is in use; every request needs its own; leave it out.")
+        if not prompts:
+            raise ConfigError("no prompts were given; at least one is required; send one, or do not ask.")
+        # Never one that was there before: outputs of a request that was closed may still be on their way.
+        number = next(self._numbers)
+        ids = [f"{number}-{index}" for index in range(len(prompts))]
         running = _Running(
             places={each: index for index, each in enumerate(ids)},
             open={(each, index) for each in ids for index in range(sampling.n)},
@@ -209,13 +204,13 @@ class AsyncEngine:
         return Generation(self, running)
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
+        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:
         """Yield the outputs of one prompt's texts; ending the iteration early ends the request.
 
         Raises: as submit, with the first output.
         """
-        async with await self.submit([prompt], sampling, request_id=request_id, priority=priority) as generation:
+        async with await self.submit([prompt], sampling, priority=priority) as generation:
             async for news in generation:
                 for placed in news:
                     yield placed.output
@@ -245,6 +240,7 @@ class AsyncEngine:
     async def _call(self, function: Callable[[], _Result], queue: deque[Callable[[], None]]) -> _Result:
         """Have the thread call a function between two steps, in its queue's order; not if nobody waits any more."""
         loop = asyncio.get_running_loop()
+        assert self._loop is not None, "asked before start()"
         assert loop is self._loop, "asked from another event loop than the one that started the engine"
         future: asyncio.Future[_Result] = loop.create_future()
 
@@ -375,7 +371,11 @@ class AsyncEngine:
         assert self._loop is not None
         with self._delivery:
             self._num_undelivered += 1
-        self._loop.call_soon_threadsafe(self._deliver, outputs)
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+        except RuntimeError:  # the loop is closed, without a stop: nobody waits for anything any more
+            with self._wakeup:
+                self._is_stopping = True
 
 
 def _last_output(request_id: str, index: int, reason: FinishReason, message: str) -> RequestOutput:

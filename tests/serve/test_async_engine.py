@@ -260,12 +260,42 @@ def test_the_engine_does_not_run_far_ahead_of_the_event_loop() -> None:
     run(test)
 
 
-def test_an_id_that_is_in_use_is_refused_and_its_owner_goes_on() -> None:
+def test_what_is_still_on_its_way_of_a_closed_request_is_no_other_ones() -> None:
     async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
-        first = await engine.submit([[1]], ENDLESS, request_id="mine")
-        with pytest.raises(ConfigError, match="mine"):
-            await engine.submit([[2]], SAMPLING, request_id="mine")
-        assert await anext(first) and engine.num_running == 1
+        first = await engine.submit([[1]], ENDLESS)
+        assert await anext(first)
+        for _ in range(3):
+            first.close()
+            time.sleep(0.02)  # outputs wait for the loop meanwhile
+            first = await engine.submit([[2]], Sampling(max_tokens=9))
+            outputs = [placed.output async for news in first for placed in news]
+            assert sum(len(output.tokens) for output in outputs) == 9 and outputs[-1].finish_reason == "length"
+            first = await engine.submit([[1]], ENDLESS)
         first.close()
 
     run(test)
+
+
+def test_no_prompts_are_refused_and_a_stop_waits_for_nothing() -> None:
+    async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
+        with pytest.raises(ConfigError, match="at least one"):
+            await engine.submit([], SAMPLING)
+        start = time.monotonic()
+        await engine.stop(drain_seconds=60)
+        assert time.monotonic() - start < 30
+
+    run(test)
+
+
+def test_a_loop_that_is_closed_without_a_stop_ends_the_thread(caplog: pytest.LogCaptureFixture) -> None:
+    engine = AsyncEngine(FakeEngine())
+
+    async def leave() -> None:
+        engine.start()
+        generation = await engine.submit([[1]], ENDLESS)
+        assert await anext(generation)
+
+    asyncio.run(leave())
+    assert engine._thread is not None
+    engine._thread.join(30)
+    assert not engine._thread.is_alive() and not caplog.records

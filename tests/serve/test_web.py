@@ -43,6 +43,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.top_k = 2
         self.has_chat_template: bool | None = True
         self.model = "tiny"
+        self.answers_as: str | None = None  # what events call the model; None: nothing
         self.key: str | None = None
         self.tokens = ["The", " state", " of", " the", " Union", " is", "\n", "str", "ong", "."]
         self.pace: threading.Semaphore | None = None
@@ -185,7 +186,9 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
             except OSError:
                 self.server.aborted.set()
 
-    def send_event(self, value: object) -> None:
+    def send_event(self, value: dict[str, Any]) -> None:
+        if self.server.answers_as is not None:
+            value = {**value, "model": self.server.answers_as}
         self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
 
     def wait_for_turn(self) -> None:
@@ -898,6 +901,77 @@ def test_tokens_of_a_model_that_was_served_before_are_not_on_the_new_ones_map(
     assert routes_shown(page) == routes
     assert cells_unlike_the_first_color(page, server.num_experts) == set()
     assert ringed_cells(page, server.num_experts) == set()
+
+
+def test_an_answer_of_the_student_says_so_and_its_experts_are_not_drawn_as_the_models(
+    server: FakeServer, open_page: Any, expect: Any
+) -> None:
+    server.answers_as = "tiny"
+    page = open_page()
+    is_ready(page)
+    send(page)
+    expect(finished(page)).not_to_contain_text("by tiny")
+    page.get_by_text(" Union", exact=True).click()
+    expect(page.locator("#map-status")).to_have_text("“␣Union”: its experts in every layer")
+    server.answers_as = "student"
+    send(page)
+    expect(finished(page).last).to_contain_text("by student · 10 tokens")
+    page.get_by_text(" Union", exact=True).last.click()
+    expect(page.locator("#map-status")).to_have_text("“␣Union” was written by student")
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "width"), [(128, 8, 360), (128, 8, 1200), (512, 10, 1200)])
+def test_the_experts_of_a_token_do_not_run_into_each_other(
+    server: FakeServer, open_page: Any, num_experts: int, top_k: int, width: int
+) -> None:
+    server.num_experts, server.top_k = (num_experts,) * 2, top_k
+    page = open_page(width=width)
+    is_ready(page)
+    send(page)
+    finished(page).wait_for()
+    page.get_by_text(" Union", exact=True).click()
+    wait_until(page, "() => document.querySelectorAll('.route').length > 2")
+    gaps = page.evaluate("""() => [...document.querySelectorAll('.routes')].flatMap((routes) => {
+        const ends = [...routes.children].map((route) => {
+            const range = document.createRange();
+            range.selectNodeContents(route);
+            return range.getBoundingClientRect();
+        });
+        return ends.slice(1).map((next, i) => next.top > ends[i].top + 4 ? 99 : next.left - ends[i].right);
+    })""")
+    assert len(gaps) == 2 * (top_k - 1) and min(gaps) >= 4
+
+
+@pytest.mark.parametrize("width", [360, 414, 900])
+def test_what_the_server_is_at_can_be_read_beside_a_long_name(
+    server: FakeServer, open_page: Any, expect: Any, width: int
+) -> None:
+    server.model = "Qwen1.5-MoE-A2.7B-Chat-int4" if width < 500 else "a-very-long-name-of-a-model-" * 4
+    page = open_page(width=width)
+    is_ready(page)
+    server.key = "lost"
+    status = page.locator("#status")
+    expect(status).to_have_text("needs an API key")
+    assert status.evaluate("(node) => node.scrollWidth <= node.clientWidth")
+    assert page.locator("#model").evaluate("(node) => node.clientWidth") >= 50
+
+
+def test_an_older_message_that_is_tried_again_stays_in_sight(server: FakeServer, open_page: Any, expect: Any) -> None:
+    server.tokens = [f"{line}\n" for line in range(60)]
+    server.failure = (429, "it is busy.", {})
+    page = open_page()
+    send(page, "First")
+    expect(page.locator(".failure")).to_be_visible()
+    for text in ("Second", "Third"):
+        send(page, text)
+        expect(finished(page)).to_have_count(1 if text == "Second" else 2)
+    page.get_by_role("button", name="Try again").click()
+    expect(finished(page)).to_have_count(3)
+    assert page.locator("#messages > li").first.evaluate("""(node) => {
+        const frame = document.getElementById("conversation").getBoundingClientRect();
+        const box = node.getBoundingClientRect();
+        return box.top < frame.bottom && box.bottom > frame.top;
+    }""")
 
 
 def test_a_conversation_that_grew_too_long_says_how_to_go_on(server: FakeServer, open_page: Any, expect: Any) -> None:

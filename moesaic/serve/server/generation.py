@@ -55,7 +55,7 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
             compiled = None
             if job.sampling.grammar is not None:
                 compiled = await _compile(served, job.sampling.grammar, param=body.grammar_key)
-            generation = await served.engine.submit(job.prompts, job.sampling, request_id=name, priority=job.priority)
+            generation = await served.engine.submit(job.prompts, job.sampling, priority=job.priority)
             del compiled  # until here the engine found it, however many others were compiled meanwhile
             await stack.enter_async_context(generation)
             if isinstance(body, ResponsesBody):

@@ -167,11 +167,12 @@ export class Chat {
     this.#pinned = this.#hovered = null;
     this.#showToken(null);
     this.#refresh();
-    this.#isAtEnd = true;
-    this.#scroll();
+    this.#isAtEnd = exchange === this.#exchanges.at(-1);
+    if (this.#isAtEnd) this.#scroll();
+    else exchange.node.scrollIntoView({ block: "nearest" });
     answer.node.dataset.streaming = "";
     const began = performance.now();
-    const figures = { first: null, tokens: 0, seconds: 0, finish: null };
+    const figures = { first: null, tokens: 0, seconds: 0, finish: null, by: null };
     this.#isLowered = false;
     try {
       await this.#receive(exchange, settings, controller.signal, figures, began);
@@ -211,6 +212,10 @@ export class Chat {
       if (!choice) continue;
       const text = choice.delta?.content ?? choice.text ?? "";
       const tokens = choice.experts ?? [];
+      // Under overload a student answers: its experts are not those of the map.
+      const isOthers = event.model && settings.model && event.model !== settings.model;
+      if (isOthers) figures.by = event.model;
+      for (const token of tokens) token.by = figures.by;
       if (!event.usage) figures.tokens += tokens.length; // the last event counts them; it may never come
       if (text || tokens.length) figures.first ??= (performance.now() - began) / 1000;
       answer.add(text, tokens);
@@ -247,9 +252,9 @@ export class Chat {
     }
   }
 
-  #finish(exchange, foot, { first, tokens, seconds, finish }) {
+  #finish(exchange, foot, { first, tokens, seconds, finish, by }) {
     const { answer, failure } = exchange;
-    const parts = [];
+    const parts = by ? [`by ${by}`] : [];
     if (tokens) parts.push(plural(tokens, "token"));
     if (tokens >= FEWEST_FOR_RATE && seconds > first) parts.push(`${formatValue((tokens - 1) / (seconds - first), "tokens/s")}`);
     if (first !== null) parts.push(`first after ${first.toFixed(2)} s`);

@@ -107,6 +107,7 @@ export class ExpertsPanel {
   }
 
   get #isOfThisModel() {
+    if (this.#detail?.by) return false;
     const counts = new Map(this.#layers.map((layer) => [layer.layer, layer.num_experts]));
     const layers = this.#detail?.layers ?? [];
     return (
@@ -130,6 +131,7 @@ export class ExpertsPanel {
     if (!this.#layers.length) return "Waiting for the server…";
     if (this.#detail && !this.#isFollowing) {
       const name = `“${visible(this.#detail.token)}”`;
+      if (this.#detail.by) return `${name} was written by ${this.#detail.by}`;
       return this.#isOfThisModel ? `${name}: its experts in every layer` : `${name} is another model's`;
     }
     const experts = listed(distinct(this.#layers.map((layer) => layer.num_experts)));
