@@ -25,6 +25,7 @@ def quickstart(
     Example: moesaic quickstart
     """
     import json
+    from shlex import quote
 
     from rich.console import Console
     from rich.markup import escape
@@ -55,15 +56,15 @@ def quickstart(
         for prompt, continuation in stage.samples:
             console.print(f"[bold]{escape(prompt)}[/]", end="")
             console.print(continuation, markup=False)
-    student = result.student.run_folder
+    student, data = result.student.run_folder, quote(str(result.data_folder))
     console.print(
         f"\nReport:      {result.report}\n"
         f"Run folders: {output} (plots: {output / 'plots'})\n"
         f"             {student} (plots: {student / 'plots'})\n"
         "Try next:\n"
-        f"  moesaic inspect {output}\n"
-        f'  moesaic generate {student} --prompt "Peace and commerce"\n'
-        f"  moesaic train {life.PRESET} --data {result.data_folder} --output runs/longer --set tokens=12e6\n"
+        f"  moesaic inspect {quote(str(output))}\n"
+        f'  moesaic generate {quote(str(student))} --prompt "Peace and commerce"\n'
+        f"  moesaic train {life.PRESET} --data {data} --output runs/longer --set tokens=12e6\n"
         "  moesaic prepare YOUR_TEXT --output data/yours",
         markup=False,
     )

@@ -344,11 +344,22 @@ class Tokenizer:
         given = Path(path)
         file = given / TOKENIZER_NAME if given.is_dir() or not given.suffix else given
         file.parent.mkdir(parents=True, exist_ok=True)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_of_text}
-        made = {CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
-        for name, text in {**made, **self._companions}.items():
+        for name, text in self._beside().items():
             write_whole(file.parent / name, text)
         write_whole(file, self._text)
+
+    def would_replace(self, folder: Path) -> str | None:
+        """Return the name of a file in a folder that save() would change; None where it would change none."""
+        for name, text in {TOKENIZER_NAME: self._text, **self._beside()}.items():
+            file = folder / name
+            if file.exists() and (not file.is_file() or file.read_bytes() != text.encode()):
+                return name
+        return None
+
+    def _beside(self) -> dict[str, str]:
+        """What is written beside tokenizer.json, by its name."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_of_text}
+        return {CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2) + "\n", **self._companions}
 
     def _configured(self, key: str) -> str | None:
         """Return a text of tokenizer_config.json; a token may be written as an object with its `content`."""

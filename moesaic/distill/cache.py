@@ -414,6 +414,12 @@ def _progress(folder: Path) -> dict[str, Any] | None:
 def _read(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and not {"key", "report"} & set(values):
+            # A prepared corpus has files of these names.
+            raise DataError(
+                f"{file.parent} holds no cache of a teacher ({file.name} is something else's); a cache needs a folder "
+                f"of its own; name another."
+            )
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}")
         CacheKey(**values["key"])

@@ -147,11 +147,16 @@ def _(hidden, weight, targets, wants_gradient):  # type: ignore[no-untyped-def]
     )
 
 
+def _longest(chunks: list[tuple[int, int]]) -> int:
+    """The length of the first: none is longer. (torch.compile knows no max() of nothing.)"""
+    return chunks[0][1] - chunks[0][0] if chunks else 0
+
+
 class _Workspace:
     """The buffers of one chunk, used for all of them: fresh ones would be faulted in from the kernel every time."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, chunks: list[tuple[int, int]]) -> None:
-        shape = (max((end - start for start, end in chunks), default=0), weight.shape[0])
+        shape = (_longest(chunks), weight.shape[0])
         self._logits = hidden.new_empty(shape)
         self._probabilities = torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
@@ -185,7 +190,7 @@ class _KernelWorkspace:
     """The same in C++: one pass over the logits, whose gradient takes their place."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, chunks: list[tuple[int, int]]) -> None:
-        self._logits = hidden.new_empty(max((end - start for start, end in chunks), default=0), weight.shape[0])
+        self._logits = hidden.new_empty(_longest(chunks), weight.shape[0])
 
     def losses(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = self._logits[: x.shape[0]]

@@ -413,5 +413,6 @@ class Transformer(nn.Module):
         """Return fp32 logits (..., V) of hidden states (..., H)."""
         if self.packed_head is not None:
             flat = hidden.reshape(-1, hidden.shape[-1])
-            return packed_linear(flat, self.packed_head, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+            logits = packed_linear(flat, self.packed_head, out_dtype=torch.float32)
+            return logits.view(*hidden.shape[:-1], self.config.vocab_size)
         return products.linear(hidden, self.output_weight()).float()

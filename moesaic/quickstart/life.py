@@ -71,6 +71,13 @@ def quickstart(
     Raises: ConfigError where output holds another run; KeyboardInterrupt when a signal stopped it, after saving.
     """
     teacher = Path(output)
+    if teacher.name in ("", ".."):
+        teacher = teacher.resolve()
+    if not teacher.name:
+        raise ConfigError(
+            f"{output} has no name, and the student and the data lie beside it under its name with more; a folder "
+            f"below it is required; name one with --output."
+        )
     student = teacher.with_name(f"{teacher.name}-student")
     data_folder = teacher.with_name(f"{teacher.name}-data")
     config = quickstart_config(data_folder, short=short)
@@ -120,7 +127,11 @@ def _train(
     is_begun = (run_folder / "config.yaml").exists()
     if is_begun:
         before = load_run_config(run_folder)
-        if before.replace(data=config.data, distill=config.distill) != config:
+        try:
+            is_ours = before.replace(data=config.data, distill=config.distill) == config
+        except ConfigError:  # with our data it would be no run at all
+            is_ours = False
+        if not is_ours:
             raise ConfigError(
                 f"{run_folder} holds another run, perhaps one with or without --short; a quickstart goes on only with "
                 f"its own settings; name another folder with --output, or remove that one."

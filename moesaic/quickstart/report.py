@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
@@ -42,6 +43,8 @@ def write_report(path: Path, teacher: Stage, student: Stage, *, data_folder: Pat
         [_curve(teacher, "teacher"), _curve(student, "student")],
     )
     teacher_plots, student_plots = (stage.run_folder / "plots" for stage in (teacher, student))
+    folders = (teacher.run_folder, student.run_folder, data_folder)
+    teacher_run, student_run, data = (quote(str(folder)) for folder in folders)
     sections = [
         Section(
             "Two models",
@@ -89,10 +92,10 @@ def write_report(path: Path, teacher: Stage, student: Stage, *, data_folder: Pat
             (
                 Commands(
                     (
-                        f"moesaic train pr-moe-tiny-8-16 --data {data_folder} --output runs/longer --set tokens=12e6",
-                        f"moesaic distill {teacher.run_folder} runs/longer-student --set tokens=3e6",
-                        f"moesaic evaluate {teacher.run_folder} --text {data_folder}",
-                        f'moesaic generate {student.run_folder} --prompt "Peace and commerce"',
+                        f"moesaic train pr-moe-tiny-8-16 --data {data} --output runs/longer --set tokens=12e6",
+                        f"moesaic distill {teacher_run} runs/longer-student --set tokens=3e6",
+                        f"moesaic evaluate {teacher_run} --text {data}",
+                        f'moesaic generate {student_run} --prompt "Peace and commerce"',
                     )
                 ),
             ),

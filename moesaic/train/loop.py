@@ -509,8 +509,13 @@ class Trainer:
         """Write what a run folder holds besides checkpoints and metrics; every file is replaced whole."""
         try:
             if self.initial is not None:  # with its chat template, which the data's may have come without
-                self.initial.tokenizer.save(self.run_folder)
-            elif self.config.init_from is None or not (self.run_folder / TOKENIZER_NAME).is_file():
+                tokenizer = self.initial.tokenizer
+            if self.initial is not None or self.config.init_from is None or not self._has_tokenizer():
+                if not self.resumes and (name := tokenizer.would_replace(self.run_folder)) is not None:
+                    raise ConfigError(
+                        f"{self.run_folder} holds a {name} that is not this run's; a new run writes its own there; "
+                        f"name another folder."
+                    )
                 tokenizer.save(self.run_folder)
             write_provenance(
                 self.run_folder,
@@ -524,6 +529,9 @@ class Trainer:
             write_config(self.config, self.run_folder / "config.yaml")
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def _has_tokenizer(self) -> bool:
+        return (self.run_folder / TOKENIZER_NAME).is_file()
 
     def _resume(self) -> dict[str, Any] | None:
         """Go on from the last good checkpoint; return the objective's state there, None where there is none yet."""

@@ -1,7 +1,7 @@
 """The training loss of one micro-batch: the objective's loss at the head, and each MoE layer's balance and z losses."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -78,4 +78,9 @@ def language_model_loss(
             total = total + router.balance_loss * balance
         if router.z_loss:
             total = total + router.z_loss * statistics.z
-    return Losses(total, at_head.cross_entropy, balance_sum, z_sum, output.moe, at_head.terms)
+    # What is reported has no gradient. torch.compile makes z_sum and the z of a single layer one tensor, without one, and
+    # fails in the backward pass if it was to have one.
+    reported = tuple(
+        replace(each, mean_probabilities=each.mean_probabilities.detach(), z=each.z.detach()) for each in output.moe
+    )
+    return Losses(total, at_head.cross_entropy, balance_sum, z_sum, reported, at_head.terms)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,13 @@ class TestMistakes:
         with pytest.raises(ConfigError, match="is not empty and holds no cache"):
             write_cache(tmp_path, student(f"distill.cache={tmp_path}"))
 
+    @pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
+    def test_a_prepared_corpus(self, student: Student, tiny_data: Path, tmp_path: Path, name: str) -> None:
+        shutil.copytree(tiny_data, tmp_path / "corpus")
+        (tmp_path / "corpus" / "manifest.json").rename(tmp_path / "corpus" / name)
+        with pytest.raises(DataError, match=r"holds no cache of a teacher .*; a cache needs a folder of its own; name"):
+            write_cache(tmp_path / "corpus", student(f"distill.cache={tmp_path / 'corpus'}"))
+
     def test_none_there(self, student: Student, tmp_path: Path) -> None:
         config = student(f"distill.cache={tmp_path / 'none'}")
         with pytest.raises(DataError, match=r"holds no cache of a teacher; .*--cache"):
@@ -264,6 +272,6 @@ class TestMistakes:
         elif harm == "gone":
             file.unlink()
         else:
-            (folder / "manifest.json").write_text('{"format": 1}')
+            (folder / "manifest.json").write_text('{"format": 1, "key": {}}')
         with pytest.raises(DataError, match=r"missing, truncated or corrupt|is damaged or of another version"):
             open_cache(config)

@@ -335,3 +335,18 @@ def test_the_operators_are_ordinary_ones(compiled_kernels: str, wants_gradient: 
     torch.library.opcheck(torch.ops.moesaic.cross_entropy.default, (hidden @ weight.t(), targets_of(9), wants_gradient))
     with pytest.raises(IndexError, match="outside the vocabulary"):
         torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets_of(9).clamp_max(-1), wants_gradient)
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.bfloat16, (64, 61)), (torch.float32, (64, 96))])
+def test_it_is_one_graph_of_any_vocabulary(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    import torch._dynamo
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, sizes[0], generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(sizes[1], sizes[0], generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, sizes[1], (40,), generator=generator)
+    wanted = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(hidden, weight, targets), (hidden, weight))
+    torch._dynamo.reset()
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))

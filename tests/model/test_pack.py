@@ -250,7 +250,9 @@ def test_tied_embeddings_are_kept_once() -> None:
 @pytest.mark.parametrize("family", ["dense, gpt-like", "dense, llama-like"])
 def test_no_tokens_have_no_vectors(family: str, shape: tuple[int, int]) -> None:
     model = pack_transformer(build(family))
-    assert model(torch.zeros(shape, dtype=torch.int64)).hidden.shape == (*shape, model.config.hidden_size)
+    hidden = model(torch.zeros(shape, dtype=torch.int64)).hidden
+    assert hidden.shape == (*shape, model.config.hidden_size)
+    assert model.logits(hidden).shape == (*shape, model.config.vocab_size)
 
 
 @torch.no_grad()

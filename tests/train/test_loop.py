@@ -20,6 +20,7 @@ from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, load_tens
 from moesaic.config.train import TrainConfig
 from moesaic.data.prepare import prepare
 from moesaic.data.shards import hash_file
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, DataError, DeviceError, FolderInUseError, TrainingError
 from moesaic.folders import FolderLock
 from moesaic.model.load import load_run_config
@@ -466,6 +467,24 @@ def test_a_run_holds_its_folder_from_its_start_to_its_end(make_config: MakeConfi
     with pytest.raises(ConfigError, match="already holds a run"):
         train(config, tmp_path / "run")
     train(config, tmp_path / "run", resume=True)
+
+
+def test_a_tokenizer_that_is_not_the_runs_is_not_written_over(
+    make_config: MakeConfig, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = make_config(steps=4)
+    for name, text in (("tokenizer.json", '{"of": "another model"}'), ("tokenizer_config.json", "{}")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(text)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        with pytest.raises(ConfigError, match=f"holds a {name} that is not this run's; .*; name another folder"):
+            train(config, folder)
+        assert contents(folder).keys() == {name, "model.safetensors"} and (folder / name).read_text() == text
+    # What a process that was killed while it set the run up has left is the run's own.
+    (tmp_path / "run").mkdir()
+    Tokenizer.load(tiny_data).save(tmp_path / "run")
+    assert train(config, tmp_path / "run").step == 4
 
 
 def test_metrics_of_another_run_are_refused_before_anything_is_written(make_config: MakeConfig, tmp_path: Path) -> None:

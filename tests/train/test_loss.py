@@ -41,6 +41,7 @@ def test_the_total_is_the_cross_entropy_and_each_layers_losses_times_their_coeff
     torch.testing.assert_close(losses.z, sum(each.z for each in output.moe))
     torch.testing.assert_close(losses.total, expected + 0.02 * losses.balance + 0.003 * losses.z)
     assert not losses.balance.requires_grad and losses.total.requires_grad
+    assert not any(each.z.requires_grad or each.mean_probabilities.requires_grad for each in losses.moe)
 
 
 def test_a_loss_without_coefficient_is_reported_and_leaves_no_gradient() -> None:
