@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def choose_token(
 def check_token_ids(prompt: Sequence[int], vocab_size: int) -> None:
     """Raises: GenerationError for a prompt that is not a sequence of token ids below vocab_size, at least one."""
     is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
-    for given in (token for token in prompt if not isinstance(token, Integral)) if is_list else (prompt,):
+    for given in (token for token in prompt if not _is(token, Integral)) if is_list else (prompt,):
         shown = repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."
         raise GenerationError(
             f"the prompt {'holds' if is_list else 'is'} {shown} ({type(given).__name__}); a list of token ids is "
@@ -129,6 +129,11 @@ def check_token_ids(prompt: Sequence[int], vocab_size: int) -> None:
         )
 
 
+def _is(value: object, kind: type) -> bool:
+    """Whether a value is a number of a kind; True and False, which are integers to Python, are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _check(
     model: Transformer,
     prompt: Sequence[int],
@@ -140,6 +145,12 @@ def _check(
 ) -> None:
     config = model.config
     check_token_ids(prompt, config.vocab_size)
+    wholes = {"max_new_tokens": max_new_tokens, "top_k": 1 if top_k is None else top_k, "seed": seed}
+    reals = {"temperature": temperature, "top_p": 1 if top_p is None else top_p}
+    for values, kind, called in ((wholes, Integral, "whole number"), (reals, Real, "number")):
+        for name, value in values.items():
+            if not _is(value, kind):
+                raise GenerationError(f"{name} is {value!r} ({type(value).__name__}); a {called} is required; use one.")
     if max_new_tokens < 1:
         raise GenerationError(f"max_new_tokens ({max_new_tokens}) must be at least 1; ask for one token or more.")
     length = len(prompt) + max_new_tokens

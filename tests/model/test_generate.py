@@ -164,6 +164,12 @@ def test_of_equal_logits_top_k_leaves_exactly_k_the_first_ones() -> None:
         (PROMPT, {"top_k": 0}, "top_k=0"),
         (PROMPT, {"top_p": 0.0}, r"top_p=0.0; .* are required; change"),
         (PROMPT, {"top_p": 1.1}, "top_p=1.1"),
+        ([True, False], {}, r"the prompt holds True \(bool\); a list of token ids is required"),
+        (PROMPT, {"max_new_tokens": 2.0}, r"max_new_tokens is 2.0 \(float\); a whole number is required; use one"),
+        (PROMPT, {"temperature": 1.0, "top_k": 2.5}, "top_k is 2.5"),
+        (PROMPT, {"seed": 1.5}, "seed is 1.5"),
+        (PROMPT, {"temperature": None}, r"temperature is None \(NoneType\); a number is required"),
+        (PROMPT, {"top_p": "1"}, "top_p is '1'"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_at_the_call(
