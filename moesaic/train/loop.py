@@ -151,6 +151,8 @@ class Trainer:
         # A run that has a checkpoint of its own is resumed from it, whether or not the first run is still there.
         if config.init_from is not None and not (resume and has_checkpoints(run_folder)):
             self.initial = InitialRun.open(config.init_from, config.model, data=config.data.path, tokenizer=tokenizer)
+        if not resume:
+            self._check_own_tokenizer(tokenizer if self.initial is None else self.initial.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size ({config.model.vocab_size}) is less than the {tokenizer.vocab_size} tokens of "
@@ -484,6 +486,14 @@ class Trainer:
         else:
             refuse_metrics(self.run_folder)
 
+    def _check_own_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuse a folder with the tokenizer of something else, over which a new run would write its own."""
+        if (name := tokenizer.would_replace(self.run_folder)) is not None:
+            raise ConfigError(
+                f"{self.run_folder} holds a {name} that is not this run's; a new run writes its own there; name "
+                f"another folder."
+            )
+
     def _check_trainable(self) -> None:
         infos = list_checkpoints(self.run_folder)
         why = "training requires the weights before they were rounded, and the optimizer's state"
@@ -511,11 +521,6 @@ class Trainer:
             if self.initial is not None:  # with its chat template, which the data's may have come without
                 tokenizer = self.initial.tokenizer
             if self.initial is not None or self.config.init_from is None or not self._has_tokenizer():
-                if not self.resumes and (name := tokenizer.would_replace(self.run_folder)) is not None:
-                    raise ConfigError(
-                        f"{self.run_folder} holds a {name} that is not this run's; a new run writes its own there; "
-                        f"name another folder."
-                    )
                 tokenizer.save(self.run_folder)
             write_provenance(
                 self.run_folder,

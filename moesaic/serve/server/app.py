@@ -76,8 +76,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-# What every number has that is larger than a float can be.
-_MAY_BE_INFINITE = re.compile(rb"[0-9][eE][+]?[0-9]|[0-9]{300}")
+# What a number has that is no whole one. Of those, too large ones would be read as infinity.
+_FRACTION = re.compile(rb"[0-9](?:\.|[eE]\+?)[0-9]")
 
 
 class _StrictRequest(Request):
@@ -90,7 +90,7 @@ class _StrictRequest(Request):
         gc.disable()  # or it looks through a million new lists again and again: seconds, for everybody
         try:
             value = pydantic_core.from_json(body, allow_inf_nan=False)
-            if _MAY_BE_INFINITE.search(body):
+            if _FRACTION.search(body):
                 json_text(value)
             return value
         except ValueError as error:

@@ -92,7 +92,11 @@ class EventStream(Response):
     async def _send_error(self, scope: Scope, send: Send, error: ApiError) -> None:
         """The status is sent already: an error is the stream's last event."""
         log_fields(scope).values |= {"error": error.code, "error_status": error.status_code}
-        await send({"type": "http.response.body", "body": self._failure_event(error), "more_body": True})
+        try:
+            event = self._failure_event(error)
+        except Exception:  # it tells of what was made so far, which may be what could not be written
+            event = encode_failure(error)
+        await send({"type": "http.response.body", "body": event, "more_body": True})
 
 
 async def while_connected(request: Request, work: Awaitable[_Result], *, deadline: float) -> _Result:

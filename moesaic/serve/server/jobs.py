@@ -21,7 +21,8 @@ from moesaic.serve.server.metrics import Metrics
 from moesaic.serve.server.requests import CompletionBody, ConversationBody, Prompt
 from moesaic.serve.server.tool_calls import ToolCallReader
 
-# Log-probabilities in an answer of several texts: some 25 MB, which take half a second to write, for everybody.
+# Log-probabilities of prompts in an answer of several texts: some 25 MB, for whose half a second everybody waits. (Those
+# of generated tokens take longer to come.)
 _MOST_LOGPROBS = 1 << 20
 
 
@@ -177,14 +178,13 @@ def _check_job(served: Served, job: Job) -> Job:
             param="n" if job.sampling.n > 1 else "prompt",
             code="too_many_texts",
         )
-    if job.sampling.logprobs is not None and count > 1:
-        lengths = [len(prompt) * bool(job.echoes) + job.sampling.max_tokens for prompt in job.prompts]
-        number = sum(lengths) * job.sampling.n * (1 + job.sampling.logprobs)
+    if job.echoes and job.sampling.logprobs is not None and count > 1:
+        number = sum(map(len, job.prompts)) * job.sampling.n * (1 + job.sampling.logprobs)
         if number > _MOST_LOGPROBS:
             raise refusal(
-                f"the request asks for up to {number} log-probabilities ({count} texts of up to {max(lengths)} tokens, "
-                f"{1 + job.sampling.logprobs} for each); an answer of several texts has at most {_MOST_LOGPROBS}; ask "
-                f"for fewer texts, tokens or logprobs at once.",
+                f"the request asks for {number} log-probabilities of prompts ({count} texts, of each token "
+                f"{1 + job.sampling.logprobs}); an answer of several texts has at most {_MOST_LOGPROBS}; ask for fewer "
+                f"texts or logprobs at once, or leave out echo.",
                 param="logprobs",
                 code="too_many_logprobs",
             )

@@ -82,20 +82,50 @@ def test_a_mistake_of_our_own_is_told_in_the_streams_last_event_and_to_the_log()
     asyncio.run(main())
 
 
+def test_what_cannot_be_told_with_what_was_made_is_told_without_it() -> None:
+    async def events() -> Any:
+        yield b"data: 1\n\n"
+        raise ValueError("a mistake")
+
+    def failure_event(error: ApiError) -> bytes:
+        raise ValueError("another")
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope: dict[str, Any] = {"type": "http"}
+        begin_log(scope, "name")
+        deadline = asyncio.get_running_loop().time() + 60
+        stream = EventStream(events(), AsyncExitStack(), deadline=deadline, failure_event=failure_event)
+        with pytest.raises(ValueError, match="a mistake"):
+            await asyncio.wait_for(stream(scope, receive, send), 20)
+        assert json.loads(sent[2]["body"].removeprefix(b"data: "))["error"]["type"] == "server_error"
+
+    asyncio.run(main())
+
+
 def test_a_small_answer_waits_for_no_acknowledgment() -> None:
     """Of a connection that is kept, the second answer is in two writes: head and body."""
 
     async def main() -> bool:
-        accepted: asyncio.Queue[socket.socket] = asyncio.Queue()
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            accepted.put_nowait(writer.get_extra_info("socket"))
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
 
         with listen("127.0.0.1", 0) as listener:
-            async with await asyncio.start_server(accept, sock=listener):
-                _, writer = await asyncio.open_connection(*listener.getsockname())
-                no_delay = (await accepted.get()).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                writer.close()
+            server = await asyncio.start_server(accept, sock=listener)
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            no_delay = await asyncio.wait_for(found, 20)
+            writer.close()
+            server.close()
         return bool(no_delay)
 
     assert asyncio.run(main())

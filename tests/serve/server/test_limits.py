@@ -239,15 +239,22 @@ def test_prompts_may_be_limited_below_the_model(serve_fake: Serve) -> None:
         assert complete(running, {"prompt": ["a", "b", "c"]}).json()["error"]["code"] == "too_many_texts"
 
 
-def test_log_probabilities_of_many_texts_are_limited(serve_fake: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_of_many_texts_prompts_are_limited(
+    serve_fake: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jobs, "_MOST_LOGPROBS", 100)
     with serve_fake() as running:
-        asked = {"prompt": [1] * 8, "max_tokens": 2, "echo": True, "logprobs": 4}
-        assert complete(running, {**asked, "n": 2}).status_code == 200  # (8 + 2) * 5 for each
-        for more in ({"n": 3}, {"n": 2, "max_tokens": 3}, {"n": 2, "logprobs": 5}, {"prompt": [[1] * 8, [1] * 19]}):
+        asked = {"prompt": [1] * 10, "max_tokens": 2, "echo": True, "logprobs": 4}
+        assert complete(running, {**asked, "n": 2}).status_code == 200  # 10 * 5 for each
+        for more in ({"n": 3}, {"n": 2, "logprobs": 5}, {"prompt": [[1] * 10, [1] * 11]}):
             error = complete(running, {**asked, **more}).json()["error"]
             assert error["code"] == "too_many_logprobs" and "at most 100; ask for fewer" in error["message"]
-        for fewer in ({"n": 3, "echo": False}, {"n": 3, "logprobs": None}, {"prompt": [1] * 30}):
+        for fewer in (
+            {"n": 2, "max_tokens": 9},
+            {"n": 3, "echo": False},
+            {"n": 3, "logprobs": None},
+            {"prompt": [1] * 30},
+        ):
             assert complete(running, {**asked, **fewer}).status_code == 200
 
 
