@@ -21,8 +21,8 @@ from moesaic.serve.server.metrics import Metrics
 from moesaic.serve.server.requests import CompletionBody, ConversationBody, Prompt
 from moesaic.serve.server.tool_calls import ToolCallReader
 
-# Log-probabilities of prompts in an answer of several texts: some 25 MB, for whose half a second everybody waits. (Those
-# of generated tokens take longer to come.)
+# Log-probabilities of prompts in an answer of several texts: some 25 MB, for whose half a second everybody waits.
+# (Those of generated tokens take longer to come.)
 _MOST_LOGPROBS = 1 << 20
 
 
