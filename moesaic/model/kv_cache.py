@@ -65,6 +65,10 @@ class KVCache(Protocol):
         """
         ...
 
+    def retract(self, length: int) -> None:
+        """Forget the last `length` positions: of a pass that could not be computed."""
+        ...
+
 
 class BatchCache:
     """The cache of sequences of equal length, with all the memory it will need from the start."""
@@ -97,3 +101,7 @@ class BatchCache:
             self._starts = torch.arange(0, length * (batch_size + 1), length, dtype=torch.int32)
         lengths = torch.full((batch_size,), end, dtype=torch.int32)
         return CacheStep(self._storage, PagedBatch(self._starts, lengths, self._tables))
+
+    def retract(self, length: int) -> None:
+        assert 0 <= length <= self.length, (length, self.length)
+        self.length -= length

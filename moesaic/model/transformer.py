@@ -278,6 +278,13 @@ class Transformer(nn.Module):
     def _forward_cached(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, seed: int) -> ModelOutput:
         """All new tokens end to end, whatever sequences they belong to."""
         step = cache.extend(*tokens.shape)
+        try:
+            return self._run_cached(tokens, step, valid, seed)
+        except BaseException:  # the next pass would read what this one has not written
+            cache.retract(tokens.shape[1])
+            raise
+
+    def _run_cached(self, tokens: Tensor, step: CacheStep, valid: Tensor | None, seed: int) -> ModelOutput:
         plan = self.find_plan() if valid is None else None
         if plan is not None:
             hidden = plan.run(tokens.flatten(), step.storage, step.batch).hidden

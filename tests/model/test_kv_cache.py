@@ -12,6 +12,7 @@ from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels.latent_attention import LatentStorage, read_latents, write_latents
 from moesaic.kernels.paged_attention import read_kv, write_kv
 from moesaic.model.kv_cache import BatchCache
+from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
 
 
@@ -67,6 +68,26 @@ def test_refuses_more_than_it_was_made_for() -> None:
     with pytest.raises(GenerationError, match="would hold 8 positions; it was made for 5; make it longer"):
         cache.extend(3, 4)
     assert cache.length == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_pass_that_is_refused_leaves_no_positions(packs: bool) -> None:
+    config = ModelConfig(vocab_size=5, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=16)
+    model = Transformer(config).initialize(0).eval()
+    if packs:
+        pack_transformer(model)
+    first, wrong, then = (torch.tensor([ids] * 3) for ids in ([1, 2], [3, 5, 1], [3, 4]))
+    hidden = []
+    for tries in (False, True):
+        cache = make_cache(16, model.compute_dtype)
+        model(first, cache=cache)
+        if tries:
+            with pytest.raises((GenerationError, IndexError)):
+                model(wrong, cache=cache)
+        hidden.append(model(then, cache=cache).hidden)
+        assert cache.length == 4
+    assert torch.equal(*hidden)
 
 
 LATENT = {"latent_attention": {"kv_rank": 5, "nope_head_dim": 4, "rope_head_dim": 2, "value_head_dim": 3}}
