@@ -213,6 +213,9 @@ class _Given:
         assert (batch_size, length) == (1, self._step.batch.num_tokens), (batch_size, length)
         return self._step
 
+    def retract(self, length: int) -> None:
+        """Nothing: no pass comes after this one."""
+
 
 @dataclass(frozen=True)
 class Group:

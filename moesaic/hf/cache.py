@@ -41,6 +41,7 @@ class PagedCache(Cache):
         self._sequences: list[_Sequence] = []
         self._columns = torch.ones(0, 0, dtype=torch.bool)  # (B, columns), False for padding
         self._next: CacheStep | None = None
+        self._before: tuple[list[int], Tensor] = [], self._columns  # the last prepare: lengths and columns
 
     def prepare(self, columns: Tensor) -> None:
         """Make room for the next columns (B, S) of the batch, bool on the CPU and False for padding.
@@ -64,6 +65,7 @@ class PagedCache(Cache):
                 f"prompt or lower max_new_tokens."
             )
         self._make_room(ends)
+        self._before = [sequence.length for sequence in self._sequences], self._columns
         for sequence, end in zip(self._sequences, ends, strict=True):
             sequence.length = end
         self._columns = torch.cat([self._columns, columns], 1)
@@ -81,6 +83,12 @@ class PagedCache(Cache):
         step, self._next = self._next, None
         assert step is not None and (batch_size, length) == (1, step.batch.num_tokens), (batch_size, length, step)
         return step
+
+    def retract(self, length: int) -> None:
+        """Forget what the last `prepare` made room for, whose pass could not be computed."""
+        lengths, self._columns = self._before
+        for sequence, before in zip(self._sequences, lengths, strict=True):
+            sequence.length = before
 
     def _make_room(self, ends: Sequence[int]) -> None:
         """Give each sequence blocks of its own for the positions up to its end."""

@@ -110,6 +110,18 @@ def test_sequences_share_blocks_until_one_writes() -> None:
     assert "blocks=10 of 32" in repr(mirror.cache)
 
 
+def test_a_pass_that_could_not_be_computed_is_forgotten() -> None:
+    mirror = Mirror(new_cache(), [[], []])
+    mirror.write(torch.tensor([[False, True], [True, True]]))
+    lost = torch.cat([ones(2, 40), torch.zeros(2, 1, dtype=torch.bool)], 1)
+    mirror.cache.prepare(lost)
+    mirror.cache.extend(1, 80)
+    mirror.cache.retract(80)
+    assert mirror.cache.get_seq_length() == 2
+    mirror.write(ones(2, 3))
+    mirror.check()
+
+
 def test_what_transformers_asks_of_it() -> None:
     cache = new_cache()
     assert (cache.get_seq_length(), cache.is_initialized, cache.batch_size) == (0, False, 0)
