@@ -162,6 +162,10 @@ class Sequences:
         )
         return CacheStep(self.storage, batch)
 
+    def retract(self, length: int) -> None:
+        assert length == sum(self.counts)
+        self.lengths = [after - new for after, new in zip(self.lengths, self.counts, strict=True)]
+
 
 def build(family: str, quantize: str = "bf16") -> Transformer:
     model = Transformer(ModelConfig.from_dict({**SIZES, **FAMILIES[family]}), compute_dtype=torch.bfloat16)
@@ -463,6 +467,7 @@ def test_wrong_tokens_and_positions_are_refused(kernels: str) -> None:
     sequences.counts = [2, 0, 0, 0]
     with pytest.raises(GenerationError, match="token ids from 3 to 61; ids from 0 to 60 are required"):
         model(torch.tensor([[3, 61]]), cache=sequences)
+    assert sequences.lengths == [0] * 4
     sequences.lengths = [320, 0, 0, 0]
     with pytest.raises(AssertionError):
         model(torch.tensor([[3, 6]]), cache=sequences)

@@ -127,6 +127,9 @@ class Ragged:
         starts = torch.tensor([0, *torch.tensor(self.counts).cumsum(0).tolist()], dtype=torch.int32)
         return CacheStep(self.storage, PagedBatch(starts, torch.tensor(self.lengths, dtype=torch.int32), self.tables))
 
+    def retract(self, length: int) -> None:
+        raise AssertionError("no pass is refused here")
+
 
 # Prompts beside a rest and chunks, single tokens, and everybody at once.
 STEPS = [[20, 3, 0, 1], [1, 0, 17, 1], [5, 1, 1, 0], [1, 1, 1, 1]]
