@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moesaic.serve.server import connection
-from moesaic.serve.server.connection import EventStream
+from moesaic.serve.server.connection import EventStream, encode_failure
 from moesaic.serve.server.errors import ApiError
 from moesaic.serve.server.log_fields import begin_log, log_fields
 from moesaic.serve.server.run import listen
@@ -56,39 +56,17 @@ def test_a_stream_that_is_not_read_holds_nothing_beyond_its_end(
     asyncio.run(main())
 
 
-def test_a_mistake_of_our_own_is_told_in_the_streams_last_event_and_to_the_log() -> None:
-    async def events() -> Any:
-        yield b"data: 1\n\n"
-        raise ValueError("a mistake")
-
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
-    async def main() -> None:
-        sent: list[Any] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope: dict[str, Any] = {"type": "http"}
-        begin_log(scope, "name")
-        stream = EventStream(events(), AsyncExitStack(), deadline=asyncio.get_running_loop().time() + 60)
-        with pytest.raises(ValueError, match="a mistake"):
-            await asyncio.wait_for(stream(scope, receive, send), 20)
-        assert json.loads(sent[2]["body"].removeprefix(b"data: "))["error"]["type"] == "server_error"
-        assert sent[3] == {"type": "http.response.body", "body": b"", "more_body": False}
-        assert log_fields(scope).values["error_status"] == 500
-
-    asyncio.run(main())
-
-
-def test_what_cannot_be_told_with_what_was_made_is_told_without_it() -> None:
+@pytest.mark.parametrize("can_tell", [True, False])
+def test_a_mistake_of_our_own_is_told_in_the_streams_last_event_and_to_the_log(can_tell: bool) -> None:
     async def events() -> Any:
         yield b"data: 1\n\n"
         raise ValueError("a mistake")
 
     def failure_event(error: ApiError) -> bytes:
-        raise ValueError("another")
+        """Of an answer that tells what was made so far, which may be what could not be written."""
+        if not can_tell:
+            raise ValueError("another")
+        return encode_failure(error)
 
     async def receive() -> Any:
         await asyncio.Event().wait()
@@ -106,6 +84,8 @@ def test_what_cannot_be_told_with_what_was_made_is_told_without_it() -> None:
         with pytest.raises(ValueError, match="a mistake"):
             await asyncio.wait_for(stream(scope, receive, send), 20)
         assert json.loads(sent[2]["body"].removeprefix(b"data: "))["error"]["type"] == "server_error"
+        assert sent[3] == {"type": "http.response.body", "body": b"", "more_body": False}
+        assert log_fields(scope).values["error_status"] == 500
 
     asyncio.run(main())
 
