@@ -85,8 +85,9 @@ class PagedCache(Cache):
         return step
 
     def retract(self, length: int) -> None:
-        """Forget what the last `prepare` made room for, whose pass could not be computed."""
+        """Forget what the last `prepare` made room for, `length` tokens in all, whose pass could not be computed."""
         lengths, self._columns = self._before
+        assert sum(sequence.length for sequence in self._sequences) - sum(lengths) == length, (lengths, length)
         for sequence, before in zip(self._sequences, lengths, strict=True):
             sequence.length = before
 

@@ -151,8 +151,10 @@ class Trainer:
         # A run that has a checkpoint of its own is resumed from it, whether or not the first run is still there.
         if config.init_from is not None and not (resume and has_checkpoints(run_folder)):
             self.initial = InitialRun.open(config.init_from, config.model, data=config.data.path, tokenizer=tokenizer)
+        # With the first run's chat template, which the data's may have come without.
+        own_tokenizer = tokenizer if self.initial is None else self.initial.tokenizer
         if not resume:
-            self._check_own_tokenizer(tokenizer if self.initial is None else self.initial.tokenizer)
+            self._check_own_tokenizer(own_tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size ({config.model.vocab_size}) is less than the {tokenizer.vocab_size} tokens of "
@@ -186,7 +188,7 @@ class Trainer:
         self.objective.open(RunStart(self.tokens, state, shards, self.device, run_folder))
         if state is None:
             self.objective.initialize(self.model)
-        self._write_folder(tokenizer)
+        self._write_folder(own_tokenizer)
         limits = measure_limits(device=self.device.type)
         rate = limits.bf16_flops_per_second if config.precision == "bf16" else limits.fp32_flops_per_second
         self.peak_flops_per_second: float | None = rate or None
@@ -518,9 +520,8 @@ class Trainer:
     def _write_folder(self, tokenizer: Tokenizer) -> None:
         """Write what a run folder holds besides checkpoints and metrics; every file is replaced whole."""
         try:
-            if self.initial is not None:  # with its chat template, which the data's may have come without
-                tokenizer = self.initial.tokenizer
-            if self.initial is not None or self.config.init_from is None or not self._has_tokenizer():
+            is_its_own = self.initial is not None or self.config.init_from is None
+            if is_its_own or not (self.run_folder / TOKENIZER_NAME).is_file():
                 tokenizer.save(self.run_folder)
             write_provenance(
                 self.run_folder,
@@ -534,9 +535,6 @@ class Trainer:
             write_config(self.config, self.run_folder / "config.yaml")
         except OSError as error:
             raise self._unwritable(error) from None
-
-    def _has_tokenizer(self) -> bool:
-        return (self.run_folder / TOKENIZER_NAME).is_file()
 
     def _resume(self) -> dict[str, Any] | None:
         """Go on from the last good checkpoint; return the objective's state there, None where there is none yet."""

@@ -76,7 +76,7 @@ export const CHARTS = [
     id: "prompt",
     title: "Prompts read",
     unit: "tokens/s",
-    lines: ["computed", "from the cache"],
+    lines: ["computed", "cached"],
     points: (history) =>
       history.rates((stats) => [stats.num_prompt_tokens - stats.num_cached_tokens, stats.num_cached_tokens]),
   },
