@@ -10,6 +10,7 @@ import typer
 
 from moesaic.cli.console import open_console
 from moesaic.cli.lists import expert_counts
+from moesaic.cli.start import loading_modules
 from moesaic.cli.training import print_end, print_run, result_values, run_shown
 
 if TYPE_CHECKING:
@@ -68,12 +69,13 @@ def distill(
 
     Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
     """
-    from moesaic.config.load import with_options
-    from moesaic.distill.report import try_report
-    from moesaic.distill.run import make_trainer, resumed_config, student_config
-    from moesaic.errors import ConfigError
-    from moesaic.logs import log_to_stderr
-    from moesaic.report.terminal import TrainingDisplay
+    with loading_modules():
+        from moesaic.config.load import with_options
+        from moesaic.distill.report import try_report
+        from moesaic.distill.run import make_trainer, resumed_config, student_config
+        from moesaic.errors import ConfigError
+        from moesaic.logs import log_to_stderr
+        from moesaic.report.terminal import TrainingDisplay
 
     log_to_stderr()
     options = {

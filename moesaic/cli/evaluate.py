@@ -9,6 +9,7 @@ import typer
 
 from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
+from moesaic.cli.start import loading_modules
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -111,14 +112,15 @@ def evaluate(
 
     Example: moesaic evaluate runs/first runs/second --tasks lambada,piqa --tasks-data eval --limit 200
     """
-    from moesaic.checkpoint.store import resolve_checkpoint
-    from moesaic.data.sources import TEXT_FIELD
-    from moesaic.evaluate.batched import BatchedScorer
-    from moesaic.evaluate.perplexity import measure_perplexity, text_windows
-    from moesaic.evaluate.run import TaskSettings, run_domains, run_tasks
-    from moesaic.logs import log_to_stderr
-    from moesaic.model.load import load_run
-    from moesaic.serve.scorer import EngineScorer
+    with loading_modules():
+        from moesaic.checkpoint.store import resolve_checkpoint
+        from moesaic.data.sources import TEXT_FIELD
+        from moesaic.evaluate.batched import BatchedScorer
+        from moesaic.evaluate.perplexity import measure_perplexity, text_windows
+        from moesaic.evaluate.run import TaskSettings, run_domains, run_tasks
+        from moesaic.logs import log_to_stderr
+        from moesaic.model.load import load_run
+        from moesaic.serve.scorer import EngineScorer
 
     _check_options(
         text=(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.start import loading_modules
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ def generate(
 
     Example: moesaic generate runs/first --prompt "The state of the Union" --max-new-tokens 60
     """
-    from moesaic.data.sources import mend_text
-    from moesaic.logs import log_to_stderr
-    from moesaic.model.generate import stream
-    from moesaic.model.load import load_run
+    with loading_modules():
+        from moesaic.data.sources import mend_text
+        from moesaic.logs import log_to_stderr
+        from moesaic.model.generate import stream
+        from moesaic.model.load import load_run
 
     log_to_stderr()
     prompt = mend_text(_read_prompt() if prompt is None else prompt)  # a command line need not be UTF-8

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.cli.start import loading_modules
+
 if TYPE_CHECKING:
     from moesaic.quickstart.life import QuickstartResult
 
@@ -30,9 +32,10 @@ def quickstart(
     from rich.console import Console
     from rich.markup import escape
 
-    from moesaic.logs import log_to_stderr
-    from moesaic.quickstart import life
-    from moesaic.report.terminal import TrainingDisplay
+    with loading_modules():
+        from moesaic.logs import log_to_stderr
+        from moesaic.quickstart import life
+        from moesaic.report.terminal import TrainingDisplay
 
     if as_json:
         result = life.quickstart(output, short=short, device=device)

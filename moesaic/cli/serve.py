@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from moesaic.cli.start import loading_modules
+
 
 def serve(
     run: Annotated[str, typer.Argument(metavar="RUN", help="RUN (its best checkpoint) or RUN@step.")],
@@ -36,7 +38,8 @@ def serve(
     options = {"server.host": ("--host", host), "server.port": ("--port", port)}
     resolved = load_serve_config(config, with_options(assignments or [], options))
     try:
-        from moesaic.serve.server.run import serve as run_server
+        with loading_modules():
+            from moesaic.serve.server.run import serve as run_server
     except ImportError as error:
         raise InstallationError(
             f"a server was asked for and {error.name} cannot be imported; FastAPI, uvicorn and prometheus-client are "

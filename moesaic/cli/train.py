@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moesaic.cli.start import loading_modules
 from moesaic.cli.training import print_end, print_run, result_values, run_shown
 
 
@@ -34,10 +35,11 @@ def train(
 
     Example: moesaic train pr-moe-tiny-8-16 --data shards/ --output runs/first --set tokens=2e6
     """
-    from moesaic.config.load import load_train_config, with_options
-    from moesaic.logs import log_to_stderr
-    from moesaic.report.terminal import TrainingDisplay
-    from moesaic.train.loop import Trainer
+    with loading_modules():
+        from moesaic.config.load import load_train_config, with_options
+        from moesaic.logs import log_to_stderr
+        from moesaic.report.terminal import TrainingDisplay
+        from moesaic.train.loop import Trainer
 
     log_to_stderr()
     settings = with_options(assignments or [], {"data.path": ("--data", data)})

@@ -836,7 +836,7 @@ def write_config_keys(rules: Sequence[KeyRule], config: ModelConfig, harmless: f
     try:
         back = read_config(rules, Keys(theirs, "the config written"), harmless)
     except ConversionError as error:
-        raise Inexpressible(str(error)) from None
+        raise Inexpressible(str(error).partition("; ")[0]) from None  # what it is, without what to do
     different = differences(config, back)
     if different:
         names = {each.partition(" of layer ")[0].partition(" = ")[0] for each in different}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.config.model import FeedForwardConfig, ModelConfig
+from moesaic.kernels import products
 from moesaic.kernels.activation import activate_gated, is_gated, mlp
 from moesaic.kernels.packed import PackedMlp, packed_mlp, packed_moe
 from moesaic.model.linear import Linear
@@ -41,19 +42,20 @@ class Mlp(nn.Module):
             return packed_mlp(x, self.packed)
         if not all(type(layer) is Linear for layer in (self.gate_proj or self.up_proj, self.up_proj, self.down_proj)):
             return self._forward_by_layers(x)
+        dtype = products.autocast_dtype(x)  # all of one, also for torch.cat, which autocast does not let mix two halves
         up: Tensor = self.up_proj.weight
         up_bias: Tensor | None = self.up_proj.bias
         if self.gate_proj is not None:
-            up = torch.cat([self.gate_proj.weight.to(x.dtype), up.to(x.dtype)])
+            up = torch.cat([self.gate_proj.weight.to(dtype), up.to(dtype)])
             if up_bias is not None and self.gate_proj.bias is not None:
-                up_bias = torch.cat([self.gate_proj.bias, up_bias])
+                up_bias = torch.cat([self.gate_proj.bias.to(dtype), up_bias.to(dtype)])
         down_bias = self.down_proj.bias
         return mlp(
             x,
-            up.to(x.dtype),
-            None if up_bias is None else up_bias.to(x.dtype),
-            self.down_proj.weight.to(x.dtype),
-            None if down_bias is None else down_bias.to(x.dtype),
+            up.to(dtype),
+            None if up_bias is None else up_bias.to(dtype),
+            self.down_proj.weight.to(dtype),
+            None if down_bias is None else down_bias.to(dtype),
             self.activation,
         )
 

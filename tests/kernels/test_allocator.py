@@ -23,10 +23,14 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if not key.startswith(dropped)}, **more}
 
 
-def run_python(code: str, **environment: str) -> Any:
+def run_python(code: str, *arguments: str, **environment: str) -> Any:
     """Run code in a process of its own, since malloc's settings belong to a process; it prints one JSON value."""
     result = subprocess.run(
-        [sys.executable, "-c", code], env=clean_environment(**environment), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *arguments],
+        env=clean_environment(**environment),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(result.stdout)
 
@@ -55,6 +59,31 @@ def test_freed_blocks_stay_after_tuning_and_tuning_costs_no_memory() -> None:
     # The reservation of gigabytes for huge pages is address space only: Python alone is about 15 MB.
     assert seen["peak_kib"] < 64 << 10
     assert not seen["torch"]
+
+
+@needs_glibc
+@pytest.mark.skipif(allocator.huge_pages_mode() != "madvise", reason="not in the mode madvise")
+@pytest.mark.parametrize(("is_loaded", "on_small_pages"), [(False, 128 << 20), (True, 0)])
+def test_huge_pages_begin_behind_what_modules_take(is_loaded: bool, on_small_pages: int) -> None:
+    code = """
+import json, re, sys
+if sys.argv[-1] == "loaded":
+    sys.modules["torch"] = None
+from moesaic.kernels import allocator
+end = allocator._heap_range()[1]
+size = allocator.tune_allocator().huge_page_bytes
+starts, start = [], None
+for line in open("/proc/self/smaps"):
+    if line.endswith("[heap]\\n"):
+        start = int(line.partition("-")[0], 16)
+    elif line.startswith("VmFlags:"):
+        starts += [start] if start is not None and "hg" in line.split() else []
+        start = None
+print(json.dumps([size, min(starts) - end]))
+"""
+    size, before = run_python(code, "loaded" if is_loaded else "not")
+    assert size > 1 << 30
+    assert 0 <= before - on_small_pages + (1 << 20) < 4 << 20
 
 
 @needs_glibc

@@ -630,3 +630,15 @@ def test_trains_under_autocast(moe: dict[str, Any] | None, dtype: torch.dtype) -
         assert mine.dtype == theirs.dtype == torch.float32
         # Activations are in dtype throughout two layers; a token near a tie may choose another expert.
         assert (mine - theirs).norm() < 0.1 * theirs.norm() + 1e-6
+
+
+def test_a_model_of_one_half_precision_runs_under_autocast_to_the_other() -> None:
+    """A residual stream that is scaled stays in the model's own dtype; layers take it as autocast has it."""
+    values = {"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    model = Transformer(ModelConfig.from_dict({**values, "residual_scale": 0.5})).initialize(0)
+    tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+    wanted = model(tokens).hidden
+    for own, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
+        model.compute_dtype = own
+        with torch.autocast("cpu", dtype=other):
+            assert (model(tokens).hidden.float() - wanted).norm() < 0.02 * wanted.norm()
