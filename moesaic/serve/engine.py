@@ -55,6 +55,8 @@ class _Text:
     stop_reason: str | int | None = None
     message: str | None = None
     is_refused: bool = False
+    takes_drafts: bool = True
+    has_drafted: bool = False
 
     @property
     def num_generated(self) -> int:
@@ -77,6 +79,7 @@ class _Work:
     first_logits: int
     tokens: list[GeneratedToken] = field(default_factory=list)
     piece: str = ""
+    is_spoilt: bool = False  # by a draft whose numbers are none
 
     @property
     def inputs(self) -> Part:
@@ -191,6 +194,11 @@ class Engine:
         Raises: ConfigError or GenerationError for what this engine could never serve; nothing is changed then.
         """
         request_id = secrets.token_hex(8) if request_id is None else request_id
+        if type(priority) is not int:
+            raise ConfigError(
+                f"the priority is {priority!r} ({type(priority).__name__}); an int is required, the lower the sooner; "
+                f"give 0 for none."
+            )
         if self.has_request(request_id):
             raise ConfigError(f"the request id {request_id!r} is in use; every request needs its own; leave it out.")
         self._check_prompt(prompt, sampling)
@@ -203,7 +211,7 @@ class Engine:
         for index in range(sampling.n):
             state = SamplingState(sampling, prompt, vocab_size=vocab_size, seed=seed + index, stop_ids=stop_ids)
             sequence = Sequence(
-                tokens=list(prompt),
+                tokens=[int(token) for token in prompt],  # NumPy's are no JSON
                 num_prompt=len(prompt),
                 priority=priority,
                 arrival=self._num_arrivals,
@@ -316,7 +324,11 @@ class Engine:
         """How many tokens to draft for each sequence that generates."""
         if self._depth is None:
             return {}
-        generating = [sequence for sequence in self._scheduler.running if sequence.num_missing == 1]
+        generating = [
+            sequence
+            for sequence in self._scheduler.running
+            if sequence.num_missing == 1 and self._texts[sequence].takes_drafts
+        ]
         depth = self._depth.choose(len(generating))
         # Of the tokens that are left to a text, the last needs no draft.
         room = {each: self._texts[each].last_length - len(each.tokens) - 1 for each in generating}
@@ -422,8 +434,13 @@ class Engine:
                 return
 
     def _choose_tokens(self, work: _Work, sampler: RowSampler, decoded: Decoded) -> None:
-        """Choose a part's next token, and the ones after it as long as they are those drafted."""
+        """Choose a part's next token, and the ones after it as long as they are those drafted.
+
+        Numbers that are none may be a draft's, whose keys and values lie behind the text's own and are multiplied by 0,
+        or lay there in an earlier step.
+        """
         text, drafted = work.text, work.drafted
+        text.has_drafted |= bool(drafted)
         for number, row in enumerate(work.choosing):
             if text.finish_reason is not None:
                 return
@@ -432,6 +449,9 @@ class Engine:
                 sampled = sampler.sample(work.first_logits + number, text.state, mask)
                 piece = self._accept(text, sampled.token_id, number + 1)
             except GenerationError as error:
+                if isinstance(error, NotFiniteError) and text.has_drafted:
+                    work.is_spoilt = True
+                    return
                 text.finish_reason, text.message = "error", str(error)
                 text.is_refused = isinstance(error, RequestError)
                 return
@@ -478,7 +498,11 @@ class Engine:
             accepted = len(tokens) - 1
             sequence.tokens.extend(token.token_id for token in tokens)
             self._counts["generated"] += len(tokens)
-        self._scheduler.computed(sequence, part.num_tokens + accepted)
+        if work.is_spoilt:
+            self._scheduler.preempt(sequence)  # computed again without drafts, it tells whose numbers they are
+            text.takes_drafts = text.has_drafted = False
+        else:
+            self._scheduler.computed(sequence, part.num_tokens + accepted)
         if self._draft is not None and self._depth is not None and work.drafted:
             self._draft.settle(sequence)
             if text.finish_reason is None:  # a text that ends says nothing of the tokens behind its end
@@ -495,7 +519,7 @@ class Engine:
             text.finish_reason = "length"
         if text.finish_reason is not None:
             self._end(text, text.finish_reason)
-        elif not part.is_last:
+        elif not part.is_last or (work.is_spoilt and not tokens):
             return []
         return [self._output(text, work.piece, tuple(tokens))]
 

@@ -119,7 +119,7 @@ class Scheduler:
         num_tokens = min(sequence.num_missing, step.budget)
         while not self._reserve(sequence, sequence.num_computed + num_tokens):
             victim = self.running[-1]
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is sequence:
                 return
             if (part := step.parts.pop(victim, None)) is not None:  # it generates, and has been before a prompt
@@ -146,7 +146,7 @@ class Scheduler:
         if self._num_needed(first) - len(shared) > self.pool.num_blocks - len(kept):
             return
         while not self._has_room(first):
-            self._preempt(self.running[-1])
+            self.preempt(self.running[-1])
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence could run.
@@ -217,7 +217,8 @@ class Scheduler:
             sequence.blocks.append(block)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Take what a running sequence has computed away, and let it wait."""
         self._stop(sequence)
         self.num_preemptions += 1
         self.add(sequence)

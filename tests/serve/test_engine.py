@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from moesaic.kernels import limits, select
 from moesaic.kernels.decode import Decoded
 from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
+from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
 from moesaic.serve import expert_load
 from moesaic.serve.depth import DepthChooser
@@ -538,6 +540,49 @@ def test_drafting_changes_no_token(
         assert stats.num_accepted_tokens > 0.9 * stats.num_drafted_tokens
 
 
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("form", "kv_precision"),
+    [
+        ("fp32", "auto"),
+        pytest.param("packed-bf16", "auto", marks=needs_kernels),
+        pytest.param("packed-bf16", "int8", marks=needs_kernels),
+    ],
+)
+def test_a_drafted_token_whose_numbers_are_none_changes_nothing(
+    form: str, kv_precision: str, broken: float, make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draft likes it, the model never takes it: its keys and values lie behind the text's own."""
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, count: self.max_depth)
+
+    def with_token(embedding: float | None, output: float) -> Transformer:
+        config = ModelConfig.from_dict({**SIZES, **FAMILIES["mixtral"]})
+        model = Transformer(config, compute_dtype=torch.float32 if form == "fp32" else torch.bfloat16).initialize(0)
+        assert model.lm_head is not None
+        with torch.no_grad():
+            model.lm_head[7] *= output
+            if embedding is not None:
+                model.embedding[7] = embedding
+        return model.eval() if form == "fp32" else pack_transformer(model)
+
+    model, draft_model = with_token(broken, 0.0), with_token(None, 3.0)
+    config, texts = EngineConfig(kv_precision=kv_precision), []
+    for speculation in (None, SpeculationConfig(method="model", model="by hand", max_tokens=4)):
+        engine = Engine(
+            model, tokenizer, config.replace(speculation=speculation), draft_model=draft_model if speculation else None
+        )
+        names = [
+            engine.add_request([1, 2, 3 + seed], Sampling(seed=seed, max_tokens=40, ignore_end_of_text=True))
+            for seed in range(4)
+        ]
+        found = finish(engine)
+        texts.append([found[name, 0].ids for name in names])
+        assert all(len(ids) == 40 and 7 not in ids for ids in texts[-1])
+    assert texts[0] == texts[1] or form == "fp32"  # where several tokens of a pass are rounded otherwise than one
+    stats = engine.stats()
+    assert 0 < stats.num_preemptions <= len(names) and stats.num_drafted_tokens > stats.num_accepted_tokens
+
+
 @pytest.mark.parametrize("draft", ["ngram", "itself", "another"])
 def test_drafting_changes_no_greedy_token_whose_lead_is_more_than_rounding(
     draft: str, make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
@@ -640,6 +685,23 @@ def test_what_a_draft_had_missed_is_not_the_price_of_drafting(
     assert sum(missed) >= 3 * 60
     for num_sequences, depth, seconds in recorded:  # a token, and one that was right and is not computed yet
         assert seconds <= num_sequences * (depth + 1)
+
+
+def test_a_priority_that_is_no_number_changes_nothing(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model("dense"), tokenizer, EngineConfig(max_sequences=1))
+    name = engine.add_request([1], GREEDY)
+    for priority in (None, "high", 0.5):
+        with pytest.raises(ConfigError, match=r"the priority is .* an int is required"):
+            engine.add_request([1], GREEDY, priority=priority)  # type: ignore[arg-type]
+    assert engine.num_texts == 1
+    assert finish(engine)[name, 0].finish_reason == "length"
+
+
+def test_what_numpy_counts_with_comes_back_as_python_has_it(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model("dense"), tokenizer)
+    name = engine.add_request(list(np.array([1, 2, 3])), Sampling(max_tokens=1, prompt_logprobs=1))  # type: ignore[arg-type]
+    scores = finish(engine)[name, 0].prompt_logprobs
+    assert scores is not None and all(type(token.token_id) is int for token in scores.tokens)
 
 
 def test_a_model_that_cannot_draft_is_refused(make_model: Make, tokenizer: Tokenizer) -> None:
