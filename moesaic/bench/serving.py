@@ -117,7 +117,7 @@ async def drive(
         results = await _send_all(client, workload, requests, show)
     return ServingResult(
         name=name or model.rstrip("/").rsplit("/", 1)[-1],  # without the folder or the owner
-        url=endpoint.base,
+        url=_without_password(endpoint.base),
         model=model,
         created=created,
         workload={**describe(workload, requests), "warmup": num_warmup, "timeout_seconds": endpoint.timeout_seconds},
@@ -125,6 +125,11 @@ async def drive(
         tpot_limit_seconds=tpot_limit_seconds,
         requests=results,
     )
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _open_client(endpoint: Endpoint, transport: "httpx.AsyncBaseTransport | None") -> "httpx.AsyncClient":
@@ -296,7 +301,7 @@ class _Answer:
             choices, usage = event.get("choices"), event.get("usage")
         except (ValueError, AttributeError, RecursionError):
             raise _Failure("broken_stream", f"an event is {_shortened(data.decode('utf-8', 'replace'))!r}") from None
-        if "error" in event or not isinstance(choices, list):
+        if event.get("error") is not None or not isinstance(choices, list):
             raise _Failure("broken_stream", _shortened(json.dumps(event)))
         if isinstance(usage, dict):
             self.usage = usage

@@ -249,7 +249,7 @@ def _print_serving(result: "ServingResult") -> None:
     name = "" if result.name == result.model else f"{result.name}: "
     table = Table(title=f"{name}{result.model} at {result.url}", title_justify="left")
     for number, column in enumerate(("seconds", "mean", "p50", "p90", "p95", "p99", "most")):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if number else "left", no_wrap=True, min_width=0 if number else 18)
     for label, values in (
         ("first token (TTFT)", summary.ttft),
         ("per token (TPOT)", summary.tpot),
@@ -291,7 +291,7 @@ def _print_serving(result: "ServingResult") -> None:
 
 
 def _in_seconds(value: float) -> str:
-    return f"{value:.4f}" if value >= 1 or value == 0 else f"{value:#.3g}"
+    return f"{value:.4f}" if value < 10 else f"{value:.1f}"  # short enough to stand whole in 80 columns
 
 
 def _print_limits(limits: "Limits") -> None:

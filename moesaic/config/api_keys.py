@@ -14,7 +14,7 @@ def read_key_file(path: str | Path, named: str) -> list[str]:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # the latter of what is no UTF-8, and no path
         raise ConfigError(
             f"{named} cannot be read ({type(error).__name__}); a text file with one key per line is required; check "
             f"the path."

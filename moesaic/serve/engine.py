@@ -385,6 +385,7 @@ class Engine:
         for prompt in prompts:
             self._check_prompt(prompt, Sampling(max_tokens=0))
         vectors = [self._runner.embed(prompt, chunk=self.config.max_batch_tokens) for prompt in prompts]
+        self._counts["prompt"] += sum(len(prompt) for prompt in prompts)
         if not vectors:
             return torch.empty(0, self.model_config.hidden_size, dtype=torch.float32)
         found = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)

@@ -90,13 +90,16 @@ class Runner:
         return decoded
 
     def warm_up(self, most_tokens: int) -> None:
-        """Have kernels compiled that are otherwise at their first use, while others wait: on CUDA.
+        """Have done what is otherwise done at the first use, while others wait.
 
-        They differ with the number of a pass's new tokens, and for a context that is computed in parts. Before any
-        sequence has blocks: their contents are lost.
+        PyTorch's operators load a compiler, a second or more, for models whose pass is not one call. On CUDA kernels
+        are compiled, which differ with the number of a pass's new tokens, and for a context that is computed in parts.
+        Before any sequence has blocks: their contents are lost.
         """
         if self._device.type != "cpu":
             select.cpu_library()  # which draws tokens
+        elif self._find_plan() is None:
+            self.run([Part([0], 1, array("i", [0]))], [0])
         if not select.uses_triton(self._device):
             return
         logger.info("Preparing the kernels for this GPU; what it has not compiled yet takes some seconds.")

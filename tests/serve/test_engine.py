@@ -678,6 +678,7 @@ def test_what_a_draft_had_missed_is_not_the_price_of_drafting(
     monkeypatch.setattr(DepthChooser, "record_draft", record)
     speculation = SpeculationConfig(method="model", model="by hand")
     engine = Engine(make_model(), tokenizer, EngineConfig(speculation=speculation), draft_model=draft_model)
+    clock = 0.0  # its first pass is over
     for number in range(3):
         engine.add_request([number] * 60, GREEDY.replace(max_tokens=100))
     finish(engine)

@@ -33,8 +33,9 @@ from moesaic.serve.server.answers import TokenTexts
 from moesaic.serve.server.connection import while_connected
 from moesaic.serve.server.errors import ApiError, answer_error, json_response, json_text, refusal
 from moesaic.serve.server.gate import ApiKeys, Journal, LocalNames, WholeBody, is_local
-from moesaic.serve.server.generation import answer, deadline_of
+from moesaic.serve.server.generation import answer, deadline_of, place_for
 from moesaic.serve.server.jobs import Served, Student, check_ids, encode, read_prompts
+from moesaic.serve.server.log_fields import log_fields
 from moesaic.serve.server.metrics import Metrics, describe_experts
 from moesaic.serve.server.requests import (
     MAX_EMBEDDED_TEXTS,
@@ -179,7 +180,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(config.allowed_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's clients send a dozen of their own
             expose_headers=["X-Request-Id", "Retry-After"],
         )
         outermost_first.insert(1, cors)
@@ -239,13 +240,15 @@ def _add_generation(router: APIRouter, served: Served) -> None:
     async def embeddings(request: Request, body: EmbeddingBody) -> Response:
         """Return a vector of unit length for each text: the mean of the model's final hidden states."""
         check_model(served, body.model)
-        return await while_connected(request, _embed(served, body), deadline=deadline_of(served, request))
+        return await while_connected(request, _embed(served, request, body), deadline=deadline_of(served, request))
 
 
-async def _embed(served: Served, body: EmbeddingBody) -> Response:
+async def _embed(served: Served, request: Request, body: EmbeddingBody) -> Response:
     entries: list[str] = []
-    async with served.admission.enter():
+    async with place_for(served, request):
         prompts = await read_prompts(served, body.input, param="input", limit=MAX_EMBEDDED_TEXTS)
+        count = sum(len(prompt) for prompt in prompts)
+        log_fields(request.scope).values["prompt_tokens"] = count
         for some in _batches(prompts, served.max_embedded_tokens):  # texts that are generated step between them
             found = await served.engine.embed(some)  # (n, H)
             if body.dimensions not in (None, found.shape[1]):
@@ -258,7 +261,6 @@ async def _embed(served: Served, body: EmbeddingBody) -> Response:
                 value = base64.b64encode(vector.tobytes()).decode() if is_short else vector.tolist()
                 entries.append(json_text({"object": "embedding", "index": len(entries), "embedding": value}))
                 await asyncio.sleep(0)  # thousands of numbers took their time: others come between
-    count = sum(len(prompt) for prompt in prompts)
     rest = json_text({"model": served.name, "usage": {"prompt_tokens": count, "total_tokens": count}})
     text = f'{{"object":"list","data":[{",".join(entries)}],{rest[1:]}'
     return Response(text, media_type="application/json")

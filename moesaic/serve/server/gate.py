@@ -76,6 +76,7 @@ class Journal:
                 fields.values["client_left"] = True
             else:
                 stopping = ApiError(503, "the server stops; it takes no new requests; ask another.", code="stopping")
+                fields.values["error"] = stopping.code
                 await error_response(stopping)(scope, receive, send_named)
         except Exception as error:  # our own fault: the client gets an answer, the log where it happened
             # The exception's text may quote what the client sent; its place does not.
@@ -102,7 +103,8 @@ class Journal:
             known = "other"
         if "client_left" in fields.values or not status:
             status = 499  # as it left, or before its request was whole
-        self._metrics.request_ended(known, fields.values.get("error_status", status), seconds)
+        has_worked = "queue_seconds" in fields.values
+        self._metrics.request_ended(known, fields.values.get("error_status", status), seconds if has_worked else None)
         client = scope.get("client")
         level = logging.DEBUG if path in _POLLED_PATHS and status == 200 else logging.INFO
         if "exception" in fields.values:
@@ -201,7 +203,8 @@ class WholeBody:
         """Return the body, None where the client left before its end. Raises: ApiError 413, 408."""
         claimed = Headers(scope=scope).get("content-length", "0")
         if claimed.isdigit() and len(claimed) < 20 and int(claimed) > self._max_bytes:
-            if int(claimed) <= _DISCARDED_BYTES:  # more would not be read to its end anyway
+            is_asking = Headers(scope=scope).get("expect", "").lower() == "100-continue"  # it has sent nothing yet
+            if int(claimed) <= _DISCARDED_BYTES and not is_asking:  # more would not be read to its end anyway
                 await self._discard(receive)
             raise self._too_large(int(claimed))
         pieces, size = [], 0

@@ -8,8 +8,8 @@ import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,7 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
     async with AsyncExitStack() as stack:
 
         async def begin() -> "_Answer":
-            before = time.perf_counter()
-            await stack.enter_async_context(served.admission.enter(body.priority or 0))
-            queue_seconds = time.perf_counter() - before
-            served.metrics.waited(queue_seconds)
-            log_fields(request.scope).values["queue_seconds"] = round(queue_seconds, 4)
+            await stack.enter_async_context(place_for(served, request, body.priority or 0))
             job = await understand(served, body)
             name = f"{_NAMES[job.kind]}{secrets.token_hex(12)}"
             compiled = None
@@ -58,9 +54,13 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
             generation = await served.engine.submit(job.prompts, job.sampling, priority=job.priority)
             del compiled  # until here the engine found it, however many others were compiled meanwhile
             await stack.enter_async_context(generation)
+            made: _Answer
             if isinstance(body, ResponsesBody):
-                return _ItemsAnswer(served, job, name, generation, arrival, request, body=body)
-            return _ChoicesAnswer(served, job, name, generation, arrival, request)
+                made = _ItemsAnswer(served, job, name, generation, arrival, request, body=body)
+            else:
+                made = _ChoicesAnswer(served, job, name, generation, arrival, request)
+            stack.callback(made.log_counts)  # however it ends
+            return made
 
         async def finish() -> Response:
             made = await begin()
@@ -71,6 +71,24 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
         made = await while_connected(request, begin(), deadline=deadline)
         return EventStream(made.events(), stack.pop_all(), deadline=deadline, failure_event=made.failure_event)
     raise AssertionError("unreachable: the stack swallows nothing")
+
+
+@asynccontextmanager
+async def place_for(served: Served, request: Request, priority: int = 0) -> AsyncIterator[None]:
+    """Wait for a request's turn, and count how long. Raises: ApiError where the queue is full."""
+    before, waited = time.perf_counter(), True
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(served.admission.enter(priority))
+        except ApiError:
+            waited = False
+            raise
+        finally:  # who leaves has waited too
+            if waited:
+                queue_seconds = time.perf_counter() - before
+                served.metrics.waited(queue_seconds)
+                log_fields(request.scope).values["queue_seconds"] = round(queue_seconds, 4)
+        yield
 
 
 async def _compile(served: Served, grammar: Grammar, *, param: str) -> CompiledGrammar:
@@ -200,17 +218,20 @@ class _Answer(ABC):
             self._served.metrics.text_ended((clock.last - clock.first) / (clock.num_tokens - 1))
 
     def _total_usage(self) -> Usage:
-        total = Usage(
+        return Usage(
             prompt_tokens=sum(each.prompt_tokens for each in self._usage),
             cached_tokens=sum(each.cached_tokens for each in self._usage),
             completion_tokens=sum(self._completion_tokens),
         )
+
+    def log_counts(self) -> None:
+        """Tell the log how far the texts came, and why they ended."""
+        total, reasons = self._total_usage(), {choice.finish_reason for choice in self._choices}
         log_fields(self._request.scope).values |= {
             "prompt_tokens": total.prompt_tokens,
             "completion_tokens": total.completion_tokens,
-            "finish_reasons": sorted({str(choice.finish_reason) for choice in self._choices}),
+            "finish_reasons": sorted(reason for reason in reasons if reason is not None),
         }
-        return total
 
 
 class _ChoicesAnswer(_Answer):

@@ -17,8 +17,6 @@ _TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 _WHOLE_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120)
 _RECENT = 512
-# Where the engine works and durations say something; the others answer at once and would drown these.
-_WORKING_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 # An expert is hot above this multiple of its layer's mean.
 _HOT = 2.0
 
@@ -38,15 +36,17 @@ class Metrics:
                                  _FIRST_TOKEN_BUCKETS)  # fmt: skip
         self._token = _histogram("time_per_output_token", "Between the tokens of a text, its mean.", self.registry,
                                  _TOKEN_BUCKETS)  # fmt: skip
-        self._whole = _histogram("request", "From a request's arrival to its end.", self.registry, _WHOLE_BUCKETS)
+        self._whole = _histogram("request", "From a request's arrival to its end, of those whose turn came.",
+                                 self.registry, _WHOLE_BUCKETS)  # fmt: skip
         self._queue = _histogram("queue", "A request waits for its turn before the engine.", self.registry,
                                  _QUEUE_BUCKETS)  # fmt: skip
         self._gauges = _EngineGauges()
         self.registry.register(self._gauges)
 
-    def request_ended(self, path: str, status: int, seconds: float) -> None:
+    def request_ended(self, path: str, status: int, seconds: float | None) -> None:
+        """seconds: None for what was answered before its turn came; such durations would drown the others."""
         self._requests.labels(path, str(status)).inc()
-        if path in _WORKING_PATHS:
+        if seconds is not None:
             self._whole.observe(seconds)
 
     def waited(self, seconds: float) -> None:
@@ -105,7 +105,11 @@ class _EngineGauges:
             yield GaugeMetricFamily(f"moesaic_{name}", help_text, value=float(value))
         for name, help_text, count in (
             ("steps", "Forward passes.", stats.num_steps),
-            ("prompt_tokens", "Tokens of prompts, cached ones included.", stats.num_prompt_tokens),
+            (
+                "prompt_tokens",
+                "Tokens of prompts, of each of n texts, cached ones included.",
+                stats.num_prompt_tokens,
+            ),
             ("cached_tokens", "Tokens of prompts whose keys and values were there.", stats.num_cached_tokens),
             ("generated_tokens", "New tokens.", stats.num_generated_tokens),
             ("preemptions", "Texts that had to give their blocks up.", stats.num_preemptions),

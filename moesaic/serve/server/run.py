@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -57,6 +58,7 @@ def serve(
     with ExitStack() as stack:
         # Before the model, which may take long to load.
         listener = stack.enter_context(listen(config.server.host, config.server.port))
+        end_stalled(listener, config.server.request_timeout_seconds)
         allow_connections(config.server)
         _warn_if_open(config.server, has_keys=bool(keys))
         loaded = load_run(run, device=device, precision=precision, packed_file="write")
@@ -164,12 +166,13 @@ class DrainingServer(uvicorn.Server):
         try:
             await asyncio.wait_for(admission.drained(), self._served.config.drain_seconds)
         except TimeoutError:
-            logger.warning(
-                "%d requests had not finished after drain_seconds (%g); they are ended; raise server.drain_seconds to "
-                "give them longer.",
-                admission.num_inside + admission.num_waiting,
-                self._served.config.drain_seconds,
-            )
+            if left := admission.num_inside + admission.num_waiting:
+                logger.warning(
+                    "%d requests had not finished after drain_seconds (%g); they are ended; raise server.drain_seconds "
+                    "to give them longer.",
+                    left,
+                    self._served.config.drain_seconds,
+                )
             await self._served.engine.stop()
         self.should_exit = True
 
@@ -204,13 +207,21 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # the last two of what is no name of a host at all
         listener.close()
+        why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"server.host {host} and port {port} cannot be listened on ({error.strerror or error}); an address of this "
+            f"server.host {host!r} and port {port} cannot be listened on ({why}); an address of this "
             f"machine and a free port are required; choose another port, or 0 for any."
         ) from None
     return listener
+
+
+def end_stalled(listener: socket.socket, seconds: float) -> None:
+    """Have the system end connections whose client takes nothing of what is sent to it for so long, where it can."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections have what the listening socket has
+        milliseconds = min(math.ceil(seconds * 1000), 2**31 - 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def _student_name(config: OverloadConfig, name: str) -> str:
