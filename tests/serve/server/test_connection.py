@@ -1,18 +1,21 @@
 """Streams to clients that do not read."""
 
 import asyncio
+import contextlib
 import json
 import socket
+import time
 from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 
+from moesaic.errors import ConfigError
 from moesaic.serve.server import connection
 from moesaic.serve.server.connection import EventStream, encode_failure
 from moesaic.serve.server.errors import ApiError
 from moesaic.serve.server.log_fields import begin_log, log_fields
-from moesaic.serve.server.run import listen
+from moesaic.serve.server.run import end_stalled, listen
 
 
 @pytest.mark.parametrize("num_read", range(4))  # messages that the client reads
@@ -109,6 +112,29 @@ def test_a_small_answer_waits_for_no_acknowledgment() -> None:
         return bool(no_delay)
 
     assert asyncio.run(main())
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux ends such connections by itself")
+def test_a_connection_whose_client_takes_nothing_ends() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.socket() as client:
+        end_stalled(listener, 1.5)
+        listener.listen()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listener.getsockname())
+        connection, _ = listener.accept()
+        with connection:
+            connection.setblocking(False)
+            with pytest.raises(TimeoutError):  # by the system; BlockingIOError until then
+                for _ in range(600):
+                    with contextlib.suppress(BlockingIOError):
+                        connection.send(b" " * 65536)
+                    time.sleep(0.05)
+
+
+@pytest.mark.parametrize("host", ["a\0b", "ü" * 70, "256.1.1.1"])
+def test_what_is_no_host_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be listened on"):
+        listen(host, 0)
 
 
 def test_a_stream_that_the_server_ended_is_no_client_that_left() -> None:

@@ -168,6 +168,18 @@ def test_a_claim_of_more_than_would_be_read_is_refused_at_once(
             assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+def test_who_asks_before_sending_a_large_body_is_refused_at_once(
+    serve_fake: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesaic.serve.server.gate._DISCARD_SECONDS", 600.0)
+    with serve_fake(max_body_bytes=1000) as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\n"
+            connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "expected"), [(1024, 65_536, 5376), (1024, 2048, 2048), (10_000, 65_536, None), (-1, -1, None)]
 )
@@ -391,6 +403,29 @@ def test_every_request_has_a_name_and_a_line_without_its_text(serve_fake: Serve)
         assert "secret" not in "".join(lines)
 
 
+def test_a_line_has_counts_however_the_answer_was_given(serve_fake: Serve) -> None:
+    with serve_fake(request_timeout_seconds=2) as running, log_lines() as lines:
+        complete(running, {"prompt": [1, 2, 3], "max_tokens": 2, "stream": True})
+        httpx.post(f"{running.url}/v1/embeddings", json={"input": [[1, 2, 3, 4]]})
+        assert complete(running, {**ENDLESS, "prompt": [1, 2]}).status_code == 504
+        until(lambda: len(lines) == 3)
+        stream, embedding, late = map(json.loads, lines)
+        assert (stream["prompt_tokens"], stream["completion_tokens"], stream["finish_reasons"]) == (3, 2, ["length"])
+        assert embedding["prompt_tokens"] == 4 and embedding["queue_seconds"] >= 0
+        assert late["prompt_tokens"] == 2 and late["completion_tokens"] > 0 and late["finish_reasons"] == []
+        assert all(line["queue_seconds"] >= 0 for line in (stream, embedding, late))
+
+
+def test_durations_are_of_what_had_its_turn(serve_fake: Serve) -> None:
+    with serve_fake(keys=("k",)) as running:
+        key = {"Authorization": "Bearer k"}
+        assert complete(running).status_code == 401
+        assert httpx.get(f"{running.url}/v1/completions", headers=key).status_code == 405
+        assert complete(running, headers=key).status_code == 200
+        text = httpx.get(f"{running.url}/metrics", headers=key).text
+        assert "moesaic_request_seconds_count 1.0" in text and "moesaic_queue_seconds_count 1.0" in text
+
+
 def test_without_a_compiler_grammars_are_refused(serve_fake: Serve) -> None:
     with serve_fake() as running:
         response = complete(running, {"prompt": "x", "grammar": {"kind": "json_object"}})
@@ -417,7 +452,7 @@ def test_the_page_and_its_policy(serve_fake: Serve, tmp_path: Path) -> None:
 
 def test_other_origins_may_ask_only_where_the_config_says(serve_fake: Serve) -> None:
     asks = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization"}  # fmt: skip
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}  # fmt: skip
     with serve_fake(keys=("k",)) as running:
         response = httpx.options(f"{running.url}/v1/completions", headers=asks)
         assert "access-control-allow-origin" not in response.headers
