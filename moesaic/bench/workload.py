@@ -112,7 +112,11 @@ class Workload:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ConfigError(f"{name} is {count}; at least 1 is required; raise it.")
-        for name, number, most in (("rate", self.rate, 1e6), ("scale_lengths", self.scale_lengths, 1e3)):
+        for name, number, most in (
+            ("num_requests", self.num_requests, 1e7),
+            ("rate", self.rate, 1e6),
+            ("scale_lengths", self.scale_lengths, 1e3),
+        ):
             if number is not None and not 0 < number <= most:
                 raise ConfigError(f"{name} is {number}; more than 0, and at most {most:g}, is required; change it.")
         for name, ends in drawn.items():

@@ -112,6 +112,8 @@ def open_mapped(path: Path, *, key: str) -> MappedFile:
     Raises: CheckpointError for a file that is missing, truncated, damaged in its header, or made of something else.
     """
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would be to wait for ever
+            raise ValueError("it is no ordinary file")
         with path.open("rb", buffering=0) as file:
             size = path.stat().st_size
             header, start = _read_header(file, size)

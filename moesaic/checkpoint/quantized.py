@@ -49,6 +49,8 @@ def is_quantized(info: CheckpointInfo) -> bool:
 def describe_quantization(info: CheckpointInfo) -> str:
     """Return for example "experts int4, rest int8"; only for a quantised checkpoint."""
     record = info.metadata[KEY]
+    if not isinstance(record, dict) or not {"experts", "rest"} <= record.keys():
+        raise _unsaid(info, record)
     return f"experts {record['experts']}, rest {record['rest']}" if record["experts"] else str(record["rest"])
 
 
@@ -86,18 +88,27 @@ def quantization_schemes(info: CheckpointInfo) -> dict[str, Scheme]:
 
     Raises: CheckpointError for a manifest that does not say it, and for integers of another format.
     """
+    from moesaic.kernels.quantized import GROUP_SIZES
+
     _check_format(info)
     try:
         matrices = info.metadata.get(KEY, {}).get("matrices", {})
-        return {
+        schemes = {
             name: Scheme(int(each["bits"]), each["group_size"], each.get("is_mxfp4", False))
             for name, each in matrices.items()
         }
+        if wrong := [each for each in schemes.values() if each.group_size not in (None, *GROUP_SIZES)]:
+            raise ValueError(f"group_size {wrong[0].group_size!r}")
+        return schemes
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{info.path} does not say how its matrices are quantised ({error!r}); bits and group_size of each are "
-            f"required; quantise the run again."
-        ) from None
+        raise _unsaid(info, error) from None
+
+
+def _unsaid(info: CheckpointInfo, found: object) -> CheckpointError:
+    return CheckpointError(
+        f"{info.path} does not say how its matrices are quantised ({found!r}); bits and group_size of each are "
+        f"required; quantise the run again."
+    )
 
 
 def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[str, QuantizedWeight]":

@@ -161,13 +161,18 @@ def read_info(path: Path) -> CheckpointInfo:
                 f"{path} has format version {version}; this moesaic reads {FORMAT_VERSION}; use the moesaic that wrote "
                 f"it."
             )
-        return CheckpointInfo(path, int(manifest["step"]), dict(manifest["metadata"]), dict(manifest["files"]))
+        info = CheckpointInfo(path, int(manifest["step"]), dict(manifest["metadata"]), dict(manifest["files"]))
+        if not all(isinstance(each["bytes"], int) and isinstance(each["sha256"], str) for each in info.files.values()):
+            raise ValueError("a file's bytes and sha256 are a number and a text")
+        if not isinstance(info.validation_loss, int | float | None):
+            raise ValueError("a validation loss is a number")
+        return info
     except PermissionError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); its user or a readable folder is required; check its "
             f"permissions."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path} has no readable manifest.json ({error!r}); a complete checkpoint is required; delete the "
             f"folder or use another step."
@@ -287,6 +292,10 @@ def resolve_checkpoint(run: str | Path) -> CheckpointInfo:
 
     Raises: CheckpointError when there is no such run or step.
     """
+    if not str(run).strip():
+        raise CheckpointError(
+            "an empty name is given for a run; a run folder is required; name one, . for this folder."
+        )
     folder, step_text = split_run(run)
     if folder != Path(run) and not step_text.isdigit():
         raise CheckpointError(f"{run}: {step_text!r} is not a step; RUN@step takes a number; for example {folder}@100.")
@@ -304,6 +313,11 @@ def resolve_checkpoint(run: str | Path) -> CheckpointInfo:
     if not infos:
         if (foreign := foreign_model(folder)) is not None:
             raise CheckpointError(foreign)
+        if has_checkpoints(folder):
+            raise CheckpointError(
+                f"none of the checkpoints in {folder / 'checkpoints'} can be read (the log says why); one with a "
+                f"manifest of format {FORMAT_VERSION} is required; use the moesaic that wrote it, or restore a backup."
+            )
         raise CheckpointError(
             f"{folder} holds no checkpoint; a run folder written by `moesaic train` is required; check the path."
         )

@@ -222,7 +222,11 @@ def _examine_cpu_kernels() -> tuple[dict[str, Any], "Library | None"]:
     from moesaic.kernels.limits import cache_folder
     from moesaic.kernels.select import cpu_kernels
 
-    folder, openmp = cache_folder() / "kernels", openmp_library()
+    openmp = openmp_library()
+    try:
+        folder = cache_folder() / "kernels"
+    except DeviceError:  # no home folder, which the error below or a build says
+        folder = None
     described: dict[str, Any] = {
         "supported": supported_instruction_sets(),
         "name": None,
@@ -232,7 +236,7 @@ def _examine_cpu_kernels() -> tuple[dict[str, Any], "Library | None"]:
         "library_bytes": None,
         "has_passed_self_test": None,
         "openmp": str(openmp) if openmp else "the system's",
-        "cache_folder": str(folder),
+        "cache_folder": None if folder is None else str(folder),
     }
     library = None
     try:
@@ -246,7 +250,7 @@ def _examine_cpu_kernels() -> tuple[dict[str, Any], "Library | None"]:
             size = library.path.stat().st_size
             described.update(library=str(library.path), library_bytes=size, has_passed_self_test=True)
     try:
-        files = [path for path in folder.iterdir() if path.is_file()]
+        files = [path for path in (() if folder is None else folder.iterdir()) if path.is_file()]
         described["cache_bytes"] = sum(path.stat().st_size for path in files)
         described["cache_builds"] = sum(path.suffix == ".so" for path in files)
     except FileNotFoundError:  # nothing has been compiled
@@ -398,12 +402,12 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
             is_fatal=True,
         )
     elif kernels and kernels["supported"] and not kernels["library"] and "MOESAIC_KERNELS" not in os.environ:
-        add(
-            f"PyTorch's slower operations are used instead of the CPU kernels: {kernels['reason']}",
-            "install a compiler (g++ 11 or later; apt install g++)"
-            if findings["compiler"] is None
-            else "see what `moesaic doctor --build` says",
-        )
+        remedy = "see what `moesaic doctor --build` says"
+        if findings["compiler"] is None:
+            remedy = "install a compiler (g++ 11 or later; apt install g++)"
+        elif kernels["cache_folder"] is None:
+            remedy = "name a folder for them with XDG_CACHE_HOME; this user has no home folder"
+        add(f"PyTorch's slower operations are used instead of the CPU kernels: {kernels['reason']}", remedy)
     for built in findings["built"]:
         if built["error"] is not None:
             add(
@@ -528,7 +532,7 @@ def _table(findings: dict[str, Any]) -> "Table":
         held = "which cannot be read"
         if size is not None:
             held = f"{size / 1e6:.1f} MB of {counted(kernels['cache_builds'], 'build')}; may be deleted at any time"
-        row("kernel cache", f"{kernels['cache_folder']}, {held}")
+        row("kernel cache", f"{kernels['cache_folder']}, {held}" if kernels["cache_folder"] else "no folder for it")
         row("OpenMP", f"{kernels['openmp']}, {counted(torch['threads'], 'thread')}")
     for built in findings["built"]:
         outcome = "self-test passed" if built["error"] is None else "does not work here"

@@ -4,6 +4,7 @@ Nothing here or at the top of a verb's file imports torch, so that `moesaic --he
 """
 
 import errno
+import io
 import os
 import re
 import sys
@@ -67,6 +68,9 @@ def main(arguments: list[str] | None = None) -> Any:
     # Both before torch is loaded and allocates anything.
     spin_briefly()
     tune_allocator()
+    for stream in (sys.stdout, sys.stderr):  # a table that is cut says so by a character that few encodings have
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     try:
         return app(args=arguments)
     except MoesaicError as error:

@@ -11,7 +11,7 @@ from moesaic.checkpoint.store import write_manifest
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import ConfigError, ConversionError
+from moesaic.errors import ConfigError, ConversionError, FolderInUseError
 from moesaic.folders import FolderLock, empty_folder, writing_path
 
 
@@ -45,7 +45,11 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
     made = [parent for parent in output.parents if not parent.exists()]
     try:
         temporary = writing_path(output)
-        with FolderLock(temporary):  # which follows the folder to its new name
+        try:
+            lock = FolderLock(temporary)  # which follows the folder to its new name
+        except FolderInUseError as error:
+            raise FolderInUseError(str(error).replace(str(temporary), str(output), 1)) from None
+        with lock:
             try:
                 empty_folder(temporary)  # of a process that was killed
                 yield temporary

@@ -161,13 +161,13 @@ def quantize_run(
                 f"take them from; name a text, or leave it out."
             )
 
-        on_progress("measuring the run as it is", 0.0)
-        loaded = load_run(info.run_at_step, device="cpu")
-        windows = text_windows(loaded, text, limit_tokens=limit_tokens, text_field=field)
-        reference = record_reference(loaded.model, windows, device=loaded.device)
-        del loaded  # from here on one layer at a time
+        with folder_in_progress(output) as folder:  # first, since what takes long should not end with a path of no use
+            on_progress("measuring the run as it is", 0.0)
+            loaded = load_run(info.run_at_step, device="cpu")
+            windows = text_windows(loaded, text, limit_tokens=limit_tokens, text_field=field)
+            reference = record_reference(loaded.model, windows, device=loaded.device)
+            del loaded  # from here on one layer at a time
 
-        with folder_in_progress(output) as folder:
             on_progress("quantising", 0.0)
             weights = new_weights(folder, info.step)
             _write_tensors(path, weights, plan, config, batches, on_progress)
@@ -244,7 +244,7 @@ def calibration_batches(
         )
         return [batch.inputs for batch in loader]
     border = np.array([tokenizer.first_id], dtype=np.int32)
-    documents = read_documents(source, tokenizer, text_field=text_field)
+    documents = read_documents(source, tokenizer, text_field=text_field, vocab_size=config.model.vocab_size)
     tokens = np.concatenate([part for document in documents for part in (border, document.ids)])
     available = len(tokens) // length
     if available == 0:
@@ -492,7 +492,7 @@ def _has_own_shards(config: TrainConfig) -> bool:
 
 
 def _is_shards(source: str | Path) -> bool:
-    return (Path(source) / MANIFEST_NAME).is_file()
+    return bool(str(source).strip()) and (Path(source) / MANIFEST_NAME).is_file()
 
 
 def _absence(config: TrainConfig) -> str:

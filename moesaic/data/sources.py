@@ -99,6 +99,10 @@ def open_sources(sources: Sequence[str | Path]) -> list[Leaf]:
 
 def _open_source(source: str | Path) -> list[Leaf]:
     given = str(source)
+    if not given.strip():
+        raise DataError(
+            "an empty name is given for a text; a file, a folder or a dataset is required; name one, . for this folder."
+        )
     if given == EMBEDDED:
         return _folder_leaves(given, embedded_corpus())
     path = Path(source).expanduser()

@@ -88,7 +88,13 @@ def text_windows(
             f"{config.data.sequence_length}, which it was trained with."
         )
     return Windows(
-        read_documents(text, loaded.tokenizer, limit_tokens=limit_tokens, text_field=text_field),
+        read_documents(
+            text,
+            loaded.tokenizer,
+            limit_tokens=limit_tokens,
+            text_field=text_field,
+            vocab_size=config.model.vocab_size,
+        ),
         length=length,
         stride=max(1, length // 2) if stride is None else stride,
         first_id=loaded.tokenizer.first_id,

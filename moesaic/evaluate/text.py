@@ -40,12 +40,15 @@ def read_documents(
     split: Literal["train", "validation"] = "validation",
     limit_tokens: int | None = None,
     text_field: str = TEXT_FIELD,
+    vocab_size: int | None = None,
 ) -> list[TokenDocument]:
     """Return the documents of a source, at most limit_tokens tokens, the last one cut where that is reached.
 
-    source is whatever `moesaic prepare` reads, or a folder that it wrote, of which `split` is taken.
+    source is whatever `moesaic prepare` reads, or a folder that it wrote, of which `split` is taken. vocab_size: a
+    model's, for which a tokenizer may be too large as long as no text has ids beyond it.
 
-    Raises: DataError for a source that is missing, unreadable or empty, and for shards of another tokenizer.
+    Raises: DataError for a source that is missing, unreadable or empty, for shards of another tokenizer, and for ids
+    that the model does not have.
     """
     if limit_tokens is not None and limit_tokens < 1:
         raise ConfigError(
@@ -57,6 +60,11 @@ def read_documents(
         if left is not None and len(document.ids) > left:
             ids = document.ids[:left]
             document = TokenDocument(ids, _count_bytes(tokenizer, ids))
+        if vocab_size is not None and (largest := int(document.ids.max(initial=0))) >= vocab_size:
+            raise DataError(
+                f"{source} has token id {largest} by the run's tokenizer; ids from 0 to {vocab_size - 1} are required, "
+                f"which the model has; put the run's own tokenizer.json back, or name another text."
+            )
         documents.append(document)
         if left is not None:
             left -= len(document.ids)
@@ -70,7 +78,7 @@ def read_documents(
 def _documents(
     source: str | Path, tokenizer: Tokenizer, split: Literal["train", "validation"], text_field: str
 ) -> Iterator[TokenDocument]:
-    if (Path(source) / MANIFEST_NAME).is_file():
+    if str(source).strip() and (Path(source) / MANIFEST_NAME).is_file():
         shards = ShardSet.open(source)
         shards.check_tokenizer(tokenizer)
         for ids in _split_stream(shards.train if split == "train" else shards.validation):

@@ -161,6 +161,12 @@ def _check_fit(
 ) -> None:
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+    integers = sorted(n for n, each in tensors.items() if isinstance(each, Tensor) and not each.is_floating_point())
+    if integers:
+        raise CheckpointError(
+            f"{info.path} holds whole numbers in {integers[:3]}; weights in floating point are required; use another "
+            f"step, or restore a backup."
+        )
     if missing or extra or shapes:
         raise CheckpointError(
             f"{info.path} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}, other shapes "

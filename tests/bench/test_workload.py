@@ -231,6 +231,7 @@ def test_equal_blocks_of_a_trace_are_equal_blocks_of_prompts(trace: Any, scale: 
         ({"num_requests": 0}, "num_requests is 0"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"concurrency": None, "rate": 0.0}, "rate is 0"),
+        ({"num_requests": 10**20}, "num_requests is 1000000"),
         ({"concurrency": None, "rate": float("nan")}, "rate is nan"),
         ({"prompt_tokens": (0, 5)}, "--prompt-tokens is 0-5"),
         ({"output_tokens": (6, 5)}, "--output-tokens is 6-5"),

@@ -55,6 +55,13 @@ def test_tensors_come_back_bit_for_bit_each_on_a_page(path: Path) -> None:
     assert open_mapped(write(path.with_name("none"), {}), key="key").tensors == {}
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="it is no ordinary file"):
+        open_mapped(tmp_path / "pipe", key="key")
+
+
 def test_one_tensor_is_kept_at_a_time(tmp_path: Path) -> None:
     written: list[weakref.ref[Tensor]] = []
 

@@ -7,9 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import safetensors.torch
@@ -181,6 +181,41 @@ def test_a_file_that_is_no_safetensors_is_an_error_even_with_its_hash(tmp_path: 
         load_tensors(info, "model")
     with pytest.raises(CheckpointError, match=r"holds no teacher.safetensors; it holds model.safetensors"):
         load_tensors(info, "teacher")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda manifest: manifest["files"]["model.safetensors"].pop("sha256"),
+        lambda manifest: manifest["files"]["model.safetensors"].update(bytes="5"),
+        lambda manifest: manifest["files"].update({"model.safetensors": None}),
+        lambda manifest: manifest.update(step=float("inf")),
+        lambda manifest: manifest["metadata"].update(validation_loss="low"),
+        None,
+    ],
+)
+def test_a_manifest_that_is_damaged_is_passed_over(damage: Callable[[Any], None] | None, tmp_path: Path) -> None:
+    save(tmp_path, 30, 2.0)
+    file = save(tmp_path, 40, 1.0).path / "manifest.json"
+    text = "[" * 200_000
+    if damage is not None:
+        manifest = json.loads(file.read_text())
+        damage(manifest)
+        text = json.dumps(manifest)
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match=r"no readable manifest.json \(.*; a complete checkpoint is required"):
+        read_info(file.parent)
+    found = last_good(tmp_path)
+    assert found is not None and found[0].step == resolve_checkpoint(tmp_path).step == 30
+
+
+def test_a_run_whose_checkpoints_cannot_be_read_is_not_called_empty(tmp_path: Path) -> None:
+    file = save(tmp_path, 30).path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 2}))
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* can be read .*; one with a manifest of"):
+        resolve_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="an empty name is given for a run"):
+        resolve_checkpoint("")
 
 
 def test_a_manifest_takes_the_hashes_that_are_known_and_reads_files_for_the_others(tmp_path: Path) -> None:

@@ -250,6 +250,25 @@ def test_a_cache_folder_that_may_not_be_entered_is_said(monkeypatch: pytest.Monk
     assert any("PyTorch's slower operations" in each["problem"] for each in findings["problems"])
 
 
+@pytest.mark.skipif(not select.supported_instruction_sets(), reason="no library is built here")
+def test_without_a_home_folder_the_rest_is_still_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.kernels.limits.cache_folder", _no_home)
+    monkeypatch.setattr(build_module, "cache_folder", _no_home)
+    monkeypatch.delenv(select.VARIABLE, raising=False)
+    select._select.cache_clear()
+    try:
+        findings = examine()
+    finally:
+        select._select.cache_clear()
+    assert findings["cpu_kernels"]["cache_folder"] is None and findings["cpu_kernels"]["name"] == "reference"
+    assert "no folder for it" in " ".join(text_of(findings).split())
+    assert any("with XDG_CACHE_HOME" in each["remedy"] for each in findings["problems"])
+
+
+def _no_home() -> Path:
+    raise DeviceError("this user has no home folder; one is required; name a folder with XDG_CACHE_HOME.")
+
+
 def test_build_fails_where_nothing_can_be_built(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "moesaic", "doctor", "--build"],

@@ -1,4 +1,5 @@
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -153,6 +154,17 @@ main(["generate", sys.argv[1], "--prompt", "a"])
     done = subprocess.run([sys.executable, "-c", script, str(trained_run)], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert re.search(r"memory was refused \(\S+\.so\S* could not be loaded\); .*; raise the limit", done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "pr-moe-tiny-8-16"), ("bench", "serve", "--help")])
+def test_what_an_encoding_does_not_have_is_replaced(arguments: tuple[str, ...]) -> None:
+    """A table that is cut ends in a character that few encodings have."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "24"}
+    done = subprocess.run(
+        [sys.executable, "-m", "moesaic", *arguments], capture_output=True, check=False, env=environment, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and b"?" in done.stdout
 
 
 def test_python_m_moesaic_is_the_command() -> None:

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from moesaic.checkpoint.quantized import (
     take_quantized,
 )
 from moesaic.checkpoint.store import load_tensors, resolve_checkpoint, save_checkpoint
+from moesaic.convert.folder import folder_in_progress
 from moesaic.convert.quantize import (
     REPORT_NAME,
     QuantizationReport,
@@ -25,7 +27,7 @@ from moesaic.convert.quantize import (
 )
 from moesaic.data.shards import ShardSet
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.errors import CheckpointError, ConfigError, ConversionError, DataError
+from moesaic.errors import CheckpointError, ConfigError, ConversionError, DataError, FolderInUseError
 from moesaic.evaluate.perplexity import compare, measure_perplexity, record_reference, text_windows
 from moesaic.evaluate.text import read_documents
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_to_mxfp4, quantize_weight
@@ -415,6 +417,56 @@ def test_a_manifest_that_names_what_is_not_there_is_found(make_run: Any, tmp_pat
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"does not hold nothing as its manifest says .*; quantise the run again"):
         load_run(out)
+
+
+@pytest.mark.parametrize("damage", [{"group_size": 0}, {"group_size": "64"}])
+def test_a_manifest_with_groups_of_no_size_is_found(make_run: Any, tmp_path: Path, damage: dict[str, Any]) -> None:
+    run, out = make_run("moe"), tmp_path / "out"
+    quantize(run, out, experts="int4")
+    path = resolve_checkpoint(out).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for matrix in manifest["metadata"]["quantization"]["matrices"].values():
+        matrix.update(damage)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"does not say how its matrices are quantised \(.*group_size"):
+        load_run(out)
+
+
+@pytest.mark.parametrize("record", [None, "int8", {}])
+def test_a_manifest_that_does_not_say_what_is_quantised_is_found(make_run: Any, tmp_path: Path, record: Any) -> None:
+    run, out = make_run("moe"), tmp_path / "out"
+    quantize(run, out)
+    path = resolve_checkpoint(out).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["metadata"]["quantization"] = record
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="does not say how its matrices are quantised"):
+        quantize(out, tmp_path / "again")
+
+
+def test_what_cannot_be_written_is_found_before_anything_is_measured(make_run: Any, tmp_path: Path) -> None:
+    run, stages = make_run("moe"), []
+    with pytest.raises(ConversionError, match="could not be written"):
+        quantize(run, Path("/proc/out"), on_progress=lambda stage, share: stages.append(stage))
+    with (
+        folder_in_progress(tmp_path / "out"),
+        pytest.raises(FolderInUseError, match=rf"{tmp_path / 'out'} is being written by process"),
+    ):
+        quantize(run, tmp_path / "out", on_progress=lambda stage, share: stages.append(stage))
+    assert "measuring the run as it is" not in stages
+
+
+def test_ids_that_the_model_does_not_have_are_found(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("moe")
+    text = tmp_path / "text.txt"
+    text.write_text("some text of a tokenizer that is larger than the model")
+    monkeypatch.setattr("moesaic.evaluate.text.encode_text", lambda *_, **__: np.full(20, 10**6))
+    with pytest.raises(DataError, match=r"has token id 1000000 by the run's tokenizer; ids from 0 to \d+ are required"):
+        quantize(run, tmp_path / "out", text=text)
+    with pytest.raises(DataError, match="an empty name is given for a text"):
+        quantize(run, tmp_path / "out", text="")
 
 
 def test_int4_without_its_steps_is_found(make_run: Any, tmp_path: Path) -> None:

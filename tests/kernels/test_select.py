@@ -234,6 +234,35 @@ def test_a_library_that_cannot_be_loaded_says_what_to_do(
 
 @needs_kernels
 @needs_compiler
+def test_a_folder_whose_libraries_may_not_be_run_is_said(
+    one_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError("one.so: failed to map segment from shared object")
+
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "_try_elsewhere", lambda path: None)
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    mounted = os.statvfs_result([*tuple(os.statvfs(tmp_path))[:8], os.ST_NOEXEC, 255])
+    monkeypatch.setattr(os, "statvfs", lambda path: mounted)
+    with pytest.raises(DeviceError, match="name a folder that is not mounted noexec with XDG_CACHE_HOME, or go on"):
+        build.load(SUPPORTED[0])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the compiler here is a shell script")
+def test_a_disk_that_is_full_for_the_compiler_is_no_fault_of_the_compilers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'error: cannot write: No space left on device' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(DeviceError, match=r"cannot be written to .* \(No space left on device\); .* make room or name"):
+        build.build("avx2", folder=tmp_path / "cache")
+
+
+@needs_kernels
+@needs_compiler
 def test_a_library_that_is_loaded_stays_however_old_it_is(
     one_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ seconds and one library serves every Python. Which instruction set to use is dec
 """
 
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -179,7 +180,8 @@ def _compile(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             inputs = list(pool.map(compile_one, keys))
         linked = Path(scratch) / library.name
-        link = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-lgomp"]
+        # Not by -Wl, which would part the folder's name at its commas.
+        link = [str(openmp), *("-Xlinker", "-rpath", "-Xlinker", str(openmp.parent))] if openmp else ["-lgomp"]
         _run([*command, "-shared", *map(str, inputs), *link], linked)
         _keep(linked, library)
         _forget_old(folder)
@@ -227,8 +229,11 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
-        is_refused = "failed to map segment" in str(error)
-        remedy = "raise the limit (ulimit -v)" if is_refused else "delete that file, so that they are compiled again"
+        remedy = "delete that file, so that they are compiled again"
+        if "failed to map segment" in str(error):
+            remedy = "raise the limit (ulimit -v)"
+            if os.statvfs(path).f_flag & os.ST_NOEXEC:
+                remedy = "name a folder that is not mounted noexec with XDG_CACHE_HOME"
         raise DeviceError(
             f"the CPU kernels {path} cannot be loaded ({error}); a library for this machine and room for it are "
             f"required; {remedy}, or go on with MOESAIC_KERNELS=reference."
@@ -315,7 +320,7 @@ def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
 def _run(command: list[str], output: Path) -> None:
     """Let the compiler write output.
 
-    Raises: DeviceError when it does not.
+    Raises: DeviceError when it does not, OSError where there is no room.
     """
     command = [*command, "-o", str(output)]
     done = _call(command)
@@ -325,6 +330,8 @@ def _run(command: list[str], output: Path) -> None:
             "compiler that writes what -o names is required; name one with CXX (g++ 11 or later), or go on with "
             "MOESAIC_KERNELS=reference."
         )
+    if done.returncode and re.search(r"No space left on device|Disk quota exceeded", done.stderr):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # which `build` has words for
     if done.returncode:
         raise DeviceError(
             f"compiling the CPU kernels failed ({' '.join(command)}):\n{done.stderr[-4000:]}\nA C++17 compiler with "

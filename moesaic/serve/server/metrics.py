@@ -107,7 +107,7 @@ class _EngineGauges:
             ("steps", "Forward passes.", stats.num_steps),
             (
                 "prompt_tokens",
-                "Tokens of prompts, of each of n texts, cached ones included.",
+                "Tokens of prompts, of each of n texts and of embeddings.",
                 stats.num_prompt_tokens,
             ),
             ("cached_tokens", "Tokens of prompts whose keys and values were there.", stats.num_cached_tokens),
