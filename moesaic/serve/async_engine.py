@@ -6,6 +6,7 @@ What is served, to whom, and over which protocol is not known here.
 import asyncio
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,10 +55,11 @@ class EngineStoppedError(MoesaicError):
 
 @dataclass(frozen=True)
 class PlacedOutput:
-    """An output, and which of a request's prompts it belongs to."""
+    """An output, which of a request's prompts it belongs to, and when it came, by time.perf_counter."""
 
     prompt_index: int
     output: RequestOutput
+    came: float
 
 
 @dataclass(eq=False)
@@ -295,11 +297,12 @@ class AsyncEngine:
         with self._delivery:
             self._num_undelivered -= 1
             self._delivery.notify()
+        now = time.perf_counter()
         for output in outputs:
             running = self._by_id.get(output.request_id)
             if running is None:
                 continue
-            running.outputs.append(PlacedOutput(running.places[output.request_id], output))
+            running.outputs.append(PlacedOutput(running.places[output.request_id], output, now))
             running.has_news.set()
             if output.finish_reason is not None:
                 running.open.discard((output.request_id, output.index))

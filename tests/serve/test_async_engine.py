@@ -84,6 +84,18 @@ def test_several_prompts_are_one_generation_whose_outputs_have_their_places() ->
     run(test)
 
 
+def test_an_output_came_when_it_came_whoever_takes_it_later() -> None:
+    async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
+        generation = await engine.submit([[1]], Sampling(max_tokens=3))
+        async with generation:
+            await until(lambda: engine.num_running == 0)
+            taken = time.perf_counter()
+            came = [placed.came async for news in generation for placed in news]
+        assert len(came) == 3 and came == sorted(came) and came[-1] < taken
+
+    run(test)
+
+
 def test_what_the_engine_refuses_is_refused_and_leaves_nothing_behind() -> None:
     async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
         with pytest.raises(GenerationError, match="65 tokens"):

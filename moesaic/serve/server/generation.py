@@ -183,7 +183,7 @@ class _Answer(ABC):
         if output.is_by_student and (student := self._served.student) is not None:
             self._model, choice.moe_layers = student.name, student.moe_layers
             log_fields(self._request.scope).values["model"] = student.name
-        self._measure(choice.index, output)
+        self._measure(choice.index, output, placed.came)
         usage = self._usage[prompt]
         usage.prompt_tokens = output.prompt_tokens
         usage.cached_tokens = max(usage.cached_tokens, output.cached_tokens if output.index == 0 else 0)
@@ -203,8 +203,9 @@ class _Answer(ABC):
         )
         return [*parts, (choice, part)]
 
-    def _measure(self, index: int, output: RequestOutput) -> None:
-        clock, now = self._clocks[index], time.perf_counter()
+    def _measure(self, index: int, output: RequestOutput, now: float) -> None:
+        """now: when the output came, whenever its client takes it."""
+        clock = self._clocks[index]
         if output.tokens:
             if not clock.num_tokens:
                 clock.first = now
