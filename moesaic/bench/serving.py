@@ -58,6 +58,12 @@ class Endpoint:
             )
         return self.url.rstrip("/").removesuffix("/v1")
 
+    @property
+    def shown(self) -> str:
+        """What is said of it: `base` without a user and a password."""
+        parts = urlsplit(self.base)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
 
 def bench_serving(
     endpoint: Endpoint,
@@ -117,7 +123,7 @@ async def drive(
         results = await _send_all(client, workload, requests, show)
     return ServingResult(
         name=name or model.rstrip("/").rsplit("/", 1)[-1],  # without the folder or the owner
-        url=_without_password(endpoint.base),
+        url=endpoint.shown,
         model=model,
         created=created,
         workload={**describe(workload, requests), "warmup": num_warmup, "timeout_seconds": endpoint.timeout_seconds},
@@ -125,11 +131,6 @@ async def drive(
         tpot_limit_seconds=tpot_limit_seconds,
         requests=results,
     )
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _open_client(endpoint: Endpoint, transport: "httpx.AsyncBaseTransport | None") -> "httpx.AsyncClient":
@@ -165,7 +166,7 @@ def _check_lengths(requests: Sequence[PlannedRequest], max_length: int | None, e
     if num_long:
         raise ConfigError(
             f"{num_long} of {len(requests)} requests are too long: prompt and answer have up to {max(lengths)} tokens; "
-            f"the model at {endpoint.base} takes {max_length}; lower --prompt-tokens or --output-tokens, or cut a "
+            f"the model at {endpoint.shown} takes {max_length}; lower --prompt-tokens or --output-tokens, or cut a "
             f"trace's with --max-prompt-tokens and --max-output-tokens."
         )
 
@@ -198,11 +199,11 @@ async def _first_model(http: "httpx.AsyncClient", endpoint: Endpoint) -> str:
     if not isinstance(model, str):
         if response.status_code == 401 and endpoint.api_key is not None:
             raise ConfigError(
-                f"{endpoint.base} does not take the key of --api-key-file; one of the server's keys is required; check "
-                f"the file's first key."
+                f"{endpoint.shown} does not take the key of --api-key-file; one of the server's keys is required; "
+                f"check the file's first key."
             )
         raise ConfigError(
-            f"{endpoint.base}/v1/models answers with status {response.status_code}, {_shortened(response.text)!r}; a "
+            f"{endpoint.shown}/v1/models answers with status {response.status_code}, {_shortened(response.text)!r}; a "
             f"list of models is required to know which one to ask for; name it with --model, and a key, if it needs "
             f"one, with --api-key-file."
         )
@@ -211,7 +212,7 @@ async def _first_model(http: "httpx.AsyncClient", endpoint: Endpoint) -> str:
 
 def _unreachable(endpoint: Endpoint, reason: str) -> ConfigError:
     return ConfigError(
-        f"no server answers at {endpoint.base} ({reason}); one is required that speaks OpenAI's protocol; start one "
+        f"no server answers at {endpoint.shown} ({reason}); one is required that speaks OpenAI's protocol; start one "
         f"with `moesaic serve RUN`, or give its address."
     )
 
@@ -225,7 +226,7 @@ async def _try(client: "_Client", workload: Workload, endpoint: Endpoint) -> Non
         raise _unreachable(endpoint, result.message or "no connection")
     if result.error not in (None, "refused"):
         raise ConfigError(
-            f"{endpoint.base} cannot be measured: a prompt of {_TRIAL.prompt_tokens} token ids with max_tokens "
+            f"{endpoint.shown} cannot be measured: a prompt of {_TRIAL.prompt_tokens} token ids with max_tokens "
             f"{_TRIAL.output_tokens}, ignore_eos and a streamed answer ended with {result.error} ({result.message}); a "
             f"server that answers such requests is required, as vLLM, llama-server and `moesaic serve` do; see what "
             f"it says, and --model, --vocab-size and --api-key-file."

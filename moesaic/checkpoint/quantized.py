@@ -97,10 +97,11 @@ def quantization_schemes(info: CheckpointInfo) -> dict[str, Scheme]:
             name: Scheme(int(each["bits"]), each["group_size"], each.get("is_mxfp4", False))
             for name, each in matrices.items()
         }
-        if wrong := [each for each in schemes.values() if each.group_size not in (None, *GROUP_SIZES)]:
-            raise ValueError(f"group_size {wrong[0].group_size!r}")
+        for group_size in (each.group_size for each in schemes.values() if each.group_size is not None):
+            if type(group_size) is not int or group_size not in GROUP_SIZES:
+                raise ValueError(f"group_size {group_size!r}")
         return schemes
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise _unsaid(info, error) from None
 
 

@@ -294,7 +294,7 @@ def resolve_checkpoint(run: str | Path) -> CheckpointInfo:
     """
     if not str(run).strip():
         raise CheckpointError(
-            "an empty name is given for a run; a run folder is required; name one, . for this folder."
+            "an empty name is given for a run; a run folder is required; name one, '.' for this folder."
         )
     folder, step_text = split_run(run)
     if folder != Path(run) and not step_text.isdigit():

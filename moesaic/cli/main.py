@@ -68,9 +68,9 @@ def main(arguments: list[str] | None = None) -> Any:
     # Both before torch is loaded and allocates anything.
     spin_briefly()
     tune_allocator()
-    for stream in (sys.stdout, sys.stderr):  # a table that is cut says so by a character that few encodings have
+    for stream in (sys.stdout, sys.stderr):  # a table that is cut ends in a character that few encodings have
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="backslashreplace")
     try:
         return app(args=arguments)
     except MoesaicError as error:

@@ -1,5 +1,7 @@
 """A folder that appears when it is finished, or not at all, and what makes one of a run's."""
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -58,6 +60,13 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise  # the command line has words for it
+        if not _is_of_folder(error, output):
+            raise ConversionError(
+                f"{output} was not written, since what it is made of could not be read ({error}); files that can be "
+                f"read are required; check the path and its permissions."
+            ) from None
         raise ConversionError(
             f"{output} could not be written: {error}; a folder with room for what is converted is required; free some "
             f"space, or name another."
@@ -66,6 +75,14 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
         for parent in made if not output.exists() else ():
             with suppress(OSError):  # another process has put something there
                 parent.rmdir()
+
+
+def _is_of_folder(error: OSError, output: Path) -> bool:
+    """Whether an error is of the folder that is being made, and not of what is read for it."""
+    if not isinstance(error.filename, str | bytes):
+        return True
+    path, output = Path(os.fsdecode(error.filename)).absolute(), output.absolute()
+    return path.is_relative_to(writing_path(output)) or path in (output, *output.parents)
 
 
 def new_weights(folder: Path, step: int) -> Path:

@@ -101,7 +101,8 @@ def _open_source(source: str | Path) -> list[Leaf]:
     given = str(source)
     if not given.strip():
         raise DataError(
-            "an empty name is given for a text; a file, a folder or a dataset is required; name one, . for this folder."
+            "an empty name is given for a text; a file, a folder or a dataset is required; name one, '.' for this "
+            "folder."
         )
     if given == EMBEDDED:
         return _folder_leaves(given, embedded_corpus())

@@ -71,10 +71,11 @@ class AllocatorReport:
 
 
 def tune_allocator() -> AllocatorReport:
-    """Keep freed large blocks in this process and put its heap on huge pages; calling it again changes nothing.
+    """Keep freed large blocks in this process and put its heap on huge pages; calling it again changes little.
 
-    For library users and the command line alike; the earlier the better, since blocks that exist stay as they are.
-    On musl, macOS and Windows, and where the user has configured malloc himself, it does nothing and says so.
+    What it left on small pages for modules that were to come is on huge ones then, as far as it is free. For library
+    users and the command line alike; the earlier the better, since blocks that exist stay as they are. On musl, macOS
+    and Windows, and where the user has configured malloc himself, it does nothing and says so.
     """
     obstacle = _obstacle(os.environ)
     if obstacle:
@@ -220,7 +221,7 @@ def _reserve_huge_pages(libc: ctypes.CDLL) -> tuple[int, str]:
     modules = 0 if "torch" in sys.modules else _MODULES_BYTES
     block = libc.malloc(modules + size) if size else None
     if not block:
-        return 0, f"malloc gave no {size / 2**30:.1f} GiB of address space (ulimit -v?)"
+        return 0, f"malloc gave no {(modules + size) / 2**30:.1f} GiB of address space (ulimit -v?)"
     start = -(-(block + modules) // page) * page
     length = (block + modules + size) // page * page - start
     heap = _heap_range()

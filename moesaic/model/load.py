@@ -150,7 +150,10 @@ def copy_weights(model: Transformer, info: CheckpointInfo) -> None:
     own = model.state_dict()
     with checked_file(info, "model") as path, safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        shapes = {name: torch.empty(each.get_shape(), device="meta") for name, each in slices.items()}
+        shapes = {
+            name: torch.empty(each.get_shape(), device="meta", dtype=None if "F" in each.get_dtype() else torch.int32)
+            for name, each in slices.items()
+        }
         _check_fit(own, shapes, info)
         for name, tensor in own.items():
             tensor.copy_(file.get_tensor(name))

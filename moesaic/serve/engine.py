@@ -493,7 +493,7 @@ class Engine:
         part, text, tokens = work.part, work.text, work.tokens
         sequence = part.sequence
         # Not one that is computed again after a preemption: a token follows a whole prompt in the same step.
-        is_whole_prompt = part.is_last and text.num_generated == 0
+        is_whole_prompt = part.is_last and text.num_generated == 0 and (bool(tokens) or not work.is_spoilt)
         accepted = 0
         if tokens:
             accepted = len(tokens) - 1

@@ -215,6 +215,20 @@ def test_a_stream_may_begin_with_a_mark_and_events_have_no_data_or_lines_of_it(r
     assert request.error is None and len(request.chunk_seconds) == 4
 
 
+def test_an_error_that_is_null_is_none(run: Run) -> None:
+    def make(body: Body) -> Script:
+        first, *rest = steady(body)[1:]
+        assert isinstance(first, bytes)
+        return [first.replace(b'{"', b'{"error": null, "', 1), *rest]
+
+    assert only(run(answered_by(make), ONE)).error is None
+
+
+def test_a_password_in_the_url_is_not_told() -> None:
+    endpoint = Endpoint(url="http://user:secret@127.0.0.1:8000/v1")
+    assert endpoint.base == "http://user:secret@127.0.0.1:8000" and endpoint.shown == "http://127.0.0.1:8000"
+
+
 @pytest.mark.parametrize(
     ("error", "message", "make"),
     [

@@ -11,14 +11,20 @@ from moesaic.cli.start import loading_modules
 
 
 @pytest.mark.parametrize("was_enabled", [True, False])
-def test_garbage_is_looked_for_again_as_before(was_enabled: bool) -> None:
+def test_garbage_is_looked_for_again_as_before(was_enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
     if not was_enabled:
         gc.disable()
     try:
         with pytest.raises(ImportError), loading_modules():
             assert not gc.isenabled()
+            monkeypatch.setitem(sys.modules, "a module", pytest)
             raise ImportError
-        assert gc.isenabled() is was_enabled
+        assert gc.isenabled() is was_enabled and len(frozen) == 1
+        with loading_modules():
+            pass  # what is there is the caller's
+        assert len(frozen) == 1
     finally:
         gc.enable()
 

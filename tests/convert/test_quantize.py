@@ -1,4 +1,6 @@
+import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from moesaic.evaluate.perplexity import compare, measure_perplexity, record_refe
 from moesaic.evaluate.text import read_documents
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_to_mxfp4, quantize_weight
 from moesaic.model.generate import generate
-from moesaic.model.load import load_run, load_run_config
+from moesaic.model.load import copy_weights, load_run, load_run_config
 from moesaic.model.transformer import Transformer
 
 FORMATS = [("int8", "int8"), ("int4", "int8"), ("int4", "int4"), ("int8", "bf16"), ("int8", "int4"), ("mxfp4", "int8")]
@@ -450,10 +452,31 @@ def test_what_cannot_be_written_is_found_before_anything_is_measured(make_run: A
         quantize(run, Path("/proc/out"), on_progress=lambda stage, share: stages.append(stage))
     with (
         folder_in_progress(tmp_path / "out"),
-        pytest.raises(FolderInUseError, match=rf"{tmp_path / 'out'} is being written by process"),
+        pytest.raises(FolderInUseError, match=rf"{re.escape(str(tmp_path / 'out'))} is being written by"),
     ):
         quantize(run, tmp_path / "out", on_progress=lambda stage, share: stages.append(stage))
     assert "measuring the run as it is" not in stages
+
+
+def test_a_text_that_cannot_be_read_is_not_called_a_full_disk(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("moe")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("moesaic.convert.quantize.text_windows", refuse)
+    error = OSError(errno.EACCES, "Permission denied", str(tmp_path / "text.txt"))
+    with pytest.raises(ConversionError, match=r"what it is made of could not be read .*text.txt"):
+        quantize(run, tmp_path / "out")
+    error = OSError(errno.ENOMEM, "Cannot allocate memory")
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        quantize(run, tmp_path / "out")
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ConversionError, match="could not be written"):
+        quantize(run, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_ids_that_the_model_does_not_have_are_found(
@@ -467,6 +490,19 @@ def test_ids_that_the_model_does_not_have_are_found(
         quantize(run, tmp_path / "out", text=text)
     with pytest.raises(DataError, match="an empty name is given for a text"):
         quantize(run, tmp_path / "out", text="")
+
+
+def test_a_checkpoint_of_whole_numbers_is_found(make_run: Any, tmp_path: Path) -> None:
+    run = make_run("moe")
+    info = resolve_checkpoint(run)
+    whole = {name: tensor.to(torch.int32) for name, tensor in load_tensors(info, "model").items()}
+    save_checkpoint(run, info.step + 1, model=whole, optimizer={}, metadata={})
+    named = f"{run}@{info.step + 1}"
+    with pytest.raises(CheckpointError, match="holds whole numbers in"):
+        load_run(named)
+    model = Transformer(load_run_config(run).model)
+    with pytest.raises(CheckpointError, match="holds whole numbers in"):
+        copy_weights(model, resolve_checkpoint(named))
 
 
 def test_int4_without_its_steps_is_found(make_run: Any, tmp_path: Path) -> None:

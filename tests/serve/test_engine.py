@@ -566,21 +566,21 @@ def test_a_drafted_token_whose_numbers_are_none_changes_nothing(
         return model.eval() if form == "fp32" else pack_transformer(model)
 
     model, draft_model = with_token(broken, 0.0), with_token(None, 3.0)
-    config, texts = EngineConfig(kv_precision=kv_precision), []
-    for speculation in (None, SpeculationConfig(method="model", model="by hand", max_tokens=4)):
-        engine = Engine(
-            model, tokenizer, config.replace(speculation=speculation), draft_model=draft_model if speculation else None
-        )
-        names = [
-            engine.add_request([1, 2, 3 + seed], Sampling(seed=seed, max_tokens=40, ignore_end_of_text=True))
-            for seed in range(4)
-        ]
-        found = finish(engine)
-        texts.append([found[name, 0].ids for name in names])
-        assert all(len(ids) == 40 and 7 not in ids for ids in texts[-1])
-    assert texts[0] == texts[1] or form == "fp32"  # where several tokens of a pass are rounded otherwise than one
-    stats = engine.stats()
-    assert 0 < stats.num_preemptions <= len(names) and stats.num_drafted_tokens > stats.num_accepted_tokens
+    texts, engines = [], []
+    # The second: the last token of a prompt comes alone, with drafts behind it.
+    for config in (EngineConfig(), EngineConfig(max_batch_tokens=3, max_sequences=1)):
+        for speculation in (None, SpeculationConfig(method="model", model="by hand", max_tokens=4)):
+            settings = config.replace(speculation=speculation, kv_precision=kv_precision)
+            engine = Engine(model, tokenizer, settings, draft_model=draft_model if speculation else None)
+            names = [engine.add_request([1, 2, 3, 10 + number], GREEDY.replace(max_tokens=40)) for number in range(4)]
+            found = finish(engine)
+            texts.append([found[name, 0].ids for name in names])
+            assert all(len(ids) == 40 and 7 not in ids for ids in texts[-1])
+            engines.append(engine.stats())
+    # Where several tokens of a pass are rounded otherwise than one, likeliest tokens may differ.
+    assert texts[0] == texts[1] == texts[2] == texts[3] or form == "fp32"
+    assert 0 < engines[1].num_preemptions <= len(names)
+    assert all(stats.num_prompt_tokens == 4 * len(names) for stats in engines)
 
 
 @pytest.mark.parametrize("draft", ["ngram", "itself", "another"])

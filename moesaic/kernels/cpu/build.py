@@ -306,10 +306,11 @@ def openmp_library() -> Path | None:
     return None
 
 
-def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _call(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the compiler, whatever it says. Raises: DeviceError where it does not start."""
+    environment = {**os.environ, **variables}
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     except OSError as error:
         raise DeviceError(
             f"the C++ compiler {command[0]} cannot be run ({error.strerror or error}); one is required to compile the "
@@ -323,7 +324,8 @@ def _run(command: list[str], output: Path) -> None:
     Raises: DeviceError when it does not, OSError where there is no room.
     """
     command = [*command, "-o", str(output)]
-    done = _call(command)
+    # What it says is looked at below, and what it writes beside goes where the output goes.
+    done = _call(command, LC_ALL="C", TMPDIR=str(output.parent))
     if not done.returncode and not output.exists():
         raise DeviceError(
             f"compiling the CPU kernels ended without an error and without a file ({' '.join(command)}); a C++17 "

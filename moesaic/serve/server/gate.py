@@ -103,8 +103,8 @@ class Journal:
             known = "other"
         if "client_left" in fields.values or not status:
             status = 499  # as it left, or before its request was whole
-        has_worked = "queue_seconds" in fields.values
-        self._metrics.request_ended(known, fields.values.get("error_status", status), seconds if has_worked else None)
+        whole = seconds if fields.had_turn else None
+        self._metrics.request_ended(known, fields.values.get("error_status", status), whole)
         client = scope.get("client")
         level = logging.DEBUG if path in _POLLED_PATHS and status == 200 else logging.INFO
         if "exception" in fields.values:

@@ -80,6 +80,7 @@ async def place_for(served: Served, request: Request, priority: int = 0) -> Asyn
     async with AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(served.admission.enter(priority))
+            log_fields(request.scope).had_turn = True
         except ApiError:
             waited = False
             raise
@@ -227,10 +228,10 @@ class _Answer(ABC):
 
     def log_counts(self) -> None:
         """Tell the log how far the texts came, and why they ended."""
-        total, reasons = self._total_usage(), {choice.finish_reason for choice in self._choices}
+        reasons = {choice.finish_reason for choice in self._choices}
         log_fields(self._request.scope).values |= {
-            "prompt_tokens": total.prompt_tokens,
-            "completion_tokens": total.completion_tokens,
+            "prompt_tokens": sum(len(prompt) for prompt in self._job.prompts),
+            "completion_tokens": sum(self._completion_tokens),
             "finish_reasons": sorted(reason for reason in reasons if reason is not None),
         }
 

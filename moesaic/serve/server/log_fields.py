@@ -11,11 +11,13 @@ _KEY = "moesaic.log"
 
 @dataclass
 class LogFields:
-    """A request's name and arrival (by time.perf_counter), and what its line says beside; never of its text."""
+    """A request's name and arrival (by time.perf_counter), whether its turn has come, and what its line says beside;
+    never of its text."""
 
     arrival: float
     request_id: str
     values: dict[str, Any] = field(default_factory=dict)
+    had_turn: bool = False
 
 
 def begin_log(scope: Scope, request_id: str) -> LogFields:

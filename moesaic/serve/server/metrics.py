@@ -44,7 +44,10 @@ class Metrics:
         self.registry.register(self._gauges)
 
     def request_ended(self, path: str, status: int, seconds: float | None) -> None:
-        """seconds: None for what was answered before its turn came; such durations would drown the others."""
+        """Count a request by its path and status.
+
+        seconds: None for what ended before its turn came; such durations would drown the others.
+        """
         self._requests.labels(path, str(status)).inc()
         if seconds is not None:
             self._whole.observe(seconds)

@@ -6,7 +6,7 @@ import math
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any, Literal
 
@@ -203,25 +203,27 @@ def listen(host: str, port: int) -> socket.socket:
     # With its protocol named: asyncio asks for it before it sets TCP_NODELAY. Without that, an answer on a connection
     # that was kept waits 40 ms for the client's acknowledgment.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, TypeError, ValueError) as error:  # the last two of what is no name of a host at all
-        listener.close()
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"server.host {host!r} and port {port} cannot be listened on ({why}); an address of this "
-            f"machine and a free port are required; choose another port, or 0 for any."
-        ) from None
+    with ExitStack() as stack:
+        try:
+            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+        except (OSError, TypeError, ValueError) as error:  # the last two of what is no name of a host at all
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"server.host {host!r} and port {port} cannot be listened on ({why}); an address of this machine and a "
+                f"free port are required; name another host, or choose another port (0: any)."
+            ) from None
+        stack.pop_all()
     return listener
 
 
 def end_stalled(listener: socket.socket, seconds: float) -> None:
     """Have the system end connections whose client takes nothing of what is sent to it for so long, where it can."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections have what the listening socket has
-        milliseconds = min(math.ceil(seconds * 1000), 2**31 - 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        milliseconds = math.ceil(min(seconds * 1000, 2**31 - 1))
+        with suppress(OSError):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def _student_name(config: OverloadConfig, name: str) -> str:

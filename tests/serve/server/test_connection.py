@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import platform
+import re
 import socket
 import time
 from contextlib import AsyncExitStack
@@ -114,7 +116,10 @@ def test_a_small_answer_waits_for_no_acknowledgment() -> None:
     assert asyncio.run(main())
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux ends such connections by itself")
+@pytest.mark.skipif(
+    not hasattr(socket, "TCP_USER_TIMEOUT") or tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 11),
+    reason="only Linux, from 5.11 on, ends such connections by itself",
+)
 def test_a_connection_whose_client_takes_nothing_ends() -> None:
     with listen("127.0.0.1", 0) as listener, socket.socket() as client:
         end_stalled(listener, 1.5)
@@ -131,7 +136,7 @@ def test_a_connection_whose_client_takes_nothing_ends() -> None:
                     time.sleep(0.05)
 
 
-@pytest.mark.parametrize("host", ["a\0b", "ü" * 70, "256.1.1.1"])
+@pytest.mark.parametrize("host", ["a\0b", "ü" * 70, "192.0.2.1"])
 def test_what_is_no_host_is_refused(host: str) -> None:
     with pytest.raises(ConfigError, match="cannot be listened on"):
         listen(host, 0)
