@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from moesaic.config.model import ModelConfig
+from moesaic.convert import keys
+from moesaic.convert.keys import Inexpressible, write_config_keys
 from moesaic.convert.opened import open_model
 from moesaic.errors import ConversionError
 
@@ -443,3 +446,13 @@ def test_a_window_that_no_key_gives_is_of_4096_positions(family: str, changed: C
         del values["use_sliding_window"]
     with open_model(changed(family, **values)) as opened:
         assert (opened.config.sliding_window, opened.config.sliding_layers) == (4096, None)
+
+
+def test_what_cannot_be_read_back_is_a_reason_without_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ConversionError("the config written has act = tanh; silu is required; this model cannot be converted.")
+
+    monkeypatch.setattr(keys, "read_config", refuse)
+    with pytest.raises(Inexpressible) as caught:
+        write_config_keys((), ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1), frozenset())
+    assert str(caught.value) == "the config written has act = tanh"

@@ -1,11 +1,12 @@
 """What a runner gives for steps of single tokens, in memory that it uses again, is what a pass of their own gives."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
+from moesaic.kernels.decode import Decoded
 from moesaic.model.transformer import Transformer
 from moesaic.serve import runner as runner_module
 from moesaic.serve.runner import Part, Runner
@@ -62,3 +63,20 @@ def test_steps_of_any_sizes_in_any_order(
             assert list(got.likeliest) == got.logits.argmax(-1).tolist(), (number, rows)
         for each in which:
             lengths[each] += 1
+
+
+@pytest.mark.parametrize("form", ["fp32", "packed-bf16"])
+def test_what_the_first_pass_loads_is_loaded_before(
+    make_model: Callable[..., Transformer], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, passes = make_model("mixtral", form), []
+    run = Runner.run
+
+    def counted(self: Runner, parts: Sequence[Part], rows: Sequence[int] = ()) -> Decoded:
+        passes.append([part.length for part in parts])
+        return run(self, parts, rows)
+
+    monkeypatch.setattr(Runner, "run", counted)
+    runner = Runner(model, 4, block_size=BLOCK, dtype=model.compute_dtype)
+    runner.warm_up(16)
+    assert passes == ([] if model.runs_in_one_call else [[1]])

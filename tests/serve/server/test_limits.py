@@ -529,3 +529,11 @@ def test_a_client_that_does_not_read_is_no_failure_of_the_server(
         running.server.handle_exit(signal.SIGTERM, None)
         until(lambda: any("client_left" in line for line in lines))
     assert "Traceback" not in caplog.text and not any("exception" in line for line in lines)
+
+
+def test_a_drain_of_no_time_warns_of_nobody(serve_fake: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    with serve_fake(drain_seconds=0) as running:
+        assert complete(running).status_code == 200
+        running.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: running.server.should_exit)
+    assert "had not finished" not in caplog.text
