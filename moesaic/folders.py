@@ -84,12 +84,17 @@ def foreign_model(path: Path) -> str | None:
     )
 
 
+def writing_name(path: Path) -> Path:
+    """Return the path that a file or a folder has before its own, whatever is there."""
+    return path.with_name(f".writing-{path.name}")
+
+
 def writing_path(path: Path) -> Path:
     """Return where a file or a folder is written before it takes its name; a process that is killed leaves it there.
 
     Raises: FileExistsError for a link there, which is none of ours: what it leads to would be overwritten.
     """
-    temporary = path.with_name(f".writing-{path.name}")
+    temporary = writing_name(path)
     if temporary.is_symlink():
         raise FileExistsError(errno.EEXIST, "a link has the name under which it is written first", str(temporary))
     return temporary

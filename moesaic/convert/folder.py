@@ -14,7 +14,7 @@ from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError, FolderInUseError
-from moesaic.folders import FolderLock, empty_folder, writing_path
+from moesaic.folders import FolderLock, empty_folder, writing_name, writing_path
 
 
 def check_is_new(output: Path) -> None:
@@ -82,7 +82,7 @@ def _is_of_folder(error: OSError, output: Path) -> bool:
     if not isinstance(error.filename, str | bytes):
         return True
     path, output = Path(os.fsdecode(error.filename)).absolute(), output.absolute()
-    return path.is_relative_to(writing_path(output)) or path in (output, *output.parents)
+    return path.is_relative_to(writing_name(output)) or path in (output, *output.parents)
 
 
 def new_weights(folder: Path, step: int) -> Path:

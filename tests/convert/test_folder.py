@@ -52,7 +52,7 @@ def test_one_process_at_a_time_makes_a_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with folder_in_progress(out) as folder:
         (folder / "file").touch()
-        message = r"writing-out is being written by process \d+; .*; wait"
+        message = r"/out is being written by process \d+; .*; wait"
         with pytest.raises(FolderInUseError, match=message), folder_in_progress(out):
             raise AssertionError
         assert (folder / "file").exists()
