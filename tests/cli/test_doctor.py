@@ -236,15 +236,20 @@ def test_build_compiles_for_every_instruction_set_and_says_how_long_it_took(monk
     assert "for avx2 were compiled and do not work: they fail their self-test (step 3)" in problem["problem"]
 
 
+def examined_anew() -> dict[str, Any]:
+    """What doctor finds where kernels are chosen now, and by later tests again."""
+    select._select.cache_clear()
+    try:
+        return examine()
+    finally:
+        select._select.cache_clear()
+
+
 @pytest.mark.skipif(not select.supported_instruction_sets(), reason="no library is built here")
 def test_a_cache_folder_that_may_not_be_entered_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/" + "x" * 300)  # no user may enter that
     monkeypatch.delenv(select.VARIABLE, raising=False)
-    select._select.cache_clear()
-    try:
-        findings = examine()
-    finally:
-        select._select.cache_clear()
+    findings = examined_anew()
     assert findings["cpu_kernels"]["cache_bytes"] is None
     assert "which cannot be read" in " ".join(text_of(findings).split())
     assert any("PyTorch's slower operations" in each["problem"] for each in findings["problems"])
@@ -258,11 +263,7 @@ def test_without_a_home_folder_the_rest_is_still_said(monkeypatch: pytest.Monkey
     monkeypatch.setattr("moesaic.kernels.limits.cache_folder", _no_home)
     monkeypatch.setattr(build_module, "cache_folder", _no_home)
     monkeypatch.delenv(select.VARIABLE, raising=False)
-    select._select.cache_clear()
-    try:
-        findings = examine()
-    finally:
-        select._select.cache_clear()
+    findings = examined_anew()
     assert findings["cpu_kernels"]["cache_folder"] is None and findings["cpu_kernels"]["name"] == "reference"
     assert "no folder for it" in " ".join(text_of(findings).split())
     assert any("with XDG_CACHE_HOME" in each["remedy"] for each in findings["problems"])
