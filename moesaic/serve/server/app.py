@@ -33,7 +33,7 @@ from moesaic.serve.server.answers import TokenTexts
 from moesaic.serve.server.connection import while_connected
 from moesaic.serve.server.errors import ApiError, answer_error, json_response, json_text, refusal
 from moesaic.serve.server.gate import ApiKeys, Journal, LocalNames, WholeBody, is_local
-from moesaic.serve.server.generation import answer, deadline_of, place_for
+from moesaic.serve.server.generation import answer, deadline_of, turn_of
 from moesaic.serve.server.jobs import Served, Student, check_ids, encode, read_prompts
 from moesaic.serve.server.log_fields import log_fields
 from moesaic.serve.server.metrics import Metrics, describe_experts
@@ -245,7 +245,7 @@ def _add_generation(router: APIRouter, served: Served) -> None:
 
 async def _embed(served: Served, request: Request, body: EmbeddingBody) -> Response:
     entries: list[str] = []
-    async with place_for(served, request):
+    async with turn_of(served, request):
         prompts = await read_prompts(served, body.input, param="input", limit=MAX_EMBEDDED_TEXTS)
         count = sum(len(prompt) for prompt in prompts)
         log_fields(request.scope).values["prompt_tokens"] = count

@@ -45,7 +45,7 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
     async with AsyncExitStack() as stack:
 
         async def begin() -> "_Answer":
-            await stack.enter_async_context(place_for(served, request, body.priority or 0))
+            await stack.enter_async_context(turn_of(served, request, body.priority or 0))
             job = await understand(served, body)
             name = f"{_NAMES[job.kind]}{secrets.token_hex(12)}"
             compiled = None
@@ -74,7 +74,7 @@ async def answer(served: Served, request: Request, body: CompletionBody | Conver
 
 
 @asynccontextmanager
-async def place_for(served: Served, request: Request, priority: int = 0) -> AsyncIterator[None]:
+async def turn_of(served: Served, request: Request, priority: int = 0) -> AsyncIterator[None]:
     """Wait for a request's turn, and count how long. Raises: ApiError where the queue is full."""
     before, waited = time.perf_counter(), True
     async with AsyncExitStack() as stack:
