@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesaic.cli.console import open_console
+from moesaic.control_groups import memory_limit_bytes, read_text
 from moesaic.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -149,16 +150,13 @@ def _examine_torch() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _examine_memory() -> dict[str, int | None]:
     """Return bytes: of the machine, available now, and the container's limit where there is one."""
-    values = dict(re.findall(r"^(\w+):\s*(\d+) kB", _read_text("/proc/meminfo"), re.MULTILINE))
+    values = dict(re.findall(r"^(\w+):\s*(\d+) kB", read_text(Path("/proc/meminfo")), re.MULTILINE))
     total = int(values["MemTotal"]) << 10 if "MemTotal" in values else None
     if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = None
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _read_text(path).strip()
-        # Version 1 writes a huge number for "none".
-        if text.isdigit() and (total is None or int(text) < total):
-            limit = int(text)
+    limit = memory_limit_bytes()
+    if limit is not None and total is not None and limit >= total:
+        limit = None
     available = int(values["MemAvailable"]) << 10 if "MemAvailable" in values else None
     return {"total_bytes": total, "available_bytes": available, "limit_bytes": limit}
 
@@ -557,11 +555,3 @@ def _table(findings: dict[str, Any]) -> "Table":
 
 def _gigabytes(size: int | None) -> str:
     return "unknown" if size is None else f"{size / 1e9:.1f} GB"
-
-
-def _read_text(path: str) -> str:
-    """Return a file of the kernel's, or nothing where this system does not have it."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

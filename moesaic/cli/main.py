@@ -16,7 +16,7 @@ import typer
 from moesaic import __version__
 from moesaic.errors import MoesaicError
 from moesaic.kernels.allocator import tune_allocator
-from moesaic.kernels.threads import spin_briefly
+from moesaic.kernels.threads import limit_threads, spin_briefly
 
 app = typer.Typer(
     name="moesaic",
@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> Any:
 
     Where memory is refused, or standard output has no room left, a full disk say, the status is 1.
     """
-    # Both before torch is loaded and allocates anything.
+    # All before torch is loaded and allocates anything.
+    limit_threads()
     spin_briefly()
     tune_allocator()
     for stream in (sys.stdout, sys.stderr):  # a table that is cut ends in a character that few encodings have

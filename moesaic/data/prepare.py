@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.config.base import Config
+from moesaic.control_groups import usable_processors
 from moesaic.data.cut import paragraph_border
 from moesaic.data.encode import EncoderPool, Tokens, cut_for, token_dtype
 from moesaic.data.shards import (
@@ -315,9 +316,7 @@ def _check_settings(
 
 def _count_workers(num_workers: int | None) -> int:
     if num_workers is None:
-        affinity = getattr(os, "sched_getaffinity", None)  # Linux only; elsewhere count all cores
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        return min(cores, DEFAULT_MAX_WORKERS)
+        return min(usable_processors(), DEFAULT_MAX_WORKERS)
     if num_workers < 1:
         raise DataError(f"num_workers ({num_workers}) must be positive; one process encodes; use 1 or more.")
     return num_workers

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesaic.control_groups import memory_room_bytes, read_text, usable_processors
 from moesaic.errors import DeviceError
 from moesaic.logs import logger
 
@@ -40,7 +41,6 @@ _METHOD = 3
 _UNDISTURBED_SHARE = 0.8
 _SMALLEST_BUFFER_BYTES = 512 << 20
 _LARGEST_BUFFER_BYTES = 2 << 30
-_OWN_CONTROL_GROUPS, _CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # What one task of the C++ reads.
 _READ_BLOCK_BYTES = 4 << 20
 # A call of the C++ lasts at least this long, so that starting the threads does not count.
@@ -96,7 +96,8 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Cpu:
-    """The processor: cores are physical ones (None where unknown), usable_threads what this process may run on."""
+    """The processor: cores are physical ones (None where unknown), usable_threads what this
+    process may run at once."""
 
     model: str
     cores: int | None
@@ -169,15 +170,14 @@ def _kept_at(folder: Path | None, identity: dict[str, str | int]) -> Path | None
 
 def describe_cpu() -> Cpu:
     """Return what the operating system and torch say about this machine's processor."""
-    text = _read_text(Path("/proc/cpuinfo"))
+    text = read_text(Path("/proc/cpuinfo"))
     logical = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
     named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return Cpu(
         model=named.group(1).strip() if named else platform.processor() or platform.machine() or "unknown",
-        cores=_physical_cores(text),
+        cores=physical_cores(text),
         logical_cores=logical,
-        usable_threads=usable,
+        usable_threads=usable_processors(),
         instruction_sets=_instruction_sets(text),
     )
 
@@ -444,7 +444,7 @@ def _time(call: Callable[[], object], *, device: str, seconds: float) -> _Timing
 
 
 def _last_level_cache_bytes() -> int:
-    text = _read_text(Path("/sys/devices/system/cpu/cpu0/cache/index3/size")).strip()
+    text = read_text(Path("/sys/devices/system/cpu/cpu0/cache/index3/size")).strip()
     match = re.fullmatch(r"(\d+)([KMG]?)", text)
     return int(match.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30}[match.group(2)] if match else 0
 
@@ -458,38 +458,14 @@ def available_memory_bytes(device: "torch.device | None" = None) -> int:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    match = re.search(r"^MemAvailable:\s*(\d+) kB", _read_text(Path("/proc/meminfo")), re.MULTILINE)
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", read_text(Path("/proc/meminfo")), re.MULTILINE)
     available = int(match.group(1)) << 10 if match else 4 << 30
-    return max(0, min([available, *_control_group_room()]))
+    room = memory_room_bytes()
+    return available if room is None else min(available, room)
 
 
-def _control_group_room() -> list[int]:
-    """What the memory limits of the process's control groups leave, of version 2 and of version 1."""
-    room = []
-    for line in _read_text(_OWN_CONTROL_GROUPS).splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, name = rest.partition(":")
-        if number == "0" and not controllers:
-            root, files, prefix = _CONTROL_GROUPS, ("memory.max", "memory.current"), ""
-        elif "memory" in controllers.split(","):
-            root, files = _CONTROL_GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            prefix = "total_"
-        else:
-            continue
-        # In a container the name may be the host's, and the container's own group stands at the root.
-        inner = root / name.lstrip("/")
-        for folder in {root, inner, *(parent for parent in inner.parents if parent.is_relative_to(root))}:
-            limit, used = (_read_text(folder / file).strip() for file in files)
-            if limit.isdigit() and used.isdigit():
-                # Files in the page cache make room whether or not they were read twice, as in MemAvailable.
-                cached = re.findall(
-                    rf"^{prefix}(?:in)?active_file (\d+)", _read_text(folder / "memory.stat"), re.MULTILINE
-                )
-                room.append(int(limit) - int(used) + sum(map(int, cached)))
-    return room
-
-
-def _physical_cores(cpuinfo: str) -> int | None:
+def physical_cores(cpuinfo: str) -> int | None:
+    """Return how many cores the text of /proc/cpuinfo has, None where it does not say."""
     cores = set()
     for block in cpuinfo.split("\n\n"):
         ids = dict(re.findall(r"^(physical id|core id)\s*:\s*(\d+)$", block, re.MULTILINE))
@@ -510,11 +486,3 @@ def _instruction_sets(cpuinfo: str) -> tuple[str, ...]:
     return {"default": (), "no avx": (), "avx512": ("avx2", "fma", "avx512f"), "avx2": ("avx2", "fma")}.get(
         capability, (capability,)
     )
-
-
-def _read_text(path: Path) -> str:
-    """Return a file of the kernel's, or nothing where this system does not have it."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

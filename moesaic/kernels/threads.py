@@ -1,18 +1,43 @@
-"""How torch's threads wait for one another: spin briefly, then sleep. Imports no torch.
+"""How many threads torch has, and how these wait for one another: spin briefly, then sleep. Imports no torch.
 
 GNU OpenMP's threads spin for milliseconds at every barrier before they sleep. Where two programs share the cores, each
 spins while the other one's thread, for which its own waits, cannot run. Measured on two cores with three training
 processes at once, seconds a step: 2.1 to 4.5 by default (34 in a worse minute), 1.0 to 1.2 with 1,000 spins, 0.9 to 1.4
 with none; alone on the machine the backward pass takes the same time (225 to 230 ms) either way.
+
+torch starts a thread for every core of the machine though a container may have a share of their time only: what two
+threads use up in 50 ms they wait for in the next 50. On one processor's time two took 5.8 ms a token in the mean, 54 for
+the slowest of a hundred, and 170 ms for a prompt; one took 5.8, 7.8 and 144 (benchmarks/container_share.py).
 """
 
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from moesaic.control_groups import allowed_processors, read_text, usable_processors
 
 _SPINS = "1000"
 _USER_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+_USER_NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _is_resting = False
+
+
+def limit_threads() -> bool:
+    """Have torch start as many threads as a container's share of the processors keeps busy; return whether it was set.
+
+    It is said in the environment, which torch reads when it is loaded: this comes before. A user's own setting is left
+    alone, and so is everything where no control group limits this process's share.
+    """
+    if "torch" in sys.modules or any(name in os.environ for name in _USER_NUM_THREADS):
+        return False
+    usable = usable_processors()
+    if usable >= allowed_processors():
+        return False
+    from moesaic.kernels.limits import physical_cores
+
+    os.environ["OMP_NUM_THREADS"] = str(min(usable, physical_cores(read_text(Path("/proc/cpuinfo"))) or usable))
+    return True
 
 
 def spin_briefly() -> bool:
@@ -37,11 +62,7 @@ def rest_soon(start_thread: Callable[[], int], *, num_threads: int) -> bool:
     """
     global _is_resting
     has_setting = any(name in os.environ for name in _USER_VARIABLES)
-    if _is_resting or has_setting or num_threads < _num_processors():
+    if _is_resting or has_setting or num_threads < allowed_processors():
         return False
     _is_resting = start_thread() == 0
     return _is_resting
-
-
-def _num_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,7 +17,7 @@ PACKAGE = Path(moesaic.__file__).parent
 # Lowest first; what shares a line may not import one another.
 LAYERS = (
     ("errors", "logs"),
-    ("folders",),
+    ("folders", "control_groups"),
     ("config",),
     ("kernels", "plan", "data", "report"),
     ("checkpoint",),

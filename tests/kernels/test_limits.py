@@ -15,7 +15,7 @@ import torch
 
 from moesaic.errors import DeviceError
 from moesaic.kernels import limits, products, select
-from moesaic.kernels.limits import Limits, available_memory_bytes, cache_folder, describe_cpu, measure_limits
+from moesaic.kernels.limits import Limits, cache_folder, describe_cpu, measure_limits
 
 from .instruction_sets import ALL, COMPILED
 
@@ -364,7 +364,7 @@ def test_the_processor_is_read_not_assumed(
     has_bf16: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(limits, "_read_text", lambda path: cpuinfo if path == Path("/proc/cpuinfo") else "")
+    monkeypatch.setattr(limits, "read_text", lambda path: cpuinfo if path == Path("/proc/cpuinfo") else "")
     cpu = describe_cpu()
     assert model is None or cpu.model == model
     assert cpu.model
@@ -375,36 +375,8 @@ def test_the_processor_is_read_not_assumed(
 
 
 def test_without_proc_torch_says_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_read_text", lambda path: "")
+    monkeypatch.setattr(limits, "read_text", lambda path: "")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert describe_cpu().instruction_sets == ("avx2", "fma", "avx512f")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert describe_cpu().instruction_sets == ()
-
-
-def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def write(path: str, text: str) -> None:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-
-    monkeypatch.setattr(limits, "_OWN_CONTROL_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(limits, "_CONTROL_GROUPS", tmp_path / "groups")
-    whole = available_memory_bytes()  # no groups at all
-    assert whole > 10 << 20
-    write("own", "0::/outer/inner\n")
-    write("groups/outer/memory.max", "9000000\n")
-    write("groups/outer/memory.current", "5000000\n")
-    write("groups/outer/inner/memory.max", "max\n")
-    write("groups/outer/inner/memory.current", "1000\n")
-    assert available_memory_bytes() == 4_000_000  # of a parent
-    write("groups/outer/memory.stat", "anon 77\ninactive_file 500000\nactive_file 200000\n")
-    assert available_memory_bytes() == 4_700_000  # files that are only cached make room
-    write("groups/memory.max", "3000000\n")
-    write("groups/memory.current", "2999999\n")
-    assert available_memory_bytes() == 1  # the container's own, under whatever name
-    write("own", "5:cpu,memory:/docker/x\n4:pids:/\n")
-    write("groups/memory/docker/x/memory.limit_in_bytes", "2000000\n")
-    write("groups/memory/docker/x/memory.usage_in_bytes", "2500000\n")
-    assert available_memory_bytes() == 0
-    write("groups/memory/docker/x/memory.limit_in_bytes", "9223372036854771712\n")  # none
-    assert available_memory_bytes() > 10 << 20

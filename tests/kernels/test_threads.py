@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moesaic.control_groups import allowed_processors
 from moesaic.kernels import select, threads
 from moesaic.kernels.cpu import build
 
@@ -77,7 +78,7 @@ print(len(first) - len(before), torch.get_num_threads() - 1, len(workers))
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="what threads do is read from Linux's /proc")
 @pytest.mark.skipif(not select.supported_instruction_sets(), reason="no x86 processor with AVX2")
-@pytest.mark.skipif(threads._num_processors() < 2, reason="one processor, and so one thread")
+@pytest.mark.skipif(allowed_processors() < 2, reason="one processor, and so one thread")
 @pytest.mark.parametrize(("environment", "is_done"), [({}, True), ({"GOMP_SPINCOUNT": "20000000000"}, False)])
 def test_threads_sleep_soon_though_torch_was_loaded_first(environment: dict[str, str], is_done: bool) -> None:
     """A thread that sleeps between calls gives its processor up of itself each time; one that spins does not."""

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesaic.control_groups import usable_processors
 from moesaic.errors import DeviceError
 from moesaic.kernels.limits import cache_folder, describe_cpu
 from moesaic.logs import logger
@@ -177,7 +178,7 @@ def _compile(
                 _keep(part, compiled)
             return compiled
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_processors()) as pool:
             inputs = list(pool.map(compile_one, keys))
         linked = Path(scratch) / library.name
         # Not by -Wl, which would part the folder's name at its commas.
