@@ -1,4 +1,4 @@
-"""What threads cost a container that may use a share of the processors: every core's, and as many as the share keeps busy.
+"""What a container that has a share of the processors pays for every core's threads, and for as many as the share keeps.
 
 A model of the shape of benchmarks/serve.py's, 4 layers of it in int8, reads a prompt of 512 tokens and answers, in a
 control group of its own whose quota is set before it begins; a process for each number of threads, in turn. Needs root,
@@ -52,10 +52,11 @@ def answer(processors: float, seconds: float) -> dict[str, float]:
     from moesaic.kernels.threads import spin_briefly
 
     spin_briefly()
+    from serving_model import VOCAB_SIZE, build, tokenizer_json
+
     from moesaic.config.serve import EngineConfig, Sampling
     from moesaic.data.tokenizer import Tokenizer
     from moesaic.serve.engine import Engine
-    from serving_model import VOCAB_SIZE, build, tokenizer_json
 
     engine = Engine(
         build(4, "int8"),
