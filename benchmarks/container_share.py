@@ -1,4 +1,4 @@
-"""What a container that has a share of the processors pays for every core's threads, and for as many as the share keeps.
+"""What a container that has a share of the processors pays for all cores' threads, and for as many as the share keeps.
 
 A model of the shape of benchmarks/serve.py's, 4 layers of it in int8, reads a prompt of 512 tokens and answers, in a
 control group of its own whose quota is set before it begins; a process for each number of threads, in turn. Needs root,
