@@ -8,10 +8,10 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ _MOST_UNDELIVERED = 16
 _DELIVERY_SECONDS = 1.0
 
 _Result = TypeVar("_Result")
+_Item = TypeVar("_Item")
 
 
 class StepEngine(Protocol):
@@ -46,7 +47,7 @@ class StepEngine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor: ...
+    def embed_in_pieces(self, prompts: Sequence[Sequence[int]]) -> Generator[bool, None, Tensor]: ...
 
 
 class EngineStoppedError(MoesaicError):
@@ -70,6 +71,20 @@ class _Running:
     open: set[tuple[str, int]]
     outputs: deque[PlacedOutput] = field(default_factory=deque)
     has_news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(eq=False)
+class _Embedding:
+    """Texts whose vectors somebody waits for, and what computes them once it has begun."""
+
+    prompts: Sequence[Sequence[int]]
+    future: "asyncio.Future[Tensor]"
+    pieces: Generator[bool, None, Tensor] | None = None
+
+    def close(self) -> None:
+        """Free the keys and values of the text that it is in."""
+        if self.pieces is not None:
+            self.pieces.close()
 
 
 class Generation:
@@ -122,13 +137,14 @@ class AsyncEngine:
         # The event loop's side.
         self._numbers = itertools.count()  # of requests
         self._by_id: dict[str, _Running] = {}
+        self._num_embeddings = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_closed = False
         # Between both.
         self._wakeup = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
-        self._embeddings: deque[Callable[[], None]] = deque()  # which take long: one between two steps
+        self._embeddings: deque[_Embedding] = deque()  # which take long: a piece of one between two steps
         self._is_stopping = False
         self._failure: str | None = None
         self._delivery = threading.Condition()
@@ -199,7 +215,7 @@ class AsyncEngine:
             self._by_id[each] = running
         self._idle.clear()
         try:
-            await self._call(add, self._commands)
+            await self._call(add)
         except BaseException:  # cancelled too, while it may be added already
             self._abandon(running)
             raise
@@ -218,33 +234,32 @@ class AsyncEngine:
                     yield placed.output
 
     async def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Return (n, H) fp32 vectors of unit length; between two steps one such call is computed.
+        """Return (n, H) fp32 vectors of unit length; between two steps a piece of one such call is computed.
 
         Raises: GenerationError, NotFiniteError as the engine; EngineStoppedError.
         """
-
-        def embed() -> Tensor:
-            if self._is_stopping:
-                raise _stopped()
-            return self._engine.embed(prompts)
-
         self._refuse_if_closed()
-        return await self._call(embed, self._embeddings)
+        embedding = _Embedding(prompts, self._new_future())
+        self._num_embeddings += 1
+        self._idle.clear()
+        try:
+            self._enqueue(embedding, self._embeddings)
+            return await embedding.future
+        finally:
+            self._num_embeddings -= 1
+            self._note_idle()
 
     async def stats(self) -> EngineStats:
         """Return the engine's figures between two steps. Raises: EngineStoppedError."""
-        return await self._call(self._engine.stats, self._commands)
+        return await self._call(self._engine.stats)
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise EngineStoppedError("the engine is stopping; it takes no more requests; ask another one, or later.")
 
-    async def _call(self, function: Callable[[], _Result], queue: deque[Callable[[], None]]) -> _Result:
-        """Have the thread call a function between two steps, in its queue's order; not if nobody waits any more."""
-        loop = asyncio.get_running_loop()
-        assert self._loop is not None, "asked before start()"
-        assert loop is self._loop, "asked from another event loop than the one that started the engine"
-        future: asyncio.Future[_Result] = loop.create_future()
+    async def _call(self, function: Callable[[], _Result]) -> _Result:
+        """Have the thread call a function between two steps, in the order asked; not if nobody waits any more."""
+        future: asyncio.Future[_Result] = self._new_future()
 
         def run() -> None:
             if future.done():  # cancelled
@@ -252,18 +267,29 @@ class AsyncEngine:
             try:
                 result = function()
             except Exception as error:  # it is the caller's
-                loop.call_soon_threadsafe(_set_exception, future, error)
+                self._tell(future, error)
             else:
-                loop.call_soon_threadsafe(_set_result, future, result)
+                self._tell(future, result)
 
-        self._enqueue(run, queue)
+        self._enqueue(run, self._commands)
         return await future
 
-    def _enqueue(self, command: Callable[[], None], queue: deque[Callable[[], None]]) -> None:
+    def _new_future(self) -> "asyncio.Future[Any]":
+        loop = asyncio.get_running_loop()
+        assert self._loop is not None, "asked before start()"
+        assert loop is self._loop, "asked from another event loop than the one that started the engine"
+        return loop.create_future()
+
+    def _tell(self, future: "asyncio.Future[_Result]", result: _Result | Exception) -> None:
+        """On the thread: give a result, or an error, to who waits for it."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_set_result, future, result)
+
+    def _enqueue(self, item: _Item, queue: deque[_Item]) -> None:
         with self._wakeup:
             if self._is_stopping:
                 raise _stopped()
-            queue.append(command)
+            queue.append(item)
             self._wakeup.notify()
 
     def _abandon(self, running: _Running) -> None:
@@ -289,7 +315,10 @@ class AsyncEngine:
     def _forget(self, running: _Running) -> None:
         for request_id in running.places:
             self._by_id.pop(request_id, None)
-        if not self._by_id:
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not (self._by_id or self._num_embeddings):
             self._idle.set()
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
@@ -310,7 +339,7 @@ class AsyncEngine:
                     self._forget(running)
 
     def _run(self) -> None:
-        """The thread: what was asked, of the embeddings one, then a step, as long as there is any of it."""
+        """The thread: what was asked, a piece of an embedding, then a step, as long as there is any of it."""
         assert self._loop is not None
         while True:
             with self._wakeup:
@@ -318,8 +347,6 @@ class AsyncEngine:
                     self._wakeup.wait()
                 commands, is_stopping = list(self._commands), self._is_stopping
                 self._commands.clear()
-                if self._embeddings:
-                    commands += self._embeddings if is_stopping else [self._embeddings.popleft()]
             for command in commands:
                 try:
                     command()
@@ -327,9 +354,33 @@ class AsyncEngine:
                     logger.exception("the engine failed while a request was taken out of it.")
             if is_stopping:
                 self._end_all("abort", "the engine was stopped")
+                for embedding in self._embeddings:  # nothing comes any more
+                    embedding.close()
+                    self._tell(embedding.future, _stopped())
                 return
+            if self._embeddings:
+                self._embed_piece()
             if self._should_step:
                 self._step()
+
+    def _embed_piece(self) -> None:
+        with self._wakeup:
+            embedding = self._embeddings.popleft()
+        if embedding.future.done():  # cancelled
+            embedding.close()
+            return
+        try:
+            if embedding.pieces is None:
+                embedding.pieces = self._engine.embed_in_pieces(embedding.prompts)
+            is_between_texts = next(embedding.pieces)
+        except StopIteration as end:
+            self._tell(embedding.future, end.value)
+        except Exception as error:  # it is the caller's
+            self._tell(embedding.future, error)
+        else:
+            with self._wakeup:
+                # Others come between two texts, but not into one, or each of them would hold keys and values.
+                (self._embeddings.append if is_between_texts else self._embeddings.appendleft)(embedding)
 
     @property
     def _should_step(self) -> bool:
@@ -401,11 +452,10 @@ def _stopped() -> EngineStoppedError:
     return EngineStoppedError("the engine has stopped; nothing can be asked of it; start another one.")
 
 
-def _set_result(future: "asyncio.Future[_Result]", result: _Result) -> None:
-    if not future.done():
+def _set_result(future: "asyncio.Future[_Result]", result: _Result | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
         future.set_result(result)
-
-
-def _set_exception(future: "asyncio.Future[_Result]", error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

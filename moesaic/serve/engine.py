@@ -6,7 +6,7 @@ What the next step computes is decided in scheduler, computed by runner, and tur
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
@@ -34,6 +34,8 @@ from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 # Logits of a prompt's tokens are made so many at a time.
 _SCORED_ROWS = 64
+# Texts embedded between two steps: each is a pass of its own, however short.
+_EMBEDDED_TOGETHER = 16
 
 
 @dataclass(eq=False)
@@ -382,12 +384,45 @@ class Engine:
 
         Raises: GenerationError as add_request; NotFiniteError where the model gives no numbers.
         """
+        pieces = self.embed_in_pieces(prompts)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return end.value
+
+    def embed_in_pieces(self, prompts: Sequence_[Sequence_[int]]) -> Generator[bool, None, Tensor]:
+        """Return what computes what embed returns, so that steps can come between its pieces.
+
+        It stops after max_batch_tokens tokens at the latest, and after some texts however short they are, and says
+        whether it is done with a text: else it holds keys and values, of the text that it is in.
+
+        Raises: GenerationError as add_request, at once; NotFiniteError, at the end, where the model gives no numbers.
+        """
         for prompt in prompts:
             self._check_prompt(prompt, Sampling(max_tokens=0))
-        vectors = [self._runner.embed(prompt, chunk=self.config.max_batch_tokens) for prompt in prompts]
-        self._counts["prompt"] += sum(len(prompt) for prompt in prompts)
-        if not vectors:
+        return self._embed(prompts)
+
+    def _embed(self, prompts: Sequence_[Sequence_[int]]) -> Generator[bool, None, Tensor]:
+        if not prompts:
             return torch.empty(0, self.model_config.hidden_size, dtype=torch.float32)
+        most_tokens = self.config.max_batch_tokens
+        vectors: list[Tensor] = []
+        num_texts = num_tokens = 0  # since it last stopped
+        for prompt in prompts:
+            if num_texts == _EMBEDDED_TOGETHER or (num_texts and num_tokens + len(prompt) > most_tokens):
+                yield True
+                num_texts = num_tokens = 0
+            passes = self._runner.embed(prompt, chunk=most_tokens)
+            while True:
+                try:
+                    next(passes)
+                except StopIteration as end:
+                    vectors.append(end.value)
+                    break
+                yield False
+            self._counts["prompt"] += len(prompt)
+            num_texts, num_tokens = num_texts + 1, num_tokens + len(prompt)
         found = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
         broken = (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist()
         if broken:

@@ -1,6 +1,6 @@
 """A model and its student behind one engine's face: under overload, new requests are the student's."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -97,6 +97,6 @@ class EngineWithStudent:
         both = {name: getattr(own, name) + getattr(other, name) for name in counted}
         return replace(own, **both, expert_hit_rate=None)
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """As Engine.embed, always by the model itself."""
-        return self._engine.embed(prompts)
+    def embed_in_pieces(self, prompts: Sequence[Sequence[int]]) -> Generator[bool, None, Tensor]:
+        """As Engine.embed_in_pieces, always by the model itself."""
+        return self._engine.embed_in_pieces(prompts)

@@ -1,7 +1,7 @@
 """Runs a model over the parts of a step: the tensors that say what is computed, the pass, and logits where needed."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -115,12 +115,17 @@ class Runner:
         return self.model.logits(hidden).cpu()
 
     @torch.no_grad()
-    def embed(self, tokens: Sequence[int], *, chunk: int) -> Tensor:
-        """Return the mean (H,) fp32 of a text's final hidden states, with memory of its own for keys and values."""
+    def embed(self, tokens: Sequence[int], *, chunk: int) -> Generator[None, None, Tensor]:
+        """Return the mean (H,) fp32 of a text's final hidden states, with memory of its own for keys and values.
+
+        It stops after each pass, of chunk tokens, but the last.
+        """
         model = self.model
         cache = BatchCache(model.config, 1, len(tokens), dtype=self._dtype, device=model.device)
         total = torch.zeros(model.config.hidden_size, dtype=torch.float32)
         for start in range(0, len(tokens), chunk):
+            if start:
+                yield
             part = torch.tensor([list(tokens[start : start + chunk])], device=model.device)
             total += model(part, cache=cache).hidden[0].float().sum(0).cpu()
         return total / len(tokens)

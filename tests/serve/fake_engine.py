@@ -1,7 +1,7 @@
 """An engine that repeats its prompts, can be made slow, stopped and broken: what a real one cannot be asked for."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.threads: set[int] = set()
         self.num_steps = 0
+        self.embedded: list[tuple[int, int]] = []  # of each piece: the text's length and the steps before
+        self.num_closed = 0  # embeddings that were given up within a text
         self.running: dict[str, tuple[list[int], Sampling, int]] = {}
         self._tokenizer = tokenizer
 
@@ -91,8 +93,19 @@ class FakeEngine:
         self.aborted.append(request_id)
         return self.running.pop(request_id, None) is not None
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        self.threads.add(threading.get_ident())
+    def embed_in_pieces(self, prompts: Sequence[Sequence[int]]) -> Generator[bool, None, Tensor]:
+        """A piece for every eight tokens of a text."""
+        for each in prompts:
+            for start in range(0, len(each), 8):
+                if start:
+                    try:
+                        yield False
+                    except GeneratorExit:
+                        self.num_closed += 1
+                        raise
+                self.threads.add(threading.get_ident())
+                self.embedded.append((len(each), self.num_steps))
+            yield True
         return torch.nn.functional.normalize(torch.tensor([[float(len(each)), 1.0] for each in prompts]), dim=-1)
 
     def stats(self) -> EngineStats:

@@ -3,12 +3,11 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 import torch
-from torch import Tensor
 
 from moesaic.config.serve import Sampling
 from moesaic.errors import ConfigError, GenerationError
@@ -211,30 +210,78 @@ def test_stopping_lets_what_runs_finish_or_ends_it() -> None:
     asyncio.run(main())
 
 
-def test_between_two_steps_one_call_embeds_and_none_for_those_who_left() -> None:
+def test_between_two_steps_a_piece_is_embedded_and_none_for_those_who_left() -> None:
     async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
-        steps: list[int] = []  # before each call
-        embed = fake.embed
-
-        def note(prompts: Sequence[Sequence[int]]) -> Tensor:
-            steps.append(fake.num_steps)
-            return embed(prompts)
-
-        fake.embed = note  # type: ignore[method-assign]
         fake.go.clear()
         generation = await engine.submit([[1]], ENDLESS)
-        tasks = [asyncio.ensure_future(engine.embed([[1] * number])) for number in range(1, 7)]
+        tasks = [asyncio.ensure_future(engine.embed([[1] * length])) for length in (1, 30, 3, 4, 2)]
         await asyncio.sleep(0)
         tasks.pop(2).cancel()
         fake.go.set()
         vectors = await asyncio.gather(*tasks)
-        assert [round((each[0, 0] / each[0, 1]).item()) for each in vectors] == [1, 2, 4, 5, 6]
-        assert len(steps) == len(set(steps)) == 5
+        assert [round((each[0, 0] / each[0, 1]).item()) for each in vectors] == [1, 30, 4, 2]
+        lengths, steps = zip(*fake.embedded, strict=True)
+        assert list(lengths) == [1, 30, 30, 30, 30, 4, 2]  # none comes into another one's text
+        assert len(set(steps)) == len(steps)
         generation.close()
         await until(lambda: not fake.has_work)
-        await asyncio.gather(*(engine.embed([[1]]) for _ in range(3)))  # nothing to step
+        await asyncio.gather(*(engine.embed([[1] * 20, [1]]) for _ in range(3)))  # nothing to step
 
     run(test)
+
+
+def test_those_with_many_texts_let_others_come_between_two_of_them() -> None:
+    async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
+        fake.go.clear()
+        generation = await engine.submit([[1]], ENDLESS)
+        tasks = [asyncio.ensure_future(engine.embed(texts)) for texts in ([[1] * 9] * 3, [[1, 2]])]
+        await asyncio.sleep(0)
+        fake.go.set()
+        await asyncio.gather(*tasks)
+        assert [length for length, _ in fake.embedded] == [9, 9, 2, 9, 9, 9, 9]
+        generation.close()
+
+    run(test)
+
+
+def test_an_embedding_that_nobody_waits_for_any_more_is_given_up_within_its_text() -> None:
+    async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
+        generation = await engine.submit([[1]], ENDLESS)
+        task = asyncio.ensure_future(engine.embed([[1] * 8_000_000]))
+        await until(lambda: len(fake.embedded) > 2)
+        task.cancel()
+        await until(lambda: fake.num_closed == 1)
+        count = len(fake.embedded)
+        assert (await engine.embed([[1]])).shape == (1, 2)
+        assert fake.embedded[count:] == [(1, fake.embedded[-1][1])] and count < 1_000_000
+        generation.close()
+
+    run(test)
+
+
+def test_stopping_waits_for_an_embedding_as_long_as_for_a_text() -> None:
+    async def main() -> None:
+        for drain_seconds, is_done in ((30.0, True), (0.0, False)):
+            fake = FakeEngine()
+            engine = AsyncEngine(fake)
+            engine.start()
+            fake.go.clear()
+            running = asyncio.ensure_future(collect(engine, [1], Sampling(max_tokens=3)))
+            task = asyncio.ensure_future(engine.embed([[1] * 80]))
+            await until(lambda fake=fake: len(fake.embedded) > 0)  # type: ignore[misc]
+            stopping = asyncio.ensure_future(engine.stop(drain_seconds=drain_seconds))
+            await asyncio.sleep(0)
+            fake.go.set()
+            await asyncio.wait_for(stopping, 10)
+            if is_done:
+                assert (await task).shape == (1, 2)
+            else:
+                with pytest.raises(EngineStoppedError):
+                    await asyncio.wait_for(task, 10)
+                assert fake.num_closed == 1
+            await running
+
+    asyncio.run(main())
 
 
 def test_those_who_wait_for_embeddings_are_told_when_it_stops() -> None:

@@ -462,7 +462,7 @@ def test_blocks_are_sized_by_the_memory_of_the_models_device(
 ) -> None:
     model = make_model("mixtral", form)
     one = block_bytes(model, block_size=32, dtype=model.compute_dtype)
-    monkeypatch.setattr(limits, "_read_text", lambda path: f"MemAvailable: {9 * 4 * one // 1024 + 1} kB")
+    monkeypatch.setattr(limits, "read_text", lambda path: f"MemAvailable: {9 * 4 * one // 1024 + 1} kB")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 4 * one, 1 << 40))
     assert Engine(model, tokenizer).stats().kv_blocks_total == 9
     assert limits.available_memory_bytes(torch.device("cuda", 0)) == 5 * 4 * one
@@ -503,6 +503,33 @@ def test_embeddings_are_means_of_hidden_states(make_model: Make, tokenizer: Toke
         engine.embed([[]])
     with pytest.raises(GenerationError, match=r"the prompt is 'a text' \(str\)"):
         engine.embed(["a text"])
+
+
+def test_embeddings_stop_for_the_steps_of_others(make_model: Make, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model("pr-moe", "fp32"), tokenizer, EngineConfig(max_batch_tokens=16))
+    texts = [[1], list(range(50)), *([n] for n in range(40)), list(range(9)), list(range(9))]
+    alone = engine.embed(texts)
+    expected = run_one(engine, [5, 6, 7], GREEDY).ids
+
+    engine.add_request([5, 6, 7], GREEDY)
+    pieces = engine.embed_in_pieces(texts)
+    are_done: list[bool] = []
+    tokens: list[int] = []
+    while True:
+        try:
+            are_done.append(next(pieces))
+        except StopIteration as end:
+            vectors = end.value
+            break
+        tokens += [token.token_id for output in engine.step() for token in output.tokens]
+    assert are_done == [True, False, False, False, True, True, True, True, True]  # 50, then 16 + 16 + 8, 9 and 9
+    assert torch.equal(vectors, alone)
+    assert tokens == expected[: len(tokens)] and len(tokens) == len(are_done)
+    given_up = engine.embed_in_pieces([list(range(50))])
+    assert not next(given_up)
+    given_up.close()
+    with pytest.raises(GenerationError, match="empty"):
+        engine.embed_in_pieces([[1], []])  # at once
 
 
 REPEATING = [1, 2, 3, 4, 5, 6] * 8

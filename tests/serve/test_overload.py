@@ -159,7 +159,7 @@ def test_the_keys_of_both_fit_into_the_memory_of_one(
     tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(limits, "_read_text", lambda path: "MemAvailable: 2000 kB")
+    monkeypatch.setattr(limits, "read_text", lambda path: "MemAvailable: 2000 kB")
     model, small = make_model("mixtral"), make_model("dense" if precision == "int8" else "latent", seed=1)
     draft_model = make_model("dense") if drafts else None
     speculation = SpeculationConfig(method="model", model="by hand") if drafts else None

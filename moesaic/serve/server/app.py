@@ -47,8 +47,6 @@ from moesaic.serve.server.requests import (
 )
 from moesaic.serve.server.responses import ResponsesBody
 
-# Texts embedded between two steps of those that are generated: each is a pass of its own, however short.
-_EMBEDDED_TOGETHER = 16
 WEB_FOLDER = Path(__file__).resolve().parents[1] / "web"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -123,7 +121,7 @@ def create_app(
     *,
     name: str,
     max_length: int,
-    max_embedded_tokens: int,
+    hidden_size: int,
     moe_layers: Sequence[int] = (),
     student: Student | None = None,
     grammars: GrammarCompiler | None = None,
@@ -132,9 +130,9 @@ def create_app(
 ) -> FastAPI:
     """Return the server of one model; its lifespan starts and stops the engine's thread.
 
-    name: what requests call the model. max_length: positions of a sequence. max_embedded_tokens: of one call of the
-    engine. moe_layers: the places of the MoE layers, for return_experts. student: who helps out, where the engine has
-    one. grammars: the engine's; None refuses them. keys: empty lets everybody in.
+    name: what requests call the model. max_length: positions of a sequence. hidden_size: of its vectors. moe_layers:
+    the places of the MoE layers, for return_experts. student: who helps out, where the engine has one. grammars: the
+    engine's; None refuses them. keys: empty lets everybody in.
     """
     metrics = Metrics()
     admission = Admission(max_concurrent=config.max_concurrent_requests, max_queued=config.max_queued_requests)
@@ -144,7 +142,7 @@ def create_app(
         texts=TokenTexts(tokenizer),
         engine=engine,
         max_length=max_length,
-        max_embedded_tokens=max_embedded_tokens,
+        hidden_size=hidden_size,
         moe_layers=tuple(moe_layers),
         student=student,
         created=int(time.time()),
@@ -244,38 +242,25 @@ def _add_generation(router: APIRouter, served: Served) -> None:
 
 
 async def _embed(served: Served, request: Request, body: EmbeddingBody) -> Response:
+    if body.dimensions not in (None, served.hidden_size):
+        raise refusal(
+            f"dimensions is {body.dimensions}; the model's vectors have {served.hidden_size}; leave it out.",
+            param="dimensions",
+        )
     entries: list[str] = []
     async with turn_of(served, request):
         prompts = await read_prompts(served, body.input, param="input", limit=MAX_EMBEDDED_TEXTS)
         count = sum(len(prompt) for prompt in prompts)
         log_fields(request.scope).values["prompt_tokens"] = count
-        for some in _batches(prompts, served.max_embedded_tokens):  # texts that are generated step between them
-            found = await served.engine.embed(some)  # (n, H)
-            if body.dimensions not in (None, found.shape[1]):
-                raise refusal(
-                    f"dimensions is {body.dimensions}; the model's vectors have {found.shape[1]}; leave it out.",
-                    param="dimensions",
-                )
-            for vector in found.numpy().astype("<f4"):
-                is_short = body.encoding_format == "base64"
-                value = base64.b64encode(vector.tobytes()).decode() if is_short else vector.tolist()
-                entries.append(json_text({"object": "embedding", "index": len(entries), "embedding": value}))
-                await asyncio.sleep(0)  # thousands of numbers took their time: others come between
+        found = await served.engine.embed(prompts)  # (n, H)
+        for vector in found.numpy().astype("<f4"):
+            is_short = body.encoding_format == "base64"
+            value = base64.b64encode(vector.tobytes()).decode() if is_short else vector.tolist()
+            entries.append(json_text({"object": "embedding", "index": len(entries), "embedding": value}))
+            await asyncio.sleep(0)  # thousands of numbers took their time: others come between
     rest = json_text({"model": served.name, "usage": {"prompt_tokens": count, "total_tokens": count}})
     text = f'{{"object":"list","data":[{",".join(entries)}],{rest[1:]}'
     return Response(text, media_type="application/json")
-
-
-def _batches(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:
-    batches: list[list[Sequence[int]]] = []
-    size = max_tokens
-    for prompt in prompts:
-        if size + len(prompt) > max_tokens or len(batches[-1]) == _EMBEDDED_TOGETHER:
-            batches.append([])
-            size = 0
-        batches[-1].append(prompt)
-        size += len(prompt)
-    return batches
 
 
 def _add_tokens(router: APIRouter, served: Served) -> None:

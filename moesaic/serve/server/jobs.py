@@ -35,7 +35,7 @@ class Served:
     texts: TokenTexts
     engine: AsyncEngine
     max_length: int  # positions of a sequence
-    max_embedded_tokens: int  # of one call
+    hidden_size: int  # of an embedding
     moe_layers: tuple[int, ...]  # the places of the MoE layers
     student: "Student | None"  # who helps out under overload
     created: int  # seconds since 1970

@@ -83,7 +83,7 @@ def serve(
             config.server,
             name=name,
             max_length=engine.max_length,
-            max_embedded_tokens=config.engine.max_batch_tokens,
+            hidden_size=engine.model_config.hidden_size,
             moe_layers=[layer.layer for layer in engine.stats().layers],
             student=student,
             grammars=grammars,

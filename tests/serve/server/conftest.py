@@ -147,7 +147,7 @@ def real_app(run_folder: Path) -> Iterator[Callable[..., FastAPI]]:
             ServerConfig(**values),
             name="tiny",
             max_length=made.max_length,
-            max_embedded_tokens=config.max_batch_tokens,
+            hidden_size=made.model_config.hidden_size,
             moe_layers=[layer.layer for layer in made.stats().layers],
             student=helps,
             grammars=grammars,
@@ -182,8 +182,8 @@ def serve_fake(chat_tokenizer: Tokenizer, fake: FakeEngine) -> Callable[..., Abs
             chat_tokenizer,
             ServerConfig(**values),
             name="fake",
+            hidden_size=2,
             max_length=2 * 10**9,  # a text may go on for as long as a test lasts
-            max_embedded_tokens=1024,
             keys=keys,
             **({} if web_folder is None else {"web_folder": web_folder}),
         )

@@ -365,7 +365,7 @@ def test_vectors_that_are_no_numbers_are_the_servers_failure(
     def broken(_: object) -> Tensor:
         raise NotFiniteError("the vector has NaN in it; numbers are required; evaluate the model.")
 
-    monkeypatch.setattr(fake, "embed", broken)
+    monkeypatch.setattr(fake, "embed_in_pieces", broken)
     with serve_fake() as running:
         body = {"input": "x", "encoding_format": encoding_format}
         response = httpx.post(f"{running.url}/v1/embeddings", json=body)

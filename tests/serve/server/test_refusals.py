@@ -60,8 +60,8 @@ def test_a_grammar_process_that_does_not_start_is_the_servers_failure(
 
     monkeypatch.setattr(grammars, "compile", compile_nothing)
     app = create_app(
-        AsyncEngine(fake), chat_tokenizer, ServerConfig(), name="fake", max_length=fake.max_length,
-        max_embedded_tokens=64, grammars=grammars,
+        AsyncEngine(fake), chat_tokenizer, ServerConfig(), name="fake", max_length=fake.max_length, hidden_size=2,
+        grammars=grammars,
     )  # fmt: skip
     with live(app) as running:
         for stream in (False, True):
@@ -76,9 +76,7 @@ def test_a_call_in_an_unknown_form_cannot_be_asked_for(fake: FakeEngine, chat_to
     values = json.loads(chat_tokenizer.companions["tokenizer_config.json"])
     values["chat_template"] = values["chat_template"].replace("<tool_call>", "[TOOL_CALLS]")
     other = Tokenizer(chat_tokenizer.json_text, companions={"tokenizer_config.json": json.dumps(values)})
-    app = create_app(
-        AsyncEngine(fake), other, ServerConfig(), name="fake", max_length=fake.max_length, max_embedded_tokens=64
-    )
+    app = create_app(AsyncEngine(fake), other, ServerConfig(), name="fake", max_length=fake.max_length, hidden_size=2)
     with live(app) as running:
         for choice, status in (("required", 400), ("auto", 200)):
             body = {"messages": USER, "max_tokens": 2, "tools": [F], "tool_choice": choice}
@@ -92,9 +90,7 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
     values = json.loads(chat_tokenizer.companions["tokenizer_config.json"])
     values["chat_template"] = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     blind = Tokenizer(chat_tokenizer.json_text, companions={"tokenizer_config.json": json.dumps(values)})
-    app = create_app(
-        AsyncEngine(fake), blind, ServerConfig(), name="fake", max_length=fake.max_length, max_embedded_tokens=64
-    )
+    app = create_app(AsyncEngine(fake), blind, ServerConfig(), name="fake", max_length=fake.max_length, hidden_size=2)
     with live(app) as running:
         effort = httpx.post(f"{running.url}{CHAT}", json={"messages": USER, "reasoning_effort": "low"}, timeout=30)
         check_error(effort, 400, "reasoning_effort", "which does not read it; it reads no setting at all")
