@@ -1,7 +1,9 @@
-"""What the start of a command leaves out: looking for garbage while modules are loaded."""
+"""The start of a command: modules are loaded without looking for garbage, and Ctrl-C ends it at once."""
 
 import gc
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,8 +14,17 @@ def loading_modules() -> Iterator[None]:
 
     torch and what stands on it make some 300,000 objects that stay; looking through them again and again as they become
     more is a fifth of a start, and every full search later, in a server say, would go through all of them.
+
+    Ctrl-C ends the process meanwhile, which has nothing to leave in order yet: Python's own KeyboardInterrupt is lost
+    where it comes in a call that Python makes for itself, as many of an import's are.
     """
     was_enabled, before = gc.isenabled(), len(sys.modules)
+    is_interruptible = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()
     try:
         yield
@@ -22,3 +33,5 @@ def loading_modules() -> Iterator[None]:
             gc.freeze()
         if was_enabled:
             gc.enable()
+        if is_interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,7 @@
 """Modules are loaded without a search for garbage, and searches come back."""
 
 import gc
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,35 @@ finally:
         [sys.executable, "-c", code, str(trained_run)], capture_output=True, text=True, check=True, timeout=120
     )
     assert result.stderr.split()[-3:] == ["True", "True", "True"]
+
+
+def test_ctrl_c_ends_the_process_while_modules_are_loaded_and_is_pythons_again() -> None:
+    code = """
+import signal, sys, threading
+from moesaic.cli.start import loading_modules
+for error in (None, ImportError):
+    try:
+        with loading_modules():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+            if error:
+                raise error
+    except ImportError:
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+thread = threading.Thread(target=lambda: loading_modules().__enter__())
+thread.start(); thread.join()
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not a thread's to set
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+with loading_modules():
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a caller's own
+assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with loading_modules():
+    class Freed:
+        def __del__(self):  # where a KeyboardInterrupt would be ignored
+            signal.raise_signal(signal.SIGINT)
+    Freed()
+print("still here")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
