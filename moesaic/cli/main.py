@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from moesaic import __version__
+from moesaic.cli.start import heed_termination
 from moesaic.errors import MoesaicError
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.threads import limit_threads, spin_briefly
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> Any:
 
     Where memory is refused, or standard output has no room left, a full disk say, the status is 1.
     """
-    # All before torch is loaded and allocates anything.
+    heed_termination()
+    # Before torch is loaded and allocates anything.
     limit_threads()
     spin_briefly()
     tune_allocator()

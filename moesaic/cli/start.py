@@ -1,11 +1,13 @@
 """The start of a command: modules are loaded without looking for garbage, and Ctrl-C ends it at once."""
 
 import gc
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def loading_modules() -> Iterator[None]:
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
     if is_interruptible:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, _end)
     gc.disable()
     try:
         yield
@@ -35,3 +37,16 @@ def loading_modules() -> Iterator[None]:
             gc.enable()
         if is_interruptible:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def heed_termination() -> None:
+    """Let SIGTERM end a container's first process, for which the system's own action is none: `docker stop` waits."""
+    if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """End the process by the signal, as its default action does."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    os._exit(128 + number)  # a container's first process, which survives that

@@ -1,6 +1,7 @@
 """Modules are loaded without a search for garbage, and searches come back."""
 
 import gc
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ from moesaic.cli.start import loading_modules
 for error in (None, ImportError):
     try:
         with loading_modules():
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
             if error:
                 raise error
     except ImportError:
@@ -75,3 +76,36 @@ print("still here")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
+
+
+def _becomes_first() -> bool:
+    """Whether a process can be the first one of a namespace here, as in a container."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _becomes_first(), reason="needs unshare and the right to make namespaces")
+@pytest.mark.parametrize(
+    ("number", "before", "status"),
+    [
+        (signal.SIGTERM, "heed_termination()", 143),
+        (signal.SIGINT, "loading = loading_modules(); loading.__enter__()", 130),
+        (signal.SIGTERM, "signal.signal(signal.SIGTERM, signal.SIG_IGN); heed_termination()", 0),
+    ],
+)
+def test_a_containers_first_process_ends_by_signals_too(number: signal.Signals, before: str, status: int) -> None:
+    """No default action ends a process with the id 1, so that `docker stop` during a start would wait and kill."""
+    code = f"""
+import os, signal, time
+from moesaic.cli.start import heed_termination, loading_modules
+assert os.getpid() == 1
+{before}
+try:
+    signal.raise_signal({number})
+finally:
+    print("unwound")
+"""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stderr) == (status, "")
+    assert result.stdout == ("" if number == signal.SIGINT else "unwound\n")
