@@ -8,10 +8,13 @@ Run: python benchmarks/container_share.py [--processors 1] [--threads 2 1] [--ro
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from measure import machine, median, print_table, run_child
@@ -32,7 +35,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(answer(arguments.processors, arguments.seconds)))
         return
-    threads = arguments.threads or [allowed_processors(), max(1, round(arguments.processors))]
+    threads = arguments.threads or [allowed_processors(), math.ceil(arguments.processors)]
     print(f"{machine()}; {arguments.processors} processors' time")
     runs: dict[int, list[dict[str, float]]] = {count: [] for count in threads}
     flags = ["--child", "--processors", str(arguments.processors), "--seconds", str(arguments.seconds)]
@@ -63,20 +66,20 @@ def answer(processors: float, seconds: float) -> dict[str, float]:
         Tokenizer(tokenizer_json()),
         EngineConfig(max_sequences=1, max_length=1024, prefix_caching=False),
     )
-    group = enter_group(processors)
-    prompts, tokens = [], []
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        prompt = [random.randrange(VOCAB_SIZE) for _ in range(512)]
-        engine.add_request(prompt, Sampling(max_tokens=256, temperature=0.0, ignore_end_of_text=True))
-        started = time.perf_counter()
-        engine.step()
-        prompts.append(time.perf_counter() - started)
-        while engine.has_work:
+    prompts: list[float] = []
+    tokens: list[float] = []
+    with within_share(processors):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            prompt = [random.randrange(VOCAB_SIZE) for _ in range(512)]
+            engine.add_request(prompt, Sampling(max_tokens=256, temperature=0.0, ignore_end_of_text=True))
             started = time.perf_counter()
             engine.step()
-            tokens.append(time.perf_counter() - started)
-    leave_group(group)
+            prompts.append(time.perf_counter() - started)
+            while engine.has_work:
+                started = time.perf_counter()
+                engine.step()
+                tokens.append(time.perf_counter() - started)
     return {
         "prompt ms": 1e3 * median(prompts),
         "token ms, mean": 1e3 * statistics.fmean(tokens),
@@ -85,25 +88,25 @@ def answer(processors: float, seconds: float) -> dict[str, float]:
     }
 
 
-def enter_group(processors: float) -> Path:
-    """Put this process into a new control group that may use so many processors' time; return its folder."""
+@contextmanager
+def within_share(processors: float) -> Iterator[None]:
+    """Have this process use at most so many processors' time, in a control group beside those at the root."""
     root = Path("/sys/fs/cgroup")
     is_old = (root / "cpu").is_dir()
     group = root / ("cpu" if is_old else "") / f"moesaic-{os.getpid()}"
     group.mkdir()
-    quota = round(PERIOD * processors)
-    if is_old:
-        (group / "cpu.cfs_period_us").write_text(str(PERIOD))
-        (group / "cpu.cfs_quota_us").write_text(str(quota))
-    else:
-        (group / "cpu.max").write_text(f"{quota} {PERIOD}")
-    (group / "cgroup.procs").write_text(str(os.getpid()))
-    return group
-
-
-def leave_group(group: Path) -> None:
-    (group.parent / "cgroup.procs").write_text(str(os.getpid()))
-    group.rmdir()
+    try:
+        quota = round(PERIOD * processors)
+        if is_old:
+            (group / "cpu.cfs_period_us").write_text(str(PERIOD))
+            (group / "cpu.cfs_quota_us").write_text(str(quota))
+        else:
+            (group / "cpu.max").write_text(f"{quota} {PERIOD}")
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+    finally:
+        (group.parent / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
 
 
 if __name__ == "__main__":

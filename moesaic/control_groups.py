@@ -72,15 +72,15 @@ def _memory_limits() -> Iterator[tuple[Path, int, int]]:
 
 def _folders(controller: str) -> Iterator[tuple[Path, int]]:
     """Yield (folder, version) of the groups, this process's and those around it, that may limit what is controlled."""
+    names = {(_GROUPS, 2): "", (_GROUPS / "unified", 2): "", (_GROUPS / controller, 1): ""}
     for line in read_text(_OWN_GROUPS).splitlines():
         number, _, rest = line.partition(":")
         controllers, _, name = rest.partition(":")
         if number == "0" and not controllers:
-            root, version = _GROUPS, 2
+            names |= {(_GROUPS, 2): name, (_GROUPS / "unified", 2): name}
         elif controller in controllers.split(","):
-            root, version = _GROUPS / controller, 1
-        else:
-            continue
+            names |= {(_GROUPS / controller, 1): name, (_GROUPS / controllers, 1): name}
+    for (root, version), name in names.items():
         # In a container the name may be the host's, and the container's own group stands at the root.
         inner = root / name.lstrip("/")
         folders = {root, inner, *(parent for parent in inner.parents if parent.is_relative_to(root))}

@@ -46,6 +46,9 @@ def test_a_containers_memory_counts(write: Write) -> None:
     write("groups/memory.current", "2999999\n")
     assert available_memory_bytes() == 1  # the container's own, under whatever name
     assert memory_limit_bytes() == 3_000_000
+
+
+def test_so_does_that_of_version_1(write: Write) -> None:
     write("own", "5:cpu,memory:/docker/x\n4:pids:/\n")
     write("groups/memory/docker/x/memory.limit_in_bytes", "2000000\n")
     write("groups/memory/docker/x/memory.usage_in_bytes", "2500000\n")
@@ -71,6 +74,12 @@ def test_a_containers_share_of_the_processors_counts(write: Write, monkeypatch: 
     write("groups/cpu.max", "200000 100000\n")
     assert usable_processors() == 2  # the container's own, under whatever name
     assert describe_cpu().usable_threads == _count_workers(None) == 2
+    write("own", "")  # nothing is said of where it is
+    assert usable_processors() == 2
+
+
+def test_so_does_its_share_of_version_1(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_groups, "allowed_processors", lambda: 12)
     write("own", "5:cpu,cpuacct:/docker/x\n4:pids:/\n")
     write("groups/cpu/docker/x/cpu.cfs_quota_us", "-1\n")
     write("groups/cpu/docker/x/cpu.cfs_period_us", "100000\n")
@@ -79,6 +88,12 @@ def test_a_containers_share_of_the_processors_counts(write: Write, monkeypatch: 
     assert usable_processors() == 4
     write("groups/cpu/docker/x/cpu.cfs_period_us", "0\n")  # no file of the kernel's
     assert usable_processors() == 12
+    write("groups/cpu,cpuacct/docker/cpu.cfs_quota_us", "300000\n")  # without a link of the controller's own name
+    write("groups/cpu,cpuacct/docker/cpu.cfs_period_us", "100000\n")
+    assert usable_processors() == 3
+    write("own", "4:pids:/\n0::/here\n")  # both versions, and the newer one has the processors
+    write("groups/unified/here/cpu.max", "200000 100000\n")
+    assert usable_processors() == 2
 
 
 _SCRIPT = """

@@ -7,6 +7,7 @@ import typer
 
 from moesaic.cli.console import open_console, print_json
 from moesaic.cli.progress import shown_progress
+from moesaic.cli.start import loading_modules
 from moesaic.config.api_keys import read_key_file
 from moesaic.errors import ConfigError, DataError
 from moesaic.folders import check_can_be_written
@@ -44,9 +45,10 @@ def limits(
     """
     from dataclasses import asdict
 
-    from moesaic.kernels.device import select_device
-    from moesaic.kernels.limits import measure_limits
-    from moesaic.logs import log_to_stderr
+    with loading_modules():
+        from moesaic.kernels.device import select_device
+        from moesaic.kernels.limits import measure_limits
+        from moesaic.logs import log_to_stderr
 
     log_to_stderr()
     measured = measure_limits(device=select_device(device).type, seconds=_LIMITS_SECONDS, reuse=False)
@@ -82,8 +84,9 @@ def moe_layer(
     """
     from dataclasses import asdict
 
-    from moesaic.bench.moe_layer import MoELayerCase, bench_moe_layer
-    from moesaic.logs import log_to_stderr
+    with loading_modules():
+        from moesaic.bench.moe_layer import MoELayerCase, bench_moe_layer
+        from moesaic.logs import log_to_stderr
 
     log_to_stderr()
     case = MoELayerCase(

@@ -12,6 +12,7 @@ import typer
 
 from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
+from moesaic.cli.start import loading_modules
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,8 +48,9 @@ def import_(
 
     Example: moesaic convert import downloads/Qwen3-0.6B runs/qwen3
     """
-    from moesaic.convert.importer import import_model
-    from moesaic.logs import log_to_stderr
+    with loading_modules():
+        from moesaic.convert.importer import import_model
+        from moesaic.logs import log_to_stderr
 
     log_to_stderr()
     with shown_progress(kept="nothing was written", output=run) as show:
@@ -76,9 +78,10 @@ def export_(
 
     Example: moesaic convert export runs/first exported --dtype bf16
     """
-    from moesaic.convert.exporter import export_run
-    from moesaic.convert.families import OWN_NAME
-    from moesaic.logs import log_to_stderr
+    with loading_modules():
+        from moesaic.convert.exporter import export_run
+        from moesaic.convert.families import OWN_NAME
+        from moesaic.logs import log_to_stderr
 
     log_to_stderr()
     with shown_progress(kept="nothing was written", output=path) as show:
@@ -110,8 +113,9 @@ def verify(
 
     Example: moesaic convert verify downloads/Qwen3-0.6B runs/qwen3
     """
-    from moesaic.convert.parity import verify_models
-    from moesaic.logs import log_to_stderr
+    with loading_modules():
+        from moesaic.convert.parity import verify_models
+        from moesaic.logs import log_to_stderr
 
     log_to_stderr()
     with shown_progress(kept="nothing was written") as show:

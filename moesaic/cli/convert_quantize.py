@@ -9,6 +9,7 @@ import typer
 
 from moesaic.cli.console import open_console
 from moesaic.cli.progress import shown_progress
+from moesaic.cli.start import loading_modules
 from moesaic.convert.defaults import CALIBRATION_TOKENS, MAX_KL, MAX_PERPLEXITY_RATIO, REPORT_TOKENS
 
 if TYPE_CHECKING:
@@ -85,8 +86,9 @@ def quantize(
 
     Example: moesaic convert quantize runs/first runs/first-int4 --experts int4 --group-size 32
     """
-    from moesaic.convert.quantize import quantize_run
-    from moesaic.logs import log_to_stderr
+    with loading_modules():
+        from moesaic.convert.quantize import quantize_run
+        from moesaic.logs import log_to_stderr
 
     log_to_stderr()
     with shown_progress(kept="nothing was written", output=output) as show:

@@ -10,6 +10,7 @@ import typer
 from moesaic.cli.console import open_console
 from moesaic.cli.lists import expert_counts, integers
 from moesaic.cli.progress import shown_progress
+from moesaic.cli.start import loading_modules
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -60,8 +61,9 @@ def upcycle(
 
     Example: moesaic convert upcycle runs/dense runs/upcycled --experts 8 --residual
     """
-    from moesaic.convert.upcycle import upcycle_run
-    from moesaic.logs import log_to_stderr
+    with loading_modules():
+        from moesaic.convert.upcycle import upcycle_run
+        from moesaic.logs import log_to_stderr
 
     log_to_stderr()
     counts = expert_counts(experts)

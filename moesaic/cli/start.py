@@ -35,7 +35,7 @@ def loading_modules() -> Iterator[None]:
             gc.freeze()
         if was_enabled:
             gc.enable()
-        if is_interruptible:
+        if is_interruptible and signal.getsignal(signal.SIGINT) is _end:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

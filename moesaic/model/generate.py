@@ -111,7 +111,8 @@ def choose_token(
 def check_token_ids(prompt: Sequence[int], vocab_size: int) -> None:
     """Raises: GenerationError for a prompt that is not a sequence of token ids below vocab_size, at least one."""
     is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
-    for given in (token for token in prompt if not _is(token, Integral)) if is_list else (prompt,):
+    is_plain = is_list and set(map(type, prompt)) <= {int}  # the others are looked at one by one
+    for given in (token for token in prompt if not (is_plain or _is(token, Integral))) if is_list else (prompt,):
         shown = repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."
         raise GenerationError(
             f"the prompt {'holds' if is_list else 'is'} {shown} ({type(given).__name__}); a list of token ids is "
@@ -121,8 +122,8 @@ def check_token_ids(prompt: Sequence[int], vocab_size: int) -> None:
         raise GenerationError(
             "the prompt is empty; generation requires one token; give a text, or the end-of-text token."
         )
-    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
-    if wrong is not None:
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
         raise GenerationError(
             f"the prompt holds token id {wrong}; ids from 0 to {vocab_size - 1} are required; use the run's own "
             f"tokenizer."

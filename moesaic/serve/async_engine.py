@@ -182,7 +182,7 @@ class AsyncEngine:
                 logger.warning(
                     "%d requests were still running after drain_seconds (%g); they are ended; raise drain_seconds to "
                     "let them finish.",
-                    self.num_running,
+                    self.num_running + self._num_embeddings,
                     drain_seconds,
                 )
         with self._wakeup:
@@ -282,8 +282,16 @@ class AsyncEngine:
 
     def _tell(self, future: "asyncio.Future[_Result]", result: _Result | Exception) -> None:
         """On the thread: give a result, or an error, to who waits for it."""
+        self._call_in_loop(_set_result, future, result)
+
+    def _call_in_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        """On the thread: have the event loop call a function."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(_set_result, future, result)
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed, without a stop: nobody waits for anything any more
+            with self._wakeup:
+                self._is_stopping = True
 
     def _enqueue(self, item: _Item, queue: deque[_Item]) -> None:
         with self._wakeup:
@@ -354,9 +362,7 @@ class AsyncEngine:
                     logger.exception("the engine failed while a request was taken out of it.")
             if is_stopping:
                 self._end_all("abort", "the engine was stopped")
-                for embedding in self._embeddings:  # nothing comes any more
-                    embedding.close()
-                    self._tell(embedding.future, _stopped())
+                self._end_embeddings()
                 return
             if self._embeddings:
                 self._embed_piece()
@@ -381,6 +387,13 @@ class AsyncEngine:
             with self._wakeup:
                 # Others come between two texts, but not into one, or each of them would hold keys and values.
                 (self._embeddings.append if is_between_texts else self._embeddings.appendleft)(embedding)
+
+    def _end_embeddings(self) -> None:
+        """Once it is stopping, and none comes any more."""
+        for embedding in self._embeddings:
+            embedding.close()
+            self._tell(embedding.future, _stopped())
+        self._embeddings.clear()
 
     @property
     def _should_step(self) -> bool:
@@ -422,14 +435,9 @@ class AsyncEngine:
         self._post(outputs)
 
     def _post(self, outputs: Sequence[RequestOutput]) -> None:
-        assert self._loop is not None
         with self._delivery:
             self._num_undelivered += 1
-        try:
-            self._loop.call_soon_threadsafe(self._deliver, outputs)
-        except RuntimeError:  # the loop is closed, without a stop: nobody waits for anything any more
-            with self._wakeup:
-                self._is_stopping = True
+        self._call_in_loop(self._deliver, outputs)
 
 
 def _last_output(request_id: str, index: int, reason: FinishReason, message: str) -> RequestOutput:

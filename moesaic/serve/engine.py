@@ -392,21 +392,23 @@ class Engine:
                 return end.value
 
     def embed_in_pieces(self, prompts: Sequence_[Sequence_[int]]) -> Generator[bool, None, Tensor]:
-        """Return what computes what embed returns, so that steps can come between its pieces.
+        """Compute what embed returns, so that steps can come between its pieces.
 
-        It stops after max_batch_tokens tokens at the latest, and after some texts however short they are, and says
-        whether it is done with a text: else it holds keys and values, of the text that it is in.
+        It stops after max_batch_tokens tokens at the latest, checked or computed, and after some texts however short
+        they are, and says whether it is done with a text: else it holds keys and values, of the text that it is in.
 
-        Raises: GenerationError as add_request, at once; NotFiniteError, at the end, where the model gives no numbers.
+        Raises: as embed; nothing is computed before all prompts are checked.
         """
+        most_tokens = self.config.max_batch_tokens
+        num_checked = 0
         for prompt in prompts:
+            if num_checked > most_tokens:
+                yield True
+                num_checked = 0
             self._check_prompt(prompt, Sampling(max_tokens=0))
-        return self._embed(prompts)
-
-    def _embed(self, prompts: Sequence_[Sequence_[int]]) -> Generator[bool, None, Tensor]:
+            num_checked += len(prompt)
         if not prompts:
             return torch.empty(0, self.model_config.hidden_size, dtype=torch.float32)
-        most_tokens = self.config.max_batch_tokens
         vectors: list[Tensor] = []
         num_texts = num_tokens = 0  # since it last stopped
         for prompt in prompts:

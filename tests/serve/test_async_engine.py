@@ -259,29 +259,31 @@ def test_an_embedding_that_nobody_waits_for_any_more_is_given_up_within_its_text
     run(test)
 
 
-def test_stopping_waits_for_an_embedding_as_long_as_for_a_text() -> None:
-    async def main() -> None:
-        for drain_seconds, is_done in ((30.0, True), (0.0, False)):
-            fake = FakeEngine()
-            engine = AsyncEngine(fake)
-            engine.start()
-            fake.go.clear()
+@pytest.mark.parametrize(("drain_seconds", "is_done"), [(30.0, True), (0.05, False), (0.0, False)])
+def test_stopping_waits_for_an_embedding_as_long_as_for_a_text(
+    drain_seconds: float, is_done: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
+        with engine._wakeup:  # the thread sees both, and embeds a piece before the step that waits
             running = asyncio.ensure_future(collect(engine, [1], Sampling(max_tokens=3)))
+            fake.go.clear()
             task = asyncio.ensure_future(engine.embed([[1] * 80]))
-            await until(lambda fake=fake: len(fake.embedded) > 0)  # type: ignore[misc]
-            stopping = asyncio.ensure_future(engine.stop(drain_seconds=drain_seconds))
             await asyncio.sleep(0)
-            fake.go.set()
-            await asyncio.wait_for(stopping, 10)
-            if is_done:
-                assert (await task).shape == (1, 2)
-            else:
-                with pytest.raises(EngineStoppedError):
-                    await asyncio.wait_for(task, 10)
-                assert fake.num_closed == 1
-            await running
+        await until(lambda: len(fake.embedded) > 0)
+        stopping = asyncio.ensure_future(engine.stop(drain_seconds=drain_seconds))
+        await asyncio.sleep(0.1 if drain_seconds == 0.05 else 0)
+        fake.go.set()
+        await stopping
+        if is_done:
+            assert (await task).shape == (1, 2)
+        else:
+            with pytest.raises(EngineStoppedError):
+                await task
+            assert fake.num_closed == 1
+        await running
 
-    asyncio.run(main())
+    run(test)
+    assert [record.args for record in caplog.records] == ([(2, 0.05)] if drain_seconds == 0.05 else [])
 
 
 def test_those_who_wait_for_embeddings_are_told_when_it_stops() -> None:
@@ -346,15 +348,40 @@ def test_no_prompts_are_refused_and_a_stop_waits_for_nothing() -> None:
     run(test)
 
 
-def test_a_loop_that_is_closed_without_a_stop_ends_the_thread(caplog: pytest.LogCaptureFixture) -> None:
-    engine = AsyncEngine(FakeEngine())
+@pytest.mark.parametrize("num_embeddings", [0, 1, 4])
+def test_a_loop_that_is_closed_without_a_stop_ends_the_thread(
+    num_embeddings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = FakeEngine()
+    engine = AsyncEngine(fake)
 
     async def leave() -> None:
         engine.start()
         generation = await engine.submit([[1]], ENDLESS)
         assert await anext(generation)
+        fake.go.clear()
+        for _ in range(num_embeddings):
+            asyncio.ensure_future(engine.embed([[1] * 20] * 3))  # noqa: RUF006
+        await asyncio.sleep(0)
 
     asyncio.run(leave())
+    fake.go.set()
     assert engine._thread is not None
     engine._thread.join(30)
     assert not engine._thread.is_alive() and not caplog.records
+
+
+def test_with_a_loop_that_is_closed_an_embedding_is_given_up() -> None:
+    fake = FakeEngine()
+    engine = AsyncEngine(fake)
+
+    async def leave() -> None:
+        engine.start()
+        asyncio.ensure_future(engine.embed([[1] * 80_000_000]))  # noqa: RUF006
+        await until(lambda: len(fake.embedded) > 2)
+
+    asyncio.run(leave())
+    deadline = time.monotonic() + 30
+    while not fake.num_closed and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert fake.num_closed == 1

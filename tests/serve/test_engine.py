@@ -528,8 +528,10 @@ def test_embeddings_stop_for_the_steps_of_others(make_model: Make, tokenizer: To
     given_up = engine.embed_in_pieces([list(range(50))])
     assert not next(given_up)
     given_up.close()
+    before = engine.stats().num_prompt_tokens
     with pytest.raises(GenerationError, match="empty"):
-        engine.embed_in_pieces([[1], []])  # at once
+        list(engine.embed_in_pieces([*texts, []]))
+    assert engine.stats().num_prompt_tokens == before, "computed before all were checked"
 
 
 REPEATING = [1, 2, 3, 4, 5, 6] * 8
