@@ -522,7 +522,8 @@ def test_embeddings_stop_for_the_steps_of_others(make_model: Make, tokenizer: To
             vectors = end.value
             break
         tokens += [token.token_id for output in engine.step() for token in output.tokens]
-    assert are_done == [True, False, False, False, True, True, True, True, True]  # 50, then 16 + 16 + 8, 9 and 9
+    assert are_done[:3] == [True] * 3  # checked: 51, 17 and 17 tokens, and what is left
+    assert are_done[3:] == [True, False, False, False, True, True, True, True, True]  # 1, 50, 16 + 16 + 8, 9 and 9
     assert torch.equal(vectors, alone)
     assert tokens == expected[: len(tokens)] and len(tokens) == len(are_done)
     given_up = engine.embed_in_pieces([list(range(50))])
