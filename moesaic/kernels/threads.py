@@ -6,8 +6,8 @@ processes at once, seconds a step: 2.1 to 4.5 by default (34 in a worse minute),
 with none; alone on the machine the backward pass takes the same time (225 to 230 ms) either way.
 
 torch starts a thread for every core of the machine though a container may have a share of their time only: what two
-threads use up in 50 ms they wait for in the next 50. On one processor's time two took 5.8 ms a token in the mean, 54
-for the slowest of a hundred, and 170 ms for a prompt; one took 5.8, 7.8 and 144 (benchmarks/container_share.py).
+threads use up in 50 ms they wait for in the next 50. On one processor's time two took 5.6 and 5.8 ms a token in the
+mean and 53 and 54 for the slowest of a hundred; one took 5.3 and 5.8, 7.5 and 7.8 (benchmarks/container_share.py).
 """
 
 import os
