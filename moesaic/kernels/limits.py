@@ -96,8 +96,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Cpu:
-    """The processor: cores are physical ones (None where unknown), usable_threads what this
-    process may run at once."""
+    """The processor: cores are physical ones (None where unknown), usable_threads what this process may run at once."""
 
     model: str
     cores: int | None

@@ -394,8 +394,8 @@ class Engine:
     def embed_in_pieces(self, prompts: Sequence_[Sequence_[int]]) -> Generator[bool, None, Tensor]:
         """Compute what embed returns, so that steps can come between its pieces.
 
-        It stops after max_batch_tokens tokens at the latest, checked or computed, and after some texts however short
-        they are, and says whether it is done with a text: else it holds keys and values, of the text that it is in.
+        It stops after max_batch_tokens computed tokens at the latest, after some texts however short they are, and at
+        times while it checks, and says whether it is between two texts: else it holds keys and values, of one.
 
         Raises: as embed; nothing is computed before all prompts are checked.
         """
