@@ -47,10 +47,11 @@ def doctor(
         bool, typer.Option("--measure", help="Also measure memory bandwidth and matrix rates (about 10 seconds each).")
     ] = False,
     build: Annotated[
+        bool, typer.Option("--build", help="Compile the CPU kernels now, for every instruction set of this machine.")
+    ] = False,
+    build_all: Annotated[
         bool,
-        typer.Option(
-            "--build", help="Compile the CPU kernels now, for every instruction set of this machine (images, CI)."
-        ),
+        typer.Option("--build-all", help="And for other x86 processors: for images that run elsewhere, or in CI."),
     ] = False,
 ) -> None:
     """Show what this machine has, which kernels are in use, what is missing and which command brings it.
@@ -62,7 +63,7 @@ def doctor(
     from moesaic.logs import log_to_stderr
 
     log_to_stderr()  # which says that kernels are being compiled, before a minute of silence
-    findings = examine(measure=measure, build=build)
+    findings = examine(measure=measure, build=build, build_all=build_all)
     if as_json:
         typer.echo(json.dumps(findings, indent=2))
     else:
@@ -71,10 +72,11 @@ def doctor(
         raise typer.Exit(1)
 
 
-def examine(*, measure: bool = False, build: bool = False) -> dict[str, Any]:
+def examine(*, measure: bool = False, build: bool = False, build_all: bool = False) -> dict[str, Any]:
     """Return everything that `moesaic doctor` prints, as JSON-able values.
 
-    The CPU kernels are compiled where that has not been done; build does it for every instruction set of the machine.
+    The CPU kernels are compiled where that has not been done; build does it for every instruction set of the machine,
+    build_all for other machines' too.
     Its key problems is a list of {problem, remedy, is_fatal}; an empty one means that nothing needs doing.
 
     Raises: DeviceError when the kernels are to be built and cannot be.
@@ -86,7 +88,7 @@ def examine(*, measure: bool = False, build: bool = False) -> dict[str, Any]:
     # Before torch allocates anything: the state that `moesaic train` will have.
     allocator = _examine_allocator()
     torch, cuda = _examine_torch()
-    built = _build() if build and torch["is_usable"] else []
+    built = _build(everywhere=build_all) if (build or build_all) and torch["is_usable"] else []
     cpu_kernels, library = _examine_cpu_kernels() if torch["is_usable"] else (None, None)
     findings: dict[str, Any] = {
         "moesaic": {"version": __version__, "folder": str(Path(__file__).resolve().parents[1])},
@@ -193,15 +195,16 @@ def _find_compiler() -> dict[str, str] | None:
     return {"path": path, "version": lines[0] if lines else "says no version"}
 
 
-def _build() -> list[dict[str, Any]]:
+def _build(*, everywhere: bool) -> list[dict[str, Any]]:
     """Compile and try the kernels for every instruction set of this machine; return how long each took to compile.
 
-    error: what is wrong with those that do not load or fail their self-test, else None.
+    everywhere: then compile them for other machines. error: what is wrong with those that do not load or fail their
+    self-test, else None. is_tried: whether they have been, which those for other machines cannot be.
     Raises: DeviceError where they cannot be compiled.
     """
-    from moesaic.kernels.cpu.build import build, load, supported_instruction_sets
+    from moesaic.kernels.cpu.build import BUILDS, build, load, supported_instruction_sets
 
-    built = []
+    built: dict[str, dict[str, Any]] = {}
     for name in supported_instruction_sets():
         start = time.perf_counter()
         path = build(name)
@@ -210,8 +213,13 @@ def _build() -> list[dict[str, Any]]:
             load(name)
         except DeviceError as failure:
             error = str(failure)
-        built.append({"instruction_set": name, "seconds": seconds, "library": str(path), "error": error})
-    return built
+        built[str(path)] = {"instruction_set": name, "seconds": seconds, "error": error, "is_tried": True}
+    for name, has_bf16 in BUILDS if everywhere else ():
+        start = time.perf_counter()
+        path = build(name, has_bf16=has_bf16)
+        seconds = time.perf_counter() - start
+        built.setdefault(str(path), {"instruction_set": name, "seconds": seconds, "error": None, "is_tried": False})
+    return [each | {"library": path} for path, each in built.items()]
 
 
 def _examine_cpu_kernels() -> tuple[dict[str, Any], "Library | None"]:
@@ -406,6 +414,19 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
         elif kernels["cache_folder"] is None:
             remedy = "name a folder for them with XDG_CACHE_HOME; this user has no home folder"
         add(f"PyTorch's slower operations are used instead of the CPU kernels: {kernels['reason']}", remedy)
+    elif (
+        "MOESAIC_KERNELS" not in os.environ
+        and kernels
+        and kernels["library"]
+        and kernels["name"] != kernels["supported"][0]
+    ):
+        remedy = "see what `moesaic doctor --build` says"
+        if findings["compiler"] is None:
+            remedy = (
+                "install a compiler (g++ 11 or later; apt install g++), or have the kernels compiled where this image "
+                "is made (`moesaic doctor --build-all`)"
+            )
+        add(f"slower CPU kernels are used than this processor could: {kernels['name']}, {kernels['reason']}", remedy)
     for built in findings["built"]:
         if built["error"] is not None:
             add(
@@ -533,7 +554,9 @@ def _table(findings: dict[str, Any]) -> "Table":
         row("kernel cache", f"{kernels['cache_folder']}, {held}" if kernels["cache_folder"] else "no folder for it")
         row("OpenMP", f"{kernels['openmp']}, {counted(torch['threads'], 'thread')}")
     for built in findings["built"]:
-        outcome = "self-test passed" if built["error"] is None else "does not work here"
+        outcome = "self-test passed" if built["is_tried"] else "for other processors"
+        if built["error"] is not None:
+            outcome = "does not work here"
         row(f"built {built['instruction_set']}", f"{built['library']} in {built['seconds']:.1f} s, {outcome}")
     implementations: dict[str, list[str]] = {}
     for kernel in findings["kernels"]:

@@ -20,6 +20,7 @@ from moesaic.kernels.cpu.build import (
     EMULATED,
     INSTRUCTION_SETS,
     Library,
+    build,
     find_compiler,
     load,
     supported_instruction_sets,
@@ -154,20 +155,38 @@ def _select(choice: str) -> Selection:
         return Selection(_load(choice), f"{VARIABLE}={choice}")
     if not supported:
         return Selection(None, "the kernels are for x86 processors with AVX2, and this is none")
+    usable = supported
     if find_compiler() is None:
-        logger.warning(
-            "there is no C++ compiler, so moesaic's CPU kernels cannot be built and PyTorch's slower operations are "
-            "used; install g++ to have them"
-        )
-        return Selection(None, "no C++ compiler (c++, g++ or clang++, or what CXX names)")
-    failures: list[str] = []
-    for name in supported:
+        usable = [name for name in supported if _is_built(name)]
+        if not usable:
+            logger.warning(
+                "there is no C++ compiler, so moesaic's CPU kernels cannot be built and PyTorch's slower operations "
+                "are used; install g++ to have them"
+            )
+            return Selection(None, "no C++ compiler (c++, g++ or clang++, or what CXX names)")
+        if usable[0] != supported[0]:
+            logger.warning(
+                f"moesaic's CPU kernels for {supported[0]} were not built and there is no C++ compiler, so those for "
+                f"{usable[0]} are used; install g++, or build them where this image is made (`moesaic doctor "
+                "--build-all`)"
+            )
+    failures = [f"; {name} is not built" for name in supported if name not in usable]
+    for name in usable:
         try:
             return Selection(_load(name), f"the best of {', '.join(supported)}" + "".join(failures))
         except DeviceError as error:
             logger.warning(str(error))
             failures.append(f"; {name} failed")
     return Selection(None, "no set of kernels works here: " + "".join(failures).strip("; "))
+
+
+def _is_built(instruction_set: str) -> bool:
+    """Whether the kernels for instruction_set are there, where there is no compiler."""
+    try:
+        build(instruction_set)
+    except DeviceError:
+        return False
+    return True
 
 
 def _load(instruction_set: str) -> Library:

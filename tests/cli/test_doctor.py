@@ -212,9 +212,10 @@ def test_kernels_that_cannot_be_had_are_a_problem_with_its_remedy(monkeypatch: p
 def test_build_compiles_for_every_instruction_set_and_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def build(instruction_set: str) -> Path:
+    def build(instruction_set: str, *, has_bf16: bool | None = None) -> Path:
         asked.append(instruction_set)
-        return Path(f"/cache/{instruction_set}.so")
+        bf16 = "-bf16" if has_bf16 else ""
+        return Path(f"/cache/{instruction_set}{bf16 if instruction_set != 'avx2' else ''}.so")
 
     def load(instruction_set: str) -> None:
         if instruction_set == "avx2":
@@ -223,7 +224,7 @@ def test_build_compiles_for_every_instruction_set_and_says_how_long_it_took(monk
     monkeypatch.setattr(build_module, "build", build)
     monkeypatch.setattr(build_module, "load", load)
     monkeypatch.setattr(build_module, "supported_instruction_sets", lambda: ["avx512", "avx2"])
-    built = doctor_module._build()
+    built = doctor_module._build(everywhere=False)
     assert asked == ["avx512", "avx2"]
     assert [each["library"] for each in built] == ["/cache/avx512.so", "/cache/avx2.so"]
     assert all(each["seconds"] >= 0 for each in built)
@@ -234,6 +235,14 @@ def test_build_compiles_for_every_instruction_set_and_says_how_long_it_took(monk
     assert "/cache/avx2.so in 12.3 s, does not work here" in text
     (problem,) = findings["problems"]
     assert "for avx2 were compiled and do not work: they fail their self-test (step 3)" in problem["problem"]
+
+    everywhere = doctor_module._build(everywhere=True)
+    assert [(each["library"], each["is_tried"]) for each in everywhere] == [
+        ("/cache/avx512.so", True), ("/cache/avx2.so", True),
+        ("/cache/amx-bf16.so", False), ("/cache/avx512-bf16.so", False),
+    ]  # fmt: skip
+    text = " ".join(text_of({**healthy(), "built": [{**each, "seconds": 12.34} for each in everywhere]}).split())
+    assert "/cache/amx-bf16.so in 12.3 s, for other processors" in text and "/cache/avx2.so in 12.3 s, does not" in text
 
 
 def examined_anew() -> dict[str, Any]:
@@ -279,7 +288,7 @@ def test_build_fails_where_nothing_can_be_built(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PATH": str(tmp_path), "CXX": ""},
+        env={**os.environ, "PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)},
     )
     if select.supported_instruction_sets():
         assert result.returncode == 2
@@ -388,6 +397,7 @@ def test_a_healthy_machine_has_no_problem() -> None:
         ("allocator", {"huge_pages": "never"}, "switched off", "echo madvise", False),
         ("cpu_kernels", {"error": "amx is not here"}, "amx is not here", "unset MOESAIC_KERNELS", True),
         ("cpu_kernels", {"library": None, "reason": "amx failed"}, "amx failed", "doctor --build", False),
+        ("cpu_kernels", {"name": "avx2", "reason": "no avx512"}, "could: avx2, no avx512", "doctor --build`", False),
     ],
 )
 def test_each_problem_is_named_with_what_to_do(

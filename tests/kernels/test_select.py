@@ -100,10 +100,11 @@ def test_other_processors_take_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_kernels
 def test_without_a_compiler_pytorch_is_used_and_it_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     select._select.cache_clear()
     with caplog.at_level("WARNING", "moesaic"), select.forced("auto") as selection:
         assert selection.name == "reference" and "no C++ compiler" in selection.reason
@@ -208,6 +209,60 @@ def test_the_cache_is_used_and_old_files_go(one_source: Path, tmp_path: Path) ->
     (one_source / "value.h").write_text("#define VALUE 8\n")
     second = build.build(SUPPORTED[0], folder=tmp_path)
     assert second != first and first.exists()
+
+
+@needs_kernels
+@needs_compiler
+def test_what_any_compiler_built_is_used_without_one(
+    one_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = build.find_compiler()
+    assert command is not None
+    first = build.build(SUPPORTED[0], folder=tmp_path)
+    monkeypatch.setenv("CXX", shlex.join([*command, "-DOTHER"]))
+    second = build.build(SUPPORTED[0], folder=tmp_path)
+    assert first != second
+    os.utime(first, (time.time() - 100,) * 2)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        patch.delenv("CXX")
+        assert build.find_compiler() is None
+        assert build.build(SUPPORTED[0], folder=tmp_path) == second  # the newest
+        second.write_bytes(second.read_bytes()[:-1])
+        assert build.build(SUPPORTED[0], folder=tmp_path) == first  # of those that are whole
+        (one_source / "value.h").write_text("#define VALUE 8\n")
+        with pytest.raises(DeviceError, match=r"no C.. compiler .*; install g.., have them compiled where this image"):
+            build.build(SUPPORTED[0], folder=tmp_path)
+    assert build.build(SUPPORTED[0], folder=tmp_path) not in (first, second)
+
+
+@needs_kernels
+@needs_compiler
+def test_builds_for_other_processors_are_known_apart(one_source: Path, tmp_path: Path) -> None:
+    built = [build.build(name, folder=tmp_path, has_bf16=has_bf16) for name, has_bf16 in build.BUILDS]
+    assert len(set(built)) == len(built)
+    own = [build.build(name, folder=tmp_path) for name in SUPPORTED]
+    assert set(own) <= set(built), "what an image has is not what this processor looks for"
+
+
+@needs_kernels
+@needs_compiler
+def test_without_a_compiler_the_best_that_was_built_is_used(
+    one_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(select, "rest_soon", lambda function, *, num_threads: False)
+    text = '#include "export.h"\nMOESAIC_EXPORT long moesaic_self_test() { return 0; }\n'
+    (one_source / "test.cpp").write_text(text + "MOESAIC_EXPORT long moesaic_rest_soon() { return 0; }\n")
+    build.build("avx2")
+    monkeypatch.setattr(select, "supported_instruction_sets", lambda: ["amx", "avx2"])
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    select._select.cache_clear()
+    with caplog.at_level("WARNING", "moesaic"), select.forced("auto") as selection:
+        assert selection.name == "avx2"
+        assert selection.reason == "the best of amx, avx2; amx is not built"
+    assert "for amx were not built" in caplog.text and "doctor --build-all" in caplog.text
 
 
 @needs_kernels

@@ -1,9 +1,10 @@
 """Compile the C++ kernels for this machine, once, and load them.
 
 The sources are in the package. The first use compiles them with the machine's own compiler for one instruction set and
-keeps the library in the user's cache folder under a hash of everything it depends on: sources, flags, compiler, and the
-OpenMP library of torch, whose threads the kernels use. There is no Python or torch header in it, so that it compiles in
-seconds and one library serves every Python. Which instruction set to use is decided in kernels/select.
+keeps the library in the user's cache folder under hashes of everything it depends on: one of the sources, the flags and
+the OpenMP library of torch, whose threads the kernels use, and one of the compiler, so that what was built is found
+where there is none. There is no Python or torch header in it: it compiles in seconds and one library serves every
+Python. Which instruction set to use is decided in kernels/select.
 """
 
 import ctypes
@@ -55,6 +56,8 @@ INSTRUCTION_SETS: dict[str, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512_vnni"}),
     "avx2": frozenset({"avx2", "fma"}),
 }
+# What an image needs that is to run on any of these: (instruction set, whether with AVX-512's instructions for bf16).
+BUILDS = (("amx", True), ("avx512", True), ("avx512", False), ("avx2", False))
 # Not for users: what a machine does not have, in plain C++, so that tests reach it. The first are tiles beside the
 # machine's own vectors; the others have vectors of AVX-512 too (emulated_avx512.h), and `make emulate` runs them.
 EMULATED_TILES = "amx-emulated"
@@ -124,29 +127,37 @@ def find_compiler() -> list[str] | None:
     return next(([path, *words[1:]] for words in named if (path := shutil.which(words[0]))), None)
 
 
-def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequence[str] = ()) -> Path:
+def build(
+    instruction_set: str,
+    *,
+    folder: Path | None = None,
+    extra_flags: Sequence[str] = (),
+    has_bf16: bool | None = None,
+) -> Path:
     """Return the shared library for instruction_set, compiled now unless the cache folder has it.
 
-    Raises: DeviceError without a compiler, or with the compiler's message when it fails.
+    Without a compiler: what any has built of the same sources. has_bf16: whether AVX-512's instructions for bf16 are
+    used; None: where this processor has them.
+
+    Raises: DeviceError without both, or with the compiler's message when it fails.
     """
     compiler = find_compiler()
-    if compiler is None:
-        raise DeviceError(
-            "the CPU kernels have to be compiled and there is no C++ compiler (c++, g++ or clang++, or what CXX names);"
-            " one is required; install g++, or go on with MOESAIC_KERNELS=reference."
-        )
-    flags = [*_FLAGS, *_instruction_flags(instruction_set), *extra_flags]
     openmp = openmp_library()
-    version = _call([*compiler, "--version"]).stdout
-    common = "\0".join([*flags, *compiler, version, str(openmp)]).encode()
-    sources = sorted(_SOURCE.glob("*.cpp"))
-    keys = {source: _digest(common + _with_headers(source)) for source in sources}
+    flags = [*_FLAGS, *_instruction_flags(instruction_set, has_bf16), *extra_flags]
+    sources = {source: _with_headers(source) for source in sorted(_SOURCE.glob("*.cpp"))}
+    of_sources = _digest(b"".join(["\0".join([*flags, str(openmp)]).encode(), *sources.values()]))
     folder = (folder or cache_folder()) / "kernels"
-    library = folder / f"{instruction_set}-{_digest(''.join(keys.values()).encode())}.so"
     try:
+        if compiler is None:
+            return _built_before(folder, f"{instruction_set}-{of_sources}")
+        version = _call([*compiler, "--version"]).stdout
+        of_compiler = _digest("\0".join([*compiler, version]).encode())
+        library = folder / f"{instruction_set}-{of_sources}-{of_compiler}.so"
         if _is_whole(library):
             return library
         folder.mkdir(parents=True, exist_ok=True)
+        common = "\0".join([*flags, *compiler, version]).encode()
+        keys = {source: _digest(common + text) for source, text in sources.items()}
         return _compile(library, keys, instruction_set, [*compiler, *flags], openmp)
     except OSError as error:
         raise DeviceError(
@@ -154,6 +165,21 @@ def build(instruction_set: str, *, folder: Path | None = None, extra_flags: Sequ
             "megabytes is required; make room or name another with XDG_CACHE_HOME, or go on with "
             "MOESAIC_KERNELS=reference."
         ) from error
+
+
+def _built_before(folder: Path, stem: str) -> Path:
+    """Return the newest whole library of the same sources, whichever compiler made it.
+
+    Raises: DeviceError where there is none.
+    """
+    found = [path for path in folder.glob(f"{stem}-*.so") if _is_whole(path)]
+    if not found:
+        raise DeviceError(
+            "the CPU kernels have to be compiled and there is no C++ compiler (c++, g++ or clang++, or what CXX names);"
+            " one is required; install g++, have them compiled where this image is made (`moesaic doctor --build-all`),"
+            " or go on with MOESAIC_KERNELS=reference."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def _compile(
@@ -274,11 +300,11 @@ def _try_elsewhere(path: Path) -> None:
         passed.touch()
 
 
-def _instruction_flags(instruction_set: str) -> list[str]:
+def _instruction_flags(instruction_set: str, has_bf16: bool | None) -> list[str]:
     cpu = set(describe_cpu().instruction_sets)
     if instruction_set == "avx2":
         return ["-mavx2", "-mfma", "-mf16c"]
-    bf16 = ["-mavx512bf16"] if "avx512_bf16" in cpu else []
+    bf16 = ["-mavx512bf16"] if ("avx512_bf16" in cpu if has_bf16 is None else has_bf16) else []
     if instruction_set == "avx512":
         return [*_AVX512, *bf16]
     if instruction_set == "amx":
