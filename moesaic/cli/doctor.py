@@ -198,7 +198,7 @@ def _find_compiler() -> dict[str, str] | None:
 def _build(*, everywhere: bool) -> list[dict[str, Any]]:
     """Compile and try the kernels for every instruction set of this machine; return how long each took to compile.
 
-    everywhere: then compile them for other machines. error: what is wrong with those that do not load or fail their
+    everywhere: then compile them for other x86 machines. error: what is wrong with those that do not load or fail their
     self-test, else None. is_tried: whether they have been, which those for other machines cannot be.
     Raises: DeviceError where they cannot be compiled.
     """
@@ -214,7 +214,7 @@ def _build(*, everywhere: bool) -> list[dict[str, Any]]:
         except DeviceError as failure:
             error = str(failure)
         built[str(path)] = {"instruction_set": name, "seconds": seconds, "error": error, "is_tried": True}
-    for name, has_bf16 in BUILDS if everywhere else ():
+    for name, has_bf16 in BUILDS if everywhere and built else ():  # elsewhere than on x86 no compiler knows them
         start = time.perf_counter()
         path = build(name, has_bf16=has_bf16)
         seconds = time.perf_counter() - start
@@ -409,10 +409,10 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
         )
     elif kernels and kernels["supported"] and not kernels["library"] and "MOESAIC_KERNELS" not in os.environ:
         remedy = "see what `moesaic doctor --build` says"
-        if findings["compiler"] is None:
-            remedy = "install a compiler (g++ 11 or later; apt install g++)"
-        elif kernels["cache_folder"] is None:
+        if kernels["cache_folder"] is None:
             remedy = "name a folder for them with XDG_CACHE_HOME; this user has no home folder"
+        elif findings["compiler"] is None:
+            remedy = "install a compiler (g++ 11 or later; apt install g++)"
         add(f"PyTorch's slower operations are used instead of the CPU kernels: {kernels['reason']}", remedy)
     elif (
         "MOESAIC_KERNELS" not in os.environ

@@ -21,12 +21,14 @@ def loading_modules() -> Iterator[None]:
     where it comes in a call that Python makes for itself, as many of an import's are.
     """
     was_enabled, before = gc.isenabled(), len(sys.modules)
-    is_interruptible = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if is_interruptible:
-        signal.signal(signal.SIGINT, _end)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    replaced = [
+        number
+        for number, handler in handlers.items()
+        if handler in (signal.default_int_handler, _leave) and threading.current_thread() is threading.main_thread()
+    ]
+    for number in replaced:
+        signal.signal(number, _end)
     gc.disable()
     try:
         yield
@@ -35,14 +37,20 @@ def loading_modules() -> Iterator[None]:
             gc.freeze()
         if was_enabled:
             gc.enable()
-        if is_interruptible and signal.getsignal(signal.SIGINT) is _end:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in replaced:
+            if signal.getsignal(number) is _end:
+                signal.signal(number, handlers[number])
 
 
 def heed_termination() -> None:
     """Let SIGTERM end a container's first process, for which the system's own action is none: `docker stop` waits."""
     if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    """Unwind, and end with the status that a shell gives to the signal."""
+    sys.exit(128 + number)
 
 
 def _end(number: int, _: object) -> NoReturn:

@@ -160,14 +160,14 @@ def _select(choice: str) -> Selection:
         usable = [name for name in supported if _is_built(name)]
         if not usable:
             logger.warning(
-                "there is no C++ compiler, so moesaic's CPU kernels cannot be built and PyTorch's slower operations "
-                "are used; install g++ to have them"
+                "there is no C++ compiler, and no CPU kernels of moesaic's are built, so that PyTorch's slower "
+                "operations are used; install g++ to have them"
             )
-            return Selection(None, "no C++ compiler (c++, g++ or clang++, or what CXX names)")
+            return Selection(None, "no C++ compiler (c++, g++ or clang++, or what CXX names), and none are built")
         if usable[0] != supported[0]:
             logger.warning(
-                f"moesaic's CPU kernels for {supported[0]} were not built and there is no C++ compiler, so those for "
-                f"{usable[0]} are used; install g++, or build them where this image is made (`moesaic doctor "
+                f"moesaic's CPU kernels for {supported[0]} are not built and there is no C++ compiler, so that those "
+                f"for {usable[0]} are used; install g++, or build them where this image is made (`moesaic doctor "
                 "--build-all`)"
             )
     failures = [f"; {name} is not built" for name in supported if name not in usable]

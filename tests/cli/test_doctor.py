@@ -236,6 +236,9 @@ def test_build_compiles_for_every_instruction_set_and_says_how_long_it_took(monk
     (problem,) = findings["problems"]
     assert "for avx2 were compiled and do not work: they fail their self-test (step 3)" in problem["problem"]
 
+    with monkeypatch.context() as patch:  # on another processor than those of x86
+        patch.setattr(build_module, "supported_instruction_sets", list)
+        assert doctor_module._build(everywhere=True) == []
     everywhere = doctor_module._build(everywhere=True)
     assert [(each["library"], each["is_tried"]) for each in everywhere] == [
         ("/cache/avx512.so", True), ("/cache/avx2.so", True),

@@ -4,6 +4,7 @@ import ctypes
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -219,21 +220,75 @@ def test_what_any_compiler_built_is_used_without_one(
     command = build.find_compiler()
     assert command is not None
     first = build.build(SUPPORTED[0], folder=tmp_path)
-    monkeypatch.setenv("CXX", shlex.join([*command, "-DOTHER"]))
+    other = tmp_path / "other-g++"
+    other.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("CXX", str(other))
     second = build.build(SUPPORTED[0], folder=tmp_path)
-    assert first != second
+    monkeypatch.setenv("CXX", shlex.join([*command, "-march=native"]))
+    special = build.build(SUPPORTED[0], folder=tmp_path)
+    assert len({first, second, special}) == 3
     os.utime(first, (time.time() - 100,) * 2)
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "")
         patch.delenv("CXX")
         assert build.find_compiler() is None
-        assert build.build(SUPPORTED[0], folder=tmp_path) == second  # the newest
+        assert build.build(SUPPORTED[0], folder=tmp_path) == second  # the last one, without options of its own
         second.write_bytes(second.read_bytes()[:-1])
         assert build.build(SUPPORTED[0], folder=tmp_path) == first  # of those that are whole
         (one_source / "value.h").write_text("#define VALUE 8\n")
         with pytest.raises(DeviceError, match=r"no C.. compiler .*; install g.., have them compiled where this image"):
             build.build(SUPPORTED[0], folder=tmp_path)
-    assert build.build(SUPPORTED[0], folder=tmp_path) not in (first, second)
+
+
+@needs_kernels
+@needs_compiler
+def test_what_another_compiler_built_is_used_where_nothing_can_be_written(
+    one_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> Path:
+        raise PermissionError(13, "Permission denied")
+
+    command = build.find_compiler()
+    assert command is not None
+    first = build.build(SUPPORTED[0], folder=tmp_path)
+    other = tmp_path / "other-g++"
+    other.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("CXX", str(other))
+    monkeypatch.setattr(build, "_compile", refuse)
+    assert build.build(SUPPORTED[0], folder=tmp_path) == first
+    first.unlink()
+    with pytest.raises(DeviceError, match="cannot be written to"):
+        build.build(SUPPORTED[0], folder=tmp_path)
+
+
+@needs_kernels
+def test_tiles_are_tried_once_on_each_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        tried.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    library = tmp_path / "amx-0.so"
+    for count in (1, 1):
+        build._try_elsewhere(library)
+        assert len(tried) == count
+    monkeypatch.setattr(build.platform, "release", lambda: "another")
+    build._try_elsewhere(library)  # an image brings what its maker's machine passed
+    assert len(tried) == 2
+
+
+@needs_kernels
+@needs_compiler
+def test_what_is_included_by_a_flag_is_part_of_what_a_build_is_known_by(one_source: Path, tmp_path: Path) -> None:
+    built = []
+    for value in (1, 2, 1):
+        (one_source / "emulated_avx512.h").write_text(f"static const int emulated = {value};\n")
+        built.append(build.build("avx512-emulated", folder=tmp_path))
+    assert built[0] != built[1] and built[0] == built[2]
 
 
 @needs_kernels
@@ -262,7 +317,7 @@ def test_without_a_compiler_the_best_that_was_built_is_used(
     with caplog.at_level("WARNING", "moesaic"), select.forced("auto") as selection:
         assert selection.name == "avx2"
         assert selection.reason == "the best of amx, avx2; amx is not built"
-    assert "for amx were not built" in caplog.text and "doctor --build-all" in caplog.text
+    assert "for amx are not built" in caplog.text and "doctor --build-all" in caplog.text
 
 
 @needs_kernels

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -136,30 +137,41 @@ def build(
 ) -> Path:
     """Return the shared library for instruction_set, compiled now unless the cache folder has it.
 
-    Without a compiler: what any has built of the same sources. has_bf16: whether AVX-512's instructions for bf16 are
-    used; None: where this processor has them.
+    Without a compiler, or room: what any has built of the same sources. has_bf16: whether AVX-512's instructions for
+    bf16 are used; None: where this processor has them.
 
     Raises: DeviceError without both, or with the compiler's message when it fails.
     """
-    compiler = find_compiler()
+    compiler = find_compiler() or []
     openmp = openmp_library()
+    options = [word for word in compiler[1:] if word.startswith("-")]
     flags = [*_FLAGS, *_instruction_flags(instruction_set, has_bf16), *extra_flags]
-    sources = {source: _with_headers(source) for source in sorted(_SOURCE.glob("*.cpp"))}
-    of_sources = _digest(b"".join(["\0".join([*flags, str(openmp)]).encode(), *sources.values()]))
+    included = (Path(path) for flag, path in itertools.pairwise(flags) if flag == "-include")
+    common = _digest("\0".join([*flags, *options, *(path.read_text() for path in included)]).encode())
+    sources = {source: common + _digest(_with_headers(source)) for source in sorted(_SOURCE.glob("*.cpp"))}
     folder = (folder or cache_folder()) / "kernels"
+    stem = f"{instruction_set}-{_digest(''.join([str(openmp), *sources.values()]).encode())}"
+    if not compiler:
+        if (built := _built_before(folder, stem)) is not None:
+            return built
+        raise DeviceError(
+            "the CPU kernels have to be compiled and there is no C++ compiler (c++, g++ or clang++, or what CXX names),"
+            f" nor kernels in {folder}; one is required; install g++, have them compiled where this image is made "
+            "(`moesaic doctor --build-all`), or go on with MOESAIC_KERNELS=reference."
+        )
+    version = _call([*compiler, "--version"]).stdout
+    of_compiler = _digest("\0".join([*compiler, version]).encode())
+    library = folder / f"{stem}-{of_compiler}.so"
+    keys = {source: _digest((text + of_compiler).encode()) for source, text in sources.items()}
     try:
-        if compiler is None:
-            return _built_before(folder, f"{instruction_set}-{of_sources}")
-        version = _call([*compiler, "--version"]).stdout
-        of_compiler = _digest("\0".join([*compiler, version]).encode())
-        library = folder / f"{instruction_set}-{of_sources}-{of_compiler}.so"
         if _is_whole(library):
+            _mark_used(library)
             return library
         folder.mkdir(parents=True, exist_ok=True)
-        common = "\0".join([*flags, *compiler, version]).encode()
-        keys = {source: _digest(common + text) for source, text in sources.items()}
         return _compile(library, keys, instruction_set, [*compiler, *flags], openmp)
     except OSError as error:
+        if (built := _built_before(folder, stem)) is not None:  # by another compiler, where nothing can be written
+            return built
         raise DeviceError(
             f"the CPU kernels cannot be written to {folder} ({error.strerror or error}); a folder that can hold some "
             "megabytes is required; make room or name another with XDG_CACHE_HOME, or go on with "
@@ -167,19 +179,27 @@ def build(
         ) from error
 
 
-def _built_before(folder: Path, stem: str) -> Path:
-    """Return the newest whole library of the same sources, whichever compiler made it.
-
-    Raises: DeviceError where there is none.
-    """
-    found = [path for path in folder.glob(f"{stem}-*.so") if _is_whole(path)]
+def _built_before(folder: Path, stem: str) -> Path | None:
+    """Return the whole library of these sources that was used last, whichever compiler made it; None: there is none."""
+    found: list[tuple[float, Path]] = []
+    with suppress(OSError):  # a folder that may not be entered
+        for path in folder.glob(f"{stem}-*.so"):
+            with suppress(OSError):  # another user's
+                if _is_whole(path):
+                    found.append((path.stat().st_mtime, path))
     if not found:
-        raise DeviceError(
-            "the CPU kernels have to be compiled and there is no C++ compiler (c++, g++ or clang++, or what CXX names);"
-            " one is required; install g++, have them compiled where this image is made (`moesaic doctor --build-all`),"
-            " or go on with MOESAIC_KERNELS=reference."
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)
+        return None
+    _, library = max(found)
+    _mark_used(library)
+    return library
+
+
+def _mark_used(library: Path) -> None:
+    """Note, once a day, that a library is used, which `_forget_old` goes by."""
+    with suppress(OSError):  # another user's: who can delete them marks them too
+        if library.stat().st_mtime < time.time() - 86400:
+            for each in library.parent.glob(f"{library.stem}.*"):
+                os.utime(each)
 
 
 def _compile(
@@ -271,9 +291,6 @@ def load(instruction_set: str, *, extra_flags: Sequence[str] = ()) -> Library:
             f"the CPU kernels for {instruction_set} fail their self-test (step {failed}) on this machine; right "
             "results are required; go on with MOESAIC_KERNELS=reference, and report it with `moesaic doctor --json`."
         )
-    for each in path.parent.glob(f"{path.stem}.*"):
-        with suppress(OSError):  # another user's: who can delete them marks them too
-            os.utime(each)  # which `_forget_old` goes by
     return library
 
 
@@ -282,9 +299,10 @@ def _try_elsewhere(path: Path) -> None:
 
     Raises: DeviceError when it does.
     """
-    passed = path.with_suffix(".passed")
-    if passed.exists():
-        return
+    passed, machine = path.with_suffix(".passed"), f"{describe_cpu().model}\n{platform.release()}\n"
+    with suppress(OSError, UnicodeDecodeError):
+        if passed.read_text() == machine:  # an image brings that of the machine that made it
+            return
     script = (
         "import ctypes, sys, torch; torch.cpu._init_amx(); "
         "sys.exit(min(ctypes.CDLL(sys.argv[1]).moesaic_self_test(), 9))"
@@ -297,7 +315,7 @@ def _try_elsewhere(path: Path) -> None:
             "`moesaic doctor --json`."
         )
     with suppress(OSError):  # then it is tried again next time
-        passed.touch()
+        passed.write_text(machine)
 
 
 def _instruction_flags(instruction_set: str, has_bf16: bool | None) -> list[str]:
