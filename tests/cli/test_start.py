@@ -50,6 +50,7 @@ def test_ctrl_c_ends_the_process_while_modules_are_loaded_and_is_pythons_again()
     code = """
 import signal, sys, threading
 from moesaic.cli.start import loading_modules
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background may ignore it
 for error in (None, ImportError):
     try:
         with loading_modules():
@@ -100,6 +101,7 @@ def test_a_containers_first_process_ends_by_signals_too(number: signal.Signals, 
 import os, signal, time
 from moesaic.cli.start import heed_termination, loading_modules
 assert os.getpid() == 1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background may ignore it
 {before}
 try:
     signal.raise_signal({number})
