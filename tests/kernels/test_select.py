@@ -212,6 +212,14 @@ def test_the_cache_is_used_and_old_files_go(one_source: Path, tmp_path: Path) ->
     assert second != first and first.exists()
 
 
+def another_compiler(command: list[str], folder: Path) -> Path:
+    """A compiler of another name that does the same."""
+    path = folder / "another-g++"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
 @needs_kernels
 @needs_compiler
 def test_what_any_compiler_built_is_used_without_one(
@@ -220,10 +228,7 @@ def test_what_any_compiler_built_is_used_without_one(
     command = build.find_compiler()
     assert command is not None
     first = build.build(SUPPORTED[0], folder=tmp_path)
-    other = tmp_path / "other-g++"
-    other.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
-    other.chmod(0o755)
-    monkeypatch.setenv("CXX", str(other))
+    monkeypatch.setenv("CXX", str(another_compiler(command, tmp_path)))
     second = build.build(SUPPORTED[0], folder=tmp_path)
     monkeypatch.setenv("CXX", shlex.join([*command, "-march=native"]))
     special = build.build(SUPPORTED[0], folder=tmp_path)
@@ -252,10 +257,7 @@ def test_what_another_compiler_built_is_used_where_nothing_can_be_written(
     command = build.find_compiler()
     assert command is not None
     first = build.build(SUPPORTED[0], folder=tmp_path)
-    other = tmp_path / "other-g++"
-    other.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
-    other.chmod(0o755)
-    monkeypatch.setenv("CXX", str(other))
+    monkeypatch.setenv("CXX", str(another_compiler(command, tmp_path)))
     monkeypatch.setattr(build, "_compile", refuse)
     assert build.build(SUPPORTED[0], folder=tmp_path) == first
     first.unlink()
