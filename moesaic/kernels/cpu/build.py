@@ -144,7 +144,7 @@ def build(
     """
     compiler = find_compiler() or []
     openmp = openmp_library()
-    options = [word for word in compiler[1:] if word.startswith("-")]
+    options = [word for word in compiler[1:] if word.startswith("-")]  # which make another library, as flags do
     flags = [*_FLAGS, *_instruction_flags(instruction_set, has_bf16), *extra_flags]
     included = (Path(path) for flag, path in itertools.pairwise(flags) if flag == "-include")
     common = _digest("\0".join([*flags, *options, *(path.read_text() for path in included)]).encode())
