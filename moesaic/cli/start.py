@@ -17,8 +17,8 @@ def loading_modules() -> Iterator[None]:
     torch and what stands on it make some 300,000 objects that stay; looking through them again and again as they become
     more is a fifth of a start, and every full search later, in a server say, would go through all of them.
 
-    Ctrl-C ends the process meanwhile, which has nothing to leave in order yet: Python's own KeyboardInterrupt is lost
-    where it comes in a call that Python makes for itself, as many of an import's are.
+    Ctrl-C, and SIGTERM where `heed_termination` listens, end the process meanwhile, which has nothing to leave in order
+    yet: an exception is lost where it comes in a call that Python makes for itself, as many of an import's are.
     """
     was_enabled, before = gc.isenabled(), len(sys.modules)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

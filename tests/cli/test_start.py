@@ -1,4 +1,4 @@
-"""Modules are loaded without a search for garbage, and searches come back."""
+"""Modules are loaded without a search for garbage, and searches come back; signals end a start."""
 
 import gc
 import shutil
