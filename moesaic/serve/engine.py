@@ -415,14 +415,7 @@ class Engine:
             if num_texts == _EMBEDDED_TOGETHER or (num_texts and num_tokens + len(prompt) > most_tokens):
                 yield True
                 num_texts = num_tokens = 0
-            passes = self._runner.embed(prompt, chunk=most_tokens)
-            while True:
-                try:
-                    next(passes)
-                except StopIteration as end:
-                    vectors.append(end.value)
-                    break
-                yield False
+            vectors.append((yield from self._runner.embed(prompt, chunk=most_tokens)))
             self._counts["prompt"] += len(prompt)
             num_texts, num_tokens = num_texts + 1, num_tokens + len(prompt)
         found = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)

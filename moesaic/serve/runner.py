@@ -115,17 +115,17 @@ class Runner:
         return self.model.logits(hidden).cpu()
 
     @torch.no_grad()
-    def embed(self, tokens: Sequence[int], *, chunk: int) -> Generator[None, None, Tensor]:
+    def embed(self, tokens: Sequence[int], *, chunk: int) -> Generator[bool, None, Tensor]:
         """Return the mean (H,) fp32 of a text's final hidden states, with memory of its own for keys and values.
 
-        It stops after each pass, of chunk tokens, but the last.
+        It stops after each pass, of chunk tokens, but the last, and says that the text is not done: False.
         """
         model = self.model
         cache = BatchCache(model.config, 1, len(tokens), dtype=self._dtype, device=model.device)
         total = torch.zeros(model.config.hidden_size, dtype=torch.float32)
         for start in range(0, len(tokens), chunk):
             if start:
-                yield
+                yield False
             part = torch.tensor([list(tokens[start : start + chunk])], device=model.device)
             total += model(part, cache=cache).hidden[0].float().sum(0).cpu()
         return total / len(tokens)

@@ -247,7 +247,7 @@ def test_those_with_many_texts_let_others_come_between_two_of_them() -> None:
 def test_an_embedding_that_nobody_waits_for_any_more_is_given_up_within_its_text() -> None:
     async def test(fake: FakeEngine, engine: AsyncEngine) -> None:
         generation = await engine.submit([[1]], ENDLESS)
-        task = asyncio.ensure_future(engine.embed([[1] * 8_000_000]))
+        task = asyncio.ensure_future(engine.embed([range(8_000_000)]))
         await until(lambda: len(fake.embedded) > 2)
         task.cancel()
         await until(lambda: fake.num_closed == 1)
@@ -377,7 +377,7 @@ def test_with_a_loop_that_is_closed_an_embedding_is_given_up() -> None:
 
     async def leave() -> None:
         engine.start()
-        asyncio.ensure_future(engine.embed([[1] * 80_000_000]))  # noqa: RUF006
+        asyncio.ensure_future(engine.embed([range(80_000_000)]))  # noqa: RUF006
         await until(lambda: len(fake.embedded) > 2)
 
     asyncio.run(leave())
