@@ -12,6 +12,8 @@
 // first 32 of them and then 32 for the others.
 #pragma once
 
+#include <unistd.h>
+
 #include <limits>
 
 #include "gemm_bf16.h"
@@ -223,10 +225,10 @@ struct LinesOf {
     void lines(int count) {
         for (int i = 0; i < count; ++i) line();
     }
-    // Of a dword of K, and of its second line or not.
-    void dword(bool both) {
+    // The two lines of a dword of K.
+    void dword() {
         ahead.fetch(ahead.from);
-        if (both) ahead.fetch(ahead.from + 64);
+        ahead.fetch(ahead.from + 64);
         ahead.from += ahead.step;
     }
     void scales() {
@@ -309,14 +311,14 @@ class TwoStreams {
                           64 / size_t(parts));
     }
     // The two lines of a dword of K.
-    void dword(bool) {
+    void dword() {
         fetch(from_);
         fetch(from_ + length_ * 64);
         from_ += step_;
         if (--left_ == 0) begin(from_ + length_ * 64);
     }
     void lines(int count) {
-        for (int line = 0; line < count; line += 2) dword(true);
+        for (int line = 0; line < count; line += 2) dword();
     }
     void at(int) {}
     template <typename Pass>
@@ -337,6 +339,30 @@ class TwoStreams {
     int left_ = 0;               // of the streams' dwords
 };
 
+// Nothing is read ahead.
+struct LeftToProcessor {
+    void dword() {}
+    void at(int) {}
+    template <typename Pass>
+    void passes(int dwords, int, Pass&& pass) {
+        pass(0, dwords);
+    }
+};
+
+// Rows of bf16 or 8 bits of which one step leaves reading ahead to the processor, on Zen 4: a layer of experts of 4 to 32
+// tokens is 3 to 8 % faster so in bf16, of 8 to 32 in int8 2 to 8; more rows are slower (64 tokens of int8 5 %, 128 of bf16
+// 16), and so is any number of 4 bits (17 to 40 %).
+constexpr int kFewLeftRows = 6;
+#if defined(__AVX512BF16__) && !defined(MOESAIC_TILES)
+constexpr bool kMayLeaveRows = true;
+#else
+constexpr bool kMayLeaveRows = false;
+#endif
+inline bool is_left_to_processor(int rows) {
+    static const bool is_zen_4 = sysconf(_SC_LEVEL1_DCACHE_SIZE) == 32 << 10;  // Zen 5 has 48 KiB
+    return rows <= kFewLeftRows && is_zen_4;
+}
+
 template <int kLines, typename Reads>
 inline LinesOf<kLines, Reads> lines_of(const Reads& ahead) {
     return {ahead};
@@ -348,6 +374,10 @@ inline PanelsInTurn lines_of(const PanelsInTurn& ahead) {
 template <int>
 inline TwoStreams lines_of(const TwoStreams& ahead) {
     return ahead;
+}
+template <int>
+inline LeftToProcessor lines_of(const LeftToProcessor& nothing) {
+    return nothing;
 }
 
 // For one pass over `blocks` blocks of a panel: `distance` bytes ahead of itself, and at its end in what follows, if anything
@@ -423,10 +453,6 @@ template <int R, typename Reads>
     constexpr int V = kPanel / W, kStepBytes = 4 * kPanel;
     // The sums of one row alone would wait for each other.
     constexpr int kChains = R == 1 && W == 16 ? 2 : 1;
-    // One or two rows leave every second line to the processor's own prefetcher: 4 to 10 % faster on Zen 4, but 20 to
-    // 35 % slower of more rows, and of bf16, and 3 to 6 % slower on Intel without AVX-512's bf16. With tiles it has not been
-    // tried.
-    constexpr bool kFetchesEveryLine = R > 2 || kHasTiles || kExpandsRows;
     const uint8_t* weights = panel + size_t(first) * kActivationBlock * kPanel;
     Vi acc[kChains][R][V];
 #pragma GCC unroll 16
@@ -448,7 +474,7 @@ template <int R, typename Reads>
             for (int chain = 0; chain < kChains; ++chain) {
                 Vi columns[V];
                 for (int v = 0; v < V; ++v) columns[v] = loadi(weights + size_t(chain) * kStepBytes + v * W * 4);
-                lines.dword(kFetchesEveryLine);
+                lines.dword();
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) add_byte_products(acc[chain][r], rows.at(r, 4 * chain), columns);
             }
@@ -582,6 +608,8 @@ inline void byte_product(const uint8_t* panel, int depth, int rows, const char* 
                 parts == 1   ? multiply(TwoStreams(panel, size_t(depth) * kPanel, next.panel))
                 : parts == 2 ? multiply(TwoStreams::of_share(next.panel ? next.panel : panel, begin, length, part, parts))
                              : multiply_ahead();
+            else if constexpr (kMayLeaveRows)
+                is_left_to_processor(rows) ? multiply(LeftToProcessor{}) : multiply_ahead();
             else
                 multiply_ahead();
             if (last == blocks) done(row, end);

@@ -174,23 +174,20 @@ inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, O
     // which cost 4 % of 14 rows.
     const bf16* third[(R + 2) / 3];
     for (int r = 0; r < R; r += 3) third[r / 3] = a + r * lda;
-    for (int first = 0; first < pairs; first += kAheadPairs) {
-        if (first == ahead.turn * kAheadPairs) ahead.from = ahead.then;
-        const int last = first + kAheadPairs < pairs ? first + kAheadPairs : pairs;
+    auto lines = lines_of<2>(ahead);
+    lines.passes(pairs, kAheadPairs, [&](int first, int here) {
 #pragma GCC unroll 2
-        for (int p = first; p < last; ++p) {
+        for (int p = first; p < first + here; ++p) {
             Vi columns[V];
             for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * kPanel + v * W);
-            ahead.fetch(ahead.from);
-            ahead.fetch(ahead.from + 64);
-            ahead.from += ahead.step;
+            lines.dword();
             for (int r = 0; r < R; ++r) {
                 const Vi row = broadcast_dword(third[r / 3] + r % 3 * lda);
                 for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
             }
             for (const bf16*& rows : third) rows += 2;
         }
-    }
+    });
     for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
 #else
@@ -275,6 +272,8 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
             const auto multiply_ahead = [&] { rows > 2 && parts <= 2 ? multiply(ahead) : multiply(NearAhead{ahead}); };
             if constexpr (kReadsTwoStreams)
                 parts == 1 ? multiply(TwoStreams(panel, size_t(pairs) * kPanel * 4, next.panel)) : multiply_ahead();
+            else if constexpr (kMayLeaveRows)
+                is_left_to_processor(rows) ? multiply(LeftToProcessor{}) : multiply_ahead();
             else
                 multiply_ahead();
             if (!is_last || is_rounded) continue;
@@ -419,7 +418,7 @@ struct PanelResult {
 
 // Whether so many rows take panels two at a time. Up to 36, three steps of twelve, would be no faster so (int8 4 % slower).
 inline bool takes_pairs(const Packed& weight, int rows) {
-    return rows > 3 * kRowBlock && weight.format != kPackedMxfp4 && (weight.is_integer() || kExpandsRows);
+    return rows > 3 * kRowBlock && weight.format != kPackedMxfp4;
 }
 
 // As packed_product for panel `index` and the one behind it, where it takes_pairs, piece by piece of K. following: the
@@ -493,7 +492,6 @@ inline void paired_product(const Packed& weight, int64_t matrix, int index, int 
             }
         });
     } else {
-#if defined(MOESAIC_EXPANDS_ROWS)
         constexpr int kDeep = 64;
         alignas(64) float widened[kDeep * 2 * kPanel];
         const uint32_t* left = reinterpret_cast<const uint32_t*>(panel);
@@ -508,7 +506,6 @@ inline void paired_product(const Packed& weight, int64_t matrix, int index, int 
                           count, here / 2, reinterpret_cast<const RowNumber*>(a) + size_t(row) * lda + begin, lda, widened,
                           c + row * kPanel, apart, begin > 0, ahead);
                   });
-#endif
     }
 }
 
