@@ -350,8 +350,8 @@ struct LeftToProcessor {
 };
 
 // Rows of bf16 or 8 bits of which one step leaves reading ahead to the processor, on Zen 4: a layer of experts of 4 to 32
-// tokens is 3 to 8 % faster so in bf16, of 8 to 32 in int8 2 to 8; more rows are slower (64 tokens of int8 5 %, 128 of bf16
-// 16), and so is any number of 4 bits (17 to 40 %).
+// tokens is 2 to 8 % faster so in bf16, one of 8 to 32 in int8; more rows are slower (64 tokens of int8 5 %, 128 of bf16
+// 16), and so is any number of 4 bits (17 to 41 %).
 constexpr int kFewLeftRows = 6;
 #if defined(__AVX512BF16__) && !defined(MOESAIC_TILES)
 constexpr bool kMayLeaveRows = true;
