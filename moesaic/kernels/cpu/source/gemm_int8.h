@@ -205,6 +205,11 @@ struct NearAhead : Ahead {
     static void fetch(const char* line) { _mm_prefetch(line, _MM_HINT_T0); }
 };
 
+// Nothing is read ahead.
+struct LeftToProcessor : Ahead {
+    static void fetch(const char*) {}
+};
+
 // With AVX2 alone (Zen 3) and into the first-level cache: 1.5 KiB ahead streams weights 1 to 8 % faster than 8 KiB into the
 // second-level one; 1 and 2 KiB gain less, 0.5, 4 and 8 KiB nothing, and without reading ahead 8 rows are 10 % slower.
 constexpr size_t kAheadBytes = kHasByteProducts ? 8192 : 1536;
@@ -339,16 +344,6 @@ class TwoStreams {
     int left_ = 0;               // of the streams' dwords
 };
 
-// Nothing is read ahead.
-struct LeftToProcessor {
-    void dword() {}
-    void at(int) {}
-    template <typename Pass>
-    void passes(int dwords, int, Pass&& pass) {
-        pass(0, dwords);
-    }
-};
-
 // Rows of bf16 or 8 bits of which one step leaves reading ahead to the processor, on Zen 4: a layer of experts of 4 to 32
 // tokens is 2 to 8 % faster so in bf16, one of 8 to 32 in int8; more rows are slower (64 tokens of int8 5 %, 128 of bf16
 // 16), and so is any number of 4 bits (17 to 41 %).
@@ -374,10 +369,6 @@ inline PanelsInTurn lines_of(const PanelsInTurn& ahead) {
 template <int>
 inline TwoStreams lines_of(const TwoStreams& ahead) {
     return ahead;
-}
-template <int>
-inline LeftToProcessor lines_of(const LeftToProcessor& nothing) {
-    return nothing;
 }
 
 // For one pass over `blocks` blocks of a panel: `distance` bytes ahead of itself, and at its end in what follows, if anything
@@ -609,7 +600,7 @@ inline void byte_product(const uint8_t* panel, int depth, int rows, const char* 
                 : parts == 2 ? multiply(TwoStreams::of_share(next.panel ? next.panel : panel, begin, length, part, parts))
                              : multiply_ahead();
             else if constexpr (kMayLeaveRows)
-                is_left_to_processor(rows) ? multiply(LeftToProcessor{}) : multiply_ahead();
+                is_left_to_processor(rows) ? multiply(LeftToProcessor{ahead}) : multiply_ahead();
             else
                 multiply_ahead();
             if (last == blocks) done(row, end);

@@ -174,20 +174,23 @@ inline void bf16_rows(int pairs, const bf16* a, size_t lda, const uint32_t* b, O
     // which cost 4 % of 14 rows.
     const bf16* third[(R + 2) / 3];
     for (int r = 0; r < R; r += 3) third[r / 3] = a + r * lda;
-    auto lines = lines_of<2>(ahead);
-    lines.passes(pairs, kAheadPairs, [&](int first, int here) {
+    for (int first = 0; first < pairs; first += kAheadPairs) {
+        if (first == ahead.turn * kAheadPairs) ahead.from = ahead.then;
+        const int last = first + kAheadPairs < pairs ? first + kAheadPairs : pairs;
 #pragma GCC unroll 2
-        for (int p = first; p < first + here; ++p) {
+        for (int p = first; p < last; ++p) {
             Vi columns[V];
             for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * kPanel + v * W);
-            lines.dword();
+            ahead.fetch(ahead.from);
+            ahead.fetch(ahead.from + 64);
+            ahead.from += ahead.step;
             for (int r = 0; r < R; ++r) {
                 const Vi row = broadcast_dword(third[r / 3] + r % 3 * lda);
                 for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], row, columns[v]);
             }
             for (const bf16*& rows : third) rows += 2;
         }
-    });
+    }
     for (int r = 0; r < R; ++r) out.finish(r, acc[r]);
 }
 #else
@@ -273,7 +276,7 @@ inline void bf16_product(const uint8_t* panel, int padded_depth, int rows, const
             if constexpr (kReadsTwoStreams)
                 parts == 1 ? multiply(TwoStreams(panel, size_t(pairs) * kPanel * 4, next.panel)) : multiply_ahead();
             else if constexpr (kMayLeaveRows)
-                is_left_to_processor(rows) ? multiply(LeftToProcessor{}) : multiply_ahead();
+                is_left_to_processor(rows) ? multiply(LeftToProcessor{ahead}) : multiply_ahead();
             else
                 multiply_ahead();
             if (!is_last || is_rounded) continue;
