@@ -156,7 +156,11 @@ class Engine:
             if config.speculation.method == "ngram":
                 self._draft = NgramDraft()
             else:
-                assert draft_model is not None, "config.speculation names a model; load it and give it"
+                if draft_model is None:
+                    raise ConfigError(
+                        f"speculation.model is {config.speculation.model!r} and draft_model is None; an engine drafts "
+                        f"with a model that is in memory; load it and give it as draft_model."
+                    )
                 self._draft = ModelDraft(
                     draft_model,
                     target=model,

@@ -165,6 +165,7 @@ def implementations(library: object) -> dict[str, str]:
     }
 
 
+@pytest.mark.skipif(build_module.find_compiler() is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("name", select.supported_instruction_sets())
 def test_an_operation_is_in_cpp_when_the_library_has_all_its_functions(name: str) -> None:
     with select.forced(name) as selection:

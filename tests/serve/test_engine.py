@@ -743,6 +743,8 @@ def test_a_model_that_cannot_draft_is_refused(make_model: Make, tokenizer: Token
         model = Transformer(config).initialize(0)
         with pytest.raises(ConfigError, match=words):
             Engine(make_model(), tokenizer, EngineConfig(speculation=speculation), draft_model=model)
+    with pytest.raises(ConfigError, match="draft_model is None"):
+        Engine(make_model(), tokenizer, EngineConfig(speculation=speculation))
 
 
 SCHEMA = {
