@@ -72,6 +72,8 @@ class TensorReader:
         try:
             if not path.is_file():  # to open a pipe would be to wait for ever
                 raise OSError("no ordinary file")
+            with path.open("rb"):
+                pass  # the library says of what may not be read that it is not there
             with safe_open(path, framework="pt"):
                 pass  # the library checks that the header is sound and the file as long as it says
             self._file = path.open("rb", buffering=0)

@@ -97,7 +97,7 @@ def evaluate(
         ),
     ] = None,
     domain_documents: Annotated[
-        int | None, typer.Option("--domain-documents", help="Of --domains: so many of each label at most.")
+        int | None, typer.Option("--domain-documents", min=1, help="Of --domains: so many of each label at most.")
     ] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Compute in fp32, whatever the run computes in.")] = False,
     keep: Annotated[

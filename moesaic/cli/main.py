@@ -62,7 +62,8 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; a caller's mistake prints its message and exits with status 2.
+    """Run the command line; a caller's mistake prints its message and exits with status 2, and so does a file that
+    may not be read or written.
 
     Where memory is refused, or standard output has no room left, a full disk say, the status is 1.
     """
@@ -83,6 +84,14 @@ def main(arguments: list[str] | None = None) -> Any:
         if (message := _refused_memory(error)) is not None:
             typer.secho(message, err=True, fg=typer.colors.RED)
             sys.exit(1)
+        if isinstance(error, PermissionError) and error.filename is not None:
+            typer.secho(
+                f"{error.filename}: {error.strerror}; what is named here has to be readable, and where something is "
+                f"written writable, by this user; check its permissions, or name another.",
+                err=True,
+                fg=typer.colors.RED,
+            )
+            sys.exit(2)
         if (
             not isinstance(error, OSError)
             or error.errno not in (errno.ENOSPC, errno.EDQUOT)

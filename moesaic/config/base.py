@@ -5,9 +5,11 @@ Here is what all configs share, and how pydantic's findings become three-part er
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from moesaic.errors import ConfigError
 
@@ -38,6 +40,16 @@ class Config(BaseModel, metaclass=_ConfigMeta):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is required, which Python takes for 1 and 0."""
+        if isinstance(value, bool) and info.field_name is not None:
+            allowed = set(_types_in(cls.model_fields[info.field_name].annotation))
+            if allowed & {int, float} and bool not in allowed:
+                raise PydanticCustomError("int_type" if float not in allowed else "float_type", "a number is required")
+        return value
 
     @classmethod
     def from_dict(cls, values: Any, *, path: str = "") -> Self:
@@ -73,6 +85,15 @@ class Config(BaseModel, metaclass=_ConfigMeta):
             raise ConfigError(
                 f"{path} ({value}) has no effect here; it needs {needs}; set that too, or leave {path} at {default}."
             )
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """Yield a type, or those that a union is of."""
+    inner = get_args(annotation) if get_origin(annotation) in (Union, UnionType, Annotated) else ()
+    if not inner:
+        yield annotation
+    for each in inner:
+        yield from _types_in(each)
 
 
 def differing(

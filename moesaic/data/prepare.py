@@ -181,8 +181,8 @@ def prepare(
             return _prepare_folder(folder, given, leaves, settings, given_tokenizer, workers, input_fingerprint, report)
         except OSError as error:
             raise DataError(
-                f"{error.filename or folder}: {error.strerror or error}; shards must be written whole; free space or "
-                f"mend the cause, and run the same command again: it continues where it stopped."
+                f"{error.filename or folder}: {error.strerror or error}; sources have to be read and shards written "
+                f"whole; free space or mend the cause, and run the same command again: it continues where it stopped."
             ) from error
 
 

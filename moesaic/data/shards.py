@@ -289,6 +289,8 @@ def read_manifest(folder: Path) -> Manifest:
         if not isinstance(values, dict):
             raise ValueError("no object")
         return Manifest(**values)
+    except OSError as error:
+        raise _unreadable(file, error) from None
     except (ValueError, ConfigError) as error:
         reason = str(error).split("\n", 1)[0]
         raise DataError(
@@ -303,10 +305,22 @@ def hash_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _unreadable(file: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{file} cannot be read ({error.strerror or error}); token shards have to be readable by who trains on them; "
+        f"check its permissions."
+    )
+
+
 def _check_size(file: Path, shard: ShardRecord, width: int) -> None:
     required = shard.num_tokens * width
     if not file.is_file():
         raise DataError(f"{file} is missing; the manifest lists it with {required} bytes; {_REMEDY}")
+    try:
+        with file.open("rb"):  # what may not be read is told before anything is begun
+            pass
+    except OSError as error:
+        raise _unreadable(file, error) from None
     size = file.stat().st_size
     if size != required:
         problem = "truncated" if size < required else "too long"

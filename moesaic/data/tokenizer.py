@@ -100,7 +100,8 @@ class Tokenizer:
             return cls(_read(file), companions=_read_companions(file.parent))
         except OSError as error:
             raise DataError(
-                f"{file} cannot be read ({error}); a {TOKENIZER_NAME} is required; check its permissions."
+                f"{error.filename or file} cannot be read ({error.strerror or error}); a {TOKENIZER_NAME} and what "
+                f"stands beside it are required; check its permissions."
             ) from None
         except DataError as error:
             raise DataError(f"{file}: {error}") from None

@@ -188,7 +188,9 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the tokenizer returns."
             )
         columns = attention_mask.bool()
-        return input_ids, None if bool(columns.all()) else columns
+        # One of another length is the cache's tokens too, or wrong: where it is used it is known which.
+        is_plain = columns.shape == input_ids.shape and bool(columns.all())
+        return input_ids, None if is_plain else columns
 
     def _check_cache(self, cache: object, labels: Tensor | None, use_cache: bool | None) -> None:
         if cache is not None and not isinstance(cache, PagedCache):

@@ -195,6 +195,7 @@ def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None)
     one above that makes it -8 and the two below the one that loses least.
     """
     assert (bits, group_size) == (8, None) or (bits == 4 and group_size in GROUP_SIZES), (bits, group_size)
+    assert weight.shape[-1] > 0, weight.shape
     library = _library_for(weight)
     if library is not None:
         return _quantize_natively(library, weight.detach().contiguous(), bits=bits, group_size=group_size)

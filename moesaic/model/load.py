@@ -1,12 +1,13 @@
 """From a run folder to a model that computes: config, tokenizer and a checkpoint's weights."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moesaic.checkpoint.quantized import Scheme, is_quantized, quantization_schemes, require_unquantized, take_quantized
@@ -148,7 +149,7 @@ def copy_weights(model: Transformer, info: CheckpointInfo) -> None:
     Raises: CheckpointError for a file that is missing or corrupt, or does not fit the model.
     """
     own = model.state_dict()
-    with checked_file(info, "model") as path, safe_open(path, framework="pt") as file:
+    with checked_file(info, "model") as path, _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {
             name: torch.empty(each.get_shape(), device="meta", dtype=None if "F" in each.get_dtype() else torch.int32)
@@ -157,6 +158,19 @@ def copy_weights(model: Transformer, info: CheckpointInfo) -> None:
         _check_fit(own, shapes, info)
         for name, tensor in own.items():
             tensor.copy_(file.get_tensor(name))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """Raises: CheckpointError for what the library cannot open or read, a path that is no UTF-8 for one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); a whole safetensors file is required, under a name in UTF-8; rename it, "
+            f"use another step, or restore a backup."
+        ) from None
 
 
 def _check_fit(

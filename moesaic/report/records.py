@@ -255,7 +255,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
             f"{path} does not exist; a run folder holds its metrics there once training has begun; "
             f"give the folder of a run that has been started."
         )
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise MetricsError(
+            f"{path} cannot be read ({error.strerror or error}); a run's metrics have to be readable by its user; "
+            f"check its permissions."
+        ) from None
+    with file:
         for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line)

@@ -18,6 +18,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, NotFiniteError
 from moesaic.kernels.decode import Decoded
 from moesaic.kernels.limits import available_memory_bytes
+from moesaic.logs import logger
 from moesaic.model.generate import check_token_ids
 from moesaic.model.transformer import Transformer
 from moesaic.serve.depth import DepthChooser
@@ -136,6 +137,8 @@ class Engine:
             )
         num_blocks = _count_blocks(model, draft_model, config, longest)
         self.max_length = min(longest, num_blocks * config.block_size)
+        if self.max_length < longest:
+            _tell_short_memory(config, self.max_length, longest)
         self.is_batch_invariant = model.runs_in_one_call
         self._tokenizer = tokenizer
         self._runner = Runner(model, num_blocks, block_size=config.block_size, dtype=dtype)
@@ -151,6 +154,12 @@ class Engine:
         self._load = ExpertLoad(model, is_alone=draft_model is None)
         self._draft: Draft | None = None
         self._depth: DepthChooser | None = None
+        method = None if config.speculation is None else config.speculation.method
+        if draft_model is not None and method != "model":
+            raise ConfigError(
+                f"draft_model is given and speculation.method is {method!r}; a model drafts where that is 'model'; set "
+                f"config.speculation, or leave draft_model out."
+            )
         if config.speculation is not None:
             self._depth = DepthChooser(config.speculation.max_tokens)
             if config.speculation.method == "ngram":
@@ -250,6 +259,12 @@ class Engine:
         self, prompts: Sequence_[Sequence_[int]], sampling: Sampling, *, request_ids: Sequence_[str], priority: int = 0
     ) -> None:
         """Take several prompts in as add_request does, all or none; raises what it does."""
+        if len(request_ids) != len(prompts) or len(set(request_ids)) < len(prompts):
+            raise ConfigError(
+                f"{len(prompts)} prompts were given with the request ids {list(request_ids)}; every prompt needs one "
+                f"of its own; give as many, all different."
+            )
+        finished = self._counts["finished"]
         added: list[str] = []
         try:
             for request_id, prompt in zip(request_ids, prompts, strict=True):
@@ -257,6 +272,9 @@ class Engine:
         except BaseException:
             for request_id in added:
                 self.abort(request_id)
+            # They have never been here.
+            self._pending = [output for output in self._pending if output.request_id not in added]
+            self._counts["finished"] = finished
             raise
 
     def _matchers(self, sampling: Sampling) -> list[Matcher | None]:
@@ -614,6 +632,20 @@ def kv_budget_bytes(model: Transformer, config: EngineConfig) -> int:
 
 def _kv_dtype(model: Transformer, config: EngineConfig) -> torch.dtype:
     return model.compute_dtype if config.kv_precision == "auto" else _DTYPES[config.kv_precision]
+
+
+def _tell_short_memory(config: EngineConfig, max_length: int, longest: int) -> None:
+    """A text as long as asked does not fit in the memory of keys and values: refused if asked, else said."""
+    if config.max_length is not None:
+        raise ConfigError(
+            f"max_length ({longest}) is more than the {max_length} positions that the memory of keys and values "
+            f"(kv_cache_bytes: {config.kv_cache_bytes}) has room for; one text has to fit; lower engine.max_length, or "
+            f"raise engine.kv_cache_bytes."
+        )
+    logger.warning(
+        "A text may have %d tokens, of the model's %d: engine.kv_cache_bytes has room for no more; raise it for longer "
+        "ones.", max_length, longest,
+    )  # fmt: skip
 
 
 def _count_blocks(model: Transformer, draft_model: Transformer | None, config: EngineConfig, longest: int) -> int:

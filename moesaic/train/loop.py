@@ -117,12 +117,20 @@ class Trainer:
         display: Display | None,
         objective: Objective | None = None,
     ) -> None:
-        """Raises: ConfigError for a student's config without an objective, which alone can read its section."""
+        """Raises: ConfigError for a student's config without an objective, which alone can read its section, and for a
+        folder's name that is no UTF-8, under which safetensors and TensorBoard write nothing.
+        """
         if config.distill is not None and objective is None:
             raise ConfigError(
                 f"the config has a distill section (teacher {config.distill.teacher}) and `moesaic train` trains "
                 f"without a teacher; a student is trained by `moesaic distill`; use that, or set distill to null."
             )
+        try:
+            str(run_folder.absolute()).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"the run folder is {str(run_folder)!r}; checkpoints need a path in UTF-8; choose another name."
+            ) from None
         tune_allocator()
         self.config = config
         self.run_folder = run_folder

@@ -81,6 +81,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values["starts"], list) and isinstance(values.get("data_times", {}), dict):
             return dict(values)
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     return None

@@ -110,6 +110,16 @@ def test_the_name_of_a_file_is_not_taken_for_refused_memory(cli: Any, monkeypatc
         cli("train", "dense-tiny", "--output", "unused")
 
 
+def test_a_file_that_may_not_be_read_is_told_without_a_traceback(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "shards/x.bin")
+
+    monkeypatch.setattr("moesaic.config.load.read_values", refuse)
+    result = cli("train", "dense-tiny", "--output", "unused")
+    assert result.status == 2 and result.err.count("\n") == 1
+    assert re.search(r"shards/x.bin: Permission denied; .* readable, .*; check its permissions", result.err)
+
+
 def test_other_errors_keep_their_traceback(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not fit")

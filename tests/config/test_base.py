@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from moesaic.config.base import OTHER_NAMES, _paths
 from moesaic.config.model import CapacityConfig, FeedForwardConfig, ModelConfig, MoEConfig, RouterConfig
+from moesaic.config.serve import EngineConfig, Sampling, ServerConfig
 from moesaic.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from moesaic.errors import ConfigError
 
@@ -93,6 +94,15 @@ def test_a_value_of_the_wrong_kind_says_what_is_allowed() -> None:
         ScheduleConfig(learning_rate=float("inf"))
     with pytest.raises(ConfigError, match="model is 3; a mapping of keys"):
         ModelConfig.from_dict(3, path="model")
+
+
+def test_true_is_no_number() -> None:
+    for kind, name in ((EngineConfig, "max_sequences"), (ServerConfig, "drain_seconds"), (Sampling, "n")):
+        with pytest.raises(ConfigError, match=rf"^{name} \(True\): an? (integer|number) is required"):
+            kind.from_dict({name: True})
+    with pytest.raises(ConfigError, match=r"^kv_cache_bytes \(False\): "):
+        EngineConfig(kv_cache_bytes=False)
+    assert EngineConfig(prefix_caching=False, max_sequences=1).max_sequences == 1
 
 
 def test_every_section_round_trips_through_plain_values() -> None:

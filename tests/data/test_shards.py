@@ -1,6 +1,7 @@
 """Reading gives the written tokens across any border; every way a folder can be bad has its own message."""
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,23 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match=r"manifest\.json is damaged or of another version .*; name another") as caught:
         ShardSet.open(tmp_path)
     assert "delete" not in str(caught.value)  # the folder may be anybody's: so many things have a manifest.json
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-00000.bin", "validation-00000.bin"])
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_folder(tmp_path, tokenizer)
+    assert (tmp_path / name).is_file()
+
+    def refuse(self: Path, *args: Any, **settings: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return io.open(self, *args, **settings)  # noqa: UP020 (what Path.open calls)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=rf"{name} cannot be read \(Permission denied\); .*; check its permissions"):
+        ShardSet.open(tmp_path)
 
 
 def test_another_format_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -72,6 +72,22 @@ def test_a_cache_continues_where_it_was(make: Make, kind: str, prompts: Any, pad
     torch.testing.assert_close(got[is_valid], wanted[is_valid], atol=2e-5, rtol=2e-5)
 
 
+def test_a_mask_of_another_length_is_refused(make: Make) -> None:
+    model, ids = make("dense"), tokens(1, 5)
+    with torch.no_grad():
+        for columns in (3, 6):
+            for use_cache, words in (
+                (False, r"for input_ids \(1, 5\)"),
+                (True, "for 5 new tokens after 0 in the cache"),
+            ):
+                with pytest.raises(ConfigError, match=rf"\(1, {columns}\) was given {words}"):
+                    model(ids, torch.ones(1, columns), use_cache=use_cache)
+        cache = model(ids, use_cache=True).past_key_values
+        with pytest.raises(ConfigError, match="8 columns are required"):
+            model(ids[:, :3], torch.ones(1, 7), past_key_values=cache)
+        assert model(ids[:, :3], torch.ones(1, 8), past_key_values=cache).logits.shape[1] == 3
+
+
 def test_the_loss_and_every_gradient_are_those_of_our_training(make: Make, kind: str) -> None:
     model, ids = make(kind).train(), tokens(3, 17)
     # transformers' labels are the tokens themselves; in ours the last token has its target in the data.

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def test_a_bf16_run_is_packed_where_the_cpu_kernels_are_in_use(run: Path, kernel
         with torch.no_grad():
             logits, wanted = (model.logits(model(tokens).hidden) for model in (packed.model, plain.model))
         torch.testing.assert_close(logits, wanted, rtol=0.02, atol=0.02)  # bf16 roundings in other places
+
+
+def test_a_name_that_is_no_utf8_is_refused(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"r\xff")
+    try:
+        run.rename(folder)
+    except OSError:
+        pytest.skip("this system's file names are UTF-8")
+    with pytest.raises(CheckpointError, match="under a name in UTF-8; rename it"):
+        load_run(folder, device="cpu", pack=False)
 
 
 def test_a_folder_that_is_no_run_is_an_error(run: Path, tmp_path: Path) -> None:

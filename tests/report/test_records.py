@@ -120,6 +120,17 @@ def test_a_line_that_is_not_a_record_is_named(
         read_metrics(tmp_path)
 
 
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / METRICS_FILE).write_text("")
+
+    def refuse(self: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl cannot be read \(Permission denied\); .*; check"):
+        read_metrics(tmp_path)
+
+
 def test_missing_file_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(MetricsError, match=r"metrics\.jsonl does not exist; .*; give the folder of a run"):
         read_metrics(tmp_path)

@@ -745,6 +745,23 @@ def test_a_model_that_cannot_draft_is_refused(make_model: Make, tokenizer: Token
             Engine(make_model(), tokenizer, EngineConfig(speculation=speculation), draft_model=model)
     with pytest.raises(ConfigError, match="draft_model is None"):
         Engine(make_model(), tokenizer, EngineConfig(speculation=speculation))
+    for without, method in ((None, "None"), (SpeculationConfig(method="ngram"), "'ngram'")):
+        with pytest.raises(ConfigError, match=f"draft_model is given and speculation.method is {method}"):
+            Engine(make_model(), tokenizer, EngineConfig(speculation=without), draft_model=make_model())
+
+
+def test_a_text_as_long_as_asked_has_to_fit(
+    make_model: Make, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    small = EngineConfig(kv_cache_bytes=2 * block_bytes(model, block_size=32, dtype=model.compute_dtype))
+    with pytest.raises(ConfigError, match=r"^max_length \(65\) is more than the 64 positions .* raise engine.kv_cache"):
+        Engine(model, tokenizer, small.replace(max_length=65))
+    with caplog.at_level("WARNING", "moesaic"):
+        assert Engine(model, tokenizer, small.replace(max_length=64)).max_length == 64
+        assert not caplog.records
+        assert Engine(model, tokenizer, small).max_length == 64 < model.config.max_positions
+    assert "A text may have 64 tokens, of the model's" in caplog.text
 
 
 SCHEMA = {
@@ -873,6 +890,9 @@ def test_several_requests_are_taken_in_all_or_none(make_model: Make, tokenizer: 
     with pytest.raises(GenerationError, match="at most 191 fit here"):
         engine.add_requests([[1], [2], [3] * 200], GREEDY, request_ids=["a", "b", "c"])
     assert engine.num_texts == 0
-    assert {(each.request_id, each.finish_reason) for each in engine.step()} == {("a", "abort"), ("b", "abort")}
+    assert not engine.has_request("a") and engine.step() == [] and engine.stats().num_finished == 0
+    for ids in (["a", "a"], ["a"]):
+        with pytest.raises(ConfigError, match=r"^2 prompts were given with the request ids \['a'"):
+            engine.add_requests([[1], [2]], GREEDY, request_ids=ids)
     engine.add_requests([[1], [2]], GREEDY.replace(max_tokens=1), request_ids=["a", "b"])
     assert {each.request_id for each in engine.step()} == {"a", "b"}

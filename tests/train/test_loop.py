@@ -587,6 +587,12 @@ def test_the_same_data_elsewhere_is_the_same_data(make_config: MakeConfig, tmp_p
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
+def test_a_run_folder_whose_name_is_no_utf8_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the run folder is '.*r\\udcff'; .* in UTF-8; choose another name"):
+        train(make_config("dense"), tmp_path / os.fsdecode(b"r\xff"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_trained_is_refused_before_a_folder_exists(make_config: MakeConfig, tmp_path: Path) -> None:
     small = make_config(model={"vocab_size": 100})
     with pytest.raises(ConfigError, match=r"model.vocab_size \(100\) is less than the 320 tokens.*; use .*>= 320"):

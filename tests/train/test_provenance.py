@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,3 +35,19 @@ def test_an_unreadable_list_is_kept_and_a_new_one_begins(
     assert (tmp_path / "run.unreadable.json").read_text() == text
     assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
     assert known_data_times(tmp_path) == {"a": 1}
+
+
+def test_a_list_that_may_not_be_read_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("{}")
+    original = Path.read_text
+
+    def refuse(self: Path, *args: Any, **settings: Any) -> str:
+        if self == path and self.stat().st_size == 2:
+            raise PermissionError(13, "Permission denied", str(self))
+        return original(self, *args, **settings)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    write_provenance(tmp_path, data_path="d", data_fingerprint="f", data_times={}, device=torch.device("cpu"))
+    assert (tmp_path / "run.unreadable.json").read_text() == "{}"
+    assert len(json.loads(path.read_text())["starts"]) == 1

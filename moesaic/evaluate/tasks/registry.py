@@ -135,9 +135,10 @@ def _load_packaged(name: str, data: Path | None, shots: int) -> tuple[Any, str]:
     few = "few_shot" if "few_shot" in splits else "test"
     spare = len(splits[few]) - (few == "test")  # a question is no example of itself
     if shots > spare:
+        files = source.get("few_shot_files")
+        more = f", or put training records ({files[0]}.jsonl) into the folder" if files else ""
         raise ConfigError(
-            f"{shots} shots were asked of {name}; {place} has {spare} records to take them from; ask for fewer, or put "
-            f"training records ({source.get('few_shot_files', ['none'])[0]}.jsonl) into the folder."
+            f"{shots} shots were asked of {name}; {place} has {spare} records to take them from; ask for fewer{more}."
         )
     tables = {split: datasets.Dataset.from_list(records) for split, records in splits.items()}
     config |= {"test_split": "test", "fewshot_split": few, "custom_dataset": lambda **_: tables}

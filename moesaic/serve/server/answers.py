@@ -54,15 +54,34 @@ class _Logprobs:
 
     def of_tokens(self, tokens: Sequence[GeneratedToken], *, prompt: str | None = None) -> dict[str, Any]:
         """prompt: the text that the tokens are of; special tokens that do not stand in it take no place."""
-        names, logprobs, top, offsets = [], [], [], []
+        names, logprobs, top = [], [], []
         for token in tokens:
             names.append(self.texts.text_of(token.token_id))
             logprobs.append(None if token.logprob is None else _finite(token.logprob))
             top.append(None if token.logprob is None else self._top(token))
-            self._end_broken_character(token.token_id, prompt)
-            offsets.append(self.offset)
-            self.offset += self._length(token.token_id, prompt)
+        token_ids = [token.token_id for token in tokens]
+        offsets = self._offsets(token_ids) if prompt is None else self._prompt_offsets(token_ids, prompt)
         return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+
+    def _prompt_offsets(self, token_ids: Sequence[int], prompt: str) -> list[int]:
+        """Return where each token begins; a space that the tokenizer puts before every text stands in none of them."""
+        offsets = self._offsets(token_ids, prompt)
+        self.offset += len(self.decoder.decode(b"", final=True))
+        first = next((each for each in token_ids if not self.texts.is_special(each)), None)
+        if self.offset == len(prompt) or first is None or not self.texts.bytes_of(first).startswith(b" "):
+            return offsets
+        self.offset = -1
+        without_space = self._offsets(token_ids, prompt)
+        self.offset += len(self.decoder.decode(b"", final=True))
+        return [max(0, offset) for offset in without_space] if self.offset == len(prompt) else offsets
+
+    def _offsets(self, token_ids: Sequence[int], prompt: str | None = None) -> list[int]:
+        offsets = []
+        for token_id in token_ids:
+            self._end_broken_character(token_id, prompt)
+            offsets.append(self.offset)
+            self.offset += self._length(token_id, prompt)
+        return offsets
 
     def _end_broken_character(self, token_id: int, prompt: str | None) -> None:
         """Half a character that the next token does not go on with is a U+FFFD before that token."""
@@ -77,7 +96,7 @@ class _Logprobs:
     def _length(self, token_id: int, prompt: str | None) -> int:
         if self.texts.is_special(token_id):
             name = self.texts.text_of(token_id)
-            return len(name) if prompt is not None and prompt.startswith(name, self.offset) else 0
+            return len(name) if prompt is not None and prompt.startswith(name, max(0, self.offset)) else 0
         return len(self.decoder.decode(self.texts.bytes_of(token_id)))
 
     def _top(self, token: GeneratedToken) -> dict[str, float]:
