@@ -123,6 +123,7 @@ class Engine:
         """
         config = config or EngineConfig()
         self.config, self.model_config = config, model.config
+        _check_draft(config, draft_model)
         dtype = _kv_dtype(model, config)
         if dtype is torch.float32 and model.compute_dtype is not torch.float32:
             raise ConfigError(
@@ -154,22 +155,12 @@ class Engine:
         self._load = ExpertLoad(model, is_alone=draft_model is None)
         self._draft: Draft | None = None
         self._depth: DepthChooser | None = None
-        method = None if config.speculation is None else config.speculation.method
-        if draft_model is not None and method != "model":
-            raise ConfigError(
-                f"draft_model is given and speculation.method is {method!r}; a model drafts where that is 'model'; set "
-                f"config.speculation, or leave draft_model out."
-            )
         if config.speculation is not None:
             self._depth = DepthChooser(config.speculation.max_tokens)
             if config.speculation.method == "ngram":
                 self._draft = NgramDraft()
             else:
-                if draft_model is None:
-                    raise ConfigError(
-                        f"speculation.model is {config.speculation.model!r} and draft_model is None; an engine drafts "
-                        f"with a model that is in memory; load it and give it as draft_model."
-                    )
+                assert draft_model is not None
                 self._draft = ModelDraft(
                     draft_model,
                     target=model,
@@ -614,6 +605,20 @@ class Engine:
             cached_tokens=min(sequence.num_cached or 0, sequence.num_prompt),
             completion_tokens=text.num_generated,
             is_refused=text.is_refused,
+        )
+
+
+def _check_draft(config: EngineConfig, draft_model: Transformer | None) -> None:
+    method = None if config.speculation is None else config.speculation.method
+    if draft_model is not None and method != "model":
+        raise ConfigError(
+            f"draft_model is given and speculation.method is {method!r}; a model drafts where that is 'model'; set "
+            f"config.speculation, or leave draft_model out."
+        )
+    if draft_model is None and method == "model":
+        raise ConfigError(
+            "speculation.method is 'model' and draft_model is None; an engine drafts with a model that is in memory; "
+            "load it and give it as draft_model."
         )
 
 
