@@ -88,12 +88,15 @@ class Config(BaseModel, metaclass=_ConfigMeta):
 
 
 def _types_in(annotation: Any) -> Iterator[Any]:
-    """Yield a type, or those that a union is of."""
-    inner = get_args(annotation) if get_origin(annotation) in (Union, UnionType, Annotated) else ()
-    if not inner:
+    """Yield a type, or those that a union is of; what Annotated says of one left out."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _types_in(inner[0])
+    elif origin in (Union, UnionType):
+        for each in inner:
+            yield from _types_in(each)
+    else:
         yield annotation
-    for each in inner:
-        yield from _types_in(each)
 
 
 def differing(

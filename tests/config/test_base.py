@@ -102,6 +102,11 @@ def test_true_is_no_number() -> None:
             kind.from_dict({name: True})
     with pytest.raises(ConfigError, match=r"^kv_cache_bytes \(False\): "):
         EngineConfig(kv_cache_bytes=False)
+    for kind in (EngineConfig, ServerConfig, Sampling, ModelConfig, MoEConfig, TrainConfig, OptimizerConfig):
+        for name, field in kind.model_fields.items():
+            if "int" in (named := str(field.annotation)) and "bool" not in named and "tuple" not in named:
+                with pytest.raises(ConfigError, match=rf"(^|\n){name} \(True\)"):
+                    kind.from_dict({name: True})
     assert EngineConfig(prefix_caching=False, max_sequences=1).max_sequences == 1
 
 
