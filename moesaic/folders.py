@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import time
 import weakref
 from pathlib import Path
 from shlex import quote
@@ -11,6 +12,9 @@ from types import TracebackType
 
 from moesaic.errors import ConfigError, FolderInUseError
 from moesaic.logs import logger
+
+# Seconds to wait for who only looks whether somebody has the lock (is_being_written).
+_WAITS = (0.001, 0.005, 0.02, 0.05)
 
 
 class FolderLock:
@@ -185,7 +189,14 @@ def _lock(folder: Path) -> int | None:
         except FileNotFoundError:  # just removed by the process that had made it
             continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for wait in (*_WAITS, None):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if wait is None:
+                        raise
+                    time.sleep(wait)
             if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
                 return handle
         except BlockingIOError:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def test_whether_it_is_held_can_be_seen_without_holding_it(tmp_path: Path) -> No
         assert is_being_written(tmp_path) and is_being_written(tmp_path)
     assert not is_being_written(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_only_looks_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+    with FolderLock(tmp_path):
+        assert is_being_written(tmp_path)
+    os.close(looking)
 
 
 def test_a_folder_made_for_it_goes_where_nothing_was_written(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def evaluate(
         from moesaic.evaluate.batched import BatchedScorer
         from moesaic.evaluate.perplexity import measure_perplexity, text_windows
         from moesaic.evaluate.run import TaskSettings, run_domains, run_tasks
-        from moesaic.logs import log_to_stderr
+        from moesaic.logs import OnProgress, log_to_stderr
         from moesaic.model.load import load_run
         from moesaic.serve.scorer import EngineScorer
 
@@ -163,36 +163,41 @@ def evaluate(
     texts: list[tuple[str, Perplexity]] = []
     results: list[TaskResult] = []
     usages: list[tuple[str, DomainUsage]] = []
-    folder = None
+    folder: Path | None = None
+
+    def measure(run: str, progress: OnProgress) -> Path:
+        """Measure one run, return its folder, and keep nothing of it in memory."""
+        loaded = load_run(run, device=device, pack=not fp32, precision="fp32" if fp32 else None)
+        if text is not None:
+            windows = text_windows(
+                loaded, text, window=window, stride=stride, limit_tokens=limit_tokens, apart=documents,
+                text_field=text_field or TEXT_FIELD,
+            )  # fmt: skip
+            found = measure_perplexity(loaded.model, windows, device=loaded.device)
+            texts.append((run, found))
+            _print_json(as_json, _text_to_json(run, loaded, text, found))
+        if settings is not None:
+            scorer = EngineScorer(loaded.model, loaded.tokenizer, BatchedScorer(loaded.model))
+            for result in run_tasks(
+                run, loaded, settings, scorer=scorer, keep=keep, keep_samples=samples, progress=progress
+            ):
+                results.append(result)
+                _print_json(as_json, result.to_json())
+        if domains is not None:
+            usage = run_domains(
+                run, loaded, domains, label_field=domain_field or "domain", text_field=text_field or TEXT_FIELD,
+                most_documents=domain_documents, keep=keep, progress=progress,
+            )  # fmt: skip
+            usages.append((run, usage))
+            _print_json(as_json, _domains_to_json(run, loaded, usage))
+        return loaded.info.run_folder
+
     is_kept = keep and (tasks or domains) is not None
     kept = "what was finished is in the runs' folders" if is_kept else "nothing was written"
     with shown_progress(kept=kept) as progress:
         for run in runs:
-            loaded = load_run(run, device=device, pack=not fp32, precision="fp32" if fp32 else None)
-            folder = folder or loaded.info.run_folder
-            if text is not None:
-                windows = text_windows(
-                    loaded, text, window=window, stride=stride, limit_tokens=limit_tokens, apart=documents,
-                    text_field=text_field or TEXT_FIELD,
-                )  # fmt: skip
-                found = measure_perplexity(loaded.model, windows, device=loaded.device)
-                texts.append((run, found))
-                _print_json(as_json, _text_to_json(run, loaded, text, found))
-            if settings is not None:
-                scorer = EngineScorer(loaded.model, loaded.tokenizer, BatchedScorer(loaded.model))
-                for result in run_tasks(
-                    run, loaded, settings, scorer=scorer, keep=keep, keep_samples=samples, progress=progress
-                ):
-                    results.append(result)
-                    _print_json(as_json, result.to_json())
-            if domains is not None:
-                usage = run_domains(
-                    run, loaded, domains, label_field=domain_field or "domain", text_field=text_field or TEXT_FIELD,
-                    most_documents=domain_documents, keep=keep, progress=progress,
-                )  # fmt: skip
-                usages.append((run, usage))
-                _print_json(as_json, _domains_to_json(run, loaded, usage))
-            del loaded
+            run_folder = measure(run, progress)
+            folder = folder or run_folder
     if not as_json:
         _print_tables(texts, results, usages, text=text, domains=domains)
     if results and (plot is not None or keep):

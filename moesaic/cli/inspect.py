@@ -69,7 +69,6 @@ def _inspect_config(source: str, assignments: list[str], *, context: int | None,
 
 
 def _inspect_run(source: str, assignments: list[str], *, context: int | None, as_json: bool) -> None:
-    # Brings in torch: the rules of which checkpoint is meant, and what a manifest is, stand there and only there.
     from moesaic.checkpoint.quantized import describe_quantization, is_quantized
     from moesaic.checkpoint.store import best_checkpoint, list_checkpoints, resolve_checkpoint
     from moesaic.config.load import load_train_config
@@ -105,7 +104,7 @@ def _inspect_run(source: str, assignments: list[str], *, context: int | None, as
                 "source": source,
                 **summary.to_json(),
                 "model": config.model.to_dict(),
-                "total_tokens": config.tokens,
+                "total_tokens": config.total_tokens,
                 "total_steps": config.total_steps,
                 "origin": None if not checkpoints else _origin(checkpoints[0]),
                 "progress": None if progress is None else progress.to_json(),
@@ -157,13 +156,7 @@ def _read_metrics(folder: Path, *, last_step: int | None) -> "Metrics":
     if not (folder / METRICS_FILE).is_file():
         return Metrics()
     metrics = read_metrics(folder, most_records=_MOST_RECORDS)
-    if last_step is None:
-        return metrics
-    return Metrics(
-        train=tuple(record for record in metrics.train if record.step <= last_step),
-        evaluation=tuple(record for record in metrics.evaluation if record.step <= last_step),
-        events=tuple(record for record in metrics.events if record.step <= last_step),
-    )
+    return metrics if last_step is None else metrics.up_to(last_step)
 
 
 def _checkpoint_table(

@@ -70,7 +70,7 @@ def student_config(
         raise ConfigError(f"distill is set to {asked!r}; a section with keys is required; set distill.KEY=VALUE.")
     if student is None:
         if asked.get("init") == "teacher":
-            section["layer_map"] = _layer_map(run, asked.get("layer_map"), num_layers)
+            section["layer_map"] = _layer_map(run, asked.get("layer_map"), num_layers, is_dense)
             model = with_experts(
                 model_of_layers(run.config.model, section["layer_map"]), num_experts=num_experts, is_dense=is_dense
             )
@@ -155,7 +155,13 @@ def write_needed_cache(
     folder = config.distill.cache
     infos = [] if resumed is None else list_checkpoints(Path(resumed))
     if infos:
-        state = DistillationState(**infos[-1].metadata["objective"])
+        objective = infos[-1].metadata.get("objective")
+        if not objective:
+            raise ConfigError(
+                f"{resumed} was not distilled; what is resumed is the run of a student; name that one, or a new folder "
+                f"and leave --resume out."
+            )
+        state = DistillationState(**objective)
         if not state.needs_teacher(config, infos[-1].metadata["tokens"]):
             return None
         top_k = state.cache_top_k if top_k is None else top_k
@@ -173,10 +179,10 @@ def _values_of(student: str | Path) -> dict[str, Any]:
     return read_values(student if folder is None else folder / "config.yaml")
 
 
-def _layer_map(run: TeacherRun, given: Any, num_layers: int | None) -> tuple[int, ...]:
+def _layer_map(run: TeacherRun, given: Any, num_layers: int | None, is_dense: bool) -> tuple[int, ...]:
     """Return the teacher's layers that the student is made of."""
     if given is None:
-        return kept_layers(run.config.model, num_layers)
+        return kept_layers(run.config.model, num_layers, is_dense=is_dense)
     layer_map = DistillConfig(teacher="-", init="teacher", layer_map=given).layer_map or ()
     if num_layers is not None and num_layers != len(layer_map):
         raise ConfigError(

@@ -55,19 +55,16 @@ def student_model(
     count = _num_layers(teacher, num_layers)
     moe = teacher.moe
     if moe is None or moe.layers is not None:
-        model = model_of_layers(teacher, kept_layers(teacher, count))
+        model = model_of_layers(teacher, kept_layers(teacher, count, is_dense=is_dense))
+    elif is_dense:
+        model = teacher.replace(num_layers=count, moe=None, **_attention_patterns(teacher, range(count)))
     else:
-        kept = count // moe.every
+        kept = _num_moe_layers(teacher, count, is_dense=False)
         changes = {
             name: value[len(value) - kept :]
             for name in ("num_experts", "top_k", "intermediate_size")
             if isinstance(value := getattr(moe, name), tuple)
         }
-        if kept == 0:
-            raise ConfigError(
-                f"a student of {count} layers has no MoE layer (moe.every is {moe.every}); it needs one, or none at "
-                f"all; use at least {moe.every} layers, or a dense student."
-            )
         patterns = _attention_patterns(teacher, range(count))
         model = teacher.replace(num_layers=count, moe=moe.replace(**changes), **patterns)
     return with_experts(model, num_experts=num_experts, is_dense=is_dense)
@@ -92,20 +89,18 @@ def with_experts(
     return model.replace(moe=model.moe.replace(num_experts=counts))
 
 
-def kept_layers(teacher: ModelConfig, num_layers: int | None = None) -> tuple[int, ...]:
+def kept_layers(teacher: ModelConfig, num_layers: int | None = None, *, is_dense: bool = False) -> tuple[int, ...]:
     """Return the teacher's layers that a student which starts from them keeps, in order.
 
     As many MoE and dense ones as `student_model` has, the MoE ones with the same sizes, evenly spread; so the first
-    and the last of each kind stay.
+    and the last of each kind stay. is_dense: the student has no experts, and may keep dense layers alone.
+
+    Raises: ConfigError for a student that would have no MoE layer without being asked for.
     """
     count = _num_layers(teacher, num_layers)
     places = teacher.moe_layers
     dense = [layer for layer in range(teacher.num_layers) if layer not in places]
-    moe = teacher.moe
-    if moe is not None and moe.layers is None:
-        num_moe = count // moe.every
-    else:
-        num_moe = round(len(places) * count / teacher.num_layers)
+    num_moe = _num_moe_layers(teacher, count, is_dense=is_dense)
     num_moe = min(max(num_moe, count - len(dense)), len(places), count)
     sizes = [_sizes(teacher.layers[layer]) for layer in places]
     wanted = sizes[len(sizes) - num_moe :]
@@ -113,6 +108,21 @@ def kept_layers(teacher: ModelConfig, num_layers: int | None = None) -> tuple[in
     others = _evenly(count - num_moe, len(dense), lambda own, theirs: True)
     assert chosen is not None and others is not None, (teacher.layers, count)
     return tuple(sorted([*(places[index] for index in chosen), *(dense[index] for index in others)]))
+
+
+def _num_moe_layers(teacher: ModelConfig, count: int, *, is_dense: bool) -> int:
+    """Return how many of a student's layers the teacher's pattern makes MoE layers: at least one, or it is refused."""
+    moe = teacher.moe
+    if moe is None:
+        return 0
+    if moe.layers is not None:
+        return max(round(len(moe.layers) * count / teacher.num_layers), 0 if is_dense else 1)
+    if count < moe.every and not is_dense:
+        raise ConfigError(
+            f"a student of {count} layers has no MoE layer (moe.every is {moe.every}); it needs one, or none at "
+            f"all; use at least {moe.every} layers, or a dense student."
+        )
+    return count // moe.every
 
 
 def model_of_layers(teacher: ModelConfig, layer_map: Sequence[int]) -> ModelConfig:

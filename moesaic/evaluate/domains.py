@@ -29,7 +29,7 @@ _PERMUTATIONS = 100
 
 @dataclass(frozen=True)
 class LabelledDocument:
-    """A text's token ids, an end-of-text token first, and its label."""
+    """A text's token ids, the tokenizer's first one (Tokenizer.first_id) before them, and its label."""
 
     domain: str
     ids: tuple[int, ...]

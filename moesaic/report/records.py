@@ -72,7 +72,8 @@ class ExpertRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord:
-    """The state of training after a step; rates and `moe` are means since the last record.
+    """The state of training after a step; losses, rates and `moe` are means since the last record, `learning_rate` and
+    `gradient_norm` are the last step's.
 
     Units: `seconds` in training steps so far, resumed parts included; `loss` in nats per token; `skipped_steps` in all.
     `objective`: what the run's objective reports beside the loss, by name: a student's
@@ -192,6 +193,18 @@ class Metrics:
     events: tuple[EventRecord, ...] = ()
     losses: tuple[float, ...] | None = None
     places: tuple[int, ...] = ()
+
+    def up_to(self, step: int) -> "Metrics":
+        """Return the records up to a step, and the losses up to the last of its train records."""
+        train = tuple(record for record in self.train if record.step <= step)
+        places = self.places[: len(train)]
+        return Metrics(
+            train=train,
+            evaluation=tuple(record for record in self.evaluation if record.step <= step),
+            events=tuple(record for record in self.events if record.step <= step),
+            losses=None if self.losses is None else self.losses[: places[-1] + 1 if places else 0],
+            places=places,
+        )
 
     @property
     def best_evaluation(self) -> EvaluationRecord | None:

@@ -196,6 +196,12 @@ class Trainer:
         self.objective.open(RunStart(self.tokens, state, shards, self.device, run_folder))
         if state is None:
             self.objective.initialize(self.model)
+        if config.total_steps == 1 and self._learning_rate(config.total_tokens) == 0:
+            logger.warning(
+                "The only step of this run has a learning rate of 0, the schedule's minimum, and leaves all weights as "
+                "they are; train on more than %d tokens (--set tokens=N), or with smaller batches.",
+                config.tokens_per_step,
+            )
         self._write_folder(own_tokenizer)
         limits = measure_limits(device=self.device.type)
         rate = limits.bf16_flops_per_second if config.precision == "bf16" else limits.fp32_flops_per_second

@@ -55,6 +55,18 @@ def test_json_is_the_result_with_its_report_and_resuming_makes_it_again(
     assert "no report of the distillation" in alone.err
 
 
+def test_a_run_that_was_not_distilled_is_no_student_to_go_on_with(cli: Any, trained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    before = sorted(path.name for path in run.rglob("*"))
+    command = ["distill", trained_run, run, "--resume", "--set", "data.fixed_windows=true"]
+    for more in ([], ["--cache", tmp_path / "cache"]):
+        refused = cli(*command, *more)
+        assert refused.status == 2 and "ConfigError: " in refused.err and "Traceback" not in refused.err
+    assert f"{run} was not distilled;" in refused.err
+    assert sorted(path.name for path in run.rglob("*")) == before and not (tmp_path / "cache").exists()
+
+
 def test_a_resumed_student_keeps_its_own_config_whatever_its_teacher_has_become(
     cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

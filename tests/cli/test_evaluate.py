@@ -1,6 +1,8 @@
 import errno
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,26 @@ def test_tasks_are_run_kept_drawn_and_told(cli: Any, own_run: Path, records: Pat
     assert plot.is_file() and not (own_run / "plots" / "evaluations.png").exists()
     row = next(line for line in both.splitlines() if "acc_norm" in line)
     assert row.count("±") == 2 and len(read_results(own_run)) == 2
+
+
+def test_a_run_has_left_memory_before_the_next_is_read(
+    cli: Any, own_run: Path, records: Path, text: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moesaic.model import load
+
+    models: list[weakref.ref[Any]] = []
+
+    def load_alone(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        assert not any(model() is not None for model in models)
+        loaded = load_run(*args, **kwargs)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(load, "load_run", load_alone)
+    measures = ["--tasks", "piqa", "--tasks-data", records, "--text", text, "--domains", labelled]
+    ended = cli("evaluate", own_run, own_run, own_run, *measures, "--domain-field", "topic", "--no-keep")
+    assert ended.status == 0 and len(models) == 3, ended.err
 
 
 def test_a_plot_that_cannot_be_written_costs_no_results(

@@ -73,6 +73,19 @@ def test_fewer_experts_and_none() -> None:
     assert dense.moe is None and dense.num_layers == 8
 
 
+def test_a_student_without_experts_is_one_that_was_asked_for() -> None:
+    named, every = model(4, num_experts=8, layers=[3]), model(4, num_experts=[4, 8], every=2)
+    student = student_model(named, num_layers=2)
+    assert [layer.num_experts for layer in student.layers] == [0, 8]
+    assert kept_layers(named, 2) == (0, 3) and kept_layers(named, 1) == (3,)
+    for refused in (student_model, kept_layers):
+        with pytest.raises(ConfigError, match=r"a student of 1 layers has no MoE layer \(moe.every is 2\)"):
+            refused(every, num_layers=1)
+    for teacher in (named, every):
+        assert student_model(teacher, num_layers=1, is_dense=True).moe is None
+        assert kept_layers(teacher, 1, is_dense=True) == (0,)
+
+
 def test_kept_layers_are_in_order_and_have_the_same_sizes_as_the_papers_student() -> None:
     teacher = load_model_config("pr-moe-350m-32-64")
     kept = kept_layers(teacher)

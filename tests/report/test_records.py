@@ -162,3 +162,10 @@ def test_the_smoothed_loss_is_that_of_all_records_however_few_are_kept(make_run:
     assert smoothed_losses(thinned).tolist() == [losses[step] for step in steps]
     summary = summarize(thinned)
     assert summary is not None and summary.loss == losses[1000]
+    for step in (1, 500, 1000):
+        part = thinned.up_to(step)
+        assert [each.step for each in part.train] == [each.step for each in thinned.train if each.step <= step]
+        same = whole.up_to(part.train[-1].step)
+        losses = dict(zip([record.step for record in same.train], smoothed_losses(same), strict=True))
+        assert smoothed_losses(part).tolist() == [losses[record.step] for record in part.train]
+    assert smoothed_losses(thinned.up_to(0)).tolist() == []

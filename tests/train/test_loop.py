@@ -237,6 +237,18 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+@pytest.mark.parametrize("lowest", [0.0, 1e-4])
+def test_a_run_of_one_step_that_changes_nothing_says_so(
+    lowest: float, make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule = {"warmup_tokens": 1, "min_learning_rate": lowest}
+    with caplog.at_level("WARNING", "moesaic"):
+        train(make_config(steps=2, schedule=schedule), tmp_path / "two")
+        assert "learning rate of 0" not in caplog.text
+        train(make_config(steps=1, schedule=schedule), tmp_path / "one")
+    assert ("The only step of this run has a learning rate of 0" in caplog.text) == (lowest == 0)
+
+
 def test_a_broken_last_checkpoint_is_passed_over_and_does_not_count_among_the_kept(
     make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
