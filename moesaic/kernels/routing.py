@@ -18,8 +18,13 @@ _SCORINGS = {"softmax": 0, "sigmoid": 1}
 
 
 @dataclass(frozen=True)
-class Routed:
-    """What moe/router.Routing holds, under the same names and shapes."""
+class Routing:
+    """What a router says of T tokens, before any is dropped.
+
+    Shapes: expert_ids (T, K) int64; routing_weights (T, K) fp32; tokens_per_expert (E,) int64 and mean_probabilities
+    (E,) fp32 over the valid tokens; z, entropy scalars, the mean over valid tokens of logsumexp(logits)^2 and of the
+    entropy of the router's distribution divided by log(E); num_tokens scalar int64, the valid tokens.
+    """
 
     expert_ids: Tensor
     routing_weights: Tensor
@@ -80,7 +85,7 @@ def route(
     top_groups: int = 1,
     valid: Tensor | None = None,
     expert_ids: Tensor | None = None,
-) -> Routed:
+) -> Routing:
     """Route x (T, H), bf16 or fp32, by the router's weight (E, H), fp32; equal scores go to the lower expert.
 
     bias (E,) fp32 is added to the logits, correction_bias (E,) fp32 to the scores for the choice only; valid (T,) bool,
@@ -101,7 +106,7 @@ def route(
     weights, mean_probabilities, z, entropy, chosen, tokens_per_expert, num_tokens, _ = torch.ops.moesaic.route(
         x, weight, bias, correction_bias, valid, expert_ids, top_k, scoring, num_groups, top_groups
     )
-    return Routed(chosen, weights, tokens_per_expert, mean_probabilities, z, entropy.detach(), num_tokens)
+    return Routing(chosen, weights, tokens_per_expert, mean_probabilities, z, entropy.detach(), num_tokens)
 
 
 def plan_dispatch(
@@ -139,7 +144,7 @@ def _route(
     num_groups: int,
     top_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Routed, those in fp32 before those in int64, then the logits (T, E) for the backward pass."""
+    """The fields of Routing, those in fp32 before those in int64, then the logits (T, E) for the backward pass."""
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     x, weight, bias = x.contiguous(), weight.contiguous(), _contiguous(bias)
     correction_bias, valid, given_ids = _contiguous(correction_bias), _contiguous(valid), _contiguous(given_ids)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from moesaic.config.model import Activation, FeedForwardConfig
 from moesaic.errors import ConfigError
+from moesaic.kernels.routing import Routing
 from moesaic.moe.dispatch import Dispatcher, DispatchPlan, expert_capacity, plan_dispatch
 from moesaic.moe.experts import Experts
-from moesaic.moe.router import Router, Routing, finish_weights
+from moesaic.moe.router import Router, finish_weights
 from moesaic.moe.seeds import generator, mix_seeds
 
 

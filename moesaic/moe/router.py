@@ -4,32 +4,13 @@ All in fp32. Choices (`expert_ids`) are integers without a gradient; the weights
 docs/moe-layer.md.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from moesaic.config.model import RouterConfig
 from moesaic.kernels import routing
+from moesaic.kernels.routing import Routing
 from moesaic.moe.seeds import generator
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a router says of T tokens, before any is dropped.
-
-    Shapes: expert_ids (T, K) int64; routing_weights (T, K) fp32; tokens_per_expert (E,) int64 and mean_probabilities
-    (E,) fp32 over the valid tokens; z, entropy scalars, the mean over valid tokens of logsumexp(logits)^2 and of the
-    entropy of the router's distribution divided by log(E); num_tokens scalar int64, the valid tokens.
-    """
-
-    expert_ids: Tensor
-    routing_weights: Tensor
-    tokens_per_expert: Tensor
-    mean_probabilities: Tensor
-    z: Tensor
-    entropy: Tensor
-    num_tokens: Tensor
 
 
 class Router(nn.Module):
@@ -123,7 +104,7 @@ class Router(nn.Module):
 
     def _route_in_one_call(self, x: Tensor, valid: Tensor | None, expert_ids: Tensor | None) -> Routing:
         config = self.config
-        routed = routing.route(
+        return routing.route(
             x,
             self.weight.float(),
             top_k=self.top_k,
@@ -134,15 +115,6 @@ class Router(nn.Module):
             top_groups=config.top_groups,
             valid=valid,
             expert_ids=expert_ids,
-        )
-        return Routing(
-            expert_ids=routed.expert_ids,
-            routing_weights=routed.routing_weights,
-            tokens_per_expert=routed.tokens_per_expert,
-            mean_probabilities=routed.mean_probabilities,
-            z=routed.z,
-            entropy=routed.entropy,
-            num_tokens=routed.num_tokens,
         )
 
     def _choose(self, router_logits: Tensor, scores: Tensor, is_sampled: bool, seed: int) -> Tensor:

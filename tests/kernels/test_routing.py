@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moesaic.config.model import RouterConfig
 from moesaic.kernels import routing, select
+from moesaic.kernels.routing import Routing
 from moesaic.moe.dispatch import plan_dispatch
-from moesaic.moe.router import Router, Routing
+from moesaic.moe.router import Router
 
 FIELDS = ("routing_weights", "tokens_per_expert", "mean_probabilities", "z", "entropy", "num_tokens")
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from moesaic.config.model import ModelConfig
 from moesaic.kernels import select
 from moesaic.kernels.cross_entropy import linear_cross_entropy
+from moesaic.kernels.routing import Routing
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import ModelOutput, Transformer
 from moesaic.moe.balance import balance_loss
 from moesaic.moe.experts import Experts
-from moesaic.moe.router import Router, Routing
+from moesaic.moe.router import Router
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
