@@ -291,6 +291,7 @@ EXECUTED_BY = {
     "docs/guides/distill.md": "tests/distill/test_guide.py",
     "docs/guides/serve.md": "tests/serve/test_guide.py",
     "docs/guides/transformers.md": "tests/hf/test_guide.py",
+    "docs/serving.md": "tests/serve/test_guide.py",
 }
 # What would take minutes, and what is executed in its place.
 SHORTENED = {
@@ -311,7 +312,7 @@ def lay_out(document: str, make_config: Callable[..., TrainConfig]) -> None:
         shutil.copytree(config.data.path, "data/mine")
         shutil.copy(ROOT / "docs" / "architecture.md", "text.txt")
         write_config(config, Path("tiny.yaml"))
-    elif document in ("docs/guides/quantize.md", "docs/guides/commands.md", "docs/serving.md"):
+    elif document in ("docs/guides/quantize.md", "docs/guides/commands.md"):
         train(make_config("pr-moe", steps=4, model=sizes), "runs/first")
     elif document == "docs/guides/upcycle.md":
         train(make_config(steps=4, model=sizes), "runs/dense")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic_core import PydanticUndefined
 
 from moesaic.config.base import Config
 from moesaic.config.load import load_serve_config
-from moesaic.config.serve import EngineConfig, ServerConfig
+from moesaic.config.serve import EngineConfig, OverloadConfig, ServerConfig, SpeculationConfig
 from moesaic.config.train import TrainConfig
 from moesaic.train.loop import Trainer
 
@@ -19,15 +20,19 @@ GUIDE = (ROOT / "docs" / "guides" / "serve.md").read_text(encoding="utf-8")
 
 
 def written(default: Any) -> str:
+    if default is PydanticUndefined:
+        return "required"
     default = list(default) if isinstance(default, tuple) else default
     return f"`{json.dumps(default) if default is None or isinstance(default, bool) else default}`"
 
 
-@pytest.mark.parametrize(("title", "kind"), [("server", ServerConfig), ("engine", EngineConfig)])
+@pytest.mark.parametrize(
+    ("title", "kind"), [("server", ServerConfig), ("engine", EngineConfig), ("overload", OverloadConfig)]
+)
 def test_the_tables_have_every_key_with_its_default_in_order(title: str, kind: type[Config]) -> None:
     section = re.search(rf"^### `{title}`\n(.*?)(?=^##|\Z)", GUIDE, re.M | re.S)
     assert section
-    rows = re.findall(r"^\| `(\w+)` \| (`.+?`) \|", section[1], re.M)
+    rows = re.findall(r"^\| `(\w+)` \| (`.+?`|required) \|", section[1], re.M)
     assert rows == [(name, written(field.default)) for name, field in kind.model_fields.items()]
 
 
@@ -62,6 +67,14 @@ def test_the_python_example_runs(
     Trainer(config, Path("runs/first"), device="cpu", resume=False, display=None).run()
     exec(code, {})
     assert capsys.readouterr().out
+
+
+def test_the_drafts_settings_are_named_with_their_bounds() -> None:
+    section = GUIDE.partition("### Drafts")[2].partition("###")[0]
+    schema = SpeculationConfig.model_json_schema()["properties"]
+    for name in schema:
+        assert re.search(rf"\b{name}\b", section), name
+    assert f"`max_tokens` ({schema['max_tokens']['default']}, at most {schema['max_tokens']['maximum']})" in section
 
 
 def test_the_pages_of_the_engine_run_one_behind_another(
