@@ -11,7 +11,7 @@ from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.kernels import products
 from moesaic.kernels.activation import activate_gated, is_gated, mlp
 from moesaic.kernels.packed import PackedMlp, packed_mlp, packed_moe
-from moesaic.model.linear import Linear
+from moesaic.model.linear import Linear, is_plain
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoELayer, MoEStatistics, Routes, RoutingDecision
 from moesaic.moe.router import finish_weights
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
         """Return (T, H) for x (T, H)."""
         if self.packed is not None:
             return packed_mlp(x, self.packed)
-        if not all(type(layer) is Linear for layer in (self.gate_proj or self.up_proj, self.up_proj, self.down_proj)):
+        if not all(is_plain(layer) for layer in (self.gate_proj or self.up_proj, self.up_proj, self.down_proj)):
             return self._forward_by_layers(x)
         dtype = products.autocast_dtype(x)  # all of one, also for torch.cat, which autocast does not let mix two halves
         up: Tensor = self.up_proj.weight
@@ -60,7 +60,7 @@ class Mlp(nn.Module):
         )
 
     def _forward_by_layers(self, x: Tensor) -> Tensor:
-        """The same where an adapter stands in a layer's place."""
+        """The same where an adapter stands in a layer's place, or hooks want to see what it takes and gives."""
         up = self.up_proj(x)
         if self.gate_proj is not None:
             return self.down_proj(activate_gated(self.gate_proj(x), up, self.activation))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 
 import torch
@@ -68,24 +69,32 @@ def _stream(
     seed: int,
     stop_ids: frozenset[int],
 ) -> Iterator[int]:
-    was_training = model.training
     if temperature != 0.0:
         select.cpu_library()  # which draws: compiled now where it is not yet, and not between two tokens
-    model.eval()
+    device = model.device
+    cache = BatchCache(model.config, 1, len(prompt) + max_new_tokens, dtype=model.compute_dtype, device=device)
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.tensor([list(prompt)], device=device)  # (1, S)
+    for _ in range(max_new_tokens):
+        with _evaluation_mode(model):  # for this pass: between two tokens the model is its caller's
+            logits = model.logits(model(tokens, cache=cache).hidden[0, -1])
+        token = choose_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, random=random)
+        if token in stop_ids:
+            return
+        yield token
+        tokens = torch.tensor([[token]], device=device)
+
+
+@contextmanager
+def _evaluation_mode(model: Transformer) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
-        device = model.device
-        cache = BatchCache(model.config, 1, len(prompt) + max_new_tokens, dtype=model.compute_dtype, device=device)
-        random = torch.Generator().manual_seed(seed)
-        tokens = torch.tensor([list(prompt)], device=device)  # (1, S)
-        for _ in range(max_new_tokens):
-            hidden = model(tokens, cache=cache).hidden[0, -1]
-            token = choose_token(model.logits(hidden), temperature=temperature, top_k=top_k, top_p=top_p, random=random)
-            if token in stop_ids:
-                return
-            yield token
-            tokens = torch.tensor([[token]], device=device)
+        yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def choose_token(

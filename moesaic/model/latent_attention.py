@@ -17,7 +17,7 @@ from moesaic.kernels.latent_attention import LatentStorage, latent_attention, wr
 from moesaic.kernels.packed import PackedWeight, packed_heads, unpack_stack
 from moesaic.kernels.paged_attention import PagedBatch
 from moesaic.model.kv_cache import CacheStep
-from moesaic.model.linear import Linear
+from moesaic.model.linear import Linear, is_plain
 from moesaic.model.norm import RmsNorm
 from moesaic.model.rotary import rotate
 
@@ -157,7 +157,7 @@ class LatentAttention(nn.Module):
     def up_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The matrices (A, N, R) and (A, C, R) that make keys and values of a latent."""
         layer = self.kv_up_proj
-        if type(layer) is Linear:
+        if is_plain(layer):
             weight: Tensor = layer.weight.to(dtype)
         else:  # an adapter in its place, which is known by what it makes of the unit vectors
             weight = layer(torch.eye(self.rank, dtype=dtype, device=layer.weight.device)).t()

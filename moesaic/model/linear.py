@@ -11,7 +11,7 @@ class Linear(nn.Linear):
     """y = x W^T + b with weight (out, in) and bias (out,), in x's dtype; once packed it has no `weight` any more.
 
     Adapters (PEFT) and quantisers put a layer of their own in the place of any nn.Linear, hence the base class: call
-    the layer, and read its `weight` only where it is exactly this class.
+    the layer, and read its `weight` only where `is_plain` allows it.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear promises one
@@ -40,3 +40,9 @@ class Linear(nn.Linear):
         self.packed = pack_weight(weight)
         self.out_features, self.in_features = self.packed.shape
         del self.weight
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and bias, which may be read instead of calling it: our own class without hooks."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is Linear and not hooks and "forward" not in layer.__dict__

@@ -22,12 +22,13 @@ from moesaic.kernels.quantized import QuantizedWeight, combine, dequantize, quan
 from moesaic.model.attention import Attention
 from moesaic.model.feed_forward import FeedForward, Mlp
 from moesaic.model.latent_attention import LatentAttention
-from moesaic.model.linear import Linear
+from moesaic.model.linear import Linear, is_plain
 from moesaic.model.norm import LayerNorm, RmsNorm
 from moesaic.model.rotary import model_rotary
 from moesaic.model.transformer import Block, Transformer
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoELayer
+from moesaic.moe.router import Router
 
 
 @torch.no_grad()
@@ -44,8 +45,8 @@ def pack_transformer(
     int8. device: where the model goes meanwhile, matrix by matrix; None: it stays where it is. Each original is freed
     before the next is packed. Router, norms and biases stay as they are; an embedding of its own becomes bf16.
 
-    Raises: ConfigError for a name or a shape that the model does not have, or for parts of one matrix that are not of
-    one format.
+    Raises: ConfigError for a name or a shape that the model does not have, for a layer that is not the model's own (an
+    adapter, say), both before anything is packed, or for parts of one matrix that are not of one format.
     """
     _pack_matrices(model, _Weights(model, dict(quantized or {}), rounds=rounds, device=device))
     _describe(model)
@@ -288,6 +289,7 @@ class _Weights:
         device: torch.device | None = None,
     ) -> None:
         assert not model.is_packed, "this model is packed already"
+        _check_own_layers(model)
         self._model, self._quantized, self._rounds = model, quantized, rounds
         self._device = model.device if device is None else device
         shapes = packed_shapes(model)
@@ -327,6 +329,24 @@ class _Weights:
                 f"quantise all of them alike."
             )
         return combine(whole, _join)
+
+
+_OWN_LAYERS = (
+    nn.ModuleList, Block, Attention, LatentAttention, FeedForward, Mlp, MoELayer, Experts, Router, RmsNorm, LayerNorm,
+    Linear,
+)  # fmt: skip
+
+
+def _check_own_layers(model: Transformer) -> None:
+    """Of a layer that something else stands in, only its weights would be packed, and not what it does."""
+    for name, module in model.blocks.named_modules(prefix="blocks"):
+        if type(module) not in _OWN_LAYERS or (isinstance(module, Linear) and not is_plain(module)):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ConfigError(
+                f"{name} is {kind}{' with hooks' if type(module) is Linear else ''}; only the model's own layers can "
+                f"be packed, as they were made; merge adapters (PEFT: merge_and_unload()) and remove hooks and "
+                f"parametrizations first."
+            )
 
 
 def _stack_biases(*layers: Linear) -> nn.Parameter | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.config.model import ModelConfig
-from moesaic.errors import DeviceError, TrainingError
+from moesaic.errors import ConfigError, DeviceError, TrainingError
 from moesaic.kernels import products, select
 from moesaic.kernels.decode import Decoded, DecodePlan, ModelPart
 from moesaic.kernels.packed import PackedWeight, packed_linear, packed_rows, unpack_weight
@@ -28,11 +28,13 @@ from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoELayer, MoEStatistics, Routes, RoutingDecision
 from moesaic.moe.router import Router
 from moesaic.moe.seeds import mix_seeds
+from moesaic.moe.tensor_tree import tensor_tree
 
 # What writes into the residual stream; latent attention's q_down_proj and kv_down_proj do not.
 OUTPUT_LAYERS = (".o_proj", ".down_proj")
 
 
+@tensor_tree
 @dataclass(frozen=True)
 class ModelOutput:
     """hidden (B, S, H), after the final norm and its scale; moe: the statistics of each MoE layer, in order.
@@ -266,13 +268,33 @@ class Transformer(nn.Module):
         documents (B, S): keep attention inside equal numbers. valid (B, S) bool: False for padding, which stands at the
         end of a sequence. cache: holds earlier positions and takes these. seed: of this step's noise and dropping.
         replay: the decisions of every MoE layer of an earlier pass over the same tokens, taken again.
+
+        Raises: ConfigError for tensors of other shapes, and for more tokens than the model has positions.
         """
-        assert tokens.dim() == 2, tokens.shape
         assert cache is None or documents is None, "a cache holds one document per sequence"
+        self._check_shapes(tokens, documents, valid, has_cache=cache is not None)
         if cache is not None:
             return self._forward_cached(tokens, cache, valid, seed)
         x, rotary = self._embed(tokens, None, tokens.shape[1])
         return self._run_blocks(x, rotary, documents, valid, None, seed, replay)
+
+    def _check_shapes(self, tokens: Tensor, documents: Tensor | None, valid: Tensor | None, *, has_cache: bool) -> None:
+        if tokens.dim() != 2:
+            raise ConfigError(
+                f"tokens of shape {tuple(tokens.shape)} were given; (batch, length) is required; of one sequence, give "
+                f"tokens[None]."
+            )
+        if not has_cache and tokens.shape[1] > self.config.max_positions:
+            raise ConfigError(
+                f"sequences of {tokens.shape[1]} tokens were given; the model has {self.config.max_positions} "
+                f"positions (max_positions); cut them, or make the model with more."
+            )
+        for name, given in (("documents", documents), ("valid", valid)):
+            if given is not None and given.shape != tokens.shape:
+                raise ConfigError(
+                    f"{name} of shape {tuple(given.shape)} were given with tokens {tuple(tokens.shape)}; one value for "
+                    f"each token is required; give the same shape."
+                )
 
     @untraced
     def _forward_cached(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, seed: int) -> ModelOutput:

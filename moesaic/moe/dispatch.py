@@ -15,8 +15,10 @@ from torch import Tensor
 from moesaic.config.model import CapacityConfig
 from moesaic.kernels import routing
 from moesaic.kernels.permute import combine_tokens, gather_tokens
+from moesaic.moe.tensor_tree import tensor_tree
 
 
+@tensor_tree
 @dataclass(frozen=True)
 class DispatchPlan:
     """Where every route goes; integers only, so that it can be recorded and replayed.

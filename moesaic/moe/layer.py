@@ -13,8 +13,10 @@ from moesaic.moe.dispatch import Dispatcher, DispatchPlan, expert_capacity, plan
 from moesaic.moe.experts import Experts
 from moesaic.moe.router import Router, finish_weights
 from moesaic.moe.seeds import generator, mix_seeds
+from moesaic.moe.tensor_tree import tensor_tree
 
 
+@tensor_tree
 @dataclass(frozen=True)
 class RoutingDecision:
     """Everything discrete that a forward pass decided; handing it back makes the same pass again, bit for bit."""
@@ -23,6 +25,7 @@ class RoutingDecision:
     plan: DispatchPlan
 
 
+@tensor_tree
 @dataclass(frozen=True)
 class Routes:
     """Where each token went: expert_ids (T, K) int64, and the weights (T, K) fp32 that their outputs got."""
@@ -31,6 +34,7 @@ class Routes:
     routing_weights: Tensor
 
 
+@tensor_tree
 @dataclass(frozen=True)
 class MoEStatistics:
     """What one MoE layer reports of one forward pass, beside its output.

@@ -50,6 +50,10 @@ class Draft(Protocol):
         """A sequence has ended."""
         ...
 
+    def reset(self) -> None:
+        """Nothing is at work, and weights have changed."""
+        ...
+
 
 class NgramDraft:
     """What followed the last few tokens where they stood before in the same text: code, tables, quotations."""
@@ -84,6 +88,9 @@ class NgramDraft:
 
     def forget(self, sequence: Sequence) -> None:
         self._places.pop(sequence, None)
+
+    def reset(self) -> None:
+        """Nothing: texts do not depend on weights."""
 
 
 class ModelDraft:
@@ -196,3 +203,7 @@ class ModelDraft:
 
     def forget(self, sequence: Sequence) -> None:
         self._computed.pop(sequence, None)
+
+    def reset(self) -> None:
+        self._computed.clear()
+        self._valid.clear()

@@ -116,8 +116,8 @@ class Engine:
         draft_model: Transformer | None = None,
         grammars: GrammarCompiler | None = None,
     ) -> None:
-        """draft_model: the one that config.speculation names, loaded. grammars: compiles those of requests; None: they
-        are refused.
+        """model, draft_model: put into evaluation mode; the second is the one that config.speculation names, loaded.
+        grammars: compiles those of requests; None: they are refused.
 
         Raises: ConfigError for settings that these models or the memory cannot meet.
         """
@@ -205,6 +205,11 @@ class Engine:
                 f"the priority is {priority!r} ({type(priority).__name__}); an int is required, the lower the sooner; "
                 f"give 0 for none."
             )
+        if not isinstance(sampling, Sampling):
+            raise ConfigError(
+                f"sampling is {sampling!r} ({type(sampling).__name__}); a moesaic.config.serve.Sampling is required; "
+                f"give Sampling(max_tokens=...), say."
+            )
         if self.has_request(request_id):
             raise ConfigError(f"the request id {request_id!r} is in use; every request needs its own; leave it out.")
         self._check_prompt(prompt, sampling)
@@ -290,6 +295,20 @@ class Engine:
         self._end_request(request_id, "abort")
         return True
 
+    def reset_prefix_cache(self) -> None:
+        """Forget the keys and values of earlier prompts: the model's weights have changed, so they are another's.
+
+        Raises: GenerationError while requests run, whose keys and values are of the weights before.
+        """
+        if self.has_work:
+            raise GenerationError(
+                f"the prefix cache was to be reset while {self.num_texts} texts are at work; their keys and values are "
+                f"of the weights before; step until has_work is False, or abort them first."
+            )
+        self._scheduler.pool.forget_all()
+        if self._draft is not None:
+            self._draft.reset()
+
     def end_all(self, message: str) -> list[RequestOutput]:
         """End every request now, with an error; return what a step would have. For an engine whose step has failed."""
         for request_id in list(self._requests):
@@ -298,7 +317,15 @@ class Engine:
         return outputs
 
     def step(self) -> list[RequestOutput]:
-        """Compute the next tokens of what runs, and return what became of each text that moved; [] where none did."""
+        """Compute the next tokens of what runs, and return what became of each text that moved; [] where none did.
+
+        Raises: GenerationError for a model that somebody has put into training mode; its requests are kept.
+        """
+        if self._runner.model.training:
+            raise GenerationError(
+                "the engine's model is in training mode; an engine computes in evaluation mode; call model.eval(), and "
+                "reset_prefix_cache() where its weights have changed."
+            )
         self._compute_step()  # what it raises leaves what is pending to the next one
         outputs, self._pending = self._pending, []
         return outputs

@@ -98,6 +98,13 @@ class BlockPool:
                 else:
                     self._unused[block] = None
 
+    def forget_all(self) -> None:
+        """Let no block be found any more; those that are unused are empty."""
+        for block in [block for block, block_hash in enumerate(self._hashes) if block_hash is not None]:
+            self._forget(block)
+        self._empty.extend(reversed(self._unused))
+        self._unused.clear()
+
     def _forget(self, block: int) -> None:
         block_hash = self._hashes[block]
         assert block_hash is not None, block

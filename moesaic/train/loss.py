@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from moesaic.data.loader import Batch
+from moesaic.errors import ConfigError
 from moesaic.kernels.cross_entropy import linear_cross_entropy
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import balance_loss
@@ -48,7 +50,7 @@ def next_token_loss(hidden: Tensor, output_weight: Tensor, targets: Tensor) -> H
 
 
 def language_model_loss(
-    model: Transformer,
+    model: Transformer | DistributedDataParallel,
     batch: Batch,
     *,
     seed: int,
@@ -59,14 +61,23 @@ def language_model_loss(
 
     earlier_counts: for each MoE layer the (E,) tokens_per_expert of this step's earlier micro-batches, which a balance
     loss of scope global_batch adds to its own. head: the objective's loss of the hidden states.
+
+    Raises: ConfigError for targets of another shape or kind.
     """
+    if batch.targets.shape != batch.inputs.shape or batch.targets.dtype != torch.int64:
+        raise ConfigError(
+            f"targets {tuple(batch.targets.shape)} {batch.targets.dtype} were given with inputs "
+            f"{tuple(batch.inputs.shape)}; one int64 id for each input is required; give the tokens that come next, "
+            f"-100 where there is none."
+        )
+    own = model.module if isinstance(model, DistributedDataParallel) else model
     output = model(batch.inputs, documents=batch.documents, seed=seed)
     hidden = output.hidden.view(-1, output.hidden.shape[-1])
-    at_head = head(hidden, model.output_weight(), batch.targets.reshape(-1))
+    at_head = head(hidden, own.output_weight(), batch.targets.reshape(-1))
     total = at_head.total
     balance_sum = torch.zeros_like(at_head.cross_entropy)
     z_sum = torch.zeros_like(at_head.cross_entropy)
-    routers = [layer.router for layer in model.config.layers if layer.is_moe]
+    routers = [layer.router for layer in own.config.layers if layer.is_moe]
     for index, (statistics, router) in enumerate(zip(output.moe, routers, strict=True)):
         counts = statistics.tokens_per_expert
         if router.balance_scope == "global_batch" and earlier_counts:

@@ -1,4 +1,4 @@
-"""Our operators under PyTorch's fully sharded data parallelism: two processes compute what one does."""
+"""Our operators under PyTorch's data parallelism, fully sharded and not: two processes compute what one does."""
 
 import os
 import socket
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from moesaic.config.model import ModelConfig
 from moesaic.data.loader import Batch
@@ -67,10 +68,19 @@ def train_on_a_rank(rank: int, port: int, folder: str) -> None:
             losses = language_model_loss(model, batch().rows(2 * rank, 2 * rank + 2), seed=0)
             losses.total.backward()
         gradients = {
-            name: parameter.grad.full_tensor()  # type: ignore[union-attr]
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
+            "fully sharded": {
+                name: parameter.grad.full_tensor()  # type: ignore[union-attr]
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
         }
+        for static_graph in (False, True):
+            replica = build()
+            whole = DistributedDataParallel(replica, static_graph=static_graph)
+            language_model_loss(whole, batch().rows(2 * rank, 2 * rank + 2), seed=0).total.backward()
+            gradients[f"replicated, {static_graph=}"] = {
+                name: parameter.grad for name, parameter in replica.named_parameters() if parameter.grad is not None
+            }
         if rank == 0:
             ran = [event.key for event in profile.key_averages()]
             torch.save({"gradients": gradients, "ran": ran}, Path(folder) / "rank0.pt")
@@ -85,7 +95,6 @@ def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     mp.spawn(train_on_a_rank, args=(port, str(tmp_path)), nprocs=WORLD)
     saved = torch.load(tmp_path / "rank0.pt", weights_only=True)
-    found = saved["gradients"]
     if cpu_library() is not None:  # elsewhere there are only PyTorch's operations
         assert set(saved["ran"]) >= OPERATORS
     model = build()
@@ -93,10 +102,12 @@ def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
         # The balance loss is one of each rank's tokens, so the halves go one by one here too.
         (language_model_loss(model, batch().rows(2 * rank, 2 * rank + 2), seed=0).total / WORLD).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient is not None
-        scale = gradient.abs().max()
-        assert scale > 0, name
-        # Nothing but the order of a sum of two differs.
-        assert torch.allclose(found[name], gradient, rtol=0, atol=float(scale) * 1e-5), name
+    assert len(saved["gradients"]) == 3
+    for way, found in saved["gradients"].items():
+        assert found.keys() == expected.keys(), way
+        for name, gradient in expected.items():
+            assert gradient is not None
+            scale = gradient.abs().max()
+            assert scale > 0, name
+            # Nothing but the order of a sum of two differs.
+            assert torch.allclose(found[name], gradient, rtol=0, atol=float(scale) * 1e-5), (way, name)

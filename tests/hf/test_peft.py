@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM
+from moesaic.model.pack import pack_transformer
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -36,6 +38,8 @@ def test_lora_learns_and_merges(
     frozen = {name: parameter.clone() for name, parameter in model.named_parameters()}
     config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets)
     adapted = peft.get_peft_model(model, config)
+    with pytest.raises(ConfigError, match=r"is peft\..*; merge adapters"):
+        pack_transformer(model.model)
     torch.testing.assert_close(adapted(ids).logits, before, atol=1e-5, rtol=1e-5)
     if checkpointing:
         adapted.gradient_checkpointing_enable()

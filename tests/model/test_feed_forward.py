@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from torch import Tensor
 
 from moesaic.config.model import ModelConfig
@@ -50,6 +51,31 @@ def test_mlp_equals_the_plain_one_with_every_gradient(activation: str, has_bias:
     got = torch.autograd.grad(out.square().sum(), leaves)
     for mine, theirs in zip(got, torch.autograd.grad(wanted.square().sum(), leaves), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_put_around_a_layer_of_it_has_its_effect() -> None:
+    def scaled(rows: Tensor) -> Tensor:
+        return 3 * F.linear(rows, module.down_proj.weight)
+
+    x = tokens()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        module = randomized(Mlp(24, 40, activation="swiglu", has_bias=False))
+        wanted, seen = module(x), []
+        hook = getattr(module, name).register_forward_hook(lambda layer, inputs, out, seen=seen: seen.append(out))
+        torch.testing.assert_close(module(x), wanted)
+        assert len(seen) == 1
+        hook.remove()
+    module.down_proj.forward = scaled
+    torch.testing.assert_close(module(x), 3 * wanted)
+    del module.down_proj.forward
+    prune.l1_unstructured(module.down_proj, "weight", amount=0.5)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-5)
+    for _ in range(3):
+        module(x).square().sum().backward()
+        optimizer.step()
+    out = module(x)  # which sets down_proj.weight
+    torch.testing.assert_close(out, plain_mlp(module, x))
+    assert (module.down_proj.weight == 0).sum() == 24 * 40 // 2
 
 
 def test_a_dense_layer_has_no_statistics() -> None:

@@ -70,6 +70,20 @@ def test_a_model_in_training_generates_as_in_evaluation_and_stays_in_training(na
     assert model.training
 
 
+def test_streams_of_a_model_in_training_take_turns() -> None:
+    model = make_model("pr-moe")
+    expected = without_cache(model, PROMPT, 8)
+    model.train()
+    model.blocks[0].eval()
+    first, second = stream(model, PROMPT[:2], max_new_tokens=2), stream(model, PROMPT, max_new_tokens=8)
+    next(first)
+    got = [next(second)]
+    assert model.training and not model.blocks[0].training and model.blocks[1].training
+    first.close()
+    assert [*got, *second] == expected
+    assert model.training and not model.blocks[0].training and model.blocks[1].training
+
+
 def test_a_seed_repeats_and_seeds_differ() -> None:
     model = make_model()
 

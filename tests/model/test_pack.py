@@ -20,6 +20,7 @@ from moesaic.kernels.packed import PackedMlp, PackedWeight
 from moesaic.kernels.quantized import QuantizedWeight, dequantize, quantize_to_mxfp4, quantize_weight
 from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
+from moesaic.model.linear import Linear
 from moesaic.model.pack import fill_packed, pack_transformer, packed_parts, packed_shell, packed_tensors
 from moesaic.model.transformer import Transformer
 
@@ -307,6 +308,24 @@ def test_quantised_weights_that_do_not_fit_are_refused_before_anything_is_packed
         ConfigError, match=r"computed as one matrix and come as .* one format is required; quantise all"
     ):
         pack_transformer(model, {"blocks.0.attention.q_proj.weight": quantised(64, 64)})
+
+
+def test_layers_that_are_not_the_models_own_are_refused_before_anything_is_packed() -> None:
+    class Doubled(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = build("moe, qwen-like")
+    attention, down = model.blocks[0].attention, model.blocks[1].attention.o_proj
+    own, attention.v_proj = attention.v_proj, Doubled(64, 32, has_bias=False)
+    with pytest.raises(ConfigError, match=r"blocks.0.attention.v_proj is .*Doubled; only the model's own layers"):
+        pack_transformer(model)
+    attention.v_proj = own
+    hook = down.register_forward_hook(lambda layer, inputs, out: 2 * out)
+    with pytest.raises(ConfigError, match=r"blocks.1.attention.o_proj is .* with hooks;"):
+        pack_transformer(model)
+    hook.remove()
+    assert not model.is_packed and pack_transformer(model).is_packed
 
 
 def test_packing_twice_is_a_mistake() -> None:

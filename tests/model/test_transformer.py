@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.config.model import ModelConfig
+from moesaic.errors import ConfigError
 from moesaic.kernels import select
 from moesaic.kernels.cross_entropy import linear_cross_entropy
 from moesaic.kernels.routing import Routing
@@ -497,8 +498,17 @@ def test_the_embedding_is_tied_by_being_the_same_tensor() -> None:
 
 
 def test_a_longer_sequence_than_the_positions_is_refused() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(ConfigError, match="sequences of 49 tokens were given; the model has 48 positions"):
         build("dense, gpt-like")(tokens(length=49))
+
+
+def test_tensors_of_other_shapes_are_refused() -> None:
+    model, inputs = build("moe, mixtral-like"), tokens(length=8)
+    with pytest.raises(ConfigError, match=r"tokens of shape \(8,\) were given; \(batch, length\) is required"):
+        model(inputs[0])
+    for given in ({"documents": torch.zeros(8)}, {"valid": torch.ones(2, 9, dtype=torch.bool)}):
+        with pytest.raises(ConfigError, match="one value for each token is required"):
+            model(inputs, **given)
 
 
 def test_documents_beside_a_cache_are_refused() -> None:

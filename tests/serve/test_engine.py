@@ -200,6 +200,35 @@ def test_a_text_of_a_conversation_is_found_again(make_model: Make, tokenizer: To
     assert run_one(off, prompt, GREEDY).cached_tokens == 0
 
 
+@pytest.mark.parametrize("method", [None, "ngram", "model"])
+def test_new_weights_need_new_keys_and_values(method: Any, make_model: Make, tokenizer: Tokenizer) -> None:
+    model, sampling = make_model("mixtral"), GREEDY.replace(max_tokens=6)
+    prompt = list(range(70))
+    speculation = method and SpeculationConfig(method=method, model="by hand" if method == "model" else None)
+    draft_model = make_model("dense") if method == "model" else None
+    engine = Engine(model, tokenizer, EngineConfig(speculation=speculation), draft_model=draft_model)
+    run_one(engine, prompt, sampling)
+    model.train()
+    engine.add_request(prompt, sampling)
+    with pytest.raises(GenerationError, match=r"in training mode; .* call model.eval\(\)"):
+        engine.step()
+    model.eval()
+    with pytest.raises(GenerationError, match="1 texts are at work"):
+        engine.reset_prefix_cache()
+    finish(engine)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    engine.reset_prefix_cache()
+    stats = engine.stats()
+    assert (stats.kv_blocks_cached, stats.kv_blocks_used) == (0, 0)
+    before = stats.num_cached_tokens
+    assert run_one(engine, prompt, sampling).ids == run_one(Engine(model, tokenizer), prompt, sampling).ids
+    assert engine.stats().num_cached_tokens == before
+    run_one(engine, prompt, sampling)
+    assert engine.stats().num_cached_tokens > before
+
+
 def test_several_texts_of_one_prompt_are_those_of_seeds_in_a_row(make_model: Make, tokenizer: Tokenizer) -> None:
     engine = Engine(make_model(), tokenizer)
     prompt = list(range(40))
@@ -436,6 +465,7 @@ def test_what_can_never_be_served_is_refused_and_changes_nothing(make_model: Mak
         ([1] * 32, GREEDY, GenerationError, "at most 31"),
         ([1], GREEDY.replace(logit_bias={VOCAB_SIZE: 1.0}), ConfigError, "logit_bias"),
         ([1], GREEDY.replace(stop_token_ids=(-1,)), ConfigError, "stop_token_ids"),
+        ([1], {"max_tokens": 3}, ConfigError, r"sampling is {'max_tokens': 3} \(dict\)"),
     ):
         with pytest.raises(error, match=words):
             engine.add_request(prompt, sampling)

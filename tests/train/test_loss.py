@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from moesaic.config.model import ModelConfig
 from moesaic.data.loader import Batch
+from moesaic.errors import ConfigError
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import balance_loss
 from moesaic.train.loss import Losses, language_model_loss
@@ -42,6 +43,13 @@ def test_the_total_is_the_cross_entropy_and_each_layers_losses_times_their_coeff
     torch.testing.assert_close(losses.total, expected + 0.02 * losses.balance + 0.003 * losses.z)
     assert not losses.balance.requires_grad and losses.total.requires_grad
     assert not any(each.z.requires_grad or each.mean_probabilities.requires_grad for each in losses.moe)
+
+
+def test_targets_of_another_kind_are_refused() -> None:
+    model, batch = make_model(), make_batch()
+    for targets in (batch.targets.int(), batch.targets[:, :-1], batch.targets[:2]):
+        with pytest.raises(ConfigError, match="one int64 id for each input is required"):
+            language_model_loss(model, Batch(batch.inputs, targets, None), seed=0)
 
 
 def test_a_loss_without_coefficient_is_reported_and_leaves_no_gradient() -> None:
