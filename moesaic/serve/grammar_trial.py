@@ -68,11 +68,16 @@ def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> Any:
         return compiler.compile_regex(text)
     if kind == "ebnf":
         return compiler.compile_grammar(text)
-    if kind == "tool_calls":
-        return compiler.compile_structural_tag(_tool_calls(**json.loads(text)))
-    schema = '{"type": "object"}' if kind == "json_object" else text
     # Not its strict mode: there an object without listed properties is always empty.
-    return compiler.compile_json_schema(schema, strict_mode=False, max_whitespace_cnt=_WHITESPACE)
+    options: dict[str, Any] = {"strict_mode": False, "max_whitespace_cnt": _WHITESPACE}
+    if kind == "tool_calls":
+        described = json.loads(text)
+        calls = _tool_calls(described["functions"], described["is_single"])
+        if described["otherwise"] is None:
+            return compiler.compile_structural_tag(calls)
+        other = xgrammar.Grammar.from_json_schema(json.dumps(described["otherwise"]), **options)
+        return compiler.compile_grammar(xgrammar.Grammar.union(other, xgrammar.Grammar.from_structural_tag(calls)))
+    return compiler.compile_json_schema('{"type": "object"}' if kind == "json_object" else text, **options)
 
 
 def _tool_calls(functions: dict[str, Any], is_single: bool) -> dict[str, Any]:

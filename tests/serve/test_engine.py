@@ -1,5 +1,6 @@
 """The laws of the engine: equal to naive generation, and to itself whatever else runs."""
 
+import copy
 import itertools
 import json
 import random
@@ -202,7 +203,7 @@ def test_a_text_of_a_conversation_is_found_again(make_model: Make, tokenizer: To
 
 @pytest.mark.parametrize("method", [None, "ngram", "model"])
 def test_new_weights_need_new_keys_and_values(method: Any, make_model: Make, tokenizer: Tokenizer) -> None:
-    model, sampling = make_model("mixtral"), GREEDY.replace(max_tokens=6)
+    model, sampling = copy.deepcopy(make_model("mixtral")), GREEDY.replace(max_tokens=6)
     prompt = list(range(70))
     speculation = method and SpeculationConfig(method=method, model="by hand" if method == "model" else None)
     draft_model = make_model("dense") if method == "model" else None

@@ -329,6 +329,28 @@ HOSTILE = [
 ]
 
 
+def test_letters_of_the_right_begin_there(server: FakeServer, open_page: Any, expect: Any) -> None:
+    server.tokens = ["שלום", " (", "טוב", ") ", "123", "."]
+    page = open_page()
+    send(page, "מה נשמע? 1.")
+    expect(finished(page)).to_be_visible()
+    ends = """node => {
+        const range = document.createRange(), walker = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+        const texts = [];
+        while (walker.nextNode()) if (walker.currentNode.length) texts.push(walker.currentNode);
+        const left = (text, place) => {
+            range.setStart(text, place);
+            range.setEnd(text, place + 1);
+            return range.getBoundingClientRect().left;
+        };
+        return [left(texts[0], 0), left(texts.at(-1), texts.at(-1).length - 1)];
+    }"""
+    for kind in (".user", ".answer"):
+        first, last = page.locator(kind).evaluate(ends)
+        assert first > last, kind
+    assert page.get_by_label("Message").get_attribute("dir") == "auto"
+
+
 def test_markup_of_models_and_users_shows_as_text(server: FakeServer, open_page: Any, expect: Any) -> None:
     server.tokens = HOSTILE
     page = open_page()

@@ -258,7 +258,7 @@ def read_keys(file: str | None) -> list[str]:
     keys = [] if file is None else read_key_file(file, named=f"server.api_key_file ({file})")
     given = os.environ.get(KEYS_VARIABLE)
     if given is not None:
-        named = checked_keys(given.split(","))
+        named = checked_keys(given.split(","), KEYS_VARIABLE)
         if not named:
             raise ConfigError(
                 f"{KEYS_VARIABLE} is set and holds no key; comma-separated keys are required; unset it to serve "

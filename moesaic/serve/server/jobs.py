@@ -141,11 +141,12 @@ async def _understand_conversation(served: Served, body: ConversationBody) -> Jo
     prompt = await asyncio.to_thread(encode)
     _check_length(served, prompt, param=body.messages_key, has_answer=True)
     _check_room(served, body.limit, len(prompt), param=body.limit_key)
-    sampling = body.sampling(room=served.max_length - len(prompt))
+    reads_calls = ToolCallReader.understands(served.tokenizer)
+    sampling = body.sampling(room=served.max_length - len(prompt), reads_calls=reads_calls)
     return _check_job(served, Job(
         kind=body.kind, prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
         streams_usage=body.streams_usage,
-        has_tool_calls=tools is not None and ToolCallReader.understands(served.tokenizer),
+        has_tool_calls=tools is not None and reads_calls,
     ))  # fmt: skip
 
 

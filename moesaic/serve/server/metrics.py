@@ -99,7 +99,7 @@ class _EngineGauges:
             ("queued", "Requests that wait before the engine.", self.num_queued),
             ("kv_blocks_used", "Blocks of keys and values in use.", stats.kv_blocks_used),
             ("kv_blocks_cached", "Blocks that are kept for texts that begin the same.", stats.kv_blocks_cached),
-            ("kv_blocks_total", "Blocks of keys and values.", stats.kv_blocks_total),
+            ("kv_blocks", "Blocks of keys and values.", stats.kv_blocks_total),
             ("step_seconds", "Duration of the last step.", stats.step_seconds),
             ("step_tokens", "Tokens of the last step.", stats.step_tokens),
             ("distinct_experts_per_step", "Experts with a token in the last step, mean over layers.",

@@ -432,23 +432,35 @@ class ConversationBody(GenerationBody):
 
     @property
     def grammar_key(self) -> str:
-        if self.format_grammar() is not None:
-            return self.format_key
-        return "tools" if self.must_call else "grammar"
+        if self.must_call:
+            return "tools"
+        return "grammar" if self.format_grammar() is None else self.format_key
 
-    def sampling(self, *, room: int) -> Sampling:
-        """room: tokens that fit behind the prompt, which are what an answer may have where nothing is said."""
+    def sampling(self, *, room: int, reads_calls: bool = False) -> Sampling:
+        """room: tokens that fit behind the prompt, which are what an answer may have where nothing is said.
+        reads_calls: whether the model writes calls in the form that is read from its answers.
+        """
         values = self.common_values()
         values["max_tokens"] = max(room, values.get("min_tokens", 0), 1) if self.limit is None else self.limit
         values["logprobs"] = self.num_logprobs()
         values["grammar"] = _only(
             {
-                self.format_key: self.format_grammar(),
+                self.format_key: self._format_beside_calls(reads_calls),
                 "tool_choice": self._forced_calls(),
                 "grammar": values.get("grammar"),
             }
         )
         return _sampling(values, max_tokens=self.limit_key)
+
+    def _format_beside_calls(self, reads_calls: bool) -> Grammar | None:
+        """A format is of what is said: an answer that calls tools need not match it."""
+        found = self.format_grammar()
+        if found is None or self.must_call:
+            return None
+        if not reads_calls or not self.template_tools():
+            return found
+        schema = {"type": "object"} if found.kind == "json_object" else json.loads(found.text)
+        return calls_grammar(self.functions(), is_single=self.parallel_tool_calls is False, otherwise=schema)
 
     def template_tools(self) -> list[dict[str, Any]] | None:
         """Return the tools as a template takes them."""
@@ -739,7 +751,11 @@ def _read_biases(biases: Mapping[str, float]) -> dict[int, float]:
 
 
 def read_arguments(extra: dict[str, Any]) -> dict[str, Any]:
-    """Have earlier calls' arguments as objects, which templates write as JSON, instead of as texts of JSON."""
+    """Have earlier calls' arguments as objects, which templates write as JSON, instead of as texts of JSON.
+
+    Keys that say nothing are left out: templates ask whether a message has calls by whether it has the key.
+    """
+    extra = {key: value for key, value in extra.items() if key == "content" or value not in (None, [])}
     calls = extra.get("tool_calls")
     if not isinstance(calls, list):
         return extra

@@ -27,12 +27,16 @@ class ToolCall:
     arguments: str
 
 
-def calls_grammar(functions: Mapping[str, Mapping[str, Any]], *, is_single: bool) -> Grammar:
+def calls_grammar(
+    functions: Mapping[str, Mapping[str, Any]], *, is_single: bool, otherwise: Mapping[str, Any] | None = None
+) -> Grammar:
     """Return the grammar of a text that is one call, or at least one, and nothing else.
 
-    functions: by name, the JSON schema of the arguments.
+    functions: by name, the JSON schema of the arguments. otherwise: the schema that a text without calls matches; None:
+    there has to be a call.
     """
-    return Grammar(kind="tool_calls", text=json.dumps({"functions": functions, "is_single": is_single}))
+    described = {"functions": functions, "is_single": is_single, "otherwise": otherwise}
+    return Grammar(kind="tool_calls", text=json.dumps(described))
 
 
 class ToolCallReader:

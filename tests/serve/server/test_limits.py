@@ -110,11 +110,15 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("MOESAIC_API_KEYS", raising=False)
     assert read_keys(None) == []
     file = tmp_path / "keys"
-    file.write_text("# ours\nfirst#key\n\n  second \n")
+    file.write_text("\ufeff# ours\nfirst#key\n\n  second \n", encoding="utf-8")
     assert read_keys(str(file)) == ["first#key", "second"]
     monkeypatch.setenv("MOESAIC_API_KEYS", "third, fourth,")
     assert read_keys(str(file)) == ["first#key", "second", "third", "fourth"]
-    for text, words in (("# none\n", "holds no key"), ("a b\n", "ASCII"), ("schlüssel\n", "ASCII")):
+    for text, words in (
+        ("# none\n", "holds no key"),
+        ("a b\n", r"an API key of server.api_key_file \(.*keys\) has a space"),
+        ("schlüssel\n", "ASCII"),
+    ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=words):
             read_keys(str(file))

@@ -625,6 +625,39 @@ def test_a_call_that_is_asked_for_is_made(client: openai.OpenAI, choice: Any, na
         assert json.loads(call.function.arguments) in ([{}] if call.function.name == "f" else [{"n": 3}, {"n": 5}])
 
 
+YES = {"type": "object", "properties": {"ok": {"type": "boolean"}, "more": {"type": "object"}}, "required": ["ok"]}
+YES_FORMAT = {"type": "json_schema", "json_schema": {"name": "Yes", "schema": YES}}
+
+
+def test_a_format_is_of_what_is_said_beside_calls(real: Live, client: openai.OpenAI) -> None:
+    pytest.importorskip("xgrammar", reason="grammars are xgrammar's (extra `structured`)")
+    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": FORCED}
+    seen = set()
+    for kind in (YES_FORMAT, {"type": "json_object"}):
+        for seed in range(12):
+            (choice,) = client.chat.completions.create(**asked, response_format=kind, max_tokens=60, seed=seed).choices  # type: ignore[call-overload]
+            seen.add(choice.finish_reason)
+            calls, said = choice.message.tool_calls, choice.message.content
+            if choice.finish_reason == "tool_calls":
+                assert said is None and {call.function.name for call in calls} <= {"f", "g"}
+            elif choice.finish_reason == "stop":
+                assert not calls and isinstance(json.loads(said), dict)
+                assert kind["type"] == "json_object" or isinstance(json.loads(said)["ok"], bool)
+    assert "stop" in seen
+    (begin,) = post(real, "/tokenize", {"prompt": "<"})["tokens"]
+    forced = {**asked, "response_format": YES_FORMAT, "tool_choice": "required", "parallel_tool_calls": False}
+    called = client.chat.completions.create(**forced, seed=1).choices[0]
+    assert called.finish_reason == "tool_calls"
+    chosen = client.chat.completions.create(
+        **asked,
+        response_format=YES_FORMAT,
+        parallel_tool_calls=False,
+        logit_bias={str(begin): 100},
+        seed=1,  # type: ignore[arg-type]
+    ).choices[0]
+    assert chosen.finish_reason == "tool_calls" and chosen.message.content is None
+
+
 @pytest.mark.parametrize(
     "schema",
     [

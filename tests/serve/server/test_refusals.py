@@ -222,8 +222,8 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         (CHAT, {"messages": USER, "tools": [F, F]}, "tools.1.function.name", "a second tool of the name 'f'"),
         (CHAT, {"messages": USER, "tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]},
          "tools.0.function.parameters", "schema of an object"),
-        (CHAT, {"messages": USER, "tools": [F], "tool_choice": "required", "response_format": {"type": "json_object"}},
-         "tool_choice", "response_format and tool_choice were both given"),
+        (CHAT, {"messages": USER, "tools": [F], "tool_choice": "required", "grammar": {"kind": "regex", "text": "a"}},
+         "grammar", "tool_choice and grammar were both given"),
         *((CHAT, {"messages": USER, "chat_template_kwargs": {name: 1}}, "chat_template_kwargs", "itself passes")
           for name in ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "raise_exception")),
         (CHAT, {"messages": USER, "chat_template_kwargs": {"enable_thinkin": False}}, "chat_template_kwargs",
