@@ -63,7 +63,7 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; a caller's mistake prints its message and exits with status 2, and so does a file that
-    may not be read or written.
+    may not be read or written, or a path that is none.
 
     Where memory is refused, or standard output has no room left, a full disk say, the status is 1.
     """
@@ -88,6 +88,14 @@ def main(arguments: list[str] | None = None) -> Any:
             typer.secho(
                 f"{error.filename}: {error.strerror}; what is named here has to be readable, and where something is "
                 f"written writable, by this user; check its permissions, or name another.",
+                err=True,
+                fg=typer.colors.RED,
+            )
+            sys.exit(2)
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            typer.secho(
+                f"{str(error.filename)[:80]}...: {error.strerror}; a path that the system can follow is required; name "
+                f"another.",
                 err=True,
                 fg=typer.colors.RED,
             )

@@ -3,8 +3,9 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 import typer
 
@@ -57,13 +58,34 @@ def _signals_as_interrupts() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+class _WhereThereIsRoom:
+    """A stream that takes what it can: no call fails since nobody sees how far it is."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def shown_progress(*, kept: str, output: Path | None = None) -> "Iterator[OnProgress]":
     """Show the stage on standard error, where it does not mix with --json; the rest as ends_on_interrupt takes it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=open_console(stderr=True), transient=True)
+    console = open_console(stderr=True)
+    console.file = _WhereThereIsRoom(console.file)  # type: ignore[assignment]
+    bars = Progress(*columns, console=console, transient=True)
     with ends_on_interrupt(kept, output=output), bars:
         task = bars.add_task("reading", total=None)
 

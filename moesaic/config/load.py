@@ -67,7 +67,7 @@ def _read_mapping(path: Path, *, example: str) -> dict[str, Any]:
     """Return what a YAML file holds. Raises: ConfigError for what is no YAML file of keys and values."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}; a mapping of keys to values; mend the file.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; a readable file is required; check it.") from None

@@ -263,8 +263,11 @@ def _write(path: Path, limits: Limits) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may write the same file: each its own, the last rename stands.
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(asdict(limits), indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        try:
+            part.write_text(json.dumps(asdict(limits), indent=2) + "\n", encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         logger.warning(f"the measured limits could not be kept in {path} ({error}); the next run measures them again")
 

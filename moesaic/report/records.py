@@ -279,7 +279,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line)
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:  # the latter of a line that is nested too deeply
                 # Records are written whole with their newline last, so only a cut-off line has none.
                 if not line.endswith(b"\n"):
                     return

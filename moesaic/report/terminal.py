@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from moesaic.logs import logger
 from moesaic.report.expert_load import DEAD_SHARE, hot_share, imbalance, relative_load
 from moesaic.report.quantities import duration, short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord
@@ -57,6 +58,7 @@ class TrainingDisplay:
         self._record: TrainRecord | None = None
         self._evaluation: EvaluationRecord | None = None
         self._best_loss = math.inf
+        self._is_gone = False
         self._losses: list[float] = []
         self._smoothed_loss = math.nan
         self._pace: deque[tuple[int, float]] = deque(maxlen=_PACE_RECORDS)
@@ -71,14 +73,14 @@ class TrainingDisplay:
                 vertical_overflow="crop",
                 get_renderable=self._render,
             )
-            self._live.start()
+            self._show(self._live.start)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            self._show(self._live.stop)
             self._live = None
 
     def update(self, record: TrainRecord) -> None:
@@ -102,7 +104,18 @@ class TrainingDisplay:
         self._print(text)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._show(lambda: self._console.print(text, markup=False, highlight=False, soft_wrap=True))
+
+    def _show(self, draw: Callable[[], object]) -> None:
+        """Draw, until that fails: a full disk under a log, or a reader that has gone, does not end a training."""
+        if self._is_gone:
+            return
+        try:
+            draw()
+        except (OSError, SystemExit) as error:  # rich makes the latter of a pipe that nobody reads
+            self._is_gone = True
+            problem = (error.strerror if isinstance(error, OSError) else None) or "nobody reads it"
+            logger.warning("The progress cannot be shown any more (%s); it goes on all the same.", problem)
 
     def _seconds_left(self) -> float:
         """Return the time left at the recent pace; NaN when not known yet.

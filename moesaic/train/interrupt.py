@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM become a request that the loop reads between steps; a second Ctrl-C stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP become a request that the loop reads between steps; a second Ctrl-C stops at once."""
 
 import signal
 import threading
@@ -15,7 +15,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, *_lost_terminal()):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -28,3 +28,9 @@ class StopRequest:
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+
+
+def _lost_terminal() -> list[signal.Signals]:
+    """The signal of a terminal that has gone; none where the system has none, or it is ignored, as nohup has it."""
+    number: signal.Signals | None = getattr(signal, "SIGHUP", None)
+    return [] if number is None or signal.getsignal(number) is signal.SIG_IGN else [number]

@@ -179,6 +179,8 @@ class Trainer:
             fixed_windows=config.data.fixed_windows,
         )
         self.validation = ValidationLoader.of(config, shards.validation)
+        for _ in self.validation:  # ids that are none are found now, and not at the first evaluation
+            pass
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         check_memory(config, self.device)
         if (parameters := count_parameters(config.model).total) >= _MANY_PARAMETERS:

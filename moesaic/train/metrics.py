@@ -7,6 +7,7 @@ import importlib.util
 import netrc
 import os
 import secrets
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -78,17 +79,20 @@ class MetricsWriter:
             self._file = self._path.open("a", encoding="utf-8", buffering=1)
         except OSError as problem:
             raise _disk_error(self._path, problem) from None
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._report_threads_error
         self._wandb = start_wandb(self._run_folder, config=self._config, is_resumed=self._resume_step is not None)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None and self._tensorboard is not None, "the writer was not entered"
-        for path, close in (
-            (self._path, self._file.close),
-            (self._run_folder / TENSORBOARD_FOLDER, self._tensorboard.close),
-        ):
+        assert self._file is not None, "the writer was not entered"
+        threading.excepthook = self._excepthook
+        to_close = [(self._path, self._file.close)]
+        if self._tensorboard is not None:
+            to_close.append((self._run_folder / TENSORBOARD_FOLDER, self._tensorboard.close))
+        for path, close in to_close:
             try:
                 close()
             except OSError as problem:
@@ -115,7 +119,12 @@ class MetricsWriter:
     def event(self, step: int, message: str) -> None:
         """Write a sentence: a resume, a skipped step, an expert that died."""
         self._write(EventRecord(step=step, message=message))
-        self._to_tensorboard(self._tensorboard.add_text, "events", message, step)
+        self._to_tensorboard("text", "events", message, step)
+
+    def _report_threads_error(self, args: threading.ExceptHookArgs) -> None:
+        """Leave out the traceback of TensorBoard's thread, whose error the next call raises."""
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            self._excepthook(args)
 
     def _write(self, record: Record) -> None:
         assert self._file is not None, "the writer must be entered with `with` before it is used"
@@ -126,7 +135,7 @@ class MetricsWriter:
 
     def _log_scalars(self, scalars: Mapping[str, float], *, step: int) -> None:
         for tag, value in scalars.items():
-            self._to_tensorboard(self._tensorboard.add_scalar, tag, value, step)
+            self._to_tensorboard("scalar", tag, value, step)
         if self._wandb is not None and not _without_failing("log", self._wandb.log, dict(scalars), step=step):
             self._wandb = None
 
@@ -134,14 +143,20 @@ class MetricsWriter:
         for layer, load in zip(experts.layers, experts.load, strict=True):
             relative = relative_load(load)  # (E,)
             if np.isfinite(relative).all():  # a histogram of NaN has no edges
-                self._to_tensorboard(self._tensorboard.add_histogram, f"expert_load/{_tag(layer)}", relative, step)
+                self._to_tensorboard("histogram", f"expert_load/{_tag(layer)}", relative, step)
 
-    def _to_tensorboard(self, add: Any, tag: str, value: Any, step: int) -> None:
+    def _to_tensorboard(self, kind: str, tag: str, value: Any, step: int) -> None:
+        if self._tensorboard is None:
+            return
         try:
-            add(tag, value, global_step=step)
+            getattr(self._tensorboard, f"add_{kind}")(tag, value, global_step=step)
         except OSError as problem:
             # Event files are written by a thread; its error comes out at a later call.
-            raise _disk_error(self._run_folder / TENSORBOARD_FOLDER, problem) from None
+            self._tensorboard = None
+            logger.warning(
+                "TensorBoard is off from here on: %s cannot be written (%s); the metrics themselves are in %s.",
+                self._run_folder / TENSORBOARD_FOLDER, problem.strerror or problem, METRICS_FILE,
+            )  # fmt: skip
 
 
 def refuse_metrics(run_folder: str | Path) -> None:

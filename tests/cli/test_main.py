@@ -110,6 +110,12 @@ def test_the_name_of_a_file_is_not_taken_for_refused_memory(cli: Any, monkeypatc
         cli("train", "dense-tiny", "--output", "unused")
 
 
+def test_a_name_that_is_too_long_is_told_without_a_traceback(cli: Any) -> None:
+    result = cli("generate", "a prompt where a run is meant " * 20, "--prompt", "x")
+    assert result.status == 2 and result.err.count("\n") == 1
+    assert re.search(r"a prompt where a run .*: File name too long; .* name another", result.err)
+
+
 def test_a_file_that_may_not_be_read_is_told_without_a_traceback(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "shards/x.bin")

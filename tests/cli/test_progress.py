@@ -1,3 +1,4 @@
+import errno
 import io
 import re
 import signal
@@ -24,6 +25,25 @@ def test_a_log_line_goes_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         show("reading", 0.5)
         logger.info("Calibrating on data/mine")
     assert re.search(r"(\n|\x1b\[2K)(\x1b\[\d*m)*Calibrating on data/mine\n", terminal.getvalue())
+
+
+class _FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_call_does_not_fail_since_nobody_sees_how_far_it_is(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stderr", _FullDisk())
+    shown = []
+    with shown_progress(kept="") as show:
+        show("reading", 0.5)
+        shown.append(1)
+    assert shown == [1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

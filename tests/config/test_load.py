@@ -170,6 +170,7 @@ def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
         ("# only a comment\n", "is empty"),
         ("- a\n- b\n", "holds list"),
         ("a: [1\n", "is not valid YAML"),
+        ("[" * 5000, "is not valid YAML"),
         ("tokens: 1\ntokens: 2\n", "tokens stands twice"),
         ("model: {hidden_size: 1, hidden_size: 2}\n", "hidden_size stands twice"),
         ("preset: nothing\n", "'nothing' is not a preset"),

@@ -233,6 +233,15 @@ def test_what_any_compiler_built_is_used_without_one(
     monkeypatch.setenv("CXX", shlex.join([*command, "-march=native"]))
     special = build.build(SUPPORTED[0], folder=tmp_path)
     assert len({first, second, special}) == 3
+    waiting = tmp_path / "waiting-g++"
+    waiting.write_text("#!/bin/sh\nexec sleep 60\n")
+    waiting.chmod(0o755)
+    monkeypatch.setattr(build, "_VERSION_SECONDS", 0.1)
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", str(waiting))
+        assert build.build(SUPPORTED[0], folder=tmp_path) in (first, second)
+        with pytest.raises(DeviceError, match=r"waiting-g\+\+ did not say its version within 0.1 seconds"):
+            build.build(SUPPORTED[0], folder=tmp_path / "empty")
     os.utime(first, (time.time() - 100,) * 2)
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "")

@@ -92,10 +92,11 @@ def test_only_a_cut_off_last_line_is_forgiven(make_run: Callable[..., Path]) -> 
         assert len(metrics.train) == 5
         assert len(metrics.events) == (1 if cut == len(whole) - 1 else 0)
     lines = whole.splitlines(keepends=True)
-    lines[1] = lines[1][:30] + b"\n"
-    path.write_bytes(b"".join(lines))
-    with pytest.raises(MetricsError, match=r"line 2: it is not JSON.*must be a train, evaluation or event.*restore"):
-        read_metrics(folder)
+    for broken in (lines[1][:30], b"[" * 200_000):
+        lines[1] = broken + b"\n"
+        path.write_bytes(b"".join(lines))
+        with pytest.raises(MetricsError, match=r"line 2: it is not JSON.*a train, evaluation or event.*restore"):
+            read_metrics(folder)
 
 
 @pytest.mark.parametrize(

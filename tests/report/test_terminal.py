@@ -1,5 +1,7 @@
+import errno
 import io
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -53,6 +55,31 @@ def test_without_a_terminal_there_is_one_plain_line_per_record(make_record: Call
     assert lines[3] == "step 2 | validation loss 4.0000 (best 3.5000)"
     assert lines[4] == "a [b] c"
     assert printed(console).isascii()
+
+
+@pytest.mark.parametrize("make", [plain_console, live_console])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError()])
+def test_what_cannot_be_shown_ends_nothing(
+    make: Callable[[], Console],
+    error: OSError,
+    make_record: Callable[..., TrainRecord],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # what rich does to standard output then
+    console = make()
+    with caplog.at_level("WARNING", "moesaic"), TrainingDisplay(409_600, console=console) as display:
+        display.message("before")
+        for name in ("write", "flush"):
+            monkeypatch.setattr(console.file, name, refuse, raising=False)
+        for step in (1, 2):
+            display.update(make_record(step, experts=(4, 8)))
+            display.message("a line")
+    assert caplog.text.count("The progress cannot be shown any more") == 1
+    assert ("No space left" in caplog.text) != ("nobody reads it" in caplog.text)
 
 
 def test_time_left_follows_the_recent_pace(make_record: Callable[..., TrainRecord]) -> None:

@@ -5,8 +5,10 @@ import pytest
 
 from moesaic.train.interrupt import StopRequest
 
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, HANGUP])
 def test_a_signal_becomes_a_request_and_the_handlers_come_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -14,6 +16,16 @@ def test_a_signal_becomes_a_request_and_the_handlers_come_back(number: signal.Si
         signal.raise_signal(number)
         assert stop.name == number.name
     assert signal.getsignal(number) is before
+
+
+def test_a_lost_terminal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(HANGUP, signal.SIG_IGN)  # as nohup starts a process
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(HANGUP)
+            assert (stop.name is None) == (HANGUP.name == "SIGHUP")
+    finally:
+        signal.signal(HANGUP, before)
 
 
 def test_a_second_interrupt_stops_at_once_and_a_second_termination_does_not() -> None:

@@ -564,6 +564,18 @@ def test_the_best_validation_loss_is_the_runs_and_not_the_processes(make_config:
     assert trainer.best_loss == min(lowest, last)
 
 
+def test_validation_text_that_is_none_is_found_before_the_first_step(make_config: MakeConfig, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    config = make_config()
+    shutil.copytree(config.data.path, data)
+    (shard,) = data.glob("validation-*.bin")
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    config = config.replace(data=config.data.replace(path=str(data)))
+    with pytest.raises(DataError, match="holds token id 65535"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_that_changed_in_its_place_is_refused_and_changes_nothing(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

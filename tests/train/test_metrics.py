@@ -1,7 +1,10 @@
+import errno
 import json
 import logging
 import math
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +164,27 @@ def test_a_full_disk_is_a_training_error(tmp_path: Path) -> None:
     message = r"No space left on device.*free some disk space and resume"
     with pytest.raises(TrainingError, match=message), MetricsWriter(tmp_path) as writer:
         writer.train(at(1))
+
+
+def test_without_room_for_tensorboard_it_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def refuse(self: object, data: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = threading.excepthook
+    with caplog.at_level("WARNING", "moesaic"), MetricsWriter(tmp_path) as writer:
+        monkeypatch.setattr(RecordWriter, "write", refuse)
+        for step in range(1, 200):
+            writer.train(at(step))
+            time.sleep(0.001)  # its thread has to meet the disk
+        writer.event(200, "a word")
+    assert "TensorBoard is off from here on" in caplog.text and "No space left on device" in caplog.text
+    assert len(read_metrics(tmp_path).train) == 199
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is before
 
 
 FAKE_WANDB = """

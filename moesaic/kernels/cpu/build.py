@@ -50,6 +50,7 @@ _KEPT_DAYS, _SCRATCH_KEPT_DAYS = 30, 1
 _CHECKSUM = ".sha256"  # the suffix of the file beside a library or an object that says what it was when written
 _NO_MEMORY = -(1 << 63)  # as source/export.h has it
 _COMPILERS = ("c++", "g++", "clang++")
+_VERSION_SECONDS = 30  # for `--version`, at every start: a mount that is dead, a wrapper that waits for a server
 
 # What /proc/cpuinfo must name for an instruction set, the best first.
 INSTRUCTION_SETS: dict[str, frozenset[str]] = {
@@ -159,7 +160,16 @@ def build(
             f" nor kernels in {folder}; one is required; install g++, have them compiled where this image is made "
             "(`moesaic doctor --build-all`), or go on with MOESAIC_KERNELS=reference."
         )
-    version = _call([*compiler, "--version"]).stdout
+    try:
+        version = _call([*compiler, "--version"], timeout_seconds=_VERSION_SECONDS).stdout
+    except subprocess.TimeoutExpired:
+        if (built := _built_before(folder, stem)) is not None:
+            return built
+        raise DeviceError(
+            f"the C++ compiler {compiler[0]} did not say its version within {_VERSION_SECONDS} seconds; one that "
+            "answers is required to compile the CPU kernels; name another with CXX, or go on with "
+            "MOESAIC_KERNELS=reference."
+        ) from None
     of_compiler = _digest("\0".join([*compiler, version]).encode())
     library = folder / f"{stem}-{of_compiler}.so"
     keys = {source: _digest((text + of_compiler).encode()) for source, text in sources.items()}
@@ -351,11 +361,19 @@ def openmp_library() -> Path | None:
     return None
 
 
-def _call(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the compiler, whatever it says. Raises: DeviceError where it does not start."""
+def _call(
+    command: list[str], *, timeout_seconds: float | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the compiler, whatever it says.
+
+    Raises: DeviceError where it does not start, subprocess.TimeoutExpired.
+    """
     environment = {**os.environ, **variables}
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, env=environment,
+            timeout=timeout_seconds,
+        )  # fmt: skip
     except OSError as error:
         raise DeviceError(
             f"the C++ compiler {command[0]} cannot be run ({error.strerror or error}); one is required to compile the "
