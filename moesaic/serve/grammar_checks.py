@@ -83,14 +83,17 @@ def check_grammar(grammar: Grammar, *, max_bytes: int) -> None:
         _check_schema(_read_schema(text, name), name)
     if grammar.kind == "tool_calls":
         try:
-            functions = dict(json.loads(text)["functions"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+            described = json.loads(text)
+            functions, otherwise = dict(described["functions"]), described.get("otherwise")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ConfigError(
                 f"the {name} is {shown(text)}; what tool_calls.calls_grammar makes is required; let it make it."
             ) from None
         for function, schema in functions.items():
             of_tool = f"JSON schema of the tool {shown(function)}"
             _check_schema(_read_schema(json.dumps(schema), of_tool), of_tool)
+        if otherwise is not None:
+            _check_schema(_read_schema(json.dumps(otherwise), "JSON schema"), "JSON schema")
 
 
 def allows_only_objects(schema: dict[str, Any]) -> bool:
@@ -277,7 +280,11 @@ def with_escaped_patterns(grammar: Grammar) -> Grammar:
         return grammar
     values = json.loads(grammar.text)
     is_changed = False
-    for outermost in (values,) if grammar.kind == "json_schema" else values["functions"].values():
+    schemas = [values]
+    if grammar.kind == "tool_calls":
+        otherwise = values.get("otherwise")
+        schemas = [*values["functions"].values(), *([] if otherwise is None else [otherwise])]
+    for outermost in schemas:
         for _, schema in _subschemas(outermost, ""):
             if isinstance(pattern := schema.get("pattern"), str) and (escaped := _escaped(pattern)) != pattern:
                 schema["pattern"], is_changed = escaped, True

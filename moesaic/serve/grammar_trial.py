@@ -73,7 +73,7 @@ def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> Any:
     if kind == "tool_calls":
         described = json.loads(text)
         calls = _tool_calls(described["functions"], described["is_single"])
-        if described["otherwise"] is None:
+        if described.get("otherwise") is None:
             return compiler.compile_structural_tag(calls)
         other = xgrammar.Grammar.from_json_schema(json.dumps(described["otherwise"]), **options)
         return compiler.compile_grammar(xgrammar.Grammar.union(other, xgrammar.Grammar.from_structural_tag(calls)))

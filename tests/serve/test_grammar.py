@@ -123,6 +123,29 @@ def test_text_of_calls_is_calls_and_nothing_else(compiler: GrammarCompiler, toke
             assert call.name in functions
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_text_of_calls_or_of_something_else_is_one_of_both(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int
+) -> None:
+    functions = {"f": {"type": "object", "properties": {}}}
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^é{2}$"}, "b": {"type": "object"}},
+              "required": ["a"], "additionalProperties": False}  # fmt: skip
+    grammar = compiler.compile(calls_grammar(functions, is_single=True, otherwise=schema))
+    text = write(grammar.matcher(), tokenizer, seed)
+    if text.startswith("{"):
+        value = json.loads(text)
+        assert value["a"] == "éé" and isinstance(value.get("b", {}), dict) and value.keys() <= {"a", "b"}
+    else:
+        assert ToolCallReader().take(text, is_last=True) == [ToolCall("f", "{}")]
+    for begin in ("{", "<tool_call>"):
+        matcher = grammar.matcher()
+        for token_id in tokenizer.encode(begin):
+            matcher.mask()
+            matcher.accept(token_id)
+    with pytest.raises(ConfigError, match="the JSON schema uses uniqueItems at its top"):
+        compiler.compile(calls_grammar(functions, is_single=True, otherwise={"type": "array", "uniqueItems": True}))
+
+
 @pytest.mark.parametrize("pattern", [r"(yes|no) ?é{1,3}", r"[a-c]{2,5}@[0-9]+\.com", r"日本", r"[^a-z]{3}"])
 @pytest.mark.parametrize("seed", range(4))
 def test_text_under_a_regular_expression_matches(
