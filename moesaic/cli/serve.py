@@ -33,7 +33,7 @@ def serve(
     from moesaic.config.load import load_serve_config, with_options
     from moesaic.errors import InstallationError
     from moesaic.folders import run_name
-    from moesaic.logs import log_to_stderr
+    from moesaic.logs import log_to_stderr, logger
 
     options = {"server.host": ("--host", host), "server.port": ("--port", port)}
     resolved = load_serve_config(config, with_options(assignments or [], options))
@@ -47,11 +47,18 @@ def serve(
         ) from None
     log_to_stderr(as_json=True)
     elsewhere = " and this machine's other addresses" if resolved.server.host in ("0.0.0.0", "::") else ""
+
+    def announce(url: str) -> None:
+        try:
+            typer.echo(f"Serving {run} at {url}{elsewhere} (Ctrl-C ends it).")
+        except OSError as error:  # it serves all the same
+            logger.warning("That it serves at %s could not be printed (%s).", url, error.strerror or error)
+
     run_server(
         run,
         resolved,
         name=run_name(run),
         device=device,
         precision=precision,
-        ready=lambda url: typer.echo(f"Serving {run} at {url}{elsewhere} (Ctrl-C ends it)."),
+        ready=announce,
     )

@@ -1,5 +1,6 @@
 """`moesaic serve` as a process: it says where it is, serves, and ends at a signal when what runs has ended."""
 
+import errno
 import json
 import os
 import re
@@ -8,10 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from moesaic.data.tokenizer import Tokenizer
 
@@ -71,6 +74,22 @@ def test_a_second_signal_ends_what_runs_without_a_traceback(trained_run: Path) -
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in err
+
+
+def test_a_start_that_cannot_be_printed_is_one_all_the_same(
+    cli: Any, trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run_server(*_: object, ready: Callable[[str], None], **__: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(typer, "echo", refuse)
+            ready("http://127.0.0.1:1")
+
+    monkeypatch.setattr("moesaic.serve.server.run.serve", run_server)
+    result = cli("serve", trained_run)
+    assert result.status == 0 and "could not be printed (No space left on device)" in result.err
 
 
 def test_a_mistake_ends_with_what_to_do(cli: Any, trained_run: Path, tmp_path: Path) -> None:
