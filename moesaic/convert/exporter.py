@@ -30,6 +30,7 @@ from moesaic.convert.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from moesaic.convert.tensors import (
     Piece,
     TensorRule,
+    cast_weight,
     common_dtype,
     foreign_shape,
     foreign_tensors,
@@ -215,7 +216,7 @@ def _write_folder(
         with TensorWriter(target / file, {name: layout[name] for name in names}) as writer:
             for name in writer.order:
                 for piece in foreign[name]:
-                    writer.append(name, weights.read_piece(piece).to(layout[name].dtype))
+                    writer.append(name, cast_weight(name, weights.read_piece(piece), layout[name].dtype))
                 done += layout[name].num_bytes
                 on_progress("copying", done / max(total, 1))
     if len(shards) > 1:
@@ -287,7 +288,8 @@ def _write_gguf(
         writer.write_ti_data_to_file()
         total, done = sum(each.num_bytes for each in layout.values()), 0
         for name, each in layout.items():
-            tensor = torch.cat([weights.read_piece(piece).to(each.dtype).flatten() for piece in foreign[name]])
+            parts = (cast_weight(name, weights.read_piece(piece), each.dtype) for piece in foreign[name])
+            tensor = torch.cat([part.flatten() for part in parts])
             writer.write_tensor_data(tensor.view(torch.uint8).numpy())
             done += each.num_bytes
             on_progress("copying", done / max(total, 1))

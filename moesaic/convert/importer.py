@@ -102,6 +102,11 @@ def _copy(
     for name in writer.order:
         for piece in opened.pieces[name]:
             tensor = opened.source.read(piece.theirs, piece.index)
+            if not tensor.isfinite().all():
+                raise ConversionError(
+                    f"{piece.theirs} holds numbers that are not finite; finite weights are required; fetch the file "
+                    f"again, or mend it."
+                )
             writer.append(name, piece.to_ours(tensor).to(layout[name].dtype))
             done += tensor.nbytes
             on_progress("copying", min(done / max(total, 1), 1.0))

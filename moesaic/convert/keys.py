@@ -431,7 +431,12 @@ class Rope:
         if not scaling and parameters is None:
             scaling = self.usual
         found = Keys({**(scaling or {}), **(parameters or {})}, f"{keys.where}: rope_scaling")
-        theta = found.take("rope_theta", default=theta)
+        outer, theta = theta, found.take("rope_theta", default=theta)
+        if "rope_theta" in keys.values and theta != outer:
+            raise ConversionError(
+                f"{keys.where}: rope_theta is {outer}, and {theta} among the rope_parameters; these are names of one "
+                f"thing; remove one that is wrong."
+            )
         put(ours, "rope_theta", keys.check("rope_theta", theta, "rope_theta"))
         self._read_share(keys, found, ours)
         kind = found.take("rope_type", "type", default="default")

@@ -115,7 +115,9 @@ class HuggingFaceFolder:
         if not is_given or GENERATION_NAME in tokenizer.companions:
             return tokenizer
         # Where there is no such file, transformers stops at the ends that the model's config names.
-        made = {GENERATION_NAME: json.dumps({"eos_token_id": ends}) + "\n"}
+        others = {key: self.config.get(key) for key in ("bos_token_id", "pad_token_id")}
+        ids = {"eos_token_id": ends, **{key: each for key, each in others.items() if type(each) is int}}
+        made = {GENERATION_NAME: json.dumps(ids) + "\n"}
         return Tokenizer(tokenizer.json_text, companions={**tokenizer.companions, **made})
 
     def _check_links(self, names: Iterable[str]) -> None:

@@ -114,6 +114,18 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def cast_weight(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in another dtype. Raises: ConversionError where that makes a finite number infinite."""
+    out = tensor.to(dtype)
+    if dtype is torch.float16 and tensor.dtype is not dtype and not torch.equal(out.isfinite(), tensor.isfinite()):
+        largest = torch.finfo(dtype).max
+        raise ConversionError(
+            f"{name} holds numbers beyond {largest:g}, the largest of fp16, which would become infinite; a dtype with "
+            f"room for them is required; use bf16 or fp32."
+        )
+    return out
+
+
 def parted_rows(num_heads: int, head_size: int, *, turned: int) -> RowOrder:
     """Return the order for heads of which the first `turned` channels are turned, in pairs (i, i + turned / 2).
 

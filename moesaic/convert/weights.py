@@ -112,7 +112,9 @@ def _compare(one: Tensor, other: Tensor) -> _Found:
     largest = float((one.float() - other.float()).abs().max())
     if one.dtype is not other.dtype:
         for side, (wide, narrow) in enumerate(((one, other), (other, one))):
-            if torch.equal(wide.to(narrow.dtype), narrow):
+            cast = wide.to(narrow.dtype)
+            # A number that has become infinite is not rounded but lost.
+            if torch.equal(cast, narrow) and torch.equal(cast.isfinite(), wide.isfinite()):
                 return _Found((side, str(narrow.dtype).removeprefix("torch.")), largest)
     return _Found("different", largest)
 

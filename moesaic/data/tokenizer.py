@@ -308,7 +308,13 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The Jinja template that makes one text of a conversation, None where there is none."""
         file = self._companions.get(TEMPLATE_NAME)
-        return file if file is not None else self._configured("chat_template")
+        if file is not None:
+            return file
+        value = self._companion(CONFIG_NAME).get("chat_template")
+        if isinstance(value, list):  # several by name, of which the default one is meant where none is named
+            named = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
+            value = named.get("default")
+        return value if isinstance(value, str) else None
 
     @property
     def chat_template_file(self) -> str:

@@ -251,6 +251,6 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(own_run: MakeRun, 
     stored = load_tensors(resolve_checkpoint(run), "model")
     stored["blocks.1.attention.o_proj.weight"][0, 0] = 1e6
     save_checkpoint(run, 9, model=stored, optimizer={}, metadata={"validation_loss": 3.0})
-    with pytest.raises(ConversionError, match=r"does not compute what .* does: .*; nothing was kept"):
+    with pytest.raises(ConversionError, match=r"o_proj.weight holds numbers beyond 65504, the largest of fp16"):
         export_run(run, out, dtype="fp16")
     assert sorted(path.name for path in tmp_path.iterdir()) == [run.name]

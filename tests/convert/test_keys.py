@@ -95,6 +95,11 @@ def test_sizes_are_positive_integers_that_the_tensors_can_have(
         ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ("llama", {"initializer_range": -0.1}, "initializer_range"),
         ("llama", {"rope_parameters": REMOVED, "rope_theta": 0}, "rope_theta is 0"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 1e4},
+            "rope_theta is 10000.0, and 500000.0 among the rope_parameters",
+        ),
         ("llama", {"rope_parameters": REMOVED, "rope_theta": -1.0}, "rope_theta is -1.0"),
         ("llama", {"rope_parameters": REMOVED, "rope_theta": "10000"}, "rope_theta"),
         ("llama", {"rope_parameters": REMOVED, "rope_theta": [1e4]}, "rope_theta"),

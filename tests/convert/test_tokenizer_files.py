@@ -1,19 +1,23 @@
 """Tokenizer files travel both ways byte for byte, other tools read them as before, and generation ends as they say."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from moesaic.convert import parity
 from moesaic.convert.exporter import export_run
 from moesaic.convert.importer import import_model
 from moesaic.convert.parity import PROMPTS, verify_models  # all prompts: those of short_check are set later
+from moesaic.convert.weights import _compare
 from moesaic.data.tokenizer import COMPANION_NAMES, TOKENIZER_NAME, Tokenizer
-from moesaic.errors import DataError
+from moesaic.errors import ConversionError, DataError
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run
 
@@ -201,3 +205,30 @@ def test_verify_says_where_there_are_no_two_tokenizers_to_compare(
     (folder / TOKENIZER_NAME).write_text("{}")  # there, and broken
     with pytest.raises(DataError, match="has no `model`"):
         verify_models(folder, tmp_path / "run")
+
+
+def test_ids_that_only_the_config_names_are_kept(saved: Callable[..., Path], short_check: None, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved("llama"), tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    ids = {"eos_token_id": [0, 1], "bos_token_id": 1, "pad_token_id": 2}
+    (folder / "config.json").write_text(json.dumps({**config, **ids}))
+    import_model(folder, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == ids
+
+
+def test_numbers_that_are_not_finite_are_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(saved("llama"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][-1, 0] = math.nan  # of a token that no text has
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=r"model.embed_tokens.weight holds numbers that are not finite"):
+        import_model(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_that_became_infinite_was_not_rounded() -> None:
+    for value, kind in ((1 / 3, (0, "float16")), (1e6, "different"), (math.inf, "equal")):
+        wide = torch.tensor([1.0, value])
+        assert _compare(wide, wide.half()).kind == kind

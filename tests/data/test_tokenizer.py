@@ -108,6 +108,13 @@ def test_files_are_on_the_disk_before_they_take_their_names(
     assert sorted(synced) == sorted((stat.st_ino, stat.st_size) for stat in found) and len(found) == 2
 
 
+def test_of_several_templates_the_default_one_is_meant(tokenizer: Tokenizer) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ x }}"}]
+    for given, meant in ((named, "{{ x }}"), (named[:1], None), ([], None), ("a", "a")):
+        companions = {"tokenizer_config.json": json.dumps({"chat_template": given})}
+        assert Tokenizer(tokenizer.json_text, companions=companions).chat_template == meant
+
+
 def test_files_are_written_as_they_were_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Byte for byte: their order and spacing, line ends, escapes, and a truncation that is not applied here."""
     values = json.loads(tokenizer.json_text) | {"truncation": {"max_length": 3, "strategy": "LongestFirst",

@@ -10,12 +10,16 @@ HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, HANGUP])
 def test_a_signal_becomes_a_request_and_the_handlers_come_back(number: signal.Signals) -> None:
+    started_with = signal.getsignal(number)
+    if number is HANGUP:
+        signal.signal(number, signal.SIG_DFL)  # the tests themselves may have been started by nohup
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert stop.name is None
         signal.raise_signal(number)
         assert stop.name == number.name
     assert signal.getsignal(number) is before
+    signal.signal(number, started_with)
 
 
 def test_a_lost_terminal_that_is_ignored_stays_so() -> None:
