@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -78,28 +78,22 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return app(args=arguments)
     except MoesaicError as error:
-        typer.secho(f"{type(error).__name__}: {error}", err=True, fg=typer.colors.RED)
-        sys.exit(2)
+        _end(f"{type(error).__name__}: {error}", status=2)
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
         if (message := _refused_memory(error)) is not None:
-            typer.secho(message, err=True, fg=typer.colors.RED)
-            sys.exit(1)
+            _end(message, status=1)
         if isinstance(error, PermissionError) and error.filename is not None:
-            typer.secho(
+            _end(
                 f"{error.filename}: {error.strerror}; what is named here has to be readable, and where something is "
                 f"written writable, by this user; check its permissions, or name another.",
-                err=True,
-                fg=typer.colors.RED,
+                status=2,
             )
-            sys.exit(2)
         if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            typer.secho(
+            _end(
                 f"{str(error.filename)[:80]}...: {error.strerror}; a path that the system can follow is required; name "
                 f"another.",
-                err=True,
-                fg=typer.colors.RED,
+                status=2,
             )
-            sys.exit(2)
         if (
             not isinstance(error, OSError)
             or error.errno not in (errno.ENOSPC, errno.EDQUOT)
@@ -107,9 +101,12 @@ def main(arguments: list[str] | None = None) -> Any:
         ):
             raise
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is left in its buffer has no place either)
-        message = f"what was printed is not whole ({error.strerror}); room for it is required; free some space."
-        typer.secho(message, err=True, fg=typer.colors.RED)
-        sys.exit(1)
+        _end(f"what was printed is not whole ({error.strerror}); room for it is required; free some space.", status=1)
+
+
+def _end(message: str, *, status: int) -> NoReturn:
+    typer.secho(message, err=True, fg=typer.colors.RED)
+    sys.exit(status)
 
 
 def _refused_memory(error: Exception) -> str | None:
