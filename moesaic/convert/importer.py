@@ -12,7 +12,7 @@ from moesaic.config.train import DataConfig, ScheduleConfig, TrainConfig
 from moesaic.convert.folder import check_is_new, check_is_outside, finish_run, folder_in_progress, new_weights
 from moesaic.convert.opened import OpenedModel, open_model
 from moesaic.convert.parity import Certificate, TensorAccount, certify
-from moesaic.convert.tensors import common_dtype, own_tensors
+from moesaic.convert.tensors import common_dtype, is_finite, own_tensors
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConversionError
 from moesaic.kernels.allocator import tune_allocator
@@ -102,7 +102,7 @@ def _copy(
     for name in writer.order:
         for piece in opened.pieces[name]:
             tensor = opened.source.read(piece.theirs, piece.index)
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise ConversionError(
                     f"{piece.theirs} holds numbers that are not finite; finite weights are required; fetch the file "
                     f"again, or mend it."

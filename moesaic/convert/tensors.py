@@ -114,10 +114,15 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor's numbers are finite, found without memory of its size."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))  # NaN is both then
+
+
 def cast_weight(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a weight in another dtype. Raises: ConversionError where that makes a finite number infinite."""
     out = tensor.to(dtype)
-    if dtype is torch.float16 and tensor.dtype is not dtype and not torch.equal(out.isfinite(), tensor.isfinite()):
+    if dtype is torch.float16 and tensor.dtype is not dtype and is_finite(tensor) and not is_finite(out):
         largest = torch.finfo(dtype).max
         raise ConversionError(
             f"{name} holds numbers beyond {largest:g}, the largest of fp16, which would become infinite; a dtype with "
