@@ -89,8 +89,9 @@ def main(arguments: list[str] | None = None) -> Any:
                 status=2,
             )
         if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            name = str(error.filename)
             _end(
-                f"{str(error.filename)[:80]}...: {error.strerror}; a path that the system can follow is required; name "
+                f"{name if len(name) <= 80 else name[:80] + '...'}: {error.strerror}; a path that the system can follow is required; name "
                 f"another.",
                 status=2,
             )

@@ -12,13 +12,13 @@ from moesaic.report.comparison import Curve, write_comparison
 from moesaic.report.page import Commands, Paragraph, Passage, Plots, Section, Table, write_page
 from moesaic.report.quantities import duration, percent, short_number
 from moesaic.report.records import read_metrics
-from moesaic.report.summary import finite_mean
+from moesaic.report.summary import mean_rate
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A trained model: its run, how long it trained (tokens/s: the mean), its perplexity on the text held out, and
-    (prompt, continuation) pairs."""
+    """A trained model: its run, how long and how fast it trained, its perplexity on the text held out, and (prompt,
+    continuation) pairs."""
 
     run_folder: Path
     config: TrainConfig
@@ -31,7 +31,7 @@ class Stage:
     def of_run(cls, run_folder: Path, *, perplexity: Perplexity, samples: tuple[tuple[str, str], ...]) -> "Stage":
         """Read the rest from the run folder."""
         records = read_metrics(run_folder).train
-        speed = finite_mean([record.tokens_per_second for record in records])
+        speed = mean_rate(records, [record.tokens_per_second for record in records])
         config = load_train_config(run_folder / "config.yaml")
         return cls(run_folder, config, records[-1].seconds, speed, perplexity, samples)
 

@@ -32,7 +32,7 @@ from moesaic.report.drawing import (
 from moesaic.report.expert_load import ExpertWarning, imbalance, name_unusual
 from moesaic.report.quantities import short_number
 from moesaic.report.records import EvaluationRecord, ExpertRecord, Metrics, TrainRecord, read_metrics
-from moesaic.report.summary import finite_mean, smoothed, smoothed_losses
+from moesaic.report.summary import mean_rate, mean_share_of_peak, smoothed, smoothed_losses
 
 # Points of a line and columns of a heat map: more than a plot has pixels for would only cost time.
 _MOST_RECORDS = 2000
@@ -119,17 +119,18 @@ def loss_figure(metrics: Metrics) -> Figure:
 
 
 def learning_rate_figure(records: Sequence[TrainRecord], *, schedule: Callable[[int], float] | None = None) -> Figure:
-    """Learning rate, by its schedule where that is known, and below it the gradient norm that clipping sees."""
+    """Learning rate, and below it the gradient norm that clipping sees.
+
+    schedule: the rate after so many tokens; it says how the rate went between two records that both follow it, as those
+    do not that a run has from before it was resumed with another.
+    """
     figure = empty_figure(9.0, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     tokens = np.asarray([record.tokens for record in records], dtype=np.float64)
     rates = np.asarray([record.learning_rate for record in records])
     style_axes(top)
-    if schedule is None:
-        top.plot(tokens, rates, color=BLUE, linewidth=1.8, marker=_marker(records))
-    else:  # records are too far apart to show where it bends
-        times = np.linspace(0, records[-1].tokens, _SCHEDULE_POINTS).round().astype(int).tolist()
-        top.plot(times, [schedule(time) for time in times], color=BLUE, linewidth=1.8)
+    times, drawn = (tokens, rates) if schedule is None else _between_records(tokens, rates, schedule)
+    top.plot(times, drawn, color=BLUE, linewidth=1.8, marker=_marker(times))
     top.set_ylim(bottom=0)
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     top.set_ylabel("learning rate")
@@ -179,22 +180,23 @@ def throughput_figure(records: Sequence[TrainRecord]) -> Figure:
     _from_zero(top, speeds)
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     top.set_ylabel("tokens per second")
-    set_title(top, "Throughput", f"mean {finite_mean(speeds.tolist()):,.0f} tokens/s")
+    set_title(top, "Throughput", f"mean {mean_rate(records, speeds.tolist()):,.0f} tokens/s")
     style_axes(bottom)
-    if any(record.share_of_peak is not None for record in records):
+    if (mean_share := mean_share_of_peak(records)) is not None:
         shares = np.asarray(
             [math.nan if record.share_of_peak is None else record.share_of_peak * 100 for record in records]
         )
         _raw_and_smooth(bottom, tokens, shares)
         _from_zero(bottom, shares)
         bottom.set_ylabel("share of peak (%)")
-        set_title(bottom, "Share of the machine's peak", f"mean {finite_mean(shares.tolist()):.1f} %")
+        set_title(bottom, "Share of the machine's peak", f"mean {mean_share * 100:.1f} %")
     else:
         flops = np.asarray([record.flops_per_second for record in records], dtype=np.float64) / 1e9
         _raw_and_smooth(bottom, tokens, flops)
         _from_zero(bottom, flops)
         bottom.set_ylabel("GFLOP/s")
-        set_title(bottom, "Arithmetic", f"mean {finite_mean(flops.tolist()):,.0f} GFLOP/s; the peak is not known")
+        mean = mean_rate(records, flops.tolist())
+        set_title(bottom, "Arithmetic", f"mean {mean:,.0f} GFLOP/s; the peak is not known")
     _tokens_axis(bottom, tokens)
     return figure
 
@@ -329,6 +331,20 @@ def heat_columns(tokens: np.ndarray, experts: Sequence[ExpertRecord], place: int
     means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     ends = np.append(starts[1:], len(loads)) - 1
     return np.concatenate([[0.0], tokens[ends]]), means
+
+
+def _between_records(
+    tokens: np.ndarray, rates: np.ndarray, schedule: Callable[[int], float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the records' learning rates with the schedule's between and before them, where they are its own."""
+    follows = np.isclose(rates, [schedule(int(time)) for time in tokens], rtol=1e-6, atol=0.0)
+    follows = np.concatenate([[True], follows, [False]])  # at the start, and not after the last record
+    times = np.linspace(0, tokens[-1], _SCHEDULE_POINTS).round()
+    after = np.searchsorted(tokens, times, side="right")
+    times = times[follows[after] & follows[after + 1]]
+    every = np.concatenate([tokens, times])
+    order = np.argsort(every, kind="stable")
+    return every[order], np.concatenate([rates, [schedule(int(time)) for time in times]])[order]
 
 
 def _tokens_axis(axes: Axes, tokens: np.ndarray, *, label: bool = True) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from moesaic.report.expert_load import ExpertWarning, imbalance, load_entropy, name_unusual
 from moesaic.report.json_values import json_values
-from moesaic.report.records import ExpertRecord, Metrics
+from moesaic.report.records import ExpertRecord, Metrics, TrainRecord
 
 # Records whose mean stands for "now": single batches scatter too much.
 RECENT = 20
@@ -17,7 +17,10 @@ RECENT = 20
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSummary:
-    """One MoE layer over the most recent records."""
+    """One MoE layer over the most recent records: each value is the mean of the records' own, `load` by expert.
+
+    `imbalance` is therefore at least that of `load`: which expert is the fullest changes from record to record.
+    """
 
     layer: int
     num_experts: int
@@ -30,7 +33,8 @@ class LayerSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """A run so far. Losses are in nats per token, `loss` smoothed as in the plots, rates means of the last records."""
+    """A run so far. Losses are in nats per token, `loss` smoothed as in the plots, speeds those of the last records'
+    steps together."""
 
     step: int
     tokens: int
@@ -59,8 +63,8 @@ def summarize(metrics: Metrics) -> RunSummary | None:
     if not metrics.train:
         return None
     last, recent = metrics.train[-1], metrics.train[-RECENT:]
+    since = metrics.train[-RECENT - 1] if len(metrics.train) > RECENT else None
     best = metrics.best_evaluation
-    shares = [record.share_of_peak for record in recent if record.share_of_peak is not None]
     experts = [record.moe for record in recent if record.moe is not None]
     return RunSummary(
         step=last.step,
@@ -71,9 +75,9 @@ def summarize(metrics: Metrics) -> RunSummary | None:
         best_validation_loss=best.loss if best else None,
         best_validation_step=best.step if best else None,
         learning_rate=last.learning_rate,
-        tokens_per_second=finite_mean([record.tokens_per_second for record in recent]),
-        flops_per_second=finite_mean([record.flops_per_second for record in recent]),
-        share_of_peak=finite_mean(shares) if shares else None,
+        tokens_per_second=mean_rate(recent, [record.tokens_per_second for record in recent], since=since),
+        flops_per_second=mean_rate(recent, [record.flops_per_second for record in recent], since=since),
+        share_of_peak=mean_share_of_peak(recent, since=since),
         skipped_steps=last.skipped_steps,
         layers=summarize_layers(experts),
         warnings=tuple(name_unusual(experts)),
@@ -95,13 +99,35 @@ def summarize_layers(experts: Sequence[ExpertRecord]) -> tuple[LayerSummary, ...
                 layer=layer,
                 num_experts=num_experts,
                 load=load,
-                imbalance=imbalance(load),
-                load_entropy=load_entropy(load),
+                imbalance=finite_mean([imbalance(shares) for shares in loads]),
+                load_entropy=finite_mean([load_entropy(shares) for shares in loads]),
                 routing_entropy=finite_mean([record.entropy[place] for record in experts]),
                 drop_rate=finite_mean([record.drop_rate[place] for record in experts]),
             )
         )
     return tuple(summaries)
+
+
+def mean_rate(records: Sequence[TrainRecord], rates: Sequence[float], *, since: TrainRecord | None = None) -> float:
+    """Return a rate over all steps from `since` (None: the start of the run) to the last record, not of each record.
+
+    rates: per second, one for each record and in proportion to its tokens_per_second; `records` may leave some out, a
+    rate then stands for the steps since the record before it. NaN where no rate is finite.
+    """
+    tokens = np.diff([since.tokens if since else 0, *(record.tokens for record in records)])
+    seconds = np.diff([since.seconds if since else 0.0, *(record.seconds for record in records)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        amounts = tokens * np.asarray(rates, dtype=np.float64) / [record.tokens_per_second for record in records]
+        known = np.isfinite(amounts) & (seconds > 0)
+        return float(amounts[known].sum() / seconds[known].sum())
+
+
+def mean_share_of_peak(records: Sequence[TrainRecord], *, since: TrainRecord | None = None) -> float | None:
+    """Return the share of the machine's peak over all those steps, as `mean_rate`; None where no peak is known."""
+    shares = [record.share_of_peak for record in records]
+    if all(share is None for share in shares):
+        return None
+    return mean_rate(records, [math.nan if share is None else share for share in shares], since=since)
 
 
 def smoothed_losses(metrics: Metrics) -> np.ndarray:

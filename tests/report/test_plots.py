@@ -97,6 +97,22 @@ def test_learning_rate_is_drawn_by_its_schedule_between_records(make_record: Cal
     assert tokens[-1] == 400_000 and rates[-1] == 0
 
 
+def test_learning_rates_of_before_a_resume_are_drawn_as_they_were(make_record: Callable[..., TrainRecord]) -> None:
+    config = ScheduleConfig(kind="wsd", learning_rate=1.0, warmup_tokens=4_000, decay_tokens=20_000)
+    before, after = (partial(learning_rate, config, total_tokens=tokens) for tokens in (100_000, 400_000))
+    taken = [*range(10_000, 100_001, 10_000), *range(150_000, 400_001, 50_000)]
+    rates = [(before if tokens <= 100_000 else after)(tokens) for tokens in taken]
+    records = [
+        replace(make_record(1), tokens=tokens, learning_rate=rate) for tokens, rate in zip(taken, rates, strict=True)
+    ]
+    (line,) = learning_rate_figure(records, schedule=after).axes[0].lines
+    tokens, drawn = (np.asarray(values, dtype=np.float64) for values in line.get_data())
+    assert dict(zip(tokens, drawn, strict=True)).items() >= dict(zip(taken, rates, strict=True)).items()
+    assert drawn[tokens == 100_000] == 0.0 and not ((tokens > 80_000) & (tokens < 90_000)).any()
+    assert tokens[(tokens > 100_000) & (drawn == 1.0)].max() == pytest.approx(380_000, abs=1_000)
+    assert drawn[tokens < 4_000] == pytest.approx(tokens[tokens < 4_000] / 4_000) and (tokens < 4_000).sum() > 5
+
+
 def test_large_pyramid_is_drawn(make_run: Callable[..., Path]) -> None:
     assert len(write_plots(make_run(40, experts=[64] * 10 + [128] * 2))) == 5
 

@@ -1,13 +1,14 @@
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moesaic.report.records import Metrics, TrainRecord, read_metrics
-from moesaic.report.summary import smoothed, summarize
+from moesaic.report.summary import RECENT, mean_rate, mean_share_of_peak, smoothed, summarize
 
 
 def test_no_record_no_summary() -> None:
@@ -26,6 +27,65 @@ def test_summary_holds_means_of_recent_records_and_the_best_validation(make_run:
     for layer in summary.layers:
         assert sum(layer.load) == pytest.approx(1, abs=1e-3)
         assert layer.imbalance >= 1 and 0 < layer.load_entropy <= 1
+
+
+def records_in(seconds: Sequence[float], record: TrainRecord) -> list[TrainRecord]:
+    """Records of 1,000 tokens each, made in so many seconds; a token takes 7 FLOP, of 70,000 a second."""
+    ends = np.cumsum(seconds).tolist()
+    return [
+        replace(
+            record,
+            tokens=1000 * place,
+            seconds=end,
+            tokens_per_second=1000 / taken,
+            flops_per_second=7000 / taken,
+            share_of_peak=0.1 / taken,
+        )
+        for place, (end, taken) in enumerate(zip(ends, seconds, strict=True), start=1)
+    ]
+
+
+def test_speeds_are_tokens_over_seconds_not_means_of_rates(make_record: Callable[..., TrainRecord]) -> None:
+    seconds = [100.0] * 5 + [0.25, 1.75] * (RECENT // 2)  # slow, and then on a machine with a busy neighbour
+    records = records_in(seconds, make_record(1))
+    summary = summarize(Metrics(tuple(records)))
+    assert summary is not None
+    assert summary.tokens_per_second == pytest.approx(1000)  # the mean of the rates is 2,286
+    assert summary.flops_per_second == pytest.approx(7000)
+    assert summary.share_of_peak == pytest.approx(0.1)
+    rates = [record.tokens_per_second for record in records]
+    assert mean_rate(records, rates) == pytest.approx(25_000 / 520)
+    assert mean_rate(records[::4], rates[::4]) == pytest.approx(25_000 / 520, rel=0.01)  # as a plot of a long run
+
+
+def test_rates_that_are_not_known_are_left_out_with_their_time(make_record: Callable[..., TrainRecord]) -> None:
+    records = records_in([1.0, 3.0, 1.0], make_record(1))
+    rates = [record.tokens_per_second for record in records]
+    assert mean_rate(records, [rates[0], math.nan, rates[2]]) == pytest.approx(1000)
+    assert math.isnan(mean_rate(records, [math.nan] * 3))
+    assert math.isnan(mean_rate([replace(records[0], seconds=0.0)], rates[:1]))
+    unknown = [replace(record, share_of_peak=None) for record in records]
+    assert mean_share_of_peak(unknown) is None
+    assert mean_share_of_peak([unknown[0], *records[1:]]) == pytest.approx(0.05)
+
+
+def test_imbalance_is_the_mean_of_the_records_not_that_of_the_mean_load(
+    make_record: Callable[..., TrainRecord],
+) -> None:
+    record = make_record(1, experts=(4,))
+    assert record.moe is not None
+    loads = [tuple(np.roll([0.7, 0.1, 0.1, 0.1], place)) for place in range(4)]  # each batch has another fullest one
+    records = [replace(record, moe=replace(record.moe, load=(load,))) for load in loads]
+    summary = summarize(Metrics(tuple(records)))
+    assert summary is not None
+    (layer,) = summary.layers
+    assert layer.load == pytest.approx([0.25] * 4) and layer.imbalance == pytest.approx(2.8)
+    assert layer.load_entropy == pytest.approx(0.678, abs=1e-3)
+
+
+def test_the_last_smoothed_loss_is_of_the_last_record_and_a_fortieth_before_it() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    assert smoothed(values)[-1] == pytest.approx(values[-11:].mean())
 
 
 @pytest.mark.parametrize("broken", [(), (1,)])
