@@ -90,9 +90,9 @@ def main(arguments: list[str] | None = None) -> Any:
             )
         if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             name = str(error.filename)
+            name = name if len(name) <= 80 else f"{name[:80]}..."
             _end(
-                f"{name if len(name) <= 80 else name[:80] + '...'}: {error.strerror}; a path that the system can follow is required; name "
-                f"another.",
+                f"{name}: {error.strerror}; a path that the system can follow is required; name another.",
                 status=2,
             )
         if (
