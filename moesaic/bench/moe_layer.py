@@ -95,12 +95,14 @@ class MoELayerResult:
 
     seconds, dense_seconds: of one call; ratio: the median of the rounds' ratios. limit: what bounds the layer, "bytes"
     or "FLOPs"; share_of_limit: max(bytes / bandwidth, FLOPs / peak) / seconds, for required_bytes and
-    required_operations (touched_experts read once a pass). kernels: what computed it.
+    required_operations (touched_experts read once a pass). kernels: what computed it. dense_dtype: that of the dense
+    MLP's products, fp32 where torch's of bf16 are slower.
     """
 
     case: MoELayerCase
     seconds: float
     dense_seconds: float
+    dense_dtype: Literal["bf16", "fp32"]
     ratio: float
     share_of_limit: float
     limit: Literal["bytes", "FLOPs"]
@@ -146,6 +148,7 @@ def bench_moe_layer(case: MoELayerCase, *, seconds: float = 10.0, limits: Limits
         case=case,
         seconds=times.median("moe"),
         dense_seconds=times.median("dense"),
+        dense_dtype="fp32" if dense.dtype == torch.float32 else "bf16",
         ratio=times.ratio("moe", "dense"),
         share_of_limit=fastest_possible.share(times.median("moe")),
         limit=fastest_possible.limit,

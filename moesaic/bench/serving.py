@@ -288,10 +288,12 @@ class _Failure(Exception):
 
 @dataclass
 class _Answer:
-    """What has come of an answer: when each chunk came, whether it had text, and the server's counts."""
+    """What has come of an answer: when each chunk came, whether it had text, whether it said that the answer is over,
+    and the server's counts."""
 
     times: list[float] = field(default_factory=list)
     has_text: list[bool] = field(default_factory=list)
+    has_end: list[bool] = field(default_factory=list)
     usage: dict[str, Any] | None = None
     is_finished: bool = False
 
@@ -311,7 +313,8 @@ class _Answer:
                 raise _Failure("broken_stream", _shortened(json.dumps(event)))
             self.times.append(now)
             self.has_text.append(bool(choice.get("text")))
-            self.is_finished = self.is_finished or choice.get("finish_reason") is not None
+            self.has_end.append(choice.get("finish_reason") is not None)
+            self.is_finished = self.is_finished or self.has_end[-1]
 
     def count(self, key: str) -> int | None:
         value = (self.usage or {}).get(key)
@@ -325,13 +328,18 @@ class _Answer:
     def chunk_seconds(self, begin: float) -> tuple[float, ...]:
         """Return the times of the chunks that carried tokens.
 
-        A chunk without text may carry tokens (half a character) or none (a server's last word). As many of them as
-        there are more chunks than tokens carried none, the last ones.
+        A chunk without text may carry tokens (half a character) or none (a server's first or last word). As many of
+        them as there are more chunks than tokens carried none, the last ones. Where there are fewer chunks than tokens
+        that says nothing: those before all text are then taken for the first word, and one that ends the answer for
+        the last.
         """
-        output_tokens = self.count("completion_tokens")
-        surplus = 0 if output_tokens is None else max(0, len(self.times) - output_tokens)
+        output_tokens = self.count("completion_tokens") or 0
         without_text = [place for place, has_text in enumerate(self.has_text) if not has_text]
-        dropped = set(without_text[::-1][:surplus])
+        if len(self.times) >= output_tokens > 0:
+            dropped = set(without_text[::-1][: len(self.times) - output_tokens])
+        else:
+            first = self.has_text.index(True) if True in self.has_text else 0
+            dropped = {place for place in without_text if place < first or self.has_end[place]}
         kept = [time for place, time in enumerate(self.times) if place not in dropped]
         return tuple(time - begin for time in kept or self.times)
 

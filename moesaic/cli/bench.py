@@ -78,7 +78,8 @@ def moe_layer(
 ) -> None:
     """Time one MoE layer against a dense MLP of the same active FLOPs, and against the machine's limit.
 
-    Without --backward it infers with packed weights; with it, it trains. The dense MLP is PyTorch's, in bf16.
+    Without --backward it infers with packed weights; with it, it trains. The dense MLP is PyTorch's, in bf16, or in
+    fp32 where that is faster.
 
     Example: moesaic bench moe-layer --tokens 4096 --experts 128 --top-k 1 --backward
     """
@@ -348,7 +349,8 @@ def _print_moe_layer(result: "MoELayerResult") -> None:
         f"{result.seconds * 1e3:.3f} ms, median of {result.rounds} ({result.fastest_seconds * 1e3:.3f} to "
         f"{result.slowest_seconds * 1e3:.3f}); {result.kernels}, {counted(result.threads, 'thread')}",
     )
-    table.add_row("dense MLP of the same active FLOPs", f"{result.dense_seconds * 1e3:.3f} ms (PyTorch, bf16)")
+    dense = f"{result.dense_seconds * 1e3:.3f} ms (PyTorch, {result.dense_dtype})"
+    table.add_row("dense MLP of the same active FLOPs", dense)
     table.add_row("ratio to dense", f"{result.ratio:.3f}")
     table.add_row(
         "share of the limit",

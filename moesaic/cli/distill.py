@@ -131,7 +131,7 @@ def _write_cache(
             f"Cached teacher {config.distill.cache}: {report.top_k} tokens of each of {report.num_windows:,} windows, "
             f"{report.num_bytes / 1e6:,.1f} MB ({report.bytes_per_token:.0f} bytes per token); "
             f"{report.rest:.2%} of the probability is in the rest, the divergence {report.approximation_kl:.4f} nats "
-            f"too low at most for a student that knows nothing of it."
+            f"too low for a student that knows nothing of it."
         )
 
 

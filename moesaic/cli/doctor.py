@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesaic.cli.console import open_console
-from moesaic.control_groups import memory_limit_bytes, read_text
+from moesaic.control_groups import memory_limit_bytes, memory_room_bytes, read_text
 from moesaic.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _examine_torch() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _examine_memory() -> dict[str, int | None]:
-    """Return bytes: of the machine, available now, and the container's limit where there is one."""
+    """Return bytes: of the machine, available to this process now, and the container's limit where there is one."""
     values = dict(re.findall(r"^(\w+):\s*(\d+) kB", read_text(Path("/proc/meminfo")), re.MULTILINE))
     total = int(values["MemTotal"]) << 10 if "MemTotal" in values else None
     if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -159,8 +159,10 @@ def _examine_memory() -> dict[str, int | None]:
     limit = memory_limit_bytes()
     if limit is not None and total is not None and limit >= total:
         limit = None
-    available = int(values["MemAvailable"]) << 10 if "MemAvailable" in values else None
-    return {"total_bytes": total, "available_bytes": available, "limit_bytes": limit}
+    rooms = [int(values["MemAvailable"]) << 10] if "MemAvailable" in values else []
+    if (room := memory_room_bytes()) is not None:
+        rooms.append(room)
+    return {"total_bytes": total, "available_bytes": min(rooms, default=None), "limit_bytes": limit}
 
 
 def _examine_allocator() -> dict[str, Any]:
@@ -440,8 +442,8 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
             f"{cpu['model']} has no instructions for bf16, so training in bf16 may be slower than in fp32",
             "time a short run of either, and train with --set precision=fp32 where that is faster",
         )
-    room = min(value for value in (memory["available_bytes"], memory["limit_bytes"], 1 << 62) if value is not None)
-    if room < _QUICKSTART_BYTES:
+    room = memory["available_bytes"]
+    if room is not None and room < _QUICKSTART_BYTES:
         add(
             f"{_gigabytes(room)} of memory are available; the quickstart takes up to {_gigabytes(_QUICKSTART_BYTES)}",
             "close other programs, or raise the container's memory limit",

@@ -10,6 +10,7 @@ from moesaic.config.model import FeedForwardConfig, ModelConfig
 
 _BF16_BYTES = 2
 _FP32_BYTES = 4
+_CACHE_PANEL = 32  # channels to which caches of keys and values are filled up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,11 +241,15 @@ def _attention_norms(config: ModelConfig) -> int:
 
 
 def _cached_per_token(config: ModelConfig) -> int:
-    """Return the numbers that a layer's cache holds of a token."""
+    """Return the numbers that a layer's cache holds of a token, rows filled up as it stores them."""
     latent = config.latent_attention
     if latent is not None:
-        return latent.kv_rank + latent.rope_head_dim
-    return 2 * config.num_kv_heads * config.head_dim
+        return _filled(latent.kv_rank + latent.rope_head_dim)
+    return 2 * config.num_kv_heads * _filled(config.head_dim)
+
+
+def _filled(channels: int) -> int:
+    return -(-channels // _CACHE_PANEL) * _CACHE_PANEL
 
 
 def _attention_biases(config: ModelConfig) -> int:

@@ -102,8 +102,8 @@ def write_report(path: Path, teacher: Stage, student: Stage, *, data_folder: Pat
         ),
     ]
     lead = (
-        f"A Pyramid-Residual MoE trained on {teacher.config.tokens:,} tokens of State of the Union addresses, and a "
-        f"Mixture-of-Students distilled from it."
+        f"A Pyramid-Residual MoE trained on {teacher.config.total_tokens:,} tokens of State of the Union addresses, "
+        f"and a Mixture-of-Students distilled from it."
     )
     return write_page(path, title="moesaic quickstart", lead=lead, sections=sections)
 

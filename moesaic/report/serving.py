@@ -58,8 +58,8 @@ class RequestResult:
 
     @property
     def tpot_seconds(self) -> float | None:
-        """Time per output token behind the first; None where there is no second."""
-        if self.output_tokens is None or self.output_tokens < 2 or not self.chunk_seconds:
+        """Time from the first chunk to the last for each token behind the first; None where there is no second."""
+        if self.output_tokens is None or self.output_tokens < 2 or len(self.chunk_seconds) < 2:
             return None
         return (self.chunk_seconds[-1] - self.chunk_seconds[0]) / (self.output_tokens - 1)
 
@@ -68,7 +68,7 @@ class RequestResult:
         return self.end_seconds - self.sent_seconds
 
     def is_good(self, *, ttft_limit_seconds: float, tpot_limit_seconds: float) -> bool:
-        """Whether it was answered, and within both limits; an answer of one token has no TPOT to be judged by."""
+        """Whether it was answered, and within both limits; an answer in one chunk has no TPOT to be judged by."""
         if self.error is not None or self.ttft_seconds is None:
             return False
         return self.ttft_seconds <= ttft_limit_seconds and (self.tpot_seconds or 0.0) <= tpot_limit_seconds

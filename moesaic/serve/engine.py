@@ -579,7 +579,9 @@ class Engine:
             if text.finish_reason is None:  # a text that ends says nothing of the tokens behind its end
                 self._depth.record_check(len(work.drafted), accepted)
             self._counts["drafted"] += len(work.drafted)
-            self._counts["accepted"] += accepted
+            # One that ends its text is right too, and no token of the model's own comes behind it.
+            right = (token.token_id == draft for token, draft in zip(tokens, work.drafted, strict=False))
+            self._counts["accepted"] += sum(right)
         if is_whole_prompt:
             self._counts["prompt"] += sequence.num_prompt
             self._counts["cached"] += sequence.num_cached or 0

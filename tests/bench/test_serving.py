@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -188,6 +188,16 @@ def test_a_chunk_may_hold_several_tokens(run: Run) -> None:
     result = run(answered_by(script), ONE)
     assert only(result).tpot_seconds == pytest.approx(0.1)
     assert result.summary().tokens_per_chunk == 2.0
+
+
+def test_first_and_last_words_without_text_are_no_tokens_beside_chunks_of_several(run: Run) -> None:
+    def script(body: Body) -> Script:
+        begin: Script = [0.1, event(""), 0.4, event("xx")]
+        return [*begin, 0.3, event("xx"), 0.2, event("", finish="length"), *last_words(body)]
+
+    result = run(answered_by(script), replace(ONE, output_tokens=(6, 6)))
+    assert only(result).chunk_seconds == pytest.approx([0.5, 0.8])
+    assert only(result).ttft_seconds == pytest.approx(0.5) and result.summary().tokens_per_chunk == 3.0
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])

@@ -396,7 +396,7 @@ def test_a_healthy_machine_has_no_problem() -> None:
         ("torch", {"threads": 8}, "8 threads on 2", "OMP_NUM_THREADS=2", False),
         ("torch", {"threads": 1}, "1 thread of 2", "unset OMP_NUM_THREADS", False),
         ("memory", {"available_bytes": 1 << 30}, "1.1 GB", "close other programs", False),
-        ("memory", {"limit_bytes": 2 << 30}, "2.1 GB", "container", False),
+        ("memory", {"available_bytes": 2 << 30, "limit_bytes": 8 << 30}, "2.1 GB", "container", False),
         ("allocator", {"is_tuned": False, "explanation": "left as you set it"}, "left as you set it", "unset", False),
         ("allocator", {"huge_pages": "never"}, "switched off", "echo madvise", False),
         ("cpu_kernels", {"error": "amx is not here"}, "amx is not here", "unset MOESAIC_KERNELS", True),

@@ -225,10 +225,10 @@ def test_memory_of_weights_state_and_cache() -> None:
     count = count_parameters(config)
     in_blocks = total - count.embedding - (0 if count.is_tied else count.output)
     assert memory(config, optimizer="muon").training_state_bytes == 16 * total - 4 * in_blocks, "one moment there"
-    assert estimate.kv_cache_bytes_per_token == 5 * 2 * (2 * 10) * 2, "layers, keys and values, kv heads, bf16"
+    assert estimate.kv_cache_bytes_per_token == 5 * 2 * (2 * 32) * 2, "layers, keys and values, kv heads, bf16"
     assert (estimate.micro_batch_size, estimate.sequence_length) == (1, 33)
     latent = memory(ModelConfig(**{**BASE, **ODD["latent attention"]}))
-    assert latent.kv_cache_bytes_per_token == 5 * (9 + 4) * 2, "layers, latent and rotary key, bf16"
+    assert latent.kv_cache_bytes_per_token == 5 * 32 * 2, "layers, latent and rotary key, bf16"
 
 
 def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing(config: ModelConfig) -> None:

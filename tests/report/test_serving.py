@@ -49,6 +49,7 @@ def test_a_requests_times() -> None:
     assert STEADY.tpot_seconds == pytest.approx(0.2) and STEADY.end_to_end_seconds == pytest.approx(1.7)
     assert SINGLE.ttft_seconds == 0.5 and SINGLE.tpot_seconds is None
     assert FAILED.ttft_seconds is None and FAILED.tpot_seconds is None
+    assert replace(STEADY, chunk_seconds=(3.0,)).tpot_seconds is None  # all at once, which is no rate
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from moesaic.model.generate import generate
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
+from moesaic.plan.cost import memory
 from moesaic.serve import expert_load
 from moesaic.serve.depth import DepthChooser
 from moesaic.serve.engine import Engine
@@ -686,6 +687,23 @@ def test_a_draft_that_is_right_saves_passes(
 
 
 @needs_kernels
+@pytest.mark.parametrize(("ends_at", "right"), [(2, 1), (3, 2), (4, 3), (5, 3), (6, 4)])
+def test_a_right_draft_that_ends_its_text_is_counted(
+    ends_at: int, right: int, make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DepthChooser, "choose", lambda self, num_sequences: self.max_depth)
+    model = make_model("dense", "packed-bf16")
+    speculation = SpeculationConfig(method="model", model="by hand", max_tokens=3)
+    engine = Engine(model, tokenizer, EngineConfig(speculation=speculation), draft_model=model)
+    drawn = Sampling(max_tokens=20, temperature=1.0, seed=1, ignore_end_of_text=True)
+    text = run_one(engine, [1, 2, 3], drawn)
+    assert text.ids.index(text.ids[ends_at - 1]) == ends_at - 1
+    before = engine.stats().num_accepted_tokens
+    run_one(engine, [1, 2, 3], drawn.replace(stop_token_ids=(text.ids[ends_at - 1],)))
+    assert engine.stats().num_accepted_tokens - before == right  # one from the prompt, then four a pass
+
+
+@needs_kernels
 def test_what_a_draft_failed_to_compute_it_computes_later(
     make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -927,3 +945,20 @@ def test_several_requests_are_taken_in_all_or_none(make_model: Make, tokenizer: 
             engine.add_requests([[1], [2]], GREEDY, request_ids=ids)
     engine.add_requests([[1], [2]], GREEDY.replace(max_tokens=1), request_ids=["a", "b"])
     assert {each.request_id for each in engine.step()} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 80},
+        {"head_dim": 64},
+        {"latent_attention": {"kv_rank": 70, "nope_head_dim": 8, "rope_head_dim": 4, "value_head_dim": 8}},
+    ],
+)
+def test_the_planned_memory_of_keys_and_values_is_what_a_block_takes(changes: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(
+        {"vocab_size": 320, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "max_positions": 64, **changes}
+    )
+    model = Transformer(config).bfloat16()
+    planned = memory(config, micro_batch_size=1, sequence_length=64)
+    assert block_bytes(model, block_size=32, dtype=torch.bfloat16) == 32 * planned.kv_cache_bytes_per_token

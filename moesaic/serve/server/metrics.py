@@ -107,7 +107,7 @@ class _EngineGauges:
         ):  # fmt: skip
             yield GaugeMetricFamily(f"moesaic_{name}", help_text, value=float(value))
         for name, help_text, count in (
-            ("steps", "Forward passes.", stats.num_steps),
+            ("steps", "Passes of the model for texts, without those for embeddings.", stats.num_steps),
             (
                 "prompt_tokens",
                 "Tokens of prompts, of each of n texts and of embeddings.",
