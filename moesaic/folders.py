@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
+from typing import Any
 
 from moesaic.errors import ConfigError, FolderInUseError
 from moesaic.logs import logger
@@ -93,6 +94,17 @@ def writing_name(path: Path) -> Path:
     return path.with_name(f".writing-{path.name}")
 
 
+def load_json(path: Path) -> Any:
+    """Return what a JSON file in UTF-8 holds.
+
+    Raises: OSError; ValueError for what is none, or is nested more deeply than Python reads it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def writing_path(path: Path) -> Path:
     """Return where a file or a folder is written before it takes its name; a process that is killed leaves it there.
 
@@ -170,8 +182,8 @@ def _unlike_a_file(path: Path) -> str | None:
 
 def _has_model_type(config: Path) -> bool:
     try:
-        values = json.loads(config.read_bytes()) if config.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        values = load_json(config) if config.is_file() else None
+    except (OSError, ValueError):
         return False
     return isinstance(values, dict) and "model_type" in values
 

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from moesaic.errors import ConfigError, FolderInUseError
-from moesaic.folders import FolderLock, check_can_be_written, is_being_written, run_name, split_run, write_whole
+from moesaic.folders import (
+    FolderLock,
+    check_can_be_written,
+    is_being_written,
+    load_json,
+    run_name,
+    split_run,
+    write_whole,
+)
 
 fcntl = pytest.importorskip("fcntl", reason="no locks of the system")
 
@@ -192,3 +200,12 @@ def test_a_link_where_a_file_is_written_first_is_neither_followed_nor_deleted(tm
     with pytest.raises(ConfigError, match=r"out cannot be written \(a link has the name .*\); .*; name another"):
         check_can_be_written(tmp_path / "out")
     assert link.is_symlink() and (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[" * 100_000, b"\xff{}"])
+def test_what_is_no_json_is_a_wrong_value_however_deep(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"."):
+        load_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"a": ["é"]}', encoding="utf-8")
+    assert load_json(tmp_path / "x.json") == {"a": ["é"]}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from moesaic.errors import CheckpointError
-from moesaic.folders import foreign_model, split_run, sync
+from moesaic.folders import foreign_model, load_json, split_run, sync
 from moesaic.logs import logger
 
 if TYPE_CHECKING:  # listing a run's checkpoints needs no torch
@@ -154,7 +154,7 @@ def read_info(path: Path) -> CheckpointInfo:
     Raises: CheckpointError when it is missing, not JSON, or of another format version.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = load_json(path / "manifest.json")
         version = manifest["format_version"]
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -172,7 +172,7 @@ def read_info(path: Path) -> CheckpointInfo:
             f"{path} cannot be read ({error.strerror}); its user or a readable folder is required; check its "
             f"permissions."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
             f"{path} has no readable manifest.json ({error!r}); a complete checkpoint is required; delete the "
             f"folder or use another step."

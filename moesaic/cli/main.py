@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -18,6 +19,8 @@ from moesaic.cli.start import heed_termination
 from moesaic.errors import MoesaicError
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.threads import limit_threads, spin_briefly
+
+_LEAST_COLUMNS = 20  # of a terminal, in which something can be read
 
 app = typer.Typer(
     name="moesaic",
@@ -68,6 +71,12 @@ def main(arguments: list[str] | None = None) -> Any:
     Where memory is refused, or standard output has no room left, a full disk say, the status is 1.
     """
     heed_termination()
+    if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) < _LEAST_COLUMNS:
+        del os.environ["COLUMNS"]  # 0 is "not known" to those that set it, and tables of no width to rich
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # in which torch's libraries end the process
+        _end("the folder that this was started in is gone; one that exists is required; cd to one.", status=2)
     # Before torch is loaded and allocates anything.
     limit_threads()
     spin_briefly()
@@ -80,6 +89,12 @@ def main(arguments: list[str] | None = None) -> Any:
     except MoesaicError as error:
         _end(f"{type(error).__name__}: {error}", status=2)
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        if "can't start new thread" in str(error):
+            _end(
+                "the system allows this user, or this container, no more threads; a few for each processor are "
+                "required; end other programs, or raise the limit (ulimit -u, a container's limit on processes).",
+                status=1,
+            )
         if (message := _refused_memory(error)) is not None:
             _end(message, status=1)
         if isinstance(error, PermissionError) and error.filename is not None:
@@ -115,7 +130,7 @@ def _refused_memory(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     is_known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     words = error.strerror if isinstance(error, OSError) and error.strerror else text  # a file may have any name
-    refusals = r"allocate memory|bad_alloc|out of memory|can't start new thread|failed to map segment"
+    refusals = r"allocate memory|bad_alloc|out of memory|failed to map segment"
     if not is_known and not re.search(refusals, words):
         return None
     asked = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", text)

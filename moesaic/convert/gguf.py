@@ -117,7 +117,12 @@ def read_gguf_config(source: GgufFile) -> tuple[str, ModelConfig, tuple[TensorRu
         if name.startswith(f"{architecture}.")
     }
     family = next((each for each in GGUF_FAMILIES if each.is_form_of(architecture, keys)), None)
-    if family is None or EMBEDDING not in source.layout:
+    if EMBEDDING not in source.layout:
+        raise ConversionError(
+            f"{source.path} holds {len(source.layout)} tensors and no {EMBEDDING}; a whole language model is required; "
+            f"fetch it again, or name its file."
+        )
+    if family is None:
         known = ", ".join(dict.fromkeys(each.architecture for each in GGUF_FAMILIES))
         raise ConversionError(
             f"{source.path} is of architecture {architecture!r}{' with experts' if keys.get('expert_count') else ''}; "

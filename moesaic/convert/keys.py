@@ -42,13 +42,14 @@ class Keys:
     def take(self, *names: str, default: Any = REQUIRED) -> Any:
         """Return the value that these names of one thing have, and count all of them as understood."""
         found = {name: self._left.pop(name) for name in names if name in self._left}
-        if any(value != next(iter(found.values())) for value in found.values()):
+        first = next(iter(found.values()), None)
+        if any(value != first and value is not first for value in found.values()):  # NaN is not even itself
             said = " and ".join(f"{name} is {value!r}" for name, value in found.items())
             raise ConversionError(
                 f"{self.where}: {said}; these are names of one thing, which has one value; remove one that is wrong."
             )
         if found:
-            return next(iter(found.values()))
+            return first
         if default is REQUIRED:
             raise ConversionError(
                 f"{self.where} has no {names[0]}; this family of models requires it; complete the file from where the "

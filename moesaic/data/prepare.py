@@ -34,7 +34,7 @@ from moesaic.data.shards import (
 from moesaic.data.sources import TEXT_FIELD, Leaf, open_sources
 from moesaic.data.tokenizer import DEFAULT_SAMPLE_BYTES, DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConfigError, DataError
-from moesaic.folders import FolderLock, write_whole, writing_path
+from moesaic.folders import FolderLock, load_json, write_whole, writing_path
 from moesaic.logs import logger
 
 DEFAULT_SHARD_TOKENS = 2**26
@@ -358,7 +358,7 @@ def _read_progress(folder: Path, input_fingerprint: str) -> _ProgressState | Non
             )
         return None
     try:
-        state = _ProgressState(**json.loads(file.read_text(encoding="utf-8")))
+        state = _ProgressState(**load_json(file))
     except (ValueError, TypeError, ConfigError):
         raise DataError(f"{file} is damaged; it says where to continue; delete {folder} and run again.") from None
     if state.input_fingerprint != input_fingerprint:

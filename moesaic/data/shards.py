@@ -8,7 +8,6 @@ the end-of-text token, which occurs nowhere else.
 """
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moesaic.config.base import Config
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
+from moesaic.folders import load_json
 from moesaic.logs import logger
 
 MANIFEST_NAME = "manifest.json"
@@ -51,6 +51,13 @@ class SplitRecord(Config):
     num_documents: int = Field(default=0, ge=0)
     num_tokens: int = Field(default=0, ge=0)
     num_bytes: int = Field(default=0, ge=0, description="of UTF-8 text")
+
+    @model_validator(mode="after")
+    def _check(self) -> "SplitRecord":
+        count = sum(shard.num_tokens for shard in self.shards)
+        if self.num_tokens != count:
+            raise ConfigError(f"num_tokens is {self.num_tokens} and the shards' are {count} together")
+        return self
 
 
 class SourceRecord(Config):
@@ -192,7 +199,6 @@ class ShardSet:
         manifest = read_manifest(folder)
         width = np.dtype(manifest.dtype).itemsize
         for split in (manifest.train, manifest.validation):
-            assert split.num_tokens == sum(shard.num_tokens for shard in split.shards), split
             for shard in split.shards:
                 _check_size(folder / shard.file, shard, width)
         if manifest.train.num_tokens == 0:
@@ -285,7 +291,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         raise DataError(f"{folder} has no {MANIFEST_NAME}; a folder of token shards is required; {remedy}")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = load_json(file)
         if not isinstance(values, dict):
             raise ValueError("no object")
         return Manifest(**values)

@@ -28,7 +28,7 @@ from moesaic.data.shards import ShardSet, hash_file
 from moesaic.distill.loss import TeacherTopK
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import ConfigError, DataError, MoesaicError
-from moesaic.folders import FolderLock, sync, write_whole, writing_path
+from moesaic.folders import FolderLock, load_json, sync, write_whole, writing_path
 from moesaic.logs import OnProgress, no_progress
 
 MANIFEST_NAME = "manifest.json"
@@ -413,7 +413,7 @@ def _progress(folder: Path) -> dict[str, Any] | None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = load_json(file)
         if isinstance(values, dict) and not {"key", "report"} & set(values):
             # A prepared corpus has files of these names.
             raise DataError(

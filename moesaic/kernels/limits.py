@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from moesaic.control_groups import memory_room_bytes, read_text, usable_processors
 from moesaic.errors import DeviceError
+from moesaic.folders import load_json
 from moesaic.logs import logger
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ def _digest(identity: dict[str, str | int]) -> str:
 def _read(path: Path, identity: dict[str, str | int]) -> Limits | None:
     """Return an earlier measurement; a file that cannot be one is said and measured anew."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path)
         if not isinstance(values, dict) or set(values) != {field.name for field in fields(Limits)}:
             raise ValueError("its keys are not those of a measurement")
         for key, value in values.items():
@@ -276,7 +277,7 @@ def _is_plausible(key: str, value: object) -> bool:
     if value is None:
         return key in ("int8_operations_per_second", "torch_int8_operations_per_second")
     kind = int if key == "buffer_bytes" else float
-    return type(value) is kind and math.isfinite(value) and value > 0
+    return type(value) is kind and 0 < value < math.inf
 
 
 @dataclass(frozen=True)

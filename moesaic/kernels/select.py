@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 
@@ -171,12 +172,18 @@ def _select(choice: str) -> Selection:
                 "--build-all`)"
             )
     failures = [f"; {name} is not built" for name in supported if name not in usable]
+    told: set[str] = set()
     for name in usable:
         try:
             return Selection(_load(name), f"the best of {', '.join(supported)}" + "".join(failures))
         except DeviceError as error:
-            logger.warning(str(error))
-            failures.append(f"; {name} failed")
+            message = str(error)
+            if message in told:
+                failures.append(f"; {name} failed too")
+                continue
+            told.add(message)
+            logger.warning(message)
+            failures.append(f"; {name} failed: {shorten(message.partition(';')[0], 100, placeholder='...')}")
     return Selection(None, "no set of kernels works here: " + "".join(failures).strip("; "))
 
 

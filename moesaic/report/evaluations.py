@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MoesaicError
-from moesaic.folders import write_whole
+from moesaic.folders import load_json, write_whole
 from moesaic.report.json_values import json_values
 
 FOLDER = "evaluations"
@@ -117,7 +117,7 @@ def read_results(run_folder: str | Path, *, step: int | None = None) -> list[Tas
     results = []
     for path in sorted(folder.glob(f"{pattern}/*.json")):
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = load_json(path)
             if values["kind"] == _KIND:
                 results.append(TaskResult.from_json(values))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -361,7 +361,10 @@ def _to_json_number(value: float) -> float | str:
 
 def _number(name: str, value: Any) -> float:
     if type(value) is float or type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _BadRecord(f"{name} is a whole number of more digits than a float has") from None
     if isinstance(value, str) and value in _NON_FINITE:
         return _NON_FINITE[value]
     raise _BadRecord(f"{name} is {value!r}, not a number")

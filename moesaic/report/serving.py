@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from moesaic.errors import DataError
-from moesaic.folders import write_whole
+from moesaic.folders import load_json, write_whole
 
 _KIND = "serving"
 
@@ -217,13 +217,13 @@ def read_serving(path: Path) -> ServingResult:
     Raises: DataError for another file.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path)
         return ServingResult.from_json(values)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); a result of `moesaic bench serve` is required; name one."
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is no result of `moesaic bench serve` ({type(error).__name__}: {error}); one is required; name a "
             f"file that --output wrote."

@@ -101,6 +101,38 @@ def test_memory_that_is_refused_is_told_without_a_traceback(
     )
 
 
+def test_threads_that_are_refused_are_not_called_memory(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("moesaic.config.load.read_values", refused)
+    result = cli("train", "dense-tiny", "--output", "unused")
+    assert result.status == 1 and result.err.count("\n") == 1
+    assert re.search("no more threads; .* are required; .*ulimit -u", result.err) and "memory" not in result.err
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    code = "import os, sys; os.rmdir('../gone'); from moesaic.cli.main import main; main(['--version'])"
+    command = [sys.executable, "-P", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    result = subprocess.run(
+        command, cwd=tmp_path / "gone", env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "the folder that this was started in is gone; one that exists is required; cd to one.\n"
+
+
+@pytest.mark.parametrize(("columns", "is_taken"), [("0", False), ("1", False), ("30", True), ("x", False)])
+def test_a_terminal_without_width_is_not_believed(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, columns: str, is_taken: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    out = cli("inspect", "dense-tiny").out
+    assert "parameters" in out
+    assert (max(len(line) for line in out.splitlines()) <= 30) is is_taken
+
+
 def test_the_name_of_a_file_is_not_taken_for_refused_memory(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "out of memory.yaml")

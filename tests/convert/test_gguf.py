@@ -351,6 +351,7 @@ ONES = np.ones(24, np.float32)
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan"),
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon is 'x'"),
         ({"llama.rope.freq_base": 0.0}, "rope.freq_base is 0.0"),
+        ({"llama.rope.freq_base": float("nan")}, "rope.freq_base is nan; .*finite number"),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "scaling.type is 'longrope'; none"),
         (
             {

@@ -146,12 +146,24 @@ def test_folders_that_are_not_prepared_are_told_apart(tmp_path: Path) -> None:
         ShardSet.open(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "dtype": "int8"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "dtype": "int8"}', "[" * 100_000])
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"manifest\.json is damaged or of another version .*; name another") as caught:
         ShardSet.open(tmp_path)
     assert "delete" not in str(caught.value)  # the folder may be anybody's: so many things have a manifest.json
+
+
+@pytest.mark.parametrize("change", [{"num_tokens": 7}, {"shards": []}])
+def test_a_manifest_whose_sums_are_not_its_shards_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, change: dict[str, Any]
+) -> None:
+    write_folder(tmp_path, tokenizer)
+    values = json.loads((tmp_path / "manifest.json").read_text())
+    values["train"] |= change
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"manifest\.json is damaged .*num_tokens is \d+ and the shards' are \d+"):
+        ShardSet.open(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train-00000.bin", "validation-00000.bin"])

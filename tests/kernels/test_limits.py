@@ -217,11 +217,12 @@ def test_another_number_of_threads_is_another_measurement(tmp_path: Path, fake: 
         {"bf16_flops_per_second": None},
         {"buffer_bytes": 0},
         {"buffer_bytes": 1e9},
+        b"[" * 100_000,
         {"kernels": "another"},
         {"name": "another processor"},
         {"unknown": 1.0},
     ],
-    ids=str,
+    ids=lambda damage: str(damage)[:40],
 )
 def test_a_damaged_cache_is_measured_anew_with_a_log_line(
     damage: bytes | dict[str, object], tmp_path: Path, fake: list[float], caplog: pytest.LogCaptureFixture

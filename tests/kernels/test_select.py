@@ -123,10 +123,27 @@ def test_a_failing_compiler_is_quoted_and_pytorch_used(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     select._select.cache_clear()
     with caplog.at_level("WARNING", "moesaic"), select.forced("auto") as selection:
-        assert selection.name == "reference" and SUPPORTED[0] in selection.reason
+        assert selection.name == "reference" and f"{SUPPORTED[0]} failed: compiling the CPU k" in selection.reason
     assert "unrecognized option" in caplog.text and "MOESAIC_KERNELS=reference" in caplog.text
     with pytest.raises(DeviceError, match="unrecognized option"), select.forced(SUPPORTED[0]):
         pass
+
+
+@needs_kernels
+@pytest.mark.skipif(len(SUPPORTED) < 2, reason="more than one set of instructions is required")
+def test_what_holds_for_every_set_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(name: str) -> None:
+        raise DeviceError("the cache cannot be written; a folder is required; name one.")
+
+    monkeypatch.setattr(select, "_load", refuse)
+    select._select.cache_clear()
+    with caplog.at_level("WARNING", "moesaic"), select.forced("auto") as selection:
+        pass
+    select._select.cache_clear()
+    assert caplog.text.count("the cache cannot be written") == 1
+    assert f"{SUPPORTED[0]} failed: the cache cannot be written; {SUPPORTED[1]} failed too" in selection.reason
 
 
 @needs_kernels

@@ -104,6 +104,7 @@ def test_only_a_cut_off_last_line_is_forgiven(make_run: Callable[..., Path]) -> 
     [
         ({"loss": None}, "loss is None, not a number"),
         ({"loss": "high"}, "loss is 'high', not a number"),
+        ({"loss": 10**400}, "loss is a whole number of more digits"),
         ({"step": 1.5}, "not an object with a kind and a step"),
         ({"tokens": True}, "tokens is True, not a whole number"),
         ({"kind": "guess"}, "its kind is 'guess'"),

@@ -472,6 +472,21 @@ def test_a_key_is_asked_for_and_kept_only_when_told(server: FakeServer, open_pag
     expect(page.locator("#status")).to_have_text("needs an API key")
 
 
+def test_a_key_is_taken_by_the_first_click(server: FakeServer, open_page: Any, expect: Any) -> None:
+    """The button stays where it is while it is pressed, though the field has been left by then."""
+    server.key = "secret"
+    page = open_page()
+    send(page, "Please")
+    expect(page.locator("#key-message")).to_contain_text("with an API key only")
+    for key, said in (("wrong", "does not take this key"), ("secret", "")):
+        page.get_by_label("API key").focus()
+        page.get_by_label("API key").fill("")
+        page.keyboard.type(key)
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#key-message")).to_have_text(re.compile(said) if said else "")
+    expect(page.locator(".answer")).to_have_text("".join(server.tokens))
+
+
 @pytest.mark.parametrize("told", [False, None])
 def test_a_model_without_a_chat_template_continues_text(
     server: FakeServer, open_page: Any, expect: Any, told: bool | None

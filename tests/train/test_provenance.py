@@ -23,7 +23,9 @@ def test_every_start_of_a_run_is_recorded_in_order(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"starts": 3}', '{"starts": [], "data_times": 3}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"starts": 3}', '{"starts": [], "data_times": 3}', "\x00", "[" * 100_000]
+)
 def test_an_unreadable_list_is_kept_and_a_new_one_begins(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import DataError, InstallationError
+from moesaic.folders import load_json
 
 Record = dict[str, Any]
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt")
@@ -47,11 +48,11 @@ def read_records(path: Path) -> Iterator[Record]:
                     f"it again."
                 )
             for file in files:
-                yield _object(json.loads(file.read_text(encoding="utf-8")), file)
+                yield _object(load_json(file), file)
         elif path.suffix == ".parquet":
             yield from _parquet(path)
         elif path.suffix == ".json":
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = load_json(path)
             for value in values if isinstance(values, list) else [values]:
                 yield _object(value, path)
         elif path.suffix in (".txt", ".raw"):

@@ -93,13 +93,16 @@ async function look() {
   }
 }
 
-/** Take the key of the form; return whether it is one that a request can carry. */
+/**
+ * Take the key of the form; return whether it is one that a request can carry. A message stays: leaving the field is the
+ * first half of a click on the button, which would not be there any more for the second.
+ */
 function useKey() {
   const key = byId("key").value.trim();
   const isKey = /^[!-~]*$/.test(key);
   api.key = isKey ? key : "";
   remember("sessionStorage", KEY, byId("keep-key").checked && api.key ? api.key : null);
-  byId("key-message").textContent = isKey ? "" : "Keys have letters, digits and signs of ASCII only, and no spaces.";
+  if (!isKey) byId("key-message").textContent = "Keys have letters, digits and signs of ASCII only, and no spaces.";
   return isKey;
 }
 
@@ -107,6 +110,7 @@ api.key = recall("sessionStorage", KEY) ?? "";
 byId("key").value = api.key;
 byId("keep-key").checked = api.key !== "";
 byId("key").addEventListener("change", useKey);
+byId("key").addEventListener("input", () => (byId("key-message").textContent = ""));
 byId("keep-key").addEventListener("change", useKey);
 byId("settings").addEventListener("input", () => (byId("settings-message").textContent = ""));
 const lookAgain = poll(look, POLL_SECONDS);
@@ -114,6 +118,7 @@ const lookAgain = poll(look, POLL_SECONDS);
 byId("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (!useKey()) return;
+  byId("key-message").textContent = "";
   byId("composer-text").focus();
   await lookAgain();
   chat.retryAfterKey();
