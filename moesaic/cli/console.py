@@ -1,4 +1,4 @@
-"""What commands print to: consoles, and JSON for those who read it with a program."""
+"""What commands print to: consoles, and JSON for programs."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -17,5 +17,7 @@ def open_console(*, stderr: bool = False) -> "Console":
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """Print a whole answer as JSON that a person can read too."""
-    typer.echo(json.dumps(values, indent=2, allow_nan=False))
+    """Print an answer as one line of JSON, with null for numbers that are not finite."""
+    from moesaic.report.json_values import json_values
+
+    typer.echo(json.dumps(json_values(values), allow_nan=False))

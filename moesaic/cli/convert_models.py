@@ -3,14 +3,13 @@
 Each parses, calls moesaic.convert and prints.
 """
 
-import json
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.console import open_console
+from moesaic.cli.console import open_console, print_json
 from moesaic.cli.progress import shown_progress
 from moesaic.cli.start import loading_modules
 
@@ -128,7 +127,7 @@ def verify(
 
 def _print(certificate: "Certificate", as_json: bool, last: str) -> None:
     if as_json:
-        typer.echo(json.dumps(certificate.to_json(), allow_nan=False))
+        print_json(certificate.to_json())
         return
     console = open_console()
     console.print(_table(certificate))

@@ -1,13 +1,12 @@
 """`moesaic convert quantize`: a run with matrices of 8 or 4 bits. Parses, calls moesaic.convert.quantize and prints."""
 
-import json
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.console import open_console
+from moesaic.cli.console import open_console, print_json
 from moesaic.cli.progress import shown_progress
 from moesaic.cli.start import loading_modules
 from moesaic.convert.defaults import CALIBRATION_TOKENS, MAX_KL, MAX_PERPLEXITY_RATIO, REPORT_TOKENS
@@ -109,7 +108,7 @@ def quantize(
             on_progress=show,
         )
     if as_json:
-        typer.echo(json.dumps({"output": str(output), **report.to_json()}, allow_nan=False))
+        print_json({"output": str(output), **report.to_json()})
         return
     console = open_console()
     console.print(_tables(report))

@@ -1,13 +1,12 @@
 """`moesaic convert upcycle`: experts for a dense run. Parses, calls moesaic.convert.upcycle and prints."""
 
-import json
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.console import open_console
+from moesaic.cli.console import open_console, print_json
 from moesaic.cli.lists import expert_counts, integers
 from moesaic.cli.progress import shown_progress
 from moesaic.cli.start import loading_modules
@@ -82,7 +81,7 @@ def upcycle(
             on_progress=show,
         )
     if as_json:
-        typer.echo(json.dumps({"output": str(output), **report.to_json()}))
+        print_json({"output": str(output), **report.to_json()})
         return
     console = open_console()
     console.print(_tables(report))

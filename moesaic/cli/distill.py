@@ -1,6 +1,5 @@
 """`moesaic distill`."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.console import open_console
+from moesaic.cli.console import open_console, print_json
 from moesaic.cli.lists import expert_counts
 from moesaic.cli.start import loading_modules
 from moesaic.cli.training import print_end, print_run, result_values, run_shown
@@ -108,7 +107,7 @@ def distill(
         print_end(result)
     report = None if result.stopped_by else try_report(output, device=device)
     if as_json:
-        typer.echo(json.dumps({**result_values(result), "report": None if report is None else report.to_json()}))
+        print_json({**result_values(result), "report": None if report is None else report.to_json()})
         return
     if report is not None:
         _print(report)

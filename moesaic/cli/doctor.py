@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.console import open_console
+from moesaic.cli.console import open_console, print_json
 from moesaic.control_groups import memory_limit_bytes, memory_room_bytes, read_text
 from moesaic.errors import DeviceError
 
@@ -65,7 +65,7 @@ def doctor(
     log_to_stderr()  # which says that kernels are being compiled, before a minute of silence
     findings = examine(measure=measure, build=build, build_all=build_all)
     if as_json:
-        typer.echo(json.dumps(findings, indent=2))
+        print_json(findings)
     else:
         _print(findings, open_console())
     if any(problem["is_fatal"] for problem in findings["problems"]):

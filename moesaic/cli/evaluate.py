@@ -1,13 +1,12 @@
 """`moesaic evaluate`: how well runs predict a text, solve tasks, and share domains among their experts."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.console import open_console
+from moesaic.cli.console import open_console, print_json
 from moesaic.cli.progress import shown_progress
 from moesaic.cli.start import loading_modules
 from moesaic.errors import ConfigError
@@ -175,21 +174,24 @@ def evaluate(
             )  # fmt: skip
             found = measure_perplexity(loaded.model, windows, device=loaded.device)
             texts.append((run, found))
-            _print_json(as_json, _text_to_json(run, loaded, text, found))
+            if as_json:
+                print_json(_text_to_json(run, loaded, text, found))
         if settings is not None:
             scorer = EngineScorer(loaded.model, loaded.tokenizer, BatchedScorer(loaded.model))
             for result in run_tasks(
                 run, loaded, settings, scorer=scorer, keep=keep, keep_samples=samples, progress=progress
             ):
                 results.append(result)
-                _print_json(as_json, result.to_json())
+                if as_json:
+                    print_json(result.to_json())
         if domains is not None:
             usage = run_domains(
                 run, loaded, domains, label_field=domain_field or "domain", text_field=text_field or TEXT_FIELD,
                 most_documents=domain_documents, keep=keep, progress=progress,
             )  # fmt: skip
             usages.append((run, usage))
-            _print_json(as_json, _domains_to_json(run, loaded, usage))
+            if as_json:
+                print_json(_domains_to_json(run, loaded, usage))
         return loaded.info.run_folder
 
     is_kept = keep and (tasks or domains) is not None
@@ -244,13 +246,6 @@ def _domains_to_json(run: str, loaded: "LoadedModel", usage: "DomainUsage") -> d
     from moesaic.evaluate.domains import domains_to_json
 
     return {"run": run, "step": loaded.info.step, **domains_to_json(usage)}
-
-
-def _print_json(as_json: bool, values: dict[str, Any]) -> None:
-    from moesaic.report.json_values import json_values
-
-    if as_json:
-        typer.echo(json.dumps(json_values(values), allow_nan=False))
 
 
 def _print_tables(

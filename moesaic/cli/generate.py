@@ -1,12 +1,12 @@
 """`moesaic generate`."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.console import print_json
 from moesaic.cli.start import loading_modules
 from moesaic.errors import ConfigError
 
@@ -66,7 +66,7 @@ def generate(
     if as_json:
         ids = list(tokens)
         text = "".join(_pieces(tokenizer, prompt_ids, ids))
-        typer.echo(json.dumps({"prompt": prompt, "text": text, "token_ids": ids}))
+        print_json({"prompt": prompt, "text": text, "token_ids": ids})
         return
     typer.echo(prompt, nl=False)
     for piece in _pieces(tokenizer, prompt_ids, tokens):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.console import open_console
+from moesaic.cli.console import open_console, print_json
 from moesaic.cli.progress import ends_on_interrupt
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ def prepare(
 
     Example: moesaic prepare books/ news.jsonl.gz --output data/mine --vocab-size 16384
     """
-    import json
 
     from moesaic.data.prepare import prepare as prepare_folder
     from moesaic.logs import log_to_stderr
@@ -75,7 +74,7 @@ def prepare(
             on_progress=show,
         )
     if as_json:
-        typer.echo(json.dumps({"output": str(output), "fingerprint": manifest.fingerprint, **manifest.to_dict()}))
+        print_json({"output": str(output), "fingerprint": manifest.fingerprint, **manifest.to_dict()})
         return
     console = open_console()
     console.print(_summary(manifest))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.cli.console import print_json
 from moesaic.cli.start import loading_modules
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ def quickstart(
 
     Example: moesaic quickstart
     """
-    import json
     from shlex import quote
 
     from rich.console import Console
@@ -39,7 +39,7 @@ def quickstart(
 
     if as_json:
         result = life.quickstart(output, short=short, device=device)
-        typer.echo(json.dumps(_to_json(result)))
+        print_json(_to_json(result))
         return
     log_to_stderr()
     console = Console(highlight=False, soft_wrap=True)

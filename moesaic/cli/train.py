@@ -1,12 +1,12 @@
 """`moesaic train`."""
 
-import json
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
 import typer
 
+from moesaic.cli.console import print_json
 from moesaic.cli.start import loading_modules
 from moesaic.cli.training import print_end, print_run, result_values, run_shown
 
@@ -48,7 +48,7 @@ def train(
     display = None if as_json else TrainingDisplay(total_tokens=resolved.total_tokens)
     result = run_shown(Trainer(resolved, output, device=device, resume=resume, display=display), display)
     if as_json:
-        typer.echo(json.dumps(result_values(result)))
+        print_json(result_values(result))
         return
     print_end(result)
     print_run(result)

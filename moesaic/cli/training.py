@@ -18,9 +18,7 @@ def run_shown(trainer: "Trainer", display: "TrainingDisplay | None") -> "TrainRe
 
 def result_values(result: "TrainResult") -> dict[str, Any]:
     """Return what --json prints of every training."""
-    from moesaic.report.json_values import json_values
-
-    values = {
+    return {
         "run": str(result.run_folder),
         "step": result.step,
         "tokens": result.tokens,
@@ -28,7 +26,6 @@ def result_values(result: "TrainResult") -> dict[str, Any]:
         "validation_loss": result.validation_loss,
         "stopped_by": result.stopped_by,
     }
-    return dict(json_values(values))
 
 
 def print_end(result: "TrainResult") -> None:

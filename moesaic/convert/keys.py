@@ -555,11 +555,10 @@ class Places:
     """Where the MoE layers are, Qwen's way: every decoder_sparse_step-th layer but those of mlp_only_layers."""
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        step, without = keys.take("decoder_sparse_step", default=1), keys.take("mlp_only_layers", default=None) or ()
-        if not isinstance(step, int) or step < 1 or not isinstance(without, list | tuple):
-            raise keys.refuse(
-                "decoder_sparse_step", step, "a number from 1, and a list of layers beside it, is required"
-            )
+        step = _number(keys, "decoder_sparse_step", default=1, least=1)
+        without = keys.take("mlp_only_layers", default=None) or ()
+        if not isinstance(without, list | tuple):
+            raise keys.refuse("mlp_only_layers", without, "a list of layers is required")
         every = range(_count(keys, ours))
         _place(ours, [layer for layer in every if layer not in without and (layer + 1) % step == 0])
 
@@ -581,9 +580,7 @@ class PlacesAfter:
     has_dense: bool = True
 
     def read(self, keys: Keys, ours: dict[str, Any]) -> None:
-        first = keys.take(self.theirs, default=0)
-        if not isinstance(first, int) or first < 0:
-            raise keys.refuse(self.theirs, first, "a number of layers is required")
+        first = _number(keys, self.theirs, default=0, least=0)
         if first and not self.has_dense:
             raise keys.refuse(self.theirs, first, "0 is required (all layers have experts)")
         _place(ours, list(range(first, _count(keys, ours))))

@@ -107,7 +107,7 @@ def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def require_finite(name: str, tensor: Tensor) -> Tensor:
     """Return a checkpoint's tensor. Raises: CheckpointError where something in it is not finite."""
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise CheckpointError(
             f"{name} holds numbers that are not finite; finite weights are required; use another step."
         )

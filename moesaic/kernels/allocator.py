@@ -32,6 +32,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moesaic.kernels.limits import available_memory_bytes
+
 # Numbers of <malloc.h> and <sys/mman.h>; they are part of glibc's and Linux's ABI.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -217,7 +219,7 @@ def _reserve_huge_pages(libc: ctypes.CDLL) -> tuple[int, str]:
     if _address_space_is_limited():
         return 0, "the process's address space is limited (ulimit -v), and a reservation would take much of it"
     page = _huge_page_bytes()
-    size = _available_memory_bytes() // 2 // page * page
+    size = available_memory_bytes() // 2 // page * page
     modules = 0 if "torch" in sys.modules else _MODULES_BYTES
     block = libc.malloc(modules + size) if size else None
     if not block:
@@ -251,10 +253,3 @@ def _huge_page_bytes() -> int:
         return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 2 << 20
-
-
-def _available_memory_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0

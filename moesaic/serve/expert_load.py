@@ -148,7 +148,7 @@ def _expert_bytes(model: Transformer, layer: int) -> int:
     experts = feed_forward.moe.experts
     assert isinstance(experts, Experts)
     if experts.packed is not None:
-        whole = experts.packed.up.num_bytes + experts.packed.down.num_bytes
+        whole = experts.packed.num_bytes
     else:
         whole = sum(parameter.nbytes for parameter in experts.parameters())
     return whole // feed_forward.moe.config.num_experts

@@ -1,8 +1,12 @@
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from moesaic.cli.console import print_json
 
 
 def test_what_is_in_brackets_in_a_name_is_printed(
@@ -21,6 +25,13 @@ def test_what_is_in_brackets_in_a_name_is_printed(
         shown = cli(*arguments)
         assert shown.status == 0, shown.err
         assert all(each in shown.out for each in wanted), shown.out
+
+
+def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": math.nan, "rates": [1.5, math.inf], "report": {"kl": -math.inf}, "name": "é"})
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert json.loads(out) == {"loss": None, "rates": [1.5, None], "report": {"kl": None}, "name": "é"}
 
 
 def test_progress_names_a_run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ def test_sizes_are_positive_integers_that_the_tensors_can_have(
         ("qwen2-moe", {"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size"),
         ("deepseek-v3", {"first_k_dense_replace": -1}, "first_k_dense_replace"),
         ("deepseek-v3", {"first_k_dense_replace": "1"}, "first_k_dense_replace"),
+        ("deepseek-v3", {"first_k_dense_replace": True}, "first_k_dense_replace is True; a number from 0"),
         ("deepseek-v3", {"routed_scaling_factor": 0}, "routed_scaling_factor"),
         ("deepseek-v3", {"num_key_value_heads": 2}, "num_key_value_heads is 2; 4, as there are heads"),
         (

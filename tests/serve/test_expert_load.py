@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from moesaic.checkpoint.mapped import open_mapped, write_mapped
+from moesaic.config.model import ModelConfig, MoEConfig
 from moesaic.kernels.decode import Decoded
+from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
 from moesaic.serve.expert_load import ExpertLoad, disk_bytes_read
+from moesaic.serve.outputs import LayerLoad
+from moesaic.serve.server.metrics import _describe_layer
 
 Make = Callable[..., Transformer]
 
@@ -66,3 +70,36 @@ def test_what_a_mapped_file_takes_from_the_disk_is_counted(tmp_path: Path) -> No
         pytest.skip("this folder is on no disk, or it is not counted")
     assert before is not None and after is not None
     assert after - before == pytest.approx(512 * sectors, rel=0.1)  # the two looks are not at one time
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_bytes_of_an_expert_are_those_of_its_biases_too(is_packed: bool) -> None:
+    config = ModelConfig(
+        vocab_size=8, hidden_size=64, num_layers=1, num_heads=4, mlp_bias=True, intermediate_size=32,
+        moe=MoEConfig(num_experts=4, top_k=1),
+    )  # fmt: skip
+    model = Transformer(config).bfloat16()
+    if is_packed:
+        pack_transformer(model)
+    load = ExpertLoad(model)
+    routes = torch.tensor([0, 0, 2])
+    load.add(Decoded(torch.empty(3, 4), routes, torch.empty(0), (1,), torch.empty(0, 7)))
+    weights, biases = 3 * 64 * 32, 2 * 32 + 64
+    assert load.bytes_used >= 2 * (2 * weights + 2 * biases)
+    assert load.bytes_used == 2 * (2 * weights + (4 if is_packed else 2) * biases)
+
+
+def test_an_expert_of_two_may_be_hot() -> None:
+    def hot(*recent: float) -> list[int]:
+        layer = LayerLoad(
+            layer=1,
+            num_experts=len(recent),
+            top_k=1,
+            tokens_per_expert=(9,) * len(recent),
+            recent_tokens_per_expert=recent,
+        )
+        return list(_describe_layer(layer)["hot"])
+
+    assert hot(1000.0, 1.0) == [0] and hot(6.0, 4.0) == []
+    assert hot(5.1, 3.0, 0.9) == [0] and hot(4.9, 3.0, 1.1) == []
+    assert hot(9.0, 1.0, 1.0, 1.0, 1.0) == [0] and hot(1.9, 1.0, 0.5, 0.6) == []

@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from moesaic.report.expert_load import imbalance, load_entropy
+from moesaic.report.expert_load import hot_share, imbalance, load_entropy
 from moesaic.serve.outputs import EngineStats, LayerLoad
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60)
@@ -17,7 +17,7 @@ _TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 _WHOLE_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120)
 _RECENT = 512
-# An expert is hot above this multiple of its layer's mean.
+# An expert is hot above this multiple of its layer's mean, where a layer has enough experts for that.
 _HOT = 2.0
 
 
@@ -145,7 +145,7 @@ def describe_experts(stats: EngineStats) -> dict[str, Any]:
 
 def _describe_layer(layer: LayerLoad) -> dict[str, Any]:
     recent = layer.recent_tokens_per_expert
-    mean = sum(recent) / len(recent)
+    mean, hot = sum(recent) / len(recent), min(_HOT, hot_share(layer.num_experts))
     return {
         "layer": layer.layer,
         "num_experts": layer.num_experts,
@@ -153,7 +153,7 @@ def _describe_layer(layer: LayerLoad) -> dict[str, Any]:
         "tokens_per_expert": list(layer.tokens_per_expert),
         "recent_tokens_per_expert": list(recent),
         "entropy": load_entropy(recent) if mean > 0 else 0.0,
-        "hot": [expert for expert, count in enumerate(recent) if count > _HOT * mean],
+        "hot": [expert for expert, count in enumerate(recent) if count > hot * mean],
         "dead": [expert for expert, count in enumerate(layer.tokens_per_expert) if count == 0],
     }
 
