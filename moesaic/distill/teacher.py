@@ -62,9 +62,9 @@ class TeacherRun:
         candidates = [*kept, *there]
         if step_text and any(str(each.step) == step_text for each in there):
             candidates = [resolve_checkpoint(run)]  # that one is meant, and no other
-        for info in candidates:
-            if info.model_sha256 == sha256:
-                return cls._of(folder, info)
+        equal = [info for info in candidates if info.model_sha256 == sha256]
+        if equal:  # more than one where a last step of rate 0 changed nothing
+            return cls._of(folder, next((info for info in equal if info.step == step), equal[0]))
         if there and not kept and step is not None and step not in (steps := [each.step for each in there]):
             keep_last = load_run_config(folder).checkpoint.keep_last
             raise CheckpointError(

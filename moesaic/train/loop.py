@@ -325,13 +325,7 @@ class Trainer:
                 # checkpoint, so that a run resumed there has the records of the unbroken one.
                 is_record = self.step % config.log_every_steps == 0 or self.step in (1, 2, 5)
                 if is_checkpoint or is_record or stop.name is not None:
-                    record = self._record(window, result)
-                    loss = record.loss
-                    metrics.train(record)
-                    if self.display is not None:
-                        self.display.update(record)
-                    for warning in watch.update(record.moe):
-                        self._event(warning.message)
+                    loss = self._report(window, result, watch)
                     window = Window()
                 if is_checkpoint or self.step % config.evaluation_every_steps == 0:
                     self._evaluate()
@@ -342,6 +336,8 @@ class Trainer:
                     last_plot = time.perf_counter()
             stopped_by = stop.name if self.step < config.total_steps else None
             if stopped_by is not None:
+                if window.steps:  # it came during an evaluation
+                    loss = self._report(window, result, watch)
                 self._event(f"{stopped_by}: stopping at step {self.step}, with a checkpoint to resume from")
                 if self.evaluated_step != self.step:
                     self.validation_loss = None
@@ -384,6 +380,16 @@ class Trainer:
             self.display.message(message)
         else:
             logger.info("%s", message)
+
+    def _report(self, window: "Window", result: "StepResult", watch: ExpertWatch) -> float:
+        """Write and show the record of a window's steps; return its loss."""
+        record = self._record(window, result)
+        self._metrics.train(record)
+        if self.display is not None:
+            self.display.update(record)
+        for warning in watch.update(record.moe):
+            self._event(warning.message)
+        return record.loss
 
     def _record(self, window: "Window", result: "StepResult") -> TrainRecord:
         config = self.config

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
+from moesaic.checkpoint.store import list_checkpoints, load_tensors, resolve_checkpoint
 from moesaic.config.load import load_model_config
 from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
@@ -227,6 +227,21 @@ def test_a_dense_student_of_experts_alone_takes_the_most_loaded_one(
     assert torch.equal(torch.cat([layer.weight for layer in up]), experts.up[2])
     assert torch.equal(torch.cat([layer.bias for layer in up]), experts.up_bias[2])
     assert torch.equal(mlp.down_proj.weight, experts.down[2]) and torch.equal(mlp.down_proj.bias, experts.down_bias[2])
+
+
+def test_of_a_teachers_equal_checkpoints_the_one_of_the_step_is_opened_again(tiny_data: Path, tmp_path: Path) -> None:
+    from moesaic.train.loop import train
+
+    values = {
+        "model": model(1).to_dict(), "data": {"path": str(tiny_data), "sequence_length": 16}, "tokens": 3 * 64,
+        "batch_size": 4, "checkpoint": {"every_tokens": 64, "keep_last": 3},
+    }  # fmt: skip
+    train(TrainConfig.from_dict(values), tmp_path / "teacher")  # the last step's learning rate is 0
+    first, second, third = list_checkpoints(tmp_path / "teacher")
+    assert first.model_sha256 != second.model_sha256 == third.model_sha256
+    for step, opened in ((2, 2), (3, 3), (None, 2)):
+        run = TeacherRun.reopen(tmp_path / "teacher", tmp_path, sha256=third.model_sha256, step=step)
+        assert run.info.step == opened
 
 
 def test_learned_positions_are_cut(tiny_data: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from moesaic.errors import CheckpointError, ConfigError, DataError, DeviceError,
 from moesaic.folders import FolderLock
 from moesaic.model.load import load_run_config
 from moesaic.report.records import EvaluationRecord, MetricsError, TrainRecord, read_metrics
-from moesaic.train.loop import MOST_SKIPPED_IN_A_ROW, Trainer, train
+from moesaic.train.loop import MOST_SKIPPED_IN_A_ROW, Trainer, train, validation_loss
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -144,6 +144,25 @@ def test_a_stop_where_only_an_evaluation_was_due_keeps_its_loss(make_config: Mak
     assert last.validation_loss == result.validation_loss == record.loss
     stopped = train(config, tmp_path / "run", resume=True, display=Display(7, interrupt))
     assert list_checkpoints(tmp_path / "run")[-1].validation_loss is stopped.validation_loss is None
+
+
+def test_a_stop_during_an_evaluation_loses_no_losses(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(log_every_steps=100, evaluation={"every_tokens": 3 * 64, "sequences": 4})
+    validate = validation_loss
+
+    def interrupted(*args: Any, **settings: Any) -> float:
+        interrupt()
+        return validate(*args, **settings)
+
+    train(config.replace(log_every_steps=1), tmp_path / "every")
+    losses = {record.step: record.loss for record in read_metrics(tmp_path / "every").train}
+    train(config, tmp_path / "run", display=Display(5, interrupt))
+    monkeypatch.setattr("moesaic.train.loop.validation_loss", interrupted)
+    result = train(config, tmp_path / "run", resume=True)
+    last = read_metrics(tmp_path / "run").train[-1]
+    assert result.step == last.step == 6 and result.loss == last.loss == pytest.approx(losses[6])
 
 
 def test_a_stop_in_the_last_step_is_no_stop(make_config: MakeConfig, tmp_path: Path) -> None:
