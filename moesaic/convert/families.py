@@ -244,18 +244,17 @@ _HUNYUAN_TENSORS = (
 )
 
 
-_LATENT = "blocks.{layer}.attention"
 _LATENT_TENSORS = (
-    TensorRule(f"{_LATENT}.q_proj.weight", (f"{_LAYER}.self_attn.q_proj.weight",), rows=latent_query_rows),
-    TensorRule(f"{_LATENT}.q_down_proj.weight", (f"{_LAYER}.self_attn.q_a_proj.weight",)),
-    TensorRule(f"{_LATENT}.q_down_norm.weight", (f"{_LAYER}.self_attn.q_a_layernorm.weight",)),
-    TensorRule(f"{_LATENT}.q_up_proj.weight", (f"{_LAYER}.self_attn.q_b_proj.weight",), rows=latent_query_rows),
+    TensorRule(f"{_HEADS}.q_proj.weight", (f"{_LAYER}.self_attn.q_proj.weight",), rows=latent_query_rows),
+    TensorRule(f"{_HEADS}.q_down_proj.weight", (f"{_LAYER}.self_attn.q_a_proj.weight",)),
+    TensorRule(f"{_HEADS}.q_down_norm.weight", (f"{_LAYER}.self_attn.q_a_layernorm.weight",)),
+    TensorRule(f"{_HEADS}.q_up_proj.weight", (f"{_LAYER}.self_attn.q_b_proj.weight",), rows=latent_query_rows),
     TensorRule(
-        f"{_LATENT}.kv_down_proj.weight", (f"{_LAYER}.self_attn.kv_a_proj_with_mqa.weight",), rows=latent_key_rows
+        f"{_HEADS}.kv_down_proj.weight", (f"{_LAYER}.self_attn.kv_a_proj_with_mqa.weight",), rows=latent_key_rows
     ),
-    TensorRule(f"{_LATENT}.kv_down_norm.weight", (f"{_LAYER}.self_attn.kv_a_layernorm.weight",)),
-    TensorRule(f"{_LATENT}.kv_up_proj.weight", (f"{_LAYER}.self_attn.kv_b_proj.weight",)),
-    TensorRule(f"{_LATENT}.o_proj.weight", (f"{_LAYER}.self_attn.o_proj.weight",)),
+    TensorRule(f"{_HEADS}.kv_down_norm.weight", (f"{_LAYER}.self_attn.kv_a_layernorm.weight",)),
+    TensorRule(f"{_HEADS}.kv_up_proj.weight", (f"{_LAYER}.self_attn.kv_b_proj.weight",)),
+    TensorRule(f"{_HEADS}.o_proj.weight", (f"{_LAYER}.self_attn.o_proj.weight",)),
 )
 _LATENT_KEYS = (
     Same("kv_lora_rank", "latent_attention.kv_rank"),
@@ -391,7 +390,7 @@ def _every_second(layer: int, bound: int) -> bool:
 
 
 _LATER_LAYERS = ("model.layers.{later}.",)
-_MULTI_TOKEN = "multi-token prediction, which is no part of the model itself"
+MULTI_TOKEN = "multi-token prediction, which is no part of the model itself"
 # Their `head_dim` is the number of turned channels, which qk_rope_head_dim says already.
 _DEEPSEEK_HARMLESS = frozenset({"head_dim"})
 
@@ -565,7 +564,7 @@ FAMILIES: dict[str, Family] = {
             (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
             harmless=_DEEPSEEK_HARMLESS,
             left_out=_LATER_LAYERS,
-            left_out_because=_MULTI_TOKEN,
+            left_out_because=MULTI_TOKEN,
         ),
         Family(
             "dots1",
@@ -612,7 +611,7 @@ FAMILIES: dict[str, Family] = {
             ),
             (*_MODEL_TENSORS, *_PARTED_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
             left_out=_LATER_LAYERS,
-            left_out_because=_MULTI_TOKEN,
+            left_out_because=MULTI_TOKEN,
         ),
         Family(
             "gpt_oss",
@@ -696,7 +695,7 @@ FAMILIES: dict[str, Family] = {
             ),
             harmless=frozenset({"moe_capacity"}),  # of training
             left_out=("model.mtp_",),
-            left_out_because=_MULTI_TOKEN,
+            left_out_because=MULTI_TOKEN,
         ),
         Family(
             "minimax_m2",
@@ -739,7 +738,7 @@ FAMILIES: dict[str, Family] = {
             (*_MODEL_TENSORS, *_LATENT_TENSORS, *_MLP_TENSORS, *_moe_tensors("mlp", shared="shared_experts")),
             harmless=_DEEPSEEK_HARMLESS,
             left_out=_LATER_LAYERS,
-            left_out_because=_MULTI_TOKEN,
+            left_out_because=MULTI_TOKEN,
         ),
         Family(
             "solar_open",
@@ -843,7 +842,7 @@ FAMILIES: dict[str, Family] = {
                 *_moe_tensors("mlp", shared="shared_experts", correction="e_score_correction_bias"),
             ),
             left_out=("mtp.",),
-            left_out_because=_MULTI_TOKEN,
+            left_out_because=MULTI_TOKEN,
         ),
         Family(
             "exaone4",

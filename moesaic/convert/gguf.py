@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moesaic.checkpoint.stream import TensorLayout, fill
 from moesaic.config.model import ModelConfig
+from moesaic.convert.families import MULTI_TOKEN
 from moesaic.convert.gguf_families import (
     EMBEDDING,
     GGUF_FAMILIES,
@@ -136,15 +137,7 @@ def read_gguf_config(source: GgufFile) -> tuple[str, ModelConfig, tuple[TensorRu
     keys |= {VOCAB_SIZE: source.layout[EMBEDDING].shape[0], **keys_of_tensors(source.layout)}
     config = read_config(family.keys, Keys(keys, f"{source.path} ({architecture})"), frozenset())
     later = tuple(f"blk.{config.num_layers + index}." for index in range(keys.get(NEXTN, 0)))
-    left_out = (
-        {
-            name: "multi-token prediction, which is no part of the model itself"
-            for name in source.layout
-            if name.startswith(later)
-        }
-        if later
-        else {}
-    )
+    left_out = {name: MULTI_TOKEN for name in source.layout if name.startswith(later)}
     return family.name, config, family.tensors, left_out
 
 

@@ -86,8 +86,7 @@ def _has_kernel(pre: Tensor, activation: str) -> bool:
 
 
 def _call(pre: Tensor, activation: str, activated: Tensor, grad: Tensor | None, grad_pre: Tensor | None) -> None:
-    library = select.cpu_library()
-    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
+    library = select.required_cpu_library()
     library.function("moesaic_activate", "piiippp")(
         pre.data_ptr(),
         activated.shape[0],

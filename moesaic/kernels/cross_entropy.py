@@ -83,8 +83,7 @@ def outside_vocabulary(target: Tensor, vocab_size: int) -> IndexError:
 @torch.library.custom_op("moesaic::cross_entropy", mutates_args=("logits",), device_types="cpu")
 def _cross_entropy(logits: Tensor, targets: Tensor, wants_gradient: bool) -> Tensor:
     """The (t,) losses of logits (t, V) at targets; with wants_gradient their gradient takes the place of the logits."""
-    library = select.cpu_library()
-    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
+    library = select.required_cpu_library()
     assert logits.dim() == 2 and logits.is_contiguous(), (logits.shape, logits.stride())
     assert logits.dtype in (torch.bfloat16, torch.float32), logits.dtype
     assert targets.shape == logits.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
@@ -112,8 +111,7 @@ def _(logits, targets, wants_gradient):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("moesaic::linear_cross_entropy", mutates_args=(), device_types="cpu")
 def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The (T,) losses; with wants_gradient the gradients of their sum, (T, H) bf16 and (V, H) fp32, else empty ones."""
-    library = select.cpu_library()
-    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
+    library = select.required_cpu_library()
     _check_operands(hidden, weight)
     assert hidden.shape[1] > 0 and hidden.shape[1] % 32 == weight.shape[0] % 32 == 0, (hidden.shape, weight.shape)
     assert hidden.dtype == torch.bfloat16, hidden.dtype

@@ -5,8 +5,6 @@ operations. On CUDA one kernel in Triton, for inference. Without either RMSNorm'
 with a mean of zero, plus the rank-one term in which the two gradients differ.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,12 +85,6 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x.add_((mean * inverse).to(grad_x.dtype)), grad_weight, None
 
 
-def _library() -> Any:
-    library = select.cpu_library()
-    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
-    return library
-
-
 @torch.library.custom_op("moesaic::norm", mutates_args=(), device_types="cpu")
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm, or RMSNorm without a bias: the result, and each row's mean (RMSNorm: none) and inverse deviation."""
@@ -105,7 +97,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tup
     inverse = torch.empty(num_rows, dtype=torch.float32)
     mean = torch.empty(0 if bias is None else num_rows, dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
-    _library().function("moesaic_norm", "piiippfppp")(
+    select.required_cpu_library().function("moesaic_norm", "piiippfppp")(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         num_rows,
@@ -139,7 +131,7 @@ def _norm_backward(
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     grad_bias = torch.empty(size if has_bias else 0, dtype=torch.float32)
-    _library().function("moesaic_norm_backward", "ppiiipppppp")(
+    select.required_cpu_library().function("moesaic_norm_backward", "ppiiipppppp")(
         grad.data_ptr(),
         x.data_ptr(),
         x.dtype == torch.bfloat16,

@@ -22,7 +22,7 @@ from moesaic.errors import ConfigError
 from moesaic.kernels import select
 from moesaic.kernels.addresses import RemembersAddresses, address_of
 from moesaic.kernels.huge_pages import zeros_on_huge_pages
-from moesaic.kernels.quantized import SMALLEST_AMAX
+from moesaic.kernels.quantized import quantize_rows
 from moesaic.kernels.tracing import untraced
 
 # Positions, and channels, of a panel: the kernels' unit.
@@ -383,8 +383,8 @@ def _write_reference(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedB
     if blocks.lie_in_rows:
         if blocks.scales is not None:
             for part, own in zip((key, value), blocks.scales, strict=True):
-                own[block, inside] = _quantize(part)[1]
-            key, value = _quantize(key)[0], _quantize(value)[0]
+                own[block, inside] = quantize_rows(part)[1]
+            key, value = quantize_rows(key)[0], quantize_rows(value)[0]
         blocks.keys[block, inside], blocks.values[block, inside] = (
             key.to(blocks.keys.dtype), value.to(blocks.keys.dtype)
         )  # fmt: skip
@@ -394,8 +394,8 @@ def _write_reference(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedB
     fresh = place == 0
     blocks.values[block[fresh], :, panel[fresh]] = 0
     if blocks.key_scales is not None and blocks.value_scales is not None:
-        key, key_scales = _quantize(key)
-        value, value_scales = _quantize(value)
+        key, key_scales = quantize_rows(key)
+        value, value_scales = quantize_rows(value)
         blocks.key_scales[block, :, inside] = key_scales
         blocks.value_scales[block, :, inside] = value_scales
     padding = (0, -blocks.head_dim % PANEL)
@@ -403,16 +403,6 @@ def _write_reference(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedB
     value = torch.nn.functional.pad(value, padding).unflatten(2, (-1, PANEL))  # (T, KV, W/32, 32)
     blocks.keys[block, :, panel, :, place] = key.to(blocks.keys.dtype)
     blocks.values[block, :, panel, :, place // 2, :, place % 2] = value.to(blocks.values.dtype)
-
-
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of -127 to 127 and scales: max|x| / 127 of each position and head; not finite: zeros, and NaN."""
-    largest = x.float().abs().amax(-1)
-    finite, is_zero = largest.isfinite(), largest < SMALLEST_AMAX
-    # One rounding: a number divided by a tensor is a product with its reciprocal in PyTorch.
-    factor = torch.full_like(largest, 127.0) / torch.where(finite & ~is_zero, largest, 1.0)
-    values = torch.where((finite & ~is_zero)[..., None], (x.float() * factor[..., None]).round(), 0.0)
-    return values, torch.where(is_zero, 0.0, torch.where(finite, largest / 127.0, float("nan")))
 
 
 def _attention_reference(

@@ -343,14 +343,14 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     scale NaN, which reaches the product.
     """
     assert x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16), (x.shape, x.dtype)
-    return _to_bytes(rotate(x))
+    return quantize_rows(rotate(x))
 
 
 def quantize_activations_by_group(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return values (M, K) int8 and scales (M, K/32) fp32 of x (M, K): every 32 columns as quantize_activations a row,
     but not rotated."""
     assert x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16), (x.shape, x.dtype)
-    values, scales = _to_bytes(x.float().unflatten(-1, (-1, mxfp4.GROUP_SIZE)))
+    values, scales = quantize_rows(x.unflatten(-1, (-1, mxfp4.GROUP_SIZE)))
     return values.flatten(-2), scales
 
 
@@ -372,8 +372,12 @@ def round_to_powers(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int16).flatten(-2), torch.where(is_finite, scales, torch.nan)
 
 
-def _to_bytes(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values (..., n) int8 and scales (...) fp32 of numbers (..., n) fp32."""
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values (..., n) int8 from -127 to 127 and scales (...) fp32, max|x| / 127, of x (..., n).
+
+    A row that is not finite has zeros and a scale of NaN.
+    """
+    numbers = x.float()
     amax = numbers.abs().amax(-1)  # a NaN among the numbers is the maximum
     is_finite, is_zero = amax.isfinite(), amax < SMALLEST_AMAX
     scales = torch.where(is_zero, 0.0, torch.where(is_finite, amax / 127.0, torch.nan))

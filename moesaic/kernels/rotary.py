@@ -34,8 +34,7 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 @torch.library.custom_op("moesaic::rotate", mutates_args=(), device_types="cpu")
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor, backwards: bool) -> Tensor:
-    library = select.cpu_library()
-    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
+    library = select.required_cpu_library()
     batch, length, num_heads, head_dim = x.shape
     if x.stride()[2:] != (head_dim, 1):
         x = x.contiguous()

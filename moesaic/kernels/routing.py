@@ -6,7 +6,6 @@ that token alone.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,12 +124,6 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _library() -> Any:
-    library = select.cpu_library()
-    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
-    return library
-
-
 @torch.library.custom_op("moesaic::route", mutates_args=(), device_types="cpu")
 def _route(
     x: Tensor,
@@ -153,7 +146,7 @@ def _route(
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32)
     floats = torch.empty(num_experts + 2, dtype=torch.float32)
     counts = torch.empty(num_experts + 1, dtype=torch.int64)
-    failed = _library().function("moesaic_route", "pippppp" + "i" * 8 + "f" + "p" * 5)(
+    failed = select.required_cpu_library().function("moesaic_route", "pippppp" + "i" * 8 + "f" + "p" * 5)(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         weight.data_ptr(),
@@ -223,7 +216,7 @@ def _route_backward(
     x, weight, valid = x.contiguous(), weight.contiguous(), _contiguous(valid)
     grad_weights, grad_mean = _contiguous(grad_weights), _contiguous(grad_mean)
     grad_x, grad_weight, grad_bias = _route_gradients(x, weight, has_bias)
-    _library().function("moesaic_route_backward", "pipppp" + "i" * 6 + "ppfppp")(
+    select.required_cpu_library().function("moesaic_route_backward", "pipppp" + "i" * 6 + "ppfppp")(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         weight.data_ptr(),
@@ -282,7 +275,7 @@ def _plan_dispatch(
     token_ids = torch.empty(expert_ids.numel(), dtype=torch.int64)
     slots = torch.empty_like(expert_ids)
     tokens_per_expert = torch.empty(num_experts, dtype=torch.int64)
-    num_rows = _library().function("moesaic_plan_dispatch", "ppiiiippp")(
+    num_rows = select.required_cpu_library().function("moesaic_plan_dispatch", "ppiiiippp")(
         expert_ids.data_ptr(),
         address_of(valid),
         expert_ids.shape[0],

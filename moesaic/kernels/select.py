@@ -54,6 +54,13 @@ def cpu_kernels() -> Selection:
     return _select(os.environ.get(VARIABLE) or "auto")
 
 
+def required_cpu_library() -> Library:
+    """Return the C++ kernels, for what exists in no other form and is called where they are."""
+    library = cpu_library()
+    assert library is not None, "this operator exists in C++ only, and there is no CPU library"
+    return library
+
+
 def cpu_library() -> Library | None:
     """Return the C++ kernels, or None where PyTorch's operations are used.
 

@@ -76,7 +76,6 @@ def _draw_shares(axes: Axes, seconds: Sequence[float | None], num_requests: int,
     """Draw which share of all requests had at most so many seconds; what failed never gets there."""
     found = np.sort(np.asarray([each for each in seconds if each is not None], dtype=np.float64))
     found = np.maximum(found, _SHORTEST_SECONDS)
-    shares = np.arange(1, len(found) + 1) / max(1, num_requests)
     places, shares = found, np.arange(1, len(found) + 1) / max(1, num_requests)
     if len(found):  # from the axis up
         places, shares = np.concatenate([found[:1], found]), np.concatenate([[0.0], shares])

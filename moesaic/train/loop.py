@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +35,6 @@ from moesaic.kernels.limits import measure_limits
 from moesaic.logs import logger
 from moesaic.model.load import load_model_state, load_run_config
 from moesaic.model.transformer import Transformer
-from moesaic.moe.layer import MoEStatistics
 from moesaic.moe.router import Router
 from moesaic.moe.seeds import mix_seeds
 from moesaic.plan.cost import count_parameters, training_flops_per_token
@@ -227,7 +226,7 @@ class Trainer:
             (micro_losses.total / num_micro).backward()
             layer_counts = [statistics.tokens_per_expert for statistics in micro_losses.moe]
             counts = [a + b for a, b in zip(counts, layer_counts, strict=True)] if counts else layer_counts
-            losses.append(_without_graph(micro_losses))
+            losses.append(replace(micro_losses, total=micro_losses.total.detach()))  # whose graph has served
         gradient_norm = clip_gradients(self.model, config.optimizer.max_gradient_norm)
         tokens_after = self.tokens + config.tokens_per_step
         rate = self._learning_rate(tokens_after)
@@ -648,21 +647,3 @@ class Window:
     def _counted(self) -> list[StepResult]:
         """Without the skipped steps, whose NaN would hide the others' losses; all of them when all were skipped."""
         return [result for result in self._results if result.is_finite] or self._results
-
-
-def _without_graph(losses: Losses) -> Losses:
-    """Keep the numbers, free what the backward pass needed."""
-    kept = tuple(
-        MoEStatistics(
-            tokens_per_expert=statistics.tokens_per_expert,
-            mean_probabilities=statistics.mean_probabilities.detach(),
-            z=statistics.z.detach(),
-            entropy=statistics.entropy,
-            drop_rate=statistics.drop_rate,
-            num_tokens=statistics.num_tokens,
-            decision=None,
-            routes=None,
-        )
-        for statistics in losses.moe
-    )
-    return Losses(losses.total.detach(), losses.cross_entropy, losses.balance, losses.z, kept, losses.terms)

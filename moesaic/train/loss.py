@@ -89,9 +89,12 @@ def language_model_loss(
             total = total + router.balance_loss * balance
         if router.z_loss:
             total = total + router.z_loss * statistics.z
-    # What is reported has no gradient. torch.compile makes z_sum and the z of a single layer one tensor, and its
-    # backward pass fails if only one of the two has a gradient.
+    # What is reported has no gradient, and only numbers. torch.compile makes z_sum and the z of a single layer one
+    # tensor, and its backward pass fails if only one of the two has a gradient.
     reported = tuple(
-        replace(each, mean_probabilities=each.mean_probabilities.detach(), z=each.z.detach()) for each in output.moe
+        replace(
+            each, mean_probabilities=each.mean_probabilities.detach(), z=each.z.detach(), decision=None, routes=None
+        )
+        for each in output.moe
     )
     return Losses(total, at_head.cross_entropy, balance_sum, z_sum, reported, at_head.terms)
