@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 _QUICKSTART_BYTES = 2_500_000_000
 # Modules of kernels/ that are not operations.
 _NOT_OPERATIONS = {
-    "addresses", "allocator", "cpu", "device", "gradient", "huge_pages", "limits", "mxfp4", "panels", "reference",
-    "select", "threads", "tracing", "triton",
+    "addresses", "allocator", "cpu", "device", "finite", "gradient", "huge_pages", "limits", "mxfp4", "panels",
+    "reference", "select", "threads", "tracing", "triton",
 }  # fmt: skip
 # A longer look than training's own takes.
 _MEASURE_SECONDS = 8.0

@@ -17,6 +17,7 @@ from torch import Tensor
 from moesaic.checkpoint.stream import TensorLayout
 from moesaic.config.model import ModelConfig
 from moesaic.errors import CheckpointError, ConversionError
+from moesaic.kernels.finite import is_finite
 from moesaic.model.transformer import Transformer
 
 RowOrder = Tensor  # (rows,) int64: row i of ours is row order[i] of theirs
@@ -112,11 +113,6 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
             f"{name} holds numbers that are not finite; finite weights are required; use another step."
         )
     return tensor
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all of a tensor's numbers are finite, found without memory of its size."""
-    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))  # NaN is both then
 
 
 def cast_weight(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

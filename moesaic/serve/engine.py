@@ -17,6 +17,7 @@ from moesaic.config.serve import EngineConfig, Sampling
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, NotFiniteError
 from moesaic.kernels.decode import Decoded
+from moesaic.kernels.finite import is_finite
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.logs import logger
 from moesaic.model.generate import check_token_ids
@@ -340,6 +341,7 @@ class Engine:
         step = self._plan_step(parts, drafted)
         decoded = self._runner.run([work.inputs for work in step], [row for work in step for row in work.choosing])
         self._load.add(decoded)
+        _find_broken(step, decoded)
         sampler = RowSampler(decoded, [coming for work in step for coming in work.coming])
         for work in step:
             self._score_prompt(work, decoded)
@@ -520,9 +522,11 @@ class Engine:
                 sampled = sampler.sample(work.first_logits + number, text.state, mask)
                 piece = self._accept(text, sampled.token_id, number + 1)
             except GenerationError as error:
-                if isinstance(error, NotFiniteError) and text.has_drafted:
-                    work.is_spoilt = True
-                    return
+                if isinstance(error, NotFiniteError):
+                    if text.has_drafted:
+                        work.is_spoilt = True
+                        return
+                    work.part.sequence.is_broken = True
                 text.finish_reason, text.message = "error", str(error)
                 text.is_refused = isinstance(error, RequestError)
                 return
@@ -649,6 +653,18 @@ def _check_draft(config: EngineConfig, draft_model: Transformer | None) -> None:
             "speculation.method is 'model' and draft_model is None; an engine drafts with a model that is in memory; "
             "load it and give it as draft_model."
         )
+
+
+def _find_broken(step: Sequence_[_Work], decoded: Decoded) -> None:
+    """Mark the sequences in which numbers are none: they may have reached positions before their own too, 0 times NaN,
+    whose keys and values others would find. A single token's are looked at when the next one is chosen.
+    """
+    looked_at = [work for work in step if work.part.num_tokens > 1 or not work.choosing]
+    if not looked_at or is_finite(decoded.hidden):
+        return
+    for work in looked_at:
+        if not is_finite(decoded.hidden[work.first_row : work.first_row + work.part.num_tokens]):
+            work.part.sequence.is_broken = True
 
 
 def bytes_of_block(model: Transformer, draft_model: Transformer | None, config: EngineConfig) -> int:

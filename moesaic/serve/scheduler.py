@@ -20,7 +20,7 @@ class Sequence:
     priority: lower comes first; arrival, of which no two are equal, breaks ties. may_find_prefix: False where every
     position of the prompt has to be computed, because its results are asked for. num_cached: positions that were there
     when it first ran, None before. blocks: int32, as they go into a block table. num_admissions: how often it began to
-    run, each time with other blocks.
+    run, each time with other blocks. is_broken: some of its numbers are none, so that its blocks are its own alone.
     """
 
     tokens: list[int]
@@ -35,6 +35,7 @@ class Sequence:
     num_published: int = 0
     num_admissions: int = 0
     is_running: bool = False
+    is_broken: bool = False
 
     @property
     def order(self) -> tuple[int, int]:
@@ -202,7 +203,7 @@ class Scheduler:
         sequence.num_computed += num_tokens
         assert sequence.num_computed <= len(sequence.tokens), (sequence.num_computed, len(sequence.tokens))
         full = sequence.num_computed // self.pool.block_size
-        if self.prefix_caching and full > sequence.num_published:
+        if self.prefix_caching and not sequence.is_broken and full > sequence.num_published:
             self._extend_hashes(sequence, full)
             for index in range(sequence.num_published, full):
                 self.pool.publish(sequence.blocks[index], sequence.hashes[index])
@@ -228,4 +229,4 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         sequence.blocks = array("i")
         sequence.num_computed = sequence.num_published = 0
-        sequence.is_running = False
+        sequence.is_running = sequence.is_broken = False

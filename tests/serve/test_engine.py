@@ -433,6 +433,26 @@ def test_a_broken_number_ends_its_own_request_only(tokenizer: Tokenizer, make_mo
         assert run_one(engine, [1, 2, 3], GREEDY).ids == expected.ids
 
 
+@pytest.mark.parametrize("form", ["fp32", "packed-bf16"])
+@pytest.mark.parametrize("max_tokens", [0, 4])
+@pytest.mark.parametrize("max_batch_tokens", [20, 1024])
+def test_a_broken_number_is_not_found_by_others_before_it(
+    tokenizer: Tokenizer, form: str, max_tokens: int, max_batch_tokens: int
+) -> None:
+    """It reaches the positions of its own pass that do not see it, as 0 times NaN."""
+    model = build_model("mixtral", form)
+    with torch.no_grad():
+        model.embedding[77] = float("nan")
+    engine = Engine(model, tokenizer, EngineConfig(max_batch_tokens=max_batch_tokens))
+    common = [1 + number % 7 for number in range(40)]
+    expected = run_one(Engine(model, tokenizer), [*common, 9], GREEDY)
+    for bad_prompt in ([*common, 77], [*common[:30], 77, *common]):
+        bad = run_one(engine, bad_prompt, GREEDY.replace(max_tokens=max_tokens))
+        assert bad.finish_reason == ("error" if max_tokens else "length")
+        assert run_one(engine, [*common, 9], GREEDY).ids == expected.ids
+    assert engine.stats().num_cached_tokens >= 32  # what is whole is found as ever
+
+
 def test_a_broken_number_in_a_scored_prompt_ends_its_own_request_only(tokenizer: Tokenizer) -> None:
     model = build_model("mixtral", "fp32")
     expected = run_one(Engine(model, tokenizer), [1, 2, 3], GREEDY)
