@@ -5,7 +5,7 @@ import { byId, element } from "./dom.js";
 import { HeatMap } from "./heatmap.js";
 import { visible } from "./tokens.js";
 
-// The map's colours end at so many times a layer's mean; the server calls an expert hot above 2.
+// The map's colours end at so many times a layer's mean; the server says which are hot.
 const LOAD_LIMIT = 3;
 // With fewer routes per expert than this an idle expert is likely chance: e^-8 is one in three thousand.
 const ROUTES_TO_JUDGE = 8;
