@@ -1130,6 +1130,49 @@ def test_a_phone_never_scrolls_sideways(
         expect(page.locator("#map")).to_be_visible()
 
 
+@pytest.mark.parametrize(("width", "height"), [(360, 640), (390, 844)])
+def test_a_phone_shows_the_experts_again_once_its_key_is_taken(
+    server: FakeServer, open_page: Any, expect: Any, width: int, height: int
+) -> None:
+    """The settings, which are opened to ask for it, take their place meanwhile."""
+    server.key = "secret"
+    page = open_page(width=width, height=height)
+    send(page, "Please")
+    expect(page.locator("#key-message")).to_contain_text("with an API key only")
+    for hidden in ("#map", "#experts-fold", ".switch"):
+        expect(page.locator(hidden)).to_be_hidden()
+    page.get_by_label("API key").fill("secret")
+    page.get_by_role("button", name="Use it").click()
+    expect(finished(page)).to_be_visible()
+    expect(page.get_by_label("API key")).to_be_hidden()
+    expect(page.locator("#map")).to_be_visible()
+    page.locator(".answer .token").first.click()
+    expect(page.locator("#token-table")).to_be_visible()
+    # A setting that is wrong stays open, to be mended.
+    page.get_by_text("Settings").click()
+    page.get_by_label("Temperature").fill("9")
+    send(page, "Again")
+    expect(page.locator("#settings-message")).to_be_visible()
+
+
+def test_a_phone_held_sideways_has_both_side_by_side(server: FakeServer, open_page: Any, expect: Any) -> None:
+    page = open_page(width=740, height=360)
+    is_ready(page)
+    send(page)
+    expect(finished(page)).to_be_visible()
+    talk, panel = page.locator(".talk").bounding_box(), page.locator("#experts").bounding_box()
+    assert talk["x"] + talk["width"] <= panel["x"] + 1 and panel["height"] > 250
+    page.locator(".answer .token").first.click()
+    expect(page.locator("#map")).to_be_visible()
+    page.get_by_text("Settings").click()
+    expect(page.locator("#map")).to_be_visible()
+    conversation, below = page.locator("#conversation").bounding_box(), page.locator(".below").bounding_box()
+    assert conversation["height"] > 60 and below["y"] + below["height"] <= 360
+    page.get_by_role("button", name="Use it").scroll_into_view_if_needed()
+    expect(page.get_by_role("button", name="Use it")).to_be_in_viewport()
+    assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
+
+
 CONTRASTS = """() => {
   const parse = (text) => {
     const canvas = document.createElement("canvas");

@@ -11,6 +11,8 @@ import { scheme, setUpTheme } from "./theme.js";
 
 const KEY = "moesaic.key";
 const POLL_SECONDS = 1;
+// Where open settings leave no room for the experts, or for the conversation (style.css).
+const isNarrow = window.matchMedia("(max-width: 860px)");
 
 const api = new Api();
 const experts = new ExpertsPanel({ scheme });
@@ -35,7 +37,7 @@ function askForKey() {
   byId("key").focus();
 }
 
-/** Return the sampling settings of a request, or null after pointing at the one that is wrong. */
+/** Return the sampling settings of a request, for which the settings make room, or null after pointing at a wrong one. */
 function readSettings() {
   const fields = { temperature: "temperature", top_p: "top-p", max_tokens: "max-tokens", seed: "seed" };
   const settings = model === null ? {} : { model };
@@ -50,6 +52,7 @@ function readSettings() {
     if (input.value !== "") settings[name] = Number(input.value);
   }
   byId("settings-message").textContent = "";
+  if (isNarrow.matches) byId("settings").open = false;
   return settings;
 }
 

@@ -658,6 +658,7 @@ struct RowMajor {
     size_t block;    // from one block of K to the next
     ptrdiff_t next;  // to the rows that are brought nearer
 
+    static constexpr int kPass = Prefetch ? 16 : 1 << 20;  // pairs between two looks ahead: a line of every row
     template <int R>
     void read_ahead(int p) const {
         if constexpr (Prefetch)
@@ -673,6 +674,7 @@ struct PairMajor {
     const uint32_t* a;
     size_t lda;  // in dwords
 
+    static constexpr int kPass = 1 << 20;
     template <int R>
     void read_ahead(int) const {}
     Vi pair(int r, int p) const { return broadcast_dword(a + p * lda + r); }
@@ -687,11 +689,11 @@ inline void gemm_rows(int pairs, Left left, const uint32_t* b, size_t ldb, Out o
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) acc[r][v] = Out::kLoads && accumulate ? out.load_sum(r, v) : zero();
     for (int block = 0; block < blocks; ++block) {
-        for (int line = 0; line < pairs; line += 16) {
-            const int end = pairs - line < 16 ? pairs : line + 16;
-            left.template read_ahead<R>(line);
+        for (int first = 0; first < pairs; first += Left::kPass) {
+            const int end = pairs - first < Left::kPass ? pairs : first + Left::kPass;
+            left.template read_ahead<R>(first);
 #pragma GCC unroll 2
-            for (int p = line; p < end; ++p) {
+            for (int p = first; p < end; ++p) {
                 Vi columns[V];
                 for (int v = 0; v < V; ++v) columns[v] = loadi(b + p * ldb + v * W);
                 for (int r = 0; r < R; ++r) {
