@@ -137,7 +137,7 @@ def measure(run: str, limit: int, steps: int, *, without_reader: bool, alike: bo
         "MB needed": needed / 1e6,
         "MB read": mean_read / 1e6,
         "hit rate": 1 - mean_read / needed,
-        "guessed": (model._plan and model._plan.guessed_share) or 0.0,
+        "guessed": model.guessed_share or 0.0,
         "weights MB": sum(each.nbytes for each in tensors.values()) / 1e6,
     }
     sys.stdout.flush()

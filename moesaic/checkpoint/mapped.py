@@ -138,7 +138,7 @@ def _map(file: RawIOBase, size: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # advice: where it is not known, pages are small and read ahead as ever
             mapping.madvise(mmap.MADV_HUGEPAGE)
-            if _reads_by_huge_pages():
+            if reads_by_huge_pages():
                 # A fault then reads its 2 MiB and not the next ones, which are another expert's more often than not:
                 # where memory is short, a third to a half less is read, and kept, for nothing.
                 mapping.madvise(mmap.MADV_RANDOM)
@@ -148,7 +148,7 @@ def _map(file: RawIOBase, size: int) -> Tensor:
         return torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping
 
 
-def _reads_by_huge_pages() -> bool:
+def reads_by_huge_pages() -> bool:
     """Whether a fault in a mapping that asks for huge pages reads one whole, whatever else is advised: Linux 5.18."""
     version = re.match(r"(\d+)\.(\d+)", platform.release())
     return sys.platform == "linux" and version is not None and (int(version[1]), int(version[2])) >= (5, 18)

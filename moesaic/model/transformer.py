@@ -337,6 +337,11 @@ class Transformer(nn.Module):
             self._plan = DecodePlan(self.decode_part, library, self.reads_ahead)
         return self._plan
 
+    @property
+    def guessed_share(self) -> float | None:
+        """As DecodePlan says it; None too before the first pass."""
+        return None if self._plan is None else self._plan.guessed_share
+
     @untraced
     def infer(self, tokens: Tensor, step: CacheStep, rows: Tensor | None = None) -> Decoded:
         """Take new tokens (T,) int64 of a batch of sequences into a cache: their hidden states, and where they went.

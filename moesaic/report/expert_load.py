@@ -53,7 +53,7 @@ def load_entropy(load: Sequence[float]) -> float:
     if not total > 0:
         return math.nan
     chosen = values[values > 0] / total
-    return float(-(chosen * np.log(chosen)).sum() / math.log(len(values)))
+    return abs(float((chosen * np.log(chosen)).sum() / math.log(len(values))))
 
 
 def hot_share(num_experts: int) -> float:

@@ -418,6 +418,7 @@ class Engine:
             distinct_experts_per_step=self._load.distinct_experts_per_step,
             expert_bytes_used=self._load.bytes_used,
             expert_hit_rate=self._load.hit_rate,
+            expert_guess_share=self._runner.model.guessed_share,
             layers=self._load.layers(),
         )
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moesaic.checkpoint.mapped import reads_by_huge_pages
 from moesaic.kernels.decode import Decoded
+from moesaic.kernels.huge_pages import HUGE_PAGE_BYTES
 from moesaic.model.feed_forward import FeedForward
 from moesaic.model.transformer import Transformer
 from moesaic.moe.experts import Experts
@@ -13,6 +15,7 @@ from moesaic.serve.outputs import LayerLoad, TokenExperts
 
 # How often what was read from the disk is looked at, at most, and of the earlier looks, what is left at the next.
 _STEPS_A_LOOK, _KEPT = 16, 0.9
+_PIECES = 2  # of a packed expert in its file: up and down
 # Routes are counted when somebody asks, or so many wait.
 _MOST_PENDING_STEPS, _MOST_PENDING_TOKENS = 64, 4096
 _PROCESS_COUNTERS = Path("/proc/self/io")
@@ -25,7 +28,9 @@ class ExpertLoad:
 
     hit_rate: of the bytes of experts that the last steps used, the share that did not come from the disk; 1 where all
     is in memory, None before anything is known. A model that is mapped from its file and is larger than memory reads
-    its experts when they are chosen (checkpoint/mapped.py); the process reads little else where it runs no other model.
+    its experts when they are chosen (checkpoint/mapped.py), as whole huge pages: of an expert that lies in so many
+    pieces, one more for each than they fill, since pieces begin and end anywhere, but of a layer never more than all of
+    it. The process reads little else where it runs no other model.
     """
 
     def __init__(self, model: Transformer, *, is_alone: bool = True) -> None:
@@ -41,17 +46,21 @@ class ExpertLoad:
         self._total = np.zeros(sum(self._num_experts), dtype=np.int64)
         self._recent = np.zeros(len(self._total))
         self._bytes = np.repeat([_expert_bytes(model, layer) for layer in self.layer_numbers], self._num_experts)
+        spare = _PIECES * HUGE_PAGE_BYTES if model.reads_ahead and reads_by_huge_pages() else 0
+        self._bytes_missed = self._bytes + spare  # what is read of an expert that is not in memory
+        self._layer_bytes = np.add.reduceat(self._bytes, self._starts) if moe else self._bytes
         # Of steps that are not counted yet: how many tokens each had, and their routes.
         self._pending: list[int] = []
         self._pending_ids = array("q")
         self._pending_tokens = 0
         self._distinct_experts_per_step = 0.0
         self._bytes_used = 0
+        self._most_read = 0  # had none of those bytes been in memory
         self._hit_rate: float | None = None
         self._is_alone = is_alone
         self._steps_since_look = 0
         self._last_look = (0, disk_bytes_read())
-        self._recent_used = self._recent_read = 0.0
+        self._recent_most = self._recent_read = 0.0
 
     def add(self, decoded: Decoded) -> None:
         """Count a step's routes."""
@@ -101,19 +110,21 @@ class ExpertLoad:
         used = counts > 0
         self._distinct_experts_per_step = float(np.count_nonzero(used[-1])) / num_layers
         self._bytes_used += int((used @ self._bytes).sum())
+        missed = np.add.reduceat(used * self._bytes_missed, self._starts, axis=1)
+        self._most_read += int(np.minimum(missed, self._layer_bytes).sum())
         self._steps_since_look += len(steps)
         if self._is_alone and self._steps_since_look >= _STEPS_A_LOOK:
             self._steps_since_look = 0
             self._look()
 
     def _look(self) -> None:
-        used, read = self._last_look
-        self._last_look = (self._bytes_used, disk_bytes_read())
+        most, read = self._last_look
+        self._last_look = (self._most_read, disk_bytes_read())
         if read is not None and self._last_look[1] is not None:
-            self._recent_used = self._recent_used * _KEPT + self._bytes_used - used
+            self._recent_most = self._recent_most * _KEPT + self._most_read - most
             self._recent_read = self._recent_read * _KEPT + self._last_look[1] - read
             # Rounded: what else the process reads is no miss.
-            self._hit_rate = round(max(0.0, 1.0 - self._recent_read / self._recent_used), 6)
+            self._hit_rate = round(max(0.0, 1.0 - self._recent_read / self._recent_most), 6)
 
     def layers(self) -> tuple[LayerLoad, ...]:
         self._count()

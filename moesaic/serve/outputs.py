@@ -89,7 +89,8 @@ class EngineStats:
     distinct_experts_per_step: of the last step, the mean over MoE layers of how many experts had a token; 0 for a dense
     model. expert_bytes_used: of the experts that had a token, summed over steps. expert_hit_rate: of those of late, the
     share of bytes that did not have to be read from the disk; None where it is not known, as where a draft model or a
-    student reads too. step_seconds: of the last step. num_own_steps: with a student that helps out (overload.py), whose
+    student reads too. expert_guess_share: where experts are read ahead from a mapped file, of those of late, the share
+    that had been guessed; None elsewhere. step_seconds: of the last step. num_own_steps: with a student that helps out (overload.py), whose
     steps, texts, tokens, blocks and bytes count with the model's, the model's alone; its are the last step and layers.
     """
 
@@ -112,4 +113,5 @@ class EngineStats:
     distinct_experts_per_step: float
     expert_bytes_used: int
     expert_hit_rate: float | None
+    expert_guess_share: float | None
     layers: tuple[LayerLoad, ...]

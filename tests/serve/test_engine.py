@@ -934,6 +934,15 @@ def test_bytes_of_experts_and_what_the_disk_gave_of_them(
         engine.step()
     hit_rate = engine.stats().expert_hit_rate
     assert hit_rate is not None and 0.7 < hit_rate < 0.75  # the older look weighs a little less
+    # An expert of a mapped file comes as whole huge pages, here all of its layer's experts at once.
+    mapped = deepcopy(model)
+    mapped.reads_ahead = True
+    monkeypatch.setattr(expert_load, "reads_by_huge_pages", lambda: True)
+    engine = Engine(mapped, tokenizer)
+    read[0] += 16 * 3 * 2 * expert
+    run_one(engine, [1], GREEDY.replace(max_tokens=16))
+    num_experts = engine.stats().layers[0].num_experts
+    assert num_experts > 2 and engine.stats().expert_hit_rate == pytest.approx(1 - 2 / num_experts, abs=1e-6)
     monkeypatch.setattr(expert_load, "disk_bytes_read", lambda: None)
     unknown = Engine(model, tokenizer)
     run_one(unknown, [1], GREEDY.replace(max_tokens=20))

@@ -43,6 +43,10 @@ class TokenTexts:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._tokenizer.special_ids
 
+    def is_byte(self, token_id: int) -> bool:
+        """Whether it is one byte, and a run of such tokens is text together: whole, or a U+FFFD for each."""
+        return self._tokenizer.is_byte_token(token_id)
+
 
 @dataclass
 class _Logprobs:
@@ -51,6 +55,10 @@ class _Logprobs:
     texts: TokenTexts
     offset: int = 0
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+    # The run of byte tokens that is being read, where it begins, and whether it is known to be no text.
+    run: bytes = b""
+    run_start: int = 0
+    run_is_broken: bool = False
 
     def of_tokens(self, tokens: Sequence[GeneratedToken], *, prompt: str | None = None) -> dict[str, Any]:
         """prompt: the text that the tokens are of; special tokens that do not stand in it take no place."""
@@ -66,22 +74,63 @@ class _Logprobs:
     def _prompt_offsets(self, token_ids: Sequence[int], prompt: str) -> list[int]:
         """Return where each token begins; a space that the tokenizer puts before every text stands in none of them."""
         offsets = self._offsets(token_ids, prompt)
-        self.offset += len(self.decoder.decode(b"", final=True))
+        self._end()
         first = next((each for each in token_ids if not self.texts.is_special(each)), None)
         if self.offset == len(prompt) or first is None or not self.texts.bytes_of(first).startswith(b" "):
             return offsets
         self.offset = -1
         without_space = self._offsets(token_ids, prompt)
-        self.offset += len(self.decoder.decode(b"", final=True))
+        self._end()
         return [max(0, offset) for offset in without_space] if self.offset == len(prompt) else offsets
 
     def _offsets(self, token_ids: Sequence[int], prompt: str | None = None) -> list[int]:
         offsets = []
-        for token_id in token_ids:
+        for place, token_id in enumerate(token_ids):
+            if self.texts.is_byte(token_id):
+                if not self.run:
+                    self.run_start, self.run_is_broken = self.offset, self._is_broken(token_ids[place:], prompt)
+                offsets.append(self.offset)
+                self._add_to_run(self.texts.bytes_of(token_id))
+                continue
+            if self.run and not (self.texts.is_special(token_id) and prompt is None):  # which is no text in an answer
+                self._end_run()
             self._end_broken_character(token_id, prompt)
             offsets.append(self.offset)
             self.offset += self._length(token_id, prompt)
         return offsets
+
+    def _is_broken(self, token_ids: Sequence[int], prompt: str | None) -> bool:
+        """Whether the run that these begin with is no text; what an answer has not said yet may complete it."""
+        run, is_whole = b"", prompt is not None
+        for token_id in token_ids:
+            if self.texts.is_byte(token_id):
+                run += self.texts.bytes_of(token_id)
+            elif prompt is not None or not self.texts.is_special(token_id):
+                is_whole = True
+                break
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(run, final=is_whole)
+        except UnicodeDecodeError:
+            return True
+        return False
+
+    def _add_to_run(self, data: bytes) -> None:
+        self.run += data
+        length = len(self.run) if self.run_is_broken else len(self.run.decode("utf-8", "ignore"))
+        self.offset = self.run_start + length
+
+    def _end_run(self) -> None:
+        """What came in several chunks may be known to be broken only now."""
+        try:
+            length = len(self.run.decode("utf-8"))
+        except UnicodeDecodeError:
+            length = len(self.run)
+        self.offset, self.run = self.run_start + length, b""
+
+    def _end(self) -> None:
+        if self.run:
+            self._end_run()
+        self.offset += len(self.decoder.decode(b"", final=True))
 
     def _end_broken_character(self, token_id: int, prompt: str | None) -> None:
         """Half a character that the next token does not go on with is a U+FFFD before that token."""

@@ -122,12 +122,14 @@ class _EngineGauges:
             ("expert_bytes", "Weights of the experts that had a token, in every step.", stats.expert_bytes_used),
         ):
             yield CounterMetricFamily(f"moesaic_{name}", help_text, value=float(count))
-        if stats.expert_hit_rate is not None:
-            yield GaugeMetricFamily(
-                "moesaic_expert_hit_rate",
-                "Of these weights, the share of late that was in memory and not read from the disk.",
-                value=stats.expert_hit_rate,
-            )
+        for name, help_text, share in (
+            ("expert_hit_rate", "Of these weights, the share of late that was in memory and not read from the disk.",
+             stats.expert_hit_rate),
+            ("expert_guess_share", "Of the experts chosen of late, the share that had been guessed, to be read ahead.",
+             stats.expert_guess_share),
+        ):  # fmt: skip
+            if share is not None:
+                yield GaugeMetricFamily(f"moesaic_{name}", help_text, value=share)
         uneven = GaugeMetricFamily(
             "moesaic_expert_imbalance", "Recent load of a layer's busiest expert over the mean.", labels=["layer"]
         )

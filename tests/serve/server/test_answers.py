@@ -48,3 +48,30 @@ def test_an_echoed_prompts_tokens_begin_where_they_stand_in_it(tokenizer: Tokeni
             assert prompt[offset:end] == name
     after = choice.take("s", [GeneratedToken(tokenizer.encode("s")[-1], logprob=-1.0)])
     assert after["logprobs"]["text_offset"] == [len(prompt)]
+
+
+@pytest.mark.parametrize("chunks", ["whole", "token by token"])
+def test_a_run_of_byte_tokens_that_is_no_text_is_a_character_for_each(tokenizer: Tokenizer, chunks: str) -> None:
+    """As the decoder has it: of half a character each byte, and the whole character beside it too."""
+    a = tokenizer.encode("a")[-1]
+    east = tokenizer.encode("東")[-3:]
+    assert [tokenizer.is_byte_token(each) for each in (*east, a)] == [True, True, True, False]
+    token_ids = [a, *east, a, *east[:2], a, *east, east[0], a, *east, a]
+    text = tokenizer.decode(token_ids)
+    assert text == "a東a\ufffd\ufffda" + 4 * "\ufffd" + "a東a"
+    choice = Choice(
+        index=0, kind="completion", texts=TokenTexts(tokenizer), moe_layers=(), has_logprobs=True, has_experts=False
+    )
+    tokens = [GeneratedToken(token_id, logprob=-1.0) for token_id in token_ids]
+    parts = [tokens] if chunks == "whole" else [[token] for token in tokens]
+    offsets = [each for part in parts for each in choice.take("", part)["logprobs"]["text_offset"]]
+    expected = [0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 11, 11, 12]
+    if chunks == "whole":
+        assert offsets == expected
+    # What a stream said of a token before the run was broken stays said; what follows is right.
+    assert [each for each, token_id in zip(offsets, token_ids, strict=True) if token_id == a] == [0, 2, 5, 10, 12]
+    echoed = Choice(
+        index=0, kind="completion", texts=TokenTexts(tokenizer), moe_layers=(), has_logprobs=True, has_experts=False
+    )
+    echoed.echoed = text
+    assert echoed.echo(tokens)["logprobs"]["text_offset"] == expected
