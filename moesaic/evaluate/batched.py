@@ -75,10 +75,10 @@ class BatchedScorer:
         rows: dict[tuple[int, ...], Tensor] = {}
         at, behind = 0, sum(len(prefix) for prefix in prefixes)
         for group in groups:
-            shared = torch.arange(at, at + len(group.prefix))
+            shared = torch.arange(at, at + len(group.prefix), device="cpu")
             at += len(group.prefix)
             for rest in group.rests:
-                rows[group.prefix + rest] = torch.cat([shared, torch.arange(behind, behind + len(rest))])
+                rows[group.prefix + rest] = torch.cat([shared, torch.arange(behind, behind + len(rest), device="cpu")])
                 behind += len(rest)
         return torch.cat(hidden), rows
 
@@ -92,11 +92,11 @@ class BatchedScorer:
         """Return the scores of the requests whose sequences have these rows of hidden."""
         model = self._model
         places = torch.cat([rows[-len(inputs[number].targets) :] for number, rows in asked])
-        targets = torch.tensor([target for number, _ in asked for target in inputs[number].targets])
+        targets = torch.tensor([target for number, _ in asked for target in inputs[number].targets], device="cpu")
         # Continuations of one token after the same context ask for the same logits.
         needed, which = places.unique(return_inverse=True)
-        values = torch.empty(len(places), dtype=torch.float64)
-        likeliest = torch.empty(len(places), dtype=torch.bool)
+        values = torch.empty(len(places), dtype=torch.float64, device="cpu")
+        likeliest = torch.empty(len(places), dtype=torch.bool, device="cpu")
         size = max(1, _CHUNK_ELEMENTS // model.config.vocab_size)
         for start in range(0, len(needed), size):
             logits = model.logits(hidden[needed[start : start + size].to(hidden.device)])  # (n, V) fp32
@@ -321,10 +321,12 @@ def plan_blocks(groups: Sequence[Group]) -> BlockPlan:
 
 
 def _paged_batch(new: Sequence[int], lengths: Sequence[int], tables: Sequence[Sequence[int]]) -> PagedBatch:
-    starts = torch.zeros(len(new) + 1, dtype=torch.int32)
-    starts[1:] = torch.tensor(new).cumsum(0)
+    starts = torch.zeros(len(new) + 1, dtype=torch.int32, device="cpu")
+    starts[1:] = torch.tensor(new, device="cpu").cumsum(0)
     width = max([1, *(len(table) for table in tables)])
     padded = [[*table, *[0] * (width - len(table))] for table in tables]
     return PagedBatch(
-        starts, torch.tensor(lengths, dtype=torch.int32), torch.tensor(padded, dtype=torch.int32).view(-1, width)
+        starts,
+        torch.tensor(lengths, dtype=torch.int32, device="cpu"),
+        torch.tensor(padded, dtype=torch.int32, device="cpu").view(-1, width),
     )

@@ -39,7 +39,7 @@ class PagedCache(Cache):
         self._storage: Storage | None = None
         self._num_blocks = 0
         self._sequences: list[_Sequence] = []
-        self._columns = torch.ones(0, 0, dtype=torch.bool)  # (B, columns), False for padding
+        self._columns = torch.ones(0, 0, dtype=torch.bool, device="cpu")  # (B, columns), False for padding
         self._next: CacheStep | None = None
         self._before: tuple[list[int], Tensor] = [], self._columns  # the last prepare: lengths and columns
 
@@ -69,14 +69,18 @@ class PagedCache(Cache):
         for sequence, end in zip(self._sequences, ends, strict=True):
             sequence.length = end
         self._columns = torch.cat([self._columns, columns], 1)
-        starts = torch.zeros(len(new) + 1, dtype=torch.int32)
+        starts = torch.zeros(len(new) + 1, dtype=torch.int32, device="cpu")
         starts[1:] = counts.cumsum(0)
         width = max(len(sequence.blocks) for sequence in self._sequences)
         tables = torch.tensor(
-            [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence in self._sequences], dtype=torch.int32
+            [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence in self._sequences],
+            dtype=torch.int32,
+            device="cpu",
         )
         assert self._storage is not None
-        self._next = CacheStep(self._storage, PagedBatch(starts, torch.tensor(ends, dtype=torch.int32), tables))
+        self._next = CacheStep(
+            self._storage, PagedBatch(starts, torch.tensor(ends, dtype=torch.int32, device="cpu"), tables)
+        )
 
     def extend(self, batch_size: int, length: int) -> CacheStep:
         """Return what `prepare` made ready, for its valid tokens end to end (moesaic.model.kv_cache.KVCache)."""
@@ -137,7 +141,7 @@ class PagedCache(Cache):
         chosen: list[int] = indices.tolist()
         sequences = [self._sequences[index] for index in chosen]
         self._sequences = [_Sequence(sequence.length, list(sequence.blocks)) for sequence in sequences]
-        self._columns = self._columns[torch.tensor(chosen, dtype=torch.int64)]
+        self._columns = self._columns[torch.tensor(chosen, dtype=torch.int64, device="cpu")]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The same under the name that beam search calls."""
@@ -145,7 +149,7 @@ class PagedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every sequence several times, side by side."""
-        self.batch_select_indices(torch.arange(len(self._sequences)).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(len(self._sequences), device="cpu").repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns: -n forgets n; as in earlier transformers, n > 0 keeps the first n at most."""

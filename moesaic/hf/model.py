@@ -242,7 +242,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         if not tokens.numel():  # nothing that the cache could take
             return self._run(tokens, None)
         length = tokens.shape[1]
-        new = torch.ones(tokens.shape, dtype=torch.bool)
+        new = torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
         if columns is not None:
             mask = columns.cpu()
             seen = cache.get_seq_length()
@@ -268,7 +268,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
             or (layer.capacity.factor is not None and layer.capacity.drop_policy == "random")
             for layer in layers
         )
-        return int(torch.randint(2**62, ())) if self.training and is_random else 0
+        return int(torch.randint(2**62, (), device="cpu")) if self.training and is_random else 0
 
     def _losses(
         self,

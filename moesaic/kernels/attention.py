@@ -207,7 +207,8 @@ def _causal_attention_backward(
     grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
     batch, length, heads, _ = query.shape
     numbers_of_sinks = None if sinks is None else sinks.float().contiguous()
-    sink_parts = torch.empty(batch, heads, -(-length // _BLOCK), dtype=torch.float32) if sinks is not None else None
+    parts = (batch, heads, -(-length // _BLOCK))
+    sink_parts = None if sinks is None else torch.empty(parts, dtype=torch.float32, device="cpu")
     library.function("moesaic_attention_backward", "pdppppppppppppp")(
         _sizes(query, key, window),
         scale,

@@ -88,7 +88,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, wants_gradient: bool) -> Ten
     assert logits.dtype in (torch.bfloat16, torch.float32), logits.dtype
     assert targets.shape == logits.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     targets = targets.contiguous()
-    losses = torch.empty(logits.shape[0], dtype=torch.float32)
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
     wrong = library.function("moesaic_cross_entropy", "pipiipi")(
         logits.data_ptr(),
         logits.dtype == torch.bfloat16,
@@ -117,9 +117,9 @@ def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool
     assert hidden.dtype == torch.bfloat16, hidden.dtype
     assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
-    losses = torch.empty(hidden.shape[0], dtype=torch.float32)
+    losses = torch.empty(hidden.shape[0], dtype=torch.float32, device="cpu")
     grad_hidden = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
-    grad_weight = torch.empty(weight.shape if wants_gradient else 0, dtype=torch.float32)
+    grad_weight = torch.empty(weight.shape if wants_gradient else 0, dtype=torch.float32, device="cpu")
     wrong = library.function("moesaic_linear_cross_entropy", "pppiiippp")(
         hidden.data_ptr(),
         weight.data_ptr(),

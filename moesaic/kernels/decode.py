@@ -357,11 +357,11 @@ class DecodePlan:
     def _make_room(self, count: int, num_rows: int) -> Decoded:
         routes = count * sum(self._top_k)
         return Decoded(
-            torch.empty(count, self.model.hidden_size, dtype=torch.bfloat16),
-            torch.empty(routes, dtype=torch.int64),
-            torch.empty(routes, dtype=torch.float32),
+            torch.empty(count, self.model.hidden_size, dtype=torch.bfloat16, device="cpu"),
+            torch.empty(routes, dtype=torch.int64, device="cpu"),
+            torch.empty(routes, dtype=torch.float32, device="cpu"),
             self._top_k,
-            torch.empty(num_rows, self.model.vocab_size, dtype=torch.float32),
+            torch.empty(num_rows, self.model.vocab_size, dtype=torch.float32, device="cpu"),
             array("q", bytes(8 * num_rows)),
         )
 

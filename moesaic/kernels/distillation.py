@@ -29,8 +29,8 @@ def teach(
     if library is None or logits.dtype not in (torch.bfloat16, torch.float32):
         return _teach(logits, teacher_logits, targets, alpha, temperature)
     teacher_logits, targets = teacher_logits.contiguous(), targets.contiguous()
-    losses, distances = torch.empty(2, logits.shape[0], dtype=torch.float32).unbind()
-    scalars = torch.tensor([alpha, temperature], dtype=torch.float32)
+    losses, distances = torch.empty(2, logits.shape[0], dtype=torch.float32, device="cpu").unbind()
+    scalars = torch.tensor([alpha, temperature], dtype=torch.float32, device="cpu")
     wrong = library.function("moesaic_distillation", "pippiippp")(
         logits.data_ptr(),
         logits.dtype == torch.bfloat16,

@@ -85,7 +85,7 @@ class LatentStorage(RemembersAddresses):
         for layer in self.layers:
             address, num_blocks, dim, block_size = layer.arguments
             rows.append((address, 0, 0, 0, num_blocks, 1, dim, block_size))
-        return torch.tensor(rows)
+        return torch.tensor(rows, device="cpu")
 
 
 def allocate_latent_blocks(
@@ -165,7 +165,7 @@ def latent_attention(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, *, 
         return _attention_reference(query, blocks, batch, scale)
     query = F.pad(query, (0, blocks.width - dim)).contiguous()
     channels = -(-blocks.rank // PANEL) * PANEL
-    out = torch.empty(num_tokens, num_heads, channels, dtype=torch.bfloat16)
+    out = torch.empty(num_tokens, num_heads, channels, dtype=torch.bfloat16, device="cpu")
     failed = library.function("moesaic_latent_attention", "ppiiif" + "piii" + "pppii")(
         query.data_ptr(), out.data_ptr(), num_tokens, num_heads, blocks.rank, scale, *blocks.arguments,
         *batch.arguments,
@@ -192,7 +192,7 @@ def _attention_on_cuda(query: Tensor, blocks: LatentBlocks, batch: PagedBatch, s
 
 def _write_reference(latents: Tensor, blocks: LatentBlocks, batch: PagedBatch) -> None:
     size, device = blocks.block_size, blocks.latents.device
-    sequences = torch.arange(batch.lengths.shape[0]).repeat_interleave(batch.starts.diff())
+    sequences = torch.arange(batch.lengths.shape[0], device="cpu").repeat_interleave(batch.starts.diff())
     positions = batch.positions
     block = batch.block_tables[sequences, positions // size].long()
     assert bool(((block >= 0) & (block < blocks.num_blocks)).all()) and batch.is_inside, (batch, blocks.num_blocks)

@@ -94,8 +94,8 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tup
     x, weight = x.contiguous(), weight.contiguous()
     num_rows = x.numel() // max(size, 1)
     y = torch.empty_like(x)
-    inverse = torch.empty(num_rows, dtype=torch.float32)
-    mean = torch.empty(0 if bias is None else num_rows, dtype=torch.float32)
+    inverse = torch.empty(num_rows, dtype=torch.float32, device="cpu")
+    mean = torch.empty(0 if bias is None else num_rows, dtype=torch.float32, device="cpu")
     bias = None if bias is None else bias.contiguous()
     select.required_cpu_library().function("moesaic_norm", "piiippfppp")(
         x.data_ptr(),
@@ -129,8 +129,9 @@ def _norm_backward(
     """The gradients of x, weight and bias (none for RMSNorm)."""
     size = x.shape[-1]
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    mean, inverse = mean.contiguous(), inverse.contiguous()
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    grad_bias = torch.empty(size if has_bias else 0, dtype=torch.float32)
+    grad_bias = torch.empty(size if has_bias else 0, dtype=torch.float32, device="cpu")
     select.required_cpu_library().function("moesaic_norm_backward", "ppiiipppppp")(
         grad.data_ptr(),
         x.data_ptr(),

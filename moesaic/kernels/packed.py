@@ -354,7 +354,7 @@ def packed_linear(
         return _linear(x, weight, 0, bias).to(out_dtype)
     x = x.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    out = torch.empty(x.shape[0], weight.out_size, dtype=out_dtype)
+    out = torch.empty(x.shape[0], weight.out_size, dtype=out_dtype, device="cpu")
     if out.numel():
         library.function("moesaic_packed_linear", "pipippi")(
             ctypes.addressof(weight.struct),
@@ -415,7 +415,7 @@ def packed_heads(x: Tensor, weight: PackedWeight) -> Tensor:
         return torch.bmm(rows, unpack_stack(weight).float().transpose(1, 2)).transpose(0, 1).to(x.dtype)
     rows = x.to(torch.bfloat16)
     rows = rows if rows.stride(2) == 1 else rows.contiguous()
-    out = torch.empty(tokens, num_heads, weight.out_size, dtype=torch.bfloat16)
+    out = torch.empty(tokens, num_heads, weight.out_size, dtype=torch.bfloat16, device="cpu")
     library.function("moesaic_packed_heads", "piipiip")(
         ctypes.addressof(weight.struct), num_heads, tokens, rows.data_ptr(), rows.stride(0), rows.stride(1),
         out.data_ptr(),
@@ -447,7 +447,7 @@ def packed_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
         assert bool(((ids >= 0) & (ids < weight.out_size)).all()), _not_rows(ids, weight)
         return _dense(weight, 0).to(torch.bfloat16)[ids]
     ids = ids.contiguous()
-    out = torch.empty(len(ids), weight.in_size, dtype=torch.bfloat16)
+    out = torch.empty(len(ids), weight.in_size, dtype=torch.bfloat16, device="cpu")
     failed = library.function("moesaic_packed_rows", "pipp")(
         ctypes.addressof(weight.struct), len(ids), ids.data_ptr(), out.data_ptr()
     )

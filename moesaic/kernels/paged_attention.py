@@ -95,7 +95,7 @@ class KVStorage(RemembersAddresses):
     @cached_property
     def arguments(self) -> Tensor:
         """(layers, 8) int64: every layer's."""
-        return torch.tensor([layer.arguments for layer in self.layers])
+        return torch.tensor([layer.arguments for layer in self.layers], device="cpu")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class PagedBatch(RemembersAddresses):
         """(T,) int64, the position of each token in its sequence."""
         new = self.starts.diff()
         first = self.lengths - new - self.starts[:-1]  # what a token's index lacks to its position
-        return torch.arange(self.num_tokens) + first.repeat_interleave(new)
+        return torch.arange(self.num_tokens, device="cpu") + first.repeat_interleave(new)
 
     def on_device(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
         """Return what make gives, which is kept for the other layers of this pass, by its name."""
@@ -147,7 +147,7 @@ class PagedBatch(RemembersAddresses):
         """
 
         def make() -> Tensor:
-            sequences = torch.arange(self.lengths.shape[0]).repeat_interleave(self.starts.diff())
+            sequences = torch.arange(self.lengths.shape[0], device="cpu").repeat_interleave(self.starts.diff())
             block = self.block_tables[sequences, self.positions // block_size].long()
             assert bool(((block >= 0) & (block < num_blocks)).all()) and self.is_inside, (self, num_blocks)
             return (block * block_size + self.positions % block_size).to(device, non_blocking=True)
@@ -311,7 +311,7 @@ def paged_attention(
     if library is None:
         return _attention_reference(query, blocks, batch, scale, window, sinks)
     query = _rows(query)
-    out = torch.empty(num_tokens, num_heads, head_dim, dtype=torch.bfloat16)
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=torch.bfloat16, device="cpu")
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     attend = library.function("moesaic_paged_attention", "pipiifip" + "ppppiiii" + "pppii")
     failed = attend(
@@ -374,7 +374,7 @@ def _attention_on_cuda(
 
 def _write_reference(key: Tensor, value: Tensor, blocks: KVBlocks, batch: PagedBatch) -> None:
     size, device = blocks.block_size, blocks.keys.device
-    sequences = torch.arange(batch.lengths.shape[0]).repeat_interleave(batch.starts.diff())
+    sequences = torch.arange(batch.lengths.shape[0], device="cpu").repeat_interleave(batch.starts.diff())
     positions = batch.positions
     assert positions.shape[0] == key.shape[0] and batch.is_inside, _misfit(batch, blocks, key.shape[0])
     block = batch.block_tables[sequences, positions // size].long().to(device)

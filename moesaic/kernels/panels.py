@@ -58,10 +58,10 @@ def _header_dtype(format: PackedFormat) -> torch.dtype:
 def panel_order(out_size: int, is_gated: bool) -> Tensor:
     """Return the row of every packed row, out_size for padding: as they are, or 16 of the gate and 16 of up in turn."""
     if not is_gated:
-        order = torch.arange(-(-out_size // PANEL) * PANEL)
+        order = torch.arange(-(-out_size // PANEL) * PANEL, device="cpu")
         return order.clamp_max(out_size)
     half = out_size // 2
-    padded = torch.arange(-(-half // 16) * 16)
+    padded = torch.arange(-(-half // 16) * 16, device="cpu")
     gate = torch.where(padded < half, padded, out_size)
     up = torch.where(padded < half, padded + half, out_size)
     return torch.stack([gate.view(-1, 16), up.view(-1, 16)], dim=1).flatten()

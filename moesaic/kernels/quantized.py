@@ -175,7 +175,7 @@ def _rotated(x: Tensor, scale: float) -> Tensor:
     if library is None:
         return rotate(x) * scale
     x = x.contiguous()
-    rotated = torch.empty(x.shape, dtype=torch.float32)
+    rotated = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     library.function("moesaic_rotate_rows", "piiifp")(
         x.data_ptr(), x.dtype == torch.bfloat16, math.prod(x.shape[:-1]), x.shape[-1], scale, rotated.data_ptr()
     )
@@ -256,13 +256,13 @@ def _quantize_natively(
     library: select.Library, weight: Tensor, *, bits: int, group_size: int | None
 ) -> QuantizedWeight:
     *rows, columns = weight.shape
-    scales, steps = torch.empty(rows, dtype=torch.float32), None
+    scales, steps = torch.empty(rows, dtype=torch.float32, device="cpu"), None
     if group_size is None:
-        values = torch.empty(weight.shape, dtype=torch.int8)
+        values = torch.empty(weight.shape, dtype=torch.int8, device="cpu")
     else:
         assert columns % group_size == 0, (weight.shape, group_size)
-        values = torch.empty(*rows, columns // 2, dtype=torch.uint8)
-        steps = torch.empty(*rows, columns // group_size, dtype=torch.int8)
+        values = torch.empty(*rows, columns // 2, dtype=torch.uint8, device="cpu")
+        steps = torch.empty(*rows, columns // group_size, dtype=torch.int8, device="cpu")
     library.function("moesaic_quantize_weight", "piiiippp")(
         weight.data_ptr(), weight.dtype == torch.bfloat16, math.prod(rows), columns, group_size or 0,
         values.data_ptr(), address_of(steps), scales.data_ptr(),
@@ -278,8 +278,8 @@ def quantize_to_mxfp4(weight: Tensor) -> QuantizedWeight:
     if library is None:
         return QuantizedWeight(*mxfp4.quantize(weight.detach()), 4, mxfp4.GROUP_SIZE)
     weight = weight.detach().contiguous()
-    values = torch.empty(*rows, columns // 2, dtype=torch.uint8)
-    scales = torch.empty(*rows, columns // mxfp4.GROUP_SIZE, dtype=torch.uint8)
+    values = torch.empty(*rows, columns // 2, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(*rows, columns // mxfp4.GROUP_SIZE, dtype=torch.uint8, device="cpu")
     library.function("moesaic_quantize_to_mxfp4", "piiipp")(
         weight.data_ptr(),
         weight.dtype == torch.bfloat16,

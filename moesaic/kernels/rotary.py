@@ -39,7 +39,7 @@ def _rotate(x: Tensor, cosines: Tensor, sines: Tensor, backwards: bool) -> Tenso
     if x.stride()[2:] != (head_dim, 1):
         x = x.contiguous()
     cosines, sines = cosines.contiguous(), sines.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     library.function("moesaic_rotate", "p" + "i" * 7 + "ppip")(
         x.data_ptr(),
         x.dtype == torch.bfloat16,

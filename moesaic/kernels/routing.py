@@ -141,11 +141,11 @@ def _route(
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     x, weight, bias = x.contiguous(), weight.contiguous(), _contiguous(bias)
     correction_bias, valid, given_ids = _contiguous(correction_bias), _contiguous(valid), _contiguous(given_ids)
-    expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    routing_weights = torch.empty(num_tokens, top_k, dtype=torch.float32)
-    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32)
-    floats = torch.empty(num_experts + 2, dtype=torch.float32)
-    counts = torch.empty(num_experts + 1, dtype=torch.int64)
+    expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device="cpu")
+    routing_weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device="cpu")
+    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device="cpu")
+    floats = torch.empty(num_experts + 2, dtype=torch.float32, device="cpu")
+    counts = torch.empty(num_experts + 1, dtype=torch.int64, device="cpu")
     failed = select.required_cpu_library().function("moesaic_route", "pippppp" + "i" * 8 + "f" + "p" * 5)(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
@@ -215,6 +215,7 @@ def _route_backward(
     """The gradients of x, weight and bias; the last is empty where there is none."""
     x, weight, valid = x.contiguous(), weight.contiguous(), _contiguous(valid)
     grad_weights, grad_mean = _contiguous(grad_weights), _contiguous(grad_mean)
+    logits, expert_ids = logits.contiguous(), expert_ids.contiguous()  # a hook may have kept them in another layout
     grad_x, grad_weight, grad_bias = _route_gradients(x, weight, has_bias)
     select.required_cpu_library().function("moesaic_route_backward", "pipppp" + "i" * 6 + "ppfppp")(
         x.data_ptr(),
@@ -272,9 +273,9 @@ def _plan_dispatch(
     expert_ids: Tensor, valid: Tensor | None, num_experts: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     expert_ids, valid = expert_ids.contiguous(), _contiguous(valid)
-    token_ids = torch.empty(expert_ids.numel(), dtype=torch.int64)
-    slots = torch.empty_like(expert_ids)
-    tokens_per_expert = torch.empty(num_experts, dtype=torch.int64)
+    token_ids = torch.empty(expert_ids.numel(), dtype=torch.int64, device="cpu")
+    slots = torch.empty_like(expert_ids, memory_format=torch.contiguous_format)
+    tokens_per_expert = torch.empty(num_experts, dtype=torch.int64, device="cpu")
     num_rows = select.required_cpu_library().function("moesaic_plan_dispatch", "ppiiiippp")(
         expert_ids.data_ptr(),
         address_of(valid),

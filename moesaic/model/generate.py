@@ -111,7 +111,7 @@ def choose_token(
         raise not_finite(row.item(best))
     if temperature == 0.0:
         return best
-    uniform = float(torch.rand((), dtype=torch.float64, generator=random))
+    uniform = float(torch.rand((), dtype=torch.float64, generator=random, device="cpu"))
     given = RowDraw(0, best, temperature, top_k, 1.0 if top_p is None else top_p, 0.0, uniform)
     (token,) = draw_rows(row[None], [given])
     return token

@@ -79,9 +79,11 @@ class BatchCache:
     ) -> None:  # fmt: skip
         self.max_length = max_length
         self.length = self._step_length = 0
-        self._starts = torch.zeros(1, dtype=torch.int32)
+        self._starts = torch.zeros(1, dtype=torch.int32, device="cpu")
         blocks_each = -(-max_length // block_size)
-        self._tables = torch.arange(batch_size * blocks_each, dtype=torch.int32).view(batch_size, blocks_each)
+        self._tables = torch.arange(batch_size * blocks_each, dtype=torch.int32, device="cpu").view(
+            batch_size, blocks_each
+        )
         self._storage = allocate_storage(
             config, batch_size * blocks_each, block_size=block_size, dtype=dtype, device=device
         )
@@ -98,8 +100,8 @@ class BatchCache:
         self.length = end
         if length != self._step_length:  # token after token it is the same
             self._step_length = length
-            self._starts = torch.arange(0, length * (batch_size + 1), length, dtype=torch.int32)
-        lengths = torch.full((batch_size,), end, dtype=torch.int32)
+            self._starts = torch.arange(0, length * (batch_size + 1), length, dtype=torch.int32, device="cpu")
+        lengths = torch.full((batch_size,), end, dtype=torch.int32, device="cpu")
         return CacheStep(self._storage, PagedBatch(self._starts, lengths, self._tables))
 
     def retract(self, length: int) -> None:

@@ -177,8 +177,8 @@ def _only(sequences: list[int], batch: PagedBatch, starts: list[int]) -> tuple[T
     """Return the rows of some of a batch's sequences, in order, and the batch of these alone."""
     if len(sequences) == batch.lengths.shape[0]:
         return slice(None), batch
-    chosen = torch.tensor(sequences)
+    chosen = torch.tensor(sequences, device="cpu")
     counts = batch.starts.diff()[chosen]
-    rows = torch.cat([torch.arange(starts[each], starts[each + 1]) for each in sequences])
+    rows = torch.cat([torch.arange(starts[each], starts[each + 1], device="cpu") for each in sequences])
     own = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     return rows, PagedBatch(own, batch.lengths[chosen], batch.block_tables[chosen])

@@ -40,7 +40,7 @@ def _turns(positions: Tensor, dim: int, *, theta: float, scaling: RopeScalingCon
 
 def rotary_frequencies(dim: int, theta: float, *, scaling: RopeScalingConfig | None = None) -> tuple[Tensor, float]:
     """Return the angles per position of each pair (D/2,), fp64, and the factor on their cosines and sines."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     if scaling is None:
         return frequencies, 1.0
     if scaling.kind == "linear":
@@ -79,7 +79,7 @@ def _yarn_share(dim: int, theta: float, scaling: RopeScalingConfig) -> Tensor:
     first, last = max(first, 0), min(last, dim - 1)
     if first == last:
         last += 0.001
-    ramp = (torch.arange(dim // 2, dtype=torch.float64) - first) / (last - first)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64, device="cpu") - first) / (last - first)
     return 1.0 - ramp.clamp(0.0, 1.0)
 
 

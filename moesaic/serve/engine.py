@@ -451,7 +451,7 @@ class Engine:
             self._check_prompt(prompt, Sampling(max_tokens=0))
             num_checked += len(prompt)
         if not prompts:
-            return torch.empty(0, self.model_config.hidden_size, dtype=torch.float32)
+            return torch.empty(0, self.model_config.hidden_size, dtype=torch.float32, device="cpu")
         vectors: list[Tensor] = []
         num_texts = num_tokens = 0  # since it last stopped
         for prompt in prompts:

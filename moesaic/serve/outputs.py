@@ -90,8 +90,9 @@ class EngineStats:
     model. expert_bytes_used: of the experts that had a token, summed over steps. expert_hit_rate: of those of late, the
     share of bytes that did not have to be read from the disk; None where it is not known, as where a draft model or a
     student reads too. expert_guess_share: where experts are read ahead from a mapped file, of those of late, the share
-    that had been guessed; None elsewhere. step_seconds: of the last step. num_own_steps: with a student that helps out (overload.py), whose
-    steps, texts, tokens, blocks and bytes count with the model's, the model's alone; its are the last step and layers.
+    that had been guessed; None elsewhere. step_seconds: of the last step. num_own_steps: with a student that helps out
+    (overload.py), whose steps, texts, tokens, blocks and bytes count with the model's, the model's alone; its are the
+    last step and layers.
     """
 
     num_running: int

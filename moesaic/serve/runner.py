@@ -122,7 +122,7 @@ class Runner:
         """
         model = self.model
         cache = BatchCache(model.config, 1, len(tokens), dtype=self._dtype, device=model.device)
-        total = torch.zeros(model.config.hidden_size, dtype=torch.float32)
+        total = torch.zeros(model.config.hidden_size, dtype=torch.float32, device="cpu")
         for start in range(0, len(tokens), chunk):
             if start:
                 yield False
@@ -146,7 +146,7 @@ class _Singles:
         self._tables = array("i", bytes(4 * count * width))
         self.tokens = torch.frombuffer(self._tokens, dtype=torch.int64)
         self.batch = PagedBatch(
-            torch.arange(count + 1, dtype=torch.int32),
+            torch.arange(count + 1, dtype=torch.int32, device="cpu"),
             torch.frombuffer(self._lengths, dtype=torch.int32),
             torch.frombuffer(self._tables, dtype=torch.int32).view(count, width),
         )
@@ -169,7 +169,7 @@ def _wanted(rows: Sequence[int], count: int) -> Tensor | None:
 
 @lru_cache(maxsize=256)
 def _all_rows(count: int) -> Tensor:
-    return torch.arange(count)
+    return torch.arange(count, device="cpu")
 
 
 def _tensor(numbers: Sequence[int], dtype: type[np.integer[Any]]) -> Tensor:

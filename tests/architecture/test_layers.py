@@ -222,10 +222,11 @@ _MAKERS = ("empty", "zeros", "ones", "full", "rand", "randn")
 
 
 @pytest.mark.parametrize("path", [each for each in FILES if each.is_relative_to(PACKAGE / "kernels")], ids=name_of)
-def test_tensors_for_kernels_have_a_dtype(path: Path) -> None:
-    """torch.set_default_dtype is its user's: what C++ fills with fp32 must have room for it."""
+def test_tensors_for_kernels_have_a_dtype_and_a_device(path: Path) -> None:
+    """torch.set_default_dtype and set_default_device are their user's: what C++ fills with fp32 must have room for it,
+    where C++ reaches it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=maker)) if maker in _MAKERS:
-                has_dtype = any(keyword.arg == "dtype" for keyword in node.keywords)
-                assert has_dtype, f"{name_of(path)}:{node.lineno} makes a tensor of torch's default dtype"
+                lacking = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
+                assert not lacking, f"{name_of(path)}:{node.lineno} makes a tensor of torch's default {lacking}"

@@ -577,9 +577,11 @@ def test_compiles_into_one_graph(attention: dict[str, Any], kernels: str) -> Non
         assert float((one - other).norm()) <= (0.0 if kernels == "auto" else 0.02) * float(other.norm())
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
 @pytest.mark.parametrize("attention", [{"num_kv_heads": 1}, {"latent_attention": LATENT}], ids=["grouped", "latent"])
-def test_torch_s_default_dtype_is_its_user_s(attention: dict[str, Any], default: torch.dtype) -> None:
+def test_torch_s_default_dtype_and_device_are_its_user_s(
+    attention: dict[str, Any], default: torch.dtype | torch.device
+) -> None:
     values = {"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
     moe = {"num_experts": 4, "top_k": 2, "residual": "sum", "router": {"noise": "jitter"}}
     config = ModelConfig.from_dict({**values, "moe": moe, **attention})
@@ -597,11 +599,13 @@ def test_torch_s_default_dtype_is_its_user_s(attention: dict[str, Any], default:
         return [loss, *gradients, packed.logits(torch.cat(hidden, 1))]
 
     wanted = results()
-    torch.set_default_dtype(default)
+    is_device = isinstance(default, torch.device)
+    torch.set_default_device(default) if is_device else torch.set_default_dtype(default)
     try:
         got = results()
     finally:
         torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 

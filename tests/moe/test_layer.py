@@ -1,6 +1,7 @@
 """The MoE layer equals the naive loop over tokens: output, both losses, the gradient of x and of every parameter."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from moesaic.config.model import CapacityConfig, FeedForwardConfig, RouterConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels.grouped_mlp import ExpertWeights
 from moesaic.kernels.reference import moe as reference
+from moesaic.model.norm import make_norm
 from moesaic.moe.balance import balance_loss
 from moesaic.moe.dispatch import expert_capacity
 from moesaic.moe.layer import MoELayer, MoEStatistics
@@ -403,3 +405,27 @@ def test_a_layer_that_cannot_be_is_refused() -> None:
         MoELayer(HIDDEN, FeedForwardConfig(intermediate_size=8), activation="gelu", has_bias=False)
     with pytest.raises(ConfigError, match=r"activation \('relu'\) is not known; one of gelu, gelu_tanh, swiglu"):
         make_layer(activation="relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_what_a_hook_keeps_in_another_layout_gives_the_same_gradients(dtype: torch.dtype, activation: str) -> None:
+    """As offloading and compressing hooks may: equal numbers, whatever their strides."""
+
+    def turned(kept: Tensor) -> Tensor:
+        return kept.transpose(-1, -2).contiguous().transpose(-1, -2) if kept.dim() >= 2 else kept
+
+    def gradients(unpack: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        config = FeedForwardConfig(intermediate_size=0, num_experts=4, top_k=2, expert_intermediate_size=64)
+        layer, norm = MoELayer(32, config, activation=activation, has_bias=False), make_norm("layernorm", 32, 1e-5)
+        drawn = torch.Generator().manual_seed(0)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.2, generator=drawn)
+        x = torch.randn(37, 32, generator=drawn).to(dtype).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept.detach(), unpack):
+            out, statistics = layer(norm(x))
+        loss = out.float().square().sum() + balance_loss(statistics.mean_probabilities, statistics.tokens_per_expert)
+        return list(torch.autograd.grad(loss, [x, *layer.parameters(), *norm.parameters()]))
+
+    for got, wanted in zip(gradients(turned), gradients(lambda kept: kept), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))

@@ -113,7 +113,7 @@ def routed_mlp_backward(
     call, kept = _call(
         x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias, activation
     )
-    grad = grad.contiguous()
+    grad, pre = grad.contiguous(), pre.contiguous()  # a hook may have kept it in another layout
     results = _gradients(x, routing_weights, up, up_bias, down, down_bias, needs_x)
     grad_x, grad_routing_weights, grad_up, grad_up_bias, grad_down, grad_down_bias = results
     call.pre, call.grad_out = pre.data_ptr(), grad.data_ptr()
