@@ -42,7 +42,7 @@ def moe_per_token(
     """
     outputs = []
     for token in range(x.shape[0]):
-        total = torch.zeros(x.shape[1], dtype=torch.float32)
+        total = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
         for choice in range(expert_ids.shape[1]):
             if kept[token, choice]:
                 out = mlp(x[token], weights, int(expert_ids[token, choice]))
