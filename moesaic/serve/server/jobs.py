@@ -17,6 +17,7 @@ from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.server.admission import Admission
 from moesaic.serve.server.answers import Kind, TokenTexts
 from moesaic.serve.server.errors import refusal
+from moesaic.serve.server.interruptible import run_interruptibly
 from moesaic.serve.server.metrics import Metrics
 from moesaic.serve.server.requests import CompletionBody, ConversationBody, Prompt
 from moesaic.serve.server.tool_calls import ToolCallReader
@@ -138,7 +139,7 @@ async def _understand_conversation(served: Served, body: ConversationBody) -> Jo
         # The template has put the begin token where it wants it.
         return tuple(served.tokenizer.encode_prompt(text, add_special_tokens=False))
 
-    prompt = await asyncio.to_thread(encode)
+    prompt = await run_interruptibly(encode)
     _check_length(served, prompt, param=body.messages_key, has_answer=True)
     _check_room(served, body.limit, len(prompt), param=body.limit_key)
     reads_calls = ToolCallReader.understands(served.tokenizer)

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from moesaic.config.serve import EngineConfig, OverloadConfig, ServeConfig, ServerConfig
-from moesaic.data.chat import check_chat_template
+from moesaic.data.chat import check_chat_template, render_chat
 from moesaic.errors import ConfigError, DataError, InstallationError
 from moesaic.folders import run_name
 from moesaic.logs import logger
@@ -26,6 +26,7 @@ from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.overload import EngineWithStudent, split_memory
 from moesaic.serve.server.app import create_app
 from moesaic.serve.server.gate import KEYS_VARIABLE, is_local, read_keys
+from moesaic.serve.server.interruptible import run_interruptibly
 from moesaic.serve.server.jobs import Served, Student
 
 # Answers that are ended at the drain's end have so long to be sent.
@@ -33,6 +34,7 @@ _FAREWELL_SECONDS = 5
 # Open files beside one for each request: idle connections, the model's files, and more.
 _SPARE_FILES = 4096
 _REPORT_SECONDS = 10.0
+_TRIAL_SECONDS = 5.0  # for a conversation of one message through the chat template
 
 
 def serve(
@@ -265,6 +267,24 @@ def _check_template(loaded: LoadedModel) -> None:
         check_chat_template(loaded.tokenizer)
     except DataError as error:
         raise DataError(f"{loaded.info.run_folder}: {error}") from None
+    if loaded.tokenizer.chat_template is None:
+        return
+
+    def render() -> str:
+        return render_chat(loaded.tokenizer, [{"role": "user", "content": "Hello"}])
+
+    try:
+        asyncio.run(asyncio.wait_for(run_interruptibly(render), _TRIAL_SECONDS))
+    except DataError as error:
+        logger.warning("%s: of a conversation of one message, %s", loaded.info.run_folder, error)
+    except TimeoutError:
+        logger.warning(
+            "%s: the chat template has not rendered a conversation of one message after %g s; chats will end with a "
+            "timeout; mend %s.",
+            loaded.info.run_folder,
+            _TRIAL_SECONDS,
+            loaded.tokenizer.chat_template_file,
+        )
 
 
 def _grammars_of(loaded: LoadedModel, config: ServerConfig) -> GrammarCompiler | None:

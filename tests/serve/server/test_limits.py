@@ -8,6 +8,7 @@ import logging
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,13 +21,16 @@ import pytest
 from torch import Tensor
 
 from moesaic.config.serve import ServerConfig
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, NotFiniteError
 from moesaic.logs import JsonFormatter, logger
+from moesaic.serve.async_engine import AsyncEngine
 from moesaic.serve.server import jobs, run
+from moesaic.serve.server.app import create_app
 from moesaic.serve.server.gate import read_keys
 
 from ..fake_engine import FakeEngine
-from .conftest import Live
+from .conftest import Live, live
 
 Serve = Callable[..., AbstractContextManager[Live]]
 ENDLESS = {"prompt": "x", "max_tokens": 10**9}
@@ -339,6 +343,34 @@ def test_what_takes_too_long_is_ended(serve_fake: Serve, fake: FakeEngine, strea
         else:
             assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
         until(lambda: not fake.has_work)
+
+
+def test_a_chat_template_that_goes_on_for_ever_ends_with_its_request(
+    fake: FakeEngine, chat_tokenizer: Tokenizer
+) -> None:
+    """Whoever waits for it: its thread would compute on, and keep the process from ending."""
+    values = json.loads(chat_tokenizer.companions["tokenizer_config.json"])
+    values["chat_template"] = (
+        "{{ messages[0].content }}{% if messages[0].content == 'long' %}"
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+    )
+    tokenizer = Tokenizer(chat_tokenizer.json_text, companions={"tokenizer_config.json": json.dumps(values)})
+    config = ServerConfig(request_timeout_seconds=0.5)
+    app = create_app(AsyncEngine(fake), tokenizer, config, name="fake", max_length=fake.max_length, hidden_size=2)
+
+    def threads() -> list[threading.Thread]:
+        return [each for each in threading.enumerate() if each.name == "chat template"]
+
+    with live(app) as running:
+        for content, status in (("long", 504), ("long", 504), ("a", 200)):
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
+            response = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=30)
+            assert response.status_code == status, response.text
+            until(lambda: not threads())
+        with pytest.raises(httpx.ReadTimeout):  # a client that goes before
+            body["messages"][0]["content"] = "long"
+            httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=0.2)
+        until(lambda: not threads())
 
 
 @pytest.mark.parametrize("streams", [False, True])
