@@ -56,7 +56,7 @@ class _Logprobs:
     offset: int = 0
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
     # The run of byte tokens that is being read, where it begins, and whether it is known to be no text.
-    run: bytes = b""
+    run: bytearray = field(default_factory=bytearray)
     run_start: int = 0
     run_is_broken: bool = False
 
@@ -88,7 +88,7 @@ class _Logprobs:
         for place, token_id in enumerate(token_ids):
             if self.texts.is_byte(token_id):
                 if not self.run:
-                    self.run_start, self.run_is_broken = self.offset, self._is_broken(token_ids[place:], prompt)
+                    self._begin_run(token_ids, place, prompt)
                 offsets.append(self.offset)
                 self._add_to_run(self.texts.bytes_of(token_id))
                 continue
@@ -99,33 +99,35 @@ class _Logprobs:
             self.offset += self._length(token_id, prompt)
         return offsets
 
-    def _is_broken(self, token_ids: Sequence[int], prompt: str | None) -> bool:
-        """Whether the run that these begin with is no text; what an answer has not said yet may complete it."""
-        run, is_whole = b"", prompt is not None
-        for token_id in token_ids:
+    def _begin_run(self, token_ids: Sequence[int], place: int, prompt: str | None) -> None:
+        """Begin one at a place. What an answer has not said yet may complete its last character."""
+        run, is_whole = bytearray(), prompt is not None
+        for token_id in (token_ids[each] for each in range(place, len(token_ids))):
             if self.texts.is_byte(token_id):
                 run += self.texts.bytes_of(token_id)
             elif prompt is not None or not self.texts.is_special(token_id):
                 is_whole = True
                 break
         try:
-            codecs.getincrementaldecoder("utf-8")().decode(run, final=is_whole)
+            codecs.getincrementaldecoder("utf-8")().decode(bytes(run), final=is_whole)
+            self.run_is_broken = False
         except UnicodeDecodeError:
-            return True
-        return False
+            self.run_is_broken = True
+        self.run_start = self.offset
 
     def _add_to_run(self, data: bytes) -> None:
         self.run += data
-        length = len(self.run) if self.run_is_broken else len(self.run.decode("utf-8", "ignore"))
-        self.offset = self.run_start + length
+        self.offset += len(data) if self.run_is_broken else len(self.decoder.decode(data))
 
     def _end_run(self) -> None:
         """What came in several chunks may be known to be broken only now."""
+        self.decoder.reset()
         try:
             length = len(self.run.decode("utf-8"))
         except UnicodeDecodeError:
             length = len(self.run)
-        self.offset, self.run = self.run_start + length, b""
+        self.offset = self.run_start + length
+        self.run.clear()
 
     def _end(self) -> None:
         if self.run:
