@@ -20,6 +20,7 @@ from moesaic.folders import load_json
 Record = dict[str, Any]
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt")
 _LETTERS = "ABCD"
+_CHOICES = ("choices", "sentences", "beginnings", "answers")  # what a task's YAML file may name as doc_to_choice
 _PAGE_TITLE = re.compile(r"^ = [^=].*[^=] = \s*$")
 
 
@@ -108,7 +109,30 @@ def convert_records(form: str, raw: Iterable[Record], *, place: str) -> list[Rec
         ) from None
     if not records:
         raise DataError(f"{place} holds no records; at least one is required; fetch it again.")
+    for number, record in enumerate(records, start=1):
+        if (problem := _problem(form, record)) is not None:
+            raise DataError(
+                f"{place}: of the {len(records)} records that it makes, number {number} {problem}; labelled records of "
+                f"the form {form!r} are required, see docs/guides/evaluate.md; take another file or split."
+            )
     return records
+
+
+def _problem(form: str, record: Record) -> str | None:
+    """Return what is wrong with a record of a form that has all fields; None for nothing."""
+    choices = next((record[name] for name in _CHOICES if name in record and form != "triviaqa"), None)
+    for name, value in record.items():
+        if name in ("label", "every"):
+            continue
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            return f"has {name} {value!r:.60}, which is no text"
+        if value is choices and not all(texts):
+            return f"has an empty text among its {name}"
+    count = len(choices) if choices is not None else 2  # no and yes
+    if "label" in record and not 0 <= record["label"] < count:
+        return f"has the label {record['label']}, which is none of its {count} choices"
+    return None
 
 
 class _Counted:

@@ -141,6 +141,31 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
         ("triviaqa", [{"question": "q", "answer": "a", "aliases": []}], r"no aliases"),
         ("winogrande", [{"sentence": "none", "option1": "", "option2": "", "answer": "1"}], r"no blank"),
         ("piqa", [], r"here holds no records; .*; fetch it again"),
+        (
+            "piqa",
+            [{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}, {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}],
+            r"here: of the 2 records .* number 2 has the label -1, which is none of its 2 choices; .*split",
+        ),
+        ("piqa", [{"goal": "g", "sol1": "a", "sol2": 3, "label": 1}], r"has choices \['a', 3\], which is no text"),
+        ("boolq", [{"passage": "p", "question": "q", "answer": 7}], r"has the label 7"),
+        ("arc", [{"query": "q", "choices": ["a", "b"], "gold": 2}], r"has the label 2"),
+        (
+            "hellaswag",
+            [{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["", "x"], "label": "1"}],
+            r"has an empty text among its choices",
+        ),
+        (
+            "hellaswag",
+            [{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [], "label": "1"}],
+            r"its 0 choices",
+        ),
+        ("webqs", [{"question": "q", "answers": ["", ""]}], r"has an empty text among its answers"),
+        ("blimp", [{"sentence_good": "a b", "sentence_bad": "", "UID": "u"}], r"has an empty text among its sentences"),
+        (
+            "triviaqa",
+            [{"question": "q", "answer": "x", "aliases": [1, "b"]}],
+            r"has answers \[1, 'b'\], which is no text",
+        ),
     ],
 )
 def test_records_of_another_form_are_refused_with_their_place(form: str, raw: Any, message: str) -> None:
