@@ -23,6 +23,7 @@ from moesaic.convert.folder import check_is_new, check_is_outside, finish_run, f
 from moesaic.convert.tensors import common_dtype, own_tensors, require_finite
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, ConversionError
+from moesaic.kernels.finite import is_finite
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.logs import OnProgress, no_progress
 from moesaic.model.load import copy_weights, load_run_config
@@ -311,6 +312,11 @@ def _write_experts(
                         0.0, deviation, generator=generator(cpu, mix_seeds(seed, layer, expert, matrices + number))
                     )
                     piece = drawn.add_(piece)
+                    if not is_finite(piece):
+                        raise ConfigError(
+                            f"noise ({noise}) makes weights of {name} that are not finite; a share of the weights' "
+                            f"standard deviation is required; use {RESIDUAL_NOISE}, or 0."
+                        )
                 writer.append(name, piece.to(layout[name].dtype))
         matrices += len(tensors)
     router = torch.empty(layout[f"{prefix}moe.router.weight"].shape)

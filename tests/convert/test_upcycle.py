@@ -283,6 +283,7 @@ def test_a_model_that_would_differ_is_not_kept(
         ({"experts": 2, "residual": True, "granularity": 5}, r"granularity \(5\) does not divide .*\(96\); .*divisor"),
         ({"experts": 2, "granularity": 2}, r"granularity \(2\) is given without a residual MLP; .*--residual"),
         ({"experts": 2, "noise": -1.0}, r"noise \(-1.0\) is not a size; .*; use 0 or 0.01"),
+        ({"experts": 2, "noise": 1e300}, r"noise \(1e\+300\) makes weights of blocks.* not finite; .*; use 0.01, or 0"),
     ],
 )
 def test_options_that_cannot_work_are_refused(
