@@ -110,15 +110,15 @@ def convert_records(form: str, raw: Iterable[Record], *, place: str) -> list[Rec
     if not records:
         raise DataError(f"{place} holds no records; at least one is required; fetch it again.")
     for number, record in enumerate(records, start=1):
-        if (problem := _problem(form, record)) is not None:
+        if (fault := _fault(form, record)) is not None:
             raise DataError(
-                f"{place}: of the {len(records)} records that it makes, number {number} {problem}; labelled records of "
+                f"{place}: of the {len(records)} records that it makes, number {number} {fault}; labelled records of "
                 f"the form {form!r} are required, see docs/guides/evaluate.md; take another file or split."
             )
     return records
 
 
-def _problem(form: str, record: Record) -> str | None:
+def _fault(form: str, record: Record) -> str | None:
     """Return what is wrong with a record of a form that has all fields; None for nothing."""
     choices = next((record[name] for name in _CHOICES if name in record and form != "triviaqa"), None)
     for name, value in record.items():
