@@ -1,68 +1,52 @@
 """Driving any server that speaks OpenAI's protocol, and timing what it answers.
 
-Requests go to /v1/completions, streamed: token ids as the prompt, greedy, and exactly as many tokens as asked for
-(ignore_eos, which vLLM, llama-server and ours understand). Tokens are those that the server counts (usage), times are
-those at which parts of the answer come. What is asked is workload.py; what is made of the times, report/serving.py.
-
-Every time is the event loop's clock, which is monotonic.
+How one request is sent and read is endpoint.py; what is asked, workload.py; what is made of the times,
+report/serving.py.
 """
 
 import asyncio
-import codecs
-import json
 import math
-import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
-from moesaic.bench.workload import PlannedRequest, Workload, describe, make_prompt, plan_requests
-from moesaic.errors import ConfigError, InstallationError
-from moesaic.report.serving import ErrorKind, RequestResult, ServingResult
+from moesaic.bench.endpoint import (
+    DIALECTS,
+    Answer,
+    Client,
+    Endpoint,
+    Failure,
+    first_model,
+    max_length,
+    open_client,
+    unreachable,
+)
+from moesaic.bench.workload import (
+    PlannedRequest,
+    TextMeasure,
+    Workload,
+    describe,
+    make_prompt,
+    make_text,
+    plan_requests,
+)
+from moesaic.errors import ConfigError
+from moesaic.logs import logger
+from moesaic.report.serving import RequestResult, ServingResult
 
 if TYPE_CHECKING:
     import httpx
 
-# Of what a server says when it refuses.
-_MESSAGE_CHARS = 300
-_LINE_END = re.compile(rb"\r\n|\n|\r")
 # The first request, which finds out whether the server understands us.
 _TRIAL = PlannedRequest(prompt_tokens=4, output_tokens=2, due_seconds=None)
+# Words of the text that finds out, beside the trial, how many tokens a server makes of one.
+_MOST_WORDS = 256
+# What a server answers that does not know a part of a request.
+_NOT_UNDERSTOOD = (400, 422)
 
 # Told how many requests have ended, and of how many.
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Endpoint:
-    """A server. url: with or without /v1. model: None: the first that it lists. timeout_seconds: of one request."""
-
-    url: str
-    model: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    timeout_seconds: float = 600.0
-
-    @property
-    def base(self) -> str:
-        """Raises: ConfigError for what is no address."""
-        try:
-            address = urlsplit(self.url)
-            is_address = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 0) >= 0
-        except ValueError:  # brackets that do not close, a port that is no number
-            is_address = False
-        if not is_address or address.query or address.fragment:
-            raise ConfigError(
-                f"the URL is {self.url!r}; a server's address is required; write http://127.0.0.1:8000, for example."
-            )
-        return self.url.rstrip("/").removesuffix("/v1")
-
-    @property
-    def shown(self) -> str:
-        """What is said of it: `base` without a user and a password."""
-        parts = urlsplit(self.base)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def bench_serving(
@@ -113,50 +97,25 @@ async def drive(
     }.items():  # fmt: skip
         if not 0 < value < math.inf:
             raise ConfigError(f"--{what} is {value}; a finite number of seconds above 0 is required; change it.")
-    async with _open_client(endpoint, transport) as http:
-        model = endpoint.model or await _first_model(http, endpoint)
-        _check_lengths(requests, await _max_length(http, endpoint, model), endpoint)
-        client = _Client(http, model, timeout_seconds=endpoint.timeout_seconds)
-        await _try(client, workload, endpoint)
-        await _warm_up(client, workload, requests[:num_warmup])
+    async with open_client(endpoint, transport) as http:
+        model = endpoint.model or await first_model(http, endpoint)
+        _check_lengths(requests, await max_length(http, endpoint, model), endpoint)
+        client = Client(http, model, timeout_seconds=endpoint.timeout_seconds, form=workload.prompts)
+        sender = await _prepare(client, workload, requests, endpoint)
+        await _warm_up(sender, requests[:num_warmup])
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        results = await _send_all(client, workload, requests, show)
+        results = await _send_all(sender, requests, show)
+    how = {"warmup": num_warmup, "timeout_seconds": endpoint.timeout_seconds, "asked_with": str(sender.client.dialect)}
     return ServingResult(
         name=name or model.rstrip("/").rsplit("/", 1)[-1],  # without the folder or the owner
         url=endpoint.shown,
         model=model,
         created=created,
-        workload={**describe(workload, requests), "warmup": num_warmup, "timeout_seconds": endpoint.timeout_seconds},
+        workload={**describe(workload, requests), **how},
         ttft_limit_seconds=ttft_limit_seconds,
         tpot_limit_seconds=tpot_limit_seconds,
         requests=results,
     )
-
-
-def _open_client(endpoint: Endpoint, transport: "httpx.AsyncBaseTransport | None") -> "httpx.AsyncClient":
-    try:
-        import httpx
-    except ImportError as error:
-        raise InstallationError(
-            f"a server was to be measured and httpx cannot be imported ({error}); it sends the requests; install it "
-            f"with `pip install 'moesaic[serve]'`."
-        ) from None
-    headers = {"Accept-Encoding": "identity"}
-    if endpoint.api_key is not None:
-        headers["Authorization"] = f"Bearer {endpoint.api_key}"
-    try:
-        return httpx.AsyncClient(
-            base_url=endpoint.base,
-            headers=headers,
-            timeout=None,  # each request's own time is the only limit
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            transport=transport,
-            trust_env=False,  # a proxy would be measured too
-        )
-    except httpx.InvalidURL as error:
-        raise ConfigError(
-            f"{endpoint.url!r} is no address ({error}); one such as http://127.0.0.1:8000 is required; correct it."
-        ) from None
 
 
 def _check_lengths(requests: Sequence[PlannedRequest], max_length: int | None, endpoint: Endpoint) -> None:
@@ -171,92 +130,114 @@ def _check_lengths(requests: Sequence[PlannedRequest], max_length: int | None, e
         )
 
 
-async def _max_length(http: "httpx.AsyncClient", endpoint: Endpoint, model: str) -> int | None:
-    """Return the positions that the server says the model has (vLLM and ours do), None where it says nothing."""
-    import httpx
+@dataclass(frozen=True)
+class _Sender:
+    """Sends a workload's requests. measure: how many tokens the server makes of a text; None: prompts are ids."""
 
-    try:
-        async with asyncio.timeout(endpoint.timeout_seconds):
-            models = (await http.get("/v1/models")).json()["data"]
-        (length,) = {each.get("max_model_len") for each in models if each.get("id") == model}
-    except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return length if type(length) is int else None
+    client: Client
+    workload: Workload
+    measure: TextMeasure | None = None
+
+    def prompt(self, request: PlannedRequest, *, index: int, is_warmup: bool = False) -> list[int] | str:
+        if self.measure is None:
+            return make_prompt(self.workload, request, index=index, is_warmup=is_warmup)
+        return make_text(self.workload, request, self.measure, index=index, is_warmup=is_warmup)
 
 
-async def _first_model(http: "httpx.AsyncClient", endpoint: Endpoint) -> str:
-    import httpx
+async def _prepare(
+    client: Client, workload: Workload, requests: Sequence[PlannedRequest], endpoint: Endpoint
+) -> _Sender:
+    """Send short requests that find out whether and how the server can be asked, so that one which cannot be says so
+    now and not a hundred times.
 
-    try:
-        async with asyncio.timeout(endpoint.timeout_seconds):
-            response = await http.get("/v1/models")
-    except (httpx.HTTPError, TimeoutError, ValueError) as error:
-        raise _unreachable(endpoint, str(error) or type(error).__name__) from None
-    try:
-        model = response.raise_for_status().json()["data"][0]["id"]
-    except (httpx.HTTPStatusError, ValueError, KeyError, IndexError, TypeError, RecursionError):
-        model = None
-    if not isinstance(model, str):
-        if response.status_code == 401 and endpoint.api_key is not None:
-            raise ConfigError(
-                f"{endpoint.shown} does not take the key of --api-key-file; one of the server's keys is required; "
-                f"check the file's first key."
-            )
-        raise ConfigError(
-            f"{endpoint.shown}/v1/models answers with status {response.status_code}, {_shortened(response.text)!r}; a "
-            f"list of models is required to know which one to ask for; name it with --model, and a key, if it needs "
-            f"one, with --api-key-file."
+    Raises: ConfigError for a server that cannot be measured.
+    """
+    if workload.prompts == "ids":
+        sender = _Sender(client, workload)
+        # Only a server that is busy with others may say no.
+        await _try(client, sender.prompt(_TRIAL, index=0, is_warmup=True), endpoint, may_be_busy=True)
+        return sender
+    texts = _Sender(client, workload, TextMeasure())
+    for dialect in DIALECTS:
+        client = replace(client, dialect=dialect)
+        try:
+            count = await _try(client, texts.prompt(_TRIAL, index=0, is_warmup=True), endpoint)
+            break
+        except _NotUnderstoodError:
+            if dialect is DIALECTS[-1]:
+                raise
+    if not client.dialect.is_exact:
+        logger.warning(
+            "%s does not know ignore_eos; answers end where the model ends them, and may be shorter than asked for.",
+            endpoint.shown,
         )
-    return model
-
-
-def _unreachable(endpoint: Endpoint, reason: str) -> ConfigError:
-    return ConfigError(
-        f"no server answers at {endpoint.shown} ({reason}); one is required that speaks OpenAI's protocol; start one "
-        f"with `moesaic serve RUN`, or give its address."
-    )
-
-
-async def _try(client: "_Client", workload: Workload, endpoint: Endpoint) -> None:
-    """Send one short request, so that a server which cannot do this says so now and not a hundred times."""
-    prompt = make_prompt(workload, _TRIAL, index=0, is_warmup=True)
-    # Only a server that is busy with others may say no.
-    result = await client.complete(_TRIAL, prompt, due_seconds=0.0, begin=asyncio.get_running_loop().time())
-    if result.error == "connection":
-        raise _unreachable(endpoint, result.message or "no connection")
-    if result.error not in (None, "refused"):
+    # Not longer than the prompts themselves, whose words may have several tokens.
+    few = _TRIAL.prompt_tokens
+    many = min(_MOST_WORDS, max(16, max(each.prompt_tokens for each in requests) // 8))
+    longer = await _try(client, texts.prompt(replace(_TRIAL, prompt_tokens=many), index=1, is_warmup=True), endpoint)
+    if longer <= count:
         raise ConfigError(
-            f"{endpoint.shown} cannot be measured: a prompt of {_TRIAL.prompt_tokens} token ids with max_tokens "
-            f"{_TRIAL.output_tokens}, ignore_eos and a streamed answer ended with {result.error} ({result.message}); a "
-            f"server that answers such requests is required, as vLLM, llama-server and `moesaic serve` do; see what "
-            f"it says, and --model, --vocab-size and --api-key-file."
+            f"{endpoint.shown} counts {count} tokens in {few} words and {longer} in {many}; counts that grow with a "
+            f"prompt are required to make one of a given length; measure it with --prompts ids, if it takes them."
         )
+    per_word = (longer - count) / (many - few)
+    return _Sender(client, workload, TextMeasure(per_word=per_word, around=max(0.0, count - few * per_word)))
 
 
-async def _warm_up(client: "_Client", workload: Workload, requests: Sequence[PlannedRequest]) -> None:
+class _NotUnderstoodError(ConfigError):
+    """A request that a server takes no part of; another form of it may do."""
+
+
+async def _try(client: Client, prompt: list[int] | str, endpoint: Endpoint, *, may_be_busy: bool = False) -> int:
+    """Send the trial with a prompt, and return how many tokens of it the server counts (0 where it is busy).
+
+    Raises: ConfigError for a server that does not answer it.
+    """
+    answer = Answer()
+    try:
+        await client.ask(_TRIAL, prompt, answer)
+    except Failure as failure:
+        if failure.error == "connection":
+            raise unreachable(endpoint, failure.message or "no connection") from None
+        if failure.error == "refused" and may_be_busy:
+            return 0
+        kind = _NotUnderstoodError if failure.status in _NOT_UNDERSTOOD else ConfigError
+        what, hint = {
+            "ids": (f"a prompt of {len(prompt)} token ids", "--model, --vocab-size, --prompts and --api-key-file"),
+            "text": ("a prompt of some words", "--model, --prompts and --api-key-file"),
+            "chat": ("a message of some words", "--model, --prompts and --api-key-file"),
+        }[client.form]
+        raise kind(
+            f"{endpoint.shown} cannot be measured: {what} with {client.dialect.limit} {_TRIAL.output_tokens}, "
+            f"{'ignore_eos and ' if client.dialect.is_exact else ''}a streamed answer ended with {failure.error} "
+            f"({failure.message}); a server that answers such requests is required, as vLLM, llama-server and "
+            f"`moesaic serve` do; see what it says, and {hint}."
+        ) from None
+    return answer.count("prompt_tokens") or 0
+
+
+async def _warm_up(sender: _Sender, requests: Sequence[PlannedRequest]) -> None:
     begin = asyncio.get_running_loop().time()
     async with asyncio.TaskGroup() as group:
-        for index, request in enumerate(requests, start=1):  # 0 was the trial
-            prompt = make_prompt(workload, request, index=index, is_warmup=True)
-            group.create_task(client.complete(request, prompt, due_seconds=0.0, begin=begin))
+        for index, request in enumerate(requests, start=2):  # 0 and 1 were trials
+            prompt = sender.prompt(request, index=index, is_warmup=True)
+            group.create_task(sender.client.complete(request, prompt, due_seconds=0.0, begin=begin))
 
 
-async def _send_all(
-    client: "_Client", workload: Workload, requests: Sequence[PlannedRequest], show: Progress
-) -> tuple[RequestResult, ...]:
+async def _send_all(sender: _Sender, requests: Sequence[PlannedRequest], show: Progress) -> tuple[RequestResult, ...]:
     """Send every request when it is due, or as others end, and return the results in the order of the requests."""
     loop = asyncio.get_running_loop()
     results: dict[int, RequestResult] = {}
     begin = loop.time()
 
-    async def send(index: int, prompt: list[int], due_seconds: float) -> None:
-        results[index] = await client.complete(requests[index], prompt, due_seconds=due_seconds, begin=begin)
+    async def send(index: int, prompt: list[int] | str, due_seconds: float) -> None:
+        results[index] = await sender.client.complete(requests[index], prompt, due_seconds=due_seconds, begin=begin)
         show(len(results), len(requests))
 
     async def send_at_their_times() -> None:
         async with asyncio.TaskGroup() as group:
             for index, request in enumerate(requests):
-                prompt = make_prompt(workload, request, index=index)  # while there is time
+                prompt = sender.prompt(request, index=index)  # while there is time
                 assert request.due_seconds is not None
                 # Returns to the loop even when it is late: those under way have to be read.
                 await asyncio.sleep(max(0.0, begin + request.due_seconds - loop.time()))
@@ -265,204 +246,15 @@ async def _send_all(
     async def send_as_others_end(waiting: Iterator[int]) -> None:
         due_seconds = 0.0
         for index in waiting:
-            await send(index, make_prompt(workload, requests[index], index=index), due_seconds)
+            await send(index, sender.prompt(requests[index], index=index), due_seconds)
             due_seconds = results[index].end_seconds
 
-    if workload.concurrency is None:
+    concurrency = sender.workload.concurrency
+    if concurrency is None:
         await send_at_their_times()
     else:
         waiting = iter(range(len(requests)))
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(workload.concurrency, len(requests))):
+            for _ in range(min(concurrency, len(requests))):
                 group.create_task(send_as_others_end(waiting))
     return tuple(results[index] for index in range(len(requests)))
-
-
-class _Failure(Exception):
-    """An answer that cannot be used, and why."""
-
-    def __init__(self, error: ErrorKind, message: str) -> None:
-        super().__init__(message)
-        self.error, self.message = error, message
-
-
-@dataclass
-class _Answer:
-    """What has come of an answer: when each chunk came, whether it had text, whether it said that the answer is over,
-    and the server's counts."""
-
-    times: list[float] = field(default_factory=list)
-    has_text: list[bool] = field(default_factory=list)
-    has_end: list[bool] = field(default_factory=list)
-    usage: dict[str, Any] | None = None
-    is_finished: bool = False
-
-    def take(self, data: bytes, now: float) -> None:
-        """Raises: _Failure for an event that is none of a completion's."""
-        try:
-            event = json.loads(data)
-            choices, usage = event.get("choices"), event.get("usage")
-        except (ValueError, AttributeError, RecursionError):
-            raise _Failure("broken_stream", f"an event is {_shortened(data.decode('utf-8', 'replace'))!r}") from None
-        if event.get("error") is not None or not isinstance(choices, list):
-            raise _Failure("broken_stream", _shortened(json.dumps(event)))
-        if isinstance(usage, dict):
-            self.usage = usage
-        for choice in choices:
-            if not isinstance(choice, dict):
-                raise _Failure("broken_stream", _shortened(json.dumps(event)))
-            self.times.append(now)
-            self.has_text.append(bool(choice.get("text")))
-            self.has_end.append(choice.get("finish_reason") is not None)
-            self.is_finished = self.is_finished or self.has_end[-1]
-
-    def count(self, key: str) -> int | None:
-        value = (self.usage or {}).get(key)
-        return value if type(value) is int else None
-
-    def cached_tokens(self) -> int | None:
-        details = (self.usage or {}).get("prompt_tokens_details")
-        value = details.get("cached_tokens") if isinstance(details, dict) else None
-        return value if type(value) is int else None
-
-    def chunk_seconds(self, begin: float) -> tuple[float, ...]:
-        """Return the times of the chunks that carried tokens.
-
-        A chunk without text may carry tokens (half a character) or none (a server's first or last word). As many of
-        them as there are more chunks than tokens carried none, the last ones. Where there are fewer chunks than tokens
-        that says nothing: those before all text are then taken for the first word, and one that ends the answer for
-        the last.
-        """
-        output_tokens = self.count("completion_tokens") or 0
-        without_text = [place for place, has_text in enumerate(self.has_text) if not has_text]
-        if len(self.times) >= output_tokens > 0:
-            dropped = set(without_text[::-1][: len(self.times) - output_tokens])
-        else:
-            first = self.has_text.index(True) if True in self.has_text else 0
-            dropped = {place for place in without_text if place < first or self.has_end[place]}
-        kept = [time for place, time in enumerate(self.times) if place not in dropped]
-        return tuple(time - begin for time in kept or self.times)
-
-
-@dataclass(frozen=True)
-class _Client:
-    """Sends completions over one pool of connections."""
-
-    http: "httpx.AsyncClient"
-    model: str
-    timeout_seconds: float
-
-    async def complete(
-        self, request: PlannedRequest, prompt: list[int], *, due_seconds: float, begin: float
-    ) -> RequestResult:
-        """Send one request now and return what came of it, whatever that is."""
-        loop = asyncio.get_running_loop()
-        body = {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": request.output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        content = json.dumps(body, separators=(",", ":")).encode()
-        answer = _Answer()
-        failure: _Failure | None = None
-        sent = loop.time()
-        try:
-            async with asyncio.timeout(self.timeout_seconds):
-                await self._read(content, answer)
-            _check_counts(answer, request)
-        except TimeoutError:
-            failure = _Failure("timeout", f"it took longer than {self.timeout_seconds:g} s")
-        except _Failure as error:
-            failure = error
-        return RequestResult(
-            due_seconds=due_seconds,
-            sent_seconds=sent - begin,
-            end_seconds=loop.time() - begin,
-            chunk_seconds=answer.chunk_seconds(begin),
-            asked_prompt_tokens=request.prompt_tokens,
-            asked_output_tokens=request.output_tokens,
-            prompt_tokens=answer.count("prompt_tokens"),
-            cached_tokens=answer.cached_tokens(),
-            output_tokens=answer.count("completion_tokens"),
-            error=None if failure is None else failure.error,
-            message=None if failure is None else failure.message,
-        )
-
-    async def _read(self, content: bytes, answer: _Answer) -> None:
-        import httpx
-
-        loop = asyncio.get_running_loop()
-        has_begun = False
-        try:
-            async with self.http.stream(
-                "POST", "/v1/completions", content=content, headers={"Content-Type": "application/json"}
-            ) as response:
-                if response.status_code != 200:
-                    text = _shortened((await response.aread()).decode("utf-8", "replace"))
-                    kind: ErrorKind = "refused" if response.status_code == 429 else "http_error"
-                    raise _Failure(kind, f"status {response.status_code}: {text}")
-                has_begun = True
-                is_done = False
-                async for data in _events(response.aiter_bytes()):
-                    is_done = is_done or data == b"[DONE]"
-                    if not is_done:  # what comes behind is read, so that the connection can be used again
-                        answer.take(data, loop.time())
-                answer.is_finished = answer.is_finished or is_done
-        except httpx.HTTPError as error:
-            reason = str(error) or type(error).__name__
-            raise _Failure("broken_stream" if has_begun else "connection", reason) from None
-        if not answer.is_finished:
-            raise _Failure("broken_stream", "the stream ended before the answer did")
-
-
-def _check_counts(answer: _Answer, request: PlannedRequest) -> None:
-    for what, key, asked in (
-        ("prompt", "prompt_tokens", request.prompt_tokens), ("output", "completion_tokens", request.output_tokens)
-    ):  # fmt: skip
-        counted = answer.count(key)
-        if counted != asked:
-            raise _Failure(
-                "wrong_token_count",
-                f"the server counted {'no' if counted is None else counted} {what} tokens, {asked} were asked for",
-            )
-    if not answer.times:
-        raise _Failure("broken_stream", "the stream held no part of the answer")
-
-
-async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the data of a stream's events as soon as each is whole; those without any are passed over.
-
-    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html, section 9.2.6
-    """
-    data: list[bytes] = []
-    async for line in _lines(pieces):
-        if line.startswith(b"data:"):
-            data.append(line[len(b"data:") :].strip())
-        elif not line:
-            if any(data):
-                yield b"\n".join(data)
-            data = []
-    if any(data):  # a stream may end with its last line
-        yield b"\n".join(data)
-
-
-async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield a stream's lines as soon as each is whole, without their ends and the mark that UTF-8 may begin with."""
-    rest, mark, is_after_return = b"", codecs.BOM_UTF8, False
-    async for piece in pieces:
-        if is_after_return:  # the line has ended already
-            piece = piece.removeprefix(b"\n")
-        is_after_return = piece.endswith(b"\r")
-        *lines, rest = _LINE_END.split(rest + piece)
-        for line in lines:
-            yield line.removeprefix(mark)
-            mark = b""
-    yield rest.removeprefix(mark)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MESSAGE_CHARS else f"{text[:_MESSAGE_CHARS]}..."

@@ -1,4 +1,4 @@
-"""What a server is asked in a benchmark: how long prompts and answers are, when they come, which token ids they hold.
+"""What a server is asked in a benchmark: how long prompts and answers are, when they come, what prompts hold.
 
 Lengths come from a trace of a real service, or are drawn; times are a trace's own, drawn, or left to a closed loop.
 Everything is a function of the workload and its seed. Who sends the requests is serving.py.
@@ -9,10 +9,10 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,6 +28,23 @@ _LENGTHS, _ARRIVALS, _PROMPTS, _BLOCKS, _WARMUP = range(5)
 _MOST_TOKENS = 100_000_000
 _LATEST = 1e16  # milliseconds
 _DEFAULT_REQUESTS = 100
+_DEFAULT_VOCAB_SIZE = 1000
+
+# ids: token ids to /v1/completions; text: words to it; chat: words as a message to /v1/chat/completions.
+PromptForm = Literal["ids", "text", "chat"]
+# What texts are made of: short and frequent, so that most tokenizers have one token for each.
+_WORDS = (
+    "able about after air all also and answer any area arm art ask away back bad bag ball bank base bed best big "
+    "bird black blue board boat body book both box boy bread build burn bus buy call can car care cat cause chair "
+    "change cheap city class clean clear close cold color come cook cool corn cost count cow cross cup cut dark day "
+    "deal deep do dog door down draw dress drink drive dry each early earth east easy eat egg end even eye face "
+    "fact fall farm fast feel few field fill find fine fire first fish five floor fly food foot form four free "
+    "fresh full game girl give glass go gold good great green group grow hair half hand hard have head hear heart "
+    "heavy help here high hill hold home hope horse hot house hour ice idea inch iron island job join jump keep key "
+    "kind king knee know lake land large last late laugh lead learn leave left leg less let letter life light like "
+    "line list little live long look love low make man many map mark may mean meat meet milk mind"
+)
+WORDS = tuple(_WORDS.split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +77,7 @@ class Workload:
 
     num_requests: None: 100, or all of a shorter trace. rate: requests per second; concurrency: so many at all times.
     scale_lengths, max_prompt_tokens, max_output_tokens: a trace's lengths are multiplied first, then cut; none is
-    shorter than 1. vocab_size: prompts hold ids below it.
+    shorter than 1. prompts: what they are; vocab_size: if ids, below it; None: 1000.
     """
 
     trace: Path | None = None
@@ -72,7 +89,8 @@ class Workload:
     scale_lengths: float | None = None
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
-    vocab_size: int = 1000
+    prompts: PromptForm = "ids"
+    vocab_size: int | None = None
     seed: int = 0
 
     def check(self) -> None:
@@ -125,7 +143,12 @@ class Workload:
                     f"{name} is {ends[0]}-{ends[1]}; a number from 1, or a range from a lower to a higher one, is "
                     f"required; write 256, or 128-512."
                 )
-        if self.vocab_size > _MOST_TOKENS:
+        if self.vocab_size is not None and self.prompts != "ids":
+            raise ConfigError(
+                f"--vocab-size was given with --prompts {self.prompts}; it says which token ids prompts hold; leave it "
+                f"out, or give --prompts ids."
+            )
+        if self.vocab_size is not None and self.vocab_size > _MOST_TOKENS:
             raise ConfigError(
                 f"vocab_size is {self.vocab_size}; at most {_MOST_TOKENS} is required; name the model's own."
             )
@@ -169,15 +192,45 @@ def make_prompt(workload: Workload, request: PlannedRequest, *, index: int, is_w
 
     is_warmup: other ids than any of the measured requests have, so that nothing of these is known beforehand.
     """
+    size = workload.vocab_size or _DEFAULT_VOCAB_SIZE
+    return _numbers_below(size, workload, request, index=index, is_warmup=is_warmup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextMeasure:
+    """How many tokens a server makes of a text: per_word for each word, and what its template and it put around."""
+
+    per_word: float = 1.0
+    around: float = 0.0
+
+    def words(self, tokens: int) -> int:
+        """Return of how many words a prompt is that has so many tokens; at least 1."""
+        return max(1, round((tokens - self.around) / self.per_word))
+
+
+def make_text(
+    workload: Workload, request: PlannedRequest, measure: TextMeasure, *, index: int, is_warmup: bool = False
+) -> str:
+    """Return the words of a request's prompt, which has about so many tokens; equal and random as in make_prompt."""
+    in_words = replace(
+        request,
+        prompt_tokens=measure.words(request.prompt_tokens),
+        block_tokens=max(1, round(request.block_tokens / measure.per_word)),
+    )
+    numbers = _numbers_below(len(WORDS), workload, in_words, index=index, is_warmup=is_warmup)
+    return " ".join(WORDS[number] for number in numbers)
+
+
+def _numbers_below(size: int, workload: Workload, request: PlannedRequest, *, index: int, is_warmup: bool) -> list[int]:
     stream = _WARMUP if is_warmup else _PROMPTS
     if not request.block_ids or is_warmup:
-        return _token_ids(workload, (stream, index), request.prompt_tokens)
-    ids: list[int] = []
+        return _random_numbers(size, workload, (stream, index), request.prompt_tokens)
+    numbers: list[int] = []
     for block in request.block_ids:
-        if len(ids) >= request.prompt_tokens:
+        if len(numbers) >= request.prompt_tokens:
             break
-        ids += _token_ids(workload, (_BLOCKS, block), request.block_tokens)
-    return ids[: request.prompt_tokens]
+        numbers += _random_numbers(size, workload, (_BLOCKS, block), request.block_tokens)
+    return numbers[: request.prompt_tokens]
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
@@ -377,9 +430,9 @@ def _random(workload: Workload, place: Sequence[int]) -> np.random.Generator:
     return np.random.default_rng([workload.seed, *place])
 
 
-def _token_ids(workload: Workload, place: Sequence[int], count: int) -> list[int]:
-    ids: list[int] = _random(workload, place).integers(0, workload.vocab_size, count).tolist()
-    return ids
+def _random_numbers(size: int, workload: Workload, place: Sequence[int], count: int) -> list[int]:
+    numbers: list[int] = _random(workload, place).integers(0, size, count).tolist()
+    return numbers
 
 
 def describe(workload: Workload, requests: Sequence[PlannedRequest]) -> dict[str, Any]:
@@ -393,7 +446,8 @@ def describe(workload: Workload, requests: Sequence[PlannedRequest]) -> dict[str
         "scale_lengths": workload.scale_lengths,
         "max_prompt_tokens": workload.max_prompt_tokens,
         "max_output_tokens": workload.max_output_tokens,
-        "vocab_size": workload.vocab_size,
+        "prompts": workload.prompts,
+        "vocab_size": (workload.vocab_size or _DEFAULT_VOCAB_SIZE) if workload.prompts == "ids" else None,
         "seed": workload.seed,
     }
     return {

@@ -143,9 +143,16 @@ def serve(
     max_output_tokens: Annotated[
         int | None, typer.Option("--max-output-tokens", help="Of --trace: cut longer answers.")
     ] = None,
+    prompts: Annotated[
+        Literal["ids", "text", "chat"],
+        typer.Option(help="Random token ids, words to /v1/completions, or words as a message to /v1/chat/completions."),
+    ] = "ids",
     vocab_size: Annotated[
-        int, typer.Option("--vocab-size", help="Prompts are random token ids below this; the model has to have them.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            "--vocab-size", help="Of token ids: those below this; the model has to have them. \\[default: 1000]"
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Of all that is drawn. Another one, where a server may remember the last run's prompts.")
     ] = 0,
@@ -173,7 +180,7 @@ def serve(
 ) -> None:
     """Send requests to a running server, and measure its answers: times, throughput, goodput.
 
-    Prompts are random token ids; answers are as long as asked for. It ends with status 1 where no request succeeded.
+    Prompts are random; answers are as long as asked for. It ends with status 1 where no request succeeded.
 
     Example: moesaic bench serve http://127.0.0.1:8000 --prompt-tokens 128-768 --output-tokens 64 --rate 2
     """
@@ -195,6 +202,7 @@ def serve(
         scale_lengths=scale_lengths,
         max_prompt_tokens=max_prompt_tokens,
         max_output_tokens=max_output_tokens,
+        prompts=prompts,
         vocab_size=vocab_size,
         seed=seed,
     )
@@ -247,7 +255,7 @@ def serve(
 def _print_serving(result: "ServingResult") -> None:
     from rich.table import Table
 
-    from moesaic.report.quantities import percent
+    from moesaic.report.quantities import counted, percent
 
     console, summary = open_console(), result.summary()
     name = "" if result.name == result.model else f"{result.name}: "
@@ -278,7 +286,11 @@ def _print_serving(result: "ServingResult") -> None:
         message = next(each.message for each in result.requests if each.error == kind)
         grid.add_row("failed", f"{count} {kind}, the first: {message}", style="red")
     cached = f", {summary.cached_tokens} of them cached" if summary.cached_tokens else ""
-    grid.add_row("tokens", f"{summary.prompt_tokens} of prompts{cached}; {summary.output_tokens} of answers")
+    asked = summary.asked_prompt_tokens
+    planned = f" ({asked} were planned)" if asked != summary.prompt_tokens else ""
+    grid.add_row("tokens", f"{summary.prompt_tokens} of prompts{planned}{cached}; {summary.output_tokens} of answers")
+    if summary.num_shorter:
+        grid.add_row("shorter", f"{counted(summary.num_shorter, 'answer')} ended before the length that was asked for")
     grid.add_row(
         "throughput",
         f"{summary.requests_per_second:.3f} requests/s, {summary.output_tokens_per_second:.1f} output tokens/s, "

@@ -105,6 +105,7 @@ class ServingSummary:
     duration_seconds: from the run's begin to the end of its last request, failed ones included; what is "per second"
     is divided by it. errors: failed requests by kind. inter_token: gaps between an answer's chunks; tokens_per_chunk:
     how many tokens came in one, more than 1 where a server sends several at once or holds half characters back.
+    num_shorter: completed requests whose answers ended before they were as long as asked for.
     num_good: completed requests within both limits; goodput_share is of all requests that were sent.
     """
 
@@ -113,8 +114,10 @@ class ServingSummary:
     errors: Mapping[str, int]
     duration_seconds: float
     prompt_tokens: int
+    asked_prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    num_shorter: int
     requests_per_second: float
     output_tokens_per_second: float
     total_tokens_per_second: float
@@ -161,8 +164,10 @@ class ServingResult:
             errors=dict(Counter(each.error for each in self.requests if each.error is not None).most_common()),
             duration_seconds=duration,
             prompt_tokens=prompt_tokens,
+            asked_prompt_tokens=sum(each.asked_prompt_tokens for each in completed),
             cached_tokens=sum(each.cached_tokens or 0 for each in completed),
             output_tokens=output_tokens,
+            num_shorter=sum((each.output_tokens or 0) < each.asked_output_tokens for each in completed),
             requests_per_second=len(completed) * per_second,
             output_tokens_per_second=output_tokens * per_second,
             total_tokens_per_second=(prompt_tokens + output_tokens) * per_second,

@@ -55,6 +55,7 @@ class FakeServer:
     models: httpx.Response = field(default_factory=lambda: httpx.Response(200, json={"data": [{"id": "tiny"}]}))
     came: list[float] = field(default_factory=list)
     bodies: list[Body] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     headers: list[httpx.Headers] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
@@ -63,7 +64,7 @@ class FakeServer:
         self.headers.append(request.headers)
         if request.url.path == "/v1/models":
             return self.models
-        assert request.url.path == "/v1/completions"
+        self.paths.append(request.url.path)
         self.came.append(asyncio.get_running_loop().time())
         self.bodies.append(json.loads(request.content))
         script = self.script(len(self.bodies) - 1, self.bodies[-1])
@@ -133,7 +134,7 @@ def test_what_is_asked_is_what_servers_understand(run: Run) -> None:
     result = run(server, ONE, api_key="secret")
     assert result.model == "tiny" and result.name == "tiny"
     body = server.bodies[-1]
-    assert len(body.pop("prompt")) == 8
+    assert set(server.paths) == {"/v1/completions"} and len(body.pop("prompt")) == 8
     assert body == {
         "model": "tiny", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True},
@@ -400,6 +401,98 @@ def test_requests_that_no_try_would_get_through_are_told_before_the_first(run: R
     ):
         run(short, workload, model="tiny")
     assert short.bodies == []
+
+
+TOKENS_PER_WORD, TOKENS_AROUND = 3, 11
+KNOWN = {"model", "messages", "prompt", "stream", "stream_options", "max_tokens", "temperature", "ignore_eos"}
+
+
+def in_words(body: Body, *, chat: bool, known: set[str] = KNOWN, most_tokens: int = 1000, first: float = 0.5) -> Script:
+    """As servers answer that take text: 3 tokens for each word and 11 around; what they do not know is refused."""
+    if not body.keys() <= known:
+        return [400]
+    text = body["messages"][0]["content"] if chat else body["prompt"]
+    length = body.get("max_tokens") or body["max_completion_tokens"]
+    length = length if "ignore_eos" in body else min(length, most_tokens)
+    tokens: Script = [0.1, said(role="assistant", content="")] if chat else []
+    for number in range(length):
+        finish = "length" if number == length - 1 else None
+        part = said(finish=finish, **{("content", "reasoning_content")[number % 2]: "x"}) if chat else event("x")
+        tokens += [0.1 if number else first, part]
+    prompt_tokens = TOKENS_PER_WORD * len(text.split()) + TOKENS_AROUND
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": length}
+    return [*tokens, b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n", b"data: [DONE]\n\n"]
+
+
+def said(*, finish: str | None = None, **delta: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+
+
+WORDS_WORKLOAD = Workload(prompt_tokens=(60, 200), output_tokens=(4, 4), num_requests=5, concurrency=1, prompts="chat")
+
+
+def test_a_chat_is_asked_in_words_that_make_as_many_tokens(run: Run) -> None:
+    server = FakeServer(lambda number, body: in_words(body, chat=True))
+    result = run(server, WORDS_WORKLOAD)
+    assert set(server.paths) == {"/v1/chat/completions"} and len(server.bodies) == 5 + 2  # one trial more, for lengths
+    assert (
+        result.workload["prompts"] == "chat" and result.workload["asked_with"] == "max_tokens, temperature, ignore_eos"
+    )
+    assert "vocab_size" not in result.workload
+    for each, body in zip(result.requests, server.bodies[2:], strict=True):
+        assert each.error is None and each.output_tokens == 4
+        # The nearest number of words.
+        assert abs((each.prompt_tokens or 0) - each.asked_prompt_tokens) <= TOKENS_PER_WORD / 2
+        # The role, which comes before, is no token; what a model thinks is.
+        assert each.ttft_seconds == pytest.approx(0.6) and each.tpot_seconds == pytest.approx(0.1)
+        assert [message["role"] for message in body["messages"]] == ["user"]
+    texts = [body["messages"][0]["content"] for body in server.bodies]
+    assert len({text.split()[0] for text in texts}) > 3, "they begin alike: a prefix cache would be measured"
+
+
+def test_a_text_goes_to_completions(run: Run) -> None:
+    server = FakeServer(lambda number, body: in_words(body, chat=False))
+    result = run(server, replace(WORDS_WORKLOAD, prompts="text"))
+    assert set(server.paths) == {"/v1/completions"} and len(result.completed) == 5
+    assert all(isinstance(body["prompt"], str) for body in server.bodies)
+
+
+@pytest.mark.parametrize(
+    ("known", "asked_with"),
+    [
+        (KNOWN - {"ignore_eos"}, "max_tokens, temperature"),
+        (KNOWN - {"ignore_eos", "temperature", "max_tokens"} | {"max_completion_tokens"}, "max_completion_tokens"),
+    ],
+)
+def test_a_server_is_asked_in_the_words_it_knows(
+    run: Run, caplog: pytest.LogCaptureFixture, known: set[str], asked_with: str
+) -> None:
+    server = FakeServer(lambda number, body: in_words(body, chat=True, known=known, most_tokens=3))
+    result = run(server, WORDS_WORKLOAD)
+    assert result.workload["asked_with"] == asked_with and "does not know ignore_eos" in caplog.text
+    assert [each.output_tokens for each in result.completed] == [3] * 5
+    summary = result.summary()
+    assert summary.num_shorter == 5 and summary.output_tokens == 15 and summary.prompt_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (lambda body: [400], "message of some words with max_completion_tokens 2, a streamed answer ended with http_"),
+        (lambda body: [429], "with max_tokens 2, ignore_eos and a streamed answer ended with refused"),
+        (lambda body: [said(content="x", finish="stop"), b"data: [DONE]\n\n"], "counted no prompt tokens, in a usage"),
+        (
+            lambda body: [said(content="x", finish="stop", ), *last_words({"prompt": [1] * 9, "max_tokens": 2})],
+            "counts 9 tokens in 4 words and 9 in 25; counts that grow with a prompt are required",
+        ),
+    ],
+)  # fmt: skip
+def test_a_server_that_cannot_be_asked_in_words_says_so(
+    run: Run, script: Callable[[Body], Script], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(FakeServer(lambda number, body: script(body)), replace(WORDS_WORKLOAD, prompt_tokens=(200, 200)))
 
 
 def test_an_address_may_end_with_the_version() -> None:

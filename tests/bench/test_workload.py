@@ -9,11 +9,14 @@ import pytest
 
 from moesaic.bench.workload import (
     BLOCK_TOKENS,
+    WORDS,
     PlannedRequest,
+    TextMeasure,
     TraceRequest,
     Workload,
     describe,
     make_prompt,
+    make_text,
     parse_range,
     plan_requests,
     read_trace,
@@ -217,6 +220,28 @@ def test_equal_blocks_of_a_trace_are_equal_blocks_of_prompts(trace: Any, scale: 
     assert make_prompt(cut, plan_requests(cut)[0], index=0) == first[:100]
 
 
+def test_texts_are_words_of_about_the_length_and_differ() -> None:
+    assert len(set(WORDS)) == len(WORDS)
+    workload = Workload(prompt_tokens=(64, 64), output_tokens=(1, 1), concurrency=1, prompts="text")
+    request = PlannedRequest(prompt_tokens=64, output_tokens=1, due_seconds=None)
+    measure = TextMeasure(per_word=1.5, around=4.0)
+    texts = [make_text(workload, request, measure, index=index) for index in range(20)]
+    texts += [make_text(workload, request, measure, index=index, is_warmup=True) for index in range(20)]
+    assert {len(text.split(" ")) for text in texts} == {40} and len(set(texts)) == 40
+    assert {word for text in texts for word in text.split(" ")} <= set(WORDS)
+    assert make_text(workload, replace(request, prompt_tokens=2), measure, index=0).count(" ") == 0
+
+
+def test_equal_blocks_of_a_trace_are_equal_words(trace: Any) -> None:
+    workload = Workload(trace=trace(MOONCAKE), concurrency=1, prompts="chat")
+    requests = plan_requests(workload)
+    measure = TextMeasure(per_word=2.0, around=10.0)
+    first, second = (make_text(workload, each, measure, index=index).split() for index, each in enumerate(requests))
+    assert [len(first), len(second)] == [(1100 - 10) // 2, (1024 - 10) // 2]
+    block = BLOCK_TOKENS // 2
+    assert first[:block] == second[:block] and first[block : 2 * block] != second[block : 2 * block]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -236,6 +261,7 @@ def test_equal_blocks_of_a_trace_are_equal_blocks_of_prompts(trace: Any, scale: 
         ({"prompt_tokens": (0, 5)}, "--prompt-tokens is 0-5"),
         ({"output_tokens": (6, 5)}, "--output-tokens is 6-5"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": 9, "prompts": "chat"}, "--vocab-size was given with --prompts chat"),
         ({"vocab_size": 2**63}, "vocab_size is 9223372036854775808; at most"),
         ({"seed": -1}, "seed is -1"),
     ],

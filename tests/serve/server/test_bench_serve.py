@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 
 from moesaic.bench.serving import Endpoint, bench_serving
-from moesaic.bench.workload import Workload
+from moesaic.bench.workload import PromptForm, Workload
 from moesaic.errors import ConfigError
 
 from ..conftest import VOCAB_SIZE
@@ -29,6 +29,19 @@ def test_our_server_gives_what_is_asked(real: Live) -> None:
     assert again.summary().output_tokens == result.summary().output_tokens
     # The same seed again: what fills a block is known to the server now.
     assert again.summary().cached_tokens > result.summary().cached_tokens
+
+
+@pytest.mark.parametrize("prompts", ["text", "chat"])
+def test_our_server_is_asked_in_words(real: Live, prompts: PromptForm) -> None:
+    workload = Workload(
+        prompt_tokens=(60, 90), output_tokens=(2, 6), num_requests=8, concurrency=4, prompts=prompts, seed=5
+    )
+    result = bench_serving(Endpoint(url=real.url), workload)
+    assert [each.error for each in result.requests] == [None] * 8 and result.summary().num_shorter == 0
+    for each in result.requests:
+        assert each.output_tokens == each.asked_output_tokens
+        assert each.prompt_tokens is not None and 0.6 < each.prompt_tokens / each.asked_prompt_tokens < 1.5
+        assert each.ttft_seconds is not None and each.ttft_seconds <= each.end_to_end_seconds
 
 
 def test_a_key_that_is_needed_is_asked_for(real_app: Callable[..., FastAPI]) -> None:
