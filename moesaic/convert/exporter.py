@@ -186,12 +186,17 @@ def _choose_gguf(config: ModelConfig) -> _Choice:
                 reasons.setdefault(family.name, error)  # of the model itself, which comes first
                 continue
             return _Choice(family.name, keys, rewriting, family.tensors)
-    nearest = min(written, key=lambda each: (each.is_moe != bool(config.moe_layers), reasons[each.name].num_values))
-    what = " and ".join(beyond_gguf(config)) or reasons[nearest.name]
+    if beyond := beyond_gguf(config):
+        raise ConversionError(
+            f"--format gguf was asked for a model with {' and '.join(beyond)}; no GGUF architecture known here has "
+            f"that; export it to Hugging Face's layout (--format huggingface)."
+        )
+    alike = [family.name for family in written if family.is_moe == bool(config.moe_layers)]
+    lacks = [f"  {name.removeprefix('gguf ').removesuffix(' with experts')}: {reasons[name]}" for name in alike]
     raise ConversionError(
-        f"--format gguf was asked for a model with {what}; no GGUF architecture known here has that "
-        f"(the nearest is {nearest.name.removeprefix('gguf ')}); export it to Hugging Face's layout "
-        f"(--format huggingface)."
+        "--format gguf was asked for a model that no GGUF architecture known here can hold; one that holds all of it "
+        "is required; export it to Hugging Face's layout (--format huggingface). What keeps it from each of them:\n"
+        + "\n".join(lacks)
     )
 
 

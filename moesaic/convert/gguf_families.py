@@ -55,7 +55,7 @@ _SCORING = ("softmax", "sigmoid")
 
 def _shortest(value: Any) -> float:
     """Return the shortest decimal that is this number in fp32: 9.999999747378752e-06 was written as 1e-5."""
-    return float(str(np.float32(value)))
+    return float(str(np.float32(value))) if abs(value) <= np.finfo(np.float32).max else float(value)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from moesaic.data.tokenizer import CONFIG_NAME, GENERATION_NAME, Tokenizer
 from moesaic.errors import ConversionError, DataError
+from moesaic.logs import logger
 
 # Token types of the format.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -97,9 +98,9 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
             f"of {', '.join(_NAMES)} is required; give the model's tokenizer.json with --tokenizer."
         )
     try:
-        tokens = [str(each) for each in metadata["tokenizer.ggml.tokens"]]
-        merges = [tuple(str(each).split(" ", 1)) for each in metadata.get("tokenizer.ggml.merges", [])]
-        types = [int(each) for each in metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))]
+        tokens = [str(each) for each in _list(metadata, "tokens")]
+        merges = [tuple(str(each).split(" ", 1)) for each in _list(metadata, "merges", [])]
+        types = [int(each) for each in _list(metadata, "token_type", [_NORMAL] * len(tokens))]
         if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens, {len(set(tokens))} of them different, {len(types)} types")
         # Unused ones only fill the file up to the embeddings.
@@ -121,19 +122,45 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     inner.add_tokens([AddedToken(token, normalized=False) for token, _ in _of(tokens, types, _USER_DEFINED)])
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for key, role in (("eos_token", "eos"), ("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        index = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if isinstance(index, int) and 0 <= index < len(tokens):
+        index = _role_id(metadata, role, len(tokens), where)
+        if index is not None:
             config[key] = tokens[index]
-    if metadata.get("tokenizer.chat_template"):
-        config["chat_template"] = str(metadata["tokenizer.chat_template"])
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise DataError(
+            f"{where} has a chat_template of type {type(template).__name__}; a text is required; give the model's "
+            f"tokenizer.json with --tokenizer."
+        )
+    if template:
+        config["chat_template"] = template
     companions = {CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
-    ends = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", *_OTHER_ENDS)]
-    found = sorted({each for each in ends if isinstance(each, int) and 0 <= each < len(tokens)})
+    ends = [_role_id(metadata, role, len(tokens), where) for role in ("eos", *_OTHER_ENDS)]
+    found = sorted({each for each in ends if each is not None})
     if len(found) > 1:
         companions[GENERATION_NAME] = json.dumps({"eos_token_id": found}) + "\n"
     values = json.loads(inner.to_str())
     values["post_processor"] = _template(metadata, rules, {index: token for token, index in vocabulary.items()}, where)
     return Tokenizer(json.dumps(values, ensure_ascii=False), companions=companions)
+
+
+def _list(metadata: Mapping[str, Any], name: str, default: list[Any] | None = None) -> list[Any]:
+    values = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(values, list):
+        raise ValueError(f"{name} is {'missing' if values is None else f'of type {type(values).__name__}'}")
+    return values
+
+
+def _role_id(metadata: Mapping[str, Any], role: str, num_tokens: int, where: str) -> int | None:
+    """Return the token that a file names for a role; None, as llama.cpp has it, for what is no token's id."""
+    index = metadata.get(f"tokenizer.ggml.{role}_token_id")
+    if type(index) is int and 0 <= index < num_tokens:
+        return index
+    if index is not None:
+        logger.warning(
+            "%s names %.40r as its %s_token_id, which is no id of its %d tokens; the tokenizer goes without one.",
+            where, index, role, num_tokens,
+        )  # fmt: skip
+    return None
 
 
 def _template(
@@ -149,7 +176,7 @@ def _template(
         if is_added is False:
             continue
         index = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if is_added is not True or not isinstance(index, int) or index not in tokens:
+        if is_added is not True or type(index) is not int or index not in tokens:
             raise DataError(
                 f"{where} puts its {role} token around a text (add_{role}_token is {is_added!r}), and {role}_token_id "
                 f"is {index!r}; the id of a token is required; give the model's tokenizer.json with --tokenizer."

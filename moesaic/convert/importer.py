@@ -54,6 +54,11 @@ def import_model(
                 f"the tokenizer has {own.vocab_size} tokens and the model {config.vocab_size} embeddings; each token "
                 f"needs one; give the model's own with --tokenizer."
             )
+        if config.max_positions < 2:
+            raise ConversionError(
+                f"the model at {source.path} takes texts of {config.max_positions} token; at least 2 are required, one "
+                f"to follow another; give a model for longer texts."
+            )
         training = TrainConfig(
             model=config,
             data=DataConfig(path="", sequence_length=min(_SEQUENCE_LENGTH, max(2, config.max_positions))),

@@ -22,14 +22,7 @@ REQUIRED: Any = object()
 
 
 class Inexpressible(Exception):
-    """A model that a family's config cannot describe; the text says what of it.
-
-    num_values: how many values differ; 2 where that was not counted, since one that does is often not alone.
-    """
-
-    def __init__(self, text: str, num_values: int = 2) -> None:
-        super().__init__(text)
-        self.num_values = num_values
+    """A model that a family's config cannot describe; the text says what of it, the first thing that was found."""
 
 
 class Keys:
@@ -842,8 +835,10 @@ def write_config_keys(rules: Sequence[KeyRule], config: ModelConfig, harmless: f
         raise Inexpressible(str(error).partition("; ")[0]) from None  # what it is, without what to do
     different = differences(config, back)
     if different:
-        names = {each.partition(" of layer ")[0].partition(" = ")[0] for each in different}
-        raise Inexpressible(", ".join(different[:3]) + (", ..." if len(different) > 3 else ""), len(names))
+        first: dict[str, str] = {}  # of what differs in several layers
+        for each in different:
+            first.setdefault(each.partition(" of layer ")[0].partition(" = ")[0], each)
+        raise Inexpressible(", ".join(list(first.values())[:3]) + (", ..." if len(first) > 3 else ""))
     return theirs
 
 

@@ -336,7 +336,12 @@ def test_more_tokens_than_embeddings_are_refused() -> None:
         ({"tokenizer.ggml.model": None}, "kind None"),
         ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'; byte-level BPE .* with one of gpt-2"),
         ({"tokenizer.ggml.pre": ["gpt-2"]}, "pre-tokenizer"),
-        ({"tokenizer.ggml.tokens": 7}, "does not fit together"),
+        ({"tokenizer.ggml.tokens": 7}, r"does not fit together \(tokens is of type int\)"),
+        ({"tokenizer.ggml.tokens": None}, r"does not fit together \(tokens is missing\)"),
+        ({"tokenizer.ggml.merges": ""}, r"does not fit together \(merges is of type str\)"),
+        ({"tokenizer.ggml.token_type": {}}, r"does not fit together \(token_type is of type dict\)"),
+        ({"tokenizer.chat_template": 7}, "has a chat_template of type int; a text is required"),
+        ({"tokenizer.chat_template": []}, "has a chat_template of type list; a text is required"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "does not fit together"),
         ({"tokenizer.ggml.tokens": ["a"]}, "does not fit together"),
         ({"tokenizer.ggml.merges": ["a"]}, "does not fit together"),
@@ -353,11 +358,17 @@ def test_metadata_that_is_no_tokenizer_is_refused(changes: dict[str, Any], messa
     assert str(caught.value).count(";") >= 2
 
 
-def test_odd_roles_are_left_out() -> None:
+def test_odd_roles_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     metadata = tokenizer_metadata(Tokenizer(make("gpt-2").to_str()), 400)
-    for value in (-1, 10**9, "x", [1], 2.5):
+    for value in (-1, 10**9, "x", [1], 2.5, True):
+        caplog.clear()
         changed = metadata | {f"tokenizer.ggml.{role}_token_id": value for role in ("bos", "eot", "padding")}
         assert read_tokenizer(changed, "a file").stop_ids == {0}
+        assert [record.getMessage() for record in caplog.records] == [
+            f"a file names {value!r} as its {role}_token_id, which is no id of its 400 tokens; the tokenizer goes "
+            f"without one."
+            for role in ("bos", "padding", "eot")
+        ]
     with pytest.raises(MoesaicError, match="no end-of-text"):
         tokens = [f"t{index}" for index in range(400)]
         read_tokenizer(
