@@ -54,6 +54,7 @@ class ExpertLoad:
         self._pending_ids = array("q")
         self._pending_tokens = 0
         self._distinct_experts_per_step = 0.0
+        self._num_distinct = 0  # of all steps and layers
         self._bytes_used = 0
         self._most_read = 0  # had none of those bytes been in memory
         self._hit_rate: float | None = None
@@ -78,6 +79,12 @@ class ExpertLoad:
         """Of the last step, the mean over the layers."""
         self._count()
         return self._distinct_experts_per_step
+
+    @property
+    def distinct_experts(self) -> float:
+        """The same, summed over the steps."""
+        self._count()
+        return self._num_distinct / max(1, len(self._num_experts))
 
     @property
     def bytes_used(self) -> int:
@@ -109,6 +116,7 @@ class ExpertLoad:
         self._recent = kept[0] * self._recent + kept[1:] @ counts
         used = counts > 0
         self._distinct_experts_per_step = float(np.count_nonzero(used[-1])) / num_layers
+        self._num_distinct += int(np.count_nonzero(used))
         self._bytes_used += int((used @ self._bytes).sum())
         missed = np.add.reduceat(used * self._bytes_missed, self._starts, axis=1)
         self._most_read += int(np.minimum(missed, self._layer_bytes).sum())

@@ -92,10 +92,10 @@ class EngineWithStudent:
         counted = (
             "num_running", "num_waiting", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "num_steps",
             "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens", "num_preemptions", "num_finished",
-            "expert_bytes_used",
+            "distinct_experts", "expert_bytes_used",
         )  # fmt: skip
         both = {name: getattr(own, name) + getattr(other, name) for name in counted}
-        return replace(own, **both, expert_hit_rate=None)
+        return replace(own, **both, num_by_student=other.num_finished, expert_hit_rate=None)
 
     def embed_in_pieces(self, prompts: Sequence[Sequence[int]]) -> Generator[bool, None, Tensor]:
         """As Engine.embed_in_pieces, always by the model itself."""

@@ -28,6 +28,7 @@ def test_steps_together_give_what_one_by_one_gives(make_model: Make) -> None:
     generator = torch.Generator().manual_seed(0)
     total = [np.zeros(layer.num_experts) for layer in layers]
     recent = [np.zeros(layer.num_experts) for layer in layers]
+    all_distinct = 0
     for num_tokens in (70, 1, 1, 3, 900, 1, 2):
         distinct, ids = 0, []
         for layer, all_counts, recent_counts in zip(layers, total, recent, strict=True):
@@ -45,7 +46,9 @@ def test_steps_together_give_what_one_by_one_gives(make_model: Make) -> None:
         together.add(step)
         one_by_one.add(step)
         assert one_by_one.distinct_experts_per_step == distinct / len(layers)
+        all_distinct += distinct
     assert together.distinct_experts_per_step == one_by_one.distinct_experts_per_step
+    assert together.distinct_experts == one_by_one.distinct_experts == all_distinct / len(layers)
     assert together.bytes_used == one_by_one.bytes_used > 0
     for load in (together, one_by_one):
         for layer, all_counts, recent_counts in zip(load.layers(), total, recent, strict=True):

@@ -141,10 +141,18 @@ def test_what_both_did_is_summed_and_the_layers_and_the_last_step_are_the_models
         both.step()
     own, other, stats = model.stats(), student.stats(), both.stats()
     assert other.expert_bytes_used > 0 < other.kv_blocks_cached
-    for name in ("kv_blocks_cached", "num_steps", "num_generated_tokens", "expert_bytes_used"):
+    for name in (
+        "kv_blocks_cached",
+        "num_steps",
+        "num_generated_tokens",
+        "num_finished",
+        "expert_bytes_used",
+        "distinct_experts",
+    ):
         assert getattr(stats, name) == getattr(own, name) + getattr(other, name)
     for name in ("step_tokens", "step_seconds", "distinct_experts_per_step", "layers"):
         assert getattr(stats, name) == getattr(own, name)
+    assert (own.num_by_student, stats.num_by_student, stats.num_finished) == (None, 1, 2)
     assert stats.num_own_steps == own.num_steps == 6 and stats.num_steps == 56
 
 

@@ -117,11 +117,14 @@ class _EngineGauges:
             ("generated_tokens", "New tokens.", stats.num_generated_tokens),
             ("preemptions", "Texts that had to give their blocks up.", stats.num_preemptions),
             ("texts", "Texts that have ended.", stats.num_finished),
+            ("student_texts", "Of these, texts of the student that helps out under overload.", stats.num_by_student),
             ("drafted_tokens", "Tokens that a draft proposed.", stats.num_drafted_tokens),
             ("accepted_tokens", "Drafted tokens that were right.", stats.num_accepted_tokens),
+            ("distinct_experts", "Experts with a token, mean over layers, summed over steps.", stats.distinct_experts),
             ("expert_bytes", "Weights of the experts that had a token, in every step.", stats.expert_bytes_used),
         ):
-            yield CounterMetricFamily(f"moesaic_{name}", help_text, value=float(count))
+            if count is not None:
+                yield CounterMetricFamily(f"moesaic_{name}", help_text, value=float(count))
         for name, help_text, share in (
             ("expert_hit_rate", "Of these weights, the share of late that was in memory and not read from the disk.",
              stats.expert_hit_rate),

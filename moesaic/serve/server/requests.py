@@ -746,6 +746,12 @@ def _read_biases(biases: Mapping[str, float]) -> dict[int, float]:
                 param="logit_bias",
                 code="invalid_value",
             )
+        if int(key) in found:
+            raise refusal(
+                f"logit_bias has two keys for token {int(key)}; one bias for each token is required; leave one out.",
+                param="logit_bias",
+                code="invalid_value",
+            )
         found[int(key)] = bias
     return found
 

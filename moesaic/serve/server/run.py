@@ -10,8 +10,10 @@ from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any, Literal
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moesaic.config.serve import EngineConfig, OverloadConfig, ServeConfig, ServerConfig
 from moesaic.data.chat import check_chat_template, render_chat
@@ -25,6 +27,7 @@ from moesaic.serve.engine import Engine
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.overload import EngineWithStudent, split_memory
 from moesaic.serve.server.app import create_app
+from moesaic.serve.server.errors import error_response, refusal
 from moesaic.serve.server.gate import KEYS_VARIABLE, is_local, read_keys
 from moesaic.serve.server.interruptible import run_interruptibly
 from moesaic.serve.server.jobs import Served, Student
@@ -100,6 +103,7 @@ def settings_of(app: FastAPI) -> uvicorn.Config:
     """Return how uvicorn runs an application of create_app's."""
     return uvicorn.Config(
         app,
+        http=_Protocol,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -108,6 +112,22 @@ def settings_of(app: FastAPI) -> uvicorn.Config:
         lifespan="on",
         timeout_graceful_shutdown=_FAREWELL_SECONDS,
     )
+
+
+class _Protocol(H11Protocol):
+    """HTTP as uvicorn speaks it; what is none is told so as every other error is."""
+
+    def send_400_response(self, msg: str) -> None:
+        error = refusal(
+            "what was sent is no request of HTTP/1.1 (its first line, its headers or its length); one is required; "
+            "check what sends it.",
+            code="invalid_http",
+        )
+        body = bytes(error_response(error).body)
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
 
 class DrainingServer(uvicorn.Server):

@@ -561,9 +561,12 @@ def test_the_share_of_experts_that_were_in_memory_is_told_where_no_other_model_r
     if beside == "nothing":
         assert float(values["moesaic_expert_bytes_total"]) == used
         assert float(values["moesaic_expert_hit_rate"]) == 0.75
+        # Two experts of a token in each layer.
+        assert float(values["moesaic_distinct_experts_total"]) == 2 * float(values["moesaic_steps_total"]) == 32
     else:
         assert float(values["moesaic_steps_total"]) >= 16
         assert "moesaic_expert_hit_rate" not in text
+    assert ("moesaic_student_texts_total" in values) == (beside == "a student")
 
 
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "f"}}]

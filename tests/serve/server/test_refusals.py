@@ -1,7 +1,10 @@
 """A malformed request gets OpenAI's error shape with what to do, and leaves the server as it was."""
 
 import json
+import socket
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -146,6 +149,7 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         (CHAT, {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"shema": {}}}},
          "response_format.json_schema.shema", "is not a key of response_format.json_schema"),
         (COMPLETION, {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {"1": 5, "01": -5}}, "logit_bias", "two keys for token 1"),
         (COMPLETION, {"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias", "-100 to 100"),
         (COMPLETION, {"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "token id 99999"),
         (COMPLETION, {"prompt": "x", "logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "1025 entries"),
@@ -379,3 +383,30 @@ def test_the_client_raises_its_own_errors(real: Live) -> None:
 def test_the_answers_of_a_refused_request_say_nothing_of_what_python_is(real: Live) -> None:
     text = httpx.post(f"{real.url}{COMPLETION}", json={"prompt": {"a": 1}, "temperature": [], "x": 1}).text
     assert "Traceback" not in text and "pydantic" not in text
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00",  # the first bytes of TLS
+        b"nonsense\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: five\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",  # without a host
+    ],
+)
+def test_what_is_no_http_is_told_as_every_error_is(real: Live, sent: bytes) -> None:
+    address = urlsplit(real.url)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        connection.sendall(sent)
+        with suppress(ConnectionResetError):  # of what it does not read
+            answer = connection.recv(65536)
+            while more := connection.recv(65536):
+                answer += more
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"Content-Type: application/json" in head
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_http")
+    assert error["message"].count(";") == 2
+    assert httpx.get(f"{real.url}/health").status_code == 200
