@@ -399,6 +399,7 @@ class Engine:
     def stats(self) -> EngineStats:
         counts = self._counts
         return EngineStats(
+            is_batch_invariant=self.is_batch_invariant,
             num_running=len(self._scheduler.running),
             num_waiting=self._scheduler.num_waiting + sum(len(texts) for texts in self._siblings.values()),
             kv_blocks_used=self._pool.num_used,

@@ -86,16 +86,18 @@ class LayerLoad:
 class EngineStats:
     """An engine at one moment; counts are since it began.
 
-    num_by_student: of the finished texts, those of a student that helps out; None without one.
-    distinct_experts_per_step: of the last step, the mean over MoE layers of how many experts had a token; 0 for a dense
-    model. distinct_experts: the same, summed over steps. expert_bytes_used: of the experts that had a token, summed
-    over steps. expert_hit_rate: of those of late, the share of bytes that did not have to be read from the disk; None
-    where it is not known, as where a draft model or a student reads too. expert_guess_share: where experts are read
-    ahead from a mapped file, of those of late, the share that had been guessed; None elsewhere. step_seconds: of the
-    last step. num_own_steps: with a student that helps out (overload.py), whose steps, texts, tokens, blocks and bytes
-    count with the model's, the model's alone; its are the last step and layers.
+    is_batch_invariant: whether a text's tokens depend on nothing that runs beside it (Engine). num_by_student: of the
+    finished texts, those of a student that helps out; None without one. distinct_experts_per_step: of the last step,
+    the mean over MoE layers of how many experts had a token; 0 for a dense model. distinct_experts: the same, summed
+    over steps. expert_bytes_used: of the experts that had a token, summed over steps. expert_hit_rate: of those of
+    late, the share of bytes that did not have to be read from the disk; None where it is not known, as where a draft
+    model or a student reads too. expert_guess_share: where experts are read ahead from a mapped file, of those of late,
+    the share that had been guessed; None elsewhere. step_seconds: of the last step. num_own_steps: with a student that
+    helps out (overload.py), whose steps, texts, tokens, blocks and bytes count with the model's, the model's alone; its
+    are the last step and layers.
     """
 
+    is_batch_invariant: bool
     num_running: int
     num_waiting: int
     kv_blocks_used: int

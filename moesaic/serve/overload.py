@@ -95,7 +95,10 @@ class EngineWithStudent:
             "distinct_experts", "expert_bytes_used",
         )  # fmt: skip
         both = {name: getattr(own, name) + getattr(other, name) for name in counted}
-        return replace(own, **both, num_by_student=other.num_finished, expert_hit_rate=None)
+        is_invariant = own.is_batch_invariant and other.is_batch_invariant
+        return replace(
+            own, **both, is_batch_invariant=is_invariant, num_by_student=other.num_finished, expert_hit_rate=None
+        )
 
     def embed_in_pieces(self, prompts: Sequence[Sequence[int]]) -> Generator[bool, None, Tensor]:
         """As Engine.embed_in_pieces, always by the model itself."""

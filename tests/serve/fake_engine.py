@@ -111,7 +111,8 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         self.threads.add(threading.get_ident())
         return EngineStats(
-            num_running=len(self.running), num_waiting=0, kv_blocks_used=0, kv_blocks_cached=0, kv_blocks_total=1,
+            is_batch_invariant=True, num_running=len(self.running), num_waiting=0,
+            kv_blocks_used=0, kv_blocks_cached=0, kv_blocks_total=1,
             num_steps=self.num_steps, num_own_steps=self.num_steps, num_prompt_tokens=0, num_cached_tokens=0,
             num_generated_tokens=0, num_preemptions=0, num_finished=0, num_by_student=None, num_drafted_tokens=0,
             num_accepted_tokens=0, step_seconds=0.0, step_tokens=0, distinct_experts_per_step=0.0,

@@ -80,6 +80,13 @@ def serve(
             student = Student(student_name, tuple(layer.layer for layer in helping.stats().layers))
         engine = Engine(loaded.model, loaded.tokenizer, settings, draft_model=draft_model, grammars=grammars)
         driven: StepEngine = engine
+        if not engine.is_batch_invariant:
+            logger.info(
+                "%s runs by PyTorch's operations: what runs beside a text may round it otherwise, so that its tokens "
+                "can differ from run to run, with a seed too; packed weights and the C++ kernels (moesaic doctor) give "
+                "the same ones.",
+                name,
+            )
         if helping is not None and config.overload is not None:
             driven = EngineWithStudent(engine, helping, max_texts=config.overload.max_texts)
         app = create_app(

@@ -84,6 +84,7 @@ def test_a_student_that_helps_out_is_named(
         with pytest.raises(openai.NotFoundError):
             client.completions.create(prompt=PROMPT, **{**ask, "model": "students"})
         stats, experts = (httpx.get(f"{served.url}/v1/{path}").json() for path in ("stats", "experts"))
+        assert stats["is_batch_invariant"] is False  # in fp32
         assert experts["num_steps"] == stats["num_own_steps"] < stats["num_steps"]  # the layers are the model's
 
 
