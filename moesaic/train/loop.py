@@ -58,6 +58,9 @@ MOST_SKIPPED_IN_A_ROW = 10
 _PLOT_EVERY_SECONDS = 60.0
 # From here on drawing the first weights takes so long that it is announced.
 _MANY_PARAMETERS = 500_000_000
+# Rows of the vocabulary without a token: so many, and a tenth of the tokens, are more than rounding up explains.
+_UNUSED_ROWS = 1024
+_VOCABULARY_STEP = 128
 
 
 class Display(Protocol):
@@ -167,6 +170,15 @@ class Trainer:
                 f"model.vocab_size ({config.model.vocab_size}) is less than the {tokenizer.vocab_size} tokens of "
                 f"{config.data.path}; every token needs an embedding; use model.vocab_size >= {tokenizer.vocab_size}."
             )
+        num_unused = config.model.vocab_size - tokenizer.vocab_size
+        is_free = config.init_from is None and config.distill is None  # else another model has as many
+        if is_free and num_unused >= max(_UNUSED_ROWS, tokenizer.vocab_size // 10):
+            logger.warning(
+                "model.vocab_size is %d and %s has %d tokens: %d embeddings and outputs stand for none, are computed "
+                "at every position, and an untrained model draws them; model.vocab_size=%d is enough.",
+                config.model.vocab_size, config.data.path, tokenizer.vocab_size, num_unused,
+                -(-tokenizer.vocab_size // _VOCABULARY_STEP) * _VOCABULARY_STEP,
+            )  # fmt: skip
         self.shards = shards
         self.loader = TrainLoader(
             shards.train,

@@ -2,6 +2,7 @@
 
 import ast
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -230,3 +231,13 @@ def test_tensors_for_kernels_have_a_dtype_and_a_device(path: Path) -> None:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=maker)) if maker in _MAKERS:
                 lacking = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
                 assert not lacking, f"{name_of(path)}:{node.lineno} makes a tensor of torch's default {lacking}"
+
+
+def test_environment_variables_are_in_the_guide() -> None:
+    guide = (PACKAGE.parent / "docs/guides/commands.md").read_text(encoding="utf-8")
+    read = re.compile(r'os\.environ(?:\.get\(|\[)"(\w+)"|^_?[A-Z_]+ = "(MOESAIC_\w+)"', re.MULTILINE)
+    sources = [path.read_text(encoding="utf-8") for path in FILES]
+    names = {"".join(each) for text in sources for each in read.findall(text)}
+    assert {"MOESAIC_KERNELS", "MOESAIC_ALLOCATOR", "MOESAIC_API_KEYS", "CXX"} <= names
+    known = {"PYTHONPATH", "LD_PRELOAD"}  # passed on, and looked at
+    assert [name for name in sorted(names - known) if f"| `{name}`" not in guide and f", `{name}`" not in guide] == []

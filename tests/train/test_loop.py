@@ -636,6 +636,15 @@ def test_a_run_folder_whose_name_is_no_utf8_is_refused(make_config: MakeConfig, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("vocab_size", "is_told"), [(384, False), (1343, False), (1344, True)])
+def test_a_vocabulary_far_larger_than_the_tokenizers_is_told(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, vocab_size: int, is_told: bool
+) -> None:
+    train(make_config(model={"vocab_size": vocab_size}, tokens=256), tmp_path / "run")
+    assert ("1024 embeddings and outputs stand for none" in caplog.text) is is_told
+    assert ("model.vocab_size=384 is enough" in caplog.text) is is_told
+
+
 def test_what_cannot_be_trained_is_refused_before_a_folder_exists(make_config: MakeConfig, tmp_path: Path) -> None:
     small = make_config(model={"vocab_size": 100})
     with pytest.raises(ConfigError, match=r"model.vocab_size \(100\) is less than the 320 tokens.*; use .*>= 320"):
