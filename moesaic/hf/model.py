@@ -118,7 +118,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         kept; in training, aux_loss is added, which is each MoE layer's balance and z loss times its coefficient.
         num_items_in_batch: what to divide by in place of the labels here (gradient accumulation). Without labels it
         means that the caller computes the loss, and in training a warning says that aux_loss is the caller's to add.
-        use_cache: None means where no gradient is recorded. A cache holds no gradients.
+        use_cache: None means where no gradient is recorded. A cache holds no gradients, and logits with one have none.
         logits_to_keep: positions from the end, or which ones; 0 for all. Training needs none of them for its loss.
         past_key_values: the cache, under its earlier name.
 
@@ -134,21 +134,22 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and cache is None:
             cache = self._new_cache()
         if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+            output_hidden_states = bool(self.config.output_hidden_states)
         self.model.compute_dtype = self._compute_dtype()
         # Casts are the model's own, to the dtype that autocast asks for.
-        with torch.autocast(tokens.device.type, enabled=False), _BlockInputs(self.model) as inputs:
+        with torch.autocast(tokens.device.type, enabled=False):
             if cache is None:
-                places, output = self._run(tokens, columns)
+                places, output = self._run(tokens, columns, keep_block_inputs=output_hidden_states)
             else:
-                places, output = self._run_cached(tokens, columns, cache)
+                places, output = self._run_cached(tokens, columns, cache, keep_block_inputs=output_hidden_states)
             hidden = _put_back(output.hidden, places, tokens.shape)
             loss, aux_loss = self._losses(hidden, columns, labels, output.moe, num_items_in_batch)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.model.logits(hidden[:, kept])
+            with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):  # all of the model, or nothing
+                logits = self.model.logits(hidden[:, kept])
         hidden_states = None
         if output_hidden_states:
-            hidden_states = (*(_put_back(x, places, tokens.shape) for x in inputs.values), hidden)
+            hidden_states = (*(_put_back(x, places, tokens.shape) for x in output.block_inputs), hidden)
         named_cache: dict[str, Any] = {_CACHE: cache}
         return MoeCausalLMOutputWithPast(
             loss=loss, aux_loss=aux_loss, logits=logits, hidden_states=hidden_states, **named_cache
@@ -213,7 +214,9 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def _new_cache(self) -> PagedCache:
         return PagedCache(self.model.config, dtype=self._compute_dtype(), device=self.model.device)
 
-    def _run(self, tokens: Tensor, columns: Tensor | None) -> tuple[Tensor | None, ModelOutput]:
+    def _run(
+        self, tokens: Tensor, columns: Tensor | None, *, keep_block_inputs: bool
+    ) -> tuple[Tensor | None, ModelOutput]:
         """Return the model's output for tokens moved so that padding is at the end, and where each went."""
         seed = self._draw_seed()
         if tokens.shape[1] > self.model.config.max_positions:
@@ -222,7 +225,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
                 f"positions; cut them, or set max_length in the tokenizer's call with truncation."
             )
         if columns is None:
-            return None, self.model(tokens, seed=seed)
+            return None, self.model(tokens, seed=seed, keep_block_inputs=keep_block_inputs)
         if columns.shape != tokens.shape:
             raise ConfigError(
                 f"an attention_mask of shape {tuple(columns.shape)} was given for input_ids {tuple(tokens.shape)} and "
@@ -230,17 +233,18 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
             )
         order = (~columns).to(torch.int8).argsort(dim=1, stable=True)  # (B, S)
         ordered = tokens.gather(1, order)
-        output = self.model(ordered, valid=columns.gather(1, order), seed=seed)
+        valid = columns.gather(1, order)
+        output = self.model(ordered, valid=valid, seed=seed, keep_block_inputs=keep_block_inputs)
         first = torch.arange(0, tokens.numel(), tokens.shape[1], device=tokens.device)[:, None]
         return (order + first).flatten(), output
 
     @torch.no_grad()
     def _run_cached(
-        self, tokens: Tensor, columns: Tensor | None, cache: PagedCache
+        self, tokens: Tensor, columns: Tensor | None, cache: PagedCache, *, keep_block_inputs: bool
     ) -> tuple[Tensor | None, ModelOutput]:
         """Return the model's output for the valid tokens end to end, and where each comes from."""
         if not tokens.numel():  # nothing that the cache could take
-            return self._run(tokens, None)
+            return self._run(tokens, None, keep_block_inputs=keep_block_inputs)
         length = tokens.shape[1]
         new = torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
         if columns is not None:
@@ -258,7 +262,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         places = None if bool(new.all()) else new.flatten().nonzero()[:, 0].to(tokens.device)
         flat = tokens.flatten() if places is None else tokens.flatten()[places]
         with _routing_as_evaluated(self.model):
-            return places, self.model(flat[None], cache=cache)
+            return places, self.model(flat[None], cache=cache, keep_block_inputs=keep_block_inputs)
 
     def _draw_seed(self) -> int:
         """Return a seed for this step's noise and dropping, from PyTorch's global generator if there is any."""
@@ -297,7 +301,8 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         if self.training and aux_loss is not None:
             loss = loss + aux_loss
         if num_items is not None:
-            loss = loss * ((targets != _IGNORED).sum() / num_items)
+            # As Trainer counts: with the first label of a row behind padding, which nothing predicts.
+            loss = loss * ((labels[:, 1:] != _IGNORED).sum() / num_items)
         return loss, aux_loss
 
     def _has_auxiliary_loss(self) -> bool:
@@ -394,25 +399,6 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
 
 # What computes in fp32 whatever flows through, and keeps its own parameters so.
 _FP32 = (RmsNorm, LayerNorm, Router, MoELayer)
-
-
-class _BlockInputs:
-    """Records what enters each block while it is entered as a context; in a recomputation it is not."""
-
-    def __init__(self, model: Transformer) -> None:
-        self.values: list[Tensor] = []
-        self._blocks = model.blocks
-
-    def __enter__(self) -> "_BlockInputs":
-        self._hooks = [block.register_forward_pre_hook(self._record) for block in self._blocks]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _record(self, block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self.values.append(arguments[0])
 
 
 @contextmanager

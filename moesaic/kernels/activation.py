@@ -138,7 +138,6 @@ class _Mlp(torch.autograd.Function):
         pre = products.linear(x, up, up_bias)
         ctx.save_for_backward(x, pre, up, down)
         ctx.activation = activation
-        ctx.has_bias = up_bias is not None
         return products.linear(activate(pre, activation), down, down_bias)
 
     @staticmethod
@@ -148,12 +147,15 @@ class _Mlp(torch.autograd.Function):
         x, pre, up, down = ctx.saved_tensors
         grad = grad.contiguous()
         hidden, grad_pre = activate_and_backward(products.mm(grad, down), pre, ctx.activation)
-        grad_down = products.mm(grad.t(), hidden)
-        grad_up = products.mm(grad_pre.t(), x)
-        grad_x = products.mm(grad_pre, up) if ctx.needs_input_grad[0] else None
-        if not ctx.has_bias:
-            return grad_x, grad_up, None, grad_down, None, None
-        return grad_x, grad_up, grad_pre.sum(0), grad_down, grad.sum(0), None
+        of_x, of_up, of_up_bias, of_down, of_down_bias, _ = ctx.needs_input_grad
+        return (
+            products.mm(grad_pre, up) if of_x else None,
+            products.mm(grad_pre.t(), x) if of_up else None,
+            grad_pre.sum(0) if of_up_bias else None,
+            products.mm(grad.t(), hidden) if of_down else None,
+            grad.sum(0) if of_down_bias else None,
+            None,
+        )
 
 
 def mlp(

@@ -1,9 +1,9 @@
 """Cross-entropy of a linear layer's output without the (T, V) logits ever existing at once.
 
 The gradient is computed in the forward pass, chunk by chunk of tokens, while a chunk's logits are in the cache; what is
-kept for the backward pass is the gradient of the hidden states and of the weight. In C++ one operator does all of it in
-bf16, where hidden size and vocabulary are multiples of 32; else PyTorch's products go with a kernel for the rest. The
-oracle is F.cross_entropy.
+kept for the backward pass is the gradient of the hidden states and, unless it is frozen, of the weight. In C++ one
+operator does all of it in bf16, where hidden size and vocabulary are multiples of 32; else PyTorch's products go with a
+kernel for the rest. The oracle is F.cross_entropy.
 """
 
 import torch
@@ -109,8 +109,14 @@ def _(logits, targets, wants_gradient):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("moesaic::linear_cross_entropy", mutates_args=(), device_types="cpu")
-def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The (T,) losses; with wants_gradient the gradients of their sum, (T, H) bf16 and (V, H) fp32, else empty ones."""
+def _fused(
+    hidden: Tensor, weight: Tensor, targets: Tensor, wants_hidden: bool, wants_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The (T,) losses, and the gradients of their sum that are wanted, (T, H) bf16 and (V, H) fp32, else empty ones.
+
+    That of the weight comes only with that of the hidden states.
+    """
+    assert wants_hidden or not wants_weight
     library = select.required_cpu_library()
     _check_operands(hidden, weight)
     assert hidden.shape[1] > 0 and hidden.shape[1] % 32 == weight.shape[0] % 32 == 0, (hidden.shape, weight.shape)
@@ -118,8 +124,8 @@ def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool
     assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device="cpu")
-    grad_hidden = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
-    grad_weight = torch.empty(weight.shape if wants_gradient else 0, dtype=torch.float32, device="cpu")
+    grad_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
+    grad_weight = torch.empty(weight.shape if wants_weight else 0, dtype=torch.float32, device="cpu")
     wrong = library.function("moesaic_linear_cross_entropy", "pppiiippp")(
         hidden.data_ptr(),
         weight.data_ptr(),
@@ -128,8 +134,8 @@ def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool
         hidden.shape[1],
         weight.shape[0],
         losses.data_ptr(),
-        grad_hidden.data_ptr() if wants_gradient else None,
-        grad_weight.data_ptr() if wants_gradient else None,
+        grad_hidden.data_ptr() if wants_hidden else None,
+        grad_weight.data_ptr() if wants_weight else None,
     )
     if wrong:
         raise outside_vocabulary(targets[wrong - 1], weight.shape[0])
@@ -137,11 +143,11 @@ def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, wants_gradient: bool
 
 
 @_fused.register_fake
-def _(hidden, weight, targets, wants_gradient):  # type: ignore[no-untyped-def]
+def _(hidden, weight, targets, wants_hidden, wants_weight):  # type: ignore[no-untyped-def]
     return (
         hidden.new_empty(hidden.shape[0], dtype=torch.float32),
-        hidden.new_empty(hidden.shape if wants_gradient else 0),
-        weight.new_empty(weight.shape if wants_gradient else 0, dtype=torch.float32),
+        hidden.new_empty(hidden.shape if wants_hidden else 0),
+        weight.new_empty(weight.shape if wants_weight else 0, dtype=torch.float32),
     )
 
 
@@ -207,7 +213,7 @@ def _workspace(hidden: Tensor, weight: Tensor, chunks: list[tuple[int, int]]) ->
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if _is_fused(hidden, weight):
-        return torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets, False)[0]
+        return torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets, False, False)[0]
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     chunks = _chunks(hidden.shape[0], weight.shape[0])
     workspace = _workspace(hidden, weight, chunks)
@@ -217,32 +223,35 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-def _by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum of the losses, and its gradients of hidden (T, H) and, in fp32, of weight (V, H)."""
+def _by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, *, wants_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of the losses, and its gradients of hidden (T, H) and, if wanted, in fp32, of weight (V, H)."""
     chunks = _chunks(hidden.shape[0], weight.shape[0])
     workspace = _workspace(hidden, weight, chunks)
     grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-    product = torch.empty_like(weight)
+    grad_weight = torch.zeros(weight.shape if wants_weight else 0, dtype=torch.float32, device=weight.device)
+    product = weight.new_empty(grad_weight.shape)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start, end in chunks:
         x, target = hidden[start:end], targets[start:end]
         losses, grad_logits = workspace.losses_and_gradient(x, weight, target)
         total += losses.sum()
         products.mm(grad_logits, weight, out=grad_hidden[start:end])
-        grad_weight += products.mm(grad_logits.t(), x, out=product)
+        if wants_weight:
+            grad_weight += products.mm(grad_logits.t(), x, out=product)
     return total, grad_hidden, grad_weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
-        count = _count(targets)
+        count, wants_weight = _count(targets), ctx.needs_input_grad[1]
         if _is_fused(hidden, weight):
-            losses, grad_hidden, grad_weight = torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets, True)
+            losses, grad_hidden, grad_weight = torch.ops.moesaic.linear_cross_entropy(
+                hidden, weight, targets, True, wants_weight
+            )
             total = losses.sum()
         else:
-            total, grad_hidden, grad_weight = _by_chunks(hidden, weight, targets)
+            total, grad_hidden, grad_weight = _by_chunks(hidden, weight, targets, wants_weight=wants_weight)
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
         return total / count
@@ -253,4 +262,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / count
         # A number of fp32 multiplies bf16 as it is: rounded to bf16, 1 / count would be up to 0.2 % off.
-        return grad_hidden * scale, (grad_weight * scale).to(ctx.weight_dtype), None
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        return (
+            grad_hidden * scale if of_hidden else None,
+            (grad_weight * scale).to(ctx.weight_dtype) if of_weight else None,
+            None,
+        )

@@ -141,7 +141,7 @@ class _GroupedMlp(torch.autograd.Function):
                 bias = None if down_bias is None else down_bias[expert]
                 _linear_into(y[start:end], hidden[start - first : end - first], down[expert], bias)
         ctx.save_for_backward(x, pre, up, down)
-        ctx.runs, ctx.activation, ctx.has_bias = runs, activation, up_bias is not None
+        ctx.runs, ctx.activation = runs, activation
         return y
 
     @staticmethod
@@ -150,11 +150,12 @@ class _GroupedMlp(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, pre, up, down = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
-        grad_down = torch.empty_like(down, memory_format=torch.contiguous_format)
-        grad_up_bias = up.new_zeros(up.shape[:2]) if ctx.has_bias else None
-        grad_down_bias = down.new_zeros(down.shape[:2]) if ctx.has_bias else None
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        of_x, _, of_up, of_up_bias, of_down, of_down_bias, _ = ctx.needs_input_grad
+        grad_up = torch.empty_like(up, memory_format=torch.contiguous_format) if of_up else None
+        grad_down = torch.empty_like(down, memory_format=torch.contiguous_format) if of_down else None
+        grad_up_bias = up.new_zeros(up.shape[:2]) if of_up_bias else None
+        grad_down_bias = down.new_zeros(down.shape[:2]) if of_down_bias else None
+        grad_x = torch.empty_like(x) if of_x else None
         for panel in _panels(ctx.runs):
             first, last = panel[0].start, panel[-1].rounded
             grad_hidden = grad.new_empty(last - first, down.shape[2])
@@ -165,18 +166,22 @@ class _GroupedMlp(torch.autograd.Function):
             for run in panel:
                 expert, start, end = run.expert, run.start, run.end
                 rows = slice(start - first, end - first)
-                products.mm(grad[start:end].t(), hidden[rows], out=grad_down[expert])
-                products.mm(grad_pre[rows].t(), x[start:end], out=grad_up[expert])
+                if grad_down is not None:
+                    products.mm(grad[start:end].t(), hidden[rows], out=grad_down[expert])
+                if grad_up is not None:
+                    products.mm(grad_pre[rows].t(), x[start:end], out=grad_up[expert])
                 if grad_x is not None:
                     products.mm(
                         grad_pre[start - first : run.rounded - first], up[expert], out=grad_x[start : run.rounded]
                     )
-                if grad_up_bias is not None and grad_down_bias is not None:
+                if grad_up_bias is not None:
                     torch.sum(grad_pre[rows], 0, out=grad_up_bias[expert])
+                if grad_down_bias is not None:
                     torch.sum(grad[start:end], 0, out=grad_down_bias[expert])
         for expert in set(range(up.shape[0])) - {run.expert for run in ctx.runs}:
-            grad_up[expert].zero_()
-            grad_down[expert].zero_()
+            for gradient in (grad_up, grad_down):
+                if gradient is not None:
+                    gradient[expert].zero_()
         return grad_x, None, grad_up, grad_up_bias, grad_down, grad_down_bias, None
 
 

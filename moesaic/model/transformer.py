@@ -39,11 +39,13 @@ OUTPUT_LAYERS = (".o_proj", ".down_proj")
 class ModelOutput:
     """hidden (B, S, H), after the final norm and its scale; moe: the statistics of each MoE layer, in order.
 
-    A packed model's pass with a cache in one call makes no statistics: moe is empty.
+    A packed model's pass with a cache in one call makes no statistics: moe is empty. block_inputs: what entered each
+    block, hidden states of the same tokens, where they were asked for.
     """
 
     hidden: Tensor
     moe: tuple[MoEStatistics, ...]
+    block_inputs: tuple[Tensor, ...] = ()
 
 
 class _Recorded:
@@ -262,21 +264,23 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         seed: int = 0,
         replay: tuple[RoutingDecision, ...] | None = None,
+        keep_block_inputs: bool = False,
     ) -> ModelOutput:
         """Return the hidden states of tokens (B, S) int64.
 
         documents (B, S): keep attention inside equal numbers. valid (B, S) bool: False for padding, which stands at the
         end of a sequence. cache: holds earlier positions and takes these. seed: of this step's noise and dropping.
         replay: the decisions of every MoE layer of an earlier pass over the same tokens, taken again.
+        keep_block_inputs: have them in the output.
 
         Raises: ConfigError for tensors of other shapes, and for more tokens than the model has positions.
         """
         assert cache is None or documents is None, "a cache holds one document per sequence"
         self._check_shapes(tokens, documents, valid, has_cache=cache is not None)
         if cache is not None:
-            return self._forward_cached(tokens, cache, valid, seed)
+            return self._forward_cached(tokens, cache, valid, seed, keep_block_inputs)
         x, rotary = self._embed(tokens, None, tokens.shape[1])
-        return self._run_blocks(x, rotary, documents, valid, None, seed, replay)
+        return self._run_blocks(x, rotary, documents, valid, None, seed, replay, keep_block_inputs)
 
     def _check_shapes(self, tokens: Tensor, documents: Tensor | None, valid: Tensor | None, *, has_cache: bool) -> None:
         if tokens.dim() != 2:
@@ -297,24 +301,29 @@ class Transformer(nn.Module):
                 )
 
     @untraced
-    def _forward_cached(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, seed: int) -> ModelOutput:
+    def _forward_cached(
+        self, tokens: Tensor, cache: KVCache, valid: Tensor | None, seed: int, keep_block_inputs: bool
+    ) -> ModelOutput:
         """All new tokens end to end, whatever sequences they belong to."""
         step = cache.extend(*tokens.shape)
         try:
-            return self._run_cached(tokens, step, valid, seed)
+            return self._run_cached(tokens, step, valid, seed, keep_block_inputs)
         except BaseException:  # the next pass would read what this one has not written
             cache.retract(tokens.shape[1])
             raise
 
-    def _run_cached(self, tokens: Tensor, step: CacheStep, valid: Tensor | None, seed: int) -> ModelOutput:
-        plan = self.find_plan() if valid is None else None
+    def _run_cached(
+        self, tokens: Tensor, step: CacheStep, valid: Tensor | None, seed: int, keep_block_inputs: bool
+    ) -> ModelOutput:
+        plan = self.find_plan() if valid is None and not keep_block_inputs else None
         if plan is not None:
             hidden = plan.run(tokens.flatten(), step.storage, step.batch).hidden
             return ModelOutput(hidden.view(*tokens.shape, hidden.shape[-1]), ())
         positions = step.batch.positions.to(tokens.device, non_blocking=True)
         x, rotary = self._embed(tokens.reshape(1, -1), positions, int(step.batch.lengths.max()))
-        out = self._run_blocks(x, rotary, None, valid, step, seed, None)
-        return ModelOutput(out.hidden.view(*tokens.shape, out.hidden.shape[-1]), out.moe)
+        out = self._run_blocks(x, rotary, None, valid, step, seed, None, keep_block_inputs)
+        hidden, *inputs = (each.view(*tokens.shape, each.shape[-1]) for each in (out.hidden, *out.block_inputs))
+        return ModelOutput(hidden, out.moe, tuple(inputs))
 
     @property
     def runs_in_one_call(self) -> bool:
@@ -387,12 +396,16 @@ class Transformer(nn.Module):
         cache: CacheStep | None,
         seed: int,
         replay: tuple[RoutingDecision, ...] | None,
+        keep_block_inputs: bool,
     ) -> ModelOutput:
         if self.config.dropout and self.training:
             x = F.dropout(x, self.config.dropout)
         flat_valid = None if valid is None else valid.reshape(-1)
         statistics: list[MoEStatistics] = []
+        inputs: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
+            if keep_block_inputs:
+                inputs.append(x)
             recorded = _Recorded()
             if replay is not None and self.config.layers[layer].is_moe:
                 recorded.decision = replay[len(statistics)]
@@ -413,7 +426,7 @@ class Transformer(nn.Module):
                 x, layer_statistics = run(x)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
-        return ModelOutput(self.final_norm(x), tuple(statistics))
+        return ModelOutput(self.final_norm(x), tuple(statistics), tuple(inputs))
 
     def _embed(self, tokens: Tensor, positions: Tensor | None, end: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Return the tokens' vectors (B, S, H), and the rotary tables (S, D/2) of their positions, all below end.

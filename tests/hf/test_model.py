@@ -1,9 +1,12 @@
 """A transformers model of ours computes what its Transformer does, loss and gradients included, and survives files."""
 
 import json
+import sys
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -125,6 +128,67 @@ def test_padded_training_equals_the_sequences_side_by_side(make: Make, prompts: 
         if len(prompt) > 1
     ]
     torch.testing.assert_close(output.loss - output.aux_loss, torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_counted_as_trainer_counts_it_has_its_own_mean(
+    make: Make, prompts: Any, pad: Pad, side: Literal["left", "right"]
+) -> None:
+    """Trainer counts the labels but for each row's first place, where padding may stand: then a first label is one."""
+    model, batch = make("dense").train(), pad(prompts, side)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    num_items = (labels[:, 1:] != -100).sum()
+    loss = model(**batch, labels=labels, num_items_in_batch=num_items).loss
+    torch.testing.assert_close(loss, model(**batch, labels=labels).loss)
+    torch.testing.assert_close(model(**batch, labels=labels, num_items_in_batch=2 * num_items).loss, loss / 2)
+
+
+def test_with_a_cache_nothing_has_a_gradient(make: Make) -> None:
+    model, ids = make("dense"), tokens(2, 9)
+    output = model(ids, use_cache=True)
+    assert not output.logits.requires_grad and not model(ids, use_cache=True).logits.requires_grad
+    assert model(ids).logits.requires_grad and model(ids, use_cache=False).logits.requires_grad
+
+
+def test_hidden_states_of_threads_that_share_a_model_are_their_own(make: Make) -> None:
+    model, batches = make(), [tokens(1, length) for length in range(4, 12)]
+
+    def states_of(ids: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+        assert isinstance(states, tuple)
+        return states
+
+    wanted, interval = [states_of(ids) for ids in batches], sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(states_of, batches * 8))
+    finally:
+        sys.setswitchinterval(interval)
+    for mine, theirs in zip(found, wanted * 8, strict=True):
+        assert len(mine) == len(theirs) == model.config.num_hidden_layers + 1
+        assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+def test_hidden_states_are_kept_only_where_they_are_asked_for(make: Make) -> None:
+    model, ids = make("dense", num_layers=6), tokens(1, 9)
+    alive: list[int] = []
+    last = model.model.blocks[-1]
+    inputs: list[weakref.ref[Tensor]] = []
+
+    def note(block: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs.append(weakref.ref(given[0]))
+
+    hooks = [block.register_forward_pre_hook(note) for block in model.model.blocks]
+    hooks.append(last.register_forward_hook(lambda *_: alive.append(sum(each() is not None for each in inputs))))
+    with torch.no_grad():
+        for asked in (False, True):
+            inputs.clear()
+            model(ids, output_hidden_states=asked)
+    for hook in hooks:
+        hook.remove()
+    assert alive[1] == model.config.num_hidden_layers == 6 > 2 >= alive[0]  # the first one and the last
 
 
 def test_micro_batches_add_up(make: Make) -> None:

@@ -82,6 +82,19 @@ def test_mlp_equals_the_plain_one(activation: str, has_bias: bool, num_tokens: i
         assert relative_error(mine, theirs) < tolerance
 
 
+@pytest.mark.parametrize("trained", range(5))
+def test_what_is_frozen_has_no_gradient_and_the_others_have_theirs(trained: int) -> None:
+    found = []
+    for is_alone in (False, True):
+        leaves = [leaf(7, 24, seed=0), leaf(80, 24, seed=1), leaf(80, seed=2), leaf(24, 40, seed=3), leaf(24, seed=4)]
+        for number, tensor in enumerate(leaves):
+            tensor.requires_grad_(number == trained or not is_alone)
+        mlp(*leaves, "swiglu").square().sum().backward()
+        found.append([tensor.grad for tensor in leaves])
+    assert torch.equal(found[1].pop(trained), found[0][trained])
+    assert found[1] == [None] * 4
+
+
 def test_a_gradients_gradient_is_refused() -> None:
     x, up, down = leaf(3, 8, seed=0), leaf(16, 8, seed=1), leaf(8, 16, seed=2)
     with pytest.raises(RuntimeError, match=r"create_graph=True was given, but _Mlp\.backward is once_differentiable"):

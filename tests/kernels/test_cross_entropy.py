@@ -79,15 +79,27 @@ def test_operands_of_any_strides(
         assert relative_error(mine, wanted) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize(("hidden_size", "vocab_size"), [(HIDDEN, VOCAB), (64, 1024)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_one_side_may_be_frozen(frozen: str) -> None:
-    hidden = normal(9, HIDDEN, seed=0).requires_grad_(frozen != "hidden")
-    weight = normal(VOCAB, HIDDEN, seed=1).requires_grad_(frozen != "weight")
-    leaf = weight if frozen == "hidden" else hidden
-    targets = targets_of(9)
-    (got,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), leaf)
-    (wanted,) = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets), leaf)
-    torch.testing.assert_close(got, wanted)
+def test_one_side_may_be_frozen(frozen: str, dtype: torch.dtype, hidden_size: int, vocab_size: int) -> None:
+    """The other one's gradient is the same to the bit, and of a frozen weight none is kept."""
+    hidden, weight = normal(700, hidden_size, seed=0).to(dtype), normal(vocab_size, hidden_size, seed=1).to(dtype)
+    targets = targets_of(700)
+    results = []
+    for both in (True, False):
+        one = hidden.clone().requires_grad_(both or frozen != "hidden")
+        other = weight.clone().requires_grad_(both or frozen != "weight")
+        loss = linear_cross_entropy(one, other, targets)
+        assert loss.grad_fn is not None
+        kept = max(tensor.numel() for tensor in loss.grad_fn.saved_tensors)  # type: ignore[attr-defined]
+        loss.backward()
+        results.append((loss, (other if frozen == "hidden" else one).grad, kept))
+        if not both:
+            assert (one if frozen == "hidden" else other).grad is None
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    if frozen == "weight":
+        assert results[1][2] == hidden.numel() < weight.numel() or vocab_size == VOCAB
 
 
 def test_a_target_whose_probability_underflows_has_its_exact_loss() -> None:
@@ -169,7 +181,7 @@ def test_shapes_that_do_not_fit_are_refused(
             linear_cross_entropy(*operands, targets, reduction=reduction)
     if kernels != "reference":
         with pytest.raises(AssertionError):
-            torch.ops.moesaic.linear_cross_entropy(*operands, targets, False)
+            torch.ops.moesaic.linear_cross_entropy(*operands, targets, False, False)
 
 
 def test_what_the_operator_cannot_take_is_refused(compiled_kernels: str) -> None:
@@ -183,7 +195,7 @@ def test_what_the_operator_cannot_take_is_refused(compiled_kernels: str) -> None
         (hidden, weight, targets.int()),
     ):
         with pytest.raises(AssertionError):
-            torch.ops.moesaic.linear_cross_entropy(*wrong, True)
+            torch.ops.moesaic.linear_cross_entropy(*wrong, True, True)
     turned = torch.ones(32, 6, dtype=torch.bfloat16).t()  # its gradient takes its place, row by row
     for logits, classes in (
         (hidden, targets[:5]),
@@ -286,7 +298,7 @@ def test_the_same_bits_for_any_number_of_threads(compiled_kernels: str) -> None:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets_of(300), True))
+            results.append(torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets_of(300), True, True))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -301,7 +313,7 @@ def test_in_one_operator_a_non_finite_token_spoils_itself_alone(compiled_kernels
     weight = normal(128, 32, seed=1).to(torch.bfloat16)
     targets = targets_of(40, share_ignored=0.0)
     targets[5] = -100
-    losses, grad_hidden, _ = torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets, True)
+    losses, grad_hidden, _ = torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets, True, True)
     assert losses.isfinite().tolist() == [token != 4 for token in range(40)]
     assert grad_hidden.isfinite().all(1).tolist() == [token != 4 for token in range(40)]
     assert losses[5] == torch.count_nonzero(grad_hidden[5]) == 0
@@ -317,24 +329,22 @@ def test_in_one_operator_impossible_classes_and_likely_targets_are_exact(compile
     weight[:, 1:] = 0.0
     targets = torch.tensor([200, 3])
     operands = hidden.to(torch.bfloat16), weight.to(torch.bfloat16)
-    losses, grad_hidden, grad_weight = torch.ops.moesaic.linear_cross_entropy(*operands, targets, True)
+    losses, grad_hidden, grad_weight = torch.ops.moesaic.linear_cross_entropy(*operands, targets, True, True)
     assert losses[1] == float("inf")
     rest = 93 * math.exp(-12.0)
     assert losses[0].item() == pytest.approx(math.log1p(rest), abs=1e-6)  # of a sum near 1 in fp32
-    alone = torch.ops.moesaic.linear_cross_entropy(operands[0][:1], operands[1], targets[:1], True)[2]
+    alone = torch.ops.moesaic.linear_cross_entropy(operands[0][:1], operands[1], targets[:1], True, True)[2]
     assert alone[200, 0].item() == pytest.approx(-rest / (1 + rest), rel=1e-2)
     assert grad_hidden.shape == (2, 32) and grad_weight.shape == (224, 32)
 
 
-@pytest.mark.parametrize("wants_gradient", [False, True])
-def test_the_operators_are_ordinary_ones(compiled_kernels: str, wants_gradient: bool) -> None:
+@pytest.mark.parametrize("wants", [(False, False), (True, False), (True, True)])
+def test_the_operators_are_ordinary_ones(compiled_kernels: str, wants: tuple[bool, bool]) -> None:
     hidden, weight = normal(9, 32, seed=0).to(torch.bfloat16), normal(128, 32, seed=1).to(torch.bfloat16)
-    torch.library.opcheck(
-        torch.ops.moesaic.linear_cross_entropy.default, (hidden, weight, targets_of(9), wants_gradient)
-    )
-    torch.library.opcheck(torch.ops.moesaic.cross_entropy.default, (hidden @ weight.t(), targets_of(9), wants_gradient))
+    torch.library.opcheck(torch.ops.moesaic.linear_cross_entropy.default, (hidden, weight, targets_of(9), *wants))
+    torch.library.opcheck(torch.ops.moesaic.cross_entropy.default, (hidden @ weight.t(), targets_of(9), wants[0]))
     with pytest.raises(IndexError, match="outside the vocabulary"):
-        torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets_of(9).clamp_max(-1), wants_gradient)
+        torch.ops.moesaic.linear_cross_entropy(hidden, weight, targets_of(9).clamp_max(-1), *wants)
 
 
 @pytest.mark.parametrize(("dtype", "sizes"), [(torch.bfloat16, (64, 61)), (torch.float32, (64, 96))])

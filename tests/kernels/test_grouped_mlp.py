@@ -114,6 +114,21 @@ def test_frozen_rows_need_no_gradient() -> None:
     assert weights.up.grad is not None and weights.down.grad is not None
 
 
+@pytest.mark.parametrize("trained", ["x", "up", "down", "up_bias", "down_bias"])
+def test_what_is_frozen_has_no_gradient_and_the_others_have_theirs(trained: str) -> None:
+    found = []
+    for is_alone in (False, True):
+        weights = weights_of("swiglu", has_bias=True)
+        leaves = {"x": leaf(37, 24, seed=0), "up": weights.up, "down": weights.down}
+        leaves |= {name: getattr(weights, name) for name in ("up_bias", "down_bias")}
+        for name, tensor in leaves.items():
+            tensor.requires_grad_(name == trained or not is_alone)
+        grouped_mlp(leaves["x"], torch.tensor(COUNTS["odd"]), weights).square().sum().backward()
+        found.append({name: tensor.grad for name, tensor in leaves.items()})
+    assert torch.equal(found[1].pop(trained), found[0][trained])
+    assert set(found[1].values()) == {None}
+
+
 def test_shapes_and_dtypes_are_checked_at_the_door() -> None:
     weights = weights_of("gelu", has_bias=False)
     with pytest.raises(AssertionError):

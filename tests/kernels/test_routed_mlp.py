@@ -301,6 +301,27 @@ def test_keeps_input_pre_activation_and_routing_only() -> None:
     assert kept == x.nbytes + 128 * 2 * 96 * 2 + routing
 
 
+@pytest.mark.parametrize("trained", ["x", "up", "down", "up_bias", "down_bias", "routing_weights"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_what_is_frozen_has_no_gradient_and_the_others_have_theirs(kernels: str, trained: str, has_bias: bool) -> None:
+    if not has_bias and trained.endswith("bias"):
+        pytest.skip("there is none")
+    plan = plan_dispatch(choose(150, 5, 2), 6)  # the last one has no token
+    grad = torch.randn(150, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    found = []
+    for is_alone in (False, True):
+        weights = weights_of("swiglu", has_bias, hidden=64, inner=224, experts=6)
+        leaves = {"x": leaf(150, 64, seed=0), "routing_weights": weigh(150, 2).requires_grad_()}
+        leaves |= {name: getattr(weights, name) for name in ("up", "down", "up_bias", "down_bias")}
+        for name, tensor in leaves.items():
+            if tensor is not None:
+                tensor.requires_grad_(name == trained or not is_alone)
+        run(leaves["x"], weights, plan, leaves["routing_weights"]).backward(grad)
+        found.append({name: tensor.grad for name, tensor in leaves.items() if tensor is not None})
+    assert torch.equal(found[1].pop(trained), found[0][trained])
+    assert set(found[1].values()) == {None}
+
+
 @needs_kernels
 def test_is_an_ordinary_operator() -> None:
     weights = weights_of("swiglu", True, hidden=32, inner=32, experts=3)

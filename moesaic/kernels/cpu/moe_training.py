@@ -108,20 +108,28 @@ def routed_mlp_backward(
     down_bias: Tensor | None,
     activation: str,
     needs_x: bool,
+    needs_up: bool,
+    needs_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, routing_weights, up, up_bias, down, down_bias; empty where there is no such input."""
+    """Return the gradients of x, routing_weights, up, up_bias, down, down_bias.
+
+    Empty where there is no such input, or it is not needed; a bias's is needed with its matrix's.
+    """
     call, kept = _call(
         x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias, activation
     )
     grad, pre = grad.contiguous(), pre.contiguous()  # a hook may have kept it in another layout
-    results = _gradients(x, routing_weights, up, up_bias, down, down_bias, needs_x)
+    results = _gradients(x, routing_weights, up, up_bias, down, down_bias, needs_x, needs_up, needs_down)
     grad_x, grad_routing_weights, grad_up, grad_up_bias, grad_down, grad_down_bias = results
     call.pre, call.grad_out = pre.data_ptr(), grad.data_ptr()
-    call.grad_up, call.grad_down = grad_up.data_ptr(), grad_down.data_ptr()
     call.grad_x = grad_x.data_ptr() if needs_x else None
     call.grad_routing_weights = grad_routing_weights.data_ptr()
-    call.grad_up_bias = None if up_bias is None else grad_up_bias.data_ptr()
-    call.grad_down_bias = None if down_bias is None else grad_down_bias.data_ptr()
+    if needs_up:
+        call.grad_up = grad_up.data_ptr()
+        call.grad_up_bias = None if up_bias is None else grad_up_bias.data_ptr()
+    if needs_down:
+        call.grad_down = grad_down.data_ptr()
+        call.grad_down_bias = None if down_bias is None else grad_down_bias.data_ptr()
     _run("moesaic_moe_training_backward", call)
     del kept
     return results
@@ -129,8 +137,8 @@ def routed_mlp_backward(
 
 @routed_mlp_backward.register_fake
 def _(grad, pre, x, tokens_per_expert, *others):  # type: ignore[no-untyped-def]
-    _, _, routing_weights, up, up_bias, down, down_bias, _, needs_x = others
-    return _gradients(x, routing_weights, up, up_bias, down, down_bias, needs_x)
+    _, _, routing_weights, up, up_bias, down, down_bias, _, *needs = others
+    return _gradients(x, routing_weights, up, up_bias, down, down_bias, *needs)
 
 
 def _gradients(
@@ -141,6 +149,8 @@ def _gradients(
     down: Tensor,
     down_bias: Tensor | None,
     needs_x: bool,
+    needs_up: bool,
+    needs_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None) -> Tensor:
         return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
@@ -148,10 +158,10 @@ def _gradients(
     return (
         like(x if needs_x else None),
         like(routing_weights),
-        like(up),
-        like(up_bias),
-        like(down),
-        like(down_bias),
+        like(up if needs_up else None),
+        like(up_bias if needs_up else None),
+        like(down if needs_down else None),
+        like(down_bias if needs_down else None),
     )
 
 
@@ -167,10 +177,11 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     pre, x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias = ctx.saved_tensors
     if grad is None:
         return (None,) * 10
-    needs_x = ctx.needs_input_grad[0]
+    needs = ctx.needs_input_grad
+    needs_x, needs_up, needs_down = needs[0], needs[5] or needs[6], needs[7] or needs[8]
     grad_x, grad_routing_weights, grad_up, grad_up_bias, grad_down, grad_down_bias = routed_mlp_backward(
         grad, pre, x, tokens_per_expert, token_ids, slots, routing_weights, up, up_bias, down, down_bias,
-        ctx.activation, needs_x,
+        ctx.activation, needs_x, needs_up, needs_down,
     )  # fmt: skip
     return (
         grad_x if needs_x else None,
@@ -178,10 +189,10 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         None,
         None,
         None if routing_weights is None else grad_routing_weights,
-        grad_up,
-        None if up_bias is None else grad_up_bias,
-        grad_down,
-        None if down_bias is None else grad_down_bias,
+        grad_up if needs[5] else None,
+        grad_up_bias if needs[6] else None,
+        grad_down if needs[7] else None,
+        grad_down_bias if needs[8] else None,
         None,
     )
 

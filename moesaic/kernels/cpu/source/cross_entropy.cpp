@@ -28,7 +28,8 @@ MOESAIC_EXPORT int64_t moesaic_cross_entropy(void* logits, int64_t is_bf16, cons
     return 0;
 } MOESAIC_NO_MEMORY
 
-// As above; grad_hidden and grad_weight are null where the losses are all that is wanted.
+// As above; grad_hidden and grad_weight are null where the losses are all that is wanted, grad_weight alone where the
+// weights are frozen.
 MOESAIC_EXPORT int64_t moesaic_linear_cross_entropy(const bf16* hidden, const bf16* weight, const int64_t* targets,
                                                     int64_t tokens, int64_t size, int64_t vocabulary, float* losses,
                                                     bf16* grad_hidden, float* grad_weight) try {

@@ -22,7 +22,7 @@ struct LinearCrossEntropy {
     int64_t tokens, size, vocabulary;
     float* losses;       // (T,)
     bf16* grad_hidden;   // (T, H), of the sum of the losses; null: losses only
-    float* grad_weight;  // (V, H), as well
+    float* grad_weight;  // (V, H), as well; null: none
 
     static constexpr int kChunk = 96;  // rows that one product works on: whole row blocks everywhere
     static constexpr int64_t kDepth = 512;  // terms summed at once: a panel of so many pairs stays in the first-level cache
@@ -63,7 +63,7 @@ struct LinearCrossEntropyScratch {
         inverse = take(group);
         if (!a.grad_hidden) return used;
         weight_turned = reinterpret_cast<bf16*>(take(size * size_t(a.turned_stride()) / 2));
-        pairs = reinterpret_cast<uint32_t*>(take(group * size / 2));
+        if (a.grad_weight) pairs = reinterpret_cast<uint32_t*>(take(group * size / 2));
         rows = reinterpret_cast<bf16*>(take(size_t(a.row_stride()) * vocabulary / 2));
         gradient_pairs = reinterpret_cast<uint32_t*>(take(group * vocabulary / 2));
         return used;
@@ -95,7 +95,7 @@ inline void linear_cross_entropy(Team& team, const LinearCrossEntropy& a, const 
             std::memset(rows + valid * size, 0, size_t((32 - valid) * size) * sizeof(bf16));
             transpose_dwords(32, int(size / 2), reinterpret_cast<uint32_t*>(rows), size_t(size / 2),
                              s.lanes + block * 16 * size, 32);
-            if (!a.grad_hidden) return;
+            if (!a.grad_weight) return;
             for (int64_t panel = 0; panel < size / 32; ++panel)
                 for (int p = 0; p < 16; ++p)
                     interleave_rows(32, rows + 2 * p * size + panel * 32, rows + (2 * p + 1) * size + panel * 32,
@@ -201,6 +201,7 @@ inline void linear_cross_entropy(Team& team, const LinearCrossEntropy& a, const 
                                    load(turned + lane * kChunk + c));
             }
         });
+        if (!a.grad_weight) continue;
         team.tasks(chunks, [&](long chunk) {
             const int64_t row = chunk * kChunk;
             const int count = int(std::min<int64_t>(kChunk, vocabulary - row));

@@ -36,7 +36,7 @@ struct MoeTraining {
     const bf16* grad_out;         // (T, H)
     bf16* grad_x;                 // (T, H) or null
     float* grad_routing_weights;  // (T, K), null without routes
-    bf16* grad_up;
+    bf16* grad_up;                // of the weights, null where they are frozen
     bf16* grad_up_bias;
     bf16* grad_down;
     bf16* grad_down_bias;

@@ -254,17 +254,17 @@ class GradientChunk {
         take(mine_.contracted, 2 * size_t(columns_) * size_t(ld_));
         pack_down();
         with_activation(m_.activation, [&](auto activation) { rows_to_pre<activation>(); });
-        bf16* grad_up = m_.grad_up + (e * width + first_) * h;
         const uint32_t* gradients = s_.contracted_gradients + rows_.contracted_offset * h;
-        for (int half = 0; half < (m_.gated() ? 2 : 1); ++half) {
+        for (int half = 0; m_.grad_up && half < (m_.gated() ? 2 : 1); ++half) {
             const uint32_t* left = mine_.contracted + half * columns_ * ld_;
             gemm_streamed(columns_, int(pairs_), left, size_t(ld_), s_.tokens_paired + rows_.row_offset / 2 * h, h,
-                          grad_up + half * f * h, size_t(h));
+                          m_.grad_up + (e * width + half * f + first_) * h, size_t(h));
             if (m_.grad_up_bias)
                 bias_gradient(left, size_t(ld_), pairs_, columns_, m_.grad_up_bias + e * width + half * f + first_);
         }
-        gemm_streamed(int(h), int(pairs_), gradients, size_t(ld_), mine_.hidden, columns_,
-                      m_.grad_down + e * h * f + first_, size_t(f));
+        if (m_.grad_down)
+            gemm_streamed(int(h), int(pairs_), gradients, size_t(ld_), mine_.hidden, columns_,
+                          m_.grad_down + e * h * f + first_, size_t(f));
     }
 
   private:
@@ -283,11 +283,11 @@ class GradientChunk {
 
     void clear() const {
         const int64_t h = m_.hidden, f = m_.inner, e = rows_.expert, width = m_.pre_width();
-        for (int64_t half = 0; half < width / f; ++half) {
+        for (int64_t half = 0; m_.grad_up && half < width / f; ++half) {
             clear_row(m_.grad_up + (e * width + half * f + first_) * h, columns_ * h);
             if (m_.grad_up_bias) clear_row(m_.grad_up_bias + e * width + half * f + first_, columns_);
         }
-        for (int64_t r = 0; r < h; ++r) clear_row(m_.grad_down + (e * h + r) * f + first_, columns_);
+        for (int64_t r = 0; m_.grad_down && r < h; ++r) clear_row(m_.grad_down + (e * h + r) * f + first_, columns_);
     }
 
     void pack_down() const {

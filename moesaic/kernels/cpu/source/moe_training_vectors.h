@@ -321,7 +321,8 @@ inline void find_gradients(Team& team, const MoeTraining& m, const Group& group,
     int64_t x_columns = kGradXColumns;
     while (x_columns < 512 && x_columns < h && group.longest * x_columns <= 256 * kGradXColumns) x_columns *= 2;
     const int64_t x_tasks = m.grad_x ? pieces * chunks(h, x_columns) : 0;
-    const int64_t up_tasks = width / f * hidden_chunks, down_tasks = chunks(h, kChunk);
+    const int64_t up_tasks = m.grad_up ? width / f * hidden_chunks : 0;
+    const int64_t down_tasks = m.grad_down ? chunks(h, kChunk) : 0;
     const int64_t weight_tasks = up_tasks + down_tasks;
     team.tasks(x_tasks + experts * weight_tasks, [&](long i) {
         if (i < x_tasks) {
