@@ -47,6 +47,11 @@ class GenerationError(MoesaicError):
 class NotFiniteError(GenerationError):
     """The model gave what is no number: the request is well, and others go on."""
 
+    REMEDY = (
+        "the model's weights, their packed file or the arithmetic are broken; evaluate the run, use another step, or "
+        "delete the checkpoint's packed-*.safetensors, which are made again"
+    )
+
 
 class FolderInUseError(MoesaicError):
     """A folder that another process is writing."""

@@ -196,8 +196,9 @@ def checked_tensors(info: CheckpointInfo, name: str, *, device: str = "cpu") -> 
     with checked_file(info, name) as path:
         try:
             tensors = load_file(path, device=device)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; use another step.") from None
+        except (SafetensorError, OSError, TypeError, OverflowError) as error:  # the latter two of impossible shapes
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"{path} cannot be read: {reason}; use another step.") from None
         yield tensors
 
 

@@ -1,5 +1,6 @@
 """`moesaic evaluate`: how well runs predict a text, solve tasks, and share domains among their experts."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,8 @@ import typer
 from moesaic.cli.console import open_console, print_json
 from moesaic.cli.progress import shown_progress
 from moesaic.cli.start import loading_modules
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, NotFiniteError
+from moesaic.logs import logger
 
 if TYPE_CHECKING:
     from moesaic.evaluate.domains import DomainUsage, LayerDomains
@@ -173,6 +175,8 @@ def evaluate(
                 text_field=text_field or TEXT_FIELD,
             )  # fmt: skip
             found = measure_perplexity(loaded.model, windows, device=loaded.device)
+            if not math.isfinite(found.perplexity):
+                logger.warning("The perplexity of %s is %s: %s.", run, found.perplexity, NotFiniteError.REMEDY)
             texts.append((run, found))
             if as_json:
                 print_json(_text_to_json(run, loaded, text, found))

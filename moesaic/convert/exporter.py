@@ -35,6 +35,7 @@ from moesaic.convert.tensors import (
     foreign_shape,
     foreign_tensors,
     pieces_of,
+    require_finite,
 )
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError, InstallationError
@@ -60,6 +61,10 @@ class _Weights:
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.bfloat16 if name in self._rewriting.zeros else self._reader.layout[name].dtype
+
+    def read_finite(self, piece: Piece) -> Tensor:
+        """Raises: CheckpointError for numbers that are not finite."""
+        return require_finite(piece.ours, self.read_piece(piece))
 
     def read_piece(self, piece: Piece) -> Tensor:
         if piece.ours in self._rewriting.zeros:
@@ -221,7 +226,7 @@ def _write_folder(
         with TensorWriter(target / file, {name: layout[name] for name in names}) as writer:
             for name in writer.order:
                 for piece in foreign[name]:
-                    writer.append(name, cast_weight(name, weights.read_piece(piece), layout[name].dtype))
+                    writer.append(name, cast_weight(name, weights.read_finite(piece), layout[name].dtype))
                 done += layout[name].num_bytes
                 on_progress("copying", done / max(total, 1))
     if len(shards) > 1:
@@ -293,7 +298,7 @@ def _write_gguf(
         writer.write_ti_data_to_file()
         total, done = sum(each.num_bytes for each in layout.values()), 0
         for name, each in layout.items():
-            parts = (cast_weight(name, weights.read_piece(piece), each.dtype) for piece in foreign[name])
+            parts = (cast_weight(name, weights.read_finite(piece), each.dtype) for piece in foreign[name])
             tensor = torch.cat([part.flatten() for part in parts])
             writer.write_tensor_data(tensor.view(torch.uint8).numpy())
             done += each.num_bytes

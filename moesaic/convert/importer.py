@@ -12,11 +12,10 @@ from moesaic.config.train import DataConfig, ScheduleConfig, TrainConfig
 from moesaic.convert.folder import check_is_new, check_is_outside, finish_run, folder_in_progress, new_weights
 from moesaic.convert.opened import OpenedModel, open_model
 from moesaic.convert.parity import Certificate, TensorAccount, certify
-from moesaic.convert.tensors import common_dtype, own_tensors
+from moesaic.convert.tensors import common_dtype, is_finite_weight, own_tensors
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConversionError
 from moesaic.kernels.allocator import tune_allocator
-from moesaic.kernels.finite import is_finite
 from moesaic.logs import OnProgress, no_progress
 
 # How an imported model is trained on unless --set says otherwise: what fits beside it in most memories, and a rate that
@@ -108,7 +107,7 @@ def _copy(
     for name in writer.order:
         for piece in opened.pieces[name]:
             tensor = opened.source.read(piece.theirs, piece.index)
-            if not is_finite(tensor):
+            if not is_finite_weight(tensor):
                 raise ConversionError(
                     f"{piece.theirs} holds numbers that are not finite; finite weights are required; fetch the file "
                     f"again, or mend it."

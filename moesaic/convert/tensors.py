@@ -106,9 +106,14 @@ def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return found.pop() if len(found) == 1 else torch.float32
 
 
+def is_finite_weight(tensor: Tensor) -> bool:
+    """Whether all of a weight's numbers are finite, in fp64 as the fp32 that they are computed in."""
+    return is_finite(tensor.float() if tensor.dtype is torch.float64 else tensor)
+
+
 def require_finite(name: str, tensor: Tensor) -> Tensor:
     """Return a checkpoint's tensor. Raises: CheckpointError where something in it is not finite."""
-    if not is_finite(tensor):
+    if not is_finite_weight(tensor):
         raise CheckpointError(
             f"{name} holds numbers that are not finite; finite weights are required; use another step."
         )
@@ -116,13 +121,13 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
 
 
 def cast_weight(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight in another dtype. Raises: ConversionError where that makes a finite number infinite."""
+    """Return a finite weight in another dtype. Raises: ConversionError where that makes a number infinite."""
     out = tensor.to(dtype)
-    if dtype is torch.float16 and tensor.dtype is not dtype and is_finite(tensor) and not is_finite(out):
-        largest = torch.finfo(dtype).max
+    if tensor.dtype is not dtype and not is_finite(out):
+        largest, short = torch.finfo(dtype).max, {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
         raise ConversionError(
-            f"{name} holds numbers beyond {largest:g}, the largest of fp16, which would become infinite; a dtype with "
-            f"room for them is required; use bf16 or fp32."
+            f"{name} holds numbers beyond {largest:g}, the largest of {short}, which would become infinite; a dtype "
+            f"with room for them is required; use {'bf16 or fp32' if dtype is torch.float16 else 'fp32'}."
         )
     return out
 

@@ -66,10 +66,7 @@ def draw_rows(scores: Floats, draws: Sequence[RowDraw]) -> list[int]:
 
 def not_finite(largest: np.float32 | float) -> NotFiniteError:
     """Return what is raised for a row whose largest logit is no number."""
-    return NotFiniteError(
-        f"the largest logit is {largest}; a finite one is required; the model's weights or its arithmetic are broken: "
-        f"evaluate the model."
-    )
+    return NotFiniteError(f"the largest logit is {largest}; a finite one is required; {NotFiniteError.REMEDY}.")
 
 
 def log_totals(scores: Floats, top: int = 0) -> tuple[list[float], Ids]:

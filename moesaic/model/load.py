@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,9 @@ from moesaic.kernels.quantized import QuantizedWeight
 from moesaic.model.pack import pack_transformer, packed_parts, packed_shapes, packed_shell
 from moesaic.model.packed_file import PackedFile, PackedFilePolicy, load_packed
 from moesaic.model.transformer import Transformer
+
+# What weights are stored in, by the names of safetensors files.
+_WEIGHT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -151,13 +154,21 @@ def copy_weights(model: Transformer, info: CheckpointInfo) -> None:
     own = model.state_dict()
     with checked_file(info, "model") as path, _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        shapes = {
-            name: torch.empty(each.get_shape(), device="meta", dtype=None if "F" in each.get_dtype() else torch.int32)
-            for name, each in slices.items()
-        }
+        shapes = {name: _shape_of(each, path) for name, each in slices.items()}
         _check_fit(own, shapes, info)
         for name, tensor in own.items():
             tensor.copy_(file.get_tensor(name))
+
+
+def _shape_of(part: Any, path: Path) -> Tensor:
+    """Return a tensor of a file's shape and dtype, without memory; bool for a dtype that no weights have."""
+    try:
+        return torch.empty(part.get_shape(), device="meta", dtype=_WEIGHT_DTYPES.get(part.get_dtype(), torch.bool))
+    except (TypeError, RuntimeError):  # a dimension that is no size
+        raise CheckpointError(
+            f"{path} has a tensor of shape {part.get_shape()}; sizes that can be are required; use another step, or "
+            f"restore a backup."
+        ) from None
 
 
 @contextmanager
@@ -178,11 +189,13 @@ def _check_fit(
 ) -> None:
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
-    integers = sorted(n for n, each in tensors.items() if isinstance(each, Tensor) and not each.is_floating_point())
-    if integers:
+    others = sorted(
+        n for n, each in tensors.items() if isinstance(each, Tensor) and each.dtype not in _WEIGHT_DTYPES.values()
+    )
+    if others:
         raise CheckpointError(
-            f"{info.path} holds whole numbers in {integers[:3]}; weights in floating point are required; use another "
-            f"step, or restore a backup."
+            f"{info.path} holds {others[:3]} in a dtype that is none of weights; fp32, bf16, fp16 or fp64 is required; "
+            f"use another step, or restore a backup."
         )
     if missing or extra or shapes:
         raise CheckpointError(

@@ -469,7 +469,7 @@ class Engine:
         if broken:
             raise NotFiniteError(
                 f"the vector of text {broken[0]} of {len(prompts)} has NaN or infinity in it; finite numbers are "
-                f"required; the model's weights or its arithmetic are broken: evaluate the model."
+                f"required; {NotFiniteError.REMEDY}."
             )
         return found
 

@@ -267,8 +267,7 @@ def _nothing_left(state: SamplingState, mask: Mask | None) -> GenerationError:
     ids = np.arange(state.vocab_size) if allowed is None else np.flatnonzero(allowed)
     if not np.isin(ids, state.forbidden_ids).all():
         return NotFiniteError(
-            "none of the tokens that may come next has a finite score; one is required; the model's weights or its "
-            "arithmetic are broken: evaluate the model."
+            "none of the tokens that may come next has a finite score; one is required; " + NotFiniteError.REMEDY + "."
         )
     wishes = [] if mask is None else [f"the grammar allows only {_shown(np.flatnonzero(mask))}"]
     if allowed is not mask:

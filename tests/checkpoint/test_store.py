@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -170,6 +171,24 @@ def test_only_broken_ones_are_an_error_and_none_is_none(tmp_path: Path, damage: 
     assert has_checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match=r"none of the checkpoints .* is whole; .*; .*new run"):
         last_good(tmp_path)
+
+
+@pytest.mark.parametrize("size", [2**63, 2**64 - 1])
+def test_a_shape_that_cannot_be_is_an_error_in_one_line(tmp_path: Path, size: int) -> None:
+    info = save(tmp_path, 1)
+    path = info.path / "model.safetensors"
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    end = len(content) - 8 - length
+    header["odd"] = {"dtype": "F32", "shape": [0, size], "data_offsets": [end, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    sha256, num_bytes = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
+    info.files["model.safetensors"].update(sha256=sha256, bytes=num_bytes)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*use another step") as caught:
+        load_tensors(info, "model")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_safetensors_is_an_error_even_with_its_hash(tmp_path: Path) -> None:

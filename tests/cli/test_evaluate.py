@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from moesaic.checkpoint.store import resolve_checkpoint
+from moesaic.checkpoint.store import load_tensors, resolve_checkpoint, save_checkpoint
 from moesaic.evaluate.perplexity import measure_perplexity, text_windows
 from moesaic.model.load import load_run
 from moesaic.report.evaluations import read_results
@@ -34,6 +35,16 @@ def test_the_table_and_the_json_are_the_python_call(cli: Any, trained_run: Path,
     shown = cli(*command).out
     assert f"How {trained_run} predicts {text}" in shown
     assert f"{expected.perplexity:,.3f}" in shown and f"{expected.bits_per_byte:.4f}" in shown
+
+
+def test_a_model_whose_weights_are_none_is_told(cli: Any, own_run: Path, text: Path) -> None:
+    stored = load_tensors(resolve_checkpoint(own_run), "model")
+    stored["blocks.0.attention.o_proj.weight"][0, 0] = torch.nan
+    save_checkpoint(own_run, 999, model=stored, optimizer={}, metadata={})
+    for flags in ((), ("--json",)):
+        found = cli("evaluate", f"{own_run}@999", "--text", text, *flags)
+        assert found.status == 0 and "The perplexity of" in found.err and "is nan: the model's weights" in found.err
+    assert "perplexity of" not in cli("evaluate", own_run, "--text", text).err
 
 
 def test_prepared_shards_are_a_text_too(cli: Any, trained_run: Path, tiny_data: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moesaic.checkpoint.store import load_tensors, resolve_checkpoint, save_checkpoint
+from moesaic.convert import parity
 from moesaic.convert.exporter import export_run
 from moesaic.convert.importer import import_model
 from moesaic.convert.parity import verify_models
@@ -235,6 +236,22 @@ def test_what_only_our_classes_describe_needs_transformers(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("format", "force"), [("huggingface", False), ("huggingface", True), ("gguf", True)])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    own_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any, force: bool
+) -> None:
+    """Where logits are not compared too, and whether or not a failed check is borne."""
+    pytest.importorskip("gguf", reason="GGUF files are written with the package gguf")
+    monkeypatch.setattr(parity, "available_memory_bytes", lambda: 0)
+    run = own_run("dense")
+    stored = load_tensors(resolve_checkpoint(run), "model")
+    stored["blocks.1.attention.o_proj.weight"][0, 0] = torch.nan
+    save_checkpoint(run, 9, model=stored, optimizer={}, metadata={"validation_loss": 3.0})
+    with pytest.raises(CheckpointError, match=r"blocks.1.attention.o_proj.weight holds numbers that are not finite; "):
+        export_run(f"{run}@9", tmp_path / "out", format=format, force=force)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(own_run: MakeRun, tmp_path: Path) -> None:
     run, out = own_run("pyramid"), tmp_path / "out"
     with pytest.raises(ConfigError, match=r"format \('pickle'\) is not known; one of huggingface, gguf is required"):
@@ -253,4 +270,8 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(own_run: MakeRun, 
     save_checkpoint(run, 9, model=stored, optimizer={}, metadata={"validation_loss": 3.0})
     with pytest.raises(ConversionError, match=r"o_proj.weight holds numbers beyond 65504, the largest of fp16"):
         export_run(run, out, dtype="fp16")
+    stored["blocks.1.attention.o_proj.weight"][0, 0] = 3.4e38
+    save_checkpoint(run, 10, model=stored, optimizer={}, metadata={"validation_loss": 2.0})
+    with pytest.raises(ConversionError, match=r"beyond 3.38953e\+38, the largest of bf16, which .*; use fp32"):
+        export_run(run, out, dtype="bf16")
     assert sorted(path.name for path in tmp_path.iterdir()) == [run.name]

@@ -492,16 +492,17 @@ def test_ids_that_the_model_does_not_have_are_found(
         quantize(run, tmp_path / "out", text="")
 
 
-def test_a_checkpoint_of_whole_numbers_is_found(make_run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.float8_e8m0fnu])
+def test_a_checkpoint_in_a_dtype_of_no_weights_is_found(make_run: Any, tmp_path: Path, dtype: torch.dtype) -> None:
     run = make_run("moe")
     info = resolve_checkpoint(run)
-    whole = {name: tensor.to(torch.int32) for name, tensor in load_tensors(info, "model").items()}
-    save_checkpoint(run, info.step + 1, model=whole, optimizer={}, metadata={})
+    odd = {name: tensor.to(dtype) for name, tensor in load_tensors(info, "model").items()}
+    save_checkpoint(run, info.step + 1, model=odd, optimizer={}, metadata={})
     named = f"{run}@{info.step + 1}"
-    with pytest.raises(CheckpointError, match="holds whole numbers in"):
+    with pytest.raises(CheckpointError, match="in a dtype that is none of weights"):
         load_run(named)
     model = Transformer(load_run_config(run).model)
-    with pytest.raises(CheckpointError, match="holds whole numbers in"):
+    with pytest.raises(CheckpointError, match="in a dtype that is none of weights"):
         copy_weights(model, resolve_checkpoint(named))
 
 

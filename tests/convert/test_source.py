@@ -146,6 +146,9 @@ WEIGHTS: dict[str, tuple[Broken, str]] = {
     "a huge header": (lambda at: (at / WEIGHTS_NAME).write_bytes(struct.pack("<Q", 2**60) + bytes(99)), "whole"),
     "a tensor twice": (lambda at: change_header(at / WEIGHTS_NAME, twice), f"'{EMBEDDING}' stands twice"),
     "no JSON": (lambda at: change_header(at / WEIGHTS_NAME, lambda _: "{{"), "whole safetensors file is required"),
+    "more than fp32 holds": (
+        lambda at: change_tensors(at / WEIGHTS_NAME, model__norm__weight=torch.full((24,), 1e300, dtype=torch.float64)),
+        "norm.weight holds numbers that are not finite"),
     "NaN": (lambda at: change_tensors(at / WEIGHTS_NAME, model__norm__weight=torch.full((24,), torch.nan)),
             "norm.weight holds numbers that are not finite"),
 }  # fmt: skip
