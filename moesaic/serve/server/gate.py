@@ -200,7 +200,16 @@ class WholeBody:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Return the body, None where the client left before its end. Raises: ApiError 413, 408."""
+        """Return the body, None where the client left before its end. Raises: ApiError 413, 408, 415."""
+        encoding = Headers(scope=scope).get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            await self._discard(receive)
+            raise ApiError(
+                415,
+                f"the body came with Content-Encoding: {encoding[:40]}; one as it is, of JSON, is required; send it "
+                f"uncompressed.",
+                code="unsupported_encoding",
+            )
         claimed = Headers(scope=scope).get("content-length", "0")
         if claimed.isdigit() and len(claimed) < 20 and int(claimed) > self._max_bytes:
             is_asking = Headers(scope=scope).get("expect", "").lower() == "100-continue"  # it has sent nothing yet

@@ -1,8 +1,8 @@
 """What may be asked: the bodies of requests, and the Sampling that they mean.
 
 A key is either one of a class, or known and without effect on the answer (accepted), or known and not supported
-(refused, with the reason, unless its value asks for nothing), or unknown (refused, with the nearest names). Ranges of
-values are Sampling's own (config/serve.py).
+(refused, with the reason, unless its value asks for nothing), or unknown (refused, with the nearest names). Null asks
+for nothing under any key. Ranges of values are Sampling's own (config/serve.py).
 """
 
 import json
@@ -144,11 +144,11 @@ class Body(BaseModel):
             if key in known:
                 if value is not None:
                     kept[key] = value
-            elif key in cls.harmless:
+            elif value is None or key in cls.harmless:
                 continue
             elif key not in cls.unsupported:
                 raise unknown_key(key, sorted({*known, *cls.harmless}), inside=cls.path)
-            elif value is not None and value not in cls.idle_values.get(key, ()):
+            elif not any(type(value) is type(each) and value == each for each in cls.idle_values.get(key, ())):
                 raise refusal(
                     f"{key} was given; {cls.unsupported[key]}; leave it out.", param=key, code="unsupported_key"
                 )
@@ -164,7 +164,7 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-Effort = Literal["low", "medium", "high"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 class JsonSchema(Body):
@@ -214,6 +214,30 @@ GRAMMAR_KEYS = {
 }
 
 
+# What other servers' clients send along, by their defaults; other values are not supported.
+OTHER_SERVERS_KEYS = {
+    "use_beam_search": "tokens are chosen one after the other here, without a search by beams",
+    "length_penalty": "it is of a search by beams, which there is none of here",
+    "early_stopping": "it is of a search by beams, which there is none of here",
+    "skip_special_tokens": "special tokens are no part of a text here; log-probabilities and /detokenize name them",
+    "include_stop_str_in_output": "a text ends before its stop text here",
+}
+OTHER_SERVERS_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "use_beam_search": (False,), "length_penalty": (1.0, 1), "early_stopping": (False,), "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+}  # fmt: skip
+
+
+def _unless_off(value: Any) -> Any:
+    """What other servers take for no top_k is none here too."""
+    return None if type(value) is int and value in (-1, 0) else value
+
+
+def _unless_false(value: Any) -> Any:
+    """A chat's word for no logprobs is a completion's too."""
+    return None if value is False else value
+
+
 class GrammarBody(Body):
     """An extension: what the text has to match."""
 
@@ -240,7 +264,7 @@ class GenerationBody(Body):
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(limit_entries)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: Count | None = None
+    top_k: Annotated[Count | None, BeforeValidator(_unless_off)] = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Count | None = None
@@ -307,6 +331,8 @@ class CompletionBody(GenerationBody):
     harmless = ("user", "metadata", "store", "service_tier")
     unsupported: ClassVar[dict[str, str]] = {
         **GRAMMAR_KEYS,
+        **OTHER_SERVERS_KEYS,
+        "add_special_tokens": "a text's tokens begin as its tokenizer has it; send token ids for others",
         "suffix": "text is only continued here, not filled in",
         "best_of": "every text that is made is returned here; n says how many",
         "messages": "it is a chat's key; a completion has a prompt, and chats go to /v1/chat/completions",
@@ -318,14 +344,15 @@ class CompletionBody(GenerationBody):
         "reasoning_effort": "it is a chat's key; a completion has no template",
     }
     idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "suffix": ("",), "best_of": (1,), "tools": ([],), "tool_choice": ("none", "auto"),
+        **OTHER_SERVERS_DEFAULTS, "add_special_tokens": (True,), "suffix": ("",), "best_of": (1,), "tools": ([],),
+        "tool_choice": ("none", "auto"),
     }  # fmt: skip
 
     prompt: Prompt
     max_tokens: Count | None = None
     n: Count | None = None
     echo: bool | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None, BeforeValidator(_unless_false)] = None
     response_format: ResponseFormat | None = None
 
     @property
@@ -578,6 +605,10 @@ class ChatBody(ConversationBody):
     )  # fmt: skip
     unsupported: ClassVar[dict[str, str]] = {
         **GRAMMAR_KEYS,
+        **OTHER_SERVERS_KEYS,
+        "add_special_tokens": "the chat template says what a prompt begins with",
+        "best_of": "every text that is made is returned here; n says how many",
+        "echo": "it is a completion's key; a chat's answer does not repeat the conversation",
         "audio": "only text is made here",
         "modalities": "only text is made here",
         "functions": "it is the old form of tools",
@@ -586,10 +617,9 @@ class ChatBody(ConversationBody):
         "web_search_options": "nothing is searched here",
     }
     idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "modalities": (["text"],),
-        "functions": ([],),
-        "function_call": ("auto", "none"),
-    }
+        **OTHER_SERVERS_DEFAULTS, "add_special_tokens": (False,), "best_of": (1,), "echo": (False,),
+        "modalities": (["text"],), "functions": ([],), "function_call": ("auto", "none"), "verbosity": ("medium",),
+    }  # fmt: skip
 
     messages: Annotated[list[Message], FailFast(), BeforeValidator(limit_parts)]
     max_tokens: Count | None = None
@@ -662,7 +692,7 @@ class ChatBody(ConversationBody):
     def num_logprobs(self) -> int | None:
         if self.logprobs:
             return self.top_logprobs or 0
-        if self.top_logprobs is not None:
+        if self.top_logprobs:  # 0 is what servers take for none
             raise refusal(
                 "top_logprobs was given without logprobs; it needs them; set logprobs to true, or leave it out.",
                 param="top_logprobs",

@@ -81,6 +81,7 @@ class TextOptions(Body):
 
     path = "text"
     unsupported: ClassVar[dict[str, str]] = {"verbosity": NO_VERBOSITY}
+    idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
 
     format: TextFormat | None = None
 
@@ -139,6 +140,7 @@ class ResponsesBody(ConversationBody):
     }
     idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "store": (False,), "background": (False,), "truncation": ("disabled",), "n": (1,), "context_management": ([],),
+        "verbosity": ("medium",),
     }  # fmt: skip
 
     input: Annotated[

@@ -1,5 +1,6 @@
 """A malformed request gets OpenAI's error shape with what to do, and leaves the server as it was."""
 
+import gzip
 import json
 import socket
 from contextlib import suppress
@@ -21,6 +22,10 @@ from .conftest import Live, live
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "x"}]
+VLLM_DEFAULTS = {
+    "use_beam_search": False, "length_penalty": 1.0, "early_stopping": False, "skip_special_tokens": True,
+    "include_stop_str_in_output": False, "prompt_logprobs": None,
+}  # fmt: skip
 
 
 def check_error(response: httpx.Response, status: int, param: str | None, words: str) -> None:
@@ -237,7 +242,16 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
          "nested more than 64 deep"),
         (CHAT, {"messages": USER, "chat_template_kwargs": {"enable_thinking": [[0] * 600, [0] * 600]}},
          "chat_template_kwargs", "1203 entries"),
-        (CHAT, {"messages": USER, "reasoning_effort": "extreme"}, "reasoning_effort", "'low', 'medium' or 'high'"),
+        (CHAT, {"messages": USER, "reasoning_effort": "extreme"}, "reasoning_effort", "'high' or 'xhigh'"),
+        (CHAT, {"messages": USER, "verbosity": "low"}, "verbosity", "no such setting"),
+        (CHAT, {"messages": USER, "echo": True}, "echo", "does not repeat the conversation"),
+        (CHAT, {"messages": USER, "best_of": True}, "best_of", "n says how many"),
+        (CHAT, {"messages": USER, "top_logprobs": 1}, "top_logprobs", "needs them"),
+        (CHAT, {"messages": USER, "skip_special_tokens": False}, "skip_special_tokens", "no part of a text"),
+        (COMPLETION, {"prompt": "x", "use_beam_search": True}, "use_beam_search", "search by beams"),
+        (COMPLETION, {"prompt": "x", "add_special_tokens": False}, "add_special_tokens", "send token ids"),
+        (COMPLETION, {"prompt": "x", "logprobs": True}, "logprobs", "valid integer"),
+        (COMPLETION, {"prompt": "x", "top_k": -2}, "top_k", "greater than or equal to 1"),
         (CHAT, {"messages": USER, "reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "low"}},
          "reasoning_effort", "and again in chat_template_kwargs"),
         (COMPLETION, {"prompt": "x", "chat_template_kwargs": {}}, "chat_template_kwargs", "it is a chat's key"),
@@ -353,12 +367,15 @@ def test_what_means_nothing_is_accepted(real: Live) -> None:
         "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
         "modalities": ["text"], "functions": None, "reasoning_effort": None, "seed": None, "stop": None, "tools": [],
         "response_format": {"type": "text"}, "tool_choice": "auto", "stream": False, "n": None,
-        "add_generation_prompt": True, "continue_final_message": False,
+        "add_generation_prompt": True, "continue_final_message": False, "guided_json": None, "documents": None,
+        "nobody_knows": None, "top_k": -1, "logprobs": False, "top_logprobs": 0, "verbosity": "medium", "echo": False,
+        "best_of": 1, "add_special_tokens": False, **VLLM_DEFAULTS,
     }  # fmt: skip
     response = httpx.post(f"{real.url}{CHAT}", json={"messages": USER, "max_tokens": 2, **extra})
     assert response.status_code == 200, response.text
     body = {"prompt": "x", "max_tokens": 2, "best_of": 1, "suffix": "", "stream_options": None,
-            "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"}  # fmt: skip
+            "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "top_k": 0, "logprobs": False,
+            "truncate_prompt_tokens": None, "add_special_tokens": True, **VLLM_DEFAULTS}  # fmt: skip
     assert httpx.post(f"{real.url}{COMPLETION}", json=body).status_code == 200
     nulls: list[tuple[str, dict[str, Any]]] = [
         (CHAT, {"messages": USER, "max_tokens": 1, "stream": True, "stream_options": {"include_usage": None}}),
@@ -410,3 +427,12 @@ def test_what_is_no_http_is_told_as_every_error_is(real: Live, sent: bytes) -> N
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_http")
     assert error["message"].count(";") == 2
     assert httpx.get(f"{real.url}/health").status_code == 200
+
+
+def test_a_body_that_is_compressed_is_told_so(real: Live) -> None:
+    body = gzip.compress(json.dumps({"prompt": "x", "max_tokens": 1}).encode())
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    check_error(httpx.post(f"{real.url}{COMPLETION}", content=body, headers=headers), 415, None, "send it uncompressed")
+    plain = {"Content-Type": "application/json", "Content-Encoding": "identity"}
+    answer = httpx.post(f"{real.url}{COMPLETION}", content=gzip.decompress(body), headers=plain)
+    assert answer.status_code == 200
