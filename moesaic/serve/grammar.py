@@ -25,7 +25,7 @@ import numpy as np
 from moesaic.config.serve import Grammar
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError, MoesaicError
-from moesaic.serve.grammar_checks import check_grammar, name_of, shown, with_escaped_patterns
+from moesaic.serve.grammar_checks import as_meant, check_grammar, name_of, shown
 from moesaic.serve.grammar_trial import Vocabulary, compile_grammar
 from moesaic.serve.sampler import Mask, RequestError
 
@@ -110,7 +110,7 @@ class GrammarCompiler:
         with self._trying:
             if (kept := self.find(grammar)) is not None:  # somebody else's was under way
                 return kept
-            ours = with_escaped_patterns(grammar)
+            ours = as_meant(grammar)
             error = self._begin().try_out(ours, self._timeout_seconds)
             assert self._vocabulary is not None
             if error is not None:

@@ -35,8 +35,12 @@ _NEED_A_TYPE = (
     (frozenset({"minItems", "maxItems"}), frozenset({"array"}),
      frozenset({"items", "prefixItems", "unevaluatedItems"})),
 )  # fmt: skip
+_LENGTHS = ("minLength", "maxLength")
 # A pattern's own characters go into the JSON string as they are; its classes leave these two out.
 # One that is not closed is refused by xgrammar; here it goes to the end, or looking for it would take for ever.
+_DOT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]?|(\.)", re.DOTALL)
+# What ends a group that may be missing, beside escapes and classes, in which it is no such thing.
+_OPTIONAL_END = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]?|(\)\?\??)", re.DOTALL)
 _ESCAPE_OR_CLASS = re.compile(r"(\\.)|\[(?:\\.|[^\]\\])*\]?", re.DOTALL)
 _BREAKS_A_STRING = re.compile(r'"|\\\\|\\x(?:22|5c)|\\u\{?0*(?:22|5c)\}?', re.IGNORECASE)
 # A character beyond ASCII, escaped or not; what else is escaped is found too, so that its second half is not.
@@ -46,6 +50,30 @@ _BEGINNING = re.compile(r"\^([A-Za-z0-9_ @:/-]*)(?![*?{])")  # the last letter b
 _NAMED_CLASS = re.compile(
     r"\[:\^?(?:alnum|alpha|ascii|blank|cntrl|digit|graph|lower|print|punct|space|upper|word|xdigit):\]"
 )
+# Formats that xgrammar 0.2.9 keeps loosely (numbers of an address that begin with 0, the 31st of every month, a 60th
+# second, labels of any length), each as a pattern that holds nothing but what has the format; not all of it: no year 0,
+# no address of IPv6 that ends as one of IPv4, hosts of six labels of 40 letters at most.
+_OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_YEAR = "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
+_FOURTH = "(0[48]|[2468][048]|[13579][26])"
+_DAY = "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8])"
+_DATE = f"({_YEAR}-({_DAY})|([0-9]{{2}}{_FOURTH}|{_FOURTH}00)-02-29)"
+_HOUR = "([01][0-9]|2[0-3])"
+_TIME = rf"{_HOUR}:[0-5][0-9]:[0-5][0-9](\.[0-9]{{1,9}})?(Z|[+-]{_HOUR}:[0-5][0-9])"
+_HEX, _LABEL = "[0-9a-fA-F]{1,4}", "[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?"
+_FORMATS = {
+    "ipv4": rf"^({_OCTET}\.){{3}}{_OCTET}$",
+    "ipv6": "^("
+    + "|".join(
+        [f"({_HEX}:){{7}}{_HEX}", f"({_HEX}:){{1,7}}:", f":(:{_HEX}){{1,7}}", "::"]
+        + [f"({_HEX}:){{1,{7 - count}}}(:{_HEX}){{1,{count}}}" for count in range(1, 7)]
+    )
+    + ")$",
+    "date": f"^{_DATE}$",
+    "time": f"^{_TIME}$",
+    "date-time": f"^{_DATE}T{_TIME}$",
+    "hostname": rf"^{_LABEL}(\.{_LABEL}){{0,5}}$",
+}
 _MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _SCHEMAS = frozenset(
     {"items", "additionalItems", "prefixItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems",
@@ -205,7 +233,7 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
     patterns = [schema["pattern"]] if "pattern" in schema else []
     patterns += schema["patternProperties"] if isinstance(schema.get("patternProperties"), dict) else []
     found += filter(None, (_read_otherwise(str(pattern), is_regex=True) for pattern in patterns))
-    if "pattern" in schema and schema.keys() & {"minLength", "maxLength", "format"}:
+    if "pattern" in schema and schema.keys() & {*_LENGTHS, "format"}:
         found.append("pattern together with a length or a format")
     if any(_BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(pattern))) for pattern in patterns):
         found.append("a pattern with a quotation mark or a backslash")
@@ -271,11 +299,15 @@ def _read_otherwise(text: str, *, is_regex: bool) -> str | None:
     return None if named is None else f"{named[0]}, a class by its name"
 
 
-def with_escaped_patterns(grammar: Grammar) -> Grammar:
-    """Return a grammar that means the same, with no character beyond ASCII in the patterns of its schemas.
+def as_meant(grammar: Grammar) -> Grammar:
+    """Return a grammar that xgrammar reads as this one is meant.
 
-    xgrammar 0.2.9 lets a pattern that holds one match quotation marks, backslashes and line ends in a JSON string.
+    A dot is no line end in a regular expression. In schemas some formats are patterns of ours (_FORMATS). Patterns have
+    no character beyond ASCII, with which xgrammar 0.2.9 lets them match quotation marks, backslashes and line ends in
+    a JSON string; and (x)? is (x|), since it lets (ab+)? match b.
     """
+    if grammar.kind == "regex":
+        return grammar.replace(text=_DOT.sub(lambda found: r"[^\n\r]" if found[1] else found[0], grammar.text))
     if grammar.kind not in ("json_schema", "tool_calls"):
         return grammar
     values = json.loads(grammar.text)
@@ -286,23 +318,28 @@ def with_escaped_patterns(grammar: Grammar) -> Grammar:
         schemas = [*values["functions"].values(), *([] if otherwise is None else [otherwise])]
     for outermost in schemas:
         for _, schema in _subschemas(outermost, ""):
-            if isinstance(pattern := schema.get("pattern"), str) and (escaped := _escaped(pattern)) != pattern:
-                schema["pattern"], is_changed = escaped, True
+            named = schema.get("format")
+            if isinstance(named, str) and named in _FORMATS and not schema.keys() & {"pattern", *_LENGTHS}:
+                schema["pattern"], is_changed = _FORMATS[named], True
+                del schema["format"]
+            if isinstance(pattern := schema.get("pattern"), str) and (ours := _pattern_as_meant(pattern)) != pattern:
+                schema["pattern"], is_changed = ours, True
             if isinstance(patterns := schema.get("patternProperties"), dict):
-                renamed = {_escaped(pattern): each for pattern, each in patterns.items()}
+                renamed = {_pattern_as_meant(pattern): each for pattern, each in patterns.items()}
                 if renamed.keys() != patterns.keys():
                     schema["patternProperties"], is_changed = renamed, True
     return grammar.replace(text=json.dumps(values)) if is_changed else grammar
 
 
-def _escaped(pattern: str) -> str:
-    """Return a pattern with its characters beyond ASCII as escapes."""
+def _pattern_as_meant(pattern: str) -> str:
+    """Return a pattern with its characters beyond ASCII as escapes, and nothing for a choice in optional groups."""
 
     def escape(found: re.Match[str]) -> str:
         character = found[1]
         is_half = character is not None and 0xD800 <= ord(character) < 0xE000
         return found[0] if character is None or is_half else f"\\u{{{ord(character):x}}}"
 
+    pattern = _OPTIONAL_END.sub(lambda found: "|)" if found[1] else found[0], pattern)
     return _BEYOND_ASCII.sub(escape, pattern)
 
 

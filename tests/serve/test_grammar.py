@@ -1,6 +1,8 @@
 """Whatever the logits are, a text under a grammar matches it; no grammar stops or blocks who compiles it."""
 
+import datetime
 import gc
+import ipaddress
 import itertools
 import json
 import os
@@ -10,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from moesaic.config.serve import Grammar, Sampling
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError
 from moesaic.serve import grammar as grammar_module
-from moesaic.serve.grammar import Budget, GrammarCompiler, GrammarProcessError, Matcher
+from moesaic.serve.grammar import Budget, CompiledGrammar, GrammarCompiler, GrammarProcessError, Matcher
 from moesaic.serve.sampler import RequestError, SamplingState, sample
 from moesaic.serve.server.tool_calls import ToolCall, ToolCallReader, calls_grammar
 
@@ -155,6 +157,64 @@ def test_text_under_a_regular_expression_matches(
     assert re.fullmatch(pattern, write(matcher, tokenizer, seed))
 
 
+def can_be(grammar: CompiledGrammar, tokenizer: Tokenizer, text: str) -> bool:
+    matcher = grammar.matcher()
+    return all(map(matcher.accept, tokenizer.encode(text))) and matcher.is_complete
+
+
+@pytest.mark.parametrize("pattern", [".{3}", "a.b", r"\..", r"[.\n].", "(x|.){2}", r"\[.\]"])
+def test_a_dot_is_no_line_end(compiler: GrammarCompiler, tokenizer: Tokenizer, pattern: str) -> None:
+    grammar = compiler.compile(Grammar(kind="regex", text=pattern))
+    for seed in range(40):
+        text = write(grammar.matcher(), tokenizer, seed)
+        assert re.fullmatch(pattern, text) and "\r" not in text[-1:], repr(text)
+    for text in ("ab\n", "a\nb", ".\r", ".\n", "x\n", "[\r]", "[\n]"):
+        assert not can_be(grammar, tokenizer, text), repr(text)
+
+
+HOSTNAME = re.compile(r"(?!.{254})[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+# Of a format: what reads it, texts that have it, texts that have not.
+FORMATS: dict[str, tuple[Callable[[str], Any], list[str], list[str]]] = {
+    "ipv4": (
+        ipaddress.IPv4Address, ["0.0.0.0", "255.249.199.10", "1.20.99.100"],
+        ["00.0.0.0", "1.2.3", "256.1.1.1", "1.2.3.04", "1.2.3.4."],
+    ),
+    "ipv6": (
+        ipaddress.IPv6Address, ["::", "::1", "1::", "1:2:3:4:5:6:7:8", "1::8", "fE80::12ab:3", "1:2:3:4:5:6:7::"],
+        ["1:2:3:4:5:6:7", "1:2:3:4:5:6:7:8:9", "1::2::3", ":::", "12345::", "::00.26.27.69"],
+    ),
+    "date": (
+        datetime.date.fromisoformat, ["2024-02-29", "2000-02-29", "0001-01-31", "1999-12-31", "2023-04-30"],
+        ["2023-02-29", "1900-02-29", "2023-04-31", "0000-12-31", "2023-13-01", "2023-1-1", "3324-11-31"],
+    ),
+    "time": (
+        datetime.time.fromisoformat, ["00:00:00Z", "23:59:59.123456+05:30"],
+        ["24:00:00Z", "23:59:60Z", "23:59:59", "23:59:59.Z"],
+    ),
+    "date-time": (
+        datetime.datetime.fromisoformat, ["2024-02-29T12:30:00Z", "1999-12-31T23:59:59.5-11:00"],
+        ["2023-02-29T12:30:00Z", "2024-02-29 12:30:00Z", "2024-02-29T12:30:00", "2024-02-29T12:30:60Z"],
+    ),
+    "hostname": (
+        HOSTNAME.fullmatch, ["a", "a-b.example.com", "x" * 40 + ".y", "1.2"],
+        ["-a", "a-", "a..b", "a.", "x" * 64, "a_b"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_text_under_a_format_has_it(compiler: GrammarCompiler, tokenizer: Tokenizer, name: str) -> None:
+    reads, good, bad = FORMATS[name]
+    grammar = compiler.compile(Grammar(kind="json_schema", text=json.dumps({"type": "string", "format": name})))
+    for text in good:
+        assert reads(text) and can_be(grammar, tokenizer, f'"{text}"'), text
+    for text in bad:
+        assert not can_be(grammar, tokenizer, f'"{text}"'), text
+    for seed in range(40):
+        text = json.loads(write(grammar.matcher(), tokenizer, seed))
+        assert reads(text), text
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_text_under_a_grammar_matches(compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int) -> None:
     grammar = Grammar(kind="ebnf", text='root ::= "a" root "]" | "yes" | "é"')
@@ -186,6 +246,11 @@ KEPT = [
     ({**STRING, "pattern": r"^\ü\.|[^\ü]$"}, '"ü."', '"""'),
     ({"type": "object", "propertyNames": {**STRING, "pattern": ".|ü"}}, '{"ü":1}', '{""":1}'),
     ({"type": "object", "patternProperties": {"[^ü]": {}}, "additionalProperties": False}, '{"a":1}', '{"\n":1}'),
+    # xgrammar's own would let the last part of a group through without its first.
+    ({**STRING, "pattern": r"^1(\.[0-9]+)?$"}, '"1.25"', '"125"'),
+    ({**STRING, "pattern": r"^(?:(a[)?]b*)?c)?$"}, '"a?bc"', '"bc"'),
+    ({**STRING, "pattern": r"^\(a+\)?$"}, '"(aa"', '"("'),
+    ({"type": "object", "propertyNames": {**STRING, "pattern": "^x(a.*)?$"}}, '{"xab":1}', '{"xb":1}'),
     ({"type": "object"}, '{"a":1}', "1"),
     ({"type": "object", "minProperties": 1}, '{"a":1}', "{}"),
     ({"type": "object", "maxProperties": 1}, '{"a":1}', '{"a":1,"b":2}'),
@@ -246,6 +311,36 @@ def test_what_a_schema_says_is_kept(
     for text, is_kept in ((good, True), (bad, False)):
         matcher = grammar.matcher()
         assert (all(map(matcher.accept, tokenizer.encode(text))) and matcher.is_complete) == is_kept
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**STRING, "pattern": "^(a|a{1,2})$"},
+        {"type": "object", "properties": {"x": {"type": "array", "items": {**STRING, "pattern": "^(a|a(a|))$"}}}},
+        {"type": "object", "patternProperties": {"^(a{1,2}|a)$": {"type": "integer"}}},
+    ],
+)
+def test_a_pattern_that_would_be_read_otherwise_is_refused(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"'aaa+b?' would pass for a match of the pattern '.*'; one that xgrammar"):
+        compiler.compile(Grammar(kind="json_schema", text=json.dumps(schema)))
+    functions = {"f": {"type": "object", "properties": {"x": schema}}}
+    with pytest.raises(ConfigError, match="would pass for a match"):
+        compiler.compile(calls_grammar(functions, is_single=True))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^[A-Z]{2}\d{4}$",
+        r"^[\w.+-]+@[\w-]+\.[\w.-]+$", r"^v?\d+\.\d+\.\d+(-[a-z0-9.]+)?$", r"^(foo|foobar)$", r"^\S+$",
+        r"^(Mo|Tu|We)(,(Mo|Tu|We))*$", r"^(https?|ftp)://[a-z]+(:[0-9]+)?(/[a-z]*)*$", "^[a-zé日]+$", r"^\u{1F600}+$",
+        "^.{1,20}$", r"^[^\n]{1,80}$", r"^[\[\]&|~-]+$", r"^\x41\t?$", "a|b$", "^(yes|no|)$", r"^[\s\S]{2}$", r"^\$1$",
+        r"^(?<year>\d{4})$",
+    ],
+)  # fmt: skip
+def test_patterns_that_are_read_as_written_are_taken(compiler: GrammarCompiler, pattern: str) -> None:
+    compiler.compile(Grammar(kind="json_schema", text=json.dumps({"type": "string", "pattern": pattern})))
 
 
 def test_tokens_taken_back_leave_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
