@@ -10,7 +10,7 @@ import typer
 from moesaic.cli.console import open_console, print_json
 from moesaic.cli.progress import shown_progress
 from moesaic.cli.start import loading_modules
-from moesaic.errors import ConfigError, NotFiniteError
+from moesaic.errors import ConfigError
 from moesaic.logs import logger
 
 if TYPE_CHECKING:
@@ -175,8 +175,12 @@ def evaluate(
                 text_field=text_field or TEXT_FIELD,
             )  # fmt: skip
             found = measure_perplexity(loaded.model, windows, device=loaded.device)
-            if not math.isfinite(found.perplexity):
-                logger.warning("The perplexity of %s is %s: %s.", run, found.perplexity, NotFiniteError.REMEDY)
+            if not math.isfinite(found.loss):
+                logger.warning(
+                    "%s gives no finite numbers: its loss is %s. Its weights, their packed file or the arithmetic are "
+                    "broken; use another step, or delete the checkpoint's packed-*.safetensors, which are made again.",
+                    run, found.loss,
+                )  # fmt: skip
             texts.append((run, found))
             if as_json:
                 print_json(_text_to_json(run, loaded, text, found))

@@ -121,9 +121,12 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     inner.add_special_tokens(special)
     inner.add_tokens([AddedToken(token, normalized=False) for token, _ in _of(tokens, types, _USER_DEFINED)])
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    ids = {
+        role: _role_id(metadata, role, len(tokens), where)
+        for role in ("eos", "bos", "unknown", "padding", *_OTHER_ENDS)
+    }
     for key, role in (("eos_token", "eos"), ("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        index = _role_id(metadata, role, len(tokens), where)
-        if index is not None:
+        if (index := ids[role]) is not None:
             config[key] = tokens[index]
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
@@ -134,8 +137,8 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     if template:
         config["chat_template"] = template
     companions = {CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
-    ends = [_role_id(metadata, role, len(tokens), where) for role in ("eos", *_OTHER_ENDS)]
-    found = sorted({each for each in ends if each is not None})
+    ends = {ids[role] for role in ("eos", *_OTHER_ENDS)}
+    found = sorted(each for each in ends if each is not None)
     if len(found) > 1:
         companions[GENERATION_NAME] = json.dumps({"eos_token_id": found}) + "\n"
     values = json.loads(inner.to_str())

@@ -25,7 +25,7 @@ import numpy as np
 from moesaic.config.serve import Grammar
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError, MoesaicError
-from moesaic.serve.grammar_checks import as_meant, check_grammar, name_of, shown
+from moesaic.serve.grammar_checks import as_meant, check_grammar, name_of, patterns_of, shown
 from moesaic.serve.grammar_trial import Vocabulary, compile_grammar
 from moesaic.serve.sampler import Mask, RequestError
 
@@ -330,7 +330,8 @@ class _Trial:
                 )
             self._is_ready = True
             self._writer.join()
-        self._send({"kind": grammar.kind, "text": grammar.text, "seconds": timeout_seconds})
+        request = {"kind": grammar.kind, "text": grammar.text, "patterns": patterns_of(grammar)}
+        self._send({**request, "seconds": timeout_seconds})
         answer = self._receive(time.monotonic() + timeout_seconds + _ANSWER_SECONDS)
         if answer is None:
             crashed = self._process.poll() is not None

@@ -312,11 +312,7 @@ def as_meant(grammar: Grammar) -> Grammar:
         return grammar
     values = json.loads(grammar.text)
     is_changed = False
-    schemas = [values]
-    if grammar.kind == "tool_calls":
-        otherwise = values.get("otherwise")
-        schemas = [*values["functions"].values(), *([] if otherwise is None else [otherwise])]
-    for outermost in schemas:
+    for outermost in _schemas_in(grammar.kind, values):
         for _, schema in _subschemas(outermost, ""):
             named = schema.get("format")
             if isinstance(named, str) and named in _FORMATS and not schema.keys() & {"pattern", *_LENGTHS}:
@@ -326,9 +322,30 @@ def as_meant(grammar: Grammar) -> Grammar:
                 schema["pattern"], is_changed = ours, True
             if isinstance(patterns := schema.get("patternProperties"), dict):
                 renamed = {_pattern_as_meant(pattern): each for pattern, each in patterns.items()}
-                if renamed.keys() != patterns.keys():
+                if len(renamed) == len(patterns) and renamed.keys() != patterns.keys():
                     schema["patternProperties"], is_changed = renamed, True
     return grammar.replace(text=json.dumps(values)) if is_changed else grammar
+
+
+def patterns_of(grammar: Grammar) -> list[str]:
+    """Return the patterns of a grammar's schemas, each once."""
+    if grammar.kind not in ("json_schema", "tool_calls"):
+        return []
+    found: dict[str, None] = {}
+    for outermost in _schemas_in(grammar.kind, json.loads(grammar.text)):
+        for _, schema in _subschemas(outermost, ""):
+            if isinstance(pattern := schema.get("pattern"), str):
+                found[pattern] = None
+            if isinstance(patterns := schema.get("patternProperties"), dict):
+                found |= dict.fromkeys(patterns)
+    return list(found)
+
+
+def _schemas_in(kind: str, values: dict[str, Any]) -> list[dict[str, Any]]:
+    if kind != "tool_calls":
+        return [values]
+    otherwise = values.get("otherwise")
+    return [*values["functions"].values(), *([] if otherwise is None else [otherwise])]
 
 
 def _pattern_as_meant(pattern: str) -> str:

@@ -13,7 +13,8 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,8 +28,8 @@ _NO_CHARACTER = re.compile(rb"\xed[\xa0-\xbf]|\xe0[\x80-\x9f]|\xf0[\x80-\x8f]")
 # each part an answer did not come to its end.
 _WHITESPACE = 1
 # How many texts of a schema's patterns are drawn, of each at least so many; how often one ends where it may, and how
-# often its next byte is a printable one of ASCII.
-_DRAWS, _LEAST_DRAWS, _END_SHARE, _PLAIN_SHARE = 256, 8, 0.2, 0.9
+# often its next byte is a printable one of ASCII; and which share of the time that is left it may take.
+_DRAWS, _LEAST_DRAWS, _END_SHARE, _PLAIN_SHARE, _DRAWING_SHARE = 256, 8, 0.2, 0.9, 0.25
 
 
 class Vocabulary:
@@ -120,30 +121,21 @@ def _walk(compiled: Any, vocab_size: int, stop_ids: list[int], seed: int) -> boo
     return True
 
 
-def _patterns_of(schema: Any) -> Iterator[str]:
-    """Yield the patterns of a schema, and what stands in its values as one does."""
-    if isinstance(schema, list):
-        for each in schema:
-            yield from _patterns_of(each)
-    elif isinstance(schema, dict):
-        if isinstance(pattern := schema.get("pattern"), str):
-            yield pattern
-        if isinstance(named := schema.get("patternProperties"), dict):
-            yield from named
-        for each in schema.values():
-            yield from _patterns_of(each)
-
-
-def _find_misread(patterns: Iterable[str]) -> str | None:
+def _find_misread(patterns: list[str], seconds: float) -> str | None:
     """Return what is wrong where a text that xgrammar takes for a pattern's is not one by Python's reading.
 
-    xgrammar 0.2.9 joins choices that begin alike, so that (a|ab{1,2}) lets abbb through, say. Texts are drawn, so that
-    one which is wrong only there may be missed; patterns that Python reads otherwise are passed over.
+    xgrammar 0.2.9 joins choices that begin alike, so that (a|a{1,2}) lets aaaa through. Texts are drawn, for so many
+    seconds at most, so that one which is wrong may be missed; patterns that Python reads otherwise are passed over.
     """
+    deadline = time.monotonic() + seconds
     readable = {pattern: found for pattern in patterns if (found := _in_python(pattern)) is not None}
     for pattern, expression in readable.items():
+        if time.monotonic() > deadline:
+            return None
         compiled = compile_grammar(_BYTES, "json_schema", json.dumps({"type": "string", "pattern": pattern}))
         for seed in range(max(_LEAST_DRAWS, _DRAWS // len(readable))):
+            if time.monotonic() > deadline:
+                return None
             value = _draw_string(compiled, random.Random(seed))
             if value is not None and not expression.search(value):
                 return f"{value!r} would pass for a match of the pattern {pattern!r}"
@@ -267,23 +259,26 @@ def main() -> None:
     warnings = _Warnings()
     _answer(None)
 
-    def try_out(kind: str, text: str) -> str | None:
+    def try_out(kind: str, text: str, patterns: list[str], seconds: float) -> str | None:
         warnings.take()
+        begin = time.monotonic()
         try:
             compiled = compile_grammar(vocabulary, kind, text)
             if (error := warnings.take()) is None and not all(
                 _walk(compiled, vocab_size, stop_ids, seed) for seed in range(_WALKS)
             ):
                 return "no text of this tokenizer's tokens matches it"
-            if error is None and kind in ("json_schema", "tool_calls"):
-                error = _find_misread(dict.fromkeys(_patterns_of(json.loads(text))))
+            if error is None:
+                error = _find_misread(patterns, _DRAWING_SHARE * (seconds - (time.monotonic() - begin)))
         except (RuntimeError, MemoryError, ValueError) as failure:
             return str(failure) or type(failure).__name__
         return error
 
     for line in sys.stdin:
         request = json.loads(line)
-        _answer(_in_a_fork(partial(try_out, request["kind"], request["text"]), request["seconds"]))
+        seconds = request["seconds"]
+        try_this = partial(try_out, request["kind"], request["text"], request["patterns"], seconds)
+        _answer(_in_a_fork(try_this, seconds))
 
 
 if __name__ == "__main__":

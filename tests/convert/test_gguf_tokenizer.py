@@ -369,6 +369,17 @@ def test_odd_roles_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture)
             f"without one."
             for role in ("bos", "padding", "eot")
         ]
+    caplog.clear()
+    with pytest.raises(MoesaicError, match="no end-of-text"):
+        read_tokenizer(
+            tokenizer_metadata(Tokenizer(make("qwen2").to_str()), 400)
+            | {"tokenizer.ggml.eos_token_id": 10**9, "tokenizer.ggml.tokens": [f"t{each}" for each in range(400)],
+               "tokenizer.ggml.merges": []},
+            "a file",
+        )  # fmt: skip
+    assert [record.getMessage()[:48] for record in caplog.records] == [
+        "a file names 1000000000 as its eos_token_id, whi"
+    ]
     with pytest.raises(MoesaicError, match="no end-of-text"):
         tokens = [f"t{index}" for index in range(400)]
         read_tokenizer(

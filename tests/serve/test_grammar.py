@@ -24,6 +24,7 @@ from moesaic.config.serve import Grammar, Sampling
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, GenerationError, InstallationError
 from moesaic.serve import grammar as grammar_module
+from moesaic.serve import grammar_trial
 from moesaic.serve.grammar import Budget, CompiledGrammar, GrammarCompiler, GrammarProcessError, Matcher
 from moesaic.serve.sampler import RequestError, SamplingState, sample
 from moesaic.serve.server.tool_calls import ToolCall, ToolCallReader, calls_grammar
@@ -322,7 +323,7 @@ def test_what_a_schema_says_is_kept(
     ],
 )
 def test_a_pattern_that_would_be_read_otherwise_is_refused(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"'aaa+b?' would pass for a match of the pattern '.*'; one that xgrammar"):
+    with pytest.raises(ConfigError, match=r"'aaa+' would pass for a match of the pattern '.*'; one that xgrammar"):
         compiler.compile(Grammar(kind="json_schema", text=json.dumps(schema)))
     functions = {"f": {"type": "object", "properties": {"x": schema}}}
     with pytest.raises(ConfigError, match="would pass for a match"):
@@ -341,6 +342,23 @@ def test_a_pattern_that_would_be_read_otherwise_is_refused(compiler: GrammarComp
 )  # fmt: skip
 def test_patterns_that_are_read_as_written_are_taken(compiler: GrammarCompiler, pattern: str) -> None:
     compiler.compile(Grammar(kind="json_schema", text=json.dumps({"type": "string", "pattern": pattern})))
+
+
+def test_values_are_no_patterns(compiler: GrammarCompiler) -> None:
+    values = [{"pattern": each} for each in ("{date}-{name}.txt", "a^b", "*.txt", "^(a|a{1,2})$")]
+    schema = {
+        "type": "object",
+        "properties": {"pattern": {"enum": values}, "a": {**STRING, "default": values[0], "examples": values}},
+    }
+    compiler.compile(Grammar(kind="json_schema", text=json.dumps(schema)))
+    compiler.compile(calls_grammar({"f": schema}, is_single=True))
+
+
+def test_texts_are_drawn_for_as_long_as_there_is_time() -> None:
+    patterns = ["^a+$", "^(a|a{1,2})$"]
+    found = grammar_trial._find_misread(patterns, 600.0)
+    assert found is not None and found.endswith("would pass for a match of the pattern '^(a|a{1,2})$'")
+    assert grammar_trial._find_misread(patterns[:1], 600.0) is None is grammar_trial._find_misread(patterns, 0.0)
 
 
 def test_tokens_taken_back_leave_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:

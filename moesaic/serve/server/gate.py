@@ -202,7 +202,7 @@ class WholeBody:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """Return the body, None where the client left before its end. Raises: ApiError 413, 408, 415."""
         encoding = Headers(scope=scope).get("content-encoding", "identity")
-        if encoding.lower() != "identity":
+        if encoding.lower() not in ("", "identity"):
             await self._discard(receive)
             raise ApiError(
                 415,
