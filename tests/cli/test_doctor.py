@@ -13,8 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moesaic.cli import doctor as doctor_module
-from moesaic.cli.doctor import _find_problems, _print, examine
+from moesaic.bench import machine
+from moesaic.bench.machine import _find_problems, examine
+from moesaic.cli.doctor import _print
 from moesaic.cli.main import app
 from moesaic.errors import DeviceError
 from moesaic.kernels import limits as limits_module
@@ -123,7 +124,7 @@ def test_a_command_says_that_it_compiles_before_it_does(
 
     monkeypatch.setattr(build_module, "_run", stop)
     monkeypatch.setattr(build_module, "find_compiler", lambda: ["true"])
-    monkeypatch.setattr(doctor_module, "_build", measure)
+    monkeypatch.setattr(machine, "_build", measure)
     monkeypatch.setattr(limits_module, "measure_limits", measure)
     monkeypatch.setattr("moesaic.bench.moe_layer.bench_moe_layer", measure)
     result = cli(*command)
@@ -161,7 +162,7 @@ def test_the_chosen_kernels_are_shown_with_the_reason() -> None:
 def implementations(library: object) -> dict[str, str]:
     return {
         kernel["operation"]: kernel["implementation"]
-        for kernel in doctor_module._examine_kernels(library)  # type: ignore[arg-type]
+        for kernel in machine._examine_kernels(library)  # type: ignore[arg-type]
     }
 
 
@@ -189,8 +190,8 @@ def test_functions_named_in_a_module_behind_an_operation_count(tmp_path: Path) -
     (tmp_path / "cpu" / "products.py").write_text("run('moesaic_product', 'a moesaic_text')\n")
     (tmp_path / "mlp.py").write_text("from moesaic.kernels.cpu import products\nname = 'moesaic_gate'\n")
     (tmp_path / "other.py").write_text("from moesaic.kernels.cpu.products import run\n")
-    assert doctor_module._library_functions(tmp_path, "mlp") == {"moesaic_gate", "moesaic_product"}
-    assert doctor_module._library_functions(tmp_path, "other") == {"moesaic_product"}
+    assert machine._library_functions(tmp_path, "mlp") == {"moesaic_gate", "moesaic_product"}
+    assert machine._library_functions(tmp_path, "other") == {"moesaic_product"}
 
 
 def test_the_reference_is_said_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +226,7 @@ def test_build_compiles_for_every_instruction_set_and_says_how_long_it_took(monk
     monkeypatch.setattr(build_module, "build", build)
     monkeypatch.setattr(build_module, "load", load)
     monkeypatch.setattr(build_module, "supported_instruction_sets", lambda: ["avx512", "avx2"])
-    built = doctor_module._build(everywhere=False)
+    built = machine._build(everywhere=False)
     assert asked == ["avx512", "avx2"]
     assert [each["library"] for each in built] == ["/cache/avx512.so", "/cache/avx2.so"]
     assert all(each["seconds"] >= 0 for each in built)
@@ -239,8 +240,8 @@ def test_build_compiles_for_every_instruction_set_and_says_how_long_it_took(monk
 
     with monkeypatch.context() as patch:  # on another processor than those of x86
         patch.setattr(build_module, "supported_instruction_sets", list)
-        assert doctor_module._build(everywhere=True) == []
-    everywhere = doctor_module._build(everywhere=True)
+        assert machine._build(everywhere=True) == []
+    everywhere = machine._build(everywhere=True)
     assert [(each["library"], each["is_tried"]) for each in everywhere] == [
         ("/cache/avx512.so", True), ("/cache/avx2.so", True),
         ("/cache/amx-bf16.so", False), ("/cache/avx512-bf16.so", False),
@@ -373,7 +374,7 @@ def test_measure_shows_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_kernels_that_were_asked_for_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(select.VARIABLE, "mmx")
-    monkeypatch.setattr(doctor_module, "_examine_torch", lambda: (healthy()["torch"], []))
+    monkeypatch.setattr(machine, "_examine_torch", lambda: (healthy()["torch"], []))
     findings = examine(measure=True)
     assert findings["limits"] == []
     assert any("mmx" in each["problem"] for each in findings["problems"])
@@ -412,7 +413,7 @@ def test_each_problem_is_named_with_what_to_do(
     is_fatal: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor_module.sys, "platform", "linux")
+    monkeypatch.setattr(machine.sys, "platform", "linux")
     findings = healthy()
     findings[part].update(change)
     findings["problems"] = _find_problems(findings)
@@ -424,7 +425,7 @@ def test_each_problem_is_named_with_what_to_do(
 
 
 def test_without_bf16_instructions_torch_alone_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_module.sys, "platform", "linux")
+    monkeypatch.setattr(machine.sys, "platform", "linux")
     monkeypatch.setenv("MOESAIC_KERNELS", "reference")
     findings = healthy()
     findings["cpu"]["has_bf16"] = False
@@ -465,7 +466,7 @@ def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv(select.VARIABLE, raising=False)
-    assert doctor_module._find_compiler() is None
+    assert machine._find_compiler() is None
     findings = {**healthy(), "compiler": None}
     findings["cpu_kernels"].update(name="reference", library=None, reason="no C++ compiler")
     assert "none found" in text_of(findings)
@@ -478,7 +479,7 @@ def test_the_compiler_of_cxx_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_pa
     compiler.write_text("#!/bin/sh\necho my-g++ 99.1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert doctor_module._find_compiler() == {"path": str(compiler), "version": "my-g++ 99.1"}
+    assert machine._find_compiler() == {"path": str(compiler), "version": "my-g++ 99.1"}
 
 
 def test_a_compiler_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -486,5 +487,5 @@ def test_a_compiler_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch,
     compiler.write_bytes(b"\x7fELF not really")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    found = doctor_module._find_compiler()
+    found = machine._find_compiler()
     assert found is not None and "does not start" in found["version"]
