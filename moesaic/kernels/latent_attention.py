@@ -20,11 +20,8 @@ from moesaic.errors import ConfigError
 from moesaic.kernels import select
 from moesaic.kernels.addresses import RemembersAddresses
 from moesaic.kernels.huge_pages import zeros_on_huge_pages
-from moesaic.kernels.paged_attention import PANEL, PagedBatch, check_block_size
+from moesaic.kernels.paged_attention import PANEL, SCORES, PagedBatch, check_block_size
 from moesaic.kernels.tracing import untraced
-
-# Scores (fp32) that exist at once in the definition: a long prompt is taken in chunks.
-_SCORES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ def _attention_reference(query: Tensor, blocks: LatentBlocks, batch: PagedBatch,
         if first == last:
             continue
         vectors = read_latents(blocks, batch.block_tables[sequence], length).float()
-        rows = max(1, _SCORES // (num_heads * length))
+        rows = max(1, SCORES // (num_heads * length))
         for begin in range(first, last, rows):
             end = min(begin + rows, last)
             visible = length - last + end  # of the last of these tokens

@@ -27,6 +27,8 @@ from moesaic.kernels.tracing import untraced
 
 # Positions, and channels, of a panel: the kernels' unit.
 PANEL = 32
+# Scores (fp32) that exist at once in the definition: a long prompt is taken in chunks.
+SCORES = 1 << 23
 
 
 @dataclass(frozen=True)

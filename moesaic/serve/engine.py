@@ -262,10 +262,10 @@ class Engine:
                 f"of its own; give as many, all different."
             )
         finished = self._counts["finished"]
-        added: list[str] = []
+        added: set[str] = set()
         try:
             for request_id, prompt in zip(request_ids, prompts, strict=True):
-                added.append(self.add_request(prompt, sampling, request_id=request_id, priority=priority))
+                added.add(self.add_request(prompt, sampling, request_id=request_id, priority=priority))
         except BaseException:
             for request_id in added:
                 self.abort(request_id)

@@ -76,7 +76,9 @@ class Scheduler:
         self.max_sequences, self.max_batch_tokens = max_sequences, max_batch_tokens
         self.prefix_caching = prefix_caching
         self.running: list[Sequence] = []  # by order
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._waiting: set[Sequence] = set()
+        # By order. It may hold some that wait no longer, no more than wait and a few; none of those is its first.
+        self._queue: list[tuple[tuple[int, int], Sequence]] = []
         self.num_preemptions = 0
 
     @property
@@ -87,16 +89,28 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self._waiting)
 
+    @property
+    def _first_waiting(self) -> Sequence | None:
+        return self._queue[0][1] if self._queue else None
+
     def add(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._waiting.add(sequence)
+        heapq.heappush(self._queue, (sequence.order, sequence))
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; what it computed may be found by others until it is needed."""
         if sequence.is_running:
             self._stop(sequence)
         else:
-            self._waiting = [each for each in self._waiting if each[1] is not sequence]
-            heapq.heapify(self._waiting)
+            self._leave_queue(sequence)
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        if len(self._queue) > 2 * len(self._waiting) + 16:
+            self._queue = [each for each in self._queue if each[1] in self._waiting]
+            heapq.heapify(self._queue)
+        while self._queue and self._queue[0][1] not in self._waiting:
+            heapq.heappop(self._queue)
 
     def schedule(self, num_drafted: Mapping[Sequence, int] | None = None) -> list[Scheduled]:
         """Return the parts of the next step; their blocks are allocated.
@@ -107,8 +121,9 @@ class Scheduler:
         step = _Step(self.max_batch_tokens)
         for sequence in sorted(self.running, key=lambda each: each.num_missing > 1):  # otherwise as they are
             self._take(sequence, step)
-        while self._waiting and step.budget > 0 and self._has_room(self._waiting[0][1]):
-            self._take(self._admit(), step)
+        while (first := self._first_waiting) is not None and step.budget > 0 and self._has_room(first):
+            self._admit(first)
+            self._take(first, step)
         for sequence, count in (num_drafted or {}).items():
             self._draft(sequence, count, step)
         return list(step.parts.values())
@@ -139,7 +154,7 @@ class Scheduler:
 
     def _give_way(self) -> None:
         """Stop those that run and count less than the first that waits, the last first, if that makes room."""
-        first = self._waiting[0][1] if self._waiting else None
+        first = self._first_waiting
         if first is None or not self.running or self.running[-1].priority <= first.priority or self._has_room(first):
             return
         kept = {block for each in self.running if each.priority <= first.priority for block in each.blocks}
@@ -167,9 +182,9 @@ class Scheduler:
         """Blocks of all its tokens and the next."""
         return -(-(len(sequence.tokens) + 1) // self.pool.block_size)
 
-    def _admit(self) -> Sequence:
-        """Let the first that waits run, with the blocks of its beginning that are there."""
-        _, sequence = heapq.heappop(self._waiting)
+    def _admit(self, sequence: Sequence) -> None:
+        """Let one that waits run, with the blocks of its beginning that are there."""
+        self._leave_queue(sequence)
         sequence.blocks = array("i", self.pool.find(self._find_hashes(sequence)))
         sequence.num_published = len(sequence.blocks)
         sequence.num_computed = len(sequence.blocks) * self.pool.block_size
@@ -179,7 +194,6 @@ class Scheduler:
         sequence.is_running = True
         self.running.append(sequence)
         self.running.sort(key=lambda each: each.order)
-        return sequence
 
     def _find_hashes(self, sequence: Sequence) -> list[BlockHash]:
         """The hashes of its full blocks, but for the one with its last token, which is computed in any case."""

@@ -107,7 +107,7 @@ def test_equals_attention_over_whole_sequences(
 @pytest.mark.parametrize("at_once", [1, 1000, 1 << 23])
 def test_fp32_is_exact_to_rounding(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of any size too."""
-    monkeypatch.setattr(module, "_SCORES", at_once)
+    monkeypatch.setattr(module, "SCORES", at_once)
     vectors = sequences()
     blocks, batch = filled(vectors, NEW, rank=RANK)
     query = normal(sum(NEW), HEADS, RANK + KEY_DIM, seed=9)

@@ -227,6 +227,24 @@ def test_removing_frees_everything_wherever_it_is() -> None:
     assert not scheduler.has_work and scheduler.pool.num_used == 0
 
 
+def test_those_that_leave_the_queue_are_not_kept_behind_one_that_waits() -> None:
+    scheduler = make(max_sequences=1)
+    first, second = text([1], 0), text([2], 1)
+    scheduler.add(first)
+    scheduler.schedule()
+    scheduler.add(second)
+    for arrival in range(2, 1000):
+        gone = text([3], arrival)
+        scheduler.add(gone)
+        scheduler.remove(gone)
+    assert scheduler.num_waiting == 1 and len(scheduler._queue) < 25
+    last = text([4], 1000)
+    scheduler.add(last)
+    scheduler.remove(second)
+    scheduler.remove(first)
+    assert shape(scheduler.schedule()) == [(1000, 1, True)] and not scheduler.num_waiting
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_comes_all_of_it_ends_and_no_block_is_lost(seed: int) -> None:
     rng = random.Random(seed)

@@ -44,6 +44,7 @@ struct AttentionShape {
 
     int group() const { return heads / kv_heads; }
     int blocks() const { return (length + kBlock - 1) / kBlock; }
+    int64_t block_pairs() const { return int64_t(blocks()) * (blocks() + 1) / 2; }  // of queries and keys before them
     int padded_length() const { return blocks() * kBlock; }
     int padded_dim() const { return round_up(dim, kPanel); }
     // Numbers from one row of a transposed matrix (padded dim, padded length) to the next.
@@ -194,7 +195,8 @@ inline void copy_block(const AttentionShape& shape, const Heads& from, int batch
 // else copying them takes an eighth of the time of short sequences (length 512).
 class NextRows {
   public:
-    NextRows(const AttentionShape& shape, int steps) : shape_(shape), per_step_((shape.length + steps - 1) / steps) {}
+    NextRows(const AttentionShape& shape, int64_t steps)
+        : shape_(shape), per_step_(int((shape.length + steps - 1) / steps)) {}
 
     void add(const Heads& heads, long batch, int head) {
         sources_[count_++] = {heads.data + batch * heads.batch + head * heads.head, heads.row};
@@ -220,9 +222,9 @@ class NextRows {
 };
 
 // For a thread that does whole pairs: after this member, the next one of the pair, or the first of another pair.
-inline NextRows rows_after(const AttentionShape& shape, long pair, int member, int threads, int steps,
+inline NextRows rows_after(const AttentionShape& shape, long pair, int member, int threads, int64_t steps,
                            std::initializer_list<Heads> of_pairs, std::initializer_list<Heads> of_heads) {
-    NextRows rows(shape, std::max(1, steps));
+    NextRows rows(shape, std::max<int64_t>(1, steps));
     const int next_member = (member + 1) % shape.group();
     const long next = next_member ? pair : pair + threads;
     if (next >= shape.pairs()) return rows;
@@ -470,7 +472,7 @@ inline void attention_forward(Team& team, const ForwardArguments& arguments, voi
         team.tasks(shape.pairs(), [&](long pair) {
             for (int block = 0; block < shape.blocks(); ++block) pack_forward(arguments, pair, block, packed, work);
             for (int member = 0; member < group; ++member) {
-                const int key_steps = shape.blocks() * (shape.blocks() + 1) / 2 / kForwardKeys;
+                const int64_t key_steps = shape.block_pairs() / kForwardKeys;
                 NextRows next_rows = rows_after(shape, pair, member, team.size(), key_steps,
                                                 {arguments.key, arguments.value}, {arguments.query});
                 for (int step = 0; step < steps; ++step)
@@ -801,7 +803,7 @@ inline void attention_backward(Team& team, const BackwardArguments& arguments, v
                 for (int block = 0; block < blocks; ++block)
                     pack_backward_head(arguments, pair, member, block, head, work);
                 NextRows next_rows =
-                    rows_after(shape, pair, member, team.size(), blocks * (blocks + 1) / 2,
+                    rows_after(shape, pair, member, team.size(), shape.block_pairs(),
                                {arguments.key, arguments.value}, {arguments.query, arguments.out, arguments.grad});
                 for (int step = 0; step < key_steps; ++step)
                     for (int queries = query_steps - 1; queries >= step * kBackwardKeys / kBackwardQueries; --queries)
