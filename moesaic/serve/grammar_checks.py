@@ -3,6 +3,7 @@
 Pure functions of texts: nothing is compiled, and xgrammar is not needed.
 """
 
+import copy
 import json
 import math
 import re
@@ -46,6 +47,12 @@ _BREAKS_A_STRING = re.compile(r'"|\\\\|\\x(?:22|5c)|\\u\{?0*(?:22|5c)\}?', re.IG
 # A character beyond ASCII, escaped or not; what else is escaped is found too, so that its second half is not.
 _BEYOND_ASCII = re.compile(r"\\?([^\x00-\x7f])|\\.", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|u([0-9a-fA-F]{4})|.)", re.DOTALL)
+# A character or class that has to be there first; behind no choice (which is looked for apart).
+_BEGINS_WITH_SOMETHING = re.compile(
+    r"\^?(?:[A-Za-z0-9_ @:/-]|\[(?:\\.|[^\]\\])+\]|\\[dwsDWS])(?![*?]|\{0)[^|]*\Z", re.DOTALL
+)
+# Of schemas that are written for each of several names.
+_MOST_NAMED_BYTES = 1 << 17
 _BEGINNING = re.compile(r"\^([A-Za-z0-9_ @:/-]*)(?![*?{])")  # the last letter before a quantifier may be missing
 _NAMED_CLASS = re.compile(
     r"\[:\^?(?:alnum|alpha|ascii|blank|cntrl|digit|graph|lower|print|punct|space|upper|word|xdigit):\]"
@@ -191,6 +198,7 @@ def _check_schema(schema: dict[str, Any], name: str) -> None:
             f"the {name} is nested more than {_MAX_DEPTH} deep; at most that is allowed; flatten it, or name "
             f"parts of it in $defs and use $ref."
         )
+    _put_plainly(schema)
     for where, each in _subschemas(schema, ""):
         found = _unkept(each)
         if found:
@@ -233,8 +241,8 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
     patterns = [schema["pattern"]] if "pattern" in schema else []
     patterns += schema["patternProperties"] if isinstance(schema.get("patternProperties"), dict) else []
     found += filter(None, (_read_otherwise(str(pattern), is_regex=True) for pattern in patterns))
-    if "pattern" in schema and schema.keys() & {*_LENGTHS, "format"}:
-        found.append("pattern together with a length or a format")
+    if "pattern" in schema and schema.keys() & {*_LENGTHS}:
+        found.append("pattern together with a length")
     if any(_BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(pattern))) for pattern in patterns):
         found.append("a pattern with a quotation mark or a backslash")
     return found
@@ -299,32 +307,108 @@ def _read_otherwise(text: str, *, is_regex: bool) -> str | None:
     return None if named is None else f"{named[0]}, a class by its name"
 
 
+def _put_plainly(outermost: dict[str, Any]) -> None:
+    """Write in place what libraries of schemas write, and xgrammar 0.2.9 does not take, in words that it takes.
+
+    Of a pattern and a format the pattern (zod writes both, the pattern being the format's); no minLength of 1 beside a
+    pattern that nothing empty matches. Tuples as draft 7 has them (items, additionalItems) as prefixItems and items.
+    Objects whose names are those of a list (zod's records) by their properties. One of several schemas as any of them,
+    where they are plainly apart: xgrammar does not look behind references, as those of pydantic's unions are.
+    """
+    for _, schema in _subschemas(outermost, ""):
+        if isinstance(schema.get("items"), list) and "prefixItems" not in schema:
+            schema["prefixItems"] = schema.pop("items")
+            if "additionalItems" in schema:
+                schema["items"] = schema.pop("additionalItems")
+        if isinstance(pattern := schema.get("pattern"), str):
+            if isinstance(schema.get("format"), str):
+                del schema["format"]
+            least = schema.get("minLength")
+            if type(least) is int and (least == 0 or (least == 1 and _BEGINS_WITH_SOMETHING.match(pattern))):
+                del schema["minLength"]
+        names = schema.get("propertyNames")
+        if (
+            isinstance(names, dict)
+            and isinstance(listed := names.get("enum"), list)
+            and names.keys() - _ANNOTATIONS <= {"enum", "type"}
+            and names.get("type", "string") == "string"
+            and all(isinstance(name, str) for name in listed)
+            and not schema.keys() & {"properties", "patternProperties"}
+            and (value := schema.get("additionalProperties", {})) is not False
+            and len(listed) * len(json.dumps(value)) < _MOST_NAMED_BYTES
+        ):
+            del schema["propertyNames"]
+            schema["properties"] = {name: copy.deepcopy(value) for name in listed}
+            schema["additionalProperties"] = False
+        if isinstance(choices := schema.get("oneOf"), list) and _are_apart(outermost, choices):
+            schema["anyOf"] = schema.pop("oneOf")
+
+
+def _are_apart(whole: dict[str, Any], choices: list[Any]) -> bool:
+    """Whether no value is of two of these schemas, plainly: by their types, or by texts that they ask for."""
+    named = [_resolved(whole, choice) for choice in choices]
+    if not all(isinstance(each, dict) for each in named):
+        return False
+    types = [each["type"] for each in named if isinstance(each.get("type"), str)]
+    if len(set(types)) == len(named) and not {"integer", "number"} <= set(types):
+        return True
+    marks = [_marks(whole, each) for each in named]
+    for name in marks[0] if marks else {}:
+        values = [each.get(name, set[str]()) for each in marks]
+        if all(values) and len(set[str]().union(*values)) == sum(map(len, values)):
+            return True
+    return False
+
+
+def _marks(whole: dict[str, Any], schema: dict[str, Any]) -> dict[str, set[str]]:
+    """Return the texts that required properties of an object may have, of those that have a list of them."""
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return {}
+    marks = {}
+    for name in required:
+        value = _resolved(whole, properties.get(name)) if isinstance(name, str) else None
+        listed = value.get("enum", [value.get("const")]) if isinstance(value, dict) else None
+        if isinstance(listed, list) and all(isinstance(each, str) for each in listed):
+            marks[name] = set(listed)
+    return marks
+
+
+def _resolved(whole: dict[str, Any], schema: Any) -> Any:
+    """Return what a schema names by $ref, or itself; None where that leads nowhere."""
+    for _ in range(_MAX_DEPTH):
+        if not (isinstance(schema, dict) and "$ref" in schema):
+            return schema
+        schema = next(iter(_referenced(whole, schema["$ref"])), None)
+    return None
+
+
 def as_meant(grammar: Grammar) -> Grammar:
     """Return a grammar that xgrammar reads as this one is meant.
 
-    A dot is no line end in a regular expression. In schemas some formats are patterns of ours (_FORMATS). Patterns have
-    no character beyond ASCII, with which xgrammar 0.2.9 lets them match quotation marks, backslashes and line ends in
-    a JSON string; and (x)? is (x|), since it lets (ab+)? match b.
+    A dot is no line end in a regular expression. Schemas are put plainly; some formats are patterns of ours (_FORMATS).
+    Patterns have no character beyond ASCII, with which xgrammar 0.2.9 lets them match quotation marks, backslashes and
+    line ends in a JSON string; and (x)? is (x|), since it lets (ab+)? match b.
     """
     if grammar.kind == "regex":
         return grammar.replace(text=_DOT.sub(lambda found: r"[^\n\r]" if found[1] else found[0], grammar.text))
     if grammar.kind not in ("json_schema", "tool_calls"):
         return grammar
     values = json.loads(grammar.text)
-    is_changed = False
     for outermost in _schemas_in(grammar.kind, values):
+        _put_plainly(outermost)
         for _, schema in _subschemas(outermost, ""):
             named = schema.get("format")
-            if isinstance(named, str) and named in _FORMATS and not schema.keys() & {"pattern", *_LENGTHS}:
-                schema["pattern"], is_changed = _FORMATS[named], True
+            if isinstance(named, str) and named in _FORMATS and not schema.keys() & {*_LENGTHS}:
+                schema["pattern"] = _FORMATS[named]
                 del schema["format"]
-            if isinstance(pattern := schema.get("pattern"), str) and (ours := _pattern_as_meant(pattern)) != pattern:
-                schema["pattern"], is_changed = ours, True
+            if isinstance(pattern := schema.get("pattern"), str):
+                schema["pattern"] = _pattern_as_meant(pattern)
             if isinstance(patterns := schema.get("patternProperties"), dict):
                 renamed = {_pattern_as_meant(pattern): each for pattern, each in patterns.items()}
-                if len(renamed) == len(patterns) and renamed.keys() != patterns.keys():
-                    schema["patternProperties"], is_changed = renamed, True
-    return grammar.replace(text=json.dumps(values)) if is_changed else grammar
+                if len(renamed) == len(patterns):
+                    schema["patternProperties"] = renamed
+    return grammar if values == json.loads(grammar.text) else grammar.replace(text=json.dumps(values))
 
 
 def patterns_of(grammar: Grammar) -> list[str]:

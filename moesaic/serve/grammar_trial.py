@@ -202,7 +202,8 @@ class _Warnings:
         lines = self._file.read(4096).decode("utf-8", "replace").splitlines()
         self._file.seek(0)
         self._file.truncate()
-        return next((line.partition("Warning: ")[2] for line in lines if "Warning: " in line), None)
+        first = next((line.partition("Warning: ")[2] for line in lines if "Warning: " in line), None)
+        return None if first is None else first.partition("; falling back")[0]  # which nobody does here
 
 
 def _limit_memory() -> None:

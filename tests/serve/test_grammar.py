@@ -226,6 +226,30 @@ def test_text_under_a_grammar_matches(compiler: GrammarCompiler, tokenizer: Toke
 STRING = {"type": "string"}
 A = {"properties": {"a": {"type": "integer"}}}
 APART = {"^a-[a-z]$": {"type": "integer"}, "^b-(b|c)$": STRING}
+# As pydantic writes a union with a discriminator, one choice of which holds the same again.
+KIND = {"type": "object", "additionalProperties": False}
+PET = {
+    "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}, {"$ref": "#/$defs/Pack"}],
+    "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/Cat", "dog": "#/$defs/Dog"}},
+}
+UNION = {
+    "type": "object",
+    "properties": {"pets": {"type": "array", "items": PET}},
+    "required": ["pets"],
+    "$defs": {
+        "Cat": {
+            **KIND, "properties": {"kind": {**STRING, "const": "cat"}, "lives": {"type": "integer"}},
+            "required": ["kind", "lives"],
+        },
+        "Dog": {
+            **KIND, "properties": {"kind": {**STRING, "const": "dog"}, "name": STRING}, "required": ["kind", "name"],
+        },
+        "Pack": {
+            **KIND, "properties": {"kind": {**STRING, "const": "pack"}, "pets": {"type": "array", "items": PET}},
+            "required": ["kind", "pets"],
+        },
+    },
+}  # fmt: skip
 # A schema, a text that keeps it, one that does not: what is taken is kept.
 KEPT = [
     ({"type": "integer", "exclusiveMinimum": 3}, "4", "3"),
@@ -301,7 +325,22 @@ KEPT = [
     ({"oneOf": [{"type": "integer"}, STRING], "title": "x"}, "1", "null"),
     ({"allOf": [{"type": "integer"}]}, "1", '"a"'),
     ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}}, "3", '"a"'),
-]
+    # As zod writes them: of a format and its pattern the pattern, which nothing empty matches; records; tuples.
+    ({**STRING, "format": "email", "pattern": "^[a-z]+@x$"}, '"a@x"', '"a@b.c"'),
+    ({**STRING, "format": "ulid", "pattern": "^[0-9A-Z]{2}$", "minLength": 1}, '"0A"', '""'),
+    ({**STRING, "pattern": r"^\d*$", "minLength": 0}, '""', '"a"'),
+    (
+        {"type": "object", "propertyNames": {**STRING, "enum": ["a", "b"]}, "additionalProperties": {"type": "integer"},
+         "required": ["a", "b"]},
+        '{"a":1,"b":2}',
+        '{"a":1}',
+    ),
+    ({"type": "array", "items": [{"type": "integer"}, STRING], "additionalItems": False}, '[1, "a"]', '[1, "a", 2]'),
+    ({"type": "array", "items": [{"type": "integer"}], "additionalItems": STRING}, '[1, "a"]', "[1, 2]"),
+    ({"type": "array", "items": [{"type": "integer"}]}, '[1, "a"]', '["a"]'),
+    (UNION, '{"pets":[{"kind":"cat","lives":9},{"kind":"dog","name":"x"}]}', '{"pets":[{"kind":"cat","name":"x"}]}'),
+    (UNION, '{"pets":[{"kind":"pack","pets":[{"kind":"cat","lives":1}]}]}', '{"pets":[{"kind":"pack","pets":[1]}]}'),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("schema", "good", "bad"), KEPT, ids=lambda each: json.dumps(each))

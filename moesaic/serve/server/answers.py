@@ -239,13 +239,18 @@ class Choice:
             "function": {"name": call.name, "arguments": call.arguments},
         }
 
-    def chunk(self, part: Mapping[str, Any], *, is_first: bool) -> dict[str, Any]:
-        """Return a part as a stream's choice; is_first: of a chat, which begins with who speaks."""
+    def opening(self) -> dict[str, Any]:
+        """Return a chat's first choice of a stream: who speaks, and nothing else.
+
+        OpenAI's own clients take the log-probabilities of a choice's first chunk twice.
+        """
+        return self._around({"delta": {"role": "assistant", "content": ""}}, {})
+
+    def chunk(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a part as a stream's choice."""
         if self.kind == "completion":
             return self._around({"text": part["text"]}, part)
-        delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
-        if part["text"] or is_first:
-            delta["content"] = part["text"]
+        delta: dict[str, Any] = {"content": part["text"]} if part["text"] else {}
         if "tool_calls" in part:
             delta["tool_calls"] = part["tool_calls"]
         return self._around({"delta": delta}, part)

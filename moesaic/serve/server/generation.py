@@ -264,9 +264,11 @@ class _ChoicesAnswer(_Answer):
                 for choice, part in taken:
                     has_more = any(part.get(key) for key in ("text", "tool_calls", "experts")) or _has_logprobs(part)
                     if has_more or part.get("finish_reason") is not None:
-                        chunk = choice.chunk(part, is_first=not begun[choice.index])
-                        begun[choice.index] = True
-                        events.append(encode_event({**head, "choices": [chunk]}))
+                        chunks = [choice.chunk(part)]
+                        if not begun[choice.index]:
+                            begun[choice.index] = True
+                            chunks.insert(0, choice.opening())
+                        events += [encode_event({**head, "choices": [chunk]}) for chunk in chunks]
             if events:
                 yield b"".join(events)
         if self._job.streams_usage:

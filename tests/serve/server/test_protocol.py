@@ -282,6 +282,10 @@ def test_a_chat_streams_deltas_after_the_role(client: openai.OpenAI, n: int) -> 
         # The bytes of all tokens but the last, special, one are the text's.
         data = b"".join(bytes(each.bytes or ()) for each in streamed if each.token != "<|endoftext|>")
         assert data.decode("utf-8", "replace") == choice.message.content
+    with client.chat.completions.stream(**asked) as stream:  # which puts the chunks together by itself
+        for _ in stream:
+            together = stream.current_completion_snapshot
+    assert [each.logprobs for each in together.choices] == [each.logprobs for each in whole.choices]
 
 
 def test_texts_that_end_it(client: openai.OpenAI) -> None:

@@ -122,7 +122,7 @@ def test_an_answer_is_the_same_streamed_and_whole_however_it_is_cut(chat_tokeniz
             pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
             taken = [choice.take(piece, ()) for piece in pieces[:-1]]
             taken.append(choice.take(pieces[-1], (), finish_reason="stop"))
-            chunks = [choice.chunk(part, is_first=False) for part in taken]
+            chunks = [choice.chunk(part) for part in taken]
             streamed = "".join(chunk["delta"].get("content", "") for chunk in chunks)
             message = choice.whole(taken)["message"]
             calls = [call["function"] for call in message.get("tool_calls", ())]
