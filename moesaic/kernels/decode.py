@@ -7,7 +7,7 @@ A plan holds the addresses of everything that a step reads; it is made once for 
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,8 @@ Storage = KVStorage | LatentStorage
 
 _SCORINGS = ("softmax", "sigmoid")
 _MIXES = ("sum", "softmax", "sigmoid")
+# Positions whose cosines are made together, and that every model has.
+_FIRST_POSITIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -104,18 +106,47 @@ class LatentPart:
     norm_epsilon: float
 
 
+class RotaryTable:
+    """Cosines and sines of positions, made as far as texts reach: models have up to a million, and most texts do not.
+
+    Shapes: cosines, sines (max_positions, D/2) fp32, with latent attention (max_positions, P/2), of which the first
+    num_positions are there.
+    """
+
+    def __init__(self, max_positions: int, make: Callable[[int, int], tuple[Tensor, Tensor]]) -> None:
+        """Hold what `make` returns of the positions from one on and before another."""
+        shape = (max_positions, make(0, 1)[0].shape[1])
+        with torch.inference_mode(False):  # whose tensors only it may change
+            self.cosines, self.sines = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
+        self.num_positions, self._make = 0, make
+        self.reach(1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy makes its own, and no memory for what nobody has asked for."""
+        return RotaryTable, (self.cosines.shape[0], self._make)
+
+    def reach(self, length: int) -> None:
+        """Have at least so many positions, where the model has them; it may be called by several threads."""
+        done = self.num_positions
+        end = min(max(length, 2 * done, _FIRST_POSITIONS), self.cosines.shape[0])
+        for first in range(done, end, _FIRST_POSITIONS):
+            last = min(first + _FIRST_POSITIONS, end)
+            self.cosines[first:last], self.sines[first:last] = self._make(first, last)
+        self.num_positions = max(self.num_positions, end)
+
+
 @dataclass(frozen=True)
 class ModelPart:
     """A packed model. norms_outputs: its norms stand behind attention and feed-forward parts, or before them.
 
     Shapes: embedding (V, H) bf16, or packed where it is lm_head too; position_embedding (max_positions, H) bf16, or
-    cosines and sines (max_positions, D/2) fp32, with latent attention (max_positions, P/2).
+    the table of rotary positions.
     """
 
     layers: tuple[LayerPart, ...]
     embedding: Tensor | PackedWeight
     position_embedding: Tensor | None
-    rotary: tuple[Tensor, Tensor] | None
+    rotary: RotaryTable | None
     final_norm: NormPart
     head: PackedWeight
     hidden_size: int
@@ -276,9 +307,10 @@ class DecodePlan:
     def _struct(self) -> ctypes.Structure:
         model = self.model
         is_tied = isinstance(model.embedding, PackedWeight)
-        cosines, sines = model.rotary or (None, None)
+        table = model.rotary
+        cosines, sines = (None, None) if table is None else (table.cosines, table.sines)
         return _Model(
-            len(model.layers), model.hidden_size, model.vocab_size, model.max_positions, model.num_heads,
+            len(model.layers), model.hidden_size, model.vocab_size, self._num_positions, model.num_heads,
             model.num_kv_heads, model.head_dim, model.norms_outputs, model.norm_epsilon, model.attention_scale,
             model.embedding_scale, model.residual_scale, model.window or 0, ctypes.addressof(self._layers),
             _address(model.embedding) if is_tied else None, None if is_tied else _address(model.embedding),
@@ -342,10 +374,14 @@ class DecodePlan:
             num_rows = rows.shape[0]
         out = self._make_room(count, num_rows) if into is None else into
         assert out.sizes == (count, num_rows), (out.sizes, count, num_rows)
-        failed = self.library.function("moesaic_decode", "pdp" + "pppii" + "pipi" + "ppppp")(
+        function = self.library.function("moesaic_decode", "pdp" + "pppii" + "pipi" + "ppppp")
+        arguments = (
             ctypes.addressof(self._struct), self._work_per_token, storage.arguments.data_ptr(), *batch.arguments,
             tokens.data_ptr(), count, None if rows is None else rows.data_ptr(), num_rows, *out.addresses,
         )  # fmt: skip
+        failed = function(*arguments)
+        if failed == 1 and self._reach(int(batch.lengths.max())):
+            failed = function(*arguments)
         assert failed != 1, (batch, rows, storage.layers[0].num_blocks, model.max_positions)
         if failed:
             raise GenerationError(
@@ -353,6 +389,19 @@ class DecodePlan:
                 f"{model.vocab_size - 1} are required; use the model's own tokenizer."
             )
         return out
+
+    @property
+    def _num_positions(self) -> int:
+        return self.model.max_positions if self.model.rotary is None else self.model.rotary.num_positions
+
+    def _reach(self, length: int) -> bool:
+        """Have a pass see so many positions; return whether it saw fewer, and the model has them."""
+        seen = self._struct.max_positions
+        if self.model.rotary is None or not seen < length <= self.model.max_positions:
+            return False
+        self.model.rotary.reach(length)
+        self._struct.max_positions = self._num_positions
+        return True
 
     def _make_room(self, count: int, num_rows: int) -> Decoded:
         routes = count * sum(self._top_k)

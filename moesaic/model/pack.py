@@ -9,6 +9,7 @@ model that does not fit into memory they come one block after the other (packed_
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from moesaic.checkpoint.quantized import Scheme
 from moesaic.config.model import ModelConfig
 from moesaic.errors import ConfigError
-from moesaic.kernels.decode import LatentPart, LayerPart, ModelPart, NormPart, RouterPart
+from moesaic.kernels.decode import LatentPart, LayerPart, ModelPart, NormPart, RotaryTable, RouterPart
 from moesaic.kernels.packed import PackedMlp, PackedWeight, pack_mlp, pack_weight
 from moesaic.kernels.quantized import QuantizedWeight, combine, dequantize, quantize_weight
 from moesaic.model.attention import Attention
@@ -243,7 +244,7 @@ def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
     config = model.config
     rotary = None
     if config.positions == "rotary":
-        rotary = model_rotary(config, torch.arange(config.max_positions, device=model.device))
+        rotary = RotaryTable(config.max_positions, partial(_rotary_rows, config))
     assert model.packed_head is not None
     return ModelPart(
         layers=layers,
@@ -265,6 +266,10 @@ def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
         residual_scale=config.residual_scale,
         window=config.sliding_window,
     )
+
+
+def _rotary_rows(config: ModelConfig, first: int, last: int) -> tuple[Tensor, Tensor]:
+    return model_rotary(config, torch.arange(first, last, device="cpu"))
 
 
 def packed_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

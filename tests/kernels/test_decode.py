@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moesaic.config.model import ModelConfig
 from moesaic.errors import GenerationError
-from moesaic.kernels import select
+from moesaic.kernels import decode, select
 from moesaic.kernels.decode import DecodePlan
 from moesaic.kernels.paged_attention import PagedBatch
 from moesaic.kernels.quantized import QuantizedWeight, quantize_to_mxfp4, quantize_weight
@@ -219,6 +219,21 @@ def test_equals_the_layers_one_by_one(kernels: str, family: str) -> None:
             assert float(errors.median()) < 2**-8 and float(errors.max()) < 0.5, errors
         else:
             assert torch.equal(whole, pieces)
+
+
+@pytest.mark.parametrize("family", ["llama", "latent attention, norms behind"])
+def test_positions_are_turned_as_far_as_texts_reach(kernels: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(build(family), layer_by_layer=False)
+    monkeypatch.setattr(decode, "_FIRST_POSITIONS", 8)
+    with torch.inference_mode():  # in which the table is made, and without which it grows
+        model = build(family)
+    plan = model.find_plan()
+    assert plan is not None
+    table = plan.model.rotary
+    assert table is not None and table.num_positions == 8
+    for got, wanted in zip(run(model, layer_by_layer=False), expected, strict=True):
+        assert torch.equal(got, wanted)
+    assert 8 < table.num_positions <= SIZES["max_positions"]
 
 
 @pytest.mark.parametrize("form", ["int8", "int4", "mxfp4"])
