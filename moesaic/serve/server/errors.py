@@ -170,7 +170,10 @@ def unknown_key(key: str, known: Sequence[str], *, inside: str) -> ApiError:
 
 def _explain_http(error: StarletteHTTPException) -> ApiError:
     if error.status_code == 404:
-        message = "there is nothing at this path; one of the server's is required; see /openapi.json."
+        message = (
+            "there is nothing at this path; one of the server's is required; see /openapi.json (the base URL of a "
+            "client of OpenAI's ends in /v1)."
+        )
         return ApiError(404, message, code="unknown_path")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another one")

@@ -136,6 +136,9 @@ class _Protocol(H11Protocol):
             self.transport.write(self.conn.send(event))
         self.transport.close()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing, where uvicorn says what to install for web sockets: no path here has one."""
+
 
 class DrainingServer(uvicorn.Server):
     """A server that on its first signal refuses newcomers (503) and ends when what runs has; on a second, at once."""

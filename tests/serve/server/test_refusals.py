@@ -429,6 +429,14 @@ def test_what_is_no_http_is_told_as_every_error_is(real: Live, sent: bytes) -> N
     assert httpx.get(f"{real.url}/health").status_code == 200
 
 
+def test_who_would_have_another_protocol_is_answered_in_this_one(real: Live, caplog: pytest.LogCaptureFixture) -> None:
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x", "Sec-WebSocket-Version": "13"}
+    assert httpx.get(f"{real.url}/health", headers=headers).status_code == 200
+    answer = httpx.get(f"{real.url}/ws", headers=headers)
+    assert answer.status_code == 404 and "ends in /v1" in answer.json()["error"]["message"]
+    assert "upgrade" not in caplog.text.lower() and "websocket" not in caplog.text.lower()
+
+
 def test_a_body_that_is_compressed_is_told_so(real: Live) -> None:
     body = gzip.compress(json.dumps({"prompt": "x", "max_tokens": 1}).encode())
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
