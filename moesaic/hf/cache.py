@@ -37,8 +37,10 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self._storage: Storage | None = None
-        self._num_blocks = 0
+        self._users: list[int] = []  # of each block, how many sequences have it
+        self._free: list[int] = []
         self._sequences: list[_Sequence] = []
+        self._tables = torch.zeros(0, 0, dtype=torch.int32, device="cpu")  # (B, more than any has), their blocks
         self._columns = torch.ones(0, 0, dtype=torch.bool, device="cpu")  # (B, columns), False for padding
         self._next: CacheStep | None = None
         self._before: tuple[list[int], Tensor] = [], self._columns  # the last prepare: lengths and columns
@@ -50,6 +52,7 @@ class PagedCache(Cache):
         """
         if not self._sequences:
             self._sequences = [_Sequence(0, []) for _ in range(columns.shape[0])]
+            self._tables = torch.zeros(columns.shape[0], 0, dtype=torch.int32, device="cpu")
             self._columns = columns[:, :0]
         if len(self._sequences) != columns.shape[0]:
             raise GenerationError(
@@ -72,11 +75,7 @@ class PagedCache(Cache):
         starts = torch.zeros(len(new) + 1, dtype=torch.int32, device="cpu")
         starts[1:] = counts.cumsum(0)
         width = max(len(sequence.blocks) for sequence in self._sequences)
-        tables = torch.tensor(
-            [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence in self._sequences],
-            dtype=torch.int32,
-            device="cpu",
-        )
+        tables = self._tables[:, :width].contiguous()
         assert self._storage is not None
         self._next = CacheStep(
             self._storage, PagedBatch(starts, torch.tensor(ends, dtype=torch.int32, device="cpu"), tables)
@@ -93,55 +92,76 @@ class PagedCache(Cache):
         lengths, self._columns = self._before
         assert sum(sequence.length for sequence in self._sequences) - sum(lengths) == length, (lengths, length)
         for sequence, before in zip(self._sequences, lengths, strict=True):
-            sequence.length = before
+            self._cut(sequence, before)
 
     def _make_room(self, ends: Sequence[int]) -> None:
         """Give each sequence blocks of its own for the positions up to its end."""
-        size = self._block_size
-        users = [0] * self._num_blocks
-        for sequence in self._sequences:
-            for block in sequence.blocks:
-                users[block] += 1
-        free = [block for block in range(self._num_blocks) if not users[block]]
-        needed = 0
-        copied: list[_Sequence] = []
-        for sequence, end in zip(self._sequences, ends, strict=True):
+        size, needed = self._block_size, 0
+        copied: list[int] = []
+        for number, (sequence, end) in enumerate(zip(self._sequences, ends, strict=True)):
             needed += -(-end // size) - len(sequence.blocks)
-            if end > sequence.length and sequence.length % size and users[sequence.blocks[-1]] > 1:
+            if end > sequence.length and sequence.length % size and self._users[sequence.blocks[-1]] > 1:
                 # The first new position goes into a block that another sequence too has begun.
-                users[sequence.blocks[-1]] -= 1
-                copied.append(sequence)
+                self._users[sequence.blocks[-1]] -= 1
+                copied.append(number)
         needed += len(copied)
-        if needed > len(free) or self._storage is None:
-            free += self._grow(needed - len(free))
+        if needed > len(self._free) or self._storage is None:
+            self._grow(needed - len(self._free))
         assert self._storage is not None
+        width = -(-max(ends) // size)
+        if width > self._tables.shape[1]:
+            self._tables = torch.nn.functional.pad(self._tables, (0, 2 * width - self._tables.shape[1]))
         if copied:
-            shared = [sequence.blocks[-1] for sequence in copied]
-            for sequence in copied:
-                sequence.blocks[-1] = free.pop()
-            copy_blocks(self._storage, shared, self._storage, [sequence.blocks[-1] for sequence in copied])
-        for sequence, end in zip(self._sequences, ends, strict=True):
-            while len(sequence.blocks) * size < end:
-                sequence.blocks.append(free.pop())
+            shared = [self._sequences[number].blocks.pop() for number in copied]
+            copy_blocks(self._storage, shared, self._storage, [self._add_block(number) for number in copied])
+        for number, end in enumerate(ends):
+            while len(self._sequences[number].blocks) * size < end:
+                self._add_block(number)
 
-    def _grow(self, at_least: int) -> range:
-        """Have more blocks, half as many again, and return the new ones."""
-        before = self._num_blocks
-        self._num_blocks = before + max(at_least, before // 2, 1)
+    def _add_block(self, number: int) -> int:
+        """Give a sequence another block, and return it."""
+        block, blocks = self._free.pop(), self._sequences[number].blocks
+        self._users[block] = 1
+        self._tables[number, len(blocks)] = block
+        blocks.append(block)
+        return block
+
+    def _cut(self, sequence: _Sequence, length: int) -> None:
+        """Forget a sequence's positions from a length on."""
+        sequence.length = length
+        kept = -(-length // self._block_size)
+        for block in sequence.blocks[kept:]:
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._free.append(block)
+        del sequence.blocks[kept:]
+
+    def _grow(self, at_least: int) -> None:
+        """Have more blocks, and half as many again: memory that is not used is only addresses."""
+        before = len(self._users)
+        count = before + at_least
+        count += count // 2 + 1
         storage = allocate_storage(
-            self._config, self._num_blocks, block_size=self._block_size, dtype=self._dtype, device=self._device
+            self._config, count, block_size=self._block_size, dtype=self._dtype, device=self._device
         )
         if self._storage is not None:
             copy_blocks(self._storage, range(before), storage, range(before))
         self._storage = storage
-        return range(before, self._num_blocks)
+        self._users += [0] * (count - before)
+        self._free += range(before, count)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences, in this order, any of them several times; they share their blocks."""
         chosen: list[int] = indices.tolist()
         sequences = [self._sequences[index] for index in chosen]
         self._sequences = [_Sequence(sequence.length, list(sequence.blocks)) for sequence in sequences]
-        self._columns = self._columns[torch.tensor(chosen, dtype=torch.int64, device="cpu")]
+        self._users = [0] * len(self._users)
+        for sequence in self._sequences:
+            for block in sequence.blocks:
+                self._users[block] += 1
+        self._free = [block for block, users in enumerate(self._users) if not users]
+        rows = torch.tensor(chosen, dtype=torch.int64, device="cpu")
+        self._columns, self._tables = self._columns[rows], self._tables[rows]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The same under the name that beam search calls."""
@@ -157,8 +177,7 @@ class PagedCache(Cache):
         kept = max(self.get_seq_length() - removed, 0)
         counts: list[int] = self._columns[:, kept:].sum(1).tolist()
         for sequence, count in zip(self._sequences, counts, strict=True):
-            sequence.length -= count
-            del sequence.blocks[-(-sequence.length // self._block_size) :]
+            self._cut(sequence, sequence.length - count)
         self._columns = self._columns[:, :kept]
 
     @property
@@ -220,15 +239,19 @@ class PagedCache(Cache):
 
     def __repr__(self) -> str:
         lengths = [sequence.length for sequence in self._sequences]
-        return f"PagedCache(positions={lengths}, blocks={self._num_blocks} of {self._block_size})"
+        used = len(self._users) - len(self._free)
+        return f"PagedCache(positions={lengths}, blocks={used} of {self._block_size})"
 
     def __deepcopy__(self, memo: dict[int, object]) -> "PagedCache":
         """Blocks hold the addresses of their tensors, so a copy has storage of its own."""
         other = PagedCache(self._config, dtype=self._dtype, device=self._device, block_size=self._block_size)
         other._sequences = copy.deepcopy(self._sequences, memo)
-        other._columns = self._columns.clone()
+        other._columns, other._tables = self._columns.clone(), self._tables.clone()
+        other._users, other._free = list(self._users), list(self._free)
         if self._storage is not None:
-            every = other._grow(self._num_blocks)
-            assert other._storage is not None
+            every = range(len(self._users))
+            other._storage = allocate_storage(
+                self._config, len(every), block_size=self._block_size, dtype=self._dtype, device=self._device
+            )
             copy_blocks(self._storage, every, other._storage, every)
         return other

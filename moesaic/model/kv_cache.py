@@ -47,12 +47,15 @@ def allocate_storage(
 
 def copy_blocks(source: Storage, from_blocks: Sequence[int], target: Storage, to_blocks: Sequence[int]) -> None:
     """Copy blocks of every layer from one storage to another of the same kind, or within one."""
+    # Ranges as slices, which need no memory between.
+    taken, given = (slice(each.start, each.stop) if isinstance(each, range) and each.step == 1 else list(each)
+                    for each in (from_blocks, to_blocks))  # fmt: skip
     pairs: Iterable[tuple[Any, Any]] = zip(source.layers, target.layers, strict=True)
     for old, new in pairs:
         for field in fields(old):
             values = getattr(old, field.name)
             if isinstance(values, Tensor):  # every tensor of a layer has the blocks in front
-                getattr(new, field.name)[list(to_blocks)] = values[list(from_blocks)]
+                getattr(new, field.name)[given] = values[taken]
 
 
 class KVCache(Protocol):
