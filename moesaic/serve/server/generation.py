@@ -260,7 +260,7 @@ class _ChoicesAnswer(_Answer):
             events = []
             for placed in news:
                 taken = self._take(placed)
-                head = self._head(kind) | ({"usage": None} if self._job.streams_usage else {})
+                head = self._head(kind) | self._usage_so_far()
                 for choice, part in taken:
                     has_more = any(part.get(key) for key in ("text", "tool_calls", "experts")) or _has_logprobs(part)
                     if has_more or part.get("finish_reason") is not None:
@@ -271,9 +271,15 @@ class _ChoicesAnswer(_Answer):
                         events += [encode_event({**head, "choices": [chunk]}) for chunk in chunks]
             if events:
                 yield b"".join(events)
-        if self._job.streams_usage:
+        if self._job.streamed_usage != "none":
             yield encode_event({**self._head(kind), "choices": [], "usage": self._total_usage().as_dict()})
         yield b"data: [DONE]\n\n"
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        """What an event says of it that is not the last."""
+        if self._job.streamed_usage == "none":
+            return {}
+        return {"usage": self._total_usage().as_dict() if self._job.streamed_usage == "each" else None}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

@@ -19,7 +19,7 @@ from moesaic.serve.server.answers import Kind, TokenTexts
 from moesaic.serve.server.errors import refusal
 from moesaic.serve.server.interruptible import run_interruptibly
 from moesaic.serve.server.metrics import Metrics
-from moesaic.serve.server.requests import CompletionBody, ConversationBody, Prompt
+from moesaic.serve.server.requests import CompletionBody, ConversationBody, Prompt, StreamedUsage
 from moesaic.serve.server.tool_calls import ToolCallReader
 
 # Log-probabilities of prompts in an answer of several texts: some 25 MB, for whose half a second everybody waits.
@@ -64,7 +64,7 @@ class Job:
     echoes: tuple[str, ...]  # each prompt's text, for a completion that echoes; else empty
     sampling: Sampling
     priority: int
-    streams_usage: bool
+    streamed_usage: StreamedUsage
     has_tool_calls: bool = False  # to be looked for in the answer
 
 
@@ -89,7 +89,7 @@ async def _understand_completion(served: Served, body: CompletionBody) -> Job:
         )
     return _check_job(served, Job(
         kind="completion", prompts=prompts, echoes=echoes, sampling=sampling, priority=body.priority or 0,
-        streams_usage=body.streams_usage,
+        streamed_usage=body.streamed_usage,
     ))  # fmt: skip
 
 
@@ -146,7 +146,7 @@ async def _understand_conversation(served: Served, body: ConversationBody) -> Jo
     sampling = body.sampling(room=served.max_length - len(prompt), reads_calls=reads_calls)
     return _check_job(served, Job(
         kind=body.kind, prompts=(prompt,), echoes=(), sampling=sampling, priority=body.priority or 0,
-        streams_usage=body.streams_usage,
+        streamed_usage=body.streamed_usage,
         has_tool_calls=tools is not None and reads_calls,
     ))  # fmt: skip
 

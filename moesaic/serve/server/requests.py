@@ -155,13 +155,18 @@ class Body(BaseModel):
         return kept
 
 
+# Which events of a stream have the counts of tokens.
+StreamedUsage = Literal["none", "last", "each"]
+
+
 class StreamOptions(Body):
-    """include_usage: a last event with the counts of tokens."""
+    """include_usage: a last event with the counts of tokens; continuous_usage_stats: every event with those so far."""
 
     path = "stream_options"
-    harmless = ("include_obfuscation", "continuous_usage_stats")
+    harmless = ("include_obfuscation",)
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -279,13 +284,15 @@ class GenerationBody(Body):
         return bool(self.stream)
 
     @property
-    def streams_usage(self) -> bool:
+    def streamed_usage(self) -> StreamedUsage:
         if self.stream_options is not None and not self.streams:
             raise refusal(
                 "stream_options was given without stream; it needs one; set stream to true, or leave it out.",
                 param="stream_options",
             )
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+        if self.stream_options is None or not self.stream_options.include_usage:
+            return "none"
+        return "each" if self.stream_options.continuous_usage_stats else "last"
 
     @property
     def grammar_key(self) -> str:
@@ -365,7 +372,7 @@ class CompletionBody(GenerationBody):
     def check(self) -> None:
         """Raise ApiError for what can never be met, before anything is computed for it."""
         self.sampling()
-        _ = self.streams_usage
+        _ = self.streamed_usage
 
     def sampling(self) -> Sampling:
         values = self.common_values()
@@ -444,7 +451,7 @@ class ConversationBody(GenerationBody):
         self.template_messages()
         self.template_tools()
         self.template_settings()
-        _ = self.streams_usage
+        _ = self.streamed_usage
 
     @property
     def continues_last(self) -> bool:

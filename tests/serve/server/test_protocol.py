@@ -114,6 +114,18 @@ def test_seeds_n_and_priority(client: openai.OpenAI) -> None:
     assert draw(seed=6)[0] == many[1]  # text i has seed + i
 
 
+def test_counts_may_come_with_every_event(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny", "prompt": PROMPT, "max_tokens": 9, "seed": 1, "n": 2, "stream": True,
+        "extra_body": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    }  # fmt: skip
+    usages = [chunk.usage for chunk in client.completions.create(**asked)]
+    counts = [usage.completion_tokens for usage in usages if usage is not None]
+    assert len(counts) == len(usages) > 5 and counts == sorted(counts) and counts[0] < counts[-1] <= 18
+    assert usages[0] is not None and usages[-1] is not None
+    assert usages[0].prompt_tokens == usages[-1].prompt_tokens > 0
+
+
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("logprobs", [None, 0, 2])
 @pytest.mark.parametrize("n", [1, 2])
