@@ -14,6 +14,7 @@ from moesaic.cli.training import print_end, print_run, result_values, run_shown
 
 if TYPE_CHECKING:
     from moesaic.config.train import TrainConfig
+    from moesaic.distill.latency import Ratio
     from moesaic.distill.report import DistillationReport
 
 
@@ -141,15 +142,22 @@ def _print(report: "DistillationReport") -> None:
     teacher, student = report.teacher, report.student
     table = plain_table("", "teacher", "student", "student / teacher")
 
-    def add(name: str, theirs: float, own: float, show: Callable[[float], str]) -> None:
-        table.add_row(name, show(theirs), show(own), f"{own / theirs:.3f}" if theirs else "-")
+    def add(name: str, theirs: float, own: float, show: Callable[[float], str], ratio: "Ratio | None" = None) -> None:
+        if ratio is None:
+            quotient = f"{own / theirs:.3f}" if theirs else "-"
+        else:  # what the rounds do not agree on is no number
+            quotient = f"{ratio.median:.3f}" if ratio.is_clear else f"{ratio.low:.2f} to {ratio.high:.2f}"
+        table.add_row(name, show(theirs), show(own), quotient)
 
     add("parameters", teacher.parameters, student.parameters, short_number)
     add("active per token", teacher.active_parameters, student.active_parameters, short_number)
     add("validation loss, nats per token", teacher.validation_loss, student.validation_loss, lambda x: f"{x:.4f}")
     prompt = f"prompt of {report.prompt_tokens} tokens, ms"
-    add(prompt, teacher.prefill_seconds, student.prefill_seconds, lambda x: f"{1000 * x:.2f}")
-    add("a token after it, ms", teacher.decode_seconds, student.decode_seconds, lambda x: f"{1000 * x:.2f}")
+    for name, theirs, own, ratio in (
+        (prompt, teacher.prefill_seconds, student.prefill_seconds, report.prefill_ratio),
+        ("a token after it, ms", teacher.decode_seconds, student.decode_seconds, report.decode_ratio),
+    ):
+        add(name, theirs, own, lambda x: f"{1000 * x:.2f}", ratio)
     for name, score in teacher.tasks.items():
         if name in student.tasks:
             add(f"{name} ({score.metric})", score.value, student.tasks[name].value, lambda x: f"{x:.4g}")

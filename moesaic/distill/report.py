@@ -1,7 +1,7 @@
 """What a distillation gave: student and teacher side by side, from their run folders; distill.json in the student's.
 
 Both are measured now, on this machine, packed as for inference: the validation loss over the student's validation
-sequences, and the latency of a prompt and of each token after it, in turns. Task scores are those that `moesaic
+sequences, and the latency of a prompt and of each token after it (latency.py). Task scores are those that `moesaic
 evaluate` has kept in the run folders; none is computed here.
 """
 
@@ -9,31 +9,27 @@ import json
 import math
 import shutil
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moesaic.data.loader import ValidationLoader
 from moesaic.data.shards import ShardSet
+from moesaic.distill.latency import Ratio, measure_latency
 from moesaic.distill.teacher import KEPT_NAME, TeacherRun
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.evaluate.validation import validation_loss
 from moesaic.folders import write_whole
 from moesaic.logs import logger
-from moesaic.model.kv_cache import BatchCache
 from moesaic.model.load import load_run, load_run_config
-from moesaic.model.transformer import Transformer
 from moesaic.plan.cost import count_parameters
 from moesaic.report.evaluations import EvaluationError, read_results
 from moesaic.report.json_values import json_values
 
 REPORT_NAME = "distill.json"
 _PROMPT_TOKENS, _NEW_TOKENS = 128, 32
-_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -61,10 +57,15 @@ class Side:
 
 @dataclass(frozen=True)
 class DistillationReport:
-    """Teacher and student. prompt_tokens, new_tokens: of the latencies; validation_tokens: of the losses."""
+    """Teacher and student. prompt_tokens, new_tokens: of the latencies; validation_tokens: of the losses.
+
+    prefill_ratio, decode_ratio: the student's latencies over the teacher's.
+    """
 
     teacher: Side
     student: Side
+    prefill_ratio: Ratio
+    decode_ratio: Ratio
     schedule: str
     validation_tokens: int
     prompt_tokens: int
@@ -124,7 +125,7 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
     num_prompt = max(1, min(_PROMPT_TOKENS, positions // 2, shards.validation.num_tokens))
     num_new = max(1, min(_NEW_TOKENS, positions - num_prompt))
     prompt = torch.from_numpy(shards.validation.read(0, num_prompt))[None]
-    latencies = _latencies({name: each.model for name, each in loaded.items()}, prompt, num_new)
+    latency = measure_latency({name: each.model for name, each in loaded.items()}, prompt, num_new=num_new)
     batches = ValidationLoader.of(config, shards.validation)
     sides = {
         name: Side(
@@ -133,8 +134,8 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
             parameters=(count := count_parameters(each.config.model)).total,
             active_parameters=count.active,
             validation_loss=validation_loss(each.model, batches, device=each.device),
-            prefill_seconds=latencies[name][0],
-            decode_seconds=latencies[name][1],
+            prefill_seconds=statistics.median(latency.prefill[name]),
+            decode_seconds=statistics.median(latency.decode[name]),
             tasks=_task_scores(folders[name], each.info.step),
         )
         for name, each in loaded.items()
@@ -142,11 +143,14 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
     report = DistillationReport(
         teacher=sides["teacher"],
         student=sides["student"],
+        prefill_ratio=Ratio.of(latency.prefill["student"], latency.prefill["teacher"]),
+        decode_ratio=Ratio.of(latency.decode["student"], latency.decode["teacher"]),
         schedule=config.distill.schedule,
         validation_tokens=batches.num_sequences * config.data.sequence_length,
         prompt_tokens=num_prompt,
         new_tokens=num_new,
     )
+    _warn_of_noise(report)
     write_whole(folder / REPORT_NAME, json.dumps(report.to_json(), indent=1, allow_nan=False))
     return report
 
@@ -165,31 +169,14 @@ def try_report(run_folder: str | Path, *, device: str = "auto") -> DistillationR
     return report
 
 
-@torch.no_grad()
-def _latencies(models: dict[str, Transformer], prompt: Tensor, num_new: int) -> dict[str, tuple[float, float]]:
-    """Return the median seconds of the prompt and of a new token, the models in turns so that a busy machine hits all
-    alike."""
-    prefill: dict[str, list[float]] = {name: [] for name in models}
-    decode: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(_ROUNDS + 1):
-        for name, model in models.items():
-            tokens = prompt.to(model.device)
-            cache = BatchCache(
-                model.config, 1, prompt.shape[1] + num_new, dtype=model.compute_dtype, device=model.device
-            )
-            first = _seconds(model, tokens, cache)
-            each = [_seconds(model, tokens[:, -1:], cache) for _ in range(num_new)]
-            if turn:  # the first is a warm-up
-                prefill[name].append(first)
-                decode[name] += each
-    return {name: (statistics.median(prefill[name]), statistics.median(decode[name])) for name in models}
-
-
-def _seconds(model: Transformer, tokens: Tensor, cache: BatchCache) -> float:
-    """Return how long the likeliest next token of tokens (1, S) takes; on a GPU, reading it back waits for it."""
-    started = time.perf_counter()
-    int(model.logits(model(tokens, cache=cache).hidden[0, -1]).argmax())
-    return time.perf_counter() - started
+def _warn_of_noise(report: DistillationReport) -> None:
+    for name, ratio in (("a prompt", report.prefill_ratio), ("a token", report.decode_ratio)):
+        if not ratio.is_clear:
+            logger.warning(
+                "the machine is busy: %s takes the student %.2f to %.2f times as long as the teacher by %d rounds, "
+                "which says little; the same command with --resume measures both again when the machine is quiet",
+                name, ratio.low, ratio.high, ratio.num_rounds,
+            )  # fmt: skip
 
 
 def _task_scores(run_folder: Path, step: int) -> dict[str, TaskScore]:

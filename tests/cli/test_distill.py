@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 
 from moesaic.config.load import load_train_config
+from moesaic.distill.latency import Latency
 from moesaic.report.records import read_metrics
 
 SETTINGS = ["--set", "tokens=512", "--set", "log_every_steps=1", "--set", "evaluation.sequences=4"]
+
+
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports measure speed once."""
+    monkeypatch.setattr("moesaic.distill.latency._FEWEST_ROUNDS", 1)
+    monkeypatch.setattr("moesaic.distill.latency._SECONDS", 0.0)
 
 
 def test_a_student_is_trained_shown_and_reported(
@@ -32,6 +40,19 @@ def test_a_student_is_trained_shown_and_reported(
     assert alphas == [0.5] * 6 + [0.0] * 2
     inspected = cli("inspect", run)
     assert inspected.status == 0 and "validation loss" in inspected.out
+
+
+def test_a_speed_that_is_not_clear_is_shown_by_its_bounds(
+    cli: Any, trained_run: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wild = {"teacher": [1.0] * 6, "student": [0.11, 0.2, 0.7, 0.7, 2.0, 3.0]}
+    calm = {"teacher": [0.5, 1.0, 2.0] * 2, "student": [0.25, 0.5, 1.0] * 2}
+    monkeypatch.setattr("moesaic.distill.report.measure_latency", lambda *_, **__: Latency(wild, calm))
+    result = cli("distill", trained_run, tmp_path / "student", "--data", tiny_data, *SETTINGS)
+    prompt, token = (line.rstrip() for line in result.out.splitlines() if line.rstrip().endswith(("3.00", "0.500")))
+    assert prompt.lstrip().startswith("prompt of") and prompt.endswith(" 0.11 to 3.00")
+    assert token.lstrip().startswith("a token after it")
+    assert "the machine is busy: a prompt takes the student" in result.err
 
 
 def test_json_is_the_result_with_its_report_and_resuming_makes_it_again(

@@ -25,7 +25,8 @@ TEACHER: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports measure speed once."""
-    monkeypatch.setattr("moesaic.distill.report._ROUNDS", 1)
+    monkeypatch.setattr("moesaic.distill.latency._FEWEST_ROUNDS", 1)
+    monkeypatch.setattr("moesaic.distill.latency._SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import torch
 from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.config.train import TrainConfig
 from moesaic.distill.cache import write_cache
+from moesaic.distill.latency import Latency, Ratio
 from moesaic.distill.report import REPORT_NAME, DistillationReport, Side, TaskScore, report_distillation, try_report
 from moesaic.distill.run import distill, make_trainer, write_needed_cache
 from moesaic.errors import ConfigError
@@ -56,6 +57,7 @@ def test_both_sides_are_measured_as_they_are_now(student: Student, teacher: Path
     )
     for side in (report.teacher, report.student):
         assert side.prefill_seconds > 0 and side.decode_seconds > 0
+    assert report.prefill_ratio.median > 0 and report.decode_ratio.num_rounds == 1
     assert (report.prompt_tokens, report.new_tokens, report.validation_tokens) == (16, 16, 4 * 16)
     assert report.task_retention is None
     written = json.loads((tmp_path / "run" / REPORT_NAME).read_text())
@@ -122,18 +124,38 @@ def side(tasks: dict[str, float], loss: float = 3.0) -> Side:
     return Side("r", 1, 1, 1, loss, 1.0, 1.0, {name: TaskScore("acc", value, True) for name, value in tasks.items()})
 
 
+def report_of(teacher: Side, student: Side) -> DistillationReport:
+    same = Ratio(1.0, 1.0, 1.0, 6)
+    return DistillationReport(teacher, student, same, same, "staged", 1, 1, 1)
+
+
 def test_retention_is_of_the_means_as_the_papers_is() -> None:
     """DeepSpeed-MoE's table 5, 1.3B: 48.37 and 47.96 in the mean of six tasks, 99.1 %."""
     names = ("lambada", "piqa", "boolq", "race_h", "triviaqa", "webqs")
     teacher = dict(zip(names, (70.60, 77.75, 67.16, 38.09, 28.86, 7.73), strict=True))
     student = dict(zip(names, (70.17, 77.69, 65.66, 36.94, 29.05, 8.22), strict=True))
-    report = DistillationReport(side(teacher), side(student), "staged", 1, 1, 1)
+    report = report_of(side(teacher), side(student))
     assert report.task_retention == pytest.approx(0.991, abs=1e-3)
-    assert DistillationReport(side({"a": 0.0}), side({"a": 1.0}), "staged", 1, 1, 1).task_retention is None
-    broken = DistillationReport(side({}), side({}, math.nan), "staged", 1, 1, 1).to_json()
+    assert report_of(side({"a": 0.0}), side({"a": 1.0})).task_retention is None
+    broken = report_of(side({}), side({}, math.nan)).to_json()
     assert broken["student"]["validation_loss"] is None and broken["perplexity_retention"] is None
-    assert DistillationReport(side({}, 1000.0), side({}, 1.0), "staged", 1, 1, 1).perplexity_retention == math.inf
-    assert DistillationReport(side({}, 1.0), side({}, 1000.0), "staged", 1, 1, 1).perplexity_retention == 0
+    assert report_of(side({}, 1000.0), side({}, 1.0)).perplexity_retention == math.inf
+    assert report_of(side({}, 1.0), side({}, 1000.0)).perplexity_retention == 0
+
+
+def test_latencies_that_say_nothing_are_told(
+    student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    distill(student("distill.schedule=none", steps=4), tmp_path / "run")
+    wild = {"teacher": [1.0] * 6, "student": [0.1, 0.2, 0.7, 0.7, 2.0, 3.0]}
+    calm = {"teacher": [1.0] * 6, "student": [0.5] * 6}
+    monkeypatch.setattr("moesaic.distill.report.measure_latency", lambda *_, **__: Latency(wild, calm))
+    with caplog.at_level("WARNING", "moesaic"):
+        report = report_distillation(tmp_path / "run", device="cpu")
+    assert report.prefill_ratio == Ratio(0.7, 0.1, 3.0, 6) and not report.prefill_ratio.is_clear
+    assert report.decode_ratio == Ratio(0.5, 0.5, 0.5, 6) and report.student.decode_seconds == 0.5
+    assert "a prompt takes the student 0.10 to 3.00 times as long as the teacher by 6 rounds" in caplog.text
+    assert "a token takes" not in caplog.text
 
 
 def test_a_teacher_that_is_gone_costs_the_report_alone(
