@@ -252,6 +252,8 @@ def _prepare_folder(
         validation.close()
     if validation.num_documents == 0 and split.fraction > 0:
         logger.warning("%s: all documents are equal, so none is left for validation.", folder)
+    for source in leaves:  # the fingerprint is of what was there at the start
+        source.check_unchanged()
     manifest = Manifest(
         dtype=dtype,
         vocab_size=own.vocab_size,

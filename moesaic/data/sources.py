@@ -64,6 +64,23 @@ class Leaf:
     def is_compressed(self) -> bool:
         return self.kind == "parquet" or self.name.lower().endswith(".gz")
 
+    def check_unchanged(self) -> None:
+        """Raise DataError where the file or saved dataset is no longer what it was when the source was opened."""
+        if self.path is None:
+            return
+        try:
+            size, modified = _size_and_time(self.path)
+        except OSError as error:
+            raise DataError(
+                f"{_label(self)} is gone ({error.strerror}); sources must stay as they are while they are read; put it "
+                f"back, or delete the output folder, and run again."
+            ) from None
+        if (size, modified) != (self.size_bytes, self.modified_ns):
+            raise DataError(
+                f"{_label(self)} has changed while it was read (it had {self.size_bytes} bytes, now {size}, or another "
+                f"date); sources must stay as they are until the end; delete the output folder and run again."
+            )
+
     def documents(self, text_field: str) -> Iterator[Document]:
         """Yield the documents in order; empty ones too, so that positions count the same for every reader.
 
@@ -141,8 +158,13 @@ def _endings() -> str:
 
 
 def _file_leaf(source: str, name: str, path: Path, kind: Kind) -> Leaf:
-    stat = path.stat()
-    return Leaf(source, name, kind, path, stat.st_size, stat.st_mtime_ns)
+    return Leaf(source, name, kind, path, *_size_and_time(path))
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Return the bytes and the last change, in ns since 1970, of a file or of all files in a folder."""
+    stats = [each.stat() for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path.stat()]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
 def _folder_leaves(source: str, folder: Path) -> list[Leaf]:
@@ -165,9 +187,7 @@ def _folder_leaves(source: str, folder: Path) -> list[Leaf]:
 
 
 def _saved_dataset_leaf(source: str, folder: Path) -> Leaf:
-    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    size = sum(stat.st_size for stat in stats)
-    return Leaf(source, folder.name, "saved_dataset", folder, size, max(stat.st_mtime_ns for stat in stats))
+    return _file_leaf(source, folder.name, folder, "saved_dataset")
 
 
 def _path(leaf: Leaf) -> Path:

@@ -329,6 +329,27 @@ def test_a_source_that_fails_leaves_no_folder_and_its_own_message(tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("change", ["grown", "touched", "gone"])
+def test_a_source_that_changes_while_it_is_read_is_named_and_nothing_is_finished(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, change: str
+) -> None:
+    file = corpus / "b.txt"
+
+    def disturb(progress: Progress) -> None:
+        if change == "gone":
+            file.unlink(missing_ok=True)
+        elif change == "grown":
+            file.write_text("more " * 10_000)
+        else:
+            os.utime(file, ns=(1, 1))
+
+    # All of it is one batch, so the files are read when the first progress is told.
+    message = rf"b\.txt {'is gone' if change == 'gone' else 'has changed while it was read'} .*; .* must stay .*; "
+    with pytest.raises(DataError, match=message):
+        prepare(corpus, tmp_path / "out", tokenizer=tokenizer, num_workers=1, on_progress=disturb)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("fraction", [0.0001, 0.02, 0.9999])
 def test_two_documents_are_enough_for_both_splits(
