@@ -180,7 +180,7 @@ def _warn_of_noise(report: DistillationReport) -> None:
 
 
 def _task_scores(run_folder: Path, step: int) -> dict[str, TaskScore]:
-    """Return the first metric of each task that was evaluated at this step."""
+    """Return the first metric of each task that was evaluated at this step, by task and precision."""
     try:
         results = read_results(run_folder, step=step)
     except EvaluationError as error:
@@ -190,5 +190,5 @@ def _task_scores(run_folder: Path, step: int) -> dict[str, TaskScore]:
     for result in results:
         name, metric = next(iter(result.metrics.items()))
         if math.isfinite(metric.value):
-            scores[result.label] = TaskScore(name, metric.value, metric.higher_is_better)
+            scores[f"{result.label}, {result.precision}"] = TaskScore(name, metric.value, metric.higher_is_better)
     return scores

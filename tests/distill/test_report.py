@@ -24,17 +24,19 @@ from moesaic.report.evaluations import MetricResult, TaskResult, write_json, wri
 Student = Callable[..., TrainConfig]
 
 
-def write_score(run: Path, step: int, task: str, value: float, *, higher_is_better: bool = True) -> Path:
+def write_score(
+    run: Path, step: int, task: str, value: float, *, higher_is_better: bool = True, precision: str = "fp32"
+) -> Path:
     metrics = {
         "acc": MetricResult(value=value, standard_error=None, higher_is_better=higher_is_better),
         "other": MetricResult(value=0.1, standard_error=None, higher_is_better=None),
     }
     result = TaskResult(
-        run=str(run), step=step, task=task, task_version="1", shots=0, limit=None, num_records=3, precision="fp32",
+        run=str(run), step=step, task=task, task_version="1", shots=0, limit=None, num_records=3, precision=precision,
         uses_chat_template=False, records_from="here", seed=0, metrics=metrics, seconds=1.0, versions={},
         fingerprints={}, command=(),
     )  # fmt: skip
-    return write_result(run, result)
+    return write_result(run, result, suffix=f"-{precision}")
 
 
 def test_both_sides_are_measured_as_they_are_now(student: Student, teacher: Path, tmp_path: Path) -> None:
@@ -104,6 +106,7 @@ def test_kept_task_scores_are_read_and_nothing_else(
             write_score(run, step, "wikitext2", 30.0 / score, higher_is_better=False)
             write_json(run, step, "domains", {"kind": "domains"})
         write_score(teacher, theirs, "piqa", 0.9)  # the student's is not there
+        write_score(teacher, theirs, "arc_easy", 0.8, precision="bf16")  # nor is this precision
         write_score(tmp_path / "run", own + 1, "blimp", 0.9)  # another step
         report = report_distillation(tmp_path / "run", device="cpu")
         write_json(tmp_path / "run", own, "broken", {"kind": "task"})
@@ -113,10 +116,11 @@ def test_kept_task_scores_are_read_and_nothing_else(
         for path in (teacher / "evaluations").rglob("*.json"):
             path.unlink()
     assert report.student.tasks == {
-        "arc_easy": TaskScore("acc", 0.4, True),
-        "wikitext2": TaskScore("acc", 75.0, False),
+        "arc_easy, fp32": TaskScore("acc", 0.4, True),
+        "wikitext2, fp32": TaskScore("acc", 75.0, False),
     }
-    assert "piqa" in report.teacher.tasks and report.task_retention == pytest.approx(0.8)
+    assert {"piqa, fp32", "arc_easy, bf16"} < report.teacher.tasks.keys()
+    assert report.task_retention == pytest.approx(0.8)
     assert without.student.tasks == {} and "broken.json" in caplog.text
 
 
