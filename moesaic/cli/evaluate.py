@@ -16,7 +16,7 @@ from moesaic.logs import logger
 if TYPE_CHECKING:
     from moesaic.evaluate.domains import DomainUsage, LayerDomains
     from moesaic.evaluate.perplexity import Perplexity
-    from moesaic.model.load import LoadedModel
+    from moesaic.model.load import LoadedModel, Precision
     from moesaic.report.evaluations import TaskResult
 
 
@@ -114,13 +114,13 @@ def evaluate(
     Example: moesaic evaluate runs/first runs/second --tasks lambada,piqa --tasks-data eval --limit 200
     """
     with loading_modules():
-        from moesaic.checkpoint.store import resolve_checkpoint
         from moesaic.data.sources import TEXT_FIELD
         from moesaic.evaluate.batched import BatchedScorer
-        from moesaic.evaluate.perplexity import measure_perplexity, text_windows
+        from moesaic.evaluate.domains import require_experts
+        from moesaic.evaluate.perplexity import measure_perplexity, text_windows, window_length
         from moesaic.evaluate.run import TaskSettings, run_domains, run_tasks
         from moesaic.logs import OnProgress, log_to_stderr
-        from moesaic.model.load import load_run
+        from moesaic.model.load import load_run, load_run_config, resolve_run
         from moesaic.serve.scorer import EngineScorer
 
     _check_options(
@@ -159,8 +159,13 @@ def evaluate(
     if tasks is not None:
         settings = TaskSettings(tasks, data=tasks_data, shots=shots, limit=limit, use_chat=chat)
     log_to_stderr()
+    precision: Precision | None = "fp32" if fp32 else None
     for run in runs:  # a mistake in the last should not cost what the first has taken
-        resolve_checkpoint(run)
+        config = load_run_config(resolve_run(run, pack=not fp32, precision=precision).run_folder)
+        if text is not None:
+            window_length(config, window)
+        if domains is not None:
+            require_experts(config.model)
     texts: list[tuple[str, Perplexity]] = []
     results: list[TaskResult] = []
     usages: list[tuple[str, DomainUsage]] = []
@@ -168,7 +173,7 @@ def evaluate(
 
     def measure(run: str, progress: OnProgress) -> Path:
         """Measure one run, return its folder, and keep nothing of it in memory."""
-        loaded = load_run(run, device=device, pack=not fp32, precision="fp32" if fp32 else None)
+        loaded = load_run(run, device=device, pack=not fp32, precision=precision)
         if text is not None:
             windows = text_windows(
                 loaded, text, window=window, stride=stride, limit_tokens=limit_tokens, apart=documents,
@@ -204,12 +209,14 @@ def evaluate(
 
     is_kept = keep and (tasks or domains) is not None
     kept = "what was finished is in the runs' folders" if is_kept else "nothing was written"
-    with shown_progress(kept=kept) as progress:
-        for run in runs:
-            run_folder = measure(run, progress)
-            folder = folder or run_folder
-    if not as_json:
-        _print_tables(texts, results, usages, text=text, domains=domains)
+    try:
+        with shown_progress(kept=kept) as progress:
+            for run in runs:
+                run_folder = measure(run, progress)
+                folder = folder or run_folder
+    finally:  # what has been measured is shown whatever became of the rest
+        if not as_json:
+            _print_tables(texts, results, usages, text=text, domains=domains)
     if results and (plot is not None or keep):
         from moesaic.report.evaluation_plots import write_comparison
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moesaic.config.model import ModelConfig
 from moesaic.data.sources import TEXT_FIELD, mend_text, text_of
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, DataError
@@ -137,6 +138,14 @@ def read_labelled(
     return documents
 
 
+def require_experts(config: ModelConfig) -> None:
+    """Raise ConfigError for a model without MoE layers."""
+    if not config.moe_layers:
+        raise ConfigError(
+            "the model has no MoE layers; domains are told apart by their experts; name a run of a model with experts."
+        )
+
+
 @torch.no_grad()
 def measure_domains(
     model: Transformer,
@@ -150,10 +159,7 @@ def measure_domains(
 
     Raises: ConfigError for a model without MoE layers.
     """
-    if not any(layer.is_moe for layer in model.config.layers):
-        raise ConfigError(
-            "the model has no MoE layers; domains are told apart by their experts; name a run of a model with experts."
-        )
+    require_experts(model.config)
     counts = _routes_by_document(model, documents, progress)
     domains = tuple(sorted({document.domain for document in documents}))
     labels = np.array([domains.index(document.domain) for document in documents])

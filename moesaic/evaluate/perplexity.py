@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.config.train import TrainConfig
 from moesaic.data.sources import TEXT_FIELD
 from moesaic.errors import ConfigError
 from moesaic.evaluate.text import NOTHING, Windows, read_documents
@@ -63,6 +64,20 @@ class Comparison:
     top1_agreement: float
 
 
+def window_length(config: TrainConfig, window: int | None) -> int:
+    """Return the tokens of a window for a run; None is the sequence length of training.
+
+    Raises: ConfigError for more than the model has positions.
+    """
+    length = config.data.sequence_length if window is None else window
+    if length > config.model.max_positions:
+        raise ConfigError(
+            f"window ({length}) is more than the {config.model.max_positions} positions of the model; it has none "
+            f"beyond; use {config.data.sequence_length}, which it was trained with."
+        )
+    return length
+
+
 def text_windows(
     loaded: LoadedModel,
     text: str | Path,
@@ -80,13 +95,8 @@ def text_windows(
 
     Raises: ConfigError for a window or stride out of range; DataError for a text that is missing or unreadable.
     """
-    config, positions = loaded.config, loaded.model.config.max_positions
-    length = config.data.sequence_length if window is None else window
-    if length > positions:
-        raise ConfigError(
-            f"window ({length}) is more than the {positions} positions of the model; it has none beyond; use "
-            f"{config.data.sequence_length}, which it was trained with."
-        )
+    config = loaded.config
+    length = window_length(config, window)
     return Windows(
         read_documents(
             text,

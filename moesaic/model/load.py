@@ -38,12 +38,29 @@ class LoadedModel:
     device: torch.device
 
 
+Precision = Literal["bf16", "fp32", "int8"]
+
+
+def resolve_run(run: str | Path, *, pack: bool = True, precision: Precision | None = None) -> CheckpointInfo:
+    """Return the checkpoint that load_run would read, without reading it.
+
+    Raises: CheckpointError for a run or step that is missing, and for a quantised run with pack=False or a precision.
+    """
+    info = resolve_checkpoint(run)
+    if not pack:
+        require_unquantized(info, "it was asked for unpacked; a quantised model can only infer", do="load")
+    if precision is not None:
+        why = f"it was asked for in {precision}; what is rounded stays so"
+        require_unquantized(info, why, do="leave the precision out, or load")
+    return info
+
+
 def load_run(
     run: str | Path,
     *,
     device: str = "auto",
     pack: bool = True,
-    precision: Literal["bf16", "fp32", "int8"] | None = None,
+    precision: Precision | None = None,
     packed_file: PackedFilePolicy = "read",
 ) -> LoadedModel:
     """Load the model that RUN or RUN@step names.
@@ -62,16 +79,11 @@ def load_run(
     or a precision; DeviceError.
     """
     target = select_device(device)
-    info = resolve_checkpoint(run)
+    info = resolve_run(run, pack=pack, precision=precision)
     config = load_run_config(info.run_folder)
     wanted = config.precision if precision is None else precision
     dtype = torch.float32 if wanted == "fp32" else torch.bfloat16
     has_kernels = dtype is torch.bfloat16 and select.has_kernels(target)
-    if not pack:
-        require_unquantized(info, "it was asked for unpacked; a quantised model can only infer", do="load")
-    if precision is not None:
-        why = f"it was asked for in {precision}; what is rounded stays so"
-        require_unquantized(info, why, do="leave the precision out, or load")
     if is_quantized(info) or wanted == "int8" or (pack and has_kernels):
         model = _load_packed(config, info, target, rounds=wanted == "int8", policy=packed_file)
     else:

@@ -1,6 +1,7 @@
 import errno
 import gc
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -105,6 +106,32 @@ def test_a_run_that_is_not_there_is_refused_before_any_is_measured(cli: Any, tra
     refused = cli("evaluate", trained_run, f"{trained_run}-typo", "--text", text, "--json")
     assert refused.status == 2 and refused.out == ""
     assert f"{trained_run}-typo does not exist" in refused.err
+
+
+def test_what_a_run_cannot_do_is_refused_before_any_is_measured(
+    cli: Any, trained_run: Path, text: Path, labelled: Path, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    done = cli("convert", "quantize", trained_run, small, "--experts", "int8", "--rest", "int8", "--calibrate", "none",
+               "--text", text, "--force")  # fmt: skip
+    assert done.status == 0, done.err
+    refused = cli("evaluate", trained_run, small, "--text", text, "--fp32", "--json")
+    assert refused.status == 2 and refused.out == "" and "is quantised (" in refused.err
+    dense = Path(shutil.copytree(trained_run, tmp_path / "dense"))
+    config = (dense / "config.yaml").read_text()
+    (dense / "config.yaml").write_text(re.sub(r"\n  moe:\n(?:    .*\n)+", "\n  moe: null\n", config))
+    refused = cli("evaluate", trained_run, dense, "--domains", labelled, "--domain-field", "topic", "--json")
+    assert refused.status == 2 and refused.out == "" and "the model has no MoE layers" in refused.err
+
+
+def test_what_was_measured_is_shown_where_a_later_run_is_broken(
+    cli: Any, trained_run: Path, own_run: Path, text: Path
+) -> None:
+    (weights,) = (own_run / "checkpoints").glob("*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = cli("evaluate", trained_run, own_run, "--text", text)
+    assert result.status == 2 and str(own_run) in result.err
+    assert f"How {trained_run} predicts {text}" in result.out and "bits per byte" in result.out
 
 
 def test_tasks_are_run_kept_drawn_and_told(cli: Any, own_run: Path, records: Path) -> None:
