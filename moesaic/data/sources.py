@@ -7,6 +7,7 @@ fixed order, each of which yields its documents again and again in the same orde
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -170,20 +171,51 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 def _folder_leaves(source: str, folder: Path) -> list[Leaf]:
     leaves = []
     ignored: set[str] = set()
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
+    for path in sorted(_files_below(folder)):
         kind = _kind(path)
         if kind is None:
             ignored.add(path.suffix or path.name)
         else:
-            leaves.append(_file_leaf(source, relative.as_posix(), path, kind))
+            leaves.append(_file_leaf(source, path.relative_to(folder).as_posix(), path, kind))
     if not leaves:
         raise DataError(f"{source} holds no text; files ending in {_endings()} are required in it; check the folder.")
     if ignored:
         logger.info("%s: files ending in %s are not read; %s are.", source, ", ".join(sorted(ignored)), _endings())
     return leaves
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and its folders, none of a name that begins with a dot.
+
+    Links to folders are followed, each folder being read once: by its own name where that is below the folder too.
+
+    Raises: DataError for a folder that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}); every folder in a source is; change its permissions, "
+            f"or name the others one by one."
+        )
+
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    tops = [folder]  # links come when all that is no link has been read
+    for top in tops:
+        for place, folders, names in os.walk(top, onerror=refuse):
+            here = Path(place)
+            try:
+                stat = here.stat()
+                if (stat.st_dev, stat.st_ino) in seen:
+                    folders.clear()
+                    continue
+                seen.add((stat.st_dev, stat.st_ino))
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                tops += [here / name for name in folders if (here / name).is_symlink()]
+                files += [here / name for name in names if not name.startswith(".") and (here / name).is_file()]
+            except OSError as error:
+                refuse(error)
+    return files
 
 
 def _saved_dataset_leaf(source: str, folder: Path) -> Leaf:
@@ -203,6 +235,8 @@ def _open_binary(leaf: Leaf) -> tuple[IO[bytes], IO[bytes]]:
     """Return the stream of content and the file below it, whose position tells the progress."""
     raw = _path(leaf).open("rb", buffering=2**18)
     if _path(leaf).suffix.lower() == ".gz":
+        if not leaf.size_bytes:  # which Python takes for nothing, packed
+            raise _unreadable(leaf, EOFError("it has no bytes"))
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**18), raw
     return raw, raw
 
@@ -254,7 +288,12 @@ def _jsonl_documents(leaf: Leaf, text_field: str) -> Iterator[Document]:
             place = f"{_label(leaf)}, line {number},"
             try:
                 record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested too deeply
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{place} is not UTF-8 text ({error.reason}); UTF-8 is required; convert it, for example with "
+                    f"iconv -t utf-8 -f latin1 or -f utf-16."
+                ) from None
+            except (ValueError, RecursionError) as error:  # JSONDecodeError; nested too deeply
                 raise DataError(f"{place} is not JSON ({error}); one object a line is required; mend it.") from None
             if not isinstance(record, dict):
                 raise DataError(f"{place} holds {type(record).__name__}; one object a line is required; mend it.")

@@ -1,8 +1,10 @@
 """Every kind of source gives the same documents, in a fixed order, and bad ones are named by file and place."""
 
 import builtins
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,36 @@ def test_folders_are_read_recursively_and_sorted_and_other_files_left_alone(tmp_
         (tmp_path / name).write_text(text)
     write_jsonl(tmp_path / "b" / "l.jsonl", ["l1", "l2"])
     assert read(tmp_path) == ["a", "l1", "l2", "m", "z"]
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    for name in ("in/a", "in/b", "out/deep", "out/.git"):
+        (tmp_path / name).mkdir(parents=True)
+    for name, text in (("in/a/1.txt", "a"), ("in/b/2.txt", "b"), ("out/3.txt", "c"), ("out/deep/4.txt", "d")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "out" / ".git" / "5.txt").write_text("no")
+    for link, target in (
+        ("in/a/back", "in"), ("in/0", "in/b"), ("in/more", "out"), ("in/zz", "out/deep"), ("out/deep/in", "in"),
+        ("in/none", "nowhere"), ("in/b/6.txt", "out/3.txt"),
+    ):  # fmt: skip
+        (tmp_path / link).symlink_to(tmp_path / target)
+    names = [leaf.name for leaf in open_sources([tmp_path / "in"])]
+    assert names == ["a/1.txt", "b/2.txt", "b/6.txt", "more/3.txt", "more/deep/4.txt"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"locked cannot be read .Permission denied.; every folder"):
+        open_sources([tmp_path])
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".ndjson"])
@@ -175,11 +207,13 @@ def test_leaves_do_not_depend_on_where_a_folder_lies(tmp_path: Path) -> None:
         ("a.txt.gz", b"not gzip at all", r"a\.txt\.gz cannot be unpacked"),
         ("b.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:-9], r"b\.txt\.gz cannot be unpacked"),
         ("c.jsonl.gz", gzip.compress(b'{"text": "x"}\n', mtime=0)[:-9], r"c\.jsonl\.gz cannot be unpacked"),
+        ("d.txt.gz", b"", r"d\.txt\.gz cannot be unpacked \(it has no bytes\)"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2, is not JSON"),
         ("b.jsonl", b'{"text": "x"}\n[1]\n', r"b\.jsonl, line 2, holds list"),
         ("c.jsonl", b'{"body": "x", "id": 1}\n', r"c\.jsonl, line 1, has no field 'text'.*--text-field: body, id"),
         ("d.jsonl", b'{"text": 3}\n', r"d\.jsonl, line 1, has int in the field 'text'"),
-        ("e.jsonl", b'{"text": "caf\xe9"}\n', r"e\.jsonl, line 1, is not JSON"),
+        ("e.jsonl", b'{"text": "caf\xe9"}\n', r"e\.jsonl, line 1, is not UTF-8 text .*iconv"),
+        ("g.jsonl", '{"text": "x"}\n'.encode("utf-16"), r"g\.jsonl, line 1, is not UTF-8 text .*utf-16"),
         ("f.jsonl", b"[" * 100_000, r"f\.jsonl, line 1, is not JSON"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a whole parquet file"),
         ("a.csv", b"x", r"a\.csv ends in '\.csv'; files ending in \.txt"),
