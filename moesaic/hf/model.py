@@ -1,5 +1,6 @@
 """Our Transformer as a transformers model: forward with masks, labels and caches, and everything of GenerationMixin."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,10 +63,22 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Transformer"]  # noqa: RUF012
 
     def __init__(self, config: MoesaicConfig) -> None:
-        """Raises: ConfigError for a config whose attributes contradict one another."""
+        """Raises: ConfigError for a config whose attributes contradict one another, or that asks for quantisation."""
+        _refuse_quantization(getattr(config, "quantization_config", None))
         super().__init__(config)
         self.model = Transformer.uninitialized(config.transformer_config())
         self.post_init()  # draws the weights that from_pretrained has no values for
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> "MoesaicForCausalLM":
+        """Return the model of a folder that save_pretrained has written, in evaluation mode; arguments as ever.
+
+        Raises: ConfigError for a quantization_config.
+        """
+        _refuse_quantization(kwargs.get("quantization_config"))
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def from_run(
@@ -430,6 +443,19 @@ def _refuse_others(others: dict[str, Any]) -> None:
         raise ConfigError(
             f"{', '.join(given)} was given to from_run, which takes run, dtype and device; "
             f"{'; '.join(known) or 'leave it out, or use save_pretrained and then from_pretrained'}."
+        )
+
+
+def _refuse_quantization(given: object) -> None:
+    """Raise ConfigError for any: its layers would stay as they are, and be said to be quantised.
+
+    bitsandbytes and torchao look for modules whose type is exactly nn.Linear, and experts are no such layers at all.
+    """
+    if given is not None:
+        raise ConfigError(
+            f"a quantization_config of type {type(given).__name__} was given; the matrices of a MoesaicForCausalLM are "
+            f"none that bitsandbytes or torchao know, and stay as they are; leave it out, or quantise the run with "
+            f"`moesaic convert quantize`, which runs in moesaic itself."
         )
 
 

@@ -377,6 +377,20 @@ def test_refuses_what_it_cannot_serve(make: Make) -> None:
             call()
 
 
+def test_refuses_to_be_quantised_by_others(make: Make, tmp_path: Path) -> None:
+    """transformers would leave every layer as it is and call the model quantised."""
+    make().save_pretrained(tmp_path)
+    given = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    message = r"a quantization_config of type \w+ was given; .*`moesaic convert quantize`"
+    for loader in (AutoModelForCausalLM, MoesaicForCausalLM):
+        with pytest.raises(ConfigError, match=message):
+            loader.from_pretrained(tmp_path, quantization_config=given)
+    config = make().config
+    config.quantization_config = given
+    with pytest.raises(ConfigError, match=message):
+        MoesaicForCausalLM(config)
+
+
 def test_refuses_a_config_that_contradicts_itself(make: Make) -> None:
     config = make().config
     config.vocab_size = 12
