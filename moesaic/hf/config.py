@@ -1,7 +1,8 @@
 """A ModelConfig in the clothes of transformers' configuration."""
 
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -18,6 +19,8 @@ class MoesaicConfig(PreTrainedConfig):
     model_type = "moesaic"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "aux_loss"]  # noqa: RUF012
     has_no_defaults_at_init = True
+    # Of code on a hub there is none; TRL reads the attribute of any config whose class is not transformers' own.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(
         self,

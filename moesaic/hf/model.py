@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from moesaic.config.model import ModelConfig
@@ -34,6 +34,7 @@ from moesaic.moe.router import Router
 _CACHE = "cache" if "cache" in {field.name for field in fields(MoeCausalLMOutputWithPast)} else "past_key_values"
 _IGNORED = -100  # a label where there is nothing to predict
 _TOKEN_DTYPES = (torch.int64, torch.int32)
+_SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # by which transformers places modules
 _NOT_KEPT = ("output_attentions", "output_router_logits")  # refused as arguments and in the config
 
 
@@ -59,14 +60,15 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     # In the names of the parameters that from_pretrained loads as fp32 whatever its dtype: those of _FP32.
     _keep_in_fp32_modules_strict = ["norm", "router", "output_scale"]  # noqa: RUF012
-    # One device holds the whole model: a block's output and its caches are not moved to another.
-    _no_split_modules = ["Transformer"]  # noqa: RUF012
+    # What FSDP makes its units of. No device_map does: from_pretrained keeps the whole model on one device.
+    _no_split_modules = ["Block"]  # noqa: RUF012
 
     def __init__(self, config: MoesaicConfig) -> None:
         """Raises: ConfigError for a config whose attributes contradict one another, or that asks for quantisation."""
         _refuse_quantization(getattr(config, "quantization_config", None))
         super().__init__(config)
         self.model = Transformer.uninitialized(config.transformer_config())
+        self.lm_head = LanguageModelHead(self.model)
         self.post_init()  # draws the weights that from_pretrained has no values for
 
     @classmethod
@@ -75,9 +77,13 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> "MoesaicForCausalLM":
         """Return the model of a folder that save_pretrained has written, in evaluation mode; arguments as ever.
 
-        Raises: ConfigError for a quantization_config.
+        device_map: "auto" and the like take the current accelerator, or the CPU where there is none.
+
+        Raises: ConfigError for a quantization_config, and for a device_map of several devices.
         """
         _refuse_quantization(kwargs.get("quantization_config"))
+        if kwargs.get("device_map") is not None:
+            kwargs["device_map"] = _one_device(kwargs["device_map"], kwargs.pop("max_memory", None))
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
@@ -159,7 +165,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
             loss, aux_loss = self._losses(hidden, columns, labels, output.moe, num_items_in_batch)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):  # all of the model, or nothing
-                logits = self.model.logits(hidden[:, kept])
+                logits = self.lm_head(hidden[:, kept])
         hidden_states = None
         if output_hidden_states:
             hidden_states = (*(_put_back(x, places, tokens.shape) for x in output.block_inputs), hidden)
@@ -352,19 +358,46 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def disable_input_require_grads(self) -> None:
         """Do nothing, as above."""
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Raises: NotImplementedError, as transformers expects it of a model without an embedding module."""
-        raise NotImplementedError(
-            "MoesaicForCausalLM has no embedding module to give or to replace; its embedding is the parameter "
-            "model.model.embedding; read it there."
-        )
+    def get_input_embeddings(self) -> None:  # type: ignore[override]  # accelerate and PEFT take None, and no error
+        """Return None: the embedding is no module but a parameter, model.model.embedding."""
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Raises: NotImplementedError."""
-        self.get_input_embeddings()
+        raise NotImplementedError(
+            "MoesaicForCausalLM has no embedding module to replace; its embedding is the parameter "
+            "model.model.embedding; write there."
+        )
 
-    def get_output_embeddings(self) -> None:
-        """Return None: the head is a parameter of the Transformer, or its embedding."""
+    def get_output_embeddings(self) -> "LanguageModelHead":
+        """Return a module with the head's `weight`, which is a parameter of the Transformer, and a `bias` of None."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Raises: NotImplementedError."""
+        raise NotImplementedError(
+            "MoesaicForCausalLM has no head module to replace; its head is the parameter model.model.lm_head, or with "
+            "tied embeddings model.model.embedding; write there."
+        )
+
+    @property
+    def base_model(self) -> "Backbone":
+        """The model without its head, as TRL calls it: transformers' arguments, and last_hidden_state."""
+        return Backbone(self)
+
+    def _last_hidden(self, input_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any]) -> Tensor:
+        """Return (B, S, H) after the final norm, without a cache; what forward computes before its head."""
+        tokens, columns = self._check(input_ids, attention_mask, None, others)
+        if self.training and torch.is_grad_enabled() and self._has_auxiliary_loss():
+            warnings.warn(
+                "a MoesaicForCausalLM is trained by its hidden states, as TRL's trainers do, whose loss lacks the "
+                "balance and z losses of the model's config; where those are wanted, give SFTTrainer a "
+                "compute_loss_func that adds the output's aux_loss, or use transformers' Trainer.",
+                stacklevel=3,
+            )
+        self.model.compute_dtype = self._compute_dtype()
+        with torch.autocast(tokens.device.type, enabled=False):
+            places, output = self._run(tokens, columns, keep_block_inputs=False)
+            return _put_back(output.hidden, places, tokens.shape)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Raises: NotImplementedError."""
@@ -410,6 +443,70 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         return {module for name, module in self.model.named_modules() if name.endswith(OUTPUT_LAYERS)}
 
 
+class LanguageModelHead(nn.Module):
+    """What makes logits, for those who look for a module; it has no parameters, since they are the Transformer's."""
+
+    bias = None
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self._transformer = (transformer,)  # not a submodule: its names and parameters stay what they are
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, H), the parameter itself; the embedding if they are tied."""
+        (transformer,) = self._transformer
+        return transformer.embedding if transformer.lm_head is None else transformer.lm_head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits (..., V) of hidden states (..., H)."""
+        (transformer,) = self._transformer
+        return transformer.logits(hidden)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LanguageModelHead":
+        """Be copied with the whole model. Raises: ConfigError for a copy by itself, as PEFT's modules_to_save makes."""
+        (transformer,) = self._transformer
+        if id(transformer) not in memo:
+            raise ConfigError(
+                "a copy of lm_head alone was asked for, by modules_to_save or the like; a MoesaicForCausalLM's head "
+                "and embedding are parameters of its Transformer, of which a copy would train nothing; leave them out, "
+                "and after get_peft_model call requires_grad_() on model.model.embedding or model.model.lm_head."
+            )
+        other = LanguageModelHead(memo[id(transformer)])
+        return other.train(self.training)
+
+    def extra_repr(self) -> str:
+        (transformer,) = self._transformer
+        return f"tied={transformer.lm_head is None}"
+
+
+class Backbone(nn.Module):
+    """A MoesaicForCausalLM without its head; made anew each time, so that its parameters are named once."""
+
+    def __init__(self, causal: MoesaicForCausalLM) -> None:
+        super().__init__()
+        self.transformer = causal.model
+        self._causal = (causal,)
+        self.training = causal.training
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Return last_hidden_state (B, S, H), after the final norm; padding as in the whole model.
+
+        Raises: ConfigError for a cache and for other arguments that the model cannot serve.
+        """
+        (causal,) = self._causal
+        asked = {"use_cache": True} if use_cache else {}
+        return MoeModelOutputWithPast(
+            last_hidden_state=causal._last_hidden(input_ids, attention_mask, {**kwargs, **asked})
+        )
+
+
 # What computes in fp32 whatever flows through, and keeps its own parameters so.
 _FP32 = (RmsNorm, LayerNorm, Router, MoELayer)
 
@@ -444,6 +541,23 @@ def _refuse_others(others: dict[str, Any]) -> None:
             f"{', '.join(given)} was given to from_run, which takes run, dtype and device; "
             f"{'; '.join(known) or 'leave it out, or use save_pretrained and then from_pretrained'}."
         )
+
+
+def _one_device(device_map: object, max_memory: object) -> object:
+    """Return a device_map that splits nothing. Raises: ConfigError for one that does."""
+    is_split = isinstance(device_map, Mapping) and len(set(device_map.values())) > 1
+    if is_split or max_memory is not None:
+        raise ConfigError(
+            f"{'a device_map of several devices' if is_split else 'max_memory'} was given; one device holds the whole "
+            f'of a MoesaicForCausalLM, whose blocks hand nothing from one to another; use device_map="cuda", '
+            f'"auto" or "cpu" alone.'
+        )
+    if not isinstance(device_map, str) or device_map not in _SPLITTING_MAPS:
+        return device_map
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return {"": "cpu"}
+    return {"": f"{accelerator.type}:{torch.accelerator.current_device_index()}"}
 
 
 def _refuse_quantization(given: object) -> None:

@@ -28,6 +28,7 @@ def test_survives_saving_and_loading(tmp_path: Path) -> None:
         assert (loaded.vocab_size, loaded.num_hidden_layers, loaded.eos_token_id) == (50, 2, 3)
         assert (loaded.tie_word_embeddings, loaded.max_position_embeddings) == (True, 2048)
         assert loaded.get_text_config() is loaded
+        assert not loaded.auto_map and "auto_map" not in loaded.to_dict()  # TRL reads it of a model given as a path
 
 
 def test_takes_a_dict_and_fills_it_in() -> None:

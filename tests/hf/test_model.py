@@ -1,7 +1,9 @@
 """A transformers model of ours computes what its Transformer does, loss and gradients included, and survives files."""
 
+import copy
 import json
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -372,9 +374,84 @@ def test_refuses_what_it_cannot_serve(make: Make) -> None:
         cache = model.eval()(ids, torch.tensor([[0] + [1] * 8] * 2), use_cache=True).past_key_values
         with pytest.raises(ConfigError, match="10 columns are required, of which the first 9 are the same"):
             model(ids[:, :1], torch.tensor([[1, 0] + [1] * 8] * 2), past_key_values=cache)
-    for call in (model.get_input_embeddings, lambda: model.resize_token_embeddings(100)):
+    other = torch.nn.Embedding(97, 32)
+    for call in (model.set_input_embeddings, model.set_output_embeddings, model.resize_token_embeddings):
         with pytest.raises(NotImplementedError, match="MoesaicForCausalLM"):
-            call()
+            call(other)
+
+
+@pytest.mark.filterwarnings("ignore:a MoesaicForCausalLM is trained by its hidden states")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_base_model_and_the_head_give_the_loss_and_its_gradients(
+    make: Make, kind: str, prompts: Any, pad: Pad, side: str
+) -> None:
+    """As TRL's trainers compute their losses, in place of the whole model's forward."""
+    model, batch = make(kind).train(), pad(prompts, side)
+    names = list(model.state_dict())
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    whole = model(**batch, labels=labels)
+    (whole.loss - whole.aux_loss if whole.aux_loss is not None else whole.loss).backward()
+    wanted = {name: each.grad for name, each in model.named_parameters()}
+    model.zero_grad()
+    hidden = model.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]
+    head = model.get_output_embeddings()
+    own = model.model.lm_head if "model.lm_head" in names else model.model.embedding
+    assert head.weight is own and head.bias is None
+    targets = labels[:, 1:].masked_fill(batch["attention_mask"][:, :-1] == 0, -100)
+    loss = F.cross_entropy((hidden @ head.weight.t()).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, whole.loss - (0 if whole.aux_loss is None else whole.aux_loss))
+    loss.backward()
+    for name, each in model.named_parameters():
+        if wanted[name] is not None:
+            torch.testing.assert_close(each.grad, wanted[name], atol=1e-6, rtol=1e-4)  # summed in another order
+    assert list(model.state_dict()) == names and not any("lm_head.weight" in name for name in names)
+    with pytest.raises(ConfigError, match="use_cache was given"):
+        model.base_model(**batch, use_cache=True)
+
+
+def test_training_by_hidden_states_says_what_its_loss_lacks(make: Make) -> None:
+    ids = tokens(2, 9)
+    with pytest.warns(UserWarning, match="lacks the balance and z losses .* compute_loss_func that adds the output's"):
+        make().train().base_model(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make("dense").train().base_model(ids)
+        make().base_model(ids)
+        with torch.no_grad():
+            make().train().base_model(ids)
+
+
+def test_a_copy_has_a_head_of_its_own_and_no_head_is_copied_alone(make: Make, kind: str) -> None:
+    model, ids = make(kind), tokens(2, 9)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+        assert bool(model(ids).logits.any()) and not bool(other(ids).logits.any())
+    with pytest.raises(ConfigError, match=r"a copy of lm_head alone .* call requires_grad_\(\) on model\.model\."):
+        copy.deepcopy(model.lm_head)
+
+
+def test_fsdp_finds_the_blocks_and_no_embedding_module(make: Make) -> None:
+    model = make()
+    units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    assert units == list(model.model.blocks)
+    assert model.get_input_embeddings() is None  # accelerate and PEFT's save_pretrained ask, and take no error
+
+
+@pytest.mark.parametrize("device_map", ["auto", "sequential", "cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
+def test_one_device_holds_the_whole_model(make: Make, device_map: Any, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="device_map stands on accelerate, which is not installed")
+    model = make()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    assert len({each.device for each in loaded.parameters()}) == 1
+    assert torch.equal(loaded.cpu().model.embedding, model.model.embedding)
+    for given, message in (
+        ({"device_map": {"model": "cpu", "lm_head": "disk"}}, "^a device_map of several devices was given; one device"),
+        ({"device_map": "auto", "max_memory": {0: "1GB"}}, "^max_memory was given; one device holds"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **given)
 
 
 def test_refuses_to_be_quantised_by_others(make: Make, tmp_path: Path) -> None:
