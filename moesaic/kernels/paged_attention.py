@@ -416,20 +416,23 @@ def _attention_reference(
     assert starts[-1] == query.shape[0] and batch.is_inside, _misfit(batch, blocks, query.shape[0])
     for sequence, length in enumerate(lengths):
         first, last = starts[sequence], starts[sequence + 1]
-        new = last - first
-        if not new:
+        if first == last:
             continue
         keys, values = (part.float() for part in read_kv(blocks, batch.block_tables[sequence], length))
-        asked = query[first:last].float().unflatten(1, (-1, group))  # (S, KV, G, D)
-        scores = torch.einsum("skgd,lkd->kgsl", asked, keys) * scale
-        hidden = torch.ones(new, length, dtype=torch.bool, device=query.device).triu_(length - new + 1)
-        if window is not None:
-            hidden |= torch.ones_like(hidden).tril_(length - new - window)
-        scores = scores.masked_fill(hidden, float("-inf"))
-        if sinks is not None:
-            column = sinks.float().view(blocks.num_kv_heads, group, 1, 1).expand(-1, -1, new, 1)
-            scores = torch.cat([scores, column], -1)
-        probabilities = torch.softmax(scores, -1)[..., :length]
-        attended = torch.einsum("kgsl,lkd->skgd", probabilities, values)
-        out[first:last] = attended.flatten(1, 2).to(query.dtype)
+        rows = max(1, SCORES // (query.shape[1] * length))
+        for begin in range(first, last, rows):
+            end = min(begin + rows, last)
+            new, visible = end - begin, length - last + end  # of the last of these tokens
+            asked = query[begin:end].float().unflatten(1, (-1, group))  # (S, KV, G, D)
+            scores = torch.einsum("skgd,lkd->kgsl", asked, keys[:visible]) * scale
+            hidden = torch.ones(new, visible, dtype=torch.bool, device=query.device).triu_(visible - new + 1)
+            if window is not None:
+                hidden |= torch.ones_like(hidden).tril_(visible - new - window)
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if sinks is not None:
+                column = sinks.float().view(blocks.num_kv_heads, group, 1, 1).expand(-1, -1, new, 1)
+                scores = torch.cat([scores, column], -1)
+            probabilities = torch.softmax(scores, -1)[..., :visible]
+            attended = torch.einsum("kgsl,lkd->skgd", probabilities, values[:visible])
+            out[begin:end] = attended.flatten(1, 2).to(query.dtype)
     return out

@@ -363,7 +363,8 @@ def _are_apart(whole: dict[str, Any], choices: list[Any]) -> bool:
 def _marks(whole: dict[str, Any], schema: dict[str, Any]) -> dict[str, set[str]]:
     """Return the texts that required properties of an object may have, of those that have a list of them."""
     properties, required = schema.get("properties"), schema.get("required")
-    if not isinstance(properties, dict) or not isinstance(required, list):
+    is_object = schema.get("type", "object") == "object"
+    if not is_object or not isinstance(properties, dict) or not isinstance(required, list):
         return {}
     marks = {}
     for name in required:

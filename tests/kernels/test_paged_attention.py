@@ -173,14 +173,20 @@ def test_what_was_written_is_read_back(kernels: str, block_size: int) -> None:
     torch.testing.assert_close(case.attend().float(), case.expected(case.keys, case.values), rtol=8e-3, atol=8e-3)
 
 
-@pytest.mark.parametrize("at_once", [1, 10_000, 1 << 23])
+@pytest.mark.parametrize(("at_once", "rows"), [(1, 1), (2_000, 10), (1 << 23, 33)])
 @pytest.mark.parametrize("window", [40, 10_000])
-def test_fp32_is_exact_to_rounding(kernels: str, at_once: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks of any size too."""
+def test_fp32_is_exact_to_rounding(
+    kernels: str, at_once: int, rows: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of any size too; rows: of the largest one."""
     monkeypatch.setattr("moesaic.kernels.paged_attention.SCORES", at_once)
     case = Case(*RAGGED, (6, 3, 24), dtype=torch.float32).fill()
     sinks = torch.linspace(-2, 2, 6)
+    largest: list[int] = []
+    softmax = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, *rest: (largest.append(x.shape[-2]), softmax(x, *rest))[1])
     got = case.attend(window=window, sinks=sinks)
+    assert max(largest) == rows
     wanted = case.expected(case.keys, case.values, window=window, sinks=sinks)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
