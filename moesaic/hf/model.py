@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,23 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: None means where no gradient is recorded. A cache holds no gradients, and logits with one have none.
         logits_to_keep: positions from the end, or which ones; 0 for all. Training needs none of them for its loss.
         past_key_values: the cache, under its earlier name.
+        position_ids (B, S), a keyword, without a cache: they count from 0 in each sequence, and a row may hold several;
+        no token sees another sequence, and the first of one is predicted from none. cu_seq_lens_q, seq_idx and what
+        else packing collators send must say the same.
 
         Raises: ConfigError for arguments that this model cannot serve; GenerationError for too many positions.
         """
-        tokens, columns = self._check(input_ids, attention_mask, labels, kwargs)
         cache = past_key_values if cache is None else cache
+        packing = None if cache is not None else _take_packing(input_ids, attention_mask, kwargs)
+        tokens, columns = self._check(input_ids, attention_mask, labels, kwargs)
         self._check_cache(cache, labels, use_cache)
+        if packing is not None:
+            if use_cache:
+                raise ConfigError(
+                    "a cache was asked for with position_ids of several sequences in a row; a cache holds one sequence "
+                    "a row; use use_cache=False, or give the sequences as rows with an attention_mask."
+                )
+            use_cache = False
         if use_cache is None:
             use_cache = cache is not None or (
                 self.config.use_cache and labels is None and not torch.is_grad_enabled() and not self.training
@@ -158,11 +169,11 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         # Casts are the model's own, to the dtype that autocast asks for.
         with torch.autocast(tokens.device.type, enabled=False):
             if cache is None:
-                places, output = self._run(tokens, columns, keep_block_inputs=output_hidden_states)
+                places, output = self._run(tokens, columns, packing, keep_block_inputs=output_hidden_states)
             else:
                 places, output = self._run_cached(tokens, columns, cache, keep_block_inputs=output_hidden_states)
             hidden = _put_back(output.hidden, places, tokens.shape)
-            loss, aux_loss = self._losses(hidden, columns, labels, output.moe, num_items_in_batch)
+            loss, aux_loss = self._losses(hidden, columns, packing, labels, output.moe, num_items_in_batch)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):  # all of the model, or nothing
                 logits = self.lm_head(hidden[:, kept])
@@ -185,8 +196,9 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         if refused or input_ids is None:
             raise ConfigError(
                 f"{', '.join(refused) or 'no input_ids'} was given to MoesaicForCausalLM; it takes input_ids, "
-                f"attention_mask, labels, a cache, logits_to_keep and output_hidden_states; positions follow from the "
-                f"mask, and attention weights and router logits are not kept; call it with these alone."
+                f"attention_mask, labels, a cache or position_ids, logits_to_keep and output_hidden_states; with a "
+                f"cache positions follow from the mask, and attention weights and router logits are not kept; call it "
+                f"with these alone."
             )
         if input_ids.dim() != 2 or input_ids.dtype not in _TOKEN_DTYPES:
             raise ConfigError(
@@ -234,10 +246,27 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         return PagedCache(self.model.config, dtype=self._compute_dtype(), device=self.model.device)
 
     def _run(
-        self, tokens: Tensor, columns: Tensor | None, *, keep_block_inputs: bool
+        self, tokens: Tensor, columns: Tensor | None, packing: "_Packing | None", *, keep_block_inputs: bool
     ) -> tuple[Tensor | None, ModelOutput]:
-        """Return the model's output for tokens moved so that padding is at the end, and where each went."""
+        """Return the model's output for tokens moved so that padding is at the end, and where each went.
+
+        Packed sequences: for the valid tokens of all of them end to end, and where each comes from.
+        """
         seed = self._draw_seed()
+        if packing is not None:
+            if packing.longest > self.model.config.max_positions:
+                raise GenerationError(
+                    f"a sequence of {packing.longest} tokens was packed; the model has "
+                    f"{self.model.config.max_positions} positions; cut it, or set max_length in the trainer."
+                )
+            flat = tokens.flatten() if packing.places is None else tokens.flatten()[packing.places]
+            return packing.places, self.model(
+                flat[None],
+                documents=packing.documents[None],
+                positions=packing.positions,
+                seed=seed,
+                keep_block_inputs=keep_block_inputs,
+            )
         if tokens.shape[1] > self.model.config.max_positions:
             raise GenerationError(
                 f"sequences of {tokens.shape[1]} tokens were given; the model has {self.model.config.max_positions} "
@@ -263,7 +292,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor | None, ModelOutput]:
         """Return the model's output for the valid tokens end to end, and where each comes from."""
         if not tokens.numel():  # nothing that the cache could take
-            return self._run(tokens, None, keep_block_inputs=keep_block_inputs)
+            return self._run(tokens, None, None, keep_block_inputs=keep_block_inputs)
         length = tokens.shape[1]
         new = torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
         if columns is not None:
@@ -297,6 +326,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         hidden: Tensor,
         columns: Tensor | None,
+        packing: "_Packing | None",
         labels: Tensor | None,
         moe: tuple[MoEStatistics, ...],
         num_items: Tensor | int | None,
@@ -316,6 +346,8 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         targets[:, :-1] = labels[:, 1:]
         if columns is not None:
             targets = targets.masked_fill(~columns, _IGNORED)
+        if packing is not None:  # the first token of a sequence is predicted from none
+            targets[:, :-1].masked_fill_(packing.begins[:, 1:], _IGNORED)
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.output_weight(), targets.flatten())
         if self.training and aux_loss is not None:
             loss = loss + aux_loss
@@ -386,6 +418,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _last_hidden(self, input_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any]) -> Tensor:
         """Return (B, S, H) after the final norm, without a cache; what forward computes before its head."""
+        packing = _take_packing(input_ids, attention_mask, others)
         tokens, columns = self._check(input_ids, attention_mask, None, others)
         if self.training and torch.is_grad_enabled() and self._has_auxiliary_loss():
             warnings.warn(
@@ -396,7 +429,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
             )
         self.model.compute_dtype = self._compute_dtype()
         with torch.autocast(tokens.device.type, enabled=False):
-            places, output = self._run(tokens, columns, keep_block_inputs=False)
+            places, output = self._run(tokens, columns, packing, keep_block_inputs=False)
             return _put_back(output.hidden, places, tokens.shape)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -496,7 +529,7 @@ class Backbone(nn.Module):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """Return last_hidden_state (B, S, H), after the final norm; padding as in the whole model.
+        """Return last_hidden_state (B, S, H), after the final norm; padding and position_ids as in the whole model.
 
         Raises: ConfigError for a cache and for other arguments that the model cannot serve.
         """
@@ -522,6 +555,82 @@ def _routing_as_evaluated(model: Transformer) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = True
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Several sequences in a row. Of the T tokens that are no padding: documents (T,) from 0, and positions (T,).
+
+    begins (B, S): True where a sequence does. places (T,): of these tokens among all, None if there is no padding.
+    """
+
+    begins: Tensor
+    places: Tensor | None
+    documents: Tensor
+    positions: Tensor
+    longest: int
+
+
+def _take_packing(input_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any]) -> _Packing | None:
+    """Return what position_ids say, and take them from the other arguments; None if each row is one sequence.
+
+    Raises: ConfigError for position_ids that do not count from 0 in each sequence, and where other arguments of a
+    packing collator say something else.
+    """
+    if input_ids is None or others.get("position_ids") is None:
+        return None
+    given: Tensor = others.pop("position_ids")
+    columns = None if attention_mask is None else attention_mask.bool()
+    positions = given.expand_as(input_ids) if given.shape == (1, *input_ids.shape[1:]) else given
+    if positions.shape != input_ids.shape or (columns is not None and columns.shape != input_ids.shape):
+        raise ConfigError(
+            f"position_ids of shape {tuple(given.shape)} were given for input_ids {tuple(input_ids.shape)}; one for "
+            f"each token is required, and an attention_mask of the same shape; leave them out, or give the tokens' own."
+        )
+    places = None if columns is None or bool(columns.all()) else columns.flatten().nonzero()[:, 0]
+    rows = torch.arange(len(input_ids), device=given.device)[:, None].expand_as(input_ids).flatten()
+    flat = positions.flatten()
+    if places is not None:
+        rows, flat = rows[places], flat[places]
+    if not len(flat):
+        return None
+    starts = flat == 0
+    is_first = torch.ones_like(starts)  # of its row
+    is_first[1:] = rows[1:] != rows[:-1]
+    goes_on = torch.zeros_like(starts)
+    goes_on[1:] = flat[1:] == flat[:-1] + 1
+    if not bool((starts | (goes_on & ~is_first)).all()):
+        raise ConfigError(
+            "position_ids were given that do not count from 0, one by one, in each sequence; others mean nothing here; "
+            "leave them out, or take those of a packing collator."
+        )
+    documents = starts.cumsum(0) - 1
+    bounds = torch.cat([starts.nonzero()[:, 0], documents.new_tensor([len(flat)])])
+    longest = int(bounds.diff().max())
+    said: dict[str, Tensor | int] = {
+        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
+        "seq_idx": documents,
+    }  # fmt: skip
+    for name, value in said.items():
+        other = others.pop(name, None)
+        if other is None:
+            continue
+        wanted = torch.as_tensor(value, device=flat.device)
+        got = torch.as_tensor(other, device=flat.device).reshape(-1 if wanted.dim() else ())
+        if name == "seq_idx" and places is not None:
+            got = got[places]
+        if got.shape != wanted.shape or bool((got != wanted).any()):
+            raise ConfigError(
+                f"{name} was given and says something else than position_ids, in which {int(starts.sum())} sequences "
+                f"begin; the same sequences are required; leave {name} out, which position_ids make needless."
+            )
+    if bool(torch.equal(starts, is_first)):
+        return None
+    begins = starts
+    if places is not None:
+        begins = torch.zeros(input_ids.numel(), dtype=torch.bool, device=flat.device)
+        begins[places] = starts
+    return _Packing(begins.view(input_ids.shape), places, documents, flat, longest)
 
 
 def _put_back(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:

@@ -260,6 +260,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         *,
         documents: Tensor | None = None,
+        positions: Tensor | None = None,
         valid: Tensor | None = None,
         cache: KVCache | None = None,
         seed: int = 0,
@@ -268,30 +269,41 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         """Return the hidden states of tokens (B, S) int64.
 
-        documents (B, S): keep attention inside equal numbers. valid (B, S) bool: False for padding, which stands at the
-        end of a sequence. cache: holds earlier positions and takes these. seed: of this step's noise and dropping.
-        replay: the decisions of every MoE layer of an earlier pass over the same tokens, taken again.
+        documents (B, S): keep attention inside equal numbers. positions (S,) int64: of the tokens of every sequence,
+        None for 0 to S - 1; with documents they may count from 0 in each. valid (B, S) bool: False for padding, which
+        stands at the end of a sequence. cache: holds earlier positions and takes these. seed: of this step's noise and
+        dropping. replay: the decisions of every MoE layer of an earlier pass over the same tokens, taken again.
         keep_block_inputs: have them in the output.
 
-        Raises: ConfigError for tensors of other shapes, and for more tokens than the model has positions.
+        Raises: ConfigError for tensors of other shapes, and for positions that the model does not have.
         """
-        assert cache is None or documents is None, "a cache holds one document per sequence"
-        self._check_shapes(tokens, documents, valid, has_cache=cache is not None)
+        assert cache is None or documents is positions is None, "a cache holds one document per sequence"
+        self._check_shapes(tokens, documents, valid)
         if cache is not None:
             return self._forward_cached(tokens, cache, valid, seed, keep_block_inputs)
-        x, rotary = self._embed(tokens, None, tokens.shape[1])
+        end = tokens.shape[1] if positions is None else self._end_of(positions, tokens)
+        if end > self.config.max_positions:
+            raise ConfigError(
+                f"sequences of {end} {'tokens' if positions is None else 'positions'} were given; the model has "
+                f"{self.config.max_positions} positions (max_positions); cut them, or make the model with more."
+            )
+        x, rotary = self._embed(tokens, positions, end)
         return self._run_blocks(x, rotary, documents, valid, None, seed, replay, keep_block_inputs)
 
-    def _check_shapes(self, tokens: Tensor, documents: Tensor | None, valid: Tensor | None, *, has_cache: bool) -> None:
+    def _end_of(self, positions: Tensor, tokens: Tensor) -> int:
+        """Return the position behind the last one."""
+        if positions.shape != tokens.shape[1:] or (positions.numel() and int(positions.min()) < 0):
+            raise ConfigError(
+                f"positions of shape {tuple(positions.shape)} were given with tokens {tuple(tokens.shape)}; one for "
+                f"each column, (S,) and none below 0, is required; lay sequences that differ end to end."
+            )
+        return int(positions.max()) + 1 if positions.numel() else 0
+
+    def _check_shapes(self, tokens: Tensor, documents: Tensor | None, valid: Tensor | None) -> None:
         if tokens.dim() != 2:
             raise ConfigError(
                 f"tokens of shape {tuple(tokens.shape)} were given; (batch, length) is required; of one sequence, give "
                 f"tokens[None]."
-            )
-        if not has_cache and tokens.shape[1] > self.config.max_positions:
-            raise ConfigError(
-                f"sequences of {tokens.shape[1]} tokens were given; the model has {self.config.max_positions} "
-                f"positions (max_positions); cut them, or make the model with more."
             )
         for name, given in (("documents", documents), ("valid", valid)):
             if given is not None and given.shape != tokens.shape:

@@ -657,3 +657,14 @@ def test_a_model_of_one_half_precision_runs_under_autocast_to_the_other() -> Non
         model.compute_dtype = own
         with torch.autocast("cpu", dtype=other):
             assert (model(tokens).hidden.float() - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_positions_that_it_cannot_have_are_refused() -> None:
+    model = Transformer(ModelConfig(vocab_size=16, hidden_size=8, num_layers=1, num_heads=2, max_positions=4))
+    tokens, documents = torch.zeros(1, 6, dtype=torch.int64), torch.tensor([[0, 0, 0, 1, 1, 1]])
+    model(tokens, documents=documents, positions=torch.tensor([0, 1, 2, 0, 1, 2]))  # 6 tokens, of 3 positions each
+    with pytest.raises(ConfigError, match=r"sequences of 5 positions were given; the model has 4"):
+        model(tokens, documents=documents, positions=torch.tensor([0, 1, 2, 0, 1, 4]))
+    for positions in (torch.tensor([[0, 1, 2, 0, 1, 2]]), torch.arange(5), torch.arange(-1, 5)):
+        with pytest.raises(ConfigError, match=r"positions of shape .* for each column, \(S,\) and none below 0"):
+            model(tokens, positions=positions)
