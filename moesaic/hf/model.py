@@ -390,6 +390,14 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def disable_input_require_grads(self) -> None:
         """Do nothing, as above."""
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return how many there are; without the embeddings of tokens and positions if they are excluded."""
+        total = super().num_parameters(only_trainable)
+        embeddings = (self.model.embedding, self.model.position_embedding) if exclude_embeddings else ()
+        return total - sum(
+            each.numel() for each in embeddings if each is not None and (each.requires_grad or not only_trainable)
+        )
+
     def get_input_embeddings(self) -> None:  # type: ignore[override]  # accelerate and PEFT take None, and no error
         """Return None: the embedding is no module but a parameter, model.model.embedding."""
 

@@ -421,6 +421,17 @@ def test_training_by_hidden_states_says_what_its_loss_lacks(make: Make) -> None:
             make().train().base_model(ids)
 
 
+def test_parameters_are_counted_without_embeddings(make: Make, kind: str) -> None:
+    model = make(kind)
+    own = {name: each.numel() for name, each in model.named_parameters()}
+    embeddings = sum(own.get(f"model.{name}", 0) for name in ("embedding", "position_embedding"))
+    assert embeddings >= 97 * 32 and model.num_parameters() == sum(own.values())
+    assert model.num_parameters(exclude_embeddings=True) == sum(own.values()) - embeddings
+    model.model.embedding.requires_grad_(False)
+    trainable = sum(each.numel() for name, each in model.named_parameters() if "embedding" not in name)
+    assert model.num_parameters(only_trainable=True, exclude_embeddings=True) == trainable
+
+
 def test_a_copy_has_a_head_of_its_own_and_no_head_is_copied_alone(make: Make, kind: str) -> None:
     model, ids = make(kind), tokens(2, 9)
     other = copy.deepcopy(model)
