@@ -86,3 +86,34 @@ def test_all_linear_leaves_experts_and_routers_to_target_parameters(make: Make, 
     layers = {name.rsplit(".", 1)[1] for name in names}
     linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "mix"}
     assert layers == linear | {parameter.split(".")[0] for parameter in parameters}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_embedding_and_head_train_beside_adapters_and_by_no_copy(make: Make, tmp_path: Path) -> None:
+    def config(**changes: Any) -> Any:
+        return peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **changes)
+
+    ids = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(4))
+    with pytest.raises(ConfigError, match=r"^a copy of lm_head alone"):
+        peft.get_peft_model(make("shared expert"), config(modules_to_save=["embed_tokens", "lm_head"]))
+    model = make("shared expert")
+    adapted = peft.get_peft_model(model, config())
+    before = [each.detach().clone() for each in (model.model.embedding, model.lm_head.weight)]
+    model.model.embedding.requires_grad_()
+    model.lm_head.weight.requires_grad_()
+    optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-2)
+    adapted.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    after = model.model.embedding, model.lm_head.weight
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    trained = adapted.eval()(ids).logits
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    torch.testing.assert_close(MoesaicForCausalLM.from_pretrained(tmp_path)(ids).logits, trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_adapter_is_saved_whatever_it_is_asked_to_target(make: Make, tmp_path: Path) -> None:
+    """PEFT then asks for the embedding module, after hours of training."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "embed_tokens"])
+    peft.get_peft_model(make("shared expert"), config).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 0
