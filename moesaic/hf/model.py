@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from moesaic.config.model import ModelConfig
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.hf.cache import PagedCache
 from moesaic.hf.config import MoesaicConfig
+from moesaic.hf.packing import Packing, take_packing
 from moesaic.kernels.cross_entropy import linear_cross_entropy
 from moesaic.model.attention import Attention
 from moesaic.model.linear import Linear
@@ -147,7 +148,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         Raises: ConfigError for arguments that this model cannot serve; GenerationError for too many positions.
         """
         cache = past_key_values if cache is None else cache
-        packing = None if cache is not None else _take_packing(input_ids, attention_mask, kwargs)
+        packing = None if cache is not None else take_packing(input_ids, attention_mask, kwargs)
         tokens, columns = self._check(input_ids, attention_mask, labels, kwargs)
         self._check_cache(cache, labels, use_cache)
         if packing is not None:
@@ -246,7 +247,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         return PagedCache(self.model.config, dtype=self._compute_dtype(), device=self.model.device)
 
     def _run(
-        self, tokens: Tensor, columns: Tensor | None, packing: "_Packing | None", *, keep_block_inputs: bool
+        self, tokens: Tensor, columns: Tensor | None, packing: Packing | None, *, keep_block_inputs: bool
     ) -> tuple[Tensor | None, ModelOutput]:
         """Return the model's output for tokens moved so that padding is at the end, and where each went.
 
@@ -326,7 +327,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         hidden: Tensor,
         columns: Tensor | None,
-        packing: "_Packing | None",
+        packing: Packing | None,
         labels: Tensor | None,
         moe: tuple[MoEStatistics, ...],
         num_items: Tensor | int | None,
@@ -426,7 +427,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _last_hidden(self, input_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any]) -> Tensor:
         """Return (B, S, H) after the final norm, without a cache; what forward computes before its head."""
-        packing = _take_packing(input_ids, attention_mask, others)
+        packing = take_packing(input_ids, attention_mask, others)
         tokens, columns = self._check(input_ids, attention_mask, None, others)
         if self.training and torch.is_grad_enabled() and self._has_auxiliary_loss():
             warnings.warn(
@@ -563,82 +564,6 @@ def _routing_as_evaluated(model: Transformer) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = True
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """Several sequences in a row. Of the T tokens that are no padding: documents (T,) from 0, and positions (T,).
-
-    begins (B, S): True where a sequence does. places (T,): of these tokens among all, None if there is no padding.
-    """
-
-    begins: Tensor
-    places: Tensor | None
-    documents: Tensor
-    positions: Tensor
-    longest: int
-
-
-def _take_packing(input_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any]) -> _Packing | None:
-    """Return what position_ids say, and take them from the other arguments; None if each row is one sequence.
-
-    Raises: ConfigError for position_ids that do not count from 0 in each sequence, and where other arguments of a
-    packing collator say something else.
-    """
-    if input_ids is None or others.get("position_ids") is None:
-        return None
-    given: Tensor = others.pop("position_ids")
-    columns = None if attention_mask is None else attention_mask.bool()
-    positions = given.expand_as(input_ids) if given.shape == (1, *input_ids.shape[1:]) else given
-    if positions.shape != input_ids.shape or (columns is not None and columns.shape != input_ids.shape):
-        raise ConfigError(
-            f"position_ids of shape {tuple(given.shape)} were given for input_ids {tuple(input_ids.shape)}; one for "
-            f"each token is required, and an attention_mask of the same shape; leave them out, or give the tokens' own."
-        )
-    places = None if columns is None or bool(columns.all()) else columns.flatten().nonzero()[:, 0]
-    rows = torch.arange(len(input_ids), device=given.device)[:, None].expand_as(input_ids).flatten()
-    flat = positions.flatten()
-    if places is not None:
-        rows, flat = rows[places], flat[places]
-    if not len(flat):
-        return None
-    starts = flat == 0
-    is_first = torch.ones_like(starts)  # of its row
-    is_first[1:] = rows[1:] != rows[:-1]
-    goes_on = torch.zeros_like(starts)
-    goes_on[1:] = flat[1:] == flat[:-1] + 1
-    if not bool((starts | (goes_on & ~is_first)).all()):
-        raise ConfigError(
-            "position_ids were given that do not count from 0, one by one, in each sequence; others mean nothing here; "
-            "leave them out, or take those of a packing collator."
-        )
-    documents = starts.cumsum(0) - 1
-    bounds = torch.cat([starts.nonzero()[:, 0], documents.new_tensor([len(flat)])])
-    longest = int(bounds.diff().max())
-    said: dict[str, Tensor | int] = {
-        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
-        "seq_idx": documents,
-    }  # fmt: skip
-    for name, value in said.items():
-        other = others.pop(name, None)
-        if other is None:
-            continue
-        wanted = torch.as_tensor(value, device=flat.device)
-        got = torch.as_tensor(other, device=flat.device).reshape(-1 if wanted.dim() else ())
-        if name == "seq_idx" and places is not None:
-            got = got[places]
-        if got.shape != wanted.shape or bool((got != wanted).any()):
-            raise ConfigError(
-                f"{name} was given and says something else than position_ids, in which {int(starts.sum())} sequences "
-                f"begin; the same sequences are required; leave {name} out, which position_ids make needless."
-            )
-    if bool(torch.equal(starts, is_first)):
-        return None
-    begins = starts
-    if places is not None:
-        begins = torch.zeros(input_ids.numel(), dtype=torch.bool, device=flat.device)
-        begins[places] = starts
-    return _Packing(begins.view(input_ids.shape), places, documents, flat, longest)
 
 
 def _put_back(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
