@@ -51,6 +51,8 @@ _ESCAPE = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|u([0-9a-fA-F]{4})|.)", re.DOTALL
 _BEGINS_WITH_SOMETHING = re.compile(
     r"\^?(?:[A-Za-z0-9_ @:/-]|\[(?:\\.|[^\]\\])+\]|\\[dwsDWS])(?![*?]|\{0)[^|]*\Z", re.DOTALL
 )
+# Letters and the like, and behind them any number of one kind of character.
+_STRETCH = re.compile(r"\^([A-Za-z0-9_ @:/-]*)(\[(?:\\.|[^\]\\])+\]|\\[dwsDWS]|\.)([+*])\$?", re.DOTALL)
 # Of schemas that are written for each of several names.
 _MOST_NAMED_BYTES = 1 << 17
 _BEGINNING = re.compile(r"\^([A-Za-z0-9_ @:/-]*)(?![*?{])")  # the last letter before a quantifier may be missing
@@ -323,9 +325,7 @@ def _put_plainly(outermost: dict[str, Any]) -> None:
         if isinstance(pattern := schema.get("pattern"), str):
             if isinstance(schema.get("format"), str):
                 del schema["format"]
-            least = schema.get("minLength")
-            if type(least) is int and (least == 0 or (least == 1 and _BEGINS_WITH_SOMETHING.match(pattern))):
-                del schema["minLength"]
+            _put_lengths_into_pattern(schema, pattern)
         names = schema.get("propertyNames")
         if (
             isinstance(names, dict)
@@ -342,6 +342,23 @@ def _put_plainly(outermost: dict[str, Any]) -> None:
             schema["additionalProperties"] = False
         if isinstance(choices := schema.get("oneOf"), list) and _are_apart(outermost, choices):
             schema["anyOf"] = schema.pop("oneOf")
+
+
+def _put_lengths_into_pattern(schema: dict[str, Any], pattern: str) -> None:
+    """Leave no lengths beside a pattern that has them, or can have: ^ab[a-z]*$ of 3 to 9 is ^ab[a-z]{1,7}$."""
+    least, most = (schema.get(key) for key in _LENGTHS)
+    if type(least) is int and (least == 0 or (least == 1 and _BEGINS_WITH_SOMETHING.match(pattern))):
+        del schema["minLength"]
+        least = None
+    found, given = _STRETCH.fullmatch(pattern), [each for each in (least, most) if each is not None]
+    if found is None or not given or not all(type(each) is int and each >= 0 for each in given):
+        return
+    low = max((least or 0) - len(found[1]), 1 if found[3] == "+" else 0)
+    high = None if most is None else most - len(found[1])
+    if high is None or low <= high:
+        schema["pattern"] = f"^{found[1]}{found[2]}{{{low},{'' if high is None else high}}}$"
+        for key in _LENGTHS:
+            schema.pop(key, None)
 
 
 def _are_apart(whole: dict[str, Any], choices: list[Any]) -> bool:
