@@ -98,15 +98,20 @@ class PagedCache(Cache):
         """Give each sequence blocks of its own for the positions up to its end."""
         size, needed = self._block_size, 0
         copied: list[int] = []
+        users: dict[int, int] = {}  # of blocks in which a sequence goes on, how many are left
         for number, (sequence, end) in enumerate(zip(self._sequences, ends, strict=True)):
             needed += -(-end // size) - len(sequence.blocks)
-            if end > sequence.length and sequence.length % size and self._users[sequence.blocks[-1]] > 1:
-                # The first new position goes into a block that another sequence too has begun.
-                self._users[sequence.blocks[-1]] -= 1
-                copied.append(number)
+            if end > sequence.length and sequence.length % size:
+                block = sequence.blocks[-1]
+                if users.setdefault(block, self._users[block]) > 1:
+                    # Another sequence too has begun it.
+                    users[block] -= 1
+                    copied.append(number)
         needed += len(copied)
         if needed > len(self._free) or self._storage is None:
-            self._grow(needed - len(self._free))
+            self._grow(needed - len(self._free))  # which may fail, so that nothing has changed before
+        for block, count in users.items():
+            self._users[block] = count
         assert self._storage is not None
         width = -(-max(ends) // size)
         if width > self._tables.shape[1]:
@@ -137,7 +142,7 @@ class PagedCache(Cache):
         del sequence.blocks[kept:]
 
     def _grow(self, at_least: int) -> None:
-        """Have more blocks, and half as many again: memory that is not used is only addresses."""
+        """Have more blocks, and half as many again; on the CPU those that are not used are only addresses."""
         before = len(self._users)
         count = before + at_least
         count += count // 2 + 1

@@ -115,6 +115,24 @@ def test_sequences_share_blocks_until_one_writes() -> None:
     assert "blocks=10 of 32" in repr(mirror.cache)
 
 
+def test_memory_that_cannot_be_had_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = Mirror(new_cache(), [[]])
+    mirror.write(ones(1, 40))
+    mirror.cache.batch_repeat_interleave(2)
+    mirror.rows = [list(mirror.rows[0]) for _ in range(2)]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moesaic.hf.cache.allocate_storage", refuse)
+        with pytest.raises(MemoryError):
+            mirror.cache.prepare(ones(2, 80))
+    mirror.check()
+    mirror.write(ones(2, 3))
+    mirror.check()
+
+
 def test_a_pass_that_could_not_be_computed_is_forgotten() -> None:
     mirror = Mirror(new_cache(), [[], []])
     mirror.write(torch.tensor([[False, True], [True, True]]))
