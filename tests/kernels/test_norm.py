@@ -156,3 +156,19 @@ def test_the_operator_is_an_ordinary_one(compiled_kernels: str, has_bias: bool) 
     x = normal(3, 5, 24, seed=0).requires_grad_()
     weight, bias = (1 + normal(24, seed=1)).requires_grad_(), normal(24, seed=2).requires_grad_()
     torch.library.opcheck(torch.ops.moesaic.norm.default, (x, weight, bias if has_bias else None, EPSILON))
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_every_thread_takes_subnormals_as_the_caller_does(compiled_kernels: str, flushes: bool) -> None:
+    """A processor's setting belongs to a thread: others of the same call would give bits of their own."""
+    x, tiny = normal(1024, 64, seed=0), torch.full((64,), 1e-39)
+    before = torch.get_num_threads()
+    torch.set_flush_denormal(flushes)
+    try:
+        torch.set_num_threads(3)
+        out = rms_norm(x, tiny, EPSILON)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    is_zero = out.view(torch.int32) & 0x7FFFFFFF == 0  # as bits: a comparison may flush as well
+    assert is_zero.all() if flushes else not is_zero[:, 0].any()

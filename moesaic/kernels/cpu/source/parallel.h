@@ -157,6 +157,7 @@ void run_team(double work, Body&& body) {
     struct Call {
         TeamState state;
         int size;
+        unsigned arithmetic;  // how the caller rounds and takes subnormals: a setting of each thread's own
         std::remove_reference_t<Body>* body;
 
         void run(int team_size, int member) {
@@ -168,7 +169,7 @@ void run_team(double work, Body&& body) {
             }
             leave_tiles();
         }
-    } call{{}, threads, &body};
+    } call{{}, threads, _mm_getcsr(), &body};
     if (threads == 1) {
         call.run(1, 0);
         if (call.state.lacks_memory) throw std::bad_alloc();
@@ -180,7 +181,10 @@ void run_team(double work, Body&& body) {
             const int member = omp_get_thread_num();
             // Fewer threads than asked for would wait for ever at the first barrier.
             const bool is_whole = omp_get_num_threads() == shared.size;
+            const unsigned before = _mm_getcsr();
+            _mm_setcsr(shared.arithmetic);
             if (is_whole || member == 0) shared.run(is_whole ? shared.size : 1, member);
+            _mm_setcsr(before);
         },
         &call, unsigned(threads), 0);
     if (call.state.lacks_memory) throw std::bad_alloc();
