@@ -6,6 +6,7 @@ alone, and a draft only decides how many of them one pass gives. A draft model i
 the same random numbers, as it does here.
 """
 
+from array import array
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,7 +20,8 @@ from moesaic.serve.sampler import RowSampler, SamplingState
 from moesaic.serve.scheduler import Sequence
 
 _LONGEST_NGRAM = 4
-_SHORTEST_NGRAM = 2
+# Of a pair that is everywhere, so many places are looked at.
+_MOST_PLACES = 256
 
 
 @dataclass(frozen=True)
@@ -55,39 +57,61 @@ class Draft(Protocol):
         ...
 
 
+class _Pairs:
+    """The places of each pair of neighbouring tokens in a growing text."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, int], int] = {}  # the place behind a pair where it stood last
+        self._before = array("i", [0, 0])  # of each place, that behind the same pair before; 0: none
+
+    def enter(self, tokens: Sequence_[int]) -> None:
+        """Enter what is new; a pair is entered once there is a token behind it."""
+        last, before = self._last, self._before
+        for place in range(len(before), len(tokens)):
+            pair = tokens[place - 2], tokens[place - 1]
+            before.append(last.get(pair, 0))
+            last[pair] = place
+
+    def find(self, tokens: Sequence_[int]) -> int:
+        """Return the place behind which the text may go on as it did there, 0 where there is none: of the last places
+        of its last pair, that where most of the tokens before agree too, up to _LONGEST_NGRAM; of equals the last.
+        """
+        found, longest = 0, 1
+        place = self._last.get((tokens[-2], tokens[-1]), 0) if len(tokens) > 1 else 0
+        for _ in range(_MOST_PLACES):
+            if not place or longest == _LONGEST_NGRAM:
+                break
+            length = 2
+            while length < min(place, _LONGEST_NGRAM) and tokens[place - length - 1] == tokens[-length - 1]:
+                length += 1
+            if length > longest:
+                found, longest = place, length
+            place = self._before[place]
+        return found
+
+
 class NgramDraft:
     """What followed the last few tokens where they stood before in the same text: code, tables, quotations."""
 
     def __init__(self) -> None:
-        # For each n, the places behind its n-grams, the last one counting; and how many tokens are entered.
-        self._places: dict[Sequence, tuple[dict[tuple[int, ...], int], int]] = {}
+        self._pairs: dict[Sequence, _Pairs] = {}
 
     def catch_up(self, wanted: Sequence_[Wanted]) -> None:
         for each in wanted:
-            tokens = each.sequence.tokens
-            places, entered = self._places.get(each.sequence, ({}, 0))
-            # An n-gram is entered once there is a token behind it.
-            for end in range(max(entered, 1), len(tokens)):
-                for length in range(_SHORTEST_NGRAM, min(_LONGEST_NGRAM, end) + 1):
-                    places[tuple(tokens[end - length : end])] = end
-            self._places[each.sequence] = places, len(tokens)
+            self._pairs.setdefault(each.sequence, _Pairs()).enter(each.sequence.tokens)
 
     def propose(self, wanted: Sequence_[Wanted]) -> list[tuple[int, ...]]:
         return [self._propose(each.sequence, each.count) for each in wanted]
 
     def _propose(self, sequence: Sequence, count: int) -> tuple[int, ...]:
-        tokens, (places, _) = sequence.tokens, self._places[sequence]
-        for length in range(min(_LONGEST_NGRAM, len(tokens)), _SHORTEST_NGRAM - 1, -1):
-            place = places.get(tuple(tokens[-length:]))
-            if place is not None:
-                return tuple(tokens[place : place + count])
-        return ()
+        place = self._pairs[sequence].find(sequence.tokens)
+        return tuple(sequence.tokens[place : place + count]) if place else ()
 
     def settle(self, sequence: Sequence) -> None:
         pass  # it looks at the tokens only
 
     def forget(self, sequence: Sequence) -> None:
-        self._places.pop(sequence, None)
+        self._pairs.pop(sequence, None)
 
     def reset(self) -> None:
         """Nothing: texts do not depend on weights."""
