@@ -494,11 +494,14 @@ class ConversationBody(GenerationBody):
         if not reads_calls or not self.template_tools():
             return found
         schema = {"type": "object"} if found.kind == "json_object" else json.loads(found.text)
-        return calls_grammar(self.functions(), is_single=self.parallel_tool_calls is False, otherwise=schema)
+        return calls_grammar(self._callable(), is_single=self.parallel_tool_calls is False, otherwise=schema)
 
     def template_tools(self) -> list[dict[str, Any]] | None:
-        """Return the tools as a template takes them."""
-        return None if self.tool_choice == "none" else self.tools or None
+        """Return the tools as a template takes them: those that may be called."""
+        if self.tool_choice == "none" or not self.tools:
+            return None
+        allowed = self._callable()
+        return [tool for tool, name in zip(self.tools, self.functions(), strict=True) if name in allowed]
 
     def template_settings(self) -> dict[str, Any]:
         """Return what is set of the template's own variables, by their names."""
@@ -515,34 +518,61 @@ class ConversationBody(GenerationBody):
     @property
     def must_call(self) -> bool:
         """Whether the answer has to be calls of tools."""
-        return self.tool_choice not in (None, "none", "auto")
+        allowed = self._allowed_tools()
+        return (self.tool_choice if allowed is None else allowed[0]) not in (None, "none", "auto")
 
     def _forced_calls(self) -> Grammar | None:
         if not self.must_call:
             return None
-        choice, functions = self.tool_choice, self.functions()
-        if choice == "required":
+        choice, functions = self.tool_choice, self._callable()
+        if choice == "required" or self._allowed_tools() is not None:
             if not functions:
                 raise refusal(
                     "tool_choice is required and there are no tools; at least one is required; send tools.",
                     param="tool_choice",
                 )
             return calls_grammar(functions, is_single=self.parallel_tool_calls is False)
-        name = (self._function_in(choice) or {}).get("name")
-        if not isinstance(name, str):
+        name = self._name_in(choice)
+        if name is None:
             form = self._function_form('"name": ...')
             raise refusal(
                 f"tool_choice is {json.dumps(choice)[:60]}; none, auto, required or {form} is required; send one of "
                 f"them.",
                 param="tool_choice",
             )
-        if name not in functions:
+        return calls_grammar(self._named({name}, functions), is_single=True)
+
+    def _allowed_tools(self) -> tuple[str, set[str]] | None:
+        """Return auto or required and the names where tool_choice is one of some of the tools. Raises: ApiError."""
+        choice = self.tool_choice
+        if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+            return None
+        said = choice.get("allowed_tools") if self.has_nested_functions else choice
+        said = said if isinstance(said, dict) else {}
+        tools = said.get("tools")
+        names = [self._name_in(tool) for tool in tools] if isinstance(tools, list) else []
+        if said.get("mode") not in ("auto", "required") or not names or None in names:
+            form = '"mode": "auto" or "required", "tools": [' + self._function_form('"name": ...') + ", ...]"
+            form = f'{{"type": "allowed_tools", "allowed_tools": {{{form}}}}}' if self.has_nested_functions else form
+            raise refusal(
+                f"tool_choice is {json.dumps(choice)[:90]}; {form} is required; send that.", param="tool_choice"
+            )
+        return said["mode"], {name for name in names if name is not None}
+
+    def _callable(self) -> dict[str, dict[str, Any]]:
+        """Return the functions that may be called, as functions does."""
+        functions, allowed = self.functions(), self._allowed_tools()
+        return functions if allowed is None else self._named(allowed[1], functions)
+
+    def _named(self, names: set[str], functions: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return the functions that tool_choice names. Raises: ApiError where one is no tool."""
+        for name in sorted(names - functions.keys()):
             raise refusal(
                 f"tool_choice names {name[:60]!r}, which is none of the tools "
                 f"({', '.join(functions)[:200] or 'there are none'}); one of them is required; send its name.",
                 param="tool_choice",
             )
-        return calls_grammar({name: functions[name]}, is_single=True)
+        return {name: functions[name] for name in functions if name in names}
 
     def functions(self) -> dict[str, dict[str, Any]]:
         """Return each tool's schema of its arguments. One that has none takes none. Raises: ApiError."""
@@ -592,6 +622,11 @@ class ConversationBody(GenerationBody):
             return None
         found = value.get("function") if self.has_nested_functions else value
         return found if isinstance(found, dict) else None
+
+    def _name_in(self, value: Any) -> str | None:
+        """Return the function that a choice names, None where it is of another form."""
+        name = (self._function_in(value) or {}).get("name")
+        return name if isinstance(name, str) else None
 
     def _function_form(self, keys: str) -> str:
         inner = f'"function": {{{keys}}}' if self.has_nested_functions else keys

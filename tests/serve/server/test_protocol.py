@@ -617,6 +617,7 @@ def test_calls_of_tools_are_told_from_the_text(client: openai.OpenAI) -> None:
 
 
 DIGIT = {"type": "object", "properties": {"n": {"enum": [3, 5]}}, "required": ["n"]}
+NAMED_F: Any = {"type": "function", "function": {"name": "f"}}
 FORCED: list[Any] = [*TOOLS, {"type": "function", "function": {"name": "g", "parameters": DIGIT}}]
 
 
@@ -624,6 +625,7 @@ FORCED: list[Any] = [*TOOLS, {"type": "function", "function": {"name": "g", "par
     ("choice", "names"),
     [
         ("required", {"f", "g"}),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED_F]}}, {"f"}),
         ({"type": "function", "function": {"name": "f"}}, {"f"}),
         ({"type": "function", "function": {"name": "g"}}, {"g"}),
     ],
@@ -643,6 +645,17 @@ def test_a_call_that_is_asked_for_is_made(client: openai.OpenAI, choice: Any, na
         (call,) = choice.message.tool_calls or ()
         assert call.type == "function" and call.function.name in names
         assert json.loads(call.function.arguments) in ([{}] if call.function.name == "f" else [{"n": 3}, {"n": 5}])
+
+
+def test_of_some_allowed_tools_the_model_sees_these_alone(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], **GREEDY}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED_F]}}
+    some = client.chat.completions.create(**asked, tools=FORCED, tool_choice=allowed)
+    alone = client.chat.completions.create(**asked, tools=[FORCED[0]])
+    everything = client.chat.completions.create(**asked, tools=FORCED)
+    assert some.usage and alone.usage and everything.usage
+    assert some.usage.prompt_tokens == alone.usage.prompt_tokens < everything.usage.prompt_tokens
+    assert some.choices[0].message == alone.choices[0].message
 
 
 YES = {"type": "object", "properties": {"ok": {"type": "boolean"}, "more": {"type": "object"}}, "required": ["ok"]}

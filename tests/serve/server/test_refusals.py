@@ -218,6 +218,17 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         (CHAT, {"messages": USER, "tools": [F], "tool_choice": {"type": "function"}}, "tool_choice", '"name": ...'),
         (CHAT, {"messages": USER, "tools": [F], "tool_choice": {"type": "function", "function": {"name": "g"}}},
          "tool_choice", "'g', which is none of the tools (f); one"),
+        *((CHAT, {"messages": USER, "tools": [F], "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}},
+           "tool_choice", message)
+          for allowed, message in (
+              ({"mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]}, "'g', which is none of"),
+              ({"mode": "perhaps", "tools": [F]}, '{"mode": "auto" or "required", "tools": [{"type": "function", "fun'),
+              ({"mode": "auto", "tools": []}, "is required; send that"),
+              ({"mode": "auto", "tools": [F, 5]}, "is required; send that"),
+              ({"mode": "auto", "tools": 5}, "is required; send that"),
+              (5, "is required; send that"),
+              (None, "is required; send that"),
+          )),
         (CHAT, {"messages": USER, "tools": [{"type": "function"}], "tool_choice": "required"}, "tools.0",
          '"name": ..., "parameters"'),
         (CHAT, {"messages": USER, "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}],

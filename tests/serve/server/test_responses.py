@@ -231,6 +231,10 @@ def test_a_call_and_what_it_gave_go_to_and_fro(client: openai.OpenAI) -> None:
         final = events.get_final_response()
     (call,) = final.output
     assert call.type == "function_call" and call.name in "fg"
+    allowed: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}]}
+    some = client.responses.create(input=given, tool_choice=allowed, **asked)
+    assert some.output[0].type == "function_call" and some.output[0].name == "g"
+    assert some.tool_choice.model_dump() == allowed and len(some.tools) == 2
 
 
 def test_text_and_calls_are_items_in_their_order(real: Live) -> None:
@@ -317,6 +321,8 @@ CALLED: dict[str, Any] = {"type": "function_call", "call_id": "1", "name": "f", 
         ({"tools": [F], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice",
          '{"type": "function", "name": ...} is required'),
         ({"tools": [F], "tool_choice": {"type": "function", "name": "h"}}, "tool_choice", "none of the tools (f)"),
+        ({"tools": [F], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [F]}}},
+         "tool_choice", '"mode": "auto" or "required", "tools": [{"type": "function", "name": ...}, ...] is required'),
         ({"top_logprobs": 2}, "top_logprobs", "it needs them"),
         ({"include": ["everything"]}, "include.0", "'message.output_text.logprobs'"),
         ({"include": ["message.output_text.logprobs"], "tools": [F]}, "include", "a call's tokens"),
