@@ -17,9 +17,29 @@ from moesaic.config.train import TrainConfig
 from moesaic.errors import ConfigError
 from moesaic.folders import foreign_model, split_run, write_whole
 
+# Of what a file says, each alias counted as all that it stands for: no config comes near.
+_MAX_VALUES = 100_000
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write configs: 3e11 is a number, which YAML 1.1 reads as text, and no key may stand twice."""
+    """YAML as people write configs: 3e11 is a number, which YAML 1.1 reads as text, and no key may stand twice.
+
+    Raises: yaml.YAMLError for whatever cannot be read, RecursionError for what is nested too deeply.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _count_values(node, {}) > _MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"it holds more than {_MAX_VALUES} values")
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, KeyError, AttributeError, OverflowError) as error:  # 2024-13-45, or !!bool perhaps
+            kind = node.tag.rpartition(":")[2]
+            reason = f"{node.value!s:.40} is no value of type {kind} ({error!s:.80})"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -38,6 +58,20 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
+
+
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node holds. known: of nodes by their identity; 0 while one is counted."""
+    found = known.get(id(node))
+    if found == 0:
+        raise yaml.constructor.ConstructorError(None, None, "an alias stands inside what it names", node.start_mark)
+    if found is None:
+        known[id(node)] = 0
+        is_mapping = isinstance(node, yaml.MappingNode)
+        inner = [part for pair in node.value for part in pair] if is_mapping else node.value
+        parts = () if isinstance(node, yaml.ScalarNode) else inner
+        found = known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
+    return found
 
 
 def read_values(source: str | Path) -> dict[str, Any]:
@@ -90,7 +124,7 @@ def parse_assignment(assignment: str) -> tuple[list[str], Any]:
         )
     try:
         return keys, yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ConfigError(
             f"--set {assignment!r}: {text!r} is not YAML; a number, a word, null or a [list] is required; quote or "
             f"mend it."

@@ -163,6 +163,12 @@ def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
     assert {config.model.layers[index].residual for index in config.model.moe_layers} == {"softmax"}
 
 
+def doubled(value: str) -> str:
+    """Forty keys, each with twice what the one before has: a terabyte in two kilobytes."""
+    lines = [f"k{each}: &k{each} {value.format(f'k{each - 1}')}\n" for each in range(1, 41)]
+    return "".join(["k0: &k0 {x: 1}\n", *lines])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -178,6 +184,16 @@ def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
         ("model: 3\ndata: {path: x}\ntokens: 1\n", "a section with keys is required"),
         ("a: !!python/object:os.system {}\n", "is not valid YAML"),
         ("[a]: 1\n", "is not valid YAML"),
+        ("tokens: 2024-13-45\n", "2024-13-45 is no value of type timestamp (month must be in 1..12)"),
+        ("tokens: 0x_\n", "0x_ is no value of type int"),
+        ("tokens: " + "9" * 5000, "no value of type int"),
+        ("tokens: 9" + ":59" * 200 + ".5", "no value of type float"),
+        ("tokens: !!bool 7\n", "7 is no value of type bool"),
+        ("tokens: !!timestamp 7\n", "7 is no value of type timestamp"),
+        ("model: &a {b: *a}\n", "an alias stands inside what it names"),
+        ("model: &a [*a]\n", "an alias stands inside what it names"),
+        (doubled("{{x: *{0}, y: *{0}}}"), "it holds more than 100000 values"),
+        (doubled("[*{0}, *{0}]"), "it holds more than 100000 values"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -186,6 +202,18 @@ def test_a_file_that_is_no_config_is_refused(text: str, message: str, tmp_path: 
     with pytest.raises(ConfigError) as caught:
         load_train_config(path)
     assert message in str(caught.value)
+
+
+def test_aliases_and_merged_keys_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: *a\n")
+    assert read_values(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2}}
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "0x_", "&a [*a]", "[" * 5000])
+def test_an_assignment_of_what_no_value_can_be_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not YAML; a number, a word, null or a \[list\] is required"):
+        parse_assignment(f"tokens={value}")
 
 
 def test_a_file_without_a_model_is_refused(tmp_path: Path) -> None:
