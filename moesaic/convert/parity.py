@@ -458,6 +458,11 @@ def _compare(first: Sequence[Any], second: Sequence[Any], *, made_up: tuple[str,
 def _prompts(tokenizer: Tokenizer, vocab_size: int, room: int) -> list[Tensor]:
     """Token ids of every prompt, and of a long one; those of a tokenizer too large for the model are folded into it."""
     prompts = [torch.tensor(ids) % vocab_size for ids in tokenizer.encode_batch(list(PROMPTS)) if ids]
+    if not prompts:
+        raise DataError(
+            "the tokenizer makes no token of any text; one that encodes text is required; give the model's own with "
+            "--tokenizer."
+        )
     everything = torch.cat(prompts)
     long = everything.repeat(-(-_LONG_PROMPT // len(everything)))[:_LONG_PROMPT]
     return [each[:room] for each in (*prompts, long)]

@@ -67,7 +67,9 @@ class Tokenizer:
         self._json = json.dumps(values, ensure_ascii=False)
         try:
             self._inner = tokenizers.Tokenizer.from_str(self._json)
-        except Exception as error:  # the library raises a bare Exception for every bad file
+        except BaseException as error:  # the library raises a bare Exception for a bad file, or panics
+            if not _is_of_library(error):
+                raise
             raise DataError(
                 f"the tokenizer file does not describe a tokenizer ({error}); a tokenizer.json as the `tokenizers` "
                 f"library writes it is required; export it again from where it came."
@@ -143,7 +145,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without any begin or end token."""
-        found = [each.ids for each in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            found = [each.ids for each in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except BaseException as error:
+            raise _said(error, "encode a text") from None
         return [self._spelled(ids) if self._end_of_text_id in ids else ids for ids in found]
 
     def _spelled(self, ids: list[int]) -> list[int]:
@@ -152,7 +157,10 @@ class Tokenizer:
         Raises: DataError where a letter is one too.
         """
         end, model = self._end_of_text_id, self._inner.model
-        letters = [part.id for letter in self._end_of_text for part in model.tokenize(letter)]
+        try:
+            letters = [part.id for letter in self._end_of_text for part in model.tokenize(letter)]
+        except BaseException as error:
+            raise _said(error, "encode a text") from None
         if end in letters:
             raise DataError(
                 f"the tokenizer encodes plain text as its end-of-text token {self._end_of_text!r}; a text must not end "
@@ -166,11 +174,14 @@ class Tokenizer:
         add_special_tokens: put before and behind it what the tokenizer's own post-processor puts there (a begin token,
         say, or nothing).
         """
-        if len(text) < SHORT_CHARS:
-            return list(self._marking.encode(text, add_special_tokens=add_special_tokens).ids)
-        # As a batch of one: other threads run meanwhile, which they do not beside a single text.
-        (encoding,) = self._marking.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return list(encoding.ids)
+        try:
+            if len(text) < SHORT_CHARS:
+                return list(self._marking.encode(text, add_special_tokens=add_special_tokens).ids)
+            # As a batch of one: other threads run meanwhile, which they do not beside a single text.
+            (encoding,) = self._marking.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(encoding.ids)
+        except BaseException as error:
+            raise _said(error, "encode a prompt") from None
 
     @cached_property
     def _marking(self) -> tokenizers.Tokenizer:
@@ -196,7 +207,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ids; special tokens appear as their names, or not at all."""
-        return str(self._inner.decode([int(each) for each in ids], skip_special_tokens=skip_special_tokens))
+        numbers = [int(each) for each in ids]
+        try:
+            return str(self._inner.decode(numbers, skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            raise _said(error, "make a text of tokens") from None
 
     def token(self, token_id: int) -> str:
         """Return one token as the vocabulary spells it."""
@@ -396,6 +411,21 @@ class Tokenizer:
             f"eos_token of {CONFIG_NAME}, or one of {', '.join(_COMMON_END_NAMES)}; add {END_OF_TEXT} to its "
             f"added_tokens, or put {CONFIG_NAME} with eos_token beside it."
         )
+
+
+def _is_of_library(error: BaseException) -> bool:
+    """Whether an error is the library's word of a file: a bare Exception, or a panic, which is none that Python has."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
+def _said(error: BaseException, doing: str) -> BaseException:
+    """Return what to raise for an error of the library, and any other as it is."""
+    if not _is_of_library(error):
+        return error
+    return DataError(
+        f"the tokenizer cannot {doing} ({error}); a tokenizer.json whose parts fit together is required; export it "
+        f"again from where it came."
+    )
 
 
 def _adds_nothing(post_processor: dict[str, Any] | None) -> bool:

@@ -73,6 +73,15 @@ def refused(source: Path, message: str) -> None:
         assert tree(source.parent) == before
 
 
+# Whatever a text says, it goes.
+NOTHING = {"type": "Replace", "pattern": {"Regex": "[\\s\\S]"}, "content": ""}
+
+
+def change_tokenizer(folder: Path, **values: Any) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | values))
+
+
 def change_config(folder: Path, **values: Any) -> None:
     config = json.loads((folder / CONFIG_NAME).read_text())
     (folder / CONFIG_NAME).write_text(json.dumps(config | values))
@@ -235,6 +244,7 @@ FILES: dict[str, tuple[Broken, str]] = {
     "tokenizer of more tokens": (lambda at: change_config(at, vocab_size=200), "tokens|another shape"),
     "template elsewhere": (lambda at: link_outside(at, "chat_template.jinja"), "chat_template.jinja is a link"),
     "template bytes": (lambda at: (at / "chat_template.jinja").write_bytes(b"\xff"), "template.jinja is not UTF-8"),
+    "tokenizer of nothing": (lambda at: change_tokenizer(at, normalizer=NOTHING), "makes no token of any text"),
     "tokenizer_config a list": (lambda at: (at / "tokenizer_config.json").write_text("[]"), "is not a JSON object"),
     "generation_config no JSON": (lambda at: (at / "generation_config.json").write_text("{"), "is not a JSON object"),
 }  # fmt: skip

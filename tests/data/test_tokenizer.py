@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -25,6 +26,11 @@ ODD_TEXTS = [
     "<|endoftext|> written out <|endoftext|>",
     "a" * 5000,
 ]
+
+# The library panics over a merge that is shorter than the prefix which is to be taken off it.
+PANICS = json.dumps(
+    {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "continuing_subword_prefix": "##"}}
+)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +247,7 @@ def test_an_end_that_stands_for_unknown_words_is_refused() -> None:
         ('{"model": "BPE"}', "has no `model`"),
         ("[" * 100_000, "is not JSON"),
         ('{"model": {"type": "Nonsense"}}', "does not describe a tokenizer"),
+        (PANICS, "does not describe a tokenizer"),
         (given_tokenizer("<pad>").to_str(), "no end-of-text token"),
     ],
 )
@@ -250,6 +257,34 @@ def test_bad_files_are_named(tmp_path: Path, content: str | None, message: str) 
     with pytest.raises(DataError, match=message) as caught:
         Tokenizer.load(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+# What the library takes, and then raises a bare exception for, or panics.
+UNFIT: dict[str, dict[str, Any]] = {
+    "no word for what is unknown": {"model": {"type": "WordLevel", "vocab": {END_OF_TEXT: 0}, "unk_token": "[UNK]"}},
+    "words of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "nothing replaced": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_the_library_finds_out_while_it_encodes_is_an_error_of_ours(tokenizer: Tokenizer, name: str) -> None:
+    values = json.loads(tokenizer.json_text)
+    given = Tokenizer(json.dumps(values | UNFIT[name]))
+    for encode in (given.encode, lambda text: given.encode_prompt(text, add_special_tokens=True)):
+        for text in ("some words", "some words " * 500):
+            with pytest.raises(DataError, match=r"cannot encode a (text|prompt) .*; .* is required; export it again"):
+                encode(text)
+
+
+def test_a_post_processor_with_a_token_that_it_does_not_name_is_an_error_of_ours(tokenizer: Tokenizer) -> None:
+    values = json.loads(tokenizer.json_text)
+    sequences = [{"Sequence": {"id": each, "type_id": 0}} for each in "AB"]
+    single = [{"SpecialToken": {"id": "!", "type_id": 0}}, sequences[0]]
+    template = {"type": "TemplateProcessing", "single": single, "pair": sequences, "special_tokens": {}}
+    given = Tokenizer(json.dumps(values | {"post_processor": template}))
+    with pytest.raises(DataError, match=r"cannot encode a prompt .*; .* is required; export it again"):
+        given.encode_prompt("some words", add_special_tokens=True)
 
 
 def test_a_binary_file_and_a_damaged_config_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
