@@ -76,7 +76,7 @@ class Tokenizer:
             ) from None
         # Ids may have gaps: what a model needs is an embedding for the highest.
         self._vocab_size = 1 + max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._companion(GENERATION_NAME)  # what is wrong with it is said now, not when a model is to stop
+        self._ends()  # what is wrong with them is said now, not when a model is to stop
         configured = self._configured("eos_token")
         self._end_of_text, self._end_of_text_id = self._find_end_of_text(configured)
         added = self._inner.get_added_tokens_decoder().get(self._end_of_text_id)
@@ -315,8 +315,7 @@ class Tokenizer:
         """The tokens that end what a model says: the end of text, and what the tokenizer's own files call so."""
         names = {self._end_of_text, self._configured("eos_token")}
         found = {self._inner.token_to_id(name) for name in names if name is not None}
-        ids = self._companion(GENERATION_NAME).get("eos_token_id")
-        found |= {each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)}
+        found |= set(self._ends())
         return frozenset(each for each in found if each is not None and 0 <= each < self._vocab_size)
 
     @property
@@ -389,6 +388,17 @@ class Tokenizer:
         if isinstance(value, dict):
             value = value.get("content")
         return value if isinstance(value, str) else None
+
+    def _ends(self) -> list[int]:
+        """Return the ids of the tokens that generation_config.json says a model stops at."""
+        given = self._companion(GENERATION_NAME).get("eos_token_id")
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(each) is int for each in ids):
+            raise DataError(
+                f"{GENERATION_NAME} has the eos_token_id {given!r:.80}; the id of a token, or a list of ids, is "
+                f"required, or a model would not stop there; mend or remove it."
+            )
+        return ids
 
     def _companion(self, name: str) -> dict[str, Any]:
         try:

@@ -302,6 +302,20 @@ def test_a_binary_file_and_a_damaged_config_are_named(tokenizer: Tokenizer, tmp_
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("ends", ['"2"', "true", "[[]]", "[1, null]", "1.0", "{}"])
+def test_ends_that_are_no_ids_are_refused(tokenizer: Tokenizer, ends: str) -> None:
+    companions = {"generation_config.json": f'{{"eos_token_id": {ends}}}'}
+    with pytest.raises(DataError, match=r"eos_token_id .*; the id of a token, or a list of ids, is required.*; mend"):
+        Tokenizer(tokenizer.json_text, companions=companions)
+
+
+def test_ends_are_one_id_or_several_or_none(tokenizer: Tokenizer) -> None:
+    for ends, found in (("2", {2}), ("[1, 2]", {1, 2}), ("null", set()), ("[]", set()), ("[3, 9999, -1]", {3})):
+        companions = {"generation_config.json": f'{{"eos_token_id": {ends}}}'}
+        given = Tokenizer(tokenizer.json_text, companions=companions)
+        assert given.stop_ids == {tokenizer.end_of_text_id, *found}
+
+
 def test_training_refuses_what_cannot_work() -> None:
     with pytest.raises(DataError, match=r"vocab_size \(256\) is too small"):
         Tokenizer.train(["text"], vocab_size=256)
