@@ -25,7 +25,7 @@ from moesaic.distill.student import (
     has_fewer_experts,
 )
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
-from moesaic.errors import ConfigError
+from moesaic.errors import CheckpointError, ConfigError
 from moesaic.logs import logger
 from moesaic.model.load import LoadedModel
 from moesaic.model.transformer import Transformer
@@ -68,6 +68,22 @@ def check_cache_top_k(given: int | None, before: int | None) -> None:
         )
 
 
+def _state_of(start: RunStart) -> DistillationState:
+    """Return what the checkpoint of a resumed run says. Raises: CheckpointError for what no distillation wrote."""
+    try:
+        state = DistillationState(**(start.state or {}))
+        kinds = [type(each) for each in asdict(state).values()]
+        if kinds[0] is not str or kinds[2] is not bool or not {kinds[1], kinds[3]} <= {int, type(None)}:
+            raise TypeError(f"{start.state}")
+        return state
+    except TypeError as error:
+        raise CheckpointError(
+            f"the last checkpoint in {start.folder} does not say how far the distillation was ({error}); the objective "
+            f"that `moesaic distill` writes into its manifest.json is required; restore a backup, or delete its "
+            f"folder, so that the step before it is taken."
+        ) from None
+
+
 class Distillation:
     """The Objective of one student's run."""
 
@@ -92,7 +108,7 @@ class Distillation:
         distill, config = self._distill, self._config
         self._device, self._shards = start.device, start.shards
         if start.state is not None:
-            self._state = DistillationState(**start.state)
+            self._state = _state_of(start)
             if not self._state.needs_teacher(config, start.tokens):
                 return
         if start.state is None:

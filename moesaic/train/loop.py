@@ -576,7 +576,18 @@ class Trainer:
             logger.info("%s has no checkpoint yet; starting from step 0.", self.run_folder)
             return None
         info, model, optimizer = found
-        self.loader.check_state(info.metadata["data"])
+        try:
+            data, objective = dict(info.metadata["data"]), dict(info.metadata.get("objective", {}))
+            self.skipped_steps, self.seconds = int(info.metadata["skipped_steps"]), float(info.metadata["seconds"])
+            if not math.isfinite(self.seconds):
+                raise ValueError(f"{self.seconds} seconds")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"the manifest.json in {info.path} does not say how far the training was ({error!r}); data, "
+                f"skipped_steps and seconds as `moesaic train` writes them are required; restore a backup, or delete "
+                f"the folder, so that the step before it is taken."
+            ) from None
+        self.loader.check_state(data)
         self.shards.verify(known_times=known_data_times(self.run_folder))
         load_model_state(self.model, model, info)
         self.optimizers.load_named_state(optimizer)
@@ -590,11 +601,9 @@ class Trainer:
             evaluations = read_metrics(self.run_folder, most_records=64).evaluation
             earlier = (each.loss for each in evaluations if each.step <= self.step)
             self.best_loss = min(filter(math.isfinite, earlier), default=math.inf)
-        self.skipped_steps = int(info.metadata["skipped_steps"])
-        self.seconds = float(info.metadata["seconds"])
         self.validation_loss, self.evaluated_step = info.validation_loss, info.step
         set_aside_after(self.run_folder, info.step)
-        return dict(info.metadata.get("objective", {}))
+        return objective
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,20 @@ def test_a_resumed_staged_run_equals_the_unbroken_one_bit_for_bit(
     ] * 6
 
 
+@pytest.mark.parametrize("state", [{}, {"x": 1}, {"teacher_sha256": 3}, {"teacher_sha256": "", "has_ended": "no"}])
+def test_a_state_that_no_distillation_wrote_is_refused(state: dict[str, Any], student: Student, tmp_path: Path) -> None:
+    config = student()
+    distill(config, tmp_path / "run", display=Stop())
+    file = list_checkpoints(tmp_path / "run")[-1].path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["metadata"]["objective"] = state
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(
+        CheckpointError, match=r"does not say how far the distillation was \(.*\); .* required; restore"
+    ):
+        distill(config, tmp_path / "run", resume=True, display=Stop())
+
+
 def test_a_record_over_the_switch_has_the_alpha_of_its_last_step(student: Student, tmp_path: Path) -> None:
     distill(student("distill.stop_fraction=0.5", "log_every_steps=100"), tmp_path / "run", display=Stop())
     alphas = {record.step: record.objective["alpha"] for record in read_metrics(tmp_path / "run").train}

@@ -559,6 +559,31 @@ def test_resuming_with_other_data_is_refused_and_changes_nothing(make_config: Ma
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": None},
+        {"objective": 3},
+        {"skipped_steps": math.nan},
+        {"skipped_steps": "x"},
+        {"seconds": {}},
+        {"seconds": math.inf},
+    ],
+)
+def test_resuming_from_a_manifest_of_nonsense_is_refused_and_changes_nothing(
+    changes: dict[str, Any], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(steps=4)
+    train(config, tmp_path / "run")
+    file = list_checkpoints(tmp_path / "run")[-1].path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps({**manifest, "metadata": manifest["metadata"] | changes}))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"does not say how far the training was \(.*\); .* required; restore"):
+        train(config, tmp_path / "run", resume=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
 def test_resuming_to_fewer_tokens_than_it_has_is_refused_and_changes_nothing(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
