@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from moesaic.errors import CheckpointError
-from moesaic.folders import foreign_model, load_json, split_run, sync
+from moesaic.folders import foreign_model, load_own_json, split_run, sync
 from moesaic.logs import logger
 
 if TYPE_CHECKING:  # listing a run's checkpoints needs no torch
@@ -154,7 +154,7 @@ def read_info(path: Path) -> CheckpointInfo:
     Raises: CheckpointError when it is missing, not JSON, or of another format version.
     """
     try:
-        manifest = load_json(path / "manifest.json")
+        manifest = load_own_json(path / "manifest.json")
         version = manifest["format_version"]
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -223,6 +223,8 @@ def checked_file(info: CheckpointInfo, name: str) -> Iterator[Path]:
                 f"{path} has {size} bytes; {expected['bytes']} were written; it is truncated or missing; use another "
                 f"step."
             )
+        if not path.is_file():  # to open a pipe would be to wait for ever
+            raise OSError("no ordinary file")
         file = path.open("rb", buffering=0)
     except OSError as error:
         raise _unreadable(path, error) from None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import moesaic
-from moesaic.folders import load_json, write_whole
+from moesaic.folders import load_own_json, write_whole
 from moesaic.logs import logger
 
 RUN_FILE = "run.json"
@@ -78,7 +78,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return {"starts": []}
     try:
-        values = load_json(path)
+        values = load_own_json(path)
         if isinstance(values["starts"], list) and isinstance(values.get("data_times", {}), dict):
             return dict(values)
     except (OSError, ValueError, KeyError, TypeError):

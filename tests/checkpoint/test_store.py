@@ -228,6 +228,19 @@ def test_a_manifest_that_is_damaged_is_passed_over(damage: Callable[[Any], None]
     assert found is not None and found[0].step == resolve_checkpoint(tmp_path).step == 30
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = save(tmp_path, 30).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"]["bytes"] = 0
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("model.safetensors", "manifest.json"):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        with pytest.raises(CheckpointError, match="no ordinary file"):
+            load_tensors(read_info(path), "model")
+
+
 def test_a_run_whose_checkpoints_cannot_be_read_is_not_called_empty(tmp_path: Path) -> None:
     file = save(tmp_path, 30).path / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 2}))

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ def test_an_unreadable_list_is_kept_and_a_new_one_begins(
     assert (tmp_path / "run.unreadable.json").read_text() == text
     assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
     assert known_data_times(tmp_path) == {"a": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_pipe_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.json")
+    write_provenance(tmp_path, data_path="d", data_fingerprint="f", data_times={}, device=torch.device("cpu"))
+    assert (tmp_path / "run.unreadable.json").is_fifo()
+    assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
 
 
 def test_a_list_that_may_not_be_read_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
