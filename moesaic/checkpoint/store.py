@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO, RawIOBase
+from math import isfinite
 from pathlib import Path
 from threading import Event
 from types import MappingProxyType
@@ -164,7 +165,7 @@ def read_info(path: Path) -> CheckpointInfo:
         info = CheckpointInfo(path, int(manifest["step"]), dict(manifest["metadata"]), dict(manifest["files"]))
         if not all(isinstance(each["bytes"], int) and isinstance(each["sha256"], str) for each in info.files.values()):
             raise ValueError("a file's bytes and sha256 are a number and a text")
-        if not isinstance(info.validation_loss, int | float | None):
+        if not isinstance(info.validation_loss, int | float | None) or not isfinite(info.validation_loss or 0):
             raise ValueError("a validation loss is a number")
         return info
     except PermissionError as error:

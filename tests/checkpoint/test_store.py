@@ -210,6 +210,7 @@ def test_a_file_that_is_no_safetensors_is_an_error_even_with_its_hash(tmp_path: 
         lambda manifest: manifest["files"].update({"model.safetensors": None}),
         lambda manifest: manifest.update(step=float("inf")),
         lambda manifest: manifest["metadata"].update(validation_loss="low"),
+        lambda manifest: manifest["metadata"].update(validation_loss=float("nan")),
         None,
     ],
 )
