@@ -16,6 +16,7 @@ from moesaic.kernels import products
 from moesaic.kernels.activation import activate, activate_and_backward, activate_gated, is_gated
 from moesaic.kernels.cpu import moe_training
 from moesaic.kernels.gradient import once_differentiable
+from moesaic.kernels.tracing import untraced
 
 _PANEL_ROWS = 512
 _ROW_MULTIPLE = 8
@@ -62,6 +63,12 @@ def grouped_mlp(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) ->
             weights.activation,
         )  # fmt: skip
         return out
+    return _grouped_mlp_by_runs(x, tokens_per_expert, weights)
+
+
+@untraced
+def _grouped_mlp_by_runs(x: Tensor, tokens_per_expert: Tensor, weights: ExpertWeights) -> Tensor:
+    """A loop over the experts that have rows: traced, it would be compiled anew for every list of their counts."""
     rows, up, up_bias, down, down_bias = (
         None if each is None else products.autocast(each)
         for each in (x, weights.up, weights.up_bias, weights.down, weights.down_bias)

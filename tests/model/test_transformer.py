@@ -577,6 +577,34 @@ def test_compiles_into_one_graph(attention: dict[str, Any], kernels: str) -> Non
         assert float((one - other).norm()) <= (0.0 if kernels == "auto" else 0.02) * float(other.norm())
 
 
+def test_what_is_compiled_serves_other_counts_of_tokens() -> None:
+    """In fp32 the experts' loop depends on how many tokens each has; no such list of counts is compiled for itself."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    values = {"vocab_size": 64, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
+    config = ModelConfig.from_dict({**values, "moe": {"num_experts": 4, "top_k": 1}})
+    model = Transformer(config).initialize(0).train()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    parameters = list(model.parameters())
+    torch._dynamo.reset()
+    graphs, counts = [], set()
+    for seed in range(3):
+        tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(seed))
+        found = []
+        for each in (model, compiled):
+            output = each(tokens)
+            found.append(torch.autograd.grad(output.hidden.square().mean(), parameters, allow_unused=True))
+        counts.add(tuple(output.moe[0].tokens_per_expert.tolist()))
+        graphs.append(counters["stats"]["unique_graphs"])
+        for one, other in zip(*found, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    torch._dynamo.reset()
+    assert len(counts) == 3
+    assert graphs[0] == graphs[1] == graphs[2], graphs
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
 @pytest.mark.parametrize("attention", [{"num_kv_heads": 1}, {"latent_attention": LATENT}], ids=["grouped", "latent"])
 def test_torch_s_default_dtype_and_device_are_its_user_s(
