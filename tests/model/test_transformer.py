@@ -605,6 +605,26 @@ def test_what_is_compiled_serves_other_counts_of_tokens() -> None:
     assert graphs[0] == graphs[1] == graphs[2], graphs
 
 
+def test_one_token_compiled_has_its_own_gradients() -> None:
+    """Experts in fp32: traced, their loop left gradients of those that have the token at 0."""
+    import torch._dynamo
+
+    values = {"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    config = ModelConfig.from_dict({**values, "activation": "swiglu", "moe": {"num_experts": 4, "top_k": 2}})
+    model = Transformer(config).initialize(0).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    parameters = list(model.parameters())
+    for shape in ((2, 12), (1, 1)):
+        tokens = torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(0))
+        losses = (each(tokens).hidden.square().mean() for each in (model, compiled))
+        found = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses]
+        for one, other in zip(*found, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
 @pytest.mark.parametrize("attention", [{"num_kv_heads": 1}, {"latent_attention": LATENT}], ids=["grouped", "latent"])
 def test_torch_s_default_dtype_and_device_are_its_user_s(
