@@ -500,8 +500,8 @@ class ConversationBody(GenerationBody):
         """Return the tools as a template takes them: those that may be called."""
         if self.tool_choice == "none" or not self.tools:
             return None
-        allowed = self._callable()
-        return [tool for tool, name in zip(self.tools, self.functions(), strict=True) if name in allowed]
+        names = self._callable().keys()
+        return [tool for tool in self.tools if self._name_in(tool) in names]
 
     def template_settings(self) -> dict[str, Any]:
         """Return what is set of the template's own variables, by their names."""
@@ -624,7 +624,7 @@ class ConversationBody(GenerationBody):
         return found if isinstance(found, dict) else None
 
     def _name_in(self, value: Any) -> str | None:
-        """Return the function that a choice names, None where it is of another form."""
+        """Return the function that a tool, or a choice of one, names, None where it is of another form."""
         name = (self._function_in(value) or {}).get("name")
         return name if isinstance(name, str) else None
 
