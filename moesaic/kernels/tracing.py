@@ -1,4 +1,6 @@
-"""What torch.compile does not look into: functions that call C++ with addresses and are not operators of PyTorch's."""
+"""What torch.compile does not look into: functions that call C++ with addresses and are not operators of PyTorch's, and
+loops that it would compile anew for all that they depend on.
+"""
 
 import functools
 from collections.abc import Callable
