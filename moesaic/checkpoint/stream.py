@@ -38,6 +38,8 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+# Of numbers that mean something only beside their scales: a reader has to be asked for them.
+FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn}
 
 # What the writer's threads take at a time: some milliseconds of hashing.
 _BUFFER_BYTES, _NUM_BUFFERS = 8 << 20, 4
@@ -62,12 +64,13 @@ class TensorLayout:
 class TensorReader:
     """Reads the tensors of a file, whole or some rows of them. A context manager.
 
-    is_read_once: of a large file, what has been read need not stay in the page cache.
+    is_read_once: of a large file, what has been read need not stay in the page cache. dtypes: those that are known, by
+    their names in the file.
 
-    Raises: CheckpointError for a file that is no safetensors file, is truncated, or holds a dtype torch has not.
+    Raises: CheckpointError for a file that is no safetensors file, is truncated, or holds another dtype.
     """
 
-    def __init__(self, path: Path, *, is_read_once: bool = False) -> None:
+    def __init__(self, path: Path, *, is_read_once: bool = False, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
         self.path = path
         try:
             if not path.is_file():  # to open a pipe would be to wait for ever
@@ -96,13 +99,13 @@ class TensorReader:
         self.layout: dict[str, TensorLayout] = {}
         self._starts: dict[str, int] = {}
         for name, each in header.items():
-            if each["dtype"] not in DTYPES:
+            if each["dtype"] not in dtypes:
                 self._file.close()
                 raise CheckpointError(
-                    f"{path}: {name} is of dtype {each['dtype']}; one of {', '.join(DTYPES)} is required; convert the "
+                    f"{path}: {name} is of dtype {each['dtype']}; one of {', '.join(dtypes)} is required; convert the "
                     f"checkpoint to bf16 first."
                 )
-            self.layout[name] = TensorLayout(DTYPES[each["dtype"]], tuple(each["shape"]))
+            self.layout[name] = TensorLayout(dtypes[each["dtype"]], tuple(each["shape"]))
             self._starts[name] = 8 + size + each["data_offsets"][0]
 
     def read(self, name: str, index: int | None = None) -> Tensor:

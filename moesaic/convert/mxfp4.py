@@ -4,55 +4,72 @@ Nothing is rounded: bf16 holds every such number. The format itself is kernels/m
 """
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moesaic.checkpoint.stream import TensorLayout
+from moesaic.convert.packing import ReadTensor, describe
 from moesaic.errors import ConversionError
-from moesaic.kernels.mxfp4 import LARGEST_SCALE
+from moesaic.kernels.mxfp4 import LARGEST_SCALE, dequantize
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _BLOCK_BYTES = 16
 
 
-def check_scales(scales: Tensor, where: str) -> Tensor:
-    """Return a tensor's scales. Raises: ConversionError where some of its numbers would not be finite."""
-    if scales.numel() and int(scales.max()) > LARGEST_SCALE:
-        raise ConversionError(
-            f"{where} holds a scale of {int(scales.max())}; at most {LARGEST_SCALE} is required, with which all "
-            f"numbers are finite in bf16; fetch the file again."
-        )
-    return scales
+class Mxfp4Packing:
+    """Stacks in MXFP4: each NAME_blocks (E, N, G, 16) and NAME_scales (E, N, G) stands for NAME (E, 32 G, N).
 
-
-def plain_layout(layout: Mapping[str, TensorLayout], where: str) -> dict[str, TensorLayout]:
-    """Return a checkpoint's layout with each NAME_blocks (E, N, G, 16) and NAME_scales (E, N, G) as NAME (E, 32 G, N).
-
-    So gpt-oss has its experts' matrices where they are not quantised.
-
-    Raises: ConversionError where there are none, or one of a pair does not fit the other.
+    So gpt-oss has its experts' matrices where they are not quantised. A Packing (packing.py).
     """
-    plain = dict(layout)
-    names = [name.removesuffix(BLOCKS) for name in layout if name.endswith(BLOCKS)]
-    if not names:
-        raise ConversionError(
-            f"{where} is said to be quantised (mxfp4) and holds no tensor {BLOCKS[1:]}; both or neither is required; "
-            f"fetch it again, or remove quantization_config from its config.json if its tensors are not quantised."
-        )
-    for name in names:
-        blocks, scales = plain.pop(name + BLOCKS), plain.pop(name + SCALES, None)
-        is_pair = scales is not None and blocks.shape == (*scales.shape, _BLOCK_BYTES) and len(scales.shape) == 3
-        if scales is None or not is_pair or {blocks.dtype, scales.dtype} != {torch.uint8} or name in layout:
-            found = ", ".join(f"{name + part} {_describe(layout.get(name + part))}" for part in (BLOCKS, SCALES, ""))
+
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
+
+    def plain_layout(self, layout: Mapping[str, TensorLayout], where: str) -> dict[str, TensorLayout]:
+        """Return a checkpoint's layout with each pair as one.
+
+        Raises: ConversionError where there are none, or one of a pair does not fit the other.
+        """
+        plain = dict(layout)
+        names = [name.removesuffix(BLOCKS) for name in layout if name.endswith(BLOCKS)]
+        if not names:
             raise ConversionError(
-                f"{where}: {found}; uint8 blocks (E, N, G, {_BLOCK_BYTES}) and scales (E, N, G), and nothing beside "
-                f"them, are required; fetch the files again."
+                f"{where} is said to be quantised (mxfp4) and holds no tensor {BLOCKS[1:]}; both or neither is "
+                f"required; fetch it again, or remove quantization_config from its config.json if its tensors are not "
+                f"quantised."
             )
-        count, rows, groups = scales.shape
-        plain[name] = TensorLayout(torch.bfloat16, (count, 2 * _BLOCK_BYTES * groups, rows))
-    return plain
+        for name in names:
+            blocks, scales = plain.pop(name + BLOCKS), plain.pop(name + SCALES, None)
+            is_pair = scales is not None and blocks.shape == (*scales.shape, _BLOCK_BYTES) and len(scales.shape) == 3
+            if scales is None or not is_pair or {blocks.dtype, scales.dtype} != {torch.uint8} or name in layout:
+                found = ", ".join(f"{name + part} {describe(layout.get(name + part))}" for part in (BLOCKS, SCALES, ""))
+                raise ConversionError(
+                    f"{where}: {found}; uint8 blocks (E, N, G, {_BLOCK_BYTES}) and scales (E, N, G), and nothing "
+                    f"beside them, are required; fetch the files again."
+                )
+            count, rows, groups = scales.shape
+            plain[name] = TensorLayout(torch.bfloat16, (count, 2 * _BLOCK_BYTES * groups, rows))
+        return plain
+
+    def read(self, name: str, index: int | None, layout: Mapping[str, TensorLayout], read: ReadTensor) -> Tensor:
+        """Return a stack, or a matrix of one, in bf16. Raises: ConversionError where some numbers are not finite."""
+        blocks, scales = read(name + BLOCKS, index), read(name + SCALES, index)
+        if scales.numel() and int(scales.max()) > LARGEST_SCALE:
+            raise ConversionError(
+                f"{name} holds a scale of {int(scales.max())}; at most {LARGEST_SCALE} is required, with "
+                f"which all numbers are finite in bf16; fetch the file again."
+            )
+        return dequantize(blocks, scales).mT
 
 
-def _describe(layout: TensorLayout | None) -> str:
-    return "is missing" if layout is None else f"is {str(layout.dtype).removeprefix('torch.')} {list(layout.shape)}"
+def read_mxfp4(given: Mapping[str, Any], where: str) -> Mxfp4Packing:
+    """Return what a quantization_config of MXFP4 says. Raises: ConversionError for what is not known."""
+    # Which modules are not converted, the tensors say.
+    unknown = sorted(given.keys() - {"quant_method", "modules_to_not_convert"})
+    if unknown:
+        raise ConversionError(
+            f"{where}: quantization_config has keys that are not understood: {', '.join(unknown)}; MXFP4 has "
+            f"quant_method and modules_to_not_convert alone; remove what changes nothing."
+        )
+    return Mxfp4Packing()

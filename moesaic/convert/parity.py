@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import moesaic
 from moesaic.checkpoint.store import resolve_checkpoint
-from moesaic.checkpoint.stream import TensorReader
+from moesaic.checkpoint.stream import DTYPES, FP8_DTYPES, TensorReader
 from moesaic.convert import mxfp4
 from moesaic.convert.opened import open_model
-from moesaic.convert.source import CONFIG_NAME, is_foreign_run, is_source, read_json
+from moesaic.convert.source import CONFIG_NAME, HuggingFaceFolder, is_foreign_run, is_source, read_json
 from moesaic.convert.weights import WeightComparison, compare_weights
 from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConversionError, DataError, NotFiniteError
@@ -251,21 +251,22 @@ class _Theirs:
 
     def __init__(self, path: Path) -> None:
         import transformers
-        from transformers.utils.quantization_config import Mxfp4Config
 
         if is_foreign_run(path):
             import moesaic.hf  # noqa: F401  # registers our classes
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
-        packed = file is None and read_json(path / CONFIG_NAME).get("quantization_config")  # MXFP4: no other is opened
+        packed = None if file else read_json(path / CONFIG_NAME).get("quantization_config")
         with _quiet_transformers(), _their_errors():
             # Its other ways to run experts refuse sizes that are no multiple of 16 bytes.
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, dtype=torch.float32, local_files_only=True, experts_implementation="eager",
                 output_loading_info=True,
-                quantization_config=Mxfp4Config(dequantize=True) if packed else None,
+                quantization_config=_dequantizing(packed["quant_method"]) if packed else None,
             )  # fmt: skip
         model, info = loaded
         self._model = model.eval()
+        if packed and packed["quant_method"] != "mxfp4":  # which bf16 holds
+            _round_as_read(self._model, path)
         self.made_up = tuple(sorted(info["missing_keys"]))
 
     @torch.no_grad()
@@ -285,6 +286,29 @@ class _Theirs:
                 eos_token_id=-1, pad_token_id=0,
             )  # fmt: skip
         return out[0, len(tokens) :].tolist()
+
+
+def _dequantizing(method: str) -> object:
+    """Return transformers' setting that makes plain numbers of a quantised model. Raises: _DoesNotRunError."""
+    from transformers.utils import quantization_config as configs
+
+    if method == "mxfp4":
+        return configs.Mxfp4Config(dequantize=True)
+    if method == "fp8":
+        return configs.FineGrainedFP8Config(dequantize=True)
+    return configs.CompressedTensorsConfig(run_compressed=False)
+
+
+@torch.no_grad()
+def _round_as_read(model: nn.Module, path: Path) -> None:
+    """Round what transformers dequantised in fp32 to bf16, as we read it. Its own names of tensors may be others."""
+    with HuggingFaceFolder(path) as source:
+        wide = [name for name, each in source.layout.items() if each.dtype is torch.float32 and len(each.shape) > 1]
+        kept = [source.read(name) for name in wide]
+    for parameter in model.parameters():
+        is_kept = any(parameter.shape == each.shape and torch.equal(parameter, each) for each in kept)
+        if parameter.dim() > 1 and not is_kept:
+            parameter.copy_(parameter.bfloat16())
 
 
 def certify(
@@ -546,7 +570,7 @@ def _bytes_needed(path: Path) -> int:
         return 10 * stored  # four bits and more become fp32
     parameters = 0
     for each in files:
-        with TensorReader(each) as reader:
+        with TensorReader(each, dtypes={**DTYPES, **FP8_DTYPES}) as reader:
             for name, layout in reader.layout.items():
                 parameters += math.prod(layout.shape) * (2 if name.endswith(mxfp4.BLOCKS) else 1)
     return stored + 4 * parameters + (1 << 29)

@@ -5,18 +5,19 @@ is opened because an index says so.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from moesaic.checkpoint.stream import TensorLayout, TensorReader, without_doubles
-from moesaic.convert import mxfp4
+from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorReader, without_doubles
+from moesaic.convert.fp8 import read_compressed, read_fp8
+from moesaic.convert.mxfp4 import read_mxfp4
+from moesaic.convert.packing import Packing
 from moesaic.data.tokenizer import COMPANION_NAMES, GENERATION_NAME, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConversionError, DataError
-from moesaic.kernels.mxfp4 import dequantize
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -24,6 +25,12 @@ INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_NAME = "adapter_config.json"
 # What a tampered file could make us hold: no real config or index comes near.
 _MAX_JSON_BYTES = 64 << 20
+# What a quantization_config calls them.
+_PACKINGS: Mapping[str, Callable[[Mapping[str, Any], str], Packing]] = {
+    "mxfp4": read_mxfp4,
+    "fp8": read_fp8,
+    "compressed-tensors": read_compressed,
+}
 
 
 class Source(Protocol):
@@ -46,7 +53,7 @@ class Source(Protocol):
 
 
 class HuggingFaceFolder:
-    """config.json, safetensors shards with their index, and tokenizer files. Matrices in MXFP4 come as bf16.
+    """config.json, safetensors shards with their index, and tokenizer files. Matrices in MXFP4 and FP8 come as bf16.
 
     Raises: ConversionError or CheckpointError for what is missing, broken, double, or leads out of the folder.
     """
@@ -63,43 +70,27 @@ class HuggingFaceFolder:
                 f"with PEFT (merge_and_unload) and save the result{otherwise}."
             )
         self.config = read_json(path / CONFIG_NAME)
-        is_packed = self._is_packed()
-        if is_packed:
-            del self.config["quantization_config"]  # understood
+        self._packing = _read_packing(self.config.pop("quantization_config", None), str(path))
         self._stack = ExitStack()
         try:
             self._readers = self._open()
-            layout = {name: reader.layout[name] for name, reader in self._readers.items()}
-            self.layout: Mapping[str, TensorLayout] = mxfp4.plain_layout(layout, str(path)) if is_packed else layout
+            stored = {name: reader.layout[name] for name, reader in self._readers.items()}
+            packing = self._packing
+            self.layout: Mapping[str, TensorLayout] = (
+                stored if packing is None else packing.plain_layout(stored, str(path))
+            )
+            self._stored = stored
         except BaseException:
             self._stack.close()
             raise
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        if name in self._readers:
-            return self._readers[name].read(name, index)
-        blocks, scales = (self._readers[name + part].read(name + part, index) for part in (mxfp4.BLOCKS, mxfp4.SCALES))
-        return dequantize(blocks, mxfp4.check_scales(scales, f"{self.path}: {name}")).mT
+        if self._packing is None or self._stored.get(name) == self.layout[name]:
+            return self._read_stored(name, index)
+        return self._packing.read(name, index, self._stored, self._read_stored)
 
-    def _is_packed(self) -> bool:
-        """Whether the config says that matrices are in MXFP4. Raises: ConversionError for what else it may say."""
-        given = self.config.get("quantization_config")
-        if not given:
-            return False
-        name = given.get("quant_method") if isinstance(given, dict) else given
-        if not isinstance(given, dict) or name != "mxfp4":
-            raise ConversionError(
-                f"{self.path} is quantised ({name}); bf16, fp16 or fp32 weights, or gpt-oss's in MXFP4, are required; "
-                f"take the model as it was before, or dequantise it with the tool that made it."
-            )
-        # Which modules are not converted, the tensors say.
-        unknown = sorted(given.keys() - {"quant_method", "modules_to_not_convert"})
-        if unknown:
-            raise ConversionError(
-                f"{self.path}: quantization_config has keys that are not understood: {', '.join(unknown)}; MXFP4 has "
-                f"quant_method and modules_to_not_convert alone; remove what changes nothing."
-            )
-        return True
+    def _read_stored(self, name: str, index: int | None = None, /) -> Tensor:
+        return self._readers[name].read(name, index)
 
     def tokenizer(self) -> Tokenizer:
         if not (self.path / TOKENIZER_NAME).is_file():
@@ -138,9 +129,11 @@ class HuggingFaceFolder:
 
     def _open(self) -> dict[str, TensorReader]:
         places = self._shards()
+        dtypes = DTYPES if self._packing is None else {**DTYPES, **self._packing.dtypes}
         readers: dict[str, TensorReader] = {}
         for shard, expected in places.items():
-            reader = self._stack.enter_context(TensorReader(self.path / shard, is_read_once=True))
+            reader = TensorReader(self.path / shard, is_read_once=True, dtypes=dtypes)
+            self._stack.enter_context(reader)
             double = sorted(reader.layout.keys() & readers.keys())
             if double:
                 raise ConversionError(
@@ -205,6 +198,19 @@ class HuggingFaceFolder:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def _read_packing(given: object, where: str) -> Packing | None:
+    """Return how a quantization_config says that matrices are packed. Raises: ConversionError for other ways."""
+    if not given:
+        return None
+    name = given.get("quant_method") if isinstance(given, dict) else given
+    if not isinstance(given, dict) or not isinstance(name, str) or name not in _PACKINGS:
+        raise ConversionError(
+            f"{where} is quantised ({name}); bf16, fp16 or fp32 weights, FP8, or gpt-oss's in MXFP4, are required; "
+            f"take the model as it was before, or dequantise it with the tool that made it."
+        )
+    return _PACKINGS[name](given, where)
 
 
 def read_json(path: Path) -> dict[str, Any]:

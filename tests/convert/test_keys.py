@@ -247,7 +247,7 @@ ON = {"use_sliding_window": True, "sliding_window": 16, "layer_types": REMOVED}
             "quantization_config has keys that are not understood: group_size",
         ),
         ("gpt-oss", {"quantization_config": "mxfp4"}, r"is quantised \(mxfp4\); .*or gpt-oss's in MXFP4"),
-        ("gpt-oss", {"quantization_config": {"quant_method": "fp8"}}, r"is quantised \(fp8\)"),
+        ("gpt-oss", {"quantization_config": {"quant_method": "awq"}}, r"is quantised \(awq\)"),
         ("seed-oss", {"attention_out_bias": True}, "attention_out_bias is True; False is required"),
         ("dots1", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ("dots1", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, "sliding_window"),

@@ -1,0 +1,190 @@
+"""FP8: matrices of 8-bit floats (e4m3) with a scale for each block, row or matrix, read as the bf16 nearest to them.
+
+So DeepSeek-V3, MiniMax-M2 and others are published, in the layout that transformers calls `fp8`, and GLM-4.5 in that of
+compressed-tensors. bf16 is what the models were before, and what their makers' own tools turn them back into.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.stream import FP8_DTYPES, TensorLayout
+from moesaic.convert.packing import ReadTensor, describe
+from moesaic.errors import ConversionError
+
+# A matrix NAME has NAME_scale_inv in the one layout, and NAME_scale in the other; a number is multiplied by either.
+_SCALES = ("_scale_inv", "_scale")
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a matrix, what is made fp32 at a time.
+_ROWS = 1024
+# quantization_config's keys and what they may say, beside the blocks; None: whatever it is, the tensors tell.
+_FP8_KEYS: Mapping[str, tuple[object, ...] | None] = {
+    "quant_method": None,
+    "activation_scheme": ("dynamic",),
+    "fmt": (None, "e4m3", "float8_e4m3fn"),
+    "weight_block_size": None,
+    "modules_to_not_convert": None,
+    "ignored_layers": None,
+    "modules_to_convert": None,
+    "scale_fmt": None,
+    "expert_dtype": (None, "fp8"),
+    "dequantize": None,
+}
+_COMPRESSED_KEYS: Mapping[str, tuple[object, ...] | None] = {
+    "quant_method": None,
+    "format": ("float-quantized",),
+    "quantization_status": (None, "compressed"),
+    "config_groups": None,
+    "ignore": None,
+    "kv_cache_scheme": (None,),
+    "sparsity_config": (None, {}),
+    "transform_config": (None, {}),
+    "global_compression_ratio": None,
+    "version": None,
+}
+_WEIGHT_KEYS: Mapping[str, tuple[object, ...] | None] = {
+    "num_bits": (8,),
+    "type": ("float",),
+    "symmetric": (None, True),
+    "dynamic": (None, False),
+    "group_size": (None,),
+    "actorder": (None,),
+    "strategy": ("tensor", "channel", "block"),
+    "block_structure": None,
+    "observer": None,
+    "observer_kwargs": None,
+    "scale_dtype": None,
+    "zp_dtype": None,
+}
+
+Block = tuple[int | None, int | None]  # rows and columns that share a scale, None: all of a matrix's
+
+
+@dataclass(frozen=True)
+class Fp8Packing:
+    """Matrices in FP8 whose blocks have a scale each. A Packing (packing.py)."""
+
+    block: Block
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = FP8_DTYPES
+
+    def plain_layout(self, layout: Mapping[str, TensorLayout], where: str) -> dict[str, TensorLayout]:
+        """Return a checkpoint's layout with each pair of a matrix (..., N, K) and its scales as one bf16 matrix.
+
+        Raises: ConversionError where there are none, or one of a pair does not fit the other.
+        """
+        plain = dict(layout)
+        names = [name for name, each in layout.items() if each.dtype is torch.float8_e4m3fn]
+        if not names:
+            raise ConversionError(
+                f"{where} is said to be quantised (FP8) and holds no tensor of float8_e4m3fn; both or neither is "
+                f"required; fetch it again, or remove quantization_config from its config.json if its tensors are not "
+                f"quantised."
+            )
+        for name in names:
+            shape, scales_name = layout[name].shape, _scales_name(name, layout)
+            scales, allowed = plain.pop(scales_name, None), self._grids(shape)
+            if scales is None or scales.dtype not in _SCALE_DTYPES or scales.shape not in allowed:
+                due = list(allowed[0]) if allowed else "of a matrix"
+                found = ", ".join(f"{each} {describe(layout.get(each))}" for each in (name, scales_name))
+                raise ConversionError(
+                    f"{where}: {found}; scales {due} in fp32, bf16 or fp16 are required; fetch the files again."
+                )
+            plain[name] = TensorLayout(torch.bfloat16, shape)
+        return plain
+
+    def read(self, name: str, index: int | None, layout: Mapping[str, TensorLayout], read: ReadTensor) -> Tensor:
+        """Return a matrix, or the index-th of a stack, in bf16. layout, read: of the tensors as they are stored."""
+        return self.dequantize(read(name, index), read(_scales_name(name, layout), index))
+
+    def dequantize(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Return the bf16 nearest to FP8 values (..., N, K) times their scales, rounded from the fp32 product.
+
+        scales: (..., ceil(N / rows), ceil(K / columns)) of blocks, or a number.
+        """
+        *_, rows, columns = values.shape
+        height, width = self._block(rows, columns)
+        grid = scales.float().reshape(self._grids(tuple(values.shape))[0])
+        out = torch.empty(values.shape, dtype=torch.bfloat16)
+        step = height * max(1, _ROWS // height)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            factors = grid[..., start // height : -(-stop // height), :].repeat_interleave(height, -2)
+            factors = factors[..., : stop - start, :].repeat_interleave(width, -1)[..., :columns]
+            out[..., start:stop, :] = values[..., start:stop, :].float().mul_(factors)
+        return out
+
+    def _block(self, rows: int, columns: int) -> tuple[int, int]:
+        height, width = self.block
+        return max(1, min(rows, height or rows)), max(1, min(columns, width or columns))
+
+    def _grids(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes that the scales of a matrix, or of a stack, may have; none for what is neither."""
+        if len(shape) < 2:
+            return ()
+        height, width = self._block(*shape[-2:])
+        grid = (*shape[:-2], -(-shape[-2] // height), -(-shape[-1] // width))
+        return (grid, (1,), ()) if self.block == (None, None) and len(shape) == 2 else (grid,)
+
+
+def read_fp8(given: Mapping[str, Any], where: str) -> Fp8Packing:
+    """Return what a quantization_config of quant_method `fp8` says. Raises: ConversionError for what is not known."""
+    _check(given, _FP8_KEYS, f"{where}: quantization_config")
+    block = given.get("weight_block_size")
+    return Fp8Packing((None, None) if block is None else _block_of(block, f"{where}: weight_block_size"))
+
+
+def read_compressed(given: Mapping[str, Any], where: str) -> Fp8Packing:
+    """Return what a quantization_config of compressed-tensors says. Raises: ConversionError for what is not known."""
+    _check(given, _COMPRESSED_KEYS, f"{where}: quantization_config")
+    groups = given.get("config_groups")
+    found = {
+        _block_of_group(group, f"{where}: config_groups.{name}")
+        for name, group in (groups.items() if isinstance(groups, dict) else ())
+    }
+    if len(found) != 1:
+        raise ConversionError(
+            f"{where}: config_groups describes {len(found)} kinds of scales; one, for all matrices, is required; take "
+            f"the model as it was before it was quantised."
+        )
+    return Fp8Packing(found.pop())
+
+
+def _block_of_group(group: object, where: str) -> Block:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    _check(weights if isinstance(weights, dict) else {}, _WEIGHT_KEYS, f"{where}.weights")
+    assert isinstance(weights, dict)
+    if weights["strategy"] == "block":
+        return _block_of(weights.get("block_structure"), f"{where}.weights.block_structure")
+    return (1 if weights["strategy"] == "channel" else None), None
+
+
+def _check(given: Mapping[str, Any], known: Mapping[str, tuple[object, ...] | None], where: str) -> None:
+    """Raise ConversionError for keys, or values of keys, that could change what the numbers are."""
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        raise ConversionError(
+            f"{where} has keys that are not understood: {', '.join(unknown)}; {', '.join(known)} are known; remove "
+            f"what changes nothing."
+        )
+    for key, allowed in known.items():
+        if allowed is not None and given.get(key) not in allowed:
+            raise ConversionError(
+                f"{where}: {key} is {given.get(key)!r}; {' or '.join(map(repr, allowed))} is required; take the model "
+                f"as it was before it was quantised, or dequantise it with the tool that made it."
+            )
+
+
+def _block_of(given: object, where: str) -> Block:
+    sizes = given if isinstance(given, list) else []
+    if len(sizes) != 2 or not all(type(each) is int and each > 0 for each in sizes):
+        raise ConversionError(
+            f"{where} is {given!r}; a list of two sizes, rows and columns, is required; mend the config."
+        )
+    return sizes[0], sizes[1]
+
+
+def _scales_name(name: str, layout: Mapping[str, TensorLayout]) -> str:
+    return next((name + suffix for suffix in _SCALES if name + suffix in layout), name + _SCALES[0])

@@ -1,0 +1,285 @@
+"""FP8 is read as the bf16 nearest to what it stands for, in each layout it is published in; what is not, is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
+from moesaic.convert.exporter import export_run
+from moesaic.convert.fp8 import Block, Fp8Packing
+from moesaic.convert.importer import import_model
+from moesaic.convert.opened import open_model
+from moesaic.convert.parity import verify_models
+from moesaic.convert.source import CONFIG_NAME, WEIGHTS_NAME
+from moesaic.errors import CheckpointError, ConversionError
+
+pytestmark = pytest.mark.usefixtures("short_check")
+
+# Of small models that divide into such blocks, as transformers requires of what it is to read.
+BLOCK = (8, 4)
+SIZES: dict[str, dict[str, int]] = {
+    "deepseek-v3": {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16, "kv_lora_rank": 12,
+                    "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "q_lora_rank": 8},
+    "qwen3-moe": {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16},
+    "minimax-m2": {"hidden_size": 32, "intermediate_size": 16},
+    "glm4-moe, as GLM-4.5-Air": {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16},
+}  # fmt: skip
+PUBLISHED = {
+    "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK),
+    "modules_to_not_convert": ["lm_head"],
+}  # fmt: skip
+COMPRESSED = {
+    "config_groups": {
+        "group_0": {
+            "input_activations": {"dynamic": True, "num_bits": 8, "strategy": "token", "symmetric": True,
+                                  "type": "float"},
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {"actorder": None, "block_structure": None, "dynamic": False, "group_size": None, "num_bits": 8,
+                        "observer": "minmax", "observer_kwargs": {}, "strategy": "channel", "symmetric": True,
+                        "type": "float"},
+        }
+    },
+    "format": "float-quantized",
+    "global_compression_ratio": 1.5,
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}  # fmt: skip
+
+
+def standing_for(values: Tensor, scales: Tensor, block: Block) -> Tensor:
+    """A matrix (N, K), number by number, as the formats define it."""
+    rows, columns = values.shape
+    of_row = torch.arange(rows) // (block[0] or rows)
+    of_column = torch.arange(columns) // (block[1] or columns)
+    grid = scales.float().reshape(int(of_row[-1]) + 1, int(of_column[-1]) + 1)
+    return (values.float() * grid[of_row][:, of_column]).bfloat16()
+
+
+def pack(matrix: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Return a matrix (N, K) in FP8 and its scales, fp32."""
+    rows, columns = matrix.shape
+    height, width = block[0] or rows, block[1] or columns
+    grid = [
+        [max(float(part.abs().max()), 1e-6) / 448 for part in band.split(width, 1)] for band in matrix.split(height)
+    ]
+    scales = torch.tensor(grid)
+    spread = scales.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+    return (matrix / spread).to(torch.float8_e4m3fn), scales
+
+
+def publish(
+    folder: Path,
+    block: Block,
+    config: dict[str, Any],
+    *,
+    suffix: str = "_scale_inv",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Make a saved model one in FP8, but for what is never quantised; return the tensors that it stands for."""
+    stored, plain = dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in load_file(folder / WEIGHTS_NAME).items():
+        is_packed = tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", "gate.weight"))
+        if not is_packed:
+            stored[name] = plain[name] = tensor if "gate." in name else tensor.bfloat16()
+            continue
+        values, scales = pack(tensor.float(), block)
+        stored[name], stored[name + suffix] = values, scales.to(dtype)
+        plain[name] = standing_for(values, stored[name + suffix], block)
+    save_file(stored, folder / WEIGHTS_NAME)
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**values, "quantization_config": config}))
+    return plain
+
+
+@pytest.fixture
+def model(saved: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function (name of families.py, **values of its config) that returns such a model's folder."""
+    return lambda name, /, **values: shutil.copytree(saved(name, **values), tmp_path / "model")
+
+
+@pytest.mark.parametrize("shape", [(24, 12), (21, 10), (1, 1), (3, 300), (1030, 5)])
+@pytest.mark.parametrize("block", [(8, 4), (1, None), (None, None), (128, 128), (None, 3), (1 << 60, 1 << 60)])
+def test_every_byte_stands_for_its_number_times_its_blocks_scale(shape: tuple[int, int], block: Block) -> None:
+    """At the ends blocks are smaller, and the numbers of no more than some rows are fp32 at a time."""
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(rows)
+    values = torch.randint(256, shape, dtype=torch.uint8, generator=generator).view(torch.float8_e4m3fn)
+    grid = (-(-rows // min(block[0] or rows, rows)), -(-columns // min(block[1] or columns, columns)))
+    scales = torch.rand(grid, generator=generator) + 0.1
+    found, due = Fp8Packing(block).dequantize(values, scales), standing_for(values, scales, block)
+    assert found.dtype is torch.bfloat16 and torch.equal(found.view(torch.int16), due.view(torch.int16))
+    stack = Fp8Packing(block).dequantize(torch.stack([values, values]), torch.stack([scales, scales * 2]))
+    assert torch.equal(stack[1].view(torch.int16), standing_for(values, scales * 2, block).view(torch.int16))
+
+
+def test_it_is_what_transformers_makes_of_it() -> None:
+    module = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    values, scales = pack(torch.randn(32, 24), (8, 8))
+    theirs = module.Fp8Dequantize(None).convert({"weight": values, "weight_scale_inv": scales})["weight"]
+    assert torch.equal(Fp8Packing((8, 8)).dequantize(values, scales), theirs.bfloat16())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_published_model_becomes_the_bf16_one(model: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    """Whole and out again; transformers, with its own conversion, is the judge of all of it."""
+    folder = model(name, **SIZES[name])
+    plain = publish(folder, BLOCK, PUBLISHED)
+    imported = import_model(folder, tmp_path / "run")
+    assert imported.failure is None and imported.judge == "transformers" and imported.not_compared is None
+    assert imported.tensors is not None and imported.tensors.used == imported.tensors.source == len(plain)
+    assert {each.dtype for each in load_tensors(resolve_checkpoint(tmp_path / "run"), "model").values()} <= {
+        torch.bfloat16, torch.float32,
+    }  # fmt: skip
+    export_run(tmp_path / "run", tmp_path / "out")
+    exported = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    assert exported.keys() == plain.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in plain.items())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
+    for other in (tmp_path / "run", tmp_path / "out"):
+        found = verify_models(folder, other)
+        assert found.failure is None and found.weights is not None and not found.weights.different
+
+
+@pytest.mark.parametrize(
+    ("strategy", "block", "grid"),
+    [
+        ("channel", (1, None), lambda scales: scales),
+        ("tensor", (None, None), lambda scales: scales.reshape(1)),
+        ("tensor", (None, None), lambda scales: scales.reshape(())),
+        ("block", BLOCK, lambda scales: scales),
+    ],
+)
+def test_what_compressed_tensors_writes_is_read_too(
+    model: Callable[..., Path], tmp_path: Path, strategy: str, block: Block, grid: Callable[[Tensor], Tensor]
+) -> None:
+    """Whose scales have another name, and are bf16."""
+    folder = model("qwen3-moe", **SIZES["qwen3-moe"])
+    config: dict[str, Any] = json.loads(json.dumps(COMPRESSED))
+    structure = list(BLOCK) if strategy == "block" else None
+    config["config_groups"]["group_0"]["weights"] |= {"strategy": strategy, "block_structure": structure}
+    plain = publish(folder, block, config, suffix="_scale", dtype=torch.bfloat16)
+    stored = load_file(folder / WEIGHTS_NAME)
+    shaped = {name: grid(each).contiguous() if name.endswith("_scale") else each for name, each in stored.items()}
+    save_file(shaped, folder / WEIGHTS_NAME)
+    imported = import_model(folder, tmp_path / "run")
+    assert imported.failure is None and imported.tensors is not None and imported.tensors.source == len(plain)
+    export_run(tmp_path / "run", tmp_path / "out")
+    exported = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    assert exported.keys() == plain.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in plain.items())
+
+
+def test_a_matrix_that_its_blocks_do_not_divide(model: Callable[..., Path], tmp_path: Path) -> None:
+    """As DeepSeek-V3's 576 rows of compressed keys and values, which transformers 5.24 does not read."""
+    folder = model("deepseek-v3")
+    plain = publish(folder, (16, 16), {**PUBLISHED, "weight_block_size": [16, 16]})
+    with open_model(folder) as opened:
+        assert opened.source.layout.keys() == plain.keys()
+        assert all(torch.equal(opened.source.read(name), tensor) for name, tensor in plain.items())
+    assert import_model(folder, tmp_path / "run").failure is None
+
+
+NAME = "model.layers.1.mlp.experts.3.down_proj.weight"
+SCALES = f"{NAME}_scale_inv"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop(SCALES),
+            rf"{NAME} is float8_e4m3fn \[32, 16\], {SCALES} is missing; scales \[4, 4\]",
+        ),
+        (
+            lambda tensors: tensors.update({SCALES: tensors[SCALES][:3]}),
+            rf"{SCALES} is float32 \[3, 4\]; scales \[4, 4\]",
+        ),
+        (lambda tensors: tensors.update({SCALES: tensors[SCALES].reshape(16)}), r"is float32 \[16\]; scales \[4, 4\]"),
+        (lambda tensors: tensors.update({SCALES: tensors[SCALES].byte()}), r"is uint8 \[4, 4\]; scales \[4, 4\]"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}),
+            r"model.norm.weight is float8_e4m3fn \[32\], model.norm.weight_scale_inv is missing; scales of a matrix",
+        ),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].bfloat16()}), rf"not used by any part 1: {SCALES}"),
+        (lambda tensors: tensors[SCALES].fill_(torch.inf), rf"{NAME} holds numbers that are not finite"),
+        (lambda tensors: tensors[SCALES].fill_(3e38), rf"{NAME} holds numbers that are not finite"),
+        (lambda tensors: tensors[NAME].view(torch.uint8)[3].fill_(127), rf"{NAME} holds numbers that are not finite"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    model: Callable[..., Path], tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    folder = model("qwen3-moe", **{**SIZES["qwen3-moe"], "mlp_only_layers": []})
+    publish(folder, BLOCK, PUBLISHED)
+    tensors = load_file(folder / WEIGHTS_NAME)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_NAME)
+    with pytest.raises(ConversionError, match=message) as caught:
+        import_model(folder, tmp_path / "deep" / "run")
+    assert str(caught.value).count(";") >= 2, caught.value
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+WEIGHTS: dict[str, Any] = COMPRESSED["config_groups"]["group_0"]["weights"]  # type: ignore[index]
+
+
+def group(**values: object) -> dict[str, object]:
+    return {**COMPRESSED, "config_groups": {"group_0": {"weights": {**WEIGHTS, **values}}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**PUBLISHED, "activation_scheme": "static"}, "activation_scheme is 'static'; 'dynamic' is required"),
+        ({**PUBLISHED, "fmt": "e5m2"}, "fmt is 'e5m2'; None or 'e4m3' or 'float8_e4m3fn' is required"),
+        ({**PUBLISHED, "expert_dtype": "fp4"}, "expert_dtype is 'fp4'"),
+        ({**PUBLISHED, "weight_block_size": [128]}, r"weight_block_size is \[128\]; a list of two sizes"),
+        ({**PUBLISHED, "weight_block_size": [0, 128]}, r"weight_block_size is \[0, 128\]; a list of two sizes"),
+        ({**PUBLISHED, "weight_block_size": 128}, r"weight_block_size is 128; a list of two sizes"),
+        ({**PUBLISHED, "rotation": True}, "has keys that are not understood: rotation; quant_method, activation_"),
+        ({**COMPRESSED, "format": "pack-quantized"}, "format is 'pack-quantized'; 'float-quantized' is required"),
+        ({**COMPRESSED, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is {'num_bits': 8}; None is required"),
+        ({**COMPRESSED, "transform_config": {"a": 1}}, "transform_config is {'a': 1}"),
+        ({**COMPRESSED, "config_groups": {}}, "config_groups describes 0 kinds of scales; one"),
+        ({**COMPRESSED, "config_groups": [1]}, "config_groups describes 0 kinds of scales; one"),
+        ({**COMPRESSED, "config_groups": {"a": {"weights": None}}}, "config_groups.a.weights: num_bits is None; 8 is"),
+        (group(num_bits=4), "config_groups.group_0.weights: num_bits is 4; 8 is required"),
+        (group(type="int"), "type is 'int'; 'float' is required"),
+        (group(symmetric=False), "symmetric is False; None or True is required"),
+        (group(strategy="group"), "strategy is 'group'; 'tensor' or 'channel' or 'block' is required"),
+        (group(strategy="block"), "block_structure is None; a list of two sizes"),
+        ({"quant_method": "gptq", "bits": 4}, r"is quantised \(gptq\); bf16, fp16 or fp32 weights, FP8, or"),
+        ({"quant_method": ["fp8"]}, r"is quantised \(\['fp8'\]\)"),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused(
+    model: Callable[..., Path], config: dict[str, object], message: str
+) -> None:
+    folder = model("llama")
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**values, "quantization_config": config}))
+    with pytest.raises(ConversionError, match=message) as caught:
+        open_model(folder)
+    assert str(caught.value).count(";") >= 2, caught.value
+
+
+def test_a_config_and_tensors_that_disagree_are_refused(model: Callable[..., Path]) -> None:
+    folder = model("qwen3-moe", **SIZES["qwen3-moe"])
+    plain = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**plain, "quantization_config": PUBLISHED}))
+    with pytest.raises(ConversionError, match=r"is said to be quantised \(FP8\) and holds no tensor of float8_e4m3fn"):
+        open_model(folder)
+    publish(folder, BLOCK, PUBLISHED)
+    (folder / CONFIG_NAME).write_text(json.dumps(plain))
+    with pytest.raises(CheckpointError, match=r"is of dtype F8_E4M3; one of F32, .* is required; convert"):
+        open_model(folder)
