@@ -572,6 +572,20 @@ def test_a_token_shows_its_experts(server: FakeServer, open_page: Any, expect: A
     assert cells_unlike_the_first_color(page, server.num_experts) == expected
 
 
+def test_a_chosen_token_is_let_go_with_the_next_message(server: FakeServer, open_page: Any, expect: Any) -> None:
+    page = open_page()
+    is_ready(page)
+    send(page)
+    expect(finished(page)).to_have_count(1)
+    page.locator(".token").nth(4).click()
+    expect(page.locator(".token[aria-current]")).to_have_text(" Union", use_inner_text=False)
+    send(page, "More")
+    expect(finished(page)).to_have_count(2)
+    expect(page.locator(".token[aria-current]")).to_have_count(0)
+    page.locator(".answer").last.locator(".token").nth(2).click()
+    expect(page.locator(".token[aria-current]")).to_have_text([" of"])
+
+
 PIXELS = """async ([counts, of]) => {
   const { layoutOf } = await import("/static/heatmap.js");
   const canvas = document.getElementById("map");

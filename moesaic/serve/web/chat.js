@@ -164,7 +164,8 @@ export class Chat {
     const foot = element("p", { class: "foot" });
     exchange.node.append(answer.node, foot);
     exchange.answer = answer;
-    this.#pinned = this.#hovered = null;
+    this.#hovered = null;
+    this.#pin(null);
     this.#showToken(null);
     this.#refresh();
     this.#isAtEnd = exchange === this.#exchanges.at(-1);
