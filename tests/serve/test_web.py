@@ -1093,6 +1093,18 @@ def test_the_answer_is_spoken_in_sentences(server: FakeServer, open_page: Any, e
     assert spoken.get_attribute("aria-live") == "polite"
 
 
+def test_what_was_not_spoken_yet_goes_with_the_conversation(server: FakeServer, open_page: Any, expect: Any) -> None:
+    server.tokens = ["Half", " a", " sentence"]
+    server.pace = threading.Semaphore(2)
+    page = open_page()
+    send(page)
+    expect(page.locator(".answer")).to_have_text("Half a")
+    page.get_by_role("button", name="Clear").click()
+    server.pace, server.tokens = None, ["Another", " one", "."]
+    send(page)
+    expect(page.locator("#spoken p")).to_have_text(["Another one.", "End of the answer."])
+
+
 def test_everything_that_can_be_used_has_a_name(server: FakeServer, open_page: Any) -> None:
     page = open_page()
     is_ready(page)

@@ -124,6 +124,7 @@ export class Chat {
     this.#running = null;
     this.#exchanges = [];
     this.#pinned = this.#hovered = null;
+    this.#unspoken = "";
     this.#list.replaceChildren();
     byId("spoken").replaceChildren();
     this.#showToken(null);
