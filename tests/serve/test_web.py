@@ -912,10 +912,12 @@ def test_a_server_that_went_away_is_noticed_and_found_again(server: FakeServer, 
     expect(page.locator("#status")).to_have_text("needs an API key")
     expect(page.get_by_role("status")).to_have_text("The server: needs an API key.")
     expect(page.locator("#load-page")).to_have_class("stale")
+    expect(page.locator("#status")).to_have_attribute("title", re.compile("No API key"))
     server.key = None
     expect(page.locator("#status")).to_have_text("3 running, 1 waiting")
     expect(page.get_by_role("status")).to_have_text("The server is ready.")
     expect(page.locator("#load-page")).to_have_class("")
+    expect(page.locator("#status")).to_have_attribute("title", "")
     server.stats = lambda: {**plain(), "num_running": 0, "num_waiting": 0}  # type: ignore[method-assign]
     expect(page.locator("#status")).to_have_text("idle")
     # Spoken are changes of state only.

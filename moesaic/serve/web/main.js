@@ -19,9 +19,10 @@ const experts = new ExpertsPanel({ scheme });
 const load = new LoadPage();
 let model = null;
 
-function setStatus(text, state) {
+function setStatus(text, state, details = "") {
   const status = byId("status");
   status.textContent = text;
+  status.title = details;
   byId("load-page").classList.toggle("stale", state !== "ready");
   if (status.dataset.state === state) return;
   // Spoken when the state changes, not whenever another request runs.
@@ -89,9 +90,8 @@ async function look() {
     return true;
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
-    if (error.status === 401) setStatus(api.key ? "wrong API key" : "needs an API key", "key");
-    else setStatus(error.status ? `error ${error.status}` : "no answer", "away");
-    byId("status").title = error.message;
+    if (error.status === 401) setStatus(api.key ? "wrong API key" : "needs an API key", "key", error.message);
+    else setStatus(error.status ? `error ${error.status}` : "no answer", "away", error.message);
     return false;
   }
 }
