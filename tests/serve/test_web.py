@@ -1078,6 +1078,17 @@ def test_the_keyboard_is_enough(server: FakeServer, open_page: Any, expect: Any)
     expect(page.locator("#token-state")).to_contain_text("newest")
 
 
+@pytest.mark.parametrize("fragment", ["", "#load"])
+def test_the_first_link_leads_to_the_message_field_from_either_page(
+    server: FakeServer, open_page: Any, expect: Any, fragment: str
+) -> None:
+    page = open_page(fragment)
+    is_ready(page)
+    page.get_by_role("link", name="To the message field").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Message")).to_be_focused()
+
+
 def test_the_answer_is_spoken_in_sentences(server: FakeServer, open_page: Any, expect: Any) -> None:
     server.tokens = ["One", " sentence.", " And", " another", "."]
     server.pace = threading.Semaphore(0)

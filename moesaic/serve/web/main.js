@@ -135,6 +135,8 @@ function showPage() {
   byId("to-chat").setAttribute("aria-current", isLoad ? "false" : "page");
   if (isLoad) load.refresh();
   else experts.recolor();
+  // The link to the message field leads here from the load page too, where the field was hidden when it was followed.
+  if (location.hash === "#composer-text") byId("composer-text").focus();
 }
 
 window.addEventListener("hashchange", showPage);
