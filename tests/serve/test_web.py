@@ -392,6 +392,22 @@ def test_stopping_ends_the_request_at_the_server(server: FakeServer, open_page: 
     assert [message["content"] for message in server.bodies[-1][1]["messages"]] == ["Hello", "The state", "Go on"]
 
 
+def test_keys_of_an_input_method_neither_send_nor_stop(server: FakeServer, open_page: Any, expect: Any) -> None:
+    server.pace = threading.Semaphore(2)
+    page = open_page()
+    send(page)
+    expect(page.locator(".answer")).to_have_text("The state")
+    field = page.get_by_label("Message")
+    field.fill("next")
+    for key in ("Enter", "Escape"):
+        field.dispatch_event("keydown", {"key": key, "isComposing": True})
+    server.pace.release(8)
+    expect(page.locator(".answer")).to_have_text("".join(server.tokens))
+    expect(finished(page)).not_to_contain_text("stopped")
+    field.dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+    expect(field).to_have_value("next")
+
+
 def test_a_lost_connection_is_told_and_tried_again(server: FakeServer, open_page: Any, expect: Any) -> None:
     server.cut = 3
     page = open_page()

@@ -87,14 +87,16 @@ export class Chat {
       this.#submit();
     });
     this.#composer.addEventListener("keydown", (event) => {
-      // While an input method composes a character, Enter belongs to it.
+      // While an input method composes a character, Enter belongs to it, and so does Escape.
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       this.#submit();
     });
     byId("stop").addEventListener("click", () => this.stop());
     byId("clear").addEventListener("click", () => this.clear());
-    document.addEventListener("keydown", (event) => event.key === "Escape" && this.#escape());
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && !event.isComposing) this.#escape();
+    });
     this.#frame.addEventListener("scroll", () => {
       const { scrollHeight, scrollTop, clientHeight } = this.#frame;
       const isAtEnd = scrollHeight - scrollTop - clientHeight < 60;
