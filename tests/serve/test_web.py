@@ -725,6 +725,25 @@ def test_pointing_at_a_cell_names_it(server: FakeServer, open_page: Any, expect:
         expect(page.locator("#map-status")).to_contain_text(f"Layer {2 * row + 1}, expert {expert}: ")
 
 
+def test_a_cell_that_a_finger_pointed_at_is_let_go_by_the_next_touch(
+    server: FakeServer, open_page: Any, expect: Any
+) -> None:
+    page = open_page()
+    is_ready(page)
+    send(page)
+    expect(finished(page)).to_be_visible()
+    canvas = page.locator("#map")
+    box = canvas.bounding_box()
+    touch = {"pointerType": "touch", "clientX": box["x"] + 40, "clientY": box["y"] + 24}
+    for kind in ("pointerdown", "pointerleave"):
+        canvas.dispatch_event(kind, {**touch, "bubbles": kind == "pointerdown"})
+    expect(page.locator("#map-status")).to_contain_text("Layer 1, expert 0: ")
+    token = page.locator(".token").nth(4)
+    token.dispatch_event("pointerdown", {"pointerType": "touch", "bubbles": True})
+    token.focus()
+    expect(page.locator("#map-status")).to_have_text("“␣Union”: its experts in every layer")
+
+
 def test_few_tokens_make_no_dead_experts(server: FakeServer, open_page: Any, expect: Any) -> None:
     plain = server.experts
     server.experts = lambda: {  # type: ignore[method-assign]

@@ -74,6 +74,8 @@ export class HeatMap {
     new ResizeObserver(() => this.#fit()).observe(canvas.parentElement);
     canvas.addEventListener("pointermove", (event) => this.#hover(this.cellAt(event.offsetX, event.offsetY)));
     canvas.addEventListener("pointerdown", (event) => this.#hover(this.cellAt(event.offsetX, event.offsetY)));
+    // A finger's cell stays when it is lifted, until it touches something else.
+    document.addEventListener("pointerdown", (event) => event.target !== canvas && this.#hover(null));
     canvas.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && this.#hover(null));
     canvas.addEventListener("keydown", (event) => this.#move(event));
     canvas.addEventListener("focus", () => {
