@@ -878,6 +878,28 @@ def test_the_load_page_draws_what_the_server_says(server: FakeServer, open_page:
     expect(page.locator("#figure-ttft .crosshair")).to_have_count(1)
 
 
+@pytest.mark.parametrize("width", [360, 1200])
+def test_large_figures_have_room_beside_their_charts(
+    server: FakeServer, open_page: Any, expect: Any, width: int
+) -> None:
+    plain = server.stats
+
+    def busy() -> dict[str, Any]:
+        stats = plain()
+        return stats | dict.fromkeys(("num_prompt_tokens", "num_generated_tokens"), 400_000 * stats["num_steps"])
+
+    server.stats = busy  # type: ignore[method-assign]
+    page = open_page("#load", width=width)
+    expect(page.locator("#figure-generated b")).to_contain_text("tokens/s")
+    none, *ticks = page.locator("#figure-generated .at-left").all_text_contents()
+    assert none == "0" and all(re.fullmatch(r"[0-9.]+M", tick) for tick in ticks)
+    cut = page.evaluate("""() => [...document.querySelectorAll(".plot text")].filter((text) => {
+        const inner = text.getBoundingClientRect(), outer = text.ownerSVGElement.getBoundingClientRect();
+        return inner.left < outer.left - 0.5 || inner.right > outer.right + 0.5;
+    }).map((text) => text.textContent)""")
+    assert cut == []
+
+
 def test_an_idle_server_looks_idle(server: FakeServer, open_page: Any, expect: Any) -> None:
     busy = server.stats()
     nothing: dict[str, Any] = {name: type(value)() for name, value in busy.items() if name != "model"}

@@ -23,6 +23,12 @@ export function formatValue(value, unit) {
   return `${digits(value)}${unit === "" ? "" : ` ${unit}`}`;
 }
 
+/** Return a value as an axis has room for it: from a hundred thousand on as "250K". */
+function formatTick(value, unit, most) {
+  if (unit === "s" || most < 1e5) return formatValue(value, unit);
+  return value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 3 });
+}
+
 function digits(value) {
   const places = Math.max(0, 2 - Math.floor(Math.log10(Math.abs(value))));
   return value.toLocaleString("en", { maximumFractionDigits: Math.min(places, 3) });
@@ -156,7 +162,7 @@ export class LineChart {
       yield drawing(
         "text",
         { class: "tick at-left", x: LEFT - 6, y: y(value) },
-        formatValue(value, this.#spec.unit === "tokens/s" ? "" : this.#spec.unit),
+        formatTick(value, this.#spec.unit === "tokens/s" ? "" : this.#spec.unit, most),
       );
     }
     const minutes = this.#span / 60;
