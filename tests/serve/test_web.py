@@ -936,6 +936,31 @@ def test_counters_become_rates_and_silences_gaps(open_page: Any) -> None:
     ]  # fmt: skip
 
 
+def test_a_server_whose_steps_are_long_has_rates(open_page: Any) -> None:
+    """It answers between two steps: what it was asked soon after its last answer makes no gap."""
+    page = open_page()
+    rates, gauges = page.evaluate(
+        """async () => {
+          const { History } = await import("/static/history.js");
+          const history = new History();
+          for (const [asked, time, count] of [[0, 8, 0], [9, 29, 100], [30, 50, 310], [60, 70, 400]]) {
+            history.add(time, { count }, asked);
+          }
+          const values = (stats) => [stats.count];
+          return [history.rates(values), history.gauges(values)];
+        }"""
+    )
+    assert [(point["time"], point["values"][0]) for point in rates] == [
+        (29, 100 / 21),
+        (50, 10),
+        (60, None),
+        (70, None),
+    ]
+    assert [(point["time"], point["values"][0]) for point in gauges] == [
+        (8, 0), (29, 100), (50, 310), (60, None), (70, 400)
+    ]  # fmt: skip
+
+
 def test_a_hidden_tab_asks_nothing(server: FakeServer, open_page: Any) -> None:
     asked = []
     plain = server.stats

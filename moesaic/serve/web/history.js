@@ -23,9 +23,11 @@ export function numWaiting(stats) {
 export class History {
   #samples = [];
 
-  /** Add what the server said at a time in seconds; drop what is older than SPAN. */
-  add(time, stats) {
-    this.#samples.push({ time, stats });
+  /** Add what the server said at a time in seconds, asked at another; drop what is older than SPAN. */
+  add(time, stats, asked = time) {
+    // A step may take longer than a silence, and the server answers between two of them.
+    const isAfterSilence = asked - (this.#samples.at(-1)?.time ?? asked) > LONGEST_STEP;
+    this.#samples.push({ time, stats, isAfterSilence });
     while (this.#samples[0].time < time - SPAN - LONGEST_STEP) this.#samples.shift();
   }
 
@@ -35,7 +37,7 @@ export class History {
 
   /** Return {time, values} of each sample; values(stats) gives one number or null per line. Gaps are null values. */
   gauges(values) {
-    return this.#withGaps(this.#samples.map(({ time, stats }) => ({ time, values: values(stats) })));
+    return this.#withGaps(this.#samples.map(({ stats, ...sample }) => ({ ...sample, values: values(stats) })));
   }
 
   /** The same of counters, as growth per second; a server that began again makes a gap. */
@@ -47,9 +49,9 @@ export class History {
       const seconds = now.time - before.time;
       const rate = current.map((value, line) => {
         const growth = value - old[line];
-        return growth >= 0 && seconds > 0 && seconds <= LONGEST_STEP ? growth / seconds : null;
+        return growth >= 0 && seconds > 0 && !now.isAfterSilence ? growth / seconds : null;
       });
-      points.push({ time: now.time, values: rate });
+      points.push({ time: now.time, values: rate, isAfterSilence: now.isAfterSilence });
     }
     return this.#withGaps(points);
   }
@@ -57,7 +59,7 @@ export class History {
   #withGaps(points) {
     return points.flatMap((point, index) => {
       const before = points[index - 1];
-      if (!before || point.time - before.time <= LONGEST_STEP) return [point];
+      if (!before || !point.isAfterSilence) return [point];
       return [{ time: (before.time + point.time) / 2, values: point.values.map(() => null) }, point];
     });
   }

@@ -42,10 +42,10 @@ export class LoadPage {
     byId("charts").append(...this.#charts.map(({ chart }) => chart.node));
   }
 
-  /** Take what /v1/stats said now; hasExperts: the model is a mixture of experts. */
-  add(stats, hasExperts) {
+  /** Take what /v1/stats said now, asked at a time in seconds; hasExperts: the model is a mixture of experts. */
+  add(stats, hasExperts, asked) {
     const now = performance.now() / 1000;
-    this.#history.add(now, stats);
+    this.#history.add(now, stats, asked);
     for (const { spec, chart } of this.#charts) {
       chart.node.hidden = spec.forExperts === true && !hasExperts;
       if (!byId("load-page").hidden) chart.setPoints(spec.points(this.#history), now);

@@ -78,12 +78,13 @@ async function learnModel() {
 
 /** Ask the server for its state; return whether it answered. */
 async function look() {
+  const asked = performance.now() / 1000;
   try {
     const [activity, stats] = await Promise.all([api.get("v1/experts"), api.get("v1/stats")]);
     // Also after a restart with another model.
     if (model === null || model !== stats.model) await learnModel();
     experts.setLoad(activity);
-    load.add(stats, experts.hasExperts);
+    load.add(stats, experts.hasExperts, asked);
     const numWaits = numWaiting(stats);
     const waiting = numWaits ? `, ${numWaits} waiting` : "";
     setStatus(stats.num_running || numWaits ? `${stats.num_running} running${waiting}` : "idle", "ready");
