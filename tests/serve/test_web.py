@@ -1006,6 +1006,20 @@ def test_a_server_that_went_away_is_noticed_and_found_again(server: FakeServer, 
     expect(page.get_by_role("status")).to_have_text("The server is ready.")
 
 
+def test_a_server_that_does_not_answer_at_all_is_noticed(server: FakeServer, open_page: Any, expect: Any) -> None:
+    """One that is stopped, or cut off, leaves the browser waiting."""
+    go = threading.Event()
+    plain = server.stats
+    page = open_page()
+    is_ready(page)
+    server.stats = lambda: plain() if go.wait(60) else {}  # type: ignore[method-assign]
+    expect(page.locator("#status")).to_have_text("no answer yet", timeout=20_000)
+    expect(page.locator("#load-page")).to_have_class("stale")
+    go.set()
+    is_ready(page)
+    expect(page.locator("#status")).to_have_text("3 running, 1 waiting")
+
+
 def test_another_model_after_a_restart_is_noticed(server: FakeServer, open_page: Any, expect: Any) -> None:
     page = open_page()
     is_ready(page)

@@ -11,6 +11,8 @@ import { scheme, setUpTheme } from "./theme.js";
 
 const KEY = "moesaic.key";
 const POLL_SECONDS = 1;
+// A server answers between two steps; one that has not for so long may be gone without the browser's noticing.
+const LATE_SECONDS = 10;
 // Where open settings leave no room for the experts, or for the conversation (style.css).
 const isNarrow = window.matchMedia("(max-width: 860px)");
 
@@ -79,6 +81,7 @@ async function learnModel() {
 /** Ask the server for its state; return whether it answered. */
 async function look() {
   const asked = performance.now() / 1000;
+  const late = setTimeout(() => setStatus("no answer yet", "away"), 1000 * LATE_SECONDS);
   try {
     const [activity, stats] = await Promise.all([api.get("v1/experts"), api.get("v1/stats")]);
     // Also after a restart with another model.
@@ -94,6 +97,8 @@ async function look() {
     if (error.status === 401) setStatus(api.key ? "wrong API key" : "needs an API key", "key", error.message);
     else setStatus(error.status ? `error ${error.status}` : "no answer", "away", error.message);
     return false;
+  } finally {
+    clearTimeout(late);
   }
 }
 
