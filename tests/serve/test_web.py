@@ -351,6 +351,17 @@ def test_letters_of_the_right_begin_there(server: FakeServer, open_page: Any, ex
     assert page.get_by_label("Message").get_attribute("dir") == "auto"
 
 
+def test_a_token_does_not_turn_the_words_of_its_label_around(server: FakeServer, open_page: Any, expect: Any) -> None:
+    server.tokens = ["\u202eevil", " and", " good"]
+    page = open_page()
+    is_ready(page)
+    send(page)
+    expect(finished(page)).to_be_visible()
+    page.locator(".token").first.focus()
+    expect(page.locator("#map-status")).to_have_text("“U+202E evil”: its experts in every layer")
+    expect(page.locator("#token-name")).to_have_text("U+202E evil")
+
+
 def test_markup_of_models_and_users_shows_as_text(server: FakeServer, open_page: Any, expect: Any) -> None:
     server.tokens = HOSTILE
     page = open_page()

@@ -62,10 +62,14 @@ export class TokenAligner {
 /** Characters of a token that a label has room for; a piece may hold several tokens. */
 const LABEL_LENGTH = 32;
 
+/** Characters that set the direction of what follows, up to the paragraph's end: of the label's own words too. */
+const DIRECTIONS = /[\u202a-\u202e\u2066-\u2069]/g;
+
 /** Return a token's text for a label: with its white space made visible, and cut where it is long. */
 export function visible(text) {
   if (text === "") return "(part of a character)";
-  const characters = Array.from(text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "␣"));
+  const plain = text.replace(DIRECTIONS, (mark) => `U+${mark.codePointAt(0).toString(16).toUpperCase()} `);
+  const characters = Array.from(plain.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "␣"));
   if (characters.length <= LABEL_LENGTH) return characters.join("");
   return `${characters.slice(0, LABEL_LENGTH - 1).join("")}…`;
 }
