@@ -87,15 +87,14 @@ export class Chat {
       this.#submit();
     });
     this.#composer.addEventListener("keydown", (event) => {
-      // While an input method composes a character, Enter belongs to it, and so does Escape.
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      if (event.key !== "Enter" || event.shiftKey || isOfInputMethod(event)) return;
       event.preventDefault();
       this.#submit();
     });
     byId("stop").addEventListener("click", () => this.stop());
     byId("clear").addEventListener("click", () => this.clear());
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && !event.isComposing) this.#escape();
+      if (event.key === "Escape" && !isOfInputMethod(event)) this.#escape();
     });
     this.#frame.addEventListener("scroll", () => {
       const { scrollHeight, scrollTop, clientHeight } = this.#frame;
@@ -380,6 +379,14 @@ export class Chat {
     event.preventDefault();
     next()?.focus();
   }
+}
+
+/**
+ * Whether a key is an input method's: while that composes a character, Enter and Escape belong to it. Safari ends the
+ * composition before the key that ends it, which it then gives this code.
+ */
+function isOfInputMethod(event) {
+  return event.isComposing || event.keyCode === 229;
 }
 
 /** Return the token of the line above (-1) or below (1) that is nearest to the one at `place`. */
