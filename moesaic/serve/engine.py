@@ -141,6 +141,7 @@ class Engine:
         self.max_length = min(longest, num_blocks * config.block_size)
         if self.max_length < longest:
             _tell_short_memory(config, self.max_length, longest)
+        _tell_if_too_much(num_blocks * bytes_of_block(model, draft_model, config), model.device)
         self.is_batch_invariant = model.runs_in_one_call
         self._tokenizer = tokenizer
         self._runner = Runner(model, num_blocks, block_size=config.block_size, dtype=dtype)
@@ -700,6 +701,15 @@ def _tell_short_memory(config: EngineConfig, max_length: int, longest: int) -> N
         "A text may have %d tokens, of the model's %d: engine.kv_cache_bytes has room for no more; raise it for longer "
         "ones.", max_length, longest,
     )  # fmt: skip
+
+
+def _tell_if_too_much(kv_bytes: int, device: torch.device) -> None:
+    """Memory is taken where it is first used: what there is not is missed only then, and ends the process."""
+    if kv_bytes > (room := available_memory_bytes(device)):
+        logger.warning(
+            "Keys and values may take %.1f GB, and %.1f GB are free: once they do, the system may end the process; "
+            "lower engine.kv_cache_bytes, or make room.", kv_bytes / 1e9, room / 1e9,
+        )  # fmt: skip
 
 
 def _count_blocks(model: Transformer, draft_model: Transformer | None, config: EngineConfig, longest: int) -> int:

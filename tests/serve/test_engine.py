@@ -833,6 +833,20 @@ def test_a_text_as_long_as_asked_has_to_fit(
     assert "A text may have 64 tokens, of the model's" in caplog.text
 
 
+def test_keys_and_values_beyond_the_free_memory_are_told_of(
+    make_model: Make, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    config = EngineConfig(kv_cache_bytes=_bytes_of_blocks(model, 4))
+    with caplog.at_level("WARNING", "moesaic"):
+        monkeypatch.setattr("moesaic.serve.engine.available_memory_bytes", lambda _: config.kv_cache_bytes)
+        Engine(model, tokenizer, config)
+        assert "are free" not in caplog.text
+        monkeypatch.setattr("moesaic.serve.engine.available_memory_bytes", lambda _: config.kv_cache_bytes - 1)
+        Engine(model, tokenizer, config)
+    assert "GB are free: once they do, the system may end the process; lower engine.kv_cache_bytes" in caplog.text
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 5}, "n": {"type": "integer"}},
