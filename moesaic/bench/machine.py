@@ -332,6 +332,7 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
 
     torch, cpu, memory, allocator = (findings[key] for key in ("torch", "cpu", "memory", "allocator"))
     kernels = findings["cpu_kernels"]
+    is_choice_ours = os.environ.get("MOESAIC_KERNELS", "") in ("", "auto")
     problems: list[dict[str, Any]] = []
 
     def add(problem: str, remedy: str, *, is_fatal: bool = False) -> None:
@@ -372,19 +373,14 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
             "unset MOESAIC_KERNELS",
             is_fatal=True,
         )
-    elif kernels and kernels["supported"] and not kernels["library"] and "MOESAIC_KERNELS" not in os.environ:
+    elif kernels and kernels["supported"] and not kernels["library"] and is_choice_ours:
         remedy = "see what `moesaic doctor --build` says"
         if kernels["cache_folder"] is None:
             remedy = "name a folder for them with XDG_CACHE_HOME; this user has no home folder"
         elif findings["compiler"] is None:
             remedy = "install a compiler (g++ 11 or later; apt install g++)"
         add(f"PyTorch's slower operations are used instead of the CPU kernels: {kernels['reason']}", remedy)
-    elif (
-        "MOESAIC_KERNELS" not in os.environ
-        and kernels
-        and kernels["library"]
-        and kernels["name"] != kernels["supported"][0]
-    ):
+    elif is_choice_ours and kernels and kernels["library"] and kernels["name"] != kernels["supported"][0]:
         remedy = "see what `moesaic doctor --build` says"
         if findings["compiler"] is None:
             remedy = (

@@ -424,6 +424,20 @@ def test_each_problem_is_named_with_what_to_do(
     assert remedy in text_of(findings)
 
 
+@pytest.mark.parametrize("choice", ["", "auto"])
+@pytest.mark.parametrize("change", [{"library": None, "name": "reference"}, {"name": "avx2"}])
+def test_slower_kernels_are_a_problem_where_none_were_asked_for(
+    choice: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = healthy()
+    findings["cpu_kernels"].update(change)
+    monkeypatch.setenv(select.VARIABLE, choice)
+    (found,) = _find_problems(findings)
+    assert "slower" in found["problem"]
+    monkeypatch.setenv(select.VARIABLE, change["name"])
+    assert _find_problems(findings) == []
+
+
 def test_without_bf16_instructions_torch_alone_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.sys, "platform", "linux")
     monkeypatch.setenv("MOESAIC_KERNELS", "reference")
