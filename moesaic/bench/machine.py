@@ -422,7 +422,7 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
             "moesaic runs from a folder and is not installed, so its extras cannot be listed",
             f"{sys.executable} -m pip install -e '{Path(findings['moesaic']['folder']).parent}'",
         )
-    return problems
+    return sorted(problems, key=lambda each: not each["is_fatal"])
 
 
 def gigabytes(size: int | None) -> str:

@@ -438,6 +438,13 @@ def test_slower_kernels_are_a_problem_where_none_were_asked_for(
     assert _find_problems(findings) == []
 
 
+def test_what_keeps_training_from_working_is_named_first() -> None:
+    findings = healthy()
+    findings["torch"]["threads"] = 8
+    findings["cpu_kernels"]["error"] = "amx is not here"
+    assert [each["is_fatal"] for each in _find_problems(findings)] == [True, False]
+
+
 def test_without_bf16_instructions_torch_alone_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.sys, "platform", "linux")
     monkeypatch.setenv("MOESAIC_KERNELS", "reference")
