@@ -86,7 +86,8 @@ def round_with_feedback(
     these have grown beyond what its scale reaches they are clamped. MXFP4 is not rotated, its scales are the nearest,
     and what it holds stays as it is.
     """
-    turned = (weight.float() if is_mxfp4 else rotate_weight(weight)).t()
+    weight = weight.float()
+    turned = (weight if is_mxfp4 else rotate_weight(weight)).t()
     columns = turned.clone(memory_format=torch.contiguous_format)  # (K, N), changed as we go
     num_columns = columns.shape[0]
     values = torch.empty_like(columns)

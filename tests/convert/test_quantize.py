@@ -11,7 +11,9 @@ import yaml
 from safetensors.torch import load_file
 
 from moesaic.checkpoint.quantized import (
+    SCALES,
     STEPS,
+    VALUES,
     describe_quantization,
     is_quantized,
     quantization_schemes,
@@ -366,6 +368,23 @@ def test_calibration_text_stands_behind_the_begin_token_where_the_tokenizer_puts
     )
     expected = beginning_tokenizer.encode_prompt((tmp_path / "text.txt").read_text(), add_special_tokens=True)
     assert first.tolist() == [expected[:32]]
+
+
+@pytest.mark.parametrize("experts", ["int8", "int4", "mxfp4"])
+def test_weights_stored_in_fp64_are_calibrated_as_the_same_numbers_in_fp32(
+    make_run: Any, tmp_path: Path, tiny_data: Path, experts: str
+) -> None:
+    run = make_run("moe")
+    state = load_tensors(resolve_checkpoint(run), "model")
+    save_checkpoint(run, 8, model={name: tensor.double() for name, tensor in state.items()}, optimizer={}, metadata={})
+    results = []
+    for step in (7, 8):
+        named, out = f"{run}@{step}", tmp_path / f"out-{step}"
+        quantize(named, out, experts=experts, rest="int4", calibrate=tiny_data, calibration_tokens=320)  # type: ignore[arg-type]
+        results.append(load_file(resolve_checkpoint(out).path / "model.safetensors"))
+    for name in quantization_schemes(resolve_checkpoint(tmp_path / "out-7")):
+        for part in (VALUES, SCALES):
+            assert torch.equal(results[0][name + part], results[1][name + part]), name + part
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
