@@ -183,7 +183,8 @@ def _origin(info: "CheckpointInfo") -> str | None:
     from moesaic.report.model_summary import describe_bytes
 
     if is_quantized(info):
-        source, kinds = info.metadata[KEY].get("source"), describe_quantization(info)
+        kinds = describe_quantization(info)  # first: it refuses a manifest that does not say
+        source = info.metadata[KEY].get("source")
         return f"quantised from {source}, step {info.step}: {kinds}, {describe_bytes(_size(info))} (above in bf16)"
     imported, upcycled = info.metadata.get("imported"), info.metadata.get("upcycled")
     if imported:

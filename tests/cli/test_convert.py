@@ -97,6 +97,22 @@ def test_what_comes_out_is_a_run_for_every_verb_but_train(cli: Any, wide_run: Pa
     assert f"resume the run that it was made from ({wide_run})" in resumed.err and "Traceback" not in resumed.err
 
 
+@pytest.mark.parametrize("record", [None, "int8", {}])
+def test_a_run_that_does_not_say_how_it_is_quantised_is_not_shown(
+    cli: Any, wide_run: Path, tmp_path: Path, record: Any
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(wide_run, run)
+    (path,) = run.glob("checkpoints/*/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["metadata"]["quantization"] = record
+    path.write_text(json.dumps(manifest))
+    for options in ([], ["--json"]):
+        refused = cli("inspect", run, *options)
+        assert refused.status == 2 and "Traceback" not in refused.err
+        assert "does not say how its matrices are quantised" in refused.err
+
+
 def test_too_great_a_loss_is_refused_unless_forced(cli: Any, wide_run: Path, tmp_path: Path) -> None:
     command = ["convert", "quantize", wide_run, tmp_path / "deep" / "out", "--limit-tokens", "100", "--max-kl", "1e-9"]
     refused = cli(*command)
