@@ -126,6 +126,7 @@ def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[
             steps = tensors.pop(name + STEPS) if scheme.has_steps else None
             weights[name] = QuantizedWeight(values, scales, scheme.bits, scheme.group_size, steps)
             assert weights[name].is_mxfp4 == scheme.is_mxfp4, scales.dtype
+            assert name not in tensors, f"{name} beside its integers"
             if steps is not None and not steps.is_meta and steps.numel():
                 reach = [int(end) for end in steps.aminmax()]
                 assert max(-reach[0], reach[1]) <= MAX_STEP, f"steps of {reach[0]} to {reach[1]}"

@@ -573,3 +573,14 @@ def test_integers_of_another_format_are_refused(make_run: Any, tmp_path: Path, f
     message = rf"integers of format {found or 1}, .*; format 3 is required; quantise {run}"
     with pytest.raises(CheckpointError, match=message):
         load_run(out)
+
+
+def test_a_matrix_beside_its_integers_is_found(make_run: Any, tmp_path: Path) -> None:
+    run, out = make_run("moe"), tmp_path / "out"
+    quantize(run, out)
+    info = resolve_checkpoint(out)
+    name = "blocks.0.attention.q_proj.weight"
+    both = {**load_tensors(info, "model"), name: load_tensors(resolve_checkpoint(run), "model")[name]}
+    save_checkpoint(out, info.step + 1, model=both, optimizer={}, metadata=dict(info.metadata))
+    with pytest.raises(CheckpointError, match=rf"does not hold {name} as its manifest says .*{name} beside its integ"):
+        load_run(f"{out}@{info.step + 1}")
