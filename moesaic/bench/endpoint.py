@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from moesaic.bench.workload import PlannedRequest, PromptForm
+from moesaic.bench.workload import MOST_TOKENS, PlannedRequest, PromptForm
 from moesaic.errors import ConfigError, InstallationError
 from moesaic.report.serving import ErrorKind, RequestResult
 
@@ -208,13 +208,11 @@ class Answer:
             self.is_finished = self.is_finished or self.has_end[-1]
 
     def count(self, key: str) -> int | None:
-        value = (self.usage or {}).get(key)
-        return value if type(value) is int else None
+        return _tokens((self.usage or {}).get(key))
 
     def cached_tokens(self) -> int | None:
         details = (self.usage or {}).get("prompt_tokens_details")
-        value = details.get("cached_tokens") if isinstance(details, dict) else None
-        return value if type(value) is int else None
+        return _tokens(details.get("cached_tokens")) if isinstance(details, dict) else None
 
     def chunk_seconds(self, begin: float) -> tuple[float, ...]:
         """Return the times of the chunks that carried tokens.
@@ -342,6 +340,11 @@ def _check_counted(answer: Answer) -> None:
     for what, key in (("prompt", "prompt_tokens"), ("output", "completion_tokens")):
         if answer.count(key) is None:
             raise Failure("wrong_token_count", f"the server counted no {what} tokens, in a usage at the stream's end")
+
+
+def _tokens(value: object) -> int | None:
+    """Return what a server gives as a number of tokens, None where it is none."""
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
 
 
 def _has_text(choice: Mapping[str, Any]) -> bool:

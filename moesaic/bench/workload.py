@@ -21,11 +21,11 @@ from moesaic.logs import logger
 
 # Tokens of a block of a trace that says which prompts begin alike.
 BLOCK_TOKENS = 512
+# No model takes so many; more is a mistake, of a file or a server.
+MOST_TOKENS = 100_000_000
 
 # Random numbers of one seed that must not depend on one another.
 _LENGTHS, _ARRIVALS, _PROMPTS, _BLOCKS, _WARMUP = range(5)
-# No model takes so many; more is a mistake in the file.
-_MOST_TOKENS = 100_000_000
 _LATEST = 1e16  # milliseconds
 _DEFAULT_REQUESTS = 100
 _DEFAULT_VOCAB_SIZE = 1000
@@ -138,7 +138,7 @@ class Workload:
             if number is not None and not 0 < number <= most:
                 raise ConfigError(f"{name} is {number}; more than 0, and at most {most:g}, is required; change it.")
         for name, ends in drawn.items():
-            if ends is not None and not 1 <= ends[0] <= ends[1] <= _MOST_TOKENS:
+            if ends is not None and not 1 <= ends[0] <= ends[1] <= MOST_TOKENS:
                 raise ConfigError(
                     f"{name} is {ends[0]}-{ends[1]}; a number from 1, or a range from a lower to a higher one, is "
                     f"required; write 256, or 128-512."
@@ -148,9 +148,9 @@ class Workload:
                 f"--vocab-size was given with --prompts {self.prompts}; it says which token ids prompts hold; leave it "
                 f"out, or give --prompts ids."
             )
-        if self.vocab_size is not None and self.vocab_size > _MOST_TOKENS:
+        if self.vocab_size is not None and self.vocab_size > MOST_TOKENS:
             raise ConfigError(
-                f"vocab_size is {self.vocab_size}; at most {_MOST_TOKENS} is required; name the model's own."
+                f"vocab_size is {self.vocab_size}; at most {MOST_TOKENS} is required; name the model's own."
             )
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; 0 or more is required; raise it.")
@@ -344,7 +344,7 @@ def _count(value: Any, name: str, *, where: str) -> int:
         count = int(value) if isinstance(value, str) else value
     except ValueError:
         count = None
-    if type(count) is not int or not 0 <= count <= _MOST_TOKENS:
+    if type(count) is not int or not 0 <= count <= MOST_TOKENS:
         raise DataError(f"{where} has {name} {str(value)[:40]!r}; a number of tokens is required; mend the line.")
     return count
 

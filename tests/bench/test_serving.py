@@ -458,6 +458,21 @@ def test_a_text_goes_to_completions(run: Run) -> None:
     assert all(isinstance(body["prompt"], str) for body in server.bodies)
 
 
+@pytest.mark.parametrize("count", [-1, pytest.param(10**400, id="huge"), 4.0, True, "4"])
+def test_what_is_no_number_of_tokens_is_not_counted(run: Run, count: Any) -> None:
+    def script(number: int, body: Body) -> Script:
+        usage = {"prompt_tokens": 9, "completion_tokens": count, "prompt_tokens_details": {"cached_tokens": count}}
+        wrong: Script = [
+            said(content="x", finish="stop"),
+            b"data: " + json.dumps({"choices": [], "usage": usage}).encode(),
+        ]
+        return wrong if number > 1 else in_words(body, chat=True)
+
+    result = run(FakeServer(script), WORDS_WORKLOAD)
+    assert result.summary().errors == {"wrong_token_count": 5}
+    assert {(each.output_tokens, each.cached_tokens) for each in result.requests} == {(None, None)}
+
+
 @pytest.mark.parametrize(
     ("known", "asked_with"),
     [
