@@ -5,6 +5,7 @@ report/serving.py.
 """
 
 import asyncio
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -102,7 +103,7 @@ async def drive(
         _check_lengths(requests, await max_length(http, endpoint, model), endpoint)
         client = Client(http, model, timeout_seconds=endpoint.timeout_seconds, form=workload.prompts)
         sender = await _prepare(client, workload, requests, endpoint)
-        await _warm_up(sender, requests[:num_warmup])
+        await _warm_up(sender, list(itertools.islice(itertools.cycle(requests), num_warmup)))
         created = datetime.now(UTC).isoformat(timespec="seconds")
         results = await _send_all(sender, requests, show)
     how = {"warmup": num_warmup, "timeout_seconds": endpoint.timeout_seconds, "asked_with": str(sender.client.dialect)}

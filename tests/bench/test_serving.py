@@ -329,6 +329,13 @@ def test_warm_up_is_not_measured_and_shares_no_prompt(run: Run) -> None:
     assert [body["max_tokens"] for body in server.bodies[1:4]] == [body["max_tokens"] for body in server.bodies[4:7]]
 
 
+def test_warm_up_may_be_longer_than_the_run(run: Run) -> None:
+    server = FakeServer(lambda number, body: steady(body))
+    result = run(server, ONE, num_warmup=3)
+    assert result.workload["warmup"] == 3 and len(server.bodies) == 1 + 3 + 1
+    assert len({tuple(body["prompt"]) for body in server.bodies}) == 5
+
+
 def test_the_same_seed_asks_the_same(run: Run) -> None:
     servers = [FakeServer(lambda number, body: steady(body)) for _ in range(2)]
     first, second = (run(server) for server in servers)
