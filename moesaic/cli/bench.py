@@ -351,11 +351,12 @@ def _print_moe_layer(result: "MoELayerResult") -> None:
     residual = " and a residual MLP" if case.has_residual else ""
     table.add_row(
         "layer",
-        f"{case.num_experts} experts, top-{case.top_k}{residual}; hidden {case.hidden_size}, intermediate "
+        f"{counted(case.num_experts, 'expert')}, top-{case.top_k}{residual}; hidden {case.hidden_size}, intermediate "
         f"{case.intermediate_size}; {case.dtype}",
     )
     what = "forward and backward" if case.has_backward else "forward"
-    table.add_row("call", f"{what}, {case.tokens} tokens, {result.touched_experts} experts touched")
+    touched = f"{counted(result.touched_experts, 'expert')} touched"
+    table.add_row("call", f"{what}, {counted(case.tokens, 'token')}, {touched}")
     table.add_row(
         "time",
         f"{result.seconds * 1e3:.3f} ms, median of {result.rounds} ({result.fastest_seconds * 1e3:.3f} to "

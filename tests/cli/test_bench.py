@@ -60,6 +60,11 @@ def test_a_layer_is_a_table(cli: Any) -> None:
         assert expected in result.out
 
 
+def test_one_is_no_plural(cli: Any) -> None:
+    out = cli(*LAYER, "--tokens", 1, "--experts", 1, "--top-k", 1).out
+    assert "1 expert, top-1" in out and "1 token, 1 expert touched" in out
+
+
 def test_what_the_machine_does_not_have_is_refused(cli: Any) -> None:
     result = cli(*LAYER, "--dtype", "int8")  # the fixed limits have no products of bytes
     assert result.status == 2
