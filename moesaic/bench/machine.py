@@ -407,10 +407,10 @@ def _find_problems(findings: dict[str, Any]) -> list[dict[str, Any]]:
             f"{gigabytes(room)} of memory are available; the quickstart takes up to {gigabytes(_QUICKSTART_BYTES)}",
             "close other programs, or raise the container's memory limit",
         )
-    if allocator["library"] != "not glibc" and not allocator["is_tuned"]:
+    if allocator["freed_blocks_stay"] is False:
         add(
             f"large blocks are faulted in again at every step ({allocator['explanation']})",
-            "unset the MALLOC_ and GLIBC_TUNABLES variables and LD_PRELOAD, unless they are meant",
+            "unset MOESAIC_ALLOCATOR and the MALLOC_ and GLIBC_TUNABLES variables, unless they are meant",
         )
     elif allocator["is_tuned"] and allocator["huge_pages"] == "never":
         add(

@@ -112,19 +112,18 @@ def give_back_freed_memory() -> None:
 def large_blocks_stay() -> bool | None:
     """Return whether a freed block of 64 MiB stays in this process, or None where that cannot be seen.
 
-    Seen from where malloc places such a block: in the heap, or in a mapping of its own. Ask in the main thread.
+    Seen from where malloc places such a block, in the heap or in a mapping of its own, and from whether the heap
+    reaches as far once it is freed. Ask in the main thread.
     """
     if glibc_version() is None or _foreign_malloc() is not None:
         return None
-    heap = _heap_range()
-    libc = _libc()
-    block = libc.malloc(64 << 20)
+    libc, size = _libc(), 64 << 20
+    block = libc.malloc(size)
     if not block:
         return None
-    # The heap may have grown for this very block.
-    heap = _heap_range() or heap
     libc.free(block)
-    return heap is not None and heap[0] <= block < heap[1]
+    heap = _heap_range()
+    return heap is not None and heap[0] <= block and block + size <= heap[1]
 
 
 def glibc_version() -> str | None:

@@ -398,7 +398,7 @@ def test_a_healthy_machine_has_no_problem() -> None:
         ("torch", {"threads": 1}, "1 thread of 2", "unset OMP_NUM_THREADS", False),
         ("memory", {"available_bytes": 1 << 30}, "1.1 GB", "close other programs", False),
         ("memory", {"available_bytes": 2 << 30, "limit_bytes": 8 << 30}, "2.1 GB", "container", False),
-        ("allocator", {"is_tuned": False, "explanation": "left as you set it"}, "left as you set it", "unset", False),
+        ("allocator", {"is_tuned": False, "freed_blocks_stay": False}, "faulted in", "unset MOESAIC_ALLOCATOR", False),
         ("allocator", {"huge_pages": "never"}, "switched off", "echo madvise", False),
         ("cpu_kernels", {"error": "amx is not here"}, "amx is not here", "unset MOESAIC_KERNELS", True),
         ("cpu_kernels", {"library": None, "reason": "amx failed"}, "amx failed", "doctor --build", False),
@@ -458,7 +458,14 @@ def test_without_bf16_instructions_torch_alone_is_slow(monkeypatch: pytest.Monke
 
 def test_elsewhere_than_on_glibc_an_untuned_allocator_is_no_problem() -> None:
     findings = healthy()
-    findings["allocator"].update(library="not glibc", is_tuned=False, huge_pages=None)
+    findings["allocator"].update(library="not glibc", is_tuned=False, freed_blocks_stay=None, huge_pages=None)
+    assert _find_problems(findings) == []
+
+
+@pytest.mark.parametrize("stay", [True, None])
+def test_an_allocator_that_the_user_set_is_no_problem_unless_blocks_are_seen_to_go(stay: bool | None) -> None:
+    findings = healthy()
+    findings["allocator"].update(is_tuned=False, freed_blocks_stay=stay, explanation="malloc left as you set it")
     assert _find_problems(findings) == []
 
 

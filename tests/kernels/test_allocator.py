@@ -62,6 +62,20 @@ def test_freed_blocks_stay_after_tuning_and_tuning_costs_no_memory() -> None:
 
 
 @needs_glibc
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"MALLOC_MMAP_MAX_": "0"}, False),  # in the heap, whose end is given back
+        ({"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}, True),
+    ],
+)
+def test_whether_blocks_stay_is_seen_where_the_user_set_it(variables: dict[str, str], expected: bool) -> None:
+    code = "import json; from moesaic.kernels import allocator; print(json.dumps(allocator.large_blocks_stay()))"
+    assert run_python(code, **variables) is expected
+
+
+@needs_glibc
 @pytest.mark.skipif(
     allocator.huge_pages_mode() != "madvise"
     or allocator._overcommit_mode() == 2
