@@ -65,9 +65,6 @@ def main() -> None:
         stream = cycle(weights)
         return lambda: call(x, next(stream))
 
-    def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
     def once(call: Callable[[], object]) -> float:
         start = time.perf_counter()
         call()
