@@ -289,7 +289,7 @@ class _Theirs:
 
 
 def _dequantizing(method: str) -> object:
-    """Return transformers' setting that makes plain numbers of a quantised model. Raises: _DoesNotRunError."""
+    """Return transformers' setting that makes plain numbers of a quantised model."""
     from transformers.utils import quantization_config as configs
 
     if method == "mxfp4":
