@@ -121,6 +121,7 @@ def evaluate(
         from moesaic.evaluate.run import TaskSettings, run_domains, run_tasks
         from moesaic.logs import OnProgress, log_to_stderr
         from moesaic.model.load import load_run, load_run_config, resolve_run
+        from moesaic.report.evaluations import check_results_can_be_kept
         from moesaic.serve.scorer import EngineScorer
 
     _check_options(
@@ -160,12 +161,16 @@ def evaluate(
         settings = TaskSettings(tasks, data=tasks_data, shots=shots, limit=limit, use_chat=chat)
     log_to_stderr()
     precision: Precision | None = "fp32" if fp32 else None
+    is_kept = keep and (tasks or domains) is not None
     for run in runs:  # a mistake in the last should not cost what the first has taken
-        config = load_run_config(resolve_run(run, pack=not fp32, precision=precision).run_folder)
+        info = resolve_run(run, pack=not fp32, precision=precision)
+        config = load_run_config(info.run_folder)
         if text is not None:
             window_length(config, window)
         if domains is not None:
             require_experts(config.model)
+        if is_kept:
+            check_results_can_be_kept(info.run_folder, info.step)
     texts: list[tuple[str, Perplexity]] = []
     results: list[TaskResult] = []
     usages: list[tuple[str, DomainUsage]] = []
@@ -207,7 +212,6 @@ def evaluate(
                 print_json(_domains_to_json(run, loaded, usage))
         return loaded.info.run_folder
 
-    is_kept = keep and (tasks or domains) is not None
     kept = "what was finished is in the runs' folders" if is_kept else "nothing was written"
     try:
         with shown_progress(kept=kept) as progress:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MoesaicError
-from moesaic.folders import load_json, write_whole
+from moesaic.folders import load_json, write_whole, writing_path
 from moesaic.report.json_values import json_values
 
 FOLDER = "evaluations"
@@ -81,6 +81,22 @@ class TaskResult:
             for name, metric in given["metrics"].items()
         }
         return cls(**given)
+
+
+def check_results_can_be_kept(run_folder: Path, step: int) -> None:
+    """Find out whether a step's results could be written: hours of evaluation should not end with one that cannot.
+
+    Raises: EvaluationError where nothing can be written.
+    """
+    folder = _file(run_folder, step, "result.json").parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        probe = writing_path(folder / "result.json")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
 
 
 def write_result(run_folder: Path, result: TaskResult, *, suffix: str = "") -> Path:
@@ -152,8 +168,12 @@ def _write(path: Path, text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
     except OSError as error:
-        raise EvaluationError(
-            f"{path} cannot be written ({error}); results are kept in the run's folder, which must be writable and "
-            f"have room; free some, or print them with --json and --no-keep."
-        ) from None
+        raise _unwritable(path, error) from None
     return path
+
+
+def _unwritable(path: Path, error: OSError) -> EvaluationError:
+    return EvaluationError(
+        f"{path} cannot be written ({error}); results are kept in the run's folder, which must be writable and have "
+        f"room; free some, or print them with --no-keep."
+    )

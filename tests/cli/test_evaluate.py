@@ -203,6 +203,18 @@ def test_nothing_is_computed_before_every_task_is_known_to_have_records(
     assert read_results(own_run) == []
 
 
+def test_nothing_is_computed_where_no_result_could_be_kept(
+    cli: Any, trained_run: Path, own_run: Path, records: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(own_run / "evaluations", ignore_errors=True)
+    (own_run / "evaluations").write_text("in the way")
+    monkeypatch.setattr("moesaic.model.load.load_run", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    for measure in (["--tasks", "piqa", "--tasks-data", records], ["--domains", labelled, "--domain-field", "topic"]):
+        found = cli("evaluate", trained_run, own_run, *measure)
+        assert found.status == 2 and f"EvaluationError: {own_run / 'evaluations'}" in found.err
+        assert "cannot be written" in found.err and "--no-keep" in found.err
+
+
 def test_domains_are_measured_kept_and_drawn(cli: Any, own_run: Path, labelled: Path) -> None:
     command = ["evaluate", own_run, "--domains", labelled, "--domain-field", "topic", "--domain-documents", 3]
     shown = cli(*command).out
