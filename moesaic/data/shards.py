@@ -281,7 +281,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"{quote(str(folder))} --output DIR`."
         )
     if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; a folder of token shards is required; check the path, or {remedy}")
+        # A run keeps the path as it was given, and may be used from another folder.
+        place = "" if folder.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(
+            f"{folder} does not exist{place}; a folder of token shards is required; check the path, or {remedy}"
+        )
     file = folder / MANIFEST_NAME
     if not file.is_file():
         if (folder / PROGRESS_NAME).is_file():

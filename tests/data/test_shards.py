@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,14 @@ def test_a_flipped_bit_is_found_when_asked(tmp_path: Path, tokenizer: Tokenizer)
     ShardSet.open(tmp_path)
     with pytest.raises(DataError, match=r"validation-00000\.bin is corrupt"):
         ShardSet.open(tmp_path, verify=True)
+
+
+def test_where_a_relative_path_was_looked_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=rf"^data/mine does not exist in {re.escape(str(tmp_path))}; .*; check the path"
+    ):
+        ShardSet.open("data/mine")
 
 
 def test_folders_that_are_not_prepared_are_told_apart(tmp_path: Path) -> None:
