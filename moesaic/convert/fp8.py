@@ -95,6 +95,12 @@ class Fp8Packing:
             plain[name] = TensorLayout(torch.bfloat16, shape)
         return plain
 
+    def divides(self, layout: Mapping[str, TensorLayout]) -> bool:
+        """Whether all blocks of a checkpoint's matrices are whole; transformers reads others with other bounds."""
+        shapes = [each.shape for each in layout.values() if each.dtype is torch.float8_e4m3fn]
+        blocks = [(shape, self._block(*shape[-2:])) for shape in shapes]
+        return all(shape[-2] % height == 0 and shape[-1] % width == 0 for shape, (height, width) in blocks)
+
     def read(self, name: str, index: int | None, layout: Mapping[str, TensorLayout], read: ReadTensor) -> Tensor:
         """Return a matrix, or the index-th of a stack, in bf16. layout, read: of the tensors as they are stored."""
         return self.dequantize(read(name, index), read(_scales_name(name, layout), index))

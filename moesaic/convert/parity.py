@@ -256,6 +256,8 @@ class _Theirs:
             import moesaic.hf  # noqa: F401  # registers our classes
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
         packed = None if file else read_json(path / CONFIG_NAME).get("quantization_config")
+        if packed:
+            _check_blocks(path)
         with _quiet_transformers(), _their_errors():
             # Its other ways to run experts refuse sizes that are no multiple of 16 bytes.
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -286,6 +288,12 @@ class _Theirs:
                 eos_token_id=-1, pad_token_id=0,
             )  # fmt: skip
         return out[0, len(tokens) :].tolist()
+
+
+def _check_blocks(path: Path) -> None:
+    with HuggingFaceFolder(path) as source:
+        if source.has_partial_blocks:
+            raise _DoesNotRunError("transformers reads FP8 otherwise where blocks do not divide a matrix")
 
 
 def _dequantizing(method: str) -> object:

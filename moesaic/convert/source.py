@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorReader, without_doubles
-from moesaic.convert.fp8 import read_compressed, read_fp8
+from moesaic.convert.fp8 import Fp8Packing, read_compressed, read_fp8
 from moesaic.convert.mxfp4 import read_mxfp4
 from moesaic.convert.packing import Packing
 from moesaic.data.tokenizer import COMPANION_NAMES, GENERATION_NAME, TOKENIZER_NAME, Tokenizer
@@ -88,6 +88,11 @@ class HuggingFaceFolder:
         if self._packing is None or self._stored.get(name) == self.layout[name]:
             return self._read_stored(name, index)
         return self._packing.read(name, index, self._stored, self._read_stored)
+
+    @property
+    def has_partial_blocks(self) -> bool:
+        """Whether it has matrices in FP8 that their blocks do not divide."""
+        return isinstance(self._packing, Fp8Packing) and not self._packing.divides(self._stored)
 
     def _read_stored(self, name: str, index: int | None = None, /) -> Tensor:
         return self._readers[name].read(name, index)
