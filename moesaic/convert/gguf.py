@@ -5,7 +5,9 @@ the byte-level BPE in a file's metadata becomes, and what becomes of ours, is gg
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from moesaic.convert.gguf_families import (
     VOCAB_SIZE,
     keys_of_tensors,
 )
-from moesaic.convert.gguf_file import read_contents
+from moesaic.convert.gguf_file import GgufContents, GgufTensor, names_of_parts, read_contents
 from moesaic.convert.gguf_tokenizer import read_tokenizer
 from moesaic.convert.keys import Keys, read_config
 from moesaic.convert.tensors import TensorRule
@@ -37,45 +39,94 @@ _EXACT = {"MXFP4": torch.bfloat16}
 
 @dataclass
 class GgufFile:
-    """A GGUF file as a source of tensors; quantised ones come as fp32, those in MXFP4 as bf16.
+    """A GGUF file, or the first of several parts, as a source of tensors; quantised ones come as fp32, MXFP4 as bf16.
 
-    Raises: ConversionError for a file that is none, or is truncated.
+    Raises: ConversionError for a file that is none, or is truncated, and for parts that do not belong together.
     """
 
     path: Path
     metadata: dict[str, Any] = field(init=False)
     layout: Mapping[str, TensorLayout] = field(init=False)
+    num_parts: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._gguf = require_gguf()
         self._kinds = {each.value: each for each in self._gguf.GGMLQuantizationType}
-        sizes = {each.value: self._gguf.GGML_QUANT_SIZES[each] for each in self._kinds.values()}
+        self._stack = ExitStack()
+        self._tensors: dict[str, tuple[GgufTensor, FileIO]] = {}
         try:
-            contents = read_contents(self.path, sizes)
-            self._file = self.path.open("rb", buffering=0)
-        except (OSError, ValueError) as error:
-            raise ConversionError(
-                f"{self.path} cannot be read as GGUF ({error}); a whole GGUF file of version 2 or 3 is required; fetch "
-                f"it again."
-            ) from None
-        self.metadata, self._tensors = contents.metadata, contents.tensors
+            self.metadata = self._open(self.path).metadata
+            self.num_parts = self._open_other_parts()
+        except BaseException:
+            self._stack.close()
+            raise
         self.layout = {
             name: TensorLayout(_dtype(self._kinds[each.kind].name), _shape(name, each.shape))
-            for name, each in self._tensors.items()
+            for name, (each, _) in self._tensors.items()
         }
 
+    def _open_other_parts(self) -> int:
+        """Return how many parts there are, this one among them."""
+        try:
+            names = names_of_parts(self.path.name, self.metadata)
+        except ValueError as error:
+            raise ConversionError(
+                f"{self.path} is a part of a model ({error}); the first part, called as it was published, beside the "
+                f"others is required; give that one."
+            ) from None
+        for number, path in enumerate(map(self.path.with_name, names)):
+            if number == 0:
+                continue
+            if not path.is_file():
+                raise ConversionError(
+                    f"{path.parent} has no {path.name}; all {len(names)} parts of the model are required; fetch it too."
+                )
+            part = self._open(path).metadata
+            said = part.get("split.no"), part.get("split.count")
+            if said != (number, len(names)):
+                raise ConversionError(
+                    f"{path} says that it is number {said[0]!r}, counted from 0, of {said[1]!r} parts, where number "
+                    f"{number} of {len(names)} is required; parts of one model belong together; fetch it again."
+                )
+        due = self.metadata.get("split.tensors.count", len(self._tensors))
+        if len(names) > 1 and due != len(self._tensors):
+            raise ConversionError(
+                f"{self.path} and its other parts hold {len(self._tensors)} tensors, where split.tensors.count is "
+                f"{due!r}; all parts of one model are required; fetch them again."
+            )
+        return len(names)
+
+    def _open(self, path: Path) -> GgufContents:
+        """Open a file and take its tensors in."""
+        sizes = {each.value: self._gguf.GGML_QUANT_SIZES[each] for each in self._kinds.values()}
+        try:
+            contents = read_contents(path, sizes)
+            file = self._stack.enter_context(path.open("rb", buffering=0))
+        except (OSError, ValueError) as error:
+            raise ConversionError(
+                f"{path} cannot be read as GGUF ({error}); a whole GGUF file of version 2 or 3 is required; fetch it "
+                f"again."
+            ) from None
+        if double := contents.tensors.keys() & self._tensors.keys():
+            raise ConversionError(
+                f"{path} holds {min(double)}, which stands in an earlier part too; each tensor in one part is "
+                f"required; fetch the parts again."
+            )
+        self._tensors |= {name: (each, file) for name, each in contents.tensors.items()}
+        return contents
+
     def read(self, name: str, index: int | None = None) -> Tensor:
-        tensor = self._tensors[name]
+        tensor, file = self._tensors[name]
         kind, shape, start = self._kinds[tensor.kind], self.layout[name].shape, tensor.start
         num_bytes = tensor.num_bytes
         if index is not None:
             shape, num_bytes = shape[1:], num_bytes // shape[0]
             start += index * num_bytes
         data = torch.empty(num_bytes, dtype=torch.uint8)
-        self._file.seek(start)
-        if not fill(data.numpy().data, self._file):
+        file.seek(start)
+        if not fill(data.numpy().data, file):
             raise ConversionError(
-                f"{self.path} ends before {name} does; the file as it was opened is required; fetch it again."
+                f"{file.name} ends before {name} does; the file as it was opened is required; fetch it again."
             )
         if kind.name in _PLAIN:
             return data.view(_PLAIN[kind.name]).view(shape)
@@ -95,7 +146,7 @@ class GgufFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._stack.close()
 
 
 def _dtype(kind: str) -> torch.dtype:

@@ -95,6 +95,27 @@ def read_contents(path: Path, sizes: Mapping[int, tuple[int, int]]) -> GgufConte
     return GgufContents(metadata, {name: tensors[name] for name, _, _ in infos})
 
 
+def names_of_parts(name: str, metadata: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files that a model is in, of what the first one is called and says.
+
+    Tools that split a model write a number into the name of each part, and put what describes it into the first.
+
+    Raises: ValueError for a part that is not the first, or is not called as parts are.
+    """
+    count = metadata.get("split.count", 1)
+    if type(count) is not int:
+        raise ValueError(f"split.count is {count!r}, no number of files")
+    if count < 2:
+        return [name]
+    number = metadata.get("split.no")
+    if number != 0:
+        raise ValueError(f"split.no is {number!r}: of {count} parts, the first, 0, is the one to name")
+    end = f"-00001-of-{count:05d}.gguf"
+    if not name.endswith(end):
+        raise ValueError(f"it is the first of {count} parts, and is not called ...{end}, so that the others are found")
+    return [f"{name.removesuffix(end)}-{part:05d}-of-{count:05d}.gguf" for part in range(1, count + 1)]
+
+
 def _read_info(cursor: "_Cursor", sizes: Mapping[int, tuple[int, int]]) -> tuple[str, int, GgufTensor]:
     name, num_dimensions = cursor.text(), cursor.number("<u4")
     if not 1 <= num_dimensions <= _MAX_DIMENSIONS:

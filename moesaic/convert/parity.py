@@ -22,6 +22,7 @@ import moesaic
 from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.checkpoint.stream import DTYPES, FP8_DTYPES, TensorReader
 from moesaic.convert import mxfp4
+from moesaic.convert.gguf import GgufFile
 from moesaic.convert.opened import open_model
 from moesaic.convert.source import CONFIG_NAME, HuggingFaceFolder, is_foreign_run, is_source, read_json
 from moesaic.convert.weights import WeightComparison, compare_weights
@@ -445,10 +446,10 @@ def _run(path: Path, change: Change) -> Runnable:
 
 
 def _is_read_by_transformers(path: Path, change: Change) -> bool:
-    """Whether transformers can be the judge of a side: of changed weights, and some GGUF architectures, it is not.
+    """Whether transformers can be the judge of a side: of changed weights, and some GGUF files, it is not.
 
-    Its reader of GGUF knows no experts in `llama`, nor their size in `qwen3moe`, and takes head_dim to be hidden_size /
-    num_heads.
+    Its reader of GGUF knows no experts in `llama`, nor their size in `qwen3moe`, takes head_dim to be hidden_size /
+    num_heads, and reads one file, of whatever model it is a part.
     """
     if not is_source(path):
         return True
@@ -457,7 +458,9 @@ def _is_read_by_transformers(path: Path, change: Change) -> bool:
     if path.is_dir():
         return True
     with open_model(path) as opened:
-        config = opened.config
+        config, source = opened.config, opened.source
+        if isinstance(source, GgufFile) and source.num_parts > 1:
+            return False
         has_usual_heads = config.head_dim * config.num_heads == config.hidden_size
         return opened.family in ("gguf llama", "gguf qwen2") and has_usual_heads and config.rope_scaling is None
 

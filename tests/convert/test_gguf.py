@@ -298,11 +298,15 @@ def test_what_the_format_cannot_say_is_refused_by_name(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def rewritten(source: Path, target: Path, tensors: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
-    """Write a GGUF file again with other metadata (None removes a key), and tensors more."""
+def rewritten(
+    source: Path, target: Path, tensors: dict[str, np.ndarray] | None = None, *,
+    split: dict[str, Any] | None = None, **changes: Any
+) -> Path:  # fmt: skip
+    """Write a GGUF file again with other metadata (None removes a key), and tensors more. split: how into parts."""
     reader = gguf.GGUFReader(source)
     values = {name: (field.contents(), field.types) for name, field in reader.fields.items() if name[:5] != "GGUF."}
-    writer = gguf.GGUFWriter(target, changes.get("general.architecture", values.pop("general.architecture")[0]))
+    architecture = changes.get("general.architecture", values.pop("general.architecture")[0])
+    writer = gguf.GGUFWriter(target, architecture, **split or {})
     for name, (value, types) in values.items():
         if name not in changes:
             inner = types[-1] if types[0] is gguf.GGUFValueType.ARRAY else None
@@ -329,6 +333,60 @@ def exported(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     import_model(saved("llama"), folder / "run")
     export_run(folder / "run", folder / "out", format="gguf")
     return folder / "out" / "model.gguf"
+
+
+@pytest.mark.parametrize("split", [{"split_max_tensors": 12}, {"split_max_tensors": 4, "small_first_shard": True}])
+def test_a_model_in_parts_is_the_whole_one(split: dict[str, Any], exported: Path, tmp_path: Path) -> None:
+    rewritten(exported, tmp_path / "parts.gguf", split=split)
+    parts = sorted(tmp_path.iterdir())
+    with GgufFile(exported) as whole, GgufFile(parts[0]) as source:
+        assert source.num_parts == len(parts) > 2
+        assert {**source.layout} == {**whole.layout}
+        for name in whole.layout:
+            assert torch.equal(source.read(name), whole.read(name))
+    certificate = import_model(parts[0], tmp_path / "run")
+    assert certificate.failure is None
+    assert certificate.comparison is not None
+    assert certificate.judge == "moesaic"  # transformers would read one file alone
+    import_model(exported, tmp_path / "whole")
+    ours, theirs = tensors_of(tmp_path / "run"), tensors_of(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_parts_that_do_not_belong_together_are_refused(exported: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "parts"
+    whole.mkdir()
+    rewritten(exported, whole / "m.gguf", split={"split_max_tensors": 12})
+    first, second, third = sorted(path.name for path in whole.iterdir())
+
+    def refused(change: Callable[[Path], None], message: str, name: str = first) -> None:
+        folder = tmp_path / "changed"
+        shutil.copytree(whole, folder)
+        change(folder)
+        with pytest.raises(ConversionError, match=message):
+            GgufFile(folder / name)
+        shutil.rmtree(folder)
+
+    refused(lambda folder: (folder / second).unlink(), f"has no {second}; all 3 parts of the model are required")
+    refused(lambda folder: None, r"is a part of a model \(split.no is 2: of 3 parts, the first", name=third)
+    refused(
+        lambda folder: (folder / first).rename(folder / "m.gguf"),
+        r"is the first of 3 parts, and is not called \.\.\.-00001-of-00003\.gguf",
+        name="m.gguf",
+    )
+    refused(lambda folder: shutil.copy(folder / third, folder / second), "says that it is number 2, .*number 1 of 3")
+    refused(
+        lambda folder: (folder / third).write_bytes((folder / third).read_bytes()[:-4000]),
+        f"{third} cannot be read as GGUF .*cut off",
+    )
+
+    def other(folder: Path) -> None:
+        """Its last part is one of a model with a tensor more."""
+        rewritten(exported, folder / "more.gguf", {"more": ONES}, split={"split_max_tensors": 12})
+        shutil.copy(folder / third.replace("m-", "more-"), folder / third)
+
+    refused(other, "hold 31 tensors, where split.tensors.count is 30")
 
 
 ONES = np.ones(24, np.float32)
