@@ -201,7 +201,7 @@ def _check_schema(schema: dict[str, Any], name: str) -> None:
             f"parts of it in $defs and use $ref."
         )
     _put_plainly(schema)
-    for where, each in _subschemas(schema, ""):
+    for where, each in _subschemas(schema):
         found = _unkept(each)
         if found:
             raise ConfigError(
@@ -317,7 +317,7 @@ def _put_plainly(outermost: dict[str, Any]) -> None:
     Objects whose names are those of a list (zod's records) by their properties. One of several schemas as any of them,
     where they are plainly apart: xgrammar does not look behind references, as those of pydantic's unions are.
     """
-    for _, schema in _subschemas(outermost, ""):
+    for _, schema in _subschemas(outermost):
         if isinstance(schema.get("items"), list) and "prefixItems" not in schema:
             schema["prefixItems"] = schema.pop("items")
             if "additionalItems" in schema:
@@ -415,7 +415,7 @@ def as_meant(grammar: Grammar) -> Grammar:
     values = json.loads(grammar.text)
     for outermost in _schemas_in(grammar.kind, values):
         _put_plainly(outermost)
-        for _, schema in _subschemas(outermost, ""):
+        for _, schema in _subschemas(outermost):
             named = schema.get("format")
             if isinstance(named, str) and named in _FORMATS and not schema.keys() & {*_LENGTHS}:
                 schema["pattern"] = _FORMATS[named]
@@ -435,7 +435,7 @@ def patterns_of(grammar: Grammar) -> list[str]:
         return []
     found: dict[str, None] = {}
     for outermost in _schemas_in(grammar.kind, json.loads(grammar.text)):
-        for _, schema in _subschemas(outermost, ""):
+        for _, schema in _subschemas(outermost):
             if isinstance(pattern := schema.get("pattern"), str):
                 found[pattern] = None
             if isinstance(patterns := schema.get("patternProperties"), dict):
@@ -491,8 +491,29 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _subschemas(schema: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each schema within a schema and its place; a property may be called as a keyword is."""
+def _subschemas(outermost: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each schema within a schema and its place, those that only a $ref leads to last.
+
+    Each may be changed once it is there; a property may be called as a keyword is.
+    """
+    seen = dict[int, dict[str, Any]]()  # which holds them, so that no other gets the id of one that is taken out
+    pending = [("", outermost)]
+    while pending:
+        place, begun = pending.pop()
+        if id(begun) in seen:
+            continue
+        for where, each in _written_in(begun, place):
+            if id(each) in seen:
+                continue
+            seen[id(each)] = each
+            yield where, each
+            if "$ref" in each:
+                named = _referenced(outermost, each["$ref"])
+                pending += [(str(each["$ref"])[1:], found) for found in named if isinstance(found, dict)]
+
+
+def _written_in(schema: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a schema and those that stand within it, each with its place."""
     yield where, schema
     for key, value in schema.items():
         if key in _MAPS_OF_SCHEMAS and isinstance(value, dict):
@@ -503,7 +524,7 @@ def _subschemas(schema: dict[str, Any], where: str) -> Iterator[tuple[str, dict[
             continue
         for name, each in inner:
             if isinstance(each, dict):
-                yield from _subschemas(each, f"{where}/{key}" + (f"/{name}" if name != "" else ""))
+                yield from _written_in(each, f"{where}/{key}" + (f"/{name}" if name != "" else ""))
 
 
 def _referenced(schema: dict[str, Any], reference: Any) -> list[Any]:

@@ -325,6 +325,12 @@ KEPT = [
     ({"oneOf": [{"type": "integer"}, STRING], "title": "x"}, "1", "null"),
     ({"allOf": [{"type": "integer"}]}, "1", '"a"'),
     ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}}, "3", '"a"'),
+    # What a $ref leads to is meant as any other schema is, wherever it stands.
+    (
+        {"properties": {"a": {"$ref": "#/parts/address"}}, "parts": {"address": {**STRING, "format": "ipv4"}}},
+        '{"a":"1.2.3.4"}',
+        '{"a":"00.2.3.4"}',
+    ),
     # As zod writes them: of a format and its pattern the pattern, which nothing empty matches; records; tuples.
     ({**STRING, "format": "email", "pattern": "^[a-z]+@x$"}, '"a@x"', '"a@b.c"'),
     ({**STRING, "format": "ulid", "pattern": "^[0-9A-Z]{2}$", "minLength": 1}, '"0A"', '""'),
@@ -524,6 +530,16 @@ def nested(depth: int) -> str:
         ("json_schema", '{"properties": {"%s": {"not": {}}}}' % ("a" * 9000), "uses not at /properties/aaaaa"),
         ("json_schema", '{"$ref": "http://a/b"}', r"\$ref to 'http://a/b' at its top"),
         ("json_schema", '{"properties": {"not": {"not": {}}}}', "uses not at /properties/not"),
+        (
+            "json_schema",
+            '{"items": {"$ref": "#/parts/a"}, "parts": {"a": {"items": {"$ref": "#/parts/b"}}, "b": {"not": {}}}}',
+            "uses not at /parts/b",
+        ),
+        (
+            "json_schema",
+            '{"items": {"$ref": "#/part"}, "part": {"type": "string", "pattern": "^(a|a{1,2})$"}}',
+            "'aaa+' would pass for a match of the pattern",
+        ),
         ("json_schema", '{"anyOf": [{"uniqueItems": true}]}', "uses uniqueItems at /anyOf/0"),
         ("json_schema", '{"allOf": [{}, {}]}', "allOf of several"),
         ("json_schema", '{"type": "string", "pattern": "a", "maxLength": 2}', "pattern together with a length"),
