@@ -6,6 +6,7 @@ is tried in a fork, so that after one that failed the next need not wait for the
 moesaic, and speaks JSON, a line each way.
 """
 
+import ast
 import json
 import os
 import random
@@ -27,6 +28,7 @@ _NO_CHARACTER = re.compile(rb"\xed[\xa0-\xbf]|\xe0[\x80-\x9f]|\xf0[\x80-\x8f]")
 # At most so much in a row between the parts of JSON: a weak model takes all that it may have, and with 32 line ends for
 # each part an answer did not come to its end.
 _WHITESPACE = 1
+_SHORT_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 # How many texts of a schema's patterns are drawn, of each at least so many; how often one ends where it may, and how
 # often its next byte is a printable one of ASCII; and which share of the time that is left it may take.
 _DRAWS, _LEAST_DRAWS, _END_SHARE, _PLAIN_SHARE, _DRAWING_SHARE = 256, 8, 0.2, 0.9, 0.25
@@ -81,12 +83,83 @@ def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> Any:
     options: dict[str, Any] = {"strict_mode": False, "max_whitespace_cnt": _WHITESPACE}
     if kind == "tool_calls":
         described = json.loads(text)
-        calls = _tool_calls(described["functions"], described["is_single"])
-        if described.get("otherwise") is None:
-            return compiler.compile_structural_tag(calls)
-        other = xgrammar.Grammar.from_json_schema(json.dumps(described["otherwise"]), **options)
-        return compiler.compile_grammar(xgrammar.Grammar.union(other, xgrammar.Grammar.from_structural_tag(calls)))
-    return compiler.compile_json_schema('{"type": "object"}' if kind == "json_object" else text, **options)
+        made = xgrammar.Grammar.from_structural_tag(_tool_calls(described["functions"], described["is_single"]))
+        if described.get("otherwise") is not None:
+            other = xgrammar.Grammar.from_json_schema(json.dumps(described["otherwise"]), **options)
+            made = xgrammar.Grammar.union(other, made)
+    else:
+        made = xgrammar.Grammar.from_json_schema('{"type": "object"}' if kind == "json_object" else text, **options)
+    written = str(made)
+    kept = _with_names_apart(written)
+    return compiler.compile_grammar(made if kept == written else xgrammar.Grammar.from_ebnf(kept))
+
+
+def _with_names_apart(grammar: str) -> str:
+    """Return a grammar of schemas in which names beside the listed ones are others, however they are written.
+
+    xgrammar 0.2.9 leaves the listed ones out byte by byte, where a character of its own is meant, and reads no escapes:
+    a listed "é" may come again with any value, beside "a" a "\u0061" may, and beside one with a quotation mark what is
+    no JSON. Here such a name begins as a listed one does only without escapes by number.
+    """
+    rules = dict(line.split(" ::= ", 1) for line in grammar.split("\n") if " ::= " in line)
+    for rule, body in list(rules.items()):
+        first = re.match(r'\(\("\\"" (\w+)\)\) \(=', body) if "addl_key" in rule else None
+        others = re.search(r'\("\\\\" (\w+) (\w+)\)', rules[first[1]]) if first is not None else None
+        if first is not None and others is not None:
+            listed = _take_listed(rules, first[1])
+            rules |= _other_names(listed, first[1], escape=others[1], rest=others[2])
+    return "".join(f"{rule} ::= {body}\n" for rule, body in rules.items())
+
+
+def _take_listed(rules: dict[str, str], first: str) -> list[str]:
+    """Take xgrammar's rules for names that are not listed out of others; return the listed ones."""
+    names, pending = [], [(b"", first)]
+    while pending:
+        begun, rule = pending.pop()
+        body = rules.pop(rule)
+        if '("\\"") | ' not in body:
+            names.append(begun.decode("utf-8"))
+        for letter, following in re.findall(r'\("(\\x..|\\.|[^"\\])" (\w+)\)', body):
+            pending.append((begun + ast.literal_eval(f'"{letter}"').encode("latin-1"), following))
+    return names
+
+
+def _other_names(listed: list[str], first: str, *, escape: str, rest: str) -> dict[str, str]:
+    """Return rules for what follows the quotation mark of names that are not listed.
+
+    escape, rest: xgrammar's rules for what follows a backslash, and for the rest of any name.
+    """
+    tree: dict[str, Any] = {}
+    for name in listed:
+        node = tree
+        for letter in name:
+            node = node.setdefault(letter, {})
+        node[""] = {}  # one ends here
+    rules: dict[str, str] = {}
+    pending = [(first, tree)]
+    while pending:
+        rule, node = pending.pop()
+        letters = [letter for letter in node if letter]
+        excluded = "".join(map(_escaped, letters))
+        choices = [f'([^\\0-\\x1f\\"\\\\{excluded}] {rest})', *([] if "" in node else ['("\\"")'])]
+        for letter in letters:
+            below = f"{first}_{len(rules) + len(pending)}_other"
+            pending.append((below, node[letter]))
+            if letter >= " " and letter not in '"\\':
+                choices.append(f'("{_escaped(letter)}" {below})')
+            if letter in _SHORT_ESCAPES:
+                choices.append(f'("\\\\{_escaped(_SHORT_ESCAPES[letter])}" {below})')
+        short = "".join(_escaped(each) for letter, each in _SHORT_ESCAPES.items() if letter not in node)
+        if not letters:
+            choices.append(f'("\\\\" {escape} {rest})')
+        elif short:
+            choices.append(f'("\\\\" [{short}] {rest})')
+        rules[rule] = f"({' | '.join(choices)})"
+    return rules
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isascii() and letter.isalnum() else f"\\U{ord(letter):08x}"
 
 
 def _tool_calls(functions: dict[str, Any], is_single: bool) -> dict[str, Any]:

@@ -325,6 +325,16 @@ KEPT = [
     ({"oneOf": [{"type": "integer"}, STRING], "title": "x"}, "1", "null"),
     ({"allOf": [{"type": "integer"}]}, "1", '"a"'),
     ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}}, "3", '"a"'),
+    # Other names than the listed ones are others, however they are written.
+    ({**A}, '{"a":1,"\\nx":2,"ab\\u0061":3}', '{"\\u0061":"x"}'),
+    ({**A, "required": ["a"], "additionalProperties": STRING}, '{"a":1,"b":"x"}', '{"a":1,"\\u0061":"x"}'),
+    ({"properties": {"日é": {"type": "integer"}, "日": {}}}, '{"日é":1,"日本":"x"}', '{"日é":"x"}'),
+    ({"properties": {"😀": {"type": "integer"}}, "required": ["😀"]}, '{"😀":1,"😀a":2}', '{"😀":1,"😀":"x"}'),
+    ({"properties": {'a"': {"type": "integer"}}}, '{"a\\"":1,"a\\"b":"x","a\\n":2}', '{"a\\"":"x"}'),
+    ({"properties": {'a"': {"type": "integer"}}}, '{"a":1}', '{"a"b":1}'),
+    ({"properties": {"a\n": {"type": "integer"}}, "maxProperties": 2}, '{"a\\n":1,"a\\nb":"x"}', '{"a\\n":"x"}'),
+    ({"properties": {"a\\/": {"type": "integer"}}}, '{"a\\\\/":1,"a\\\\":2}', '{"a\\\\\\/":"x"}'),
+    ({"properties": {"": {"type": "integer"}, "]^-": {}}}, '{"":1,"]^":2}', '{"":"x"}'),
     # What a $ref leads to is meant as any other schema is, wherever it stands.
     (
         {"properties": {"a": {"$ref": "#/parts/address"}}, "parts": {"address": {**STRING, "format": "ipv4"}}},
