@@ -89,9 +89,17 @@ def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> Any:
             made = xgrammar.Grammar.union(other, made)
     else:
         made = xgrammar.Grammar.from_json_schema('{"type": "object"}' if kind == "json_object" else text, **options)
-    written = str(made)
-    kept = _with_names_apart(written)
-    return compiler.compile_grammar(made if kept == written else xgrammar.Grammar.from_ebnf(kept))
+    return compiler.compile_grammar(xgrammar.Grammar.from_ebnf(_with_names_apart(_without_surrogates(str(made)))))
+
+
+def _without_surrogates(grammar: str) -> str:
+    """Return a grammar of schemas whose strings have no escape of half a character, which many readers refuse."""
+    digit = "[A-Fa-f0-9]"
+    any_four = f'("u" {digit} {digit} {digit} {digit})'
+    others = f'("u" [ABCEFabcef0-9] {digit} {digit} {digit}) | ("u" [Dd] [0-7] {digit} {digit})'
+    pair = f'("u" [Dd] [89ABab] {digit} {digit} "\\\\u" [Dd] [CDEFcdef] {digit} {digit})'
+    short = ' ::= (([\\"\\\\/bfnrt]) | '
+    return grammar.replace(f"{short}{any_four})", f"{short}{others} | {pair})")
 
 
 def _with_names_apart(grammar: str) -> str:

@@ -126,6 +126,16 @@ def test_text_of_calls_is_calls_and_nothing_else(compiler: GrammarCompiler, toke
             assert call.name in functions
 
 
+def test_strings_of_calls_have_no_half_of_a_character(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    """Which the reader of calls would take for no call."""
+    function = {"type": "object", "properties": {"x": {"type": "string"}}}
+    grammar = compiler.compile(calls_grammar({"f": function}, is_single=True))
+    for escapes, is_whole in ((r"\ud83d", False), (r"\ud83d\ude00", True)):
+        text = f'<tool_call>\n{{"name": "f", "arguments": {{"x":"{escapes}"}}}}\n</tool_call>'
+        assert can_be(grammar, tokenizer, text) == is_whole
+        assert isinstance(ToolCallReader().take(text, is_last=True)[0], ToolCall) == is_whole
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_text_of_calls_or_of_something_else_is_one_of_both(
     compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int
@@ -335,6 +345,11 @@ KEPT = [
     ({"properties": {"a\n": {"type": "integer"}}, "maxProperties": 2}, '{"a\\n":1,"a\\nb":"x"}', '{"a\\n":"x"}'),
     ({"properties": {"a\\/": {"type": "integer"}}}, '{"a\\\\/":1,"a\\\\":2}', '{"a\\\\\\/":"x"}'),
     ({"properties": {"": {"type": "integer"}, "]^-": {}}}, '{"":1,"]^":2}', '{"":"x"}'),
+    # No half of a character, by escapes.
+    (STRING, '"\\uD83D\\uDe00\\ud7ff\\ue000\\n"', '"\\ud83d"'),
+    (STRING, '"\\u0041"', '"\\udc00\\ud83d"'),
+    ({"type": "object"}, '{"a\\u00e9":["\\ud83d\\ude00"]}', '{"a":["\\ud83d\\u0041"]}'),
+    ({**A}, '{"ab\\ud83d\\ude00":1}', '{"ab\\ud83d":1}'),
     # What a $ref leads to is meant as any other schema is, wherever it stands.
     (
         {"properties": {"a": {"$ref": "#/parts/address"}}, "parts": {"address": {**STRING, "format": "ipv4"}}},
