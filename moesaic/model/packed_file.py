@@ -86,14 +86,15 @@ def load_packed(
     size = mapped_size(wanted)
     if policy == "off" or size < SMALLEST_BYTES:
         return pack()
+    told: set[str] = set()
     for place in file.places:
-        if (tensors := _open(place, file.key, wanted)) is not None:
+        if (tensors := _open(place, file.key, wanted, told)) is not None:
             return _filled(shell, tensors)
     room = available_memory_bytes()
     for place in file.places if policy == "write" or size > room else ():
         try:
             with _turn_to_write(place) as writing:
-                tensors = _open(place, file.key, wanted)
+                tensors = _open(place, file.key, wanted, told)
                 if tensors is None:
                     writing.truncate(0)  # what a killed writer left
                     _check_space(place.parent, size)
@@ -102,7 +103,7 @@ def load_packed(
                         place, size / 1e9,
                     )  # fmt: skip
                     _write(writing, place, wanted, parts(), file.key)
-                    tensors = _open(place, file.key, wanted)
+                    tensors = _open(place, file.key, wanted, told)
             for in_cache in file.places[1:]:
                 _forget_old(in_cache.parent)
             if tensors is not None:
@@ -124,8 +125,11 @@ def _filled(shell: Transformer, tensors: dict[str, Tensor]) -> Transformer:
     return model
 
 
-def _open(place: Path, key: str, wanted: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return a file's tensors, None where there is no file or not the one that is wanted."""
+def _open(place: Path, key: str, wanted: dict[str, Tensor], told: set[str]) -> dict[str, Tensor] | None:
+    """Return a file's tensors, None where there is no file or not the one that is wanted.
+
+    told: what has been said of such files, and is not said again.
+    """
     try:
         if not place.exists():
             return None
@@ -137,7 +141,9 @@ def _open(place: Path, key: str, wanted: dict[str, Tensor]) -> dict[str, Tensor]
         if wrong:
             raise CheckpointError(f"{place} holds other tensors than the model ({sorted(wrong)[:3]}).")
     except CheckpointError as error:
-        logger.warning("Passing over a file of packed weights: %s", error)
+        if str(error) not in told:
+            logger.warning("Passing over a file of packed weights: %s", error)
+            told.add(str(error))
         return None
     with suppress(OSError):  # of use in the cache alone, which forgets what nobody has used for long
         os.utime(place)

@@ -122,7 +122,9 @@ def test_a_file_that_is_not_whole_is_made_again(run: Path, caplog: pytest.LogCap
     assert not is_mapped(loaded) and torch.equal(logits(loaded), wanted)
     passed_over = [each.message for each in caplog.records if "Passing over a file of packed weights" in each.message]
     assert len(passed_over) == 1 and "delete it" in passed_over[0]
+    caplog.clear()
     assert is_mapped(load_run(run, precision="int8", packed_file="write"))
+    assert len([each for each in caplog.records if "Passing over" in each.message]) == 1  # though it is opened twice
     caplog.clear()
     assert is_mapped(load_run(run, precision="int8")) and not caplog.records
 
