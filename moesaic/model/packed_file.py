@@ -9,12 +9,15 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from torch import Tensor
@@ -24,7 +27,7 @@ from moesaic.checkpoint.quantized import KEY as QUANTIZATION
 from moesaic.checkpoint.store import CheckpointInfo
 from moesaic.config.model import ModelConfig
 from moesaic.errors import CheckpointError, DeviceError
-from moesaic.folders import writing_path
+from moesaic.folders import writing_name, writing_path
 from moesaic.kernels.allocator import give_back_freed_memory
 from moesaic.kernels.limits import available_memory_bytes, cache_folder
 from moesaic.kernels.panels import LAYOUT_VERSION
@@ -185,7 +188,8 @@ def _turn_to_write(place: Path) -> Iterator[FileIO]:
     """Give the file to write, under its temporary name, to one process at a time.
 
     The lock is on the file itself: when its writer has renamed it, those who waited have to open the next one. What a
-    process that was killed has left is taken over. Raises: OSError where no file can be written or locked.
+    process that was killed has left is taken over, or deleted where it is of another file. Raises: OSError where no
+    file can be written or locked.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = writing_path(place)
@@ -198,16 +202,56 @@ def _turn_to_write(place: Path) -> Iterator[FileIO]:
             except FileNotFoundError:
                 is_current = False
             if is_current:
+                _forget_unfinished(place.parent, besides=temporary)
                 try:
-                    yield writing
+                    with _deleted_at_termination(writing, temporary):
+                        yield writing
                 finally:
-                    with suppress(OSError):
-                        if os.path.samestat(os.fstat(writing.fileno()), temporary.stat()):
-                            temporary.unlink()  # it was not needed, or not finished
+                    _delete_own(writing, temporary)  # it was not needed, or not finished
                 return
 
 
-def _lock(file: FileIO, place: Path) -> None:
+@contextmanager
+def _deleted_at_termination(file: FileIO, path: Path) -> Iterator[None]:
+    """Let the signals that end the process, where nobody has them handled, delete the file first: it may be large."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        _delete_own(file, path)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    handled = []
+    if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        handled = [each for each in numbers if each is not None and signal.getsignal(each) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in handled:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _delete_own(file: FileIO, path: Path) -> None:
+    """Delete an open file, unless its name is another's by now."""
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            path.unlink()
+
+
+def _forget_unfinished(folder: Path, *, besides: Path) -> None:
+    """Delete what processes that were killed have left of other files; those of a process that writes are locked."""
+    for path in folder.glob(writing_name(Path("*.safetensors")).name):
+        if path == besides or path.is_symlink() or not path.is_file():
+            continue
+        with suppress(OSError), path.open("r+b", buffering=0) as file:
+            _lock(file, path, waits=False)
+            _delete_own(file, path)
+
+
+def _lock(file: FileIO, place: Path, *, waits: bool = True) -> None:
     try:
         import fcntl
     except ImportError:  # Windows has no such lock, and no kernels to pack for
@@ -215,6 +259,8 @@ def _lock(file: FileIO, place: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not waits:
+            raise
         logger.info("Another process is writing %s; waiting for it.", place)
         fcntl.flock(file, fcntl.LOCK_EX)
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +243,42 @@ def test_what_a_killed_writer_left_is_taken_over(run: Path, monkeypatch: pytest.
     monkeypatch.setattr(packed_file, "_check_space", without_what_is_left)
     assert is_mapped(load_run(run, precision="int8", packed_file="write"))
     assert path.exists() and not left.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file locks")
+def test_what_killed_writers_of_other_files_left_is_deleted_and_what_is_being_written_is_not(run: Path) -> None:
+    import fcntl
+
+    path = file_of(run, "packed-int8.safetensors")
+    left, held = (path.with_name(f".writing-packed-{each}.safetensors") for each in ("bf16", "stored"))
+    left.write_bytes(b"half of it")
+    with held.open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert is_mapped(load_run(run, precision="int8", packed_file="write"))
+    assert path.exists() and not left.exists() and held.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file locks")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_writer_that_is_terminated_takes_its_file_along(run: Path, name: str) -> None:
+    script = f"""
+import signal, time
+from moesaic.model import load, packed_file
+packed_file.SMALLEST_BYTES = 0
+signal.signal(signal.{name}, signal.SIG_DFL)
+def write(file, *_, **__):
+    file.write(b"half of it")
+    print("writes", flush=True)
+    time.sleep(60)
+packed_file.write_mapped = write
+load.load_run({str(run)!r}, precision="int8", packed_file="write")
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "writes\n"
+        assert list(file_of(run).parent.glob(".writing-*"))
+        process.send_signal(signal.Signals[name])
+        assert process.wait(30) == -signal.Signals[name]
+    assert not [path for path in file_of(run).parent.iterdir() if "packed" in path.name]
 
 
 def test_without_a_cache_folder_there_is_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
