@@ -176,6 +176,11 @@ def evaluate(
     usages: list[tuple[str, DomainUsage]] = []
     folder: Path | None = None
 
+    def take(result: "TaskResult") -> None:
+        results.append(result)
+        if as_json:
+            print_json(result.to_json())
+
     def measure(run: str, progress: OnProgress) -> Path:
         """Measure one run, return its folder, and keep nothing of it in memory."""
         loaded = load_run(run, device=device, pack=not fp32, precision=precision)
@@ -196,20 +201,21 @@ def evaluate(
                 print_json(_text_to_json(run, loaded, text, found))
         if settings is not None:
             scorer = EngineScorer(loaded.model, loaded.tokenizer, BatchedScorer(loaded.model))
-            for result in run_tasks(
-                run, loaded, settings, scorer=scorer, keep=keep, keep_samples=samples, progress=progress
-            ):
-                results.append(result)
-                if as_json:
-                    print_json(result.to_json())
-        if domains is not None:
-            usage = run_domains(
-                run, loaded, domains, label_field=domain_field or "domain", text_field=text_field or TEXT_FIELD,
-                most_documents=domain_documents, keep=keep, progress=progress,
+            run_tasks(
+                run, loaded, settings, scorer=scorer, keep=keep, keep_samples=samples, progress=progress,
+                on_result=take,
             )  # fmt: skip
-            usages.append((run, usage))
-            if as_json:
-                print_json(_domains_to_json(run, loaded, usage))
+        if domains is not None:
+
+            def take_usage(usage: "DomainUsage") -> None:
+                usages.append((run, usage))
+                if as_json:
+                    print_json(_domains_to_json(run, loaded, usage))
+
+            run_domains(
+                run, loaded, domains, label_field=domain_field or "domain", text_field=text_field or TEXT_FIELD,
+                most_documents=domain_documents, keep=keep, progress=progress, on_result=take_usage,
+            )  # fmt: skip
         return loaded.info.run_folder
 
     kept = "what was finished is in the runs' folders" if is_kept else "nothing was written"

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -56,10 +57,12 @@ def run_tasks(
     keep: bool = True,
     keep_samples: bool = False,
     progress: OnProgress = no_progress,
+    on_result: Callable[[TaskResult], None] = lambda _: None,
 ) -> list[TaskResult]:
     """Run tasks on a model, and keep each result in its run's folder as soon as it is there.
 
     scorer: computes the model's answers; None: BatchedScorer. serve/scorer.py has one that generates by the engine.
+    on_result: is given each result when it is kept, or cannot be: it is whole, whatever becomes of the later ones.
 
     Raises: ConfigError, DataError, GenerationError, InstallationError, EvaluationError.
     """
@@ -105,11 +108,14 @@ def run_tasks(
             command=sys.argv,
         )
         results.append(result)
-        if keep:
-            is_other = loaded.config.precision != "fp32" and loaded.model.compute_dtype is torch.float32
-            path = write_result(loaded.info.run_folder, result, suffix="-fp32" if is_other else "")
-            if keep_samples:
-                write_samples(path, scores.samples)
+        try:
+            if keep:
+                is_other = loaded.config.precision != "fp32" and loaded.model.compute_dtype is torch.float32
+                path = write_result(loaded.info.run_folder, result, suffix="-fp32" if is_other else "")
+                if keep_samples:
+                    write_samples(path, scores.samples)
+        finally:
+            on_result(result)
     return results
 
 
@@ -123,8 +129,11 @@ def run_domains(
     most_documents: int | None,
     keep: bool = True,
     progress: OnProgress = no_progress,
+    on_result: Callable[[DomainUsage], None] = lambda _: None,
 ) -> DomainUsage:
     """Measure which experts serve which domains of labelled text; keep numbers and heat map in the run's folder.
+
+    on_result: is given the result when it is kept, or cannot be.
 
     Raises: ConfigError, DataError, EvaluationError.
     """
@@ -132,17 +141,20 @@ def run_domains(
         path, loaded.tokenizer, label_field=label_field, text_field=text_field, most_documents=most_documents
     )
     usage = measure_domains(loaded.model, documents, progress=progress)
-    if keep:
-        values = {**domains_to_json(usage), "run": run, "step": loaded.info.step, "text": str(path)}
-        write_json(loaded.info.run_folder, loaded.info.step, "domains", values)
-        write_domains(
-            loaded.info.run_folder / "plots" / "expert_domains.png",
-            domains=usage.domains,
-            layers=[each.layer for each in usage.layers],
-            shares=[each.shares for each in usage.layers],
-            information_bits=[each.information_bits for each in usage.layers],
-            chance_bits_high=[each.chance_bits_high for each in usage.layers],
-        )
+    try:
+        if keep:
+            values = {**domains_to_json(usage), "run": run, "step": loaded.info.step, "text": str(path)}
+            write_json(loaded.info.run_folder, loaded.info.step, "domains", values)
+            write_domains(
+                loaded.info.run_folder / "plots" / "expert_domains.png",
+                domains=usage.domains,
+                layers=[each.layer for each in usage.layers],
+                shares=[each.shares for each in usage.layers],
+                information_bits=[each.information_bits for each in usage.layers],
+                chance_bits_high=[each.chance_bits_high for each in usage.layers],
+            )
+    finally:
+        on_result(usage)
     return usage
 
 

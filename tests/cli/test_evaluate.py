@@ -215,6 +215,31 @@ def test_nothing_is_computed_where_no_result_could_be_kept(
         assert "cannot be written" in found.err and "--no-keep" in found.err
 
 
+def test_what_was_measured_is_shown_where_it_can_no_longer_be_kept(
+    cli: Any, own_run: Path, records: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moesaic.report import evaluations
+
+    wrote = evaluations.write_whole
+
+    def full(path: Path, content: str) -> None:
+        if path.name in ("piqa.json", "domains.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        wrote(path, content)
+
+    monkeypatch.setattr(evaluations, "write_whole", full)
+    (records / "boolq_validation.jsonl").write_text(
+        '{"passage": "The Work.", "question": "is it work", "label": 1}\n' * 2, encoding="utf-8"
+    )
+    command = ["evaluate", own_run, "--tasks", "boolq,piqa", "--tasks-data", records, "--device", "cpu"]
+    for found in (cli(*command), cli(*command, "--json")):
+        assert found.status == 2 and "piqa.json cannot be written" in found.err and "No space left" in found.err
+        assert "boolq" in found.out and "piqa" in found.out and "acc_norm" in found.out
+    assert [each.task for each in read_results(own_run)] == ["boolq"]
+    found = cli("evaluate", own_run, "--domains", labelled, "--domain-field", "topic", "--device", "cpu")
+    assert found.status == 2 and "domains.json cannot be written" in found.err and "by chance" in found.out
+
+
 def test_domains_are_measured_kept_and_drawn(cli: Any, own_run: Path, labelled: Path) -> None:
     command = ["evaluate", own_run, "--domains", labelled, "--domain-field", "topic", "--domain-documents", 3]
     shown = cli(*command).out
