@@ -73,14 +73,18 @@ class MetricsWriter:
         # purge_step hides what an earlier process wrote after the checkpoint that this one goes on from.
         purge_step = None if self._resume_step is None else self._resume_step + 1
         folder = self._run_folder / TENSORBOARD_FOLDER
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._report_threads_error
         try:
             self._tensorboard = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
             # Line buffering hands every record to the operating system at once: a killed process loses none.
             self._file = self._path.open("a", encoding="utf-8", buffering=1)
         except OSError as problem:
+            for thread in threading.enumerate():
+                if _is_tensorboards(thread):
+                    thread.join(1)  # it has failed, and its traceback is still to be left out
+            threading.excepthook = self._excepthook
             raise _disk_error(self._path, problem) from None
-        self._excepthook = threading.excepthook
-        threading.excepthook = self._report_threads_error
         self._wandb = start_wandb(self._run_folder, config=self._config, is_resumed=self._resume_step is not None)
         return self
 
@@ -123,7 +127,7 @@ class MetricsWriter:
 
     def _report_threads_error(self, args: threading.ExceptHookArgs) -> None:
         """Leave out the traceback of TensorBoard's thread, whose error the next call raises."""
-        if type(args.thread).__name__ != "_AsyncWriterThread":
+        if not _is_tensorboards(args.thread):
             self._excepthook(args)
 
     def _write(self, record: Record) -> None:
@@ -157,6 +161,10 @@ class MetricsWriter:
                 "TensorBoard is off from here on: %s cannot be written (%s); the metrics themselves are in %s.",
                 self._run_folder / TENSORBOARD_FOLDER, problem.strerror or problem, METRICS_FILE,
             )  # fmt: skip
+
+
+def _is_tensorboards(thread: threading.Thread | None) -> bool:
+    return type(thread).__name__ == "_AsyncWriterThread"
 
 
 def refuse_metrics(run_folder: str | Path) -> None:

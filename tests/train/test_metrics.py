@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,23 @@ def test_without_room_for_tensorboard_it_is_off(
     assert len(read_metrics(tmp_path).train) == 199
     assert "Traceback" not in capfd.readouterr().err
     assert threading.excepthook is before
+
+
+def test_no_traceback_where_there_is_no_room_for_tensorboard_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def refuse(self: object, data: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shown: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    monkeypatch.setattr(RecordWriter, "write", refuse)
+    before = threading.excepthook
+    with suppress(TrainingError), MetricsWriter(tmp_path):  # its thread may be too late to be asked at the start
+        time.sleep(0.2)
+    assert not shown and threading.excepthook is before
 
 
 FAKE_WANDB = """
