@@ -108,7 +108,7 @@ async def _understand_conversation(served: Served, body: ConversationBody) -> Jo
             param="tools",
             code="no_tools_in_template",
         )
-    if body.must_call and not ToolCallReader.understands(served.tokenizer):
+    if body.wanted_tools.required is not None and not ToolCallReader.understands(served.tokenizer):
         raise refusal(
             "tool_choice asks for a call, and the model's chat template does not say that calls are written in "
             "<tool_call> tags; the form is required, so that it can be kept; send auto, and find the call in the text.",

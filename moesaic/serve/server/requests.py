@@ -6,9 +6,9 @@ for nothing under any key. Ranges of values are Sampling's own (config/serve.py)
 """
 
 import json
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sized
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -25,10 +25,10 @@ from pydantic import (
 )
 
 from moesaic.config.serve import Grammar, GrammarKind, Sampling
-from moesaic.serve.grammar_checks import allows_only_objects
 from moesaic.serve.server.answers import Kind
 from moesaic.serve.server.errors import ApiError, explain_values, refusal, unknown_key
-from moesaic.serve.server.tool_calls import calls_grammar, read_object
+from moesaic.serve.server.tool_calls import read_object
+from moesaic.serve.server.tools import ToolForm, Tools
 
 # As OpenAI's: more likeliest tokens, and more biases, than anybody reads or writes.
 MAX_TOP_LOGPROBS = 20
@@ -43,11 +43,7 @@ _MAX_PARTS = 16_384
 MAX_EMBEDDED_TEXTS = 2048
 # What OpenAI's completions take where nothing is said.
 _DEFAULT_COMPLETION_TOKENS = 16
-_FUNCTION_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # as OpenAI's
 NO_VERBOSITY = "the models here know no such setting"
-_WHOLE_SCHEMAS = frozenset(
-    {"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
-)  # which take no type beside them
 
 
 def _check_prompt(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
@@ -413,8 +409,7 @@ class ConversationBody(GenerationBody):
     messages_key: ClassVar[str]
     format_key: ClassVar[str]
     effort_key: ClassVar[str]
-    # Whether what is said of a function stands in an object of its own, or beside the type.
-    has_nested_functions: ClassVar[bool]
+    tool_form: ClassVar[ToolForm]
 
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(limit_entries)] = None
@@ -446,10 +441,9 @@ class ConversationBody(GenerationBody):
 
     def check(self) -> None:
         """Raise ApiError for what can never be met, before anything is computed for it."""
-        self.functions()
+        _ = self.wanted_tools
         self.sampling(room=1)
         self.template_messages()
-        self.template_tools()
         self.template_settings()
         _ = self.streamed_usage
 
@@ -466,7 +460,7 @@ class ConversationBody(GenerationBody):
 
     @property
     def grammar_key(self) -> str:
-        if self.must_call:
+        if self.wanted_tools.required is not None:
             return "tools"
         return "grammar" if self.format_grammar() is None else self.format_key
 
@@ -480,7 +474,7 @@ class ConversationBody(GenerationBody):
         values["grammar"] = _only(
             {
                 self.format_key: self._format_beside_calls(reads_calls),
-                "tool_choice": self._forced_calls(),
+                "tool_choice": self.wanted_tools.forced_calls(),
                 "grammar": values.get("grammar"),
             }
         )
@@ -489,19 +483,15 @@ class ConversationBody(GenerationBody):
     def _format_beside_calls(self, reads_calls: bool) -> Grammar | None:
         """A format is of what is said: an answer that calls tools need not match it."""
         found = self.format_grammar()
-        if found is None or self.must_call:
+        if found is None or self.wanted_tools.required is not None:
             return None
-        if not reads_calls or not self.template_tools():
+        if not reads_calls or not self.wanted_tools.shown:
             return found
-        schema = {"type": "object"} if found.kind == "json_object" else json.loads(found.text)
-        return calls_grammar(self._callable(), is_single=self.parallel_tool_calls is False, otherwise=schema)
+        return self.wanted_tools.calls_or({"type": "object"} if found.kind == "json_object" else json.loads(found.text))
 
     def template_tools(self) -> list[dict[str, Any]] | None:
         """Return the tools as a template takes them: those that may be called."""
-        if self.tool_choice == "none" or not self.tools:
-            return None
-        names = self._callable().keys()
-        return [tool for tool in self.tools if self._name_in(tool) in names]
+        return self.wanted_tools.shown or None
 
     def template_settings(self) -> dict[str, Any]:
         """Return what is set of the template's own variables, by their names."""
@@ -515,122 +505,10 @@ class ConversationBody(GenerationBody):
             )
         return {**given, "reasoning_effort": self.effort}
 
-    @property
-    def must_call(self) -> bool:
-        """Whether the answer has to be calls of tools."""
-        allowed = self._allowed_tools()
-        return (self.tool_choice if allowed is None else allowed[0]) not in (None, "none", "auto")
-
-    def _forced_calls(self) -> Grammar | None:
-        if not self.must_call:
-            return None
-        choice, functions = self.tool_choice, self._callable()
-        if choice == "required" or self._allowed_tools() is not None:
-            if not functions:
-                raise refusal(
-                    "tool_choice is required and there are no tools; at least one is required; send tools.",
-                    param="tool_choice",
-                )
-            return calls_grammar(functions, is_single=self.parallel_tool_calls is False)
-        name = self._name_in(choice)
-        if name is None:
-            form = self._function_form('"name": ...')
-            raise refusal(
-                f"tool_choice is {json.dumps(choice)[:60]}; none, auto, required or {form} is required; send one of "
-                f"them.",
-                param="tool_choice",
-            )
-        return calls_grammar(self._named({name}, functions), is_single=True)
-
-    def _allowed_tools(self) -> tuple[str, set[str]] | None:
-        """Return auto or required and the names where tool_choice is one of some of the tools. Raises: ApiError."""
-        choice = self.tool_choice
-        if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
-            return None
-        said = choice.get("allowed_tools") if self.has_nested_functions else choice
-        said = said if isinstance(said, dict) else {}
-        tools = said.get("tools")
-        names = [self._name_in(tool) for tool in tools] if isinstance(tools, list) else []
-        if said.get("mode") not in ("auto", "required") or not names or None in names:
-            form = '"mode": "auto" or "required", "tools": [' + self._function_form('"name": ...') + ", ...]"
-            form = f'{{"type": "allowed_tools", "allowed_tools": {{{form}}}}}' if self.has_nested_functions else form
-            raise refusal(
-                f"tool_choice is {json.dumps(choice)[:90]}; {form} is required; send that.", param="tool_choice"
-            )
-        return said["mode"], {name for name in names if name is not None}
-
-    def _callable(self) -> dict[str, dict[str, Any]]:
-        """Return the functions that may be called, as functions does."""
-        functions, allowed = self.functions(), self._allowed_tools()
-        return functions if allowed is None else self._named(allowed[1], functions)
-
-    def _named(self, names: set[str], functions: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return the functions that tool_choice names. Raises: ApiError where one is no tool."""
-        for name in sorted(names - functions.keys()):
-            raise refusal(
-                f"tool_choice names {name[:60]!r}, which is none of the tools "
-                f"({', '.join(functions)[:200] or 'there are none'}); one of them is required; send its name.",
-                param="tool_choice",
-            )
-        return {name: functions[name] for name in functions if name in names}
-
-    def functions(self) -> dict[str, dict[str, Any]]:
-        """Return each tool's schema of its arguments. One that has none takes none. Raises: ApiError."""
-        schemas = {}
-        for place, tool in enumerate(self.tools or ()):
-            where = f"tools.{place}.function" if self.has_nested_functions else f"tools.{place}"
-            function = self._function_in(tool)
-            name = None if function is None else function.get("name")
-            if function is None or not isinstance(name, str):
-                form = self._function_form('"name": ..., "parameters": ...')
-                raise refusal(
-                    f"tools.{place} is {json.dumps(tool)[:60]}; {form} is required; send that.",
-                    param=f"tools.{place}",
-                    code="invalid_value",
-                )
-            if not _FUNCTION_NAME.fullmatch(name):
-                raise refusal(
-                    f"{where}.name is {json.dumps(name)[:60]}; 1 to 64 letters, digits, _ and - are required; rename "
-                    f"it.",
-                    param=f"{where}.name",
-                    code="invalid_value",
-                )
-            if name in schemas:
-                raise refusal(
-                    f"tools.{place} is a second tool of the name {name!r}; each needs its own, since calls give no "
-                    f"more than it; rename it, or leave it out.",
-                    param=f"{where}.name",
-                    code="invalid_value",
-                )
-            schema = function.get("parameters")
-            schema = {"type": "object", "properties": {}} if schema is None else schema
-            if isinstance(schema, dict) and not schema.keys() & _WHOLE_SCHEMAS:
-                schema = {"type": "object", **schema}
-            if not isinstance(schema, dict) or not allows_only_objects(schema):
-                raise refusal(
-                    f"the parameters of {name!r} are {json.dumps(schema)[:60]}; the JSON schema of an object is "
-                    f"required; send one, or leave them out.",
-                    param=f"{where}.parameters",
-                    code="invalid_value",
-                )
-            schemas[name] = schema
-        return schemas
-
-    def _function_in(self, value: Any) -> dict[str, Any] | None:
-        """Return what a tool, or a choice of one, says of a function; None where it is of another form."""
-        if not isinstance(value, dict) or value.get("type") != "function":
-            return None
-        found = value.get("function") if self.has_nested_functions else value
-        return found if isinstance(found, dict) else None
-
-    def _name_in(self, value: Any) -> str | None:
-        """Return the function that a tool, or a choice of one, names, None where it is of another form."""
-        name = (self._function_in(value) or {}).get("name")
-        return name if isinstance(name, str) else None
-
-    def _function_form(self, keys: str) -> str:
-        inner = f'"function": {{{keys}}}' if self.has_nested_functions else keys
-        return f'{{"type": "function", {inner}}}'
+    @cached_property
+    def wanted_tools(self) -> Tools:
+        """What the request says of tools. Raises: ApiError."""
+        return self.tool_form.read(self.tools or [], self.tool_choice, is_single=self.parallel_tool_calls is False)
 
 
 class ChatBody(ConversationBody):
@@ -640,7 +518,7 @@ class ChatBody(ConversationBody):
     messages_key = "messages"
     format_key = "response_format"
     effort_key = "reasoning_effort"
-    has_nested_functions = True
+    tool_form = ToolForm(is_nested=True)
     harmless = (
         "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention",
         "safety_identifier", "prediction",

@@ -26,6 +26,7 @@ from moesaic.serve.server.requests import (
     limit_parts,
     read_arguments,
 )
+from moesaic.serve.server.tools import ToolForm
 
 Event = dict[str, Any]
 
@@ -115,7 +116,7 @@ class ResponsesBody(ConversationBody):
     messages_key = "input"
     format_key = "text.format"
     effort_key = "reasoning.effort"
-    has_nested_functions = False
+    tool_form = ToolForm(is_nested=False)
     harmless = (
         "user", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
         "safety_identifier", "max_tool_calls",
