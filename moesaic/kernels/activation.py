@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from moesaic.kernels import products, select
 from moesaic.kernels.addresses import address_of
@@ -55,6 +56,10 @@ def activate_and_backward(grad: Tensor, pre: Tensor, activation: str) -> tuple[T
         return torch.ops.moesaic.activate_backward(grad, pre, activation)
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
+        if is_dynamo_compiling():  # a result that is written into a part of a tensor breaks its graph
+            silu = F.silu(gate)
+            grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+            return silu * up, torch.cat([grad_gate, silu * grad], -1)
         grad_pre = torch.empty_like(pre)
         grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
         activated = F.silu(gate)

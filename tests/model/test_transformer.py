@@ -577,6 +577,25 @@ def test_compiles_into_one_graph(attention: dict[str, Any], kernels: str) -> Non
         assert float((one - other).norm()) <= (0.0 if kernels == "auto" else 0.02) * float(other.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_dense_model_compiles_into_one_graph(kernels: str, dtype: torch.dtype) -> None:
+    """SwiGLU's backward pass in PyTorch's operations wrote into halves of a tensor, which broke it at every MLP."""
+    import torch._dynamo
+
+    values = {"vocab_size": 64, "hidden_size": 64, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}
+    model = Transformer(ModelConfig.from_dict(values), compute_dtype=dtype).initialize(0).train()
+    tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+    found = []
+    with select.forced(kernels):
+        for each in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            loss = each(tokens).hidden.float().square().mean()
+            found.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch._dynamo.reset()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_what_is_compiled_serves_other_counts_of_tokens() -> None:
     """In fp32 the experts' loop depends on how many tokens each has; no such list of counts is compiled for itself."""
     import torch._dynamo
