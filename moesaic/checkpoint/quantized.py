@@ -5,6 +5,7 @@ hold); the manifest's metadata has `quantization`, with the format of the intege
 every such matrix. All other tensors are as ever.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,8 @@ def _unsaid(info: CheckpointInfo, found: object) -> CheckpointError:
 def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[str, QuantizedWeight]":
     """Take the quantised matrices out of a checkpoint's tensors and return them by the name of the whole matrix.
 
-    Raises: CheckpointError when the tensors are not as the manifest says, or of another format.
+    Raises: CheckpointError when the tensors are not as the manifest says, or of another format, and for scales that no
+    matrix has.
     """
     from moesaic.kernels.quantized import MAX_STEP, QuantizedWeight
 
@@ -135,7 +137,23 @@ def take_quantized(tensors: "dict[str, Tensor]", info: CheckpointInfo) -> "dict[
                 f"{info.path} does not hold {name} as its manifest says ({error!r}); {name}{VALUES}, {name}{SCALES} "
                 f"and of int4 {name}{STEPS}, as the manifest names the format, are required; quantise the run again."
             ) from None
+        _check_scales(name + SCALES, weights[name], info)
     return weights
+
+
+def _check_scales(name: str, weight: "QuantizedWeight", info: CheckpointInfo) -> None:
+    """Raise CheckpointError for scales that are no numbers, below 0, or of MXFP4 beyond what bf16 holds."""
+    from moesaic.kernels.mxfp4 import LARGEST_SCALE
+
+    if weight.scales.is_meta or not weight.scales.numel():
+        return
+    least, most = (end.item() for end in weight.scales.aminmax())  # NaN is both then
+    largest = LARGEST_SCALE if weight.is_mxfp4 else sys.float_info.max
+    if not 0 <= least <= most <= largest:
+        wanted = f"of at most {LARGEST_SCALE}" if weight.is_mxfp4 else "from 0 on that are finite"
+        raise CheckpointError(
+            f"{info.path}: {name} holds {least:g} to {most:g}; scales {wanted} are required; quantise the run again."
+        )
 
 
 def _check_format(info: CheckpointInfo) -> None:

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -544,6 +545,21 @@ def test_int4_without_its_steps_is_found(make_run: Any, tmp_path: Path) -> None:
     changed[steps[0]].view(-1)[-1] = -16
     with pytest.raises(CheckpointError, match=r"steps of -16 to 15"):
         take_quantized(changed, info)
+
+
+@pytest.mark.parametrize("experts", ["int8", "int4", "mxfp4"])
+def test_scales_that_no_matrix_has_are_refused(make_run: Any, tmp_path: Path, experts: str) -> None:
+    run, out = make_run("moe"), tmp_path / "out"
+    quantize(run, out, experts=experts)
+    info = resolve_checkpoint(out)
+    tensors = load_tensors(info, "model")
+    take_quantized(dict(tensors), info)
+    name = next(name for name in sorted(tensors) if name.endswith(SCALES) and "experts" in name)
+    for bad in [253, 255] if experts == "mxfp4" else [math.nan, math.inf, -math.inf, -1e-3]:
+        changed = tensors | {name: tensors[name].clone()}
+        changed[name].view(-1)[-1] = bad
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds .*{bad:g}.* required; quantise the run"):
+            take_quantized(changed, info)
 
 
 @pytest.mark.parametrize("experts", ["int8", "int4", "mxfp4"])
