@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -124,8 +124,20 @@ def load_packed(
 
 def _filled(shell: Transformer, tensors: dict[str, Tensor]) -> Transformer:
     model = fill_packed(shell, tensors)
-    model.reads_ahead = mapped_size(tensors) > available_memory_bytes()
+    model.mapped_bytes = mapped_size(tensors)
+    read_ahead_where_short([model])
     return model
+
+
+def read_ahead_where_short(models: Iterable[Transformer], other_bytes: int = 0) -> None:
+    """Have mapped models read their experts ahead where all of them, and what else is to come, exceed the memory.
+
+    For whoever runs several models, or has much memory yet to take. What does not fit stays so: nothing is taken back.
+    """
+    mapped = {model for model in models if model.mapped_bytes}
+    if mapped and sum(model.mapped_bytes for model in mapped) + other_bytes > available_memory_bytes():
+        for model in mapped:
+            model.reads_ahead = True
 
 
 def _open(place: Path, key: str, wanted: dict[str, Tensor], told: set[str]) -> dict[str, Tensor] | None:

@@ -126,8 +126,8 @@ class Transformer(nn.Module):
     It begins with weights drawn from torch's global generator; `initialize(seed)` draws them again, repeatably.
 
     model/pack.py makes it one that can only infer: `packed_head` is the language model head, and the embedding too if
-    they are tied; `decode_part` says what a pass in one call needs to know of it; `reads_ahead` is set where it lies in
-    a mapped file larger than the memory (kernels/decode.py).
+    they are tied; `decode_part` says what a pass in one call needs to know of it; `mapped_bytes` of it lie in a mapped
+    file, and `reads_ahead` is set where these do not fit into memory, or not with all else (kernels/decode.py).
     """
 
     embedding: Tensor
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
             None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         )
         self.packed_head = self.decode_part = None
-        self.reads_ahead = False
+        self.mapped_bytes, self.reads_ahead = 0, False
         self._plan: DecodePlan | None = None
         if (
             not self.embedding.is_meta
@@ -354,7 +354,7 @@ class Transformer(nn.Module):
         library = select.cpu_library()
         if library is None:
             return None
-        if self._plan is None or self._plan.library is not library:
+        if self._plan is None or self._plan.library is not library or self._plan.reads_ahead != self.reads_ahead:
             self._plan = DecodePlan(self.decode_part, library, self.reads_ahead)
         return self._plan
 

@@ -21,6 +21,7 @@ from moesaic.kernels.finite import is_finite
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.logs import logger
 from moesaic.model.generate import check_token_ids
+from moesaic.model.packed_file import read_ahead_where_short
 from moesaic.model.transformer import Transformer
 from moesaic.serve.depth import DepthChooser
 from moesaic.serve.detokenizer import Detokenizer
@@ -105,7 +106,8 @@ class Engine:
     """Runs many requests on one model at once.
 
     A request's tokens do not depend on what else runs where is_batch_invariant: then they are the same alone, in a full
-    batch, in chunks, preempted, or with a shared beginning.
+    batch, in chunks, preempted, or with a shared beginning. models: it, and one that drafts; kv_bytes: what keys and
+    values of all may take.
     """
 
     def __init__(
@@ -141,7 +143,10 @@ class Engine:
         self.max_length = min(longest, num_blocks * config.block_size)
         if self.max_length < longest:
             _tell_short_memory(config, self.max_length, longest)
-        _tell_if_too_much(num_blocks * bytes_of_block(model, draft_model, config), model.device)
+        self.kv_bytes = num_blocks * bytes_of_block(model, draft_model, config)
+        _tell_if_too_much(self.kv_bytes, model.device)
+        self.models = (model,) if draft_model is None else (model, draft_model)
+        read_ahead_where_short(self.models, self.kv_bytes)
         self.is_batch_invariant = model.runs_in_one_call
         self._tokenizer = tokenizer
         self._runner = Runner(model, num_blocks, block_size=config.block_size, dtype=dtype)

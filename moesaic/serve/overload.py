@@ -8,6 +8,7 @@ from torch import Tensor
 from moesaic.config.serve import EngineConfig, Sampling
 from moesaic.errors import ConfigError
 from moesaic.logs import logger
+from moesaic.model.packed_file import read_ahead_where_short
 from moesaic.model.transformer import Transformer
 from moesaic.serve.engine import Engine, bytes_of_block, kv_budget_bytes
 from moesaic.serve.outputs import EngineStats, RequestOutput
@@ -46,6 +47,7 @@ class EngineWithStudent:
         """max_texts: while so many texts of the engine run or wait, new requests are the student's."""
         assert max_texts >= 1, max_texts
         self._engine, self._student, self._max_texts = engine, student, max_texts
+        read_ahead_where_short((*engine.models, *student.models), engine.kv_bytes + student.kv_bytes)
 
     @property
     def has_work(self) -> bool:

@@ -72,9 +72,10 @@ class Runner:
         )
 
     def _find_plan(self) -> DecodePlan | None:
-        if self._plan is None or self._plan.library is not select.cpu_library():
-            self._plan = self.model.find_plan()
-        return self._plan
+        plan = self._plan
+        if plan is None or plan.library is not select.cpu_library() or plan.reads_ahead != self.model.reads_ahead:
+            plan = self._plan = self.model.find_plan()
+        return plan
 
     def _run_singles(self, plan: DecodePlan, parts: Sequence[Part], rows: Sequence[int]) -> Decoded:
         """Compute one new token for each part."""

@@ -325,6 +325,20 @@ def test_a_model_larger_than_the_memory_reads_its_experts_ahead(run: Path, monke
     assert load_run(run, precision="int8", packed_file="read").model.reads_ahead
 
 
+def test_models_that_do_not_fit_together_read_their_experts_ahead(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_run(run, precision="int8", packed_file="write")
+    mapped = [load_run(run, precision="int8", packed_file="read").model for _ in range(2)]
+    in_memory = load_run(run, precision="int8", packed_file="off").model
+    size = mapped[0].mapped_bytes
+    assert size == mapped[1].mapped_bytes > 0 and in_memory.mapped_bytes == 0
+    monkeypatch.setattr(packed_file, "available_memory_bytes", lambda: 2 * size)
+    for models, other in ((mapped, 0), (mapped[:1], size), ([mapped[0], in_memory], size), ([in_memory], 3 * size)):
+        packed_file.read_ahead_where_short(models, other)
+        assert not any(model.reads_ahead for model in (*mapped, in_memory))
+    packed_file.read_ahead_where_short([*mapped, in_memory], 1)
+    assert [model.reads_ahead for model in (*mapped, in_memory)] == [True, True, False]
+
+
 def test_a_model_larger_than_the_memory_is_never_packed_in_it(
     run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError
 from moesaic.kernels import limits
 from moesaic.kernels.decode import Decoded
+from moesaic.model import packed_file
 from moesaic.model.transformer import Transformer
 from moesaic.serve.engine import Engine
 from moesaic.serve.overload import EngineWithStudent, split_memory
@@ -181,6 +182,46 @@ def test_the_keys_of_both_fit_into_the_memory_of_one(
     (count,) = counts
     assert count * sum(each) <= total < (count + 1) * sum(each)
     assert others.speculation is None
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+@pytest.mark.parametrize("beside", ["nothing", "draft", "student"])
+def test_experts_are_read_ahead_where_models_keys_and_values_do_not_fit_together(
+    make_model: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, beside: str, is_short: bool
+) -> None:
+    models = [make_model("mixtral", "packed-int8"), make_model("pr-moe", "packed-int8", seed=1)]
+    if not models[0].runs_in_one_call:
+        pytest.skip("nothing is read ahead without our kernels")
+    for model in models:
+        monkeypatch.setattr(model, "mapped_bytes", 1 << 20)
+        monkeypatch.setattr(model, "reads_ahead", False)
+    config, draft_model = EngineConfig(kv_cache_bytes=1 << 20), None
+    if beside == "draft":
+        config = config.replace(speculation=SpeculationConfig(method="model", model="by hand"))
+        draft_model = models[1]
+    engine = Engine(models[0], tokenizer, config, draft_model=draft_model)
+    expected, total = engine_tokens(engine), engine.kv_bytes + (1 << 20)
+    student = Engine(models[1], tokenizer) if beside == "student" else None
+    total += 0 if student is None else student.kv_bytes
+    total += 0 if beside == "nothing" else 1 << 20
+    monkeypatch.setattr(packed_file, "available_memory_bytes", lambda: total - is_short)
+    if student is None:
+        engine = Engine(models[0], tokenizer, config, draft_model=draft_model)
+    else:  # decided when both have their plans already
+        EngineWithStudent(engine, student, max_texts=1)
+    assert [model.reads_ahead for model in models] == [is_short, is_short and beside != "nothing"]
+    assert engine_tokens(engine) == expected
+    assert (engine.stats().expert_guess_share is not None) is is_short
+    plan = models[0].find_plan()
+    assert plan is not None and (plan._guesses.num_passes > 0) is is_short  # that which the engine goes by
+
+
+def engine_tokens(engine: Engine) -> list[int]:
+    engine.add_request([1, 2, 3], SAMPLING.replace(max_tokens=20))
+    tokens: list[int] = []
+    while engine.has_work:
+        tokens += [token.token_id for output in engine.step() for token in output.tokens]
+    return tokens
 
 
 def test_without_room_for_a_block_of_each_it_is_refused(make_model: Make) -> None:
