@@ -8,7 +8,10 @@ import io
 import json
 import logging
 import math
+import os
 import platform
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +31,7 @@ from moesaic.convert.source import CONFIG_NAME, HuggingFaceFolder, is_foreign_ru
 from moesaic.convert.weights import WeightComparison, compare_weights
 from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConversionError, DataError, NotFiniteError
+from moesaic.kernels.allocator import give_back_freed_memory
 from moesaic.kernels.limits import available_memory_bytes
 from moesaic.logs import OnProgress, logger, no_progress
 from moesaic.model.generate import generate
@@ -259,7 +263,7 @@ class _Theirs:
         packed = None if file else read_json(path / CONFIG_NAME).get("quantization_config")
         if packed:
             _check_blocks(path)
-        with _quiet_transformers(), _their_errors():
+        with _quiet_transformers(), _one_by_one(), _their_errors():
             # Its other ways to run experts refuse sizes that are no multiple of 16 bytes.
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, dtype=torch.float32, local_files_only=True, experts_implementation="eager",
@@ -268,6 +272,7 @@ class _Theirs:
             )  # fmt: skip
         model, info = loaded
         self._model = model.eval()
+        give_back_freed_memory()
         if packed and packed["quant_method"] != "mxfp4":  # which bf16 holds
             _round_as_read(self._model, path)
         self.made_up = tuple(sorted(info["missing_keys"]))
@@ -436,6 +441,7 @@ def compare_models(
         answers.append(found)
         del model
         gc.collect()
+        give_back_freed_memory()
     return _compare(*answers, made_up=tuple(sorted(made_up)))
 
 
@@ -569,7 +575,10 @@ def _obstacle(*paths: Path) -> str | None:
 
 
 def _bytes_needed(path: Path) -> int:
-    """What a model takes in fp32, beside what is stored of it while it is read, and some room to compute."""
+    """What a model takes in fp32, beside what is stored of it while it is read, or both models' logits, and some room.
+
+    While it is read, transformers has a layer's matrices singly and stacked.
+    """
     if path.is_file():
         files = [path]
     elif is_source(path):
@@ -577,14 +586,20 @@ def _bytes_needed(path: Path) -> int:
     else:
         files = [resolve_checkpoint(path).path / "model.safetensors"]
     stored = sum(each.stat().st_size for each in files)
+    vocab_size, _ = _measure(path)
+    tokens = _LONG_PROMPT + sum(len(prompt.encode()) for prompt in PROMPTS)  # at most
+    logits, room = 2 * 4 * tokens * vocab_size, 1 << 29
     if path.is_file():
-        return 10 * stored  # four bits and more become fp32
-    parameters = 0
+        return 10 * stored + logits + room  # four bits and more become fp32
+    parameters, in_layers = 0, Counter[str]()
     for each in files:
         with TensorReader(each, dtypes={**DTYPES, **FP8_DTYPES}) as reader:
             for name, layout in reader.layout.items():
-                parameters += math.prod(layout.shape) * (2 if name.endswith(mxfp4.BLOCKS) else 1)
-    return stored + 4 * parameters + (1 << 29)
+                count = math.prod(layout.shape) * (2 if name.endswith(mxfp4.BLOCKS) else 1)
+                parameters += count
+                if is_source(path) and (layer := re.search(r"\.\d+\.", name)):
+                    in_layers[name[: layer.end()]] += count
+    return 4 * parameters + max(stored + 4 * max(in_layers.values(), default=0), logits) + room
 
 
 @contextmanager
@@ -610,6 +625,21 @@ def _routes(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Without its threads, which read all tensors of a folder ahead of what stacks them: the model twice, or more."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,31 @@ def test_where_nothing_can_run_the_tensors_still_count(
     same, other = verify_models(model.run, model.exported), verify_models(model.run, edited(disturb_a_norm))
     assert same.failure is None and same.comparison is None and "of memory in fp32" in str(same.not_compared)
     assert other.failure is not None and "final_norm.weight" in other.failure
+
+
+def test_transformers_reads_one_tensor_after_the_other(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads would have the whole model in memory beside what is stacked of it."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    monkeypatch.setattr(loading, "ThreadPoolExecutor", lambda **_: pytest.fail("tensors are read ahead"))
+    for before in (None, "0"):
+        if before is not None:
+            monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", before)
+        found = verify_models(model.source, model.exported)
+        assert found.failure is None and found.judge == "transformers"
+        assert os.environ.get("HF_DEACTIVATE_ASYNC_LOAD") == before
+
+
+def test_what_a_check_takes_counts_logits_and_a_layer_that_is_stacked(saved: Callable[..., Path]) -> None:
+    def needed(**values: int) -> int:
+        return parity._bytes_needed(saved(NAME, **values))
+
+    hidden, wider = 24, needed(vocab_size=301 + 1000) - needed()
+    # Two matrices in fp32, and two models' logits of a long prompt at least.
+    assert wider > 1000 * (2 * 4 * hidden + 2 * 4 * parity._LONG_PROMPT)
+    more = 300 * 3 * 60 * hidden  # numbers of 300 more experts, in each of two layers
+    stacked = needed(num_experts=305, moe_intermediate_size=60) - needed(num_experts=5, moe_intermediate_size=60)
+    # All in fp32 and as they are stored, which is fp32 here, and one layer's once more.
+    assert 17 * more < stacked < 22 * more
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
