@@ -579,18 +579,18 @@ def _bytes_needed(path: Path) -> int:
 
     While it is read, transformers has a layer's matrices singly and stacked.
     """
-    if path.is_file():
-        files = [path]
-    elif is_source(path):
-        files = sorted(path.glob("*.safetensors"))
-    else:
-        files = [resolve_checkpoint(path).path / "model.safetensors"]
-    stored = sum(each.stat().st_size for each in files)
     vocab_size, _ = _measure(path)
     tokens = _LONG_PROMPT + sum(len(prompt.encode()) for prompt in PROMPTS)  # at most
     logits, room = 2 * 4 * tokens * vocab_size, 1 << 29
     if path.is_file():
-        return 10 * stored + logits + room  # four bits and more become fp32
+        with open_model(path) as opened:
+            numbers = sum(math.prod(each.shape) for each in opened.source.layout.values())
+        return 2 * 4 * numbers + logits + room  # transformers has them in fp32 before its model does
+    if is_source(path):
+        files = sorted(path.glob("*.safetensors"))
+    else:
+        files = [resolve_checkpoint(path).path / "model.safetensors"]
+    stored = sum(each.stat().st_size for each in files)
     parameters, in_layers = 0, Counter[str]()
     for each in files:
         with TensorReader(each, dtypes={**DTYPES, **FP8_DTYPES}) as reader:

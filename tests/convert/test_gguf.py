@@ -344,6 +344,7 @@ def test_a_model_in_parts_is_the_whole_one(split: dict[str, Any], exported: Path
         assert {**source.layout} == {**whole.layout}
         for name in whole.layout:
             assert torch.equal(source.read(name), whole.read(name))
+    assert parity._bytes_needed(parts[0]) == parity._bytes_needed(exported)
     certificate = import_model(parts[0], tmp_path / "run")
     assert certificate.failure is None
     assert certificate.comparison is not None
