@@ -24,8 +24,9 @@ from moesaic.convert.gguf import require_gguf
 from moesaic.convert.gguf_families import BIAS, GGUF_FAMILIES, ROUTER, SHARED_GATE, GgufFamily, beyond_gguf
 from moesaic.convert.gguf_tokenizer import tokenizer_metadata
 from moesaic.convert.keys import Inexpressible, write_config_keys
-from moesaic.convert.parity import Certificate, Change, TensorAccount, certify
+from moesaic.convert.parity import Certificate, TensorAccount, certify
 from moesaic.convert.rewriting import Rewriting, rewritings
+from moesaic.convert.runnable import Change
 from moesaic.convert.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from moesaic.convert.tensors import (
     Piece,

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
-from moesaic.convert import parity
 from moesaic.convert.importer import import_model
 from moesaic.convert.keys import differences
 from moesaic.convert.opened import open_model
+from moesaic.convert.runnable import routes_of
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
@@ -158,7 +158,7 @@ def test_text_that_leaves_the_window_is_continued_as_transformers_does(
 
 def in_bf16(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Return logits (B, S, V), and the experts of every MoE layer (B, S, layers * K)."""
-    with torch.no_grad(), parity._routes(model) as routes:
+    with torch.no_grad(), routes_of(model) as routes:
         logits = run().float()
     shape = (*SHORT.shape, -1)
     return logits, torch.cat([SHORT.new_zeros(shape[:2])[..., None], *(r.view(shape).sort(-1)[0] for r in routes)], -1)
