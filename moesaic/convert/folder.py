@@ -14,7 +14,7 @@ from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError, FolderInUseError
-from moesaic.folders import FolderLock, empty_folder, writing_name, writing_path
+from moesaic.folders import FolderLock, empty_folder, sync, writing_name, writing_path
 
 
 def check_is_new(output: Path) -> None:
@@ -55,10 +55,14 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
             try:
                 empty_folder(temporary)  # of a process that was killed
                 yield temporary
+                for each in (*temporary.rglob("*"), temporary):  # else the name could be on the disk before they are
+                    sync(each)
                 temporary.rename(output)
             except BaseException:  # not after the renaming: the name may be another process's by then
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
+            with suppress(OSError):  # whole as it is; a folder whose names may not be read
+                sync(output.parent)
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise  # the command line has words for it

@@ -19,6 +19,16 @@ def test_the_folder_takes_its_name_when_all_of_it_is_written(tmp_path: Path) -> 
         check_is_new(out)
 
 
+def test_what_it_holds_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, synced = tmp_path / "out", []
+    monkeypatch.setattr("moesaic.convert.folder.sync", lambda path: synced.append((path.name, out.exists())))
+    with folder_in_progress(out) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").touch()
+    assert sorted(synced[:-1]) == [(".writing-out", False), ("file", False), ("inner", False)]
+    assert synced[-1] == (tmp_path.name, True)
+
+
 @pytest.mark.parametrize(
     ("error", "raised"), [(OSError("no space left"), ConversionError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
