@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import time
 import weakref
@@ -158,6 +159,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def writing_remedy(error: Exception) -> str:
+    """Return what lets be written what ended in this error: an OSError, or safetensors' own, which has it in words."""
+    in_words = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(in_words[1]) if in_words else None
+    if number in (errno.EACCES, errno.EPERM):
+        return "give this user the right to write there"
+    if number == errno.EROFS:
+        return "make its file system writable"
+    if number == errno.EFBIG:
+        return "raise the limit on a file's size (ulimit -f, or the file system's own)"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "free some disk space"
+    return "mend what the error says"
 
 
 def empty_folder(folder: Path) -> None:

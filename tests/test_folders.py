@@ -1,5 +1,6 @@
 """A folder has one writer, however the last one ended."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from moesaic.folders import (
     run_name,
     split_run,
     write_whole,
+    writing_remedy,
 )
 
 fcntl = pytest.importorskip("fcntl", reason="no locks of the system")
@@ -209,3 +211,20 @@ def test_what_is_no_json_is_a_wrong_value_however_deep(tmp_path: Path, text: byt
         load_json(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"a": ["é"]}', encoding="utf-8")
     assert load_json(tmp_path / "x.json") == {"a": ["é"]}
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "free some disk space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "free some disk space"),
+        (OSError(errno.EROFS, "Read-only file system"), "make its file system writable"),
+        (PermissionError(errno.EACCES, "Permission denied"), "give this user the right to write there"),
+        (OSError(errno.EFBIG, "File too large"), "raise the limit on a file's size"),
+        (OSError(errno.EIO, "Input/output error"), "mend what the error says"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "free some disk space"),  # safetensors' own
+        (RuntimeError("I/O error: Read-only file system (os error 30)"), "make its file system writable"),
+    ],
+)
+def test_what_is_advised_fits_the_error(error: Exception, remedy: str) -> None:
+    assert writing_remedy(error).startswith(remedy)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from moesaic.errors import CheckpointError
-from moesaic.folders import foreign_model, load_own_json, split_run, sync
+from moesaic.folders import foreign_model, load_own_json, split_run, sync, writing_remedy
 from moesaic.logs import logger
 
 if TYPE_CHECKING:  # listing a run's checkpoints needs no torch
@@ -100,7 +100,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {final}: {error}; it needs a writable folder with "
-            f"enough free space; free some or move the run; {_describe_last(run_folder)}."
+            f"enough free space; {writing_remedy(error)}, or move the run; {_describe_last(run_folder)}."
         ) from None
     return CheckpointInfo(final, step, metadata, files)
 

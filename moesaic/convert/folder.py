@@ -14,7 +14,7 @@ from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import ConfigError, ConversionError, FolderInUseError
-from moesaic.folders import FolderLock, empty_folder, sync, writing_name, writing_path
+from moesaic.folders import FolderLock, empty_folder, sync, writing_name, writing_path, writing_remedy
 
 
 def check_is_new(output: Path) -> None:
@@ -72,8 +72,8 @@ def folder_in_progress(output: Path) -> Iterator[Path]:
                 f"read are required; check the path and its permissions."
             ) from None
         raise ConversionError(
-            f"{output} could not be written: {error}; a folder with room for what is converted is required; free some "
-            f"space, or name another."
+            f"{output} could not be written: {error}; a folder that can be written to, with room for what is "
+            f"converted, is required; {writing_remedy(error)}, or name another."
         ) from None
     finally:
         for parent in made if not output.exists() else ():

@@ -28,7 +28,7 @@ from moesaic.data.shards import ShardSet, hash_file
 from moesaic.distill.loss import TeacherTopK
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import ConfigError, DataError, MoesaicError
-from moesaic.folders import FolderLock, load_json, sync, write_whole, writing_path
+from moesaic.folders import FolderLock, load_json, sync, write_whole, writing_path, writing_remedy
 from moesaic.logs import OnProgress, no_progress
 
 MANIFEST_NAME = "manifest.json"
@@ -132,7 +132,7 @@ def write_cache(
         raise DataError(
             f"the cache in {folder} could not be written ({error.strerror or error}); it takes about "
             f"{_window_bytes(key, top_k or DEFAULT_TOP_K) * _loader(config, shards).sequences_per_epoch / 1e9:.2f} GB; "
-            f"free some space and give the same command again, which goes on where it stopped, or lower top_k."
+            f"{writing_remedy(error)} and give the same command again, which goes on where it stopped, or lower top_k."
         ) from None
 
 

@@ -28,7 +28,7 @@ from moesaic.data.shards import ShardSet
 from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from moesaic.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moesaic.evaluate.validation import validation_loss
-from moesaic.folders import FolderLock, empty_folder
+from moesaic.folders import FolderLock, empty_folder, writing_remedy
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import measure_limits
@@ -499,7 +499,7 @@ class Trainer:
     def _unwritable(self, error: OSError) -> TrainingError:
         return TrainingError(
             f"{self.run_folder} cannot be written ({error.strerror or error}); a run needs a folder with room for its "
-            f"checkpoints; free some space, or name another folder."
+            f"checkpoints; {writing_remedy(error)}, or name another folder."
         )
 
     def _check_folder(self) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from moesaic.errors import TrainingError
+from moesaic.folders import writing_remedy
 from moesaic.logs import logger
 from moesaic.report.expert_load import imbalance, relative_load
 from moesaic.report.records import (
@@ -297,5 +298,5 @@ def _tag(layer: int) -> str:
 def _disk_error(path: Path, problem: OSError) -> TrainingError:
     return TrainingError(
         f"{path} cannot be written ({problem.strerror or problem}); a run needs room for its metrics and checkpoints; "
-        f"free some disk space and resume the run."
+        f"{writing_remedy(problem)} and resume the run."
     )

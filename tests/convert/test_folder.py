@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,18 @@ def test_one_process_at_a_time_makes_a_folder(tmp_path: Path) -> None:
         (folder / "other").touch()
     assert [path.name for path in out.iterdir()] == ["file"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "make its file system writable"),
+        (OSError(errno.ENOSPC, "No space left on device"), "free some disk space"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told_with_what_helps(tmp_path: Path, error: OSError, remedy: str) -> None:
+    with (
+        pytest.raises(ConversionError, match=rf"{error.strerror}; .*; {remedy}, or name"),
+        folder_in_progress(tmp_path / "out"),
+    ):
+        raise error
