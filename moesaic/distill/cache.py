@@ -316,13 +316,14 @@ class CachedTeacher:
         self._shards = list(values["shards"])
         self._ends = np.cumsum([shard["windows"] for shard in self._shards])
         self._readers: OrderedDict[int, TensorReader] = OrderedDict()
+        self._whole = set[int]()  # shards whose hash has been checked
         self.report = CacheReport(**values["report"])
 
     @classmethod
     def open(
         cls, folder: str | Path, key: CacheKey, *, device: torch.device | None = None, verify: bool = False
     ) -> "CachedTeacher":
-        """Open a cache; verify reads all of it and checks its hashes, else sizes alone.
+        """Open a cache; verify reads all of it and checks its hashes, else sizes now, and hashes at their first use.
 
         Raises: ConfigError for the cache of another teacher, text, length or temperature; DataError for one that is
         missing, unfinished, truncated or corrupt.
@@ -337,12 +338,12 @@ class CachedTeacher:
         for shard in values["shards"]:
             file = folder / shard["file"]
             size = file.stat().st_size if file.is_file() else 0
-            if size != shard["bytes"] or (verify and hash_file(file) != shard["sha256"]):
-                raise DataError(
-                    f"{file} is missing, truncated or corrupt ({size} bytes, {shard['bytes']} were written); a whole "
-                    f"cache is required; delete {folder} and let it be written again."
-                )
-        return cls(folder, key, values, torch.device("cpu") if device is None else device)
+            if size != shard["bytes"]:
+                raise _damaged(file, f"{size} bytes, {shard['bytes']} were written")
+        cache = cls(folder, key, values, torch.device("cpu") if device is None else device)
+        for number in range(len(cache._shards)) if verify else ():
+            cache._check_hash(number)
+        return cache
 
     def targets(self, batch: Batch) -> TeacherTopK:
         """Return what the teacher says of a batch of fixed windows."""
@@ -365,7 +366,10 @@ class CachedTeacher:
             return self._readers[shard]
         file = self._folder / self._shards[shard]["file"]
         try:
+            self._check_hash(shard)
             reader = self._readers[shard] = TensorReader(file)
+        except DataError:
+            raise
         except (OSError, MoesaicError) as error:
             raise DataError(
                 f"{file} cannot be read ({error}); the cached teacher is needed until alpha is 0; put it back and "
@@ -374,6 +378,21 @@ class CachedTeacher:
         if len(self._readers) > _MAX_OPEN_SHARDS:
             self._readers.popitem(last=False)[1].__exit__()
         return reader
+
+    def _check_hash(self, shard: int) -> None:
+        """Read a whole shard, once. Raises: OSError; DataError where it is not what was written."""
+        if shard not in self._whole:
+            file = self._folder / self._shards[shard]["file"]
+            if hash_file(file) != self._shards[shard]["sha256"]:
+                raise _damaged(file, "its SHA-256 is not the manifest's")
+            self._whole.add(shard)
+
+
+def _damaged(file: Path, why: str) -> DataError:
+    return DataError(
+        f"{file} is missing, truncated or corrupt ({why}); a whole cache is required; delete {file.parent} and "
+        f"let it be written again."
+    )
 
 
 def _loader(config: TrainConfig, shards: ShardSet) -> TrainLoader:

@@ -257,6 +257,21 @@ class TestMistakes:
         with pytest.raises(DataError, match=r"holds no cache of a teacher; .*--cache"):
             make_trainer(config, tmp_path / "run", device="cpu", resume=False, display=None)
 
+    def test_one_whose_numbers_have_changed_teaches_nobody(
+        self, cached: Callable[..., TrainConfig], tmp_path: Path
+    ) -> None:
+        config = cached(4)
+        assert config.distill is not None
+        file = Path(str(config.distill.cache)) / "teacher-00000.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(bytes(data))
+        trainer = make_trainer(config, tmp_path / "run", device="cpu", resume=False, display=None)
+        with pytest.raises(
+            DataError, match=r"teacher-00000.safetensors is missing, truncated or corrupt \(its SHA-256"
+        ):
+            trainer.run()
+
     @pytest.mark.parametrize("harm", ["truncated", "flipped", "gone", "manifest"])
     def test_a_damaged_one(self, cached: Callable[..., TrainConfig], harm: str) -> None:
         config = cached(4)
