@@ -4,6 +4,7 @@ Pure functions of texts: nothing is compiled, and xgrammar is not needed.
 """
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -88,6 +89,10 @@ _SCHEMAS = frozenset(
     {"items", "additionalItems", "prefixItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems",
      "propertyNames", "anyOf", "oneOf", "allOf"}
 )  # fmt: skip
+# Keys that xgrammar gets under another name, or with other values, than a reference through them was written for.
+_REWRITTEN = frozenset(
+    {"oneOf", "items", "additionalItems", "propertyNames", "additionalProperties", "patternProperties"}
+)
 
 
 def check_grammar(grammar: Grammar, *, max_bytes: int) -> None:
@@ -316,7 +321,9 @@ def _put_plainly(outermost: dict[str, Any]) -> None:
     pattern that nothing empty matches. Tuples as draft 7 has them (items, additionalItems) as prefixItems and items.
     Objects whose names are those of a list (zod's records) by their properties. One of several schemas as any of them,
     where they are plainly apart: xgrammar does not look behind references, as those of pydantic's unions are.
+    References into what is put otherwise lead into $defs.
     """
+    _name_rewritten(outermost)
     for _, schema in _subschemas(outermost):
         if isinstance(schema.get("items"), list) and "prefixItems" not in schema:
             schema["prefixItems"] = schema.pop("items")
@@ -342,6 +349,29 @@ def _put_plainly(outermost: dict[str, Any]) -> None:
             schema["additionalProperties"] = False
         if isinstance(choices := schema.get("oneOf"), list) and _are_apart(outermost, choices):
             schema["anyOf"] = schema.pop("oneOf")
+
+
+def _name_rewritten(outermost: dict[str, Any]) -> None:
+    """Have references through keys that are rewritten lead to the same schemas under names in $defs."""
+    named = outermost.get("$defs", {})
+    if not isinstance(named, dict):
+        return
+    added = dict[int, str]()
+    named = dict(named)
+    for schema in [each for _, each in _subschemas(outermost) if "$ref" in each]:
+        reference = schema["$ref"]
+        found = _referenced(outermost, reference)
+        if not found or _REWRITTEN.isdisjoint(unquote(reference).split("/")):
+            continue
+        target = found[0]
+        if id(target) not in added:
+            name = next(each for each in (f"_{count}" for count in itertools.count(len(added))) if each not in named)
+            named[name] = target
+            added[id(target)] = name
+        schema["$ref"] = f"#/$defs/{added[id(target)]}"
+    if added:
+        outermost.pop("$defs", None)
+        outermost["$defs"] = named  # last, so that messages say where a schema was written
 
 
 def _put_lengths_into_pattern(schema: dict[str, Any], pattern: str) -> None:

@@ -333,6 +333,20 @@ KEPT = [
     ({"enum": ["a", None]}, "null", "1"),
     ({"type": ["integer", "null"]}, "null", '"a"'),
     ({"oneOf": [{"type": "integer"}, STRING], "title": "x"}, "1", "null"),
+    # References into what xgrammar gets in other words; the schema of propertyNames becomes names, and false the rest.
+    ({**A, "properties": {"a": {"oneOf": [{"type": "integer"}, STRING]}, "b": {"$ref": "#/properties/a/oneOf/1"}}},
+     '{"a":1,"b":"x"}', '{"a":1,"b":2}'),
+    ({"oneOf": [{"type": "array", "items": {"$ref": "#/oneOf/0"}}, {"type": "null"}]}, "[[]]", "[null]"),
+    ({"properties": {"a": {"type": "array", "items": [STRING], "additionalItems": {"type": "integer"}},
+                     "b": {"$ref": "#/properties/a/items/0"}, "c": {"$ref": "#/properties/a/additionalItems"}}},
+     '{"a":["x",1],"b":"x","c":1}', '{"b":"x","c":"x"}'),
+    ({"properties": {"a": {"type": "object", "propertyNames": {"enum": ["x"]}, "additionalProperties": STRING},
+                     "b": {"$ref": "#/properties/a/additionalProperties"}}}, '{"a":{"x":"y"},"b":"x"}', '{"b":1}'),
+    ({"properties": {"a": {"type": "object", "patternProperties": {"^(é)?$": STRING}},
+                     "b": {"$ref": "#/properties/a/patternProperties/^(é)%3F$"}}}, '{"b":"x"}', '{"b":1}'),
+    ({"$defs": {"_0": {"type": "null"}}, "properties": {
+        "a": {"oneOf": [STRING, {"$ref": "#/$defs/_0"}]}, "b": {"$ref": "#/properties/a/oneOf/0"}}},
+     '{"a":null,"b":"x"}', '{"b":null}'),
     ({"allOf": [{"type": "integer"}]}, "1", '"a"'),
     ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}}, "3", '"a"'),
     # Other names than the listed ones are others, however they are written.
