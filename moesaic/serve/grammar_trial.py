@@ -89,7 +89,8 @@ def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> Any:
             made = xgrammar.Grammar.union(other, made)
     else:
         made = xgrammar.Grammar.from_json_schema('{"type": "object"}' if kind == "json_object" else text, **options)
-    return compiler.compile_grammar(xgrammar.Grammar.from_ebnf(_with_names_apart(_without_surrogates(str(made)))))
+    written = _with_whole_escapes(_with_names_apart(_without_surrogates(str(made))))
+    return compiler.compile_grammar(xgrammar.Grammar.from_ebnf(written))
 
 
 def _without_surrogates(grammar: str) -> str:
@@ -100,6 +101,11 @@ def _without_surrogates(grammar: str) -> str:
     pair = f'("u" [Dd] [89ABab] {digit} {digit} "\\\\u" [Dd] [CDEFcdef] {digit} {digit})'
     short = ' ::= (([\\"\\\\/bfnrt]) | '
     return grammar.replace(f"{short}{any_four})", f"{short}{others} | {pair})")
+
+
+def _with_whole_escapes(grammar: str) -> str:
+    """Return a grammar whose escapes end where they do: xgrammar 0.2.9 writes ße as \\xdfe, and reads U+0DFE."""
+    return re.sub(r"\\x([0-9a-f]{2})|\\.", lambda found: f"\\U000000{found[1]}" if found[1] else found[0], grammar)
 
 
 def _with_names_apart(grammar: str) -> str:

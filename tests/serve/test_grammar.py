@@ -387,6 +387,12 @@ KEPT = [
     ({"type": "array", "items": [{"type": "integer"}, STRING], "additionalItems": False}, '[1, "a"]', '[1, "a", 2]'),
     ({"type": "array", "items": [{"type": "integer"}], "additionalItems": STRING}, '[1, "a"]', "[1, 2]"),
     ({"type": "array", "items": [{"type": "integer"}]}, '[1, "a"]', '["a"]'),
+    # Letters of Latin-1 before what may be a digit of an escape.
+    ({"properties": {"Größe": {"type": "integer"}}, "required": ["Größe"], "additionalProperties": False},
+     '{"Größe":1}', '{"Grö\u0dfe":1}'),
+    ({"properties": {"école": {"enum": ["éa", "ÿ1", "\\xe9"]}}}, '{"école":"éa"}', '{"école":"\u0e9a"}'),
+    ({"enum": ["\\xe9a", "ü", "é", "ée"]}, '"ée"', '"\u0e9e"'),
+    ({"const": "\\xe9a"}, '"\\\\xe9a"', '"\\\\éa"'),
     (UNION, '{"pets":[{"kind":"cat","lives":9},{"kind":"dog","name":"x"}]}', '{"pets":[{"kind":"cat","name":"x"}]}'),
     (UNION, '{"pets":[{"kind":"pack","pets":[{"kind":"cat","lives":1}]}]}', '{"pets":[{"kind":"pack","pets":[1]}]}'),
 ]  # fmt: skip
