@@ -84,6 +84,8 @@ _FORMATS = {
     "date-time": f"^{_DATE}T{_TIME}$",
     "hostname": rf"^{_LABEL}(\.{_LABEL}){{0,5}}$",
 }
+# Of what is kept, those that nothing empty has: pydantic writes a minLength of 1 beside uri.
+_NEVER_EMPTY = frozenset({*_FORMATS, "email", "uri", "uuid", "duration"})
 _MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _SCHEMAS = frozenset(
     {"items", "additionalItems", "prefixItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems",
@@ -318,9 +320,10 @@ def _put_plainly(outermost: dict[str, Any]) -> None:
     """Write in place what libraries of schemas write, and xgrammar 0.2.9 does not take, in words that it takes.
 
     Of a pattern and a format the pattern (zod writes both, the pattern being the format's); no minLength of 1 beside a
-    pattern that nothing empty matches. Tuples as draft 7 has them (items, additionalItems) as prefixItems and items.
-    Objects whose names are those of a list (zod's records) by their properties. One of several schemas as any of them,
-    where they are plainly apart: xgrammar does not look behind references, as those of pydantic's unions are.
+    pattern that nothing empty matches, or a format that nothing empty has. Tuples as draft 7 has them (items,
+    additionalItems) as prefixItems and items. Objects whose names are those of a list (zod's records) by their
+    properties. One of several schemas as any of them, where they are plainly apart: xgrammar does not look behind
+    references, as those of pydantic's unions are.
     References into what is put otherwise lead into $defs.
     """
     _name_rewritten(outermost)
@@ -333,6 +336,13 @@ def _put_plainly(outermost: dict[str, Any]) -> None:
             if isinstance(schema.get("format"), str):
                 del schema["format"]
             _put_lengths_into_pattern(schema, pattern)
+        elif (
+            isinstance(named := schema.get("format"), str)
+            and named in _NEVER_EMPTY
+            and type(least := schema.get("minLength")) is int
+            and least in (0, 1)
+        ):
+            del schema["minLength"]
         names = schema.get("propertyNames")
         if (
             isinstance(names, dict)

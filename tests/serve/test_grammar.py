@@ -387,6 +387,8 @@ KEPT = [
     ({"type": "array", "items": [{"type": "integer"}, STRING], "additionalItems": False}, '[1, "a"]', '[1, "a", 2]'),
     ({"type": "array", "items": [{"type": "integer"}], "additionalItems": STRING}, '[1, "a"]', "[1, 2]"),
     ({"type": "array", "items": [{"type": "integer"}]}, '[1, "a"]', '["a"]'),
+    ({**STRING, "format": "uri", "minLength": 1}, '"a://b"', '""'),
+    ({**STRING, "format": "date", "minLength": 1}, '"2026-12-03"', '""'),
     # Letters of Latin-1 before what may be a digit of an escape.
     ({"properties": {"Größe": {"type": "integer"}}, "required": ["Größe"], "additionalProperties": False},
      '{"Größe":1}', '{"Grö\u0dfe":1}'),
