@@ -227,6 +227,7 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
         found.append("allOf of several")
     for key in ("$ref", "anyOf", "oneOf", "allOf", "enum", "const"):
         beside = sorted(schema.keys() - _ANNOTATIONS - {key} - ({"type"} if key in ("enum", "const") else set()))
+        beside = [each for each in beside if not each.startswith("x-")]  # OpenAPI's extensions, as Kubernetes has them
         if key in schema and beside:
             found.append(f"{key} beside {', '.join(beside)}")
     reference = schema.get("$ref", "#")

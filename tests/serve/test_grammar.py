@@ -389,6 +389,7 @@ KEPT = [
     ({"type": "array", "items": [{"type": "integer"}]}, '[1, "a"]', '["a"]'),
     ({**STRING, "format": "uri", "minLength": 1}, '"a://b"', '""'),
     ({**STRING, "format": "date", "minLength": 1}, '"2026-12-03"', '""'),
+    ({"anyOf": [{"type": "integer"}, STRING], "x-kubernetes-int-or-string": True}, "80", "null"),
     # Letters of Latin-1 before what may be a digit of an escape.
     ({"properties": {"Größe": {"type": "integer"}}, "required": ["Größe"], "additionalProperties": False},
      '{"Größe":1}', '{"Grö\u0dfe":1}'),
