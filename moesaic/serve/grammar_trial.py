@@ -134,7 +134,8 @@ def _take_listed(rules: dict[str, str], first: str) -> list[str]:
         if '("\\"") | ' not in body:
             names.append(begun.decode("utf-8"))
         for letter, following in re.findall(r'\("(\\x..|\\.|[^"\\])" (\w+)\)', body):
-            pending.append((begun + ast.literal_eval(f'"{letter}"').encode("latin-1"), following))
+            letter = "?" if letter == r"\?" else ast.literal_eval(f'"{letter}"')  # which Python writes without a stroke
+            pending.append((begun + letter.encode("latin-1"), following))
     return names
 
 

@@ -358,6 +358,7 @@ KEPT = [
     ({"properties": {'a"': {"type": "integer"}}}, '{"a":1}', '{"a"b":1}'),
     ({"properties": {"a\n": {"type": "integer"}}, "maxProperties": 2}, '{"a\\n":1,"a\\nb":"x"}', '{"a\\n":"x"}'),
     ({"properties": {"a\\/": {"type": "integer"}}}, '{"a\\\\/":1,"a\\\\":2}', '{"a\\\\\\/":"x"}'),
+    ({"properties": {"a?b": {"type": "integer"}}}, '{"a?b":1,"a?c":"x"}', '{"a?b":"x"}'),
     ({"properties": {"": {"type": "integer"}, "]^-": {}}}, '{"":1,"]^":2}', '{"":"x"}'),
     # No half of a character, by escapes.
     (STRING, '"\\uD83D\\uDe00\\ud7ff\\ue000\\n"', '"\\ud83d"'),
