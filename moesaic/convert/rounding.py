@@ -29,6 +29,8 @@ _BLOCK = 128
 _DAMPING = 0.01
 # Steps tried, from the one that reaches the group's largest magnitude downwards. Clipping it pays off for few of them.
 _STEPS_TRIED = 7
+# Numbers of a matrix that are worked on at a time: some six times their size in fp32 is needed.
+_NUMBERS = 1 << 25
 
 
 def searched_steps(grouped: Tensor, scales: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -84,8 +86,25 @@ def round_with_feedback(
     factor: of the second moments of the inputs, from feedback_factor. A row's scale is that of the weight as given. 4
     bits: a group's steps are searched when its turn comes, with the errors before it already in its weights; where
     these have grown beyond what its scale reaches they are clamped. MXFP4 is not rotated, its scales are the nearest,
-    and what it holds stays as it is.
+    and what it holds stays as it is. Rows have nothing to do with one another, and go in pieces.
     """
+    pieces = [
+        _round_rows(rows, factor, bits=bits, group_size=group_size, is_mxfp4=is_mxfp4)
+        for rows in weight.split(max(1, _NUMBERS // weight.shape[1]))
+    ]
+    steps = [each.steps for each in pieces if each.steps is not None]
+    return QuantizedWeight(
+        torch.cat([each.values for each in pieces]),
+        torch.cat([each.scales for each in pieces]),
+        bits,
+        group_size,
+        torch.cat(steps) if steps else None,
+    )
+
+
+def _round_rows(
+    weight: Tensor, factor: Tensor, *, bits: int, group_size: int | None, is_mxfp4: bool
+) -> QuantizedWeight:
     weight = weight.float()
     turned = (weight if is_mxfp4 else rotate_weight(weight)).t()
     columns = turned.clone(memory_format=torch.contiguous_format)  # (K, N), changed as we go

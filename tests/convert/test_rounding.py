@@ -1,9 +1,12 @@
 """Rounding with feedback and searched steps: never worse on the inputs it knows than rounding to nearest."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from moesaic.convert import rounding
 from moesaic.convert.rounding import feedback_factor, round_with_feedback, searched_steps
 from moesaic.kernels.quantized import (
     QuantizedWeight,
@@ -174,3 +177,27 @@ def test_mxfp4_is_rounded_as_it_lies_and_what_it_holds_stays() -> None:
     held = dequantize(nearest)
     again = round_with_feedback(held, factor, bits=4, group_size=32, is_mxfp4=True)
     assert torch.equal(dequantize(again), held)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "is_mxfp4"), [(8, None, False), (4, 64, False), (4, 32, True)])
+def test_rows_of_a_large_matrix_are_rounded_in_pieces_to_the_same_numbers(
+    bits: int, group_size: int | None, is_mxfp4: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An output matrix has rows by the hundred thousand, and several times its size in fp32 is needed at a time."""
+    weight, inputs = draw(700, 128), correlated(2000, 128)
+    factor = feedback_factor((inputs.t() @ inputs).double(), is_mxfp4=is_mxfp4)
+    whole = round_with_feedback(weight, factor, bits=bits, group_size=group_size, is_mxfp4=is_mxfp4)
+    seen: list[int] = []
+    of_rows = rounding._round_rows
+
+    def watched(rows: Tensor, *rest: Any, **options: Any) -> QuantizedWeight:
+        seen.append(len(rows))
+        return of_rows(rows, *rest, **options)
+
+    monkeypatch.setattr(rounding, "_NUMBERS", 32 * 128)
+    monkeypatch.setattr(rounding, "_round_rows", watched)
+    pieces = round_with_feedback(weight, factor, bits=bits, group_size=group_size, is_mxfp4=is_mxfp4)
+    assert seen == [32] * 21 + [28]
+    assert pieces.shape == whole.shape
+    # A product's sums may be in another order, by which a number at the middle of two levels may go to either.
+    assert (dequantize(pieces) == dequantize(whole)).float().mean() > 0.999
