@@ -19,6 +19,9 @@ _MAX_DIMENSIONS = 4
 # What a tampered file could make us hold: the largest vocabularies in use take a quarter of it.
 _MAX_METADATA_BYTES = 64 << 20
 
+# What the key of their number holds.
+_MAX_PARTS = (1 << 16) - 1
+
 # Value types of the format, by their numbers.
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
             12: "<f8"}  # fmt: skip
@@ -105,6 +108,8 @@ def names_of_parts(name: str, metadata: Mapping[str, Any]) -> list[str]:
     count = metadata.get("split.count", 1)
     if type(count) is not int:
         raise ValueError(f"split.count is {count!r}, no number of files")
+    if count > _MAX_PARTS:
+        raise ValueError(f"split.count is {count}; at most {_MAX_PARTS} parts are possible")
     if count < 2:
         return [name]
     number = metadata.get("split.no")

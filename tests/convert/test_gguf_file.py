@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moesaic.convert.gguf import GgufFile
+from moesaic.convert.gguf_file import names_of_parts
 from moesaic.errors import ConversionError
 
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -124,3 +125,9 @@ def test_what_contradicts_itself_is_named(name: str, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ConversionError, match=message):
         GgufFile(path)
+
+
+def test_a_number_of_parts_that_no_model_has_makes_no_list_of_names() -> None:
+    count = 1 << 60
+    with pytest.raises(ValueError, match=f"split.count is {count}; at most 65535 parts"):
+        names_of_parts(f"m-00001-of-{count}.gguf", {"split.count": count, "split.no": 0})
