@@ -5,6 +5,7 @@ is opened because an index says so.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -121,14 +122,15 @@ class HuggingFaceFolder:
 
         The hub's cache is made of links to files beside the folder, which belong to the model.
         """
-        allowed = [self.path.resolve()]
-        if self.path.resolve().parent.name == "snapshots":
-            allowed.append(self.path.resolve().parent.parent / "blobs")
+        folder = _target(self.path)
+        allowed = [folder]
+        if folder.parent.name == "snapshots":
+            allowed.append(folder.parent.parent / "blobs")
         for name in names:
             file = self.path / name
-            if file.is_symlink() and not any(file.resolve().is_relative_to(each) for each in allowed):
+            if file.is_symlink() and not any(_target(file).is_relative_to(each) for each in allowed):
                 raise ConversionError(
-                    f"{file} is a link to {file.resolve()}, outside the folder; the model's own files are required; "
+                    f"{file} is a link to {_target(file)}, outside the folder; the model's own files are required; "
                     f"put the file itself there, if it belongs to the model."
                 )
 
@@ -245,6 +247,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"it holds {name}, which is no number")
+
+
+def _target(path: Path) -> Path:
+    """Return what links lead to. One that leads to itself is found out when it is read; resolve raises RuntimeError."""
+    return Path(os.path.realpath(path))
 
 
 def is_source(path: Path) -> bool:

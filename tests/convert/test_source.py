@@ -355,3 +355,15 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(
     assert tree(tmp_path) == before
     if isinstance(error, OSError):
         assert "No space left" in str(caught.value) and str(caught.value).count(";") >= 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", ""])
+def test_a_link_that_leads_to_itself_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    if name:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder / name)
+    with pytest.raises(MoesaicError):
+        import_model(folder, tmp_path / "run")
