@@ -174,4 +174,6 @@ def _table(certificate: "Certificate") -> "Table":
     if found.routing_agreement:
         lowest = min(found.routing_agreement)
         table.add_row("experts", f"the same for {percent(lowest)} of tokens at least, in every MoE layer")
+    if found.num_undecided:
+        table.add_row("", f"{found.num_undecided} tokens not compared: rounding decided between two experts")
     return table

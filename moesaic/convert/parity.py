@@ -22,7 +22,7 @@ from moesaic.checkpoint.store import resolve_checkpoint
 from moesaic.checkpoint.stream import DTYPES, FP8_DTYPES, TensorReader
 from moesaic.convert import mxfp4
 from moesaic.convert.opened import open_model
-from moesaic.convert.runnable import Change, DoesNotRunError, is_read_by_transformers, open_runnable
+from moesaic.convert.runnable import Change, Choice, DoesNotRunError, is_read_by_transformers, open_runnable
 from moesaic.convert.source import is_source
 from moesaic.convert.weights import WeightComparison, compare_weights
 from moesaic.data.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -52,6 +52,10 @@ _LARGE_BYTES = 4 << 30
 _NEW_TOKENS_LARGE = 3
 # fp32 sums in another order differ by some 1e-6 of the largest logit; a lost tensor changes it by much more.
 MAX_RELATIVE = 1e-3
+# Scores of experts that differ by no more of the larger than this may be chosen either way, by rounding alone; where so
+# few positions would be left to compare, none is left out.
+_MAX_TIE = 1e-4
+_LEAST_COMPARED = 0.25
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,16 @@ class TensorAccount:
 class Comparison:
     """Two models on the same prompts: largest differences of fp32 logits, absolute and over the largest logit.
 
-    top1_agreement: share of positions with the same likeliest token. greedy_equal: prompts of num_prompts whose greedy
-    continuation is the same. routing_agreement: of each MoE layer, in order, the share of tokens sent to the same
-    experts; empty where there are none, or a side does not tell. made_up: tensors that transformers did not find in a
-    folder, and filled with random numbers.
+    num_tokens: positions that were compared. num_undecided: positions that were not, since rounding decided between two
+    experts there or before. top1_agreement: share of positions with the same likeliest token. greedy_equal: prompts of
+    num_prompts whose greedy continuation is the same. routing_agreement: of each MoE layer, in order, the share of
+    tokens sent to the same experts; empty where there are none, or a side does not tell. made_up: tensors that
+    transformers did not find in a folder, and filled with random numbers.
     """
 
     num_prompts: int
     num_tokens: int
+    num_undecided: int
     max_absolute: float
     max_relative: float
     top1_agreement: float
@@ -268,9 +274,9 @@ def compare_models(
         made_up |= set(model.made_up)
         found = []
         for place, prompt in enumerate(prompts):
-            logits, routes = model.logits(prompt)
+            logits, choices = model.logits(prompt)
             count = min(new_tokens, positions - len(prompt))
-            found.append((logits, routes, model.greedy(prompt, count) if count > 0 else []))
+            found.append(_Answer(logits, choices, model.greedy(prompt, count) if count > 0 else []))
             on_progress("comparing with the source", (index + (place + 1) / len(prompts)) / 2)
         answers.append(found)
         del model
@@ -279,29 +285,82 @@ def compare_models(
     return _compare(*answers, made_up=tuple(sorted(made_up)))
 
 
-def _compare(first: Sequence[Any], second: Sequence[Any], *, made_up: tuple[str, ...]) -> Comparison:
+@dataclass(frozen=True)
+class _Answer:
+    """What a model says of a prompt: logits (S, V), each MoE layer's choice, and how it goes on."""
+
+    logits: Tensor
+    choices: Sequence[Choice]
+    text: list[int]
+
+
+def _compare(first: Sequence[_Answer], second: Sequence[_Answer], *, made_up: tuple[str, ...]) -> Comparison:
     largest = absolute = 0.0
-    tokens = agreed = greedy = 0
+    tokens = agreed = 0
     routing: list[list[Tensor]] = []
-    for (logits, routes, text), (other, other_routes, other_text) in zip(first, second, strict=True):
-        width = min(logits.shape[1], other.shape[1])  # padded vocabularies
-        difference = float((logits[:, :width] - other[:, :width]).abs().max())
+    lengths = [len(each.logits) for each in first]
+    decided = [_num_decided(one, other) for one, other in zip(first, second, strict=True)]
+    if sum(decided) < _LEAST_COMPARED * sum(lengths):
+        decided = lengths
+    for one, other, end in zip(first, second, decided, strict=True):
+        if not end:
+            continue
+        width = min(one.logits.shape[1], other.logits.shape[1])  # padded vocabularies
+        logits, others = one.logits[:end, :width], other.logits[:end, :width]
+        difference = float((logits - others).abs().max())
         absolute = max(absolute, difference) if math.isfinite(difference) else math.nan
-        largest = max(largest, float(logits[:, :width].abs().max()))
-        agreed += int((logits[:, :width].argmax(-1) == other[:, :width].argmax(-1)).sum())
-        tokens += len(logits)
-        greedy += text == other_text
-        if len(routes) == len(other_routes):
-            same = [
-                (a.sort(-1).values == b.sort(-1).values).all(-1)
-                if a.shape == b.shape
-                else torch.zeros(1, dtype=torch.bool)
-                for a, b in zip(routes, other_routes, strict=True)
-            ]
-            routing.append(same)
+        largest = max(largest, float(logits.abs().max()))
+        agreed += int((logits.argmax(-1) == others.argmax(-1)).sum())
+        tokens += end
+        if len(one.choices) == len(other.choices):
+            routing.append([same[:end] for same in _same_experts(one, other)])
     layers = [torch.cat(each).double().mean().item() for each in zip(*routing, strict=True)]
-    relative = absolute / largest if largest > 0 else absolute
-    return Comparison(len(first), tokens, absolute, relative, agreed / tokens, greedy, tuple(layers), made_up)
+    return Comparison(
+        num_prompts=len(first),
+        num_tokens=tokens,
+        num_undecided=sum(lengths) - tokens,
+        max_absolute=absolute,
+        max_relative=absolute / largest if largest > 0 else absolute,
+        top1_agreement=agreed / tokens,
+        greedy_equal=sum(one.text == other.text for one, other in zip(first, second, strict=True)),
+        routing_agreement=tuple(layers),
+        made_up=made_up,
+    )
+
+
+def _same_experts(one: _Answer, other: _Answer) -> list[Tensor]:
+    """Return of each MoE layer whether both sent a token to the same experts, (S,) bool; all False for other shapes."""
+    return [
+        (a.sort(-1).values == b.sort(-1).values).all(-1)
+        if a.shape == b.shape
+        else torch.zeros(len(one.logits), dtype=torch.bool)
+        for a, b in zip(
+            (each.expert_ids for each in one.choices), (each.expert_ids for each in other.choices), strict=True
+        )
+    ]
+
+
+def _num_decided(one: _Answer, other: _Answer) -> int:
+    """Return how many positions stand before the first where two models' experts differ by rounding alone.
+
+    All, where the first difference is of another kind. Until then a layer gets the same on both sides, up to rounding;
+    behind it attention has seen what other experts made.
+    """
+    everything = len(one.logits)
+    if not one.choices or len(one.choices) != len(other.choices):
+        return everything
+    differ = ~torch.stack(_same_experts(one, other))  # (layers, S)
+    if not differ.any():
+        return everything
+    position = int(differ.any(0).int().argmax())
+    layer = int(differ[:, position].int().argmax())
+    pair = one.choices[layer], other.choices[layer]
+    scores = next((each.scores for each in pair if each.scores is not None), None)
+    chosen, others = (set(each.expert_ids[position].tolist()) for each in pair)
+    if scores is None or len(chosen) != len(others):
+        return everything
+    low, high = sorted(scores[position][sorted(ids)].sum().item() for ids in (chosen - others, others - chosen))
+    return position if high - low <= _MAX_TIE * abs(high) else everything
 
 
 def _prompts(tokenizer: Tokenizer, vocab_size: int, room: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ from moesaic.kernels.allocator import give_back_freed_memory
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
+from moesaic.moe.router import Router
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,21 @@ def _their_errors() -> Iterator[None]:
         raise DoesNotRunError(f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a MoE layer's router chose: expert_ids (S, K), by scores (S, E) where these are known."""
+
+    expert_ids: Tensor
+    scores: Tensor | None
+
+
 class Runnable(Protocol):
     """A model that can be asked, in fp32. made_up: tensors that it has from nowhere."""
 
     made_up: tuple[str, ...]
 
-    def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return fp32 logits (S, V) of tokens (S,), and each MoE layer's expert ids (S, K)."""
+    def logits(self, tokens: Tensor) -> tuple[Tensor, list[Choice]]:
+        """Return fp32 logits (S, V) of tokens (S,), and each MoE layer's choice."""
         ...
 
     def greedy(self, tokens: Tensor, count: int) -> list[int]:
@@ -82,9 +91,9 @@ class _Ours:
         change.apply(self._model)
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with routes_of(self._model) as routes:
-            return self._model.logits(self._model(tokens[None]).hidden)[0], routes
+    def logits(self, tokens: Tensor) -> tuple[Tensor, list[Choice]]:
+        with choices_of(self._model) as choices:
+            return self._model.logits(self._model(tokens[None]).hidden)[0], choices
 
     def greedy(self, tokens: Tensor, count: int) -> list[int]:
         try:
@@ -135,9 +144,9 @@ class _Theirs:
         self.made_up = tuple(sorted(info["missing_keys"]))
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with routes_of(self._model) as routes, _their_errors():
-            return self._model(tokens[None]).logits[0].float(), routes
+    def logits(self, tokens: Tensor) -> tuple[Tensor, list[Choice]]:
+        with choices_of(self._model) as choices, _their_errors():
+            return self._model(tokens[None]).logits[0].float(), choices
 
     @torch.no_grad()
     def greedy(self, tokens: Tensor, count: int) -> list[int]:
@@ -213,9 +222,9 @@ def is_read_by_transformers(path: Path, change: Change) -> bool:
 
 
 @contextmanager
-def routes_of(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the expert ids (S, K) of every router of a pass, ours or transformers', in the order of the layers."""
-    found: list[Tensor] = []
+def choices_of(model: nn.Module) -> Iterator[list[Choice]]:
+    """Collect the choices of every router of a pass, ours or transformers', in the order of the layers."""
+    found: list[Choice] = []
 
     def collect(module: nn.Module, inputs: Any, output: Any) -> None:
         ids = getattr(output, "expert_ids", None)
@@ -223,7 +232,8 @@ def routes_of(model: nn.Module) -> Iterator[list[Tensor]]:
             integers = [each for each in output if isinstance(each, Tensor) and not each.is_floating_point()]
             ids = integers[-1] if integers else None
         if ids is not None:
-            found.append(ids.reshape(-1, ids.shape[-1]))
+            scores = _scores(module, inputs[0]) if isinstance(module, Router) else None
+            found.append(Choice(ids.reshape(-1, ids.shape[-1]), scores))
 
     handles = [
         module.register_forward_hook(collect)
@@ -235,6 +245,16 @@ def routes_of(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def _scores(router: Router, x: Tensor) -> Tensor:
+    """Return the scores (T, E) that our router's choice goes by, of x (T, H), without the limit on groups."""
+    logits = x.float() @ router.weight.float().t()
+    if router.bias is not None:
+        logits = logits + router.bias.float()
+    scores = torch.softmax(logits, -1) if router.config.scoring == "softmax" else torch.sigmoid(logits)
+    return scores if router.score_correction_bias is None else scores + router.score_correction_bias
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
 from moesaic.convert.importer import import_model
 from moesaic.convert.keys import differences
 from moesaic.convert.opened import open_model
-from moesaic.convert.runnable import routes_of
+from moesaic.convert.runnable import choices_of
 from moesaic.model.generate import generate
 from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
@@ -158,10 +158,12 @@ def test_text_that_leaves_the_window_is_continued_as_transformers_does(
 
 def in_bf16(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Return logits (B, S, V), and the experts of every MoE layer (B, S, layers * K)."""
-    with torch.no_grad(), routes_of(model) as routes:
+    with torch.no_grad(), choices_of(model) as choices:
         logits = run().float()
     shape = (*SHORT.shape, -1)
-    return logits, torch.cat([SHORT.new_zeros(shape[:2])[..., None], *(r.view(shape).sort(-1)[0] for r in routes)], -1)
+    return logits, torch.cat(
+        [SHORT.new_zeros(shape[:2])[..., None], *(c.expert_ids.view(shape).sort(-1)[0] for c in choices)], -1
+    )
 
 
 def test_both_name_the_same_tokens_in_bf16(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from moesaic.convert import exporter, opened, parity
 from moesaic.convert.exporter import export_run
 from moesaic.convert.importer import import_model
 from moesaic.convert.parity import verify_models
+from moesaic.convert.runnable import Choice
 from moesaic.convert.tensors import Piece
 from moesaic.errors import ConversionError
 
@@ -262,3 +264,41 @@ def test_numbers_that_are_not_finite_fail(model: Converted, edited: Callable[...
     found = verify_models(folder, folder)
     assert found.failure is not None
     assert '"max_absolute": null' in json.dumps(found.to_json())
+
+
+def answer(ids: list[int], scores: list[list[float]] | None = None, *, ends_in: float = 0.0) -> parity._Answer:
+    """Three tokens, one MoE layer with top-1 of three experts; logits of 1 but for the last two positions."""
+    logits = torch.ones(3, 4)
+    logits[1:] += ends_in
+    choice = Choice(torch.tensor(ids)[:, None], None if scores is None else torch.tensor(scores))
+    return parity._Answer(logits, [choice], [1])
+
+
+@pytest.mark.parametrize("known", ["first", "second"])
+@pytest.mark.parametrize(("score", "is_tie"), [(0.5 - 1e-7, True), (0.5 - 1e-3, False), (math.nan, False)])
+def test_where_rounding_decides_between_experts_nothing_is_compared_from_there(
+    score: float, is_tie: bool, known: str
+) -> None:
+    scores = [[0.2, 0.7, 0.1], [0.5, score, 0.0], [0.1, 0.2, 0.7]]
+    one = answer([1, 0, 2], scores if known == "first" else None)
+    other = answer([1, 1, 2], scores if known == "second" else None, ends_in=2.0)
+    found = parity._compare([one], [other], made_up=())
+    assert (found.num_tokens, found.num_undecided) == ((1, 2) if is_tie else (3, 0))
+    assert found.max_relative == (0.0 if is_tie else 2.0)
+    assert found.routing_agreement == pytest.approx((1.0 if is_tie else 2 / 3,))
+
+
+def test_with_too_little_left_everything_is_compared() -> None:
+    scores = [[0.5, 0.5, 0.0], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]]
+    undecided = answer([0, 1, 2], scores), answer([1, 1, 2], scores, ends_in=2.0)
+    found = parity._compare(undecided[:1], undecided[1:], made_up=())
+    assert (found.num_tokens, found.num_undecided, found.max_relative) == (3, 0, 2.0)
+    same = answer([1, 1, 2], scores)
+    found = parity._compare([undecided[0], same], [undecided[1], same], made_up=())
+    assert (found.num_tokens, found.num_undecided, found.max_relative) == (3, 3, 0.0)
+
+
+def test_a_difference_before_a_tie_is_no_rounding() -> None:
+    scores = [[0.2, 0.7, 0.1], [0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]
+    found = parity._compare([answer([1, 0, 2], scores)], [answer([0, 1, 2], scores)], made_up=())
+    assert found.num_undecided == 0 and found.routing_agreement == pytest.approx((1 / 3,))
