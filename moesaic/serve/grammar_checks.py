@@ -235,9 +235,12 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
         found.append(f"$ref to {shown(str(reference))}")
     named = schema.get("type")
     types = {each for each in (named if isinstance(named, list) else [named]) if isinstance(each, str)}
+    choices = schema["enum"] if isinstance(schema.get("enum"), list) else []
+    choices = [*choices, *([schema["const"]] if "const" in schema else [])]
+    found += [
+        f"{shown(str(each), quoted=False)}, an integer of more than 64 bits" for each in _wide_integers(choices)
+    ]  # it would be a float
     if types:
-        choices = schema["enum"] if isinstance(schema.get("enum"), list) else []
-        choices = [*choices, *([schema["const"]] if "const" in schema else [])]
         found += [f"{shown(json.dumps(each))} that is no {named}" for each in choices if not _types(each) & types]
     for keys, needed, giving in _NEED_A_TYPE:
         if (used := sorted(keys & schema.keys())) and not (types & needed or (not types and giving & schema.keys())):
@@ -256,6 +259,15 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
     if any(_BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(pattern))) for pattern in patterns):
         found.append("a pattern with a quotation mark or a backslash")
     return found
+
+
+def _wide_integers(value: Any) -> list[int]:
+    """Return the integers within a value that 64 bits do not hold."""
+    if isinstance(value, dict | list):
+        return [
+            wide for each in (value.values() if isinstance(value, dict) else value) for wide in _wide_integers(each)
+        ]
+    return [value] if isinstance(value, int) and not -(2**63) <= value < 2**63 else []
 
 
 def _unkept_names(schema: dict[str, Any]) -> list[str]:

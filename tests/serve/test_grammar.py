@@ -331,6 +331,8 @@ KEPT = [
     ({"type": "array", "items": {"type": "integer"}, "minItems": 2}, "[1, 2]", "[1]"),
     ({"const": 5, "type": "integer"}, "5", "6"),
     ({"enum": ["a", None]}, "null", "1"),
+    ({"const": 2**63 - 1}, "9223372036854775807", "9223372036854775808"),
+    ({"const": -(2**63)}, "-9223372036854775808", "-9223372036854775807"),
     ({"type": ["integer", "null"]}, "null", '"a"'),
     ({"oneOf": [{"type": "integer"}, STRING], "title": "x"}, "1", "null"),
     # References into what xgrammar gets in other words; the schema of propertyNames becomes names, and false the rest.
@@ -590,6 +592,11 @@ def nested(depth: int) -> str:
             "'aaa+' would pass for a match of the pattern",
         ),
         ("json_schema", '{"anyOf": [{"uniqueItems": true}]}', "uses uniqueItems at /anyOf/0"),
+        (
+            "json_schema",
+            '{"enum": [1, [{"a": 9223372036854775808}]]}',
+            "uses 9223372036854775808, an integer of more than 64 bits at its top",
+        ),
         ("json_schema", '{"allOf": [{}, {}]}', "allOf of several"),
         ("json_schema", '{"type": "string", "pattern": "a", "maxLength": 2}', "pattern together with a length"),
         ("json_schema", '{"type": "string", "pattern": "^ab[c]*$", "maxLength": 1}', "pattern together with a length"),
