@@ -41,7 +41,14 @@ from moesaic.plan.cost import count_parameters, training_flops_per_token
 from moesaic.report.expert_load import ExpertWatch
 from moesaic.report.plots import write_plots
 from moesaic.report.quantities import short_number
-from moesaic.report.records import METRICS_FILE, EvaluationRecord, ExpertRecord, TrainRecord, read_metrics
+from moesaic.report.records import (
+    METRICS_FILE,
+    EvaluationRecord,
+    ExpertRecord,
+    MetricsError,
+    TrainRecord,
+    read_metrics,
+)
 from moesaic.train.initial import InitialRun
 from moesaic.train.interrupt import StopRequest
 from moesaic.train.loss import Losses, language_model_loss
@@ -215,7 +222,8 @@ class Trainer:
                 "they are; train on more than %d tokens (--set tokens=N), or with smaller batches.",
                 config.tokens_per_step,
             )
-        self._write_folder(own_tokenizer)
+        self._tokenizer = own_tokenizer
+        self._write_folder()
         limits = measure_limits(device=self.device.type)
         rate = limits.bf16_flops_per_second if config.precision == "bf16" else limits.fp32_flops_per_second
         self.peak_flops_per_second: float | None = rate or None
@@ -447,7 +455,7 @@ class Trainer:
         """Redraw the plots; a full disk costs them, not the run."""
         try:
             write_plots(self.run_folder, schedule=self._learning_rate)
-        except (OSError, DataError) as error:
+        except (OSError, DataError, MetricsError) as error:
             logger.warning("no plots: %s (`moesaic inspect` shows the same)", error)
 
     def _save(self, *, must_succeed: bool) -> bool:
@@ -463,6 +471,11 @@ class Trainer:
             "objective": self.objective.state(),
         }
         try:
+            if not (self.run_folder / "config.yaml").exists():
+                self._event(
+                    f"{self.run_folder} was moved or deleted; a new one of this name has what comes from here on"
+                )
+                self._write_folder()
             save_checkpoint(
                 self.run_folder,
                 self.step,
@@ -470,7 +483,7 @@ class Trainer:
                 optimizer=self.optimizers.named_state(),
                 metadata=metadata,
             )
-        except CheckpointError as error:
+        except (CheckpointError, TrainingError) as error:
             if must_succeed:
                 raise
             self._event(f"no checkpoint: {error} Training goes on.")
@@ -550,12 +563,12 @@ class Trainer:
                 f"the settings it was started with, or start a new run in another folder."
             )
 
-    def _write_folder(self, tokenizer: Tokenizer) -> None:
+    def _write_folder(self) -> None:
         """Write what a run folder holds besides checkpoints and metrics; every file is replaced whole."""
         try:
             is_its_own = self.initial is not None or self.config.init_from is None
             if is_its_own or not (self.run_folder / TOKENIZER_NAME).is_file():
-                tokenizer.save(self.run_folder)
+                self._tokenizer.save(self.run_folder)
             write_provenance(
                 self.run_folder,
                 data_path=self.config.data.path,

@@ -285,6 +285,20 @@ def test_a_broken_last_checkpoint_is_passed_over_and_does_not_count_among_the_ke
     assert {"passed-over-step-00000009", "step-00000008", "step-00000012"} <= names
 
 
+def test_a_run_that_is_moved_away_goes_on_in_a_new_folder(make_config: MakeConfig, tmp_path: Path) -> None:
+    train(make_config(), tmp_path / "unbroken")
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    display = Display(6, lambda: run.rename(moved))
+    result = train(make_config(), run, display=display)
+    assert result.step == 12
+    (message,) = [text for text in display.messages if "was moved or deleted" in text]
+    assert message in [event.message for event in read_metrics(moved).events]
+    assert [info.step for info in list_checkpoints(moved)] == [4]
+    assert [info.step for info in list_checkpoints(run)] == [8, 12]
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "run.json", "tokenizer.json"}
+    assert last_hashes(run) == last_hashes(tmp_path / "unbroken")
+
+
 def full_disk_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file = safetensors.torch.save_file
 
