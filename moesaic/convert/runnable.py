@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from moesaic.convert.gguf import GgufFile
 from moesaic.convert.opened import open_model
 from moesaic.convert.source import CONFIG_NAME, HuggingFaceFolder, is_foreign_run, is_source, read_json
+from moesaic.environment import environment
 from moesaic.errors import NotFiniteError
 from moesaic.kernels.allocator import give_back_freed_memory
 from moesaic.model.generate import generate
@@ -129,7 +129,9 @@ class _Theirs:
         packed = None if file else read_json(path / CONFIG_NAME).get("quantization_config")
         if packed:
             _check_blocks(path)
-        with _quiet_transformers(), _one_by_one(), _their_errors():
+        # Its threads would read all tensors of a folder ahead of what stacks them: the model twice, or more.
+        one_by_one = environment("HF_DEACTIVATE_ASYNC_LOAD", "1")
+        with _quiet_transformers(), one_by_one, _their_errors():
             # Its other ways to run experts refuse sizes that are no multiple of 16 bytes.
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, dtype=torch.float32, local_files_only=True, experts_implementation="eager",
@@ -255,21 +257,6 @@ def _scores(router: Router, x: Tensor) -> Tensor:
         logits = logits + router.bias.float()
     scores = torch.softmax(logits, -1) if router.config.scoring == "softmax" else torch.sigmoid(logits)
     return scores if router.score_correction_bias is None else scores + router.score_correction_bias
-
-
-@contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Without its threads, which read all tensors of a folder ahead of what stacks them: the model twice, or more."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager

@@ -6,10 +6,8 @@ Here: loading, training, encoding, the end-of-text token, the fingerprint; the f
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from moesaic.data.cut import cut_text
+from moesaic.environment import environment
 from moesaic.errors import DataError
 from moesaic.folders import write_whole
 
@@ -133,7 +132,8 @@ class Tokenizer:
             show_progress=False,
         )
         sample = _Sample(texts, sample_bytes)
-        with _parallel():
+        # All cores train it, whatever a launcher has set for encoding.
+        with environment("TOKENIZERS_PARALLELISM", "true"):
             inner.train_from_iterator(iter(sample), trainer)
         if sample.used_bytes == 0:
             raise DataError("the sample to train a tokenizer on is empty; some text is required; check the sources.")
@@ -462,21 +462,6 @@ class _Sample:
                 yield data.decode("utf-8", "ignore")
                 if self.used_bytes >= self._limit_bytes:
                     return
-
-
-@contextmanager
-def _parallel() -> Iterator[None]:
-    """Let the library use all cores while training, whatever a launcher has set for encoding."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "true"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _parse(json_text: str) -> dict[str, Any]:

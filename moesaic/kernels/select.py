@@ -16,6 +16,7 @@ from textwrap import shorten
 
 import torch
 
+from moesaic.environment import environment
 from moesaic.errors import DeviceError
 from moesaic.kernels.cpu.build import (
     EMULATED,
@@ -134,15 +135,8 @@ def forced(choice: str) -> Iterator[Selection]:
 
     Raises: DeviceError when it cannot be had.
     """
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = choice
-    try:
+    with environment(VARIABLE, choice):
         yield cpu_kernels()
-    finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
 
 
 @functools.cache
