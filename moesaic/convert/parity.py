@@ -359,8 +359,9 @@ def _num_decided(one: _Answer, other: _Answer) -> int:
     chosen, others = (set(each.expert_ids[position].tolist()) for each in pair)
     if scores is None or len(chosen) != len(others):
         return everything
-    low, high = sorted(scores[position][sorted(ids)].sum().item() for ids in (chosen - others, others - chosen))
-    return position if high - low <= _MAX_TIE * abs(high) else everything
+    mine, theirs = (scores[position][sorted(ids)].sort().values for ids in (chosen - others, others - chosen))
+    is_tie = (mine - theirs).abs() <= _MAX_TIE * torch.maximum(mine.abs(), theirs.abs())
+    return position if is_tie.all() else everything
 
 
 def _prompts(tokenizer: Tokenizer, vocab_size: int, room: int) -> list[Tensor]:

@@ -112,7 +112,7 @@ def _with_names_apart(grammar: str) -> str:
     """Return a grammar of schemas in which names beside the listed ones are others, however they are written.
 
     xgrammar 0.2.9 leaves the listed ones out byte by byte, where a character of its own is meant, and reads no escapes:
-    a listed "é" may come again with any value, beside "a" a "\u0061" may, and beside one with a quotation mark what is
+    a listed "é" may come again with any value, beside "a" a "\\u0061" may, and beside one with a quotation mark what is
     no JSON. Here such a name begins as a listed one does only without escapes by number.
     """
     rules = dict(line.split(" ::= ", 1) for line in grammar.split("\n") if " ::= " in line)

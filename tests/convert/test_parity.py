@@ -302,3 +302,11 @@ def test_a_difference_before_a_tie_is_no_rounding() -> None:
     scores = [[0.2, 0.7, 0.1], [0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]
     found = parity._compare([answer([1, 0, 2], scores)], [answer([0, 1, 2], scores)], made_up=())
     assert found.num_undecided == 0 and found.routing_agreement == pytest.approx((1 / 3,))
+
+
+def test_experts_whose_scores_only_sum_up_to_the_same_are_no_tie() -> None:
+    scores = torch.tensor([[0.4, 0.1, 0.3, 0.2]])
+    one, other = (
+        parity._Answer(torch.ones(1, 4), [Choice(torch.tensor([ids]), scores)], []) for ids in ([0, 1], [2, 3])
+    )
+    assert parity._num_decided(one, other) == 1
