@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.stream import FP8_DTYPES, TensorLayout
-from moesaic.convert.packing import ReadTensor, describe
+from moesaic.convert.packing import SCALE_DTYPES, Known, ReadTensor, check_known, describe
 from moesaic.errors import ConversionError
 
 # A matrix NAME has NAME_scale_inv in the one layout, and NAME_scale in the other; a number is multiplied by either.
 _SCALES = ("_scale_inv", "_scale")
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of a matrix, what is made fp32 at a time.
 _ROWS = 1024
-# quantization_config's keys and what they may say, beside the blocks; None: whatever it is, the tensors tell.
-_FP8_KEYS: Mapping[str, tuple[object, ...] | None] = {
+_KEYS: Known = {
     "quant_method": None,
     "activation_scheme": ("dynamic",),
     "fmt": (None, "e4m3", "float8_e4m3fn"),
@@ -32,32 +30,6 @@ _FP8_KEYS: Mapping[str, tuple[object, ...] | None] = {
     "scale_fmt": None,
     "expert_dtype": (None, "fp8"),
     "dequantize": None,
-}
-_COMPRESSED_KEYS: Mapping[str, tuple[object, ...] | None] = {
-    "quant_method": None,
-    "format": ("float-quantized",),
-    "quantization_status": (None, "compressed"),
-    "config_groups": None,
-    "ignore": None,
-    "kv_cache_scheme": (None,),
-    "sparsity_config": (None, {}),
-    "transform_config": (None, {}),
-    "global_compression_ratio": None,
-    "version": None,
-}
-_WEIGHT_KEYS: Mapping[str, tuple[object, ...] | None] = {
-    "num_bits": (8,),
-    "type": ("float",),
-    "symmetric": (None, True),
-    "dynamic": (None, False),
-    "group_size": (None,),
-    "actorder": (None,),
-    "strategy": ("tensor", "channel", "block"),
-    "block_structure": None,
-    "observer": None,
-    "observer_kwargs": None,
-    "scale_dtype": None,
-    "zp_dtype": None,
 }
 
 Block = tuple[int | None, int | None]  # rows and columns that share a scale, None: all of a matrix's
@@ -86,7 +58,7 @@ class Fp8Packing:
         for name in names:
             shape, scales_name = layout[name].shape, _scales_name(name, layout)
             scales, allowed = plain.pop(scales_name, None), self._grids(shape)
-            if scales is None or scales.dtype not in _SCALE_DTYPES or scales.shape not in allowed:
+            if scales is None or scales.dtype not in SCALE_DTYPES or scales.shape not in allowed:
                 due = list(allowed[0]) if allowed else "of a matrix"
                 found = ", ".join(f"{each} {describe(layout.get(each))}" for each in (name, scales_name))
                 raise ConversionError(
@@ -137,53 +109,13 @@ class Fp8Packing:
 
 def read_fp8(given: Mapping[str, Any], where: str) -> Fp8Packing:
     """Return what a quantization_config of quant_method `fp8` says. Raises: ConversionError for what is not known."""
-    _check(given, _FP8_KEYS, f"{where}: quantization_config")
+    check_known(given, _KEYS, f"{where}: quantization_config")
     block = given.get("weight_block_size")
-    return Fp8Packing((None, None) if block is None else _block_of(block, f"{where}: weight_block_size"))
+    return Fp8Packing((None, None) if block is None else block_of(block, f"{where}: weight_block_size"))
 
 
-def read_compressed(given: Mapping[str, Any], where: str) -> Fp8Packing:
-    """Return what a quantization_config of compressed-tensors says. Raises: ConversionError for what is not known."""
-    _check(given, _COMPRESSED_KEYS, f"{where}: quantization_config")
-    groups = given.get("config_groups")
-    found = {
-        _block_of_group(group, f"{where}: config_groups.{name}")
-        for name, group in (groups.items() if isinstance(groups, dict) else ())
-    }
-    if len(found) != 1:
-        raise ConversionError(
-            f"{where}: config_groups describes {len(found)} kinds of scales; one, for all matrices, is required; take "
-            f"the model as it was before it was quantised."
-        )
-    return Fp8Packing(found.pop())
-
-
-def _block_of_group(group: object, where: str) -> Block:
-    weights = group.get("weights") if isinstance(group, dict) else None
-    _check(weights if isinstance(weights, dict) else {}, _WEIGHT_KEYS, f"{where}.weights")
-    assert isinstance(weights, dict)
-    if weights["strategy"] == "block":
-        return _block_of(weights.get("block_structure"), f"{where}.weights.block_structure")
-    return (1 if weights["strategy"] == "channel" else None), None
-
-
-def _check(given: Mapping[str, Any], known: Mapping[str, tuple[object, ...] | None], where: str) -> None:
-    """Raise ConversionError for keys, or values of keys, that could change what the numbers are."""
-    unknown = sorted(given.keys() - known.keys())
-    if unknown:
-        raise ConversionError(
-            f"{where} has keys that are not understood: {', '.join(unknown)}; {', '.join(known)} are known; remove "
-            f"what changes nothing."
-        )
-    for key, allowed in known.items():
-        if allowed is not None and given.get(key) not in allowed:
-            raise ConversionError(
-                f"{where}: {key} is {given.get(key)!r}; {' or '.join(map(repr, allowed))} is required; take the model "
-                f"as it was before it was quantised, or dequantise it with the tool that made it."
-            )
-
-
-def _block_of(given: object, where: str) -> Block:
+def block_of(given: object, where: str) -> Block:
+    """Return the rows and columns that a config says share a scale. Raises: ConversionError for what are none."""
     sizes = given if isinstance(given, list) else []
     if len(sizes) != 2 or not all(type(each) is int and each > 0 for each in sizes):
         raise ConversionError(

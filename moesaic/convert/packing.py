@@ -1,12 +1,17 @@
 """What a way to pack matrices in a checkpoint has to say, so that a source can hand them out as plain numbers."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from moesaic.checkpoint.stream import TensorLayout
+from moesaic.errors import ConversionError
+
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A quantization_config's keys and what they may say; None: whatever it is, the tensors tell.
+Known = Mapping[str, tuple[object, ...] | None]
 
 
 class ReadTensor(Protocol):
@@ -32,3 +37,19 @@ class Packing(Protocol):
 def describe(layout: TensorLayout | None) -> str:
     """Return what is said of a tensor, or of its absence, in an error."""
     return "is missing" if layout is None else f"is {str(layout.dtype).removeprefix('torch.')} {list(layout.shape)}"
+
+
+def check_known(given: Mapping[str, Any], known: Known, where: str) -> None:
+    """Raise ConversionError for keys, or values of keys, that could change what the numbers are."""
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        raise ConversionError(
+            f"{where} has keys that are not understood: {', '.join(unknown)}; {', '.join(known)} are known; remove "
+            f"what changes nothing."
+        )
+    for key, allowed in known.items():
+        if allowed is not None and given.get(key) not in allowed:
+            raise ConversionError(
+                f"{where}: {key} is {given.get(key)!r}; {' or '.join(map(repr, allowed))} is required; take the model "
+                f"as it was before it was quantised, or dequantise it with the tool that made it."
+            )

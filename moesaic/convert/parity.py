@@ -19,8 +19,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.checkpoint.store import resolve_checkpoint
-from moesaic.checkpoint.stream import DTYPES, FP8_DTYPES, TensorReader
-from moesaic.convert import mxfp4
+from moesaic.checkpoint.stream import TensorReader
 from moesaic.convert.opened import open_model
 from moesaic.convert.runnable import Change, Choice, DoesNotRunError, is_read_by_transformers, open_runnable
 from moesaic.convert.source import is_source
@@ -450,21 +449,20 @@ def _bytes_needed(path: Path) -> int:
     vocab_size, _ = _measure(path)
     tokens = _LONG_PROMPT + sum(len(prompt.encode()) for prompt in PROMPTS)  # at most
     logits, room = 2 * 4 * tokens * vocab_size, 1 << 29
-    if path.is_file():
-        with open_model(path) as opened:
-            numbers = sum(math.prod(each.shape) for each in opened.source.layout.values())
-        return 2 * 4 * numbers + logits + room  # transformers has them in fp32 before its model does
     if is_source(path):
         files = sorted(path.glob("*.safetensors"))
+        with open_model(path) as opened:
+            layout = opened.source.layout
     else:
         files = [resolve_checkpoint(path).path / "model.safetensors"]
-    stored = sum(each.stat().st_size for each in files)
-    parameters, in_layers = 0, Counter[str]()
-    for each in files:
-        with TensorReader(each, dtypes={**DTYPES, **FP8_DTYPES}) as reader:
-            for name, layout in reader.layout.items():
-                count = math.prod(layout.shape) * (2 if name.endswith(mxfp4.BLOCKS) else 1)
-                parameters += count
-                if is_source(path) and (layer := re.search(r"\.\d+\.", name)):
-                    in_layers[name[: layer.end()]] += count
+        with TensorReader(files[0]) as reader:
+            layout = reader.layout
+    counts = {name: math.prod(each.shape) for name, each in layout.items()}
+    parameters = sum(counts.values())
+    if path.is_file():
+        return 2 * 4 * parameters + logits + room  # transformers has them in fp32 before its model does
+    stored, in_layers = sum(each.stat().st_size for each in files), Counter[str]()
+    for name, count in counts.items():
+        if is_source(path) and (layer := re.search(r"\.\d+\.", name)):
+            in_layers[name[: layer.end()]] += count
     return 4 * parameters + max(stored + 4 * max(in_layers.values(), default=0), logits) + room

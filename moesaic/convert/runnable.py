@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,29 +121,13 @@ class _Theirs:
     """What transformers makes of a folder or of a GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        import transformers
-
-        if is_foreign_run(path):
-            import moesaic.hf  # noqa: F401  # registers our classes
-        folder, file = (path.parent, path.name) if path.is_file() else (path, None)
-        packed = None if file else read_json(path / CONFIG_NAME).get("quantization_config")
-        if packed:
-            _check_blocks(path)
         # Its threads would read all tensors of a folder ahead of what stacks them: the model twice, or more.
         one_by_one = environment("HF_DEACTIVATE_ASYNC_LOAD", "1")
         with _quiet_transformers(), one_by_one, _their_errors():
-            # Its other ways to run experts refuse sizes that are no multiple of 16 bytes.
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=file, dtype=torch.float32, local_files_only=True, experts_implementation="eager",
-                output_loading_info=True,
-                quantization_config=_dequantizing(packed["quant_method"]) if packed else None,
-            )  # fmt: skip
-        model, info = loaded
+            model, made_up = _load(path)
         self._model = model.eval()
+        self.made_up = tuple(sorted(made_up))
         give_back_freed_memory()
-        if packed and packed["quant_method"] != "mxfp4":  # which bf16 holds
-            _round_as_read(self._model, path)
-        self.made_up = tuple(sorted(info["missing_keys"]))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> tuple[Tensor, list[Choice]]:
@@ -164,21 +148,62 @@ class _Theirs:
         return out[0, len(tokens) :].tolist()
 
 
-def _check_blocks(path: Path) -> None:
+def _load(path: Path) -> tuple[Any, Iterable[str]]:
+    """Return transformers' model of a folder or of a GGUF file, and which tensors it has from nowhere."""
+    import transformers
+
+    if is_foreign_run(path):
+        import moesaic.hf  # noqa: F401  # registers our classes
+    # Its other ways to run experts refuse sizes that are no multiple of 16 bytes.
+    options: dict[str, Any] = {
+        "dtype": torch.float32, "experts_implementation": "eager", "output_loading_info": True,
+    }  # fmt: skip
+    auto: Any = transformers.AutoModelForCausalLM
+    if path.is_file():
+        model, info = auto.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **options)
+        return model, info["missing_keys"]
+    method = (read_json(path / CONFIG_NAME).get("quantization_config") or {}).get("quant_method")
+    if method is None or _unpacks_alike(path, method):
+        how = _dequantizing(method) if method else None
+        model, info = auto.from_pretrained(path, quantization_config=how, local_files_only=True, **options)
+        if method == "fp8":
+            _round_as_read(model, path)
+        return model, info["missing_keys"]
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    del config.quantization_config
+    own: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with HuggingFaceFolder(path) as source:
-        if source.has_partial_blocks:
-            raise DoesNotRunError("transformers reads FP8 otherwise where blocks do not divide a matrix")
+        state = {name: _Unpacked(source, name) for name in source.layout}
+        model, info = own.from_pretrained(None, config=config, state_dict=state, **options)
+    return model, info["missing_keys"]
+
+
+class _Unpacked:
+    """A tensor of a quantised folder as we unpack it, read when transformers takes it: as it takes those of files."""
+
+    def __init__(self, source: HuggingFaceFolder, name: str) -> None:
+        self._source, self._name = source, name
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self._source.read(self._name)[key]
+
+
+def _unpacks_alike(path: Path, method: str) -> bool:
+    """Whether transformers makes plain numbers of a quantised model, the ones that we make, with no other library.
+
+    Where blocks do not divide a matrix in FP8 it reads other ones, or none.
+    """
+    if method == "fp8":
+        with HuggingFaceFolder(path) as source:
+            return not source.has_partial_blocks
+    return method == "mxfp4"
 
 
 def _dequantizing(method: str) -> object:
     """Return transformers' setting that makes plain numbers of a quantised model."""
     from transformers.utils import quantization_config as configs
 
-    if method == "mxfp4":
-        return configs.Mxfp4Config(dequantize=True)
-    if method == "fp8":
-        return configs.FineGrainedFP8Config(dequantize=True)
-    return configs.CompressedTensorsConfig(run_compressed=False)
+    return configs.Mxfp4Config(dequantize=True) if method == "mxfp4" else configs.FineGrainedFP8Config(dequantize=True)
 
 
 @torch.no_grad()

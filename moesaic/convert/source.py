@@ -14,7 +14,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorReader, without_doubles
-from moesaic.convert.fp8 import Fp8Packing, read_compressed, read_fp8
+from moesaic.convert.compressed import read_compressed
+from moesaic.convert.fp8 import Fp8Packing, read_fp8
+from moesaic.convert.integers import read_awq, read_gptq
 from moesaic.convert.mxfp4 import read_mxfp4
 from moesaic.convert.packing import Packing
 from moesaic.data.tokenizer import COMPANION_NAMES, GENERATION_NAME, TOKENIZER_NAME, Tokenizer
@@ -30,6 +32,8 @@ _MAX_JSON_BYTES = 64 << 20
 _PACKINGS: Mapping[str, Callable[[Mapping[str, Any], str], Packing]] = {
     "mxfp4": read_mxfp4,
     "fp8": read_fp8,
+    "gptq": read_gptq,
+    "awq": read_awq,
     "compressed-tensors": read_compressed,
 }
 
@@ -54,7 +58,7 @@ class Source(Protocol):
 
 
 class HuggingFaceFolder:
-    """config.json, safetensors shards with their index, and tokenizer files. Matrices in MXFP4 and FP8 come as bf16.
+    """config.json, safetensors shards with their index, and tokenizer files. Quantised matrices come as bf16.
 
     Raises: ConversionError or CheckpointError for what is missing, broken, double, or leads out of the folder.
     """
@@ -214,8 +218,9 @@ def _read_packing(given: object, where: str) -> Packing | None:
     name = given.get("quant_method") if isinstance(given, dict) else given
     if not isinstance(given, dict) or not isinstance(name, str) or name not in _PACKINGS:
         raise ConversionError(
-            f"{where} is quantised ({name}); bf16, fp16 or fp32 weights, FP8, or gpt-oss's in MXFP4, are required; "
-            f"take the model as it was before, or dequantise it with the tool that made it."
+            f"{where} is quantised ({name}); weights in bf16, fp16, fp32, FP8, MXFP4, or as GPTQ, AWQ and "
+            f"compressed-tensors write them, are required; take the model as it was before, or dequantise it with the "
+            f"tool that made it."
         )
     return _PACKINGS[name](given, where)
 

@@ -1,0 +1,443 @@
+"""GPTQ, AWQ and compressed-tensors: matrices of integers with scales, read as the bf16 nearest to what they stand for.
+
+A matrix (N, K) has a scale and a zero for each row and each group of columns: its number is (integer - zero) * scale.
+The layouts differ in what is packed along which side, in which order, and in how zeros are written.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.stream import TensorLayout
+from moesaic.convert.packing import SCALE_DTYPES, Known, ReadTensor, check_known, describe
+from moesaic.errors import ConversionError
+
+# Of a matrix, what is made fp32 at a time.
+_ROWS = 1024
+_WORD_BITS = 32
+_GPTQ_BITS = (2, 3, 4, 8)
+_AWQ_BITS = 4
+# AWQ's words hold eight columns, in this order from the lowest bits on.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_ANY = None
+# What says how a model was quantised, or how its maker's own kernels are to run it: the numbers are what they are.
+_OF_MAKING: Known = dict.fromkeys(
+    (
+        "quant_method", "group_size", "modules_to_not_convert", "modules_in_block_to_quantize", "backend", "version",
+        "meta", "dataset", "tokenizer", "damp_percent", "damp_auto_increment", "desc_act", "act_group_aware", "sym",
+        "static_groups", "true_sequential", "mse", "model_name_or_path", "model_file_base_name", "model_seqlen",
+        "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id", "lm_head",
+        "cache_block_outputs", "max_input_length", "use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config",
+        "dynamic", "offload_to_disk", "hyb_act", "v2", "zero_point", "do_fuse", "modules_to_fuse", "fuse_max_seq_len",
+    ),
+    _ANY,
+)  # fmt: skip
+_LAYOUT = (None, "gptq", "gptq_v2")
+_GPTQ_KEYS: Known = {
+    **_OF_MAKING,
+    "bits": _GPTQ_BITS,
+    "checkpoint_format": _LAYOUT,
+    "format": _LAYOUT,
+    "method": (None, "gptq"),
+    "is_marlin_format": (None, False),
+    "pack_dtype": (None, "int32"),
+    "rotation": (None,),
+    "adapter": (None, {}),
+}
+_GEMM = (None, "gemm", "GEMM")
+_AWQ_KEYS: Known = {
+    **_OF_MAKING,
+    "bits": (None, _AWQ_BITS),
+    "w_bit": (None, _AWQ_BITS),
+    "q_group_size": _ANY,
+    "backend": (None, "auto", "autoawq"),
+    "version": _GEMM,
+    "format": _GEMM,
+    "checkpoint_format": _GEMM,
+    "method": (None, "awq"),
+    "pack_dtype": (None, "int32"),
+    "rotation": (None,),
+    "adapter": (None, {}),
+}
+
+Parts = Mapping[str, TensorLayout]  # of one matrix, by what follows its name
+
+
+@dataclass(frozen=True)
+class IntegerMatrix:
+    """A matrix (N, K): values (N, K); zeros, the number or (N, G); scales (N, G); groups (K,): each column's."""
+
+    values: Tensor
+    zeros: Tensor | int
+    scales: Tensor
+    groups: Tensor
+
+    def dequantize(self) -> Tensor:
+        """Return the bf16 nearest to (value - zero) * scale, (N, K), rounded from the fp32 product."""
+        rows, columns = self.values.shape
+        out = torch.empty(rows, columns, dtype=torch.bfloat16)
+        for start in range(0, rows, _ROWS):
+            part = slice(start, min(start + _ROWS, rows))
+            zeros = self.zeros if isinstance(self.zeros, int) else self.zeros[part].float()[:, self.groups]
+            scales = self.scales[part].float()[:, self.groups]
+            out[part] = self.values[part].float().sub_(zeros).mul_(scales)
+        return out
+
+
+class _IntegerPacking(ABC):
+    """Matrices of integers, each in several tensors. A Packing (packing.py).
+
+    suffix: of the tensor that holds the integers, of dtype. others: those of what stands beside it, where it does.
+    required: what an error says must be.
+    """
+
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    dtype: ClassVar[torch.dtype] = torch.int32
+    others: ClassVar[tuple[str, ...]]
+    required: ClassVar[str]
+
+    def plain_layout(self, layout: Mapping[str, TensorLayout], where: str) -> dict[str, TensorLayout]:
+        """Return a checkpoint's layout with all parts of a matrix (N, K) as one.
+
+        Raises: ConversionError where there are none, or those of a matrix do not fit each other.
+        """
+        plain = dict(layout)
+        names = [
+            name.removesuffix(self.suffix)
+            for name, each in layout.items()
+            if name.endswith(self.suffix) and each.dtype is self.dtype
+        ]
+        if not names:
+            raise ConversionError(
+                f"{where} is said to be quantised ({self.name}) and holds no {self.suffix[1:]} of "
+                f"{str(self.dtype).removeprefix('torch.')}; both or neither is required; fetch it again, or remove "
+                f"quantization_config from its config.json if its tensors are not quantised."
+            )
+        for name in names:
+            parts = {
+                suffix: plain.pop(name + suffix) for suffix in (self.suffix, *self.others) if name + suffix in plain
+            }
+            shape = self._shape(parts)
+            if shape is None or f"{name}.weight" in plain:
+                found = ", ".join(f"{suffix[1:]} {describe(each)}" for suffix, each in parts.items())
+                raise ConversionError(f"{where}: {name}: {found}; {self.required}; fetch the files again.")
+            plain[f"{name}.weight"] = TensorLayout(torch.bfloat16, shape)
+        return plain
+
+    def read(self, name: str, index: int | None, layout: Mapping[str, TensorLayout], read: ReadTensor) -> Tensor:
+        """Return a matrix, or its index-th row, in bf16. layout, read: of the tensors as they are stored.
+
+        Raises: ConversionError for numbers that no matrix has.
+        """
+        name = name.removesuffix(".weight")
+        stored = {
+            suffix: read(name + suffix) for suffix in (self.suffix, *self.others) if name + suffix in layout
+        }  # fmt: skip
+        matrix = self._matrix(name, stored).dequantize()
+        return matrix if index is None else matrix[index]
+
+    @abstractmethod
+    def _shape(self, parts: Parts) -> tuple[int, int] | None:
+        """Return (N, K) of the matrix that parts make, None where they make none."""
+
+    @abstractmethod
+    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix: ...
+
+
+@dataclass(frozen=True)
+class GptqPacking(_IntegerPacking):
+    """Of the transposed matrix, words along K: qweight (K bits / 32, N), qzeros (G, N bits / 32), scales (G, N).
+
+    g_idx (K,) names each column's group; without it groups are columns that follow each other. zero_offset: what is
+    added to a zero as it is written, 1 in the first version of the format.
+    """
+
+    bits: int
+    zero_offset: int
+    name = "gptq"
+    suffix = ".qweight"
+    others = (".qzeros", ".scales", ".g_idx")
+    required = (
+        "int32 qweight (K bits / 32, N) and qzeros (G, N bits / 32), scales (G, N) in fp32, bf16 or fp16, and int32 "
+        "g_idx (K), or groups of one size, are required"
+    )
+
+    def _shape(self, parts: Parts) -> tuple[int, int] | None:
+        if not _are(parts, {".qweight": 2, ".qzeros": 2}, (torch.int32,)) or not _are_scales(parts, ".scales"):
+            return None
+        (words, rows), (groups, wide) = parts[".qweight"].shape, parts[".scales"].shape
+        if ".g_idx" in parts:
+            if not _are(parts, {".g_idx": 1}, (torch.int32,)):
+                return None
+            columns = parts[".g_idx"].shape[0]
+        else:
+            columns = words * _WORD_BITS // self.bits
+        bits = self._bits_of(words, columns)
+        fits = (
+            bits in _GPTQ_BITS
+            and words == -(-columns * bits // _WORD_BITS)
+            and rows == wide
+            and parts[".qzeros"].shape == (groups, -(-rows * bits // _WORD_BITS))
+            and (".g_idx" in parts or (groups > 0 and columns % groups == 0))
+        )
+        return (rows, columns) if fits else None
+
+    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix:
+        words, scales = stored[".qweight"], stored[".scales"].t()
+        rows, num_groups = scales.shape
+        columns = len(stored[".g_idx"]) if ".g_idx" in stored else words.shape[0] * _WORD_BITS // self.bits
+        bits = self._bits_of(words.shape[0], columns)
+        zeros = unpack(stored[".qzeros"], bits, rows)
+        if self.zero_offset and bool((zeros == (1 << bits) - 1).any()):
+            raise ConversionError(
+                f"{name} has a zero point written as {(1 << bits) - 1}, which some programs take for 0, some for "
+                f"{1 << bits}, and some add to the next one; a model whose zero points are read in one way is "
+                f"required; take it in another format, or as it was before it was quantised."
+            )
+        return IntegerMatrix(
+            unpack(words.t(), bits, columns),
+            zeros.t().to(torch.int16) + self.zero_offset,
+            scales,
+            _groups(name, stored.get(".g_idx"), columns, num_groups),
+        )
+
+    def _bits_of(self, words: int, columns: int) -> int:
+        """Return the bits of a matrix: modules may have others than the config says."""
+        return words * _WORD_BITS // columns if columns else 0
+
+
+class AwqPacking(_IntegerPacking):
+    """Of the transposed matrix, words along N: qweight (K, N / 8), qzeros (G, N / 8), scales (G, N)."""
+
+    name = "awq"
+    suffix = ".qweight"
+    others = (".qzeros", ".scales")
+    required = (
+        "int32 qweight (K, N / 8) and qzeros (G, N / 8), and scales (G, N) in fp32, bf16 or fp16, for K / G columns "
+        "each, are required"
+    )
+
+    def _shape(self, parts: Parts) -> tuple[int, int] | None:
+        if not _are(parts, {".qweight": 2, ".qzeros": 2}, (torch.int32,)) or not _are_scales(parts, ".scales"):
+            return None
+        (columns, words), (groups, rows) = parts[".qweight"].shape, parts[".scales"].shape
+        fits = (
+            words * _WORD_BITS == rows * _AWQ_BITS
+            and parts[".qzeros"].shape == (groups, words)
+            and groups > 0
+            and columns % groups == 0
+        )
+        return (rows, columns) if fits else None
+
+    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix:
+        scales = stored[".scales"].t()
+        columns = stored[".qweight"].shape[0]
+        return IntegerMatrix(
+            _in_order(stored[".qweight"]).t(),
+            _in_order(stored[".qzeros"]).t(),
+            scales,
+            _groups(name, None, columns, scales.shape[1]),
+        )
+
+
+@dataclass(frozen=True)
+class PackedPacking(_IntegerPacking):
+    """compressed-tensors' `pack-quantized`: weight_packed (N, K bits / 32), weight_scale (N, G).
+
+    weight_zero_point (N bits / 32, G) where integers are not symmetric. group_size: None where a row, or the matrix,
+    has one scale.
+    """
+
+    bits: int
+    group_size: int | None
+    is_symmetric: bool
+    name = "pack-quantized"
+    suffix = ".weight_packed"
+    others = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
+    required = (
+        "int32 weight_packed (N, K bits / 32), weight_scale (N, G) in fp32, bf16 or fp16, weight_shape (2), int32 "
+        "weight_zero_point (N bits / 32, G) where zero is not in the middle, and weight_g_idx, if any, int32 (K), are "
+        "required"
+    )
+
+    def _shape(self, parts: Parts) -> tuple[int, int] | None:
+        whole = {".weight_shape": 1} | ({".weight_g_idx": 1} if ".weight_g_idx" in parts else {})
+        if not _are(parts, {".weight_packed": 2}, (torch.int32,)) or not _are(parts, whole, (torch.int32, torch.int64)):
+            return None
+        if not _are_scales(parts, ".weight_scale", rank=None):
+            return None
+        rows, words = parts[".weight_packed"].shape
+        groups = _num_groups(parts[".weight_scale"].shape, rows)
+        if groups is None:
+            return None
+        columns = words * _WORD_BITS // self.bits if self.group_size is None else groups * self.group_size
+        if self.is_symmetric:
+            has_zeros = ".weight_zero_point" not in parts
+        else:
+            due = (-(-rows * self.bits // _WORD_BITS), groups)
+            has_zeros = _are(parts, {".weight_zero_point": 2}, (torch.int32,))
+            has_zeros = has_zeros and parts[".weight_zero_point"].shape == due
+        fits = (
+            has_zeros
+            and words == -(-columns * self.bits // _WORD_BITS)
+            and (self.group_size is not None or groups == 1)
+            and parts[".weight_shape"].shape == (2,)
+            and (".weight_g_idx" not in parts or parts[".weight_g_idx"].shape == (columns,))
+        )
+        return (rows, columns) if fits else None
+
+    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix:
+        words = stored[".weight_packed"]
+        rows = words.shape[0]
+        scales = _spread(stored[".weight_scale"], rows)
+        num_groups = scales.shape[1]
+        columns = words.shape[1] * _WORD_BITS // self.bits
+        columns = columns if self.group_size is None else num_groups * self.group_size
+        given = stored[".weight_shape"].tolist()
+        if given != [rows, columns]:
+            raise ConversionError(
+                f"{name}.weight_shape says {given}; {[rows, columns]}, as the other parts of the matrix have it, is "
+                f"required; fetch the file again."
+            )
+        packed = stored.get(".weight_zero_point")
+        zeros = 1 << self.bits - 1 if packed is None else unpack(packed.t(), self.bits, rows).t()
+        given_groups = stored.get(".weight_g_idx")
+        if given_groups is not None and bool((given_groups == -1).all()):  # a way to say nothing
+            given_groups = None
+        groups = _groups(name, given_groups, columns, num_groups)
+        return IntegerMatrix(unpack(words, self.bits, columns), zeros, scales, groups)
+
+
+@dataclass(frozen=True)
+class BytesPacking(_IntegerPacking):
+    """compressed-tensors' `int-quantized`: weight (N, K) in int8, weight_scale and weight_zero_point (N, G)."""
+
+    is_symmetric: bool
+    name = "int-quantized"
+    suffix = ".weight"
+    dtype = torch.int8
+    others = (".weight_scale", ".weight_zero_point")
+    required = (
+        "int8 weight (N, K), weight_scale (N, G) in fp32, bf16 or fp16, for K / G columns each, and int8 "
+        "weight_zero_point (N, G) where zero is not 0, are required"
+    )
+
+    def _shape(self, parts: Parts) -> tuple[int, int] | None:
+        if not _are(parts, {".weight": 2}, (torch.int8,)) or not _are_scales(parts, ".weight_scale", rank=None):
+            return None
+        rows, columns = parts[".weight"].shape
+        groups = _num_groups(parts[".weight_scale"].shape, rows)
+        if not groups or columns % groups:
+            return None
+        zeros = parts.get(".weight_zero_point")
+        if self.is_symmetric:
+            return None if zeros is not None else (rows, columns)
+        fits = zeros is not None and zeros.dtype is torch.int8 and zeros.shape == parts[".weight_scale"].shape
+        return (rows, columns) if fits else None
+
+    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix:
+        values, zeros = stored[".weight"], stored.get(".weight_zero_point")
+        scales = _spread(stored[".weight_scale"], len(values))
+        return IntegerMatrix(
+            values,
+            0 if zeros is None else _spread(zeros, len(values)),
+            scales,
+            _groups(name, None, values.shape[1], scales.shape[1]),
+        )
+
+
+def read_gptq(given: Mapping[str, Any], where: str) -> GptqPacking:
+    """Return what a quantization_config of GPTQ says. Raises: ConversionError for what is not known."""
+    check_known(given, _GPTQ_KEYS, f"{where}: quantization_config")
+    named = {given[key] for key in ("checkpoint_format", "format") if given.get(key)}
+    if len(named) > 1:
+        raise ConversionError(
+            f"{where}: quantization_config says checkpoint_format {given['checkpoint_format']} and format "
+            f"{given['format']}, whose zero points differ by 1; one is required; remove what is not so."
+        )
+    return GptqPacking(given["bits"], 0 if named == {"gptq_v2"} else 1)
+
+
+def read_awq(given: Mapping[str, Any], where: str) -> AwqPacking:
+    """Return what a quantization_config of AWQ says. Raises: ConversionError for what is not known."""
+    check_known(given, _AWQ_KEYS, f"{where}: quantization_config")
+    return AwqPacking()
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """Return the first count numbers of `bits` bits of each row of int32 words (..., W), the lowest first, uint8.
+
+    They follow each other without gaps, so that one may lie in two words.
+    """
+    packed = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return packed[..., :count]
+    # Eight numbers are as many bytes as each has bits.
+    padding = -packed.shape[-1] % bits
+    if padding:
+        packed = torch.nn.functional.pad(packed, (0, padding))
+    packed = packed.unflatten(-1, (-1, bits))
+    out = torch.empty(*packed.shape[:-1], 8, dtype=torch.uint8)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        number = packed[..., byte] >> shift
+        if shift + bits > 8:
+            number = number | (packed[..., byte + 1] << (8 - shift))
+        out[..., place] = number & ((1 << bits) - 1)
+    return out.flatten(-2)[..., :count]
+
+
+def _in_order(words: Tensor) -> Tensor:
+    """Return AWQ's numbers of words (K, N / 8) in the order of their columns, (K, N)."""
+    numbers = unpack(words, _AWQ_BITS, words.shape[-1] * len(_AWQ_ORDER)).unflatten(-1, (-1, len(_AWQ_ORDER)))
+    out = torch.empty_like(numbers)
+    out[..., list(_AWQ_ORDER)] = numbers
+    return out.flatten(-2)
+
+
+def _groups(name: str, given: Tensor | None, columns: int, num_groups: int) -> Tensor:
+    """Return each column's group: as given, or of groups of one size.
+
+    Raises: ConversionError for one that has no scales.
+    """
+    if given is None:
+        return torch.arange(columns) // max(1, columns // max(1, num_groups))
+    if len(given) and not 0 <= int(given.min()) <= int(given.max()) < num_groups:
+        raise ConversionError(
+            f"{name} has columns of groups {int(given.min())} to {int(given.max())}; those that have scales, 0 to "
+            f"{num_groups - 1}, are required; fetch the file again."
+        )
+    return given.long()
+
+
+def _num_groups(shape: tuple[int, ...], rows: int) -> int | None:
+    """Return G of scales (N, G), or of one for the whole matrix; None for others."""
+    if shape in ((), (1,)):
+        return 1
+    return shape[1] if len(shape) == 2 and shape[0] == rows else None
+
+
+def _spread(scales: Tensor, rows: int) -> Tensor:
+    """Return scales as (N, G), also where the matrix has one."""
+    return scales if scales.dim() == 2 else scales.reshape(1, 1).expand(rows, 1)
+
+
+def _are(parts: Parts, ranks: Mapping[str, int], dtypes: tuple[torch.dtype, ...]) -> bool:
+    return all(
+        suffix in parts and len(parts[suffix].shape) == rank and parts[suffix].dtype in dtypes
+        for suffix, rank in ranks.items()
+    )
+
+
+def _are_scales(parts: Parts, suffix: str, *, rank: int | None = 2) -> bool:
+    return (
+        suffix in parts
+        and parts[suffix].dtype in SCALE_DTYPES
+        and (rank is None or len(parts[suffix].shape) == rank)
+    )  # fmt: skip

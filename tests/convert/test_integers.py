@@ -1,0 +1,429 @@
+"""GPTQ, AWQ and compressed-tensors' integers are read as the bf16 nearest to what they stand for, in each layout."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moesaic.checkpoint.stream import TensorLayout
+from moesaic.convert import integers
+from moesaic.convert.compressed import read_compressed
+from moesaic.convert.exporter import export_run
+from moesaic.convert.importer import import_model
+from moesaic.convert.integers import read_awq, read_gptq, unpack
+from moesaic.convert.opened import open_model
+from moesaic.convert.packing import Packing
+from moesaic.convert.parity import verify_models
+from moesaic.convert.source import CONFIG_NAME, WEIGHTS_NAME
+from moesaic.errors import ConversionError
+
+pytestmark = pytest.mark.usefixtures("short_check")
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+GPTQ: dict[str, Any] = {
+    "bits": 4, "checkpoint_format": "gptq", "damp_percent": 0.01, "desc_act": False, "group_size": 8, "lm_head": False,
+    "model_file_base_name": None, "model_name_or_path": None, "quant_method": "gptq", "static_groups": False,
+    "sym": True, "true_sequential": True, "meta": {"quantizer": ["gptqmodel:2.1.0"]},
+}  # fmt: skip
+AWQ: dict[str, Any] = {
+    "backend": "autoawq", "bits": 4, "do_fuse": False, "exllama_config": None, "fuse_max_seq_len": None,
+    "group_size": 8, "modules_to_fuse": None, "modules_to_not_convert": ["gate"], "quant_method": "awq",
+    "version": "gemm", "zero_point": True,
+}  # fmt: skip
+PACKED: dict[str, Any] = {
+    "config_groups": {
+        "group_0": {
+            "format": "pack-quantized",
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {"actorder": "weight", "block_structure": None, "dynamic": False, "group_size": 8,
+                        "num_bits": 4, "observer": "mse", "observer_kwargs": {}, "strategy": "group",
+                        "symmetric": True, "type": "int"},
+        }
+    },
+    "format": "pack-quantized",
+    "global_compression_ratio": None,
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+    "sparsity_config": {},
+    "transform_config": {},
+    "version": "0.12.3",
+}  # fmt: skip
+
+
+def packed_config(layout: str = "pack-quantized", **values: object) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(json.dumps(PACKED))
+    config["format"] = config["config_groups"]["group_0"]["format"] = layout
+    config["config_groups"]["group_0"]["weights"] |= values
+    return config
+
+
+def in_words(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers (R, C) along each row, the lowest bits first, in int32 words; what is over is 0."""
+    rows = []
+    for row in numbers.tolist():
+        whole = sum(number << (place * bits) for place, number in enumerate(row))
+        words = -(-len(row) * bits // 32)
+        rows.append([(whole >> (32 * word)) & 0xFFFFFFFF for word in range(words)])
+    words = torch.tensor(rows, dtype=torch.int64)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+class Integers:
+    """Random integers of `bits` bits of a matrix (N, K), a zero and a scale for each row and group of columns."""
+
+    def __init__(self, matrix: Tensor, bits: int, groups: Tensor, *, symmetric: bool, dtype: torch.dtype) -> None:
+        rows, columns = matrix.shape
+        self.bits, self.groups, self.symmetric = bits, groups, symmetric
+        count = int(groups.max()) + 1
+        generator = torch.Generator().manual_seed(rows * columns)
+        self.values = torch.randint(1 << bits, (rows, columns), generator=generator)
+        # At least 1: AutoGPTQ cannot write 0.
+        self.zeros = torch.randint(1, 1 << bits, (rows, count), generator=generator)
+        if symmetric:
+            self.zeros.fill_(1 << (bits - 1))
+        spread = float(matrix.abs().max()) / (1 << bits)
+        self.scales = ((torch.rand(rows, count, generator=generator) + 0.5) * spread).to(dtype)
+
+    def standing_for(self) -> Tensor:
+        """The matrix, number by number."""
+        rows, columns = self.values.shape
+        out = torch.empty(rows, columns)
+        for row in range(rows):
+            for column in range(columns):
+                group = self.groups[column]
+                integer = float(self.values[row, column] - self.zeros[row, group])
+                out[row, column] = integer * self.scales[row, group].float()
+        return out.bfloat16()
+
+    def as_gptq(self, *, version: int, with_groups: bool) -> dict[str, Tensor]:
+        zeros = self.zeros.t() - (1 if version == 1 else 0)
+        parts = {
+            ".qweight": in_words(self.values, self.bits).t(),
+            ".qzeros": in_words(zeros, self.bits),
+            ".scales": self.scales.t(),
+        }
+        return parts | ({".g_idx": self.groups.int()} if with_groups else {})
+
+    def as_awq(self) -> dict[str, Tensor]:
+        def mixed(numbers: Tensor) -> Tensor:
+            return in_words(numbers.unflatten(-1, (-1, 8))[..., list(AWQ_ORDER)].flatten(-2), 4)
+
+        return {".qweight": mixed(self.values.t()), ".qzeros": mixed(self.zeros.t()), ".scales": self.scales.t()}
+
+    def as_packed(self, *, with_groups: bool = False) -> dict[str, Tensor]:
+        parts = {
+            ".weight_packed": in_words(self.values, self.bits),
+            ".weight_scale": self.scales,
+            ".weight_shape": torch.tensor(self.values.shape),
+        }
+        if not self.symmetric:
+            parts[".weight_zero_point"] = in_words(self.zeros.t(), self.bits).t()
+        return parts | ({".weight_g_idx": self.groups.int()} if with_groups else {})
+
+    def as_bytes(self) -> dict[str, Tensor]:
+        parts = {".weight": (self.values - 128).to(torch.int8), ".weight_scale": self.scales}
+        return parts if self.symmetric else parts | {".weight_zero_point": (self.zeros - 128).to(torch.int8)}
+
+
+Published = tuple[dict[str, Any], Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]]
+
+
+def published(
+    config: dict[str, Any], write: Callable[[Integers], dict[str, Tensor]], *, bits: int = 4, size: int | None = 8,
+    symmetric: bool = True, dtype: torch.dtype = torch.float16, is_mixed: bool = False,
+) -> Published:  # fmt: skip
+    """Return a config, and what makes a matrix's parts and what they stand for. is_mixed: columns in any group."""
+
+    def make(matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        columns = matrix.shape[1]
+        groups = torch.arange(columns) // (size or columns)
+        if is_mixed:
+            groups = groups[torch.randperm(columns, generator=torch.Generator().manual_seed(columns))]
+        numbers = Integers(matrix, bits, groups, symmetric=symmetric, dtype=dtype)
+        return {suffix: part.contiguous() for suffix, part in write(numbers).items()}, numbers.standing_for()
+
+    return config, make
+
+
+LAYOUTS: dict[str, Published] = {
+    "gptq": published(GPTQ, lambda each: each.as_gptq(version=1, with_groups=True)),
+    "gptq, groups of one size": published(GPTQ, lambda each: each.as_gptq(version=1, with_groups=False)),
+    "gptq, no groups, 8 bits": published(
+        GPTQ | {"bits": 8}, lambda each: each.as_gptq(version=1, with_groups=True), bits=8, size=None
+    ),
+    "gptq v2, asymmetric, by activation": published(
+        GPTQ | {"checkpoint_format": "gptq_v2", "desc_act": True, "sym": False},
+        lambda each: each.as_gptq(version=2, with_groups=True), symmetric=False, is_mixed=True,
+    ),
+    "gptq, asymmetric, 2 bits, bf16": published(
+        GPTQ | {"bits": 2, "format": "gptq"}, lambda each: each.as_gptq(version=1, with_groups=True), bits=2,
+        symmetric=False, dtype=torch.bfloat16,
+    ),
+    "awq": published(AWQ, lambda each: each.as_awq(), symmetric=False),
+    "awq, no groups": published(AWQ | {"group_size": -1}, lambda each: each.as_awq(), size=None, symmetric=False),
+    "packed": published(packed_config(), lambda each: each.as_packed(), dtype=torch.bfloat16),
+    "packed, asymmetric": published(
+        packed_config(symmetric=False), lambda each: each.as_packed(), symmetric=False, dtype=torch.bfloat16
+    ),
+    "packed, by activation": published(
+        packed_config(actorder="group"), lambda each: each.as_packed(with_groups=True), is_mixed=True
+    ),
+    "packed, by rows, 8 bits": published(
+        packed_config(strategy="channel", group_size=None, num_bits=8), lambda each: each.as_packed(), bits=8, size=None
+    ),
+    "packed, by rows, 3 bits, asymmetric": published(
+        packed_config(num_bits=3, symmetric=False), lambda each: each.as_packed(), bits=3, symmetric=False
+    ),
+    "bytes": published(
+        packed_config("int-quantized", strategy="channel", group_size=None, num_bits=8), lambda each: each.as_bytes(),
+        bits=8, size=None, dtype=torch.bfloat16,
+    ),
+    "bytes, asymmetric": published(
+        packed_config("int-quantized", strategy="channel", group_size=None, num_bits=8, symmetric=False),
+        lambda each: each.as_bytes(), bits=8, size=None, symmetric=False, dtype=torch.float32,
+    ),
+}  # fmt: skip
+
+
+def publish(folder: Path, layout: Published) -> dict[str, Tensor]:
+    """Quantise a saved model but for what never is; return the tensors that it stands for."""
+    config, make = layout
+    stored, plain = dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in load_file(folder / WEIGHTS_NAME).items():
+        is_packed = tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", "gate.weight"))
+        if not is_packed:
+            stored[name] = plain[name] = tensor if "gate." in name else tensor.bfloat16()
+            continue
+        parts, plain[name] = make(tensor)
+        stored |= {name.removesuffix(".weight") + suffix: part for suffix, part in parts.items()}
+    save_file(stored, folder / WEIGHTS_NAME)
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**values, "quantization_config": config}))
+    return plain
+
+
+@pytest.fixture
+def model(saved: Callable[..., Path], tmp_path: Path) -> Path:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
+    return shutil.copytree(saved("qwen3-moe", **sizes), tmp_path / "model")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 7, 8, 32, 45])
+def test_numbers_follow_each_other_from_the_lowest_bits_on(bits: int, count: int) -> None:
+    numbers = torch.randint(1 << bits, (3, count), generator=torch.Generator().manual_seed(count))
+    words = in_words(numbers, bits)
+    assert torch.equal(unpack(words, bits, count), numbers.to(torch.uint8))
+    assert torch.equal(unpack(words.t().contiguous().t(), bits, count), numbers.to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_published_model_becomes_the_bf16_one(
+    model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole and out again; transformers, of the numbers that we unpack, is the judge of all else."""
+    monkeypatch.setattr(integers, "_ROWS", 24)
+    plain = publish(model, LAYOUTS[name])
+    imported = import_model(model, tmp_path / "run")
+    assert imported.failure is None and imported.judge == "transformers" and imported.not_compared is None
+    assert imported.tensors is not None and imported.tensors.used == imported.tensors.source == len(plain)
+    export_run(tmp_path / "run", tmp_path / "out")
+    exported = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    assert exported.keys() == plain.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in plain.items())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
+    for other in (tmp_path / "run", tmp_path / "out"):
+        found = verify_models(model, other)
+        assert found.failure is None and found.weights is not None and not found.weights.different
+
+
+def of_one(packing: Packing, parts: Mapping[str, Tensor]) -> Tensor:
+    """What a packing makes of one matrix."""
+    stored = {f"one{suffix}": part for suffix, part in parts.items()}
+    layout = {name: TensorLayout(part.dtype, tuple(part.shape)) for name, part in stored.items()}
+    (name, plain), *others = packing.plain_layout(layout, "here").items()
+    assert name == "one.weight" and not others
+    found = packing.read(name, None, layout, lambda name, index=None: stored[name])
+    assert found.dtype is plain.dtype is torch.bfloat16 and found.shape == plain.shape
+    assert torch.equal(packing.read(name, 1, layout, lambda name, index=None: stored[name]), found[1])
+    return found
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 64), (12, 96), (1030, 32)])
+def test_sizes_that_fill_no_words(rows: int, columns: int) -> None:
+    """Zeros of GPTQ lie along the rows, and so do compressed-tensors': the last word may not be full."""
+    groups = torch.arange(columns) // 32
+    for bits in (2, 3, 4, 8):
+        for symmetric in (True, False):
+            each = Integers(torch.ones(rows, columns), bits, groups, symmetric=symmetric, dtype=torch.float16)
+            due = each.standing_for()
+            for version in (1, 2):
+                config = GPTQ | {"bits": bits, "checkpoint_format": f"gptq_v{version}".replace("_v1", "")}
+                for with_groups in (True, False):
+                    parts = each.as_gptq(version=version, with_groups=with_groups)
+                    assert torch.equal(of_one(read_gptq(config, "here"), parts), due)
+            config = packed_config(num_bits=bits, group_size=32, symmetric=symmetric)
+            assert torch.equal(of_one(read_compressed(config, "here"), each.as_packed()), due)
+    if rows % 8 == 0:
+        assert torch.equal(of_one(read_awq(AWQ, "here"), each.as_awq()), due)
+
+
+def test_a_module_may_have_other_bits_and_groups_than_the_config_says() -> None:
+    """As gptqmodel's `dynamic` has it: the tensors tell."""
+    each = Integers(torch.ones(8, 64), 8, torch.arange(64) // 16, symmetric=True, dtype=torch.float16)
+    parts = each.as_gptq(version=1, with_groups=True)
+    assert torch.equal(of_one(read_gptq(GPTQ | {"dynamic": {"one": {"bits": 8}}}, "here"), parts), each.standing_for())
+
+
+@pytest.mark.parametrize("shape", [(1,), ()])
+def test_one_scale_for_a_matrix(shape: tuple[int, ...]) -> None:
+    each = Integers(torch.ones(8, 64), 8, torch.zeros(64).long(), symmetric=True, dtype=torch.bfloat16)
+    each.scales[:] = each.scales[0]
+    config = packed_config("int-quantized", strategy="tensor", group_size=None, num_bits=8)
+    parts = each.as_bytes() | {".weight_scale": each.scales[0].reshape(shape)}
+    assert torch.equal(of_one(read_compressed(config, "here"), parts), each.standing_for())
+    config["format"] = "pack-quantized"
+    parts = each.as_packed() | {".weight_scale": each.scales[0].reshape(shape)}
+    assert torch.equal(of_one(read_compressed(config, "here"), parts), each.standing_for())
+
+
+def test_groups_that_are_all_minus_one_say_nothing() -> None:
+    each = Integers(torch.ones(8, 64), 4, torch.arange(64) // 8, symmetric=True, dtype=torch.bfloat16)
+    parts = each.as_packed() | {".weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}
+    assert torch.equal(of_one(read_compressed(packed_config(), "here"), parts), each.standing_for())
+
+
+NAME = "model.layers.1.mlp.experts.3.down_proj"
+Tensors = dict[str, Tensor]
+
+
+def with_part(suffix: str, change: Callable[[Tensor], Tensor | None]) -> Callable[[Tensors], None]:
+    def apply(tensors: Tensors) -> None:
+        changed = change(tensors.pop(NAME + suffix))
+        if changed is not None:
+            tensors[NAME + suffix] = changed.contiguous()
+
+    return apply
+
+
+def without(suffix: str) -> Callable[[Tensors], None]:
+    return with_part(suffix, lambda part: None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        ("gptq", without(".qzeros"), rf"{NAME}: qweight is int32 \[8, 32\], scales is float16 \[8, 32\], g_idx"),
+        ("gptq", without(".scales"), r"qzeros is int32 \[8, 4\], g_idx is int32 \[64\]; int32 qweight"),
+        ("gptq", with_part(".scales", lambda part: part[:4]), r"scales is float16 \[4, 32\]"),
+        ("gptq", with_part(".scales", lambda part: part.int()), r"scales is int32 \[8, 32\]"),
+        ("gptq", with_part(".qzeros", lambda part: part[:, :2]), r"qzeros is int32 \[8, 2\]"),
+        ("gptq", with_part(".qweight", lambda part: part[:7]), r"qweight is int32 \[7, 32\]"),
+        ("gptq", with_part(".qweight", lambda part: part.flatten()), r"qweight is int32 \[256\]"),
+        ("gptq", with_part(".g_idx", lambda part: part[:0]), r"g_idx is int32 \[0\]"),
+        ("gptq", with_part(".g_idx", lambda part: part.long()), r"g_idx is int64 \[64\]"),
+        ("gptq", with_part(".g_idx", lambda part: part + 1), rf"{NAME} has columns of groups 1 to 8; .*, 0 to 7, are"),
+        ("gptq", with_part(".g_idx", lambda part: part - 1), r"has columns of groups -1 to 6"),
+        ("gptq", with_part(".qzeros", lambda part: part | 0xF), rf"{NAME} has a zero point written as 15, which some"),
+        ("gptq", with_part(".scales", lambda part: part * torch.inf), "holds numbers that are not finite"),
+        ("gptq", lambda tensors: tensors.update({f"{NAME}.weight": torch.ones(32, 64)}), rf"{NAME}: qweight is"),
+        ("gptq, groups of one size", with_part(".scales", lambda part: part[:5]), r"scales is float16 \[5, 32\]"),
+        ("awq", with_part(".qweight", lambda part: part[:, :3]), r"qweight is int32 \[64, 3\]"),
+        ("awq", with_part(".qweight", lambda part: part[:63]), r"qweight is int32 \[63, 4\]"),
+        ("awq", without(".qzeros"), r"qweight is int32 \[64, 4\], scales is float16 \[8, 32\]; int32 qweight \(K, N"),
+        ("packed", without(".weight_shape"), r"weight_packed is int32 \[32, 8\], weight_scale is bfloat16 \[32, 8\]; "),
+        ("packed", with_part(".weight_shape", lambda part: part * 2), r"weight_shape says \[64, 128\]; \[32, 64\], as"),
+        ("packed", with_part(".weight_shape", lambda part: part[:1]), r"weight_shape is int64 \[1\]"),
+        ("packed", with_part(".weight_scale", lambda part: part[:, :7]), r"weight_scale is bfloat16 \[32, 7\]"),
+        ("packed", with_part(".weight_scale", lambda part: part[:7]), r"weight_scale is bfloat16 \[7, 8\]"),
+        ("packed, asymmetric", without(".weight_zero_point"), r"weight_shape is int64 \[2\]; int32 weight_packed"),
+        (
+            "packed, asymmetric",
+            with_part(".weight_zero_point", lambda part: part[:3]),
+            r"weight_zero_point is int32 \[3, 8\]",
+        ),
+        (
+            "packed, by activation",
+            with_part(".weight_g_idx", lambda part: part[:3]),
+            r"weight_g_idx is int32 \[3\]; int32",
+        ),
+        ("bytes", without(".weight_scale"), r"weight is int8 \[32, 64\]; int8 weight \(N, K\)"),
+        ("bytes, asymmetric", without(".weight_zero_point"), r"weight is int8 \[32, 64\], weight_scale is float32"),
+        ("bytes", lambda tensors: tensors.update({f"{NAME}.weight_zero_point": torch.ones(32, 1)}), r"is float32 \[32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    model: Path, tmp_path: Path, layout: str, change: Callable[[Tensors], None], message: str
+) -> None:
+    publish(model, LAYOUTS[layout])
+    tensors = load_file(model / WEIGHTS_NAME)
+    change(tensors)
+    save_file(tensors, model / WEIGHTS_NAME)
+    with pytest.raises(ConversionError, match=message) as caught:
+        import_model(model, tmp_path / "deep" / "run")
+    assert str(caught.value).count(";") >= 2, caught.value
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPTQ | {"bits": 5}, "bits is 5; 2 or 3 or 4 or 8 is required"),
+        ({"quant_method": "gptq"}, "bits is None; 2 or 3"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; None or 'gptq' or 'gptq_v2' is"),
+        (GPTQ | {"format": "gptq_v2"}, "says checkpoint_format gptq and format gptq_v2, whose zero points differ by 1"),
+        (GPTQ | {"is_marlin_format": True}, "is_marlin_format is True"),
+        (GPTQ | {"rotation": "hadamard"}, "rotation is 'hadamard'; None is required"),
+        (GPTQ | {"pack_dtype": "int16"}, "pack_dtype is 'int16'"),
+        (GPTQ | {"sparse": 1}, "has keys that are not understood: sparse; "),
+        (AWQ | {"bits": 8}, "bits is 8; None or 4 is required"),
+        (AWQ | {"version": "gemv"}, "version is 'gemv'; None or 'gemm' or 'GEMM' is required"),
+        (AWQ | {"backend": "llm-awq"}, "backend is 'llm-awq'"),
+        (packed_config(num_bits=16), "weights: num_bits is 16; 2 or 3 or 4 or 5 or 6 or 7 or 8 is required"),
+        (packed_config(type="float"), "weights: type is 'float'; 'int' is required"),
+        (packed_config(strategy="block"), "strategy is 'block'; 'tensor' or 'channel' or 'group' is required"),
+        (packed_config(group_size=None), "weights: group_size is None; a number of columns"),
+        (packed_config(group_size=0), "weights: group_size is 0; a number of columns"),
+        (packed_config(dynamic=True), "weights: dynamic is True"),
+        (packed_config("int-quantized"), "weights: num_bits is 4; 8 is required"),
+        (packed_config("nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'; 'float-quantized' or 'pack-quant"),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused(model: Path, config: dict[str, Any], message: str) -> None:
+    values = json.loads((model / CONFIG_NAME).read_text())
+    (model / CONFIG_NAME).write_text(json.dumps({**values, "quantization_config": config}))
+    with pytest.raises(ConversionError, match=message) as caught:
+        open_model(model)
+    assert str(caught.value).count(";") >= 2, caught.value
+
+
+def test_two_kinds_of_groups_are_refused(model: Path) -> None:
+    config = packed_config()
+    other = json.loads(json.dumps(config["config_groups"]["group_0"]))
+    config["config_groups"]["group_1"] = other
+    publish(model, (config, LAYOUTS["packed"][1]))
+    with open_model(model) as opened:
+        assert opened.source.layout[f"{NAME}.weight"].shape == (32, 64)
+    other["weights"]["group_size"] = 16
+    values = json.loads((model / CONFIG_NAME).read_text())
+    (model / CONFIG_NAME).write_text(json.dumps({**values, "quantization_config": config}))
+    with pytest.raises(ConversionError, match="config_groups describes 2 kinds of scales; one, for all matrices"):
+        open_model(model)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "packed", "bytes"])
+def test_a_config_and_tensors_that_disagree_are_refused(model: Path, name: str) -> None:
+    plain = json.loads((model / CONFIG_NAME).read_text())
+    (model / CONFIG_NAME).write_text(json.dumps({**plain, "quantization_config": LAYOUTS[name][0]}))
+    with pytest.raises(ConversionError, match=r"is said to be quantised \(.*\) and holds no \w+ of int(32|8); both or"):
+        open_model(model)
