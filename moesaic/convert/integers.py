@@ -69,12 +69,15 @@ Parts = Mapping[str, TensorLayout]  # of one matrix, by what follows its name
 
 @dataclass(frozen=True)
 class IntegerMatrix:
-    """A matrix (N, K): values (N, K); zeros, the number or (N, G); scales (N, G); groups (K,): each column's."""
+    """A matrix (N, K): values (N, K); zeros, the number or (N, G); scales (N, G).
+
+    groups (K,): each column's; None where K / G columns that follow each other are one.
+    """
 
     values: Tensor
     zeros: Tensor | int
     scales: Tensor
-    groups: Tensor
+    groups: Tensor | None
 
     def dequantize(self) -> Tensor:
         """Return the bf16 nearest to (value - zero) * scale, (N, K), rounded from the fp32 product."""
@@ -82,10 +85,17 @@ class IntegerMatrix:
         out = torch.empty(rows, columns, dtype=torch.bfloat16)
         for start in range(0, rows, _ROWS):
             part = slice(start, min(start + _ROWS, rows))
-            zeros = self.zeros if isinstance(self.zeros, int) else self.zeros[part].float()[:, self.groups]
-            scales = self.scales[part].float()[:, self.groups]
-            out[part] = self.values[part].float().sub_(zeros).mul_(scales)
+            zeros = self.zeros if isinstance(self.zeros, int) else self._by_group(self.zeros[part])
+            numbers = self.values[part].float()
+            if self.groups is None and self.scales.shape[1]:
+                numbers = numbers.unflatten(1, (self.scales.shape[1], -1))
+            out[part] = numbers.sub_(zeros).mul_(self._by_group(self.scales[part])).flatten(1)
         return out
+
+    def _by_group(self, given: Tensor) -> Tensor:
+        """Return zeros or scales (R, G) in fp32 as they meet the values: (R, G, 1), or each column's, (R, K)."""
+        wide = given.float()
+        return wide[..., None] if self.groups is None else wide.index_select(1, self.groups)
 
 
 class _IntegerPacking(ABC):
@@ -204,7 +214,7 @@ class GptqPacking(_IntegerPacking):
             unpack(words.t(), bits, columns),
             zeros.t().to(torch.int16) + self.zero_offset,
             scales,
-            _groups(name, stored.get(".g_idx"), columns, num_groups),
+            _groups(name, stored.get(".g_idx"), num_groups),
         )
 
     def _bits_of(self, words: int, columns: int) -> int:
@@ -236,13 +246,8 @@ class AwqPacking(_IntegerPacking):
         return (rows, columns) if fits else None
 
     def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix:
-        scales = stored[".scales"].t()
-        columns = stored[".qweight"].shape[0]
         return IntegerMatrix(
-            _in_order(stored[".qweight"]).t(),
-            _in_order(stored[".qzeros"]).t(),
-            scales,
-            _groups(name, None, columns, scales.shape[1]),
+            _in_order(stored[".qweight"]).t(), _in_order(stored[".qzeros"]).t(), stored[".scales"].t(), None
         )
 
 
@@ -310,7 +315,7 @@ class PackedPacking(_IntegerPacking):
         given_groups = stored.get(".weight_g_idx")
         if given_groups is not None and bool((given_groups == -1).all()):  # a way to say nothing
             given_groups = None
-        groups = _groups(name, given_groups, columns, num_groups)
+        groups = _groups(name, given_groups, num_groups)
         return IntegerMatrix(unpack(words, self.bits, columns), zeros, scales, groups)
 
 
@@ -348,7 +353,7 @@ class BytesPacking(_IntegerPacking):
             values,
             0 if zeros is None else _spread(zeros, len(values)),
             scales,
-            _groups(name, None, values.shape[1], scales.shape[1]),
+            None,
         )
 
 
@@ -376,8 +381,9 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     They follow each other without gaps, so that one may lie in two words.
     """
     packed = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return packed[..., :count]
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:
+        return torch.stack([packed >> shift & mask for shift in range(0, 8, bits)], -1).flatten(-2)[..., :count]
     # Eight numbers are as many bytes as each has bits.
     padding = -packed.shape[-1] % bits
     if padding:
@@ -389,7 +395,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         number = packed[..., byte] >> shift
         if shift + bits > 8:
             number = number | (packed[..., byte + 1] << (8 - shift))
-        out[..., place] = number & ((1 << bits) - 1)
+        out[..., place] = number & mask
     return out.flatten(-2)[..., :count]
 
 
@@ -401,13 +407,16 @@ def _in_order(words: Tensor) -> Tensor:
     return out.flatten(-2)
 
 
-def _groups(name: str, given: Tensor | None, columns: int, num_groups: int) -> Tensor:
-    """Return each column's group: as given, or of groups of one size.
+def _groups(name: str, given: Tensor | None, num_groups: int) -> Tensor | None:
+    """Return each column's group, None where K / G columns that follow each other are one.
 
     Raises: ConversionError for one that has no scales.
     """
     if given is None:
-        return torch.arange(columns) // max(1, columns // max(1, num_groups))
+        return None
+    size = len(given) // num_groups if num_groups else 0
+    if size * num_groups == len(given) and torch.equal(given.long(), torch.arange(len(given)) // max(1, size)):
+        return None
     if len(given) and not 0 <= int(given.min()) <= int(given.max()) < num_groups:
         raise ConversionError(
             f"{name} has columns of groups {int(given.min())} to {int(given.max())}; those that have scales, 0 to "
