@@ -7,7 +7,7 @@ report/serving.py.
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -48,6 +48,8 @@ _NOT_UNDERSTOOD = (400, 422)
 
 # Told how many requests have ended, and of how many.
 Progress = Callable[[int, int], None]
+# Told what came of the requests that had ended when a run was interrupted, if any had.
+OnInterrupt = Callable[[ServingResult], None]
 
 
 def bench_serving(
@@ -59,10 +61,11 @@ def bench_serving(
     ttft_limit_seconds: float = 2.0,
     tpot_limit_seconds: float = 0.1,
     show: Progress = lambda ended, count: None,
+    on_interrupt: OnInterrupt = lambda result: None,
 ) -> ServingResult:
     """Send a workload to a server and return what came of it; num_warmup requests go before, uncounted.
 
-    Requests that fail are part of the result.
+    Requests that fail are part of the result. on_interrupt: called before KeyboardInterrupt goes on.
 
     Raises: ConfigError for a workload that cannot be, or a server that is not there or refuses such requests at all;
     DataError for a trace that cannot be read; InstallationError without httpx.
@@ -76,6 +79,7 @@ def bench_serving(
             ttft_limit_seconds=ttft_limit_seconds,
             tpot_limit_seconds=tpot_limit_seconds,
             show=show,
+            on_interrupt=on_interrupt,
         )
     )
 
@@ -89,6 +93,7 @@ async def drive(
     ttft_limit_seconds: float = 2.0,
     tpot_limit_seconds: float = 0.1,
     show: Progress = lambda ended, count: None,
+    on_interrupt: OnInterrupt = lambda result: None,
     transport: "httpx.AsyncBaseTransport | None" = None,
 ) -> ServingResult:
     """Do what bench_serving does, in a loop that runs already; transport: what carries requests, if not a network."""
@@ -105,18 +110,29 @@ async def drive(
         sender = await _prepare(client, workload, requests, endpoint)
         await _warm_up(sender, list(itertools.islice(itertools.cycle(requests), num_warmup)))
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        results = await _send_all(sender, requests, show)
-    how = {"warmup": num_warmup, "timeout_seconds": endpoint.timeout_seconds, "asked_with": str(sender.client.dialect)}
-    return ServingResult(
-        name=name or model.rstrip("/").rsplit("/", 1)[-1],  # without the folder or the owner
-        url=endpoint.shown,
-        model=model,
-        created=created,
-        workload={**describe(workload, requests), **how},
-        ttft_limit_seconds=ttft_limit_seconds,
-        tpot_limit_seconds=tpot_limit_seconds,
-        requests=results,
-    )
+        how = {
+            "warmup": num_warmup,
+            "timeout_seconds": endpoint.timeout_seconds,
+            "asked_with": str(sender.client.dialect),
+        }
+        ended: dict[int, RequestResult] = {}
+        result = ServingResult(
+            name=name or model.rstrip("/").rsplit("/", 1)[-1],  # without the folder or the owner
+            url=endpoint.shown,
+            model=model,
+            created=created,
+            workload={**describe(workload, requests), **how},
+            ttft_limit_seconds=ttft_limit_seconds,
+            tpot_limit_seconds=tpot_limit_seconds,
+            requests=(),
+        )
+        try:
+            await _send_all(sender, requests, ended, show)
+        except asyncio.CancelledError:
+            if ended:
+                on_interrupt(replace(result, requests=_in_order(ended), num_unended=len(requests) - len(ended)))
+            raise
+    return replace(result, requests=_in_order(ended))
 
 
 def _check_lengths(requests: Sequence[PlannedRequest], max_length: int | None, endpoint: Endpoint) -> None:
@@ -225,10 +241,15 @@ async def _warm_up(sender: _Sender, requests: Sequence[PlannedRequest]) -> None:
             group.create_task(sender.client.complete(request, prompt, due_seconds=0.0, begin=begin))
 
 
-async def _send_all(sender: _Sender, requests: Sequence[PlannedRequest], show: Progress) -> tuple[RequestResult, ...]:
-    """Send every request when it is due, or as others end, and return the results in the order of the requests."""
+def _in_order(results: Mapping[int, RequestResult]) -> tuple[RequestResult, ...]:
+    return tuple(results[index] for index in sorted(results))
+
+
+async def _send_all(
+    sender: _Sender, requests: Sequence[PlannedRequest], results: dict[int, RequestResult], show: Progress
+) -> None:
+    """Send every request when it is due, or as others end, and put what came of each among the results."""
     loop = asyncio.get_running_loop()
-    results: dict[int, RequestResult] = {}
     begin = loop.time()
 
     async def send(index: int, prompt: list[int] | str, due_seconds: float) -> None:
@@ -258,4 +279,3 @@ async def _send_all(sender: _Sender, requests: Sequence[PlannedRequest], show: P
         async with asyncio.TaskGroup() as group:
             for _ in range(min(concurrency, len(requests))):
                 group.create_task(send_as_others_end(waiting))
-    return tuple(results[index] for index in range(len(requests)))

@@ -184,12 +184,9 @@ def serve(
 
     Example: moesaic bench serve http://127.0.0.1:8000 --prompt-tokens 128-768 --output-tokens 64 --rate 2
     """
-    from dataclasses import asdict
-
     from moesaic.bench.serving import Endpoint, bench_serving
     from moesaic.bench.workload import Workload, parse_range
     from moesaic.logs import log_to_stderr
-    from moesaic.report.serving import write_serving
 
     log_to_stderr()
     workload = Workload(
@@ -217,16 +214,34 @@ def serve(
         from moesaic.report.drawing import check_figure_path
 
         check_figure_path(plot)
-    with shown_progress(kept="nothing was written") as show:
-        result = bench_serving(
-            Endpoint(url=url, model=model, api_key=key, timeout_seconds=timeout),
-            workload,
-            name=name,
-            num_warmup=warmup,
-            ttft_limit_seconds=ttft_limit,
-            tpot_limit_seconds=tpot_limit,
-            show=lambda ended, count: show(f"{ended} of {count} requests", ended / count),
-        )
+    interrupted: list[ServingResult] = []
+    try:
+        with shown_progress(kept="requests that had not ended are not counted") as show:
+            result = bench_serving(
+                Endpoint(url=url, model=model, api_key=key, timeout_seconds=timeout),
+                workload,
+                name=name,
+                num_warmup=warmup,
+                ttft_limit_seconds=ttft_limit,
+                tpot_limit_seconds=tpot_limit,
+                show=lambda ended, count: show(f"{ended} of {count} requests", ended / count),
+                on_interrupt=interrupted.append,
+            )
+    except typer.Exit:
+        for each in interrupted:
+            _report_serving(each, output=output, plot=plot, as_json=as_json)
+        raise
+    _report_serving(result, output=output, plot=plot, as_json=as_json)
+    if not result.completed:
+        raise typer.Exit(1)
+
+
+def _report_serving(result: "ServingResult", *, output: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Print a result, and write what can be written of it. Raises: DataError for what cannot."""
+    from dataclasses import asdict
+
+    from moesaic.report.serving import write_serving
+
     if as_json:
         values = asdict(result)
         del values["requests"]
@@ -248,8 +263,6 @@ def serve(
             unwritten.append(str(error))
     if unwritten:
         raise DataError("\n".join(unwritten))
-    if not result.completed:
-        raise typer.Exit(1)
 
 
 def _print_serving(result: "ServingResult") -> None:
@@ -282,6 +295,8 @@ def _print_serving(result: "ServingResult") -> None:
     grid.add_row(
         "requests", f"{summary.num_completed} of {summary.num_requests} completed in {summary.duration_seconds:.1f} s"
     )
+    if result.num_unended:
+        grid.add_row("interrupted", f"{counted(result.num_unended, 'request')} had not ended", style="red")
     for kind, count in summary.errors.items():
         message = next(each.message for each in result.requests if each.error == kind)
         grid.add_row("failed", f"{count} {kind}, the first: {message}", style="red")

@@ -134,7 +134,11 @@ class ServingSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingResult:
-    """A run against one server. name: what plots call it; workload: what was asked of it; created: ISO 8601, UTC."""
+    """A run against one server. name: what plots call it; workload: what was asked of it; created: ISO 8601, UTC.
+
+    num_unended: requests of the workload that had not ended, or not begun, when the run was interrupted; they are no
+    part of the result.
+    """
 
     name: str
     url: str
@@ -144,6 +148,7 @@ class ServingResult:
     ttft_limit_seconds: float
     tpot_limit_seconds: float
     requests: Sequence[RequestResult]
+    num_unended: int = 0
 
     @property
     def completed(self) -> list[RequestResult]:

@@ -343,6 +343,32 @@ def test_the_same_seed_asks_the_same(run: Run) -> None:
     assert first.requests == second.requests and first.summary() == second.summary()
 
 
+@pytest.mark.parametrize("times", [{"concurrency": 2}, {"rate": 1.0}])
+def test_what_had_ended_when_it_was_interrupted_is_told(
+    in_virtual_time: Callable[..., Any], times: dict[str, Any]
+) -> None:
+    workload = Workload(prompt_tokens=(5, 9), output_tokens=(3, 3), num_requests=12, **times)
+    told: list[ServingResult] = []
+    server = FakeServer(lambda number, body: steady(body, first=5.0))
+
+    async def interrupted(seconds: float) -> None:
+        driven = drive(
+            Endpoint(url="http://test"), workload, transport=httpx.MockTransport(server), on_interrupt=told.append
+        )
+        async with asyncio.timeout(seconds):  # cancels it, as asyncio.run does when it is interrupted
+            await driven
+
+    with pytest.raises(TimeoutError):
+        in_virtual_time(interrupted(12.0))
+    assert told == []  # after the trial and the warming up none had ended
+    with pytest.raises(TimeoutError):
+        in_virtual_time(interrupted(24.0))
+    (result,) = told
+    assert 0 < len(result.requests) < 12 and result.num_unended == 12 - len(result.requests)
+    assert result.completed == list(result.requests) and server.running == 0
+    assert ServingResult.from_json(json.loads(json.dumps(result.to_json()))).num_unended == result.num_unended
+
+
 def test_progress_is_told(in_virtual_time: Callable[..., Any]) -> None:
     told: list[tuple[int, int]] = []
     server = FakeServer(lambda number, body: steady(body))

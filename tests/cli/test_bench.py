@@ -132,6 +132,27 @@ def test_a_server_is_a_table_a_file_and_a_plot(cli: Any, served: list[dict[str, 
     assert (asked["workload"].rate, asked["endpoint"].api_key, asked["num_warmup"]) == (2.0, "secret", 2)
 
 
+def test_an_interrupted_run_keeps_what_had_ended(
+    cli: Any, served: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import moesaic.bench.serving
+    from moesaic.report.serving import read_serving
+
+    whole = moesaic.bench.serving.bench_serving
+
+    def interrupted(*given: Any, **options: Any) -> None:
+        options["on_interrupt"](replace(whole(*given, **options), num_unended=3))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moesaic.bench.serving.bench_serving", interrupted)
+    output, plot = tmp_path / "a.json", tmp_path / "a.png"
+    result = cli(*SERVE, "--rate", 2, "--output", output, "--plot", plot)
+    assert result.status == 130 and "Stopped; requests that had not ended are not counted." in result.err
+    assert "3 requests had not ended" in result.out and "1 of 2 completed" in result.out
+    assert read_serving(output).num_unended == 3 and plot.is_file()
+    assert json.loads(cli(*SERVE, "--rate", 2, "--json").out)["num_unended"] == 3
+
+
 def test_a_plot_is_kept_where_the_file_cannot_be(
     cli: Any, served: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
