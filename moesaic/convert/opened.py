@@ -62,7 +62,7 @@ def open_model(path: str | Path) -> OpenedModel:
         _check_size(config, source)
         pieces = pieces_of(config, rules)
         foreign = foreign_tensors(pieces)
-        left_out |= _tied_output(source, config, foreign)
+        left_out |= _tied_output(source, config, foreign) | _zero_biases(source, foreign)
         check_sources(foreign, source.layout, str(given), left_out=frozenset(left_out))
     except BaseException:
         source.__exit__()
@@ -117,6 +117,21 @@ def _check_size(config: ModelConfig, source: Source) -> None:
 def _layer(text: str, after: str) -> int:
     number = text.partition(after)[0]
     return int(number) if number.isdecimal() else -1
+
+
+def _zero_biases(source: Source, foreign: Mapping[str, list[Piece]]) -> dict[str, str]:
+    """Some tools give each matrix that they quantise a bias: fine where all of it is zero."""
+    if not isinstance(source, HuggingFaceFolder):
+        return {}
+    return {
+        name: "zeros that came with the quantised matrix"
+        for name in source.layout
+        if name.endswith(".bias")
+        and name not in foreign
+        and (matrix := name.removesuffix("bias") + "weight") in source.layout
+        and source.is_packed(matrix)
+        and not source.read(name).any()
+    }
 
 
 def _tied_output(source: Source, config: ModelConfig, foreign: Mapping[str, list[Piece]]) -> dict[str, str]:

@@ -90,9 +90,13 @@ class HuggingFaceFolder:
             raise
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        if self._packing is None or self._stored.get(name) == self.layout[name]:
+        if self._packing is None or not self.is_packed(name):
             return self._read_stored(name, index)
         return self._packing.read(name, index, self._stored, self._read_stored)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor is stored in another form than `read` returns."""
+        return self._stored.get(name) != self.layout[name]
 
     @property
     def has_partial_blocks(self) -> bool:

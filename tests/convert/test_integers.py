@@ -247,6 +247,30 @@ def test_a_published_model_becomes_the_bf16_one(
         assert found.failure is None and found.weights is not None and not found.weights.different
 
 
+def test_biases_of_zeros_are_left_out(model: Path, tmp_path: Path) -> None:
+    """As AutoGPTQ gave every matrix one before 2024, and Qwen's own files have them."""
+    plain = publish(model, LAYOUTS["gptq"])
+    tensors = load_file(model / WEIGHTS_NAME)
+    biases = {
+        name.removesuffix("qweight") + "bias": torch.zeros(part.shape[1], dtype=torch.float16)
+        for name, part in tensors.items()
+        if name.endswith(".qweight")
+    }
+    save_file(tensors | biases, model / WEIGHTS_NAME)
+    imported = import_model(model, tmp_path / "run")
+    assert imported.failure is None and imported.judge == "transformers" and imported.tensors is not None
+    assert imported.tensors.left_out == dict.fromkeys(biases, "zeros that came with the quantised matrix")
+    assert imported.tensors.used == len(plain)
+    biases[f"{NAME}.bias"][3] = 1e-7
+    save_file(tensors | biases, model / WEIGHTS_NAME)
+    with pytest.raises(ConversionError, match=rf"not used by any part 1: {NAME}.bias"):
+        open_model(model)
+    # Beside a matrix that is none of the tool's it is a mistake whatever it holds.
+    save_file(tensors | {"model.layers.0.mlp.gate.bias": torch.zeros(4)}, model / WEIGHTS_NAME)
+    with pytest.raises(ConversionError, match=r"not used by any part 1: model.layers.0.mlp.gate.bias"):
+        open_model(model)
+
+
 def of_one(packing: Packing, parts: Mapping[str, Tensor]) -> Tensor:
     """What a packing makes of one matrix."""
     stored = {f"one{suffix}": part for suffix, part in parts.items()}
