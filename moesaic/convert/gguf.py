@@ -88,6 +88,12 @@ class GgufFile:
                     f"{path} says that it is number {said[0]!r}, counted from 0, of {said[1]!r} parts, where number "
                     f"{number} of {len(names)} is required; parts of one model belong together; fetch it again."
                 )
+            other = [key for key, value in part.items() if self.metadata.get(key, value) != value]
+            if unlike := [key for key in other if not key.startswith("split.")]:
+                raise ConversionError(
+                    f"{path} says {unlike[0]} otherwise than {self.path.name}; parts of one model, which say the same "
+                    f"where they say it, are required; fetch them again."
+                )
         due = self.metadata.get("split.tensors.count", len(self._tensors))
         if len(names) > 1 and due != len(self._tensors):
             raise ConversionError(

@@ -305,7 +305,8 @@ def rewritten(
     """Write a GGUF file again with other metadata (None removes a key), and tensors more. split: how into parts."""
     reader = gguf.GGUFReader(source)
     values = {name: (field.contents(), field.types) for name, field in reader.fields.items() if name[:5] != "GGUF."}
-    architecture = changes.get("general.architecture", values.pop("general.architecture")[0])
+    given, _ = values.pop("general.architecture", (None, None))  # a later part has none
+    architecture = changes.get("general.architecture", given)
     writer = gguf.GGUFWriter(target, architecture, **split or {})
     for name, (value, types) in values.items():
         if name not in changes:
@@ -388,6 +389,22 @@ def test_parts_that_do_not_belong_together_are_refused(exported: Path, tmp_path:
         shutil.copy(folder / third.replace("m-", "more-"), folder / third)
 
     refused(other, "hold 31 tensors, where split.tensors.count is 30")
+
+    def as_the_first(**changes: Any) -> Callable[[Path], None]:
+        """The last part repeats what the first says, with changes."""
+
+        def change(folder: Path) -> None:
+            said = gguf.GGUFReader(whole / first).fields["llama.block_count"].contents()
+            values = {"llama.block_count": said, "split.no": 2, "split.count": 3, "split.tensors.count": 30}
+            rewritten(whole / third, folder / "new.gguf", **{"general.architecture": "llama", **values, **changes})
+            (folder / "new.gguf").replace(folder / third)
+
+        return change
+
+    refused(as_the_first(**{"llama.block_count": 7}), f"{third} says llama.block_count otherwise than {first}; parts")
+    as_the_first()(whole)
+    with GgufFile(whole / first) as source:
+        assert source.num_parts == 3
 
 
 ONES = np.ones(24, np.float32)
