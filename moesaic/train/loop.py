@@ -38,7 +38,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.router import Router
 from moesaic.moe.seeds import mix_seeds
 from moesaic.plan.cost import count_parameters, training_flops_per_token
-from moesaic.report.expert_load import ExpertWatch
+from moesaic.report.expert_load import WINDOW, ExpertWatch
 from moesaic.report.plots import write_plots
 from moesaic.report.quantities import short_number
 from moesaic.report.records import (
@@ -328,6 +328,9 @@ class Trainer:
             self._metrics = metrics
             if self.step:
                 self._event(f"resumed from step {self.step}")
+                # What they show is told already; the last records are kept one by one in any case.
+                for record in read_metrics(self.run_folder, most_records=WINDOW).train[-WINDOW:]:
+                    watch.update(record.moe)
             while self.step < config.total_steps and stop.name is None:
                 started = time.perf_counter()
                 result = self.train_step()

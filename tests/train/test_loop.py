@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,37 @@ def test_the_record_after_a_checkpoint_averages_the_same_steps_when_resumed(
     train(config, tmp_path / "resumed", resume=True, display=Display())
     assert [record.step for record in read_metrics(tmp_path / "resumed").train] == [1, 2, 4, 5, 7, 8, 12]
     assert_same_run(tmp_path / "resumed", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("killed_at", [10, 13])
+def test_a_resumed_run_tells_of_dead_and_hot_experts_when_the_unbroken_one_does(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    """Ten records in a row make one dead, those before the checkpoint too; who has been named is not named again."""
+    config = make_config("pr-moe", log_every_steps=1, steps=24)
+    make_record = Trainer._record
+
+    def record_of_one_expert(trainer: Trainer, *args: Any) -> TrainRecord:
+        record = make_record(trainer, *args)
+        assert record.moe is not None
+        even = tuple((1 / len(load),) * len(load) for load in record.moe.load)
+        one = tuple((1.0, *(0.0 for _ in load[1:])) for load in record.moe.load)
+        return replace(record, moe=replace(record.moe, load=even if record.step < 3 else one))
+
+    def die() -> None:
+        raise RuntimeError("killed")
+
+    def warnings(run_folder: Path) -> list[tuple[int, str]]:
+        events = read_metrics(run_folder).events
+        return [(event.step, event.message) for event in events if "resumed" not in event.message]
+
+    monkeypatch.setattr(Trainer, "_record", record_of_one_expert)
+    train(config, tmp_path / "unbroken", display=Display())
+    assert {step for step, _ in warnings(tmp_path / "unbroken")} == {12}
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "resumed", display=Display(killed_at, die))
+    train(config, tmp_path / "resumed", resume=True, display=Display())
+    assert warnings(tmp_path / "resumed") == warnings(tmp_path / "unbroken")
 
 
 def test_resuming_before_the_first_checkpoint_starts_over(make_config: MakeConfig, tmp_path: Path) -> None:
