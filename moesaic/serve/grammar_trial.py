@@ -89,7 +89,7 @@ def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> Any:
             made = xgrammar.Grammar.union(other, made)
     else:
         made = xgrammar.Grammar.from_json_schema('{"type": "object"}' if kind == "json_object" else text, **options)
-    written = _with_whole_escapes(_with_names_apart(_without_surrogates(str(made))))
+    written = _with_whole_escapes(_with_names_apart(_with_small_exponents(_without_surrogates(str(made)))))
     return compiler.compile_grammar(xgrammar.Grammar.from_ebnf(written))
 
 
@@ -101,6 +101,11 @@ def _without_surrogates(grammar: str) -> str:
     pair = f'("u" [Dd] [89ABab] {digit} {digit} "\\\\u" [Dd] [CDEFcdef] {digit} {digit})'
     short = ' ::= (([\\"\\\\/bfnrt]) | '
     return grammar.replace(f"{short}{any_four})", f"{short}{others} | {pair})")
+
+
+def _with_small_exponents(grammar: str) -> str:
+    """Return a grammar of schemas whose numbers have two digits of exponent at most: no float holds 1e999."""
+    return re.sub(r"(\(\[eE\] \w+ \w+)\{1, -1\}", r"\1{1, 2}", grammar)
 
 
 def _with_whole_escapes(grammar: str) -> str:

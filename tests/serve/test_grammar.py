@@ -136,6 +136,17 @@ def test_strings_of_calls_have_no_half_of_a_character(compiler: GrammarCompiler,
         assert isinstance(ToolCallReader().take(text, is_last=True)[0], ToolCall) == is_whole
 
 
+def test_numbers_of_calls_are_finite(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    """Others the reader of calls would take for no call."""
+    function = {"type": "object", "properties": {"x": {"type": "number"}, "y": {}}}
+    grammar = compiler.compile(calls_grammar({"f": function}, is_single=True))
+    for number, is_finite in (("1e999", False), ("-2.5e-99", True)):
+        for name in "xy":
+            text = f'<tool_call>\n{{"name": "f", "arguments": {{"{name}":{number}}}}}\n</tool_call>'
+            assert can_be(grammar, tokenizer, text) == is_finite
+            assert isinstance(ToolCallReader().take(text, is_last=True)[0], ToolCall) == is_finite
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_text_of_calls_or_of_something_else_is_one_of_both(
     compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int
@@ -367,6 +378,9 @@ KEPT = [
     (STRING, '"\\u0041"', '"\\udc00\\ud83d"'),
     ({"type": "object"}, '{"a\\u00e9":["\\ud83d\\ude00"]}', '{"a":["\\ud83d\\u0041"]}'),
     ({**A}, '{"ab\\ud83d\\ude00":1}', '{"ab\\ud83d":1}'),
+    # No number that no float holds.
+    ({"type": "number"}, "-1.5e+99", "1e999"),
+    ({"type": "object"}, '{"a":[1E-10,1e05]}', '{"a":[1e100]}'),
     # What a $ref leads to is meant as any other schema is, wherever it stands.
     (
         {"properties": {"a": {"$ref": "#/parts/address"}}, "parts": {"address": {**STRING, "format": "ipv4"}}},
