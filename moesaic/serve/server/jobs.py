@@ -251,7 +251,7 @@ def _check_length(served: Served, prompt: Sequence[int], *, param: str, has_answ
     limit = min(served.config.max_prompt_tokens or room, room)
     if len(prompt) > limit:
         raise refusal(
-            f"{param} has {len(prompt)} tokens; at most {limit} are taken; shorten it.",
+            f"{param} has {len(prompt)} tokens; at most {limit} are taken{_context_length(served)}; shorten it.",
             param=param,
             code="context_length_exceeded",
         )
@@ -263,7 +263,13 @@ def _check_room(served: Served, asked: int | None, prompt_tokens: int, *, param:
     if asked is not None and asked > room:
         raise refusal(
             f"{param} is {asked}; behind a prompt of {prompt_tokens} tokens at most {room} fit into the "
-            f"{served.max_length} positions of a text here; lower it, leave it out, or shorten the prompt.",
+            f"{served.max_length} positions of a text here; lower it, leave it out, or shorten the prompt"
+            f"{_context_length(served)}.",
             param=param,
             code="context_length_exceeded",
         )
+
+
+def _context_length(served: Served) -> str:
+    """Return OpenAI's words for what is too long: LiteLLM, and what stands on it, knows the error by nothing else."""
+    return f" (this model's maximum context length is {served.max_length} tokens)"

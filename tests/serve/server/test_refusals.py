@@ -47,6 +47,14 @@ def test_what_fits_is_made_and_a_default_is_what_fits(real: Live, values: dict[s
     assert answer["usage"]["completion_tokens"] == 10 and answer["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("body", [{"prompt": [1] * 160}, {"prompt": [1] * 150, "max_tokens": 11}])
+def test_what_is_too_long_is_told_in_words_that_clients_know(real: Live, body: dict[str, Any]) -> None:
+    """LiteLLM tells this error, on which its users shorten what they send, from others by these words alone."""
+    error = httpx.post(f"{real.url}{COMPLETION}", json=body, timeout=60).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "this model's maximum context length is 160 tokens" in error["message"]
+
+
 F = {"type": "function", "function": {"name": "f"}}
 
 
