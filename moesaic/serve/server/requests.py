@@ -44,6 +44,7 @@ MAX_EMBEDDED_TEXTS = 2048
 # What OpenAI's completions take where nothing is said.
 _DEFAULT_COMPLETION_TOKENS = 16
 NO_VERBOSITY = "the models here know no such setting"
+NO_MODERATION = "nothing is moderated here"
 
 
 def _check_prompt(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
@@ -521,7 +522,7 @@ class ChatBody(ConversationBody):
     tool_form = ToolForm(is_nested=True)
     harmless = (
         "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention",
-        "safety_identifier", "prediction",
+        "prompt_cache_options", "safety_identifier", "prediction",
     )  # fmt: skip
     unsupported: ClassVar[dict[str, str]] = {
         **GRAMMAR_KEYS,
@@ -533,6 +534,7 @@ class ChatBody(ConversationBody):
         "modalities": "only text is made here",
         "functions": "it is the old form of tools",
         "function_call": "it is the old form of tool_choice",
+        "moderation": NO_MODERATION,
         "verbosity": NO_VERBOSITY,
         "web_search_options": "nothing is searched here",
     }

@@ -15,6 +15,7 @@ from moesaic.serve.server.answers import Choice, Usage
 from moesaic.serve.server.errors import refusal
 from moesaic.serve.server.requests import (
     GRAMMAR_KEYS,
+    NO_MODERATION,
     NO_VERBOSITY,
     Body,
     ConversationBody,
@@ -137,6 +138,7 @@ class ResponsesBody(ConversationBody):
         "logprobs": f'it is a chat\'s key; `include: ["{_LOGPROBS}"]` asks a response for them',
         "response_format": "it is a chat's key; a response's is `text.format`",
         "reasoning_effort": "it is a chat's key; a response's is `reasoning.effort`",
+        "moderation": NO_MODERATION,
         "verbosity": NO_VERBOSITY,
     }
     idle_values: ClassVar[dict[str, tuple[Any, ...]]] = {

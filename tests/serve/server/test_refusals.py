@@ -276,6 +276,7 @@ def test_tools_that_the_template_does_not_show_are_refused(fake: FakeEngine, cha
         (COMPLETION, {"prompt": "x", "chat_template_kwargs": {}}, "chat_template_kwargs", "it is a chat's key"),
         (COMPLETION, {"prompt": "x", "reasoning_effort": "low"}, "reasoning_effort", "it is a chat's key"),
         (CHAT, {"messages": USER, "modalities": ["audio"]}, "modalities", "only text"),
+        (CHAT, {"messages": USER, "moderation": {"model": "m"}}, "moderation", "nothing is moderated"),
         (CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format", "without a schema"),
         (CHAT, {"messages": USER, "response_format": {"type": "json_object"}, "grammar": {"kind": "json_object"}},
          "grammar", "both given"),
@@ -388,7 +389,8 @@ def test_what_means_nothing_is_accepted(real: Live) -> None:
         "response_format": {"type": "text"}, "tool_choice": "auto", "stream": False, "n": None,
         "add_generation_prompt": True, "continue_final_message": False, "guided_json": None, "documents": None,
         "nobody_knows": None, "top_k": -1, "logprobs": False, "top_logprobs": 0, "verbosity": "medium", "echo": False,
-        "best_of": 1, "add_special_tokens": False, **VLLM_DEFAULTS,
+        "best_of": 1, "add_special_tokens": False, "prompt_cache_options": {"mode": "implicit"},
+        **VLLM_DEFAULTS,
     }  # fmt: skip
     response = httpx.post(f"{real.url}{CHAT}", json={"messages": USER, "max_tokens": 2, **extra})
     assert response.status_code == 200, response.text
