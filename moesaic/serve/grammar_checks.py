@@ -86,6 +86,8 @@ _FORMATS = {
 }
 # Of what is kept, those that nothing empty has: pydantic writes a minLength of 1 beside uri.
 _NEVER_EMPTY = frozenset({*_FORMATS, "email", "uri", "uuid", "duration"})
+# All that xgrammar 0.2.9 knows; what it does not know says nothing, beside a length either.
+_KNOWN_FORMATS = _NEVER_EMPTY | {"uri-reference", "uri-template", "json-pointer", "relative-json-pointer"}
 _MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _SCHEMAS = frozenset(
     {"items", "additionalItems", "prefixItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems",
@@ -256,6 +258,8 @@ def _unkept(schema: dict[str, Any]) -> list[str]:
     found += filter(None, (_read_otherwise(str(pattern), is_regex=True) for pattern in patterns))
     if "pattern" in schema and schema.keys() & {*_LENGTHS}:
         found.append("pattern together with a length")
+    elif isinstance(kept := schema.get("format"), str) and kept in _KNOWN_FORMATS and schema.keys() & {*_LENGTHS}:
+        found.append(f"format {kept} together with a length")
     if any(_BREAKS_A_STRING.search(_ESCAPE_OR_CLASS.sub(r"\1", str(pattern))) for pattern in patterns):
         found.append("a pattern with a quotation mark or a backslash")
     return found

@@ -612,6 +612,11 @@ def nested(depth: int) -> str:
             "uses 9223372036854775808, an integer of more than 64 bits at its top",
         ),
         ("json_schema", '{"allOf": [{}, {}]}', "allOf of several"),
+        (
+            "json_schema",
+            '{"properties": {"at": {"type": "string", "format": "uri", "minLength": 1, "maxLength": 2083}}}',
+            "uses format uri together with a length at /properties/at",
+        ),
         ("json_schema", '{"type": "string", "pattern": "a", "maxLength": 2}', "pattern together with a length"),
         ("json_schema", '{"type": "string", "pattern": "^ab[c]*$", "maxLength": 1}', "pattern together with a length"),
         ("json_schema", '{"type": "string", "pattern": "^a*$", "minLength": "1"}', "pattern together with a length"),
