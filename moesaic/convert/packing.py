@@ -48,8 +48,10 @@ def check_known(given: Mapping[str, Any], known: Known, where: str) -> None:
             f"what changes nothing."
         )
     for key, allowed in known.items():
-        if allowed is not None and given.get(key) not in allowed:
+        value = given.get(key)
+        # 4.0 is equal to 4, and 0 to False, and nobody writes either.
+        if allowed is not None and not any(type(value) is type(each) and value == each for each in allowed):
             raise ConversionError(
-                f"{where}: {key} is {given.get(key)!r}; {' or '.join(map(repr, allowed))} is required; take the model "
-                f"as it was before it was quantised, or dequantise it with the tool that made it."
+                f"{where}: {key} is {value!r}; {' or '.join(map(repr, allowed))} is required; take the model as it was "
+                f"before it was quantised, or dequantise it with the tool that made it."
             )

@@ -403,6 +403,7 @@ def test_what_does_not_fit_is_refused(
     ("config", "message"),
     [
         (GPTQ | {"bits": 5}, "bits is 5; 2 or 3 or 4 or 8 is required"),
+        (GPTQ | {"bits": 4.0}, "bits is 4.0; 2 or 3 or 4 or 8 is required"),
         ({"quant_method": "gptq"}, "bits is None; 2 or 3"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; None or 'gptq' or 'gptq_v2' is"),
         (GPTQ | {"format": "gptq_v2"}, "says checkpoint_format gptq and format gptq_v2, whose zero points differ by 1"),
@@ -414,6 +415,8 @@ def test_what_does_not_fit_is_refused(
         (AWQ | {"version": "gemv"}, "version is 'gemv'; None or 'gemm' or 'GEMM' is required"),
         (AWQ | {"backend": "llm-awq"}, "backend is 'llm-awq'"),
         (packed_config(num_bits=16), "weights: num_bits is 16; 2 or 3 or 4 or 5 or 6 or 7 or 8 is required"),
+        (packed_config(num_bits=4.0), "weights: num_bits is 4.0; 2 or 3 or 4"),
+        (packed_config(symmetric=0), "weights: symmetric is 0; None or True or False is required"),
         (packed_config(type="float"), "weights: type is 'float'; 'int' is required"),
         (packed_config(strategy="block"), "strategy is 'block'; 'tensor' or 'channel' or 'group' is required"),
         (packed_config(group_size=None), "weights: group_size is None; a number of columns"),
