@@ -175,7 +175,7 @@ class GptqPacking(_IntegerPacking):
     others = (".qzeros", ".scales", ".g_idx")
     required = (
         "int32 qweight (K bits / 32, N) and qzeros (G, N bits / 32), scales (G, N) in fp32, bf16 or fp16, and int32 "
-        "g_idx (K), or groups of one size, are required"
+        "g_idx (K), or groups of one size, are required, K being at least 32"
     )
 
     def _shape(self, parts: Parts) -> tuple[int, int] | None:
@@ -189,8 +189,10 @@ class GptqPacking(_IntegerPacking):
         else:
             columns = words * _WORD_BITS // self.bits
         bits = self._bits_of(words, columns)
+        # Of fewer columns, a word holds numbers of more than one number of bits.
         fits = (
             bits in _GPTQ_BITS
+            and columns >= _WORD_BITS
             and words == -(-columns * bits // _WORD_BITS)
             and rows == wide
             and parts[".qzeros"].shape == (groups, -(-rows * bits // _WORD_BITS))

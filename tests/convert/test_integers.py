@@ -309,6 +309,14 @@ def test_a_module_may_have_other_bits_and_groups_than_the_config_says() -> None:
     assert torch.equal(of_one(read_gptq(GPTQ | {"dynamic": {"one": {"bits": 8}}}, "here"), parts), each.standing_for())
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_words_that_numbers_of_other_bits_would_fill_are_refused(bits: int) -> None:
+    """No tool quantises so few columns; of a word of them more bits would be read than each has."""
+    each = Integers(torch.ones(8, 8), bits, torch.zeros(8).long(), symmetric=True, dtype=torch.float16)
+    with pytest.raises(ConversionError, match=r"g_idx is int32 \[8\]; .* K being at least 32"):
+        of_one(read_gptq(GPTQ | {"bits": bits}, "here"), each.as_gptq(version=1, with_groups=True))
+
+
 @pytest.mark.parametrize("shape", [(1,), ()])
 def test_one_scale_for_a_matrix(shape: tuple[int, ...]) -> None:
     each = Integers(torch.ones(8, 64), 8, torch.zeros(64).long(), symmetric=True, dtype=torch.bfloat16)
