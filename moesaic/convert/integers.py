@@ -33,8 +33,16 @@ _OF_MAKING: Known = dict.fromkeys(
         "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id", "lm_head",
         "cache_block_outputs", "max_input_length", "use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config",
         "dynamic", "offload_to_disk", "hyb_act", "v2", "zero_point", "do_fuse", "modules_to_fuse", "fuse_max_seq_len",
+        # What AutoRound says beside these, whose files in these formats are Intel's.
+        "act_bits", "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "autoround_version",
+        "data_type", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "iters", "lr",
+        "gradient_accumulate_steps", "low_gpu_mem_usage", "minmax_lr", "nsamples", "provider", "quant_block_list",
+        "scale_dtype", "seqlen", "supported_types", "to_quant_block_names", "static_kv_granularity",
+        "static_attention_granularity",
     ),
     _ANY,
+) | dict.fromkeys(
+    ("super_bits", "super_group_size", "static_kv_dtype", "static_attention_dtype", "rotation_configs"), (None,)
 )  # fmt: skip
 _LAYOUT = (None, "gptq", "gptq_v2")
 _GPTQ_KEYS: Known = {

@@ -60,6 +60,17 @@ PACKED: dict[str, Any] = {
 }  # fmt: skip
 
 
+# As Intel/Qwen3-14B-int4-AutoRound-gptq-inc has it.
+AUTOROUND: dict[str, Any] = {
+    "act_bits": 16, "act_data_type": "int", "act_dynamic": True, "act_group_size": 128, "act_sym": True, "amp": True,
+    "autoround_version": "0.5.1", "batch_size": 8, "bits": 4, "damp_percent": 0.01, "data_type": "int",
+    "desc_act": False, "enable_minmax_tuning": True, "enable_norm_bias_tuning": False, "enable_quanted_input": True,
+    "gradient_accumulate_steps": 1, "group_size": 128, "iters": 1000, "low_gpu_mem_usage": True, "lr": 0.001,
+    "minmax_lr": 0.001, "nsamples": 512, "quant_method": "gptq", "scale_dtype": "torch.float16", "seqlen": 2048,
+    "super_bits": None, "super_group_size": None, "sym": True, "to_quant_block_names": None, "true_sequential": False,
+}  # fmt: skip
+
+
 def packed_config(layout: str = "pack-quantized", **values: object) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(json.dumps(PACKED))
     config["format"] = config["config_groups"]["group_0"]["format"] = layout
@@ -300,6 +311,17 @@ def test_sizes_that_fill_no_words(rows: int, columns: int) -> None:
             assert torch.equal(of_one(read_compressed(config, "here"), each.as_packed()), due)
     if rows % 8 == 0:
         assert torch.equal(of_one(read_awq(AWQ, "here"), each.as_awq()), due)
+
+
+def test_what_autoround_says_of_its_making_changes_nothing() -> None:
+    each = Integers(torch.ones(8, 64), 4, torch.arange(64) // 16, symmetric=True, dtype=torch.float16)
+    parts = each.as_gptq(version=1, with_groups=True)
+    assert torch.equal(of_one(read_gptq(AUTOROUND, "here"), parts), each.standing_for())
+    config = AUTOROUND | {"quant_method": "awq", "version": "gemm", "zero_point": False, "provider": "auto-round"}
+    assert torch.equal(of_one(read_awq(config, "here"), each.as_awq()), each.standing_for())
+    for key in ("static_kv_dtype", "rotation_configs", "super_bits"):
+        with pytest.raises(ConversionError, match=rf"{key} is 'x'; None is required"):
+            read_gptq(AUTOROUND | {key: "x"}, "here")
 
 
 def test_a_module_may_have_other_bits_and_groups_than_the_config_says() -> None:
