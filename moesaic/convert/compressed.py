@@ -12,7 +12,7 @@ _FORMATS = ("float-quantized", "pack-quantized", "int-quantized")
 _KEYS: Known = {
     "quant_method": None,
     "format": _FORMATS,
-    "quantization_status": (None, "compressed"),
+    "quantization_status": (None, "compressed", "frozen"),  # older files say the latter, and are compressed too
     "config_groups": None,
     "ignore": None,
     "kv_cache_scheme": (None,),
@@ -20,6 +20,8 @@ _KEYS: Known = {
     "transform_config": (None, {}),
     "global_compression_ratio": None,
     "version": None,
+    "provider": None,
+    "moe_sparsity_config": (None,),
 }
 _OF_WEIGHTS: Known = {
     "dynamic": (None, False),

@@ -339,6 +339,17 @@ def test_words_that_numbers_of_other_bits_would_fill_are_refused(bits: int) -> N
         of_one(read_gptq(GPTQ | {"bits": bits}, "here"), each.as_gptq(version=1, with_groups=True))
 
 
+@pytest.mark.parametrize("said", [{"quantization_status": "frozen"}, {"provider": "auto-round"}])
+def test_what_compressed_tensors_says_of_its_making_changes_nothing(said: dict[str, Any]) -> None:
+    assert read_compressed(packed_config() | said, "here") == read_compressed(packed_config(), "here")
+    with pytest.raises(
+        ConversionError, match="quantization_status is 'decompressed'; None or 'compressed' or 'frozen'"
+    ):
+        read_compressed(packed_config() | {"quantization_status": "decompressed"}, "here")
+    with pytest.raises(ConversionError, match=r"moe_sparsity_config is \{'method': 'prune'\}; None is required"):
+        read_compressed(packed_config() | {"moe_sparsity_config": {"method": "prune"}}, "here")
+
+
 @pytest.mark.parametrize("shape", [(1,), ()])
 def test_one_scale_for_a_matrix(shape: tuple[int, ...]) -> None:
     each = Integers(torch.ones(8, 64), 8, torch.zeros(64).long(), symmetric=True, dtype=torch.bfloat16)
