@@ -8,7 +8,7 @@ from moesaic.convert.integers import BytesPacking, PackedPacking
 from moesaic.convert.packing import Known, Packing, check_known
 from moesaic.errors import ConversionError
 
-_FORMATS = ("float-quantized", "pack-quantized", "int-quantized")
+_FORMATS = ("float-quantized", "pack-quantized", "int-quantized", "naive-quantized")
 _KEYS: Known = {
     "quant_method": None,
     "format": _FORMATS,
@@ -72,6 +72,8 @@ def read_compressed(given: Mapping[str, Any], where: str) -> Packing:
 def _packing_of(group: object, layout: str, where: str) -> Packing:
     weights = group.get("weights") if isinstance(group, dict) else None
     weights = weights if isinstance(weights, dict) else {}
+    if layout == "naive-quantized":  # a number each, of either kind
+        layout = "float-quantized" if weights.get("type") == "float" else "int-quantized"
     if layout == "float-quantized":
         check_known(weights, _FLOAT_KEYS, f"{where}.weights")
         if weights["strategy"] == "block":

@@ -33,7 +33,7 @@ _OF_MAKING: Known = dict.fromkeys(
         "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id", "lm_head",
         "cache_block_outputs", "max_input_length", "use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config",
         "dynamic", "offload_to_disk", "hyb_act", "v2", "zero_point", "do_fuse", "modules_to_fuse", "fuse_max_seq_len",
-        # What AutoRound says beside these, whose files in these formats are Intel's.
+        # What AutoRound says beside these.
         "act_bits", "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "autoround_version",
         "data_type", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "iters", "lr",
         "gradient_accumulate_steps", "low_gpu_mem_usage", "minmax_lr", "nsamples", "provider", "quant_block_list",
@@ -55,6 +55,15 @@ _GPTQ_KEYS: Known = {
     "pack_dtype": (None, "int32"),
     "rotation": (None,),
     "adapter": (None, {}),
+}
+# What AutoRound calls the layouts of these formats: the second version of GPTQ's in the last two.
+_AUTO_ROUND_AWQ, _AUTO_ROUND_GPTQ = "auto_round:auto_awq", "auto_round:auto_gptq"
+_AUTO_ROUND_KEYS: Known = {
+    **_OF_MAKING,
+    "packing_format": (_AUTO_ROUND_AWQ, _AUTO_ROUND_GPTQ, "auto_round:gptqmodel", "auto_round"),
+    "bits": _GPTQ_BITS,
+    "data_type": (None, "int"),
+    "extra_config": _ANY,
 }
 _GEMM = (None, "gemm", "GEMM")
 _AWQ_KEYS: Known = {
@@ -154,10 +163,10 @@ class _IntegerPacking(ABC):
         Raises: ConversionError for numbers that no matrix has.
         """
         name = name.removesuffix(".weight")
-        stored = {
-            suffix: read(name + suffix) for suffix in (self.suffix, *self.others) if name + suffix in layout
-        }  # fmt: skip
-        matrix = self._matrix(name, stored).dequantize()
+        parts = {suffix: layout[name + suffix] for suffix in (self.suffix, *self.others) if name + suffix in layout}
+        shape = self._shape(parts)
+        assert shape is not None  # plain_layout has refused others
+        matrix = self._matrix(name, {suffix: read(name + suffix) for suffix in parts}, shape).dequantize()
         return matrix if index is None else matrix[index]
 
     @abstractmethod
@@ -165,15 +174,17 @@ class _IntegerPacking(ABC):
         """Return (N, K) of the matrix that parts make, None where they make none."""
 
     @abstractmethod
-    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix: ...
+    def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
+        """Return the matrix of a shape that stored parts make. Raises: ConversionError for numbers that none has."""
 
 
 @dataclass(frozen=True)
 class GptqPacking(_IntegerPacking):
     """Of the transposed matrix, words along K: qweight (K bits / 32, N), qzeros (G, N bits / 32), scales (G, N).
 
-    g_idx (K,) names each column's group; without it groups are columns that follow each other. zero_offset: what is
-    added to a zero as it is written, 1 in the first version of the format.
+    g_idx (K,) names each column's group; without it groups are columns that follow each other. bits: of most matrices;
+    what others have, qzeros tell. zero_offset: what is added to a zero as it is written, 1 in the first version of the
+    format.
     """
 
     bits: int
@@ -183,24 +194,24 @@ class GptqPacking(_IntegerPacking):
     others = (".qzeros", ".scales", ".g_idx")
     required = (
         "int32 qweight (K bits / 32, N) and qzeros (G, N bits / 32), scales (G, N) in fp32, bf16 or fp16, and int32 "
-        "g_idx (K), or groups of one size, are required, K being at least 32"
+        "g_idx (K), or groups of one size, are required"
     )
 
     def _shape(self, parts: Parts) -> tuple[int, int] | None:
         if not _are(parts, {".qweight": 2, ".qzeros": 2}, (torch.int32,)) or not _are_scales(parts, ".scales"):
             return None
         (words, rows), (groups, wide) = parts[".qweight"].shape, parts[".scales"].shape
+        bits = self._bits_of(rows, parts[".qzeros"].shape[1])
+        if bits not in _GPTQ_BITS:
+            return None
         if ".g_idx" in parts:
             if not _are(parts, {".g_idx": 1}, (torch.int32,)):
                 return None
             columns = parts[".g_idx"].shape[0]
         else:
-            columns = words * _WORD_BITS // self.bits
-        bits = self._bits_of(words, columns)
-        # Of fewer columns, a word holds numbers of more than one number of bits.
+            columns = words * _WORD_BITS // bits
         fits = (
-            bits in _GPTQ_BITS
-            and columns >= _WORD_BITS
+            columns > 0
             and words == -(-columns * bits // _WORD_BITS)
             and rows == wide
             and parts[".qzeros"].shape == (groups, -(-rows * bits // _WORD_BITS))
@@ -208,11 +219,9 @@ class GptqPacking(_IntegerPacking):
         )
         return (rows, columns) if fits else None
 
-    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix:
-        words, scales = stored[".qweight"], stored[".scales"].t()
-        rows, num_groups = scales.shape
-        columns = len(stored[".g_idx"]) if ".g_idx" in stored else words.shape[0] * _WORD_BITS // self.bits
-        bits = self._bits_of(words.shape[0], columns)
+    def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
+        rows, columns = shape
+        bits = self._bits_of(rows, stored[".qzeros"].shape[1])
         zeros = unpack(stored[".qzeros"], bits, rows)
         if self.zero_offset and bool((zeros == (1 << bits) - 1).any()):
             raise ConversionError(
@@ -221,15 +230,15 @@ class GptqPacking(_IntegerPacking):
                 f"required; take it in another format, or as it was before it was quantised."
             )
         return IntegerMatrix(
-            unpack(words.t(), bits, columns),
+            unpack(stored[".qweight"].t(), bits, columns),
             zeros.t().to(torch.int16) + self.zero_offset,
-            scales,
-            _groups(name, stored.get(".g_idx"), num_groups),
+            stored[".scales"].t(),
+            _groups(name, stored.get(".g_idx"), len(stored[".scales"])),
         )
 
-    def _bits_of(self, words: int, columns: int) -> int:
-        """Return the bits of a matrix: modules may have others than the config says."""
-        return words * _WORD_BITS // columns if columns else 0
+    def _bits_of(self, rows: int, words: int) -> int:
+        """Return the bits of a matrix whose zeros take so many words, which tell where there are 32 of them or more."""
+        return self.bits if rows < _WORD_BITS else words * _WORD_BITS // rows
 
 
 class AwqPacking(_IntegerPacking):
@@ -255,7 +264,7 @@ class AwqPacking(_IntegerPacking):
         )
         return (rows, columns) if fits else None
 
-    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix:
+    def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
         return IntegerMatrix(
             _in_order(stored[".qweight"]).t(), _in_order(stored[".qzeros"]).t(), stored[".scales"].t(), None
         )
@@ -307,26 +316,22 @@ class PackedPacking(_IntegerPacking):
         )
         return (rows, columns) if fits else None
 
-    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix:
-        words = stored[".weight_packed"]
-        rows = words.shape[0]
-        scales = _spread(stored[".weight_scale"], rows)
-        num_groups = scales.shape[1]
-        columns = words.shape[1] * _WORD_BITS // self.bits
-        columns = columns if self.group_size is None else num_groups * self.group_size
+    def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
+        rows, columns = shape
         given = stored[".weight_shape"].tolist()
         if given != [rows, columns]:
             raise ConversionError(
                 f"{name}.weight_shape says {given}; {[rows, columns]}, as the other parts of the matrix have it, is "
                 f"required; fetch the file again."
             )
+        scales = _spread(stored[".weight_scale"], rows)
         packed = stored.get(".weight_zero_point")
         zeros = 1 << self.bits - 1 if packed is None else unpack(packed.t(), self.bits, rows).t()
         given_groups = stored.get(".weight_g_idx")
         if given_groups is not None and bool((given_groups == -1).all()):  # a way to say nothing
             given_groups = None
-        groups = _groups(name, given_groups, num_groups)
-        return IntegerMatrix(unpack(words, self.bits, columns), zeros, scales, groups)
+        groups = _groups(name, given_groups, scales.shape[1])
+        return IntegerMatrix(unpack(stored[".weight_packed"], self.bits, columns), zeros, scales, groups)
 
 
 @dataclass(frozen=True)
@@ -356,7 +361,7 @@ class BytesPacking(_IntegerPacking):
         fits = zeros is not None and zeros.dtype is torch.int8 and zeros.shape == parts[".weight_scale"].shape
         return (rows, columns) if fits else None
 
-    def _matrix(self, name: str, stored: Mapping[str, Tensor]) -> IntegerMatrix:
+    def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
         values, zeros = stored[".weight"], stored.get(".weight_zero_point")
         scales = _spread(stored[".weight_scale"], len(values))
         return IntegerMatrix(
@@ -383,6 +388,15 @@ def read_awq(given: Mapping[str, Any], where: str) -> AwqPacking:
     """Return what a quantization_config of AWQ says. Raises: ConversionError for what is not known."""
     check_known(given, _AWQ_KEYS, f"{where}: quantization_config")
     return AwqPacking()
+
+
+def read_auto_round(given: Mapping[str, Any], where: str) -> GptqPacking | AwqPacking:
+    """Return what a quantization_config of AutoRound says. Raises: ConversionError for what is not known."""
+    check_known(given, _AUTO_ROUND_KEYS, f"{where}: quantization_config")
+    layout = given["packing_format"]
+    if layout == _AUTO_ROUND_AWQ:
+        return AwqPacking()
+    return GptqPacking(given["bits"], 1 if layout == _AUTO_ROUND_GPTQ else 0)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from moesaic.convert.gguf import GgufFile
 from moesaic.convert.opened import open_model
-from moesaic.convert.source import CONFIG_NAME, HuggingFaceFolder, is_foreign_run, is_source, read_json
+from moesaic.convert.source import (
+    CONFIG_NAME,
+    QUANTIZATION_KEYS,
+    HuggingFaceFolder,
+    is_foreign_run,
+    is_source,
+    read_json,
+)
 from moesaic.environment import environment
 from moesaic.errors import NotFiniteError
 from moesaic.kernels.allocator import give_back_freed_memory
@@ -162,7 +169,9 @@ def _load(path: Path) -> tuple[Any, Iterable[str]]:
     if path.is_file():
         model, info = auto.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **options)
         return model, info["missing_keys"]
-    method = (read_json(path / CONFIG_NAME).get("quantization_config") or {}).get("quant_method")
+    given = read_json(path / CONFIG_NAME)
+    packed: dict[str, Any] = next((given[key] for key in QUANTIZATION_KEYS if given.get(key)), {})
+    method = packed.get("quant_method")
     if method is None or _unpacks_alike(path, method):
         how = _dequantizing(method) if method else None
         model, info = auto.from_pretrained(path, quantization_config=how, local_files_only=True, **options)
@@ -170,7 +179,9 @@ def _load(path: Path) -> tuple[Any, Iterable[str]]:
             _round_as_read(model, path)
         return model, info["missing_keys"]
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    del config.quantization_config
+    for key in QUANTIZATION_KEYS:
+        if hasattr(config, key):
+            delattr(config, key)
     own: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with HuggingFaceFolder(path) as source:
         state = {name: _Unpacked(source, name) for name in source.layout}

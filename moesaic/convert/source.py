@@ -16,7 +16,7 @@ from torch import Tensor
 from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorReader, without_doubles
 from moesaic.convert.compressed import read_compressed
 from moesaic.convert.fp8 import Fp8Packing, read_fp8
-from moesaic.convert.integers import read_awq, read_gptq
+from moesaic.convert.integers import read_auto_round, read_awq, read_gptq
 from moesaic.convert.mxfp4 import read_mxfp4
 from moesaic.convert.packing import Packing
 from moesaic.data.tokenizer import COMPANION_NAMES, GENERATION_NAME, TOKENIZER_NAME, Tokenizer
@@ -28,12 +28,15 @@ INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_NAME = "adapter_config.json"
 # What a tampered file could make us hold: no real config or index comes near.
 _MAX_JSON_BYTES = 64 << 20
-# What a quantization_config calls them.
+# Where a config says how its matrices are quantised: compressed-tensors once had a key of its own.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# What it calls the ways.
 _PACKINGS: Mapping[str, Callable[[Mapping[str, Any], str], Packing]] = {
     "mxfp4": read_mxfp4,
     "fp8": read_fp8,
     "gptq": read_gptq,
     "awq": read_awq,
+    "auto-round": read_auto_round,
     "compressed-tensors": read_compressed,
 }
 
@@ -75,7 +78,8 @@ class HuggingFaceFolder:
                 f"with PEFT (merge_and_unload) and save the result{otherwise}."
             )
         self.config = read_json(path / CONFIG_NAME)
-        self._packing = _read_packing(self.config.pop("quantization_config", None), str(path))
+        given = [self.config.pop(key, None) for key in QUANTIZATION_KEYS]
+        self._packing = _read_packing(next(filter(None, given), None), str(path))
         self._stack = ExitStack()
         try:
             self._readers = self._open()

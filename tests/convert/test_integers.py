@@ -1,5 +1,6 @@
 """GPTQ, AWQ and compressed-tensors' integers are read as the bf16 nearest to what they stand for, in each layout."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,8 +16,9 @@ from moesaic.checkpoint.stream import TensorLayout
 from moesaic.convert import integers
 from moesaic.convert.compressed import read_compressed
 from moesaic.convert.exporter import export_run
+from moesaic.convert.fp8 import Fp8Packing
 from moesaic.convert.importer import import_model
-from moesaic.convert.integers import read_awq, read_gptq, unpack
+from moesaic.convert.integers import BytesPacking, read_auto_round, read_awq, read_gptq, unpack
 from moesaic.convert.opened import open_model
 from moesaic.convert.packing import Packing
 from moesaic.convert.parity import verify_models
@@ -180,6 +182,10 @@ LAYOUTS: dict[str, Published] = {
         GPTQ | {"bits": 2, "format": "gptq"}, lambda each: each.as_gptq(version=1, with_groups=True), bits=2,
         symmetric=False, dtype=torch.bfloat16,
     ),
+    "auto-round": published(
+        AUTOROUND | {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
+        lambda each: each.as_gptq(version=1, with_groups=False),
+    ),
     "awq": published(AWQ, lambda each: each.as_awq(), symmetric=False),
     "awq, no groups": published(AWQ | {"group_size": -1}, lambda each: each.as_awq(), size=None, symmetric=False),
     "packed": published(packed_config(), lambda each: each.as_packed(), dtype=torch.bfloat16),
@@ -258,6 +264,16 @@ def test_a_published_model_becomes_the_bf16_one(
         assert found.failure is None and found.weights is not None and not found.weights.different
 
 
+def test_an_older_name_of_the_key_is_read(model: Path, tmp_path: Path) -> None:
+    """As compressed-tensors wrote its configs in 2024."""
+    publish(model, LAYOUTS["bytes"])
+    values = json.loads((model / CONFIG_NAME).read_text())
+    values["compression_config"] = values.pop("quantization_config")
+    (model / CONFIG_NAME).write_text(json.dumps(values))
+    imported = import_model(model, tmp_path / "run")
+    assert imported.failure is None and imported.judge == "transformers" and imported.not_compared is None
+
+
 def test_biases_of_zeros_are_left_out(model: Path, tmp_path: Path) -> None:
     """As AutoGPTQ gave every matrix one before 2024, and Qwen's own files have them."""
     plain = publish(model, LAYOUTS["gptq"])
@@ -290,7 +306,7 @@ def of_one(packing: Packing, parts: Mapping[str, Tensor]) -> Tensor:
     assert name == "one.weight" and not others
     found = packing.read(name, None, layout, lambda name, index=None: stored[name])
     assert found.dtype is plain.dtype is torch.bfloat16 and found.shape == plain.shape
-    assert torch.equal(packing.read(name, 1, layout, lambda name, index=None: stored[name]), found[1])
+    assert torch.equal(packing.read(name, len(found) - 1, layout, lambda name, index=None: stored[name]), found[-1])
     return found
 
 
@@ -326,17 +342,44 @@ def test_what_autoround_says_of_its_making_changes_nothing() -> None:
 
 def test_a_module_may_have_other_bits_and_groups_than_the_config_says() -> None:
     """As gptqmodel's `dynamic` has it: the tensors tell."""
-    each = Integers(torch.ones(8, 64), 8, torch.arange(64) // 16, symmetric=True, dtype=torch.float16)
-    parts = each.as_gptq(version=1, with_groups=True)
-    assert torch.equal(of_one(read_gptq(GPTQ | {"dynamic": {"one": {"bits": 8}}}, "here"), parts), each.standing_for())
+    for rows, bits in itertools.product((32, 33, 45, 96), (2, 3, 8)):
+        each = Integers(torch.ones(rows, 64), bits, torch.arange(64) // 16, symmetric=True, dtype=torch.float16)
+        for with_groups in (True, False):
+            parts = each.as_gptq(version=1, with_groups=with_groups)
+            assert torch.equal(of_one(read_gptq(GPTQ | {"dynamic": {}}, "here"), parts), each.standing_for())
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-def test_words_that_numbers_of_other_bits_would_fill_are_refused(bits: int) -> None:
-    """No tool quantises so few columns; of a word of them more bits would be read than each has."""
-    each = Integers(torch.ones(8, 8), bits, torch.zeros(8).long(), symmetric=True, dtype=torch.float16)
-    with pytest.raises(ConversionError, match=r"g_idx is int32 \[8\]; .* K being at least 32"):
-        of_one(read_gptq(GPTQ | {"bits": bits}, "here"), each.as_gptq(version=1, with_groups=True))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_few_rows_and_columns_have_the_bits_that_the_config_says(bits: int) -> None:
+    """Their words would hold numbers of other bits too."""
+    for rows, columns in itertools.product((1, 5, 8, 31, 32), (8, 16, 32)):
+        each = Integers(
+            torch.ones(rows, columns), bits, torch.zeros(columns).long(), symmetric=True, dtype=torch.float16
+        )
+        parts = each.as_gptq(version=1, with_groups=True)
+        assert torch.equal(of_one(read_gptq(GPTQ | {"bits": bits}, "here"), parts), each.standing_for())
+
+
+def test_autoround_s_own_format_is_one_of_the_others() -> None:
+    """What it calls auto_gptq has zeros less 1, what it calls gptqmodel, or nothing, has them as they are."""
+    config = AUTOROUND | {"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": 16}}}
+    each = Integers(torch.ones(32, 64), 4, torch.arange(64) // 8, symmetric=False, dtype=torch.float16)
+    for layout, version in (("auto_gptq", 1), ("gptqmodel", 2)):
+        packing = read_auto_round(config | {"packing_format": f"auto_round:{layout}"}, "here")
+        parts = each.as_gptq(version=version, with_groups=False)
+        assert torch.equal(of_one(packing, parts), each.standing_for())
+    assert packing == read_auto_round(config | {"packing_format": "auto_round"}, "here")
+    packing = read_auto_round(config | {"packing_format": "auto_round:auto_awq"}, "here")
+    assert torch.equal(of_one(packing, each.as_awq()), each.standing_for())
+    with pytest.raises(ConversionError, match="packing_format is 'auto_round:fp8_static'; 'auto_round:auto_awq' or"):
+        read_auto_round(config | {"packing_format": "auto_round:fp8_static"}, "here")
+
+
+def test_naive_is_a_number_each() -> None:
+    values = {"strategy": "channel", "group_size": None, "num_bits": 8}
+    assert read_compressed(packed_config("naive-quantized", **values), "here") == BytesPacking(is_symmetric=True)
+    floats = packed_config("naive-quantized", **values, type="float", actorder=None)
+    assert read_compressed(floats, "here") == Fp8Packing((1, None))
 
 
 @pytest.mark.parametrize("said", [{"quantization_status": "frozen"}, {"provider": "auto-round"}])
