@@ -23,6 +23,7 @@ _KEYS: Known = {
     "provider": None,
     "moe_sparsity_config": (None,),
 }
+_OF_GROUPS: Known = {"targets": None, "weights": None, "input_activations": None, "output_activations": None}
 _OF_WEIGHTS: Known = {
     "dynamic": (None, False),
     "actorder": None,  # of columns in groups of their own, weight_g_idx tells
@@ -70,8 +71,9 @@ def read_compressed(given: Mapping[str, Any], where: str) -> Packing:
 
 
 def _packing_of(group: object, layout: str, where: str) -> Packing:
-    weights = group.get("weights") if isinstance(group, dict) else None
-    weights = weights if isinstance(weights, dict) else {}
+    group = group if isinstance(group, dict) else {}
+    check_known(group, {**_OF_GROUPS, "format": (None, layout)}, where)
+    weights = group["weights"] if isinstance(group.get("weights"), dict) else {}
     if layout == "naive-quantized":  # a number each, of either kind
         layout = "float-quantized" if weights.get("type") == "float" else "int-quantized"
     if layout == "float-quantized":

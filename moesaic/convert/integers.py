@@ -326,7 +326,7 @@ class PackedPacking(_IntegerPacking):
             )
         scales = _spread(stored[".weight_scale"], rows)
         packed = stored.get(".weight_zero_point")
-        zeros = 1 << self.bits - 1 if packed is None else unpack(packed.t(), self.bits, rows).t()
+        zeros = (1 << (self.bits - 1)) if packed is None else unpack(packed.t(), self.bits, rows).t()
         given_groups = stored.get(".weight_g_idx")
         if given_groups is not None and bool((given_groups == -1).all()):  # a way to say nothing
             given_groups = None
@@ -364,12 +364,7 @@ class BytesPacking(_IntegerPacking):
     def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
         values, zeros = stored[".weight"], stored.get(".weight_zero_point")
         scales = _spread(stored[".weight_scale"], len(values))
-        return IntegerMatrix(
-            values,
-            0 if zeros is None else _spread(zeros, len(values)),
-            scales,
-            None,
-        )
+        return IntegerMatrix(values, 0 if zeros is None else _spread(zeros, len(values)), scales, None)
 
 
 def read_gptq(given: Mapping[str, Any], where: str) -> GptqPacking:
@@ -469,8 +464,5 @@ def _are(parts: Parts, ranks: Mapping[str, int], dtypes: tuple[torch.dtype, ...]
 
 
 def _are_scales(parts: Parts, suffix: str, *, rank: int | None = 2) -> bool:
-    return (
-        suffix in parts
-        and parts[suffix].dtype in SCALE_DTYPES
-        and (rank is None or len(parts[suffix].shape) == rank)
-    )  # fmt: skip
+    found = parts.get(suffix)
+    return found is not None and found.dtype in SCALE_DTYPES and rank in (None, len(found.shape))

@@ -397,12 +397,10 @@ def test_what_compressed_tensors_says_of_its_making_changes_nothing(said: dict[s
 def test_one_scale_for_a_matrix(shape: tuple[int, ...]) -> None:
     each = Integers(torch.ones(8, 64), 8, torch.zeros(64).long(), symmetric=True, dtype=torch.bfloat16)
     each.scales[:] = each.scales[0]
-    config = packed_config("int-quantized", strategy="tensor", group_size=None, num_bits=8)
-    parts = each.as_bytes() | {".weight_scale": each.scales[0].reshape(shape)}
-    assert torch.equal(of_one(read_compressed(config, "here"), parts), each.standing_for())
-    config["format"] = "pack-quantized"
-    parts = each.as_packed() | {".weight_scale": each.scales[0].reshape(shape)}
-    assert torch.equal(of_one(read_compressed(config, "here"), parts), each.standing_for())
+    for layout, parts in (("int-quantized", each.as_bytes()), ("pack-quantized", each.as_packed())):
+        config = packed_config(layout, strategy="tensor", group_size=None, num_bits=8)
+        parts |= {".weight_scale": each.scales[0].reshape(shape)}
+        assert torch.equal(of_one(read_compressed(config, "here"), parts), each.standing_for())
 
 
 def test_groups_that_are_all_minus_one_say_nothing() -> None:
@@ -498,6 +496,7 @@ def test_what_does_not_fit_is_refused(
         (AWQ | {"bits": 8}, "bits is 8; None or 4 is required"),
         (AWQ | {"version": "gemv"}, "version is 'gemv'; None or 'gemm' or 'GEMM' is required"),
         (AWQ | {"backend": "llm-awq"}, "backend is 'llm-awq'"),
+        (packed_config() | {"format": "int-quantized"}, "group_0: format is 'pack-quantized'; None or 'int-quantized'"),
         (packed_config(num_bits=16), "weights: num_bits is 16; 2 or 3 or 4 or 5 or 6 or 7 or 8 is required"),
         (packed_config(num_bits=4.0), "weights: num_bits is 4.0; 2 or 3 or 4"),
         (packed_config(symmetric=0), "weights: symmetric is 0; None or True or False is required"),
