@@ -32,7 +32,8 @@ _OF_MAKING: Known = dict.fromkeys(
         "static_groups", "true_sequential", "mse", "model_name_or_path", "model_file_base_name", "model_seqlen",
         "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id", "lm_head",
         "cache_block_outputs", "max_input_length", "use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config",
-        "dynamic", "offload_to_disk", "hyb_act", "v2", "activation", "zero_point", "do_fuse", "modules_to_fuse", "fuse_max_seq_len",
+        "dynamic", "offload_to_disk", "hyb_act", "v2", "zero_point", "do_fuse", "modules_to_fuse", "fuse_max_seq_len",
+        "activation",
         # What AutoRound says beside these.
         "act_bits", "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "autoround_version",
         "data_type", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "iters", "lr",
