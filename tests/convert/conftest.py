@@ -1,8 +1,9 @@
 """Small models to convert: run folders of ours, and every family of transformers' imported and exported once."""
 
 import importlib.util
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -12,13 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from moesaic.checkpoint.store import resolve_checkpoint, save_checkpoint
 from moesaic.checkpoint.stream import TensorReader
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.convert import parity
-from moesaic.convert.parity import Certificate
+from moesaic.convert.exporter import export_run
+from moesaic.convert.importer import import_model
+from moesaic.convert.parity import Certificate, verify_models
+from moesaic.convert.source import CONFIG_NAME, WEIGHTS_NAME
 from moesaic.data.shards import ShardSet
 from moesaic.model.transformer import Transformer
 
@@ -79,6 +85,28 @@ def bounded_memory() -> Callable[[], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_AS, before)
 
     return bounded
+
+
+@pytest.fixture
+def comes_in_as(tmp_path: Path) -> Callable[[Path, Mapping[str, Tensor]], None]:
+    """A function that imports a quantised folder to `run`, with transformers as the judge, and exports it to `out`:
+    these tensors and no others, bit by bit."""
+
+    def check(folder: Path, plain: Mapping[str, Tensor]) -> None:
+        run, out = tmp_path / "run", tmp_path / "out"
+        imported = import_model(folder, run)
+        assert imported.failure is None and imported.judge == "transformers" and imported.not_compared is None
+        assert imported.tensors is not None and imported.tensors.used == imported.tensors.source == len(plain)
+        export_run(run, out)
+        exported = load_file(out / WEIGHTS_NAME)
+        assert exported.keys() == plain.keys()
+        assert all(torch.equal(exported[name], tensor) for name, tensor in plain.items())
+        assert "quantization_config" not in json.loads((out / CONFIG_NAME).read_text())
+        for other in (run, out):
+            found = verify_models(folder, other)
+            assert found.failure is None and found.weights is not None and not found.weights.different
+
+    return check
 
 
 @pytest.fixture

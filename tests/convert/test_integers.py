@@ -15,13 +15,11 @@ from torch import Tensor
 from moesaic.checkpoint.stream import TensorLayout
 from moesaic.convert import integers
 from moesaic.convert.compressed import read_compressed
-from moesaic.convert.exporter import export_run
 from moesaic.convert.fp8 import Fp8Packing
 from moesaic.convert.importer import import_model
 from moesaic.convert.integers import BytesPacking, read_auto_round, read_awq, read_gptq, unpack
 from moesaic.convert.opened import open_model
 from moesaic.convert.packing import Packing
-from moesaic.convert.parity import verify_models
 from moesaic.convert.source import CONFIG_NAME, WEIGHTS_NAME
 from moesaic.errors import ConversionError
 
@@ -247,22 +245,12 @@ def test_numbers_follow_each_other_from_the_lowest_bits_on(bits: int, count: int
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_published_model_becomes_the_bf16_one(
-    model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, comes_in_as: Callable[..., None], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole and out again; transformers, of the numbers that we unpack, is the judge of all else."""
     monkeypatch.setattr(integers, "_ROWS", 24)
     plain = publish(model, LAYOUTS[name])
-    imported = import_model(model, tmp_path / "run")
-    assert imported.failure is None and imported.judge == "transformers" and imported.not_compared is None
-    assert imported.tensors is not None and imported.tensors.used == imported.tensors.source == len(plain)
-    export_run(tmp_path / "run", tmp_path / "out")
-    exported = load_file(tmp_path / "out" / WEIGHTS_NAME)
-    assert exported.keys() == plain.keys()
-    assert all(torch.equal(exported[name], tensor) for name, tensor in plain.items())
-    assert "quantization_config" not in json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
-    for other in (tmp_path / "run", tmp_path / "out"):
-        found = verify_models(model, other)
-        assert found.failure is None and found.weights is not None and not found.weights.different
+    comes_in_as(model, plain)
 
 
 def test_an_older_name_of_the_key_is_read(model: Path, tmp_path: Path) -> None:
