@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from moesaic.convert.exporter import export_run
 from moesaic.convert.importer import import_model
@@ -106,6 +109,93 @@ def test_configs_with_odd_values(
         (folder / "config.json").write_text(json.dumps(changed))
         succeeded += law(folder)
     assert 0 < succeeded < 40  # some changes change nothing, and most do
+
+
+def quantized(tensors: dict[str, Tensor], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a quantization_config, and tensors with every matrix of the layer in such parts, of random integers."""
+    of_weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": True}
+    config: dict[str, Any] = {
+        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "checkpoint_format": "gptq_v2"},
+        "awq": {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm", "modules_to_not_convert": None},
+        "auto-round": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round", "data_type": "int"},
+        "packed": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": [],
+                   "config_groups": {"group_0": {"targets": ["Linear"], "weights": of_weights}}},
+    }[kind]  # fmt: skip
+    parts = dict[str, Tensor]()
+    for name, matrix in tensors.items():
+        if matrix.dim() != 2 or "proj" not in name:
+            parts[name] = matrix
+            continue
+        (rows, columns), stem = matrix.shape, name.removesuffix(".weight")
+
+        def words(*shape: int) -> Tensor:
+            return torch.randint(1 << 20, shape, dtype=torch.int32)
+
+        scales = torch.rand(columns // 8, rows) / 100
+        if kind == "packed":
+            parts |= {
+                f"{name}_packed": words(rows, columns // 8), f"{name}_scale": scales.t().contiguous(),
+                f"{name}_shape": torch.tensor([rows, columns]),
+            }  # fmt: skip
+        else:
+            qweight = words(columns, rows // 8) if kind == "awq" else words(columns // 8, rows)
+            zeros = words(columns // 8, rows // 8)
+            parts |= {f"{stem}.qweight": qweight, f"{stem}.qzeros": zeros, f"{stem}.scales": scales}
+            if kind == "gptq":
+                parts[f"{stem}.g_idx"] = torch.arange(columns, dtype=torch.int32) // 8
+    return config, parts
+
+
+def with_an_odd_value(values: Any, draw: random.Random) -> Any:
+    """Return JSON values with one of them, at whatever depth, changed."""
+    if isinstance(values, dict) and values and draw.random() < 0.8:
+        key = draw.choice([*values])
+        return {**values, key: with_an_odd_value(values[key], draw)}
+    return draw.choice(ODD)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "auto-round", "packed"])
+def test_quantized_folders_with_odd_values(
+    kind: str, saved: Callable[..., Path], law: Callable[[Path], bool], tmp_path: Path
+) -> None:
+    """In their configs, and in the kinds, shapes and numbers of their tensors."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
+    folder = shutil.copytree(saved("llama", **sizes), tmp_path / "source")
+    file, described = folder / "model.safetensors", folder / "config.json"
+    config, tensors = quantized(load_file(file), kind)
+    given = json.loads(described.read_text())
+
+    def write(changed: Any) -> None:
+        described.write_text(json.dumps({**given, "quantization_config": changed}))
+
+    write(config)
+    save_file(tensors, file)
+    assert law(folder)
+    draw, succeeded = random.Random(7), 0
+    for _ in range(50):
+        write(with_an_odd_value(config, draw))
+        succeeded += law(folder)
+    assert succeeded < 40  # group_size, say, and what is to be left alone, the tensors tell
+    write(config)
+    for _ in range(50):
+        name = draw.choice([each for each in tensors if "proj" in each])
+        part = tensors[name]
+        changed = draw.choice(
+            [
+                lambda part: part[:0],
+                lambda part: part[..., : part.shape[-1] // 2],
+                lambda part: torch.cat([part, part]),
+                lambda part: part.flatten(),
+                lambda part: part[None],
+                lambda part: part.t() if part.dim() == 2 else part.flip(0),
+                lambda part: part.to(draw.choice([torch.int8, torch.int64, torch.float64, torch.uint8, torch.bool])),
+                lambda part: part.new_full(part.shape, draw.choice([-1, 0, 127])),
+                lambda part: torch.full(part.shape, torch.inf),
+                lambda part: part[0, 0] if part.dim() == 2 else part[0],
+            ]
+        )(part)
+        save_file({**tensors, name: changed.contiguous()}, file)
+        law(folder)
 
 
 def bent(data: bytes, draw: random.Random, *, end: int) -> bytes:
