@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.stream import TensorLayout
-from moesaic.convert.packing import ReadTensor, describe
+from moesaic.convert.packing import Known, ReadTensor, check_known, describe
 from moesaic.errors import ConversionError
 from moesaic.kernels.mxfp4 import LARGEST_SCALE, dequantize
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _BLOCK_BYTES = 16
+_KEYS: Known = {"quant_method": None, "modules_to_not_convert": None}
 
 
 class Mxfp4Packing:
@@ -65,11 +66,5 @@ class Mxfp4Packing:
 
 def read_mxfp4(given: Mapping[str, Any], where: str) -> Mxfp4Packing:
     """Return what a quantization_config of MXFP4 says. Raises: ConversionError for what is not known."""
-    # Which modules are not converted, the tensors say.
-    unknown = sorted(given.keys() - {"quant_method", "modules_to_not_convert"})
-    if unknown:
-        raise ConversionError(
-            f"{where}: quantization_config has keys that are not understood: {', '.join(unknown)}; MXFP4 has "
-            f"quant_method and modules_to_not_convert alone; remove what changes nothing."
-        )
+    check_known(given, _KEYS, f"{where}: quantization_config")
     return Mxfp4Packing()

@@ -19,6 +19,7 @@ from moesaic.convert.source import (
     HuggingFaceFolder,
     is_foreign_run,
     is_source,
+    quantization_of,
     read_json,
 )
 from moesaic.environment import environment
@@ -169,9 +170,7 @@ def _load(path: Path) -> tuple[Any, Iterable[str]]:
     if path.is_file():
         model, info = auto.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **options)
         return model, info["missing_keys"]
-    given = read_json(path / CONFIG_NAME)
-    packed: dict[str, Any] = next((given[key] for key in QUANTIZATION_KEYS if given.get(key)), {})
-    method = packed.get("quant_method")
+    method = (quantization_of(read_json(path / CONFIG_NAME)) or {}).get("quant_method")
     if method is None or _unpacks_alike(path, method):
         how = _dequantizing(method) if method else None
         model, info = auto.from_pretrained(path, quantization_config=how, local_files_only=True, **options)

@@ -78,8 +78,9 @@ class HuggingFaceFolder:
                 f"with PEFT (merge_and_unload) and save the result{otherwise}."
             )
         self.config = read_json(path / CONFIG_NAME)
-        given = [self.config.pop(key, None) for key in QUANTIZATION_KEYS]
-        self._packing = _read_packing(next(filter(None, given), None), str(path))
+        self._packing = _read_packing(quantization_of(self.config), str(path))
+        for key in QUANTIZATION_KEYS:
+            self.config.pop(key, None)
         self._stack = ExitStack()
         try:
             self._readers = self._open()
@@ -217,6 +218,11 @@ class HuggingFaceFolder:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """Return what a config says of how its matrices are quantised; None where it says nothing."""
+    return next(filter(None, map(config.get, QUANTIZATION_KEYS)), None)
 
 
 def _read_packing(given: object, where: str) -> Packing | None:
