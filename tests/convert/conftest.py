@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.checkpoint.store import resolve_checkpoint, save_checkpoint
@@ -26,6 +26,7 @@ from moesaic.convert.importer import import_model
 from moesaic.convert.parity import Certificate, verify_models
 from moesaic.convert.source import CONFIG_NAME, WEIGHTS_NAME
 from moesaic.data.shards import ShardSet
+from moesaic.errors import ConversionError
 from moesaic.model.transformer import Transformer
 
 # Wide enough for groups of 32.
@@ -105,6 +106,22 @@ def comes_in_as(tmp_path: Path) -> Callable[[Path, Mapping[str, Tensor]], None]:
         for other in (run, out):
             found = verify_models(folder, other)
             assert found.failure is None and found.weights is not None and not found.weights.different
+
+    return check
+
+
+@pytest.fixture
+def refuses(tmp_path: Path) -> Callable[[Path, Callable[[dict[str, Tensor]], object], str], None]:
+    """A function that changes the tensors of a folder, the only one here, which is then refused and leaves nothing."""
+
+    def check(folder: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+        tensors = load_file(folder / WEIGHTS_NAME)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS_NAME)
+        with pytest.raises(ConversionError, match=message) as caught:
+            import_model(folder, tmp_path / "deep" / "run")
+        assert str(caught.value).count(";") >= 2, caught.value
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
     return check
 
