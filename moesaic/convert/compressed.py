@@ -15,7 +15,7 @@ _KEYS: Known = {
     "quantization_status": (None, "compressed", "frozen"),  # older files say the latter, and are compressed too
     "config_groups": None,
     "ignore": None,
-    "kv_cache_scheme": (None,),
+    "kv_cache_scheme": None,
     "sparsity_config": (None, {}),
     "transform_config": (None, {}),
     "global_compression_ratio": None,

@@ -21,7 +21,7 @@ _SCALES = ("_scale_inv", "_scale")
 _ROWS = 1024
 _KEYS: Known = {
     "quant_method": None,
-    "activation_scheme": ("dynamic",),
+    "activation_scheme": ("dynamic", "static"),
     "fmt": (None, "e4m3", "float8_e4m3fn"),
     "weight_block_size": None,
     "modules_to_not_convert": None,

@@ -19,6 +19,9 @@ from moesaic.plan.cost import count_parameters
 
 # Parameters that cost nothing to think about.
 _SMALL = 1_000_000
+# What a quantised module may have beside its matrix, and attention for its keys and values.
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+_OF_CACHE = ("k_scale", "v_scale", "k_zero_point", "v_zero_point")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def open_model(path: str | Path) -> OpenedModel:
         _check_size(config, source)
         pieces = pieces_of(config, rules)
         foreign = foreign_tensors(pieces)
-        left_out |= _tied_output(source, config, foreign) | _zero_biases(source, foreign)
+        left_out |= _tied_output(source, config, foreign) | _of_quantizers(source, foreign)
         check_sources(foreign, source.layout, str(given), left_out=frozenset(left_out))
     except BaseException:
         source.__exit__()
@@ -119,19 +122,25 @@ def _layer(text: str, after: str) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def _zero_biases(source: Source, foreign: Mapping[str, list[Piece]]) -> dict[str, str]:
-    """Some tools give each matrix that they quantise a bias: fine where all of it is zero."""
-    if not isinstance(source, HuggingFaceFolder):
+def _of_quantizers(source: Source, foreign: Mapping[str, list[Piece]]) -> dict[str, str]:
+    """What tools leave beside the matrices that they quantise and changes no number of them.
+
+    Scales of activations, keys and values are for products and caches in 8 bits, and ours are not; some tools give each
+    matrix a bias, fine where all of it is zero.
+    """
+    if not isinstance(source, HuggingFaceFolder) or not source.is_quantized:
         return {}
-    return {
-        name: "zeros that came with the quantised matrix"
-        for name in source.layout
-        if name.endswith(".bias")
-        and name not in foreign
-        and (matrix := name.removesuffix("bias") + "weight") in source.layout
-        and source.is_packed(matrix)
-        and not source.read(name).any()
-    }
+    left_out: dict[str, str] = {}
+    for name in source.layout:
+        if name in foreign:
+            continue
+        module, _, kind = name.rpartition(".")
+        is_packed = f"{module}.weight" in source.layout and source.is_packed(f"{module}.weight")
+        if (is_packed and kind in _OF_ACTIVATIONS) or (kind in _OF_CACHE and ".self_attn" in module):
+            left_out[name] = "of activations in fewer bits, which ours are not"
+        elif is_packed and kind == "bias" and not source.read(name).any():
+            left_out[name] = "zeros that came with the quantised matrix"
+    return left_out
 
 
 def _tied_output(source: Source, config: ModelConfig, foreign: Mapping[str, list[Piece]]) -> dict[str, str]:

@@ -170,8 +170,9 @@ def _load(path: Path) -> tuple[Any, Iterable[str]]:
     if path.is_file():
         model, info = auto.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **options)
         return model, info["missing_keys"]
-    method = (quantization_of(read_json(path / CONFIG_NAME)) or {}).get("quant_method")
-    if method is None or _unpacks_alike(path, method):
+    given = quantization_of(read_json(path / CONFIG_NAME)) or {}
+    method = given.get("quant_method")
+    if method is None or _unpacks_alike(path, given):
         how = _dequantizing(method) if method else None
         model, info = auto.from_pretrained(path, quantization_config=how, local_files_only=True, **options)
         if method == "fp8":
@@ -198,15 +199,17 @@ class _Unpacked:
         return self._source.read(self._name)[key]
 
 
-def _unpacks_alike(path: Path, method: str) -> bool:
+def _unpacks_alike(path: Path, given: Mapping[str, Any]) -> bool:
     """Whether transformers makes plain numbers of a quantised model, the ones that we make, with no other library.
 
-    Where blocks do not divide a matrix in FP8 it reads other ones, or none.
+    Where FP8 has scales of activations, or blocks that do not divide a matrix, it reads other ones, or none.
     """
-    if method == "fp8":
-        with HuggingFaceFolder(path) as source:
-            return not source.has_partial_blocks
-    return method == "mxfp4"
+    if given["quant_method"] != "fp8":
+        return given["quant_method"] == "mxfp4"
+    if given["activation_scheme"] == "static":
+        return False
+    with HuggingFaceFolder(path) as source:
+        return not source.has_partial_blocks
 
 
 def _dequantizing(method: str) -> object:

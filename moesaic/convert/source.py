@@ -99,6 +99,11 @@ class HuggingFaceFolder:
             return self._read_stored(name, index)
         return self._packing.read(name, index, self._stored, self._read_stored)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its config says that some of its matrices are."""
+        return self._packing is not None
+
     def is_packed(self, name: str) -> bool:
         """Whether a tensor is stored in another form than `read` returns."""
         return self._stored.get(name) != self.layout[name]
