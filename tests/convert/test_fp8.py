@@ -203,7 +203,7 @@ def test_scales_of_activations_keys_and_values_are_left_out(
     assert imported.tensors.left_out == dict.fromkeys(scales, "of activations in fewer bits, which ours are not")
     with open_model(folder) as opened:
         assert all(torch.equal(opened.source.read(name), tensor) for name, tensor in plain.items())
-    # Beside a matrix that is not quantised, or by itself, nobody knows what a scale is for; another would change numbers.
+    # Beside a matrix that is not quantised, or by itself, nobody knows what a scale is for.
     for stray in ("lm_head.input_scale", "model.k_scale", "model.layers.0.self_attn.k_proj.pre_quant_scale"):
         save_file(tensors | {stray: torch.tensor([0.3])}, folder / WEIGHTS_NAME)
         with pytest.raises(ConversionError, match=f"not used by any part 1: {stray}"):
