@@ -125,7 +125,7 @@ def _layer(text: str, after: str) -> int:
 def _of_quantizers(source: Source, foreign: Mapping[str, list[Piece]]) -> dict[str, str]:
     """What tools leave beside the matrices that they quantise and changes no number of them.
 
-    Scales of activations, keys and values are for products and caches in 8 bits, and ours are not; some tools give each
+    Scales of activations, keys and values say how these would be quantised, which no run does; some tools give each
     matrix a bias, fine where all of it is zero.
     """
     if not isinstance(source, HuggingFaceFolder) or not source.is_quantized:
@@ -137,7 +137,7 @@ def _of_quantizers(source: Source, foreign: Mapping[str, list[Piece]]) -> dict[s
         module, _, kind = name.rpartition(".")
         is_packed = f"{module}.weight" in source.layout and source.is_packed(f"{module}.weight")
         if (is_packed and kind in _OF_ACTIVATIONS) or (kind in _OF_CACHE and ".self_attn" in module):
-            left_out[name] = "of activations in fewer bits, which ours are not"
+            left_out[name] = "of quantised activations, and these are read as bf16"
         elif is_packed and kind == "bias" and not source.read(name).any():
             left_out[name] = "zeros that came with the quantised matrix"
     return left_out

@@ -200,7 +200,7 @@ def test_scales_of_activations_keys_and_values_are_left_out(
     imported = import_model(folder, tmp_path / "run")
     assert imported.failure is None and imported.judge == "transformers" and imported.not_compared is None
     assert imported.tensors is not None and imported.tensors.used == len(plain)
-    assert imported.tensors.left_out == dict.fromkeys(scales, "of activations in fewer bits, which ours are not")
+    assert imported.tensors.left_out == dict.fromkeys(scales, "of quantised activations, and these are read as bf16")
     with open_model(folder) as opened:
         assert all(torch.equal(opened.source.read(name), tensor) for name, tensor in plain.items())
     # Beside a matrix that is not quantised, or by itself, nobody knows what a scale is for.
