@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.stream import FP8_DTYPES, TensorLayout
-from moesaic.convert.packing import SCALE_DTYPES, Known, ReadTensor, check_known, describe
+from moesaic.convert.packing import SCALE_DTYPES, Known, Packing, ReadTensor, check_known, describe
 from moesaic.errors import ConversionError
 
 # A matrix NAME has NAME_scale_inv in the one layout, and NAME_scale in the other; a number is multiplied by either.
@@ -40,36 +40,29 @@ class Fp8Packing:
     """Matrices in FP8 whose blocks have a scale each. A Packing (packing.py)."""
 
     block: Block
+    kind: ClassVar[str] = "FP8"
+    lacking: ClassVar[str] = "tensor of float8_e4m3fn"
     dtypes: ClassVar[Mapping[str, torch.dtype]] = FP8_DTYPES
 
-    def plain_layout(self, layout: Mapping[str, TensorLayout], where: str) -> dict[str, TensorLayout]:
-        """Return a checkpoint's layout with each pair of a matrix (..., N, K) and its scales as one bf16 matrix.
+    def find(self, layout: Mapping[str, TensorLayout]) -> list[str]:
+        return [name for name, each in layout.items() if each.dtype is torch.float8_e4m3fn and not is_scale(name)]
 
-        Raises: ConversionError where there are none, or one of a pair does not fit the other.
-        """
-        plain = dict(layout)
-        names = [name for name, each in layout.items() if each.dtype is torch.float8_e4m3fn]
-        if not names:
-            raise ConversionError(
-                f"{where} is said to be quantised (FP8) and holds no tensor of float8_e4m3fn; both or neither is "
-                f"required; fetch it again, or remove quantization_config from its config.json if its tensors are not "
-                f"quantised."
-            )
-        for name in names:
-            shape, scales_name = layout[name].shape, _scales_name(name, layout)
-            scales, allowed = plain.pop(scales_name, None), self._grids(shape)
-            if scales is None or scales.dtype not in SCALE_DTYPES or scales.shape not in allowed:
-                due = list(allowed[0]) if allowed else "of a matrix"
-                found = ", ".join(f"{each} {describe(layout.get(each))}" for each in (name, scales_name))
-                raise ConversionError(
-                    f"{where}: {found}; scales {due} in fp32, bf16 or fp16 are required; fetch the files again."
-                )
-            plain[name] = TensorLayout(torch.bfloat16, shape)
-        return plain
+    def parts(self, name: str, layout: Mapping[str, TensorLayout]) -> list[str]:
+        return [each for each in (name, _scales_name(name, layout)) if each in layout]
+
+    def shape(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> tuple[int, ...] | None:
+        shape, scales = layout[name].shape, layout.get(_scales_name(name, layout))
+        fits = scales is not None and scales.dtype in SCALE_DTYPES and scales.shape in self._grids(shape)
+        return shape if fits else None
+
+    def misfit(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> str:
+        grids = self._grids(layout[name].shape)
+        found = ", ".join(f"{each} {describe(layout.get(each))}" for each in (name, _scales_name(name, layout)))
+        return f"{found}; scales {list(grids[0]) if grids else 'of a matrix'} in fp32, bf16 or fp16 are required"
 
     def divides(self, layout: Mapping[str, TensorLayout]) -> bool:
         """Whether all blocks of a checkpoint's matrices are whole; transformers reads others with other bounds."""
-        shapes = [each.shape for each in layout.values() if each.dtype is torch.float8_e4m3fn]
+        shapes = [layout[name].shape for name in self.find(layout)]
         blocks = [(shape, self._block(*shape[-2:])) for shape in shapes]
         return all(shape[-2] % height == 0 and shape[-1] % width == 0 for shape, (height, width) in blocks)
 
@@ -104,14 +97,19 @@ class Fp8Packing:
             return ()
         height, width = self._block(*shape[-2:])
         grid = (*shape[:-2], -(-shape[-2] // height), -(-shape[-1] // width))
-        return (grid, (1,), ()) if self.block == (None, None) and len(shape) == 2 else (grid,)
+        if len(shape) > 2:
+            return (grid,)
+        if self.block == (None, None):
+            return (grid, (1,), ())
+        # ModelOpt has a row's as (N,), and a block's as (N / rows, 1, K / columns, 1).
+        return (grid, grid[:1]) if self.block == (1, None) else (grid, (grid[0], 1, grid[1], 1))
 
 
-def read_fp8(given: Mapping[str, Any], where: str) -> Fp8Packing:
+def read_fp8(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
     """Return what a quantization_config of quant_method `fp8` says. Raises: ConversionError for what is not known."""
     check_known(given, _KEYS, f"{where}: quantization_config")
     block = given.get("weight_block_size")
-    return Fp8Packing((None, None) if block is None else block_of(block, f"{where}: weight_block_size"))
+    return (Fp8Packing((None, None) if block is None else block_of(block, f"{where}: weight_block_size")),)
 
 
 def block_of(given: object, where: str) -> Block:
@@ -122,6 +120,11 @@ def block_of(given: object, where: str) -> Block:
             f"{where} is {given!r}; a list of two sizes, rows and columns, is required; mend the config."
         )
     return sizes[0], sizes[1]
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor is named as one of scales is: those of NVFP4 are FP8 themselves."""
+    return name.endswith(_SCALES)
 
 
 def _scales_name(name: str, layout: Mapping[str, TensorLayout]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.stream import TensorLayout
-from moesaic.convert.packing import SCALE_DTYPES, Known, ReadTensor, check_known, describe
+from moesaic.convert.packing import SCALE_DTYPES, Known, Packing, ReadTensor, check_known, describe
 from moesaic.errors import ConversionError
 
 # Of a matrix, what is made fp32 at a time.
@@ -129,51 +129,44 @@ class _IntegerPacking(ABC):
     """
 
     dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
-    name: ClassVar[str]
+    kind: ClassVar[str]
     suffix: ClassVar[str]
     dtype: ClassVar[torch.dtype] = torch.int32
     others: ClassVar[tuple[str, ...]]
     required: ClassVar[str]
 
-    def plain_layout(self, layout: Mapping[str, TensorLayout], where: str) -> dict[str, TensorLayout]:
-        """Return a checkpoint's layout with all parts of a matrix (N, K) as one.
+    @property
+    def lacking(self) -> str:
+        return f"{self.suffix[1:]} of {str(self.dtype).removeprefix('torch.')}"
 
-        Raises: ConversionError where there are none, or those of a matrix do not fit each other.
-        """
-        plain = dict(layout)
-        names = [
-            name.removesuffix(self.suffix)
+    def find(self, layout: Mapping[str, TensorLayout]) -> list[str]:
+        return [
+            f"{name.removesuffix(self.suffix)}.weight"
             for name, each in layout.items()
             if name.endswith(self.suffix) and each.dtype is self.dtype
         ]
-        if not names:
-            raise ConversionError(
-                f"{where} is said to be quantised ({self.name}) and holds no {self.suffix[1:]} of "
-                f"{str(self.dtype).removeprefix('torch.')}; both or neither is required; fetch it again, or remove "
-                f"quantization_config from its config.json if its tensors are not quantised."
-            )
-        for name in names:
-            parts = {
-                suffix: plain.pop(name + suffix) for suffix in (self.suffix, *self.others) if name + suffix in plain
-            }
-            shape = self._shape(parts)
-            if shape is None or f"{name}.weight" in plain:
-                found = ", ".join(f"{suffix[1:]} {describe(each)}" for suffix, each in parts.items())
-                raise ConversionError(f"{where}: {name}: {found}; {self.required}; fetch the files again.")
-            plain[f"{name}.weight"] = TensorLayout(torch.bfloat16, shape)
-        return plain
+
+    def parts(self, name: str, layout: Mapping[str, TensorLayout]) -> list[str]:
+        stem = name.removesuffix(".weight")
+        return [stem + suffix for suffix in (self.suffix, *self.others) if stem + suffix in layout]
+
+    def shape(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> tuple[int, int] | None:
+        return self._shape(self._parts(name, layout))
+
+    def misfit(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> str:
+        found = ", ".join(f"{suffix[1:]} {describe(each)}" for suffix, each in self._parts(name, layout).items())
+        return f"{name.removesuffix('.weight')}: {found}; {self.required}"
 
     def read(self, name: str, index: int | None, layout: Mapping[str, TensorLayout], read: ReadTensor) -> Tensor:
-        """Return a matrix, or its index-th row, in bf16. layout, read: of the tensors as they are stored.
-
-        Raises: ConversionError for numbers that no matrix has.
-        """
-        name = name.removesuffix(".weight")
-        parts = {suffix: layout[name + suffix] for suffix in (self.suffix, *self.others) if name + suffix in layout}
+        parts, stem = self._parts(name, layout), name.removesuffix(".weight")
         shape = self._shape(parts)
-        assert shape is not None  # plain_layout has refused others
-        matrix = self._matrix(name, {suffix: read(name + suffix) for suffix in parts}, shape).dequantize()
+        assert shape is not None  # what has none is not read
+        matrix = self._matrix(stem, {suffix: read(stem + suffix) for suffix in parts}, shape).dequantize()
         return matrix if index is None else matrix[index]
+
+    def _parts(self, name: str, layout: Mapping[str, TensorLayout]) -> Parts:
+        start = len(name) - len(".weight")
+        return {each[start:]: layout[each] for each in self.parts(name, layout)}
 
     @abstractmethod
     def _shape(self, parts: Parts) -> tuple[int, int] | None:
@@ -195,7 +188,7 @@ class GptqPacking(_IntegerPacking):
 
     bits: int
     zero_offset: int
-    name = "gptq"
+    kind = "gptq"
     suffix = ".qweight"
     others = (".qzeros", ".scales", ".g_idx")
     required = (
@@ -250,7 +243,7 @@ class GptqPacking(_IntegerPacking):
 class AwqPacking(_IntegerPacking):
     """Of the transposed matrix, words along N: qweight (K, N / 8), qzeros (G, N / 8), scales (G, N)."""
 
-    name = "awq"
+    kind = "awq"
     suffix = ".qweight"
     others = (".qzeros", ".scales")
     required = (
@@ -287,7 +280,7 @@ class PackedPacking(_IntegerPacking):
     bits: int
     group_size: int | None
     is_symmetric: bool
-    name = "pack-quantized"
+    kind = "pack-quantized"
     suffix = ".weight_packed"
     others = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
     required = (
@@ -322,14 +315,22 @@ class PackedPacking(_IntegerPacking):
         )
         return (rows, columns) if fits else None
 
+    def shape(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> tuple[int, int] | None:
+        shape = super().shape(name, layout, read)
+        return shape if shape is not None and _given_shape(name, read) == list(shape) else None
+
+    def misfit(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> str:
+        shape = super().shape(name, layout, read)
+        if shape is None:
+            return super().misfit(name, layout, read)
+        stem = name.removesuffix(".weight")
+        return (
+            f"{stem}.weight_shape says {_given_shape(name, read)}; {list(shape)}, as the other parts of the matrix "
+            f"have it, is required"
+        )
+
     def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
         rows, columns = shape
-        given = stored[".weight_shape"].tolist()
-        if given != [rows, columns]:
-            raise ConversionError(
-                f"{name}.weight_shape says {given}; {[rows, columns]}, as the other parts of the matrix have it, is "
-                f"required; fetch the file again."
-            )
         scales = _spread(stored[".weight_scale"], rows)
         packed = stored.get(".weight_zero_point")
         zeros = (1 << (self.bits - 1)) if packed is None else unpack(packed.t(), self.bits, rows).t()
@@ -345,7 +346,7 @@ class BytesPacking(_IntegerPacking):
     """compressed-tensors' `int-quantized`: weight (N, K) in int8, weight_scale and weight_zero_point (N, G)."""
 
     is_symmetric: bool
-    name = "int-quantized"
+    kind = "int-quantized"
     suffix = ".weight"
     dtype = torch.int8
     others = (".weight_scale", ".weight_zero_point")
@@ -373,7 +374,7 @@ class BytesPacking(_IntegerPacking):
         return IntegerMatrix(values, 0 if zeros is None else _spread(zeros, len(values)), scales, None)
 
 
-def read_gptq(given: Mapping[str, Any], where: str) -> GptqPacking:
+def read_gptq(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
     """Return what a quantization_config of GPTQ says. Raises: ConversionError for what is not known."""
     check_known(given, _GPTQ_KEYS, f"{where}: quantization_config")
     named = {given[key] for key in ("checkpoint_format", "format") if given.get(key)}
@@ -382,22 +383,22 @@ def read_gptq(given: Mapping[str, Any], where: str) -> GptqPacking:
             f"{where}: quantization_config says checkpoint_format {given['checkpoint_format']} and format "
             f"{given['format']}, whose zero points differ by 1; one is required; remove what is not so."
         )
-    return GptqPacking(given["bits"], 0 if named == {"gptq_v2"} else 1)
+    return (GptqPacking(given["bits"], 0 if named == {"gptq_v2"} else 1),)
 
 
-def read_awq(given: Mapping[str, Any], where: str) -> AwqPacking:
+def read_awq(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
     """Return what a quantization_config of AWQ says. Raises: ConversionError for what is not known."""
     check_known(given, _AWQ_KEYS, f"{where}: quantization_config")
-    return AwqPacking()
+    return (AwqPacking(),)
 
 
-def read_auto_round(given: Mapping[str, Any], where: str) -> GptqPacking | AwqPacking:
+def read_auto_round(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
     """Return what a quantization_config of AutoRound says. Raises: ConversionError for what is not known."""
     check_known(given, _AUTO_ROUND_KEYS, f"{where}: quantization_config")
     layout = given["packing_format"]
     if layout == _AUTO_ROUND_AWQ:
-        return AwqPacking()
-    return GptqPacking(given["bits"], 1 if layout == _AUTO_ROUND_GPTQ else 0)
+        return (AwqPacking(),)
+    return (GptqPacking(given["bits"], 1 if layout == _AUTO_ROUND_GPTQ else 0),)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -422,6 +423,10 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
             number = number | (packed[..., byte + 1] << (8 - shift))
         out[..., place] = number & mask
     return out.flatten(-2)[..., :count]
+
+
+def _given_shape(name: str, read: ReadTensor) -> list[int]:
+    return read(f"{name.removesuffix('.weight')}.weight_shape").tolist()
 
 
 def _in_order(words: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.stream import TensorLayout
-from moesaic.convert.packing import Known, ReadTensor, check_known, describe
+from moesaic.convert.packing import Known, Packing, ReadTensor, check_known, describe
 from moesaic.errors import ConversionError
 from moesaic.kernels.mxfp4 import LARGEST_SCALE, dequantize
 
@@ -25,33 +25,29 @@ class Mxfp4Packing:
     So gpt-oss has its experts' matrices where they are not quantised. A Packing (packing.py).
     """
 
+    kind: ClassVar[str] = "mxfp4"
+    lacking: ClassVar[str] = f"tensor {BLOCKS[1:]}"
     dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
 
-    def plain_layout(self, layout: Mapping[str, TensorLayout], where: str) -> dict[str, TensorLayout]:
-        """Return a checkpoint's layout with each pair as one.
+    def find(self, layout: Mapping[str, TensorLayout]) -> list[str]:
+        return [name.removesuffix(BLOCKS) for name in layout if name.endswith(BLOCKS)]
 
-        Raises: ConversionError where there are none, or one of a pair does not fit the other.
-        """
-        plain = dict(layout)
-        names = [name.removesuffix(BLOCKS) for name in layout if name.endswith(BLOCKS)]
-        if not names:
-            raise ConversionError(
-                f"{where} is said to be quantised (mxfp4) and holds no tensor {BLOCKS[1:]}; both or neither is "
-                f"required; fetch it again, or remove quantization_config from its config.json if its tensors are not "
-                f"quantised."
-            )
-        for name in names:
-            blocks, scales = plain.pop(name + BLOCKS), plain.pop(name + SCALES, None)
-            is_pair = scales is not None and blocks.shape == (*scales.shape, _BLOCK_BYTES) and len(scales.shape) == 3
-            if scales is None or not is_pair or {blocks.dtype, scales.dtype} != {torch.uint8} or name in layout:
-                found = ", ".join(f"{name + part} {describe(layout.get(name + part))}" for part in (BLOCKS, SCALES, ""))
-                raise ConversionError(
-                    f"{where}: {found}; uint8 blocks (E, N, G, {_BLOCK_BYTES}) and scales (E, N, G), and nothing "
-                    f"beside them, are required; fetch the files again."
-                )
-            count, rows, groups = scales.shape
-            plain[name] = TensorLayout(torch.bfloat16, (count, 2 * _BLOCK_BYTES * groups, rows))
-        return plain
+    def parts(self, name: str, layout: Mapping[str, TensorLayout]) -> list[str]:
+        return [name + part for part in (BLOCKS, SCALES) if name + part in layout]
+
+    def shape(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> tuple[int, ...] | None:
+        blocks, scales = layout[name + BLOCKS], layout.get(name + SCALES)
+        if scales is None or {blocks.dtype, scales.dtype} != {torch.uint8} or len(scales.shape) != 3:
+            return None
+        count, rows, groups = scales.shape
+        return (count, 2 * _BLOCK_BYTES * groups, rows) if blocks.shape == (*scales.shape, _BLOCK_BYTES) else None
+
+    def misfit(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> str:
+        found = ", ".join(f"{name + part} {describe(layout.get(name + part))}" for part in (BLOCKS, SCALES, ""))
+        return (
+            f"{found}; uint8 blocks (E, N, G, {_BLOCK_BYTES}) and scales (E, N, G), and nothing beside them, are "
+            f"required"
+        )
 
     def read(self, name: str, index: int | None, layout: Mapping[str, TensorLayout], read: ReadTensor) -> Tensor:
         """Return a stack, or a matrix of one, in bf16. Raises: ConversionError where some numbers are not finite."""
@@ -64,7 +60,7 @@ class Mxfp4Packing:
         return dequantize(blocks, scales).mT
 
 
-def read_mxfp4(given: Mapping[str, Any], where: str) -> Mxfp4Packing:
+def read_mxfp4(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
     """Return what a quantization_config of MXFP4 says. Raises: ConversionError for what is not known."""
     check_known(given, _KEYS, f"{where}: quantization_config")
-    return Mxfp4Packing()
+    return (Mxfp4Packing(),)

@@ -20,7 +20,7 @@ from moesaic.plan.cost import count_parameters
 # Parameters that cost nothing to think about.
 _SMALL = 1_000_000
 # What a quantised module may have beside its matrix, and attention for its keys and values.
-_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 _OF_CACHE = ("k_scale", "v_scale", "k_zero_point", "v_zero_point")
 
 

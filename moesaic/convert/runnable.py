@@ -170,7 +170,7 @@ def _load(path: Path) -> tuple[Any, Iterable[str]]:
     if path.is_file():
         model, info = auto.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **options)
         return model, info["missing_keys"]
-    given = quantization_of(read_json(path / CONFIG_NAME)) or {}
+    given = quantization_of(path, read_json(path / CONFIG_NAME)) or {}
     method = given.get("quant_method")
     if method is None or _unpacks_alike(path, given):
         how = _dequantizing(method) if method else None

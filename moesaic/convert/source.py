@@ -14,11 +14,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moesaic.checkpoint.stream import DTYPES, TensorLayout, TensorReader, without_doubles
+from moesaic.convert.bitsandbytes import read_bitsandbytes
 from moesaic.convert.compressed import read_compressed
 from moesaic.convert.fp8 import Fp8Packing, read_fp8
 from moesaic.convert.integers import read_auto_round, read_awq, read_gptq
+from moesaic.convert.modelopt import of_its_own_file, read_modelopt
 from moesaic.convert.mxfp4 import read_mxfp4
-from moesaic.convert.packing import Packing
+from moesaic.convert.packing import PackedTensors, Packing
 from moesaic.data.tokenizer import COMPANION_NAMES, GENERATION_NAME, TOKENIZER_NAME, Tokenizer
 from moesaic.errors import ConversionError, DataError
 
@@ -30,14 +32,20 @@ ADAPTER_NAME = "adapter_config.json"
 _MAX_JSON_BYTES = 64 << 20
 # Where a config says how its matrices are quantised: compressed-tensors once had a key of its own.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# Older models of ModelOpt's have it in a file of its own; newer ones say it twice.
+_MODELOPT_NAME = "hf_quant_config.json"
+# Parts of quantised matrices, which no model has under such names.
+_PARTS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_map", ".SCB")
 # What it calls the ways.
-_PACKINGS: Mapping[str, Callable[[Mapping[str, Any], str], Packing]] = {
+_PACKINGS: Mapping[str, Callable[[Mapping[str, Any], str], tuple[Packing, ...]]] = {
     "mxfp4": read_mxfp4,
     "fp8": read_fp8,
     "gptq": read_gptq,
     "awq": read_awq,
     "auto-round": read_auto_round,
     "compressed-tensors": read_compressed,
+    "bitsandbytes": read_bitsandbytes,
+    **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8"), read_modelopt),
 }
 
 
@@ -68,7 +76,7 @@ class HuggingFaceFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._check_links((CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, TOKENIZER_NAME, *COMPANION_NAMES))
+        self._check_links((CONFIG_NAME, _MODELOPT_NAME, INDEX_NAME, WEIGHTS_NAME, TOKENIZER_NAME, *COMPANION_NAMES))
         if (path / ADAPTER_NAME).exists():
             is_alone = not (path / CONFIG_NAME).exists()
             found = "an adapter without its model" if is_alone else "an adapter beside a model"
@@ -78,40 +86,38 @@ class HuggingFaceFolder:
                 f"with PEFT (merge_and_unload) and save the result{otherwise}."
             )
         self.config = read_json(path / CONFIG_NAME)
-        self._packing = _read_packing(quantization_of(self.config), str(path))
+        self._kinds = _read_packings(quantization_of(path, self.config), str(path))
         for key in QUANTIZATION_KEYS:
             self.config.pop(key, None)
         self._stack = ExitStack()
         try:
             self._readers = self._open()
             stored = {name: reader.layout[name] for name, reader in self._readers.items()}
-            packing = self._packing
-            self.layout: Mapping[str, TensorLayout] = (
-                stored if packing is None else packing.plain_layout(stored, str(path))
-            )
+            if not self._kinds:
+                _check_unquantized(stored, path)
+            self._packed = PackedTensors(self._kinds, stored, self._read_stored, str(path)) if self._kinds else None
+            self.layout: Mapping[str, TensorLayout] = stored if self._packed is None else self._packed.layout
             self._stored = stored
         except BaseException:
             self._stack.close()
             raise
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        if self._packing is None or not self.is_packed(name):
-            return self._read_stored(name, index)
-        return self._packing.read(name, index, self._stored, self._read_stored)
+        return self._read_stored(name, index) if self._packed is None else self._packed.read(name, index)
 
     @property
     def is_quantized(self) -> bool:
         """Whether its config says that some of its matrices are."""
-        return self._packing is not None
+        return self._packed is not None
 
     def is_packed(self, name: str) -> bool:
         """Whether a tensor is stored in another form than `read` returns."""
-        return self._stored.get(name) != self.layout[name]
+        return self._packed is not None and name in self._packed
 
     @property
     def has_partial_blocks(self) -> bool:
         """Whether it has matrices in FP8 that their blocks do not divide."""
-        return isinstance(self._packing, Fp8Packing) and not self._packing.divides(self._stored)
+        return any(isinstance(kind, Fp8Packing) and not kind.divides(self._stored) for kind in self._kinds)
 
     def _read_stored(self, name: str, index: int | None = None, /) -> Tensor:
         return self._readers[name].read(name, index)
@@ -154,7 +160,9 @@ class HuggingFaceFolder:
 
     def _open(self) -> dict[str, TensorReader]:
         places = self._shards()
-        dtypes = DTYPES if self._packing is None else {**DTYPES, **self._packing.dtypes}
+        dtypes = dict(DTYPES)
+        for kind in self._kinds:
+            dtypes |= kind.dtypes
         readers: dict[str, TensorReader] = {}
         for shard, expected in places.items():
             reader = TensorReader(self.path / shard, is_read_once=True, dtypes=dtypes)
@@ -225,23 +233,35 @@ class HuggingFaceFolder:
         self._stack.close()
 
 
-def quantization_of(config: Mapping[str, Any]) -> Any:
-    """Return what a config says of how its matrices are quantised; None where it says nothing."""
-    return next(filter(None, map(config.get, QUANTIZATION_KEYS)), None)
+def quantization_of(folder: Path, config: Mapping[str, Any]) -> Any:
+    """Return what a folder, whose config is given, says of how its matrices are quantised; None where nothing is."""
+    said = next(filter(None, map(config.get, QUANTIZATION_KEYS)), None)
+    own = folder / _MODELOPT_NAME
+    return said if said or not own.exists() else of_its_own_file(read_json(own), str(own))
 
 
-def _read_packing(given: object, where: str) -> Packing | None:
-    """Return how a quantization_config says that matrices are packed. Raises: ConversionError for other ways."""
+def _read_packings(given: object, where: str) -> tuple[Packing, ...]:
+    """Return the ways in which a config says that matrices are packed. Raises: ConversionError for others."""
     if not given:
-        return None
+        return ()
     name = given.get("quant_method") if isinstance(given, dict) else given
     if not isinstance(given, dict) or not isinstance(name, str) or name not in _PACKINGS:
         raise ConversionError(
-            f"{where} is quantised ({name}); weights in bf16, fp16, fp32, FP8, MXFP4, or as GPTQ, AWQ and "
-            f"compressed-tensors write them, are required; take the model as it was before, or dequantise it with the "
-            f"tool that made it."
+            f"{where} is quantised ({name}); weights in bf16, fp16, fp32, FP8, MXFP4, or as GPTQ, AWQ, AutoRound, "
+            f"compressed-tensors and ModelOpt write them, are required; take the model as it was before, or dequantise "
+            f"it with the tool that made it."
         )
     return _PACKINGS[name](given, where)
+
+
+def _check_unquantized(names: Iterable[str], path: Path) -> None:
+    part = next((name for name in names if name.endswith(_PARTS)), None)
+    if part is not None:
+        raise ConversionError(
+            f"{path} holds {part}, a part of a quantised matrix, and its {CONFIG_NAME} does not say how it is "
+            f"quantised; a quantization_config there is required; fetch {CONFIG_NAME} again, or write there what the "
+            f"tool's own file says (quantize_config.json, with the tool's name as quant_method)."
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

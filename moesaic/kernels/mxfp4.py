@@ -26,15 +26,19 @@ def dequantize(values: Tensor, scales: Tensor) -> Tensor:
 
     Two numbers a byte, that of the low bits first, times 2^(scale - 127).
     """
+    grouped = decode(values).view(*scales.shape, GROUP_SIZE)
+    return grouped.mul_(powers(scales).to(torch.bfloat16)[..., None]).flatten(-2)
+
+
+def decode(values: Tensor) -> Tensor:
+    """Return the numbers of values (..., K/2) without their scales: (..., K) bf16."""
     pairs = _pairs(values.device).index_select(0, values.flatten().int())
-    numbers = pairs.view(torch.bfloat16).view(*scales.shape, GROUP_SIZE)
-    return numbers.mul_(powers(scales).to(torch.bfloat16)[..., None]).flatten(-2)
+    return pairs.view(torch.bfloat16).view(*values.shape[:-1], 2 * values.shape[-1])
 
 
 def halves(values: Tensor) -> Tensor:
     """Return twice the numbers of values (..., K/2) without their scales: (..., K) int8, from -12 to 12."""
-    pairs = _pairs(values.device).index_select(0, values.flatten().int())
-    return pairs.view(torch.bfloat16).view(*values.shape[:-1], -1).mul_(2.0).to(torch.int8)
+    return decode(values).mul_(2.0).to(torch.int8)
 
 
 def powers(scales: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 MakeRun = Callable[..., Path]
+Make = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
+Publish = Callable[[Path, Mapping[str, Any], Make], dict[str, Tensor]]
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +88,30 @@ def bounded_memory() -> Callable[[], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_AS, before)
 
     return bounded
+
+
+@pytest.fixture
+def publish() -> Publish:
+    """A function (folder, config, make) that quantises a saved model but for what never is; returns what it stands for.
+
+    make: a matrix's parts, by what follows its module's name, and the matrix that they stand for.
+    """
+
+    def apply(folder: Path, config: Mapping[str, Any], make: Make) -> dict[str, Tensor]:
+        stored, plain = dict[str, Tensor](), dict[str, Tensor]()
+        for name, tensor in load_file(folder / WEIGHTS_NAME).items():
+            is_packed = tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", "gate.weight"))
+            if not is_packed:
+                stored[name] = plain[name] = tensor if "gate." in name else tensor.bfloat16()
+                continue
+            parts, plain[name] = make(tensor)
+            stored |= {name.removesuffix(".weight") + suffix: part for suffix, part in parts.items()}
+        save_file(stored, folder / WEIGHTS_NAME)
+        values = json.loads((folder / CONFIG_NAME).read_text())
+        (folder / CONFIG_NAME).write_text(json.dumps({**values, "quantization_config": config}))
+        return plain
+
+    return apply
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from moesaic.errors import CheckpointError, ConversionError
 
 pytestmark = pytest.mark.usefixtures("short_check")
 
+Make = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
+Publish = Callable[[Path, Mapping[str, Any], Make], dict[str, Tensor]]
 # Of small models that divide into such blocks, as transformers requires of what it is to read.
 BLOCK = (8, 4)
 SIZES: dict[str, dict[str, int]] = {
@@ -75,28 +77,15 @@ def pack(matrix: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     return (matrix / spread).to(torch.float8_e4m3fn), scales
 
 
-def publish(
-    folder: Path,
-    block: Block,
-    config: dict[str, Any],
-    *,
-    suffix: str = "_scale_inv",
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Make a saved model one in FP8, but for what is never quantised; return the tensors that it stands for."""
-    stored, plain = dict[str, Tensor](), dict[str, Tensor]()
-    for name, tensor in load_file(folder / WEIGHTS_NAME).items():
-        is_packed = tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", "gate.weight"))
-        if not is_packed:
-            stored[name] = plain[name] = tensor if "gate." in name else tensor.bfloat16()
-            continue
-        values, scales = pack(tensor.float(), block)
-        stored[name], stored[name + suffix] = values, scales.to(dtype)
-        plain[name] = standing_for(values, stored[name + suffix], block)
-    save_file(stored, folder / WEIGHTS_NAME)
-    values = json.loads((folder / CONFIG_NAME).read_text())
-    (folder / CONFIG_NAME).write_text(json.dumps({**values, "quantization_config": config}))
-    return plain
+def in_fp8(block: Block, *, suffix: str = "_scale_inv", dtype: torch.dtype = torch.float32) -> Make:
+    """Return what makes a matrix's parts, and the matrix that they stand for."""
+
+    def make(matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        values, scales = pack(matrix.float(), block)
+        scales = scales.to(dtype)
+        return {".weight": values, f".weight{suffix}": scales}, standing_for(values, scales, block)
+
+    return make
 
 
 @pytest.fixture
@@ -129,11 +118,11 @@ def test_it_is_what_transformers_makes_of_it() -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_published_model_becomes_the_bf16_one(
-    model: Callable[..., Path], comes_in_as: Callable[..., None], tmp_path: Path, name: str
+    model: Callable[..., Path], publish: Publish, comes_in_as: Callable[..., None], tmp_path: Path, name: str
 ) -> None:
     """Whole and out again; transformers, with its own conversion, is the judge of all of it."""
     folder = model(name, **SIZES[name])
-    plain = publish(folder, BLOCK, PUBLISHED)
+    plain = publish(folder, PUBLISHED, in_fp8(BLOCK))
     comes_in_as(folder, plain)
     assert {each.dtype for each in load_tensors(resolve_checkpoint(tmp_path / "run"), "model").values()} <= {
         torch.bfloat16, torch.float32,
@@ -150,7 +139,7 @@ def test_a_published_model_becomes_the_bf16_one(
     ],
 )
 def test_what_compressed_tensors_writes_is_read_too(
-    model: Callable[..., Path], comes_in_as: Callable[..., None], strategy: str, block: Block,
+    model: Callable[..., Path], publish: Publish, comes_in_as: Callable[..., None], strategy: str, block: Block,
     grid: Callable[[Tensor], Tensor],
 ) -> None:  # fmt: skip
     """Whose scales have another name, and are bf16."""
@@ -158,7 +147,7 @@ def test_what_compressed_tensors_writes_is_read_too(
     config: dict[str, Any] = json.loads(json.dumps(COMPRESSED))
     structure = list(BLOCK) if strategy == "block" else None
     config["config_groups"]["group_0"]["weights"] |= {"strategy": strategy, "block_structure": structure}
-    plain = publish(folder, block, config, suffix="_scale", dtype=torch.bfloat16)
+    plain = publish(folder, config, in_fp8(block, suffix="_scale", dtype=torch.bfloat16))
     stored = load_file(folder / WEIGHTS_NAME)
     shaped = {name: grid(each).contiguous() if name.endswith("_scale") else each for name, each in stored.items()}
     save_file(shaped, folder / WEIGHTS_NAME)
@@ -185,11 +174,11 @@ STATIC: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", STATIC)
 def test_scales_of_activations_keys_and_values_are_left_out(
-    model: Callable[..., Path], tmp_path: Path, kind: str
+    model: Callable[..., Path], publish: Publish, tmp_path: Path, kind: str
 ) -> None:
     """They are for products, and a cache, in 8 bits; the matrices are the ones that they are."""
     folder = model("qwen3-moe", **SIZES["qwen3-moe"])
-    plain = publish(folder, (None, None), STATIC[kind], suffix="_scale")
+    plain = publish(folder, STATIC[kind], in_fp8((None, None), suffix="_scale"))
     tensors = load_file(folder / WEIGHTS_NAME)
     scales = {
         name.replace("weight_scale", "input_scale"): torch.tensor(0.3) for name in tensors if name.endswith("_scale")
@@ -212,14 +201,14 @@ def test_scales_of_activations_keys_and_values_are_left_out(
 
 @pytest.mark.parametrize(("name", "sizes"), [("deepseek-v3", {}), ("qwen3-moe", {"moe_intermediate_size": 24})])
 def test_a_matrix_that_its_blocks_do_not_divide(
-    model: Callable[..., Path], tmp_path: Path, name: str, sizes: dict[str, int]
+    model: Callable[..., Path], publish: Publish, tmp_path: Path, name: str, sizes: dict[str, int]
 ) -> None:
     """As DeepSeek-V3's 576 rows of compressed keys and values: transformers 5.24 fails, or takes two blocks of 12.
 
     It is given the numbers that we unpack.
     """
     folder = model(name, **{**SIZES[name], "intermediate_size": 32, **(sizes or {"hidden_size": 24})})
-    plain = publish(folder, (16, 16), {**PUBLISHED, "weight_block_size": [16, 16]})
+    plain = publish(folder, {**PUBLISHED, "weight_block_size": [16, 16]}, in_fp8((16, 16)))
     with open_model(folder) as opened:
         assert opened.source.layout.keys() == plain.keys()
         assert all(torch.equal(opened.source.read(name), tensor) for name, tensor in plain.items())
@@ -256,12 +245,13 @@ SCALES = f"{NAME}_scale_inv"
 )
 def test_what_does_not_fit_is_refused(
     model: Callable[..., Path],
+    publish: Publish,
     refuses: Callable[..., None],
     change: Callable[[dict[str, Tensor]], object],
     message: str,
 ) -> None:
     folder = model("qwen3-moe", **{**SIZES["qwen3-moe"], "mlp_only_layers": []})
-    publish(folder, BLOCK, PUBLISHED)
+    publish(folder, PUBLISHED, in_fp8(BLOCK))
     refuses(folder, change, message)
 
 
@@ -282,17 +272,17 @@ def group(**values: object) -> dict[str, object]:
         ({**PUBLISHED, "weight_block_size": [0, 128]}, r"weight_block_size is \[0, 128\]; a list of two sizes"),
         ({**PUBLISHED, "weight_block_size": 128}, r"weight_block_size is 128; a list of two sizes"),
         ({**PUBLISHED, "rotation": True}, "has keys that are not understood: rotation; quant_method, activation_"),
-        ({**COMPRESSED, "format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized'; 'float-quantized' or"),
+        ({**COMPRESSED, "format": "mxfp6-pack-quantized"}, "format is 'mxfp6-pack-quantized'; 'float-quantized' or"),
         ({**COMPRESSED, "transform_config": {"a": 1}}, "transform_config is {'a': 1}"),
-        ({**COMPRESSED, "config_groups": {}}, "config_groups describes 0 kinds of scales; one"),
-        ({**COMPRESSED, "config_groups": [1]}, "config_groups describes 0 kinds of scales; one"),
+        ({**COMPRESSED, "config_groups": {}}, "config_groups describes no matrices; how those"),
+        ({**COMPRESSED, "config_groups": [1]}, "config_groups describes no matrices; how those"),
         ({**COMPRESSED, "config_groups": {"a": {"weights": None}}}, "config_groups.a.weights: num_bits is None; 8 is"),
         (group(num_bits=4), "config_groups.group_0.weights: num_bits is 4; 8 is required"),
         (group(type="int"), "type is 'int'; 'float' is required"),
         (group(symmetric=False), "symmetric is False; None or True is required"),
         (group(strategy="group"), "strategy is 'group'; 'tensor' or 'channel' or 'block' is required"),
         (group(strategy="block"), "block_structure is None; a list of two sizes"),
-        ({"quant_method": "bitsandbytes"}, r"is quantised \(bitsandbytes\); weights in bf16, fp16, fp32, FP8, MXFP4"),
+        ({"quant_method": "hqq"}, r"is quantised \(hqq\); weights in bf16, fp16, fp32, FP8, MXFP4"),
         ({"quant_method": ["fp8"]}, r"is quantised \(\['fp8'\]\)"),
     ],
 )
@@ -307,13 +297,13 @@ def test_what_would_change_the_numbers_is_refused(
     assert str(caught.value).count(";") >= 2, caught.value
 
 
-def test_a_config_and_tensors_that_disagree_are_refused(model: Callable[..., Path]) -> None:
+def test_a_config_and_tensors_that_disagree_are_refused(model: Callable[..., Path], publish: Publish) -> None:
     folder = model("qwen3-moe", **SIZES["qwen3-moe"])
     plain = json.loads((folder / CONFIG_NAME).read_text())
     (folder / CONFIG_NAME).write_text(json.dumps({**plain, "quantization_config": PUBLISHED}))
     with pytest.raises(ConversionError, match=r"is said to be quantised \(FP8\) and holds no tensor of float8_e4m3fn"):
         open_model(folder)
-    publish(folder, BLOCK, PUBLISHED)
+    publish(folder, PUBLISHED, in_fp8(BLOCK))
     (folder / CONFIG_NAME).write_text(json.dumps(plain))
     with pytest.raises(CheckpointError, match=r"is of dtype F8_E4M3; one of F32, .* is required; convert"):
         open_model(folder)

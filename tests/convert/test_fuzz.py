@@ -120,6 +120,12 @@ def quantized(tensors: dict[str, Tensor], kind: str) -> tuple[dict[str, Any], di
         "auto-round": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round", "data_type": "int"},
         "packed": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": [],
                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": of_weights}}},
+        "mixed": {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {
+            "group_0": {"format": "nvfp4-pack-quantized", "weights": {"num_bits": 4, "type": "float", "group_size": 16,
+                                                                      "strategy": "tensor_group"}},
+            "group_1": {"format": "pack-quantized", "weights": of_weights}}},
+        "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
+        "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     }[kind]  # fmt: skip
     parts = dict[str, Tensor]()
     for name, matrix in tensors.items():
@@ -132,7 +138,26 @@ def quantized(tensors: dict[str, Tensor], kind: str) -> tuple[dict[str, Any], di
             return torch.randint(1 << 20, shape, dtype=torch.int32)
 
         scales = torch.rand(columns // 8, rows) / 100
-        if kind == "packed":
+        is_fp4 = kind == "modelopt" or (kind == "mixed" and "self_attn" in name)
+        if is_fp4:
+            values, of_matrix = (name, "scale_2") if kind == "modelopt" else (f"{name}_packed", "global_scale")
+            parts |= {
+                values: words(rows, columns // 8).view(torch.uint8), f"{name}_{of_matrix}": torch.tensor([3.0]),
+                f"{name}_scale": torch.rand(rows, columns // 16).to(torch.float8_e4m3fn),
+            }  # fmt: skip
+        elif kind == "bitsandbytes":
+            state = {"blocksize": 64, "shape": [rows, columns], "nested_blocksize": 16, "nested_offset": 0.1}
+            blocks = rows * columns // 64
+            parts |= {
+                name: words(rows * columns // 8, 1).view(torch.uint8).view(-1, 1),
+                f"{name}.absmax": words(blocks).to(torch.uint8), f"{name}.quant_map": torch.linspace(-1, 1, 16),
+                f"{name}.nested_absmax": torch.rand(-(-blocks // 16)),
+                f"{name}.nested_quant_map": torch.linspace(-1, 1, 256),
+                f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(
+                    list(json.dumps(state).encode()), dtype=torch.uint8
+                ),
+            }  # fmt: skip
+        elif kind in ("packed", "mixed"):
             parts |= {
                 f"{name}_packed": words(rows, columns // 8), f"{name}_scale": scales.t().contiguous(),
                 f"{name}_shape": torch.tensor([rows, columns]),
@@ -146,6 +171,13 @@ def quantized(tensors: dict[str, Tensor], kind: str) -> tuple[dict[str, Any], di
     return config, parts
 
 
+def with_another_byte(part: Tensor, draw: random.Random) -> Tensor:
+    """Return a tensor of which one byte is changed."""
+    data = part.contiguous().flatten().view(torch.uint8).clone()
+    data[draw.randrange(len(data))] = draw.randrange(256)
+    return data.view(part.dtype).view(part.shape)
+
+
 def with_an_odd_value(values: Any, draw: random.Random) -> Any:
     """Return JSON values with one of them, at whatever depth, changed."""
     if isinstance(values, dict) and values and draw.random() < 0.8:
@@ -154,7 +186,7 @@ def with_an_odd_value(values: Any, draw: random.Random) -> Any:
     return draw.choice(ODD)
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq", "auto-round", "packed"])
+@pytest.mark.parametrize("kind", ["gptq", "awq", "auto-round", "packed", "mixed", "modelopt", "bitsandbytes"])
 def test_quantized_folders_with_odd_values(
     kind: str, saved: Callable[..., Path], law: Callable[[Path], bool], tmp_path: Path
 ) -> None:
@@ -189,8 +221,9 @@ def test_quantized_folders_with_odd_values(
                 lambda part: part[None],
                 lambda part: part.t() if part.dim() == 2 else part.flip(0),
                 lambda part: part.to(draw.choice([torch.int8, torch.int64, torch.float64, torch.uint8, torch.bool])),
-                lambda part: part.new_full(part.shape, draw.choice([-1, 0, 127])),
+                lambda part: part.float().fill_(draw.choice([-1, 0, 127])).to(part.dtype),
                 lambda part: torch.full(part.shape, torch.inf),
+                lambda part: with_another_byte(part, draw),
                 lambda part: part[0, 0] if part.dim() == 2 else part[0],
             ]
         )(part)

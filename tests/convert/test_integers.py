@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from moesaic.convert import integers
 from moesaic.convert.compressed import read_compressed
 from moesaic.convert.fp8 import Fp8Packing
 from moesaic.convert.importer import import_model
-from moesaic.convert.integers import BytesPacking, read_auto_round, read_awq, read_gptq, unpack
+from moesaic.convert.integers import BytesPacking, PackedPacking, read_auto_round, read_awq, read_gptq, unpack
 from moesaic.convert.opened import open_model
-from moesaic.convert.packing import Packing
-from moesaic.convert.source import CONFIG_NAME, WEIGHTS_NAME
+from moesaic.convert.packing import PackedTensors, Packing
+from moesaic.convert.source import CONFIG_NAME, WEIGHTS_NAME, HuggingFaceFolder
 from moesaic.errors import ConversionError
 
 pytestmark = pytest.mark.usefixtures("short_check")
@@ -142,11 +142,14 @@ class Integers:
         return parts | ({".weight_g_idx": self.groups.int()} if with_groups else {})
 
     def as_bytes(self) -> dict[str, Tensor]:
-        parts = {".weight": (self.values - 128).to(torch.int8), ".weight_scale": self.scales}
-        return parts if self.symmetric else parts | {".weight_zero_point": (self.zeros - 128).to(torch.int8)}
+        middle = 1 << (self.bits - 1)
+        parts = {".weight": (self.values - middle).to(torch.int8), ".weight_scale": self.scales}
+        return parts if self.symmetric else parts | {".weight_zero_point": (self.zeros - middle).to(torch.int8)}
 
 
-Published = tuple[dict[str, Any], Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]]
+Make = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
+Published = tuple[dict[str, Any], Make]
+Publish = Callable[[Path, Mapping[str, Any], Make], dict[str, Tensor]]
 
 
 def published(
@@ -204,28 +207,12 @@ LAYOUTS: dict[str, Published] = {
         packed_config("int-quantized", strategy="channel", group_size=None, num_bits=8), lambda each: each.as_bytes(),
         bits=8, size=None, dtype=torch.bfloat16,
     ),
+    "bytes, of 4 bits, by groups": published(packed_config("int-quantized"), lambda each: each.as_bytes()),
     "bytes, asymmetric": published(
         packed_config("int-quantized", strategy="channel", group_size=None, num_bits=8, symmetric=False),
         lambda each: each.as_bytes(), bits=8, size=None, symmetric=False, dtype=torch.float32,
     ),
 }  # fmt: skip
-
-
-def publish(folder: Path, layout: Published) -> dict[str, Tensor]:
-    """Quantise a saved model but for what never is; return the tensors that it stands for."""
-    config, make = layout
-    stored, plain = dict[str, Tensor](), dict[str, Tensor]()
-    for name, tensor in load_file(folder / WEIGHTS_NAME).items():
-        is_packed = tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", "gate.weight"))
-        if not is_packed:
-            stored[name] = plain[name] = tensor if "gate." in name else tensor.bfloat16()
-            continue
-        parts, plain[name] = make(tensor)
-        stored |= {name.removesuffix(".weight") + suffix: part for suffix, part in parts.items()}
-    save_file(stored, folder / WEIGHTS_NAME)
-    values = json.loads((folder / CONFIG_NAME).read_text())
-    (folder / CONFIG_NAME).write_text(json.dumps({**values, "quantization_config": config}))
-    return plain
 
 
 @pytest.fixture
@@ -245,17 +232,28 @@ def test_numbers_follow_each_other_from_the_lowest_bits_on(bits: int, count: int
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_published_model_becomes_the_bf16_one(
-    model: Path, comes_in_as: Callable[..., None], name: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, publish: Publish, comes_in_as: Callable[..., None], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole and out again; transformers, of the numbers that we unpack, is the judge of all else."""
     monkeypatch.setattr(integers, "_ROWS", 24)
-    plain = publish(model, LAYOUTS[name])
+    plain = publish(model, *LAYOUTS[name])
     comes_in_as(model, plain)
 
 
-def test_an_older_name_of_the_key_is_read(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gptq", "awq", "packed", "bytes"])
+def test_a_config_that_says_nothing_of_it_is_named(model: Path, publish: Publish, name: str) -> None:
+    """As some tools say it in a file of their own alone."""
+    publish(model, *LAYOUTS[name])
+    values = json.loads((model / CONFIG_NAME).read_text())
+    del values["quantization_config"]
+    (model / CONFIG_NAME).write_text(json.dumps(values))
+    with pytest.raises(ConversionError, match=r"holds .*, a part of a quantised matrix, and its config.json does not"):
+        open_model(model)
+
+
+def test_an_older_name_of_the_key_is_read(model: Path, publish: Publish, tmp_path: Path) -> None:
     """As compressed-tensors wrote its configs in 2024."""
-    publish(model, LAYOUTS["bytes"])
+    publish(model, *LAYOUTS["bytes"])
     values = json.loads((model / CONFIG_NAME).read_text())
     values["compression_config"] = values.pop("quantization_config")
     (model / CONFIG_NAME).write_text(json.dumps(values))
@@ -263,9 +261,9 @@ def test_an_older_name_of_the_key_is_read(model: Path, tmp_path: Path) -> None:
     assert imported.failure is None and imported.judge == "transformers" and imported.not_compared is None
 
 
-def test_biases_of_zeros_are_left_out(model: Path, tmp_path: Path) -> None:
+def test_biases_of_zeros_are_left_out(model: Path, publish: Publish, tmp_path: Path) -> None:
     """As AutoGPTQ gave every matrix one before 2024, and Qwen's own files have them."""
-    plain = publish(model, LAYOUTS["gptq"])
+    plain = publish(model, *LAYOUTS["gptq"])
     tensors = load_file(model / WEIGHTS_NAME)
     biases = {
         name.removesuffix("qweight") + "bias": torch.zeros(part.shape[1], dtype=torch.float16)
@@ -287,15 +285,16 @@ def test_biases_of_zeros_are_left_out(model: Path, tmp_path: Path) -> None:
         open_model(model)
 
 
-def of_one(packing: Packing, parts: Mapping[str, Tensor]) -> Tensor:
-    """What a packing makes of one matrix."""
+def of_one(kinds: Sequence[Packing], parts: Mapping[str, Tensor]) -> Tensor:
+    """What packings make of one matrix."""
     stored = {f"one{suffix}": part for suffix, part in parts.items()}
     layout = {name: TensorLayout(part.dtype, tuple(part.shape)) for name, part in stored.items()}
-    (name, plain), *others = packing.plain_layout(layout, "here").items()
+    packed = PackedTensors(kinds, layout, lambda name, index=None: stored[name], "here")
+    (name, plain), *others = packed.layout.items()
     assert name == "one.weight" and not others
-    found = packing.read(name, None, layout, lambda name, index=None: stored[name])
+    found = packed.read(name)
     assert found.dtype is plain.dtype is torch.bfloat16 and found.shape == plain.shape
-    assert torch.equal(packing.read(name, len(found) - 1, layout, lambda name, index=None: stored[name]), found[-1])
+    assert torch.equal(packed.read(name, len(found) - 1), found[-1])
     return found
 
 
@@ -366,9 +365,9 @@ def test_autoround_s_own_format_is_one_of_the_others() -> None:
 
 def test_naive_is_a_number_each() -> None:
     values = {"strategy": "channel", "group_size": None, "num_bits": 8}
-    assert read_compressed(packed_config("naive-quantized", **values), "here") == BytesPacking(is_symmetric=True)
+    assert read_compressed(packed_config("naive-quantized", **values), "here") == (BytesPacking(is_symmetric=True),)
     floats = packed_config("naive-quantized", **values, type="float", actorder=None)
-    assert read_compressed(floats, "here") == Fp8Packing((1, None))
+    assert read_compressed(floats, "here") == (Fp8Packing((1, None)),)
 
 
 @pytest.mark.parametrize("said", [{"quantization_status": "frozen"}, {"provider": "auto-round"}])
@@ -458,9 +457,14 @@ def without(suffix: str) -> Callable[[Tensors], None]:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    model: Path, refuses: Callable[..., None], layout: str, change: Callable[[Tensors], None], message: str
+    model: Path,
+    publish: Publish,
+    refuses: Callable[..., None],
+    layout: str,
+    change: Callable[[Tensors], None],
+    message: str,
 ) -> None:
-    publish(model, LAYOUTS[layout])
+    publish(model, *LAYOUTS[layout])
     refuses(model, change, message)
 
 
@@ -489,8 +493,8 @@ def test_what_does_not_fit_is_refused(
         (packed_config(group_size=None), "weights: group_size is None; a number of columns"),
         (packed_config(group_size=0), "weights: group_size is 0; a number of columns"),
         (packed_config(dynamic=True), "weights: dynamic is True"),
-        (packed_config("int-quantized"), "weights: num_bits is 4; 8 is required"),
-        (packed_config("nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'; 'float-quantized' or 'pack-quant"),
+        (packed_config("int-quantized", num_bits=9), "weights: num_bits is 9; 2 or 3 or 4"),
+        (packed_config("mxfp6-pack-quantized"), "format is 'mxfp6-pack-quantized'; 'float-quantized' or 'pack-quant"),
     ],
 )
 def test_what_would_change_the_numbers_is_refused(model: Path, config: dict[str, Any], message: str) -> None:
@@ -501,17 +505,51 @@ def test_what_would_change_the_numbers_is_refused(model: Path, config: dict[str,
     assert str(caught.value).count(";") >= 2, caught.value
 
 
-def test_two_kinds_of_groups_are_refused(model: Path) -> None:
+def two_groups(**of_second: object) -> dict[str, Any]:
     config = packed_config()
-    other = json.loads(json.dumps(config["config_groups"]["group_0"]))
-    config["config_groups"]["group_1"] = other
-    publish(model, (config, LAYOUTS["packed"][1]))
+    second = json.loads(json.dumps(config["config_groups"]["group_0"]))
+    second["weights"] |= of_second
+    config["config_groups"]["group_1"] = second
+    return config
+
+
+def test_matrices_may_have_other_bits_and_groups_than_others(
+    model: Path, publish: Publish, comes_in_as: Callable[..., None]
+) -> None:
+    """What each one has, its parts tell."""
+    config = two_groups(strategy="channel", group_size=None, num_bits=8)
+    four, eight = LAYOUTS["packed"][1], LAYOUTS["packed, by rows, 8 bits"][1]
+    plain = publish(model, config, lambda matrix: (eight if matrix.shape == (32, 64) else four)(matrix))
     with open_model(model) as opened:
-        assert opened.source.layout[f"{NAME}.weight"].shape == (32, 64)
-    other["weights"]["group_size"] = 16
-    values = json.loads((model / CONFIG_NAME).read_text())
-    (model / CONFIG_NAME).write_text(json.dumps({**values, "quantization_config": config}))
-    with pytest.raises(ConversionError, match="config_groups describes 2 kinds of scales; one, for all matrices"):
+        assert isinstance(opened.source, HuggingFaceFolder) and opened.source.is_packed(f"{NAME}.weight")
+    comes_in_as(model, plain)
+
+
+def test_a_matrix_that_two_groups_read_otherwise_is_refused() -> None:
+    """Eight numbers, of whatever bits, take a word."""
+    each = Integers(torch.ones(4, 8), 4, torch.zeros(8).long(), symmetric=True, dtype=torch.float16)
+    kinds = [PackedPacking(bits, 8, is_symmetric=True) for bits in (2, 4)]
+    with pytest.raises(ConversionError, match=r"one.weight could be packed in 2 of the ways that the config names"):
+        of_one(kinds, each.as_packed())
+    assert torch.equal(of_one([kinds[1], kinds[1]], each.as_packed()), each.standing_for())
+
+
+def test_scales_of_activations_are_left_out(model: Path, publish: Publish) -> None:
+    """As W8A8 with static activations has them."""
+    plain = publish(model, *LAYOUTS["bytes"])
+    tensors = load_file(model / WEIGHTS_NAME)
+    scales = {
+        name.replace("weight_scale", kind): torch.tensor([3])
+        for name in tensors
+        for kind in ("input_scale", "input_zero_point")
+        if name.endswith("_scale")
+    }
+    save_file(tensors | scales, model / WEIGHTS_NAME)
+    with open_model(model) as opened:
+        assert opened.left_out == dict.fromkeys(scales, "of quantised activations, and these are read as bf16")
+        assert opened.source.layout.keys() == plain.keys() | scales.keys()
+    save_file(tensors | {"model.layers.0.mlp.gate.input_scale": torch.tensor([3])}, model / WEIGHTS_NAME)
+    with pytest.raises(ConversionError, match=r"not used by any part 1: model.layers.0.mlp.gate.input_scale"):
         open_model(model)
 
 
