@@ -143,11 +143,11 @@ def _table(certificate: "Certificate") -> "Table":
     table = plain_table(show_header=False)
     tensors, weights, found = certificate.tensors, certificate.weights, certificate.comparison
     if tensors is not None:
-        left = "; ".join(f"{name}: {reason}" for name, reason in list(tensors.left_out.items())[:3])
-        more = ", ..." if len(tensors.left_out) > 3 else ""
         table.add_row("tensors", f"{tensors.used} of {tensors.source} used, {describe_bytes(tensors.bytes)} written")
-        if left:
-            table.add_row("left out", f"{len(tensors.left_out)}: {left}{more}")
+        for reason in dict.fromkeys(tensors.left_out.values()):
+            names = [name for name, each in tensors.left_out.items() if each == reason]
+            more = ", ..." if len(names) > 2 else ""
+            table.add_row("left out", f"{len(names)}, {reason}: {', '.join(names[:2])}{more}")
     if weights is not None:
         rounded = sum(len(each) for each in weights.rounded)
         table.add_row(

@@ -83,6 +83,18 @@ def test_for_people_it_says_what_was_found_and_where_it_is(cli: Any, run: Path, 
 
 
 @pytest.mark.usefixtures("short")
+def test_what_is_left_out_is_told_once_for_each_reason(cli: Any, folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(folder, tmp_path / "source")
+    file = source / "model.safetensors"
+    computed = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(3)}
+    save_file(load_file(file) | computed, file)
+    out = cli("convert", "import", source, tmp_path / "run")
+    assert out.status == 0
+    due = "left out 3, computed from the config: model.layers.0.self_attn.rotary_emb.inv_freq, model.layers.1"
+    assert due in " ".join(out.out.split()) and "layers.2" not in out.out
+
+
+@pytest.mark.usefixtures("short")
 def test_a_model_that_only_our_classes_describe_is_loaded_by_the_lines_that_are_printed(
     cli: Any, trained_run: Path, tmp_path: Path
 ) -> None:
