@@ -23,6 +23,7 @@ _PUBLIC = {
     "balance_loss": "moesaic.moe.balance",
     "Transformer": "moesaic.model.transformer",
     "generate": "moesaic.model.generate",
+    "ExpertParallel": "moesaic.parallel.expert",
     "Trainer": "moesaic.train.loop",
 }
 

@@ -213,6 +213,8 @@ class Transformer(nn.Module):
     def initialize(self, seed: int | None = None) -> "Transformer":
         """Draw every weight; each expert, and the residual MLP beside them, gets its own draw. Returns self.
 
+        Where experts are spread over processes each gets what it would have among all.
+
         seed None: from torch's global generator. Normal with init_std; matrices that write into the residual stream are
         scaled by 1/sqrt(2 * num_layers), as in GPT-2. Biases start at 0, norms and the experts' output factors at 1.
         """
@@ -243,8 +245,13 @@ class Transformer(nn.Module):
                 module.output_scale.fill_(1.0)
             elif isinstance(module, Experts):
                 weights = module.weights()
-                draw(weights.up, std)
-                draw(weights.down, output_std)
+                for weight, deviation in ((weights.up, std), (weights.down, output_std)):
+                    if module.num_experts == module.total_experts:
+                        draw(weight, deviation)
+                    else:  # what each would have among all
+                        whole = weight.new_empty(module.total_experts, *weight.shape[1:])
+                        draw(whole, deviation)
+                        weight.copy_(whole[module.first : module.first + module.num_experts])
                 if weights.up_bias is not None and weights.down_bias is not None:
                     weights.up_bias.zero_()
                     weights.down_bias.zero_()

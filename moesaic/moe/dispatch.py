@@ -1,13 +1,12 @@
 """From routes to rows sorted by expert and back: a counting sort, capacity, and index tables.
 
 A dispatcher has two methods: `dispatch` returns the rows, their counts and a frozen receipt; `combine` takes the
-receipt back. The local one is here; the all-to-all ones, for experts that live on other ranks, keep the same two
-methods.
+receipt back. The local one is here; that for experts on other processes is parallel/dispatch.py's.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,8 +97,12 @@ def plan_dispatch(
     )
 
 
+# What a dispatcher remembers of its own, in a type of its own.
+Receipt = TypeVar("Receipt")
+
+
 @dataclass(frozen=True)
-class Dispatched:
+class Dispatched(Generic[Receipt]):
     """Rows for the experts of this rank.
 
     Shapes: tokens (N, H), sorted by expert; tokens_per_expert (E_local,) int64. receipt: for combine.
@@ -107,21 +110,21 @@ class Dispatched:
 
     tokens: Tensor
     tokens_per_expert: Tensor
-    receipt: DispatchPlan
+    receipt: Receipt
 
 
-class Dispatcher(Protocol):
+class Dispatcher(Protocol[Receipt]):
     """Brings tokens to their experts and the experts' outputs back."""
 
-    def dispatch(self, x: Tensor, plan: DispatchPlan) -> Dispatched: ...
+    def dispatch(self, x: Tensor, plan: DispatchPlan) -> Dispatched[Receipt]: ...
 
-    def combine(self, y: Tensor, routing_weights: Tensor, receipt: DispatchPlan) -> Tensor: ...
+    def combine(self, y: Tensor, routing_weights: Tensor, receipt: Receipt) -> Tensor: ...
 
 
 class LocalDispatcher:
     """All experts on this device: a gather there, a weighted sum of gathers back."""
 
-    def dispatch(self, x: Tensor, plan: DispatchPlan) -> Dispatched:
+    def dispatch(self, x: Tensor, plan: DispatchPlan) -> Dispatched[DispatchPlan]:
         """Shapes: x (T, H)."""
         return Dispatched(gather_tokens(x, plan.token_ids, plan.slots), plan.tokens_per_expert, plan)
 

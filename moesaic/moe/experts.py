@@ -14,7 +14,8 @@ class Experts(nn.Module):
     """E MLPs.
 
     Shapes: up_proj (E, F, H), or gate_up_proj (E, 2F, H) as [gate, up] if gated; down_proj (E, H, F); biases (E, F or
-    2F) and (E, H). Packed for inference it has none of them, but `packed`.
+    2F) and (E, H). Packed for inference it has none of them, but `packed`. Of a layer whose experts are spread over
+    processes it has E of `total_experts`, from `first` on.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class Experts(nn.Module):
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.has_bias = activation, has_bias
         self.is_gated = is_gated(activation)
+        self.first, self.total_experts = 0, num_experts
         self.packed: PackedMlp | None = None
         inner = 2 * intermediate_size if self.is_gated else intermediate_size
         name = "gate_up" if self.is_gated else "up"
@@ -41,6 +43,13 @@ class Experts(nn.Module):
             else:
                 bound = parameter.shape[2] ** -0.5
                 nn.init.uniform_(parameter, -bound, bound)
+
+    def keep(self, first: int, last: int) -> None:
+        """Forget all experts but those from first to last, which become parameters of their own."""
+        for name, parameter in list(self.named_parameters()):
+            kept = nn.Parameter(parameter.detach()[first:last].clone(), requires_grad=parameter.requires_grad)
+            self.register_parameter(name, kept)
+        self.first, self.num_experts = self.first + first, last - first
 
     def extra_repr(self) -> str:
         packed = "" if self.packed is None else f", packed={self.packed.up.format}"

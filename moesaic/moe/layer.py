@@ -1,7 +1,7 @@
 """The MoE layer: router -> dispatcher -> experts -> combine. Knows no attention and no process group."""
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class MoELayer(nn.Module):
         # On the weights and not on the output: one operation stays one, and the sum is in fp32 all the same.
         self.register_parameter("output_scale", nn.Parameter(torch.ones(())) if config.output_scale else None)
         # None: all experts are on this device, and one operation gathers, computes and combines.
-        self.dispatcher: Dispatcher | None = None
+        self.dispatcher: Dispatcher[Any] | None = None
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew, from torch's global generator: for a layer made on the meta device."""
