@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moesaic.kernels.gradient import once_differentiable
 from moesaic.kernels.permute import combine_tokens, gather_tokens
+from moesaic.kernels.tracing import untraced
 from moesaic.moe.dispatch import Dispatched, DispatchPlan
 
 
@@ -42,6 +43,7 @@ class AllToAllDispatcher:
         self.num_ranks = group.size()
         assert num_experts % self.num_ranks == 0, (num_experts, self.num_ranks)
 
+    @untraced
     def dispatch(self, x: Tensor, plan: DispatchPlan) -> Dispatched[_Receipt]:
         """Return the rows for this rank's experts, of x (T, H) here and on the others.
 
@@ -57,6 +59,7 @@ class AllToAllDispatcher:
             gather_tokens(rows, order, place), incoming.sum(0), _Receipt(plan, sent, received, order, place)
         )
 
+    @untraced
     def combine(self, y: Tensor, routing_weights: Tensor, receipt: _Receipt) -> Tensor:
         """Return (T, H) for the outputs y (M, H) of this rank's experts and the weights (T, K) of its own tokens."""
         back = gather_tokens(y, receipt.place[:, 0], receipt.order[:, None])

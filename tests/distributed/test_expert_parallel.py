@@ -42,18 +42,23 @@ KINDS: dict[str, tuple[dict[str, Any], torch.dtype | None, float]] = {
     "bf16": ({}, torch.bfloat16, 3e-2),
     "gelu, biases, capacity": (GELU, None, 1e-5),
     "checkpointed": ({"recompute": True}, None, 1e-5),
+    "compiled": ({"compile": True}, None, 1e-5),
 }
 # Layers of 8, 6 and 3 experts.
 DEGREES = {None: [4, 2, 1], 2: [2, 2, 1], 1: [1, 1, 1]}
+# Every process compiles for itself, so that is done once.
+CASES = [(kind, degree) for kind in KINDS for degree in DEGREES if kind != "compiled" or degree is None]
 
 
 def build(kind: str, *, device: str = "cpu") -> Transformer:
     changes, dtype, _ = KINDS[kind]
-    recompute = changes.get("recompute", False)
-    config = ModelConfig.from_dict({**CONFIG, **{key: each for key, each in changes.items() if key != "recompute"}})
+    of_model = {key: each for key, each in changes.items() if key not in ("recompute", "compile")}
+    config = ModelConfig.from_dict({**CONFIG, **of_model})
     with torch.device(device):
         model = Transformer(config, compute_dtype=dtype)
-    model.activation_checkpointing = recompute
+    model.activation_checkpointing = changes.get("recompute", False)
+    if changes.get("compile"):
+        model.compile(backend="eager")
     return model.train()
 
 
@@ -68,42 +73,41 @@ def on_a_rank(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     found: dict[str, Any] = {}
     try:
-        for kind in KINDS:
-            for degree in DEGREES:
-                # Spread before there are any weights, or after.
-                model = build(kind, device="cpu" if degree == 2 else "meta")
-                if degree == 2:
-                    model.initialize(3)
-                parallel = ExpertParallel(model, degree=degree)
-                if degree != 2:
-                    model.to_empty(device="cpu").initialize(3)
-                loss = language_model_loss(model, batch(rank), seed=0).total
-                loss.backward()
-                parallel.average_gradients()
-                norm = parallel.clip_gradients(1e-3)
-                state = copied(parallel.full_state())
-                whole = build(kind).initialize(5).state_dict()
-                own = {name: each.clone() for name, each in model.state_dict().items()}
-                model.load_state_dict(parallel.own_state(whole))
-                loaded = parallel.full_state()
-                assert loaded is None or all(torch.equal(loaded[name], each) for name, each in whole.items())
-                model.load_state_dict(own)
-                # Their gradients are gathered as a state is.
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        assert parameter.grad is not None
-                        parameter.copy_(parameter.grad)
-                gradients = copied(parallel.full_state())
-                losses = [torch.zeros(()) for _ in range(WORLD)]
-                dist.all_gather(losses, loss.detach())
-                sizes = [sum(each.numel() for each in layer.parameters()) for layer in moe_layers(model)]
-                if rank == 0:
-                    found[f"{kind}, {degree}"] = {
-                        "losses": torch.stack(losses), "norm": norm, "state": state, "gradients": gradients,
-                        "degrees": list(parallel.degrees.values()), "sizes": sizes,
-                    }  # fmt: skip
-                else:
-                    assert state is None and gradients is None
+        for kind, degree in CASES:
+            # Spread before there are any weights, or after.
+            model = build(kind, device="cpu" if degree == 2 else "meta")
+            if degree == 2:
+                model.initialize(3)
+            parallel = ExpertParallel(model, degree=degree)
+            if degree != 2:
+                model.to_empty(device="cpu").initialize(3)
+            loss = language_model_loss(model, batch(rank), seed=0).total
+            loss.backward()
+            parallel.average_gradients()
+            norm = parallel.clip_gradients(1e-3)
+            state = copied(parallel.full_state())
+            whole = build(kind).initialize(5).state_dict()
+            own = {name: each.clone() for name, each in model.state_dict().items()}
+            model.load_state_dict(parallel.own_state(whole))
+            loaded = parallel.full_state()
+            assert loaded is None or all(torch.equal(loaded[name], each) for name, each in whole.items())
+            model.load_state_dict(own)
+            # Their gradients are gathered as a state is.
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.copy_(parameter.grad)
+            gradients = copied(parallel.full_state())
+            losses = [torch.zeros(()) for _ in range(WORLD)]
+            dist.all_gather(losses, loss.detach())
+            sizes = [sum(each.numel() for each in layer.parameters()) for layer in moe_layers(model)]
+            if rank == 0:
+                found[f"{kind}, {degree}"] = {
+                    "losses": torch.stack(losses), "norm": norm, "state": state, "gradients": gradients,
+                    "degrees": list(parallel.degrees.values()), "sizes": sizes,
+                }  # fmt: skip
+            else:
+                assert state is None and gradients is None
         found["tokens on some ranks alone"] = few_tokens(rank)
         found["an update that one rank lacks"] = an_update_that_one_rank_lacks(rank)
         if rank == 0:
@@ -174,15 +178,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(folder / "rank0.pt", weights_only=True)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("degree", DEGREES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "degree"), CASES)
 def test_gradients_are_those_of_one_process(found: dict[str, Any], kind: str, degree: int | None) -> None:
     model = build(kind).initialize(3)
     initial = {name: each.clone() for name, each in model.state_dict().items()}
     for rank in range(WORLD):
         loss = language_model_loss(model, batch(rank), seed=0).total
         tolerance = 5e-3 if kind == "bf16" else 1e-6
-        assert abs(float(loss) - float(found[f"{kind}, {degree}"]["losses"][rank])) < tolerance
+        assert abs(loss.item() - float(found[f"{kind}, {degree}"]["losses"][rank])) < tolerance
         (loss / WORLD).backward()
     ours = found[f"{kind}, {degree}"]
     assert ours["degrees"] == DEGREES[degree]
