@@ -19,6 +19,7 @@ _NESTED_SCALES, _NESTED_CODE = ".nested_absmax", ".nested_quant_map"
 _MAX_STATE_BYTES = 1 << 16
 # Numbers that are made fp32 at a time.
 _NUMBERS = 1 << 22
+_LARGEST_OFFSET = 1e38
 _ROW_SCALES, _ROW_FORMAT = "SCB", "weight_format"
 _KEYS: Known = {
     "quant_method": None,
@@ -130,7 +131,8 @@ class RowsPacking:
         if values is None or values.dtype is not torch.int8 or len(values.shape) != 2:
             return None
         # Of its formats, row by row is the one that is written.
-        is_by_rows = written is None or (written.shape in ((), (1,)) and int(read(stem + _ROW_FORMAT)) == 0)
+        is_number = written is not None and written.shape in ((), (1,)) and not written.dtype.is_floating_point
+        is_by_rows = written is None or (is_number and int(read(stem + _ROW_FORMAT)) == 0)
         fits = is_by_rows and scales.dtype is torch.float32 and scales.shape == values.shape[:1]
         return (values.shape[0], values.shape[1]) if fits else None
 
@@ -166,7 +168,9 @@ def _read_state(name: str, parts: Mapping[str, TensorLayout], read: ReadTensor) 
         sizes += [given["nested_blocksize"]] if is_nested else []
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if not all(type(size) is int and size > 0 for size in sizes) or type(offset) not in (int, float):
+    # JSON has integers that no float holds.
+    is_number = type(offset) in (int, float) and not abs(offset) > _LARGEST_OFFSET
+    if not is_number or not all(type(size) is int and size > 0 for size in sizes):
         return None
     block_size, *nested_size = (min(size, rows * columns) for size in sizes[2:])  # what is over holds nothing
     return _State((rows, columns), block_size, (nested_size[0], float(offset)) if is_nested else None)

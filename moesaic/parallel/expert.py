@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import get_total_norm
 
 from moesaic.errors import ConfigError
 from moesaic.moe.layer import MoELayer
@@ -20,6 +21,8 @@ from moesaic.parallel.dispatch import AllToAllDispatcher
 
 # Gradients that travel together.
 _BUCKET_BYTES = 32 << 20
+# On a CPU PyTorch's norm of more elements loses digits.
+_NORM_PIECE = 1 << 20
 
 
 class ExpertParallel:
@@ -91,15 +94,19 @@ class ExpertParallel:
         sums = {size: torch.zeros((), dtype=torch.float32, device=device) for size in (None, *self._expert_groups)}
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                sums[spread.get(id(parameter))] += parameter.grad.float().square().sum()
+                pieces = parameter.grad.flatten().split(_NORM_PIECE)
+                sums[spread.get(id(parameter))] += get_total_norm(pieces).float().square()
         for size, group in self._expert_groups.items():
             dist.all_reduce(sums[size], group=group)
         return torch.stack(list(sums.values())).sum().sqrt()
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their norm is at most max_norm; return what it was."""
+        """Scale all gradients so that their norm is at most max_norm; return what it was.
+
+        Where it is not finite they are left alone: that step is for the caller to skip, on every rank alike.
+        """
         norm = self.gradient_norm()
-        factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+        factor = torch.where(norm.isfinite(), (max_norm / norm).clamp_max(1.0), 1.0)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype))
@@ -163,7 +170,8 @@ def _sum_over(group: dist.ProcessGroup | None, parameters: list[nn.Parameter]) -
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for bucket in _buckets([each.grad for each in used if each.grad is not None]):
-        flat = torch.cat([each.reshape(-1) for each in bucket])
+        # A large one travels by itself, from where it is.
+        flat = bucket[0].reshape(-1) if len(bucket) == 1 else torch.cat([each.reshape(-1) for each in bucket])
         dist.all_reduce(flat, group=group)
         for each, summed in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
             each.copy_(summed.view_as(each))

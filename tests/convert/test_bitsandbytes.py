@@ -183,7 +183,9 @@ def saying(**values: object) -> Callable[[Tensors], None]:
         ("nf4", saying(blocksize=64.0), r"absmax is uint8 \[32\], quant_map"),
         ("nf4", saying(nested_blocksize=0), r"nested_absmax is float32 \[2\]"),
         ("nf4", saying(nested_offset="0"), r"nested_absmax is float32 \[2\]"),
-        ("nf4", saying(nested_offset=1e300), f"{NAME}.weight holds numbers that are not finite"),
+        ("nf4", saying(nested_offset=1e300), r"nested_absmax is float32 \[2\]"),
+        ("nf4", saying(nested_offset=-(10**400)), r"nested_absmax is float32 \[2\]"),
+        ("nf4", saying(nested_offset=float("nan")), f"{NAME}.weight holds numbers that are not finite"),
         (
             "nf4",
             lambda tensors: tensors.update({f"{NAME}.weight.quant_state.bitsandbytes__fp4": tensors[NAME + STATE] + 0}),
@@ -195,6 +197,7 @@ def saying(**values: object) -> Callable[[Tensors], None]:
         ("int8", with_part(".SCB", lambda part: part.half()), r"SCB is float16 \[32\]"),
         ("int8", with_part(".weight", lambda part: part[None]), r"weight is int8 \[1, 32, 64\]"),
         ("int8", with_part(".weight_format", lambda part: part + 1), r"weight_format is uint8 \[\]; int8 weight"),
+        ("int8", with_part(".weight_format", lambda part: part * torch.nan), r"weight_format is float32 \[\]; int8"),
         ("int8", with_part(".SCB", lambda part: part * torch.inf), "holds numbers that are not finite"),
     ],
 )  # fmt: skip

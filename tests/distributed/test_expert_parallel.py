@@ -163,6 +163,19 @@ def an_update_that_one_rank_lacks(rank: int) -> dict[str, Any]:
         loss = loss + 8 * module.used.sum()  # type: ignore[operator]
     loss.backward()
     parallel.average_gradients()
+    before = [each.grad.clone() for each in module.parameters() if each.grad is not None]
+    norm = parallel.clip_gradients(1e-3)
+    assert abs(float(parallel.gradient_norm()) - 1e-3) < 1e-5 < float(norm)
+    with torch.no_grad():
+        for each, old in zip([each for each in module.parameters() if each.grad is not None], before, strict=True):
+            each.grad.copy_(old)  # type: ignore[union-attr]
+    # Of the experts of one rank alone; every rank leaves its gradients as they are.
+    if rank == 2:
+        next(module.moe.experts.parameters()).grad.fill_(torch.inf)  # type: ignore[union-attr]
+    before = [each.grad.clone() for each in module.parameters() if each.grad is not None]
+    assert not parallel.clip_gradients(1e-3).isfinite()
+    after = [each.grad for each in module.parameters() if each.grad is not None]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     return {"used": module.used.grad, "unused": module.unused.grad is None, "in_bf16": module.in_bf16.grad}
 
 
