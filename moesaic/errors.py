@@ -32,6 +32,10 @@ class TrainingError(MoesaicError):
     """Training cannot go on: losses stay non-finite, the disk is full, or the data does not fit the run."""
 
 
+class ElsewhereError(MoesaicError):
+    """What another process of the same run has raised, which says it; the command line prints nothing for this one."""
+
+
 class DeviceError(MoesaicError):
     """A device or a kernel was asked for by name and this machine does not have it."""
 

@@ -94,6 +94,17 @@ class CheckpointConfig(Config):
     keep_last: int = Field(default=2, ge=1)
 
 
+class ParallelConfig(Config):
+    """How several processes share a model: the experts are spread over them, all else each of them has."""
+
+    expert_degree: int | None = Field(
+        default=None,
+        ge=1,
+        description="processes over which a layer's experts are spread, a divisor of their number; a layer takes as "
+        "many of these as share its experts evenly (null: all processes)",
+    )
+
+
 class TrainConfig(Config):
     """Everything a run depends on; written into the run folder as config.yaml."""
 
@@ -114,6 +125,7 @@ class TrainConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
     distill: DistillConfig | None = Field(default=None, description="of a student that `moesaic distill` trains")
 
     @model_validator(mode="before")
@@ -183,7 +195,14 @@ class TrainConfig(Config):
 
     def may_change_on_resume(self, key: str) -> bool:
         """Whether a resumed run may change a.b: how it reports and saves and how long it trains; no more of a step."""
-        free = ["checkpoint.keep_last", "log_every_steps", "tokens", "activation_checkpointing", "data.path"]
+        free = [
+            "checkpoint.keep_last",
+            "log_every_steps",
+            "tokens",
+            "activation_checkpointing",
+            "data.path",
+            "parallel",
+        ]
         if self.distill is not None:
             # Where teacher and cache lie; that they are the same, the objective's state says.
             free += ["distill.teacher", "distill.cache"]

@@ -26,18 +26,34 @@ _is_resting = False
 def limit_threads() -> bool:
     """Have torch start as many threads as a container's share of the processors keeps busy; return whether it was set.
 
+    Where torchrun has started several processes on this machine each gets its part of the cores, instead of the one
+    thread that torchrun gives it.
+
     It is said in the environment, which torch reads when it is loaded: this comes before. A user's own setting is left
-    alone, and so is everything where no control group limits this process's share.
+    alone, and so is everything where one process may use all processors.
     """
-    if "torch" in sys.modules or any(name in os.environ for name in _USER_NUM_THREADS):
+    num_processes = _processes_of_torchrun()
+    names = _USER_NUM_THREADS if num_processes == 1 else ("MKL_NUM_THREADS",)
+    if "torch" in sys.modules or any(name in os.environ for name in names):
         return False
     usable = usable_processors()
-    if usable >= allowed_processors():
+    if usable >= allowed_processors() and num_processes == 1:
         return False
     from moesaic.kernels.limits import physical_cores
 
-    os.environ["OMP_NUM_THREADS"] = str(min(usable, physical_cores(read_text(Path("/proc/cpuinfo"))) or usable))
+    cores = min(usable, physical_cores(read_text(Path("/proc/cpuinfo"))) or usable)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // num_processes))
     return True
+
+
+def _processes_of_torchrun() -> int:
+    """Return how many processes torchrun has started on this machine without a number of threads from its user.
+
+    torchrun then sets OMP_NUM_THREADS to 1, which cannot be told from a user's 1.
+    """
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    is_default = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    return int(count) if is_default and count.isdecimal() and int(count) > 1 else 1
 
 
 def spin_briefly() -> bool:

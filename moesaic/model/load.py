@@ -22,6 +22,7 @@ from moesaic.kernels.quantized import QuantizedWeight
 from moesaic.model.pack import pack_transformer, packed_parts, packed_shapes, packed_shell
 from moesaic.model.packed_file import PackedFile, PackedFilePolicy, load_packed
 from moesaic.model.transformer import Transformer
+from moesaic.moe.experts import own_rows
 
 # What weights are stored in, by the names of safetensors files.
 _WEIGHT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -153,23 +154,37 @@ def load_run_config(run_folder: str | Path) -> TrainConfig:
 
 
 def load_model_state(model: Transformer, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
-    """Copy a checkpoint's tensors into a model of the same config; every tensor is used exactly once."""
-    _check_fit(model.state_dict(), tensors, info)
-    model.load_state_dict(tensors)
+    """Copy a checkpoint's tensors into a model of the same config; every tensor is used exactly once.
+
+    A model whose experts are spread over processes takes its own of each layer.
+    """
+    _check_fit(_whole_shapes(model), tensors, info)
+    rows = own_rows(model)
+    model.load_state_dict({name: each[rows[name][0]] if name in rows else each for name, each in tensors.items()})
 
 
 def copy_weights(model: Transformer, info: CheckpointInfo) -> None:
     """Copy a checkpoint's tensors, of whatever dtype, into a model of the same config, one after the other.
 
+    A model whose experts are spread over processes takes its own of each layer.
+
     Raises: CheckpointError for a file that is missing or corrupt, or does not fit the model.
     """
-    own = model.state_dict()
+    rows = own_rows(model)
     with checked_file(info, "model") as path, _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: _shape_of(each, path) for name, each in slices.items()}
-        _check_fit(own, shapes, info)
-        for name, tensor in own.items():
-            tensor.copy_(file.get_tensor(name))
+        _check_fit(_whole_shapes(model), shapes, info)
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(slices[name][rows[name][0]] if name in rows else file.get_tensor(name))
+
+
+def _whole_shapes(model: Transformer) -> dict[str, Tensor]:
+    """Return a model's state, of parameters that it has a part of what has the whole one's shape, and no memory."""
+    state = dict(model.state_dict())
+    for name, (_, total) in own_rows(model).items():
+        state[name] = torch.empty(total, *state[name].shape[1:], dtype=state[name].dtype, device="meta")
+    return state
 
 
 def _shape_of(part: Any, path: Path) -> Tensor:

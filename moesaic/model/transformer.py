@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -168,10 +168,11 @@ class Transformer(nn.Module):
         device = torch.get_default_device()
         with torch.device("meta"):
             model = cls(config, compute_dtype=compute_dtype)
-        if device.type == "meta":
-            return model
-        # As to_empty does, whose empty_like loads sympy for a tensor of the meta device: half a second of every start.
-        return model._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=device))
+        return model if device.type == "meta" else model.to_empty(device=device)
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """Do as nn.Module's, whose empty_like loads sympy for a tensor of the meta device: half a second of a start."""
+        return self._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=device), recurse)
 
     def extra_repr(self) -> str:
         """What no module below says: the embeddings, and the head where it is a matrix of its own."""

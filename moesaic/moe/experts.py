@@ -79,3 +79,13 @@ class Experts(nn.Module):
             slots=plan.slots,
             routing_weights=routing_weights,
         )
+
+
+def own_rows(model: nn.Module) -> dict[str, tuple[slice, int]]:
+    """Return, by name, the parameters of which a model has the rows of some experts alone: these, of how many."""
+    return {
+        f"{name}.{each}" if name else each: (slice(part.first, part.first + part.num_experts), part.total_experts)
+        for name, part in model.named_modules()
+        if isinstance(part, Experts) and part.num_experts != part.total_experts
+        for each, _ in part.named_parameters()
+    }

@@ -1,4 +1,4 @@
-"""Expert parallelism: a model's experts spread over processes, all else on each of them.
+"""Expert parallelism: a model's experts spread over processes, all else on each of them; data parallelism without any.
 
 A layer of E experts on a world of P ranks has the degree d, the greatest common divisor of both (or of E and a smaller
 degree that is asked for): d ranks that follow each other have E / d experts each, and every such group of ranks has the
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import get_total_norm
 
 from moesaic.errors import ConfigError
+from moesaic.moe.experts import own_rows
 from moesaic.moe.layer import MoELayer
 from moesaic.parallel.dispatch import AllToAllDispatcher
 
@@ -29,10 +30,10 @@ class ExpertParallel:
     """A model whose experts are spread over the processes of torch.distributed, by what it is given in place.
 
     Each process makes the same model, with the same weights or on the meta device, and hands it over before it makes an
-    optimizer. degrees: of each MoE layer, by its name.
+    optimizer. degrees: of each MoE layer, by its name; a dense model has none, and all of it on every process.
 
-    Raises: ConfigError without a process group, for a degree that does not divide the processes, for a model without
-    experts, one that is packed, and one whose experts are spread already.
+    Raises: ConfigError without a process group, for a degree that does not divide the processes, for a model that is
+    packed, and one whose experts are spread already.
     """
 
     def __init__(self, model: nn.Module, *, degree: int | None = None) -> None:
@@ -88,7 +89,7 @@ class ExpertParallel:
                 parameter.grad.div_(self.num_ranks)
 
     def gradient_norm(self) -> Tensor:
-        """Return the norm of all gradients as of one vector, fp32, the same on every rank."""
+        """Return the norm of all gradients as of one vector, fp32, the same on every rank to the last bit."""
         spread = {id(each): size for size, each in self._spread_parameters()}
         device = next(self.model.parameters()).device
         sums = {size: torch.zeros((), dtype=torch.float32, device=device) for size in (None, *self._expert_groups)}
@@ -98,7 +99,9 @@ class ExpertParallel:
                 sums[spread.get(id(parameter))] += get_total_norm(pieces).float().square()
         for size, group in self._expert_groups.items():
             dist.all_reduce(sums[size], group=group)
-        return torch.stack(list(sums.values())).sum().sqrt()
+        norm = torch.stack(list(sums.values())).sum().sqrt()
+        dist.broadcast(norm, src=0)  # other processors may add up otherwise
+        return norm
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most max_norm; return what it was.
@@ -106,10 +109,10 @@ class ExpertParallel:
         Where it is not finite they are left alone: that step is for the caller to skip, on every rank alike.
         """
         norm = self.gradient_norm()
-        factor = torch.where(norm.isfinite(), (max_norm / norm).clamp_max(1.0), 1.0)
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad.dtype))
+        if max_norm < float(norm) < float("inf"):
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(max_norm / float(norm))
         return norm
 
     def full_state(self) -> dict[str, Tensor] | None:
@@ -118,28 +121,39 @@ class ExpertParallel:
         It is the state_dict of a model whose experts are not spread, and as that shares memory with the model's other
         parameters where these are on the CPU. Every rank has to call it.
         """
+        return self.gather(self.model.state_dict())
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Return, on rank 0, tensors of all experts for those of each rank's, on the CPU; elsewhere None.
+
+        tensors: by the names of parameters, or as an optimizer's state is by `key.parameter`, the same ones in the same
+        order on every rank. What is not of a spread parameter, or not of its shape, is taken from rank 0.
+        """
         spread = {id(each): size for size, each in self._spread_parameters()}
-        names = {name: spread[id(each)] for name, each in self.model.named_parameters() if id(each) in spread}
-        state: dict[str, Tensor] = {}
-        for name, tensor in self.model.state_dict().items():
-            size = names.get(name)
-            if size is None:
-                state[name] = tensor.detach().cpu() if self.rank == 0 else tensor
-            elif self.rank < size:  # the first group has them all
+        own = {name: each for name, each in self.model.named_parameters() if id(each) in spread}
+        gathered: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            parameter = own.get(name, own.get(name.partition(".")[2]))
+            if parameter is None or tensor.shape != parameter.shape:
+                if self.rank == 0:
+                    gathered[name] = tensor.detach().cpu()
+            elif self.rank < (size := spread[id(parameter)]):  # the first group has them all
+                tensor = tensor.detach().contiguous()
                 parts = [torch.empty_like(tensor) for _ in range(size)] if self.rank == 0 else None
-                dist.gather(tensor.detach().contiguous(), parts, dst=0, group=self._expert_groups[size])
+                dist.gather(tensor, parts, dst=0, group=self._expert_groups[size])
                 if parts is not None:
-                    state[name] = torch.cat(parts).cpu()
-        return state if self.rank == 0 else None
+                    gathered[name] = torch.cat(parts).cpu()
+        return gathered if self.rank == 0 else None
 
     def own_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what this rank's model loads of the state of one whose experts are not spread."""
-        firsts = {
-            f"{name}.experts.{each}": (layer.experts.first, layer.experts.first + layer.experts.num_experts)
-            for name, layer in self._layers.items()
-            for each, _ in layer.experts.named_parameters()
-        }
-        return {name: tensor[slice(*firsts[name])] if name in firsts else tensor for name, tensor in state.items()}
+        """Return what is this rank's of the state, as `gather` gives it, of a model whose experts are not spread."""
+        rows = own_rows(self.model)
+
+        def take(name: str, tensor: Tensor) -> Tensor:
+            own, total = rows.get(name, rows.get(name.partition(".")[2], (slice(None), -1)))
+            return tensor[own] if tensor.dim() > 1 and len(tensor) == total else tensor
+
+        return {name: take(name, tensor) for name, tensor in state.items()}
 
     def _spread_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
         """Yield the parameters of which each rank has some experts, with the layer's degree."""
@@ -150,8 +164,6 @@ class ExpertParallel:
 
 
 def _check(layers: Mapping[str, MoELayer]) -> None:
-    if not layers:
-        raise ConfigError("the model has no MoE layer; experts are required to be spread; take data parallelism alone.")
     for name, layer in layers.items():
         if layer.experts.packed is not None or layer.dispatcher is not None:
             what = "packed for inference" if layer.experts.packed is not None else "spread already"

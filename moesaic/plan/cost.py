@@ -4,6 +4,7 @@ Two counts live here. `paper_parameters` is the arithmetic behind the published 
 is the model that moesaic builds, biases and norms included. What a cost means in seconds or in devices is not here.
 """
 
+import math
 from dataclasses import dataclass
 
 from moesaic.config.model import FeedForwardConfig, ModelConfig
@@ -182,17 +183,25 @@ def memory(
     )
 
 
-def least_training_bytes(config: ModelConfig, *, optimizer: str) -> int:
+def least_training_bytes(config: ModelConfig, *, optimizer: str, expert_degree: int = 1) -> int:
     """Return what every training step certainly holds: fp32 weights, gradients and the optimizer's moments.
+
+    expert_degree: over so many processes each layer's experts are spread, or over their greatest common divisor; it is
+    what one process holds.
 
     Muon keeps one moment of a matrix inside the blocks, AdamW two of everything; biases and norms, which are AdamW's
     with either, are counted as the matrices, so this is at most what there will be.
     """
     count = count_parameters(config)
-    moments = 2 * count.total
+    degrees = [math.gcd(layer.num_experts, expert_degree) for layer in config.layers]
+    elsewhere = sum(
+        of_layer.experts - of_layer.experts // degree for of_layer, degree in zip(count.layers, degrees, strict=True)
+    )
+    own = count.total - elsewhere
+    moments = 2 * own
     if optimizer == "muon":
-        moments = count.total + count.embedding + (0 if count.is_tied else count.output)
-    return _FP32_BYTES * (2 * count.total + moments)
+        moments = own + count.embedding + (0 if count.is_tied else count.output)
+    return _FP32_BYTES * (2 * own + moments)
 
 
 def _count_layer(config: ModelConfig, index: int, layer: FeedForwardConfig) -> LayerParameters:

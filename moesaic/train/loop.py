@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,13 +31,14 @@ from moesaic.errors import CheckpointError, ConfigError, DataError, TrainingErro
 from moesaic.evaluate.validation import validation_loss
 from moesaic.folders import FolderLock, empty_folder, writing_remedy
 from moesaic.kernels.allocator import tune_allocator
-from moesaic.kernels.device import select_device
 from moesaic.kernels.limits import measure_limits
 from moesaic.logs import logger
 from moesaic.model.load import load_model_state, load_run_config
 from moesaic.model.transformer import Transformer
 from moesaic.moe.router import Router
 from moesaic.moe.seeds import mix_seeds
+from moesaic.parallel.expert import ExpertParallel
+from moesaic.parallel.world import World
 from moesaic.plan.cost import count_parameters, training_flops_per_token
 from moesaic.report.expert_load import WINDOW, ExpertWatch
 from moesaic.report.plots import write_plots
@@ -108,13 +110,23 @@ def train(
 
     A resumed run gives, bit for bit on the CPU, what the uninterrupted one would have given.
 
-    Raises: ConfigError, DataError, CheckpointError, TrainingError, DeviceError, each saying what to do.
+    Where torchrun has started several processes, or torch.distributed is initialised, each of them calls it and all
+    train the one model; the main one, of rank 0, writes the folder and shows the progress.
+
+    Raises: ConfigError, DataError, CheckpointError, TrainingError, DeviceError, each saying what to do; ElsewhereError
+    where another process has raised one of these.
     """
-    return Trainer(config, Path(run_folder), device=device, resume=resume, display=display).run()
+    world = World.join()
+    result = Trainer(config, Path(run_folder), device=device, resume=resume, display=display).run()
+    world.leave()
+    return result
 
 
 class Trainer:
-    """One run's state: model, optimizers, data, and where it stands."""
+    """One run's state: model, optimizers, data, and where it stands.
+
+    Of several processes that train together (parallel/world.py) each has one, and all call it alike.
+    """
 
     def __init__(
         self,
@@ -129,21 +141,9 @@ class Trainer:
         """Raises: ConfigError for a student's config without an objective, which alone can read its section, and for a
         folder's name that is no UTF-8, under which safetensors and TensorBoard write nothing.
         """
-        if config.distill is not None and objective is None:
-            raise ConfigError(
-                f"the config has a distill section (teacher {config.distill.teacher}) and `moesaic train` trains "
-                f"without a teacher; a student is trained by `moesaic distill`; use that, or set distill to null."
-            )
-        try:
-            str(run_folder.absolute()).encode()
-        except UnicodeEncodeError:
-            raise ConfigError(
-                f"the run folder is {str(run_folder)!r}; checkpoints need a path in UTF-8; choose another name."
-            ) from None
-        tune_allocator()
+        self.world = World.join()
         self.config = config
         self.run_folder = run_folder
-        self.device = select_device(device)
         self.display = display
         self.resumes = resume
         self.step = 0
@@ -153,13 +153,96 @@ class Trainer:
         self.best_loss = math.inf  # the lowest validation loss
         self.evaluated_step = 0  # whose validation_loss is
         self.objective = objective or NextToken()
-        self._lock = self._hold_folder()
-        self._is_new = not any(run_folder.iterdir())
+        # The main process's alone, as all that is written is.
+        self._lock: FolderLock | None = None
+        self._is_new = False
+        self._metrics: MetricsWriter | None = None
+        with self.world.together():
+            self._check_request(has_objective=objective is not None)
+            self.device = self.world.device(device)
+        tune_allocator()
+        with self.world.together():
+            if self.world.is_main:
+                self._lock = self._hold_folder()
+                self._is_new = not any(run_folder.iterdir())
         with self._leaving_nothing():
             self._set_up()
 
+    def _check_request(self, *, has_objective: bool) -> None:
+        """Refuse what no folder and no data could mend."""
+        config, num_processes = self.config, self.world.size
+        if config.distill is not None and not has_objective:
+            raise ConfigError(
+                f"the config has a distill section (teacher {config.distill.teacher}) and `moesaic train` trains "
+                f"without a teacher; a student is trained by `moesaic distill`; use that, or set distill to null."
+            )
+        if has_objective and num_processes > 1:
+            raise ConfigError(
+                f"{num_processes} processes were started, and a student is distilled by one; start it without torchrun."
+            )
+        try:
+            str(self.run_folder.absolute()).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"the run folder is {str(self.run_folder)!r}; checkpoints need a path in UTF-8; choose another name."
+            ) from None
+        share, rest = divmod(config.batch_size, num_processes)
+        if rest or share % min(config.micro_batch_size, share):
+            raise ConfigError(
+                f"batch_size ({config.batch_size}) for {num_processes} processes and micro_batch_size "
+                f"({config.micro_batch_size}) was given; each process takes the same number of sequences, in whole "
+                f"micro-batches; use a batch_size that {num_processes} divides, and a micro_batch_size that divides "
+                f"each one's part of it."
+            )
+        degree = config.parallel.expert_degree
+        if degree is not None and num_processes % degree:
+            raise ConfigError(
+                f"parallel.expert_degree is {degree} and the run has {num_processes} "
+                f"{'process' if num_processes == 1 else 'processes'}; a divisor of their number is required; set "
+                f"another, or null, or start as many with torchrun as it needs."
+            )
+
     def _set_up(self) -> None:
-        """Check everything, build model and data, load what a resumed run has, and write the folder at last."""
+        """Check everything, build model and data, load what a resumed run has, and write the folder at last.
+
+        Each step of it is behind all processes before any of them begins the next.
+        """
+        config, world = self.config, self.world
+        with world.together():
+            self._check()
+        world.require_same({"config": config.to_dict(), "data": self.shards.fingerprint})
+        with world.together():
+            self._build()
+        with world.together():
+            objective_state = self._load()
+        world.require_same({"checkpoint to resume": self.step})
+        with world.together():
+            self.objective.open(RunStart(self.tokens, objective_state, self.shards, self.device, self.run_folder))
+            if objective_state is None:
+                self.objective.initialize(self.model)
+            self.peak_flops_per_second: float | None = None
+            self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
+            if world.is_main:
+                self._begin()
+
+    def _begin(self) -> None:
+        """Write the folder, now that nothing can be refused any more."""
+        config = self.config
+        if config.total_steps == 1 and self._learning_rate(config.total_tokens) == 0:
+            logger.warning(
+                "The only step of this run has a learning rate of 0, the schedule's minimum, and leaves all weights as "
+                "they are; train on more than %d tokens (--set tokens=N), or with smaller batches.",
+                config.tokens_per_step,
+            )
+        if self.step:
+            set_aside_after(self.run_folder, self.step)
+        self._write_folder()
+        limits = measure_limits(device=self.device.type)
+        rate = limits.bf16_flops_per_second if config.precision == "bf16" else limits.fp32_flops_per_second
+        self.peak_flops_per_second = rate * self.world.size or None
+
+    def _check(self) -> None:
+        """Open the data and what the weights come from, and refuse what does not go together."""
         config, run_folder, resume = self.config, self.run_folder, self.resumes
         self._check_folder()
         shards = self._open_data()
@@ -169,9 +252,9 @@ class Trainer:
         if config.init_from is not None and not (resume and has_checkpoints(run_folder)):
             self.initial = InitialRun.open(config.init_from, config.model, data=config.data.path, tokenizer=tokenizer)
         # With the first run's chat template, which the data's may have come without.
-        own_tokenizer = tokenizer if self.initial is None else self.initial.tokenizer
+        self._tokenizer = tokenizer if self.initial is None else self.initial.tokenizer
         if not resume:
-            self._check_own_tokenizer(own_tokenizer)
+            self._check_own_tokenizer(self._tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size ({config.model.vocab_size}) is less than the {tokenizer.vocab_size} tokens of "
@@ -179,7 +262,7 @@ class Trainer:
             )
         num_unused = config.model.vocab_size - tokenizer.vocab_size
         is_free = config.init_from is None and config.distill is None  # else another model has as many
-        if is_free and num_unused >= max(_UNUSED_ROWS, tokenizer.vocab_size // 10):
+        if is_free and num_unused >= max(_UNUSED_ROWS, tokenizer.vocab_size // 10) and self.world.is_main:
             logger.warning(
                 "model.vocab_size is %d and %s has %d tokens: %d embeddings and outputs stand for none, are computed "
                 "at every position, and an untrained model draws them; model.vocab_size=%d is enough.",
@@ -199,55 +282,63 @@ class Trainer:
         self.validation = ValidationLoader.of(config, shards.validation)
         for _ in self.validation:  # ids that are none are found now, and not at the first evaluation
             pass
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        check_memory(config, self.device)
-        if (parameters := count_parameters(config.model).total) >= _MANY_PARAMETERS:
+        check_memory(config, self.device, self.world)
+
+    def _build(self) -> None:
+        """Make the model, of whose layers each process may have some experts alone, and the optimizers."""
+        config = self.config
+        if (parameters := count_parameters(config.model).total) >= _MANY_PARAMETERS and self.world.is_main:
             logger.info("Making a model of %s parameters, which takes a while.", short_number(parameters))
-        self.model = Transformer.uninitialized(config.model, compute_dtype=dtype).to(self.device)
+        with torch.device("meta"):
+            self.model = Transformer(
+                config.model, compute_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32
+            )
+        self.parallel: ExpertParallel | None = None
+        if self.world.size > 1:
+            self.parallel = ExpertParallel(self.model, degree=config.parallel.expert_degree)
+        self.model.to_empty(device=self.device)
         self.model.activation_checkpointing = config.activation_checkpointing
-        if self.initial is None:
-            self.model.initialize(config.seed)
-        else:
-            self.initial.load(self.model)
         self.model.train()
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        state = self._resume() if resume else None
-        self.objective.open(RunStart(self.tokens, state, shards, self.device, run_folder))
-        if state is None:
-            self.objective.initialize(self.model)
-        if config.total_steps == 1 and self._learning_rate(config.total_tokens) == 0:
-            logger.warning(
-                "The only step of this run has a learning rate of 0, the schedule's minimum, and leaves all weights as "
-                "they are; train on more than %d tokens (--set tokens=N), or with smaller batches.",
-                config.tokens_per_step,
-            )
-        self._tokenizer = own_tokenizer
-        self._write_folder()
-        limits = measure_limits(device=self.device.type)
-        rate = limits.bf16_flops_per_second if config.precision == "bf16" else limits.fp32_flops_per_second
-        self.peak_flops_per_second: float | None = rate or None
-        self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
+
+    def _load(self) -> dict[str, Any] | None:
+        """Draw the weights, or read another run's or a checkpoint's; return the objective's state of the latter."""
+        if self.initial is None:
+            self.model.initialize(self.config.seed)
+        else:
+            self.initial.load(self.model)
+        return self._resume() if self.resumes else None
 
     def train_step(self) -> "StepResult":
-        """Do one optimizer step; a step whose gradient is not finite changes nothing and is counted."""
-        config, num_micro = self.config, self.config.batch_size // self.config.micro_batch_size
-        batch = self.loader.batch(self.step).to(self.device)
-        seed = mix_seeds(config.seed, self.step)
-        torch.manual_seed(seed)  # of dropout: a function of the step, so that no generator's state need be saved
+        """Do one optimizer step; a step whose gradient is not finite changes nothing and is counted.
+
+        Each process takes its part of the batch, in micro-batches.
+        """
+        config, world = self.config, self.world
+        share = config.batch_size // world.size
+        micro_size = min(config.micro_batch_size, share)
+        num_micro = share // micro_size
+        batch = self.loader.batch(self.step, rank=world.rank, world_size=world.size).to(self.device)
         losses: list[Losses] = []
         counts: list[Tensor] = []
         for micro in range(num_micro):
-            rows = batch.rows(micro * config.micro_batch_size, (micro + 1) * config.micro_batch_size)
-            head = self.objective.head(rows, tokens=self.tokens)
+            # A function of the step and the micro-batch's place in it, so that no generator's state need be saved.
+            seed = mix_seeds(mix_seeds(config.seed, self.step), world.rank * num_micro + micro)
+            torch.manual_seed(seed)  # of dropout
+            rows = batch.rows(micro * micro_size, (micro + 1) * micro_size)
             micro_losses = language_model_loss(
-                self.model, rows, seed=mix_seeds(seed, micro), earlier_counts=counts, head=head
+                self.model,
+                rows,
+                seed=seed,
+                batch_counts=partial(self._batch_counts, counts),
+                head=self.objective.head(rows, tokens=self.tokens),
             )
             (micro_losses.total / num_micro).backward()
-            layer_counts = [statistics.tokens_per_expert for statistics in micro_losses.moe]
-            counts = [a + b for a, b in zip(counts, layer_counts, strict=True)] if counts else layer_counts
+            counts = _added(counts, [statistics.tokens_per_expert for statistics in micro_losses.moe])
             losses.append(replace(micro_losses, total=micro_losses.total.detach()))  # whose graph has served
-        gradient_norm = clip_gradients(self.model, config.optimizer.max_gradient_norm)
+        counts = world.sum(counts)
+        gradient_norm = self._clip_gradients()
         tokens_after = self.tokens + config.tokens_per_step
         rate = self._learning_rate(tokens_after)
         is_finite = math.isfinite(gradient_norm)
@@ -259,6 +350,18 @@ class Trainer:
         self.optimizers.zero_grad()
         self.step += 1
         return StepResult(losses, counts, gradient_norm, rate, is_finite)
+
+    def _batch_counts(self, earlier: list[Tensor], own: list[Tensor]) -> list[Tensor]:
+        """Return each layer's tokens of this micro-batch on every process, and of all their earlier ones."""
+        return self.world.sum(_added(earlier, own))
+
+    def _clip_gradients(self) -> float:
+        """Make the gradients those of the whole batch, clip them, and return the norm that they had."""
+        most = self.config.optimizer.max_gradient_norm
+        if self.parallel is None:
+            return clip_gradients(self.model, most)
+        self.parallel.average_gradients()
+        return float(self.parallel.clip_gradients(math.inf if most is None else most))
 
     @property
     def tokens(self) -> int:
@@ -281,7 +384,7 @@ class Trainer:
         try:
             for _ in range(steps):
                 self.train_step()
-            return validation_loss(self.model, self.validation, device=self.device)
+            return validation_loss(self.model, self.validation, device=self.device, world=self.world)
         finally:
             self.step, self.objective = step, own
             self.optimizers.zero_grad()
@@ -294,10 +397,14 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train to the end or to a signal, and let go of the run folder."""
-        with self._leaving_nothing():
+        with self._leaving_nothing(), self.world.noticing_losses():
             result = self._run()
-        self._lock.release()
+        self._release()
         return result
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     @contextmanager
     def _leaving_nothing(self) -> Iterator[None]:
@@ -308,7 +415,7 @@ class Trainer:
             if self._is_new and not self.step:
                 with suppress(OSError):
                     empty_folder(self.run_folder)
-            self._lock.release()
+            self._release()
             raise
 
     def _run(self) -> TrainResult:
@@ -319,19 +426,19 @@ class Trainer:
         last_plot = time.perf_counter()
         last_saved = self.step  # a resumed run stands on a checkpoint
         loss: float | None = None
-        with (
-            MetricsWriter(
-                self.run_folder, resume_step=self.step if self.resumes else None, config=config.to_dict()
-            ) as metrics,
-            StopRequest() as stop,
-        ):
-            self._metrics = metrics
-            if self.step:
-                self._event(f"resumed from step {self.step}")
-                # What they show is told already; the last records are kept one by one in any case.
-                for record in read_metrics(self.run_folder, most_records=WINDOW).train[-WINDOW:]:
-                    watch.update(record.moe)
-            while self.step < config.total_steps and stop.name is None:
+        with ExitStack() as stack:
+            if self.world.is_main:
+                resume_step = self.step if self.resumes else None
+                self._metrics = stack.enter_context(
+                    MetricsWriter(self.run_folder, resume_step=resume_step, config=config.to_dict())
+                )
+                if self.step:
+                    self._event(f"resumed from step {self.step}")
+                    # What they show is told already; the last records are kept one by one in any case.
+                    for record in read_metrics(self.run_folder, most_records=WINDOW).train[-WINDOW:]:
+                        watch.update(record.moe)
+            stop = stack.enter_context(StopRequest(self.world))
+            while self.step < config.total_steps and stop.agreed() is None:
                 started = time.perf_counter()
                 result = self.train_step()
                 window.add(result)
@@ -346,7 +453,7 @@ class Trainer:
                 # Every log_every_steps, but the first ones soon: a person is waiting to see it move. And before every
                 # checkpoint, so that a run resumed there has the records of the unbroken one.
                 is_record = self.step % config.log_every_steps == 0 or self.step in (1, 2, 5)
-                if is_checkpoint or is_record or stop.name is not None:
+                if is_checkpoint or is_record or stop.agreed() is not None:
                     loss = self._report(window, result, watch)
                     window = Window()
                 if is_checkpoint or self.step % config.evaluation_every_steps == 0:
@@ -356,7 +463,7 @@ class Trainer:
                 if is_checkpoint and not is_last and time.perf_counter() - last_plot > _PLOT_EVERY_SECONDS:
                     self._plot()
                     last_plot = time.perf_counter()
-            stopped_by = stop.name if self.step < config.total_steps else None
+            stopped_by = stop.agreed() if self.step < config.total_steps else None
             if stopped_by is not None:
                 if window.steps:  # it came during an evaluation
                     loss = self._report(window, result, watch)
@@ -367,20 +474,21 @@ class Trainer:
                     self._save(must_succeed=True)
         self._plot()
         if stopped_by is None and loss is not None:
-            self._check_end(loss)
+            with self.world.together():
+                self._check_end(loss)
         return TrainResult(self.run_folder, self.step, self.tokens, loss, self.validation_loss, stopped_by)
 
     def _skip(self, result: "StepResult", in_a_row: int) -> None:
         self.skipped_steps += 1
-        self._event(
-            f"step {self.step} skipped: its gradient norm is {result.gradient_norm} (loss {result.cross_entropy:.4g})"
-        )
-        if in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"the last {in_a_row} steps had no finite gradient; training requires finite losses and would meet the "
-                f"same steps again if resumed ({self._describe_last()}); start a new run with a lower "
-                f"schedule.learning_rate or precision=fp32, or look at the data around step {self.step}."
-            )
+        (loss,) = self.world.mean([result.cross_entropy])
+        self._event(f"step {self.step} skipped: its gradient norm is {result.gradient_norm} (loss {loss:.4g})")
+        with self.world.together():
+            if in_a_row >= MOST_SKIPPED_IN_A_ROW:
+                raise TrainingError(
+                    f"the last {in_a_row} steps had no finite gradient; training requires finite losses and would meet "
+                    f"the same steps again if resumed ({self._describe_last()}); start a new run with a lower "
+                    f"schedule.learning_rate or precision=fp32, or look at the data around step {self.step}."
+                )
 
     def _check_end(self, loss: float) -> None:
         """Raise TrainingError where all steps are done and the model gives no numbers."""
@@ -397,6 +505,8 @@ class Trainer:
         return f"the last checkpoint is of step {infos[-1].step}" if infos else "there is no checkpoint yet"
 
     def _event(self, message: str) -> None:
+        if self._metrics is None:
+            return
         self._metrics.event(self.step, message)
         if self.display is not None:
             self.display.message(message)
@@ -406,6 +516,8 @@ class Trainer:
     def _report(self, window: "Window", result: "StepResult", watch: ExpertWatch) -> float:
         """Write and show the record of a window's steps; return its loss."""
         record = self._record(window, result)
+        if self._metrics is None:
+            return record.loss
         self._metrics.train(record)
         if self.display is not None:
             self.display.update(record)
@@ -417,25 +529,26 @@ class Trainer:
         config = self.config
         rate = window.steps * config.tokens_per_step / max(window.seconds, 1e-9)
         flops = rate * self.flops_per_token
+        means = window.means(self.world)
         return TrainRecord(
             step=self.step,
             tokens=self.tokens,
             seconds=self.seconds,
-            loss=window.mean("cross_entropy"),
-            balance_loss=window.mean("balance"),
-            z_loss=window.mean("z"),
+            loss=means.cross_entropy,
+            balance_loss=means.balance,
+            z_loss=means.z,
             learning_rate=result.learning_rate,
             gradient_norm=result.gradient_norm,
             tokens_per_second=rate,
             flops_per_second=flops,
             share_of_peak=flops / self.peak_flops_per_second if self.peak_flops_per_second else None,
             skipped_steps=self.skipped_steps,
-            moe=window.experts(config.model.moe_layers),
+            moe=window.experts(config.model.moe_layers, means),
             objective=window.terms(),
         )
 
     def _evaluate(self) -> None:
-        self.validation_loss = validation_loss(self.model, self.validation, device=self.device)
+        self.validation_loss = validation_loss(self.model, self.validation, device=self.device, world=self.world)
         self.evaluated_step = self.step
         if self.validation_loss < self.best_loss:  # which NaN is not
             self.best_loss = self.validation_loss
@@ -446,9 +559,10 @@ class Trainer:
             loss=self.validation_loss,
             sequences=self.validation.num_sequences,
         )
-        self._metrics.evaluation(record)
-        if self.display is not None:
-            self.display.evaluation(record, best_loss=self.best_loss)
+        if self._metrics is not None:
+            self._metrics.evaluation(record)
+            if self.display is not None:
+                self.display.evaluation(record, best_loss=self.best_loss)
         self.objective.evaluated(self)
 
     def _learning_rate(self, tokens: int) -> float:
@@ -456,13 +570,30 @@ class Trainer:
 
     def _plot(self) -> None:
         """Redraw the plots; a full disk costs them, not the run."""
+        if not self.world.is_main:
+            return
         try:
             write_plots(self.run_folder, schedule=self._learning_rate)
         except (OSError, DataError, MetricsError) as error:
             logger.warning("no plots: %s (`moesaic inspect` shows the same)", error)
 
     def _save(self, *, must_succeed: bool) -> bool:
-        """Write a checkpoint; when a periodic one fails (a full disk), say so, train on from memory, return False."""
+        """Write a checkpoint; when a periodic one fails (a full disk), say so, train on from memory, return False.
+
+        It is one process's, of all experts, whatever the number of processes that train.
+        """
+        model: Mapping[str, Tensor] | None = self.model.state_dict()
+        optimizer: Mapping[str, Tensor] | None = self.optimizers.named_state()
+        if self.parallel is not None:
+            assert model is not None and optimizer is not None
+            model, optimizer = self.parallel.gather(model), self.parallel.gather(optimizer)
+        is_saved = False
+        with self.world.together():
+            if model is not None and optimizer is not None:
+                is_saved = self._write_checkpoint(dict(model), dict(optimizer), must_succeed=must_succeed)
+        return self.world.main_says(is_saved)
+
+    def _write_checkpoint(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], *, must_succeed: bool) -> bool:
         loss = self.validation_loss
         metadata: dict[str, Any] = {
             "tokens": self.tokens,
@@ -479,13 +610,7 @@ class Trainer:
                     f"{self.run_folder} was moved or deleted; a new one of this name has what comes from here on"
                 )
                 self._write_folder()
-            save_checkpoint(
-                self.run_folder,
-                self.step,
-                model=dict(self.model.state_dict()),
-                optimizer=self.optimizers.named_state(),
-                metadata=metadata,
-            )
+            save_checkpoint(self.run_folder, self.step, model=model, optimizer=optimizer, metadata=metadata)
         except (CheckpointError, TrainingError) as error:
             if must_succeed:
                 raise
@@ -578,6 +703,7 @@ class Trainer:
                 data_fingerprint=self.shards.fingerprint,
                 data_times=self.shards.times(),
                 device=self.device,
+                processes=self.world.size,
                 init_from=None if self.initial is None else self.initial.record(),
                 objective=self.objective.record(),
             )
@@ -589,7 +715,8 @@ class Trainer:
         """Go on from the last good checkpoint; return the objective's state there, None where there is none yet."""
         found = last_good(self.run_folder)
         if found is None:
-            logger.info("%s has no checkpoint yet; starting from step 0.", self.run_folder)
+            if self.world.is_main:
+                logger.info("%s has no checkpoint yet; starting from step 0.", self.run_folder)
             return None
         info, model, optimizer = found
         try:
@@ -604,9 +731,10 @@ class Trainer:
                 f"the folder, so that the step before it is taken."
             ) from None
         self.loader.check_state(data)
-        self.shards.verify(known_times=known_data_times(self.run_folder))
+        if self.world.local_rank == 0:
+            self.shards.verify(known_times=known_data_times(self.run_folder))
         load_model_state(self.model, model, info)
-        self.optimizers.load_named_state(optimizer)
+        self.optimizers.load_named_state(optimizer if self.parallel is None else self.parallel.own_state(optimizer))
         self.step = info.step
         if self.config.total_steps < self.step:
             raise ConfigError(
@@ -618,13 +746,14 @@ class Trainer:
             earlier = (each.loss for each in evaluations if each.step <= self.step)
             self.best_loss = min(filter(math.isfinite, earlier), default=math.inf)
         self.validation_loss, self.evaluated_step = info.validation_loss, info.step
-        set_aside_after(self.run_folder, info.step)
         return objective
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's losses by micro-batch, each MoE layer's tokens_per_expert (E,), norm, rate, and whether it counted."""
+    """One step's losses by this process's micro-batches, each MoE layer's tokens_per_expert (E,) of all processes, norm,
+    rate, and whether it counted.
+    """
 
     losses: list[Losses]
     counts: list[Tensor]
@@ -635,6 +764,21 @@ class StepResult:
     @property
     def cross_entropy(self) -> float:
         return float(torch.stack([losses.cross_entropy for losses in self.losses]).mean())
+
+
+def _added(counts: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(counts, more, strict=True)] if counts else more
+
+
+@dataclass(frozen=True)
+class WindowMeans:
+    """What a record says of a window's micro-batches; drop_rate and entropy of each MoE layer."""
+
+    cross_entropy: float
+    balance: float
+    z: float
+    drop_rate: tuple[float, ...]
+    entropy: tuple[float, ...]
 
 
 class Window:
@@ -651,8 +795,16 @@ class Window:
     def add(self, result: StepResult) -> None:
         self._results.append(result)
 
-    def mean(self, name: str) -> float:
-        return float(torch.stack([getattr(losses, name) for losses in self._losses()]).mean())
+    def means(self, world: World) -> "WindowMeans":
+        """Return the means over all micro-batches of all processes, which ask for them together."""
+        losses = self._losses()
+        names = [("drop_rate", place) for place in range(len(losses[0].moe))]
+        names += [("entropy", place) for place in range(len(losses[0].moe))]
+        of_losses = [[getattr(each, name) for each in losses] for name in ("cross_entropy", "balance", "z")]
+        of_layers = [[getattr(each.moe[place], name) for each in losses] for name, place in names]
+        values = world.mean([float(torch.stack(each).mean()) for each in of_losses + of_layers])
+        half = 3 + len(losses[0].moe)
+        return WindowMeans(*values[:3], drop_rate=tuple(values[3:half]), entropy=tuple(values[half:]))
 
     def terms(self) -> dict[str, float]:
         """Each of the objective's terms, a mean over the micro-batches that had it; alpha is the last step's."""
@@ -662,20 +814,16 @@ class Window:
                 values.setdefault(name, []).append(value)
         return {name: float(each[-1] if name == "alpha" else torch.stack(each).mean()) for name, each in values.items()}
 
-    def experts(self, layers: tuple[int, ...]) -> ExpertRecord | None:
+    def experts(self, layers: tuple[int, ...], means: "WindowMeans") -> ExpertRecord | None:
         if not layers:
             return None
-
-        def mean(name: str, place: int) -> float:
-            return float(torch.stack([getattr(losses.moe[place], name) for losses in self._losses()]).mean())
-
         totals = [torch.stack(counts).sum(0) for counts in zip(*(each.counts for each in self._counted()), strict=True)]
         loads = [counts.double() / counts.sum().clamp_min(1) for counts in totals]
         return ExpertRecord(
             layers=layers,
             load=tuple(tuple(load.tolist()) for load in loads),
-            drop_rate=tuple(mean("drop_rate", place) for place in range(len(layers))),
-            entropy=tuple(mean("entropy", place) for place in range(len(layers))),
+            drop_rate=means.drop_rate,
+            entropy=means.entropy,
         )
 
     def _losses(self) -> list[Losses]:

@@ -54,13 +54,14 @@ def language_model_loss(
     batch: Batch,
     *,
     seed: int,
-    earlier_counts: list[Tensor] | None = None,
+    batch_counts: Callable[[list[Tensor]], list[Tensor]] | None = None,
     head: Head = next_token_loss,
 ) -> Losses:
     """Return the losses of a batch of (B, S) tokens.
 
-    earlier_counts: for each MoE layer the (E,) tokens_per_expert of this step's earlier micro-batches, which a balance
-    loss of scope global_batch adds to its own. head: the objective's loss of the hidden states.
+    batch_counts: given each MoE layer's (E,) tokens_per_expert, returns those of the step's batch as far as they are
+    known, earlier micro-batches' and other processes' included: a balance loss of scope global_batch takes them. It is
+    called where a layer has that scope. head: the objective's loss of the hidden states.
 
     Raises: ConfigError for targets of another shape or kind.
     """
@@ -78,11 +79,13 @@ def language_model_loss(
     balance_sum = torch.zeros_like(at_head.cross_entropy)
     z_sum = torch.zeros_like(at_head.cross_entropy)
     routers = [layer.router for layer in own.config.layers if layer.is_moe]
+    own_counts = [statistics.tokens_per_expert for statistics in output.moe]
+    is_global = [router.balance_scope == "global_batch" for router in routers]
+    all_counts = batch_counts(own_counts) if batch_counts is not None and any(is_global) else own_counts
     for index, (statistics, router) in enumerate(zip(output.moe, routers, strict=True)):
-        counts = statistics.tokens_per_expert
-        if router.balance_scope == "global_batch" and earlier_counts:
-            counts = counts + earlier_counts[index]
-        balance = balance_loss(statistics.mean_probabilities, counts)
+        balance = balance_loss(
+            statistics.mean_probabilities, all_counts[index] if is_global[index] else own_counts[index]
+        )
         balance_sum = balance_sum + balance.detach()
         z_sum = z_sum + statistics.z.detach()
         if router.balance_loss:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,31 +11,40 @@ from moesaic.config.model import ModelConfig
 from moesaic.config.train import TrainConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels.limits import available_memory_bytes
+from moesaic.parallel.world import World
 from moesaic.plan.cost import count_parameters, least_training_bytes
 from moesaic.report.model_summary import describe_bytes
 from moesaic.report.quantities import short_number
 
 
-def check_memory(config: TrainConfig, device: torch.device) -> None:
+def check_memory(config: TrainConfig, device: torch.device, world: World | None = None) -> None:
     """Refuse a model whose weights, gradients and moments are more than the device can give.
 
-    Activations and a teacher are not counted: how much they take at once is an estimate, and this is none.
+    Over several processes it is what this machine's, which share its memory, or a GPU's own one hold. Activations and a
+    teacher are not counted: how much they take at once is an estimate, and this is none.
 
     Raises: ConfigError with the changes that would fit.
     """
-    needed = least_training_bytes(config.model, optimizer=config.optimizer.name)
+    world = world or World()
+    degree = config.parallel.expert_degree or world.size
+    num_sharing = world.local_size if device.type == "cpu" else 1
+
+    def least_bytes(model: ModelConfig, optimizer: str = config.optimizer.name) -> int:
+        return num_sharing * least_training_bytes(model, optimizer=optimizer, expert_degree=degree)
+
+    needed = least_bytes(config.model)
     obtainable = _obtainable_bytes(device)
     if needed <= obtainable:
         return
     remedies = []
-    if config.optimizer.name != "muon" and least_training_bytes(config.model, optimizer="muon") < obtainable:
+    if config.optimizer.name != "muon" and least_bytes(config.model, "muon") < obtainable:
         remedies.append("--set optimizer.name=muon, which keeps one moment instead of two")
-    fewer = _fewer_experts(config, obtainable)
+    fewer = _fewer_experts(config.model, lambda model: least_bytes(model) < obtainable)
     if fewer is not None:
         remedies.append(f"--set model.moe.num_experts={fewer}")
     raise ConfigError(
         f"the model ({short_number(count_parameters(config.model).total)} parameters) takes {describe_bytes(needed)} "
-        f"to train and {device.type} has {describe_bytes(int(obtainable))} available; fp32 weights, gradients and the "
+        f"to train{f' in {num_sharing} processes' if num_sharing > 1 else ''} and {device.type} has {describe_bytes(int(obtainable))} available; fp32 weights, gradients and the "
         f"moments of {config.optimizer.name} must fit, with the activations beside them; use "
         f"{', or '.join([*remedies, 'a smaller model (`moesaic inspect CONFIG` says what one takes)'])}, or a device "
         f"with more memory."
@@ -60,9 +70,8 @@ def _obtainable_bytes(device: torch.device) -> float:
     return available_memory_bytes() + sum(int(match[1]) << 10 for match in (resident, swap) if match)
 
 
-def _fewer_experts(config: TrainConfig, obtainable: float) -> str | None:
+def _fewer_experts(model: ModelConfig, fits: Callable[[ModelConfig], bool]) -> str | None:
     """Return the most experts per layer, by halving, that would fit, as --set takes them."""
-    model = config.model
     if model.moe is None:
         return None
     counts = model.moe.num_experts
@@ -72,7 +81,7 @@ def _fewer_experts(config: TrainConfig, obtainable: float) -> str | None:
             smaller: ModelConfig = model.replace(moe=model.moe.replace(num_experts=halved))
         except ConfigError:  # fewer than a token chooses, or than groups
             return None
-        if least_training_bytes(smaller, optimizer=config.optimizer.name) < obtainable:
+        if fits(smaller):
             return str(halved) if isinstance(halved, int) else f"[{','.join(map(str, halved))}]"
         if halved == counts:
             return None

@@ -38,6 +38,7 @@ def write_provenance(
     data_fingerprint: str,
     data_times: Mapping[str, int],
     device: torch.device,
+    processes: int = 1,
     init_from: dict[str, Any] | None = None,
     objective: dict[str, Any] | None = None,
 ) -> None:
@@ -45,7 +46,7 @@ def write_provenance(
 
     init_from: the checkpoint whose weights this start began with, None where they were drawn or resumed. objective:
     what the run's objective says of itself, a student of its teacher for example. data_times: when each shard was last
-    changed; of the last start alone.
+    changed; of the last start alone. processes: that train together; each has as many threads as this one.
     """
     path = run_folder / RUN_FILE
     values = _read(path)
@@ -62,6 +63,7 @@ def write_provenance(
             "python": platform.python_version(),
             "machine": platform.processor() or platform.machine(),
             "device": str(device),
+            "processes": processes,
             "threads": torch.get_num_threads(),
             "code_fingerprint": code_fingerprint(),
             "data_path": data_path,

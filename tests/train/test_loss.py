@@ -63,8 +63,11 @@ def test_global_batch_balance_counts_the_micro_batches_so_far() -> None:
     def second_of_two(scope: str) -> tuple[Losses, Losses]:
         model = make_model(balance_scope=scope)
         first = language_model_loss(model, make_batch(seed=1), seed=0)
-        earlier = [each.tokens_per_expert for each in first.moe]
-        return first, language_model_loss(model, make_batch(seed=2), seed=1, earlier_counts=earlier)
+
+        def batch_counts(own: list[Tensor]) -> list[Tensor]:
+            return [each.tokens_per_expert + counts for each, counts in zip(first.moe, own, strict=True)]
+
+        return first, language_model_loss(model, make_batch(seed=2), seed=1, batch_counts=batch_counts)
 
     for scope in ("batch", "global_batch"):
         first, second = second_of_two(scope)
