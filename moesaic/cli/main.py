@@ -16,7 +16,7 @@ import typer
 
 from moesaic import __version__
 from moesaic.cli.start import heed_termination
-from moesaic.errors import MoesaicError
+from moesaic.errors import ElsewhereError, MoesaicError
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.threads import limit_threads, spin_briefly
 
@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> Any:
             stream.reconfigure(errors="backslashreplace")
     try:
         return app(args=arguments)
+    except ElsewhereError:  # which another process says
+        sys.exit(2)
     except MoesaicError as error:
         _end(f"{type(error).__name__}: {error}", status=2)
     except (MemoryError, RuntimeError, OSError, ImportError) as error:

@@ -33,20 +33,31 @@ def train(
 
     Given a run it starts a new one from its weights: the same model and settings, but for --data and --set.
 
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m moesaic train ...
+
     Example: moesaic train pr-moe-tiny-8-16 --data shards/ --output runs/first --set tokens=2e6
     """
     with loading_modules():
         from moesaic.config.load import load_train_config, with_options
-        from moesaic.logs import log_to_stderr
+        from moesaic.logs import log_to_stderr, logger
+        from moesaic.parallel.world import World
         from moesaic.report.terminal import TrainingDisplay
         from moesaic.train.loop import Trainer
 
     log_to_stderr()
-    settings = with_options(assignments or [], {"data.path": ("--data", data)})
-    source = _own_config(output, config) or config if resume else config
-    resolved = load_train_config(source, settings)
-    display = None if as_json else TrainingDisplay(total_tokens=resolved.total_tokens)
+    world = World.join()
+    if not world.is_main:
+        logger.setLevel("ERROR")
+    with world.together():
+        settings = with_options(assignments or [], {"data.path": ("--data", data)})
+        source = _own_config(output, config) or config if resume else config
+        resolved = load_train_config(source, settings)
+    is_shown = world.is_main and not as_json
+    display = TrainingDisplay(total_tokens=resolved.total_tokens) if is_shown else None
     result = run_shown(Trainer(resolved, output, device=device, resume=resume, display=display), display)
+    world.leave()
+    if not world.is_main:
+        return
     if as_json:
         print_json(result_values(result))
         return

@@ -37,7 +37,7 @@ def validation_loss(
 
 
 def _turns(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
-    """Yield the batches that are this process's, and one of another's where those are fewer: spread experts need all."""
+    """Yield this process's batches, and one of another's where it has one less: spread experts need all processes."""
     first, count = None, 0
     for number, batch in enumerate(batches):
         first, count = first or batch, number + 1

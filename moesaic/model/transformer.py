@@ -172,7 +172,8 @@ class Transformer(nn.Module):
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
         """Do as nn.Module's, whose empty_like loads sympy for a tensor of the meta device: half a second of a start."""
-        return self._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=device), recurse)
+        self._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=device), recurse)
+        return self
 
     def extra_repr(self) -> str:
         """What no module below says: the embeddings, and the head where it is a matrix of its own."""

@@ -24,7 +24,7 @@ class StopRequest:
         return _name(self._number)
 
     def agreed(self) -> str | None:
-        """Return a signal's name once one has come to any process; all of them ask at once, and have the same answer."""
+        """Return a signal's name once one has come to any process; all of them ask, and have the same answer."""
         return _name(self._world.highest(self._number))
 
     def __enter__(self) -> "StopRequest":

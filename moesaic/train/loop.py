@@ -751,8 +751,9 @@ class Trainer:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's losses by this process's micro-batches, each MoE layer's tokens_per_expert (E,) of all processes, norm,
-    rate, and whether it counted.
+    """One step's losses by micro-batch, each MoE layer's tokens_per_expert (E,), norm, rate, and whether it counted.
+
+    Of several processes the losses are this one's, all else is the same on each.
     """
 
     losses: list[Losses]
@@ -804,7 +805,7 @@ class Window:
         of_layers = [[getattr(each.moe[place], name) for each in losses] for name, place in names]
         values = world.mean([float(torch.stack(each).mean()) for each in of_losses + of_layers])
         half = 3 + len(losses[0].moe)
-        return WindowMeans(*values[:3], drop_rate=tuple(values[3:half]), entropy=tuple(values[half:]))
+        return WindowMeans(values[0], values[1], values[2], tuple(values[3:half]), tuple(values[half:]))
 
     def terms(self) -> dict[str, float]:
         """Each of the objective's terms, a mean over the micro-batches that had it; alpha is the last step's."""

@@ -39,12 +39,13 @@ def check_memory(config: TrainConfig, device: torch.device, world: World | None 
     remedies = []
     if config.optimizer.name != "muon" and least_bytes(config.model, "muon") < obtainable:
         remedies.append("--set optimizer.name=muon, which keeps one moment instead of two")
+    where = f" in the {num_sharing} processes here" if num_sharing > 1 else ""
     fewer = _fewer_experts(config.model, lambda model: least_bytes(model) < obtainable)
     if fewer is not None:
         remedies.append(f"--set model.moe.num_experts={fewer}")
     raise ConfigError(
         f"the model ({short_number(count_parameters(config.model).total)} parameters) takes {describe_bytes(needed)} "
-        f"to train{f' in {num_sharing} processes' if num_sharing > 1 else ''} and {device.type} has {describe_bytes(int(obtainable))} available; fp32 weights, gradients and the "
+        f"to train{where} and {device.type} has {describe_bytes(int(obtainable))} available; fp32 weights, gradients and the "
         f"moments of {config.optimizer.name} must fit, with the activations beside them; use "
         f"{', or '.join([*remedies, 'a smaller model (`moesaic inspect CONFIG` says what one takes)'])}, or a device "
         f"with more memory."

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from moesaic.config.model import ModelConfig
 from moesaic.data.loader import Batch
