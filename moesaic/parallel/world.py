@@ -56,7 +56,7 @@ class World:
         return cls(rank, size, local_rank, local_size, group, is_own)
 
     def leave(self) -> None:
-        """Take leave of the others, where join has made the group; when all is done."""
+        """Take leave of the others, where join has made the group; at a process's end, as it may not be made anew."""
         if self._is_own and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -111,15 +111,13 @@ def train(
     A resumed run gives, bit for bit on the CPU, what the uninterrupted one would have given.
 
     Where torchrun has started several processes, or torch.distributed is initialised, each of them calls it and all
-    train the one model; the main one, of rank 0, writes the folder and shows the progress.
+    train the one model; the main one, of rank 0, writes the folder and shows the progress. The process group stays, for
+    whatever comes next.
 
     Raises: ConfigError, DataError, CheckpointError, TrainingError, DeviceError, each saying what to do; ElsewhereError
     where another process has raised one of these.
     """
-    world = World.join()
-    result = Trainer(config, Path(run_folder), device=device, resume=resume, display=display).run()
-    world.leave()
-    return result
+    return Trainer(config, Path(run_folder), device=device, resume=resume, display=display).run()
 
 
 class Trainer:

@@ -45,8 +45,8 @@ def check_memory(config: TrainConfig, device: torch.device, world: World | None 
         remedies.append(f"--set model.moe.num_experts={fewer}")
     raise ConfigError(
         f"the model ({short_number(count_parameters(config.model).total)} parameters) takes {describe_bytes(needed)} "
-        f"to train{where} and {device.type} has {describe_bytes(int(obtainable))} available; fp32 weights, gradients and the "
-        f"moments of {config.optimizer.name} must fit, with the activations beside them; use "
+        f"to train{where} and {device.type} has {describe_bytes(int(obtainable))} available; fp32 weights, gradients "
+        f"and the moments of {config.optimizer.name} must fit, with the activations beside them; use "
         f"{', or '.join([*remedies, 'a smaller model (`moesaic inspect CONFIG` says what one takes)'])}, or a device "
         f"with more memory."
     )
