@@ -1,8 +1,8 @@
-"""Checkpoints of one process: safetensors and JSON, written whole or not at all, checked when read.
+"""Checkpoints, written by one process: safetensors and JSON, whole or not at all, checked when read.
 
 A run folder holds `checkpoints/step-00000123/` with `model.safetensors`, `optimizer.safetensors` and `manifest.json`
 (sizes, SHA-256, metadata). A checkpoint appears by one rename of a finished, synced folder, so a process killed at any
-moment leaves the earlier ones untouched. Nothing is ever unpickled. Resharding across ranks is in parallel/.
+moment leaves the earlier ones untouched. Nothing is ever unpickled. What several processes hold parallel/ has gathered.
 """
 
 import hashlib

@@ -26,6 +26,7 @@ from moesaic.config.train import (
     DataConfig,
     EvaluationConfig,
     OptimizerConfig,
+    ParallelConfig,
     ScheduleConfig,
     TrainConfig,
 )
@@ -44,6 +45,7 @@ SECTIONS: dict[str, type[Config]] = {
     "`schedule`": ScheduleConfig,
     "`evaluation`": EvaluationConfig,
     "`checkpoint`": CheckpointConfig,
+    "`parallel`": ParallelConfig,
     "`distill`": DistillConfig,
     "`Sampling`": Sampling,
     "`Grammar`": Grammar,

@@ -1,8 +1,11 @@
 """Several processes train as one does: weights, records, checkpoints, and what goes wrong on some of them."""
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +18,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from moesaic.checkpoint.store import list_checkpoints, load_tensors
+from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
+from moesaic.errors import ConfigError, ElsewhereError, MoesaicError, TrainingError
 from moesaic.kernels import limits, products
+from moesaic.parallel.world import World
 from moesaic.report.records import EvaluationRecord, TrainRecord, read_metrics
-from moesaic.train.loop import train
+from moesaic.train.loop import Trainer, train
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -154,7 +160,9 @@ def test_several_processes_train_as_one_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In 4 processes, the 5 validation sequences among them; then one process goes on from there, and 2 after it."""
-    monkeypatch.setattr(products, "is_widened", lambda _, dtype: dtype is torch.bfloat16)  # Muon's in fp32, as on the processes
+    monkeypatch.setattr(
+        products, "is_widened", lambda _, dtype: dtype is torch.bfloat16
+    )  # Muon's in fp32, as on the processes
     evaluation = {"sequences": 5}
     configs = [
         make_config(base, precision="fp32", evaluation=evaluation, **changes) for base, changes in KINDS.values()
@@ -168,3 +176,160 @@ def test_several_processes_train_as_one_does(
         tolerance = 2e-3 if config.optimizer.name == "muon" else 2e-4
         assert_same_training(tmp_path / "four" / str(number), tmp_path / "one" / str(number), tolerance=tolerance)
         assert ends[0][number]["step"] == config.total_steps, kind
+
+
+def test_any_number_of_processes_goes_on(
+    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+) -> None:
+    """4 steps in one process, 4 in two, and the last 4 in one again, of a run that starts from another's weights."""
+    base, changes = KINDS["moe"]
+    first = make_config(base, steps=4, precision="fp32", **changes)
+    train(first, tmp_path / "first", device="cpu")
+    whole = make_config(base, precision="fp32", init_from=str(tmp_path / "first"), **changes)
+    train(whole, tmp_path / "unbroken", device="cpu")
+    run_folder = tmp_path / "runs" / "0"
+    stopped = Trainer(whole, run_folder, device="cpu", resume=False, display=Stopper(4)).run()
+    assert (stopped.step, stopped.stopped_by) == (4, "SIGTERM")
+    ends = on_processes(2, stop_at, whole, run_folder, 8)
+    assert [(end["step"], end["stopped_by"]) for end in ends] == [(8, "SIGTERM")] * 2
+    assert train(whole, run_folder, device="cpu", resume=True).step == 12
+    assert_same_training(run_folder, tmp_path / "unbroken", tolerance=2e-4)
+
+
+def stop_at(rank: int, config: TrainConfig, run_folder: Path, step: int) -> dict[str, Any]:
+    """Only the main process gets the signal."""
+    display = Stopper(step) if rank == 0 else None
+    trainer = Trainer(config, run_folder, device="cpu", resume=True, display=display)
+    experts = sum(each.num_experts for each in trainer.model.modules() if hasattr(each, "total_experts"))
+    assert experts == 2 + 3 and (trainer._lock is None) == (rank > 0)
+    end = asdict(trainer.run()) | {"run_folder": None}
+    if rank == 0:
+        assert "resumed from step 4" in display.messages  # type: ignore[union-attr]
+    return end
+
+
+def test_new_runs_of_several_processes_start_from_weights(
+    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+) -> None:
+    base, changes = KINDS["moe"]
+    train(make_config(base, steps=4, precision="fp32", **changes), tmp_path / "first", device="cpu")
+    config = make_config(base, steps=4, precision="fp32", init_from=str(tmp_path / "first"), **changes)
+    train(config, tmp_path / "one", device="cpu")
+    on_processes(2, run_training, [config], tmp_path / "two")
+    assert_same_training(tmp_path / "two" / "0", tmp_path / "one", tolerance=2e-4)
+
+
+def test_counts_of_all_processes_balance_the_experts(
+    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+) -> None:
+    """With the counts of the whole batch two processes' balance losses are of all tokens from their first step on."""
+    moe = {**PLAIN_MOE["moe"], "router": {"balance_loss": 0.01, "balance_scope": "global_batch"}}
+    model = {**PLAIN_MOE, "moe": moe}
+    config = make_config("pr-moe", steps=3, precision="fp32", micro_batch_size=2, model=model)
+    on_processes(2, run_training, [config], tmp_path / "two")
+    # The mean over both halves of E sum_i f_i p_i is that of the whole batch: f is the whole one's in either.
+    train(config.replace(micro_batch_size=4), tmp_path / "one", device="cpu")
+    assert_same_training(tmp_path / "two" / "0", tmp_path / "one", tolerance=2e-4)
+
+
+def test_noise_and_dropout_are_the_micro_batches_own(
+    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+) -> None:
+    changes = {"router": {"noise": "jitter"}, "capacity": {"factor": 1.0, "drop_policy": "random"}}
+    model = {"moe": {**PLAIN_MOE["moe"], **changes}, "dropout": 0.1}
+    config = make_config("pr-moe", steps=4, precision="fp32", micro_batch_size=2, model=model)
+    on_processes(2, run_training, [config], tmp_path / "two")
+    train(config, tmp_path / "one", device="cpu")
+    assert_same_training(tmp_path / "two" / "0", tmp_path / "one", tolerance=2e-4)
+
+
+def go_wrong(rank: int, config: TrainConfig, folder: Path) -> list[str]:
+    """Return the kind of each error, and its message on the process that says it."""
+    said = []
+
+    def note(action: Callable[[], object]) -> None:
+        with pytest.raises(MoesaicError) as caught:
+            action()
+        said.append(type(caught.value).__name__ + ("" if caught.type is ElsewhereError else f": {caught.value}"))
+
+    def run(changed: TrainConfig) -> None:
+        train(changed, folder / "run", device="cpu")
+
+    note(lambda: run(config.replace(batch_size=6, micro_batch_size=2)))
+    note(lambda: run(config.replace(parallel={"expert_degree": 4})))
+    note(lambda: run(config.replace(seed=rank)))
+    missing = config.replace(data=config.data.replace(path=str(folder / "missing")))
+    note(lambda: run(missing if rank == 1 else config))  # on one process alone
+    note(lambda: train(config, folder / "run", device="cpu", resume=True))
+
+    def fail() -> None:
+        with World.join().together():
+            if rank > 0:
+                raise TrainingError(f"of rank {rank}")
+
+    note(fail)
+    # A loss that is no number, of one process alone: no step counts on any.
+    trainer = Trainer(config, folder / "broken", device="cpu", resume=False, display=None)
+    if rank == 1:
+        with torch.no_grad():
+            trainer.model.final_norm.weight.fill_(torch.nan)
+    note(trainer.run)
+    return said
+
+
+def test_mistakes_are_said_once_and_end_all(
+    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+) -> None:
+    config = make_config("pr-moe", steps=20, precision="fp32", model=PLAIN_MOE)
+    main, other = on_processes(2, go_wrong, config, tmp_path / "wrong")
+    starts = [
+        "ConfigError: batch_size (6) for 2 processes and micro_batch_size (2)",
+        "ConfigError: parallel.expert_degree is 4 and the run has 2 processes",
+        "ConfigError: the processes of this run differ in config; the same is required of all; start each",
+        None,
+        "CheckpointError: ",
+        None,
+        "TrainingError: the last 10 steps had no finite gradient",
+    ]
+    for said, start in zip(main, starts, strict=True):
+        assert said.startswith(start or "ElsewhereError"), said
+    of_other = [said.partition(":")[0] for said in other if said != "ElsewhereError"]
+    assert of_other == ["DataError", "TrainingError"] and "TrainingError: of rank 1" in other
+    assert not (tmp_path / "wrong" / "run").exists()
+
+
+def test_a_degree_that_one_process_cannot_have_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("pr-moe", parallel={"expert_degree": 2})
+    with pytest.raises(ConfigError, match=r"expert_degree is 2 and the run has 1 process; a divisor .*; set another"):
+        train(config, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_place_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE and RANK are set, and .*; MASTER_ADDR and MASTER_PORT are .*; "):
+        World.join()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert World.join() == World()
+
+
+def test_torchrun_trains(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Two processes from the command line, the second of which says nothing; then a mistake, said once."""
+    if not dist.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    write_config(make_config("pr-moe", steps=4, model=PLAIN_MOE), tmp_path / "config.yaml")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moesaic",
+        "train", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu",
+    ]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Trained 256 tokens") == done.stdout.count("Run: ") == 1
+    assert [each.step for each in read_metrics(tmp_path / "run").train] == [1, 2, 3, 4]
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert again.returncode != 0 and again.stderr.count("already holds a run") == 1
+    shutil.rmtree(tmp_path / "run")
