@@ -1,11 +1,12 @@
 """Several processes train as one does: weights, records, checkpoints, and what goes wrong on some of them."""
 
+import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +18,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from moesaic.checkpoint.store import list_checkpoints, load_tensors
+from moesaic.checkpoint.store import list_checkpoints, load_tensors, save_checkpoint
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
-from moesaic.errors import ConfigError, ElsewhereError, MoesaicError, TrainingError
+from moesaic.control_groups import read_text, usable_processors
+from moesaic.errors import CheckpointError, ConfigError, ElsewhereError, MoesaicError, TrainingError
 from moesaic.kernels import limits, products
 from moesaic.parallel.world import World
-from moesaic.report.records import EvaluationRecord, TrainRecord, read_metrics
-from moesaic.train.loop import Trainer, train
+from moesaic.plan.cost import least_training_bytes
+from moesaic.report.records import METRICS_FILE, EvaluationRecord, TrainRecord, read_metrics
+from moesaic.train.loop import StepResult, Trainer, train
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -39,6 +42,11 @@ PLAIN_MOE: dict[str, Any] = {
         "router": {"balance_loss": 0.01, "z_loss": 1e-3, "score_correction_bias": True},
     },
 }
+
+
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moesaic",
+]  # fmt: skip
 
 
 class Stopper:
@@ -86,7 +94,8 @@ MACHINE = limits.Limits(
 
 @pytest.fixture
 def on_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """A function (size, work, *arguments) that calls work(rank, *arguments) on each process; returns what they did."""
+    """A function (size, work, *arguments) that calls work(rank, *arguments) on each process; returns what they did,
+    None of one that ended inside it."""
     if not dist.is_gloo_available():
         pytest.skip("this PyTorch has no gloo")
 
@@ -96,7 +105,8 @@ def on_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         mp.spawn(on_a_rank, args=(size, port, str(folder), work, arguments), nprocs=size)
-        return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
+        files = [folder / f"rank{rank}.pt" for rank in range(size)]
+        return [torch.load(file, weights_only=True) if file.exists() else None for file in files]
 
     return run
 
@@ -202,6 +212,9 @@ def stop_at(rank: int, config: TrainConfig, run_folder: Path, step: int) -> dict
     trainer = Trainer(config, run_folder, device="cpu", resume=True, display=display)
     experts = sum(each.num_experts for each in trainer.model.modules() if hasattr(each, "total_experts"))
     assert experts == 2 + 3 and (trainer._lock is None) == (rank > 0)
+    num_held = sum(each.numel() for each in trainer.model.parameters())  # with a gradient and two moments, in fp32
+    estimate = least_training_bytes(config.model, optimizer="adamw", expert_degree=2)
+    assert 0.9 * 16 * num_held < estimate <= 16 * num_held
     end = asdict(trainer.run()) | {"run_folder": None}
     if rank == 0:
         assert "resumed from step 4" in display.messages  # type: ignore[union-attr]
@@ -298,6 +311,67 @@ def test_mistakes_are_said_once_and_end_all(
     assert not (tmp_path / "wrong" / "run").exists()
 
 
+def lose_a_process(rank: int, config: TrainConfig, run_folder: Path) -> str:
+    """The second one ends in its eighth step, as if killed; return what the others' error says."""
+    trainer = Trainer(config, run_folder, device="cpu", resume=False, display=None)
+    train_step = trainer.train_step
+
+    def step() -> StepResult:
+        if rank == 1 and trainer.step == 7:
+            os._exit(0)
+        return train_step()
+
+    trainer.train_step = step  # type: ignore[method-assign]
+    with pytest.raises(MoesaicError) as caught:
+        trainer.run()
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_a_lost_process_stops_the_others_and_its_run_goes_on(
+    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+) -> None:
+    config = make_config("pr-moe", steps=15, precision="fp32", model=PLAIN_MOE, batch_size=6, micro_batch_size=1)
+    main, lost, other = on_processes(3, lose_a_process, config, tmp_path / "run")
+    assert main.startswith("TrainingError: another process of this run has ended or cannot be reached (")
+    assert main.endswith("see what it says, and go on with the same command and --resume.")
+    assert lost is None and other.startswith("ElsewhereError: another process of this run is gone")
+    steps = [each.step for each in list_checkpoints(tmp_path / "run")]
+    assert steps and max(steps) < 7
+    assert train(config, tmp_path / "run", device="cpu", resume=True).step == config.total_steps
+
+
+def run_on_a_full_disk(rank: int, config: TrainConfig, folder: Path) -> list[str]:
+    """Return how a run ends whose first checkpoint alone cannot be written, and one that has none."""
+    failures = [True]
+    ends = []
+
+    def save(*arguments: Any, **values: Any) -> object:
+        assert rank == 0
+        if failures and failures.pop(0):
+            raise CheckpointError("no room; some is required; make some.")
+        return save_checkpoint(*arguments, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moesaic.train.loop.save_checkpoint", save)
+        ends.append(str(train(config, folder / "first", device="cpu").step))
+        failures += [True] * 100
+        with pytest.raises(MoesaicError) as caught:
+            train(config, folder / "none", device="cpu")
+    return [*ends, type(caught.value).__name__]
+
+
+def test_a_disk_that_is_full_costs_checkpoints(
+    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+) -> None:
+    config = make_config("dense", steps=8, precision="fp32")
+    main, other = on_processes(2, run_on_a_full_disk, config, tmp_path)
+    assert main == ["8", "CheckpointError"] and other == ["8", "ElsewhereError"]
+    assert [each.step for each in list_checkpoints(tmp_path / "first")] == [8]
+    events = [each.message for each in read_metrics(tmp_path / "first").events]
+    assert [each for each in events if each.startswith("no checkpoint: no room;")]
+    assert not list_checkpoints(tmp_path / "none")
+
+
 def test_a_degree_that_one_process_cannot_have_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("pr-moe", parallel={"expert_degree": 2})
     with pytest.raises(ConfigError, match=r"expert_degree is 2 and the run has 1 process; a divisor .*; set another"):
@@ -321,10 +395,8 @@ def test_torchrun_trains(make_config: MakeConfig, tmp_path: Path) -> None:
     if not dist.is_gloo_available():
         pytest.skip("this PyTorch has no gloo")
     write_config(make_config("pr-moe", steps=4, model=PLAIN_MOE), tmp_path / "config.yaml")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moesaic",
-        "train", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu",
-    ]  # fmt: skip
+    run_folder = tmp_path / "run"
+    command = [*TORCHRUN, "train", str(tmp_path / "config.yaml"), "--output", str(run_folder), "--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -332,4 +404,26 @@ def test_torchrun_trains(make_config: MakeConfig, tmp_path: Path) -> None:
     assert [each.step for each in read_metrics(tmp_path / "run").train] == [1, 2, 3, 4]
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert again.returncode != 0 and again.stderr.count("already holds a run") == 1
-    shutil.rmtree(tmp_path / "run")
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    cores = min(usable_processors(), limits.physical_cores(read_text(Path("/proc/cpuinfo"))) or usable_processors())
+    assert start["processes"] == 2 and start["threads"] == max(1, cores // 2)
+
+
+def test_torchrun_can_be_stopped(make_config: MakeConfig, tmp_path: Path) -> None:
+    if not dist.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    write_config(make_config("pr-moe", steps=100_000, model=PLAIN_MOE), tmp_path / "config.yaml")
+    run_folder = tmp_path / "run"
+    command = [*TORCHRUN, "train", str(tmp_path / "config.yaml"), "--output", str(run_folder), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            metrics = run_folder / METRICS_FILE
+            while process.poll() is None and not (metrics.exists() and read_metrics(run_folder).train):
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=120)
+        finally:
+            process.kill()
+    step, metrics_kept = list_checkpoints(run_folder)[-1].step, read_metrics(run_folder)
+    assert 0 < step < 100_000 and metrics_kept.train[-1].step == step
+    assert metrics_kept.events[-1].message.startswith(f"SIGTERM: stopping at step {step}, with a checkpoint")

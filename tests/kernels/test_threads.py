@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moesaic.control_groups import allowed_processors
-from moesaic.kernels import select, threads
+from moesaic.kernels import limits, select, threads
 from moesaic.kernels.cpu import build
 
 _SCRIPT = """
@@ -43,6 +43,35 @@ def test_is_set_once_and_only_in_time(before: str, environment: dict[str, str], 
         check=True,
     )
     assert done.stdout.strip() == printed
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads_of_each"),
+    [
+        ({}, "4"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "2"),
+        ({"LOCAL_WORLD_SIZE": "100"}, "1"),
+        ({"LOCAL_WORLD_SIZE": "1"}, None),
+        ({"OMP_NUM_THREADS": "5"}, None),  # its user's
+        ({"MKL_NUM_THREADS": "5"}, None),
+        ({"TORCHELASTIC_RUN_ID": None}, None),  # of another starter
+    ],
+)
+def test_torchruns_processes_share_the_cores(
+    environment: dict[str, str | None], threads_of_each: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 cores with two hardware threads each, of which this container may use 12."""
+    monkeypatch.setattr(threads, "usable_processors", lambda: 12)
+    monkeypatch.setattr(threads, "allowed_processors", lambda: 12)
+    monkeypatch.setattr(limits, "physical_cores", lambda text: 8)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    for name, value in {**torchrun, **environment}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    before = os.environ.get("OMP_NUM_THREADS")
+    assert threads.limit_threads() == (threads_of_each is not None)
+    assert os.environ.get("OMP_NUM_THREADS") == (threads_of_each or before)
 
 
 _REST_SCRIPT = """

@@ -11,6 +11,7 @@ import torch
 from moesaic.config.load import load_train_config
 from moesaic.config.train import TrainConfig
 from moesaic.errors import ConfigError
+from moesaic.parallel.world import World
 from moesaic.plan.cost import least_training_bytes
 from moesaic.train import loop, memory
 from moesaic.train.loop import Trainer
@@ -44,6 +45,23 @@ def test_of_a_dense_model_the_remedy_names_no_experts(monkeypatch: pytest.Monkey
         check_memory(config, CPU)
     assert "num_experts" not in str(caught.value)
     check_memory(config_of("dense-1.3b", "optimizer.name=muon"), CPU)
+
+
+def test_processes_share_a_machine_and_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4.2 billion parameters, most of them experts', 2 of 8 processes here hold a good quarter."""
+    config = config_of("pr-moe-350m-32-64")
+    alone = least_training_bytes(config.model, optimizer="adamw")
+    two = World(size=8, local_size=2)
+    monkeypatch.setattr(memory, "_obtainable_bytes", lambda device: alone / 2)
+    check_memory(config, CPU, two)
+    check_memory(config, torch.device("cuda"), two)
+    with pytest.raises(ConfigError, match=r"to train in the 8 processes here and cpu has"):
+        check_memory(config, CPU, World(size=8, local_size=8))
+    whole = config_of("pr-moe-350m-32-64", "parallel.expert_degree=1")
+    with pytest.raises(ConfigError, match="in the 2 processes here"):
+        check_memory(whole, CPU, two)
+    with pytest.raises(ConfigError, match="to train and cuda has"):
+        check_memory(whole, torch.device("cuda"), two)
 
 
 @pytest.mark.parametrize(
