@@ -32,6 +32,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
     num_experts: one count per MoE layer, which are the model's odd layers. tokens: what an answer consists of. pace:
     None sends them at once; otherwise each waits for a release. failure: (status, error message, headers) of the next
     request for text, and failure_code the code of all errors. cut: the connection ends after so many tokens.
+    knows_experts: until it is set, /v1/experts does not answer.
     """
 
     daemon_threads = True
@@ -45,6 +46,8 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.model = "tiny"
         self.answers_as: str | None = None  # what events call the model; None: nothing
         self.key: str | None = None
+        self.knows_experts = threading.Event()
+        self.knows_experts.set()
         self.tokens = ["The", " state", " of", " the", " Union", " is", "\n", "str", "ong", "."]
         self.pace: threading.Semaphore | None = None
         self.failure: tuple[int, str, dict[str, str]] | None = None
@@ -164,6 +167,7 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
                 model["has_chat_template"] = self.server.has_chat_template
             self.answer_json(200, {"object": "list", "data": [model]})
         elif self.path == "/v1/experts":
+            self.server.knows_experts.wait(60)
             self.answer_json(200, self.server.experts())
         elif self.path == "/v1/stats":
             self.answer_json(200, self.server.stats())
@@ -803,6 +807,36 @@ def test_a_dense_model_has_no_map_and_is_not_asked_for_experts(server: FakeServe
     page.get_by_role("link", name="Load").click()
     expect(page.locator("#figure-distinct")).to_be_hidden()
     expect(page.locator("#figure-generated")).to_be_visible()
+
+
+def test_a_message_before_the_server_has_described_itself_is_answered_with_experts(
+    server: FakeServer, open_page: Any, expect: Any
+) -> None:
+    server.knows_experts.clear()
+    page = open_page()
+    send(page)
+    expect(finished(page)).to_contain_text("10 tokens")
+    expect(page.locator(".token")).to_have_count(10)
+    server.knows_experts.set()
+    is_ready(page)
+    page.locator(".token").nth(1).hover()
+    expect(page.locator("#token-name")).to_have_text("␣state")
+    assert routes_shown(page) == routes_of(server, 1)
+
+
+def test_a_dense_model_not_yet_known_as_one_has_no_tokens_to_point_at(
+    server: FakeServer, open_page: Any, expect: Any
+) -> None:
+    server.num_experts = ()
+    server.knows_experts.clear()
+    page = open_page()
+    send(page)
+    expect(finished(page)).to_contain_text("10 tokens")
+    assert page.locator(".token").count() == 0
+    assert page.locator(".answer").evaluate("node => node.textContent") == "".join(server.tokens)
+    server.knows_experts.set()
+    is_ready(page)
+    expect(page.locator("#experts")).to_be_hidden()
 
 
 ALIGNMENTS: dict[str, tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]] = {

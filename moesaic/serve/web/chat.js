@@ -214,7 +214,8 @@ export class Chat {
       const choice = event.choices?.[0];
       if (!choice) continue;
       const text = choice.delta?.content ?? choice.text ?? "";
-      const tokens = choice.experts ?? [];
+      // A dense model that was not known as one yet: tokens without layers.
+      const tokens = (choice.experts ?? []).filter((token) => token.layers.length);
       // Under overload a student answers: its experts are not those of the map.
       const isOthers = event.model && settings.model && event.model !== settings.model;
       if (isOthers) figures.by = event.model;

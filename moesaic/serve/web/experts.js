@@ -63,6 +63,11 @@ export class ExpertsPanel {
     return this.#layers.length > 0;
   }
 
+  /** Whether the model is known to have none; not so before the server has said so. */
+  get isDense() {
+    return byId("chat-page").hasAttribute("data-dense");
+  }
+
   /** Show what /v1/experts said. */
   setLoad({ layers, num_steps: steps }) {
     this.#layers = layers;

@@ -63,7 +63,7 @@ const chat = new Chat({
   api,
   settings: readSettings,
   askForKey,
-  wantsExperts: () => experts.hasExperts,
+  wantsExperts: () => !experts.isDense,
   showToken: (detail, isFollowing) => experts.setToken(detail, isFollowing),
 });
 
