@@ -2,7 +2,7 @@
 
 A run folder holds `checkpoints/step-00000123/` with `model.safetensors`, `optimizer.safetensors` and `manifest.json`
 (sizes, SHA-256, metadata). A checkpoint appears by one rename of a finished, synced folder, so a process killed at any
-moment leaves the earlier ones untouched. Nothing is ever unpickled. What several processes hold parallel/ has gathered.
+moment leaves the earlier ones untouched. Nothing is ever unpickled. What several processes hold comes as a stream.
 """
 
 import hashlib
@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # listing a run's checkpoints needs no torch
     from hashlib import _Hash
 
     from torch import Tensor
+
+    from moesaic.checkpoint.stream import TensorStream
 
 FORMAT_VERSION = 1
 _STEP = re.compile(r"step-(\d{8,})")
@@ -69,15 +71,17 @@ def save_checkpoint(
     run_folder: Path,
     step: int,
     *,
-    model: "dict[str, Tensor]",
-    optimizer: "dict[str, Tensor]",
+    model: "Mapping[str, Tensor] | TensorStream",
+    optimizer: "Mapping[str, Tensor] | TensorStream",
     metadata: dict[str, Any],
 ) -> CheckpointInfo:
     """Write a checkpoint atomically and return it. metadata must be JSON-able.
 
+    Memory: a few buffers of 8 MiB, beside a copy of each piece that is not contiguous or not on the CPU.
+
     Raises: CheckpointError when it cannot be written (a full disk, say); nothing of it is left behind then.
     """
-    from safetensors.torch import save_file
+    from moesaic.checkpoint.stream import TensorStream, TensorWriter
 
     folder = run_folder / "checkpoints"
     final = folder / f"step-{step:08d}"
@@ -87,16 +91,18 @@ def save_checkpoint(
         for left in folder.glob(".writing-*"):  # by a process that was killed while it saved
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
+        hashes = {}
         for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
-            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / name)
-        files = write_manifest(temporary, step, metadata)
-        for name in files:  # safetensors makes them for their owner alone, whatever the umask
-            (temporary / name).chmod((temporary / "manifest.json").stat().st_mode)
+            stream = tensors if isinstance(tensors, TensorStream) else TensorStream.of(tensors)
+            with TensorWriter(temporary / name, stream.layout, is_hashed=True) as writer:
+                writer.write(stream.pieces)
+            hashes[name] = writer.sha256
+        files = write_manifest(temporary, step, metadata, sha256=hashes)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
         sync(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {final}: {error}; it needs a writable folder with "

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO, RawIOBase
@@ -59,6 +59,28 @@ class TensorLayout:
     @property
     def num_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorStream:
+    """Tensors on their way into a file: pieces (name, tensor), once, as file_order has the names.
+
+    The pieces of one tensor come one after another, from its first element to its last; they need not all be in memory.
+    """
+
+    layout: Mapping[str, TensorLayout]
+    pieces: Iterator[tuple[str, Tensor]]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "TensorStream":
+        """Return the stream of tensors that are in memory."""
+        layout = {name: TensorLayout(each.dtype, tuple(each.shape)) for name, each in tensors.items()}
+        return cls(layout, ((name, tensors[name]) for name in file_order(layout)))
+
+    def drop(self) -> None:
+        """Take all that is left of the pieces, and keep nothing."""
+        for _ in self.pieces:
+            pass
 
 
 class TensorReader:
@@ -149,6 +171,14 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def file_order(layout: Mapping[str, TensorLayout]) -> list[str]:
+    """Return the names as they stand in a file.
+
+    By falling element size and then by name, as the library does, so that every tensor is aligned.
+    """
+    return sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name))
+
+
 def fill(view: memoryview, file: RawIOBase) -> bool:
     """Read from an unbuffered file, which may give less at a time, until view is full; False if the file ends first."""
     done = 0
@@ -172,8 +202,7 @@ class TensorWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._places: dict[str, int] = {}
         offset = 0
-        # By falling element size and then by name, as the library does, so that every tensor is aligned.
-        self.order = sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name))
+        self.order = file_order(layout)
         for name in self.order:
             each = layout[name]
             header[name] = {
@@ -207,6 +236,11 @@ class TensorWriter:
         data = piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         self._file.write(self._start + self._places[name] + done, data)
         self._written[name] = done + piece.nbytes
+
+    def write(self, pieces: Iterable[tuple[str, Tensor]]) -> None:
+        """Append all of them."""
+        for name, piece in pieces:
+            self.append(name, piece)
 
     def __enter__(self) -> "TensorWriter":
         return self
@@ -300,9 +334,12 @@ class _StreamedFile:
         self._await(self._current)
 
     def _await(self, buffer: int) -> None:
-        for each in self._work[buffer]:
-            each.result()
-        self._work[buffer].clear()
+        work = self._work[buffer]
+        try:
+            while work:
+                work.pop(0).result()
+        finally:
+            work.clear()  # an error kept in there would keep this frame, and its callers' tensors
 
     def _end_stream(self) -> None:
         if not self._is_stream:

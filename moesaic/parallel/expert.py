@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import get_total_norm
 
+from moesaic.checkpoint.stream import TensorLayout, TensorStream, file_order
 from moesaic.errors import ConfigError
 from moesaic.moe.experts import own_rows
 from moesaic.moe.layer import MoELayer
 from moesaic.parallel.dispatch import AllToAllDispatcher
 
-# Gradients that travel together.
+# Gradients that travel together, and weights at once on their way into a checkpoint.
 _BUCKET_BYTES = 32 << 20
 # On a CPU PyTorch's norm of more elements loses digits.
 _NORM_PIECE = 1 << 20
@@ -121,29 +122,55 @@ class ExpertParallel:
         It is the state_dict of a model whose experts are not spread, and as that shares memory with the model's other
         parameters where these are on the CPU. Every rank has to call it.
         """
-        return self.gather(self.model.state_dict())
+        stream = self.gather(self.model.state_dict())
+        parts: dict[str, list[Tensor]] = {}
+        for name, piece in stream.pieces:
+            parts.setdefault(name, []).append(piece.cpu())
+        if self.rank > 0:
+            return None
+        return {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in parts.items()}
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Return, on rank 0, tensors of all experts for those of each rank's, on the CPU; elsewhere None.
+    def gather(self, tensors: Mapping[str, Tensor]) -> TensorStream:
+        """Return the stream of tensors of all experts for those of each rank's; it gives pieces on rank 0 alone.
 
-        tensors: by the names of parameters, or as an optimizer's state is by `key.parameter`, the same ones in the same
-        order on every rank. What is not of a spread parameter, or not of its shape, is taken from rank 0.
+        tensors: by the names of parameters, or as an optimizer's state is by `key.parameter`, the same ones on every
+        rank. What is not of a spread parameter, or not of its shape, is taken from rank 0. Every rank has to take the
+        pieces, all of them: what is not on rank 0 is sent while they are taken, so that no rank has more in memory than
+        its own and a piece of another's.
         """
         spread = {id(each): size for size, each in self._spread_parameters()}
         own = {name: each for name, each in self.model.named_parameters() if id(each) in spread}
-        gathered: dict[str, Tensor] = {}
+        sizes = {}
+        layout = {}
         for name, tensor in tensors.items():
             parameter = own.get(name, own.get(name.partition(".")[2]))
-            if parameter is None or tensor.shape != parameter.shape:
-                if self.rank == 0:
-                    gathered[name] = tensor.detach().cpu()
-            elif self.rank < (size := spread[id(parameter)]):  # the first group has them all
-                tensor = tensor.detach().contiguous()
-                parts = [torch.empty_like(tensor) for _ in range(size)] if self.rank == 0 else None
-                dist.gather(tensor, parts, dst=0, group=self._expert_groups[size])
-                if parts is not None:
-                    gathered[name] = torch.cat(parts).cpu()
-        return gathered if self.rank == 0 else None
+            sizes[name] = 1 if parameter is None or tensor.shape != parameter.shape else spread[id(parameter)]
+            layout[name] = TensorLayout(tensor.dtype, tuple(tensor.shape))
+            if sizes[name] > 1:
+                layout[name] = TensorLayout(tensor.dtype, (len(tensor) * sizes[name], *tensor.shape[1:]))
+        return TensorStream(layout, self._pieces(tensors, file_order(layout), sizes))
+
+    def _pieces(
+        self, tensors: Mapping[str, Tensor], order: list[str], sizes: Mapping[str, int]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what gather says; sizes: over how many ranks each tensor is spread."""
+        for name in order:
+            tensor, size = tensors[name].detach(), sizes[name]
+            if self.rank == 0:
+                yield name, tensor
+            if size == 1 or self.rank >= size:  # the first group has them all
+                continue
+            group = self._expert_groups[size]
+            pieces = tensor.split(max(1, _BUCKET_BYTES // tensor[0].nbytes))
+            if self.rank > 0:
+                for piece in pieces:
+                    dist.send(piece.contiguous(), dst=0, group=group)
+                continue
+            for source in range(1, size):
+                for piece in pieces:
+                    received = torch.empty_like(piece)
+                    dist.recv(received, src=source, group=group)
+                    yield name, received
 
     def own_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what is this rank's of the state, as `gather` gives it, of a model whose experts are not spread."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from moesaic.checkpoint.store import (
     save_checkpoint,
     set_aside_after,
 )
+from moesaic.checkpoint.stream import TensorStream
 from moesaic.config.base import differing
 from moesaic.config.load import run_folder_of, write_config
 from moesaic.config.train import TrainConfig
@@ -580,18 +581,20 @@ class Trainer:
 
         It is one process's, of all experts, whatever the number of processes that train.
         """
-        model: Mapping[str, Tensor] | None = self.model.state_dict()
-        optimizer: Mapping[str, Tensor] | None = self.optimizers.named_state()
-        if self.parallel is not None:
-            assert model is not None and optimizer is not None
-            model, optimizer = self.parallel.gather(model), self.parallel.gather(optimizer)
+        gather = TensorStream.of if self.parallel is None else self.parallel.gather
+        model, optimizer = gather(self.model.state_dict()), gather(self.optimizers.named_state())
         is_saved = False
         with self.world.together():
-            if model is not None and optimizer is not None:
-                is_saved = self._write_checkpoint(dict(model), dict(optimizer), must_succeed=must_succeed)
+            try:
+                if self.world.is_main:
+                    is_saved = self._write_checkpoint(model, optimizer, must_succeed=must_succeed)
+            finally:
+                # The others send them in any case.
+                model.drop()
+                optimizer.drop()
         return self.world.main_says(is_saved)
 
-    def _write_checkpoint(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], *, must_succeed: bool) -> bool:
+    def _write_checkpoint(self, model: TensorStream, optimizer: TensorStream, *, must_succeed: bool) -> bool:
         loss = self.validation_loss
         metadata: dict[str, Any] = {
             "tokens": self.tokens,

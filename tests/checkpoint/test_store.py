@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
 
 import moesaic
+from moesaic.checkpoint import stream
 from moesaic.checkpoint.store import (
     CheckpointInfo,
     best_checkpoint,
@@ -374,15 +375,15 @@ def test_what_cannot_be_written_leaves_nothing_and_names_the_last_good_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     save(tmp_path, 1)
-    save_file = safetensors.torch.save_file
+    write_all = stream._write_all
 
-    def full(values: dict[str, Tensor], path: Path) -> None:
-        if path.name == failing:
-            path.write_bytes(b"some of it")
+    def full(file: FileIO, place: int, view: memoryview) -> None:
+        if Path(os.fsdecode(file.name)).name == failing:
+            file.write(b"some of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(values, path)
+        write_all(file, place, view)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(stream, "_write_all", full)
     with pytest.raises(
         CheckpointError, match=r"step 2 .*No space left on device; .*; free some .*last good.*step-00000001"
     ):

@@ -1,9 +1,12 @@
 import errno
+import gc
 import hashlib
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from io import FileIO
 from itertools import cycle
 from pathlib import Path
@@ -213,6 +216,30 @@ def test_a_disk_that_is_full_is_the_writers_error_and_no_thread_stays(
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "a.safetensors", lambda names: names)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("num_elements", [10, 100_000])
+def test_an_error_keeps_nothing_of_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_elements: int
+) -> None:
+    monkeypatch.setattr(stream, "_BUFFER_BYTES", 4096)
+
+    def full(file: FileIO, start: int, view: memoryview) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write_ones() -> weakref.ref[torch.Tensor]:
+        ones = torch.ones(num_elements)
+        layout = {"a": TensorLayout(ones.dtype, tuple(ones.shape))}
+        with suppress(OSError), TensorWriter(tmp_path / "a.safetensors", layout) as writer:
+            writer.append("a", ones)
+        return weakref.ref(ones)
+
+    monkeypatch.setattr(stream, "_write_all", full)
+    gc.disable()
+    try:
+        assert write_ones()() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_given_up_or_not_asked_for_has_no_hash(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from moesaic.errors import ConfigError
 from moesaic.model.pack import pack_transformer
 from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import MoELayer
+from moesaic.parallel import expert
 from moesaic.parallel.dispatch import _by_expert
 from moesaic.parallel.expert import ExpertParallel
 from moesaic.train.loss import language_model_loss
@@ -70,6 +71,7 @@ def batch(rank: int) -> Batch:
 def on_a_rank(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    expert._BUCKET_BYTES = 4096  # several of each thing's pieces
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     found: dict[str, Any] = {}
     try:
@@ -92,6 +94,10 @@ def on_a_rank(rank: int, port: int, folder: str) -> None:
             loaded = parallel.full_state()
             assert loaded is None or all(torch.equal(loaded[name], each) for name, each in whole.items())
             model.load_state_dict(own)
+            # What comes from others is no more at a time than said.
+            for name, piece in parallel.gather(own).pieces:
+                is_others = piece.data_ptr() != own[name].data_ptr()
+                assert rank == 0 and (not is_others or piece.nbytes <= max(4096, piece[0].nbytes))
             # Their gradients are gathered as a state is.
             with torch.no_grad():
                 for parameter in model.parameters():

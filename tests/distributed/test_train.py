@@ -1,5 +1,6 @@
 """Several processes train as one does: weights, records, checkpoints, and what goes wrong on some of them."""
 
+import errno
 import json
 import os
 import signal
@@ -18,11 +19,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from moesaic.checkpoint.store import list_checkpoints, load_tensors, save_checkpoint
+from moesaic.checkpoint.store import list_checkpoints, load_tensors
+from moesaic.checkpoint.stream import TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
 from moesaic.control_groups import read_text, usable_processors
-from moesaic.errors import CheckpointError, ConfigError, ElsewhereError, MoesaicError, TrainingError
+from moesaic.errors import ConfigError, ElsewhereError, MoesaicError, TrainingError
 from moesaic.kernels import limits, products
 from moesaic.parallel.world import World
 from moesaic.plan.cost import least_training_bytes
@@ -342,19 +344,20 @@ def test_a_lost_process_stops_the_others_and_its_run_goes_on(
 
 def run_on_a_full_disk(rank: int, config: TrainConfig, folder: Path) -> list[str]:
     """Return how a run ends whose first checkpoint alone cannot be written, and one that has none."""
-    failures = [True]
     ends = []
+    fails = iter([False] * 5 + [True] + [False] * 10_000)  # the disk takes five tensors, and then all from the next on
+    append = TensorWriter.append
 
-    def save(*arguments: Any, **values: Any) -> object:
+    def append_or_fail(writer: TensorWriter, name: str, piece: Tensor) -> None:
         assert rank == 0
-        if failures and failures.pop(0):
-            raise CheckpointError("no room; some is required; make some.")
-        return save_checkpoint(*arguments, **values)
+        if next(fails):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(writer, name, piece)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moesaic.train.loop.save_checkpoint", save)
+        patch.setattr(TensorWriter, "append", append_or_fail)
         ends.append(str(train(config, folder / "first", device="cpu").step))
-        failures += [True] * 100
+        fails = iter([False] * 5 + [True] * 10_000)
         with pytest.raises(MoesaicError) as caught:
             train(config, folder / "none", device="cpu")
     return [*ends, type(caught.value).__name__]
@@ -363,12 +366,12 @@ def run_on_a_full_disk(rank: int, config: TrainConfig, folder: Path) -> list[str
 def test_a_disk_that_is_full_costs_checkpoints(
     make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
 ) -> None:
-    config = make_config("dense", steps=8, precision="fp32")
+    config = make_config("pr-moe", steps=8, precision="fp32", model=PLAIN_MOE)
     main, other = on_processes(2, run_on_a_full_disk, config, tmp_path)
     assert main == ["8", "CheckpointError"] and other == ["8", "ElsewhereError"]
     assert [each.step for each in list_checkpoints(tmp_path / "first")] == [8]
     events = [each.message for each in read_metrics(tmp_path / "first").events]
-    assert [each for each in events if each.startswith("no checkpoint: no room;")]
+    assert [each for each in events if "no checkpoint: " in each and "No space left" in each]
     assert not list_checkpoints(tmp_path / "none")
 
 

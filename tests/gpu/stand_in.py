@@ -12,12 +12,11 @@ there are.
 import contextlib
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -166,12 +165,6 @@ def _launches() -> Iterator[None]:
 @contextlib.contextmanager
 def simulated() -> Iterator[None]:
     """Inside, tensors are made on "cuda", and moved there and back."""
-    save: Callable[..., None] = safetensors.torch.save_file
-
-    def save_file(tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        """Reads what is on a GPU by its storage, which these have none of."""
-        save(_inner(tensors), *args, **kwargs)
-
     free_and_total = (8 << 30, 8 << 30)
     with (
         _launches(),
@@ -183,7 +176,6 @@ def simulated() -> Iterator[None]:
         mock.patch("torch.cuda.memory_reserved", lambda device=None: 0),
         mock.patch("torch.cuda.memory_allocated", lambda device=None: 0),
         mock.patch("torch.Generator", _GeneratorOfEither),
-        mock.patch("safetensors.torch.save_file", save_file),
         # In this thread, whose simulation it is.
         torch.autograd.set_multithreading_enabled(False),
         _Simulation(),

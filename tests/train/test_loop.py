@@ -8,14 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor
 
+from moesaic.checkpoint import stream
 from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints, load_tensors, resolve_checkpoint
 from moesaic.config.train import TrainConfig
 from moesaic.data.prepare import prepare
@@ -204,7 +204,8 @@ def test_a_stop_in_the_last_step_is_no_stop(make_config: MakeConfig, tmp_path: P
 DRIVER = """
 import os, random, signal, sys, time, types
 from pathlib import Path
-import safetensors.torch, torch, torch.utils.tensorboard
+import torch, torch.utils.tensorboard
+import moesaic.checkpoint.stream as stream
 import moesaic.train.loop as loop
 from moesaic.config.load import load_train_config
 
@@ -213,16 +214,15 @@ config, run, seed = load_train_config(sys.argv[1]), Path(sys.argv[2]), int(sys.a
 limits = types.SimpleNamespace(bf16_flops_per_second=1.0, fp32_flops_per_second=1.0)
 loop.measure_limits = lambda **_: limits
 loop.write_plots = lambda run_folder, **_: []
-save_file = safetensors.torch.save_file
+write_all = stream._write_all
 
-def slow_save_file(tensors, path):
-    save_file(tensors, path)
-    whole = Path(path).read_bytes()
-    Path(path).write_bytes(whole[:len(whole) // 2])
+def write_slowly(file, place, view):
+    half = len(view) // 2
+    write_all(file, place, view[:half])
     time.sleep(0.04)
-    Path(path).write_bytes(whole)
+    write_all(file, place + half, view[half:])
 
-safetensors.torch.save_file = slow_save_file
+stream._write_all = write_slowly
 
 def being_written():
     try:
@@ -331,14 +331,15 @@ def test_a_run_that_is_moved_away_goes_on_in_a_new_folder(make_config: MakeConfi
 
 
 def full_disk_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_file = safetensors.torch.save_file
+    write_all = stream._write_all
 
-    def save(tensors: dict[str, Tensor], path: Path) -> None:
-        if f"step-{step:08d}" in str(path) and "optimizer" in str(path):
+    def write(file: FileIO, place: int, view: memoryview) -> None:
+        path = os.fsdecode(file.name)
+        if f"step-{step:08d}" in path and "optimizer" in path:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        write_all(file, place, view)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    monkeypatch.setattr(stream, "_write_all", write)
 
 
 def test_a_periodic_checkpoint_on_a_full_disk_costs_only_itself(
