@@ -25,21 +25,30 @@ from torch import Tensor
 from moesaic.checkpoint.store import update_digest
 from moesaic.errors import CheckpointError
 
-_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
 }
-DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 # Of numbers that mean something only beside their scales: a reader has to be asked for them.
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn}
+# What else the format has: written as anything is, and no reader here asks for it.
+_OTHER_DTYPES = {
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+_NAMES = {dtype: name for name, dtype in (DTYPES | FP8_DTYPES | _OTHER_DTYPES).items()}
 
 # What the writer's threads take at a time: some milliseconds of hashing.
 _BUFFER_BYTES, _NUM_BUFFERS = 8 << 20, 4

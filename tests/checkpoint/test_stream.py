@@ -101,6 +101,23 @@ def test_what_is_written_is_the_librarys_file_byte_for_byte(tmp_path: Path) -> N
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *DTYPES.values(),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
+        *(torch.int16, torch.uint32, torch.uint64, torch.complex64),
+    ],
+)
+def test_every_dtype_of_the_library_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of those that torch shares with it and the reader does not take, too: a checkpoint holds what it was given."""
+    tensor = torch.tensor([[1, 4, 0], [2, 1, 1]]).to(dtype)
+    with TensorWriter(tmp_path / "a.safetensors", {"a": TensorLayout(dtype, (2, 3))}) as writer:
+        writer.append("a", tensor)
+    read = load_file(tmp_path / "a.safetensors")["a"]
+    assert read.dtype is dtype and torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
 # More than the buffers below hold, in sizes that no buffer divides, with one that is empty.
 BULK = {
     f"t{index}": torch.arange(index * count, index * count + count).to(dtype)
