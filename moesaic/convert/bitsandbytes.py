@@ -17,8 +17,11 @@ _SCALES, _CODE = ".absmax", ".quant_map"
 _NESTED_SCALES, _NESTED_CODE = ".nested_absmax", ".nested_quant_map"
 # What a tampered file could make us read: a description has some hundred bytes.
 _MAX_STATE_BYTES = 1 << 16
-# Numbers that are made fp32 at a time.
+# Numbers, and rows, that are made fp32 at a time.
 _NUMBERS = 1 << 22
+_ROWS = 1024
+# The library has blocks of 64 to 4096 numbers.
+_LARGEST_BLOCK = 4096
 _LARGEST_OFFSET = 1e38
 _ROW_SCALES, _ROW_FORMAT = "SCB", "weight_format"
 _KEYS: Known = {
@@ -142,8 +145,13 @@ class RowsPacking:
         return f"{stem[:-1]}: {found}; int8 weight (N, K), fp32 SCB (N) and weight_format 0, by rows, are required"
 
     def read(self, name: str, index: int | None, layout: Mapping[str, TensorLayout], read: ReadTensor) -> Tensor:
-        values, scales = read(name, index), read(name.removesuffix("weight") + _ROW_SCALES, index)
-        return (values.float() * scales[..., None] * (1 / 127)).bfloat16()
+        values, scales = read(name, index), read(name.removesuffix("weight") + _ROW_SCALES, index)[..., None]
+        if index is not None:
+            values, scales = values[None], scales[None]
+        out = torch.empty(values.shape, dtype=torch.bfloat16)
+        for into, some, factors in zip(out.split(_ROWS), values.split(_ROWS), scales.split(_ROWS), strict=True):
+            into.copy_(some.float().mul_(factors).mul_(1 / 127))
+        return out if index is None else out[0]
 
 
 def read_bitsandbytes(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
@@ -173,6 +181,8 @@ def _read_state(name: str, parts: Mapping[str, TensorLayout], read: ReadTensor) 
     if not is_number or not all(type(size) is int and size > 0 for size in sizes):
         return None
     block_size, *nested_size = (min(size, rows * columns) for size in sizes[2:])  # what is over holds nothing
+    if max([block_size, *nested_size]) > _LARGEST_BLOCK:
+        return None
     return _State((rows, columns), block_size, (nested_size[0], float(offset)) if is_nested else None)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from moesaic.convert.block_floats import MXFP4, MXFP8, NVFP4, BlockFloatPacking
 from moesaic.convert.fp8 import Fp8Packing, block_of
-from moesaic.convert.integers import BytesPacking, PackedPacking
+from moesaic.convert.integers import BytesPacking, Grouping, PackedPacking
 from moesaic.convert.packing import Known, Packing, check_known
 from moesaic.errors import ConversionError
 
@@ -29,12 +29,13 @@ _KEYS: Known = {
 _OF_GROUPS: Known = {"targets": None, "weights": None, "input_activations": None, "output_activations": None}
 _OF_WEIGHTS: Known = {
     "dynamic": (None, False),
-    "actorder": None,  # of columns in groups of their own, weight_g_idx tells
     "observer": None,
     "observer_kwargs": None,
     "scale_dtype": None,
     "zp_dtype": None,
 }
+# Groups of columns that lie anywhere; all other orders are those of columns as they were rounded.
+_BY_ACTIVATION = ("group", "dynamic")
 _FLOAT_KEYS: Known = {
     **_OF_WEIGHTS,
     "num_bits": (8,),
@@ -53,6 +54,7 @@ _INTEGER_KEYS: Known = {
     "group_size": None,
     "strategy": ("tensor", "channel", "group"),
     "block_structure": (None,),
+    "actorder": (None, False, True, *_BY_ACTIVATION, "weight", "static"),
 }
 
 
@@ -93,15 +95,16 @@ def _packing_of(group: object, layout: str, where: str) -> Packing:
         return Fp8Packing((1 if weights["strategy"] == "channel" else None, None))
     check_known(weights, _INTEGER_KEYS, f"{where}.weights")
     is_symmetric = weights.get("symmetric") is not False
-    if layout == "int-quantized":  # a byte each, of however many bits
-        return BytesPacking(is_symmetric)
     size = weights.get("group_size") if weights["strategy"] == "group" else None
     if weights["strategy"] == "group" and (type(size) is not int or size < 1):
         raise ConversionError(
             f"{where}.weights: group_size is {size!r}; a number of columns that share a scale is required; mend the "
             f"config."
         )
-    return PackedPacking(weights["num_bits"], size, is_symmetric)
+    grouping = Grouping((size,), weights.get("actorder") in (True, *_BY_ACTIVATION))
+    if layout == "int-quantized":  # a byte each, of however many bits
+        return BytesPacking(grouping, is_symmetric)
+    return PackedPacking(weights["num_bits"], grouping, is_symmetric)
 
 
 def _block_float_keys(packing: BlockFloatPacking) -> Known:

@@ -4,6 +4,7 @@ So DeepSeek-V3, MiniMax-M2 and others are published, in the layout that transfor
 compressed-tensors. bf16 is what the models were before, and what their makers' own tools turn them back into.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -68,7 +69,10 @@ class Fp8Packing:
 
     def read(self, name: str, index: int | None, layout: Mapping[str, TensorLayout], read: ReadTensor) -> Tensor:
         """Return a matrix, or the index-th of a stack, in bf16. layout, read: of the tensors as they are stored."""
-        return self.dequantize(read(name, index), read(_scales_name(name, layout), index))
+        scales = _scales_name(name, layout)
+        if index is not None and len(layout[name].shape) == 2:  # rows of one matrix, as a stack of biases is
+            return self.dequantize(read(name), read(scales))[index]
+        return self.dequantize(read(name, index), read(scales, index))
 
     def dequantize(self, values: Tensor, scales: Tensor) -> Tensor:
         """Return the bf16 nearest to FP8 values (..., N, K) times their scales, rounded from the fp32 product.
@@ -79,11 +83,12 @@ class Fp8Packing:
         height, width = self._block(rows, columns)
         grid = scales.float().reshape(self._grids(tuple(values.shape))[0])
         out = torch.empty(values.shape, dtype=torch.bfloat16)
-        step = height * max(1, _ROWS // height)
+        step = max(1, _ROWS // max(1, math.prod(values.shape[:-2])))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            factors = grid[..., start // height : -(-stop // height), :].repeat_interleave(height, -2)
-            factors = factors[..., : stop - start, :].repeat_interleave(width, -1)[..., :columns]
+            factors = grid.index_select(-2, torch.arange(start, stop) // height)
+            if factors.shape[-1] > 1:
+                factors = factors.repeat_interleave(width, -1)[..., :columns]
             out[..., start:stop, :] = values[..., start:stop, :].float().mul_(factors)
         return out
 

@@ -5,7 +5,7 @@ The layouts differ in what is packed along which side, in which order, and in ho
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,14 +21,17 @@ _ROWS = 1024
 _WORD_BITS = 32
 _GPTQ_BITS = (2, 3, 4, 8)
 _AWQ_BITS = 4
+# What transformers takes a config of GPTQ, AWQ or AutoRound for that does not say how many columns share a scale.
+_GROUP_SIZE = 128
 # AWQ's words hold eight columns, in this order from the lowest bits on.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _ANY = None
-# What says how a model was quantised, or how its maker's own kernels are to run it: the numbers are what they are.
+# What says how a model was quantised, or how its maker's own kernels are to run it: the numbers are what they are. Of
+# these, _grouping_of reads the sizes of groups.
 _OF_MAKING: Known = dict.fromkeys(
     (
         "quant_method", "group_size", "modules_to_not_convert", "modules_in_block_to_quantize", "backend", "version",
-        "meta", "dataset", "tokenizer", "damp_percent", "damp_auto_increment", "desc_act", "act_group_aware", "sym",
+        "meta", "dataset", "tokenizer", "damp_percent", "damp_auto_increment", "act_group_aware", "sym",
         "static_groups", "true_sequential", "mse", "model_name_or_path", "model_file_base_name", "model_seqlen",
         "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id", "lm_head",
         "cache_block_outputs", "max_input_length", "use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config",
@@ -46,9 +49,11 @@ _OF_MAKING: Known = dict.fromkeys(
     ("super_bits", "super_group_size", "static_kv_dtype", "static_attention_dtype", "rotation_configs"), (None,)
 )  # fmt: skip
 _LAYOUT = (None, "gptq", "gptq_v2")
+_BY_ACTIVATION = (None, False, True)
 _GPTQ_KEYS: Known = {
     **_OF_MAKING,
     "bits": _GPTQ_BITS,
+    "desc_act": _BY_ACTIVATION,
     "checkpoint_format": _LAYOUT,
     "format": _LAYOUT,
     "method": (None, "gptq"),
@@ -63,6 +68,7 @@ _AUTO_ROUND_KEYS: Known = {
     **_OF_MAKING,
     "packing_format": (_AUTO_ROUND_AWQ, _AUTO_ROUND_GPTQ, "auto_round:gptqmodel", "auto_round"),
     "bits": _GPTQ_BITS,
+    "desc_act": _BY_ACTIVATION,
     "data_type": (None, "int"),
     "extra_config": _ANY,
 }
@@ -77,6 +83,7 @@ _AWQ_KEYS: Known = {
     "bits": (None, _AWQ_BITS),
     "w_bit": (None, _AWQ_BITS),
     "q_group_size": _ANY,
+    "desc_act": (None, False),
     "backend": _AWQ_BACKENDS,
     "version": _GEMM,
     "format": _GEMM,
@@ -88,6 +95,33 @@ _AWQ_KEYS: Known = {
 }
 
 Parts = Mapping[str, TensorLayout]  # of one matrix, by what follows its name
+ReadPart = Callable[[str], Tensor]  # of its parts
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which columns of a row share a scale, as a config says it.
+
+    sizes: how many that follow each other may, None: all of a row. is_by_activation: columns of a group lie anywhere,
+    and a tensor says where.
+    """
+
+    sizes: tuple[int | None, ...]
+    is_by_activation: bool = False
+
+    def size(self, columns: int, groups: int) -> int | None:
+        """Return how many columns that follow each other make one of so many groups, the last of which may be smaller.
+
+        None where no size, or more than one, makes so many, or only a tensor can say which columns do.
+        """
+        if self.is_by_activation and groups != 1:
+            return None
+        sizes = {columns if each is None else min(each, columns) for each in self.sizes}
+        fitting = [size for size in sizes if size and -(-columns // size) == groups]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def __str__(self) -> str:
+        return " or ".join("all columns" if each is None else str(each) for each in self.sizes)
 
 
 @dataclass(frozen=True)
@@ -125,7 +159,6 @@ class _IntegerPacking(ABC):
     """Matrices of integers, each in several tensors. A Packing (packing.py).
 
     suffix: of the tensor that holds the integers, of dtype. others: those of what stands beside it, where it does.
-    required: what an error says must be.
     """
 
     dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
@@ -133,7 +166,11 @@ class _IntegerPacking(ABC):
     suffix: ClassVar[str]
     dtype: ClassVar[torch.dtype] = torch.int32
     others: ClassVar[tuple[str, ...]]
-    required: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def required(self) -> str:
+        """What an error says must be."""
 
     @property
     def lacking(self) -> str:
@@ -151,25 +188,32 @@ class _IntegerPacking(ABC):
         return [stem + suffix for suffix in (self.suffix, *self.others) if stem + suffix in layout]
 
     def shape(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> tuple[int, int] | None:
-        return self._shape(self._parts(name, layout))
+        stem = name.removesuffix(".weight")
+        return self._shape(self._parts(name, layout), lambda suffix: read(stem + suffix))
 
     def misfit(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> str:
-        found = ", ".join(f"{suffix[1:]} {describe(each)}" for suffix, each in self._parts(name, layout).items())
-        return f"{name.removesuffix('.weight')}: {found}; {self.required}"
+        stem = name.removesuffix(".weight")
+        found = self._found(self._parts(name, layout), lambda suffix: read(stem + suffix))
+        return f"{stem}: {found}; {self.required}"
 
     def read(self, name: str, index: int | None, layout: Mapping[str, TensorLayout], read: ReadTensor) -> Tensor:
         parts, stem = self._parts(name, layout), name.removesuffix(".weight")
-        shape = self._shape(parts)
+        stored = {suffix: read(stem + suffix) for suffix in parts}
+        shape = self._shape(parts, stored.__getitem__)
         assert shape is not None  # what has none is not read
-        matrix = self._matrix(stem, {suffix: read(stem + suffix) for suffix in parts}, shape).dequantize()
+        matrix = self._matrix(stem, stored, shape).dequantize()
         return matrix if index is None else matrix[index]
 
     def _parts(self, name: str, layout: Mapping[str, TensorLayout]) -> Parts:
         start = len(name) - len(".weight")
         return {each[start:]: layout[each] for each in self.parts(name, layout)}
 
+    def _found(self, parts: Parts, read: ReadPart) -> str:
+        """Say what the parts of a matrix are."""
+        return ", ".join(f"{suffix[1:]} {describe(each)}" for suffix, each in parts.items())
+
     @abstractmethod
-    def _shape(self, parts: Parts) -> tuple[int, int] | None:
+    def _shape(self, parts: Parts, read: ReadPart) -> tuple[int, int] | None:
         """Return (N, K) of the matrix that parts make, None where they make none."""
 
     @abstractmethod
@@ -188,15 +232,20 @@ class GptqPacking(_IntegerPacking):
 
     bits: int
     zero_offset: int
+    grouping: Grouping
     kind = "gptq"
     suffix = ".qweight"
     others = (".qzeros", ".scales", ".g_idx")
-    required = (
-        "int32 qweight (K bits / 32, N) and qzeros (G, N bits / 32), scales (G, N) in fp32, bf16 or fp16, and int32 "
-        "g_idx (K), or groups of one size, are required"
-    )
 
-    def _shape(self, parts: Parts) -> tuple[int, int] | None:
+    @property
+    def required(self) -> str:
+        otherwise = "" if self.grouping.is_by_activation else f", or groups of {self.grouping},"
+        return (
+            f"int32 qweight (K bits / 32, N) and qzeros (G, N bits / 32), scales (G, N) in fp32, bf16 or fp16, and "
+            f"int32 g_idx (K){otherwise} are required"
+        )
+
+    def _shape(self, parts: Parts, read: ReadPart) -> tuple[int, int] | None:
         if not _are(parts, {".qweight": 2, ".qzeros": 2}, (torch.int32,)) or not _are_scales(parts, ".scales"):
             return None
         (words, rows), (groups, wide) = parts[".qweight"].shape, parts[".scales"].shape
@@ -214,7 +263,7 @@ class GptqPacking(_IntegerPacking):
             and words == -(-columns * bits // _WORD_BITS)
             and rows == wide
             and parts[".qzeros"].shape == (groups, -(-rows * bits // _WORD_BITS))
-            and (".g_idx" in parts or (groups > 0 and columns % groups == 0))
+            and (".g_idx" in parts or self.grouping.size(columns, groups) is not None)
         )
         return (rows, columns) if fits else None
 
@@ -232,7 +281,7 @@ class GptqPacking(_IntegerPacking):
             unpack(stored[".qweight"].t(), bits, columns),
             zeros.t().to(torch.int16) + self.zero_offset,
             stored[".scales"].t(),
-            _groups(name, stored.get(".g_idx"), len(stored[".scales"])),
+            _groups(name, stored.get(".g_idx"), columns, len(stored[".scales"]), self.grouping),
         )
 
     def _bits_of(self, rows: int, words: int) -> int:
@@ -240,127 +289,143 @@ class GptqPacking(_IntegerPacking):
         return self.bits if rows < _WORD_BITS else words * _WORD_BITS // rows
 
 
+@dataclass(frozen=True)
 class AwqPacking(_IntegerPacking):
     """Of the transposed matrix, words along N: qweight (K, N / 8), qzeros (G, N / 8), scales (G, N)."""
 
+    grouping: Grouping
     kind = "awq"
     suffix = ".qweight"
     others = (".qzeros", ".scales")
-    required = (
-        "int32 qweight (K, N / 8) and qzeros (G, N / 8), and scales (G, N) in fp32, bf16 or fp16, for K / G columns "
-        "each, are required"
-    )
 
-    def _shape(self, parts: Parts) -> tuple[int, int] | None:
+    @property
+    def required(self) -> str:
+        return (
+            f"int32 qweight (K, N / 8) and qzeros (G, N / 8), and scales (G, N) in fp32, bf16 or fp16, of groups of "
+            f"{self.grouping}, are required"
+        )
+
+    def _shape(self, parts: Parts, read: ReadPart) -> tuple[int, int] | None:
         if not _are(parts, {".qweight": 2, ".qzeros": 2}, (torch.int32,)) or not _are_scales(parts, ".scales"):
             return None
         (columns, words), (groups, rows) = parts[".qweight"].shape, parts[".scales"].shape
         fits = (
             words * _WORD_BITS == rows * _AWQ_BITS
             and parts[".qzeros"].shape == (groups, words)
-            and groups > 0
-            and columns % groups == 0
+            and self.grouping.size(columns, groups) is not None
         )
         return (rows, columns) if fits else None
 
     def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
-        return IntegerMatrix(
-            _in_order(stored[".qweight"]).t(), _in_order(stored[".qzeros"]).t(), stored[".scales"].t(), None
-        )
+        values, zeros, scales = _in_order(stored[".qweight"]).t(), _in_order(stored[".qzeros"]).t(), stored[".scales"]
+        return IntegerMatrix(values, zeros, scales.t(), _groups(name, None, shape[1], len(scales), self.grouping))
 
 
 @dataclass(frozen=True)
 class PackedPacking(_IntegerPacking):
-    """compressed-tensors' `pack-quantized`: weight_packed (N, K bits / 32), weight_scale (N, G).
+    """compressed-tensors' `pack-quantized`: weight_packed (N, W), weight_scale (N, G), weight_shape: N and K.
 
-    weight_zero_point (N bits / 32, G) where integers are not symmetric. group_size: None where a row, or the matrix,
-    has one scale.
+    weight_zero_point (V, G) where integers are not symmetric, words along N. Words follow each other without gaps, W =
+    K bits / 32, since version 0.18, and had 32 // bits numbers each before. grouping: of one size.
     """
 
     bits: int
-    group_size: int | None
+    grouping: Grouping
     is_symmetric: bool
     kind = "pack-quantized"
     suffix = ".weight_packed"
-    others = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
-    required = (
-        "int32 weight_packed (N, K bits / 32), weight_scale (N, G) in fp32, bf16 or fp16, weight_shape (2), int32 "
-        "weight_zero_point (N bits / 32, G) where zero is not in the middle, and weight_g_idx, if any, int32 (K), are "
-        "required"
-    )
+    others = (".weight_scale", ".weight_zero_point", ".weight_g_idx", ".weight_shape")
 
-    def _shape(self, parts: Parts) -> tuple[int, int] | None:
-        whole = {".weight_shape": 1} | ({".weight_g_idx": 1} if ".weight_g_idx" in parts else {})
-        if not _are(parts, {".weight_packed": 2}, (torch.int32,)) or not _are(parts, whole, (torch.int32, torch.int64)):
-            return None
-        if not _are_scales(parts, ".weight_scale", rank=None):
-            return None
-        rows, words = parts[".weight_packed"].shape
-        groups = _num_groups(parts[".weight_scale"].shape, rows)
-        if groups is None:
-            return None
-        columns = words * _WORD_BITS // self.bits if self.group_size is None else groups * self.group_size
-        if self.is_symmetric:
-            has_zeros = ".weight_zero_point" not in parts
-        else:
-            due = (-(-rows * self.bits // _WORD_BITS), groups)
-            has_zeros = _are(parts, {".weight_zero_point": 2}, (torch.int32,))
-            has_zeros = has_zeros and parts[".weight_zero_point"].shape == due
+    @property
+    def required(self) -> str:
+        words = f"K {self.bits} / 32"
+        if _WORD_BITS % self.bits:
+            words += f" or K / {_WORD_BITS // self.bits}, whichever is not the other's number too"
+        return (
+            f"weight_shape (2) of N and K, int32 weight_packed (N, {words}), weight_scale (N, G) in fp32, bf16 or "
+            f"fp16, of groups of {self.grouping}, int32 weight_zero_point, whose words are as those of the weight but "
+            f"along N, where zero is not in the middle, and int32 weight_g_idx (K) where groups are by activation, "
+            f"are required"
+        )
+
+    def _shape(self, parts: Parts, read: ReadPart) -> tuple[int, int] | None:
         fits = (
-            has_zeros
-            and words == -(-columns * self.bits // _WORD_BITS)
-            and (self.group_size is not None or groups == 1)
+            _are(parts, {".weight_packed": 2}, (torch.int32,))
+            and _are(parts, {".weight_shape": 1}, (torch.int32, torch.int64))
             and parts[".weight_shape"].shape == (2,)
-            and (".weight_g_idx" not in parts or parts[".weight_g_idx"].shape == (columns,))
+            and _are_scales(parts, ".weight_scale", rank=None)
+            and (self.is_symmetric or _are(parts, {".weight_zero_point": 2}, (torch.int32,)))
+            and not (self.is_symmetric and ".weight_zero_point" in parts)
+        )
+        if not fits:
+            return None
+        rows, columns = read(".weight_shape").tolist()
+        stored_rows, words = parts[".weight_packed"].shape
+        groups = _num_groups(parts[".weight_scale"].shape, rows)
+        of_zeros = () if self.is_symmetric else parts[".weight_zero_point"].shape
+        fits = (
+            rows == stored_rows
+            and columns >= 0
+            and groups is not None
+            and of_zeros[1:] in ((), (groups,))
+            and _are_groups(parts.get(".weight_g_idx"), columns, groups, self.grouping)
+            and self._has_gaps([(columns, words), *((rows, each) for each in of_zeros[:1])]) is not None
         )
         return (rows, columns) if fits else None
 
-    def shape(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> tuple[int, int] | None:
-        shape = super().shape(name, layout, read)
-        return shape if shape is not None and _given_shape(name, read) == list(shape) else None
-
-    def misfit(self, name: str, layout: Mapping[str, TensorLayout], read: ReadTensor) -> str:
-        shape = super().shape(name, layout, read)
-        if shape is None:
-            return super().misfit(name, layout, read)
-        stem = name.removesuffix(".weight")
-        return (
-            f"{stem}.weight_shape says {_given_shape(name, read)}; {list(shape)}, as the other parts of the matrix "
-            f"have it, is required"
-        )
+    def _found(self, parts: Parts, read: ReadPart) -> str:
+        found, given = super()._found(parts, read), parts.get(".weight_shape")
+        return found if given is None or given.shape != (2,) else f"{found} ({read('.weight_shape').tolist()})"
 
     def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
         rows, columns = shape
+        words, packed = stored[".weight_packed"], stored.get(".weight_zero_point")
+        has_gaps = self._has_gaps([(columns, words.shape[1]), *(() if packed is None else ((rows, len(packed)),))])
+        take = _unpack_words if has_gaps else unpack
+        zeros = (1 << (self.bits - 1)) if packed is None else take(packed.t(), self.bits, rows).t()
         scales = _spread(stored[".weight_scale"], rows)
-        packed = stored.get(".weight_zero_point")
-        zeros = (1 << (self.bits - 1)) if packed is None else unpack(packed.t(), self.bits, rows).t()
-        given_groups = stored.get(".weight_g_idx")
-        if given_groups is not None and bool((given_groups == -1).all()):  # a way to say nothing
-            given_groups = None
-        groups = _groups(name, given_groups, scales.shape[1])
-        return IntegerMatrix(unpack(stored[".weight_packed"], self.bits, columns), zeros, scales, groups)
+        groups = _groups(name, stored.get(".weight_g_idx"), columns, scales.shape[1], self.grouping)
+        return IntegerMatrix(take(words, self.bits, columns), zeros, scales, groups)
+
+    def _has_gaps(self, counts: Iterable[tuple[int, int]]) -> bool | None:
+        """Whether words that hold so many numbers have 32 // bits each. counts: of numbers, and of their words.
+
+        None where they are of neither kind, or could be of either and mean other numbers.
+        """
+        counts, in_word = list(counts), _WORD_BITS // self.bits
+        are_full = all(words == -(-numbers * self.bits // _WORD_BITS) for numbers, words in counts)
+        have_gaps = all(words == -(-numbers // in_word) for numbers, words in counts)
+        if are_full and have_gaps:
+            are_same = _WORD_BITS % self.bits == 0 or all(numbers <= in_word for numbers, _ in counts)
+            return False if are_same else None
+        return have_gaps if are_full or have_gaps else None
 
 
 @dataclass(frozen=True)
 class BytesPacking(_IntegerPacking):
     """compressed-tensors' `int-quantized`: weight (N, K) in int8, weight_scale and weight_zero_point (N, G)."""
 
+    grouping: Grouping
     is_symmetric: bool
     kind = "int-quantized"
     suffix = ".weight"
     dtype = torch.int8
-    others = (".weight_scale", ".weight_zero_point")
-    required = (
-        "int8 weight (N, K), weight_scale (N, G) in fp32, bf16 or fp16, for K / G columns each, and int8 "
-        "weight_zero_point (N, G) where zero is not 0, are required"
-    )
+    others = (".weight_scale", ".weight_zero_point", ".weight_g_idx")
 
-    def _shape(self, parts: Parts) -> tuple[int, int] | None:
+    @property
+    def required(self) -> str:
+        return (
+            f"int8 weight (N, K), weight_scale (N, G) in fp32, bf16 or fp16, of groups of {self.grouping}, int8 "
+            f"weight_zero_point (N, G) where zero is not 0, and int32 weight_g_idx (K) where groups are by "
+            f"activation, are required"
+        )
+
+    def _shape(self, parts: Parts, read: ReadPart) -> tuple[int, int] | None:
         if not _are(parts, {".weight": 2}, (torch.int8,)) or not _are_scales(parts, ".weight_scale", rank=None):
             return None
         rows, columns = parts[".weight"].shape
         groups = _num_groups(parts[".weight_scale"].shape, rows)
-        if not groups or columns % groups:
+        if not groups or not _are_groups(parts.get(".weight_g_idx"), columns, groups, self.grouping):
             return None
         zeros = parts.get(".weight_zero_point")
         if self.is_symmetric:
@@ -371,7 +436,8 @@ class BytesPacking(_IntegerPacking):
     def _matrix(self, name: str, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> IntegerMatrix:
         values, zeros = stored[".weight"], stored.get(".weight_zero_point")
         scales = _spread(stored[".weight_scale"], len(values))
-        return IntegerMatrix(values, 0 if zeros is None else _spread(zeros, len(values)), scales, None)
+        groups = _groups(name, stored.get(".weight_g_idx"), shape[1], scales.shape[1], self.grouping)
+        return IntegerMatrix(values, 0 if zeros is None else _spread(zeros, len(values)), scales, groups)
 
 
 def read_gptq(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
@@ -383,22 +449,43 @@ def read_gptq(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
             f"{where}: quantization_config says checkpoint_format {given['checkpoint_format']} and format "
             f"{given['format']}, whose zero points differ by 1; one is required; remove what is not so."
         )
-    return (GptqPacking(given["bits"], 0 if named == {"gptq_v2"} else 1),)
+    return (GptqPacking(given["bits"], 0 if named == {"gptq_v2"} else 1, _grouping_of(given, where)),)
 
 
 def read_awq(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
     """Return what a quantization_config of AWQ says. Raises: ConversionError for what is not known."""
     check_known(given, _AWQ_KEYS, f"{where}: quantization_config")
-    return (AwqPacking(),)
+    return (AwqPacking(_grouping_of(given, where)),)
 
 
 def read_auto_round(given: Mapping[str, Any], where: str) -> tuple[Packing, ...]:
     """Return what a quantization_config of AutoRound says. Raises: ConversionError for what is not known."""
     check_known(given, _AUTO_ROUND_KEYS, f"{where}: quantization_config")
-    layout = given["packing_format"]
+    layout, grouping = given["packing_format"], _grouping_of(given, where)
     if layout == _AUTO_ROUND_AWQ:
-        return (AwqPacking(),)
-    return (GptqPacking(given["bits"], 1 if layout == _AUTO_ROUND_GPTQ else 0),)
+        return (AwqPacking(grouping),)
+    return (GptqPacking(given["bits"], 1 if layout == _AUTO_ROUND_GPTQ else 0, grouping),)
+
+
+def _grouping_of(given: Mapping[str, Any], where: str) -> Grouping:
+    """Return how a config of GPTQ, AWQ or AutoRound groups columns. Raises: ConversionError for sizes that are none.
+
+    What it says of single modules, in one of two ways, is what any of them may have.
+    """
+    own = given["group_size"] if given.get("group_size") is not None else given.get("q_group_size")
+    sizes = [_GROUP_SIZE if own is None else own]
+    for key in ("dynamic", "extra_config"):
+        of_modules = given.get(key)
+        for each in of_modules.values() if isinstance(of_modules, dict) else ():
+            if isinstance(each, dict) and each.get("group_size") is not None:
+                sizes.append(each["group_size"])
+    for size in sizes:
+        if type(size) is not int or (size < 1 and size != -1):
+            raise ConversionError(
+                f"{where}: quantization_config says group_size {size!r}; a number of columns that share a scale, or -1 "
+                f"for a row's, is required; mend the config."
+            )
+    return Grouping(tuple(dict.fromkeys(None if size == -1 else size for size in sizes)), given.get("desc_act") is True)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -425,8 +512,13 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     return out.flatten(-2)[..., :count]
 
 
-def _given_shape(name: str, read: ReadTensor) -> list[int]:
-    return read(f"{name.removesuffix('.weight')}.weight_shape").tolist()
+def _unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """Return the first count numbers of words (..., W), 32 // bits in each, the lowest bits first, uint8."""
+    mask = (1 << bits) - 1
+    numbers = torch.empty(*words.shape, _WORD_BITS // bits, dtype=torch.uint8)
+    for place in range(numbers.shape[-1]):
+        numbers[..., place] = words >> (place * bits) & mask
+    return numbers.flatten(-2)[..., :count]
 
 
 def _in_order(words: Tensor) -> Tensor:
@@ -437,22 +529,36 @@ def _in_order(words: Tensor) -> Tensor:
     return out.flatten(-2)
 
 
-def _groups(name: str, given: Tensor | None, num_groups: int) -> Tensor | None:
+def _groups(name: str, given: Tensor | None, columns: int, num_groups: int, grouping: Grouping) -> Tensor | None:
     """Return each column's group, None where K / G columns that follow each other are one.
 
-    Raises: ConversionError for one that has no scales.
+    given: as the file has it, if it does; all -1, as compressed-tensors writes it, says nothing. Raises:
+    ConversionError for a group that has no scales, and for what says nothing where it must.
     """
-    if given is None:
+    if given is None or (columns and bool((given == -1).all())):
+        size = grouping.size(columns, num_groups)
+        if size is None:
+            raise ConversionError(
+                f"{name} has {columns} columns in {num_groups} groups, and -1 for the group of each; their numbers, 0 "
+                f"to {num_groups - 1}, are required; take the model as it was before it was quantised."
+            )
+        return None if size * num_groups == columns else torch.arange(columns) // size
+    size = columns // num_groups if num_groups else 0
+    if size * num_groups == columns and torch.equal(given.long(), torch.arange(columns) // max(1, size)):
         return None
-    size = len(given) // num_groups if num_groups else 0
-    if size * num_groups == len(given) and torch.equal(given.long(), torch.arange(len(given)) // max(1, size)):
-        return None
-    if len(given) and not 0 <= int(given.min()) <= int(given.max()) < num_groups:
+    if columns and not 0 <= int(given.min()) <= int(given.max()) < num_groups:
         raise ConversionError(
             f"{name} has columns of groups {int(given.min())} to {int(given.max())}; those that have scales, 0 to "
             f"{num_groups - 1}, are required; fetch the file again."
         )
     return given.long()
+
+
+def _are_groups(given: TensorLayout | None, columns: int, groups: int, grouping: Grouping) -> bool:
+    """Whether compressed-tensors' weight_g_idx could be that of so many columns, or need not be there."""
+    if given is None:
+        return grouping.size(columns, groups) is not None
+    return given.dtype in (torch.int32, torch.int64) and given.shape == (columns,)
 
 
 def _num_groups(shape: tuple[int, ...], rows: int) -> int | None:

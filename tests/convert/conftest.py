@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moesaic.checkpoint.store import resolve_checkpoint, save_checkpoint
 from moesaic.checkpoint.stream import TensorReader
@@ -50,9 +52,30 @@ MODELS: dict[str, dict[str, Any]] = {
     "pr-moe": {**MODEL, "mlp_bias": True, "moe": {"num_experts": [4, 8], "every": 1, "residual": "softmax"}},
 }  # fmt: skip
 
+
+class LargestFp32(TorchDispatchMode):
+    """While it is entered: the numbers of the largest fp32 tensor that operations return."""
+
+    numbers = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, Tensor) and each.dtype is torch.float32:
+                self.numbers = max(self.numbers, each.untyped_storage().nbytes() // 4)
+        return out
+
+
 MakeRun = Callable[..., Path]
 Make = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 Publish = Callable[[Path, Mapping[str, Any], Make], dict[str, Tensor]]
+
+
+@pytest.fixture
+def largest_fp32() -> LargestFp32:
+    return LargestFp32()
 
 
 @pytest.fixture(scope="session")

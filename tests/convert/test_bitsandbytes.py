@@ -128,6 +128,7 @@ def test_sizes_that_fill_no_bytes_and_no_blocks(
 ) -> None:
     """Blocks go over the ends of rows, and the last is smaller. The numbers of no more than some are fp32 at a time."""
     monkeypatch.setattr(bitsandbytes, "_NUMBERS", 256)
+    monkeypatch.setattr(bitsandbytes, "_ROWS", 10)
     for nested_size in (None, 1, 5, 1 << 40):
         parts, due = in_codes(torch.ones(shape), block_size=block_size, nested_size=nested_size)
         assert torch.equal(of_one(parts), due)
@@ -135,6 +136,21 @@ def test_sizes_that_fill_no_bytes_and_no_blocks(
     assert torch.equal(of_one(parts), due)
     del parts[".weight_format"]
     assert torch.equal(of_one(parts), due)
+
+
+def test_no_more_than_some_rows_are_fp32_at_a_time(largest_fp32: Any) -> None:
+    parts, due = in_rows(torch.ones(3000, 40))
+    with largest_fp32:
+        assert torch.equal(of_one(parts), due)
+    assert 0 < largest_fp32.numbers <= 1024 * 40
+
+
+def test_blocks_that_the_library_does_not_have_are_refused() -> None:
+    """Those of a file that somebody has changed would be made fp32 whole."""
+    for block_size, nested_size in ((8192, None), (1, 8192)):
+        parts, _ = in_codes(torch.ones(2, 4096), block_size=block_size, nested_size=nested_size)
+        with pytest.raises(ConversionError, match=r"one.weight: it is uint8 \[4096, 1\], absmax is"):
+            of_one(parts)
 
 
 Tensors = dict[str, Tensor]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.checkpoint.store import load_tensors, resolve_checkpoint
+from moesaic.checkpoint.stream import TensorLayout
 from moesaic.convert.fp8 import Block, Fp8Packing
 from moesaic.convert.importer import import_model
 from moesaic.convert.opened import open_model
@@ -107,6 +108,31 @@ def test_every_byte_stands_for_its_number_times_its_blocks_scale(shape: tuple[in
     assert found.dtype is torch.bfloat16 and torch.equal(found.view(torch.int16), due.view(torch.int16))
     stack = Fp8Packing(block).dequantize(torch.stack([values, values]), torch.stack([scales, scales * 2]))
     assert torch.equal(stack[1].view(torch.int16), standing_for(values, scales * 2, block).view(torch.int16))
+
+
+@pytest.mark.parametrize("block", [(None, None), (128, 128), (1, None)])
+def test_no_more_than_some_rows_are_fp32_at_a_time(block: Block, largest_fp32: Any) -> None:
+    """A scale for the matrix, too; of a stack, of all matrices together."""
+    values = torch.zeros(4, 3000, 40, dtype=torch.float8_e4m3fn)
+    grid = Fp8Packing(block)._grids((4, 3000, 40))[0]
+    with largest_fp32:
+        Fp8Packing(block).dequantize(values[0], torch.ones(grid[1:]))
+        Fp8Packing(block).dequantize(values, torch.ones(grid))
+    assert 0 < largest_fp32.numbers <= 1024 * 40
+
+
+@pytest.mark.parametrize("block", [(8, 4), (1, None), (None, None)])
+def test_a_row_of_a_matrix_is_read_by_its_number(block: Block) -> None:
+    """As a bias of one expert is of gpt-oss's (E, H)."""
+    parts, due = in_fp8(block)(torch.randn(21, 12, generator=torch.Generator().manual_seed(1)))
+    stored = {f"one{suffix.removeprefix('.weight')}": part for suffix, part in parts.items()}
+    layout = {name: TensorLayout(part.dtype, tuple(part.shape)) for name, part in stored.items()}
+
+    def read(name: str, index: int | None = None) -> Tensor:
+        return stored[name] if index is None else stored[name][index]
+
+    for index in (0, 9, 20):
+        assert torch.equal(Fp8Packing(block).read("one", index, layout, read), due[index])
 
 
 def test_it_is_what_transformers_makes_of_it() -> None:

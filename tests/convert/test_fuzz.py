@@ -117,7 +117,8 @@ def quantized(tensors: dict[str, Tensor], kind: str) -> tuple[dict[str, Any], di
     config: dict[str, Any] = {
         "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "checkpoint_format": "gptq_v2"},
         "awq": {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm", "modules_to_not_convert": None},
-        "auto-round": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round", "data_type": "int"},
+        "auto-round": {"quant_method": "auto-round", "bits": 4, "group_size": 8, "data_type": "int",
+                       "packing_format": "auto_round"},
         "packed": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": [],
                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": of_weights}}},
         "mixed": {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {

@@ -17,7 +17,15 @@ from moesaic.convert import integers
 from moesaic.convert.compressed import read_compressed
 from moesaic.convert.fp8 import Fp8Packing
 from moesaic.convert.importer import import_model
-from moesaic.convert.integers import BytesPacking, PackedPacking, read_auto_round, read_awq, read_gptq, unpack
+from moesaic.convert.integers import (
+    BytesPacking,
+    Grouping,
+    PackedPacking,
+    read_auto_round,
+    read_awq,
+    read_gptq,
+    unpack,
+)
 from moesaic.convert.opened import open_model
 from moesaic.convert.packing import PackedTensors, Packing
 from moesaic.convert.source import CONFIG_NAME, WEIGHTS_NAME, HuggingFaceFolder
@@ -65,7 +73,7 @@ AUTOROUND: dict[str, Any] = {
     "act_bits": 16, "act_data_type": "int", "act_dynamic": True, "act_group_size": 128, "act_sym": True, "amp": True,
     "autoround_version": "0.5.1", "batch_size": 8, "bits": 4, "damp_percent": 0.01, "data_type": "int",
     "desc_act": False, "enable_minmax_tuning": True, "enable_norm_bias_tuning": False, "enable_quanted_input": True,
-    "gradient_accumulate_steps": 1, "group_size": 128, "iters": 1000, "low_gpu_mem_usage": True, "lr": 0.001,
+    "gradient_accumulate_steps": 1, "group_size": 8, "iters": 1000, "low_gpu_mem_usage": True, "lr": 0.001,
     "minmax_lr": 0.001, "nsamples": 512, "quant_method": "gptq", "scale_dtype": "torch.float16", "seqlen": 2048,
     "super_bits": None, "super_group_size": None, "sym": True, "to_quant_block_names": None, "true_sequential": False,
 }  # fmt: skip
@@ -78,12 +86,16 @@ def packed_config(layout: str = "pack-quantized", **values: object) -> dict[str,
     return config
 
 
-def in_words(numbers: Tensor, bits: int) -> Tensor:
-    """Numbers (R, C) along each row, the lowest bits first, in int32 words; what is over is 0."""
-    rows = []
+def in_words(numbers: Tensor, bits: int, *, has_gaps: bool = False) -> Tensor:
+    """Numbers (R, C) along each row, the lowest bits first, in int32 words; what is over is 0.
+
+    has_gaps: no number lies in two words.
+    """
+    rows, in_word = [], 32 // bits
     for row in numbers.tolist():
-        whole = sum(number << (place * bits) for place, number in enumerate(row))
-        words = -(-len(row) * bits // 32)
+        places = [32 * (at // in_word) + bits * (at % in_word) if has_gaps else bits * at for at in range(len(row))]
+        whole = sum(number << place for number, place in zip(row, places, strict=True))
+        words = -(-len(row) // in_word) if has_gaps else -(-len(row) * bits // 32)
         rows.append([(whole >> (32 * word)) & 0xFFFFFFFF for word in range(words)])
     words = torch.tensor(rows, dtype=torch.int64)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
@@ -131,14 +143,14 @@ class Integers:
 
         return {".qweight": mixed(self.values.t()), ".qzeros": mixed(self.zeros.t()), ".scales": self.scales.t()}
 
-    def as_packed(self, *, with_groups: bool = False) -> dict[str, Tensor]:
+    def as_packed(self, *, with_groups: bool = False, has_gaps: bool = False) -> dict[str, Tensor]:
         parts = {
-            ".weight_packed": in_words(self.values, self.bits),
+            ".weight_packed": in_words(self.values, self.bits, has_gaps=has_gaps),
             ".weight_scale": self.scales,
             ".weight_shape": torch.tensor(self.values.shape),
         }
         if not self.symmetric:
-            parts[".weight_zero_point"] = in_words(self.zeros.t(), self.bits).t()
+            parts[".weight_zero_point"] = in_words(self.zeros.t(), self.bits, has_gaps=has_gaps).t()
         return parts | ({".weight_g_idx": self.groups.int()} if with_groups else {})
 
     def as_bytes(self) -> dict[str, Tensor]:
@@ -307,14 +319,39 @@ def test_sizes_that_fill_no_words(rows: int, columns: int) -> None:
             each = Integers(torch.ones(rows, columns), bits, groups, symmetric=symmetric, dtype=torch.float16)
             due = each.standing_for()
             for version in (1, 2):
-                config = GPTQ | {"bits": bits, "checkpoint_format": f"gptq_v{version}".replace("_v1", "")}
+                layout = f"gptq_v{version}".replace("_v1", "")
+                config = GPTQ | {"bits": bits, "checkpoint_format": layout, "group_size": 32}
                 for with_groups in (True, False):
                     parts = each.as_gptq(version=version, with_groups=with_groups)
                     assert torch.equal(of_one(read_gptq(config, "here"), parts), due)
             config = packed_config(num_bits=bits, group_size=32, symmetric=symmetric)
             assert torch.equal(of_one(read_compressed(config, "here"), each.as_packed()), due)
     if rows % 8 == 0:
-        assert torch.equal(of_one(read_awq(AWQ, "here"), each.as_awq()), due)
+        assert torch.equal(of_one(read_awq(AWQ | {"group_size": 32}, "here"), each.as_awq()), due)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_words_of_whole_numbers_are_read_as_older_versions_wrote_them(bits: int, symmetric: bool) -> None:
+    """Before compressed-tensors 0.18 no number lay in two words. How many words there are says which it was."""
+    for rows, columns, size in ((33, 64, 32), (5, 96, 32), (64, 200, None), (200, 128, 8), (4, 4, None)):
+        groups = torch.arange(columns) // (size or columns)
+        each = Integers(torch.ones(rows, columns), bits, groups, symmetric=symmetric, dtype=torch.bfloat16)
+        strategy = {"strategy": "channel" if size is None else "group", "group_size": size, "symmetric": symmetric}
+        packings = read_compressed(packed_config(num_bits=bits, **strategy), "here")
+        for has_gaps in (True, False):
+            assert torch.equal(of_one(packings, each.as_packed(has_gaps=has_gaps)), each.standing_for()), columns
+
+
+def test_words_that_could_be_of_either_kind_are_refused() -> None:
+    for bits, columns in ((3, 20), (5, 12), (6, 9), (7, 8)):
+        groups = torch.zeros(columns).long()
+        each = Integers(torch.ones(4, columns), bits, groups, symmetric=True, dtype=torch.float16)
+        packings = read_compressed(packed_config(strategy="channel", group_size=None, num_bits=bits), "here")
+        count = 32 // bits
+        for has_gaps in (True, False):
+            with pytest.raises(ConversionError, match=rf"K {bits} / 32 or K / {count}, whichever is not the other's"):
+                of_one(packings, each.as_packed(has_gaps=has_gaps))
 
 
 def test_what_autoround_says_of_its_making_changes_nothing() -> None:
@@ -322,6 +359,7 @@ def test_what_autoround_says_of_its_making_changes_nothing() -> None:
     parts = each.as_gptq(version=1, with_groups=True)
     assert torch.equal(of_one(read_gptq(AUTOROUND, "here"), parts), each.standing_for())
     config = AUTOROUND | {"quant_method": "awq", "version": "gemm", "zero_point": False, "provider": "auto-round"}
+    config |= {"group_size": 16}
     assert torch.equal(of_one(read_awq(config, "here"), each.as_awq()), each.standing_for())
     for key in ("static_kv_dtype", "rotation_configs", "super_bits"):
         with pytest.raises(ConversionError, match=rf"{key} is 'x'; None is required"):
@@ -330,11 +368,86 @@ def test_what_autoround_says_of_its_making_changes_nothing() -> None:
 
 def test_a_module_may_have_other_bits_and_groups_than_the_config_says() -> None:
     """As gptqmodel's `dynamic` has it: the tensors tell."""
+    config = GPTQ | {"dynamic": {r"+:.*\.up_proj": {"bits": 3, "group_size": 16}, r"-:.*\.gate": {}}}
     for rows, bits in itertools.product((32, 33, 45, 96), (2, 3, 8)):
         each = Integers(torch.ones(rows, 64), bits, torch.arange(64) // 16, symmetric=True, dtype=torch.float16)
         for with_groups in (True, False):
             parts = each.as_gptq(version=1, with_groups=with_groups)
-            assert torch.equal(of_one(read_gptq(GPTQ | {"dynamic": {}}, "here"), parts), each.standing_for())
+            assert torch.equal(of_one(read_gptq(config, "here"), parts), each.standing_for())
+
+
+def as_published(each: Integers, size: int | None) -> list[tuple[tuple[Packing, ...], dict[str, Tensor]]]:
+    """Every layout that may do without a tensor of groups, with what its config makes of it."""
+    of_model, auto = {"group_size": -1 if size is None else size}, {"quant_method": "auto-round"}
+    strategy = {"strategy": "channel" if size is None else "group", "group_size": size, "symmetric": False}
+    gptq = each.as_gptq(version=1, with_groups=False)
+    own = {"bits": 4, "group_size": 7, "packing_format": "auto_round:auto_gptq", "extra_config": {"x": of_model}}
+    return [
+        (read_gptq(GPTQ | of_model, "here"), gptq),
+        (read_auto_round(auto | own, "here"), gptq),
+        (read_awq(AWQ | of_model, "here"), each.as_awq()),
+        (read_awq({**AWQ, "group_size": None, "q_group_size": of_model["group_size"]}, "here"), each.as_awq()),
+        (read_compressed(packed_config("int-quantized", **strategy), "here"), each.as_bytes()),
+    ]
+
+
+@pytest.mark.parametrize(("columns", "size"), [(960, 128), (200, 64), (64, 128), (64, None)])
+def test_groups_are_of_the_size_that_the_config_says(columns: int, size: int | None) -> None:
+    """The last has what is left: 960 columns are 7 groups of 128 and one of 64, and not 8 of 120."""
+    groups = torch.arange(columns) // (size or columns)
+    each = Integers(torch.ones(8, columns), 4, groups, symmetric=False, dtype=torch.float16)
+    for packings, parts in as_published(each, size):
+        assert torch.equal(of_one(packings, parts), each.standing_for()), packings
+
+
+def test_groups_that_were_lost_are_missed() -> None:
+    """What is left would be groups of another size."""
+    whole = Integers(torch.ones(8, 64), 4, torch.arange(64) // 8, symmetric=False, dtype=torch.float16)
+    half = Integers(torch.ones(8, 64), 4, torch.arange(64) // 16, symmetric=False, dtype=torch.float16)
+    for (packings, _), (_, parts) in zip(as_published(whole, 8), as_published(half, 16), strict=True):
+        with pytest.raises(ConversionError, match=r"one: (qweight|weight) is int.*of 8( or all columns)?,|of 7 or 8,"):
+            of_one(packings, parts)
+
+
+def test_a_size_that_could_be_either_is_refused() -> None:
+    """960 columns are 8 groups of 128 as well as of 120."""
+    each = Integers(torch.ones(8, 960), 4, torch.arange(960) // 120, symmetric=True, dtype=torch.float16)
+    config = GPTQ | {"group_size": 120, "dynamic": {"+:x": {"group_size": 128}}}
+    with pytest.raises(ConversionError, match=r"scales is float16 \[8, 8\]; .* or groups of 120 or 128, are required"):
+        of_one(read_gptq(config, "here"), each.as_gptq(version=1, with_groups=False))
+    parts = each.as_gptq(version=1, with_groups=True)
+    assert torch.equal(of_one(read_gptq(config, "here"), parts), each.standing_for())
+
+
+def test_groups_by_activation_are_named_by_a_tensor() -> None:
+    """Its columns were in another order when they were grouped."""
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    each = Integers(torch.ones(8, 64), 4, (torch.arange(64) // 8)[order], symmetric=True, dtype=torch.float16)
+    gptq = read_gptq(GPTQ | {"desc_act": True}, "here")
+    assert torch.equal(of_one(gptq, each.as_gptq(version=1, with_groups=True)), each.standing_for())
+    with pytest.raises(ConversionError, match=r"and int32 g_idx \(K\) are required"):
+        of_one(gptq, each.as_gptq(version=1, with_groups=False))
+    named, silent = {".weight_g_idx": each.groups.int()}, {".weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}
+    for order_name, layout in itertools.product((True, "group", "dynamic"), ("pack-quantized", "int-quantized")):
+        packings = read_compressed(packed_config(layout, actorder=order_name), "here")
+        parts = each.as_packed() if layout == "pack-quantized" else each.as_bytes()
+        assert torch.equal(of_one(packings, parts | named), each.standing_for())
+        with pytest.raises(ConversionError, match=r"weight_g_idx .K. where groups are by activation, are required"):
+            of_one(packings, parts)
+        with pytest.raises(ConversionError, match="one has 64 columns in 8 groups, and -1 for the group of each"):
+            of_one(packings, parts | silent)
+    # A group of all columns has them in any order.
+    whole = Integers(torch.ones(8, 64), 4, torch.zeros(64).long(), symmetric=True, dtype=torch.float16)
+    config = GPTQ | {"desc_act": True, "group_size": -1}
+    parts = whole.as_gptq(version=1, with_groups=False)
+    assert torch.equal(of_one(read_gptq(config, "here"), parts), whole.standing_for())
+
+
+@pytest.mark.parametrize("size", [0, -2, 8.0, "8", True])
+def test_sizes_of_groups_that_are_none_are_refused(size: object) -> None:
+    for config in (GPTQ | {"group_size": size}, GPTQ | {"dynamic": {"+:x": {"group_size": size}}}):
+        with pytest.raises(ConversionError, match=rf"says group_size {size!r}; a number of columns that share a scale"):
+            read_gptq(config, "here")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -365,7 +478,8 @@ def test_autoround_s_own_format_is_one_of_the_others() -> None:
 
 def test_naive_is_a_number_each() -> None:
     values = {"strategy": "channel", "group_size": None, "num_bits": 8}
-    assert read_compressed(packed_config("naive-quantized", **values), "here") == (BytesPacking(is_symmetric=True),)
+    integers = BytesPacking(Grouping((None,)), is_symmetric=True)
+    assert read_compressed(packed_config("naive-quantized", **values), "here") == (integers,)
     floats = packed_config("naive-quantized", **values, type="float", actorder=None)
     assert read_compressed(floats, "here") == (Fp8Packing((1, None)),)
 
@@ -433,14 +547,18 @@ def without(suffix: str) -> Callable[[Tensors], None]:
         ("gptq", lambda tensors: tensors.update({f"{NAME}.weight": torch.ones(32, 64)}), rf"{NAME}: qweight is"),
         ("gptq, groups of one size", with_part(".scales", lambda part: part[:5]), r"scales is float16 \[5, 32\]"),
         ("awq", with_part(".qweight", lambda part: part[:, :3]), r"qweight is int32 \[64, 3\]"),
-        ("awq", with_part(".qweight", lambda part: part[:63]), r"qweight is int32 \[63, 4\]"),
+        ("awq", with_part(".qweight", lambda part: part[:56]), r"qweight is int32 \[56, 4\]"),
         ("awq", without(".qzeros"), r"qweight is int32 \[64, 4\], scales is float16 \[8, 32\]; int32 qweight \(K, N"),
         ("packed", without(".weight_shape"), r"weight_packed is int32 \[32, 8\], weight_scale is bfloat16 \[32, 8\]; "),
-        ("packed", with_part(".weight_shape", lambda part: part * 2), r"weight_shape says \[64, 128\]; \[32, 64\], as"),
+        (
+            "packed",
+            with_part(".weight_shape", lambda part: part * 2),
+            r"shape is int64 \[2\] \(\[64, 128\]\); weight_",
+        ),
         ("packed", with_part(".weight_shape", lambda part: part[:1]), r"weight_shape is int64 \[1\]"),
         ("packed", with_part(".weight_scale", lambda part: part[:, :7]), r"weight_scale is bfloat16 \[32, 7\]"),
         ("packed", with_part(".weight_scale", lambda part: part[:7]), r"weight_scale is bfloat16 \[7, 8\]"),
-        ("packed, asymmetric", without(".weight_zero_point"), r"weight_shape is int64 \[2\]; int32 weight_packed"),
+        ("packed, asymmetric", without(".weight_zero_point"), r"weight_shape is int64 \[2\] \(\[32, 64\]\); weight_"),
         (
             "packed, asymmetric",
             with_part(".weight_zero_point", lambda part: part[:3]),
@@ -449,7 +567,7 @@ def without(suffix: str) -> Callable[[Tensors], None]:
         (
             "packed, by activation",
             with_part(".weight_g_idx", lambda part: part[:3]),
-            r"weight_g_idx is int32 \[3\]; int32",
+            r"weight_g_idx is int32 \[3\], weight_shape",
         ),
         ("bytes", without(".weight_scale"), r"weight is int8 \[32, 64\]; int8 weight \(N, K\)"),
         ("bytes, asymmetric", without(".weight_zero_point"), r"weight is int8 \[32, 64\], weight_scale is float32"),
@@ -528,7 +646,7 @@ def test_matrices_may_have_other_bits_and_groups_than_others(
 def test_a_matrix_that_two_groups_read_otherwise_is_refused() -> None:
     """Eight numbers, of whatever bits, take a word."""
     each = Integers(torch.ones(4, 8), 4, torch.zeros(8).long(), symmetric=True, dtype=torch.float16)
-    kinds = [PackedPacking(bits, 8, is_symmetric=True) for bits in (2, 4)]
+    kinds = [PackedPacking(bits, Grouping((8,)), is_symmetric=True) for bits in (2, 4)]
     with pytest.raises(ConversionError, match=r"one.weight could be packed in 2 of the ways that the config names"):
         of_one(kinds, each.as_packed())
     assert torch.equal(of_one([kinds[1], kinds[1]], each.as_packed()), each.standing_for())
