@@ -47,7 +47,8 @@ def pack_transformer(
     before the next is packed. Router, norms and biases stay as they are; an embedding of its own becomes bf16.
 
     Raises: ConfigError for a name or a shape that the model does not have, for a layer that is not the model's own (an
-    adapter, say), both before anything is packed, or for parts of one matrix that are not of one format.
+    adapter, say) or has its experts on several processes, all before anything is packed, or for parts of one matrix
+    that are not of one format.
     """
     _pack_matrices(model, _Weights(model, dict(quantized or {}), rounds=rounds, device=device))
     _describe(model)
@@ -351,6 +352,11 @@ def _check_own_layers(model: Transformer) -> None:
                 f"{name} is {kind}{' with hooks' if type(module) is Linear else ''}; only the model's own layers can "
                 f"be packed, as they were made; merge adapters (PEFT: merge_and_unload()) and remove hooks and "
                 f"parametrizations first."
+            )
+        if isinstance(module, MoELayer) and module.dispatcher is not None:
+            raise ConfigError(
+                f"the experts of {name} are spread over processes; a model with all its experts is required; load what "
+                f"ExpertParallel's full_state() returns into a new one, and pack that."
             )
 
 

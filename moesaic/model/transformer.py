@@ -247,13 +247,8 @@ class Transformer(nn.Module):
                 module.output_scale.fill_(1.0)
             elif isinstance(module, Experts):
                 weights = module.weights()
-                for weight, deviation in ((weights.up, std), (weights.down, output_std)):
-                    if module.num_experts == module.total_experts:
-                        draw(weight, deviation)
-                    else:  # what each would have among all
-                        whole = weight.new_empty(module.total_experts, *weight.shape[1:])
-                        draw(whole, deviation)
-                        weight.copy_(whole[module.first : module.first + module.num_experts])
+                module.draw(weights.up, partial(draw, deviation=std))
+                module.draw(weights.down, partial(draw, deviation=output_std))
                 if weights.up_bias is not None and weights.down_bias is not None:
                     weights.up_bias.zero_()
                     weights.down_bias.zero_()

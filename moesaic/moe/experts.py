@@ -1,5 +1,8 @@
 """A layer's experts as stacked tensors, every expert initialised on its own."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +45,17 @@ class Experts(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 bound = parameter.shape[2] ** -0.5
-                nn.init.uniform_(parameter, -bound, bound)
+                self.draw(parameter, partial(nn.init.uniform_, a=-bound, b=bound))
+
+    @torch.no_grad()
+    def draw(self, weight: Tensor, fill: Callable[[Tensor], object]) -> None:
+        """Give the experts of a weight (E, ...) the random numbers that fill writes; each those it has among all."""
+        if self.num_experts == self.total_experts:
+            fill(weight)
+            return
+        whole = weight.new_empty(self.total_experts, *weight.shape[1:])
+        fill(whole)
+        weight.copy_(whole[self.first : self.first + self.num_experts])
 
     def keep(self, first: int, last: int) -> None:
         """Forget all experts but those from first to last, which become parameters of their own."""

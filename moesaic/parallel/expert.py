@@ -46,9 +46,9 @@ class ExpertParallel:
         self.model = model
         self.num_ranks, self.rank = dist.get_world_size(), dist.get_rank()
         wanted = self.num_ranks if degree is None else degree
-        if wanted < 1 or self.num_ranks % wanted:
+        if type(wanted) is not int or wanted < 1 or self.num_ranks % wanted:
             raise ConfigError(
-                f"degree ({degree}) is not a divisor of the {self.num_ranks} processes; groups of one size, of 1 to "
+                f"degree ({degree!r}) is not a divisor of the {self.num_ranks} processes; groups of one size, of 1 to "
                 f"{self.num_ranks} processes, are required; give a divisor, or leave it out."
             )
         layers = {name: each for name, each in model.named_modules() if isinstance(each, MoELayer)}

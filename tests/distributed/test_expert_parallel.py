@@ -116,6 +116,7 @@ def on_a_rank(rank: int, port: int, folder: str) -> None:
                 assert state is None and gradients is None
         found["tokens on some ranks alone"] = few_tokens(rank)
         found["an update that one rank lacks"] = an_update_that_one_rank_lacks(rank)
+        found["a layer drawn anew"] = a_layer_drawn_anew()
         if rank == 0:
             torch.save(found, Path(folder) / "rank0.pt")
     finally:
@@ -185,6 +186,17 @@ def an_update_that_one_rank_lacks(rank: int) -> dict[str, Any]:
     return {"used": module.used.grad, "unused": module.unused.grad is None, "in_bf16": module.in_bf16.grad}
 
 
+def a_layer_drawn_anew() -> dict[str, Tensor] | None:
+    """Spread on the meta device, as it would be to hold no more than its share."""
+    with torch.device("meta"):
+        layer = layer_of(8)
+    parallel = ExpertParallel(layer)
+    layer.to_empty(device="cpu")
+    torch.manual_seed(7)
+    layer.reset_parameters()
+    return copied(parallel.full_state())
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not dist.is_gloo_available():
@@ -240,6 +252,17 @@ def test_ranks_may_have_few_tokens_or_none(found: dict[str, Any]) -> None:
         torch.testing.assert_close(got["grad"][rank, : len(x)], x.grad)
 
 
+def test_experts_drawn_anew_are_those_of_one_process(found: dict[str, Any]) -> None:
+    layer = layer_of(8)
+    torch.manual_seed(7)
+    layer.reset_parameters()
+    state = layer.state_dict()
+    assert found["a layer drawn anew"].keys() == state.keys()
+    assert all(torch.equal(found["a layer drawn anew"][name], each) for name, each in state.items())
+    experts = layer.experts.down_proj
+    assert len({tuple(each[0].tolist()) for each in experts}) == 8
+
+
 def test_what_some_ranks_lack_counts_as_zero(found: dict[str, Any]) -> None:
     got = found["an update that one rank lacks"]
     assert got["used"].tolist() == [2.0] * 3 and got["unused"] is True
@@ -282,9 +305,14 @@ def test_what_cannot_be_spread_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
-    for degree in (0, 3, 8, -4):
-        with pytest.raises(ConfigError, match=rf"degree \({degree}\) is not a divisor of the 4 processes; .*; give"):
-            ExpertParallel(build("fp32"), degree=degree)
+    for degree in (0, 3, 8, -4, 2.0, True, "2"):
+        with pytest.raises(ConfigError, match=rf"degree \({degree!r}\) is not a divisor of the 4 processes; .*; give"):
+            ExpertParallel(build("fp32"), degree=degree)  # type: ignore[arg-type]
     packed = pack_transformer(build("fp32").initialize(3).eval())
+    spread = build("fp32").initialize(3).eval()
+    moe_layers(spread)[1].dispatcher = object()  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"experts of blocks.2.feed_forward.moe are spread over .*; load what Expert"):
+        pack_transformer(spread)
+    assert not spread.is_packed
     with pytest.raises(ConfigError, match="are packed for inference; whole ones are required; make the model anew"):
         ExpertParallel(packed)
