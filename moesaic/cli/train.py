@@ -46,16 +46,18 @@ def train(
 
     log_to_stderr()
     world = World.join()
-    if not world.is_main:
-        logger.setLevel("ERROR")
-    with world.together():
-        settings = with_options(assignments or [], {"data.path": ("--data", data)})
-        source = _own_config(output, config) or config if resume else config
-        resolved = load_train_config(source, settings)
-    is_shown = world.is_main and not as_json
-    display = TrainingDisplay(total_tokens=resolved.total_tokens) if is_shown else None
-    result = run_shown(Trainer(resolved, output, device=device, resume=resume, display=display), display)
-    world.leave()
+    try:
+        if not world.is_main:
+            logger.setLevel("ERROR")
+        with world.together():
+            settings = with_options(assignments or [], {"data.path": ("--data", data)})
+            source = _own_config(output, config) or config if resume else config
+            resolved = load_train_config(source, settings)
+        is_shown = world.is_main and not as_json
+        display = TrainingDisplay(total_tokens=resolved.total_tokens) if is_shown else None
+        result = run_shown(Trainer(resolved, output, device=device, resume=resume, display=display), display)
+    finally:  # a group that is left to the interpreter's end may abort there
+        world.leave()
     if not world.is_main:
         return
     if as_json:
