@@ -5,7 +5,7 @@ The layouts differ in what is packed along which side, in which order, and in ho
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -387,12 +387,12 @@ class PackedPacking(_IntegerPacking):
         groups = _groups(name, stored.get(".weight_g_idx"), columns, scales.shape[1], self.grouping)
         return IntegerMatrix(take(words, self.bits, columns), zeros, scales, groups)
 
-    def _has_gaps(self, counts: Iterable[tuple[int, int]]) -> bool | None:
+    def _has_gaps(self, counts: Sequence[tuple[int, int]]) -> bool | None:
         """Whether words that hold so many numbers have 32 // bits each. counts: of numbers, and of their words.
 
         None where they are of neither kind, or could be of either and mean other numbers.
         """
-        counts, in_word = list(counts), _WORD_BITS // self.bits
+        in_word = _WORD_BITS // self.bits
         are_full = all(words == -(-numbers * self.bits // _WORD_BITS) for numbers, words in counts)
         have_gaps = all(words == -(-numbers // in_word) for numbers, words in counts)
         if are_full and have_gaps:
