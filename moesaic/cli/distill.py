@@ -1,6 +1,7 @@
 """`moesaic distill`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,12 +11,13 @@ import typer
 from moesaic.cli.console import open_console, print_json
 from moesaic.cli.lists import expert_counts
 from moesaic.cli.start import loading_modules
-from moesaic.cli.training import print_end, print_run, result_values, run_shown
+from moesaic.cli.training import one_of_several, print_end, print_run, result_values, run_shown
 
 if TYPE_CHECKING:
     from moesaic.config.train import TrainConfig
     from moesaic.distill.latency import Ratio
     from moesaic.distill.report import DistillationReport
+    from moesaic.parallel.world import World
 
 
 def distill(
@@ -67,6 +69,8 @@ def distill(
     The default is the paper's Mixture-of-Students: an eighth fewer layers, and the teacher's part of the loss ends
     after 70 % of the tokens. The student is a run like any other; Ctrl-C saves, --resume goes on.
 
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m moesaic distill ...
+
     Example: moesaic distill runs/first runs/student --data shards/ --set tokens=2e6
     """
     with loading_modules():
@@ -74,36 +78,41 @@ def distill(
         from moesaic.distill.report import try_report
         from moesaic.distill.run import make_trainer, resumed_config, student_config
         from moesaic.errors import ConfigError
-        from moesaic.logs import log_to_stderr
         from moesaic.report.terminal import TrainingDisplay
 
-    log_to_stderr()
     options = {
         "data.path": ("--data", data),
         "distill.init": ("--init", init),
         "distill.schedule": ("--schedule", schedule),
         "distill.cache": ("--cache", cache),
     }
-    settings = with_options(assignments or [], options)
-    make_config = partial(resumed_config, output) if resume and (output / "config.yaml").is_file() else student_config
-    config = make_config(
-        teacher,
-        settings,
-        student=student,
-        num_layers=layers,
-        num_experts=None if experts is None else expert_counts(experts),
-        is_dense=dense,
-    )
-    if config.distill is not None and config.distill.cache is not None:
-        _write_cache(config, cache_top_k, device, resumed=output if resume else None, is_quiet=as_json)
-    elif cache_top_k is not None:
-        raise ConfigError(
-            f"--cache-top-k ({cache_top_k}) is given without a cache; it says how many tokens one keeps; give --cache "
-            f"DIR too, or leave it out."
-        )
-    display = None if as_json else TrainingDisplay(total_tokens=config.total_tokens, title="distilling")
-    trainer = make_trainer(config, output, device=device, resume=resume, display=display)
-    result = run_shown(trainer, display)
+    with one_of_several() as world:
+        with world.together():
+            settings = with_options(assignments or [], options)
+            is_there = resume and (output / "config.yaml").is_file()
+            make_config = partial(resumed_config, output) if is_there else student_config
+            config = make_config(
+                teacher,
+                settings,
+                student=student,
+                num_layers=layers,
+                num_experts=None if experts is None else expert_counts(experts),
+                is_dense=dense,
+            )
+            has_cache = config.distill is not None and config.distill.cache is not None
+            if cache_top_k is not None and not has_cache:
+                raise ConfigError(
+                    f"--cache-top-k ({cache_top_k}) is given without a cache; it says how many tokens one keeps; give "
+                    f"--cache DIR too, or leave it out."
+                )
+        is_quiet = as_json or not world.is_main
+        if has_cache:
+            _write_cache(config, cache_top_k, device, world, resumed=output if resume else None, is_quiet=is_quiet)
+        display = None if is_quiet else TrainingDisplay(total_tokens=config.total_tokens, title="distilling")
+        trainer = make_trainer(config, output, device=device, resume=resume, display=display)
+        result = run_shown(trainer, display)
+    if not world.is_main:
+        return
     if not as_json:
         print_end(result)
     report = None if result.stopped_by else try_report(output, device=device)
@@ -116,16 +125,19 @@ def distill(
 
 
 def _write_cache(
-    config: "TrainConfig", top_k: int | None, device: str, *, resumed: Path | None, is_quiet: bool
+    config: "TrainConfig", top_k: int | None, device: str, world: "World", *, resumed: Path | None, is_quiet: bool
 ) -> None:
     """Write the cache where there is none, or finish it, and say what it costs and loses."""
     from moesaic.cli.progress import shown_progress
     from moesaic.distill.run import write_needed_cache
-    from moesaic.kernels.device import select_device
+    from moesaic.logs import no_progress
 
     assert config.distill is not None and config.distill.cache is not None
-    with shown_progress(kept="the same command goes on from here") as show:
-        report = write_needed_cache(config, resumed, top_k=top_k, device=select_device(device), on_progress=show)
+    with world.together():
+        own_device = world.device(device)
+    shown = shown_progress(kept="the same command goes on from here") if world.is_main else nullcontext(no_progress)
+    with shown as show:
+        report = write_needed_cache(config, resumed, top_k=top_k, device=own_device, on_progress=show, world=world)
     if report is not None and not is_quiet:
         typer.echo(
             f"Cached teacher {config.distill.cache}: {report.top_k} tokens of each of {report.num_windows:,} windows, "

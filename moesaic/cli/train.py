@@ -8,7 +8,7 @@ import typer
 
 from moesaic.cli.console import print_json
 from moesaic.cli.start import loading_modules
-from moesaic.cli.training import print_end, print_run, result_values, run_shown
+from moesaic.cli.training import one_of_several, print_end, print_run, result_values, run_shown
 
 
 def train(
@@ -39,16 +39,10 @@ def train(
     """
     with loading_modules():
         from moesaic.config.load import load_train_config, with_options
-        from moesaic.logs import log_to_stderr, logger
-        from moesaic.parallel.world import World
         from moesaic.report.terminal import TrainingDisplay
         from moesaic.train.loop import Trainer
 
-    log_to_stderr()
-    world = World.join()
-    try:
-        if not world.is_main:
-            logger.setLevel("ERROR")
+    with one_of_several() as world:
         with world.together():
             settings = with_options(assignments or [], {"data.path": ("--data", data)})
             source = _own_config(output, config) or config if resume else config
@@ -56,8 +50,6 @@ def train(
         is_shown = world.is_main and not as_json
         display = TrainingDisplay(total_tokens=resolved.total_tokens) if is_shown else None
         result = run_shown(Trainer(resolved, output, device=device, resume=resume, display=display), display)
-    finally:  # a group that is left to the interpreter's end may abort there
-        world.leave()
     if not world.is_main:
         return
     if as_json:

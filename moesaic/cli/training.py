@@ -1,13 +1,34 @@
 """What `moesaic train` and `moesaic distill` do alike: train with or without a display, and say how it ended."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from moesaic.parallel.world import World
     from moesaic.report.terminal import TrainingDisplay
     from moesaic.train.loop import Trainer, TrainResult
+
+
+@contextmanager
+def one_of_several() -> "Iterator[World]":
+    """Give this process's place among those that torchrun started, of which only the main one logs what goes well.
+
+    A group that is left to the interpreter's end may abort there.
+    """
+    from moesaic.logs import log_to_stderr, logger
+    from moesaic.parallel.world import World
+
+    log_to_stderr()
+    world = World.join()
+    try:
+        if not world.is_main:
+            logger.setLevel("ERROR")
+        yield world
+    finally:
+        world.leave()
 
 
 def run_shown(trainer: "Trainer", display: "TrainingDisplay | None") -> "TrainResult":

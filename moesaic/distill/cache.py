@@ -12,7 +12,8 @@ Written shard by shard: a killed process goes on with the shard that it was at.
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import ConfigError, DataError, MoesaicError
 from moesaic.folders import FolderLock, load_json, sync, write_whole, writing_path, writing_remedy
 from moesaic.logs import OnProgress, no_progress
+from moesaic.parallel.world import World
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
@@ -103,66 +105,41 @@ def write_cache(
     top_k: int | None = None,
     device: torch.device | None = None,
     on_progress: OnProgress = no_progress,
+    world: World | None = None,
 ) -> CacheReport:
     """Write the cache that students of this config read, of every window of the training split, or go on with it.
 
-    top_k None: 64, or the cache's own when it is gone on with. The teacher is the config's, its data the config's.
+    top_k None: 64, or the cache's own when it is gone on with. The teacher is the config's, its data the config's. The
+    processes of a world share the work; each of them calls this, and writes into the folder.
 
     Raises: ConfigError for a top_k out of range, and for a folder that holds a cache of something else; DataError when
     it cannot be written; FolderInUseError while another process writes it.
     """
     assert config.distill is not None
     device = torch.device("cpu") if device is None else device
+    world = world or World()
     folder = Path(folder)
-    run, shards = TeacherRun.open(config.distill.teacher), ShardSet.open(config.data.path)
-    run.check(
-        config.model,
-        data=config.data.path,
-        tokenizer=shards.load_tokenizer(),
-        sequence_length=config.data.sequence_length,
-    )
-    run.check_precision(config.distill.teacher_precision)
-    key = CacheKey.of(config, run, shards)
-    if _is_finished(folder):  # which students read while others do; only a writer needs it alone
-        return _finished(folder, key, top_k)
-    try:
-        with FolderLock(folder):
-            return _write_or_go_on(folder, config, run, shards, key, top_k, device, on_progress)
-    except OSError as error:
-        raise DataError(
-            f"the cache in {folder} could not be written ({error.strerror or error}); it takes about "
-            f"{_window_bytes(key, top_k or DEFAULT_TOP_K) * _loader(config, shards).sequences_per_epoch / 1e9:.2f} GB; "
-            f"{writing_remedy(error)} and give the same command again, which goes on where it stopped, or lower top_k."
-        ) from None
-
-
-def _write_or_go_on(
-    folder: Path,
-    config: TrainConfig,
-    run: TeacherRun,
-    shards: ShardSet,
-    key: CacheKey,
-    top_k: int | None,
-    device: torch.device,
-    on_progress: OnProgress,
-) -> CacheReport:
-    assert config.distill is not None
-    if _is_finished(folder):
-        return _finished(folder, key, top_k)
-    done = _progress(folder)
-    if done is not None:
-        top_k = _known_top_k(folder, done, key, top_k)
-    top_k = min(DEFAULT_TOP_K, key.vocab_size) if top_k is None else top_k
-    if not 1 <= top_k <= key.vocab_size:
-        raise ConfigError(
-            f"top_k ({top_k}) of the cache is not from 1 to the vocabulary's {key.vocab_size}; that many tokens are "
-            f"kept of each position; use 32 or 64."
+    with world.together():
+        run, shards = TeacherRun.open(config.distill.teacher), ShardSet.open(config.data.path)
+        run.check(
+            config.model,
+            data=config.data.path,
+            tokenizer=shards.load_tokenizer(),
+            sequence_length=config.data.sequence_length,
         )
-    if done is None and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no cache; a cache needs a folder of its own; name another.")
-    teacher = LiveTeacher(run.load(config.distill.teacher_precision, device=device.type).model)
-    writer = _Writer(folder, key, top_k, _loader(config, shards), teacher, device, str(run.folder), run.info.step)
-    return writer.write(list(done["shards"]) if done is not None else [], on_progress)
+        run.check_precision(config.distill.teacher_precision)
+    key = CacheKey.of(config, run, shards)
+    world.require_same({"the cache's teacher and text": asdict(key), "the cache's top_k": top_k})
+    writer = _Writer(folder, config, key, run, shards, top_k, device, world, on_progress)
+    with ExitStack() as stack:
+        with world.together(), writer.saying_what_it_takes():
+            # A finished one students read while others do; only a writer needs it alone.
+            if world.is_main and not _is_finished(folder):
+                stack.enter_context(FolderLock(folder))
+        if not world.main_says(world.is_main and _is_finished(folder)):
+            writer.write()
+    with world.together():
+        return _finished(folder, key, top_k)
 
 
 def _is_finished(folder: Path) -> bool:
@@ -188,57 +165,111 @@ def _known_top_k(folder: Path, values: Mapping[str, Any], key: CacheKey, top_k: 
 
 
 class _Writer:
-    """Writes the shards of one cache, one behind the other."""
+    """Writes the shards of one cache: of each round every process one, and the main process what says so."""
 
     def __init__(
         self,
         folder: Path,
+        config: TrainConfig,
         key: CacheKey,
-        top_k: int,
-        loader: TrainLoader,
-        teacher: LiveTeacher,
+        run: TeacherRun,
+        shards: ShardSet,
+        top_k: int | None,
         device: torch.device,
-        run: str,
-        step: int,
+        world: World,
+        on_progress: OnProgress,
     ) -> None:
-        self._folder, self._key, self._top_k = folder, key, top_k
-        self._loader, self._teacher, self._device = loader, teacher, device
-        self._origin = {"run": run, "step": step}
-        self._num_windows = loader.sequences_per_epoch
-        self._per_shard = max(1, _SHARD_BYTES // _window_bytes(key, top_k))
+        assert config.distill is not None
+        self._folder, self._key, self._run, self._precision = folder, key, run, config.distill.teacher_precision
+        self._loader = _loader(config, shards)
+        self._device, self._world, self._on_progress = device, world, on_progress
+        self._num_windows = self._loader.sequences_per_epoch
+        self._asked_top_k = top_k
+        self._top_k = min(DEFAULT_TOP_K, key.vocab_size) if top_k is None else top_k
 
-    def write(self, shards: list[dict[str, Any]], on_progress: OnProgress) -> CacheReport:
+    @contextmanager
+    def saying_what_it_takes(self) -> Iterator[None]:
+        """Raise DataErrors for what the system refuses."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"the cache in {self._folder} could not be written ({error.strerror or error}); it takes about "
+                f"{_window_bytes(self._key, self._top_k) * self._num_windows / 1e9:.2f} GB; {writing_remedy(error)} "
+                f"and give the same command again, which goes on where it stopped, or lower top_k."
+            ) from None
+
+    def write(self) -> None:
+        world = self._world
+        begun = None
+        with world.together(), self.saying_what_it_takes():
+            if world.is_main:
+                begun = self._begun()
+        begun = world.values(begun)[0]
+        self._top_k, shards = begun["top_k"], begun["shards"]
+        with world.together(), self.saying_what_it_takes():
+            self._teacher = LiveTeacher(self._run.load(self._precision, device=self._device.type).model)
+            if world.is_main:
+                self._save(PROGRESS_NAME, shards, None)
         first = sum(shard["windows"] for shard in shards)
-        self._save(PROGRESS_NAME, shards, None)
+        most = max(1, _SHARD_BYTES // _window_bytes(self._key, self._top_k))
         while first < self._num_windows:
-            count = min(self._per_shard, self._num_windows - first)
-            name = f"teacher-{len(shards):05d}.safetensors"
-            temporary = writing_path(self._folder / name)
-            self._write_shard(temporary, first, count, on_progress)
-            sync(temporary)
-            temporary.rename(self._folder / name)
-            file = self._folder / name
-            shards.append({"file": name, "windows": count, "bytes": file.stat().st_size, "sha256": hash_file(file)})
-            self._save(PROGRESS_NAME, shards, None)
-            first += count
-        report = self._measure(shards, on_progress)
-        self._save(MANIFEST_NAME, shards, report)
-        (self._folder / PROGRESS_NAME).unlink()
-        return report
+            count = min(most, -(-(self._num_windows - first) // world.size))
+            own = range(first + world.rank * count, min(first + (world.rank + 1) * count, self._num_windows))
+            with world.together(), self.saying_what_it_takes():
+                shard = self._write_shard(len(shards) + world.rank, own) if own else None
+            shards += [each for each in world.values(shard) if each is not None]
+            first = sum(shard["windows"] for shard in shards)
+            with world.together(), self.saying_what_it_takes():
+                if world.is_main:
+                    self._save(PROGRESS_NAME, shards, None)
+        with world.together(), self.saying_what_it_takes():
+            if world.is_main:
+                self._save(MANIFEST_NAME, shards, self._measure(shards))
+                (self._folder / PROGRESS_NAME).unlink()
 
-    def _write_shard(self, path: Path, first: int, count: int, on_progress: OnProgress) -> None:
+    def _begun(self) -> dict[str, Any]:
+        """Return top_k and whole shards of the cache that is gone on with, or of the new one, which is begun."""
+        done = _progress(self._folder)
+        shards = []
+        if done is not None:
+            self._top_k, shards = _known_top_k(self._folder, done, self._key, self._asked_top_k), list(done["shards"])
+        if not 1 <= self._top_k <= self._key.vocab_size:
+            raise ConfigError(
+                f"top_k ({self._top_k}) of the cache is not from 1 to the vocabulary's {self._key.vocab_size}; that "
+                f"many tokens are kept of each position; use 32 or 64."
+            )
+        if done is None and any(self._folder.iterdir()):
+            raise ConfigError(
+                f"{self._folder} is not empty and holds no cache; a cache needs a folder of its own; name another."
+            )
+        return {"top_k": self._top_k, "shards": shards}
+
+    def _write_shard(self, number: int, windows: range) -> dict[str, Any]:
+        """Write a file of some windows; return what the manifest says of it."""
+        file = self._folder / f"teacher-{number:05d}.safetensors"
+        temporary = writing_path(file)
+        self._predict_into(temporary, windows)
+        sync(temporary)
+        temporary.rename(file)
+        return {"file": file.name, "windows": len(windows), "bytes": file.stat().st_size, "sha256": hash_file(file)}
+
+    def _predict_into(self, path: Path, windows: range) -> None:
+        count = len(windows)
         layout = {
             "ids": TensorLayout(_id_dtype(self._key), (count, self._key.sequence_length, self._top_k)),
             "log_probs": TensorLayout(torch.float16, (count, self._key.sequence_length, self._top_k + 1)),
         }
         step = max(1, _BATCH_TOKENS // self._key.sequence_length)
         with TensorWriter(path, layout) as writer:
-            for start in range(first, first + count, step):
-                windows = np.arange(start, min(start + step, first + count))
-                ids, log_probs, _ = self._predict(windows)
+            for start in range(0, count, step):
+                some = windows[start : start + step]
+                ids, log_probs, _ = self._predict(np.asarray(some))
                 writer.append("ids", ids.to(layout["ids"].dtype))
                 writer.append("log_probs", log_probs)
-                on_progress("writing the teacher's predictions", (int(windows[-1]) + 1) / self._num_windows)
+                # The first process has a round's first windows, and the others come on as it does.
+                done = windows.start + min(start + step, count) * self._world.size
+                self._on_progress("writing the teacher's predictions", min(1.0, done / self._num_windows))
 
     def _predict(self, windows: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids (T, K), fp16 log-probabilities (T, K + 1), and the divergence (T,) of what they stand for."""
@@ -254,7 +285,7 @@ class _Writer:
             parts.append(compress(log_p, self._top_k))
         return tuple(torch.cat(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
 
-    def _measure(self, shards: list[dict[str, Any]], on_progress: OnProgress) -> CacheReport:
+    def _measure(self, shards: list[dict[str, Any]]) -> CacheReport:
         """Measure on evenly spread windows what the stored numbers leave out."""
         sample = np.unique(np.linspace(0, self._num_windows - 1, _SAMPLE_WINDOWS).round().astype(np.int64))
         rest = divergence = 0.0
@@ -262,7 +293,7 @@ class _Writer:
             _, log_probs, lost = self._predict(np.asarray([window]))
             rest += float(log_probs[:, -1].double().exp().mean())
             divergence += float(lost.double().mean())
-            on_progress("measuring what the cache leaves out", (done + 1) / len(sample))
+            self._on_progress("measuring what the cache leaves out", (done + 1) / len(sample))
         num_bytes = sum(shard["bytes"] for shard in shards)
         return CacheReport(
             top_k=self._top_k,
@@ -278,7 +309,7 @@ class _Writer:
         values = {
             "format": FORMAT,
             "key": asdict(self._key),
-            "teacher": self._origin,
+            "teacher": {"run": str(self._run.folder), "step": self._run.info.step},
             "top_k": self._top_k,
             "shards": shards,
             "report": None if report is None else report.to_json(),

@@ -29,6 +29,7 @@ from moesaic.errors import CheckpointError, ConfigError
 from moesaic.logs import logger
 from moesaic.model.load import LoadedModel
 from moesaic.model.transformer import Transformer
+from moesaic.parallel.world import World
 from moesaic.train.loss import Head, HeadLoss, next_token_loss
 from moesaic.train.objective import NextToken, RunStart, Trials
 
@@ -98,6 +99,7 @@ class Distillation:
         self._source: TeacherSource | None = None
         self._state = DistillationState("")
         self._device = torch.device("cpu")
+        self._world = World()
 
     def open(self, start: RunStart) -> None:
         """Open the teacher and check that it fits, unless the resumed run needs it no more.
@@ -105,8 +107,22 @@ class Distillation:
         Raises: CheckpointError for a teacher that is not there or not the one that the run began with; ConfigError and
         DataError for one that does not fit the student.
         """
+        self._device, self._shards, self._world = start.device, start.shards, start.world
+        with start.world.together():
+            self._open(start)
+        if self._run is None:
+            return
+        sha256, step = start.world.values((self._run.sha256, self._run.info.step))[0]
+        # Whether the weights can be read is known before a process waits for another's steps.
+        with start.world.together():
+            if self._run.sha256 != sha256:  # its run had just saved a better one
+                self._run = TeacherRun.reopen(self._distill.teacher, start.folder, sha256=sha256, step=step)
+            self._run = self._run.kept_in(start.folder)
+            if self._source is None and self._state.needs_teacher(self._config, start.tokens):
+                self._load()
+
+    def _open(self, start: RunStart) -> None:
         distill, config = self._distill, self._config
-        self._device, self._shards = start.device, start.shards
         if start.state is not None:
             self._state = _state_of(start)
             if not self._state.needs_teacher(config, start.tokens):
@@ -133,7 +149,7 @@ class Distillation:
             check_cache_top_k(top_k, self._state.cache_top_k)
         self._state.cache_top_k = top_k
         self._state.teacher_sha256, self._state.teacher_step = run.sha256, run.info.step
-        self._run = run.keep(start.folder)
+        self._run = run.keep(start.folder) if start.world.is_main else run
 
     def initialize(self, model: Transformer) -> None:
         """With init = teacher, copy its layers; which experts stay, a pass over the validation sequences says."""
@@ -143,10 +159,13 @@ class Distillation:
         layer_map = self._layer_map(self._run)
         loads: dict[int, Tensor] = {}
         if has_fewer_experts(self._run.config.model, self._config.model, layer_map):
-            batches = ValidationLoader.of(self._config, self._shards.validation)
-            loads = expert_loads(self._load().model, batches, device=self._device)
-        self._copied = copy_layers(model, self._run, layer_map, loads=loads)
-        for layer, copied in enumerate(self._copied):
+            with self._world.together():
+                teacher = self._load().model
+                batches = ValidationLoader.of(self._config, self._shards.validation)
+            loads = expert_loads(teacher, batches, device=self._device, world=self._world)
+        with self._world.together():
+            self._copied = copy_layers(model, self._run, layer_map, loads=loads)
+        for layer, copied in enumerate(self._copied if self._world.is_main else ()):
             if copied.load is not None and copied.experts is not None:
                 logger.info(
                     "layer %d keeps %d experts of the teacher's layer %d, to which %.1f %% of its tokens went.",
@@ -188,7 +207,7 @@ class Distillation:
         if steps == 0:
             return
         alone, taught = run.trial(steps, NextToken()), run.trial(steps, self)
-        self._state.has_ended = alone <= taught
+        self._state.has_ended = self._world.main_says(alone <= taught)
         outcome = "the teacher is let go" if self._state.has_ended else "the teacher stays"
         run.say(
             f"{steps} steps on from here the validation loss is {alone:.5f} with cross-entropy alone and {taught:.5f} "

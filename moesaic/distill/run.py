@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moesaic.checkpoint.store import list_checkpoints
+from moesaic.checkpoint.store import CheckpointInfo, list_checkpoints
 from moesaic.config.base import differing
 from moesaic.config.distill import DistillConfig
 from moesaic.config.load import apply_assignments, load_train_config, merge, read_values, run_folder_of, text_assignment
@@ -18,6 +18,7 @@ from moesaic.distill.student import default_map, kept_layers, model_of_layers, s
 from moesaic.distill.teacher import TeacherRun
 from moesaic.errors import ConfigError
 from moesaic.logs import OnProgress
+from moesaic.parallel.world import World
 from moesaic.train.loop import Display, Trainer, TrainResult
 
 
@@ -30,6 +31,8 @@ def distill(
     display: Display | None = None,
 ) -> TrainResult:
     """Train a student as config says, into run_folder; with resume, go on from its last good checkpoint.
+
+    Of several processes each calls it, as it would `train`; each of them has the whole teacher.
 
     Raises: as `train` does, and ConfigError for a config without a distill section.
     """
@@ -145,33 +148,48 @@ def write_needed_cache(
     top_k: int | None,
     device: torch.device,
     on_progress: OnProgress,
+    world: World | None = None,
 ) -> CacheReport | None:
     """Write the cache of a student's config, or finish it; resumed: the folder of a run that is gone on with.
 
-    None where a resumed run needs its teacher no more. Raises: as write_cache does, and ConfigError for a resumed run
-    that began with another top_k, or without a cache.
+    None where a resumed run needs its teacher no more. The processes of a world share the work. Raises: as write_cache
+    does, and ConfigError for a resumed run that began with another top_k, or without a cache.
     """
     assert config.distill is not None and config.distill.cache is not None
+    world = world or World()
     folder = config.distill.cache
-    infos = [] if resumed is None else list_checkpoints(Path(resumed))
-    if infos:
-        objective = infos[-1].metadata.get("objective")
-        if not objective:
-            raise ConfigError(
-                f"{resumed} was not distilled; what is resumed is the run of a student; name that one, or a new folder "
-                f"and leave --resume out."
-            )
-        state = DistillationState(**objective)
-        if not state.needs_teacher(config, infos[-1].metadata["tokens"]):
-            return None
-        top_k = state.cache_top_k if top_k is None else top_k
-        check_cache_top_k(DEFAULT_TOP_K if top_k is None else top_k, state.cache_top_k)
-        assert resumed is not None
-        run = TeacherRun.reopen(
-            config.distill.teacher, Path(resumed), sha256=state.teacher_sha256, step=state.teacher_step
+    with world.together():
+        infos = [] if resumed is None else list_checkpoints(Path(resumed))
+        if infos:
+            assert resumed is not None
+            resumption = _cache_of_resumed(config, Path(resumed), infos[-1], top_k)
+            if resumption is None:
+                return None
+            config, top_k = resumption
+    return write_cache(folder, config, top_k=top_k, device=device, on_progress=on_progress, world=world)
+
+
+def _cache_of_resumed(
+    config: TrainConfig, run_folder: Path, info: CheckpointInfo, top_k: int | None
+) -> tuple[TrainConfig, int | None] | None:
+    """Return the config, with the very teacher, and the top_k of the cache that a checkpoint's run goes on with.
+
+    None where it needs its teacher no more.
+    """
+    assert config.distill is not None
+    objective = info.metadata.get("objective")
+    if not objective:
+        raise ConfigError(
+            f"{run_folder} was not distilled; what is resumed is the run of a student; name that one, or a new folder "
+            f"and leave --resume out."
         )
-        config = config.replace(distill=config.distill.replace(teacher=run.info.run_at_step))
-    return write_cache(folder, config, top_k=top_k, device=device, on_progress=on_progress)
+    state = DistillationState(**objective)
+    if not state.needs_teacher(config, info.metadata["tokens"]):
+        return None
+    top_k = state.cache_top_k if top_k is None else top_k
+    check_cache_top_k(DEFAULT_TOP_K if top_k is None else top_k, state.cache_top_k)
+    run = TeacherRun.reopen(config.distill.teacher, run_folder, sha256=state.teacher_sha256, step=state.teacher_step)
+    return config.replace(distill=config.distill.replace(teacher=run.info.run_at_step)), top_k
 
 
 def _values_of(student: str | Path) -> dict[str, Any]:

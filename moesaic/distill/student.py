@@ -22,6 +22,8 @@ from moesaic.data.loader import Batch
 from moesaic.distill.teacher import TeacherRun
 from moesaic.errors import ConfigError
 from moesaic.model.transformer import Transformer
+from moesaic.moe.experts import own_rows
+from moesaic.parallel.world import World
 
 # What may differ between a student and the teacher whose layers it copies; feed-forward parts are compared by layer.
 _FREE = (
@@ -221,17 +223,25 @@ def check_copyable(teacher: TeacherRun, student: ModelConfig, layer_map: Sequenc
 
 
 @torch.no_grad()
-def expert_loads(model: Transformer, batches: Iterable[Batch], *, device: torch.device) -> dict[int, Tensor]:
-    """Return for each MoE layer the tokens (E,) that each expert gets on some batches, in evaluation mode."""
+def expert_loads(
+    model: Transformer, batches: Iterable[Batch], *, device: torch.device, world: World | None = None
+) -> dict[int, Tensor]:
+    """Return for each MoE layer the tokens (E,) that each expert gets on some batches, in evaluation mode.
+
+    The processes of a world, each of which has the whole model and is given the batches, take turns at them.
+    """
+    world = world or World()
     model.eval()
-    totals: dict[int, Tensor] = {}
-    for batch in batches:
+    layers = model.config.moe_layers
+    totals = [torch.zeros(model.config.layers[layer].num_experts, dtype=torch.int64) for layer in layers]
+    for number, batch in enumerate(batches):
+        if number % world.size != world.rank:
+            continue
         batch = batch.to(device)
         output = model(batch.inputs, documents=batch.documents)
-        for layer, statistics in zip(model.config.moe_layers, output.moe, strict=True):
-            counts = statistics.tokens_per_expert.cpu()
-            totals[layer] = totals[layer] + counts if layer in totals else counts
-    return totals
+        for total, statistics in zip(totals, output.moe, strict=True):
+            total += statistics.tokens_per_expert.cpu()
+    return dict(zip(layers, world.sum(totals), strict=True))
 
 
 def has_fewer_experts(teacher: ModelConfig, student: ModelConfig, layer_map: Sequence[int]) -> bool:
@@ -265,7 +275,7 @@ def copy_layers(
 
     loads: tokens per expert of the teacher's layers that have more experts than the student's; the most loaded stay, in
     their order, with their rows of the router. A dense layer takes the teacher's MLP, dense or residual; where that
-    has experts alone, the most loaded one.
+    has experts alone, the most loaded one. A model whose experts are spread over processes takes its own of each layer.
 
     Raises: as `check_copyable`, and CheckpointError when the file is corrupt.
     """
@@ -280,9 +290,11 @@ def copy_layers(
         load = loads[source].double()
         ids = sorted(load.argsort(descending=True, stable=True)[:kept].tolist())
         copied.append(CopiedLayer(source, tuple(ids), float(load[ids].sum() / load.sum().clamp_min(1))))
+    rows = own_rows(model)
     with checked_file(teacher.info, "model") as path, TensorReader(path) as reader:
         for name, tensor in model.state_dict().items():
-            tensor.copy_(_source_of(name, reader, model.config, theirs, copied))
+            whole = _source_of(name, reader, model.config, theirs, copied)
+            tensor.copy_(whole[rows[name][0]] if name in rows else whole)
     return tuple(copied)
 
 

@@ -93,11 +93,8 @@ class TeacherRun:
         Raises: CheckpointError where they cannot be kept.
         """
         kept = student / KEPT_NAME
-        for info in list_checkpoints(kept):
-            if info.model_sha256 == self.sha256:
-                return replace(self, info=info)
-        if not is_being_written(self.folder):
-            return self
+        if (is_kept := self.kept_in(student)) is not self or not is_being_written(self.folder):
+            return is_kept
         shutil.rmtree(kept, ignore_errors=True)
         checkpoint = kept / self.info.path.parent.name / self.info.path.name
         try:
@@ -118,6 +115,12 @@ class TeacherRun:
             self.folder, kept, self.info.step, how,
         )  # fmt: skip
         return replace(self, info=read_info(checkpoint))
+
+    def kept_in(self, student: Path) -> "TeacherRun":
+        """Return the teacher as what the student's folder keeps of it, or as it is where that keeps nothing."""
+        kept = (info for info in list_checkpoints(student / KEPT_NAME) if info.model_sha256 == self.sha256)
+        info = next(kept, None)
+        return self if info is None else replace(self, info=info)
 
     @property
     def sha256(self) -> str:

@@ -132,7 +132,7 @@ class World:
 
     def mean(self, values: list[float]) -> list[float]:
         """Return the means over all processes, in double precision."""
-        if self.size == 1:
+        if self.size == 1 or not values:
             return values
         (total,) = self.sum([torch.tensor(values, dtype=torch.float64)])
         return [float(each) for each in total / self.size]
@@ -149,16 +149,22 @@ class World:
         """Return the main process's answer."""
         return self.highest(int(answer and self.is_main)) == 1
 
+    def values(self, own: Any) -> list[Any]:
+        """Return the JSON-able value that each process gives, by rank."""
+        if self.size == 1:
+            return [own]
+        text = list(json.dumps(own).encode())
+        length = self.highest(len(text))
+        padded = torch.tensor([*text, *b" " * (length - len(text))], dtype=torch.uint8)
+        every = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(every, padded, group=self._group)
+        return [json.loads(bytes(each.tolist())) for each in every]
+
     def require_same(self, values: Mapping[str, Any]) -> None:
         """Raise ConfigError, all together, unless every process has the same JSON-able values, of which it names."""
-        if self.size == 1:
-            return
-        texts = [json.dumps(value, sort_keys=True) for value in values.values()]
-        digests = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little") for text in texts]
-        ranges = torch.tensor([*digests, *(-digest for digest in digests)])
-        dist.all_reduce(ranges, dist.ReduceOp.MAX, group=self._group)
-        highest, lowest = ranges.view(2, -1).unbind()
-        different = [name for name, equal in zip(values, (highest == -lowest).tolist(), strict=True) if not equal]
+        texts = (json.dumps(value, sort_keys=True) for value in values.values())
+        every = self.values([hashlib.sha256(text.encode()).hexdigest() for text in texts])
+        different = [name for name, *digests in zip(values, *every, strict=True) if len(set(digests)) > 1]
         with self.together():
             if different:
                 raise ConfigError(

@@ -175,10 +175,6 @@ class Trainer:
                 f"the config has a distill section (teacher {config.distill.teacher}) and `moesaic train` trains "
                 f"without a teacher; a student is trained by `moesaic distill`; use that, or set distill to null."
             )
-        if has_objective and num_processes > 1:
-            raise ConfigError(
-                f"{num_processes} processes were started, and a student is distilled by one; start it without torchrun."
-            )
         try:
             str(self.run_folder.absolute()).encode()
         except UnicodeEncodeError:
@@ -215,10 +211,10 @@ class Trainer:
         with world.together():
             objective_state = self._load()
         world.require_same({"checkpoint to resume": self.step})
+        self.objective.open(RunStart(self.tokens, objective_state, self.shards, self.device, self.run_folder, world))
+        if objective_state is None:
+            self.objective.initialize(self.model)
         with world.together():
-            self.objective.open(RunStart(self.tokens, objective_state, self.shards, self.device, self.run_folder))
-            if objective_state is None:
-                self.objective.initialize(self.model)
             self.peak_flops_per_second: float | None = None
             self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
             if world.is_main:
@@ -543,7 +539,7 @@ class Trainer:
             share_of_peak=flops / self.peak_flops_per_second if self.peak_flops_per_second else None,
             skipped_steps=self.skipped_steps,
             moe=window.experts(config.model.moe_layers, means),
-            objective=window.terms(),
+            objective=window.terms(self.world),
         )
 
     def _evaluate(self) -> None:
@@ -808,13 +804,14 @@ class Window:
         half = 3 + len(losses[0].moe)
         return WindowMeans(values[0], values[1], values[2], tuple(values[3:half]), tuple(values[half:]))
 
-    def terms(self) -> dict[str, float]:
-        """Each of the objective's terms, a mean over the micro-batches that had it; alpha is the last step's."""
+    def terms(self, world: World) -> dict[str, float]:
+        """Return the objective's terms, means over all processes' micro-batches that had them; alpha is the last."""
         values: dict[str, list[Tensor]] = {}
         for losses in self._losses():
             for name, value in losses.terms.items():
                 values.setdefault(name, []).append(value)
-        return {name: float(each[-1] if name == "alpha" else torch.stack(each).mean()) for name, each in values.items()}
+        means = [float(each[-1] if name == "alpha" else torch.stack(each).mean()) for name, each in values.items()]
+        return dict(zip(values, world.mean(means), strict=True))
 
     def experts(self, layers: tuple[int, ...], means: "WindowMeans") -> ExpertRecord | None:
         if not layers:

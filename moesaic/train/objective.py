@@ -13,6 +13,7 @@ import torch
 from moesaic.data.loader import Batch
 from moesaic.data.shards import ShardSet
 from moesaic.model.transformer import Transformer
+from moesaic.parallel.world import World
 from moesaic.train.loss import Head, next_token_loss
 
 
@@ -20,7 +21,8 @@ from moesaic.train.loss import Head, next_token_loss
 class RunStart:
     """Where a run stands when its objective is opened: tokens trained on, and the state that its checkpoint kept.
 
-    state: None where the run begins. folder: the run's own, which is locked, and empty where the run begins.
+    state: None where the run begins. folder: the run's own, which is locked, and empty where the run begins; the main
+    process of the world writes there.
     """
 
     tokens: int
@@ -28,6 +30,7 @@ class RunStart:
     shards: ShardSet
     device: torch.device
     folder: Path
+    world: World
 
 
 class Trials(Protocol):
@@ -46,10 +49,16 @@ class Trials(Protocol):
 
 
 class Objective(Protocol):
-    """What a run learns, beside the balance of its experts."""
+    """What a run learns, beside the balance of its experts.
+
+    Of several processes that train together each has one, and all call it alike.
+    """
 
     def open(self, start: RunStart) -> None:
-        """Get ready, once, before the run writes anything. Raises: MoesaicError for what does not fit the run."""
+        """Get ready, once, before the run writes anything.
+
+        Raises: MoesaicError, on all processes, for what does not fit the run.
+        """
         ...
 
     def initialize(self, model: Transformer) -> None:

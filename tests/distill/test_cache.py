@@ -154,16 +154,16 @@ def test_a_killed_writer_goes_on_where_it_was(
     monkeypatch.setattr(module, "_SHARD_BYTES", 20_000)
     folder = tmp_path / "killed"
     config = student(f"distill.cache={folder}")
-    shards, calls = module._Writer._write_shard, []
+    predict_into, calls = module._Writer._predict_into, []
 
     def die(self: Any, path: Path, *arguments: Any) -> None:
         calls.append(path.name)
         if len(calls) == 3:
             path.write_bytes(b"half of it")
             raise KeyboardInterrupt
-        shards(self, path, *arguments)
+        predict_into(self, path, *arguments)
 
-    monkeypatch.setattr(module._Writer, "_write_shard", die)
+    monkeypatch.setattr(module._Writer, "_predict_into", die)
     with pytest.raises(KeyboardInterrupt):
         write_cache(folder, config, top_k=8)
     with pytest.raises(DataError, match="is unfinished"):
