@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
-from moesaic.checkpoint.store import list_checkpoints, load_tensors
+from moesaic.checkpoint.store import list_checkpoints
 from moesaic.checkpoint.stream import TensorWriter
 from moesaic.config.load import write_config
 from moesaic.config.train import TrainConfig
@@ -68,86 +66,12 @@ class Stopper:
         self.messages.append(text)
 
 
-def on_a_rank(
-    rank: int, size: int, port: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        # As in the tests' own process.
-        patch.setattr("moesaic.train.loop.measure_limits", lambda **_: MACHINE)
-        patch.setattr("moesaic.train.loop.tune_allocator", lambda: None)
-        patch.setattr("moesaic.train.loop.write_plots", lambda *_, **__: [])
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        patch.setattr(products, "is_widened", lambda _, dtype: dtype is torch.bfloat16)
-        torch.save(work(rank, *arguments), Path(folder) / f"rank{rank}.pt")
-
-
-MACHINE = limits.Limits(
-    device="cpu", name="test", threads=1, torch_version="0", kernels="reference", buffer_bytes=1,
-    bandwidth_bytes_per_second=1e10, bf16_flops_per_second=2e11, fp32_flops_per_second=1e11,
-    int8_operations_per_second=None, torch_bandwidth_bytes_per_second=1e10, torch_bf16_flops_per_second=2e11,
-    torch_fp32_flops_per_second=1e11, torch_int8_operations_per_second=None,
-)  # fmt: skip
-
-
-@pytest.fixture
-def on_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """A function (size, work, *arguments) that calls work(rank, *arguments) on each process; returns what they did,
-    None of one that ended inside it."""
-    if not dist.is_gloo_available():
-        pytest.skip("this PyTorch has no gloo")
-
-    def run(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        folder = tmp_path_factory.mktemp("ranks")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(on_a_rank, args=(size, port, str(folder), work, arguments), nprocs=size)
-        files = [folder / f"rank{rank}.pt" for rank in range(size)]
-        return [torch.load(file, weights_only=True) if file.exists() else None for file in files]
-
-    return run
-
-
 def run_training(rank: int, configs: list[TrainConfig], folder: Path, resume: bool = False) -> list[dict[str, Any]]:
     """Train each config in a folder of its own, one after the other; return how each ended."""
     return [
         asdict(train(config, folder / str(number), device="cpu", resume=resume)) | {"run_folder": None}
         for number, config in enumerate(configs)
     ]
-
-
-def last_tensors(run_folder: Path) -> tuple[int, dict[str, Tensor]]:
-    info = list_checkpoints(run_folder)[-1]
-    kinds = ("model", "optimizer")
-    return info.step, {f"{kind}: {name}": each for kind in kinds for name, each in load_tensors(info, kind).items()}
-
-
-def assert_same_training(run_folder: Path, expected: Path, *, tolerance: float) -> None:
-    """Last checkpoints and all records are the same, to rounding in fp32."""
-    (step, tensors), (expected_step, of_one) = last_tensors(run_folder), last_tensors(expected)
-    assert step == expected_step and tensors.keys() == of_one.keys()
-    for name, tensor in of_one.items():
-        assert tensors[name].shape == tensor.shape and tensors[name].dtype == tensor.dtype, name
-        largest = float(tensor.abs().max())
-        assert torch.allclose(tensors[name], tensor, rtol=0, atol=tolerance * max(largest, 1e-3)), name
-    ours, theirs = read_metrics(run_folder), read_metrics(expected)
-    for records, due in ((ours.train, theirs.train), (ours.evaluation, theirs.evaluation)):
-        assert [each.step for each in records] == [each.step for each in due]
-        for record, each in zip(records, due, strict=True):
-            assert abs(record.loss - each.loss) < tolerance
-    for record, each in zip(ours.train, theirs.train, strict=True):
-        assert abs(record.balance_loss - each.balance_loss) < tolerance
-        assert abs(record.gradient_norm - each.gradient_norm) < 10 * tolerance
-        assert (record.moe is None) == (each.moe is None)
-        if record.moe is not None and each.moe is not None:
-            assert torch.allclose(torch.tensor(record.moe.entropy), torch.tensor(each.moe.entropy), atol=tolerance)
-            for load, of_one_process in zip(record.moe.load, each.moe.load, strict=True):
-                assert torch.allclose(torch.tensor(load), torch.tensor(of_one_process), atol=1e-6)
 
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -170,6 +94,7 @@ def test_several_processes_train_as_one_does(
     tmp_path: Path,
     on_processes: Callable[..., list[Any]],
     monkeypatch: pytest.MonkeyPatch,
+    assert_same_training: Callable[..., None],
 ) -> None:
     """In 4 processes, the 5 validation sequences among them; then one process goes on from there, and 2 after it."""
     monkeypatch.setattr(
@@ -191,7 +116,10 @@ def test_several_processes_train_as_one_does(
 
 
 def test_any_number_of_processes_goes_on(
-    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+    make_config: MakeConfig,
+    tmp_path: Path,
+    on_processes: Callable[..., list[Any]],
+    assert_same_training: Callable[..., None],
 ) -> None:
     """4 steps in one process, 4 in two, and the last 4 in one again, of a run that starts from another's weights."""
     base, changes = KINDS["moe"]
@@ -224,7 +152,10 @@ def stop_at(rank: int, config: TrainConfig, run_folder: Path, step: int) -> dict
 
 
 def test_new_runs_of_several_processes_start_from_weights(
-    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+    make_config: MakeConfig,
+    tmp_path: Path,
+    on_processes: Callable[..., list[Any]],
+    assert_same_training: Callable[..., None],
 ) -> None:
     base, changes = KINDS["moe"]
     train(make_config(base, steps=4, precision="fp32", **changes), tmp_path / "first", device="cpu")
@@ -235,7 +166,10 @@ def test_new_runs_of_several_processes_start_from_weights(
 
 
 def test_counts_of_all_processes_balance_the_experts(
-    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+    make_config: MakeConfig,
+    tmp_path: Path,
+    on_processes: Callable[..., list[Any]],
+    assert_same_training: Callable[..., None],
 ) -> None:
     """With the counts of the whole batch two processes' balance losses are of all tokens from their first step on."""
     moe = {**PLAIN_MOE["moe"], "router": {"balance_loss": 0.01, "balance_scope": "global_batch"}}
@@ -248,7 +182,10 @@ def test_counts_of_all_processes_balance_the_experts(
 
 
 def test_noise_and_dropout_are_the_micro_batches_own(
-    make_config: MakeConfig, tmp_path: Path, on_processes: Callable[..., list[Any]]
+    make_config: MakeConfig,
+    tmp_path: Path,
+    on_processes: Callable[..., list[Any]],
+    assert_same_training: Callable[..., None],
 ) -> None:
     changes = {"router": {"noise": "jitter"}, "capacity": {"factor": 1.0, "drop_policy": "random"}}
     model = {"moe": {**PLAIN_MOE["moe"], **changes}, "dropout": 0.1}
