@@ -109,8 +109,7 @@ def distill(
         if has_cache:
             _write_cache(config, cache_top_k, device, world, resumed=output if resume else None, is_quiet=is_quiet)
         display = None if is_quiet else TrainingDisplay(total_tokens=config.total_tokens, title="distilling")
-        trainer = make_trainer(config, output, device=device, resume=resume, display=display)
-        result = run_shown(trainer, display)
+        result = run_shown(make_trainer(config, output, device=device, resume=resume, display=display), display)
     if not world.is_main:
         return
     if not as_json:

@@ -11,7 +11,7 @@ Written shard by shard: a killed process goes on with the shard that it was at.
 
 import json
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -110,7 +110,7 @@ def write_cache(
     """Write the cache that students of this config read, of every window of the training split, or go on with it.
 
     top_k None: 64, or the cache's own when it is gone on with. The teacher is the config's, its data the config's. The
-    processes of a world share the work; each of them calls this, and writes into the folder.
+    processes of a world share the work, and the teacher's experts; each of them calls this, and writes into the folder.
 
     Raises: ConfigError for a top_k out of range, and for a folder that holds a cache of something else; DataError when
     it cannot be written; FolderInUseError while another process writes it.
@@ -137,7 +137,8 @@ def write_cache(
             if world.is_main and not _is_finished(folder):
                 stack.enter_context(FolderLock(folder))
         if not world.main_says(world.is_main and _is_finished(folder)):
-            writer.write()
+            with world.noticing_losses("give the same command again, which goes on where it stopped"):
+                writer.write()
     with world.together():
         return _finished(folder, key, top_k)
 
@@ -180,7 +181,8 @@ class _Writer:
         on_progress: OnProgress,
     ) -> None:
         assert config.distill is not None
-        self._folder, self._key, self._run, self._precision = folder, key, run, config.distill.teacher_precision
+        self._folder, self._key, self._run = folder, key, run
+        self._precision, self._degree = config.distill.teacher_precision, config.parallel.expert_degree
         self._loader = _loader(config, shards)
         self._device, self._world, self._on_progress = device, world, on_progress
         self._num_windows = self._loader.sequences_per_epoch
@@ -207,8 +209,10 @@ class _Writer:
                 begun = self._begun()
         begun = world.values(begun)[0]
         self._top_k, shards = begun["top_k"], begun["shards"]
+        self._teacher = LiveTeacher(
+            self._run.load(self._precision, device=self._device, world=world, degree=self._degree)
+        )
         with world.together(), self.saying_what_it_takes():
-            self._teacher = LiveTeacher(self._run.load(self._precision, device=self._device.type).model)
             if world.is_main:
                 self._save(PROGRESS_NAME, shards, None)
         first = sum(shard["windows"] for shard in shards)
@@ -217,15 +221,21 @@ class _Writer:
             count = min(most, -(-(self._num_windows - first) // world.size))
             own = range(first + world.rank * count, min(first + (world.rank + 1) * count, self._num_windows))
             with world.together(), self.saying_what_it_takes():
-                shard = self._write_shard(len(shards) + world.rank, own) if own else None
+                predictions = self._predictions(own, count)
+                try:
+                    shard = self._write_shard(len(shards) + world.rank, own, predictions) if own else None
+                finally:
+                    if self._teacher.is_spread:  # the others wait for this process's part of theirs
+                        deque(predictions, maxlen=0)
             shards += [each for each in world.values(shard) if each is not None]
             first = sum(shard["windows"] for shard in shards)
             with world.together(), self.saying_what_it_takes():
                 if world.is_main:
                     self._save(PROGRESS_NAME, shards, None)
+        report = self._measure(shards) if world.is_main or self._teacher.is_spread else None
         with world.together(), self.saying_what_it_takes():
             if world.is_main:
-                self._save(MANIFEST_NAME, shards, self._measure(shards))
+                self._save(MANIFEST_NAME, shards, report)
                 (self._folder / PROGRESS_NAME).unlink()
 
     def _begun(self) -> dict[str, Any]:
@@ -245,31 +255,37 @@ class _Writer:
             )
         return {"top_k": self._top_k, "shards": shards}
 
-    def _write_shard(self, number: int, windows: range) -> dict[str, Any]:
+    def _write_shard(self, number: int, windows: range, predictions: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         """Write a file of some windows; return what the manifest says of it."""
         file = self._folder / f"teacher-{number:05d}.safetensors"
         temporary = writing_path(file)
-        self._predict_into(temporary, windows)
+        self._write_predictions(temporary, len(windows), predictions)
         sync(temporary)
         temporary.rename(file)
         return {"file": file.name, "windows": len(windows), "bytes": file.stat().st_size, "sha256": hash_file(file)}
 
-    def _predict_into(self, path: Path, windows: range) -> None:
-        count = len(windows)
+    def _write_predictions(self, path: Path, count: int, predictions: Iterator[tuple[Tensor, Tensor]]) -> None:
         layout = {
             "ids": TensorLayout(_id_dtype(self._key), (count, self._key.sequence_length, self._top_k)),
             "log_probs": TensorLayout(torch.float16, (count, self._key.sequence_length, self._top_k + 1)),
         }
-        step = max(1, _BATCH_TOKENS // self._key.sequence_length)
         with TensorWriter(path, layout) as writer:
-            for start in range(0, count, step):
-                some = windows[start : start + step]
-                ids, log_probs, _ = self._predict(np.asarray(some))
+            for ids, log_probs in predictions:
                 writer.append("ids", ids.to(layout["ids"].dtype))
                 writer.append("log_probs", log_probs)
-                # The first process has a round's first windows, and the others come on as it does.
-                done = windows.start + min(start + step, count) * self._world.size
-                self._on_progress("writing the teacher's predictions", min(1.0, done / self._num_windows))
+
+    def _predictions(self, windows: range, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ids and log-probabilities of windows, and take part in the others' predictions of `count` each."""
+        step = max(1, _BATCH_TOKENS // self._key.sequence_length)
+        for start in range(0, count, step):
+            some = windows[start : start + step]
+            if some:
+                yield self._predict(np.asarray(some))[:2]
+            elif self._teacher.is_spread:
+                self._predict(np.zeros(1, np.int64))
+            # The first process has a round's first windows, and the others come on as it does.
+            done = windows.start + min(start + step, count) * self._world.size
+            self._on_progress("writing the teacher's predictions", min(1.0, done / self._num_windows))
 
     def _predict(self, windows: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids (T, K), fp16 log-probabilities (T, K + 1), and the divergence (T,) of what they stand for."""

@@ -27,7 +27,6 @@ from moesaic.distill.student import (
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.logs import logger
-from moesaic.model.load import LoadedModel
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.world import World
 from moesaic.train.loss import Head, HeadLoss, next_token_loss
@@ -94,7 +93,7 @@ class Distillation:
         self._distill: DistillConfig = config.distill
         self._run: TeacherRun | None = None
         self._shards: ShardSet | None = None
-        self._loaded: LoadedModel | None = None
+        self._model: Transformer | None = None
         self._copied: tuple[CopiedLayer, ...] = ()
         self._source: TeacherSource | None = None
         self._state = DistillationState("")
@@ -113,13 +112,12 @@ class Distillation:
         if self._run is None:
             return
         sha256, step = start.world.values((self._run.sha256, self._run.info.step))[0]
-        # Whether the weights can be read is known before a process waits for another's steps.
         with start.world.together():
             if self._run.sha256 != sha256:  # its run had just saved a better one
                 self._run = TeacherRun.reopen(self._distill.teacher, start.folder, sha256=sha256, step=step)
             self._run = self._run.kept_in(start.folder)
-            if self._source is None and self._state.needs_teacher(self._config, start.tokens):
-                self._load()
+        if self._source is None and self._state.needs_teacher(self._config, start.tokens):
+            self._load()
 
     def _open(self, start: RunStart) -> None:
         distill, config = self._distill, self._config
@@ -159,10 +157,10 @@ class Distillation:
         layer_map = self._layer_map(self._run)
         loads: dict[int, Tensor] = {}
         if has_fewer_experts(self._run.config.model, self._config.model, layer_map):
-            with self._world.together():
-                teacher = self._load().model
-                batches = ValidationLoader.of(self._config, self._shards.validation)
-            loads = expert_loads(teacher, batches, device=self._device, world=self._world)
+            batches = ValidationLoader.of(self._config, self._shards.validation)
+            loads = expert_loads(self._load(), batches, device=self._device, world=self._world)
+            if self._source is not None:  # the cache from here on
+                self._model = None
         with self._world.together():
             self._copied = copy_layers(model, self._run, layer_map, loads=loads)
         for layer, copied in enumerate(self._copied if self._world.is_main else ()):
@@ -176,7 +174,7 @@ class Distillation:
         alpha = self._state.alpha(self._config, tokens)
         value = torch.tensor(alpha, dtype=torch.float32)
         if alpha == 0.0:
-            self._source = self._loaded = None
+            self._source = self._model = None
 
             def without_teacher(hidden: Tensor, weight: Tensor, targets: Tensor) -> HeadLoss:
                 loss = next_token_loss(hidden, weight, targets)
@@ -230,14 +228,16 @@ class Distillation:
     def _layer_map(self, run: TeacherRun) -> tuple[int, ...]:
         return self._distill.layer_map or default_map(run.config.model, self._config.model)
 
-    def _load(self) -> LoadedModel:
-        """Load the teacher when it is first needed, and once."""
-        if self._loaded is None:
+    def _load(self) -> Transformer:
+        """Load the teacher, on all processes, when it is first needed, and once."""
+        if self._model is None:
             assert self._run is not None
-            self._loaded = self._run.load(self._distill.teacher_precision, device=self._device.type)
-        return self._loaded
+            degree = self._config.parallel.expert_degree
+            precision = self._distill.teacher_precision
+            self._model = self._run.load(precision, device=self._device, world=self._world, degree=degree)
+        return self._model
 
     def _teacher(self) -> TeacherSource:
         if self._source is None:
-            self._source = LiveTeacher(self._load().model)
+            self._source = LiveTeacher(self._load())
         return self._source

@@ -21,6 +21,7 @@ from moesaic.config.model import FeedForwardConfig, ModelConfig
 from moesaic.data.loader import Batch
 from moesaic.distill.teacher import TeacherRun
 from moesaic.errors import ConfigError
+from moesaic.evaluate.validation import turns
 from moesaic.model.transformer import Transformer
 from moesaic.moe.experts import own_rows
 from moesaic.parallel.world import World
@@ -228,18 +229,16 @@ def expert_loads(
 ) -> dict[int, Tensor]:
     """Return for each MoE layer the tokens (E,) that each expert gets on some batches, in evaluation mode.
 
-    The processes of a world, each of which has the whole model and is given the batches, take turns at them.
+    The processes of a world take turns at the batches, which each of them is given.
     """
     world = world or World()
     model.eval()
     layers = model.config.moe_layers
     totals = [torch.zeros(model.config.layers[layer].num_experts, dtype=torch.int64) for layer in layers]
-    for number, batch in enumerate(batches):
-        if number % world.size != world.rank:
-            continue
+    for batch, is_own in turns(batches, world):
         batch = batch.to(device)
         output = model(batch.inputs, documents=batch.documents)
-        for total, statistics in zip(totals, output.moe, strict=True):
+        for total, statistics in zip(totals if is_own else (), output.moe, strict=is_own):
             total += statistics.tokens_per_expert.cpu()
     return dict(zip(layers, world.sum(totals), strict=True))
 

@@ -23,8 +23,11 @@ from moesaic.distill.loss import TeacherLogits
 from moesaic.errors import CheckpointError, ConfigError, DataError
 from moesaic.folders import is_being_written, split_run
 from moesaic.logs import logger
-from moesaic.model.load import LoadedModel, load_run, load_run_config
+from moesaic.model.load import copy_weights, load_run, load_run_config
 from moesaic.model.transformer import Transformer
+from moesaic.moe.experts import Experts, own_rows
+from moesaic.parallel.expert import ExpertParallel
+from moesaic.parallel.world import World
 
 Precision = Literal["bf16", "int8", "fp32"]
 KEPT_NAME = "teacher"
@@ -155,9 +158,37 @@ class TeacherRun:
             do = "leave it at bf16, or name"
             require_unquantized(self.info, "what is rounded stays so", named=named, do=do, error=ConfigError)
 
-    def load(self, precision: Precision, *, device: str) -> LoadedModel:
-        """Load the model, ready to infer. Raises: CheckpointError for a file that is missing or corrupt."""
-        return load_run(self.info.run_at_step, device=device, precision=None if is_quantized(self.info) else precision)
+    def load(
+        self, precision: Precision, *, device: torch.device, world: World | None = None, degree: int | None = None
+    ) -> Transformer:
+        """Load the model, ready to infer.
+
+        Over the processes of a world, all of which call it, the experts are spread (ExpertParallel, with this degree),
+        but for those of an int8 or a quantised teacher, which each process has whole.
+
+        Raises: CheckpointError, on all processes, for a file that is missing or corrupt.
+        """
+        world = world or World()
+        is_whole = world.size == 1 or precision == "int8" or is_quantized(self.info)
+        model = None if is_whole else self._spread(precision, degree)
+        with world.together():
+            if model is None:
+                of_run = None if is_quantized(self.info) else precision
+                return load_run(self.info.run_at_step, device=device.type, precision=of_run).model
+            model.to_empty(device=device)
+            copy_weights(model, self.info)
+        return model.eval()
+
+    def _spread(self, precision: Precision, degree: int | None) -> Transformer:
+        """Return the model without its weights, of whose layers each process has some experts."""
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        with torch.device("meta"):
+            model = Transformer(self.config.model, compute_dtype=dtype)
+        ExpertParallel(model, degree=degree)
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.to(dtype)  # what they are computed in anyway
+        return model
 
 
 def _link_or_copy(source: Path, target: Path) -> str:
@@ -173,10 +204,14 @@ def _link_or_copy(source: Path, target: Path) -> str:
 
 
 class LiveTeacher:
-    """A teacher that runs on every micro-batch: in evaluation mode, dropless, without gradient."""
+    """A teacher that runs on every micro-batch: in evaluation mode, dropless, without gradient.
+
+    is_spread: every process has to ask for targets as often as the others.
+    """
 
     def __init__(self, model: Transformer) -> None:
         self._model = model.eval()
+        self.is_spread = bool(own_rows(model))
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> TeacherLogits:

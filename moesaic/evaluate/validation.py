@@ -23,7 +23,7 @@ def validation_loss(
     model.eval()
     try:
         total = torch.zeros(2, dtype=torch.float64)  # of the losses, and how many there are
-        for batch, is_own in _turns(batches, world):
+        for batch, is_own in turns(batches, world):
             batch = batch.to(device)
             output = model(batch.inputs, documents=batch.documents)
             hidden = output.hidden.view(-1, output.hidden.shape[-1])
@@ -36,8 +36,11 @@ def validation_loss(
         model.train(was_training)
 
 
-def _turns(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
-    """Yield this process's batches, and one of another's where it has one less: spread experts need all processes."""
+def turns(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+    """Yield this process's batches, and one of another's where it has one less: spread experts need all processes.
+
+    bool: whether it is its own.
+    """
     first, count = None, 0
     for number, batch in enumerate(batches):
         first, count = first or batch, number + 1

@@ -104,8 +104,8 @@ class World:
         raise ElsewhereError(f"process {failed} of this run has failed; all are required; see what it says.")
 
     @contextmanager
-    def noticing_losses(self) -> Iterator[None]:
-        """Raise MoesaicErrors for what torch raises when another process of the run is gone."""
+    def noticing_losses(self, do: str = "go on with the same command and --resume") -> Iterator[None]:
+        """Raise MoesaicErrors for what torch raises when another process of the run is gone, saying what to do."""
         try:
             yield
         except RuntimeError as error:
@@ -118,7 +118,7 @@ class World:
                 ) from error
             raise TrainingError(
                 f"another process of this run has ended or cannot be reached ({str(error).strip().splitlines()[0]}); "
-                f"all are required; see what it says, and go on with the same command and --resume."
+                f"all are required; see what it says, and {do}."
             ) from error
 
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -25,6 +25,7 @@ from moesaic.errors import ConfigError, DataError, FolderInUseError
 from moesaic.folders import FolderLock
 
 Student = Callable[..., TrainConfig]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_the_cached_teacher_equals_the_live_one_within_the_reported_error(
 def test_what_is_stored_is_what_the_teacher_says(cached: Callable[..., TrainConfig], teacher: Path) -> None:
     config = cached(8)
     stored, shards = open_cache(config), ShardSet.open(config.data.path)
-    model = TeacherRun.open(teacher).load("fp32", device="cpu").model
+    model = TeacherRun.open(teacher).load("fp32", device=CPU)
     loader = module._loader(config, shards)
     batch = loader.windows(np.asarray([5, 0, loader.sequences_per_epoch - 1]))
     tokens = shards.train.read(5 * 16, 16)
@@ -154,16 +155,16 @@ def test_a_killed_writer_goes_on_where_it_was(
     monkeypatch.setattr(module, "_SHARD_BYTES", 20_000)
     folder = tmp_path / "killed"
     config = student(f"distill.cache={folder}")
-    predict_into, calls = module._Writer._predict_into, []
+    write, calls = module._Writer._write_predictions, []
 
     def die(self: Any, path: Path, *arguments: Any) -> None:
         calls.append(path.name)
         if len(calls) == 3:
             path.write_bytes(b"half of it")
             raise KeyboardInterrupt
-        predict_into(self, path, *arguments)
+        write(self, path, *arguments)
 
-    monkeypatch.setattr(module._Writer, "_predict_into", die)
+    monkeypatch.setattr(module._Writer, "_write_predictions", die)
     with pytest.raises(KeyboardInterrupt):
         write_cache(folder, config, top_k=8)
     with pytest.raises(DataError, match="is unfinished"):

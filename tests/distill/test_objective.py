@@ -28,6 +28,7 @@ from moesaic.report.records import EvaluationRecord, TrainRecord, read_metrics
 from moesaic.train.loop import Trainer, train
 
 Student = Callable[..., TrainConfig]
+CPU = torch.device("cpu")
 
 
 class Stop:
@@ -157,7 +158,7 @@ def test_a_student_learns_what_its_teacher_says(student: Student, tmp_path: Path
 
 def test_the_teacher_is_dropless_in_evaluation_mode_and_without_gradient(teacher: Path, student: Student) -> None:
     run = TeacherRun.open(teacher)
-    model = run.load("fp32", device="cpu").model.train()
+    model = run.load("fp32", device=CPU).train()
     live = LiveTeacher(model)
     assert not model.training
     trainer_batch = torch.randint(320, (2, 16))
@@ -174,7 +175,7 @@ def test_the_teacher_is_dropless_in_evaluation_mode_and_without_gradient(teacher
 def test_a_rounded_teacher_says_nearly_the_same(teacher: Path, precision: Any) -> None:
     run = TeacherRun.open(teacher)
     tokens = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(0))
-    exact, rounded = run.load("fp32", device="cpu").model, run.load(precision, device="cpu").model
+    exact, rounded = run.load("fp32", device=CPU), run.load(precision, device=CPU)
     with torch.no_grad():
         p, q = (torch.log_softmax(model.logits(model(tokens).hidden), -1) for model in (exact, rounded))
     assert (p.exp() * (p - q)).sum(-1).mean() < 5e-3

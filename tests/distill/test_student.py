@@ -28,6 +28,7 @@ from moesaic.errors import CheckpointError, ConfigError
 from moesaic.model.transformer import Transformer
 
 Student = Callable[..., TrainConfig]
+CPU = torch.device("cpu")
 
 
 def model(num_layers: int, **moe: Any) -> ModelConfig:
@@ -151,7 +152,7 @@ def test_a_student_of_all_its_teachers_layers_is_the_teacher(teacher: Path, stud
     trainer = make_trainer(config, tmp_path, device="cpu", resume=False, display=None)
     for name, tensor in load_tensors(resolve_checkpoint(teacher), "model").items():
         assert torch.equal(trainer.model.state_dict()[name], tensor), name
-    loaded = TeacherRun.open(teacher).load("fp32", device="cpu").model
+    loaded = TeacherRun.open(teacher).load("fp32", device=CPU)
     trainer.model.compute_dtype = torch.float32
     assert torch.equal(logits_of(trainer.model, TOKENS), logits_of(loaded, TOKENS))
 
@@ -175,8 +176,8 @@ def test_the_most_loaded_experts_stay(teacher: Path, student: Student, tmp_path:
     config = student("distill.init=teacher", num_experts=2)
     trainer = make_trainer(config, tmp_path, device="cpu", resume=False, display=None)
     theirs = load_tensors(resolve_checkpoint(teacher), "model")
-    loaded = TeacherRun.open(teacher).load("fp32", device="cpu")
-    loads = expert_loads(loaded.model, trainer.validation, device=torch.device("cpu"))
+    loaded = TeacherRun.open(teacher).load("fp32", device=CPU)
+    loads = expert_loads(loaded, trainer.validation, device=CPU)
     record = trainer.objective.record()
     assert record is not None and config.distill is not None and config.distill.layer_map is not None
     for own, source in enumerate(config.distill.layer_map):

@@ -1,5 +1,6 @@
 """Several processes distil as one does: the teacher live and cached, the student drawn and copied."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,17 +18,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from moesaic.checkpoint.store import list_checkpoints
+from moesaic.checkpoint.stream import TensorWriter
 from moesaic.config.train import TrainConfig
 from moesaic.data.loader import Batch
 from moesaic.data.shards import ShardSet
 from moesaic.distill import cache
-from moesaic.distill.cache import CacheKey
+from moesaic.distill.cache import CacheKey, write_cache
 from moesaic.distill.loss import TeacherLogits
 from moesaic.distill.run import distill, make_trainer, student_config, write_needed_cache
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
 from moesaic.errors import ElsewhereError, MoesaicError
 from moesaic.folders import FolderLock
 from moesaic.logs import no_progress
+from moesaic.moe.experts import own_rows
 from moesaic.parallel.world import World
 from moesaic.report.records import EvaluationRecord, TrainRecord, read_metrics
 from moesaic.train.loop import train
@@ -68,15 +71,19 @@ def distill_all(rank: int, configs: list[TrainConfig], folder: Path) -> list[dic
 def test_several_processes_distil_as_one_does(
     student: Student, tmp_path: Path, on_processes: OnProcesses, assert_same_training: AssertSame
 ) -> None:
-    """Drawn; copied with half the experts, of which each process has some; a teacher that is let go by a trial."""
+    """Drawn; copied with half the experts; a teacher that a trial lets go; all experts in pairs, or on each process.
+
+    Teacher and student have some experts of a layer on each process.
+    """
     copied = student("distill.schedule=throughout", "distill.init=teacher", num_layers=4, num_experts=[2, 4])
     automatic = ("distill.schedule=automatic", "distill.trial_steps=2", "distill.divergence=reverse_kl")
     configs = [student("distill.stop_fraction=0.5"), copied, student(*automatic), student(*automatic, is_dense=True)]
+    configs += [configs[0].replace(parallel={"expert_degree": degree}) for degree in (1, 2)]
     ends = on_processes(4, distill_all, configs, tmp_path / "four")
     assert ends[0] == ends[1] == ends[2] == ends[3]
     for number, config in enumerate(configs):
         four, one = tmp_path / "four" / str(number), tmp_path / "one" / str(number)
-        distill(config, one, device="cpu")
+        distill(config.replace(parallel={"expert_degree": None}), one, device="cpu")
         assert_same_training(four, one, tolerance=2e-4)
         ours, theirs = read_metrics(four), read_metrics(one)
         for record, due in zip(ours.train, theirs.train, strict=True):
@@ -106,11 +113,13 @@ class Stopper:
 
 
 def stop_at(rank: int, config: TrainConfig, run_folder: Path, step: int) -> tuple[int, bool]:
-    """Return the step that it ended at, and whether the teacher was loaded in the end."""
+    """Return the step that it ended at, and whether the teacher was there in the end."""
     display = Stopper(step) if rank == 0 else None
     trainer = make_trainer(config, run_folder, device="cpu", resume=True, display=display)
     end = trainer.run().step
-    return end, trainer.objective._loaded is not None  # type: ignore[attr-defined]
+    teacher = trainer.objective._model  # type: ignore[attr-defined]
+    assert teacher is None or [total for _, total in own_rows(teacher).values()] == [4, 4, 8, 8]
+    return end, teacher is not None
 
 
 @pytest.mark.parametrize("step", [3, 9])
@@ -149,12 +158,13 @@ def write(rank: int, config: TrainConfig, folder: Path, dies_at: int | None) -> 
         patch.setattr(cache, "_SAMPLE_WINDOWS", 2)
         world = World.join()
         try:
-            with world.noticing_losses():
-                report = write_needed_cache(
-                    config, None, top_k=8, device=torch.device("cpu"), on_progress=no_progress, world=world
-                )
-        except MoesaicError:
-            assert dies_at is not None
+            report = write_needed_cache(
+                config, None, top_k=8, device=torch.device("cpu"), on_progress=no_progress, world=world
+            )
+        except MoesaicError as error:
+            assert dies_at is not None and str(error).endswith(
+                "give the same command again, which goes on where it stopped."
+            )
             return None
     assert report is not None and report.top_k == 8
     return sum(seen)
@@ -191,6 +201,38 @@ def test_processes_share_the_writing_of_a_cache(
     on_processes(2, distill_all, [configs["killed"]], tmp_path / "two")
     distill(configs["one"], tmp_path / "alone", device="cpu")
     assert_same_training(tmp_path / "two" / "0", tmp_path / "alone", tolerance=2e-4)
+
+
+def write_on_a_full_disk(rank: int, config: TrainConfig, folder: Path) -> str:
+    """The second process cannot write its third tensor; return what each is told."""
+    append, count = TensorWriter.append, iter(range(100))
+
+    def append_or_fail(writer: TensorWriter, name: str, piece: torch.Tensor) -> None:
+        if rank == 1 and next(count) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(writer, name, piece)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorWriter, "append", append_or_fail)
+        patch.setattr(cache, "_BATCH_TOKENS", 32)
+        with pytest.raises(MoesaicError) as caught:
+            write_cache(folder, config, top_k=8, world=World.join())
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_a_full_disk_of_one_process_ends_the_writing_and_it_goes_on(
+    student: Student, tmp_path: Path, on_processes: OnProcesses
+) -> None:
+    """The others, which need its experts, are not left waiting."""
+    folder = tmp_path / "cache"
+    config = student(f"distill.cache={folder}")
+    main, other, third = on_processes(3, write_on_a_full_disk, config, folder)
+    assert main == third and main.startswith("ElsewhereError: process 1 of this run has failed")
+    assert other.startswith(
+        f"DataError: the cache in {folder} could not be written (No space left on device); it takes"
+    )
+    assert not json.loads((folder / "progress.json").read_text())["shards"]
+    assert write_cache(folder, config).top_k == 8
 
 
 def go_wrong(rank: int, config: TrainConfig, broken: Path, cached: TrainConfig, held: TrainConfig) -> list[str]:
