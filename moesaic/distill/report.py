@@ -156,7 +156,7 @@ def report_distillation(run_folder: str | Path, *, device: str = "auto") -> Dist
 
 
 def try_report(run_folder: str | Path, *, device: str = "auto") -> DistillationReport | None:
-    """Return a finished student's report, or None, said in the log, where the checkpoint that taught is gone.
+    """Return a finished student's report, or None, said in the log, without the checkpoint that taught, or the memory.
 
     What the student has kept of a teacher that trained is needed no more, and removed.
     """
@@ -164,6 +164,13 @@ def try_report(run_folder: str | Path, *, device: str = "auto") -> DistillationR
         report = report_distillation(run_folder, device=device)
     except CheckpointError as error:
         logger.warning("no report of the distillation: %s", error)
+        return None
+    except torch.OutOfMemoryError as error:
+        logger.warning(
+            "no report of the distillation: teacher and student did not fit on one device (%s); the student is "
+            "complete; the same command with --resume makes it on another device (--device cpu).",
+            str(error).partition("\n")[0],
+        )
         return None
     shutil.rmtree(Path(run_folder) / KEPT_NAME, ignore_errors=True)
     return report

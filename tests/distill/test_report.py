@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,20 @@ def test_the_teacher_is_the_checkpoint_that_taught_not_its_runs_best_of_now(
     left = resolve_checkpoint(theirs).step
     assert f"step {taught.step} of the teacher {theirs}, with which this student began" in caplog.text
     assert f"the last 2 (checkpoint.keep_last), now {left};" in caplog.text and not (run / REPORT_NAME).exists()
+
+
+def test_a_device_without_room_for_both_costs_the_report_alone(
+    student: Student, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(student(steps=4), tmp_path / "run")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore of it.")
+
+    monkeypatch.setattr("moesaic.distill.report.measure_latency", fail)
+    with caplog.at_level("WARNING", "moesaic"):
+        assert try_report(tmp_path / "run", device="cpu") is None
+    assert "did not fit on one device (CUDA out of memory. Tried to allocate 20 GiB.); the student is" in caplog.text
 
 
 def test_kept_task_scores_are_read_and_nothing_else(
