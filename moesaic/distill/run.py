@@ -32,7 +32,7 @@ def distill(
 ) -> TrainResult:
     """Train a student as config says, into run_folder; with resume, go on from its last good checkpoint.
 
-    Of several processes each calls it, as it would `train`; each of them has the whole teacher.
+    Of several processes each calls it, as it would `train`; the experts of teacher and student are spread over them.
 
     Raises: as `train` does, and ConfigError for a config without a distill section.
     """

@@ -238,8 +238,9 @@ def expert_loads(
     for batch, is_own in turns(batches, world):
         batch = batch.to(device)
         output = model(batch.inputs, documents=batch.documents)
-        for total, statistics in zip(totals if is_own else (), output.moe, strict=is_own):
-            total += statistics.tokens_per_expert.cpu()
+        if is_own:
+            for total, statistics in zip(totals, output.moe, strict=True):
+                total += statistics.tokens_per_expert.cpu()
     return dict(zip(layers, world.sum(totals), strict=True))
 
 

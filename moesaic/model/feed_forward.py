@@ -98,7 +98,7 @@ class FeedForward(nn.Module):
         """Return (T, H) for x (T, H), and where its tokens went, None for a dense layer; for inference."""
         if self.moe is not None and isinstance(self.moe.experts, Experts) and self.moe.experts.packed is not None:
             routes = Routes(*self.moe.router.choose(x, output_scale=self.moe.output_scale))
-            return self._combine_packed(x, routes, None, self.moe.experts.packed), routes
+            return self._combine_packed(x, routes, None, self.moe, self.moe.experts.packed), routes
         out, statistics = self(x)
         return out, None if statistics is None else statistics.routes
 
@@ -143,9 +143,11 @@ class FeedForward(nn.Module):
             decision=None,
             routes=routes,
         )
-        return self._combine_packed(x, routes, valid, experts), statistics
+        return self._combine_packed(x, routes, valid, moe, experts), statistics
 
-    def _combine_packed(self, x: Tensor, routes: Routes, valid: Tensor | None, experts: PackedMlp) -> Tensor:
+    def _combine_packed(
+        self, x: Tensor, routes: Routes, valid: Tensor | None, moe: MoELayer, experts: PackedMlp
+    ) -> Tensor:
         """All of it in one call, with the residual MLP as one more expert; mixed in fp32."""
         expert_ids, weights, dense_weights = routes.expert_ids, routes.routing_weights, None
         if valid is not None:
@@ -158,4 +160,11 @@ class FeedForward(nn.Module):
             else:
                 dense_weights = torch.sigmoid(coefficients[:, 0])
         mlp = None if self.mlp is None else self.mlp.packed
-        return packed_moe(x, expert_ids, weights, experts, residual=mlp, residual_weights=dense_weights)
+        if moe.add_others is None:
+            return packed_moe(x, expert_ids, weights, experts, residual=mlp, residual_weights=dense_weights)
+        first, count = moe.experts.first, moe.experts.num_experts
+        expert_ids = (expert_ids - first).masked_fill((expert_ids < first) | (expert_ids >= first + count), -1)
+        if first > 0:  # those that have the first expert add the residual MLP's
+            mlp = dense_weights = None
+        out = packed_moe(x.float(), expert_ids, weights, experts, residual=mlp, residual_weights=dense_weights)
+        return moe.add_others(out).to(x.dtype)

@@ -1,8 +1,9 @@
 """From a run folder to a model that computes: config, tokenizer and a checkpoint's weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +64,7 @@ def load_run(
     pack: bool = True,
     precision: Precision | None = None,
     packed_file: PackedFilePolicy = "read",
+    share: Callable[[Transformer], None] | None = None,
 ) -> LoadedModel:
     """Load the model that RUN or RUN@step names.
 
@@ -76,6 +78,9 @@ def load_run(
     that an earlier start has left, "write" leaves one, "off" does neither and packs. A model that does not fit into
     memory has one written by "read" too.
 
+    share: is given the model on the meta device and may leave it a part of each layer's experts, of which the weights
+    are then read; there is no file of packed ones.
+
     Raises: CheckpointError for a run, step or file that is missing or corrupt, and for a quantised run with pack=False
     or a precision; DeviceError.
     """
@@ -86,29 +91,39 @@ def load_run(
     dtype = torch.float32 if wanted == "fp32" else torch.bfloat16
     has_kernels = dtype is torch.bfloat16 and select.has_kernels(target)
     if is_quantized(info) or wanted == "int8" or (pack and has_kernels):
-        model = _load_packed(config, info, target, rounds=wanted == "int8", policy=packed_file)
+        model = _load_packed(config, info, target, rounds=wanted == "int8", policy=packed_file, share=share)
     else:
-        model = Transformer.uninitialized(config.model, compute_dtype=dtype)
+        with torch.device("meta"):
+            model = Transformer(config.model, compute_dtype=dtype)
+        if share is not None:
+            share(model)
+        model.to_empty(device="cpu")
         copy_weights(model, info)
         model.to(target).eval()
     return LoadedModel(model, Tokenizer.load(info.run_folder), config, info, target)
 
 
 def _load_packed(
-    config: TrainConfig, info: CheckpointInfo, device: torch.device, *, rounds: bool, policy: PackedFilePolicy
+    config: TrainConfig,
+    info: CheckpointInfo,
+    device: torch.device,
+    *,
+    rounds: bool,
+    policy: PackedFilePolicy,
+    share: Callable[[Transformer], None] | None,
 ) -> Transformer:
     """rounds: to int8 first."""
 
     def pack() -> Transformer:
         # Read on the CPU: in the checkpoint's dtype they need not all fit on a GPU.
         with checked_tensors(info, "model") as tensors:
-            return pack_transformer(*_unpacked(config, info, tensors), rounds=rounds, device=device)
+            return pack_transformer(*_unpacked(config, info, tensors, share), rounds=rounds, device=device)
 
     def parts() -> Iterator[tuple[str, Tensor]]:
         with checked_tensors(info, "model") as tensors:
             yield from packed_parts(*_unpacked(config, info, tensors), rounds=rounds)
 
-    if device.type != "cpu":
+    if device.type != "cpu" or share is not None:
         return pack()
     schemes = quantization_schemes(info)
     if rounds:
@@ -123,9 +138,14 @@ def _load_packed(
 
 
 def _unpacked(
-    config: TrainConfig, info: CheckpointInfo, tensors: dict[str, Tensor]
+    config: TrainConfig,
+    info: CheckpointInfo,
+    tensors: dict[str, Tensor],
+    share: Callable[[Transformer], None] | None = None,
 ) -> tuple[Transformer, dict[str, QuantizedWeight]]:
     """Return an unpacked model on a file's tensors, which are taken, and the quantised matrices that replace its own.
+
+    Where share leaves it some experts alone, it takes these.
 
     Matrices go straight from their stored dtype, or their quantised form, into the packed layout: fp32 copies of them
     never exist.
@@ -133,7 +153,14 @@ def _unpacked(
     weights = take_quantized(tensors, info)
     with torch.device("meta"):
         model = Transformer(config.model, compute_dtype=torch.bfloat16)
-    _check_fit(model.state_dict(), {**tensors, **weights}, info)
+    if share is not None:
+        share(model)
+    _check_fit(_whole_shapes(model), {**tensors, **weights}, info)
+    for name, (rows, _) in own_rows(model).items():
+        if name in weights:
+            weights[name] = weights[name].map(itemgetter(rows))
+        else:
+            tensors[name] = tensors[name][rows]
     for name, tensor in tensors.items():
         # Biases, norms, scales and routers compute in fp32.
         if tensor.dim() < 2 or name.endswith("router.weight"):

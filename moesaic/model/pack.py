@@ -160,8 +160,9 @@ def _pack_block(block: nn.Module, weights: "_Weights", prefix: str) -> None:
 
 
 def _describe(model: Transformer) -> None:
-    """Say what the pass in one call needs to know, which there is on the CPU."""
-    if model.device.type != "cpu":
+    """Say what the pass in one call needs to know, which there is on the CPU, for all experts."""
+    is_shared = any(isinstance(each, MoELayer) and each.add_others is not None for each in model.modules())
+    if model.device.type != "cpu" or is_shared:
         return
     layers = tuple(_describe_layer(block) for block in model.blocks if isinstance(block, Block))
     model.decode_part = _model_part(model, layers)

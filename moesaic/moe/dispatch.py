@@ -40,6 +40,13 @@ class DispatchPlan:
         """(T, K) bool, or None when every route was kept."""
         return None if self.is_complete else self.slots < self.token_ids.shape[0]
 
+    def of_experts(self, first: int, last: int) -> "DispatchPlan":
+        """Return the plan of the experts from first to last alone, for which all other routes are dropped."""
+        start, end = (int(self.tokens_per_expert[:each].sum()) for each in (first, last))
+        is_own = (self.slots >= start) & (self.slots < end)
+        slots = (self.slots - start).masked_fill(~is_own, end - start)
+        return DispatchPlan(self.token_ids[start:end], slots, self.tokens_per_expert[first:last])
+
 
 def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, config: CapacityConfig) -> int | None:
     """Return the tokens an expert takes at most, None when dropless; num_tokens counts unpadded tokens."""

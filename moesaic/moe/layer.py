@@ -1,5 +1,6 @@
 """The MoE layer: router -> dispatcher -> experts -> combine. Knows no attention and no process group."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -84,6 +85,8 @@ class MoELayer(nn.Module):
         self.register_parameter("output_scale", nn.Parameter(torch.ones(())) if config.output_scale else None)
         # None: all experts are on this device, and one operation gathers, computes and combines.
         self.dispatcher: Dispatcher[Any] | None = None
+        # For inference with some experts alone: makes the sum of what they and the others' make of the same tokens.
+        self.add_others: Callable[[Tensor], Tensor] | None = None
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew, from torch's global generator: for a layer made on the meta device."""
@@ -113,7 +116,11 @@ class MoELayer(nn.Module):
         routing = self.router(x, valid=valid, seed=mix_seeds(seed, 0), expert_ids=expert_ids)
         plan = self._plan(routing, valid, mix_seeds(seed, 1)) if replay is None else replay.plan
         weights = finish_weights(routing.routing_weights, plan.kept, self.config.router, output_scale=self.output_scale)
-        if self.dispatcher is None:
+        if self.add_others is not None:
+            experts = self.experts
+            own = plan.of_experts(experts.first, experts.first + experts.num_experts)
+            out = self.add_others(experts(x, own, weights).float()).to(x.dtype)
+        elif self.dispatcher is None:
             out = self.experts(x, plan, weights)
         else:
             dispatched = self.dispatcher.dispatch(x, plan)

@@ -121,12 +121,16 @@ class World:
                 f"all are required; see what it says, and {do}."
             ) from error
 
+    def group_for(self, device: torch.device) -> dist.ProcessGroup | None:
+        """Return the group in which tensors of a device travel, None for the default one."""
+        return self._group if device.type == "cpu" else None
+
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the sums over all processes of tensors of one dtype and device, each of its own shape."""
         if self.size == 1 or not tensors:
             return tensors
         flat = torch.cat([each.reshape(-1) for each in tensors])
-        dist.all_reduce(flat, group=self._group if flat.device.type == "cpu" else None)
+        dist.all_reduce(flat, group=self.group_for(flat.device))
         parts = flat.split([each.numel() for each in tensors])
         return [part.view_as(each) for part, each in zip(parts, tensors, strict=True)]
 

@@ -30,7 +30,7 @@ from moesaic.serve.expert_load import ExpertLoad, token_experts
 from moesaic.serve.grammar import Budget, GrammarCompiler, Matcher
 from moesaic.serve.kv_blocks import BlockPool
 from moesaic.serve.outputs import EngineStats, FinishReason, GeneratedToken, PromptLogprobs, RequestOutput
-from moesaic.serve.runner import Part, Runner, block_bytes
+from moesaic.serve.runner import Others, Part, Runner, block_bytes
 from moesaic.serve.sampler import RequestError, RowSampler, SamplingState, score_prompt
 from moesaic.serve.scheduler import Scheduled, Scheduler, Sequence
 
@@ -118,9 +118,11 @@ class Engine:
         *,
         draft_model: Transformer | None = None,
         grammars: GrammarCompiler | None = None,
+        others: Others | None = None,
     ) -> None:
         """model, draft_model: put into evaluation mode; the second is the one that config.speculation names, loaded.
-        grammars: compiles those of requests; None: they are refused.
+        grammars: compiles those of requests; None: they are refused. others: processes that have the model's other
+        experts (followers.py).
 
         Raises: ConfigError for settings that these models or the memory cannot meet.
         """
@@ -149,7 +151,7 @@ class Engine:
         read_ahead_where_short(self.models, self.kv_bytes)
         self.is_batch_invariant = model.runs_in_one_call
         self._tokenizer = tokenizer
-        self._runner = Runner(model, num_blocks, block_size=config.block_size, dtype=dtype)
+        self._runner = Runner(model, num_blocks, block_size=config.block_size, dtype=dtype, others=others)
         self._runner.warm_up(config.max_batch_tokens)
         self._pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(

@@ -170,7 +170,7 @@ def _expert_bytes(model: Transformer, layer: int) -> int:
         whole = experts.packed.num_bytes
     else:
         whole = sum(parameter.nbytes for parameter in experts.parameters())
-    return whole // feed_forward.moe.config.num_experts
+    return whole // experts.num_experts
 
 
 def token_experts(decoded: Decoded, row: int) -> TokenExperts:

@@ -2,10 +2,11 @@
 
 from array import array
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,10 +36,40 @@ class Part:
     blocks: "array[int]"
 
 
+class Others(Protocol):
+    """Other processes that compute every pass too (followers.py)."""
+
+    def start(self, num_blocks: int, *, block_size: int, dtype: torch.dtype) -> None: ...
+
+    def running(self, parts: Sequence[Part], rows: Sequence[int]) -> AbstractContextManager[None]: ...
+
+    def embed(self, length: int) -> None: ...
+
+    def embedding(self, tokens: Sequence[int]) -> AbstractContextManager[None]: ...
+
+
+class Embedding:
+    """A text on its way to the sum of its final hidden states, with memory of its own for keys and values."""
+
+    def __init__(self, model: Transformer, length: int, dtype: torch.dtype) -> None:
+        self._model = model
+        self._cache = BatchCache(model.config, 1, length, dtype=dtype, device=model.device)
+        self.total = torch.zeros(model.config.hidden_size, dtype=torch.float32, device="cpu")
+
+    @torch.no_grad()
+    def add(self, tokens: Sequence[int]) -> None:
+        """Make a pass over its next tokens."""
+        part = torch.tensor([list(tokens)], device=self._model.device)
+        self.total += self._model(part, cache=self._cache).hidden[0].float().sum(0).cpu()
+
+
 class Runner:
     """A model and its memory for keys and values, in blocks that others hand out."""
 
-    def __init__(self, model: Transformer, num_blocks: int, *, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Transformer, num_blocks: int, *, block_size: int, dtype: torch.dtype, others: Others | None = None
+    ) -> None:
+        """others: are told of every pass before it is made here."""
         self.model = model.eval()
         self._dtype, self._device = dtype, model.device
         self._num_blocks, self._block_size = num_blocks, block_size
@@ -47,6 +78,9 @@ class Runner:
         )
         self._plan: DecodePlan | None = None
         self._singles: _Singles | None = None
+        self._others = others
+        if others is not None:
+            others.start(num_blocks, block_size=block_size, dtype=dtype)
 
     def run(self, parts: Sequence[Part], rows: Sequence[int] = ()) -> Decoded:
         """Compute the new tokens of all parts, end to end, and keep their keys and values.
@@ -54,6 +88,12 @@ class Runner:
         rows: of these tokens, strictly rising, those whose logits are wanted. What is returned may be overwritten by
         the next run.
         """
+        if self._others is not None:
+            with self._others.running(parts, rows):
+                return self._run(parts, rows)
+        return self._run(parts, rows)
+
+    def _run(self, parts: Sequence[Part], rows: Sequence[int]) -> Decoded:
         plan = self._find_plan() if all(len(part.tokens) == 1 for part in parts) else None
         if plan is not None:
             return self._run_singles(plan, parts, rows)
@@ -115,21 +155,24 @@ class Runner:
         """Return fp32 logits (R, V) on the CPU, where tokens are chosen."""
         return self.model.logits(hidden).cpu()
 
-    @torch.no_grad()
+    def start_embedding(self, length: int) -> Embedding:
+        return Embedding(self.model, length, self._dtype)
+
     def embed(self, tokens: Sequence[int], *, chunk: int) -> Generator[bool, None, Tensor]:
         """Return the mean (H,) fp32 of a text's final hidden states, with memory of its own for keys and values.
 
         It stops after each pass, of chunk tokens, but the last, and says that the text is not done: False.
         """
-        model = self.model
-        cache = BatchCache(model.config, 1, len(tokens), dtype=self._dtype, device=model.device)
-        total = torch.zeros(model.config.hidden_size, dtype=torch.float32, device="cpu")
+        text = self.start_embedding(len(tokens))
+        if self._others is not None:
+            self._others.embed(len(tokens))
         for start in range(0, len(tokens), chunk):
             if start:
                 yield False
-            part = torch.tensor([list(tokens[start : start + chunk])], device=model.device)
-            total += model(part, cache=cache).hidden[0].float().sum(0).cpu()
-        return total / len(tokens)
+            part = tokens[start : start + chunk]
+            with nullcontext() if self._others is None else self._others.embedding(part):
+                text.add(part)
+        return text.total / len(tokens)
 
 
 class _Singles:

@@ -39,7 +39,11 @@ def on_a_rank(
         patch.setattr("moesaic.train.loop.write_plots", lambda *_, **__: [])
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(products, "is_widened", lambda _, dtype: dtype is torch.bfloat16)
-        torch.save(work(rank, *arguments), Path(folder) / f"rank{rank}.pt")
+        try:
+            torch.save(work(rank, *arguments), Path(folder) / f"rank{rank}.pt")
+        finally:
+            if dist.is_initialized():  # which aborts at times where it is left to the interpreter's end
+                dist.destroy_process_group()
 
 
 def last_tensors(run_folder: Path) -> tuple[int, dict[str, Tensor]]:

@@ -5,10 +5,12 @@ import logging
 import math
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import h11
 import uvicorn
@@ -20,10 +22,13 @@ from moesaic.data.chat import check_chat_template, render_chat
 from moesaic.errors import ConfigError, DataError, InstallationError
 from moesaic.folders import run_name
 from moesaic.logs import logger
-from moesaic.model.load import LoadedModel, load_run
+from moesaic.model.load import LoadedModel, Precision, load_run
 from moesaic.model.transformer import Transformer
+from moesaic.parallel.inference import share_experts
+from moesaic.parallel.world import World
 from moesaic.serve.async_engine import AsyncEngine, StepEngine
-from moesaic.serve.engine import Engine
+from moesaic.serve.engine import Engine, kv_budget_bytes
+from moesaic.serve.followers import Channel, Followers, follow
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.overload import EngineWithStudent, split_memory
 from moesaic.serve.server.app import create_app
@@ -37,6 +42,7 @@ _FAREWELL_SECONDS = 5
 # Open files beside one for each request: idle connections, the model's files, and more.
 _SPARE_FILES = 4096
 _REPORT_SECONDS = 10.0
+_ECHO_SECONDS = 2.0  # of a signal
 _TRIAL_SECONDS = 5.0  # for a conversation of one message through the chat template
 
 
@@ -46,7 +52,7 @@ def serve(
     *,
     name: str,
     device: str,
-    precision: Literal["bf16", "fp32", "int8"] | None = None,
+    precision: Precision | None = None,
     ready: Callable[[str], None],
 ) -> None:
     """Serve the model that RUN or RUN@step names until SIGTERM or SIGINT, and then let what runs finish.
@@ -54,38 +60,100 @@ def serve(
     name: what requests call it where the config does not say. precision: of the model's matrices, as load_run takes it.
     ready: called with the URL when requests are taken.
 
+    Where torchrun has started several processes each of them calls it: the experts are spread over them, the first one
+    serves, and the others return when it has ended.
+
     Raises: ConfigError for an address that cannot be had, for keys, and for settings that the model cannot meet; what
-    load_run raises; DataError for a chat template that no conversation gets through.
+    load_run raises; DataError for a chat template that no conversation gets through; of several processes
+    ElsewhereError where another one has raised one of these, or is gone.
     """
-    keys = read_keys(config.server.api_key_file)
-    name = config.server.served_model_name or name
-    student_name = None if config.overload is None else _student_name(config.overload, name)
+    world = World.join()
+    try:
+        with world.noticing_losses("start all again"):
+            if world.is_main:
+                _serve(run, config, world, name=name, device=device, precision=precision, ready=ready)
+            else:
+                _follow(run, config, world, device=device, precision=precision)
+    finally:
+        world.leave()
+
+
+def _follow(run: str, config: ServeConfig, world: World, *, device: str, precision: Precision | None) -> None:
+    """Compute with the first process what that serves; what runs finishes before it tells of its end."""
+    logger.setLevel("ERROR")
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    with world.together():
+        pass  # the first one's address
+    loaded = _load(run, world, device=device, precision=precision)
+    _memory_of_all(config.engine, loaded.model, world)
+    follow(loaded.model, Channel(world))
+
+
+def _load(run: str, world: World, *, device: str, precision: Precision | None) -> LoadedModel:
+    with world.together():
+        if world.size == 1:
+            return load_run(run, device=device, precision=precision, packed_file="write")
+        own = world.device(device)
+        return load_run(run, device=own.type, precision=precision, share=partial(share_experts, world=world))
+
+
+def _memory_of_all(config: EngineConfig, model: Transformer, world: World) -> EngineConfig:
+    """Return the settings with the memory of keys and values that every process has, each of which holds them all."""
+    if world.size == 1 or config.kv_cache_bytes != "auto":
+        return config
+    own = kv_budget_bytes(model, config) // (world.local_size if model.device.type == "cpu" else 1)
+    return config.replace(kv_cache_bytes=-world.highest(-own))
+
+
+def _serve(
+    run: str,
+    config: ServeConfig,
+    world: World,
+    *,
+    name: str,
+    device: str,
+    precision: Precision | None,
+    ready: Callable[[str], None],
+) -> None:
     with ExitStack() as stack:
-        # Before the model, which may take long to load.
-        listener = stack.enter_context(listen(config.server.host, config.server.port))
-        end_stalled(listener, config.server.request_timeout_seconds)
-        allow_connections(config.server)
-        _warn_if_open(config.server, has_keys=bool(keys))
-        loaded = load_run(run, device=device, precision=precision, packed_file="write")
+        with world.together():
+            keys = read_keys(config.server.api_key_file)
+            name = config.server.served_model_name or name
+            student_name = None if config.overload is None else _student_name(config.overload, name)
+            # Before the model, which may take long to load.
+            listener = stack.enter_context(listen(config.server.host, config.server.port))
+            end_stalled(listener, config.server.request_timeout_seconds)
+            allow_connections(config.server)
+            _warn_if_open(config.server, has_keys=bool(keys))
+        loaded = _load(run, world, device=device, precision=precision)
+        settings = _memory_of_all(config.engine, loaded.model, world)
+        others = None
+        if world.size > 1:
+            others = Followers(Channel(world))
+            stack.callback(others.end)
         _check_template(loaded)
         grammars = _grammars_of(loaded, config.server)
         if grammars is not None:
             stack.callback(grammars.close)
-        settings, draft_model = config.engine, _load_draft(config.engine, loaded, device=device)
+        draft_model = _load_draft(config.engine, loaded, device=device)
         helping, student = None, None
         if config.overload is not None and student_name is not None:
             other = _load_beside("overload.model", config.overload.model, loaded, device=device)
             settings, rest = split_memory(settings, loaded.model, other.model, draft_model=draft_model)
             helping = Engine(other.model, other.tokenizer, rest, grammars=grammars)
             student = Student(student_name, tuple(layer.layer for layer in helping.stats().layers))
-        engine = Engine(loaded.model, loaded.tokenizer, settings, draft_model=draft_model, grammars=grammars)
+        engine = Engine(
+            loaded.model, loaded.tokenizer, settings, draft_model=draft_model, grammars=grammars, others=others
+        )
         driven: StepEngine = engine
         if not engine.is_batch_invariant:
             logger.info(
-                "%s runs by PyTorch's operations: what runs beside a text may round it otherwise, so that its tokens "
-                "can differ from run to run, with a seed too; packed weights and the C++ kernels (moesaic doctor) give "
-                "the same ones.",
+                "%s runs %s: what runs beside a text may round it otherwise, so that its tokens can differ from run to "
+                "run, with a seed too; packed weights and the C++ kernels (moesaic doctor)%s give the same ones.",
                 name,
+                "by PyTorch's operations" if world.size == 1 else f"layer by layer on {world.size} processes",
+                "" if world.size == 1 else " in one process",
             )
         if helping is not None and config.overload is not None:
             driven = EngineWithStudent(engine, helping, max_texts=config.overload.max_texts)
@@ -103,7 +171,8 @@ def serve(
         )
         # uvicorn's rare lines, of requests that are no HTTP, go where ours do.
         logging.getLogger("uvicorn").handlers = logger.handlers
-        DrainingServer(settings_of(app), app.state.served, listener, ready=ready).run(sockets=[listener])
+        server = DrainingServer(settings_of(app), app.state.served, listener, ready=ready, is_told_twice=world.size > 1)
+        server.run(sockets=[listener])
 
 
 def settings_of(app: FastAPI) -> uvicorn.Config:
@@ -144,13 +213,24 @@ class DrainingServer(uvicorn.Server):
     """A server that on its first signal refuses newcomers (503) and ends when what runs has; on a second, at once."""
 
     def __init__(
-        self, settings: uvicorn.Config, served: Served, listener: socket.socket, *, ready: Callable[[str], None]
+        self,
+        settings: uvicorn.Config,
+        served: Served,
+        listener: socket.socket,
+        *,
+        ready: Callable[[str], None],
+        is_told_twice: bool = False,
     ) -> None:
-        """ready: called with the URL when requests are taken."""
+        """ready: called with the URL when requests are taken.
+
+        is_told_twice: torchrun passes signals on that the terminal may have sent too; one right behind the first is no
+        second one.
+        """
         super().__init__(settings)
         self._served, self._listener, self._ready = served, listener, ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._is_told_twice, self._told_at = is_told_twice, -math.inf
         self._next_report = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -178,6 +258,10 @@ class DrainingServer(uvicorn.Server):
             await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._is_told_twice and now - self._told_at < _ECHO_SECONDS:
+            return
+        self._told_at = now
         if self._loop is None or self._draining is not None or self._served.admission.is_draining:
             self.should_exit = self.force_exit = True
             return
