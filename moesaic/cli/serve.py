@@ -28,6 +28,8 @@ def serve(
 
     Ctrl-C or SIGTERM lets what runs finish; a second one ends it. Log lines are JSON, on standard error.
 
+    Experts on several GPUs or machines: torchrun --nproc-per-node 8 -m moesaic serve ...
+
     Example: moesaic serve runs/first --port 8000 --set engine.max_sequences=16
     """
     from moesaic.config.load import load_serve_config, with_options

@@ -6,10 +6,9 @@ the order of the ranks for every number by itself, so that it has the same bits 
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
-from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import MoELayer
 from moesaic.parallel.world import World
 
@@ -19,7 +18,7 @@ _GATHERED_BYTES = 1 << 20
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def share_experts(model: Transformer, world: World) -> None:
+def share_experts(model: nn.Module, world: World) -> None:
     """Leave the model, on the meta device yet, this process's experts of each layer: as many as its share, or one more.
 
     Raises: ConfigError for a model with a layer of fewer experts than processes, or of none.
