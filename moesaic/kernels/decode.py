@@ -64,7 +64,8 @@ class LayerPart:
     (H, A * C); mix (2, H) or (1, H) where residual_mix is not "sum"; biases fp32 or None; q_norm and k_norm fp32 or
     None, both (D,) for each head, or (A * D,) and (KV * D,) for all heads together; of latent attention (Q,), or None,
     and (R,); sinks (A,) fp32. is_rotated: heads are turned, where the model has tables. norms_rotated: they are normed
-    after that. has_window: its tokens see the model's window alone.
+    after that. has_window: its tokens see the model's window alone. first_expert: of the router's the first one that
+    `experts` has, where others are on other processes.
     """
 
     attention_norm: NormPart
@@ -86,6 +87,7 @@ class LayerPart:
     mix: PackedWeight | None
     mix_bias: Tensor | None
     latent: "LatentPart | None" = None
+    first_expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ class ModelPart:
     """A packed model. norms_outputs: its norms stand behind attention and feed-forward parts, or before them.
 
     Shapes: embedding (V, H) bf16, or packed where it is lm_head too; position_embedding (max_positions, H) bf16, or
-    the table of rotary positions.
+    the table of rotary positions. add_others: returns for what this process's experts make of tokens, (T, H) fp32, the
+    sum of that and what other processes' make of them; None where all experts are here.
     """
 
     layers: tuple[LayerPart, ...]
@@ -161,6 +164,7 @@ class ModelPart:
     embedding_scale: float
     residual_scale: float
     window: int | None
+    add_others: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -244,14 +248,16 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_Add = ctypes.CFUNCTYPE(None, _P, _I)
 _Norm = _structure("NormWeights", weight=_P, bias=_P)
 _Guesses = _structure("ExpertGuesses", share=_D, num_passes=_I)
 _Layer = _structure(
     "DecodeLayer",
     attention_norm=_Norm, feed_forward_norm=_Norm, qkv_proj=_P, qkv_bias=_P, q_norm=_P, k_norm=_P, norms_all_heads=_I,
     is_rotated=_I, norms_rotated=_I, q_up=_P, key_up=_P, value_up=_P, sinks=_P, has_window=_I, o_proj=_P, o_bias=_P,
-    mlp=_P, experts=_P, num_experts=_I, top_k=_I, router=_P, router_bias=_P, correction_bias=_P, scoring=_I,
-    num_groups=_I, top_groups=_I, renormalize=_I, router_scale=_D, mix=_I, mix_weight=_P, mix_bias=_P,
+    mlp=_P, experts=_P, num_experts=_I, top_k=_I, first_expert=_I, own_experts=_I, router=_P, router_bias=_P,
+    correction_bias=_P, scoring=_I, num_groups=_I, top_groups=_I, renormalize=_I, router_scale=_D, mix=_I,
+    mix_weight=_P, mix_bias=_P,
 )  # fmt: skip
 _Model = _structure(
     "DecodeModel",
@@ -259,6 +265,7 @@ _Model = _structure(
     norms_outputs=_I, norm_epsilon=_D, attention_scale=_D, embedding_scale=_D, residual_scale=_D, window=_I, layers=_P,
     tied_embedding=_P, embedding=_P, position_embedding=_P, cosines=_P, sines=_P, final_norm=_Norm, head=_P,
     guesses=_P, kv_rank=_I, query_rank=_I, nope_dim=_I, rope_dim=_I, value_dim=_I, latent_epsilon=_D,
+    add_others=_Add,
 )  # fmt: skip
 
 
@@ -316,8 +323,29 @@ class DecodePlan:
             _address(model.embedding) if is_tied else None, None if is_tied else _address(model.embedding),
             _address(model.position_embedding), _address(cosines), _address(sines), _fill_norm(model.final_norm),
             _address(model.head), ctypes.addressof(self._guesses) if self.reads_ahead else None,
-            *_latent_sizes(model.layers[0].latent),
+            *_latent_sizes(model.layers[0].latent), self._add_others,
         )  # fmt: skip
+
+    @cached_property
+    def _add_others(self) -> Any:
+        return _Add() if self.model.add_others is None else _Add(self._add)
+
+    @cached_property
+    def _failures(self) -> list[BaseException]:
+        return []
+
+    def _add(self, address: int, count: int) -> None:
+        """Add to fp32 numbers (count, H) what others make; what it raises is kept, as C++ can take none."""
+        if self._failures:
+            return
+        try:
+            assert self.model.add_others is not None
+            size = self.model.hidden_size
+            sums = np.ctypeslib.as_array((ctypes.c_float * (count * size)).from_address(address)).reshape(count, size)
+            own = torch.from_numpy(sums)
+            own.copy_(self.model.add_others(own))
+        except BaseException as error:
+            self._failures.append(error)
 
     @cached_property
     def _guesses(self) -> Any:
@@ -380,6 +408,8 @@ class DecodePlan:
             tokens.data_ptr(), count, None if rows is None else rows.data_ptr(), num_rows, *out.addresses,
         )  # fmt: skip
         failed = function(*arguments)
+        if self._failures:
+            raise self._failures.pop()
         if failed == 1 and self._reach(int(batch.lengths.max())):
             failed = function(*arguments)
         assert failed != 1, (batch, rows, storage.layers[0].num_blocks, model.max_positions)
@@ -450,6 +480,8 @@ def _fill_layer(layer: LayerPart, panels: Tensor | None, *, head_dim: int) -> ct
         experts=_address(layer.experts),
         num_experts=0 if router is None else router.weight.shape[0],
         top_k=0 if router is None else router.top_k,
+        first_expert=layer.first_expert,
+        own_experts=0 if layer.experts is None else layer.experts.up.num_matrices,
         router=_address(panels),
         router_bias=None if router is None else _address(router.bias),
         correction_bias=None if router is None else _address(router.correction_bias),

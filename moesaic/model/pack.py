@@ -160,9 +160,8 @@ def _pack_block(block: nn.Module, weights: "_Weights", prefix: str) -> None:
 
 
 def _describe(model: Transformer) -> None:
-    """Say what the pass in one call needs to know, which there is on the CPU, for all experts."""
-    is_shared = any(isinstance(each, MoELayer) and each.add_others is not None for each in model.modules())
-    if model.device.type != "cpu" or is_shared:
+    """Say what the pass in one call needs to know, which there is on the CPU."""
+    if model.device.type != "cpu":
         return
     layers = tuple(_describe_layer(block) for block in model.blocks if isinstance(block, Block))
     model.decode_part = _model_part(model, layers)
@@ -267,6 +266,7 @@ def _model_part(model: Transformer, layers: tuple[LayerPart, ...]) -> ModelPart:
         embedding_scale=config.embedding_scale,
         residual_scale=config.residual_scale,
         window=config.sliding_window,
+        add_others=next((each.add_others for each in model.modules() if isinstance(each, MoELayer)), None),
     )
 
 
@@ -497,6 +497,7 @@ def _describe_layer(block: Block) -> LayerPart:
         mix=mix,
         mix_bias=mix_bias,
         latent=latent,
+        first_expert=0 if feed_forward.moe is None else feed_forward.moe.experts.first,
     )
 
 

@@ -4,8 +4,11 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from moesaic.model.kv_cache import BatchCache
 from moesaic.model.linear import Linear
 from moesaic.model.pack import fill_packed, pack_transformer, packed_parts, packed_shell, packed_tensors
 from moesaic.model.transformer import Transformer
+from moesaic.moe.layer import MoELayer
 
 KERNELS = ["reference", *select.supported_instruction_sets()]
 SCHEMES = [Scheme(8, None), Scheme(4, 32), Scheme(4, 32, is_mxfp4=True)]
@@ -133,6 +137,63 @@ def test_a_copy_and_one_from_another_process_are_the_same_model(kernels: str) ->
     wanted = cached_logits(model, inputs, [7, 1, 12])
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(cached_logits(other, inputs, [7, 1, 12]), wanted)
+
+
+class Meeting:
+    """Threads in the place of processes: each has some of every layer's experts."""
+
+    def __init__(self, size: int) -> None:
+        self.parts: list[Tensor] = [torch.empty(0)] * size
+        self._barrier = threading.Barrier(size, timeout=60)
+
+    def model(self, rank: int, family: str) -> Transformer:
+        model = build(family)
+        for layer in model.modules():
+            if isinstance(layer, MoELayer):
+                count = layer.config.num_experts
+                layer.experts.keep(count * rank // len(self.parts), count * (rank + 1) // len(self.parts))
+                layer.add_others = partial(self.add, rank)
+        return pack_transformer(model)
+
+    def add(self, rank: int, x: Tensor) -> Tensor:
+        self.parts[rank] = x.clone()
+        self._barrier.wait()
+        total = sum(self.parts[1:], self.parts[0])
+        self._barrier.wait()
+        return total
+
+    def run(self, work: Callable[[int], Tensor]) -> list[Tensor]:
+        with ThreadPoolExecutor(len(self.parts)) as threads:
+            return list(threads.map(torch.no_grad()(work), range(len(self.parts))))  # a setting of each thread's own
+
+
+@pytest.mark.parametrize("family", [name for name, changes in FAMILIES.items() if "moe" in changes])
+@torch.no_grad()
+def test_experts_in_two_places_make_what_they_make_in_one(kernels: str, family: str) -> None:
+    inputs, meeting = tokens(20, batch=3), Meeting(2)
+    models = [meeting.model(rank, family) for rank in range(2)]
+    assert all(model.runs_in_one_call == (kernels != "reference") for model in models)
+    whole = pack_transformer(build(family))
+    for pieces in ([20], [1, 1, 2, 3, 13]):
+        first, other = meeting.run(lambda rank, pieces=pieces: cached_logits(models[rank], inputs, pieces))  # type: ignore[misc]
+        assert torch.equal(first, other)
+        close(first, cached_logits(whole, inputs, pieces), 0.1)
+    if kernels != "reference":  # the same bits, however many tokens a pass has
+        assert torch.equal(first, meeting.run(lambda rank: cached_logits(models[rank], inputs, [20]))[0])
+    plain = meeting.run(lambda rank: models[rank].logits(models[rank](inputs).hidden))
+    close(plain[0], whole.logits(whole(inputs).hidden), 0.1)
+
+
+@torch.no_grad()
+def test_what_fails_between_its_layers_ends_a_pass() -> None:
+    model = build("moe, qwen-like")
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.add_others = lambda _: 1 / 0  # type: ignore[assignment, return-value]
+    pack_transformer(model)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            cached_logits(model, tokens(3), [3])
 
 
 def matrices(model: Transformer) -> dict[str, Tensor]:

@@ -149,11 +149,10 @@ def _serve(
         driven: StepEngine = engine
         if not engine.is_batch_invariant:
             logger.info(
-                "%s runs %s: what runs beside a text may round it otherwise, so that its tokens can differ from run to "
-                "run, with a seed too; packed weights and the C++ kernels (moesaic doctor)%s give the same ones.",
+                "%s runs by PyTorch's operations: what runs beside a text may round it otherwise, so that its tokens "
+                "can differ from run to run, with a seed too; packed weights and the C++ kernels (moesaic doctor) give "
+                "the same ones.",
                 name,
-                "by PyTorch's operations" if world.size == 1 else f"layer by layer on {world.size} processes",
-                "" if world.size == 1 else " in one process",
             )
         if helping is not None and config.overload is not None:
             driven = EngineWithStudent(engine, helping, max_texts=config.overload.max_texts)

@@ -46,6 +46,7 @@ struct DecodeLayer {
     const PackedMlp* mlp;      // the dense MLP, or the residual one beside the experts
     const PackedMlp* experts;
     int64_t num_experts, top_k;
+    int64_t first_expert, own_experts;  // which of them are here: all, but where others are on other processes
     const float* router;  // as pack_router left it
     const float* router_bias;
     const float* correction_bias;
@@ -84,6 +85,8 @@ struct DecodeModel {
     // Latent attention: its ranks (0: keys and values of their own; queries made in one step) and a head's channels.
     int64_t kv_rank, query_rank, nope_dim, rope_dim, value_dim;
     double latent_epsilon;
+    // Adds to (T, H) what the experts of other processes make of the same tokens; null where all experts are here.
+    void (*add_others)(float* sums, int64_t tokens);
 
     bool has_latents() const { return kv_rank > 0; }
     int64_t query_size() const { return num_heads * head_dim; }
@@ -113,6 +116,7 @@ struct DecodeCall {
     bool guesses_experts;      // decided once: the team goes one way
 
     bool is_private() const { return are_private(num_tokens); }
+    bool shares_experts() const { return model->add_others != nullptr; }
     int64_t most_routes() const {  // of a layer
         int64_t most = 0;
         for (int64_t i = 0; i < model->num_layers; ++i) most = std::max(most, num_tokens * model->layers[i].top_k);
@@ -139,6 +143,8 @@ struct DecodeWorkspace {
     bf16 *qkv, *attended, *out;
     bf16 *query, *latent_query, *means;  // with latents; the last two of a part of the tokens
     float *coefficients, *residual_weights, *partials, *guessed_weights, *router_parts;
+    float* sums;         // of the experts that are here, where others are not
+    int64_t* local_ids;  // counted from the first of them, -1 for others
     int64_t* guessed_ids;
     Likeliest* likeliest;  // of every kSearched columns
     char* operation;
@@ -182,6 +188,9 @@ struct DecodeWorkspace {
         const int64_t most_routes = call.guesses_experts ? call.most_routes() : 0;
         guessed_ids = reinterpret_cast<int64_t*>(take(size_t(most_routes) * sizeof(int64_t)));
         guessed_weights = reinterpret_cast<float*>(take(size_t(most_routes) * sizeof(float)));
+        sums = reinterpret_cast<float*>(take(call.shares_experts() ? tokens * hidden * sizeof(float) : 0));
+        local_ids = reinterpret_cast<int64_t*>(
+            take(call.shares_experts() ? size_t(call.most_routes()) * sizeof(int64_t) : 0));
         const int64_t searches = call.num_rows * ((model.vocab_size + kSearched - 1) / kSearched);
         likeliest = reinterpret_cast<Likeliest*>(take(size_t(searches) * sizeof(Likeliest)));
         size_t most = 0;
@@ -217,14 +226,16 @@ struct DecodeWorkspace {
     MoeCall moe_call(const DecodeCall& call, const DecodeLayer& layer) const {
         MoeCall moe{};
         moe.experts = layer.experts ? *layer.experts : *layer.mlp;
-        moe.num_experts = layer.num_experts;
-        moe.residual = layer.mlp;
-        moe.residual_weights = layer.mix == kMixSum ? nullptr : residual_weights;
+        moe.num_experts = layer.own_experts;
+        const bool has_residual = layer.first_expert == 0;  // else another process adds it
+        moe.residual = has_residual ? layer.mlp : nullptr;
+        moe.residual_weights = layer.mix == kMixSum || !has_residual ? nullptr : residual_weights;
         moe.tokens = call.num_tokens;
         moe.top_k = layer.top_k;
         moe.x = normed;
         moe.x_is_bf16 = moe.out_is_bf16 = 1;
         moe.out = out;
+        if (call.shares_experts() && layer.num_experts) moe.out = sums, moe.out_is_bf16 = 0;
         moe.workspace = operation;
         return moe;
     }
@@ -487,6 +498,28 @@ inline void guess_experts(Team& team, const DecodeCall& call, int64_t index, con
     ExpertReader::instance().want(turn + 1, regions);
 }
 
+// What the experts that are here make of the tokens, and those on other processes, which all come here at one time.
+inline void add_shared_experts(Team& team, const DecodeCall& call, const DecodeLayer& layer, const DecodeWorkspace& work,
+                               MoeCall moe) {
+    constexpr int64_t kBlock = 64;
+    const int64_t hidden = call.model->hidden_size;
+    const long blocks = long((moe.tokens + kBlock - 1) / kBlock);
+    team.tasks(blocks, [&](long task) {
+        for (int64_t i = task * kBlock * moe.top_k; i < std::min((task + 1) * kBlock, moe.tokens) * moe.top_k; ++i) {
+            const int64_t own = moe.expert_ids[i] - layer.first_expert;
+            work.local_ids[i] = own >= 0 && own < layer.own_experts ? own : -1;
+        }
+    });
+    moe.expert_ids = work.local_ids;
+    packed_moe(team, moe);
+    if (team.member() == 0) call.model->add_others(work.sums, moe.tokens);
+    team.barrier();
+    team.tasks(blocks, [&](long task) {
+        const int64_t begin = task * kBlock * hidden, end = std::min((task + 1) * kBlock, moe.tokens) * hidden;
+        for (int64_t i = begin; i < end; i += W) store_bf16(work.out + i, load(work.sums + i));
+    });
+}
+
 inline void decode_feed_forward(Team& team, const DecodeCall& call, int64_t index, const DecodeWorkspace& work,
                                 int64_t* expert_ids, float* routing_weights) {
     const DecodeLayer& layer = call.model->layers[index];
@@ -527,7 +560,10 @@ inline void decode_feed_forward(Team& team, const DecodeCall& call, int64_t inde
             }
         });
     }
-    packed_moe(team, moe);
+    if (call.shares_experts() && layer.num_experts)
+        add_shared_experts(team, call, layer, work, moe);
+    else
+        packed_moe(team, moe);
 }
 
 // The logits of the wanted tokens, from hidden states after the final norm.
