@@ -79,6 +79,7 @@ def distill(
         from moesaic.distill.run import make_trainer, resumed_config, student_config
         from moesaic.errors import ConfigError
         from moesaic.report.terminal import TrainingDisplay
+        from moesaic.train.loop import check_processes
 
     options = {
         "data.path": ("--data", data),
@@ -99,6 +100,7 @@ def distill(
                 num_experts=None if experts is None else expert_counts(experts),
                 is_dense=dense,
             )
+            check_processes(config, world)  # before a cache is written
             has_cache = config.distill is not None and config.distill.cache is not None
             if cache_top_k is not None and not has_cache:
                 raise ConfigError(

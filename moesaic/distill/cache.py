@@ -119,28 +119,31 @@ def write_cache(
     device = torch.device("cpu") if device is None else device
     world = world or World()
     folder = Path(folder)
-    with world.together():
-        run, shards = TeacherRun.open(config.distill.teacher), ShardSet.open(config.data.path)
-        run.check(
-            config.model,
-            data=config.data.path,
-            tokenizer=shards.load_tokenizer(),
-            sequence_length=config.data.sequence_length,
-        )
-        run.check_precision(config.distill.teacher_precision)
-    key = CacheKey.of(config, run, shards)
-    world.require_same({"the cache's teacher and text": asdict(key), "the cache's top_k": top_k})
-    writer = _Writer(folder, config, key, run, shards, top_k, device, world, on_progress)
     with ExitStack() as stack:
+        stack.enter_context(world.noticing_losses("give the same command again, which goes on where it stopped"))
+        with world.together():
+            world.check_degree(config.parallel.expert_degree)
+            run, shards = TeacherRun.open(config.distill.teacher), ShardSet.open(config.data.path)
+        run = run.agreed(world, folder)
+        with world.together():
+            run.check(
+                config.model,
+                data=config.data.path,
+                tokenizer=shards.load_tokenizer(),
+                sequence_length=config.data.sequence_length,
+            )
+            run.check_precision(config.distill.teacher_precision)
+        key = CacheKey.of(config, run, shards)
+        world.require_same({"the cache's teacher and text": asdict(key), "the cache's top_k": top_k})
+        writer = _Writer(folder, config, key, run, shards, top_k, device, world, on_progress)
         with world.together(), writer.saying_what_it_takes():
             # A finished one students read while others do; only a writer needs it alone.
             if world.is_main and not _is_finished(folder):
                 stack.enter_context(FolderLock(folder))
         if not world.main_says(world.is_main and _is_finished(folder)):
-            with world.noticing_losses("give the same command again, which goes on where it stopped"):
-                writer.write()
-    with world.together():
-        return _finished(folder, key, top_k)
+            writer.write()
+        with world.together():
+            return _finished(folder, key, top_k)
 
 
 def _is_finished(folder: Path) -> bool:
@@ -221,20 +224,18 @@ class _Writer:
             count = min(most, -(-(self._num_windows - first) // world.size))
             own = range(first + world.rank * count, min(first + (world.rank + 1) * count, self._num_windows))
             with world.together(), self.saying_what_it_takes():
-                predictions = self._predictions(own, count)
-                try:
-                    shard = self._write_shard(len(shards) + world.rank, own, predictions) if own else None
-                finally:
-                    if self._teacher.is_spread:  # the others wait for this process's part of theirs
-                        deque(predictions, maxlen=0)
+                shard = self._take_part(len(shards) + world.rank, own, count)
             shards += [each for each in world.values(shard) if each is not None]
             first = sum(shard["windows"] for shard in shards)
             with world.together(), self.saying_what_it_takes():
                 if world.is_main:
                     self._save(PROGRESS_NAME, shards, None)
-        report = self._measure(shards) if world.is_main or self._teacher.is_spread else None
+        with world.together(), self.saying_what_it_takes():
+            sample = self._sample()
+        report = self._measure(sample, shards) if world.is_main or self._teacher.is_spread else None
         with world.together(), self.saying_what_it_takes():
             if world.is_main:
+                self._forget_others(shards)
                 self._save(MANIFEST_NAME, shards, report)
                 (self._folder / PROGRESS_NAME).unlink()
 
@@ -254,6 +255,29 @@ class _Writer:
                 f"{self._folder} is not empty and holds no cache; a cache needs a folder of its own; name another."
             )
         return {"top_k": self._top_k, "shards": shards}
+
+    def _take_part(self, number: int, own: range, count: int) -> dict[str, Any] | None:
+        """Write this process's file of a round in which each predicts `count` windows; None where it has none."""
+        predictions = self._predictions(own, count)
+        try:
+            shard = self._write_shard(number, own, predictions) if own else None
+        except OSError:
+            self._finish(predictions)
+            raise
+        self._finish(predictions)
+        return shard
+
+    def _finish(self, predictions: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Make those that are left where the others wait for this process's part of theirs."""
+        if self._teacher.is_spread:
+            deque(predictions, maxlen=0)
+
+    def _forget_others(self, shards: list[dict[str, Any]]) -> None:
+        """Remove files that killed processes have left."""
+        own = {shard["file"] for shard in shards}
+        for path in [*self._folder.glob("teacher-*.safetensors"), *self._folder.glob(".writing-teacher-*")]:
+            if path.name not in own:
+                path.unlink()
 
     def _write_shard(self, number: int, windows: range, predictions: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         """Write a file of some windows; return what the manifest says of it."""
@@ -275,21 +299,35 @@ class _Writer:
                 writer.append("log_probs", log_probs)
 
     def _predictions(self, windows: range, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ids and log-probabilities of windows, and take part in the others' predictions of `count` each."""
+        """Yield ids and log-probabilities of windows, and take part in the others' predictions of `count` each.
+
+        What cannot be read is said when these are done.
+        """
         step = max(1, _BATCH_TOKENS // self._key.sequence_length)
+        failure: Exception | None = None
         for start in range(0, count, step):
-            some = windows[start : start + step]
-            if some:
-                yield self._predict(np.asarray(some))[:2]
+            some, batch = windows[start : start + step], None
+            if some and failure is None:
+                try:
+                    batch = self._loader.windows(np.asarray(some))
+                except (MoesaicError, OSError) as error:
+                    if not self._teacher.is_spread:
+                        raise
+                    failure = error
+            if batch is not None:
+                yield self._predict(batch)[:2]
             elif self._teacher.is_spread:
-                self._predict(np.zeros(1, np.int64))
+                nothing = torch.zeros(1, self._key.sequence_length, dtype=torch.int64)
+                self._predict(Batch(nothing, nothing, None))
             # The first process has a round's first windows, and the others come on as it does.
             done = windows.start + min(start + step, count) * self._world.size
             self._on_progress("writing the teacher's predictions", min(1.0, done / self._num_windows))
+        if failure is not None:
+            raise failure
 
-    def _predict(self, windows: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids (T, K), fp16 log-probabilities (T, K + 1), and the divergence (T,) of what they stand for."""
-        batch = self._loader.windows(windows).to(self._device)
+        batch = batch.to(self._device)
         logits = self._teacher.targets(batch)
         num_tokens = batch.inputs.numel()
         size = max(1, _CHUNK_ELEMENTS // self._key.vocab_size)
@@ -301,12 +339,16 @@ class _Writer:
             parts.append(compress(log_p, self._top_k))
         return tuple(torch.cat(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
 
-    def _measure(self, shards: list[dict[str, Any]]) -> CacheReport:
-        """Measure on evenly spread windows what the stored numbers leave out."""
+    def _sample(self) -> list[Batch]:
+        """Return evenly spread windows."""
         sample = np.unique(np.linspace(0, self._num_windows - 1, _SAMPLE_WINDOWS).round().astype(np.int64))
+        return [self._loader.windows(np.asarray([window])) for window in sample]
+
+    def _measure(self, sample: list[Batch], shards: list[dict[str, Any]]) -> CacheReport:
+        """Measure on some windows what the stored numbers leave out."""
         rest = divergence = 0.0
         for done, window in enumerate(sample):
-            _, log_probs, lost = self._predict(np.asarray([window]))
+            _, log_probs, lost = self._predict(window)
             rest += float(log_probs[:, -1].double().exp().mean())
             divergence += float(lost.double().mean())
             self._on_progress("measuring what the cache leaves out", (done + 1) / len(sample))

@@ -108,28 +108,31 @@ class Distillation:
         """
         self._device, self._shards, self._world = start.device, start.shards, start.world
         with start.world.together():
-            self._open(start)
-        if self._run is None:
+            run = self._find(start)
+        if run is None:
             return
-        sha256, step = start.world.values((self._run.sha256, self._run.info.step))[0]
+        run = run.agreed(start.world, start.folder)
         with start.world.together():
-            if self._run.sha256 != sha256:  # its run had just saved a better one
-                self._run = TeacherRun.reopen(self._distill.teacher, start.folder, sha256=sha256, step=step)
+            self._check(run, start)
+            self._run = run.keep(start.folder) if start.world.is_main else run
+        with start.world.together():
             self._run = self._run.kept_in(start.folder)
         if self._source is None and self._state.needs_teacher(self._config, start.tokens):
             self._load()
 
-    def _open(self, start: RunStart) -> None:
-        distill, config = self._distill, self._config
-        if start.state is not None:
-            self._state = _state_of(start)
-            if not self._state.needs_teacher(config, start.tokens):
-                return
+    def _find(self, start: RunStart) -> TeacherRun | None:
+        """Return the teacher, None where the resumed run needs it no more."""
         if start.state is None:
-            run = TeacherRun.open(distill.teacher)
-        else:
-            sha256, step = self._state.teacher_sha256, self._state.teacher_step
-            run = TeacherRun.reopen(distill.teacher, start.folder, sha256=sha256, step=step)
+            return TeacherRun.open(self._distill.teacher)
+        self._state = _state_of(start)
+        if not self._state.needs_teacher(self._config, start.tokens):
+            return None
+        sha256, step = self._state.teacher_sha256, self._state.teacher_step
+        return TeacherRun.reopen(self._distill.teacher, start.folder, sha256=sha256, step=step)
+
+    def _check(self, run: TeacherRun, start: RunStart) -> None:
+        """Check that it fits, and open its cache."""
+        distill, config = self._distill, self._config
         run.check(
             config.model,
             data=config.data.path,
@@ -147,7 +150,6 @@ class Distillation:
             check_cache_top_k(top_k, self._state.cache_top_k)
         self._state.cache_top_k = top_k
         self._state.teacher_sha256, self._state.teacher_step = run.sha256, run.info.step
-        self._run = run.keep(start.folder) if start.world.is_main else run
 
     def initialize(self, model: Transformer) -> None:
         """With init = teacher, copy its layers; which experts stay, a pass over the validation sequences says."""

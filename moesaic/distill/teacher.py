@@ -4,6 +4,7 @@ A run that trains deletes old checkpoints. A student of one keeps the checkpoint
 STUDENT/teacher, until its report is written.
 """
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from moesaic.folders import is_being_written, split_run
 from moesaic.logs import logger
 from moesaic.model.load import copy_weights, load_run, load_run_config
 from moesaic.model.transformer import Transformer
-from moesaic.moe.experts import Experts, own_rows
+from moesaic.moe.experts import own_rows
 from moesaic.parallel.expert import ExpertParallel
 from moesaic.parallel.world import World
 
@@ -119,6 +120,17 @@ class TeacherRun:
         )  # fmt: skip
         return replace(self, info=read_info(checkpoint))
 
+    def agreed(self, world: World, student: Path) -> "TeacherRun":
+        """Return, on each process of a world, what the main one has opened: its run may just have saved a better one.
+
+        Raises: CheckpointError, on all processes, where another has not got it.
+        """
+        sha256, step = world.values((self.sha256, self.info.step))[0]
+        with world.together():
+            if self.sha256 == sha256:
+                return self
+            return TeacherRun.reopen(self.folder, student, sha256=sha256, step=step)
+
     def kept_in(self, student: Path) -> "TeacherRun":
         """Return the teacher as what the student's folder keeps of it, or as it is where that keeps nothing."""
         kept = (info for info in list_checkpoints(student / KEPT_NAME) if info.model_sha256 == self.sha256)
@@ -169,7 +181,9 @@ class TeacherRun:
         Raises: CheckpointError, on all processes, for a file that is missing or corrupt.
         """
         world = world or World()
-        is_whole = world.size == 1 or precision == "int8" or is_quantized(self.info)
+        wanted = world.size if degree is None else degree
+        degrees = [math.gcd(each.num_experts, wanted) for each in self.config.model.layers if each.is_moe]
+        is_whole = max(degrees, default=1) == 1 or precision == "int8" or is_quantized(self.info)
         model = None if is_whole else self._spread(precision, degree)
         with world.together():
             if model is None:
@@ -185,9 +199,9 @@ class TeacherRun:
         with torch.device("meta"):
             model = Transformer(self.config.model, compute_dtype=dtype)
         ExpertParallel(model, degree=degree)
-        for module in model.modules():
-            if isinstance(module, Experts):
-                module.to(dtype)  # what they are computed in anyway
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.endswith("router.weight"):
+                parameter.data = parameter.data.to(dtype)  # what they are computed in anyway
         return model
 
 

@@ -42,7 +42,8 @@ class DispatchPlan:
 
     def of_experts(self, first: int, last: int) -> "DispatchPlan":
         """Return the plan of the experts from first to last alone, for which all other routes are dropped."""
-        start, end = (int(self.tokens_per_expert[:each].sum()) for each in (first, last))
+        before = torch.stack([self.tokens_per_expert[:each].sum() for each in (first, last)])
+        start, end = before.tolist()
         is_own = (self.slots >= start) & (self.slots < end)
         slots = (self.slots - start).masked_fill(~is_own, end - start)
         return DispatchPlan(self.token_ids[start:end], slots, self.tokens_per_expert[first:last])

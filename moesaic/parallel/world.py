@@ -82,6 +82,15 @@ class World:
         torch.cuda.set_device(device)
         return device
 
+    def check_degree(self, degree: int | None) -> None:
+        """Raise ConfigError unless experts can be spread over groups of so many processes; None: over all."""
+        if degree is not None and self.size % degree:
+            raise ConfigError(
+                f"parallel.expert_degree is {degree} and the run has {self.size} "
+                f"{'process' if self.size == 1 else 'processes'}; a divisor of their number is required; set another, "
+                f"or null, or start as many with torchrun as it needs."
+            )
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Do what may fail on some processes: all go on, or all raise a MoesaicError.

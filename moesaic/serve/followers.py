@@ -19,6 +19,10 @@ from moesaic.model.transformer import Transformer
 from moesaic.parallel.world import World
 from moesaic.serve.runner import Embedding, Part, Runner
 
+HAS_FAILED = (
+    "a pass on several processes has failed on one of them; all at the same place are required; see what each says, "
+    "and start them again."
+)
 # Between two requests there may be years.
 _PATIENCE = timedelta(days=3650)
 # Numbers of a message that travel with its head, in one broadcast: a step of some texts of some thousand tokens.
@@ -69,16 +73,16 @@ class Followers:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._is_broken = False
+        self.has_failed = False  # in the midst of a pass, which the others may still be in
 
     def start(self, num_blocks: int, *, block_size: int, dtype: torch.dtype) -> None:
         """Have them make runners like this one's."""
         self._channel.send(_Kind.START, [num_blocks, block_size, _DTYPES.index(dtype)])
 
     @contextmanager
-    def running(self, parts: Sequence[Part], rows: Sequence[int]) -> Iterator[None]:
-        """Have them make a pass while this process makes it too."""
-        with self._computing(_Kind.RUN, _encode(parts, rows)):
+    def running(self, parts: Sequence[Part]) -> Iterator[None]:
+        """Have them make a pass while this process makes it too, which alone needs logits."""
+        with self._computing(_Kind.RUN, _encode(parts)):
             yield
 
     def embed(self, length: int) -> None:
@@ -93,20 +97,19 @@ class Followers:
 
     def end(self) -> None:
         """Have them end."""
-        if not self._is_broken:
+        if not self.has_failed:
             self._channel.send(_Kind.END, [])
 
     @contextmanager
     def _computing(self, kind: _Kind, numbers: Sequence[int]) -> Iterator[None]:
-        if self._is_broken:
-            raise GenerationError(
-                "an earlier pass has failed on this process, in the midst of one on all of them; all at the same place "
-                "are required; start them again."
-            )
-        self._is_broken = True
-        self._channel.send(kind, numbers)
-        yield
-        self._is_broken = False
+        if self.has_failed:
+            raise GenerationError(HAS_FAILED)
+        try:
+            self._channel.send(kind, numbers)
+            yield
+        except BaseException:
+            self.has_failed = True
+            raise
 
 
 def follow(model: Transformer, channel: Channel) -> None:
@@ -122,16 +125,17 @@ def follow(model: Transformer, channel: Channel) -> None:
             return
         assert runner is not None
         if kind == _Kind.RUN:
-            runner.run(*_decode(numbers))
+            runner.run(_decode(numbers))
         elif kind == _Kind.EMBED:
             text = runner.start_embedding(numbers[0])
         elif kind == _Kind.EMBED_PART:
             assert text is not None
             text.add(numbers)
+            text = None if text.is_complete else text
 
 
-def _encode(parts: Sequence[Part], rows: Sequence[int]) -> "array[int]":
-    numbers = array("q", [len(parts), len(rows), *rows])
+def _encode(parts: Sequence[Part]) -> "array[int]":
+    numbers = array("q", [len(parts)])
     for part in parts:
         numbers.extend((len(part.tokens), part.length, len(part.blocks)))
         numbers.extend(part.tokens)
@@ -139,14 +143,12 @@ def _encode(parts: Sequence[Part], rows: Sequence[int]) -> "array[int]":
     return numbers
 
 
-def _decode(numbers: list[int]) -> tuple[list[Part], list[int]]:
-    num_parts, num_rows = numbers[:2]
-    place = 2 + num_rows
-    parts = []
-    for _ in range(num_parts):
+def _decode(numbers: list[int]) -> list[Part]:
+    place, parts = 1, []
+    for _ in range(numbers[0]):
         num_tokens, length, num_blocks = numbers[place : place + 3]
         tokens_end = place + 3 + num_tokens
         end = tokens_end + num_blocks
         parts.append(Part(numbers[place + 3 : tokens_end], length, array("i", numbers[tokens_end:end])))
         place = end
-    return parts, numbers[2 : 2 + num_rows]
+    return parts

@@ -41,7 +41,7 @@ class Others(Protocol):
 
     def start(self, num_blocks: int, *, block_size: int, dtype: torch.dtype) -> None: ...
 
-    def running(self, parts: Sequence[Part], rows: Sequence[int]) -> AbstractContextManager[None]: ...
+    def running(self, parts: Sequence[Part]) -> AbstractContextManager[None]: ...
 
     def embed(self, length: int) -> None: ...
 
@@ -55,10 +55,16 @@ class Embedding:
         self._model = model
         self._cache = BatchCache(model.config, 1, length, dtype=dtype, device=model.device)
         self.total = torch.zeros(model.config.hidden_size, dtype=torch.float32, device="cpu")
+        self._num_left = length
+
+    @property
+    def is_complete(self) -> bool:
+        return self._num_left <= 0
 
     @torch.no_grad()
     def add(self, tokens: Sequence[int]) -> None:
         """Make a pass over its next tokens."""
+        self._num_left -= len(tokens)
         part = torch.tensor([list(tokens)], device=self._model.device)
         self.total += self._model(part, cache=self._cache).hidden[0].float().sum(0).cpu()
 
@@ -89,7 +95,7 @@ class Runner:
         the next run.
         """
         if self._others is not None:
-            with self._others.running(parts, rows):
+            with self._others.running(parts):
                 return self._run(parts, rows)
         return self._run(parts, rows)
 

@@ -121,6 +121,19 @@ def train(
     return Trainer(config, Path(run_folder), device=device, resume=resume, display=display).run()
 
 
+def check_processes(config: TrainConfig, world: World) -> None:
+    """Raise ConfigError unless the processes can share a config's batches and experts."""
+    size = world.size
+    share, rest = divmod(config.batch_size, size)
+    if rest or share % min(config.micro_batch_size, share):
+        raise ConfigError(
+            f"batch_size ({config.batch_size}) for {size} processes and micro_batch_size ({config.micro_batch_size}) "
+            f"was given; each process takes the same number of sequences, in whole micro-batches; use a batch_size "
+            f"that {size} divides, and a micro_batch_size that divides each one's part of it."
+        )
+    world.check_degree(config.parallel.expert_degree)
+
+
 class Trainer:
     """One run's state: model, optimizers, data, and where it stands.
 
@@ -164,12 +177,12 @@ class Trainer:
             if self.world.is_main:
                 self._lock = self._hold_folder()
                 self._is_new = not any(run_folder.iterdir())
-        with self._leaving_nothing():
+        with self._leaving_nothing(), self.world.noticing_losses("start all again"):
             self._set_up()
 
     def _check_request(self, *, has_objective: bool) -> None:
         """Refuse what no folder and no data could mend."""
-        config, num_processes = self.config, self.world.size
+        config = self.config
         if config.distill is not None and not has_objective:
             raise ConfigError(
                 f"the config has a distill section (teacher {config.distill.teacher}) and `moesaic train` trains "
@@ -181,21 +194,7 @@ class Trainer:
             raise ConfigError(
                 f"the run folder is {str(self.run_folder)!r}; checkpoints need a path in UTF-8; choose another name."
             ) from None
-        share, rest = divmod(config.batch_size, num_processes)
-        if rest or share % min(config.micro_batch_size, share):
-            raise ConfigError(
-                f"batch_size ({config.batch_size}) for {num_processes} processes and micro_batch_size "
-                f"({config.micro_batch_size}) was given; each process takes the same number of sequences, in whole "
-                f"micro-batches; use a batch_size that {num_processes} divides, and a micro_batch_size that divides "
-                f"each one's part of it."
-            )
-        degree = config.parallel.expert_degree
-        if degree is not None and num_processes % degree:
-            raise ConfigError(
-                f"parallel.expert_degree is {degree} and the run has {num_processes} "
-                f"{'process' if num_processes == 1 else 'processes'}; a divisor of their number is required; set "
-                f"another, or null, or start as many with torchrun as it needs."
-            )
+        check_processes(config, self.world)
 
     def _set_up(self) -> None:
         """Check everything, build model and data, load what a resumed run has, and write the folder at last.

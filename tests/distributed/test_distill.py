@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from moesaic.checkpoint.store import list_checkpoints
 from moesaic.checkpoint.stream import TensorWriter
 from moesaic.config.train import TrainConfig
-from moesaic.data.loader import Batch
+from moesaic.data.loader import Batch, TrainLoader
 from moesaic.data.shards import ShardSet
 from moesaic.distill import cache
 from moesaic.distill.cache import CacheKey, write_cache
 from moesaic.distill.loss import TeacherLogits
 from moesaic.distill.run import distill, make_trainer, student_config, write_needed_cache
 from moesaic.distill.teacher import LiveTeacher, TeacherRun
-from moesaic.errors import ElsewhereError, MoesaicError
+from moesaic.errors import DataError, ElsewhereError, MoesaicError
 from moesaic.folders import FolderLock
 from moesaic.logs import no_progress
 from moesaic.moe.experts import own_rows
@@ -190,10 +190,13 @@ def test_processes_share_the_writing_of_a_cache(
     (num_windows,) = [write(0, configs["one"], folders["one"], None)]
     assert num_windows is not None and num_windows > 20
     assert on_processes(2, write, configs["killed"], folders["killed"], 3) == [None, None]
+    (folders["killed"] / "teacher-00099.safetensors").write_bytes(b"of a process that was killed")
     begun = json.loads((folders["killed"] / "progress.json").read_text())["shards"]
     assert len(begun) == 6 and not (folders["killed"] / "manifest.json").exists()
     shares = on_processes(3, write, configs["killed"], folders["killed"], None)
     assert sum(shares) == num_windows - 6 * 2 and max(shares) - min(shares) <= 2 + 2  # the first measures two windows
+    names = [shard["file"] for shard in json.loads((folders["killed"] / "manifest.json").read_text())["shards"]]
+    assert sorted(each.name for each in folders["killed"].iterdir()) == ["manifest.json", *names]
     ours, theirs = tensors_of(folders["killed"]), tensors_of(folders["one"])
     assert all(torch.equal(ours[name], each) for name, each in theirs.items())
     reports = [json.loads((each / "manifest.json").read_text())["report"] for each in folders.values()]
@@ -233,6 +236,51 @@ def test_a_full_disk_of_one_process_ends_the_writing_and_it_goes_on(
     )
     assert not json.loads((folder / "progress.json").read_text())["shards"]
     assert write_cache(folder, config).top_k == 8
+
+
+def read_a_broken_text(rank: int, config: TrainConfig, folder: Path) -> str:
+    """The third process's part alone has what is no token; return what each is told."""
+    windows = TrainLoader.windows
+
+    def read(self: TrainLoader, numbers: Any) -> Batch:
+        if rank == 2 and numbers[0] > 0:
+            raise DataError("it holds token id 60000")
+        return windows(self, numbers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainLoader, "windows", read)
+        with pytest.raises(MoesaicError) as caught:
+            write_cache(folder, config, top_k=8, world=World.join())
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_a_text_that_one_process_cannot_read_ends_the_writing(
+    student: Student, tmp_path: Path, on_processes: OnProcesses
+) -> None:
+    folder = tmp_path / "cache"
+    main, other, third = on_processes(3, read_a_broken_text, student(f"distill.cache={folder}"), folder)
+    assert third == "DataError: it holds token id 60000"
+    assert main == other and main.startswith("ElsewhereError: process 2 of this run has failed")
+
+
+def load_teachers(rank: int, teachers: dict[str, Path]) -> dict[str, Any]:
+    """Return of each whether it is packed, and the dtypes of its matrices."""
+    world, found = World.join(), {}
+    for name, degree in (("moe", None), ("moe", 1), ("dense", None)):
+        model = TeacherRun.open(teachers[name]).load("bf16", device=torch.device("cpu"), world=world, degree=degree)
+        dtypes = {str(each.dtype) for each in model.parameters() if each.dim() > 1}
+        found[f"{name}, {degree}"] = [model.is_packed, sorted(dtypes)]
+    return found
+
+
+def test_teachers_are_spread_where_that_saves_something(
+    teacher: Path, make_config: Callable[..., TrainConfig], tmp_path: Path, on_processes: OnProcesses
+) -> None:
+    dense = tmp_path / "dense"
+    train(make_config("dense", steps=3, precision="fp32"), dense, device="cpu")
+    found, _ = on_processes(2, load_teachers, {"moe": teacher, "dense": dense})
+    assert found.pop("moe, None") == [False, ["torch.bfloat16", "torch.float32"]]  # the latter of routers
+    assert [is_packed for is_packed, _ in found.values()] == [True, True]
 
 
 def go_wrong(rank: int, config: TrainConfig, broken: Path, cached: TrainConfig, held: TrainConfig) -> list[str]:

@@ -4,11 +4,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -19,10 +22,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moesaic.config.serve import EngineConfig, Sampling, SpeculationConfig
+from moesaic.config.serve import EngineConfig, Sampling, ServeConfig, SpeculationConfig
 from moesaic.config.train import TrainConfig
 from moesaic.convert.quantize import quantize_run
-from moesaic.errors import ConfigError, ElsewhereError, GenerationError
+from moesaic.errors import ConfigError, ElsewhereError, GenerationError, MoesaicError
+from moesaic.kernels import select
 from moesaic.model.kv_cache import BatchCache
 from moesaic.model.load import load_run
 from moesaic.model.transformer import Transformer
@@ -33,6 +37,7 @@ from moesaic.parallel.world import World
 from moesaic.serve.engine import Engine
 from moesaic.serve.followers import Channel, Followers, follow
 from moesaic.serve.runner import Runner
+from moesaic.serve.server.run import _load_shared
 from moesaic.train.loop import train
 
 OnProcesses = Callable[..., list[Any]]
@@ -220,7 +225,7 @@ def fail_in_a_pass(rank: int, run: Path) -> str:
     engine.add_request([1, 2, 3], Sampling(max_tokens=5))
     engine.step()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Runner, "_run", lambda *_: 1 / 0)
+        patch.setattr(Runner, "_run", lambda *_: 1 / 0)  # while the others are in it
         with pytest.raises(ZeroDivisionError):
             engine.step()
     with pytest.raises(GenerationError) as broken:
@@ -231,7 +236,7 @@ def fail_in_a_pass(rank: int, run: Path) -> str:
 
 def test_a_pass_that_fails_on_one_process_alone_is_the_last(runs: dict[str, Path], on_processes: OnProcesses) -> None:
     first, other = on_processes(2, fail_in_a_pass, runs["softmax"])
-    assert first.startswith("an earlier pass has failed on this process") and first.endswith("; start them again.")
+    assert first.startswith("a pass on several processes has failed") and first.endswith("and start them again.")
     assert other.startswith("another process of this run is gone")
 
 
@@ -258,6 +263,29 @@ def lose_the_others(rank: int, run: Path) -> str:
 def test_a_process_that_ends_in_a_pass_is_told_of(runs: dict[str, Path], on_processes: OnProcesses) -> None:
     first, other = on_processes(2, lose_the_others, runs["softmax"])
     assert other is None and first in ("RuntimeError", "DistBackendError", "DistNetworkError")
+
+
+def load_as_served(rank: int, runs: list[Path]) -> list[Any]:
+    """Each process is told of another checkpoint, then has other kernels; return what comes of it."""
+    world, config = World.join(), ServeConfig()
+    loaded = _load_shared(str(runs[rank]), config, world, device="cpu", precision=None)
+    told: list[Any] = [str(loaded.info.run_at_step)]
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setenv(select.VARIABLE, select.REFERENCE)
+        with pytest.raises(MoesaicError) as caught:
+            _load_shared(str(runs[0]), config, world, device="cpu", precision="bf16")
+    return [*told, str(caught.value)]
+
+
+def test_all_processes_serve_one_checkpoint_alike(runs: dict[str, Path], on_processes: OnProcesses) -> None:
+    if not select.supported_instruction_sets():
+        pytest.skip("there are no kernels here to differ in")
+    both = [each / "whole" for each in runs.values()][:2]
+    first, other = on_processes(2, load_as_served, both)
+    assert first[0] == other[0] and first[0].startswith(str(both[0]))
+    assert first[1].startswith("the processes of this run differ in kernels or kind of GPU; the same is required")
+    assert other[1].startswith("process 0 of this run has failed")
 
 
 def wait_for_a_message(rank: int) -> bool:
@@ -331,3 +359,40 @@ def test_torchrun_serves(runs: dict[str, Path], tmp_path: Path) -> None:
     command[command.index("serve") + 1] = str(tmp_path / "missing")
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert again.returncode != 0 and again.stderr.count("missing") == 1, again.stderr
+
+
+def test_a_server_that_has_lost_a_process_ends(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Started by hand: nobody looks after the processes."""
+    if not dist.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [
+        sys.executable,
+        "-m",
+        "moesaic",
+        "serve",
+        str(runs["softmax"] / "whole"),
+        "--device",
+        "cpu",
+        "--port",
+        "0",
+    ]
+    log = tmp_path / "log"
+    with log.open("w") as file, ExitStack() as stack:
+        processes = []
+        for rank in range(2):
+            environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+            processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
+            stack.callback(processes[-1].kill)
+        deadline = time.monotonic() + 200
+        while (found := re.search(r"Serving .* at (http://\S+)", log.read_text())) is None:
+            assert processes[0].poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        assert ask(found[1], prompt="the", max_tokens=4, temperature=0)["choices"][0]["text"] is not None
+        processes[1].kill()
+        with pytest.raises(urllib.error.HTTPError, match="500"):
+            ask(found[1], prompt="the", max_tokens=4)
+        assert processes[0].wait(timeout=60) == 2
+    assert "a pass on several processes has failed" in log.read_text()

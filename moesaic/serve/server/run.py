@@ -13,22 +13,24 @@ from types import FrameType
 from typing import Any
 
 import h11
+import torch
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moesaic.config.serve import EngineConfig, OverloadConfig, ServeConfig, ServerConfig
 from moesaic.data.chat import check_chat_template, render_chat
-from moesaic.errors import ConfigError, DataError, InstallationError
+from moesaic.errors import ConfigError, DataError, GenerationError, InstallationError
 from moesaic.folders import run_name
+from moesaic.kernels import select
 from moesaic.logs import logger
-from moesaic.model.load import LoadedModel, Precision, load_run
+from moesaic.model.load import LoadedModel, Precision, load_run, resolve_run
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.inference import share_experts
 from moesaic.parallel.world import World
 from moesaic.serve.async_engine import AsyncEngine, StepEngine
 from moesaic.serve.engine import Engine, kv_budget_bytes
-from moesaic.serve.followers import Channel, Followers, follow
+from moesaic.serve.followers import HAS_FAILED, Channel, Followers, follow
 from moesaic.serve.grammar import GrammarCompiler
 from moesaic.serve.overload import EngineWithStudent, split_memory
 from moesaic.serve.server.app import create_app
@@ -42,7 +44,7 @@ _FAREWELL_SECONDS = 5
 # Open files beside one for each request: idle connections, the model's files, and more.
 _SPARE_FILES = 4096
 _REPORT_SECONDS = 10.0
-_ECHO_SECONDS = 2.0  # of a signal
+_ECHO_SECONDS = 0.5  # of a signal
 _TRIAL_SECONDS = 5.0  # for a conversation of one message through the chat template
 
 
@@ -85,17 +87,36 @@ def _follow(run: str, config: ServeConfig, world: World, *, device: str, precisi
         signal.signal(each, signal.SIG_IGN)
     with world.together():
         pass  # the first one's address
-    loaded = _load(run, world, device=device, precision=precision)
+    loaded = _load_shared(run, config, world, device=device, precision=precision)
+    with world.together():
+        pass  # the first one's other models
     _memory_of_all(config.engine, loaded.model, world)
     follow(loaded.model, Channel(world))
 
 
-def _load(run: str, world: World, *, device: str, precision: Precision | None) -> LoadedModel:
+def _load_shared(
+    run: str, config: ServeConfig, world: World, *, device: str, precision: Precision | None
+) -> LoadedModel:
+    """Load this process's experts and all else of the checkpoint that the main process has found.
+
+    Raises: what load_run raises; ConfigError where processes would not compute the same to the last bit.
+    """
     with world.together():
-        if world.size == 1:
-            return load_run(run, device=device, precision=precision, packed_file="write")
-        own = world.device(device)
-        return load_run(run, device=own.type, precision=precision, share=partial(share_experts, world=world))
+        info, own = resolve_run(run, precision=precision), world.device(device)
+    named = world.values(info.run_at_step)[0]
+    with world.together():
+        loaded = load_run(named, device=own.type, precision=precision, share=partial(share_experts, world=world))
+    library = select.cpu_library()
+    kernels = "none" if library is None else library.instruction_set
+    machine = kernels if own.type == "cpu" else torch.cuda.get_device_name(own)
+    world.require_same(
+        {
+            "checkpoint": loaded.info.model_sha256,
+            "kernels or kind of GPU": [own.type, machine, loaded.model.is_packed],
+            "settings": config.engine.to_dict(),
+        }
+    )
+    return loaded
 
 
 def _memory_of_all(config: EngineConfig, model: Transformer, world: World) -> EngineConfig:
@@ -126,7 +147,15 @@ def _serve(
             end_stalled(listener, config.server.request_timeout_seconds)
             allow_connections(config.server)
             _warn_if_open(config.server, has_keys=bool(keys))
-        loaded = _load(run, world, device=device, precision=precision)
+        if world.size == 1:
+            loaded = load_run(run, device=device, precision=precision, packed_file="write")
+        else:
+            loaded = _load_shared(run, config, world, device=device, precision=precision)
+        with world.together():
+            draft_model = _load_draft(config.engine, loaded, device=device)
+            other = None
+            if config.overload is not None:
+                other = _load_beside("overload.model", config.overload.model, loaded, device=device)
         settings = _memory_of_all(config.engine, loaded.model, world)
         others = None
         if world.size > 1:
@@ -136,10 +165,8 @@ def _serve(
         grammars = _grammars_of(loaded, config.server)
         if grammars is not None:
             stack.callback(grammars.close)
-        draft_model = _load_draft(config.engine, loaded, device=device)
         helping, student = None, None
-        if config.overload is not None and student_name is not None:
-            other = _load_beside("overload.model", config.overload.model, loaded, device=device)
+        if other is not None and student_name is not None:
             settings, rest = split_memory(settings, loaded.model, other.model, draft_model=draft_model)
             helping = Engine(other.model, other.tokenizer, rest, grammars=grammars)
             student = Student(student_name, tuple(layer.layer for layer in helping.stats().layers))
@@ -170,8 +197,10 @@ def _serve(
         )
         # uvicorn's rare lines, of requests that are no HTTP, go where ours do.
         logging.getLogger("uvicorn").handlers = logger.handlers
-        server = DrainingServer(settings_of(app), app.state.served, listener, ready=ready, is_told_twice=world.size > 1)
+        server = DrainingServer(settings_of(app), app.state.served, listener, ready=ready, others=others)
         server.run(sockets=[listener])
+        if others is not None and others.has_failed:
+            raise GenerationError(HAS_FAILED)
 
 
 def settings_of(app: FastAPI) -> uvicorn.Config:
@@ -218,18 +247,18 @@ class DrainingServer(uvicorn.Server):
         listener: socket.socket,
         *,
         ready: Callable[[str], None],
-        is_told_twice: bool = False,
+        others: Followers | None = None,
     ) -> None:
         """ready: called with the URL when requests are taken.
 
-        is_told_twice: torchrun passes signals on that the terminal may have sent too; one right behind the first is no
-        second one.
+        others: it ends where a pass on all processes has failed. Signals may then come twice, from a terminal and from
+        torchrun.
         """
         super().__init__(settings)
         self._served, self._listener, self._ready = served, listener, ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._is_told_twice, self._told_at = is_told_twice, -math.inf
+        self._others, self._told = others, (0, -math.inf)
         self._next_report = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -238,6 +267,12 @@ class DrainingServer(uvicorn.Server):
         self._loop.set_exception_handler(self._report)
         if self.started:
             self._ready(_url(self._listener))
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._others is not None and self._others.has_failed and not self.should_exit:
+            logger.error("%s", HAS_FAILED)
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log what the event loop has to say: of connections that it cannot take, which come by thousands, one line."""
@@ -257,10 +292,9 @@ class DrainingServer(uvicorn.Server):
             await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._is_told_twice and now - self._told_at < _ECHO_SECONDS:
+        (earlier, when), self._told = self._told, (sig, time.monotonic())
+        if self._others is not None and sig == earlier and time.monotonic() - when < _ECHO_SECONDS:
             return
-        self._told_at = now
         if self._loop is None or self._draining is not None or self._served.admission.is_draining:
             self.should_exit = self.force_exit = True
             return
