@@ -79,7 +79,7 @@ def distill(
         from moesaic.distill.run import make_trainer, resumed_config, student_config
         from moesaic.errors import ConfigError
         from moesaic.report.terminal import TrainingDisplay
-        from moesaic.train.loop import check_processes
+        from moesaic.train.loop import check_processes, refuse_taken
 
     options = {
         "data.path": ("--data", data),
@@ -100,7 +100,9 @@ def distill(
                 num_experts=None if experts is None else expert_counts(experts),
                 is_dense=dense,
             )
-            check_processes(config, world)  # before a cache is written
+            check_processes(config, world)  # now, and not when a cache has been written
+            if not resume:
+                refuse_taken(output)
             has_cache = config.distill is not None and config.distill.cache is not None
             if cache_top_k is not None and not has_cache:
                 raise ConfigError(

@@ -16,7 +16,7 @@ import typer
 
 from moesaic import __version__
 from moesaic.cli.start import heed_termination
-from moesaic.errors import ElsewhereError, MoesaicError
+from moesaic.errors import ConfigError, ElsewhereError, MoesaicError
 from moesaic.kernels.allocator import tune_allocator
 from moesaic.kernels.threads import limit_threads, spin_briefly
 
@@ -55,13 +55,26 @@ for _verb in VERBS:
         app.command(name=_verb)(getattr(_module, _verb))
 
 
+# What several processes do together; of all else each would do the whole, into one folder.
+_OF_SEVERAL = ("train", "distill", "serve")
+
+
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
 ) -> None:
     if version:
         typer.echo(f"moesaic {__version__}")
         raise typer.Exit
+    count, verb = os.environ.get("WORLD_SIZE", "1"), context.invoked_subcommand
+    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and verb not in _OF_SEVERAL:
+        if os.environ.get("RANK") != "0":
+            raise ElsewhereError("the first process says it.")
+        raise ConfigError(
+            f"torchrun has started {count} processes and `moesaic {verb}` is done by one; several can only "
+            f"{', '.join(_OF_SEVERAL)}; start it without torchrun."
+        )
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -1,5 +1,6 @@
 """`moesaic serve`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,12 +34,17 @@ def serve(
     Example: moesaic serve runs/first --port 8000 --set engine.max_sequences=16
     """
     from moesaic.config.load import load_serve_config, with_options
-    from moesaic.errors import InstallationError
+    from moesaic.errors import ElsewhereError, InstallationError, MoesaicError
     from moesaic.folders import run_name
     from moesaic.logs import log_to_stderr, logger
 
     options = {"server.host": ("--host", host), "server.port": ("--port", port)}
-    resolved = load_serve_config(config, with_options(assignments or [], options))
+    try:
+        resolved = load_serve_config(config, with_options(assignments or [], options))
+    except MoesaicError:
+        if os.environ.get("RANK", "0") != "0":  # of several processes that were given the same the first says it
+            raise ElsewhereError("the first process says it.") from None
+        raise
     try:
         with loading_modules():
             from moesaic.serve.server.run import serve as run_server

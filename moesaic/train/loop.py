@@ -121,6 +121,15 @@ def train(
     return Trainer(config, Path(run_folder), device=device, resume=resume, display=display).run()
 
 
+def refuse_taken(run_folder: Path) -> None:
+    """Raise ConfigError for a folder that holds a run, where a new one was to begin."""
+    if (run_folder / "config.yaml").exists() or has_checkpoints(run_folder):
+        raise ConfigError(
+            f"{run_folder} already holds a run; a new run needs a folder of its own; go on with it by --resume "
+            f"(resume=True), or name another folder."
+        )
+
+
 def check_processes(config: TrainConfig, world: World) -> None:
     """Raise ConfigError unless the processes can share a config's batches and experts."""
     size = world.size
@@ -650,12 +659,8 @@ class Trainer:
         if self.resumes:
             self._check_trainable()
             self._check_same_run()
-        elif exists or has_checkpoints(self.run_folder):
-            raise ConfigError(
-                f"{self.run_folder} already holds a run; a new run needs a folder of its own; go on with it by "
-                f"--resume (resume=True), or name another folder."
-            )
         else:
+            refuse_taken(self.run_folder)
             refuse_metrics(self.run_folder)
 
     def _check_own_tokenizer(self, tokenizer: Tokenizer) -> None:

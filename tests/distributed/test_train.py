@@ -351,6 +351,17 @@ def test_torchrun_trains(make_config: MakeConfig, tmp_path: Path) -> None:
     assert start["processes"] == 2 and start["threads"] == max(1, cores // 2)
 
 
+def test_what_one_process_does_is_refused_to_several(tmp_path: Path) -> None:
+    if not dist.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    for verb, said in (
+        (["inspect", str(tmp_path)], "torchrun has started 2 processes and `moesaic inspect` is done by one"),
+        (["serve", str(tmp_path), "--set", "engine.nonsense=1"], "engine.nonsense is not a key"),
+    ):
+        done = subprocess.run([*TORCHRUN, *verb], capture_output=True, text=True, timeout=240)
+        assert done.returncode != 0 and done.stderr.count(said) == 1, done.stderr
+
+
 def test_torchrun_can_be_stopped(make_config: MakeConfig, tmp_path: Path) -> None:
     if not dist.is_gloo_available():
         pytest.skip("this PyTorch has no gloo")
