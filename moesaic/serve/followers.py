@@ -87,7 +87,8 @@ class Followers:
 
     def embed(self, length: int) -> None:
         """Have them take a text in, of so many tokens."""
-        self._channel.send(_Kind.EMBED, [length])
+        with self._computing(_Kind.EMBED, [length]):
+            pass
 
     @contextmanager
     def embedding(self, tokens: Sequence[int]) -> Iterator[None]:

@@ -228,6 +228,8 @@ def fail_in_a_pass(rank: int, run: Path) -> str:
         patch.setattr(Runner, "_run", lambda *_: 1 / 0)  # while the others are in it
         with pytest.raises(ZeroDivisionError):
             engine.step()
+    with pytest.raises(GenerationError):
+        engine.embed([[1, 2, 3]])
     with pytest.raises(GenerationError) as broken:
         engine.step()
     others.end()  # says nothing: they are in the midst of a pass
